@@ -1,0 +1,44 @@
+# `make demo` and `make test` install what they need by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo lint docs bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## make .venv with both distributions (editable) and all extras
+
+$(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v git >/dev/null || { echo "git is needed: DiracX keeps its configuration in a git repository" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable 'diracx-tasks[embedded,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
+	touch $@
+
+test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
+	@$(BIN)/gubbins demo $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(STAMP) ## build the documentation into site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) site .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

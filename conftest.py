@@ -1,0 +1,60 @@
+"""Fixtures of both distributions: a real server for every test that asks, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.testing import embedded_redis
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+
+
+@pytest.fixture(scope="session")
+def _redis_server() -> Iterator[str]:
+    """One server for each process that runs tests."""
+    with embedded_redis() as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(_redis_server: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty server. A test that leaves a key for ever fails (mark it `leaves_keys("pattern")` if it must)."""
+    with SyncRedis.from_url(_redis_server) as client:
+        client.flushall()
+        yield _redis_server
+        allowed = [pattern for mark in request.node.iter_markers("leaves_keys") for pattern in mark.args]
+        leaked = set(leaked_keys(client))
+        for pattern in allowed:
+            leaked -= {key.decode() for key in client.keys(pattern)}
+        assert not leaked, f"keys left behind without a time to live: {sorted(leaked)}"
+
+
+def leaked_keys(client: SyncRedis) -> Iterator[str]:
+    """Keys that would stay for ever, but for empty streams, which are part of the furniture."""
+    for key in client.keys("*"):
+        name = key.decode()
+        if name in keys.EVERY_STREAM and client.xlen(name) == 0 and not _consumers(client, name):
+            continue
+        # What the scheduler knows of its schedules is there to outlive every process.
+        if name in (keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS):
+            continue
+        if client.ttl(name) == -1:
+            yield name
+
+
+def _consumers(client: SyncRedis, stream: str) -> list[str]:
+    return [
+        consumer["name"]
+        for group in client.xinfo_groups(stream)
+        for consumer in client.xinfo_consumers(stream, group["name"])
+    ]
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A bare connection to that server."""
+    client = Redis.from_url(redis_url)
+    yield client
+    await client.aclose()

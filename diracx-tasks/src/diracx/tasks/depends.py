@@ -1,0 +1,21 @@
+"""Types and helpers for dependency injection, under the import path that routers and logic use."""
+
+from __future__ import annotations
+
+from .plumbing.depends import (
+    AvailableSecurityProperties,
+    CallbackSpawner,
+    Config,
+    NoTransaction,
+    auto_inject,
+    auto_inject_depends,
+)
+
+__all__ = [
+    "AvailableSecurityProperties",
+    "CallbackSpawner",
+    "Config",
+    "NoTransaction",
+    "auto_inject",
+    "auto_inject_depends",
+]

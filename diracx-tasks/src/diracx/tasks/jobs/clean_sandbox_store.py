@@ -1,0 +1,36 @@
+"""Free the sandbox store of what no job needs any more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from diracx.core.settings import SandboxStoreSettings
+from diracx.db.sql import SandboxMetadataDB
+from diracx.logic.jobs.sandboxes import clean_sandboxes
+
+from ..plumbing.base_task import PeriodicBaseTask
+from ..plumbing.depends import NoTransaction
+from ..plumbing.enums import Priority, Size
+from ..plumbing.retry_policies import ExponentialBackoff
+from ..plumbing.schedules import CronSchedule
+
+
+@dataclass
+class CleanSandboxStoreTask(PeriodicBaseTask):
+    """Every morning at six: delete sandboxes that belong to no job. Returns how many went.
+
+    The logic opens a short transaction for each batch, so none is held while objects are deleted.
+    """
+
+    priority = Priority.BACKGROUND
+    size = Size.MEDIUM
+    retry_policy = ExponentialBackoff(base_delay_seconds=300, max_retries=3)
+    default_schedule = CronSchedule("0 6 * * *")
+
+    async def execute(
+        self,
+        sandbox_metadata_db: Annotated[SandboxMetadataDB, NoTransaction()],
+        settings: SandboxStoreSettings,
+    ) -> int:
+        return await clean_sandboxes(sandbox_metadata_db, settings)

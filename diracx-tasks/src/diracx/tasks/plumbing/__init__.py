@@ -1,0 +1,161 @@
+"""Everything an author of tasks imports. Names are loaded at their first use: this import is fast."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, schedule_many
+    from .binding import task_broker
+    from .callbacks import fire_callback, spawn_with_callback
+    from .config import PeriodicTaskConfig, TaskOverride, TasksConfig
+    from .depends import (
+        AvailableSecurityProperties,
+        CallbackSpawner,
+        Config,
+        NoTransaction,
+        auto_inject,
+        auto_inject_depends,
+    )
+    from .enums import Priority, Size
+    from .exceptions import (
+        LockLostError,
+        ResultIsMissingError,
+        SendTaskError,
+        StopRetryingError,
+        TaskArgumentsError,
+        TaskConfigError,
+        TaskRetryRequestedError,
+        TimeLimitExceededError,
+        TooManyRetriesError,
+        UnableToAcquireLockError,
+        UnretryableError,
+        WorkerStoppedError,
+    )
+    from .factory import load_task_registry, task_wrapper, wrap_task
+    from .injection import find_missing_overrides, setup_dependency_overrides
+    from .lock_registry import LockedObjectType, register_locked_object_type, validate_registry
+    from .locks import (
+        BaseLimiter,
+        BaseLock,
+        ConcurrencyLimiter,
+        ExclusiveRWLock,
+        MutexLock,
+        RateLimiter,
+        SharedRWLock,
+    )
+    from .retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBase
+    from .schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+
+_MODULES = {
+    "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),
+    "binding": ("task_broker",),
+    "callbacks": ("fire_callback", "spawn_with_callback"),
+    "config": ("PeriodicTaskConfig", "TaskOverride", "TasksConfig"),
+    "depends": (
+        "AvailableSecurityProperties",
+        "CallbackSpawner",
+        "Config",
+        "NoTransaction",
+        "auto_inject",
+        "auto_inject_depends",
+    ),
+    "enums": ("Priority", "Size"),
+    "exceptions": (
+        "LockLostError",
+        "ResultIsMissingError",
+        "SendTaskError",
+        "StopRetryingError",
+        "TaskArgumentsError",
+        "TaskConfigError",
+        "TaskRetryRequestedError",
+        "TimeLimitExceededError",
+        "TooManyRetriesError",
+        "UnableToAcquireLockError",
+        "UnretryableError",
+        "WorkerStoppedError",
+    ),
+    "factory": ("load_task_registry", "task_wrapper", "wrap_task"),
+    "injection": ("find_missing_overrides", "setup_dependency_overrides"),
+    "lock_registry": ("LockedObjectType", "register_locked_object_type", "validate_registry"),
+    "locks": (
+        "BaseLimiter",
+        "BaseLock",
+        "ConcurrencyLimiter",
+        "ExclusiveRWLock",
+        "MutexLock",
+        "RateLimiter",
+        "SharedRWLock",
+    ),
+    "retry_policies": ("ExponentialBackoff", "NoRetry", "RetryPolicyBase"),
+    "schedules": ("CronSchedule", "IntervalSeconds", "RRuleSchedule", "TaskScheduleBase"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "AvailableSecurityProperties",
+    "BaseLimiter",
+    "BaseLock",
+    "BaseTask",
+    "CallbackSpawner",
+    "ConcurrencyLimiter",
+    "Config",
+    "CronSchedule",
+    "ExclusiveRWLock",
+    "ExponentialBackoff",
+    "IntervalSeconds",
+    "LockLostError",
+    "LockedObjectType",
+    "MutexLock",
+    "NoRetry",
+    "NoTransaction",
+    "PeriodicBaseTask",
+    "PeriodicTaskConfig",
+    "PeriodicVoAwareBaseTask",
+    "Priority",
+    "RRuleSchedule",
+    "RateLimiter",
+    "ResultIsMissingError",
+    "RetryPolicyBase",
+    "SendTaskError",
+    "SharedRWLock",
+    "Size",
+    "StopRetryingError",
+    "TaskArgumentsError",
+    "TaskConfigError",
+    "TaskOverride",
+    "TaskRetryRequestedError",
+    "TaskScheduleBase",
+    "TasksConfig",
+    "TimeLimitExceededError",
+    "TooManyRetriesError",
+    "UnableToAcquireLockError",
+    "UnretryableError",
+    "WorkerStoppedError",
+    "auto_inject",
+    "auto_inject_depends",
+    "find_missing_overrides",
+    "fire_callback",
+    "load_task_registry",
+    "register_locked_object_type",
+    "schedule_many",
+    "setup_dependency_overrides",
+    "spawn_with_callback",
+    "task_broker",
+    "task_wrapper",
+    "validate_registry",
+    "wrap_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

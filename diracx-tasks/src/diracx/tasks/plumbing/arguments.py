@@ -1,0 +1,441 @@
+"""How a task becomes arguments, and arguments become the task again.
+
+The fields of a task class are its arguments: those of a dataclass or a pydantic model, or the parameters of
+the `__init__` of a plain class (each kept in an attribute of the same name, or of that name with an
+underscore before it). A class that overrides `serialize` is rebuilt with `cls(*args)`.
+
+What is known about a class is worked out once, at its first task. Fields of plain types are then handed over
+as they come off the wire; for the others a pydantic `TypeAdapter` brings back what the wire flattened (nested
+dataclasses and models, enums, paths). Python does not check a dataclass's annotations, so neither does
+`rebuild`: a value that does not fit its annotation is handed over as it is. `check_arguments`, for what
+people type, does check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from .exceptions import TaskArgumentsError
+from .wire import dumps, loads
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+    from .base_task import BaseTask
+
+T = TypeVar("T", bound="BaseTask")
+
+_UNKNOWN: Any = object()  # the annotation of a parameter that has none, or one that cannot be resolved
+_REQUIRED: Any = object()  # the default of a parameter that has none
+
+_PLAIN_TYPES = frozenset({str, int, float, bool, bytes, type(None), Any, object, list, dict})
+
+
+def field_names(cls: type[Any]) -> tuple[str, ...]:
+    """Return the names of the arguments of `cls`, in the order in which `serialize` gives their values."""
+    return _shape(cls).names
+
+
+def serialize(task: Any) -> tuple[Any, ...]:
+    """Return the values of the task's fields, in their order.
+
+    Raises `TypeError` if a plain class takes a parameter that it does not keep.
+    """
+    return _shape(type(task)).values(task)
+
+
+def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    """Make the task from wire-decoded arguments.
+
+    Raises `TaskArgumentsError` if the class does not take them.
+    """
+    shape = _shape(cls)
+    task: T
+    try:
+        if shape.all_plain and not kwargs and len(args) == len(shape.names):
+            task = cls(*args)
+            return task
+        bound, rest = shape.bind(args, kwargs)
+        task = shape.construct({name: shape.restore(name, v) for name, v in bound.items()}, rest)
+        return task
+    except (TypeError, ValueError) as exc:
+        raise TaskArgumentsError(f"{shape}: {_one_line(exc)}") from exc
+
+
+def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    """Make the task from arguments that somebody typed (JSON values), each converted by its annotation.
+
+    Raises `TaskArgumentsError` with one line that names the class with its signature, the argument and what
+    was given: missing, unknown or superfluous arguments, values of the wrong type, values that the class
+    itself refuses and values that could not travel.
+    """
+    shape = _shape(cls)
+    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
+        raise TaskArgumentsError(f"{shape}: positional arguments must be a list, not {_shown(args)}")
+    if not isinstance(kwargs, Mapping):
+        raise TaskArgumentsError(f"{shape}: keyword arguments must be a mapping, not {_shown(kwargs)}")
+    try:
+        bound, rest = shape.bind(args, kwargs)
+        shape.check_complete(bound)
+        task: T = shape.check(bound, rest)
+        own_serialize = getattr(task, "serialize", None)
+        loads(dumps(list(own_serialize() if own_serialize else serialize(task))))
+    except Exception as exc:
+        raise TaskArgumentsError(f"{shape}: {_one_line(exc, 'argument ')}") from exc
+    return task
+
+
+@dataclasses.dataclass
+class _Parameter:
+    """One argument of a task class."""
+
+    name: str
+    annotation: Any  # with its Annotated metadata; _UNKNOWN if there is none
+    text: str  # the annotation as a reader knows it; empty if there is none
+    default: Any = _REQUIRED  # only its presence matters, and its repr in the signature
+    keyword_only: bool = False
+    alias: str | None = None  # the other name under which a pydantic model takes it
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.text}" if self.text else self.name
+        return text if self.default is _REQUIRED else f"{text} = {_shown(self.default, 30)}"
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the wire gives the value back as it was, so that there is nothing to restore."""
+        return self.annotation is _UNKNOWN or _is_plain(self.annotation)
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any] | None:
+        """The pydantic adapter of the annotation; None if pydantic can make nothing of it."""
+        if self.annotation is _UNKNOWN:
+            return None
+        from pydantic import ConfigDict, TypeAdapter
+
+        # A type with a configuration of its own (model, dataclass) refuses one from outside.
+        for config in (ConfigDict(arbitrary_types_allowed=True), None):
+            try:
+                return TypeAdapter(self.annotation, config=config)
+            except Exception:  # noqa: S112 - any failure means the same: no adapter
+                continue
+        return None
+
+    def restore(self, value: Any) -> Any:
+        """Return the wire-decoded value as its annotation has it, or as it is where that does not fit."""
+        if self.plain or value is None:
+            return value
+        if type(value) is self.annotation or self.adapter is None:
+            return value
+        try:
+            restored = self.adapter.validate_python(value, strict=False, by_alias=True, by_name=True)
+            # pydantic makes an Iterable[...] a generator, which could be read only once.
+            return list(restored) if isinstance(restored, Iterator) else restored
+        except Exception:
+            nested = _nested_dataclass(self.annotation)
+            if nested is None or not isinstance(value, dict):
+                return value
+            # A nested dataclass with a value that its annotation does not allow: Python let it be made.
+            shape = _shape(nested)
+            known = {name: shape.restore(name, value[name]) for name in shape.names if name in value}
+            return shape.construct(known, {})
+
+    def check(self, value: Any) -> Any:
+        """Return a typed JSON value converted; `TypeError` if it does not fit."""
+        if self.adapter is None:
+            return value
+        try:
+            checked = _validate_typed(self.adapter.validate_python, self.adapter.validate_json, value)
+            return list(checked) if isinstance(checked, Iterator) else checked
+        except Exception as exc:
+            raise TypeError(_one_line(exc, f"argument {self.name!r}", value)) from exc
+
+
+def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., Any], value: Any) -> Any:
+    """Validate what somebody typed, with the two validators of a pydantic type."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):  # a Python value, from code rather than from a command line
+        return from_python(value, by_alias=True, by_name=True)
+    # In strict JSON mode "5" is no int, and yet "2026-01-01T00:00:00Z" is a datetime and a list a tuple.
+    return from_json(text, strict=True, by_alias=True, by_name=True)
+
+
+class _Shape:
+    """All that is known about the arguments of one class."""
+
+    def __init__(self, cls: type[Any], parameters: Sequence[_Parameter], *, model: bool, extra: bool) -> None:
+        self.cls = cls
+        self.parameters = {parameter.name: parameter for parameter in parameters}
+        self.names = tuple(self.parameters)
+        self.aliases = {p.alias: p.name for p in parameters if p.alias}
+        self.model = model  # a pydantic model: by keyword, and it validates for itself
+        self.extra = extra  # takes *args or **kwargs
+        self.all_plain = not model and all(p.plain and not p.keyword_only for p in parameters)
+
+    def __str__(self) -> str:
+        return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
+
+    def values(self, task: Any) -> tuple[Any, ...]:
+        try:
+            return tuple([getattr(task, name) for name in self.names])
+        except AttributeError:
+            return tuple(self._kept(task, name) for name in self.names)
+
+    def _kept(self, task: Any, name: str) -> Any:
+        for attribute in (name, f"_{name}"):
+            if hasattr(task, attribute):
+                return getattr(task, attribute)
+        raise TypeError(
+            f"{self}: the instance has no attribute {name!r}: keep the argument in it, or override serialize()"
+        )
+
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the values by name, and what goes into `*args` and `**kwargs`; `TypeError` if they clash."""
+        if len(args) > len(self.names) and not self.extra:
+            raise TypeError(f"{len(args)} positional arguments given, it takes {len(self.names)}")
+        bound = dict(zip(self.names, args, strict=False))
+        rest: dict[str, Any] = {}
+        for given_name, value in kwargs.items():
+            name = self.aliases.get(given_name, given_name)
+            if name in bound:
+                raise TypeError(f"argument {name!r} given twice")
+            if name in self.parameters:
+                bound[name] = value
+            elif self.extra:
+                rest[name] = value
+            else:
+                close = get_close_matches(name, self.names, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise TypeError(f"unknown argument {name!r}{hint}")
+        return bound, (tuple(args[len(self.names) :]), rest)
+
+    def check_complete(self, bound: Mapping[str, Any]) -> None:
+        missing = [p.name for p in self.parameters.values() if p.default is _REQUIRED and p.name not in bound]
+        if missing:
+            plural = "s" if len(missing) > 1 else ""
+            raise TypeError(f"missing argument{plural} {', '.join(map(repr, missing))}")
+
+    def check(self, bound: dict[str, Any], rest: Any) -> Any:
+        """Return the task made of what somebody typed."""
+        if self.model:  # as a whole, so that its own validators see what was typed
+            everything = {**bound, **rest[1]}
+            return _validate_typed(self.cls.model_validate, self.cls.model_validate_json, everything)
+        return self.construct({name: self.parameters[name].check(v) for name, v in bound.items()}, rest)
+
+    def restore(self, name: str, value: Any) -> Any:
+        return self.parameters[name].restore(value)
+
+    def construct(self, values: dict[str, Any], rest: Any) -> Any:
+        """Call the class: positionally as far as it goes, a pydantic model by keyword."""
+        more, keywords = rest or ((), {})
+        if self.model:
+            # Not cls(**values): a field with an alias would not be found under its name, and a strict model
+            # would refuse what the wire flattened.
+            return self.cls.model_validate({**values, **keywords}, strict=False, by_alias=True, by_name=True)
+        positional: list[Any] = []
+        by_name = dict(values)
+        for parameter in self.parameters.values():
+            if parameter.keyword_only:
+                continue
+            if parameter.name not in by_name:
+                break
+            positional.append(by_name.pop(parameter.name))
+        return self.cls(*positional, *more, **by_name, **keywords)
+
+
+_shapes: dict[type[Any], _Shape] = {}
+
+
+def _shape(cls: type[Any]) -> _Shape:
+    """Return what is known about the arguments of `cls`, worked out at the first call."""
+    shape = _shapes.get(cls)
+    if shape is None:
+        shape = _shapes[cls] = _work_out(cls)
+    return shape
+
+
+def _work_out(cls: type[Any]) -> _Shape:
+    init: Any = cls.__init__
+    if hasattr(cls, "__pydantic_root_model__") and (  # every pydantic model has it, and nothing else
+        not _own_serialize(cls) or init.__module__.startswith("pydantic.")
+    ):
+        return _Shape(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
+    owner = next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
+    if _own_serialize(cls) or not _generated_init(owner):
+        parameters, extra = _of_init(cls)
+        return _Shape(cls, parameters, model=False, extra=extra)
+    return _Shape(cls, _of_dataclass(cls), model=False, extra=False)
+
+
+def _own_serialize(cls: type[Any]) -> bool:
+    """Whether the class overrides `serialize`."""
+    function = getattr(cls, "serialize", None)
+    return function is not None and getattr(function, "__module__", "") != f"{__package__}.base_task"
+
+
+def _generated_init(owner: type[Any]) -> bool:
+    """Whether the `__init__` that `owner` defines was written by `@dataclass`."""
+    parameters = vars(owner).get("__dataclass_params__")
+    return parameters is not None and parameters.init
+
+
+def _of_model(cls: type[Any]) -> list[_Parameter]:
+    found = []
+    for name, info in cls.model_fields.items():
+        annotation = info.annotation
+        for extra in info.metadata:
+            annotation = Annotated[annotation, extra]
+        default = _REQUIRED if info.is_required() else info.default_factory or info.default
+        alias = info.validation_alias or info.alias
+        alias = alias if isinstance(alias, str) else None
+        found.append(_Parameter(name, annotation, _type_text(info.annotation), default, alias=alias))
+    return found
+
+
+def _of_dataclass(cls: type[Any]) -> list[_Parameter]:
+    found = []
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        owner = next((b for b in cls.__mro__ if _annotates(b, field.name)), cls)
+        resolved = _resolve(field.type, _globals(owner), dict(vars(owner)))
+        default = field.default
+        if default is dataclasses.MISSING:
+            factory = field.default_factory
+            default = _REQUIRED if factory is dataclasses.MISSING else factory
+        keyword_only = field.kw_only is True
+        found.append(_Parameter(field.name, resolved, _type_text(field.type), default, keyword_only))
+    names = {parameter.name for parameter in found}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name not in names and parameter.default is parameter.empty:
+            raise TypeError(f"{cls.__name__} takes {name!r} and does not keep it: override serialize()")
+    return found
+
+
+def _annotates(cls: type[Any], name: str) -> bool:
+    try:
+        return name in inspect.get_annotations(cls)
+    except NameError:  # Python 3.14 evaluates them here
+        return False
+
+
+def _globals(cls: type[Any]) -> dict[str, Any]:
+    """Return the names that the module of `cls` knows, also if it was loaded without `sys.modules`."""
+    if cls.__module__ in sys.modules:
+        return vars(sys.modules[cls.__module__])
+    return next((f.__globals__ for f in vars(cls).values() if isinstance(f, types.FunctionType)), {})
+
+
+def _of_init(cls: type[Any]) -> tuple[list[_Parameter], bool]:
+    """Return the parameters of a hand-written `__init__`, and whether it takes `*args` or `**kwargs`."""
+    function = cls.__init__
+    if function is object.__init__:
+        return [], False
+    found, extra = [], False
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            extra = True
+            continue
+        annotation = parameter.annotation
+        has_default = parameter.default is not parameter.empty
+        found.append(
+            _Parameter(
+                parameter.name,
+                _UNKNOWN
+                if annotation is parameter.empty
+                else _resolve(annotation, getattr(function, "__globals__", {}), {}),
+                "" if annotation is parameter.empty else _type_text(annotation),
+                parameter.default if has_default else _REQUIRED,
+                parameter.kind is parameter.KEYWORD_ONLY,
+            )
+        )
+    return found, extra
+
+
+def _resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str, Any]) -> Any:
+    """Return the annotation with every string in it looked up, or `_UNKNOWN`."""
+
+    def probe() -> None: ...
+
+    probe.__annotations__ = {"value": annotation}
+    try:
+        return get_type_hints(probe, global_names, local_names, include_extras=True)["value"]
+    except Exception:
+        # A name of a function's locals, or one imported for type checkers only.
+        return _UNKNOWN
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether values of this type are the same after the wire as before it."""
+    if any(annotation is plain for plain in _PLAIN_TYPES):
+        return True
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_plain(inner[0])
+    if origin is Literal:
+        return all(type(value) in _PLAIN_TYPES for value in inner)
+    if origin in (list, dict, Union, types.UnionType):
+        return all(map(_is_plain, inner))
+    return False
+
+
+def _nested_dataclass(annotation: Any) -> type[Any] | None:
+    """Return the dataclass that `annotation` names, alone or with None."""
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        found = [_nested_dataclass(part) for part in get_args(annotation)]
+        return next((cls for cls in found if cls is not None), None)
+    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def _type_text(annotation: Any) -> str:
+    """Return the annotation as a reader knows it: without the modules."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"(?:[\w<>]+\.)+", "", text)
+
+
+def _shown(value: Any, width: int = 60) -> str:
+    """Return a value for a message: short, on one line; a factory stands for what it makes."""
+    text = "..." if callable(value) else " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _one_line(exc: BaseException, prefix: str = "", given: Any = _REQUIRED) -> str:
+    """Return what an exception says, on one line; of what pydantic objects to, the first thing.
+
+    `prefix` goes before the place in which pydantic found it.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(exc, ValidationError):
+        error = exc.errors(include_url=False)[0]
+        place = [str(part) for part in error["loc"]]
+        if prefix.endswith(" ") and place:
+            where = f"{prefix}{'.'.join(place)!r}: "
+        else:
+            where = ".".join([prefix, *place]).strip(". ")
+            where = f"{where}: " if where else ""
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}{message[:1].lower()}{message[1:]}, given {_shown(error['input'])}"
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    return text if given is _REQUIRED else f"{prefix}: {text}, given {_shown(given)}"

@@ -1,0 +1,124 @@
+"""What an author of tasks derives from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .enums import Priority, Size
+from .lock_registry import TASK
+from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
+from .retry_policies import NoRetry, RetryPolicyBase
+
+if TYPE_CHECKING:
+    from .schedules import TaskScheduleBase
+
+
+class BaseTask:
+    """A unit of background work. Its fields are its arguments; `execute` does it.
+
+    A plain class, a dataclass or a pydantic model (`class T(BaseTask, BaseModel)`, whose overrides of the
+    class variables below need their `ClassVar` annotation):
+
+        @dataclass
+        class Greet(BaseTask):
+            name: str
+
+            async def execute(self, config: Config) -> str:
+                return f"Hello {self.name}"
+
+        task_id = await Greet("world").schedule()
+    """
+
+    priority: ClassVar[Priority] = Priority.NORMAL
+    size: ClassVar[Size] = Size.MEDIUM
+    retry_policy: ClassVar[RetryPolicyBase] = NoRetry()
+    dlq_eligible: ClassVar[bool] = False
+    """Whether the task is kept in the dead-letter queue when it finally failed."""
+    time_limit_seconds: ClassVar[float | None] = None
+    """An execution that takes longer is cancelled and counts as failed. None: no limit."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A pydantic task takes its fields by keyword even where a base of ours brings an __init__.
+        for base in cls.__mro__:
+            if "__pydantic_base_init__" in dir(vars(base).get("__init__")) and "__init__" not in vars(cls):
+                type.__setattr__(cls, "__init__", vars(base)["__init__"])
+                break
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        """All are taken before `execute`, or none; and given back after its transaction has ended.
+
+        By default a rate and a concurrency limiter without limits, which configuration can set.
+        """
+        name = type(self).__name__
+        return [RateLimiter(TASK, name), ConcurrencyLimiter(TASK, name)]
+
+    async def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """Do the work. Parameters are injected by their type when the task runs."""
+        raise NotImplementedError(f"{type(self).__name__} does not define execute()")
+
+    def serialize(self) -> tuple[Any, ...]:
+        """The arguments, in the order of the fields: the class is rebuilt from them."""
+        from .arguments import serialize
+
+        return serialize(self)
+
+    async def schedule(self, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None) -> str:
+        """Submit the task to the queue of its class's priority and size.
+
+        Args:
+            at_time: not before this moment; a naive datetime is taken as UTC.
+            labels: kept with the message. `result_ttl_seconds` asks for the result to be stored.
+
+        Returns:
+            The task's id.
+
+        Raises:
+            RuntimeError: when no broker is bound here; the message says how to bind one.
+            SendTaskError: when the broker cannot be reached.
+            TypeError: when an argument cannot travel.
+            ValueError: when one of its rate limiters could never grant it.
+        """
+        return (await schedule_many([self], at_time=at_time, labels=labels))[0]
+
+
+async def schedule_many(
+    tasks: Sequence[BaseTask], *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Submit many tasks in one round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
+    from .binding import current_binding
+
+    binding = current_binding()
+    submissions = [binding.submission(task, at_time=at_time, labels=labels) for task in tasks]
+    await binding.broker.submit(submissions)
+    return [submission.message.task_id for submission in submissions]
+
+
+class PeriodicBaseTask(BaseTask):
+    """A task that the scheduler submits by itself. It takes no arguments of its own.
+
+    Its default lock is a mutex: never two executions at a time.
+    """
+
+    default_schedule: ClassVar[TaskScheduleBase]
+    _enabled: ClassVar[bool] = True
+    """Whether it is scheduled at all, unless configuration says otherwise."""
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(TASK, type(self).__name__)]
+
+
+@dataclass
+class PeriodicVoAwareBaseTask(PeriodicBaseTask):
+    """A periodic task of which there is one instance for each VO, with a mutex of its own."""
+
+    vo: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(TASK, type(self).__name__, self.vo)]

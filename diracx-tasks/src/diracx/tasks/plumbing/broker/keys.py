@@ -1,0 +1,77 @@
+"""Every Redis key of the task system, made here and nowhere else (locks make theirs from their names).
+
+Scripts get these names when they are loaded: `$DELAYED` in a `lua/*.lua` file is `keys.DELAYED`.
+"""
+
+from __future__ import annotations
+
+from ..enums import Priority, Size
+
+#: Consumer group of all workers, on every stream.
+GROUP = "diracx:tasks:workers"
+
+#: Sorted set: task id -> due time (ms since the epoch). Retries, `at_time`, tasks waiting for a lock.
+DELAYED = "diracx:tasks:delayed"
+#: Hash: task id -> "{stream} {reason} {since}\n{message}" of each member of DELAYED.
+DELAYED_DATA = "diracx:tasks:delayed:data"
+#: Sorted set per lock: tasks waiting for it, by priority and then by the time they began to wait.
+WAITING_PREFIX = "diracx:tasks:waiting:"
+#: String per lock: the task that was woken for it and may take it before others; lives a moment.
+TURN_PREFIX = "diracx:tasks:turn:"
+
+#: Sorted set: worker -> when its lease ends (ms since the epoch).
+ALIVE = "diracx:tasks:alive"
+#: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
+HELD_PREFIX = "diracx:tasks:held:"
+
+#: String per task, with a time to live: the stored result. Also the name of its pub/sub channel.
+RESULT_PREFIX = "diracx:results:"
+#: Hash and set per callback group.
+GROUPS_PREFIX = "diracx:groups:"
+#: Stream: dead letters that wait for a worker with a dead-letter database.
+DEAD_LETTERS = "diracx:tasks:dead-letters"
+
+#: String: the leading scheduler's token, with a short lease.
+LEADER = "diracx:scheduler:leader"
+#: Sorted set: schedule -> next run (ms since the epoch).
+NEXT_RUNS = "diracx:scheduler:next"
+#: Hash: schedule -> fingerprint of the rule its next run was computed from.
+FINGERPRINTS = "diracx:scheduler:fingerprints"
+#: Hash: schedule -> "{stream} {entry} {task id} {due}" of its last occurrence.
+LAST_RUNS = "diracx:scheduler:last"
+#: List of one token: "something earlier is due now"; wakes the leading scheduler.
+WAKE_SCHEDULER = "diracx:scheduler:wake"
+
+#: Suffix of the stream that tasks go to when their turn has come: fetched before its elder brother.
+HANDOVER = ":handover"
+
+
+def stream_name_for(priority: Priority | str, size: Size | str) -> str:
+    """The stream of new tasks: `diracx:tasks:{priority}:{size}`."""
+    return f"diracx:tasks:{Priority(priority)}:{Size(size)}"
+
+
+ALL_STREAM_NAMES = [stream_name_for(priority, size) for priority in Priority for size in Size]
+
+
+def streams_of(size: Size) -> list[str]:
+    """The streams a worker of this size drains, in the order in which it drains them.
+
+    Tasks that were woken after waiting for a lock come before new ones of the same priority: they
+    have stood in line already.
+    """
+    names = [stream_name_for(priority, size) for priority in Priority]
+    return [stream for name in names for stream in (name + HANDOVER, name)]
+
+
+#: Every stream that may hold tasks, the hand-over streams included.
+EVERY_STREAM = [stream for size in Size for stream in streams_of(size)]
+
+
+def script_constants() -> dict[str, str]:
+    """The names that scripts may use, each as `$NAME`."""
+    return {
+        name: value
+        for name, value in globals().items()
+        if name.isupper() and isinstance(value, str) and not name.startswith("_")
+    }

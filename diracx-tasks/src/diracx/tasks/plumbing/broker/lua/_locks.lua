@@ -1,0 +1,158 @@
+-- The five locks. A lock is a table: kind, key, owner, and ttl_ms | limit, window_us, n_items.
+-- Each kind has take (-> granted, time in µs when to try again if that is known), undo, release
+-- (-> did it change anything) and keep (-> still ours, renewed).
+local kinds = {}
+
+kinds.mutex = {
+  take = function(lock)
+    return redis.call('SET', lock.key, lock.owner, 'NX', 'PX', lock.ttl_ms) and true or false
+  end,
+  release = function(lock)
+    if redis.call('GET', lock.key) ~= lock.owner then return false end
+    return redis.call('DEL', lock.key) == 1
+  end,
+  keep = function(lock)
+    if redis.call('GET', lock.key) ~= lock.owner then return false end
+    return redis.call('PEXPIRE', lock.key, lock.ttl_ms) == 1
+  end,
+}
+
+-- One hash for both sides: `writer` with a TTL on the key, or `readers` (a counter, no TTL) and a
+-- field for each reader, which makes taking and giving back the same hold twice harmless.
+kinds.exclusive = {
+  take = function(lock)
+    if redis.call('EXISTS', lock.key) == 1 then return false end
+    redis.call('HSET', lock.key, 'writer', lock.owner)
+    redis.call('PEXPIRE', lock.key, lock.ttl_ms)
+    return true
+  end,
+  release = function(lock)
+    if redis.call('HGET', lock.key, 'writer') ~= lock.owner then return false end
+    return redis.call('DEL', lock.key) == 1
+  end,
+  keep = function(lock)
+    if redis.call('HGET', lock.key, 'writer') ~= lock.owner then return false end
+    return redis.call('PEXPIRE', lock.key, lock.ttl_ms) == 1
+  end,
+}
+
+kinds.shared = {
+  take = function(lock)
+    if redis.call('HEXISTS', lock.key, 'writer') == 1 then return false end
+    if redis.call('HSETNX', lock.key, 'reader:' .. lock.owner, 1) == 1 then
+      redis.call('HINCRBY', lock.key, 'readers', 1)
+    end
+    return true
+  end,
+  release = function(lock)
+    if redis.call('HDEL', lock.key, 'reader:' .. lock.owner) == 0 then return false end
+    if redis.call('HINCRBY', lock.key, 'readers', -1) <= 0 then redis.call('DEL', lock.key) end
+    return true
+  end,
+  keep = function(lock)
+    return redis.call('HEXISTS', lock.key, 'reader:' .. lock.owner) == 1
+  end,
+}
+
+-- A sliding-window log that never scans: each grant is a member "{units granted so far}:{units}:{owner}"
+-- scored with its time, so the units inside the window are a difference of two running totals.
+local function grant(member)
+  local total, units = string.match(member, '^(%d+):(%d+):')
+  return tonumber(total), tonumber(units)
+end
+
+kinds.rate = {
+  take = function(lock, now)
+    local newest = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
+    -- A clock that was set back must not make old grants younger than new ones.
+    if newest[2] and tonumber(newest[2]) > now then now = tonumber(newest[2]) end
+    -- A grant exactly one window old still counts: both ends of a window belong to it.
+    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', '(' .. int(now - lock.window_us))
+    local used, total, before = 0, 0, 0
+    local oldest = redis.call('ZRANGE', lock.key, 0, 0)[1]
+    if oldest then
+      local first_total, first_units = grant(oldest)
+      total = grant(newest[1])
+      before = first_total - first_units
+      used = total - before
+    end
+    if used + lock.n_items <= lock.limit then
+      lock.member = string.format('%016.0f:%d:%s', total + lock.n_items, lock.n_items, lock.owner)
+      redis.call('ZADD', lock.key, int(now), lock.member)
+      redis.call('PEXPIRE', lock.key, int(math.ceil(lock.window_us / 1000) + 1000))
+      return true
+    end
+    -- The quota returns when enough of the oldest grants have left the window: find the last of them.
+    local leave = before + used + lock.n_items - lock.limit
+    local low, high = 0, redis.call('ZCARD', lock.key) - 1
+    while low < high do
+      local middle = math.floor((low + high) / 2)
+      if grant(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
+        high = middle
+      else
+        low = middle + 1
+      end
+    end
+    local last = redis.call('ZRANGE', lock.key, low, low, 'WITHSCORES')
+    return false, tonumber(last[2]) + lock.window_us + 1
+  end,
+  undo = function(lock) redis.call('ZREM', lock.key, lock.member) end,
+  release = function() return false end, -- quota is never given back
+  keep = function() return true end,
+}
+
+kinds.concurrency = {
+  take = function(lock, now)
+    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now))
+    if not redis.call('ZSCORE', lock.key, lock.owner) and redis.call('ZCARD', lock.key) >= lock.limit then
+      return false
+    end
+    redis.call('ZADD', lock.key, int(now + lock.ttl_ms * 1000), lock.owner)
+    if redis.call('PTTL', lock.key) < lock.ttl_ms then redis.call('PEXPIRE', lock.key, lock.ttl_ms) end
+    return true
+  end,
+  release = function(lock) return redis.call('ZREM', lock.key, lock.owner) == 1 end,
+  keep = function(lock, now)
+    local expires = redis.call('ZSCORE', lock.key, lock.owner)
+    if not expires or tonumber(expires) <= now then return false end
+    redis.call('ZADD', lock.key, 'XX', int(now + lock.ttl_ms * 1000), lock.owner)
+    if redis.call('PTTL', lock.key) < lock.ttl_ms then redis.call('PEXPIRE', lock.key, lock.ttl_ms) end
+    return true
+  end,
+}
+
+-- All of the locks or none of them: a refusal gives back what was taken before it, quota included.
+-- `task` is nil for a lock that is taken outside the task system.
+-- Returns true, or false, the position of the refusing lock, and when to try again (µs, or nil).
+local function take_all(locks, now, task)
+  local turns = {}
+  for position, lock in ipairs(locks) do
+    local turn = task and redis.call('GET', '$TURN_PREFIX' .. lock.key)
+    if turn then turns[#turns + 1] = '$TURN_PREFIX' .. lock.key end
+    local granted, again = false, nil
+    if not turn or turn == task then
+      granted, again = kinds[lock.kind].take(lock, now)
+      -- A worker that lost the connection while it asked, asks again: what it got then is still its own.
+      if not granted and task and (lock.kind == 'mutex' or lock.kind == 'exclusive') then
+        granted = kinds[lock.kind].keep(lock)
+      end
+    end
+    if not granted then
+      for taken = position - 1, 1, -1 do
+        local kind = kinds[locks[taken].kind]
+        local undo = kind.undo or kind.release
+        undo(locks[taken])
+      end
+      return false, position, again
+    end
+  end
+  for _, turn in ipairs(turns) do redis.call('DEL', turn) end
+  return true
+end
+
+-- When a refused task should look again by itself (ms from now): a hand-over normally comes sooner.
+local function look_again_in(lock, at_most_ms)
+  local left = (lock.kind == 'mutex' or lock.kind == 'exclusive') and redis.call('PTTL', lock.key) or -1
+  if left >= 0 and left < at_most_ms then return left + 1 end
+  return at_most_ms
+end

@@ -1,0 +1,36 @@
+-- Reserve as many messages as there are free slots, in the order of the given streams.
+-- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots.
+-- Returns {messages, last ids}: messages are {position of the stream, entry, fields}; the last ids are
+-- given only when there was nothing, as the place from which to wait for something new.
+-- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
+-- group here, from the very first entry.
+local messages, free = {}, tonumber(ARGV[2])
+for position, stream in ipairs(KEYS) do
+  if free <= 0 then break end
+  local reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
+  if reply and reply.err then
+    if not string.find(reply.err, 'NOGROUP', 1, true) then return reply end
+    reply = false
+    if redis.call('EXISTS', stream) == 1 then
+      redis.call('XGROUP', 'CREATE', stream, '$GROUP', '0')
+      reply = redis.call('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
+    end
+  end
+  for _, entry in ipairs(reply and reply[1][2] or {}) do
+    messages[#messages + 1] = {position, entry[1], entry[2]}
+    free = free - 1
+  end
+end
+local last_ids = {}
+if #messages == 0 then
+  for position, stream in ipairs(KEYS) do
+    last_ids[position] = '0-0'
+    if redis.call('EXISTS', stream) == 1 then
+      local info = redis.call('XINFO', 'STREAM', stream)
+      for field = 1, #info, 2 do
+        if info[field] == 'last-generated-id' then last_ids[position] = info[field + 1] end
+      end
+    end
+  end
+end
+return {messages, last_ids}

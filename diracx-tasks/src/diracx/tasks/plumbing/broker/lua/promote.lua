@@ -1,0 +1,9 @@
+-- Move what is due from the delayed set into its streams. Messages are not decoded.
+-- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
+-- Returns {number moved, when the next is due in ms or -1, now in ms}.
+-- #include _time _queue
+local now = math.floor(now_us() / 1000)
+local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', int(now), 'LIMIT', 0, ARGV[1])
+for _, task in ipairs(due) do undelay(task) end
+local next_due = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
+return {#due, next_due and int(tonumber(next_due)) or '-1', int(now)}

@@ -1,0 +1,35 @@
+-- The end of executions. For each: remove the entry, give the locks back (waking whoever waits), and do the
+-- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
+-- KEYS: none. ARGV: consumer, settlements (msgpack list of {stream, entry, deliveries, locks} with any of
+--   result  = {key, value, ttl_ms}
+--   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
+--   requeue = {stream, data, since}             handed back, to start elsewhere at once
+--   group   = {id, child, failed}               one child less to wait for
+--   dead    = {reason, data}                    kept until a worker with a database takes it).
+-- Returns a list of 1 (settled) or 0 (refused: it was taken over by somebody else).
+-- #include _time _locks _queue _wake _groups
+local consumer, replies = ARGV[1], {}
+for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
+  local ours = owns(s.stream, consumer, s.entry, s.deliveries)
+  if ours then
+    remove(s.stream, s.entry)
+    if s.retry then
+      delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
+    end
+    if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since) end
+    if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
+    if s.group then child_done(s.group.id, s.group.child, s.group.failed) end
+    if s.result then
+      redis.call('SET', s.result.key, s.result.value, 'PX', s.result.ttl_ms)
+      redis.call('PUBLISH', s.result.key, '')
+    end
+  end
+  if s.locks then
+    release_all(s.locks)
+    for _, lock in ipairs(s.locks) do
+      redis.call('HDEL', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key)
+    end
+  end
+  replies[position] = ours and 1 or 0
+end
+return replies

@@ -1,0 +1,40 @@
+-- For each delivery: take all the locks of its task, or park it until they can be had.
+-- KEYS: none. ARGV: consumer, deliveries (msgpack list of
+--   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}).
+-- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
+-- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
+-- #include _time _locks _queue _wake
+local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
+local consumer, now, replies = ARGV[1], now_us(), {}
+for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
+  if not owns(d.stream, consumer, d.entry, d.deliveries) then
+    replies[position] = {-1}
+  else
+    local granted, refusing, again = take_all(d.locks, now, d.task)
+    if granted then
+      for _, lock in ipairs(d.locks) do
+        redis.call('HSET', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
+      end
+      replies[position] = {1}
+    else
+      local fields = redis.call('XRANGE', d.stream, d.entry, d.entry)[1][2]
+      local data
+      for field = 1, #fields, 2 do
+        if fields[field] == 'data' then data = fields[field + 1] end
+      end
+      local lock, since = d.locks[refusing], d.since
+      if since == '0' then since = int(now) end
+      local due = math.ceil((again or (now + look_again_in(lock, d.retry_ms) * 1000)) / 1000)
+      remove(d.stream, d.entry)
+      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data)
+      if lock.kind ~= 'rate' then
+        local waiting = '$WAITING_PREFIX' .. lock.key
+        redis.call('ZADD', waiting, int(d.rank * MAX_PRIORITY_SPAN + tonumber(since)), lock.kind .. ':' .. d.task)
+        redis.call('PEXPIRE', waiting, d.retry_ms * 2)
+      end
+      pass_turn_on(d.locks, refusing, d.task)
+      replies[position] = {0, refusing, int(due)}
+    end
+  end
+end
+return replies

@@ -1,0 +1,246 @@
+"""What travels: the message of a task, its delivery to a worker, how it ended, and what the broker is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from ..enums import Priority, Size
+from ..exceptions import ResultIsMissingError
+from ..wire import dumps, loads
+
+if TYPE_CHECKING:
+    from ..locks import LockSpec
+    from .redis_streams import RedisStreamBroker
+
+_Value = TypeVar("_Value")
+
+#: Labels with a meaning for the task system; all others are the user's own.
+LABEL_ATTEMPTS = "attempts"
+LABEL_GROUP = "group"
+LABEL_RESULT_TTL = "result_ttl_seconds"
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskMessage:
+    """A task on its way. The same id goes with it for its whole life."""
+
+    task_id: str
+    task_name: str
+    """Registry name, `{category}:{ClassName}`."""
+    labels: dict[str, Any] = field(default_factory=dict)
+    task_args: list[Any] = field(default_factory=list)
+    task_kwargs: dict[str, Any] = field(default_factory=dict)
+    trace_context: dict[str, str] = field(default_factory=dict)
+    """W3C trace headers of the submitter."""
+
+    def dumpb(self) -> bytes:
+        """The message as it is stored.
+
+        Raises:
+            TypeError: when an argument or a label has a type that cannot travel.
+        """
+        return dumps(
+            {
+                "task_id": self.task_id,
+                "task_name": self.task_name,
+                "labels": self.labels,
+                "task_args": self.task_args,
+                "task_kwargs": self.task_kwargs,
+                "trace_context": self.trace_context,
+            }
+        )
+
+    @classmethod
+    def loadb(cls, data: bytes) -> Self:
+        """Read a stored message.
+
+        Raises:
+            ValueError: when the bytes are no task message.
+        """
+        try:
+            fields = loads(data)
+            message = cls(**fields)
+        except Exception as error:
+            raise ValueError(f"not a task message: {error}") from error
+        shapes = (
+            (message.task_id, str),
+            (message.task_name, str),
+            (message.labels, dict),
+            (message.task_args, list | tuple),
+            (message.task_kwargs, dict),
+        )
+        if not all(isinstance(value, shape) for value, shape in shapes):
+            raise ValueError("not a task message: a field has the wrong type")
+        return message
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """The failed attempts so far, oldest first: type, message, traceback, host, started, ended."""
+        found: list[dict[str, Any]] = self.labels.get(LABEL_ATTEMPTS, [])
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskResult(Generic[_Value]):
+    """How a task ended, as it is kept for those who asked for it."""
+
+    is_err: bool
+    return_value: _Value
+    execution_time: float
+    """Seconds that the last execution took."""
+    error: dict[str, str] | None = None
+    """`type`, `message` and `traceback` of the exception, when it failed."""
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_value(
+        cls, value: Any, execution_time: float, labels: dict[str, Any] | None = None
+    ) -> TaskResult[Any]:
+        """The result of a task that succeeded."""
+        return TaskResult(is_err=False, return_value=value, execution_time=execution_time, labels=labels or {})
+
+    @classmethod
+    def from_exception(
+        cls, exc: BaseException, execution_time: float, labels: dict[str, Any] | None = None
+    ) -> TaskResult[None]:
+        """The result of a task that finally failed."""
+        return TaskResult(
+            is_err=True,
+            return_value=None,
+            execution_time=execution_time,
+            error=describe_exception(exc),
+            labels=labels or {},
+        )
+
+    def raise_for_error(self) -> Self:
+        """Return the result, or raise when the task failed.
+
+        Raises:
+            RuntimeError: with the type and message of the task's exception.
+        """
+        if self.is_err:
+            error = self.error or {}
+            raise RuntimeError(f"{error.get('type', 'Exception')}: {error.get('message', '')}")
+        return self
+
+    def dumpb(self) -> bytes:
+        """The result as it is stored."""
+        return dumps(
+            {
+                "is_err": self.is_err,
+                "return_value": self.return_value,
+                "execution_time": self.execution_time,
+                "error": self.error,
+                "labels": self.labels,
+            }
+        )
+
+    @classmethod
+    def loadb(cls, data: bytes | None) -> TaskResult[Any]:
+        """Read a stored result.
+
+        Raises:
+            ResultIsMissingError: when there is none.
+        """
+        if data is None:
+            raise ResultIsMissingError("no result is stored under this id (not kept, not ready, or expired)")
+        return TaskResult(**loads(data))
+
+
+def describe_exception(error: BaseException, *, longest: int = 8_000) -> dict[str, str]:
+    """Type, message and (the end of) the traceback of an exception, as text."""
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "message": str(error), "traceback": text[-longest:]}
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A message and the queue it goes to."""
+
+    message: TaskMessage
+    stream: str
+    at_time: datetime | None = None
+    """Not before this moment; None for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message in the hands of one worker. Whoever settles it must still be its owner."""
+
+    stream: str
+    entry: str
+    """Id of the stream entry."""
+    deliveries: int
+    """How often it was handed out, this time included: more than once means a worker died with it."""
+    data: bytes | None
+    """The stored message; None when the entry has none."""
+    raw: bytes
+    """Everything the entry holds, for the dead-letter queue when it cannot be read."""
+    since: str = "0"
+    """When it first began to wait for a lock (µs since the epoch), or 0."""
+
+    @property
+    def priority(self) -> Priority:
+        """Taken from the name of the stream."""
+        return Priority(self.stream.split(":")[2])
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What the broker is told of one delivery. At most one of retry, requeue and dead is set."""
+
+    delivery: Delivery
+    locks: Sequence[LockSpec] = ()
+    result: Mapping[str, Any] | None = None
+    retry: Mapping[str, Any] | None = None
+    requeue: Mapping[str, Any] | None = None
+    group: Mapping[str, Any] | None = None
+    dead: Mapping[str, Any] | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """For lua/settle.lua: what is not set is left out."""
+        packed: dict[str, Any] = {
+            "stream": self.delivery.stream,
+            "entry": self.delivery.entry,
+            "deliveries": self.delivery.deliveries,
+        }
+        for name in ("locks", "result", "retry", "requeue", "group", "dead"):
+            if value := getattr(self, name):
+                packed[name] = value
+        return packed
+
+
+async def submit_task(
+    broker: RedisStreamBroker,
+    task_name: str,
+    task_args: Sequence[Any] = (),
+    task_kwargs: Mapping[str, Any] | None = None,
+    *,
+    labels: Mapping[str, Any] | None = None,
+    task_id: str | None = None,
+    run_at: datetime | None = None,
+    priority: Priority | str = Priority.NORMAL,
+    size: Size | str = Size.MEDIUM,
+) -> str:
+    """Submit a task by its registry name, without its class. Returns its id.
+
+    Raises:
+        SendTaskError: when the broker cannot be reached.
+    """
+    from .keys import stream_name_for
+    from .redis_streams import new_task_id
+
+    message = TaskMessage(
+        task_id=task_id or new_task_id(),
+        task_name=task_name,
+        labels=dict(labels or {}),
+        task_args=list(task_args),
+        task_kwargs=dict(task_kwargs or {}),
+    )
+    await broker.submit([Submission(message, stream_name_for(priority, size), run_at)])
+    return message.task_id

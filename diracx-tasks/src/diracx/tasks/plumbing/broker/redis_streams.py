@@ -1,0 +1,264 @@
+"""The broker: every verb by which a task's state changes, each one atomic step on the server.
+
+    submit → fetch | reclaim → start → settle      promote (delayed → queued)
+
+`docs/explanation/transitions.md` lists each transition with its script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import msgpack
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from ..enums import Size
+from ..exceptions import SendTaskError
+from . import keys, scripts
+from .keys import ALL_STREAM_NAMES, stream_name_for
+from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
+
+if TYPE_CHECKING:
+    from ..locks import LockSpec
+
+__all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: Tasks promoted by one script call: a few ms of the server's time.
+PROMOTE_BATCH = 500
+#: Settlements in one script call.
+SETTLE_BATCH = 200
+
+
+def new_task_id() -> str:
+    """A new task id: 32 hexadecimal digits."""
+    return uuid4().hex
+
+
+def new_worker_id() -> str:
+    """A name for a worker that tells where to find it: `host:pid:random`."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+def in_ms(moment: datetime) -> int:
+    """Milliseconds since the epoch, rounded up. A naive datetime is taken as UTC."""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return -((_EPOCH - moment) // timedelta(milliseconds=1))
+
+
+class RedisStreamBroker:
+    """Messages in the streams of one Redis or Valkey server.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://` address, with user and password if needed.
+        worker_size: the size of the worker that fetches through this broker.
+        consumer_name: name of that worker; a unique one by default.
+        connection_kwargs: passed to redis-py.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        worker_size: Size | str = Size.MEDIUM,
+        consumer_name: str | None = None,
+        max_connection_pool_size: int | None = None,
+        **connection_kwargs: Any,
+    ) -> None:
+        self.url = url
+        self.worker_size = Size(worker_size)
+        self.consumer_name = consumer_name or new_worker_id()
+        self.streams = keys.streams_of(self.worker_size)
+        # A submission that was sent and not answered must not be sent again behind the caller's back,
+        # hence no retries in the client: whoever can repeat safely (the worker) does so itself.
+        self.redis: Redis = Redis.from_url(
+            url,
+            max_connections=max_connection_pool_size,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            **{"socket_connect_timeout": 5.0, **connection_kwargs},
+        )
+
+    async def startup(self) -> None:
+        """Check that the server answers.
+
+        Raises:
+            redis.exceptions.RedisError: when it does not.
+        """
+        await self.redis.ping()
+
+    async def shutdown(self) -> None:
+        """Close all connections."""
+        await self.redis.aclose()
+
+    # --- submitting -------------------------------------------------------------------------------------
+
+    async def enqueue(self, message: TaskMessage, stream: str | None = None) -> None:
+        """Submit one message, by default to the normal queue of this broker's size."""
+        await self.submit([Submission(message, stream or stream_name_for("normal", self.worker_size))])
+
+    async def submit(self, submissions: Sequence[Submission]) -> None:
+        """Submit messages: one round trip, however many.
+
+        Raises:
+            SendTaskError: when the server could not be reached or refused.
+            TypeError: when an argument cannot travel; nothing is sent then.
+        """
+        packed = [(submission, submission.message.dumpb()) for submission in submissions]
+        try:
+            if len(packed) == 1 and packed[0][0].at_time is None:
+                submission, data = packed[0]
+                await self.redis.execute_command("XADD", submission.stream, "*", "data", data)
+                return
+            now = [(s.stream, data) for s, data in packed if s.at_time is None]
+            if now:
+                async with self.redis.pipeline(transaction=False) as pipe:
+                    for stream, data in now:
+                        pipe.execute_command("XADD", stream, "*", "data", data)
+                    await pipe.execute()
+            for submission, data in packed:
+                if submission.at_time is not None:
+                    due = in_ms(submission.at_time)
+                    await scripts.delay(
+                        self.redis, submission.message.task_id, due, submission.stream, "at_time", data
+                    )
+        except RedisError as error:
+            names = {submission.message.task_name for submission in submissions}
+            raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error
+
+    async def submit_group(
+        self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
+    ) -> None:
+        """Create a callback group and submit its children in one step.
+
+        Raises:
+            SendTaskError: when the server could not be reached or refused.
+        """
+        packed = [{"task": c.message.task_id, "stream": c.stream, "data": c.message.dumpb()} for c in children]
+        try:
+            await scripts.group(self.redis, group_id, fields, ttl_seconds * 1000, packed)
+        except RedisError as error:
+            raise SendTaskError(f"cannot submit group {group_id}: {error}") from error
+
+    # --- fetching ---------------------------------------------------------------------------------------
+
+    async def fetch(self, free: int) -> tuple[list[Delivery], list[str]]:
+        """Reserve up to `free` messages, most urgent first.
+
+        Returns:
+            The deliveries, and when there are none the last id of each stream, to wait from.
+        """
+        messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free)
+        return [self._delivery([*message, 1]) for message in messages], [_text(last_id) for last_id in last_ids]
+
+    async def wait(self, last_ids: Sequence[str], timeout: float) -> None:
+        """Return when a stream of ours has something newer than `last_ids`, or after `timeout` seconds."""
+        await self.redis.execute_command(
+            "XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids
+        )
+
+    async def reclaim(self, free: int, *, audit: bool = False) -> list[Delivery]:
+        """Bury dead workers and take over up to `free` of the messages they held.
+
+        Args:
+            audit: also look for consumers that are on no list of living workers.
+        """
+        messages = await scripts.reclaim(self.redis, self.streams, self.consumer_name, free, audit)
+        return [self._delivery(message) for message in messages]
+
+    def _delivery(self, message: Sequence[Any]) -> Delivery:
+        position, entry, fields, deliveries = message
+        values = dict(zip(fields[::2], fields[1::2], strict=False))
+        data = values.get(b"data")
+        return Delivery(
+            stream=self.streams[position - 1],
+            entry=_text(entry),
+            deliveries=deliveries,
+            data=data,
+            raw=data if data is not None else msgpack.packb(fields),
+            since=_text(values.get(b"since", b"0")),
+        )
+
+    async def promote(self) -> int | None:
+        """Move everything that is due into its stream.
+
+        Returns:
+            Milliseconds until the next one is due, None when nothing is delayed.
+        """
+        while True:
+            moved, next_due, now = await scripts.promote(self.redis, PROMOTE_BATCH)
+            if moved < PROMOTE_BATCH:
+                return None if next_due is None else max(0, next_due - now)
+            await asyncio.sleep(0)
+
+    # --- running and ending -----------------------------------------------------------------------------
+
+    async def start(self, deliveries: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Take the locks of each delivery or park it. See lua/start.lua for both lists."""
+        replies = await scripts.start(self.redis, self.consumer_name, deliveries)
+        return [[int(number) for number in reply] for reply in replies]
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
+        """End deliveries. Returns which settlements were accepted; the others had been taken over."""
+        accepted: list[bool] = []
+        for first in range(0, len(settlements), SETTLE_BATCH):
+            batch = [settlement.packed() for settlement in settlements[first : first + SETTLE_BATCH]]
+            accepted += await scripts.settle(self.redis, self.consumer_name, batch)
+        return accepted
+
+    async def leave(self) -> bool:
+        """Take this broker's worker off every list."""
+        return await scripts.leave(self.redis, self.consumer_name)
+
+    async def release(self, locks: Sequence[LockSpec]) -> None:
+        """Give locks back outside a settlement."""
+        await scripts.release(self.redis, locks)
+
+    # --- results ----------------------------------------------------------------------------------------
+
+    async def is_result_ready(self, task_id: str) -> bool:
+        """Whether a result is stored under this id."""
+        return bool(await self.redis.exists(keys.RESULT_PREFIX + task_id))
+
+    async def get_result(self, task_id: str) -> TaskResult[Any]:
+        """The stored result of a task.
+
+        Raises:
+            ResultIsMissingError: when there is none (yet, or any more).
+        """
+        data: Any = await self.redis.get(keys.RESULT_PREFIX + task_id)
+        return TaskResult.loadb(data)
+
+    async def wait_result(self, task_id: str, timeout: float | None = None) -> TaskResult[Any]:
+        """Wait until the result of a task is there.
+
+        The worker announces it on a channel of the same name; a look now and then covers a lost message.
+
+        Raises:
+            TimeoutError: after `timeout` seconds.
+        """
+        key = keys.RESULT_PREFIX + task_id
+        async with asyncio.timeout(timeout), self.redis.pubsub() as pubsub:
+            await pubsub.subscribe(key)
+            while True:
+                data: Any = await self.redis.get(key)
+                if data is not None:
+                    return TaskResult.loadb(data)
+                while True:
+                    message = await pubsub.get_message(timeout=1.0)
+                    if message is None or message["type"] == "message":
+                        break
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

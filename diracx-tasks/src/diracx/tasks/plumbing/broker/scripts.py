@@ -1,0 +1,167 @@
+"""The atomic steps of the task system: each `lua/*.lua` file as a typed coroutine function.
+
+A script is called by its hash. A server that does not know it (new, restarted, flushed) answers NOSCRIPT
+without having run anything, so sending the source instead is safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+from redis.exceptions import NoScriptError
+
+from . import keys
+
+if TYPE_CHECKING:
+    from redis import Redis as SyncRedis
+    from redis.asyncio import Redis
+
+    from ..locks import LockSpec
+
+#: Everything a script may need to know about all streams.
+_EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
+
+
+def pack(value: Any) -> bytes:
+    """msgpack as the server's Lua understands it: raw strings only."""
+    packed: bytes = msgpack.packb(value, use_bin_type=False)
+    return packed
+
+
+class Script:
+    """One Lua file, with its includes and key names filled in."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source = _source(name)
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, redis: Redis, script_keys: Sequence[str] = (), args: Sequence[Any] = ()) -> Any:
+        try:
+            return await redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
+        except NoScriptError:
+            return await redis.execute_command("EVAL", self.source, len(script_keys), *script_keys, *args)
+
+    def run(self, redis: SyncRedis, script_keys: Sequence[str] = (), args: Sequence[Any] = ()) -> Any:
+        """The same on a blocking connection: the lease keeper has a thread of its own."""
+        try:
+            return redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
+        except NoScriptError:
+            return redis.execute_command("EVAL", self.source, len(script_keys), *script_keys, *args)
+
+
+def _source(name: str) -> str:
+    folder = files(__package__) / "lua"
+    source = (folder / f"{name}.lua").read_text()
+    include = re.search(r"^-- #include (.+)$", source, re.MULTILINE)
+    parts = [(folder / f"{part}.lua").read_text() for part in include[1].split()] if include else []
+    constants = keys.script_constants()
+    return re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], "\n".join([*parts, source]))
+
+
+@cache
+def script(name: str) -> Script:
+    """The script of that name, read once per process."""
+    return Script(name)
+
+
+async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> bool:
+    """Take all the locks, or none of them."""
+    reply = await script("acquire")(redis, args=[pack(locks)])
+    return bool(reply[0] == 1)
+
+
+async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
+    """Give the locks back and wake the tasks that wait for them. Returns how many were still held."""
+    return int(await script("release")(redis, args=[pack(locks)]))
+
+
+async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
+    """Renew the locks to their full time to live. Returns which of them are still ours."""
+    return [reply == 1 for reply in await script("extend")(redis, args=[pack(locks)])]
+
+
+async def delay(redis: Redis, task_id: str, due_ms: int, stream: str, reason: str, data: bytes) -> None:
+    """Put a message aside until `due_ms` (ms since the epoch, the server's clock)."""
+    await script("delay")(redis, args=[task_id, due_ms, stream, reason, data])
+
+
+async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int) -> Any:
+    """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
+    return await script("fetch")(redis, streams, [consumer, free])
+
+
+async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]]) -> Any:
+    """Take the locks of each delivery or park it. See lua/start.lua for the reply."""
+    return await script("start")(redis, args=[consumer, pack(deliveries)])
+
+
+async def settle(redis: Redis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Tell the broker how executions ended. Returns which settlements were accepted."""
+    return [reply == 1 for reply in await script("settle")(redis, args=[consumer, pack(settlements)])]
+
+
+async def reclaim(redis: Redis, streams: Sequence[str], consumer: str, free: int, audit: bool) -> Any:
+    """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
+    return await script("reclaim")(redis, streams, [consumer, free, int(audit), _EVERY_STREAM])
+
+
+async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int]:
+    """Move what is due into its streams: (number moved, next due in ms or None, now in ms)."""
+    moved, next_due, now = await script("promote")(redis, args=[at_most])
+    return int(moved), None if int(next_due) < 0 else int(next_due), int(now)
+
+
+async def leave(redis: Redis, consumer: str) -> bool:
+    """Take a worker off every list. False when it still holds messages, which others will reclaim."""
+    return bool(await script("leave")(redis, args=[consumer, _EVERY_STREAM]) == 1)
+
+
+async def group(
+    redis: Redis, group_id: str, fields: Mapping[str, Any], ttl_ms: int, children: Sequence[Mapping[str, Any]]
+) -> None:
+    """Create a callback group and submit its children."""
+    await script("group")(redis, args=[group_id, pack(fields), ttl_ms, pack(children)])
+
+
+async def fire(redis: Redis, group_id: str) -> bool:
+    """Fire a group's callback now. False when there is nothing to fire (any more)."""
+    return bool(await script("fire")(redis, args=[group_id]) == 1)
+
+
+async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
+    """Bring the set of schedules up to date. False when somebody else leads."""
+    return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)
+
+
+async def occur(
+    redis: Redis,
+    token: str,
+    schedule: str,
+    due_ms: int,
+    next_ms: int | None,
+    stream: str,
+    task_id: str,
+    data: bytes,
+) -> int:
+    """Submit one occurrence of a schedule. See lua/occur.lua for the reply."""
+    following = "" if next_ms is None else next_ms
+    return int(await script("occur")(redis, args=[token, schedule, due_ms, following, stream, task_id, data]))
+
+
+def renew(
+    redis: SyncRedis,
+    consumer: str,
+    lease_ms: int,
+    entries: Sequence[Mapping[str, Any]],
+    locks: Sequence[LockSpec],
+) -> tuple[list[int], list[int]]:
+    """Renew all a worker holds. Returns the positions of the entries and of the locks that are lost."""
+    lost_entries, lost_locks = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks)])
+    return [int(position) - 1 for position in lost_entries], [int(position) - 1 for position in lost_locks]

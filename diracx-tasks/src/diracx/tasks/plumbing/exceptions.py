@@ -1,0 +1,54 @@
+"""What can go wrong with a task, by name. Every message says what, which value, and the way out."""
+
+from __future__ import annotations
+
+
+class UnableToAcquireLockError(Exception):
+    """A lock of the task is held by somebody else."""
+
+
+class LockLostError(Exception):
+    """A lock or the lease of a running task could not be renewed: somebody else may hold it now.
+
+    Raised inside the execution, which is cancelled; the task's retry policy decides what follows.
+    """
+
+
+class TimeLimitExceededError(Exception):
+    """The execution ran for longer than its `time_limit_seconds` and was cancelled."""
+
+
+class WorkerStoppedError(Exception):
+    """The worker was stopped and its grace period ended before the task did."""
+
+
+class StopRetryingError(Exception):
+    """Raise it (or a subclass) in a task to end its retries at once."""
+
+
+class TooManyRetriesError(StopRetryingError):
+    """The retries of a task are used up."""
+
+
+class UnretryableError(StopRetryingError):
+    """The failure is of a kind that no retry can mend."""
+
+
+class TaskRetryRequestedError(Exception):
+    """Raise it in a task to be run again, whatever the retry policy makes of other exceptions."""
+
+
+class SendTaskError(Exception):
+    """A task could not be handed to the broker."""
+
+
+class ResultIsMissingError(Exception):
+    """The result was never kept, or its time to live has passed."""
+
+
+class TaskArgumentsError(ValueError):
+    """The arguments do not fit the task class."""
+
+
+class TaskConfigError(ValueError):
+    """The operator's configuration of tasks is wrong; the message has one line per problem."""

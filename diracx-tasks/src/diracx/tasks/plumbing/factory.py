@@ -1,0 +1,183 @@
+"""From installed packages to task classes, and from a task class to something that can be called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
+
+from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from .exceptions import SendTaskError, UnableToAcquireLockError
+from .locks import BaseLimiter, BaseLock
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+ENTRY_POINT_PREFIX = "diracx.tasks."
+#: Classes that are there to derive from.
+_BASES = {BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask}
+
+
+class TaskRegistry(dict[str, type[BaseTask]]):
+    """Registry name (`category:ClassName`) -> task class, and back.
+
+    Several classes may go by one name: an extension that overrides a task of DiracX takes its place for
+    everybody, also for code that schedules the original class.
+    """
+
+    def __init__(self, classes: Mapping[str, type[BaseTask]] | None = None) -> None:
+        super().__init__()
+        self._names: dict[type[BaseTask], str] = {}
+        for name, task_class in (classes or {}).items():
+            self.add(name, task_class)
+
+    @classmethod
+    def of(cls, classes: Mapping[str, type[BaseTask]]) -> TaskRegistry:
+        """The mapping as a registry, itself when it is one."""
+        return classes if isinstance(classes, TaskRegistry) else cls(classes)
+
+    def add(self, name: str, task_class: type[BaseTask]) -> None:
+        """Register a class. The first class of a name is the one that runs."""
+        self.setdefault(name, task_class)
+        self._names.setdefault(task_class, name)
+
+    def name_of(self, task_class: type[BaseTask]) -> str:
+        """The name a class is submitted under.
+
+        Raises:
+            SendTaskError: when it is not registered; the message says how to register it.
+        """
+        try:
+            return self._names[task_class]
+        except KeyError:
+            raise SendTaskError(
+                f"{task_class.__module__}.{task_class.__qualname__} is not a registered task: name it in the "
+                f"entry points of a group {ENTRY_POINT_PREFIX}<category>, or load its file with --module"
+            ) from None
+
+    def ambiguous_names(self) -> list[str]:
+        """One line for each class name that two categories share: their default locks have the same key."""
+        by_class_name = defaultdict(list)
+        for name, task_class in self.items():
+            by_class_name[name.partition(":")[2]].append(f"{name} ({task_class.__module__})")
+        return [
+            f"the class name {class_name} is used by {' and '.join(sorted(origins))}: "
+            "they share their default locks; rename one, or give it locks of its own"
+            for class_name, origins in sorted(by_class_name.items())
+            if len(origins) > 1
+        ]
+
+    def merged_with(self, other: Mapping[str, type[BaseTask]]) -> Self:
+        """A registry of both, this one's classes first."""
+        merged = type(self)(self)
+        merged._names |= self._names
+        for name, task_class in other.items():
+            merged.add(name, task_class)
+        return merged
+
+
+def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
+    """All installed tasks, from the entry points of the groups `diracx.tasks.{category}`.
+
+    Args:
+        groups: entry-point groups to look at; by default every one with that prefix.
+
+    Raises:
+        RuntimeError: when a task cannot be loaded, or is none; the message names the entry point.
+    """
+    from importlib.metadata import entry_points
+
+    from diracx.core.extensions import select_from_extension
+
+    if groups is None:
+        groups = sorted(group for group in entry_points().groups if group.startswith(ENTRY_POINT_PREFIX))
+    registry = TaskRegistry()
+    for group in groups:
+        category = group.rpartition(".")[2]
+        for entry_point in select_from_extension(group=group):
+            where = f"entry point {entry_point.name!r} of {group} ({entry_point.value})"
+            try:
+                task_class = entry_point.load()
+            except Exception as error:
+                raise RuntimeError(f"{where} cannot be loaded: {error}") from error
+            if not (inspect.isclass(task_class) and issubclass(task_class, BaseTask)):
+                raise RuntimeError(f"{where} is not a task class")
+            registry.add(f"{category}:{entry_point.name}", task_class)
+    return registry
+
+
+def tasks_of_module(module: ModuleType) -> TaskRegistry:
+    """The tasks defined in a plain module, under the category of its last name."""
+    category = module.__name__.rpartition(".")[2]
+    return TaskRegistry(
+        {
+            f"{category}:{name}": value
+            for name, value in vars(module).items()
+            if inspect.isclass(value)
+            and issubclass(value, BaseTask)
+            and value not in _BASES
+            and value.__module__ == module.__name__
+        }
+    )
+
+
+@asynccontextmanager
+async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None]:
+    """Hold all the locks inside the block, renewing them; for code outside a worker.
+
+    Raises:
+        UnableToAcquireLockError: when one of them is held by somebody else; none is taken then.
+        LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
+    """
+    from .broker import scripts
+    from .worker.keeper import keep_renewed
+
+    wanted = [lock for lock in locks if lock.enabled]
+    specs = [lock.spec() for lock in wanted]
+    if specs and not await scripts.acquire(redis, specs):
+        names = ", ".join(lock.redis_key for lock in wanted)
+        raise UnableToAcquireLockError(f"held by somebody else: {names}")
+    try:
+        async with keep_renewed(redis, specs):
+            yield
+    finally:
+        if specs:
+            await scripts.release(redis, specs)
+
+
+async def task_wrapper(
+    cls: type[BaseTask], *args: Any, _redis: Redis, _interactive: bool = False, **kwargs: Any
+) -> Any:
+    """Build a task from its arguments and execute it under its locks.
+
+    Args:
+        args: the task's arguments, as they come out of a message.
+        _redis: where the locks are.
+        _interactive: skip limiters (`diracx-task-run call`).
+        kwargs: the dependencies of `execute`.
+
+    Raises:
+        UnableToAcquireLockError: when a lock is held by somebody else.
+    """
+    from .arguments import rebuild
+
+    task = rebuild(cls, args, {})
+    locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]
+    async with holding(locks, _redis):
+        return await task.execute(**kwargs)
+
+
+def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
+    """`task_wrapper` for one class, with the signature of its `execute`, for dependency injection."""
+
+    @functools.wraps(cls.execute)
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return await task_wrapper(cls, *args, **kwargs)
+
+    parameters = list(inspect.signature(cls.execute).parameters.values())[1:]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect
+    return wrapped

@@ -1,0 +1,209 @@
+"""Dependencies of a task: compiled once per class into a `Plan`, resolved once per execution.
+
+Parameters are declared as in a FastAPI route, and of FastAPI only the public attributes of ``Depends`` are
+read: its own resolver is private and wants an HTTP request. What stands behind the DiracX sentinels
+(``JobDB.transaction``, ``AuthSettings.create``…) in a worker comes from `setup_dependency_overrides`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from inspect import Parameter
+from types import TracebackType
+from typing import Annotated, Any, get_args, get_origin
+
+from fastapi.params import Depends
+
+from .depends import auto_inject_depends, resolved_signature
+from .overrides import setup_dependency_overrides
+from .sentinels import Call, Overrides, find_missing_overrides, innermost, name_of, sentinel_name
+
+__all__ = [
+    "Kind",
+    "Plan",
+    "compile_plan",
+    "find_missing_overrides",
+    "resolve",
+    "setup_dependency_overrides",
+]
+
+
+class Kind(StrEnum):
+    """How the value of a dependency is obtained from its callable."""
+
+    PLAIN = "plain"  # the value returned; called on the event loop, so it must not block
+    ASYNC = "async"  # the value awaited
+    GENERATOR = "generator"  # the value yielded; also a @contextmanager function
+    ASYNC_GENERATOR = "async generator"  # the value yielded; also an @asynccontextmanager function
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A callable and the plans of its injected parameters.
+
+    `call` and `dependencies` are named as in FastAPI's ``Dependant``, for code that reads either.
+    """
+
+    call: Call
+    kind: Kind
+    parameters: tuple[tuple[str, Plan], ...] = ()
+    """Name and plan of each injected parameter, in the order of the signature."""
+    use_cache: bool = True
+    """Whether a value that this execution already has for `call` is good enough."""
+    sentinel: str | None = None
+    """``JobDB.transaction`` or the like where `call` is one and does nothing without an override."""
+
+    @property
+    def dependencies(self) -> list[Plan]:
+        """The plans of the parameters."""
+        return [plan for _, plan in self.parameters]
+
+
+def compile_plan(func: Call, *, skip_first: bool = False, name: str | None = None) -> Plan:
+    """Read the signature of `func`, and those of its dependencies, into a plan.
+
+    `skip_first` leaves out ``self`` of a method taken from its class; `name` is what errors call `func`
+    (its qualified name by default).
+
+    Raises:
+        TypeError: a required parameter can neither be injected nor left out, or a dependency needs itself.
+        NameError: an annotation cannot be resolved at run time.
+    """
+    return _compile(func, (), name or name_of(func), skip_first=skip_first)
+
+
+def _compile(
+    call: Call, parents: tuple[Call, ...], name: str, *, skip_first: bool = False, use_cache: bool = True
+) -> Plan:
+    if call in parents:
+        raise TypeError(f"{name}: this dependency needs itself")
+    try:
+        params = list(resolved_signature(call).parameters.values())[1 if skip_first else 0 :]
+    except ValueError as error:  # some built-in types have no signature
+        raise TypeError(f"{name}: its parameters cannot be inspected ({error})") from error
+    children = []
+    for param in auto_inject_depends(params):
+        if (found := _dependency_of(param)) is not None:
+            dependency, depends = found
+            if param.kind is Parameter.POSITIONAL_ONLY:
+                raise TypeError(
+                    f"{name}: parameter {param.name!r} is injected by name and cannot be positional-only"
+                )
+            child_name = f"{name} → {name_of(dependency)}"
+            child = _compile(dependency, (*parents, call), child_name, use_cache=depends.use_cache)
+            children.append((param.name, child))
+        elif param.default is Parameter.empty and param.kind not in (
+            Parameter.VAR_POSITIONAL,
+            Parameter.VAR_KEYWORD,
+        ):
+            annotation = param.annotation
+            described = (
+                "no annotation" if annotation is Parameter.empty else inspect.formatannotation(annotation)
+            )
+            raise TypeError(
+                f"{name}: parameter {param.name!r} ({described}) cannot be injected; give it a default, "
+                "annotate it with a database, a settings class, Config or CallbackSpawner, "
+                "or use Annotated[..., Depends(...)]"
+            )
+    return Plan(call, _kind_of(call), tuple(children), use_cache, sentinel_name(call))
+
+
+def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
+    bare, *metadata = (
+        get_args(param.annotation) if get_origin(param.annotation) is Annotated else [param.annotation]
+    )
+    for item in (param.default, *reversed(metadata)):
+        if isinstance(item, Depends):
+            return item.dependency or bare, item  # a bare Depends() means the annotated type itself
+    return None
+
+
+def _kind_of(call: Call) -> Kind:
+    inner = innermost(call)
+    if inspect.iscoroutinefunction(inner):
+        return Kind.ASYNC
+    if inspect.isasyncgenfunction(inner):
+        return Kind.ASYNC_GENERATOR
+    if inspect.isgeneratorfunction(inner):
+        return Kind.GENERATOR
+    return Kind.PLAIN
+
+
+async def resolve(plan: Plan, overrides: Overrides, stack: AsyncExitStack) -> dict[str, Any]:
+    """Return the keyword arguments of ``plan.call``, resolved in the order of its signature.
+
+    Everything that has to be closed is entered on `stack`, in the asyncio task that calls this (the
+    connection of a DiracX database lives in a context variable); unwinding `stack` is up to its owner, also
+    when this raises. No dependency can swallow the exception that `stack` is unwound with.
+
+    Raises:
+        RuntimeError: a sentinel has no override (`find_missing_overrides` tells beforehand).
+        Exception: whatever a dependency raises.
+    """
+    if not plan.parameters:
+        return {}
+    return await _arguments(plan, overrides, stack, {})
+
+
+async def _arguments(
+    plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache: dict[Call, Any]
+) -> dict[str, Any]:
+    return {name: await _value(child, overrides, stack, cache) for name, child in plan.parameters}
+
+
+async def _value(plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache: dict[Call, Any]) -> Any:
+    override = overrides.get(plan.call)
+    if override is None and plan.sentinel is not None:
+        raise RuntimeError(
+            f"{plan.sentinel} is not available here; check its environment variables "
+            "(DIRACX_DB_URL_…, DIRACX_OS_DB_…, DIRACX_CONFIG_BACKEND_URL, or those of the settings class)"
+        )
+    source = plan if override is None else _compile_override(override)
+    # By what is really called: a database class and its extension share one override, and one transaction.
+    if plan.use_cache and source.call in cache:
+        return cache[source.call]
+    value = await _obtain(source, await _arguments(source, overrides, stack, cache), stack)
+    cache.setdefault(source.call, value)
+    return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_override(override: Call) -> Plan:
+    return compile_plan(override)
+
+
+async def _obtain(plan: Plan, arguments: dict[str, Any], stack: AsyncExitStack) -> Any:
+    produced = plan.call(**arguments)
+    match plan.kind:
+        case Kind.PLAIN:
+            return produced
+        case Kind.ASYNC:
+            return await produced
+        case Kind.GENERATOR:
+            manager = produced
+            if not isinstance(produced, AbstractContextManager):
+                manager = contextlib.contextmanager(lambda: produced)()
+            value = manager.__enter__()
+        case Kind.ASYNC_GENERATOR:
+            manager = produced
+            if not isinstance(produced, AbstractAsyncContextManager):
+                manager = contextlib.asynccontextmanager(lambda: produced)()
+            value = await manager.__aenter__()
+    stack.push_async_exit(functools.partial(_leave, manager))
+    return value
+
+
+async def _leave(
+    manager: Any, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+) -> bool:
+    if isinstance(manager, AbstractAsyncContextManager):
+        await manager.__aexit__(exc_type, exc, tb)
+    else:
+        manager.__exit__(exc_type, exc, tb)
+    # Whatever the manager answered: a failure swallowed here would let the databases below it commit.
+    return False

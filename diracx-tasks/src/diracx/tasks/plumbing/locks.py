@@ -1,0 +1,206 @@
+"""Locks and limiters in Redis, usable alone on a bare connection or declared by a task.
+
+Every decision is made in one script on the server, by the server's clock. Each instance is one owner: a
+release by anybody else changes nothing. `ttl_ms` is in milliseconds, everything else in seconds.
+Contract: the seed's lock reference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
+
+from .lock_registry import LockedObjectType
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: A lock as the scripts understand it: kind, key, owner and the numbers of its kind.
+LockSpec = dict[str, Any]
+
+
+class BaseLock(ABC):
+    """A lock on one object, known by the object's kind and key."""
+
+    _kind: ClassVar[str]
+    _prefix: ClassVar[str]
+
+    def __init__(self, obj: LockedObjectType, key: int | str, *extra_keys: int | str) -> None:
+        self.obj = LockedObjectType(obj)
+        self.key = key
+        self.extra_keys = extra_keys
+        self._owner_id = uuid4().hex
+
+    @property
+    def redis_key(self) -> str:
+        """`{prefix}:{obj}:{key}:{extra keys}`."""
+        return ":".join([self._prefix, self.obj, str(self.key), *map(str, self.extra_keys)])
+
+    @property
+    def enabled(self) -> bool:
+        """False for a limiter without a limit: it grants everything without asking the server."""
+        return True
+
+    def spec(self) -> LockSpec:
+        """This lock as the scripts understand it."""
+        return {"kind": self._kind, "key": self.redis_key, "owner": self._owner_id, **self._numbers()}
+
+    @abstractmethod
+    def _numbers(self) -> dict[str, int]:
+        """The numbers that the scripts need for this kind of lock."""
+
+    async def acquire(self, redis: Redis) -> bool:
+        """Take the lock if it can be had now. True when it was granted."""
+        from .broker import scripts
+
+        return not self.enabled or await scripts.acquire(redis, [self.spec()])
+
+    async def release(self, redis: Redis) -> None:
+        """Give the lock back. Nothing happens when it is not held by this instance."""
+        from .broker import scripts
+
+        if self.enabled:
+            await scripts.release(redis, [self.spec()])
+
+    async def extend(self, redis: Redis) -> bool:
+        """Renew the lock to its full time to live. False when it is lost, or has none."""
+        from .broker import scripts
+
+        return not self.enabled or (await scripts.extend(redis, [self.spec()]))[0]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.redis_key}>"
+
+
+class _ExpiringLock(BaseLock):
+    """A lock that the server drops `ttl_ms` after its last acquire or extend: the safety net for crashes."""
+
+    def __init__(
+        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = 30_000
+    ) -> None:
+        super().__init__(obj, key, *extra_keys)
+        if ttl_ms <= 0:
+            raise ValueError(f"ttl_ms must be a positive number of milliseconds, not {ttl_ms!r}")
+        self.ttl_ms = ttl_ms
+
+    def _numbers(self) -> dict[str, int]:
+        return {"ttl_ms": self.ttl_ms}
+
+
+class MutexLock(_ExpiringLock):
+    """At most one owner at a time. Not re-entrant: a second acquire by its owner is refused, too."""
+
+    _kind = "mutex"
+    _prefix = "lock:mutex"
+
+
+class ExclusiveRWLock(_ExpiringLock):
+    """The writer's side of a readers-writer lock: granted only with no readers and no writer."""
+
+    _kind = "exclusive"
+    _prefix = "lock:rw"
+
+
+class SharedRWLock(BaseLock):
+    """The readers' side: granted whenever there is no writer, to any number of readers.
+
+    Readers are counted, without a time to live. A reader that is a task gives its count back even when
+    its worker dies; a reader on a bare connection must release.
+    """
+
+    _kind = "shared"
+    _prefix = "lock:rw"
+
+    def _numbers(self) -> dict[str, int]:
+        return {}
+
+    async def extend(self, redis: Redis) -> bool:
+        """Always False: a shared lock has no time to live that could be extended."""
+        return False
+
+
+class BaseLimiter(BaseLock):
+    """A lock that limits instead of excluding. Limiters are skipped in interactive mode (`call`)."""
+
+
+class RateLimiter(BaseLimiter):
+    """At most `limit` units in any window of `window_seconds`, wherever on the time line it is put.
+
+    Both ends belong to a window: a unit granted exactly `window_seconds` ago still counts.
+    `release()` gives no quota back.
+
+    Args:
+        n_items: units of quota that one acquire spends.
+
+    Raises:
+        ValueError: on acquire, when `n_items` is more than `limit`, so that it could never be granted.
+    """
+
+    limit: int | None = None
+    window_seconds: float | None = None
+    _kind = "rate"
+    _prefix = "limiter:rate"
+
+    def __init__(self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, n_items: int = 1) -> None:
+        super().__init__(obj, key, *extra_keys)
+        if n_items <= 0:
+            raise ValueError(f"n_items must be a positive number of units, not {n_items!r}")
+        self.n_items = n_items
+
+    @property
+    def enabled(self) -> bool:
+        """False while `limit` or `window_seconds` is None."""
+        return self.limit is not None and self.window_seconds is not None
+
+    def _numbers(self) -> dict[str, int]:
+        assert self.limit is not None
+        assert self.window_seconds is not None
+        if self.n_items > self.limit:
+            raise ValueError(
+                f"{self.redis_key} asks for n_items={self.n_items} at once but its limit is {self.limit}: "
+                "it could never be granted"
+            )
+        return {
+            "limit": self.limit,
+            "window_us": round(self.window_seconds * 1_000_000),
+            "n_items": self.n_items,
+        }
+
+    async def release(self, redis: Redis) -> None:
+        """Nothing: spent quota is not given back."""
+
+    async def extend(self, redis: Redis) -> bool:
+        """Always False: there is nothing to extend."""
+        return False
+
+
+class ConcurrencyLimiter(BaseLimiter):
+    """At most `limit` holders at a time. A holder's slot ends `ttl_ms` after its last acquire or extend.
+
+    Raises:
+        ValueError: on acquire, when `limit` is less than 1, so that it could never be granted.
+    """
+
+    limit: int | None = None
+    _kind = "concurrency"
+    _prefix = "limiter:conc"
+
+    def __init__(
+        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = 30_000
+    ) -> None:
+        super().__init__(obj, key, *extra_keys)
+        if ttl_ms <= 0:
+            raise ValueError(f"ttl_ms must be a positive number of milliseconds, not {ttl_ms!r}")
+        self.ttl_ms = ttl_ms
+
+    @property
+    def enabled(self) -> bool:
+        """False while `limit` is None."""
+        return self.limit is not None
+
+    def _numbers(self) -> dict[str, int]:
+        assert self.limit is not None
+        if self.limit < 1:
+            raise ValueError(f"{self.redis_key} has a limit of {self.limit}: it could never be granted")
+        return {"limit": self.limit, "ttl_ms": self.ttl_ms}

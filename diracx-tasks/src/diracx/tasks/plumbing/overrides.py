@@ -1,0 +1,276 @@
+"""What stands behind the DiracX sentinels in a worker: databases, settings, configuration, sources.
+
+Only what some task needs is opened, once per process, and closed in reverse order at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
+
+from .exceptions import TaskConfigError
+from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, calls_below, family_of
+
+if TYPE_CHECKING:
+    from diracx.core.config import Config
+    from diracx.core.settings import ServiceSettingsBase
+    from diracx.core.sources import AsyncCacheableSource
+    from diracx.db.sql.utils import BaseSQLDB
+
+__all__ = ["setup_dependency_overrides", "sql_overrides"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def setup_dependency_overrides(task_dependants: Iterable[Any] = ()) -> AsyncIterator[dict[Call, Call]]:
+    """Open what the given plans need, for as long as the context lasts, and yield the overrides for it.
+
+    Databases come from ``DIRACX_DB_URL_<NAME>`` and ``DIRACX_OS_DB_<NAME>``, settings from their own
+    variables, the configuration from ``DIRACX_CONFIG_BACKEND_URL`` (read once before this yields). Without
+    plans, everything that is available is opened. What is not configured is absent from the overrides:
+    see `find_missing_overrides`.
+
+    Raises:
+        TaskConfigError: a database URL is malformed.
+        Exception: something needed is configured, but cannot be opened or read.
+    """
+    dependants = list(task_dependants)
+    needs = _Needs(
+        {call for dependant in dependants for call in calls_below(dependant, {})} if dependants else None
+    )
+    overrides: dict[Call, Call] = {}
+    async with AsyncExitStack() as stack:
+        if needs.any_of(SETTINGS):
+            await _open_settings(needs, overrides, stack)
+        if needs.any_of(CONFIG):
+            await _open_config(overrides)
+        sources = _source_classes(needs) if needs.any_of(SOURCE) else []
+        databases: dict[type, BaseSQLDB] = {}
+        if needs.any_of(SQL):
+            databases = await _open_sql(needs, overrides, stack)
+        for classes in sources:
+            _add_source(classes, databases, overrides)
+        if needs.any_of(OPENSEARCH):
+            await _open_opensearch(needs, overrides, stack)
+        yield overrides
+
+
+class _Needs:
+    """Which sentinels are wanted; all of them when constructed with None."""
+
+    def __init__(self, calls: set[Call] | None) -> None:
+        self.calls = calls
+
+    def __contains__(self, call: Call) -> bool:
+        return self.calls is None or call in self.calls
+
+    def any_of(self, family: Family) -> bool:
+        return self.calls is None or any(family_of(call) == family for call in self.calls)
+
+    def owners(self, family: Family) -> list[Any]:
+        """The classes wanted by name; empty when everything is wanted."""
+        owners = {call.__self__: None for call in self.calls or () if family_of(call) == family}  # type: ignore[attr-defined]  # bound classmethods
+        return sorted(owners, key=lambda owner: str(owner.__qualname__))
+
+
+async def _open_settings(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
+    from diracx.core.settings import ServiceSettingsBase
+    from pydantic import ValidationError
+
+    for cls in needs.owners(SETTINGS) or _subclasses(ServiceSettingsBase):
+        try:
+            settings = cls()
+        except ValidationError as error:
+            # Without the values: they may be secrets.
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+                for item in error.errors(include_input=False, include_context=False, include_url=False)
+            )
+            level = logging.DEBUG if needs.calls is None else logging.WARNING
+            logger.log(level, "%s cannot be read from the environment: %s", cls.__name__, problems)
+            continue
+        try:
+            await stack.enter_async_context(settings.lifetime_function())
+        except Exception:
+            if needs.calls is not None:
+                raise
+            logger.warning("%s is left out, it could not be started", cls.__name__, exc_info=True)
+            continue
+        overrides[cls.create] = functools.partial(_same, settings)
+
+
+def _subclasses(cls: type[ServiceSettingsBase]) -> list[type[ServiceSettingsBase]]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+async def _open_config(overrides: dict[Call, Call]) -> None:
+    from diracx.core.config import ConfigSource
+    from diracx.core.exceptions import NotReadyError
+    from diracx.core.settings import FactorySettings
+
+    if not FactorySettings().config_backend_url:
+        return
+    # Both run git, which would block the event loop.
+    source: ConfigSource = await asyncio.to_thread(ConfigSource.create)
+    await asyncio.to_thread(source.read)
+
+    async def config() -> Config:
+        try:
+            return await source.read_non_blocking()
+        except NotReadyError:  # not looked at for an hour: wait for it rather than fail the task
+            return await asyncio.to_thread(source.read)
+
+    overrides[ConfigSource.create] = config
+
+
+async def _open_sql(
+    needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack
+) -> dict[type, BaseSQLDB]:
+    from diracx.db.sql.utils import BaseSQLDB
+    from pydantic import ValidationError
+
+    try:
+        urls = BaseSQLDB.available_urls()
+    except ValidationError as error:
+        # The original would print the URL with its password.
+        problems = "; ".join(item["msg"] for item in error.errors(include_input=False))
+        raise TaskConfigError(f"A DIRACX_DB_URL_… variable is not a valid database URL: {problems}") from None
+    databases: dict[type, BaseSQLDB] = {}
+    for name, url in urls.items():
+        try:
+            classes = BaseSQLDB.available_implementations(name)
+        except Exception:
+            logger.exception("The database %s is left out, its class could not be loaded", name)
+            continue
+        if not any(cls.transaction in needs or cls.no_transaction in needs for cls in classes):
+            continue
+        database = classes[0](db_url=url)
+        await stack.enter_async_context(database.engine_context())
+        overrides.update(sql_overrides(database, classes))
+        databases.update(dict.fromkeys(classes, database))
+    return databases
+
+
+def sql_overrides(database: BaseSQLDB, classes: Iterable[type[BaseSQLDB]] = ()) -> dict[Call, Call]:
+    """Return the overrides that make `database` stand for `classes` (for its own class by default).
+
+    Its ``engine_context`` must be entered before the overrides are used.
+    """
+    transaction = functools.partial(_transaction, database)
+    no_transaction = functools.partial(_same, database)
+    overrides: dict[Call, Call] = {}
+    for cls in tuple(classes) or (type(database),):
+        overrides[cls.transaction] = transaction
+        overrides[cls.no_transaction] = no_transaction
+    return overrides
+
+
+async def _transaction(database: BaseSQLDB) -> AsyncIterator[BaseSQLDB]:
+    """Commit when the execution succeeded, roll back when it did not, and close in any case."""
+    await database.__aenter__()
+    try:
+        yield database
+    except BaseException as failure:
+        await _roll_back(database, failure)
+        raise
+    try:
+        await database.__aexit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in diracx-db
+    except BaseException as failure:
+        # BaseSQLDB 0.7 forgets to close the connection when its commit fails.
+        await _abandon_commit(database)
+        await _roll_back(database, failure)
+        raise
+
+
+async def _abandon_commit(database: BaseSQLDB) -> None:
+    """End the transaction of a failed commit.
+
+    SQLAlchemy takes such a transaction for ended and returns its connection to the pool without a rollback.
+    SQLite's is not (a deferred constraint leaves it open), and its rows would be committed with those of
+    the next execution.
+    """
+    try:
+        connection = database.conn
+    except RuntimeError:  # closed already: the failure came after the commit
+        return
+    try:
+        if not connection.invalidated:
+            await connection.run_sync(lambda sync_connection: sync_connection.connection.rollback())
+    except Exception:
+        logger.warning("A connection of %s is discarded", type(database).__name__, exc_info=True)
+        await connection.invalidate()
+
+
+async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
+    try:
+        database.conn  # noqa: B018  # raises when it is closed already
+    except RuntimeError:
+        return
+    try:
+        await database.__aexit__(type(failure), failure, failure.__traceback__)  # type: ignore[no-untyped-call]  # same
+    except Exception:  # the failure itself matters more than this one
+        logger.exception("A connection of %s could not be closed", type(database).__name__)
+
+
+async def _open_opensearch(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
+    from diracx.core.settings import FactorySettings
+    from diracx.db.os.utils import BaseOSDB
+
+    for name, connection in BaseOSDB.available_urls().items():
+        classes = BaseOSDB.available_implementations(name)
+        if not any(cls.session in needs for cls in classes):
+            continue
+        database = classes[0](connection_kwargs=connection, global_prefix=FactorySettings().os_global_prefix)
+        await stack.enter_async_context(database.client_context())
+        session = functools.partial(_session, database)
+        overrides.update({cls.session: session for cls in classes})
+
+
+async def _session(database: Any) -> AsyncIterator[Any]:
+    async with database:
+        yield database
+
+
+def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]]:
+    """Group the wanted sources by name, best implementation first, and add their databases to `needs`."""
+    from diracx.core.extensions import DiracEntryPoint, select_from_extension
+
+    by_name: dict[str, list[Any]] = {}
+    for entry_point in select_from_extension(group=DiracEntryPoint.CACHEABLE_SOURCES):
+        by_name.setdefault(entry_point.name, []).append(entry_point.load())
+    groups = list(by_name.values())
+    registered = {cls for classes in groups for cls in classes}
+    groups += [[cls] for cls in needs.owners(SOURCE) if cls not in registered]
+    wanted = [classes for classes in groups if any(cls.create in needs for cls in classes)]
+    if needs.calls is not None:
+        needs.calls.update(classes[0].db_class.transaction for classes in wanted)
+    return wanted
+
+
+def _add_source(
+    classes: list[type[AsyncCacheableSource[Any]]],
+    databases: dict[type, BaseSQLDB],
+    overrides: dict[Call, Call],
+) -> None:
+    database = databases.get(classes[0].db_class)
+    if database is None:
+        return
+    source = classes[0](db=database)  # type: ignore[call-arg]  # what DiracX sources take, unsaid by their base
+
+    async def read() -> Any:
+        # In an empty context: the source opens a transaction of its own, which would collide with the one
+        # that the task may already have on this database.
+        return await asyncio.create_task(source.read(), context=Context())
+
+    overrides.update({cls.create: read for cls in classes})

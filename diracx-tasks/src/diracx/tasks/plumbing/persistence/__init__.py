@@ -1,0 +1,26 @@
+"""What outlives Redis: the dead-letter queue, in SQL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .letter import DeadLetter
+
+if TYPE_CHECKING:
+    from .db import TaskDB
+    from .schema import DeadLetterStatus
+
+__all__ = ["DeadLetter", "DeadLetterStatus", "TaskDB"]
+
+
+def __getattr__(name: str) -> Any:
+    # SQLAlchemy is only worth its import time to those who have a database.
+    if name == "TaskDB":
+        from .db import TaskDB
+
+        return TaskDB
+    if name == "DeadLetterStatus":
+        from .schema import DeadLetterStatus
+
+        return DeadLetterStatus
+    raise AttributeError(name)

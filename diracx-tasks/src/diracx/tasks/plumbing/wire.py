@@ -1,0 +1,226 @@
+"""What a Python value looks like in Redis: msgpack, extended by the types msgpack lacks. Never pickle.
+
+Plain values (None, bool, int, float, str, bytes, list, dict) go through msgpack's C code alone. Every other
+value comes back as follows; Python code runs for these only.
+
+| sent | comes back as |
+|---|---|
+| int beyond 64 bits, tuple, set, frozenset, date, time, timedelta, Decimal, UUID, naive datetime | itself |
+| aware datetime | the same instant in UTC, to the microsecond |
+| subclass of a type above (named tuple, `OrderedDict`, str subclass, …) | the type it derives from |
+| Enum member | its value |
+| dataclass instance, pydantic model | dict of its fields |
+| Path | str |
+
+Dictionary keys must be scalars. A set whose elements come back unhashable (frozen dataclasses become dicts)
+comes back as a list; `arguments.rebuild` makes it a set again where the annotation says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+import msgpack
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# Extension codes are part of the wire format: never renumber, only add.
+_BIG_INT, _NAIVE_DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _SET, _FROZENSET, _TUPLE = range(1, 11)
+
+
+def dumps(value: Any) -> bytes:
+    """Encode `value`.
+
+    Raises `TypeError` naming the type that has no encoding, and `ValueError` for what is nested too deeply
+    (hundreds of levels, or a container that holds itself) or lies outside the calendar.
+    """
+    try:
+        return _pack(value)
+    except RecursionError as exc:
+        raise ValueError("cannot put it on the wire: nested too deeply") from exc
+    except OverflowError as exc:
+        raise ValueError(f"cannot put it on the wire: {exc}") from exc
+
+
+def loads(data: bytes) -> Any:
+    """Decode what `dumps` made. Raises `ValueError` for anything that is not a whole encoded value."""
+    try:
+        return _unpack(data)
+    except Exception as exc:
+        raise ValueError(f"not an encoded value: {exc or type(exc).__name__}") from exc
+
+
+def _pack(value: Any) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(value, default=_encode, strict_types=True)
+    except UnicodeEncodeError:
+        # Lone surrogates, as in file names that are not UTF-8; the tolerant packer is the slower one.
+        packed = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors="surrogatepass")
+    return packed
+
+
+def _unpack(data: bytes) -> Any:
+    return msgpack.unpackb(
+        data, ext_hook=_decode, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
+    )
+
+
+def _encode(value: Any) -> Any:
+    """Turn what msgpack does not know into something it knows. It asks once per value, so be final."""
+    encode = _ENCODERS.get(type(value))
+    if encode is None:
+        encode = _encoder_for(type(value))
+    return encode(value)
+
+
+def _encoder_for(cls: type) -> Callable[[Any], Any]:
+    """Return the encoder for a class that has none of its own."""
+    if issubclass(cls, Enum):  # before str and int, which an Enum may also be
+        return _encode_enum
+    if hasattr(cls, "__pydantic_root_model__"):  # before dataclasses: a model may derive from one
+        return _encode_pydantic
+    if hasattr(cls, "__dataclass_fields__"):
+        return _encode_dataclass
+    if issubclass(cls, PurePath):
+        return str
+    for base, encode in _ENCODERS.items():
+        if issubclass(cls, base):
+            return encode
+    raise TypeError(
+        f"cannot put a value of type {cls.__module__}.{cls.__qualname__} on the wire: pass plain data, "
+        "a dataclass or a pydantic model"
+    )
+
+
+def _final(value: Any) -> Any:
+    """Return `value` if msgpack packs it unasked, else its encoding."""
+    cls = type(value)
+    if cls in _NATIVE or (cls is int and -(2**63) <= value < 2**64):
+        return value
+    return _encode(value)
+
+
+_NATIVE = frozenset({type(None), bool, float, str, bytes, bytearray, list, dict})
+
+
+def _encode_enum(value: Enum) -> Any:
+    return _final(value.value)
+
+
+def _encode_dataclass(value: Any) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _encode_pydantic(value: Any) -> Any:
+    names = type(value).__pydantic_fields__
+    if getattr(type(value), "__pydantic_root_model__", False):
+        return _final(value.root)
+    encoded = {name: getattr(value, name) for name in names}
+    encoded.update(value.__pydantic_extra__ or {})
+    return encoded
+
+
+def _encode_int(value: int) -> Any:
+    value = int(value)
+    if -(2**63) <= value < 2**64:
+        return value
+    size = value.bit_length() // 8 + 1
+    return msgpack.ExtType(_BIG_INT, value.to_bytes(size, "big", signed=True))
+
+
+def _encode_datetime(value: datetime) -> Any:
+    if value.utcoffset() is None:
+        v = value
+        parts = [v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.fold]
+        return msgpack.ExtType(_NAIVE_DATETIME, _pack(parts))
+    try:
+        since = value.astimezone(UTC) - _EPOCH
+    except OverflowError as exc:
+        raise ValueError(f"cannot put {value!r} on the wire: it lies outside the calendar in UTC") from exc
+    return msgpack.Timestamp(since.days * 86400 + since.seconds, since.microseconds * 1000)
+
+
+def _encode_time(value: time) -> Any:
+    offset = value.utcoffset()
+    if offset is None and value.tzinfo is not None:
+        raise TypeError(
+            f"cannot put {value!r} on the wire: its zone has no fixed offset without a date; send a datetime"
+        )
+    shift = None if offset is None else [offset.days, offset.seconds, offset.microseconds]
+    parts = [value.hour, value.minute, value.second, value.microsecond, value.fold, shift]
+    return msgpack.ExtType(_TIME, _pack(parts))
+
+
+def _decode_time(data: bytes) -> time:
+    hour, minute, second, microsecond, fold, shift = _unpack(data)
+    zone = None if shift is None else timezone(timedelta(*shift)) if any(shift) else UTC
+    return time(hour, minute, second, microsecond, zone, fold=fold)
+
+
+def _decode_naive_datetime(data: bytes) -> datetime:
+    year, month, day, hour, minute, second, microsecond, fold = _unpack(data)
+    return datetime(year, month, day, hour, minute, second, microsecond, fold=fold)
+
+
+def _decode_elements(kind: type[set[Any]] | type[frozenset[Any]]) -> Callable[[bytes], Any]:
+    def decode(data: bytes) -> Any:
+        elements = _unpack(data)
+        try:
+            return kind(elements)
+        except TypeError:
+            return elements
+
+    return decode
+
+
+def _as_list(code: int) -> Callable[[Any], Any]:
+    return lambda value: msgpack.ExtType(code, _pack(list(value)))
+
+
+_ENCODERS: dict[type, Callable[[Any], Any]] = {
+    int: _encode_int,
+    tuple: _as_list(_TUPLE),
+    set: _as_list(_SET),
+    frozenset: _as_list(_FROZENSET),
+    datetime: _encode_datetime,  # before date, its base class
+    date: lambda value: msgpack.ExtType(_DATE, value.isoformat().encode()),
+    time: _encode_time,
+    timedelta: lambda v: msgpack.ExtType(_TIMEDELTA, _pack([v.days, v.seconds, v.microseconds])),
+    Decimal: lambda value: msgpack.ExtType(_DECIMAL, str(value).encode()),
+    UUID: lambda value: msgpack.ExtType(_UUID, value.bytes),
+    # Exact instances of these never get here; their subclasses do.
+    str: str.__str__,
+    float: float,
+    bytes: bytes,
+    bytearray: bytes,
+    list: list,
+    dict: dict,
+}
+
+_DECODERS: dict[int, Callable[[bytes], Any]] = {
+    _BIG_INT: lambda data: int.from_bytes(data, "big", signed=True),
+    _NAIVE_DATETIME: _decode_naive_datetime,
+    _DATE: lambda data: date.fromisoformat(data.decode()),
+    _TIME: _decode_time,
+    _TIMEDELTA: lambda data: timedelta(*_unpack(data)),
+    _DECIMAL: lambda data: Decimal(data.decode()),
+    _UUID: lambda data: UUID(bytes=data),
+    _SET: _decode_elements(set),
+    _FROZENSET: _decode_elements(frozenset),
+    _TUPLE: lambda data: tuple(_unpack(data)),
+}
+
+
+def _decode(code: int, data: bytes) -> Any:
+    decode = _DECODERS.get(code)
+    if decode is None:
+        raise ValueError(f"unknown extension type {code}")
+    return decode(data)

@@ -1,0 +1,7 @@
+"""What runs tasks: intake → execution → settlement, and the keeper of leases."""
+
+from __future__ import annotations
+
+from .worker import Worker
+
+__all__ = ["Worker"]

@@ -1,0 +1,85 @@
+"""Execution: one task from its arguments to its outcome. Locks are held before it starts and after it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import LockLostError, TimeLimitExceededError, WorkerStoppedError
+from ..injection import resolve
+from .outcome import Failed, Outcome, Succeeded
+
+if TYPE_CHECKING:
+    from ..base_task import BaseTask
+    from ..broker.models import Delivery, TaskMessage
+    from ..locks import LockSpec
+    from .blueprint import Blueprint
+
+logger = logging.getLogger(__name__)
+
+
+class Execution:
+    """A task that may run now."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        message: TaskMessage,
+        blueprint: Blueprint,
+        task: BaseTask,
+        locks: Sequence[LockSpec],
+    ) -> None:
+        self.delivery = delivery
+        self.message = message
+        self.blueprint = blueprint
+        self.task = task
+        self.locks = locks
+        self._running: asyncio.Task[Any] | None = None
+        self._cancelled_for: Exception | None = None
+
+    def lose(self, what: str) -> None:
+        """Cancel it because its lease or a lock is gone."""
+        logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)
+        self._cancel(LockLostError(what))
+
+    def stop(self) -> None:
+        """Cancel it because the worker does not wait any longer."""
+        self._cancel(WorkerStoppedError("the worker stopped before the task had ended"))
+
+    def _cancel(self, reason: Exception) -> None:
+        if self._cancelled_for is None and self._running is not None:
+            self._cancelled_for = reason
+            self._running.cancel()
+
+    async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
+        """Resolve the dependencies, execute, commit. Never raises for what the task does."""
+        self._running = asyncio.current_task()
+        started, clock = datetime.now(UTC), time.perf_counter()
+        limit = self.blueprint.time_limit(self.task)
+        deadline = asyncio.timeout(limit)
+        try:
+            async with deadline:
+                value = await self._execute(overrides)
+        except asyncio.CancelledError as error:
+            return Failed(self._cancelled_for or error, time.perf_counter() - clock, started)
+        except TimeoutError as error:
+            if not deadline.expired():
+                return Failed(error, time.perf_counter() - clock, started)
+            exceeded = TimeLimitExceededError(f"took longer than its time limit of {limit} s")
+            exceeded.__cause__ = error
+            return Failed(exceeded, time.perf_counter() - clock, started)
+        except Exception as error:
+            return Failed(error, time.perf_counter() - clock, started)
+        return Succeeded(value, time.perf_counter() - clock)
+
+    async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
+        if not self.blueprint.plan.parameters:
+            return await self.task.execute()
+        async with AsyncExitStack() as stack:
+            dependencies = await resolve(self.blueprint.plan, overrides, stack)
+            return await self.task.execute(**dependencies)

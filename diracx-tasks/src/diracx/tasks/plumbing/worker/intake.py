@@ -1,0 +1,57 @@
+"""Intake: bring messages to a worker that has room for them, and never more than that."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Delivery
+    from .settings import WorkerSettings
+
+
+class Intake:
+    """Asks the broker for work and, now and then, does the housekeeping that keeps work coming."""
+
+    def __init__(self, broker: RedisStreamBroker, settings: WorkerSettings, stop: asyncio.Event) -> None:
+        self._broker = broker
+        self._stop = stop
+        self._settings = settings
+        self._housekeeping_at = 0.0
+        self._audit_at = 0.0
+
+    async def next(self, free: int) -> list[Delivery]:
+        """Up to `free` messages; an empty list when nothing came for a while, or when the worker stops."""
+        if time.monotonic() >= self._housekeeping_at and (reclaimed := await self._housekeeping(free)):
+            return reclaimed
+        deliveries, last_ids = await self._broker.fetch(free)
+        if not deliveries:
+            await self._wait(last_ids, max(0.001, self._housekeeping_at - time.monotonic()))
+        return deliveries
+
+    async def _wait(self, last_ids: list[str], timeout: float) -> None:
+        """Only this call, which reserves nothing, may be interrupted by a stop."""
+        waits = asyncio.ensure_future(self._broker.wait(last_ids, timeout))
+        stops = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({waits, stops}, return_when=asyncio.FIRST_COMPLETED)
+            if waits.done():
+                waits.result()
+        finally:
+            for pending in (waits, stops):
+                pending.cancel()
+            await asyncio.gather(waits, stops, return_exceptions=True)
+
+    async def _housekeeping(self, free: int) -> list[Delivery]:
+        """Promote what is due (should no scheduler run) and take over from dead workers."""
+        now = time.monotonic()
+        self._housekeeping_at = now + self._settings.housekeeping_seconds
+        audit = now >= self._audit_at
+        if audit:
+            self._audit_at = now + self._settings.lease_seconds
+        next_due_ms = await self._broker.promote()
+        if next_due_ms is not None:
+            self._housekeeping_at = min(self._housekeeping_at, now + next_due_ms / 1000)
+        return await self._broker.reclaim(free, audit=audit)

@@ -1,0 +1,181 @@
+"""The lease keeper: renews all that a worker holds, from a thread of its own.
+
+A task that blocks the event loop must not lose its lease or its locks, so the keeper shares nothing with
+the loop: its own thread, its own connection. What could not be renewed is reported back to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..broker import scripts
+from ..exceptions import LockLostError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..broker.models import Delivery
+    from ..locks import LockSpec
+
+logger = logging.getLogger(__name__)
+
+#: Pause before a failed renewal is tried again.
+_RETRY_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hold:
+    """What one execution holds: its stream entry and its locks."""
+
+    delivery: Delivery
+    locks: Sequence[LockSpec]
+    lost: Callable[[str], None]
+    """Called in the event loop with a sentence saying what was lost."""
+
+
+class LeaseKeeper:
+    """Renews the worker's own life, the entries it runs and the locks they hold.
+
+    Use as a context manager: entering registers the worker (and raises when the server does not answer).
+    """
+
+    def __init__(self, url: str, consumer: str, lease_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        from redis import Redis as SyncRedis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self._redis = SyncRedis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            socket_connect_timeout=min(5.0, lease_seconds),
+            socket_timeout=min(5.0, lease_seconds),
+        )
+        self._consumer = consumer
+        self._lease_seconds = lease_seconds
+        self._loop = loop
+        self._holds: dict[tuple[str, str], Hold] = {}
+        self._mutex = threading.Lock()
+        self._look = threading.Event()
+        self._stop = False
+        self._interval = lease_seconds / 3
+        self._renewed_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._renew()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._look.set()
+        self._thread.join()
+        self._redis.close()
+
+    def add(self, hold: Hold) -> None:
+        """Keep this renewed from now on."""
+        with self._mutex:
+            self._holds[hold.delivery.stream, hold.delivery.entry] = hold
+        shortest = min((lock["ttl_ms"] for lock in hold.locks if "ttl_ms" in lock), default=None)
+        if shortest is not None and shortest / 3000 < self._interval:
+            self._interval = shortest / 3000
+            self._look.set()
+
+    def forget(self, delivery: Delivery) -> None:
+        """No longer renew it: it was settled, or is lost."""
+        with self._mutex:
+            self._holds.pop((delivery.stream, delivery.entry), None)
+
+    def _run(self) -> None:
+        while not self._stop:
+            self._look.wait(self._interval)
+            self._look.clear()
+            while not self._stop:
+                try:
+                    self._renew()
+                    break
+                except Exception as error:
+                    logger.warning("cannot renew the lease of %s: %s", self._consumer, error)
+                    self._give_up_expired_locks()
+                    self._look.wait(_RETRY_SECONDS)
+                    self._look.clear()
+
+    def _renew(self) -> None:
+        with self._mutex:
+            holds = list(self._holds.values())
+        entries: list[dict[str, Any]] = [
+            {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
+            for h in holds
+        ]
+        locks = [(hold, lock) for hold in holds for lock in hold.locks]
+        started = time.monotonic()
+        lost_entries, lost_locks = scripts.renew(
+            self._redis, self._consumer, int(self._lease_seconds * 1000), entries, [lock for _, lock in locks]
+        )
+        self._renewed_at = started
+        for position in lost_entries:
+            self._report(holds[position], "its lease ended and another worker took it over")
+        for position in lost_locks:
+            hold, lock = locks[position]
+            self._report(hold, f"the lock {lock['key']} could not be renewed")
+
+    def _give_up_expired_locks(self) -> None:
+        """While the server cannot be reached, a lock counts as lost when its time is up."""
+        silent_ms = (time.monotonic() - self._renewed_at) * 1000
+        with self._mutex:
+            holds = list(self._holds.values())
+        for hold in holds:
+            for lock in hold.locks:
+                if lock.get("ttl_ms", silent_ms + 1) <= silent_ms:
+                    self._report(hold, f"the lock {lock['key']} could not be renewed in time")
+
+    def _report(self, hold: Hold, what: str) -> None:
+        with self._mutex:
+            if self._holds.get((hold.delivery.stream, hold.delivery.entry)) is not hold:
+                return  # it was settled while we asked
+            del self._holds[hold.delivery.stream, hold.delivery.entry]
+        self._loop.call_soon_threadsafe(hold.lost, what)
+
+
+@asynccontextmanager
+async def keep_renewed(redis: Redis, locks: Sequence[LockSpec]) -> AsyncIterator[None]:
+    """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
+
+    Raises:
+        LockLostError: when a lock could not be renewed.
+    """
+    expiring = [lock for lock in locks if "ttl_ms" in lock]
+    if not expiring:
+        yield
+        return
+    block = asyncio.current_task()
+    assert block is not None
+    lost: list[str] = []
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(min(lock["ttl_ms"] for lock in expiring) / 3000)
+            kept = await scripts.extend(redis, expiring)
+            lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
+            if lost:
+                block.cancel()
+                return
+
+    renewal = asyncio.create_task(renew())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not lost:
+            raise
+        block.uncancel()
+        raise LockLostError(f"could not be renewed: {', '.join(lost)}") from None
+    finally:
+        renewal.cancel()

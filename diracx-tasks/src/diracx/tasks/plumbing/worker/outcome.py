@@ -1,0 +1,27 @@
+"""How an execution can end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """`execute` returned and its transaction was committed."""
+
+    value: Any
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """`execute`, a dependency or the commit raised; or the execution was cancelled for a reason of ours."""
+
+    error: BaseException
+    seconds: float
+    started: datetime
+
+
+Outcome = Succeeded | Failed

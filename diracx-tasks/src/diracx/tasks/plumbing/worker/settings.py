@@ -1,0 +1,26 @@
+"""The numbers of a worker."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class WorkerSettings(BaseModel):
+    """How a worker works. All times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_concurrent_tasks: int = Field(default=10, ge=1)
+    """Slots: how many tasks run at a time."""
+    lease_seconds: float = Field(default=30.0, gt=0)
+    """How long a worker may be silent before others take over what it runs."""
+    max_deliveries: int = Field(default=3, ge=1)
+    """A task that was handed out more often than this has killed its workers: it is poison."""
+    grace_seconds: float = Field(default=30.0, ge=0)
+    """How long running tasks may go on after the first stop signal."""
+    result_ttl_seconds: int | None = Field(default=None, ge=1)
+    """Keep the results of all tasks for so long; None: only of those submitted with that label."""
+    lock_retry_seconds: float = Field(default=10.0, gt=0)
+    """A task that waits for a lock looks again after so long, should it never be woken."""
+    housekeeping_seconds: float = Field(default=1.0, gt=0)
+    """How often it looks for dead workers and for delayed tasks that nobody promoted."""

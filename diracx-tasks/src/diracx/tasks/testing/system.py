@@ -1,0 +1,210 @@
+"""`TaskSystem`: workers and a scheduler in the event loop of the test, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
+
+from ..plumbing.base_task import BaseTask
+from ..plumbing.binding import bound_to
+from ..plumbing.broker import RedisStreamBroker, keys
+from ..plumbing.broker.models import TaskResult
+from ..plumbing.config import TasksConfig
+from ..plumbing.enums import Size
+from ..plumbing.factory import TaskRegistry
+from ..plumbing.scheduler import TaskScheduler
+from ..plumbing.worker import Worker
+from ..plumbing.worker.settings import WorkerSettings
+from .server import embedded_redis
+
+if TYPE_CHECKING:
+    from ..plumbing.persistence import TaskDB
+
+_RESULT_TTL_SECONDS = 3600
+_LOOK_SECONDS = 0.01
+_IN_MEMORY = "sqlite+aiosqlite:///:memory:"
+
+
+class TaskSystem:
+    """Runs the given tasks, registered as `test:ClassName`, and keeps their results.
+
+    Args:
+        tasks: task classes, or a mapping registry name -> class.
+        redis_url: a server that may be used; None starts an embedded one.
+        workers: number of workers for each size that the tasks have; 0 only submits.
+        concurrency: slots of each worker.
+        scheduler: whether a scheduler runs (delayed tasks are promoted without one, too).
+        config: a `TasksConfig`, or the mapping to make it from.
+        overrides: replacements of dependencies, as FastAPI's `dependency_overrides`.
+        task_db_url: database of dead letters, created empty; None for none.
+        vos: VOs of which the scheduler starts VO-aware tasks.
+        settings: further settings of the workers (`lease_seconds`, …).
+
+    Raises:
+        BaseException: on exit, what a worker or the scheduler died of.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[type[BaseTask]] | Mapping[str, type[BaseTask]] = (),
+        *,
+        redis_url: str | None = None,
+        workers: int = 1,
+        concurrency: int = 10,
+        scheduler: bool = False,
+        config: TasksConfig | Mapping[str, Any] | None = None,
+        overrides: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+        task_db_url: str | None = _IN_MEMORY,
+        vos: Iterable[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        named = tasks if isinstance(tasks, Mapping) else {f"test:{task.__name__}": task for task in tasks}
+        self.registry = TaskRegistry.of(named)
+        self.redis_url = redis_url
+        self._workers = workers
+        self._scheduler = scheduler
+        self._config = config if isinstance(config, TasksConfig) else TasksConfig.model_validate(config or {})
+        self._overrides = overrides
+        self._task_db_url = task_db_url
+        self._vos = list(vos)
+        self._settings = WorkerSettings.model_validate(
+            {
+                "max_concurrent_tasks": concurrency,
+                "result_ttl_seconds": _RESULT_TTL_SECONDS,
+                "housekeeping_seconds": 0.2,
+                "grace_seconds": 5.0,
+                **(settings or {}),
+            }
+        )
+        self._running: list[asyncio.Task[None]] = []
+        self.task_db: TaskDB | None = None
+        """The database of dead letters: `async with system.task_db as db: await db.search()`."""
+
+    async def __aenter__(self) -> Self:
+        self._stack = AsyncExitStack()
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def _start(self) -> None:
+        if self.redis_url is None:
+            self.redis_url = self._stack.enter_context(embedded_redis())
+        self.broker = self._broker()
+        self._stack.push_async_callback(self.broker.shutdown)
+        await self.broker.startup()
+        self._stack.enter_context(bound_to(self.broker, self.registry))
+        if self._task_db_url is not None:
+            self.task_db = await self._open_task_db(self._task_db_url)
+        self._stop = asyncio.Event()
+        self._stack.push_async_callback(self._end)
+        ready = []
+        for size in sorted({task.size for task in self.registry.values()}):
+            for _ in range(self._workers):
+                broker = self._broker(size)
+                self._stack.push_async_callback(broker.shutdown)
+                worker = Worker(
+                    broker,
+                    self.registry,
+                    settings=self._settings,
+                    task_db=self.task_db,
+                    overrides=self._overrides,
+                    config=self._config,
+                )
+                self._running.append(asyncio.create_task(worker.run(self._stop), name=f"worker {size}"))
+                ready.append(worker.ready)
+        if self._scheduler:
+            scheduler = TaskScheduler(self._broker(), self.registry, config=self._config, vos=self._vos)
+            self._running.append(asyncio.create_task(scheduler.run(self._stop), name="scheduler"))
+            ready.append(scheduler.leads)
+        # Stopping comes before closing the brokers that the workers stop with.
+        self._stack.push_async_callback(self._end)
+        for event in ready:
+            await self._unless_dead(event.wait())
+
+    def _broker(self, size: Size = Size.MEDIUM) -> RedisStreamBroker:
+        assert self.redis_url is not None
+        return RedisStreamBroker(self.redis_url, worker_size=size)
+
+    async def _open_task_db(self, url: str) -> TaskDB:
+        from ..plumbing.persistence import TaskDB
+
+        if url == _IN_MEMORY:
+            # All users of an in-memory database share one connection, so the end of one transaction would
+            # undo what another has not committed yet. A file that goes with the system keeps them apart.
+            directory = self._stack.enter_context(TemporaryDirectory(prefix="diracx-taskdb-"))
+            url = f"sqlite+aiosqlite:///{directory}/taskdb.sqlite"
+        task_db = TaskDB(url)
+        await self._stack.enter_async_context(task_db.engine_context())
+        async with task_db.engine.begin() as connection:
+            await connection.run_sync(task_db.metadata.create_all)
+        return task_db
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _end(self) -> None:
+        self._stop.set()
+        running, self._running = self._running, []
+        for ended in await asyncio.gather(*running, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
+
+    async def _unless_dead(self, waiting: Any) -> Any:
+        """Wait, but not for something that a dead worker will never do."""
+        waits = asyncio.ensure_future(waiting)
+        done, _ = await asyncio.wait({waits, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+        if waits in done:
+            return waits.result()
+        waits.cancel()
+        for ended in done:
+            ended.result()
+        raise RuntimeError(f"{next(iter(done)).get_name()} ended early")
+
+    async def result(self, task_id: str, timeout: float = 5.0) -> TaskResult[Any]:
+        """Wait for the result of a task.
+
+        Raises:
+            TimeoutError: after `timeout` seconds.
+        """
+        result: TaskResult[Any] = await self._unless_dead(self.broker.wait_result(task_id, timeout))
+        return result
+
+    async def drain(self, timeout: float = 10.0) -> None:
+        """Wait until nothing is queued, running or due. Tasks of the future do not count.
+
+        Raises:
+            TimeoutError: after `timeout` seconds, saying what is left.
+        """
+        deadline = time.monotonic() + timeout
+        while left := await self._left():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not drained after {timeout} s: {left}")
+            await self._unless_dead(asyncio.sleep(_LOOK_SECONDS))
+
+    async def _left(self) -> dict[str, int]:
+        """What keeps the system from being drained, by place."""
+        redis = self.broker.redis
+        seconds, microseconds = await redis.execute_command("TIME")
+        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
+        async with redis.pipeline(transaction=True) as pipe:
+            for stream in keys.EVERY_STREAM:
+                pipe.xlen(stream)
+            pipe.zcount(keys.DELAYED, "-inf", now_ms)
+            pipe.execute_command("HLEN", keys.DELAYED_DATA)
+            *lengths, due, _ = await pipe.execute()
+        left = {stream: length for stream, length in zip(keys.EVERY_STREAM, lengths, strict=True) if length}
+        waiting = await self._waiting_for_locks()
+        return left | ({keys.DELAYED: due} if due else {}) | ({"waiting for locks": waiting} if waiting else {})
+
+    async def _waiting_for_locks(self) -> int:
+        """Tasks that a lock or limiter holds up are queued, whatever their timer says."""
+        headers: list[Any] = await self.broker.redis.hvals(keys.DELAYED_DATA)
+        reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in headers]
+        return sum(reason in (b"lock", b"rate") for reason in reasons)

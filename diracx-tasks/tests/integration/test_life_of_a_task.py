@@ -1,0 +1,539 @@
+"""A task from its submission to its end: real server, real workers in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import pytest
+from diracx.tasks.plumbing import (
+    BaseTask,
+    CallbackSpawner,
+    ExponentialBackoff,
+    LockedObjectType,
+    MutexLock,
+    Priority,
+    RateLimiter,
+    SendTaskError,
+    SharedRWLock,
+    Size,
+    StopRetryingError,
+    TaskRetryRequestedError,
+    TimeLimitExceededError,
+    UnretryableError,
+    schedule_many,
+    spawn_with_callback,
+    task_broker,
+)
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
+from diracx.tasks.plumbing.broker.redis_streams import RedisStreamBroker, stream_name_for
+from diracx.tasks.plumbing.lock_registry import JOB, TASK
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+SEEN: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    SEEN.clear()
+
+
+@dataclass
+class Echo(BaseTask):
+    value: Any = None
+
+    async def execute(self) -> Any:
+        SEEN.append(self.value)
+        return self.value
+
+
+@dataclass
+class Urgent(Echo):
+    priority = Priority.REALTIME
+    size = Size.SMALL
+
+
+@dataclass
+class Realtime(Echo):
+    priority = Priority.REALTIME
+
+
+@dataclass
+class Background(Echo):
+    priority = Priority.BACKGROUND
+
+
+class Broken(BaseTask):
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.02, max_retries=3)
+    dlq_eligible = True
+
+    async def execute(self) -> None:
+        SEEN.append(datetime.now(UTC))
+        raise ValueError("there is no such site")
+
+
+async def test_result_carries_the_value_under_the_id_of_the_submission(redis_url: str) -> None:
+    async with TaskSystem([Echo], redis_url=redis_url) as system:
+        task_id = await Echo({"a": [1, 2.5, None, b"x"]}).schedule()
+        result = await system.result(task_id)
+        assert result.return_value == {"a": [1, 2.5, None, b"x"]}
+        assert not result.is_err
+        assert result.execution_time >= 0
+
+
+async def test_P1_tasks_and_callbacks_go_to_the_queue_of_their_class(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem([Urgent, Background], redis_url=redis_url, workers=0):
+        await Urgent(1).schedule()
+        await Background(1).schedule()
+        await schedule_many([Background(2), Urgent(2)])
+        await Urgent(3).schedule(at_time=datetime.now(UTC) - timedelta(seconds=1))
+        await spawn_with_callback([], Urgent(4))
+    async with TaskSystem([Echo], redis_url=redis_url, workers=0) as system:
+        await system.broker.promote()
+    assert await redis.xlen("diracx:tasks:realtime:small") == 4
+    assert await redis.xlen("diracx:tasks:background:medium") == 2
+    await redis.delete("diracx:tasks:realtime:small", "diracx:tasks:background:medium")
+
+
+async def test_P2_what_was_submitted_before_any_worker_is_delivered(redis_url: str) -> None:
+    async with TaskSystem([Echo], redis_url=redis_url, workers=0):
+        await schedule_many([Echo(number) for number in range(5)])
+    async with TaskSystem([Echo], redis_url=redis_url) as system:
+        await system.drain()
+    assert sorted(SEEN) == [0, 1, 2, 3, 4]
+
+
+async def test_P3_finished_tasks_leave_nothing_but_their_results(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem([Echo], redis_url=redis_url, workers=2, settings={"result_ttl_seconds": None}) as system:
+        await schedule_many([Echo(number) for number in range(200)])
+        await system.drain()
+    assert len(SEEN) == 200
+    # The fixture looks for keys and consumers without a time to live; here, that there is nothing else either.
+    assert await redis.keys("*") == [b"diracx:tasks:normal:medium"]
+    assert await redis.xlen("diracx:tasks:normal:medium") == 0
+    [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
+    assert (group["pending"], group["consumers"]) == (0, 0)
+
+
+async def test_P4_realtime_overtakes_everything_that_has_not_started(redis_url: str) -> None:
+    async with TaskSystem([Background, Realtime, Echo], redis_url=redis_url, workers=0):
+        await schedule_many([Background(("background", n)) for n in range(50)])
+        await schedule_many([Echo(("normal", n)) for n in range(50)])
+        await Realtime(("realtime", 0)).schedule()
+    async with TaskSystem([Background, Realtime, Echo], redis_url=redis_url, concurrency=1) as system:
+        await system.drain()
+    assert [kind for kind, _ in SEEN] == ["realtime"] + ["normal"] * 50 + ["background"] * 50
+    assert [number for _, number in SEEN[1:51]] == list(range(50)), "first come, first served"
+
+
+async def test_P4_a_worker_reserves_no_more_than_it_can_run(redis_url: str, redis: Redis) -> None:
+    gate = asyncio.Event()
+
+    class Waits(BaseTask):
+        async def execute(self) -> None:
+            SEEN.append(1)
+            await gate.wait()
+
+    async with TaskSystem([Waits], redis_url=redis_url, concurrency=3) as system:
+        await schedule_many([Waits() for _ in range(10)])
+        while len(SEEN) < 3:
+            await asyncio.sleep(0.005)
+        [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
+        assert group["pending"] == 3
+        gate.set()
+        await system.drain()
+    assert len(SEEN) == 10
+
+
+async def test_P13_an_aware_datetime_survives_the_delayed_set(redis_url: str) -> None:
+    moment = datetime(2026, 7, 1, 12, 30, 15, 123456, tzinfo=UTC)
+    for scheduler in (False, True):
+        async with TaskSystem([Echo], redis_url=redis_url, scheduler=scheduler) as system:
+            task_id = await Echo(moment).schedule(at_time=datetime.now(UTC) + timedelta(milliseconds=50))
+            assert (await system.result(task_id)).return_value == moment
+
+
+async def test_delayed_task_does_not_start_early(redis_url: str) -> None:
+    due = datetime.now(UTC) + timedelta(seconds=0.3)
+
+    class Now(BaseTask):
+        async def execute(self) -> datetime:
+            return datetime.now(UTC)
+
+    async with TaskSystem([Now], redis_url=redis_url, scheduler=True) as system:
+        result = await system.result(await Now().schedule(at_time=due))
+        assert result.return_value >= due
+
+
+# --- failures, retries, dead letters ---------------------------------------------------------------------
+
+
+async def test_P31_the_first_delay_is_the_base_and_there_are_max_retries_retries(redis_url: str) -> None:
+    async with TaskSystem([Broken], redis_url=redis_url, scheduler=True) as system:
+        result = await system.result(await Broken().schedule())
+        assert result.is_err
+        assert result.error is not None
+        assert result.error["type"] == "ValueError"
+        gaps = [later - earlier for earlier, later in pairwise(SEEN)]
+        assert len(SEEN) == 4, "once, and three retries"
+        for gap, delay in zip(gaps, (0.02, 0.04, 0.08), strict=True):
+            assert gap.total_seconds() >= delay
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+        assert letter["task_name"] == "test:Broken"
+        assert letter["reason"] == "exhausted"
+        assert [attempt["message"] for attempt in letter["attempts"]] == ["there is no such site"] * 4
+        assert "execute" in letter["attempts"][0]["traceback"]
+        assert TaskMessage.loadb(letter["message"]).task_name == "test:Broken"
+
+
+@pytest.mark.parametrize("error", [UnretryableError("never"), StopRetryingError("enough")])
+async def test_P30_stop_retrying_ends_retries_at_once(redis_url: str, error: Exception) -> None:
+    class Stops(BaseTask):
+        retry_policy = ExponentialBackoff(base_delay_seconds=0.01, max_retries=5)
+
+        async def execute(self) -> None:
+            SEEN.append(1)
+            raise error
+
+    async with TaskSystem([Stops], redis_url=redis_url) as system:
+        result = await system.result(await Stops().schedule())
+        assert result.error is not None
+        assert result.error["type"] == type(error).__name__
+        await system.drain()
+        assert SEEN == [1]
+        assert system.task_db is not None
+        async with system.task_db as db:
+            assert await db.search() == [], "not dlq_eligible: dropped"
+
+
+async def test_P30_a_requested_retry_happens_whatever_the_policy_says(redis_url: str) -> None:
+    class Again(BaseTask):
+        async def execute(self) -> int:
+            SEEN.append(1)
+            if len(SEEN) == 1:
+                raise TaskRetryRequestedError("not yet")
+            return len(SEEN)
+
+    async with TaskSystem([Again], redis_url=redis_url, scheduler=True) as system:
+        assert (await system.result(await Again().schedule())).return_value == 2
+
+
+async def test_time_limit_cancels_the_execution_and_counts_as_a_failure(redis_url: str) -> None:
+    class Endless(BaseTask):
+        time_limit_seconds = 0.05
+
+        async def execute(self) -> None:
+            await asyncio.Event().wait()
+
+    async with TaskSystem([Endless], redis_url=redis_url) as system:
+        result = await system.result(await Endless().schedule())
+        assert result.error is not None
+        assert result.error["type"] == TimeLimitExceededError.__name__
+        assert "0.05 s" in result.error["message"]
+
+
+async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
+    redis_url: str, redis: Redis
+) -> None:
+    stream = stream_name_for("normal", "medium")
+    async with TaskSystem([Echo], redis_url=redis_url) as system:
+        await redis.xadd(stream, {"something": "else"})
+        await redis.xadd(stream, {"data": b"\x00garbage"})
+        await submit_task(system.broker, "test:Nobody", [1])
+        await submit_task(system.broker, "test:Echo", [1, 2, 3])
+        assert (await system.result(await Echo(7).schedule())).return_value == 7
+        await system.drain()
+        assert system.task_db is not None
+        async with system.task_db as db:
+            letters = await db.search()
+        assert sorted(letter["reason"] for letter in letters) == [
+            "arguments",
+            "unknown task",
+            "unparsable",
+            "unparsable",
+        ]
+        assert b"\x00garbage" in [letter["message"] for letter in letters]
+
+
+async def test_dead_letters_wait_in_redis_until_there_is_a_database(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem([Broken], redis_url=redis_url, task_db_url=None) as system:
+        await system.result(await Broken().schedule())
+        await system.drain()
+    assert await redis.xlen(keys.DEAD_LETTERS) == 1
+    async with TaskSystem([Broken], redis_url=redis_url) as system:
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+        assert letter["reason"] == "exhausted"
+        assert len(letter["attempts"]) == 4
+    assert not await redis.exists(keys.DEAD_LETTERS)
+
+
+async def test_value_that_cannot_be_stored_is_an_error_to_whoever_waits(redis_url: str) -> None:
+    class Odd(BaseTask):
+        async def execute(self) -> object:
+            return object()
+
+    async with TaskSystem([Odd], redis_url=redis_url) as system:
+        result = await system.result(await Odd().schedule())
+        assert result.error is not None
+        assert "object" in result.error["message"]
+
+
+# --- locks -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Alone(BaseTask):
+    number: int
+
+    inside: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "alone")]
+
+    async def execute(self) -> None:
+        Alone.inside += 1
+        Alone.most = max(Alone.most, Alone.inside)
+        await asyncio.sleep(0)
+        SEEN.append(self.number)
+        Alone.inside -= 1
+
+
+async def test_P25_waiters_of_a_lock_are_served_in_the_order_they_came(redis_url: str) -> None:
+    Alone.most = 0
+    async with TaskSystem([Alone], redis_url=redis_url, workers=2) as system:
+        await schedule_many([Alone(number) for number in range(40)])
+        await system.drain()
+    assert Alone.most == 1
+    assert len(SEEN) == 40
+    # Two workers may swap two tasks that they fetched at the same moment, no more than that.
+    assert all(abs(number - position) <= 20 for position, number in enumerate(SEEN))
+
+
+async def test_P23_refused_lock_spends_no_quota(redis_url: str, redis: Redis) -> None:
+    class Limited(RateLimiter):
+        limit = 5
+        window_seconds = 600.0
+
+    class Both(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [Limited(JOB, "quota"), MutexLock(JOB, "held")]
+
+        async def execute(self) -> None:
+            SEEN.append(1)
+
+    held = MutexLock(JOB, "held")
+    assert await held.acquire(redis)
+    async with TaskSystem([Both], redis_url=redis_url) as system:
+        await Both().schedule()
+        while not await redis.exists(keys.DELAYED):
+            await asyncio.sleep(0.005)
+        assert not await redis.exists("limiter:rate:job:quota")
+        await held.release(redis)
+        await system.drain()
+    assert SEEN == [1]
+    assert await redis.zcard("limiter:rate:job:quota") == 1
+
+
+async def test_P24_an_execution_that_loses_its_lock_is_cancelled(redis_url: str, redis: Redis) -> None:
+    class Holder(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "lost", ttl_ms=300)]
+
+        async def execute(self) -> None:
+            SEEN.append(1)
+            await asyncio.Event().wait()
+
+    async with TaskSystem([Holder], redis_url=redis_url) as system:
+        task_id = await Holder().schedule()
+        while not SEEN:
+            await asyncio.sleep(0.005)
+        await redis.set("lock:mutex:job:lost", "somebody else", px=60_000)
+        result = await system.result(task_id)
+        assert result.error is not None
+        assert result.error["type"] == "LockLostError"
+        assert "lock:mutex:job:lost" in result.error["message"]
+
+
+async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, redis: Redis) -> None:
+    gate = asyncio.Event()
+
+    class Holder(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "kept", ttl_ms=150), SharedRWLock(JOB, "read")]
+
+        async def execute(self) -> str:
+            SEEN.append(1)
+            await gate.wait()
+            return "done"
+
+    async with TaskSystem([Holder], redis_url=redis_url) as system:
+        task_id = await Holder().schedule()
+        while not SEEN:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.5)  # more than three times its time to live
+        assert not await MutexLock(JOB, "kept").acquire(redis)
+        gate.set()
+        assert (await system.result(task_id)).return_value == "done"
+        await system.drain()
+        assert not await redis.exists("lock:rw:job:read")
+
+
+async def test_P26_a_task_that_could_never_be_granted_is_refused_when_submitted(
+    redis_url: str, redis: Redis
+) -> None:
+    class Small(RateLimiter):
+        limit = 2
+        window_seconds = 1.0
+
+    class Greedy(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [Small(JOB, 1, n_items=3)]
+
+        async def execute(self) -> None: ...
+
+    async with TaskSystem([Greedy], redis_url=redis_url, workers=0):
+        with pytest.raises(ValueError, match=r"n_items=3 .* limit is 2"):
+            await Greedy().schedule()
+    assert await redis.keys("*") == []
+
+
+async def test_a_refused_rate_limit_makes_the_task_wait_until_quota_returns(redis_url: str) -> None:
+    class Slow(RateLimiter):
+        limit = 2
+        window_seconds = 0.3
+
+    class Limited(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [Slow(JOB, "slow")]
+
+        async def execute(self) -> None:
+            SEEN.append(asyncio.get_running_loop().time())
+
+    async with TaskSystem([Limited], redis_url=redis_url, scheduler=True) as system:
+        await schedule_many([Limited() for _ in range(6)])
+        await system.drain()
+    assert len(SEEN) == 6
+    assert all(third - first > 0.25 for first, third in zip(SEEN, SEEN[2:], strict=False))
+
+
+async def test_operator_sets_limits_without_code(redis_url: str) -> None:
+    running = most = 0
+
+    class Free(BaseTask):
+        async def execute(self) -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+
+    config = {"common": {"test:Free": {"concurrency_limit": 2}}}
+    async with TaskSystem([Free], redis_url=redis_url, config=config) as system:
+        await schedule_many([Free() for _ in range(12)])
+        await system.drain()
+    assert most == 2
+
+
+# --- groups ----------------------------------------------------------------------------------------------
+
+
+async def test_callback_runs_once_after_all_children(redis_url: str) -> None:
+    async with TaskSystem([Echo, Urgent], redis_url=redis_url) as system:
+        await spawn_with_callback([Echo(number) for number in range(20)], Urgent("callback"))
+        await system.drain()
+    assert SEEN[-1] == "callback"
+    assert len(SEEN) == 21
+
+
+async def test_callback_spawner_is_injected_into_tasks(redis_url: str) -> None:
+    class Parent(BaseTask):
+        async def execute(self, spawn: CallbackSpawner) -> str:
+            return await spawn([Echo("child")], Echo("callback"))
+
+    async with TaskSystem([Parent, Echo], redis_url=redis_url) as system:
+        result = await system.result(await Parent().schedule())
+        assert not result.is_err, result.error
+        await system.drain()
+    assert SEEN == ["child", "callback"]
+
+
+async def test_P33_a_failed_child_fires_on_failure_instead(redis_url: str) -> None:
+    class Fails(BaseTask):
+        async def execute(self) -> None:
+            raise ValueError
+
+    async with TaskSystem([Echo, Fails], redis_url=redis_url) as system:
+        await spawn_with_callback([Echo(1), Fails()], Echo("callback"), on_failure=Echo("failure"))
+        await system.drain()
+    assert sorted(map(str, SEEN)) == ["1", "failure"]
+
+
+# --- binding and registry --------------------------------------------------------------------------------
+
+
+async def test_schedule_without_a_broker_says_how_to_bind_one() -> None:
+    with pytest.raises(RuntimeError, match="task_broker"):
+        await Echo(1).schedule()
+
+
+async def test_plain_code_submits_through_task_broker(redis_url: str) -> None:
+    async with task_broker(redis_url, {"test:Echo": Echo}):
+        await Echo("from outside").schedule()
+    async with TaskSystem([Echo], redis_url=redis_url) as system:
+        await system.drain()
+    assert SEEN == ["from outside"]
+
+
+async def test_a_task_can_spawn_tasks(redis_url: str) -> None:
+    class Parent(BaseTask):
+        async def execute(self) -> str:
+            return await Echo("child").schedule()
+
+    async with TaskSystem([Parent, Echo], redis_url=redis_url) as system:
+        child = (await system.result(await Parent().schedule())).return_value
+        assert (await system.result(child)).return_value == "child"
+
+
+async def test_an_unregistered_task_is_refused_with_the_way_out(redis_url: str) -> None:
+    async with TaskSystem([Echo], redis_url=redis_url, workers=0):
+        with pytest.raises(SendTaskError, match=r"Background is not a registered task: .*--module"):
+            await Background(1).schedule()
+
+
+async def test_an_unreachable_broker_is_a_send_task_error() -> None:
+    broker = RedisStreamBroker("redis://127.0.0.1:1")
+    with pytest.raises(SendTaskError, match="cannot submit test:Echo"):
+        await submit_task(broker, "test:Echo")
+    await broker.shutdown()
+
+
+async def test_P28_two_categories_with_one_class_name_are_reported_with_both_origins() -> None:
+    from diracx.tasks.plumbing.factory import TaskRegistry
+
+    other = type("Echo", (Echo,), {"__module__": "elsewhere"})
+    [line] = TaskRegistry({"a:Echo": Echo, "b:Echo": other, "b:Urgent": Urgent}).ambiguous_names()
+    assert "a:Echo" in line
+    assert "b:Echo (elsewhere)" in line
+    assert TaskRegistry({"a:Echo": Echo, "b:Urgent": Urgent}).ambiguous_names() == []
+
+
+def test_lock_object_types_are_strings() -> None:
+    assert TASK == "task"
+    assert LockedObjectType("job") == JOB

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from dateutil.rrule import rrulestr
+from diracx.tasks.plumbing.schedules import (
+    RRULE_ANCHOR,
+    CronSchedule,
+    IntervalSeconds,
+    RRuleSchedule,
+    TaskScheduleBase,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def utc(*args: int) -> datetime:
+    return datetime(*args, tzinfo=UTC)
+
+
+def series(schedule: TaskScheduleBase, start: datetime, n: int) -> list[datetime]:
+    found = []
+    for _ in range(n):
+        start = schedule.next_after(start)
+        found.append(start)
+    return found
+
+
+SEED_SCHEDULES = [
+    IntervalSeconds(seconds=3600),
+    CronSchedule("0 6 * * *"),
+    CronSchedule("*/15 * * * *"),
+    CronSchedule("0 0 * * 0"),
+    RRuleSchedule("FREQ=WEEKLY;BYDAY=FR"),
+    RRuleSchedule("FREQ=HOURLY;INTERVAL=2"),
+    RRuleSchedule("FREQ=MONTHLY;BYDAY=-1FR"),
+]
+
+
+@pytest.mark.parametrize("schedule", SEED_SCHEDULES, ids=repr)
+def test_every_schedule_of_the_seed_is_aware_utc_and_in_the_future(schedule):
+    found = schedule.next_occurrence()
+    assert found.utcoffset() == timedelta(0)
+    assert found.tzinfo is UTC
+    assert found > datetime.now(UTC)
+
+
+@pytest.mark.parametrize("schedule", SEED_SCHEDULES, ids=repr)
+@given(moment=st.datetimes(datetime(1996, 2, 1), datetime(2080, 1, 1), timezones=st.just(UTC)))
+@settings(max_examples=50)
+def test_next_after_is_strictly_after_and_has_no_gap(schedule, moment):
+    found = schedule.next_after(moment)
+    assert found > moment
+    if not isinstance(schedule, IntervalSeconds):
+        # Asked just before the occurrence that was found, it is found again.
+        assert schedule.next_after(found - timedelta(microseconds=1)) == found
+
+
+def test_attributes_of_the_contract():
+    assert IntervalSeconds(60).seconds == 60
+    assert CronSchedule("0 * * * *").expression == "0 * * * *"
+    assert RRuleSchedule("FREQ=DAILY").rule == "FREQ=DAILY"
+
+
+class TestInterval:
+    def test_P40_keeps_its_phase(self):
+        start = utc(2026, 1, 1)
+        assert series(IntervalSeconds(3), start, 3) == [start + timedelta(seconds=3 * n) for n in (1, 2, 3)]
+
+    def test_fractions(self):
+        assert IntervalSeconds(0.25).next_after(utc(2026, 1, 1)) == utc(2026, 1, 1) + timedelta(seconds=0.25)
+
+    @pytest.mark.parametrize(
+        "seconds", [0, -1, float("nan"), float("inf"), 1e300, 10**400, 1e-9, "60", None, True]
+    )
+    def test_anything_but_a_positive_number_is_refused(self, seconds):
+        with pytest.raises(ValueError, match="seconds"):
+            IntervalSeconds(seconds)
+
+
+class TestCron:
+    def test_is_read_in_utc_whatever_the_zone_of_the_moment(self):
+        moment = datetime(2026, 7, 1, 7, 30, tzinfo=timezone(timedelta(hours=2)))
+        assert CronSchedule("0 6 * * *").next_after(moment) == utc(2026, 7, 1, 6)
+
+    def test_a_zone_of_its_own(self):
+        schedule = CronSchedule("0 6 * * *", timezone="Europe/Zurich")
+        assert schedule.next_after(utc(2026, 1, 10)) == utc(2026, 1, 10, 5)
+        assert schedule.next_after(utc(2026, 7, 10)) == utc(2026, 7, 10, 4)
+
+    def test_fixed_hours_fire_once_when_the_clocks_go_back(self):
+        schedule = CronSchedule("30 2 * * *", timezone="Europe/Zurich")
+        expected = [utc(2026, 10, 25, 0, 30), utc(2026, 10, 26, 1, 30)]
+        assert series(schedule, utc(2026, 10, 24, 12), 2) == expected
+
+    def test_every_half_hour_goes_on_through_the_doubled_hour(self):
+        schedule = CronSchedule("*/30 * * * *", timezone="Europe/Zurich")
+        start = utc(2026, 10, 24, 23)
+        assert series(schedule, start, 8) == [start + timedelta(minutes=30 * n) for n in range(1, 9)]
+
+    def test_fixed_hours_fire_when_the_clocks_skip_them(self):
+        schedule = CronSchedule("30 2 * * *", timezone="Europe/Zurich")
+        assert [when.day for when in series(schedule, utc(2026, 3, 28, 12), 2)] == [29, 30]
+
+    @pytest.mark.parametrize(
+        "expression", ["", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None]
+    )
+    def test_a_bad_expression_is_refused_when_written_and_named(self, expression):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+            CronSchedule(expression)
+        assert repr(expression) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_an_unknown_zone_is_refused_and_named(self):
+        with pytest.raises(ValueError, match="Europe/Atlantis"):
+            CronSchedule("0 0 * * *", timezone="Europe/Atlantis")
+
+    def test_an_exhausted_expression_says_so(self):
+        with pytest.raises(ValueError, match="no occurrence after"):
+            CronSchedule("0 0 1 1 * 0 2020").next_occurrence()
+
+
+class TestRRule:
+    def test_P44_interval_is_honoured_across_calls(self):
+        found = series(RRuleSchedule("FREQ=HOURLY;INTERVAL=2"), utc(2026, 1, 1, 0, 30), 100)
+        assert {b - a for a, b in itertools.pairwise(found)} == {timedelta(hours=2)}
+
+    def test_P44_interval_is_honoured_across_restarts(self):
+        program = (
+            "from datetime import *; from diracx.tasks.plumbing.schedules import RRuleSchedule as R;"
+            "print(R('FREQ=DAILY;INTERVAL=2').next_after(datetime(2026, 5, {day}, 12, tzinfo=UTC)))"
+        )
+
+        def run(day: int) -> str:
+            done = subprocess.run(
+                [sys.executable, "-c", program.format(day=day)], check=True, capture_output=True, text=True
+            )
+            return done.stdout.strip()
+
+        first = [run(day) for day in (1, 2, 3)]
+        assert len(set(first)) == 2
+        assert first == [run(day) for day in (1, 2, 3)]
+
+    def test_P44_exhausted_raises_value_error_and_only_when_asked(self):
+        for rule in (
+            "FREQ=DAILY;UNTIL=20200101T000000Z",
+            "FREQ=DAILY;UNTIL=19900101T000000Z",
+            "DTSTART:20200101T000000Z\nRRULE:FREQ=DAILY;COUNT=3",
+        ):
+            schedule = RRuleSchedule(rule)
+            with pytest.raises(ValueError, match="no occurrence after"):
+                schedule.next_occurrence()
+
+    def test_count_without_dtstart_is_used_up_and_says_why(self):
+        schedule = RRuleSchedule("FREQ=DAILY;COUNT=2")
+        assert schedule.counts_from_nowhere
+        with pytest.raises(ValueError, match="COUNT counts from DTSTART"):
+            schedule.next_occurrence()
+
+    def test_count_with_dtstart_ends_after_that_many(self):
+        schedule = RRuleSchedule("DTSTART:20260101T000000Z\nRRULE:FREQ=DAILY;COUNT=2")
+        assert series(schedule, utc(2025, 12, 31), 2) == [utc(2026, 1, 1), utc(2026, 1, 2)]
+        with pytest.raises(ValueError, match="no occurrence"):
+            schedule.next_after(utc(2026, 1, 2))
+
+    def test_what_a_rule_leaves_out_is_round(self):
+        moment = utc(2026, 5, 6, 7, 8, 9)
+        assert RRuleSchedule("FREQ=YEARLY").next_after(moment) == utc(2027, 1, 1)
+        assert RRuleSchedule("FREQ=MONTHLY").next_after(moment) == utc(2026, 6, 1)
+        assert RRuleSchedule("FREQ=WEEKLY").next_after(moment) == utc(2026, 5, 11)
+        assert RRuleSchedule("FREQ=WEEKLY;BYDAY=FR").next_after(moment) == utc(2026, 5, 8)
+        assert RRuleSchedule("FREQ=MONTHLY;BYDAY=-1FR").next_after(moment) == utc(2026, 5, 29)
+
+    def test_dtstart_in_a_zone_follows_its_clock(self):
+        schedule = RRuleSchedule("DTSTART;TZID=Europe/Zurich:20260101T060000\nRRULE:FREQ=DAILY")
+        assert schedule.next_after(utc(2026, 1, 10)) == utc(2026, 1, 10, 5)
+        assert schedule.next_after(utc(2026, 7, 10)) == utc(2026, 7, 10, 4)
+
+    def test_excluded_dates_are_left_out(self):
+        schedule = RRuleSchedule("RRULE:FREQ=DAILY\nEXDATE:20260102T000000Z")
+        assert schedule.next_after(utc(2026, 1, 1)) == utc(2026, 1, 3)
+
+    def test_a_rule_by_the_second_is_answered_at_once(self):
+        schedule = RRuleSchedule("FREQ=SECONDLY;INTERVAL=7")
+        started = time.process_time()
+        series(schedule, utc(2026, 1, 1), 2)
+        assert time.process_time() - started < 2
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "",
+            "bad",
+            "FREQ=NOPE",
+            "INTERVAL=2",
+            "FREQ=DAILY;INTERVAL=0",
+            "FREQ=DAILY;INTERVAL=-1",
+            "FREQ=DAILY;INTERVAL=x",
+            "FREQ=DAILY;BYHOUR=25",
+            "FREQ=DAILY;FOO=1",
+            "FREQ=DAILY;UNTIL=soon",
+            "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30",
+            "DTSTART:yesterday\nRRULE:FREQ=DAILY",
+            "DTSTART;TZID=Europe/Atlantis:20260101T060000\nRRULE:FREQ=DAILY",
+            5,
+        ],
+    )
+    def test_a_bad_rule_is_refused_when_written_and_named(self, rule):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+            RRuleSchedule(rule)
+        assert repr(rule) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @given(
+        freq=st.sampled_from(["HOURLY", "DAILY", "WEEKLY"]),
+        interval=st.integers(1, 40),
+        extra=st.sampled_from(
+            ["", ";BYDAY=MO,FR", ";BYDAY=SU;WKST=SU", ";BYMONTH=3,9", ";BYDAY=MO,WE,FR;BYSETPOS=-1"]
+        ),
+        days=st.integers(0, 700),
+        seconds=st.integers(0, 86399),
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_starting_near_changes_no_occurrence(self, freq, interval, extra, days, seconds):
+        rule = f"FREQ={freq};INTERVAL={interval}{extra}"
+        moment = RRULE_ANCHOR + timedelta(days=days, seconds=seconds)
+        expected = rrulestr(rule, dtstart=RRULE_ANCHOR).after(moment)
+        if expected is not None and expected.year < 2100:
+            assert RRuleSchedule(rule).next_after(moment.replace(tzinfo=UTC)).replace(tzinfo=None) == expected
+
+
+def test_a_naive_moment_is_refused():
+    for schedule in SEED_SCHEDULES:
+        with pytest.raises(ValueError, match="aware"):
+            schedule.next_after(datetime(2026, 1, 1))
+
+
+def test_fingerprints_are_stable_and_tell_schedules_apart():
+    assert CronSchedule("*/5  * * * *").fingerprint == "cron:*/5 * * * *"
+    assert CronSchedule("0 6 * * *", timezone="Europe/Zurich").fingerprint == "cron@Europe/Zurich:0 6 * * *"
+    assert IntervalSeconds(60).fingerprint == IntervalSeconds(60.0).fingerprint == "interval:60"
+    assert RRuleSchedule("FREQ=DAILY").fingerprint == "rrule:FREQ=DAILY"
+    assert len({schedule.fingerprint for schedule in SEED_SCHEDULES}) == len(SEED_SCHEDULES)
+    assert IntervalSeconds(60) == IntervalSeconds(60) != IntervalSeconds(61)
+    assert CronSchedule("0 6 * * *") != CronSchedule("0 6 * * *", timezone="Europe/Zurich")
+    assert len({IntervalSeconds(1), IntervalSeconds(1)}) == 1
+    assert repr(CronSchedule("0 6 * * *", timezone="UTC")) == "CronSchedule('0 6 * * *', timezone='UTC')"
+
+
+def test_fingerprints_of_close_intervals_differ():
+    assert IntervalSeconds(86400.001).fingerprint != IntervalSeconds(86400.002).fingerprint
+
+
+class Tomorrow(TaskScheduleBase):
+    def __init__(self, colour: str) -> None:
+        self.colour = colour
+        self.thing = object()
+
+    def next_occurrence(self) -> datetime:
+        return datetime.now(UTC) + timedelta(days=1)
+
+
+def test_a_third_party_schedule_needs_only_next_occurrence():
+    schedule = Tomorrow("red")
+    assert schedule.next_after(utc(2026, 1, 1)) > datetime.now(UTC)
+    assert schedule.fingerprint == Tomorrow("red").fingerprint != Tomorrow("blue").fingerprint
+    with pytest.raises(TypeError):
+        TaskScheduleBase()
