@@ -451,6 +451,14 @@ async def test_operator_sets_limits_without_code(redis_url: str) -> None:
     assert most == 2
 
 
+async def test_operator_sets_the_priority_without_code(redis_url: str, redis: Redis) -> None:
+    config = {"common": {"test:Echo": {"priority": "realtime"}}}
+    async with TaskSystem([Echo], redis_url=redis_url, config=config, workers=0):
+        await Echo(1).schedule()
+    assert await redis.xlen("diracx:tasks:realtime:medium") == 1
+    await redis.delete("diracx:tasks:realtime:medium")
+
+
 # --- groups ----------------------------------------------------------------------------------------------
 
 

@@ -204,9 +204,7 @@ class _Shape:
         for attribute in (name, f"_{name}"):
             if hasattr(task, attribute):
                 return getattr(task, attribute)
-        raise TypeError(
-            f"{self}: the instance has no attribute {name!r}: keep the argument in it, or override serialize()"
-        )
+        raise TypeError(f"{self}: the instance keeps no attribute {name!r}: add it, or override serialize()")
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -225,7 +223,7 @@ class _Shape:
             elif self.extra:
                 rest[name] = value
             else:
-                close = get_close_matches(name, self.names, n=1)
+                close = get_close_matches(name, self.names, n=1, cutoff=0.5)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise TypeError(f"unknown argument {name!r}{hint}")
         return bound, (tuple(args[len(self.names) :]), rest)

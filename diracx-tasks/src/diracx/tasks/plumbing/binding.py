@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .base_task import BaseTask
     from .broker.models import Submission
     from .broker.redis_streams import RedisStreamBroker
+    from .config import TasksConfig
     from .factory import TaskRegistry
 
 REDIS_URL_VARIABLE = "DIRACX_TASKS_REDIS_URL"
@@ -32,6 +33,8 @@ class Binding:
 
     broker: RedisStreamBroker
     registry: TaskRegistry
+    config: TasksConfig | None = None
+    """The operator's settings; a priority that is set there routes the task."""
 
     def submission(
         self,
@@ -56,14 +59,18 @@ class Binding:
         for lock in _declared_locks(task):
             if lock.enabled:
                 lock.spec()
+        name = self.registry.name_of(task_class)
+        priority = task_class.priority
+        if self.config is not None:
+            priority = self.config.get_override(name, getattr(task, "vo", None)).priority or priority
         message = TaskMessage(
             task_id=task_id or new_task_id(),
-            task_name=self.registry.name_of(task_class),
+            task_name=name,
             labels=dict(labels) if labels else {},
             task_args=list(task.serialize()),
             trace_context=current_trace_context(),
         )
-        return Submission(message, stream_name_for(task_class.priority, task_class.size), at_time)
+        return Submission(message, stream_name_for(priority, task_class.size), at_time)
 
 
 def _declared_locks(task: BaseTask) -> list[Any]:
@@ -101,9 +108,11 @@ def current_broker() -> RedisStreamBroker:
 
 
 @contextmanager
-def bound_to(broker: RedisStreamBroker, registry: TaskRegistry) -> Iterator[Binding]:
+def bound_to(
+    broker: RedisStreamBroker, registry: TaskRegistry, config: TasksConfig | None = None
+) -> Iterator[Binding]:
     """Bind a broker for everything that is called, or started as an asyncio task, inside the block."""
-    binding = Binding(broker, registry)
+    binding = Binding(broker, registry, config)
     token = _bound.set(lambda: binding)
     try:
         yield binding
@@ -128,13 +137,14 @@ async def task_broker(
         redis.exceptions.RedisError: when the server does not answer.
     """
     from .broker.redis_streams import RedisStreamBroker
+    from .config import load_tasks_config
     from .factory import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or os.environ.get(REDIS_URL_VARIABLE) or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
     try:
         await broker.startup()
-        with bound_to(broker, known):
+        with bound_to(broker, known, load_tasks_config()):
             yield broker
     finally:
         await broker.shutdown()
@@ -149,12 +159,13 @@ def _binding_from_environment() -> Binding:
     binding = _of_loop.get(loop)
     if binding is None:
         from .broker.redis_streams import RedisStreamBroker
+        from .config import load_tasks_config
         from .factory import load_task_registry
 
         url = os.environ.get(REDIS_URL_VARIABLE)
         if not url:
             raise RuntimeError(f"this route submits a task but no broker is known: set {REDIS_URL_VARIABLE}")
-        binding = _of_loop[loop] = Binding(RedisStreamBroker(url), load_task_registry())
+        binding = _of_loop[loop] = Binding(RedisStreamBroker(url), load_task_registry(), load_tasks_config())
     return binding
 
 

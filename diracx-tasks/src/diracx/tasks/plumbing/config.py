@@ -118,9 +118,7 @@ class TaskOverride(BaseModel):
     rate_limit: _Count | None = Field(
         default=None, description="Executions allowed in any window; goes with rate_window_seconds."
     )
-    rate_window_seconds: _Seconds | None = Field(
-        default=None, description="Length of that window, in seconds."
-    )
+    rate_window_seconds: _Seconds | None = Field(default=None, description="Length of that window, in seconds.")
     concurrency_limit: _Count | None = Field(
         default=None, description="Executions allowed at the same time, over all workers."
     )
@@ -216,7 +214,7 @@ def _merge_problems(raw: Any) -> list[str]:
         periodic = merged.get("periodic")
         if isinstance(periodic, Mapping) and periodic.get("timezone") is not None:
             others = [kind for kind in _KINDS[1:] if periodic.get(kind) is not None]
-            if others and path.startswith("vo_overrides"):
+            if others:
                 problems.append(f"{path}.periodic.timezone: goes with schedule only, not with {others[0]}")
     return problems
 

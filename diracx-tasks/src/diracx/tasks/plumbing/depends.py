@@ -114,9 +114,7 @@ def _with_depends(param: Parameter) -> Parameter:
     if depends is None:
         return param
     if no_transaction and not SQL.has(cls):
-        raise TypeError(
-            f"Parameter {param.name!r}: {cls.__name__} has no transactions; remove NoTransaction()"
-        )
+        raise TypeError(f"Parameter {param.name!r}: {cls.__name__} has no transactions; remove NoTransaction()")
     kept = [item for item in metadata if not (isinstance(item, NoTransaction) or item is NoTransaction)]
     return param.replace(annotation=Annotated[(cls, *kept, depends)])
 

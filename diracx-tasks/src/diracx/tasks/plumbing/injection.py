@@ -102,9 +102,7 @@ def _compile(
             Parameter.VAR_KEYWORD,
         ):
             annotation = param.annotation
-            described = (
-                "no annotation" if annotation is Parameter.empty else inspect.formatannotation(annotation)
-            )
+            described = "no annotation" if annotation is Parameter.empty else inspect.formatannotation(annotation)
             raise TypeError(
                 f"{name}: parameter {param.name!r} ({described}) cannot be injected; give it a default, "
                 "annotate it with a database, a settings class, Config or CallbackSpawner, "

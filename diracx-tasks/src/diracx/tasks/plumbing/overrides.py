@@ -134,9 +134,7 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
     overrides[ConfigSource.create] = config
 
 
-async def _open_sql(
-    needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack
-) -> dict[type, BaseSQLDB]:
+async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> dict[type, BaseSQLDB]:
     from diracx.db.sql.utils import BaseSQLDB
     from pydantic import ValidationError
 

@@ -99,7 +99,7 @@ class TaskSystem:
         self.broker = self._broker()
         self._stack.push_async_callback(self.broker.shutdown)
         await self.broker.startup()
-        self._stack.enter_context(bound_to(self.broker, self.registry))
+        self._stack.enter_context(bound_to(self.broker, self.registry, self._config))
         if self._task_db_url is not None:
             self.task_db = await self._open_task_db(self._task_db_url)
         self._stop = asyncio.Event()

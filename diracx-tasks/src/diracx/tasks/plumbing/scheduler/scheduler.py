@@ -152,7 +152,7 @@ class TaskScheduler:
 
     async def _occur(self, schedule_id: str, due_ms: int, now: datetime) -> int:
         scheduled = self._scheduled[schedule_id]
-        submission = Binding(self._broker, self._registry).submission(scheduled.build())
+        submission = Binding(self._broker, self._registry, self._config).submission(scheduled.build())
         following = scheduled.next_run_after(datetime.fromtimestamp(due_ms / 1000, UTC), now)
         if following is None:
             logger.info("%s has had its last run", schedule_id)

@@ -27,7 +27,10 @@ class Blueprint:
         self.task_class = task_class
         self.plan: Plan = compile_plan(task_class.execute, skip_first=True)
         self._config = config
-        self._overridden = name in config.common or any(name in vo for vo in config.vo_overrides.values())
+        self._names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
+        self._overrides: dict[str | None, TaskOverride] = {}
+        self._vos = {vo for vo, tasks in config.vo_overrides.items() if not self._names.isdisjoint(tasks)}
+        self._overridden = bool(self._vos) or not self._names.isdisjoint(config.common)
         self._declares_locks = task_class.execution_locks is not BaseTask.execution_locks
 
     def build(self, message: TaskMessage) -> BaseTask:
@@ -36,7 +39,10 @@ class Blueprint:
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""
-        return self._config.get_override(self.name, getattr(task, "vo", None))
+        vo = getattr(task, "vo", None)
+        if vo not in self._overrides:
+            self._overrides[vo] = self._config.get_override(self.name, vo)
+        return self._overrides[vo]
 
     def locks(self, task: BaseTask) -> list[BaseLock]:
         """The locks the task needs now: its own, with the operator's limits; disabled ones left out."""
@@ -56,7 +62,7 @@ class Blueprint:
     def _scope(self, task: BaseTask) -> tuple[str, ...]:
         """A limit that is set for one VO counts that VO's tasks only."""
         vo = getattr(task, "vo", None)
-        return (vo,) if vo is not None and self.name in self._config.vo_overrides.get(vo, {}) else ()
+        return (vo,) if vo in self._vos else ()
 
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:
         """The class's policy, with the operator's numbers."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import LockLostError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
-from .outcome import Failed, Outcome, Succeeded
+from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -41,10 +41,12 @@ class Execution:
         self.locks = locks
         self._running: asyncio.Task[Any] | None = None
         self._cancelled_for: Exception | None = None
+        self._taken_over = False
 
-    def lose(self, what: str) -> None:
-        """Cancel it because its lease or a lock is gone."""
+    def lose(self, what: str, taken_over: bool) -> None:
+        """Cancel it because a lock is gone, or the lease and so the task itself."""
         logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)
+        self._taken_over = taken_over
         self._cancel(LockLostError(what))
 
     def stop(self) -> None:
@@ -66,6 +68,8 @@ class Execution:
             async with deadline:
                 value = await self._execute(overrides)
         except asyncio.CancelledError as error:
+            if self._taken_over:
+                return TakenOver()
             return Failed(self._cancelled_for or error, time.perf_counter() - clock, started)
         except TimeoutError as error:
             if not deadline.expired():

@@ -36,8 +36,8 @@ class Hold:
 
     delivery: Delivery
     locks: Sequence[LockSpec]
-    lost: Callable[[str], None]
-    """Called in the event loop with a sentence saying what was lost."""
+    lost: Callable[[str, bool], None]
+    """Called in the event loop: what was lost, in words, and whether the task itself was taken over."""
 
 
 class LeaseKeeper:
@@ -122,7 +122,7 @@ class LeaseKeeper:
         )
         self._renewed_at = started
         for position in lost_entries:
-            self._report(holds[position], "its lease ended and another worker took it over")
+            self._report(holds[position], "its lease ended and another worker took it over", taken_over=True)
         for position in lost_locks:
             hold, lock = locks[position]
             self._report(hold, f"the lock {lock['key']} could not be renewed")
@@ -137,12 +137,12 @@ class LeaseKeeper:
                 if lock.get("ttl_ms", silent_ms + 1) <= silent_ms:
                     self._report(hold, f"the lock {lock['key']} could not be renewed in time")
 
-    def _report(self, hold: Hold, what: str) -> None:
+    def _report(self, hold: Hold, what: str, *, taken_over: bool = False) -> None:
         with self._mutex:
             if self._holds.get((hold.delivery.stream, hold.delivery.entry)) is not hold:
                 return  # it was settled while we asked
             del self._holds[hold.delivery.stream, hold.delivery.entry]
-        self._loop.call_soon_threadsafe(hold.lost, what)
+        self._loop.call_soon_threadsafe(hold.lost, what, taken_over)
 
 
 @asynccontextmanager

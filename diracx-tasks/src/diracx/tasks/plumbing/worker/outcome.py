@@ -24,4 +24,9 @@ class Failed:
     started: datetime
 
 
-Outcome = Succeeded | Failed
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """The lease ended meanwhile and another worker has the task now. It is not ours to judge."""
+
+
+Outcome = Succeeded | Failed | TakenOver

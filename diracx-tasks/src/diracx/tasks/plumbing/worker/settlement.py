@@ -24,7 +24,7 @@ from ..broker.redis_streams import in_ms
 from ..exceptions import StopRetryingError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter
-from .outcome import Failed, Outcome, Succeeded
+from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -65,6 +65,8 @@ def settle(
         case Succeeded(value, seconds):
             settlement.group = _child(message, failed=False)
             settlement.result = _result(message, settings, lambda: TaskResult.from_value(value, seconds))
+            return settlement, None
+        case TakenOver():
             return settlement, None
         case Failed():
             return settlement, _failed(execution, outcome, settlement, settings)

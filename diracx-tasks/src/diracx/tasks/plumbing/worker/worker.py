@@ -64,7 +64,8 @@ class Worker:
         self._broker = broker
         self._registry = TaskRegistry.of(registry)
         self._settings = settings or WorkerSettings()
-        self._blueprints = blueprints(self._registry, config or TasksConfig())
+        self._config = config or TasksConfig()
+        self._blueprints = blueprints(self._registry, self._config)
         self._letters = DeadLetterOffice(broker, task_db)
         self._given_overrides = overrides or {}
         self._overrides: Overrides = {}
@@ -79,6 +80,11 @@ class Worker:
         """Number of slots in use."""
         return len(self._running)
 
+    def cancel_running(self) -> None:
+        """Cancel what runs, as the end of the grace period would."""
+        for execution in self._running.values():
+            execution.stop()
+
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then let what runs end within the grace period.
 
@@ -91,7 +97,7 @@ class Worker:
         ) as self._keeper:
             self._settler = Settler(self._broker, self._keeper.forget)
             async with self._dependencies() as self._overrides:
-                with bound_to(self._broker, self._registry):
+                with bound_to(self._broker, self._registry, self._config):
                     settling = asyncio.create_task(self._settler.run())
                     try:
                         await self._letters.adopt()
@@ -198,7 +204,7 @@ class Worker:
             logger.critical("a task could not be settled and will be delivered again", exc_info=error)
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
-        self._keeper.add(Hold(settlement.delivery, settlement.locks, lambda _: None))
+        self._keeper.add(Hold(settlement.delivery, settlement.locks, lambda *_: None))
         burial = asyncio.create_task(self._store(settlement, letter))
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)

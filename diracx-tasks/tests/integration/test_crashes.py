@@ -1,0 +1,134 @@
+"""Workers that die: what they ran starts elsewhere, what they held is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diracx.tasks.plumbing import ExclusiveRWLock
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks
+
+# Workers that are killed leave their names, and the queue's group their consumers, until somebody buries them.
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
+
+SETTINGS = {"lease_seconds": LEASE_SECONDS}
+
+
+@pytest.fixture
+def worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts worker processes of their own, and ends them with the test."""
+    monkeypatch.setenv("TEST_REDIS_URL", redis_url)
+    started = []
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crashing_tasks.py")), redis_url],
+            env={**os.environ, "TEST_HANGS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+async def until(condition: Any, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def test_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+) -> None:
+    process = worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        task_id = await Marks("a").schedule()
+    await until(lambda: redis.exists("started:a"))
+    process.kill()
+    process.wait()
+    killed = time.monotonic()
+    assert not await ExclusiveRWLock(JOB, "a-read").acquire(redis), "the dead reader still counts"
+    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+        result = await system.result(task_id, timeout=10)
+        assert time.monotonic() - killed < LEASE_SECONDS + 3, "one lease, and a busy machine's patience"
+        assert result.return_value == os.getpid()
+        await system.drain()
+        assert await redis.llen("started:a") == 2
+        # P21: the dead worker's reader is gone with it.
+        writer = ExclusiveRWLock(JOB, "a-read")
+        assert await writer.acquire(redis)
+        await writer.release(redis)
+        await until(lambda: _is(redis.zcard(keys.ALIVE), 1))
+
+
+async def _is(call: Any, value: Any) -> bool:
+    return bool(await call == value)
+
+
+async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str
+) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        await Kills().schedule()
+    for _ in range(3):
+        assert worker().wait(timeout=20) == -signal.SIGKILL
+    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+        await system.drain(timeout=10)
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+        assert letter["reason"] == "poison"
+        assert letter["task_name"] == "test:Kills"
+
+
+async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str
+) -> None:
+    first, second = worker(), worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0) as system:
+        result = await system.result(await Blocks(3 * LEASE_SECONDS).schedule(), timeout=20)
+    assert result.return_value == "kept", result.error
+    assert first.poll() is None
+    assert second.poll() is None
+
+
+async def test_a_paused_worker_finds_out_and_settles_nothing(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+) -> None:
+    process = worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        task_id = await Marks("b").schedule()
+    await until(lambda: redis.exists("started:b"))
+    process.send_signal(signal.SIGSTOP)
+    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+        first = await system.result(task_id, timeout=15)
+        assert first.return_value == os.getpid()
+        process.send_signal(signal.SIGCONT)
+        # It comes back, is alive again, and its execution is cancelled: the result stays ours.
+        await until(lambda: _is(redis.zcard(keys.ALIVE), 2))
+        marker = await Marks("c", ends=True).schedule()
+        await system.result(marker, timeout=10)
+        assert (await system.result(task_id)).return_value == os.getpid()
+        await system.drain()
