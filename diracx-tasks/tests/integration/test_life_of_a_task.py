@@ -247,10 +247,13 @@ async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
     async with TaskSystem([Echo], redis_url=redis_url) as system:
         await redis.xadd(stream, {"something": "else"})
         await redis.xadd(stream, {"data": b"\x00garbage"})
-        await submit_task(system.broker, "test:Nobody", [1])
+        nobody = await submit_task(system.broker, "test:Nobody", [1])
         await submit_task(system.broker, "test:Echo", [1, 2, 3])
         assert (await system.result(await Echo(7).schedule())).return_value == 7
         await system.drain()
+        unknown = await system.result(nobody)
+        assert unknown.error is not None, "whoever waits for it learns why"
+        assert "no task is registered as 'test:Nobody'" in unknown.error["message"]
         assert system.task_db is not None
         async with system.task_db as db:
             letters = await db.search()

@@ -114,7 +114,7 @@ class TaskOverride(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    enabled: bool = Field(default=True, description="False: the task is not run.")
+    enabled: bool = Field(default=True, description="False: the scheduler leaves the task alone.")
     rate_limit: _Count | None = Field(
         default=None, description="Executions allowed in any window; goes with rate_window_seconds."
     )

@@ -22,6 +22,10 @@ class WorkerStoppedError(Exception):
     """The worker was stopped and its grace period ended before the task did."""
 
 
+class TaskRejectedError(Exception):
+    """The task could not be executed at all and was put with the dead letters: the result says why."""
+
+
 class StopRetryingError(Exception):
     """Raise it (or a subclass) in a task to end its retries at once."""
 

@@ -45,11 +45,13 @@ async def patiently(
     what: str,
     *,
     passing: Callable[[BaseException], bool] = is_passing,
+    stop: asyncio.Event | None = None,
 ) -> _Answer:
     """Repeat a call until the server answers. Only for calls that may be repeated.
 
     Args:
         what: what is being attempted, for the log: one line when it begins to fail, one when it succeeds again.
+        stop: once it is set, an error is raised instead of being waited out.
     """
     pause = 0.05
     failed = False
@@ -57,7 +59,7 @@ async def patiently(
         try:
             answer = await call()
         except Exception as error:
-            if not passing(error):
+            if not passing(error) or (stop is not None and stop.is_set()):
                 raise
             if not failed:
                 logger.warning("cannot %s: %s; trying again until it works", what, error)

@@ -74,11 +74,12 @@ class ValkeyProcess:
                 )
             if self._answers():
                 return
+            self.kill()
         raise RuntimeError(f"the embedded server does not start:\n{log.read_text()[-2000:]}")
 
     def _answers(self) -> bool:
         from redis import Redis
-        from redis.exceptions import RedisError
+        from redis.exceptions import AuthenticationError, RedisError
 
         assert self._process is not None
         deadline = time.monotonic() + _START_SECONDS
@@ -88,6 +89,8 @@ class ValkeyProcess:
                     # Somebody else's server on this port would answer as well: is it the one we started?
                     if client.info("server")["process_id"] == self._process.pid:
                         return True
+            except AuthenticationError:  # --requirepass: it answers, and we are not to know more
+                return True
             except RedisError:
                 pass
             time.sleep(0.01)

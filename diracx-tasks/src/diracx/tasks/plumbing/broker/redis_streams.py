@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -174,6 +174,16 @@ class RedisStreamBroker:
             audit: also look for consumers that are on no list of living workers.
         """
         messages = await scripts.reclaim(self.redis, self.streams, self.consumer_name, free, audit)
+        return [self._delivery(message) for message in messages]
+
+    async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
+        """What was reserved for us in a call whose answer was lost.
+
+        Args:
+            known: stream and entry of what is in our hands.
+        """
+        held = [f"{stream} {entry}" for stream, entry in known]
+        messages = await scripts.recover(self.redis, self.streams, self.consumer_name, held)
         return [self._delivery(message) for message in messages]
 
     def _delivery(self, message: Sequence[Any]) -> Delivery:

@@ -112,6 +112,11 @@ async def reclaim(redis: Redis, streams: Sequence[str], consumer: str, free: int
     return await script("reclaim")(redis, streams, [consumer, free, int(audit), _EVERY_STREAM])
 
 
+async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str]) -> Any:
+    """What the worker reserved without hearing of it. See lua/recover.lua."""
+    return await script("recover")(redis, streams, [consumer, pack(known)])
+
+
 async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int]:
     """Move what is due into its streams: (number moved, next due in ms or None, now in ms)."""
     moved, next_due, now = await script("promote")(redis, args=[at_most])

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -82,7 +83,8 @@ class TaskScheduler:
             except RedisError as error:
                 if not is_passing(error):
                     raise
-                await patiently(self._broker.startup, "reach the broker")
+                with suppress(RedisError):  # when we are to stop; a lasting error comes again above
+                    await patiently(self._broker.startup, "reach the broker", stop=stop)
             finally:
                 self.leads.clear()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,15 +16,34 @@ if TYPE_CHECKING:
 class Intake:
     """Asks the broker for work and, now and then, does the housekeeping that keeps work coming."""
 
-    def __init__(self, broker: RedisStreamBroker, settings: WorkerSettings, stop: asyncio.Event) -> None:
+    def __init__(
+        self,
+        broker: RedisStreamBroker,
+        settings: WorkerSettings,
+        stop: asyncio.Event,
+        held: Callable[[], Iterable[tuple[str, str]]],
+    ) -> None:
         self._broker = broker
+        self._held = held
+        self._answer_lost = False
         self._stop = stop
         self._settings = settings
         self._housekeeping_at = 0.0
         self._audit_at = 0.0
 
     async def next(self, free: int) -> list[Delivery]:
-        """Up to `free` messages; an empty list when nothing came for a while, or when the worker stops."""
+        """Up to `free` messages; an empty list when nothing came for a while, or when the worker stops.
+
+        A call that fails may have reserved messages all the same; the next one finds them.
+        """
+        if self._answer_lost and (recovered := await self._broker.recover(self._held())):
+            return recovered
+        self._answer_lost = True
+        deliveries = await self._look(free)
+        self._answer_lost = False
+        return deliveries
+
+    async def _look(self, free: int) -> list[Delivery]:
         if time.monotonic() >= self._housekeeping_at and (reclaimed := await self._housekeeping(free)):
             return reclaimed
         deliveries, last_ids = await self._broker.fetch(free)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..broker import scripts
@@ -37,13 +37,13 @@ class Hold:
     delivery: Delivery
     locks: Sequence[LockSpec]
     lost: Callable[[str, bool], None]
-    """Called in the event loop: what was lost, in words, and whether the task itself was taken over."""
+    """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
 
 
 class LeaseKeeper:
     """Renews the worker's own life, the entries it runs and the locks they hold.
 
-    Use as a context manager: entering registers the worker (and raises when the server does not answer).
+    Use as an asynchronous context manager: entering registers the worker, and raises when no server answers.
     """
 
     def __init__(self, url: str, consumer: str, lease_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
@@ -69,15 +69,15 @@ class LeaseKeeper:
         self._renewed_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
 
-    def __enter__(self) -> LeaseKeeper:
-        self._renew()
+    async def __aenter__(self) -> LeaseKeeper:
+        await asyncio.to_thread(self._renew)
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stop = True
         self._look.set()
-        self._thread.join()
+        await asyncio.to_thread(self._thread.join)
         self._redis.close()
 
     def add(self, hold: Hold) -> None:
@@ -93,6 +93,11 @@ class LeaseKeeper:
         """No longer renew it: it was settled, or is lost."""
         with self._mutex:
             self._holds.pop((delivery.stream, delivery.entry), None)
+
+    def held(self) -> list[tuple[str, str]]:
+        """Stream and entry of everything that is kept renewed."""
+        with self._mutex:
+            return list(self._holds)
 
     def _run(self) -> None:
         while not self._stop:
@@ -139,9 +144,13 @@ class LeaseKeeper:
 
     def _report(self, hold: Hold, what: str, *, taken_over: bool = False) -> None:
         with self._mutex:
-            if self._holds.get((hold.delivery.stream, hold.delivery.entry)) is not hold:
+            place = hold.delivery.stream, hold.delivery.entry
+            if self._holds.get(place) is not hold:
                 return  # it was settled while we asked
-            del self._holds[hold.delivery.stream, hold.delivery.entry]
+            if taken_over:
+                del self._holds[place]
+            else:  # still ours to settle
+                self._holds[place] = replace(hold, locks=())
         self._loop.call_soon_threadsafe(hold.lost, what, taken_over)
 
 

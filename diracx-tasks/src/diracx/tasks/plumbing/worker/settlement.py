@@ -21,7 +21,7 @@ from ..broker.models import (
     describe_exception,
 )
 from ..broker.redis_streams import in_ms
-from ..exceptions import StopRetryingError, TaskRetryRequestedError
+from ..exceptions import StopRetryingError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter
 from .outcome import Failed, Outcome, Succeeded, TakenOver
@@ -83,8 +83,12 @@ def _failed(
 ) -> DeadLetter | None:
     message = execution.message
     attempts = [*message.attempts, _attempt(outcome)]
-    again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
     what = f"{message.task_name} {message.task_id}"
+    try:
+        again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
+    except Exception:
+        logger.exception("the retry policy of %s failed: no retry", what)
+        again = None
     if again is not None:
         logger.warning("%s failed, to be retried at %s", what, again.isoformat(), exc_info=outcome.error)
         message.labels[LABEL_ATTEMPTS] = attempts
@@ -108,7 +112,7 @@ def _failed(
 
 
 def reject(
-    delivery: Delivery, message: TaskMessage | None, reason: str, detail: str
+    delivery: Delivery, message: TaskMessage | None, reason: str, detail: str, settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter]:
     """What becomes of a delivery that cannot be executed: always a dead letter."""
     logger.error(
@@ -123,6 +127,8 @@ def reject(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw
         )
     settlement = Settlement(delivery, group=_child(message, failed=True))
+    error = TaskRejectedError(f"{reason}: {detail}")
+    settlement.result = _result(message, settings, lambda: TaskResult.from_exception(error, 0.0))
     return settlement, DeadLetter.of_message(message, reason, detail)
 
 

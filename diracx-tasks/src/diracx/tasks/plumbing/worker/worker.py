@@ -91,49 +91,60 @@ class Worker:
         Raises:
             redis.exceptions.RedisError: when the server does not answer at the start. Later it is waited for.
         """
+        lease_seconds = self._settings.lease_seconds
         loop = asyncio.get_running_loop()
-        with LeaseKeeper(
-            self._broker.url, self._broker.consumer_name, self._settings.lease_seconds, loop
-        ) as self._keeper:
+        async with (
+            LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
+            self._dependencies() as self._overrides,
+        ):
             self._settler = Settler(self._broker, self._keeper.forget)
-            async with self._dependencies() as self._overrides:
-                with bound_to(self._broker, self._registry, self._config):
-                    settling = asyncio.create_task(self._settler.run())
-                    try:
-                        await self._letters.adopt()
-                        self.ready.set()
-                        await self._take_in(stop)
-                    finally:
-                        await self._finish()
-                        settling.cancel()
-                        await asyncio.gather(settling, return_exceptions=True)
+            with bound_to(self._broker, self._registry, self._config):
+                settling = asyncio.create_task(self._settler.run())
+                try:
+                    await self._letters.adopt()
+                    self.ready.set()
+                    await self._take_in(stop)
+                finally:
+                    await self._finish()
+                    settling.cancel()
+                    await asyncio.gather(settling, return_exceptions=True)
         await self._leave()
 
     # --- intake -----------------------------------------------------------------------------------------
 
     async def _take_in(self, stop: asyncio.Event) -> None:
-        intake = Intake(self._broker, self._settings, stop)
+        intake = Intake(self._broker, self._settings, stop, self._keeper.held)
         while not stop.is_set():
             free = self._settings.max_concurrent_tasks - self.busy
             if free <= 0:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
-            deliveries = await patiently(partial(intake.next, free), "fetch tasks")
+            try:
+                deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
+            except Exception:
+                if not stop.is_set():
+                    raise
+                break  # stopped while the server is away; what was reserved there is reclaimed from us
             if stop.is_set():
                 for delivery in deliveries:
                     self._settler.add(hand_back(delivery))
                 break
-            await self._begin(deliveries)
+            await self._begin(deliveries, stop)
 
-    async def _begin(self, deliveries: Sequence[Delivery]) -> None:
+    async def _begin(self, deliveries: Sequence[Delivery], stop: asyncio.Event) -> None:
         """Start what may start; what lacks a lock is parked by the broker until it can be had."""
         executions = [execution for delivery in deliveries if (execution := self._prepare(delivery))]
         locked = [execution for execution in executions if execution.locks]
         refused: set[Execution] = set()
         if locked:
             wanted = [self._with_locks(execution) for execution in locked]
-            replies = await patiently(partial(self._broker.start, wanted), "take locks")
+            try:
+                replies = await patiently(partial(self._broker.start, wanted), "take locks", stop=stop)
+            except Exception:
+                if not stop.is_set():
+                    raise
+                return  # stopped while the server is away; what we reserved is reclaimed from us
             refused = {execution for execution, reply in zip(locked, replies, strict=True) if reply[0] != 1}
         for execution in executions:
             if execution not in refused:
@@ -161,25 +172,26 @@ class Worker:
                 raise ValueError("the stream entry has no field `data`")
             message = TaskMessage.loadb(delivery.data)
         except ValueError as error:
-            self._bury(*reject(delivery, None, "unparsable", str(error)))
+            self._reject(delivery, None, "unparsable", str(error))
             return None
         if delivery.deliveries > self._settings.max_deliveries:
             times = delivery.deliveries - 1
-            self._bury(*reject(delivery, message, "poison", f"handed out {times} times without ever coming back"))
+            self._reject(delivery, message, "poison", f"handed out {times} times without ever coming back")
             return None
         blueprint = self._blueprints.get(message.task_name)
         if blueprint is None:
-            self._bury(
-                *reject(delivery, message, "unknown task", f"no task is registered as {message.task_name!r}")
-            )
+            self._reject(delivery, message, "unknown task", f"no task is registered as {message.task_name!r}")
             return None
         try:
             task = blueprint.build(message)
             locks = [lock.spec() for lock in blueprint.locks(task)]
         except Exception as error:
-            self._bury(*reject(delivery, message, "arguments", f"{type(error).__name__}: {error}"))
+            self._reject(delivery, message, "arguments", f"{type(error).__name__}: {error}")
             return None
         return Execution(delivery, message, blueprint, task, locks)
+
+    def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
+        self._bury(*reject(delivery, message, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
 
@@ -225,9 +237,18 @@ class Worker:
 
         async with setup_dependency_overrides(plans) as provided:
             overrides = {**provided, **self._given_overrides}
-            for blueprint in self._blueprints.values():
-                if missing := find_missing_overrides(blueprint.plan, overrides):
-                    logger.warning("%s will fail here: not configured: %s", blueprint.name, ", ".join(missing))
+            lacking = {
+                blueprint.name: missing
+                for blueprint in self._blueprints.values()
+                if (missing := find_missing_overrides(blueprint.plan, overrides))
+            }
+            if lacking:
+                logger.warning(
+                    "%d tasks would fail here, for %s is not configured: %s",
+                    len(lacking),
+                    ", ".join(sorted(set().union(*lacking.values()))),
+                    ", ".join(sorted(lacking)),
+                )
             yield overrides
 
     async def _finish(self) -> None:

@@ -1,0 +1,84 @@
+"""Measure everything and write RESULTS.md: `make bench`, or `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from . import pilots, tasks
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+async def measure(rounds: int) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+
+    def note(what: str, value: str) -> None:
+        print(f"{what:62} {value}", flush=True)
+        rows.append((what, value))
+
+    drain = await tasks.median_of(rounds, tasks.drain_rate)
+    note("drain of 20,000 no-ops, one worker process, 100 slots", f"{drain:,.0f} tasks/s")
+    one_by_one = await tasks.median_of(rounds, tasks.enqueue_one_by_one)
+    note("enqueue one by one", f"{one_by_one:,.0f} tasks/s")
+    bulk = await tasks.median_of(rounds, tasks.enqueue_in_bulk)
+    note("enqueue in bulk", f"{bulk:,.0f} tasks/s")
+    p50, p99 = await tasks.idle_latency()
+    note("idle latency, schedule() to execute(), p50 / p99", f"{p50 * 1000:.2f} / {p99 * 1000:.2f} ms")
+    queued, left = await tasks.bytes_per_task()
+    note("Redis memory per queued no-op / left over when done", f"{queued:.0f} / {left:.1f} bytes")
+    note("import diracx.tasks.plumbing", f"{tasks.import_time('import diracx.tasks.plumbing'):.2f} s")
+    everything = tasks.import_time("from diracx.tasks.plumbing import *")
+    note("import every name of diracx.tasks.plumbing", f"{everything:.2f} s")
+    for number in (10_000, 100_000):
+        check = await pilots.check(number)
+        note(
+            f"check of {number:,} pilots, SQLite",
+            f"{check.seconds:.2f} s, {check.statements} statements",
+        )
+    return rows
+
+
+def machine() -> str:
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    system = f"{platform.system()} {platform.release()}"
+    return f"{model}, {os.cpu_count()} cores, {system}, Python {platform.python_version()}"
+
+
+def report(rows: list[tuple[str, str]], rounds: int) -> str:
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"""# Results
+
+Measured by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Rates are medians of {rounds} rounds, on
+an embedded Valkey on the same machine. Absolute figures of a shared machine vary; compare figures of one run.
+
+| figure | value |
+|---|---|
+{table}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds for each rate; the median counts")
+    parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
+    arguments = parser.parse_args()
+    rows = asyncio.run(measure(arguments.rounds))
+    if not arguments.dry_run:
+        RESULTS.write_text(report(rows, arguments.rounds))
+        print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`diracx-task-run`, also installed as `diracx-tasks`: run, submit and list tasks, and serve them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .call import call
+from .dev import dev
+from .errors import CliError, mask, one_line
+from .listing import list_tasks
+from .serve import scheduler, worker
+from .submit import submit
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="diracx-task-run",
+    help="Run DiracX tasks.\n\n"
+    "A first task, from a plain file, with everything it needs in one terminal:\n\n"
+    "    diracx-task-run dev --module my_tasks.py\n\n"
+    "    diracx-task-run submit my_tasks:Greet --args '\\[\"world\"]' --wait --module my_tasks.py",
+    epilog="Every command explains itself: diracx-task-run COMMAND --help",
+    add_completion=False,
+    # Typer's own tracebacks show local variables, and those hold passwords.
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _function, _name in (
+    (call, "call"),
+    (submit, "submit"),
+    (worker, "worker"),
+    (scheduler, "scheduler"),
+    (list_tasks, "list"),
+    (dev, "dev"),
+):
+    app.command(_name)(_function)
+
+#: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diracx-tasks {version('diracx-tasks')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """The command line. Exits with 0, with 2 when the command line is wrong, and with 1 for all the rest."""
+    try:
+        code = app(standalone_mode=False)
+    except CliError as error:
+        code = error.exit_code
+        if error.detail:
+            sys.stderr.write(mask(error.detail))
+        typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
+    except _UsageError as error:
+        code = 2
+        typer.secho(f"error: {one_line(_usage_problem(error))}", fg="red", err=True)
+    except Exception:
+        # A bug of ours: whoever reports it needs the traceback, and nobody needs the passwords in it.
+        import traceback
+
+        code = 1
+        sys.stderr.write(mask(traceback.format_exc()))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_problem(error: Any) -> str:
+    """What Typer found wrong, with the value, which it does not always name, and where to read on."""
+    problem = error.format_message().replace("Value error, ", "").rstrip(".?")
+    found: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, from which it made its message
+    value = repr(found[0]["input"]) if found else ""
+    if value not in problem:
+        problem += f", not {value}"
+    where = error.ctx.command_path if error.ctx else "diracx-task-run"
+    return f"{problem}; see `{where} --help`"

@@ -1,0 +1,246 @@
+"""`call`: run a task here and now, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import CliError, explained_redis
+from .options import (
+    ArgsOption,
+    JsonOption,
+    KwargsOption,
+    LogLevel,
+    LogLevelOption,
+    ModuleOption,
+    NameArgument,
+    RedisUrlOption,
+    resolve_redis_url,
+)
+
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.factory import TaskRegistry
+    from ..plumbing.locks import LockSpec
+
+
+class Debugger(StrEnum):
+    """When pdb takes over."""
+
+    NONE = "none"
+    BEFORE = "before"
+    EXCEPTION = "exception"
+
+
+def call(
+    name: NameArgument,
+    args: ArgsOption = "[]",
+    kwargs: KwargsOption = "{}",
+    debugger: Annotated[
+        Debugger,
+        typer.Option(
+            help="Stop in pdb before the task begins, or where it raised (its locks given back by then)."
+        ),
+    ] = Debugger.NONE,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Run a task in this process and print what it returns.
+
+    Its structural locks are taken, its limiters are not asked. It may spawn other tasks: workers run those.
+
+    Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
+    """
+    from .logs import set_up_logging
+    from .tasks import load_registry, make_task
+
+    set_up_logging(log_level)
+    url = resolve_redis_url(redis_url)
+    registry = load_registry(module)
+    run = _Run(make_task(registry, name, args, kwargs), name, registry, url, debugger)
+    # With --json, stdout is for the value alone; pdb needs it for itself.
+    aside = as_json and debugger is Debugger.NONE
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+            value = asyncio.run(run.run())
+    except CliError:
+        if run.failure is not None and debugger is Debugger.EXCEPTION:
+            import pdb
+
+            pdb.post_mortem(run.failure.__traceback__)
+        raise
+    print_value(value, as_json=as_json)
+
+
+class _Run:
+    """One execution. `failure` is what the task raised."""
+
+    def __init__(self, task: BaseTask, name: str, registry: TaskRegistry, url: str, debugger: Debugger) -> None:
+        self._task = task
+        self._name = name
+        self._registry = registry
+        self._url = url
+        self._debugger = debugger
+        self._began = False
+        self.failure: BaseException | None = None
+
+    async def run(self) -> Any:
+        """Locks first, then dependencies; commit, then release.
+
+        Raises:
+            CliError: when it cannot begin, and with a traceback when the task raised.
+        """
+        from bdb import BdbQuit
+
+        from redis.exceptions import RedisError
+
+        from ..plumbing.exceptions import LockLostError, UnableToAcquireLockError
+
+        try:
+            return await self._run()
+        except CliError:
+            raise
+        except UnableToAcquireLockError as error:
+            if self.failure is not None:
+                raise self._failed(self.failure) from error
+            raise CliError(f"{self._name} cannot run now: {error}; try again when it has been released") from error
+        except BdbQuit as error:
+            raise CliError(f"{self._name} was ended from the debugger") from error
+        except LockLostError as error:
+            raise CliError(f"{self._name} was cancelled, a lock of it was lost: {error}") from error
+        except Exception as error:
+            if self.failure is None and isinstance(error, RedisError):
+                with explained_redis(self._url):
+                    raise
+            if self._began:
+                # The task's own exception, or what its transaction said when it was to be committed.
+                raise self._failed(self.failure or error) from error
+            raise CliError(f"{self._name} cannot begin: {type(error).__name__}: {error}") from error
+
+    async def _run(self) -> Any:
+        from ..plumbing.binding import bound_to
+        from ..plumbing.factory import holding
+        from ..plumbing.injection import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
+        from ..plumbing.locks import BaseLimiter
+        from .connection import open_broker
+        from .services import check_databases, tasks_config
+
+        plan = compile_plan(type(self._task).execute, skip_first=True)
+        async with open_broker(self._url) as broker, AsyncExitStack() as outer:
+            outer.enter_context(bound_to(broker, self._registry, tasks_config()))
+            overrides = {}
+            if plan.parameters:
+                await check_databases([plan])
+                overrides = await outer.enter_async_context(setup_dependency_overrides([plan]))
+                if missing := find_missing_overrides(plan, overrides):
+                    raise CliError(f"{self._name} needs {', '.join(missing)}: set {_variables(missing)}")
+            locks = [lock for lock in self._task.execution_locks if not isinstance(lock, BaseLimiter)]
+            async with holding(locks, broker.redis), AsyncExitStack() as inner:
+                dependencies = await resolve(plan, overrides, inner)
+                with self._patient_locks([lock.spec() for lock in locks]):
+                    return await self._execute(dependencies)
+
+    async def _execute(self, dependencies: dict[str, Any]) -> Any:
+        task = self._task
+        self._began = True
+        try:
+            if self._debugger is Debugger.BEFORE:
+                breakpoint_before(task)
+            return await task.execute(**dependencies)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    @contextlib.contextmanager
+    def _patient_locks(self, specs: Sequence[LockSpec]) -> Iterator[None]:
+        """Keep the locks while pdb holds up the event loop, which renews them otherwise."""
+        expiring = [spec for spec in specs if "ttl_ms" in spec]
+        if self._debugger is not Debugger.BEFORE or not expiring:
+            yield
+            return
+        from redis import Redis
+
+        from ..plumbing.broker.scripts import pack, script
+
+        stop = threading.Event()
+
+        def renew() -> None:
+            with Redis.from_url(self._url, protocol=2) as redis:
+                while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
+                    script("extend").run(redis, args=[pack(expiring)])
+
+        renewing = threading.Thread(target=renew, name="diracx-debugger-locks", daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            renewing.join()
+
+    def _failed(self, error: BaseException) -> CliError:
+        """The task's traceback, from the task's own first frame on."""
+        shown = error.__traceback__
+        while shown is not None and shown.tb_next is not None and shown.tb_frame.f_code.co_filename == __file__:
+            shown = shown.tb_next
+        detail = "".join(traceback.format_exception(type(error), error, shown))
+        return CliError(f"{self._name} failed: {type(error).__name__}: {error}", detail=detail)
+
+
+def breakpoint_before(task: BaseTask) -> None:
+    """Stop in pdb; `s` through the return and into `execute`, or set a breakpoint there."""
+    import pdb
+
+    debugger = pdb.Pdb()
+    debugger.message(f"{task!r} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
+    debugger.set_trace(sys._getframe(1))
+
+
+def _variables(missing: Sequence[str]) -> str:
+    """The environment variables that provide what is missing, as `JobDB.transaction`."""
+    known = {
+        "transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
+        "no_transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
+        "session": lambda owner: f"DIRACX_OS_DB_{owner.upper()}",
+    }
+    found = []
+    for name in missing:
+        owner, _, method = name.rpartition(".")
+        if owner == "ConfigSource":
+            found.append("DIRACX_CONFIG_BACKEND_URL")
+        elif method in known:
+            found.append(known[method](owner))
+        else:
+            found.append(f"the variables of {owner}")
+    return ", ".join(dict.fromkeys(found))
+
+
+def to_json(value: Any) -> Any:
+    """The value as JSON has it; what JSON has no notion of, as text."""
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+
+
+def print_value(value: Any, *, as_json: bool) -> None:
+    """Print what a task returned to stdout."""
+    if as_json:
+        typer.echo(json.dumps(to_json(value)))
+    elif isinstance(value, str):
+        typer.echo(value)
+    else:
+        from rich.console import Console
+        from rich.pretty import Pretty
+
+        Console(soft_wrap=True).print(Pretty(value))

@@ -1,0 +1,47 @@
+"""The way to the broker, tried before anything is done: a dead server is reported in seconds, in one line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from .errors import CliError, explained_redis, mask
+
+if TYPE_CHECKING:
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.enums import Size
+
+#: A server that does not answer for so long counts as down. Users were promised an answer within 5 s.
+ANSWER_SECONDS = 2.0
+
+
+@asynccontextmanager
+async def open_broker(url: str, size: Size | None = None) -> AsyncIterator[RedisStreamBroker]:
+    """A broker whose server has answered.
+
+    Args:
+        size: of the worker that will fetch through it.
+
+    Raises:
+        CliError: when the server cannot be reached, or refuses us.
+    """
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.enums import Size
+
+    with explained_redis(url):
+        broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
+    try:
+        try:
+            with explained_redis(url):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await broker.startup()
+        except TimeoutError:
+            raise CliError(
+                f"cannot reach Redis at {mask(url)}: no answer within {ANSWER_SECONDS:g} s; check host and port "
+                "in --redis-url or DIRACX_TASKS_REDIS_URL"
+            ) from None
+        yield broker
+    finally:
+        await broker.shutdown()

@@ -1,0 +1,102 @@
+"""What users are told when something is wrong: one line that names the thing, the value and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: `://user:password@`; over-cautious about what may belong to the password.
+_IN_URL = re.compile(r"(?<=://)([^\s:@/'\"]*):[^\s'\"]*@")
+_IN_QUERY = re.compile(r"([?&]password=)[^&\s'\"]*", re.IGNORECASE)
+_LONGEST = 1000
+
+
+class CliError(Exception):
+    """Something the user can mend. Shown as one line, without a traceback.
+
+    Args:
+        message: what, which value, and the way out.
+        exit_code: 2 when the command line itself is wrong, else 1.
+        detail: shown as it is before the line, as the traceback of a task.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1, detail: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.detail = detail
+
+
+class UsageProblem(CliError):
+    """What was typed cannot be meant."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)
+
+
+def mask(text: str) -> str:
+    """The text with the passwords of all URLs in it replaced by `***`."""
+    return _IN_QUERY.sub(r"\1***", _IN_URL.sub(r"\1:***@", text))
+
+
+def one_line(text: str) -> str:
+    """The text on one line, without passwords."""
+    line = " ".join(mask(text).split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
+
+
+def shortened(value: str, longest: int = 60) -> str:
+    """A value for use inside a message, in quotes."""
+    return repr(value if len(value) <= longest else value[:longest] + "…")
+
+
+@contextmanager
+def explained_redis(url: str) -> Iterator[None]:
+    """Turn what the server, or the way to it, does wrong inside the block into one line.
+
+    Raises:
+        CliError: in place of every error of redis-py, and of the broker when it comes from one.
+    """
+    from redis.exceptions import RedisError
+
+    from ..plumbing.exceptions import SendTaskError
+
+    try:
+        yield
+    except SendTaskError as error:
+        if isinstance(error.__cause__, RedisError):
+            raise CliError(_about_redis(error.__cause__, url)) from error
+        raise CliError(str(error)) from error
+    except RedisError as error:
+        raise CliError(_about_redis(error, url)) from error
+
+
+def _about_redis(error: BaseException, url: str) -> str:
+    from redis.exceptions import (
+        AuthenticationError,
+        AuthorizationError,
+        ConnectionError,
+        InvalidResponse,
+        NoPermissionError,
+        TimeoutError,
+    )
+
+    text = str(error).rstrip(".") or type(error).__name__
+    where = f"Redis at {mask(url)}"
+    if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
+        return (
+            f"{where} refuses the user or the password: {text}; "
+            "check them in --redis-url or DIRACX_TASKS_REDIS_URL"
+        )
+    if isinstance(error, NoPermissionError):
+        return f"{where} does not allow this to its user: {text}; give the user the rights on diracx:*"
+    if isinstance(error, InvalidResponse):
+        return f"what answers at {mask(url)} is no Redis server ({text}); check host and port of the URL"
+    if "DB index" in text:
+        return f"{where} has no such database: {text}; correct the number at the end of the URL"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return (
+            f"cannot reach {where}: {text}; start it, or name another one with --redis-url or "
+            "DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` brings its own)"
+        )
+    return f"{where} refuses: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"

@@ -1,0 +1,130 @@
+"""`list`: which tasks there are."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .options import JsonOption, ModuleOption
+
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.retry_policies import RetryPolicyBase
+    from ..plumbing.schedules import TaskScheduleBase
+
+#: Width of the table where there is no terminal to fit it into.
+_WIDTH_WITHOUT_TERMINAL = 220
+
+
+def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None:
+    """List the installed tasks, and those of the given modules.
+
+    Example: diracx-task-run list --module my_tasks.py
+    """
+    from .tasks import load_registry
+
+    rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
+    from ..plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
+
+    periodic = issubclass(task_class, PeriodicBaseTask)
+    if issubclass(task_class, PeriodicVoAwareBaseTask):
+        kind = "periodic, per VO"
+    else:
+        kind = "periodic" if periodic else "one-shot"
+    return {
+        "name": name,
+        "kind": kind,
+        "priority": str(task_class.priority),
+        "size": str(task_class.size),
+        "schedule": _schedule(getattr(task_class, "default_schedule", None)) if periodic else None,
+        "enabled": bool(getattr(task_class, "_enabled", True)),
+        "retry": _retry(task_class.retry_policy),
+        "dlq_eligible": task_class.dlq_eligible,
+        "arguments": _arguments(task_class),
+        "module": task_class.__module__,
+    }
+
+
+def _arguments(task_class: type[BaseTask]) -> str:
+    """The signature of the class, as its author wrote it."""
+    try:
+        parameters = inspect.signature(task_class).parameters.values()
+    except (TypeError, ValueError):
+        return "(…)"
+    shown = []
+    for parameter in parameters:
+        annotation = parameter.annotation
+        if isinstance(annotation, str):
+            text = f"{parameter.replace(annotation=parameter.empty, default=parameter.empty)}: {annotation}"
+        else:
+            text = str(parameter.replace(default=parameter.empty))
+        default = parameter.default
+        if default is not parameter.empty:
+            text += f" = {'…' if ' at 0x' in repr(default) else repr(default)}"
+        shown.append(text)
+    return f"({', '.join(shown)})"
+
+
+def _schedule(schedule: TaskScheduleBase | None) -> str | None:
+    from ..plumbing.schedules import CronSchedule, IntervalSeconds, RRuleSchedule
+
+    match schedule:
+        case None:
+            return None
+        case IntervalSeconds(seconds=seconds):
+            return f"every {seconds:g} s"
+        case CronSchedule(expression=expression):
+            return f"cron {expression}"
+        case RRuleSchedule(rule=rule):
+            return f"rrule {rule}"
+    return repr(schedule)
+
+
+def _retry(policy: RetryPolicyBase) -> str:
+    from ..plumbing.retry_policies import ExponentialBackoff, NoRetry
+
+    match policy:
+        case NoRetry():
+            return "none"
+        case ExponentialBackoff(base_delay_seconds=delay, max_retries=retries):
+            return f"{retries} times, first after {delay:g} s"
+    return repr(policy)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("name", "kind", "priority", "size", "schedule", "retry", "dead letter", "arguments", "module"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in rows:
+        schedule = row["schedule"] or "-"
+        table.add_row(
+            Text(row["name"], style="cyan"),
+            row["kind"],
+            row["priority"],
+            row["size"],
+            Text(schedule if row["enabled"] else f"{schedule} (off)"),
+            Text(row["retry"]),
+            "yes" if row["dlq_eligible"] else "no",
+            Text(row["arguments"]),
+            Text(row["module"]),
+        )
+    console.print(table)
+    if not rows:
+        typer.echo("no tasks are installed; load a file's with --module", err=True)

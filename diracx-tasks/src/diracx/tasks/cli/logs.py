@@ -1,0 +1,38 @@
+"""Logging as people read it in a terminal: time, level, who, what."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from .errors import mask
+
+#: Libraries that talk more than an operator wants to hear.
+_TALKATIVE = ("aiosqlite", "asyncio", "git", "httpcore", "httpx", "opensearch", "sh", "sqlalchemy", "urllib3")
+
+
+class _Readable(logging.Formatter):
+    """One line per record and its traceback below it, in UTC, never with a password."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%d %H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-8s %(short)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.short = record.name.rpartition(".")[2]
+        return mask(super().format(record))
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr what is at least of this level."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Readable())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level != "debug":
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)

@@ -1,0 +1,162 @@
+"""`worker` and `scheduler`: the two processes that an installation runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+import typer
+
+from ..plumbing.enums import Size
+from .errors import CliError, explained_redis, mask
+from .options import LogLevel, LogLevelOption, ModuleOption, RedisUrlOption, resolve_redis_url
+
+logger = logging.getLogger(__package__)
+
+
+def worker(
+    worker_size: Annotated[Size, typer.Option(help="Size of the tasks it takes.")] = Size.MEDIUM,
+    max_concurrent_tasks: Annotated[int, typer.Option(min=1, help="How many tasks run at a time.")] = 10,
+    lease_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Silent for so long, it counts as dead and others take over.")
+    ] = 30.0,
+    max_deliveries: Annotated[
+        int, typer.Option(min=1, help="A task that killed so many workers is a dead letter.")
+    ] = 3,
+    grace: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long running tasks may go on after SIGTERM.")
+    ] = 30.0,
+    result_ttl: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="Keep all results so long, not only those asked for."),
+    ] = None,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Run tasks of one size until SIGTERM or Ctrl-C; a second one cancels what still runs.
+
+    Databases: DIRACX_DB_URL_<NAME>; that of the dead letters is DIRACX_DB_URL_TASKDB.
+
+    Configuration: DIRACX_CONFIG_BACKEND_URL. Settings of tasks: its Systems.Tasks, or a file DIRACX_TASKS_CONFIG.
+
+    Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
+    """
+    from ..plumbing.worker.settings import WorkerSettings
+    from .logs import set_up_logging
+
+    set_up_logging(log_level)
+    settings = WorkerSettings(
+        max_concurrent_tasks=max_concurrent_tasks,
+        lease_seconds=lease_seconds,
+        max_deliveries=max_deliveries,
+        grace_seconds=grace,
+        result_ttl_seconds=result_ttl,
+    )
+    url = resolve_redis_url(redis_url)
+
+    async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
+        from ..plumbing.injection import compile_plan
+        from ..plumbing.worker import Worker
+        from .connection import open_broker
+        from .services import check_databases, open_task_db, read_configuration
+        from .tasks import load_registry, warn_of_ambiguous_names
+
+        async with open_broker(url, worker_size) as broker:
+            registry = load_registry(module)
+            warn_of_ambiguous_names(registry)
+            config = read_configuration(registry)
+            async with open_task_db() as task_db:
+                try:
+                    serving = Worker(broker, registry, settings=settings, task_db=task_db, config=config.tasks)
+                    await check_databases(
+                        compile_plan(task_class.execute, skip_first=True) for task_class in registry.values()
+                    )
+                except (TypeError, NameError) as error:
+                    raise CliError(f"a task cannot be run by any worker: {error}") from error
+                on_second_signal.append(serving.cancel_running)
+                where = f"{worker_size} tasks, {max_concurrent_tasks} at a time, from {mask(url)}"
+                ready = asyncio.create_task(_announce(serving.ready, f"ready: {where}"))
+                try:
+                    with explained_redis(url):
+                        await serving.run(stop)
+                finally:
+                    ready.cancel()
+
+    _serve(run)
+
+
+def scheduler(
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Submit periodic tasks when they are due, until SIGTERM or Ctrl-C. Any number may run; one leads.
+
+    The VOs are those of the DiracX configuration (DIRACX_CONFIG_BACKEND_URL).
+
+    Example: diracx-task-run scheduler --redis-url redis://localhost
+    """
+    from .logs import set_up_logging
+
+    set_up_logging(log_level)
+    url = resolve_redis_url(redis_url)
+
+    async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
+        from ..plumbing.base_task import PeriodicVoAwareBaseTask
+        from ..plumbing.scheduler import TaskScheduler
+        from .connection import open_broker
+        from .services import CONFIG_VARIABLE, read_configuration
+        from .tasks import load_registry, warn_of_ambiguous_names
+
+        async with open_broker(url) as broker:
+            registry = load_registry(module)
+            warn_of_ambiguous_names(registry)
+            config = read_configuration(registry)
+            if config.vos is None:
+                aware = [name for name, cls in registry.items() if issubclass(cls, PeriodicVoAwareBaseTask)]
+                if aware:
+                    logger.warning(
+                        "no VOs are known, so these are not scheduled: %s; set %s",
+                        ", ".join(aware),
+                        CONFIG_VARIABLE,
+                    )
+            serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
+            logger.info("ready: schedules on %s", mask(url))
+            with explained_redis(url):
+                await serving.run(stop)
+
+    _serve(run)
+
+
+async def _announce(event: asyncio.Event, line: str) -> None:
+    await event.wait()
+    logger.info("%s", line)
+
+
+def _serve(run: Callable[[asyncio.Event, list[Callable[[], None]]], Awaitable[None]]) -> None:
+    """Run until a signal comes, and end as it should. What goes wrong at the start is one line."""
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        on_second_signal: list[Callable[[], None]] = []
+
+        def stop_or_hurry(number: signal.Signals) -> None:
+            if not stop.is_set():
+                logger.info("%s: stopping; once more to cancel what runs", number.name)
+                stop.set()
+                return
+            logger.warning("%s again: cancelling what runs", number.name)
+            for action in on_second_signal:
+                action()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop_or_hurry, number)
+        await run(stop, on_second_signal)
+        logger.info("stopped")
+
+    asyncio.run(until_signalled())

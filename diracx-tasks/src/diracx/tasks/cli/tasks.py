@@ -1,0 +1,179 @@
+"""From what was typed to a task: registry, name, arguments."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import CliError, UsageProblem, shortened
+
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.factory import TaskRegistry
+
+logger = logging.getLogger(__package__)
+
+
+def load_registry(modules: Sequence[str] | None) -> TaskRegistry:
+    """The tasks of the given modules and all installed ones. A module wins over what is installed.
+
+    Raises:
+        CliError: when a module or an installed task cannot be loaded.
+    """
+    from ..plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
+    from ..plumbing.lock_registry import validate_registry
+
+    try:
+        validate_registry()
+        installed = load_task_registry()
+    except RuntimeError as error:
+        raise CliError(f"{error}; repair or uninstall the package that names it") from error
+    registry = TaskRegistry()
+    for name in modules or ():
+        module = _import(name)
+        found = tasks_of_module(module)
+        if not found:
+            raise UsageProblem(
+                f"--module {name} defines no task; a task is a class derived from BaseTask, "
+                f"PeriodicBaseTask or PeriodicVoAwareBaseTask in {module.__name__} itself"
+            )
+        registry = registry.merged_with(found)
+    return registry.merged_with(installed)
+
+
+def warn_of_ambiguous_names(registry: TaskRegistry) -> None:
+    """Log each class name that two categories share."""
+    for line in registry.ambiguous_names():
+        logger.warning("%s", line)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return _import_file(Path(name)) if name.endswith(".py") else _import_name(name)
+    except CliError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = _where(error)
+        raise CliError(f"--module {name} cannot be imported: {type(error).__name__}: {error}{where}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under its stem, with its directory on the path as if it had been started as a script."""
+    import importlib.util
+
+    if not path.is_file():
+        raise UsageProblem(f"--module {path}: there is no such file")
+    path = path.resolve()
+    stem = path.stem
+    if "." in stem or ":" in stem:
+        raise UsageProblem(f"--module {path.name}: a module name cannot have '.' or ':' in it; rename the file")
+    loaded = sys.modules.get(stem)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) == str(path):
+            return loaded
+        raise UsageProblem(f"--module {path.name} would hide the module {stem!r}; rename the file")
+    spec = importlib.util.spec_from_file_location(stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_name(name: str) -> ModuleType:
+    import importlib
+
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UsageProblem(
+                f"--module {name}: there is no such module on the path or in this directory; "
+                "a file is named with its .py"
+            ) from error
+        raise
+    except (TypeError, ValueError) as error:
+        if _where(error):
+            raise
+        raise UsageProblem(f"--module {name!r} is no module name: {error}") from error
+
+
+def _where(error: BaseException) -> str:
+    """` (file:line)` of the innermost frame outside Python's import machinery and this module."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return ""  # its text says where
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith("<") and frame.filename != __file__ and "importlib" not in frame.filename:
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+def find_task(registry: TaskRegistry, name: str) -> type[BaseTask]:
+    """The class of a registry name.
+
+    Raises:
+        UsageProblem: when there is none; suggests the nearest name.
+    """
+    if name in registry:
+        return registry[name]
+    if suggestions := _nearest(registry, name):
+        raise UsageProblem(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?")
+    raise UsageProblem(
+        f"unknown task {name!r}; `diracx-task-run list` shows what there is, --module loads a file's tasks"
+    )
+
+
+def _nearest(registry: TaskRegistry, name: str) -> list[str]:
+    """Up to three names: those of the same class name first, then those that are spelt alike."""
+    from difflib import get_close_matches
+
+    class_name = name.rpartition(":")[2].lower()
+    same = [known for known in registry if known.partition(":")[2].lower() == class_name]
+    if same:
+        return same[:3]
+    if alike := get_close_matches(name, registry, n=1, cutoff=0.6):
+        return alike
+    by_class = {known.partition(":")[2].lower(): known for known in registry}
+    return [by_class[found] for found in get_close_matches(class_name, by_class, n=1, cutoff=0.6)]
+
+
+def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> BaseTask:
+    """The task that was asked for, its arguments checked against its class.
+
+    Raises:
+        UsageProblem: for an unknown name, malformed JSON, and arguments that do not fit.
+    """
+    from ..plumbing.arguments import check_arguments
+    from ..plumbing.exceptions import TaskArgumentsError
+
+    task_class = find_task(registry, name)
+    positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'")
+    named = _json("--kwargs", kwargs, dict, 'a JSON object such as \'{"name": "x"}\'')
+    try:
+        return check_arguments(task_class, positional, named)
+    except TaskArgumentsError as error:
+        raise UsageProblem(f"{name}: {error}") from error
+
+
+def _json(option: str, text: str, shape: type, example: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at character {error.pos + 1}"
+        raise UsageProblem(f"{option} {shortened(text)} is not valid JSON: {problem}; write {example}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageProblem(f"{option} {shortened(text)} cannot be read: {error}; write {example}") from error
+    if not isinstance(value, shape):
+        raise UsageProblem(f"{option} {shortened(text)} is the wrong kind of JSON; write {example}")
+    return value

@@ -1,0 +1,187 @@
+"""The documentation does what it says: its examples run, its consoles answer as printed, its keys exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diracx.tasks.plumbing.broker import keys
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+EXAMPLES = DOCS / "examples"
+LUA = ROOT / "diracx-tasks/src/diracx/tasks/plumbing/broker/lua"
+PAGES = sorted(page for page in DOCS.rglob("*.md"))
+
+_FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_TASK_ID = re.compile(r"\b[0-9a-f]{32}\b")
+_MODULES = ("my_tasks.py", "downloads.py", "accounts.py", "tidy.py")
+_SECONDS = 60
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in that language, without their indentation. Excerpts are left out."""
+    return [
+        "\n".join(line.removeprefix(found[1]) for line in found[4].splitlines())
+        for found in _FENCE.finditer(page.read_text())
+        if found[2] == language and not found[3]
+    ]
+
+
+def excerpts(page: Path) -> list[tuple[str, str]]:
+    """Each piece of code that a page quotes, with the path of its file; `# …` stands between two pieces."""
+    return [
+        (title[1], piece)
+        for found in _FENCE.finditer(page.read_text())
+        if (title := re.search(r'title="([^"]+)"', found[3]))
+        for piece in re.split(r"^ *# …\n", found[4], flags=re.MULTILINE)
+    ]
+
+
+def commands(block: str) -> list[tuple[str, list[str]]]:
+    """Each `$ command` of a console with the lines that are printed below it; `…` stands for anything."""
+    found: list[tuple[str, list[str]]] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append((line[2:], []))
+        elif found:
+            found[-1][1].append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples as a reader has them: in a directory outside this repository."""
+    copied = tmp_path_factory.mktemp("reader") / "examples"
+    shutil.copytree(EXAMPLES, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    return copied
+
+
+@pytest.fixture(scope="module")
+def reader(examples: Path) -> Iterator[dict[str, str]]:
+    """The environment of a reader's second terminal, while `dev` runs in the first."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    modules = [part for module in _MODULES for part in ("--module", module)]
+    with (examples / "dev.log").open("w+") as log:
+        dev = subprocess.Popen(
+            [sys.executable, "-m", "diracx.tasks", "dev", *modules],
+            cwd=examples,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            deadline = time.monotonic() + _SECONDS
+            while not (url := re.search(r"DIRACX_TASKS_REDIS_URL=(\S+)", (examples / "dev.log").read_text())):
+                assert dev.poll() is None, (examples / "dev.log").read_text()
+                assert time.monotonic() < deadline, "dev does not start"
+                time.sleep(0.05)
+            yield {**environment, "DIRACX_TASKS_REDIS_URL": url[1]}
+        finally:
+            dev.send_signal(signal.SIGINT)
+            dev.wait(timeout=_SECONDS)
+
+
+def test_the_consoles_of_the_first_tutorial_answer_as_printed(examples: Path, reader: dict[str, str]) -> None:
+    shown = [pair for block in blocks(DOCS / "tutorial/first-task.md", "console") for pair in commands(block)]
+    ran = 0
+    for command, expected in shown:
+        if command.startswith(("diracx-task-run dev", "pip ", "export ", "python -m pytest")):
+            continue  # the fixture is the first of these; the last is the test below
+        answer = subprocess.run(
+            shlex.split(command),
+            cwd=examples,
+            env=reader,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        ).stdout
+        pattern = r"\n".join(
+            ".*".join(re.escape(part) for part in _TASK_ID.sub("ID", line).split("…")) for line in expected
+        )
+        assert re.fullmatch(pattern, _TASK_ID.sub("ID", answer).strip(), re.DOTALL), f"$ {command}\n{answer}"
+        ran += 1
+    assert ran >= 5, "the tutorial has lost its commands"
+
+
+def test_the_examples_pass_their_own_tests(examples: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DIRACX_", "PYTEST"))}
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
+        cwd=examples,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=5 * _SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_python_in_pages_is_python_and_included_files_exist(page: Path) -> None:
+    for block in blocks(page, "python"):
+        # The form of an include over three lines is no Python, which keeps formatters from touching it.
+        included = re.findall(r"^--8<--\n(.+?)\n--8<--$", block, re.MULTILINE)
+        for name in included:
+            assert (EXAMPLES / name.partition(":")[0]).is_file(), name
+        if not included:
+            compile(block, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_excerpts_are_the_real_code() -> None:
+    quoted = [(page, *excerpt) for page in PAGES for excerpt in excerpts(page)]
+    assert quoted
+    for page, path, piece in quoted:
+        # Whatever the indentation and the line breaks.
+        assert "".join(piece.split()) in "".join((ROOT / path).read_text().split()), (
+            f"{page.relative_to(DOCS)} quotes {path}, which no longer says:\n{piece}"
+        )
+
+
+def test_every_script_is_explained() -> None:
+    explained = (DOCS / "explanation/scripts.md").read_text()
+    transitions = (DOCS / "explanation/transitions.md").read_text()
+    for script in sorted(LUA.glob("*.lua")):
+        assert f"`{script.name}`" in explained, script.name
+        if not script.name.startswith("_"):
+            assert f"`{script.name}`" in transitions, script.name
+
+
+def test_every_redis_key_is_explained() -> None:
+    explained = (DOCS / "explanation/redis-keys.md").read_text()
+    for name, value in keys.script_constants().items():
+        assert value in explained, f"keys.{name}"
+
+
+def test_every_field_of_the_configuration_is_explained() -> None:
+    from diracx.tasks.plumbing.config import PeriodicTaskConfig, TaskOverride, TasksConfig
+    from diracx.tasks.plumbing.worker.settings import WorkerSettings
+
+    explained = (DOCS / "how-to/configure.md").read_text()
+    for model in (TasksConfig, TaskOverride, PeriodicTaskConfig):
+        for field in model.model_fields:
+            assert f"`{field}`" in explained, f"{model.__name__}.{field}"
+    workers = (DOCS / "how-to/run-workers.md").read_text()
+    for field in WorkerSettings.model_fields:
+        assert f"`{field}`" in workers, f"WorkerSettings.{field}"
+
+
+def test_no_page_sends_its_reader_to_another_host() -> None:
+    for page in PAGES:
+        for found in re.findall(r"\]\((https?://[^)]+)\)", page.read_text()):
+            pytest.fail(f"{page.relative_to(DOCS)}: {found}")

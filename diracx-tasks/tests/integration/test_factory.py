@@ -1,0 +1,157 @@
+"""Tasks outside a worker: under their locks, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from dataclasses import dataclass
+
+import diracx.tasks.plumbing as plumbing
+import pytest
+from diracx.tasks.plumbing import (
+    BaseTask,
+    LockLostError,
+    MutexLock,
+    RateLimiter,
+    UnableToAcquireLockError,
+    load_task_registry,
+    task_wrapper,
+    validate_registry,
+    wrap_task,
+)
+from diracx.tasks.plumbing.factory import holding
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from redis.asyncio import Redis
+
+
+class Never(RateLimiter):
+    limit = 1
+    window_seconds = 600.0
+
+
+@dataclass
+class Locked(BaseTask):
+    number: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.number), Never(JOB, self.number)]
+
+    async def execute(self, factor: int = 2) -> int:
+        return self.number * factor
+
+
+async def test_task_runs_under_its_locks_and_gives_them_back(redis: Redis) -> None:
+    assert await task_wrapper(Locked, 21, _redis=redis) == 42
+    assert await redis.keys("lock:*") == []
+    with pytest.raises(UnableToAcquireLockError, match="limiter:rate:job:21"):
+        await task_wrapper(Locked, 21, _redis=redis)
+
+
+async def test_interactive_mode_skips_limiters_but_not_locks(redis: Redis) -> None:
+    for _ in range(3):
+        assert await task_wrapper(Locked, 5, _redis=redis, _interactive=True, factor=3) == 15
+    other = MutexLock(JOB, 5)
+    assert await other.acquire(redis)
+    with pytest.raises(UnableToAcquireLockError):
+        await task_wrapper(Locked, 5, _redis=redis, _interactive=True)
+    await other.release(redis)
+
+
+def test_wrapped_task_shows_the_dependencies_of_execute() -> None:
+    assert list(inspect.signature(wrap_task(Locked)).parameters) == ["factor"]
+
+
+async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_noticed(redis: Redis) -> None:
+    lock = MutexLock(JOB, "renewed", ttl_ms=150)
+    async with holding([lock], redis):
+        await asyncio.sleep(0.4)
+        assert await redis.exists(lock.redis_key)
+
+    async def lose() -> None:
+        async with holding([lock], redis):
+            await redis.delete(lock.redis_key)
+            await asyncio.Event().wait()
+
+    with pytest.raises(LockLostError, match="lock:mutex:job:renewed"):
+        await lose()
+
+
+def test_installed_tasks_are_found_under_category_and_class_name() -> None:
+    registry = load_task_registry()
+    assert "jobs:CleanSandboxStoreTask" in registry
+    assert "my_pilots:MyPilotTask" in registry
+    assert registry.name_of(registry["my_pilots:MyPilotTask"]) == "my_pilots:MyPilotTask"
+    assert set(load_task_registry(["diracx.tasks.jobs"])) == {
+        "jobs:CleanSandboxStoreTask",
+        "jobs:DummyJobExecutorMonitorTask",
+        "jobs:DummyJobExecutorTask",
+    }
+    validate_registry()
+
+
+def test_P53_every_promised_name_is_there_and_loads_only_what_it_needs() -> None:
+    promised = [
+        "AvailableSecurityProperties",
+        "BaseLimiter",
+        "BaseLock",
+        "BaseTask",
+        "CallbackSpawner",
+        "ConcurrencyLimiter",
+        "Config",
+        "CronSchedule",
+        "ExclusiveRWLock",
+        "ExponentialBackoff",
+        "IntervalSeconds",
+        "LockedObjectType",
+        "MutexLock",
+        "NoRetry",
+        "NoTransaction",
+        "PeriodicBaseTask",
+        "PeriodicTaskConfig",
+        "PeriodicVoAwareBaseTask",
+        "Priority",
+        "RRuleSchedule",
+        "RateLimiter",
+        "ResultIsMissingError",
+        "RetryPolicyBase",
+        "SendTaskError",
+        "SharedRWLock",
+        "Size",
+        "StopRetryingError",
+        "TaskOverride",
+        "TaskRetryRequestedError",
+        "TaskScheduleBase",
+        "TasksConfig",
+        "TooManyRetriesError",
+        "UnableToAcquireLockError",
+        "UnretryableError",
+        "auto_inject",
+        "auto_inject_depends",
+        "find_missing_overrides",
+        "fire_callback",
+        "load_task_registry",
+        "register_locked_object_type",
+        "setup_dependency_overrides",
+        "spawn_with_callback",
+        "task_wrapper",
+        "validate_registry",
+        "wrap_task",
+    ]  # as the contract lists them
+    assert set(promised) <= set(plumbing.__all__)
+    for name in plumbing.__all__:
+        assert getattr(plumbing, name) is not None
+
+
+async def test_P53_importing_plumbing_loads_no_database_and_no_web_framework() -> None:
+    code = (
+        "import sys; from diracx.tasks.plumbing import BaseTask, MutexLock, CronSchedule, ExponentialBackoff\n"
+        "heavy = {'fastapi', 'sqlalchemy', 'diracx.core.config', 'diracx.db'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert output == b"set()\n"

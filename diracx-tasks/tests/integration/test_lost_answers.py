@@ -1,0 +1,145 @@
+"""A connection that breaks at the worst moment: after the server acted, before the worker heard of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from diracx.tasks.plumbing import BaseTask, MutexLock
+from diracx.tasks.plumbing.broker import RedisStreamBroker
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.testing import TaskSystem
+
+SEEN: list[str] = []
+
+
+@dataclass
+class Marked(BaseTask):
+    text: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.text)]
+
+    async def execute(self) -> str:
+        SEEN.append(self.text)
+        return self.text
+
+
+class LossyProxy:
+    """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`."""
+
+    def __init__(self, url: str) -> None:
+        self._target = urlsplit(url)
+        self._needle = b""
+        self._countdown = 0
+        self.lost = asyncio.Event()
+
+    def lose(self, nth: int, needle: bytes) -> None:
+        """Lose the n-th answer that contains the needle."""
+        self._needle, self._countdown = needle, nth
+        self.lost.clear()
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[str]:
+        connections: set[asyncio.Task[None]] = set()
+
+        async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            this = asyncio.current_task()
+            assert this is not None
+            connections.add(this)
+            await self._forward(reader, writer)
+            connections.discard(this)
+
+        server = await asyncio.start_server(connect, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            server.close()
+            if connections:
+                await asyncio.wait(connections)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Both ways, until either side closes."""
+        server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
+        ways = [
+            asyncio.ensure_future(self._copy(reader, server_writer)),
+            asyncio.ensure_future(self._copy_answers(server_reader, writer)),
+        ]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        writer.close()
+        server_writer.close()
+
+    async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if self._countdown and self._needle in data:
+                self._countdown -= 1
+                if not self._countdown:
+                    self.lost.set()
+                    return
+            writer.write(data)
+
+    @staticmethod
+    async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+
+
+async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
+    SEEN.clear()
+    proxy = LossyProxy(redis_url)
+    stop = asyncio.Event()
+    async with proxy.serve() as lossy_url, TaskSystem([Marked], redis_url=redis_url, workers=0) as system:
+        broker = RedisStreamBroker(lossy_url)
+        settings = WorkerSettings(result_ttl_seconds=60)
+        worker = Worker(broker, TaskRegistry({"test:Marked": Marked}), settings=settings)
+        running = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        while not any(client["cmd"] == "xread" for client in await system.broker.redis.client_list()):
+            await asyncio.sleep(0.005)
+        # The worker waits now. The first answer with the message wakes the worker, the second one hands it over.
+        proxy.lose(2, b"once-and-only-once")
+        task_id = await Marked("once-and-only-once").schedule()
+        result = await system.result(task_id, timeout=10)
+        assert proxy.lost.is_set()
+        assert result.return_value == "once-and-only-once"
+        for text in ("afterwards", "and again"):
+            await system.result(await Marked(text).schedule(), timeout=10)
+        stop.set()
+        await running
+        await broker.shutdown()
+        await system.drain()
+    assert SEEN == ["once-and-only-once", "afterwards", "and again"]
+
+
+async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(redis_url: str) -> None:
+    SEEN.clear()
+    proxy = LossyProxy(redis_url)
+    stop = asyncio.Event()
+    async with proxy.serve() as lossy_url, TaskSystem([Marked], redis_url=redis_url, workers=0) as system:
+        broker = RedisStreamBroker(lossy_url)
+        worker = Worker(
+            broker, TaskRegistry({"test:Marked": Marked}), settings=WorkerSettings(result_ttl_seconds=60)
+        )
+        running = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        for nth in range(3, 7):  # whichever answer is lost: of the fetch, the locks, the settlement
+            proxy.lose(nth, b"")
+            task_id = await Marked(f"number {nth}").schedule()
+            await system.result(task_id, timeout=10)
+            await asyncio.wait_for(proxy.lost.wait(), 10)
+        stop.set()
+        await running
+        await broker.shutdown()
+        await system.drain()
+    assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4

@@ -1,0 +1,38 @@
+"""Many tasks, and one more when all of them are done."""
+
+from dataclasses import dataclass
+
+from diracx.tasks.plumbing import BaseTask, CallbackSpawner
+
+
+@dataclass
+class Chunk(BaseTask):
+    number: int
+
+    async def execute(self) -> int:
+        if self.number < 0:
+            raise ValueError(f"there is no chunk {self.number}")
+        return self.number
+
+
+@dataclass
+class Assemble(BaseTask):
+    chunks: int
+
+    async def execute(self) -> str:
+        return f"assembled {self.chunks} chunks"
+
+
+@dataclass
+class CleanUp(BaseTask):
+    async def execute(self) -> str:
+        return "cleaned up"
+
+
+@dataclass
+class Split(BaseTask):
+    chunks: int
+
+    async def execute(self, spawn: CallbackSpawner) -> str:
+        children = [Chunk(number) for number in range(self.chunks)]
+        return await spawn(children, Assemble(self.chunks), on_failure=CleanUp())

@@ -1,0 +1,58 @@
+"""A CE back end: a directory that some other program empties.
+
+`{stamp}.todo` asks for a pilot; that program turns it into `{stamp}.running` and at last into `{stamp}.done`
+or `{stamp}.failed`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import CESettings
+
+SUFFIXES = {
+    "todo": Observed.WAITING,
+    "running": Observed.RUNNING,
+    "done": Observed.DONE,
+    "failed": Observed.FAILED,
+}
+
+
+class SpoolSettings(CESettings):
+    directory: Path = Field(description="Where the files are; must exist.")
+
+
+class SpoolBackend(CEBackend[SpoolSettings]):
+    Settings = SpoolSettings
+    operator_only = True  # whoever may name a directory of our hosts must be their operator
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        return {pilot.stamp: self._submit(pilot) for pilot in pilots}
+
+    def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
+        if self._state(pilot) is None:  # the same stamp again is no second pilot
+            try:
+                (self.settings.directory / f"{pilot.stamp}.todo").write_text(pilot.vo)
+            except OSError as error:
+                return SubmitOutcome(error=str(error))
+        return SubmitOutcome(reference=f"spool://{pilot.stamp}")
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        if not self.settings.directory.is_dir():
+            raise FileNotFoundError(f"{self.settings.directory} is not there")  # nothing follows for any pilot
+        seen = {pilot.stamp: self._state(pilot) for pilot in pilots}
+        return {stamp: Observation(state) for stamp, state in seen.items() if state is not None}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        for pilot in pilots:
+            if self._state(pilot) is Observed.WAITING:
+                todo = self.settings.directory / f"{pilot.stamp}.todo"
+                todo.rename(todo.with_suffix(".failed"))
+
+    def _state(self, pilot: PilotAtCE) -> Observed | None:
+        for suffix, state in SUFFIXES.items():
+            if (self.settings.directory / f"{pilot.stamp}.{suffix}").exists():
+                return state
+        return None

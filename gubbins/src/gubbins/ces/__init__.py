@@ -1,0 +1,21 @@
+"""How compute elements are spoken to: one small protocol, and a back end for each kind of site.
+
+A back end is a class named by an entry point in the group `gubbins.ces`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CEBackend",
+    "CEDescription",
+    "Observation",
+    "Observed",
+    "PilotAtCE",
+    "SubmitOutcome",
+    "available_backends",
+    "make_backend",
+    "validate_settings",
+]
+
+from .protocol import CEBackend, CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
+from .registry import available_backends, make_backend, validate_settings

@@ -1,0 +1,131 @@
+"""The back end `local`: real processes on the host of the worker. Linux only (/proc)."""
+
+from __future__ import annotations
+
+__all__ = ["LocalBackend", "LocalSettings"]
+
+import asyncio
+import os
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from gubbins.ces.protocol import (
+    CEBackend,
+    CESettings,
+    Observation,
+    Observed,
+    PilotAtCE,
+    SubmitOutcome,
+)
+from gubbins.pilot_states import MyPilotStatus
+
+from .job import LocalJob
+
+DEFAULT_SCRIPT = "sleep 1"
+# What a pilot inherits. Not everything: the worker's environment holds the passwords of its databases.
+_INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER")
+
+
+class LocalSettings(CESettings):
+    """Settings of a local compute element."""
+
+    directory: Path | None = Field(
+        default=None,
+        description="Where the pilots' directories are, absolute; default ~/.local/state/gubbins/<CE name>.",
+    )
+    scripts: dict[str, str] = Field(
+        default={},
+        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
+    )
+    default_script: str = Field(default=DEFAULT_SCRIPT, description="For VOs that have no script of their own.")
+    environment: dict[str, str] = Field(default={}, description="Added to the pilots' environment.")
+    kill_after_seconds: float = Field(
+        default=10, ge=0, allow_inf_nan=False, description="A cancelled pilot that ignores SIGTERM is killed."
+    )
+    keep: Literal["none", "failed", "all"] = Field(
+        default="failed", description="Whose directories (with stdout and stderr) stay after the end."
+    )
+
+    @field_validator("directory")
+    @classmethod
+    def _absolute(cls, directory: Path | None) -> Path | None:
+        # Workers are started from anywhere, and must find the same directory.
+        if directory is not None and not directory.is_absolute():
+            raise ValueError(f"must be an absolute path, not {str(directory)!r}")
+        return directory
+
+
+class LocalBackend(CEBackend[LocalSettings]):
+    """Exit code 0 is DONE, everything else FAILED. State is read from the pilots' directories alone, so it
+    survives any restart of the worker."""
+
+    Settings = LocalSettings
+    operator_only = True
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        return await asyncio.to_thread(lambda: {pilot.stamp: self._submit(pilot) for pilot in pilots})
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        def look() -> dict[str, Observation]:
+            seen = ((pilot.stamp, self._observe(pilot)) for pilot in pilots)
+            return {stamp: observation for stamp, observation in seen if observation is not None}
+
+        return await asyncio.to_thread(look)
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        def ask() -> None:
+            for pilot in pilots:
+                if self._is_here(pilot):
+                    self._job(pilot.stamp).cancel(kill_after_seconds=self.settings.kill_after_seconds)
+
+        await asyncio.to_thread(ask)
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+
+        def remove() -> None:
+            for stamp, status in pilots.items():
+                if status not in keep:
+                    self._job(stamp).remove()
+
+        await asyncio.to_thread(remove)
+
+    def _job(self, stamp: str) -> LocalJob:
+        directory = self.settings.directory
+        if directory is None:
+            state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+            directory = Path(state) / "gubbins" / self.ce.name
+        return LocalJob(directory / stamp)
+
+    @staticmethod
+    def _is_here(pilot: PilotAtCE) -> bool:
+        """Whether the pilot is a process of this host, or nobody has said that it is one of another."""
+        return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
+
+    def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
+        job = self._job(pilot.stamp)
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
+        try:
+            if job.create(self.settings.scripts.get(pilot.vo, self.settings.default_script)):
+                job.launch(inherited | self.settings.environment | ours)
+        except (OSError, subprocess.SubprocessError) as error:
+            return SubmitOutcome(error=str(error))
+        return SubmitOutcome(reference=self._reference(pilot))
+
+    @staticmethod
+    def _reference(pilot: PilotAtCE) -> str:
+        return f"local://{socket.gethostname()}/{pilot.stamp}"
+
+    def _observe(self, pilot: PilotAtCE) -> Observation | None:
+        if not self._is_here(pilot):
+            return Observation(Observed.NO_NEWS)
+        observation = self._job(pilot.stamp).observe()
+        if observation is not None and pilot.reference is None:
+            return Observation(observation.state, observation.reason, self._reference(pilot))
+        return observation

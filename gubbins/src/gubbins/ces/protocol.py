@@ -1,0 +1,124 @@
+"""What a back end is asked, and what it answers: always about many pilots at once."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CEBackend",
+    "CEDescription",
+    "CESettings",
+    "Observation",
+    "Observed",
+    "PilotAtCE",
+    "SubmitOutcome",
+]
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from gubbins.pilot_states import MyPilotStatus
+
+
+class CESettings(BaseModel):
+    """Base of every back end's settings: an unknown field is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CEDescription:
+    """The compute element a back end stands for."""
+
+    name: str
+    capacity: int
+    success_rate: float  # 0.0-1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PilotAtCE:
+    """A pilot, as far as a compute element has to know it."""
+
+    stamp: str  # ours, unique, made before the submission
+    vo: str
+    reference: str | None = None  # the CE's; None until a submission was confirmed
+    status: MyPilotStatus = MyPilotStatus.SUBMITTED  # as the database knows it
+    submitted_at: datetime | None = None
+    started_at: datetime | None = None
+    cancel_requested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitOutcome:
+    """The answer to one submission: a reference, or the reason for its refusal."""
+
+    reference: str | None = None
+    error: str | None = None
+
+
+class Observed(StrEnum):
+    """What a compute element says about a pilot."""
+
+    WAITING = "WAITING"  # it has it, and has not started it
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    NO_NEWS = "NO_NEWS"  # it cannot be asked from here and now; nothing follows from that
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The state of one pilot at its compute element."""
+
+    state: Observed
+    reason: str | None = None  # why it failed, for people
+    reference: str | None = None  # when it was not known yet
+
+
+SettingsT = TypeVar("SettingsT", bound=CESettings)
+
+
+class CEBackend(ABC, Generic[SettingsT]):
+    """One compute element, as long as one task needs it.
+
+    An instance is cheap, made for each use, and keeps nothing that the next one would need: workers come and go.
+    Every method may raise any exception to say that the compute element could not be asked at all; nothing is
+    then concluded about any pilot.
+    """
+
+    Settings: ClassVar[type[CESettings]]
+    """What the `settings` of a compute element may hold."""
+
+    operator_only: ClassVar[bool] = False
+    """Whether such compute elements come from the operator's files alone, never through the API: for back
+    ends whose settings amount to running commands on our own hosts."""
+
+    def __init__(self, ce: CEDescription, settings: SettingsT) -> None:
+        self.ce = ce
+        self.settings = settings
+
+    @abstractmethod
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        """Submit pilots; the outcome of each by its stamp. The same stamp again is no second pilot."""
+
+    @abstractmethod
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        """What has become of these pilots, by stamp.
+
+        A stamp that is missing from the answer is *unknown* to the compute element, which never means that
+        the pilot has completed.
+        """
+
+    @abstractmethod
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        """Ask for the end of these pilots. Repeated until `poll` says that they have ended."""
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        """These pilots (by stamp) are recorded as ended: what is kept for them may go."""
+
+    async def close(self) -> None:
+        """Give back connections."""

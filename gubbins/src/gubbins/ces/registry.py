@@ -1,0 +1,64 @@
+"""Which back ends are installed."""
+
+from __future__ import annotations
+
+__all__ = ["available_backends", "load_backend", "make_backend", "validate_settings"]
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from gubbins.exceptions import CESettingsError
+
+from .protocol import CEBackend, CEDescription, CESettings
+
+GROUP = "gubbins.ces"
+
+
+def available_backends() -> list[str]:
+    """The names of the installed back ends."""
+    return sorted({entry_point.name for entry_point in entry_points(group=GROUP)})
+
+
+def load_backend(name: str) -> type[CEBackend[Any]]:
+    """The class of a back end.
+
+    Raises:
+        CESettingsError: it is not installed.
+    """
+    for entry_point in entry_points(group=GROUP, name=name):
+        backend: type[CEBackend[Any]] = entry_point.load()
+        return backend
+    raise CESettingsError(
+        [("backend", f"unknown back end {name!r}, installed are {', '.join(available_backends())}")]
+    )
+
+
+def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
+    """The settings of a back end, checked.
+
+    Raises:
+        CESettingsError: the back end is not installed, or does not understand them; holds all mistakes.
+    """
+    model = load_backend(backend).Settings
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            message = f"{problem['msg']}, not {problem['input']!r}"
+            if problem["type"] == "extra_forbidden":
+                message = f"unknown field; {backend} has {', '.join(model.model_fields)}"
+            problems.append((".".join(["settings", *(str(part) for part in problem["loc"])]), message))
+        raise CESettingsError(problems) from error
+
+
+def make_backend(backend: str, ce: CEDescription, settings: Mapping[str, Any]) -> CEBackend[Any]:
+    """A back end ready to be spoken to; `await backend.close()` when done.
+
+    Raises:
+        CESettingsError: the back end is not installed, or does not understand its settings.
+    """
+    return load_backend(backend)(ce, validate_settings(backend, settings))

@@ -1,0 +1,70 @@
+"""A compute element that exists on paper: pilots start, run and end by the clock and a die.
+
+Nothing is kept anywhere. Whether a pilot will succeed follows from a hash of the seed and its stamp, so every
+worker, before and after any restart, gives the same answer.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SimulatedBackend", "SimulatedSettings"]
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+
+from pydantic import Field
+
+from gubbins.pilot_states import MyPilotStatus
+
+from .protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
+
+_WAITING = Observation(Observed.WAITING)
+_RUNNING = Observation(Observed.RUNNING)
+_DONE = Observation(Observed.DONE)
+_FAILED = Observation(Observed.FAILED, "simulated failure")
+_CANCELLED = Observation(Observed.FAILED, "cancelled")
+
+
+class SimulatedSettings(CESettings):
+    """Settings of a simulated compute element."""
+
+    seed: int = Field(default=0, description="Another seed is another fate for every pilot.")
+    queue_seconds: float = Field(
+        default=0, ge=0, allow_inf_nan=False, description="How long a pilot waits before it runs."
+    )
+    run_seconds: float = Field(default=0, ge=0, allow_inf_nan=False, description="How long a pilot runs.")
+
+
+class SimulatedBackend(CEBackend[SimulatedSettings]):
+    """Honours `success_rate`; the durations are settable and 0 by default (the next check finds it moved)."""
+
+    Settings = SimulatedSettings
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        return {pilot.stamp: SubmitOutcome(reference=f"sim://{self.ce.name}/{pilot.stamp}") for pilot in pilots}
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        now = datetime.now(tz=UTC)
+        # Whoever came before this instant is through.
+        started_by = now - timedelta(seconds=self.settings.queue_seconds)
+        ended_by = now - timedelta(seconds=self.settings.run_seconds)
+        return {pilot.stamp: self._observe(pilot, started_by, ended_by) for pilot in pilots}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        # The request itself, which the database keeps, is all that `poll` looks at.
+        pass
+
+    def _observe(self, pilot: PilotAtCE, started_by: datetime, ended_by: datetime) -> Observation:
+        if pilot.cancel_requested:
+            return _CANCELLED
+        if pilot.status is MyPilotStatus.SUBMITTED:
+            waits = pilot.submitted_at is not None and pilot.submitted_at > started_by
+            return _WAITING if waits else _RUNNING
+        if pilot.started_at is not None and pilot.started_at > ended_by:
+            return _RUNNING
+        return _DONE if self.will_succeed(pilot.stamp) else _FAILED
+
+    def will_succeed(self, stamp: str) -> bool:
+        """The fate of a pilot: true for a share of `success_rate` of all stamps."""
+        digest = hashlib.blake2b(f"{self.settings.seed}:{stamp}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64 < self.ce.success_rate

@@ -1,0 +1,267 @@
+"""The commands of `gubbins`."""
+
+from __future__ import annotations
+
+__all__ = ["app", "run"]
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gubbins.demo.command import demo
+from gubbins.pilot_states import MyPilotStatus
+
+from .session import CommandError, emit, in_database, table
+
+_HELP = """Compute elements and pilots.
+
+All commands work on the database named in DIRACX_DB_URL_MYPILOTDB, for example
+sqlite+aiosqlite:////var/lib/gubbins/pilots.db. A first session:
+
+\b
+    gubbins db init
+    gubbins ce load ces.yaml
+    gubbins ce list
+    gubbins pilots summary
+
+Exit codes: 0 done, 1 it did not work, 2 bad input."""
+
+_CE_FILE_HELP = """Make the compute elements be as in a YAML FILE (- reads standard input).
+
+The file is checked as a whole first, and loaded in one transaction: all of it or nothing. Loading it again
+changes nothing. Compute elements that it does not mention are left alone.
+
+\b
+    compute_elements:
+      - name: ce01.example.org       # required, unique
+        capacity: 20                 # required, slots for pilots of all VOs, >= 0
+        success_rate: 0.95           # 0.0-1.0, default 1.0
+        enabled: true                # left out: as it is, or true when new
+        vos: [lhcb, dteam]           # left out: all VOs
+        backend: simulated           # or local, or any other installed one
+        settings: {run_seconds: 60}  # what the back end understands
+
+\b
+Settings of the back ends:
+    simulated  seed, queue_seconds, run_seconds
+    local      directory, scripts (text per VO), default_script, environment,
+               kill_after_seconds, keep (none, failed or all)"""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Plain help: Rich would take `[lhcb, dteam]` for markup and refill the examples.
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"max_content_width": 110},
+)
+ce_app = typer.Typer(
+    help="Compute elements: load from a file, list, open, close.", no_args_is_help=True, rich_markup_mode=None
+)
+pilots_app = typer.Typer(help="Pilots: list, count, show, cancel.", no_args_is_help=True, rich_markup_mode=None)
+db_app = typer.Typer(help="The database.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ce_app, name="ce")
+app.add_typer(pilots_app, name="pilots")
+app.add_typer(db_app, name="db")
+app.command("demo")(demo)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+CEName = Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")]
+PilotId = Annotated[int, typer.Argument(help="Id of the pilot, as in `gubbins pilots list`.", metavar="ID")]
+OfVO = Annotated[str | None, typer.Option("--vo", help="Only this VO's.")]
+
+
+def run() -> None:
+    """Run the command; errors are told in one line on stderr, bad usage with exit code 2."""
+    try:
+        exit_code = app(standalone_mode=False)
+    except CommandError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(1)
+    except Exception as error:
+        # Usage errors of Typer or, in its older versions, of Click: told apart by what both can do.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+        else:
+            _complain(f"{error.format_message()} (--help shows how)")
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines():
+        print(f"gubbins: {line}", file=sys.stderr)
+
+
+@db_app.command("init")
+def init_database(as_json: AsJson = False) -> None:
+    """Create the tables that are missing. Harmless when there are none."""
+    created = in_database(lambda db: db.create_tables())
+    if as_json:
+        emit({"created": created})
+    else:
+        print("Tables created." if created else "All tables exist; nothing to do.")
+
+
+@ce_app.command("load", help=_CE_FILE_HELP)
+def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJson = False) -> None:
+    from gubbins.logic import my_pilots as logic
+
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        specs = logic.parse_ce_file(text)
+    except logic.CEFileError as error:
+        raise CommandError("\n".join(f"{name}: {line}" for line in str(error).splitlines()), 2) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise CommandError(f"cannot read {name}: {reason}", 2) from error
+    outcome = in_database(lambda db: logic.load_ces(db, specs))
+    if as_json:
+        emit(outcome)
+    else:
+        for ce_name, what in outcome.items():
+            print(f"{ce_name}: {what}")
+
+
+@ce_app.command("list")
+def list_ces(vo: OfVO = None, as_json: AsJson = False) -> None:
+    """Show the compute elements (with --vo: those that serve it) and how full they are."""
+    from gubbins.logic import my_pilots as logic
+
+    ces = in_database(lambda db: logic.list_ces(db, vo))
+    if as_json:
+        emit(ces)
+        return
+    table(
+        "Compute elements",
+        ("name", "enabled", "backend", "VOs", "success rate", "capacity", "active", "free", "last error"),
+        [
+            (
+                ce["name"],
+                ce["enabled"],
+                ce["backend"],
+                "all" if ce["vos"] is None else ", ".join(ce["vos"]),
+                ce["success_rate"],
+                ce["capacity"],
+                ce["active"],
+                ce["available_slots"],
+                ce["last_error"],
+            )
+            for ce in ces
+        ],
+    )
+
+
+@ce_app.command("enable")
+def enable_ce(name: CEName, as_json: AsJson = False) -> None:
+    """Open a compute element for new pilots."""
+    _set_enabled(name, True, as_json)
+
+
+@ce_app.command("disable")
+def disable_ce(name: CEName, as_json: AsJson = False) -> None:
+    """Close a compute element for new pilots; those it has go on."""
+    _set_enabled(name, False, as_json)
+
+
+def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
+    from gubbins.logic import my_pilots as logic
+
+    changed = in_database(lambda db: logic.set_ce_enabled(db, name, enabled))
+    if as_json:
+        emit({"name": name, "enabled": enabled, "changed": changed})
+    else:
+        print(f"{name}: {'enabled' if enabled else 'disabled'}{'' if changed else ' already'}")
+
+
+@pilots_app.command("list")
+def list_pilots(
+    vo: OfVO = None,
+    ce_name: Annotated[str | None, typer.Option("--ce", help="Only at this compute element.")] = None,
+    status: Annotated[
+        MyPilotStatus | None, typer.Option("--status", case_sensitive=False, help="Only in this state.")
+    ] = None,
+    page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
+    per_page: Annotated[int, typer.Option(min=1, max=10_000, help="Pilots on a page.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List pilots, newest first."""
+    from gubbins.logic import my_pilots as logic
+
+    total, pilots = in_database(
+        lambda db: logic.search_pilots(db, vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
+    )
+    if as_json:
+        emit({"items": pilots, "total": total, "page": page, "per_page": per_page})
+        return
+    columns = ("pilot_id", "vo", "ce_name", "status", "submitted_at", "last_update", "last_error")
+    table(
+        f"{len(pilots)} of {total} pilots (page {page})",
+        ("id", "VO", "CE", "state", "submitted (UTC)", "last change (UTC)", "last error"),
+        [tuple(pilot[column] for column in columns) for pilot in pilots],
+    )
+
+
+@pilots_app.command("summary")
+def summarise_pilots(vo: OfVO = None, as_json: AsJson = False) -> None:
+    """Count pilots by VO, compute element and state."""
+    from gubbins.logic import my_pilots as logic
+
+    summary = in_database(lambda db: logic.get_pilot_summary(db, vo))
+    if as_json:
+        emit(summary)
+        return
+    table(
+        "Pilots",
+        ("VO", "CE", *(str(status) for status in MyPilotStatus)),
+        [
+            (vo_name, ce_name, *(states.get(status, 0) for status in MyPilotStatus))
+            for vo_name, ces in summary.items()
+            for ce_name, states in ces.items()
+        ],
+    )
+
+
+@pilots_app.command("show")
+def show_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
+    """Show one pilot and every step it made."""
+    from gubbins.logic import my_pilots as logic
+
+    pilot = in_database(lambda db: logic.get_pilot(db, pilot_id))
+    if as_json:
+        emit(pilot)
+        return
+    history = pilot.pop("history")
+    table(f"Pilot {pilot_id}", ("field", "value"), list(pilot.items()))
+    table("History", ("state", "at (UTC)", "reason"), [(s["status"], s["at"], s["reason"]) for s in history])
+
+
+@pilots_app.command("cancel")
+def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
+    """Ask for the end of a pilot.
+
+    It is FAILED once its compute element has confirmed that it ended; the next checks find out.
+    """
+    from gubbins.logic import my_pilots as logic
+
+    pilot: dict[str, Any] = in_database(lambda db: logic.cancel_pilot(db, pilot_id, by=_me()))
+    if as_json:
+        emit(pilot)
+    else:
+        print(f"pilot {pilot_id}: cancellation requested at {pilot['ce_name']} (now {pilot['status']})")
+
+
+def _me() -> str:
+    try:
+        return f"operator {getpass.getuser()}"
+    except (KeyError, OSError):  # a container's user has no name
+        return "operator"

@@ -1,0 +1,115 @@
+"""From a command to a database and back: how errors are told, how results are shown."""
+
+from __future__ import annotations
+
+__all__ = ["CommandError", "emit", "in_database", "table"]
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"
+
+
+class CommandError(Exception):
+    """The command did not work: one line (or several, one per mistake) for stderr, and an exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
+    """Do something with the database named in the environment.
+
+    Raises:
+        CommandError: it is not named, cannot be reached, has no tables, or the work was refused.
+    """
+    from diracx.db.sql.utils import SQLDBUnavailableError
+    from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
+
+    from gubbins.db.sql import MyPilotDB
+    from gubbins.exceptions import GubbinsError
+
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        raise CommandError(
+            f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
+        )
+    # Its warning comes with a traceback; the error below says the same in one line.
+    logging.getLogger("diracx.db").setLevel(logging.CRITICAL)
+
+    async def connected() -> T:
+        db = MyPilotDB(url)
+        others = set(threading.enumerate())
+        try:
+            async with db.engine_context():
+                return await work(db)
+        except SQLDBUnavailableError:
+            # The thread of a SQLite file that could not be opened reports its end to this event loop, and
+            # prints a traceback if the loop is gone by then.
+            for thread in set(threading.enumerate()) - others:
+                await asyncio.to_thread(thread.join, 1)
+            raise
+
+    try:
+        return asyncio.run(connected())
+    except GubbinsError as error:
+        raise CommandError(str(error)) from error
+    except SQLDBUnavailableError as error:
+        cause = error.__cause__
+        reason = _one_line(getattr(cause, "orig", None) or cause)
+        if "initialised" in str(error):
+            raise CommandError(str(error)) from error
+        raise CommandError(
+            f"cannot use the database in {URL_VARIABLE}: {reason or error}; is it running, and the URL right?"
+        ) from error
+    except (ArgumentError, InvalidRequestError, ModuleNotFoundError) as error:
+        raise CommandError(f"{URL_VARIABLE} is not a usable database URL: {_one_line(error)}") from error
+    except DBAPIError as error:
+        raise CommandError(f"the database refused: {_one_line(error.orig)}") from error
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) if error is not None else ""
+
+
+def emit(value: Any) -> None:
+    """Print a result for scripts."""
+    print(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a result for people. Numbers are right-aligned, times are UTC to the second."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(type(row[index]) in (int, float) for row in rows)
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(_cell(value)) for value in row))
+    # A pipe has no width: nothing is folded there.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else str(value)

@@ -1,0 +1,9 @@
+"""The SQL database of the pilot system: compute elements, pilots and every step they made."""
+
+from __future__ import annotations
+
+__all__ = ["MyPilotDB", "MyPilotStatus"]
+
+from gubbins.pilot_states import MyPilotStatus
+
+from .my_pilot_db import MyPilotDB

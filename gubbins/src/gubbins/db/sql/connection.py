@@ -1,0 +1,131 @@
+"""How `MyPilotDB` talks to its server: locking behaviour per dialect, and units of work."""
+
+from __future__ import annotations
+
+__all__ = ["DatabaseNotReadyError", "PilotDBConnection"]
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
+from sqlalchemy import event, inspect, text
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy.sql.selectable import Subquery
+
+from .schema import MyPilotDBBase
+from .staging import staged
+
+SQLITE_BUSY_TIMEOUT_MS = 30_000
+LARGE_BATCH_ROWS = 1_000
+
+
+class DatabaseNotReadyError(SQLDBUnavailableError):
+    """The database answers, and has no (or not all) tables of the pilot system."""
+
+    def __init__(self) -> None:
+        super().__init__("MyPilotDB is not initialised: `gubbins db init` creates its tables")
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_MS}")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        # Readers and the one writer do not wait for each other. Several processes that open a new file at
+        # once may be refused here without waiting; the one that succeeded has switched the file for all.
+        with contextlib.suppress(sqlite3.OperationalError):
+            cursor.execute("PRAGMA journal_mode=WAL")
+    finally:
+        cursor.close()
+
+
+class PilotDBConnection(BaseSQLDB):
+    """Transactions of the pilot database.
+
+    Every write that decides something starts with a statement that takes a lock (an UPDATE), so that nothing
+    it has read can be stale: on SQLite this takes the write lock before the first read of the transaction,
+    on MySQL and PostgreSQL the row lock.
+    """
+
+    metadata = MyPilotDBBase.metadata
+
+    @contextlib.asynccontextmanager
+    async def engine_context(self) -> AsyncIterator[None]:
+        async with super().engine_context():
+            engine = self.engine
+            if engine.dialect.name == "sqlite":
+                event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+            elif engine.dialect.name in ("mysql", "mariadb"):
+                # REPEATABLE READ, the default there, would let a waiter of the row lock count the pilots of
+                # before its wait, and its gap locks make two compute elements deadlock.
+                self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+            yield
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this context has entered the database (`async with db`)."""
+        return self._conn.get() is not None
+
+    @contextlib.asynccontextmanager
+    async def unit(self) -> AsyncIterator[None]:
+        """A unit of work: the caller's transaction where there is one, else a short one of its own.
+
+        Raises:
+            DatabaseNotReadyError: the tables do not exist.
+            SQLDBUnavailableError: the server cannot be reached.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            if not self.in_transaction:
+                await stack.enter_async_context(self._transaction())
+            try:
+                yield
+            except (OperationalError, ProgrammingError) as error:
+                if await self._tables_missing():
+                    raise DatabaseNotReadyError from error
+                if error.connection_invalidated:
+                    raise SQLDBUnavailableError(f"MyPilotDB went away: {error.orig}") from error
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        await self.__aenter__()
+        connection = self.conn
+        try:
+            yield
+            # Here and not in __aexit__, which forgets to close the connection of a failed commit.
+            await connection.commit()
+        finally:
+            self._conn.set(None)
+            await connection.close()
+
+    async def _staged(self, rows: Sequence[tuple[int, str | None]]) -> Subquery:
+        """These rows as a derived table `id, reason`, for a statement of the present transaction."""
+        if self.conn.dialect.name == "postgresql" and len(rows) > LARGE_BATCH_ROWS:
+            # With no statistics yet (a burst of new pilots) it would read the whole list for each pilot.
+            await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
+        return staged(self.conn.dialect.name, rows)
+
+    async def _tables_missing(self) -> bool:
+        try:
+            async with self.engine.connect() as connection:
+                present = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+        except DBAPIError:
+            return False
+        # MySQL on some platforms stores names in lower case.
+        return not {name.lower() for name in self.metadata.tables} <= {name.lower() for name in present}
+
+    async def create_tables(self) -> bool:
+        """Create what is missing; True when something was."""
+        try:
+            async with self.engine.begin() as connection:
+                before = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+                await connection.run_sync(self.metadata.create_all)
+                after = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+        except OSError as error:
+            raise SQLDBUnavailableError(f"cannot reach MyPilotDB: {error}") from error
+        except DBAPIError as error:
+            raise SQLDBUnavailableError(f"cannot create the tables of MyPilotDB: {error.orig}") from error
+        return before != after

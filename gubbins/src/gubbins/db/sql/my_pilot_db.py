@@ -1,0 +1,16 @@
+"""`MyPilotDB`: the one database class of the pilot system. Only `gubbins.logic` uses it."""
+
+from __future__ import annotations
+
+__all__ = ["MyPilotDB"]
+
+from .pilots import PilotStore
+from .transitions import TransitionStore
+
+
+class MyPilotDB(TransitionStore, PilotStore):
+    """Compute elements, pilots and their history.
+
+    Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short
+    transaction of its own: `async with db.unit():` groups several calls into one.
+    """

@@ -1,0 +1,170 @@
+"""Tables of `MyPilotDB`; the same on SQLite, MySQL/MariaDB and PostgreSQL."""
+
+from __future__ import annotations
+
+__all__ = ["ComputeElements", "MyPilotDBBase", "PilotHistory", "PilotRequests", "Pilots", "UTCDateTime"]
+
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Double,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Table,
+    TypeDecorator,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
+
+from gubbins.pilot_states import MyPilotStatus
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware datetime, stored as naive UTC with microseconds; aware again on the way out.
+
+    (DiracX's own `SmarterDateTime` refuses the dialect name `postgresql`.)
+    """
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a datetime without a time zone cannot be stored: {value!r}")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+# SQLite gives out ids by itself only in a column of type INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+_CEName = String(128)
+_VO = String(128)
+MAX_REASON_CHARS = 1024
+_Reason = String(MAX_REASON_CHARS)
+
+
+def _status_type(constraint: str) -> Enum:
+    # A string with a CHECK constraint; MySQL wants the names of those unique in the whole database.
+    return Enum(MyPilotStatus, native_enum=False, length=16, create_constraint=True, name=constraint)
+
+
+class MyPilotDBBase(DeclarativeBase):
+    """The metadata of this database."""
+
+
+class ComputeElements(MyPilotDBBase):
+    """A site where pilots can be submitted."""
+
+    __tablename__ = "ComputeElements"
+
+    name: Mapped[str] = mapped_column("Name", _CEName, primary_key=True, key="name")
+    # Slots: at most this many pilots of all VOs together are SUBMITTED or RUNNING.
+    capacity: Mapped[int] = mapped_column("Capacity", Integer, key="capacity")
+    # Reliability, 0.0-1.0; only the simulated back end acts on it.
+    success_rate: Mapped[float] = mapped_column(
+        "SuccessRate",
+        Double,
+        default=1.0,
+        key="success_rate",
+    )
+    enabled: Mapped[bool] = mapped_column("Enabled", Boolean, default=True, key="enabled")
+    # Name of an entry point in the group `gubbins.ces`, and what it was told.
+    backend: Mapped[str] = mapped_column("Backend", String(64), default="simulated", key="backend")
+    settings: Mapped[dict[str, Any]] = mapped_column("Settings", JSON, default=dict, key="settings")
+    # The VOs it serves; NULL: all.
+    vos: Mapped[list[str] | None] = mapped_column("VOs", JSON(none_as_null=True), key="vos")
+    # The last refusal or failed poll, until one succeeds.
+    last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
+    last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
+    created_at: Mapped[datetime] = mapped_column("CreatedAt", UTCDateTime, key="created_at")
+    updated_at: Mapped[datetime] = mapped_column("UpdatedAt", UTCDateTime, key="updated_at")
+
+
+_ces = cast(Table, ComputeElements.__table__)
+_ces.append_constraint(CheckConstraint(_ces.c.capacity >= 0, name="capacity_not_negative"))
+_ces.append_constraint(CheckConstraint(_ces.c.success_rate.between(0, 1), name="success_rate_is_a_share"))
+
+
+class Pilots(MyPilotDBBase):
+    """One pilot: submitted once, followed to its end."""
+
+    __tablename__ = "Pilots"
+
+    id: Mapped[int] = mapped_column("PilotID", _Id, primary_key=True, autoincrement=True, key="id")
+    vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
+    ce_name: Mapped[str] = mapped_column("CEName", _CEName, ForeignKey(ComputeElements.name), key="ce_name")
+    status: Mapped[MyPilotStatus] = mapped_column(
+        "Status", _status_type("pilot_status"), default=MyPilotStatus.SUBMITTED, key="status"
+    )
+    # Our name for the pilot, known to the CE; makes a repeated submission recognisable.
+    stamp: Mapped[str] = mapped_column("Stamp", String(32), unique=True, key="stamp")
+    # The CE's name for it; NULL until the CE has confirmed the submission.
+    reference: Mapped[str | None] = mapped_column("Reference", String(255), key="reference")
+    submitted_at: Mapped[datetime] = mapped_column("SubmittedAt", UTCDateTime, key="submitted_at")
+    started_at: Mapped[datetime | None] = mapped_column("StartedAt", UTCDateTime, key="started_at")
+    ended_at: Mapped[datetime | None] = mapped_column("EndedAt", UTCDateTime, key="ended_at")
+    last_update: Mapped[datetime] = mapped_column("LastUpdate", UTCDateTime, key="last_update")
+    # Since when the CE does not know the pilot; NULL: it does.
+    missing_since: Mapped[datetime | None] = mapped_column("MissingSince", UTCDateTime, key="missing_since")
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(
+        "CancelRequestedAt", UTCDateTime, key="cancel_requested_at"
+    )
+    last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
+
+    __table_args__ = (
+        Index("idx_pilots_ce_status", "ce_name", "status"),
+        Index("idx_pilots_vo_status", "vo", "status"),
+    )
+
+
+class PilotHistory(MyPilotDBBase):
+    """Every state a pilot entered, once: the state machine has no cycles, so that is the key."""
+
+    __tablename__ = "PilotHistory"
+
+    pilot_id: Mapped[int] = mapped_column(
+        "PilotID",
+        _Id,
+        ForeignKey(Pilots.id, ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        key="pilot_id",
+    )
+    status: Mapped[MyPilotStatus] = mapped_column(
+        "Status", _status_type("history_status"), primary_key=True, key="status"
+    )
+    at: Mapped[datetime] = mapped_column("At", UTCDateTime, key="at")
+    reason: Mapped[str | None] = mapped_column("Reason", _Reason, key="reason")
+
+
+class PilotRequests(MyPilotDBBase):
+    """A `MyPilotTask` that was spawned and not yet started: the next round must not spawn it again."""
+
+    __tablename__ = "PilotRequests"
+
+    id: Mapped[int] = mapped_column("RequestID", _Id, primary_key=True, autoincrement=True, key="id")
+    ce_name: Mapped[str] = mapped_column("CEName", _CEName, key="ce_name")
+    vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
+    requested_at: Mapped[datetime] = mapped_column("RequestedAt", UTCDateTime, key="requested_at")
+
+    __table_args__ = (Index("idx_requests_ce_vo", "ce_name", "vo"),)

@@ -1,0 +1,44 @@
+"""Send any number of rows to the server as one bound parameter.
+
+A list of 100,000 ids is too long for bound parameters (SQLite takes 32,766, PostgreSQL 65,535), and a
+statement per chunk is not a constant number of statements (P62). All three databases read JSON, each with a
+function of its own; this module is the only place that knows which.
+"""
+
+from __future__ import annotations
+
+__all__ = ["staged"]
+
+import json
+from collections.abc import Iterable
+
+from sqlalchemy import BigInteger, String, bindparam, text
+from sqlalchemy.sql.selectable import Subquery
+
+_READERS = {
+    # LIMIT -1 keeps SQLite from merging this into the statement around it, where it would read the whole list
+    # again for each pilot.
+    "sqlite": (
+        "SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS reason "
+        "FROM json_each(:staged) LIMIT -1"
+    ),
+    "postgresql": (
+        "SELECT CAST(value ->> 0 AS BIGINT) AS id, value ->> 1 AS reason "
+        "FROM json_array_elements(CAST(:staged AS JSON)) AS pair(value)"
+    ),
+    "mysql": (
+        "SELECT pair.id, pair.reason FROM JSON_TABLE(:staged, '$[*]' "
+        "COLUMNS (id BIGINT PATH '$[0]', reason TEXT PATH '$[1]')) AS pair"
+    ),
+}
+_READERS["mariadb"] = _READERS["mysql"]
+
+
+def staged(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
+    """A derived table `id, reason` of these rows, to join with.
+
+    `dialect` is SQLAlchemy's name of it. A row without a reason yields NULL.
+    """
+    payload = json.dumps([(id,) if reason is None else (id, reason) for id, reason in rows])
+    statement = text(_READERS[dialect]).bindparams(bindparam("staged", payload, String))
+    return statement.columns(id=BigInteger, reason=String).subquery("staged_rows")

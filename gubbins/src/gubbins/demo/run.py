@@ -1,0 +1,149 @@
+"""Run the demonstration: build a site, start its processes, show what happens, end everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diracx.tasks.testing.server import ValkeyProcess, free_port
+
+from .services import Services
+from .site import VOS, DemoSite
+
+if TYPE_CHECKING:
+    from .watch import Watch
+
+_LOOK_SECONDS = 0.25
+_WORKERS = 3
+_SLOTS = "8"
+
+
+def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None) -> None:
+    """Run until Ctrl-C, or for so many seconds.
+
+    Raises:
+        ServiceDiedError: a process of the demonstration ended by itself.
+        OSError, subprocess.CalledProcessError, RuntimeError: something could not be set up.
+    """
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gubbins-demo-")))
+        else:
+            directory.mkdir(parents=True)
+            directory = directory.resolve()
+        valkey = ValkeyProcess(directory)
+        valkey.start()
+        stack.callback(valkey.stop)
+        site = DemoSite(directory, valkey.url, free_port())
+        site.build()
+        os.environ |= site.environment
+        asyncio.run(site.create_databases())
+        services = Services(directory, site.environment)
+        stack.callback(services.stop)
+        _start(services, site)
+        asyncio.run(_watch(site, services, seconds=seconds, as_json=as_json))
+
+
+def _start(services: Services, site: DemoSite) -> None:
+    services.start("scheduler", ["diracx.tasks", "scheduler"])
+    for number in range(1, _WORKERS + 1):
+        services.start(
+            f"worker {number}",
+            ["diracx.tasks", "worker", "--worker-size", "medium", "--max-concurrent-tasks", _SLOTS],
+        )
+    services.start(
+        "api",
+        [
+            "uvicorn",
+            "--factory",
+            "diracx.routers.factory:create_app",
+            *("--host", "127.0.0.1", "--port", str(site.api_port), "--log-level", "warning"),
+        ],
+    )
+
+
+async def _watch(site: DemoSite, services: Services, *, seconds: float | None, as_json: bool) -> None:
+    from gubbins.db.sql import MyPilotDB
+
+    from .watch import Watch
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    begin = time.monotonic()
+    db = MyPilotDB(site.environment["DIRACX_DB_URL_MYPILOTDB"])
+    async with db.engine_context():
+        watch = Watch(db)
+        with _screen(site, as_json) as show:
+            while not stop.is_set() and (seconds is None or time.monotonic() - begin < seconds):
+                services.check()
+                await watch.look()
+                show(watch, time.monotonic() - begin)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), _LOOK_SECONDS)
+        await asyncio.to_thread(services.stop)
+        await watch.look()
+        await _end_local_pilots(db)
+        report = await watch.report(VOS)
+    print(json.dumps(report)) if as_json else _farewell(report)
+
+
+@contextlib.contextmanager
+def _screen(site: DemoSite, as_json: bool) -> Iterator[Any]:
+    """Where each look is shown: a live table, or a line now and then on stderr."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    if as_json or not sys.stdout.isatty():
+        print(_greeting(site), file=sys.stderr, flush=True)
+        last = 0.0
+
+        def line(watch: Watch, elapsed: float) -> None:
+            nonlocal last
+            if elapsed - last >= 2:
+                last = elapsed
+                print(f"{elapsed:5.0f} s  {watch.line()}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    console = Console()
+    console.print(Text(_greeting(site)), soft_wrap=True)
+    with Live(console=console, auto_refresh=False) as live:
+        hint = Text("Ctrl-C ends everything.", "dim")
+        yield lambda watch, elapsed: live.update(Group(watch.table(elapsed), hint), refresh=True)
+
+
+def _greeting(site: DemoSite) -> str:
+    return f"""\
+API:  {site.api_url}/api/docs
+logs: {site.directory}
+In another terminal (the API takes a few seconds to start):
+  export TOKEN={site.token("lhcb")}
+  curl -s -H "Authorization: Bearer $TOKEN" {site.api_url}/api/my_pilots/summary
+"""
+
+
+async def _end_local_pilots(db: Any) -> None:
+    """Nothing of the demonstration stays behind: end the processes of the local compute element."""
+    from gubbins.logic import my_pilots as logic
+    from gubbins.pilot_states import ACTIVE
+
+    for status in ACTIVE:
+        _, pilots = await logic.search_pilots(db, vo=None, ce_name="localhost", status=status, per_page=1000)
+        for pilot in pilots:
+            await logic.cancel_pilot(db, pilot["pilot_id"], by="the end of the demonstration")
+
+
+def _farewell(report: dict[str, Any]) -> None:
+    ended = sum(states["DONE"] + states["FAILED"] for states in report["pilots"].values())
+    print(f"{ended} pilots ended; {report['illegal_transitions']} illegal transitions. Everything is stopped.")

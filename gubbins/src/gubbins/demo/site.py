@@ -1,0 +1,185 @@
+"""What a DiracX installation needs before its services start: configuration, keys, databases, environment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VOS = ("cta", "juno", "lhcb")
+USER = "demo"
+
+#: Minutes become seconds here, by configuration alone: the code keeps the seed's schedules.
+TASKS = {
+    "common": {
+        "my_pilots:MySubmitPilotsTask": {"periodic": {"interval_seconds": 2}},
+        "my_pilots:MyCheckPilotsTask": {"periodic": {"interval_seconds": 1}},
+        "my_pilots:MyPilotReportTask": {"periodic": {"interval_seconds": 10}},
+        # This installation has no sandboxes.
+        "jobs:CleanSandboxStoreTask": {"enabled": False},
+    }
+}
+
+#: Services of DiracX itself that the demonstration does without.
+_OTHER_SERVICES = ("AUTH", "CONFIG", "HEALTH", "JOBS", "PILOTS", "RSS")
+
+
+def compute_elements(directory: Path) -> list[dict[str, Any]]:
+    """A reliable, a flaky and a local compute element."""
+    return [
+        {
+            "name": "reliable.example.org",
+            "capacity": 20,
+            "success_rate": 1.0,
+            "settings": {"run_seconds": 4},
+        },
+        {
+            "name": "flaky.example.org",
+            "capacity": 10,
+            "success_rate": 0.3,
+            "settings": {"run_seconds": 3},
+        },
+        {
+            "name": "localhost",
+            "capacity": 4,
+            "backend": "local",
+            "settings": {
+                "directory": str(directory),
+                "scripts": {
+                    "lhcb": "sleep 3",
+                    # One in three of these fails: a pilot's exit code decides.
+                    "cta": "sleep 2; exit $(( $(date +%s) % 3 == 0 ))",
+                },
+                "default_script": "sleep 2",
+            },
+        },
+    ]
+
+
+@dataclass(frozen=True)
+class DemoSite:
+    """A directory with everything in it. `build()` fills it; nothing of it is outside."""
+
+    directory: Path
+    redis_url: str
+    api_port: int
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self.api_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For every process of the installation."""
+        return {
+            "DIRACX_CONFIG_BACKEND_URL": f"git+file://{self.directory}/configuration",
+            "DIRACX_DB_URL_MYPILOTDB": f"sqlite+aiosqlite:///{self.directory}/pilots.sqlite",
+            "DIRACX_DB_URL_TASKDB": f"sqlite+aiosqlite:///{self.directory}/tasks.sqlite",
+            "DIRACX_SERVICE_AUTH_STATE_KEY": (self.directory / "state.key").read_text(),
+            "DIRACX_SERVICE_AUTH_TOKEN_ISSUER": self.api_url,
+            "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{self.directory}/keystore.json",
+            "DIRACX_SERVICE_AUTH_ACCESS_TOKEN_EXPIRE_MINUTES": "1440",
+            "DIRACX_TASKS_REDIS_URL": self.redis_url,
+            **{f"DIRACX_SERVICE_{name}_ENABLED": "false" for name in _OTHER_SERVICES},
+        }
+
+    @property
+    def ce_file(self) -> Path:
+        return self.directory / "ces.yaml"
+
+    def build(self) -> None:
+        """Write the configuration repository, the keys and the compute elements.
+
+        Raises:
+            subprocess.CalledProcessError: git refused.
+        """
+        from cryptography.fernet import Fernet
+        from joserfc.jwk import KeySet, OKPKey
+
+        key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "demo"})
+        self._secret("keystore.json", json.dumps(KeySet([key]).as_dict(private=True)))
+        self._secret("state.key", Fernet.generate_key().decode())
+        self.ce_file.write_text(
+            yaml.safe_dump(
+                {"compute_elements": compute_elements(self.directory / "local-pilots")}, sort_keys=False
+            )
+        )
+        self._commit_configuration(self.directory / "configuration")
+
+    def _secret(self, name: str, text: str) -> None:
+        path = self.directory / name
+        path.touch(mode=0o600)
+        path.write_text(text)
+
+    def _commit_configuration(self, repository: Path) -> None:
+        repository.mkdir()
+        document = {
+            "DIRAC": {},
+            "Operations": {},
+            "Registry": {vo: _vo(vo) for vo in VOS},
+            "Systems": {"Tasks": TASKS},
+        }
+        (repository / "default.yml").write_text(yaml.safe_dump(document, sort_keys=False))
+        # Nothing of the user's own git configuration is needed, or asked.
+        author = ("-c", "user.name=gubbins", "-c", "user.email=demo@localhost", "-c", "commit.gpgsign=false")
+        for arguments in (
+            ("init", "--initial-branch=master"),
+            ("add", "."),
+            ("commit", "--message=Demonstration"),
+        ):
+            subprocess.run(
+                ["git", *author, *arguments], cwd=repository, check=True, capture_output=True, text=True
+            )
+
+    async def create_databases(self) -> None:
+        """Create the tables, and load the compute elements."""
+        from diracx.tasks.plumbing.persistence import TaskDB
+
+        from gubbins.db.sql import MyPilotDB
+        from gubbins.logic import my_pilots as logic
+
+        task_db = TaskDB(self.environment["DIRACX_DB_URL_TASKDB"])
+        async with task_db.engine_context(), task_db.engine.begin() as connection:
+            await connection.run_sync(task_db.metadata.create_all)
+        pilot_db = MyPilotDB(self.environment["DIRACX_DB_URL_MYPILOTDB"])
+        async with pilot_db.engine_context():
+            await pilot_db.create_tables()
+            await logic.load_ces(pilot_db, logic.parse_ce_file(self.ce_file.read_text()))
+
+    def token(self, vo: str, properties: tuple[str, ...] = ("NormalUser", "ServiceAdministrator")) -> str:
+        """A token that the API of this site accepts for a day. Reads the environment of the site."""
+        from datetime import UTC, datetime, timedelta
+
+        from diracx.core.models import AccessTokenPayload
+        from diracx.core.properties import SecurityProperty
+        from diracx.core.settings import AuthSettings
+        from diracx.logic.auth.token import create_token
+        from uuid_utils import uuid7
+
+        settings = AuthSettings.create()
+        payload = AccessTokenPayload(
+            sub=f"{vo}:{USER}",
+            vo=vo,
+            iss=settings.token_issuer,
+            dirac_properties=[SecurityProperty(name) for name in properties],
+            jti=str(uuid7()),
+            preferred_username=USER,
+            dirac_group=f"{vo}_admin",
+            exp=datetime.now(UTC) + timedelta(days=1),
+            dirac_policies={},
+        )
+        return create_token(payload, settings)
+
+
+def _vo(vo: str) -> Mapping[str, Any]:
+    return {
+        "DefaultGroup": f"{vo}_admin",
+        "IdP": {"URL": "https://idp.invalid", "ClientID": "demo"},
+        "Users": {USER: {"PreferedUsername": USER}},
+        "Groups": {f"{vo}_admin": {"Properties": ["NormalUser", "ServiceAdministrator"], "Users": [USER]}},
+    }

@@ -1,0 +1,112 @@
+"""What is going on: one look at the database, and the table that shows it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+from gubbins.pilot_states import ACTIVE, MyPilotStatus
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ENDED = [status for status in MyPilotStatus if status not in ACTIVE]
+_RATE_WINDOW_SECONDS = 10.0
+
+
+@dataclass
+class Watch:
+    """Looks at the pilots again and again, and remembers the most that it saw at each compute element."""
+
+    db: MyPilotDB
+    summary: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    ces: list[dict[str, Any]] = field(default_factory=list)
+    max_active_seen: dict[str, int] = field(default_factory=dict)
+    _ends: deque[tuple[float, int]] = field(default_factory=deque)
+
+    async def look(self) -> None:
+        """One consistent look, in one transaction."""
+        async with self.db.unit():
+            self.summary = await logic.get_pilot_summary(self.db)
+            self.ces = await logic.list_ces(self.db)
+        for ce in self.ces:
+            active = sum(ces.get(ce["name"], {}).get(s, 0) for ces in self.summary.values() for s in ACTIVE)
+            self.max_active_seen[ce["name"]] = max(active, self.max_active_seen.get(ce["name"], 0))
+        now = time.monotonic()
+        self._ends.append((now, self.total(*_ENDED)))
+        while now - self._ends[0][0] > _RATE_WINDOW_SECONDS:
+            self._ends.popleft()
+
+    def total(self, *statuses: MyPilotStatus, vo: str | None = None) -> int:
+        """Pilots in these states, of one VO or of all."""
+        return sum(
+            states.get(status, 0)
+            for name, ces in self.summary.items()
+            if vo in {None, name}
+            for states in ces.values()
+            for status in statuses
+        )
+
+    @property
+    def per_second(self) -> float:
+        """Pilots that came to their end per second, lately."""
+        (first, before), (last, after) = self._ends[0], self._ends[-1]
+        return (after - before) / (last - first) if last > first else 0.0
+
+    def line(self) -> str:
+        """Everything in one line."""
+        states = ", ".join(f"{self.total(status)} {status}" for status in MyPilotStatus)
+        slots = ", ".join(f"{ce['name']} {ce['active']}/{ce['capacity']}" for ce in self.ces)
+        return f"{states}; slots in use: {slots}"
+
+    async def report(self, vos: tuple[str, ...]) -> dict[str, Any]:
+        """The summary that scripts read."""
+        return {
+            "pilots": {vo: {str(s): self.total(s, vo=vo) for s in MyPilotStatus} for vo in vos},
+            "ces": {
+                ce["name"]: {"capacity": ce["capacity"], "max_active_seen": self.max_active_seen[ce["name"]]}
+                for ce in self.ces
+            },
+            "illegal_transitions": await logic.count_illegal_histories(self.db),
+        }
+
+    def table(self, elapsed: float) -> Table:
+        """Each VO at each CE by state, free slots, throughput."""
+        from rich.table import Table
+        from rich.text import Text
+
+        styles = {
+            MyPilotStatus.SUBMITTED: "yellow",
+            MyPilotStatus.RUNNING: "cyan",
+            MyPilotStatus.DONE: "green",
+            MyPilotStatus.FAILED: "red",
+        }
+        shown = Table(
+            title=f"Pilots after {elapsed:.0f} s: {self.total(*_ENDED)} ended, {self.per_second:.1f} per second",
+            title_justify="left",
+        )
+        for column in ("CE", "VO"):
+            shown.add_column(column)
+        for status in MyPilotStatus:
+            shown.add_column(str(status), justify="right", style=styles[status])
+        shown.add_column("slots in use", justify="left", no_wrap=True)
+        shown.add_column("free", justify="right")
+        for ce in self.ces:
+            vos = sorted(vo for vo, ces in self.summary.items() if ce["name"] in ces) or ["-"]
+            for row, vo in enumerate(vos):
+                states = self.summary.get(vo, {}).get(ce["name"], {})
+                first = row == 0
+                bar = Text("■" * ce["active"], "cyan") + Text("·" * ce["available_slots"], "dim")
+                shown.add_row(
+                    ce["name"] if first else "",
+                    vo,
+                    *(str(states.get(status, 0)) for status in MyPilotStatus),
+                    bar if first else "",
+                    str(ce["available_slots"]) if first else "",
+                    end_section=row == len(vos) - 1,
+                )
+        return shown

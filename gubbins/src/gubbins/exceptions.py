@@ -1,0 +1,104 @@
+"""What can go wrong with pilots and compute elements; each message names the thing and the way out."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CEDisabledError",
+    "CEExistsError",
+    "CERefusedError",
+    "CESettingsError",
+    "GubbinsError",
+    "IllegalTransitionError",
+    "NoRoomError",
+    "PilotEndedError",
+    "PilotNotFoundError",
+    "PilotSubmissionError",
+    "UnknownCEError",
+    "VONotServedError",
+]
+
+
+class GubbinsError(Exception):
+    """Base of the errors that a user of the pilot system can do something about."""
+
+
+class PilotSubmissionError(GubbinsError):
+    """A pilot was not submitted, and holds no slot. The subclasses say why."""
+
+
+class UnknownCEError(PilotSubmissionError):
+    """There is no compute element of that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"unknown compute element {name!r}: `gubbins ce list` shows those that exist")
+        self.name = name
+
+
+class CEDisabledError(PilotSubmissionError):
+    """The compute element exists and takes no new pilots."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"compute element {name!r} is disabled: `gubbins ce enable {name}` opens it again")
+
+
+class VONotServedError(PilotSubmissionError):
+    """The compute element lists the VOs it serves, and this one is not among them."""
+
+    def __init__(self, name: str, vo: str) -> None:
+        super().__init__(f"compute element {name!r} does not serve VO {vo!r}")
+
+
+class NoRoomError(PilotSubmissionError):
+    """As many pilots are SUBMITTED or RUNNING at the compute element as it has slots (P60)."""
+
+    def __init__(self, name: str, capacity: int) -> None:
+        super().__init__(f"no room at compute element {name!r}: all {capacity} slots are taken")
+
+
+class CERefusedError(PilotSubmissionError):
+    """The compute element itself refused the pilot or could not be reached."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"compute element {name!r} refused the pilot: {reason}")
+
+
+class CEExistsError(GubbinsError):
+    """A compute element of that name exists already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"compute element {name!r} exists already: `gubbins ce load` updates it from a file")
+
+
+class CESettingsError(GubbinsError, ValueError):
+    """A back end is not installed, or its settings are not what it understands.
+
+    `problems` holds one (path below the compute element, message) pair per mistake.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        self.problems = problems
+
+
+class PilotNotFoundError(GubbinsError):
+    """There is no pilot of that id (for this VO, where one was given)."""
+
+    def __init__(self, pilot_id: int) -> None:
+        super().__init__(f"unknown pilot {pilot_id}: `gubbins pilots list` shows those that exist")
+
+
+class IllegalTransitionError(GubbinsError):
+    """A pilot was asked to leave the path SUBMITTED → RUNNING → DONE or FAILED. Nothing was changed."""
+
+    def __init__(self, pilot_id: int, current: str, wanted: str) -> None:
+        super().__init__(
+            f"pilot {pilot_id} is {current} and cannot become {wanted}: "
+            "pilots go from SUBMITTED to RUNNING, then to DONE or FAILED"
+        )
+
+
+class PilotEndedError(GubbinsError):
+    """The pilot has ended already."""
+
+    def __init__(self, pilot_id: int, status: str) -> None:
+        super().__init__(f"pilot {pilot_id} has ended ({status}): there is nothing to cancel")

@@ -1,0 +1,40 @@
+"""Pilots and compute elements. Only this layer touches `MyPilotDB`.
+
+Every function takes the database either inside a transaction (`async with db:`) or outside one; outside, it
+uses short transactions of its own, and none is open while a compute element is being talked to.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CEFileError",
+    "CESpec",
+    "MyPilotStatus",
+    "PilotSubmissionError",
+    "add_ce",
+    "cancel_pilot",
+    "count_illegal_histories",
+    "get_available_ces",
+    "get_pilot",
+    "get_pilot_summary",
+    "list_ces",
+    "load_ces",
+    "parse_ce_file",
+    "request_pilots",
+    "search_pilots",
+    "set_ce_enabled",
+    "submit_pilot",
+    "submit_requested_pilot",
+    "transition_pilot_states",
+    "withdraw_requests",
+]
+
+from gubbins.exceptions import PilotSubmissionError
+from gubbins.pilot_states import MyPilotStatus
+
+from .ce_file import CEFileError, CESpec, parse_ce_file
+from .check import transition_pilot_states
+from .compute_elements import add_ce, get_available_ces, list_ces, load_ces, set_ce_enabled
+from .requests import request_pilots, submit_requested_pilot, withdraw_requests
+from .submission import submit_pilot
+from .tracking import cancel_pilot, count_illegal_histories, get_pilot, get_pilot_summary, search_pilots

@@ -1,0 +1,140 @@
+"""The file `ces.yaml`: what compute elements there are. Checked as a whole, every mistake with its path."""
+
+from __future__ import annotations
+
+__all__ = ["CEFileError", "CESpec", "parse_ce_file"]
+
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gubbins.ces import validate_settings
+from gubbins.exceptions import CESettingsError, GubbinsError
+
+
+class CESpec(BaseModel):
+    """A compute element as a user describes it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "ce01.example.org",
+                    "capacity": 20,
+                    "success_rate": 0.95,
+                    "vos": ["lhcb"],
+                    "backend": "simulated",
+                    "settings": {"run_seconds": 60},
+                }
+            ]
+        },
+    )
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$",
+            max_length=128,
+            description="Unique name; letters, digits and . _ : -",
+        ),
+    ]
+    capacity: Annotated[
+        int,
+        Field(strict=True, ge=0, le=2**31 - 1, description="Slots, shared by all VOs; at least 0."),
+    ]
+    success_rate: Annotated[float, Field(strict=True, ge=0, le=1, description="Reliability, from 0.0 to 1.0.")] = (
+        1.0
+    )
+    enabled: Annotated[
+        bool | None,
+        Field(strict=True, description="Whether it takes new pilots; left out: as it is, or true when new."),
+    ] = None
+    vos: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=128)]] | None,
+        Field(min_length=1, description="The VOs it serves; left out: all."),
+    ] = None
+    backend: Annotated[str, Field(description="How it is spoken to: an entry point of `gubbins.ces`.")] = (
+        "simulated"
+    )
+    settings: Annotated[dict[str, Any], Field(description="For the back end.")] = {}
+
+
+class CEFileError(GubbinsError, ValueError):
+    """The file is wrong; `problems` holds one (path, message) pair per mistake."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("\n".join(f"{path}: {message}" if path else message for path, message in problems))
+        self.problems = problems
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses what plain YAML silently overwrites: the same key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_ce_file(text: str) -> list[CESpec]:
+    """The compute elements of a file.
+
+    Raises:
+        CEFileError: with every mistake, so that all can be mended at once.
+    """
+    try:
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506 # a SafeLoader, by derivation
+    except yaml.YAMLError as error:
+        raise CEFileError([_where(error)]) from error
+    if not isinstance(document, dict) or not isinstance(document.get("compute_elements"), list):
+        raise CEFileError([("", "the file must have one key, `compute_elements`, with a list below it")])
+    problems = [
+        (str(key), "unknown field; the only one here is compute_elements")
+        for key in document
+        if key != "compute_elements"
+    ]
+    specs: list[CESpec] = []
+    first_seen: dict[str, int] = {}
+    for index, entry in enumerate(document["compute_elements"]):
+        at = f"compute_elements[{index}]"
+        try:
+            spec = CESpec.model_validate(entry)
+        except ValidationError as error:
+            problems += [_problem(at, problem) for problem in error.errors()]
+            continue
+        if spec.name in first_seen:
+            problems.append((f"{at}.name", f"{spec.name!r} is already compute_elements[{first_seen[spec.name]}]"))
+        first_seen.setdefault(spec.name, index)
+        try:
+            validate_settings(spec.backend, spec.settings)
+        except CESettingsError as error:
+            problems += [(f"{at}.{path}", message) for path, message in error.problems]
+        specs.append(spec)
+    if problems:
+        raise CEFileError(problems)
+    return specs
+
+
+def _problem(at: str, problem: Any) -> tuple[str, str]:
+    path = at
+    for part in problem["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    if problem["type"] == "extra_forbidden":
+        return path, f"unknown field; there are {', '.join(CESpec.model_fields)}"
+    if problem["type"] == "missing":
+        return path, "missing"
+    return path, f"{problem['msg']}, not {problem['input']!r}"
+
+
+def _where(error: yaml.YAMLError) -> tuple[str, str]:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error)
+    return (f"line {mark.line + 1}", what) if mark is not None else ("", what)

@@ -1,0 +1,92 @@
+"""Compute elements: define, open, close, look at."""
+
+from __future__ import annotations
+
+__all__ = ["add_ce", "get_available_ces", "list_ces", "load_ces", "set_ce_enabled"]
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from gubbins.ces.registry import load_backend, validate_settings
+from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import CESettingsError
+
+from .ce_file import CESpec
+
+
+async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
+    """The enabled compute elements that serve the VO and have a free slot.
+
+    Each has `name`, `capacity`, `success_rate`, `available_slots` (> 0) and `vos`.
+    """
+    return await db.get_available_ces(vo)
+
+
+async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]:
+    """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`."""
+    return await db.list_ces(vo=vo)
+
+
+async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str, Any]:
+    """Create one compute element and return it.
+
+    Args:
+        db: the database.
+        spec: what it is.
+        by_operator: whether the request comes from somebody who may run commands on the workers' hosts.
+
+    Raises:
+        CEExistsError: the name is taken.
+        CESettingsError: unknown back end, or settings it does not understand, or one that only operators may
+            use.
+    """
+    if load_backend(spec.backend).operator_only and not by_operator:
+        raise CESettingsError(
+            [
+                (
+                    "backend",
+                    f"compute elements with back end {spec.backend!r} are created by the operator only "
+                    "(`gubbins ce load`), for they run commands on the workers' hosts",
+                )
+            ]
+        )
+    validate_settings(spec.backend, spec.settings)
+    async with db.unit():
+        await db.add_ce(
+            spec.name,
+            spec.capacity,
+            spec.success_rate,
+            spec.enabled is not False,
+            backend=spec.backend,
+            settings=spec.settings,
+            vos=spec.vos,
+        )
+        return await db.get_ce(spec.name)
+
+
+async def load_ces(
+    db: MyPilotDB, specs: Sequence[CESpec]
+) -> dict[str, Literal["created", "updated", "unchanged"]]:
+    """Make the compute elements be as specified: all of them or, on any error, none. Others are left alone."""
+    async with db.unit():
+        return {
+            spec.name: await db.set_ce(
+                spec.name,
+                capacity=spec.capacity,
+                success_rate=spec.success_rate,
+                enabled=spec.enabled,
+                backend=spec.backend,
+                settings=spec.settings,
+                vos=spec.vos,
+            )
+            for spec in specs
+        }
+
+
+async def set_ce_enabled(db: MyPilotDB, name: str, enabled: bool) -> bool:
+    """Open or close a compute element for new pilots; True when that changed something.
+
+    Raises:
+        UnknownCEError: there is none of that name.
+    """
+    return await db.set_ce_enabled(name, enabled)

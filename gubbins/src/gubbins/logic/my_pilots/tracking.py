@@ -1,0 +1,93 @@
+"""Look at pilots, and cancel them."""
+
+from __future__ import annotations
+
+__all__ = ["cancel_pilot", "count_illegal_histories", "get_pilot", "get_pilot_summary", "search_pilots"]
+
+import asyncio
+import logging
+from typing import Any
+
+from gubbins.ces import PilotAtCE
+from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import PilotEndedError
+from gubbins.pilot_states import ACTIVE, MyPilotStatus
+
+from .backends import CE_TIMEOUT_SECONDS, backend_of, describe_failure
+
+logger = logging.getLogger(__name__)
+
+
+async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
+    """How many pilots there are (of one VO, or of all), as {VO: {compute element: {state: number}}}."""
+    return await db.get_pilot_summary(vo)
+
+
+async def count_illegal_histories(db: MyPilotDB) -> int:
+    """How many pilots came to their state by a way that the state machine does not have: always 0."""
+    return await db.count_illegal_histories()
+
+
+async def search_pilots(
+    db: MyPilotDB,
+    *,
+    vo: str | None,
+    ce_name: str | None = None,
+    status: MyPilotStatus | None = None,
+    page: int = 1,
+    per_page: int = 100,
+) -> tuple[int, list[dict[str, Any]]]:
+    """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO."""
+    return await db.search_pilots(vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
+
+
+async def get_pilot(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
+    """One pilot with its `history`.
+
+    Raises:
+        PilotNotFoundError: there is no such pilot.
+    """
+    return await db.get_pilot(pilot_id)
+
+
+async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, Any]:
+    """Ask for the end of a pilot and return it as it is then.
+
+    The request is recorded first and passed on at once; every check repeats it until the compute element
+    says that the pilot has ended. The state changes only then, along the arrows of the state machine.
+
+    Args:
+        db: the database.
+        pilot_id: which pilot.
+        by: who asks, for the record.
+
+    Raises:
+        PilotNotFoundError: there is no such pilot.
+        PilotEndedError: it has ended already.
+    """
+    async with db.unit():
+        pilot = await db.get_pilot(pilot_id)
+        if pilot["status"] not in ACTIVE:
+            raise PilotEndedError(pilot_id, pilot["status"])
+        await db.request_cancel(pilot_id, reason=f"cancellation requested by {by}")
+        ce = await db.get_ce(pilot["ce_name"])
+    target = PilotAtCE(
+        pilot["stamp"],
+        pilot["vo"],
+        pilot["reference"],
+        pilot["status"],
+        pilot["submitted_at"],
+        pilot["started_at"],
+        cancel_requested=True,
+    )
+    try:
+        async with asyncio.timeout(CE_TIMEOUT_SECONDS), backend_of(ce) as backend:
+            await backend.cancel([target])
+    except Exception as error:
+        logger.warning(
+            "Pilot %d will be cancelled at %s by the next check: %s",
+            pilot_id,
+            ce["name"],
+            describe_failure(error),
+        )
+    return await db.get_pilot(pilot_id)

@@ -1,0 +1,30 @@
+"""The life of a pilot: SUBMITTED → RUNNING → DONE or FAILED, and nothing else (seed `000`)."""
+
+from __future__ import annotations
+
+__all__ = ["ACTIVE", "PREDECESSOR", "MyPilotStatus"]
+
+from enum import StrEnum
+
+
+class MyPilotStatus(StrEnum):
+    """Where a pilot is in its life."""
+
+    SUBMITTED = "SUBMITTED"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+
+
+ACTIVE = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING)
+"""The states in which a pilot holds a slot of its compute element."""
+
+PREDECESSOR = {
+    MyPilotStatus.RUNNING: MyPilotStatus.SUBMITTED,
+    MyPilotStatus.DONE: MyPilotStatus.RUNNING,
+    MyPilotStatus.FAILED: MyPilotStatus.RUNNING,
+}
+"""The three arrows of the state machine, read backwards: each state is entered from exactly one other.
+
+That makes every transition a compare-and-set with a constant on its right-hand side.
+"""

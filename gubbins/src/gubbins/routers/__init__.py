@@ -1,0 +1,1 @@
+"""The HTTP interface of the pilot system, below `/api/my_pilots/`."""

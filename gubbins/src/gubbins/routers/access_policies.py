@@ -1,0 +1,85 @@
+"""Who may do what with pilots (P63)."""
+
+from __future__ import annotations
+
+__all__ = ["ActionType", "CheckMyPilotsPolicyCallable", "ConfigReader", "MyPilotsAccessPolicy"]
+
+from collections.abc import Awaitable, Callable
+from enum import StrEnum, auto
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from diracx.core.config import ConfigSource
+from diracx.core.config.schema import Config
+from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
+from diracx.routers.access_policies import BaseAccessPolicy
+from diracx.routers.utils.users import AuthorizedUserInfo
+from fastapi import Depends, HTTPException, Request
+
+
+class ActionType(StrEnum):
+    """What a request wants to do."""
+
+    READ = auto()  # see pilots and compute elements
+    SUBMIT = auto()  # submit or cancel pilots
+    MANAGE = auto()  # create, open and close compute elements
+
+
+class MyPilotsAccessPolicy(BaseAccessPolicy):
+    """A VO sees and touches its own pilots; management is for service administrators.
+
+    * The token's VO must be in the registry. DiracX checks a token's signature, not its contents.
+    * READ and SUBMIT need NormalUser or ServiceAdministrator, MANAGE needs ServiceAdministrator.
+    * Pilots of another VO are for service administrators only.
+    """
+
+    @staticmethod
+    async def policy(
+        policy_name: str,
+        user_info: AuthorizedUserInfo,
+        /,
+        *,
+        action: ActionType | None = None,
+        config: Callable[[], Awaitable[Config]] | None = None,
+        vo: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Allow or refuse.
+
+        Args:
+            policy_name: the name it is registered under.
+            user_info: what the token says.
+            action: what is wanted.
+            config: reads the configuration, for its registry of VOs.
+            vo: whose pilots are concerned; None: those of the token's VO.
+
+        Raises:
+            HTTPException: 403, with the reason.
+            ValueError: the route gave no action or no configuration.
+        """
+        if action is None or config is None:
+            raise ValueError("MyPilotsAccessPolicy needs `action` and `config`")
+        if user_info.vo not in (await config()).registry:
+            raise _forbidden(f"VO {user_info.vo!r} is not in the registry of this installation")
+        is_admin = SERVICE_ADMINISTRATOR in user_info.properties
+        if action is ActionType.MANAGE and not is_admin:
+            raise _forbidden("managing compute elements needs the property ServiceAdministrator")
+        if not is_admin and NORMAL_USER not in user_info.properties:
+            raise _forbidden("pilots need the property NormalUser or ServiceAdministrator")
+        if vo is not None and vo != user_info.vo and not is_admin:
+            raise _forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
+
+
+def _forbidden(detail: str) -> HTTPException:
+    return HTTPException(status_code=HTTPStatus.FORBIDDEN, detail=detail)
+
+
+def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
+    return request.app.dependency_overrides[ConfigSource.create]  # type: ignore[no-any-return]  # set by diracx
+
+
+ConfigReader = Annotated[Callable[[], Awaitable[Config]], Depends(_config_reader)]
+"""Reads the configuration when it is called: only the policy wants it, and one that an extension puts in its
+place (or the tests of one, which have no configuration) may not."""
+
+CheckMyPilotsPolicyCallable = Annotated[Callable[..., Any], Depends(MyPilotsAccessPolicy.check)]

@@ -1,0 +1,139 @@
+"""What goes over the wire."""
+
+from __future__ import annotations
+
+__all__ = ["CEPublic", "Pilot", "PilotPage", "PilotStep", "PilotWithHistory", "Submission", "Summary"]
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gubbins.pilot_states import MyPilotStatus
+
+_PILOT: dict[str, Any] = {
+    "pilot_id": 42,
+    "vo": "lhcb",
+    "ce_name": "ce01.example.org",
+    "status": "RUNNING",
+    "stamp": "9f0c2b1d7e5a4c55b0a6c1f2d3e4f5a6",
+    "reference": "sim://ce01.example.org/9f0c2b1d7e5a4c55b0a6c1f2d3e4f5a6",
+    "submitted_at": "2026-01-01T12:00:00Z",
+    "started_at": "2026-01-01T12:00:30Z",
+    "ended_at": None,
+    "last_update": "2026-01-01T12:00:30Z",
+    "missing_since": None,
+    "cancel_requested_at": None,
+    "last_error": None,
+}
+_HISTORY: list[dict[str, Any]] = [
+    {"status": "SUBMITTED", "at": "2026-01-01T12:00:00Z", "reason": None},
+    {"status": "RUNNING", "at": "2026-01-01T12:00:30Z", "reason": None},
+]
+
+
+def _example(value: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [value]})
+
+
+class Submission(BaseModel):
+    """A pilot that was submitted."""
+
+    model_config = _example({"pilot_id": 42, "ce_name": "ce01.example.org", "vo": "lhcb"})
+
+    pilot_id: int
+    ce_name: str
+    vo: str
+
+
+class Pilot(BaseModel):
+    """A pilot as it is now. All times are UTC."""
+
+    model_config = _example(_PILOT)
+
+    pilot_id: int
+    vo: str
+    ce_name: str
+    status: MyPilotStatus
+    stamp: str = Field(description="Our own unique name of the pilot, which the compute element knows.")
+    reference: str | None = Field(description="The compute element's name of it; null until confirmed.")
+    submitted_at: datetime
+    started_at: datetime | None = Field(description="When it was first seen running.")
+    ended_at: datetime | None = Field(description="When it was seen to have ended.")
+    last_update: datetime = Field(description="When its state last changed.")
+    missing_since: datetime | None = Field(description="Since when the compute element does not know it.")
+    cancel_requested_at: datetime | None
+    last_error: str | None
+
+
+class PilotStep(BaseModel):
+    """A state that a pilot entered."""
+
+    model_config = _example(_HISTORY[1])
+
+    status: MyPilotStatus
+    at: datetime
+    reason: str | None
+
+
+class PilotWithHistory(Pilot):
+    """A pilot with all its steps, oldest first."""
+
+    model_config = _example({**_PILOT, "history": _HISTORY})
+
+    history: list[PilotStep]
+
+
+class PilotPage(BaseModel):
+    """One page of a list of pilots, newest first."""
+
+    model_config = _example({"items": [_PILOT], "total": 1, "page": 1, "per_page": 100})
+
+    items: list[Pilot]
+    total: int = Field(description="How many pilots match, on all pages.")
+    page: int
+    per_page: int
+
+
+class CEPublic(BaseModel):
+    """A compute element as its users see it."""
+
+    model_config = _example(
+        {
+            "name": "ce01.example.org",
+            "capacity": 20,
+            "success_rate": 0.95,
+            "enabled": True,
+            "backend": "simulated",
+            "vos": ["lhcb"],
+            "active": 18,
+            "available_slots": 2,
+            "last_error": None,
+            "last_error_at": None,
+        }
+    )
+
+    name: str
+    capacity: int = Field(description="Slots, shared by all VOs.")
+    success_rate: float
+    enabled: bool
+    backend: str
+    vos: list[str] | None = Field(description="The VOs it serves; null: all.")
+    active: int = Field(description="Pilots of all VOs that hold a slot.")
+    available_slots: int
+    last_error: str | None = Field(description="Its last complaint; null once it works again.")
+    last_error_at: datetime | None
+
+
+class Summary(BaseModel):
+    """Numbers of pilots; what is absent is zero."""
+
+    model_config = _example(
+        {
+            "pilots": {"lhcb": {"ce01.example.org": {"RUNNING": 18, "DONE": 411, "FAILED": 20}}},
+            "totals": {"RUNNING": 18, "DONE": 411, "FAILED": 20},
+        }
+    )
+
+    pilots: dict[str, dict[str, dict[str, int]]] = Field(description="By VO, compute element and state.")
+    totals: dict[str, int] = Field(description="By state.")

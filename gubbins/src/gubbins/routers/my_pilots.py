@@ -1,0 +1,253 @@
+"""Routes below `/api/my_pilots/`."""
+
+from __future__ import annotations
+
+__all__ = ["router"]
+
+import contextlib
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from diracx.core.properties import SERVICE_ADMINISTRATOR
+from diracx.routers.dependencies import NoTransaction
+from diracx.routers.fastapi_classes import DiracxRouter
+from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from fastapi import Body, Depends, HTTPException, Path, Query, Response
+
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.exceptions import (
+    CEDisabledError,
+    CEExistsError,
+    CERefusedError,
+    CESettingsError,
+    GubbinsError,
+    NoRoomError,
+    PilotEndedError,
+    PilotNotFoundError,
+    UnknownCEError,
+    VONotServedError,
+)
+from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots import CESpec
+
+from .access_policies import ActionType, CheckMyPilotsPolicyCallable, ConfigReader
+from .models import CEPublic, Pilot, PilotPage, PilotWithHistory, Submission, Summary
+
+router = DiracxRouter()
+
+# Without a transaction around the request: the logic layer commits before the answer leaves, and holds
+# nothing while a compute element is being talked to.
+PilotDB = Annotated[MyPilotDB, NoTransaction()]
+User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
+CEName = Annotated[str, Path(description="Name of a compute element.", examples=["ce01.example.org"])]
+PilotId = Annotated[int, Path(description="Id of a pilot.", ge=1, le=2**63 - 1, examples=[42])]
+
+_STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
+    UnknownCEError: HTTPStatus.NOT_FOUND,
+    PilotNotFoundError: HTTPStatus.NOT_FOUND,
+    NoRoomError: HTTPStatus.CONFLICT,
+    CEDisabledError: HTTPStatus.CONFLICT,
+    CEExistsError: HTTPStatus.CONFLICT,
+    PilotEndedError: HTTPStatus.CONFLICT,
+    VONotServedError: HTTPStatus.FORBIDDEN,
+    CESettingsError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    CERefusedError: HTTPStatus.BAD_GATEWAY,
+}
+_MEANING = {
+    401: "No token, or one that is not valid",
+    403: "The token's VO or properties do not allow this",
+    404: "There is nothing of that name or id",
+    409: "Not possible as things are: no room, disabled, ended or existing already",
+    502: "The compute element refused, or did not answer",
+}
+
+
+def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
+    example = {"application/json": {"example": {"detail": "…"}}}
+    return {code: {"description": _MEANING[code], "content": example} for code in (401, 403, *codes)}
+
+
+@contextlib.contextmanager
+def _as_http() -> Iterator[None]:
+    """Errors of the logic layer, as the status codes they mean."""
+    try:
+        yield
+    except CESettingsError as error:
+        detail = [
+            {"loc": ["body", *path.split(".")], "msg": message, "type": "value_error"}
+            for path, message in error.problems
+        ]
+        raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from error
+    except GubbinsError as error:
+        raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), str(error)) from error
+
+
+def _visible_vo(user: AuthorizedUserInfo, wanted: str | None) -> str | None:
+    """Whose pilots to show: one's own VO's; administrators see every VO's (None) unless they name one."""
+    if wanted is not None:
+        return wanted
+    return None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+
+
+@router.post("/submit/{ce_name}", responses=_responses(404, 409, 502))
+async def submit_pilot(
+    ce_name: CEName,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> Submission:
+    """Submit one pilot of your VO to a compute element."""
+    await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
+    with _as_http():
+        pilot_id = await logic.submit_pilot(my_pilot_db, ce_name, user.vo)
+    return Submission(pilot_id=pilot_id, ce_name=ce_name, vo=user.vo)
+
+
+@router.get("/summary", responses=_responses())
+async def get_summary(
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> Summary:
+    """Count your VO's pilots by compute element and state. Service administrators see every VO."""
+    await check_permissions(action=ActionType.READ, config=config)
+    pilots = await logic.get_pilot_summary(my_pilot_db, _visible_vo(user, None))
+    totals: dict[str, int] = {}
+    for states in (states for ces in pilots.values() for states in ces.values()):
+        for state, count in states.items():
+            totals[state] = totals.get(state, 0) + count
+    return Summary(pilots=pilots, totals=totals)
+
+
+@router.get("/pilots", responses=_responses())
+async def search_pilots(
+    response: Response,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+    vo: Annotated[str | None, Query(description="Only this VO's; needs to be yours.", examples=["lhcb"])] = None,
+    ce_name: Annotated[
+        str | None, Query(description="Only at this compute element.", examples=["ce01.example.org"])
+    ] = None,
+    status: Annotated[MyPilotStatus | None, Query(description="Only in this state.")] = None,
+    page: Annotated[int, Query(ge=1, le=10**9, description="Which page, from 1.")] = 1,
+    per_page: Annotated[int, Query(ge=1, le=1_000, description="Pilots on a page.")] = 100,
+) -> PilotPage:
+    """List your VO's pilots, newest first, a page at a time. Service administrators see every VO.
+
+    The header `Content-Range` says which of how many pilots the page holds.
+    """
+    await check_permissions(action=ActionType.READ, config=config, vo=vo)
+    total, found = await logic.search_pilots(
+        my_pilot_db,
+        vo=_visible_vo(user, vo),
+        ce_name=ce_name,
+        status=status,
+        page=page,
+        per_page=per_page,
+    )
+    first = (page - 1) * per_page
+    shown = f"{first}-{first + len(found) - 1}" if found else "*"
+    response.headers["Content-Range"] = f"pilots {shown}/{total}"
+    items = [Pilot.model_validate(pilot) for pilot in found]
+    return PilotPage(items=items, total=total, page=page, per_page=per_page)
+
+
+@router.get("/pilots/{pilot_id}", responses=_responses(404))
+async def get_pilot(
+    pilot_id: PilotId,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> PilotWithHistory:
+    """Show one pilot with its history."""
+    # The first check keeps those without any rights from finding out which ids exist.
+    await check_permissions(action=ActionType.READ, config=config)
+    with _as_http():
+        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
+    await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
+    return PilotWithHistory.model_validate(pilot)
+
+
+@router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409))
+async def cancel_pilot(
+    pilot_id: PilotId,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> Pilot:
+    """Ask for the end of a pilot of your VO.
+
+    The pilot is FAILED once its compute element has confirmed that it ended, which the next checks find out.
+    """
+    await check_permissions(action=ActionType.SUBMIT, config=config)
+    with _as_http():
+        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
+        await check_permissions(action=ActionType.SUBMIT, config=config, vo=pilot["vo"])
+        pilot = await logic.cancel_pilot(my_pilot_db, pilot_id, by=user.preferred_username)
+    return Pilot.model_validate(pilot)
+
+
+@router.get("/ces", responses=_responses())
+async def list_ces(
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+    with_room: Annotated[bool, Query(description="Only the enabled ones with a free slot.")] = False,
+) -> list[CEPublic]:
+    """List the compute elements that serve your VO, with their free slots. Administrators see all."""
+    await check_permissions(action=ActionType.READ, config=config)
+    return [
+        CEPublic.model_validate(ce)
+        for ce in await logic.list_ces(my_pilot_db, _visible_vo(user, None))
+        if not with_room or (ce["enabled"] and ce["available_slots"])
+    ]
+
+
+@router.post("/ces", status_code=201, responses=_responses(409))
+async def create_ce(
+    spec: Annotated[CESpec, Body(description="The compute element to create.")],
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> CEPublic:
+    """Create a compute element. Needs ServiceAdministrator.
+
+    Back ends that run commands on the workers' own hosts (`local`) are refused here: `gubbins ce load`.
+    """
+    await check_permissions(action=ActionType.MANAGE, config=config)
+    with _as_http():
+        ce = await logic.add_ce(my_pilot_db, spec, by_operator=False)
+    return CEPublic.model_validate({**ce, "active": 0, "available_slots": ce["capacity"]})
+
+
+@router.post("/ces/{ce_name}/enable", status_code=204, responses=_responses(404))
+async def enable_ce(
+    ce_name: CEName,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> None:
+    """Open a compute element for new pilots. Needs ServiceAdministrator."""
+    await check_permissions(action=ActionType.MANAGE, config=config)
+    with _as_http():
+        await logic.set_ce_enabled(my_pilot_db, ce_name, True)
+
+
+@router.post("/ces/{ce_name}/disable", status_code=204, responses=_responses(404))
+async def disable_ce(
+    ce_name: CEName,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> None:
+    """Close a compute element for new pilots; those it has go on. Needs ServiceAdministrator."""
+    await check_permissions(action=ActionType.MANAGE, config=config)
+    with _as_http():
+        await logic.set_ce_enabled(my_pilot_db, ce_name, False)

@@ -1,0 +1,1 @@
+"""The periodic and one-shot tasks of the pilot system."""

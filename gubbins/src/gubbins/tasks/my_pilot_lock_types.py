@@ -1,0 +1,10 @@
+"""The kind of object the pilot tasks lock."""
+
+from __future__ import annotations
+
+__all__ = ["MY_PILOT"]
+
+from diracx.tasks.plumbing.lock_registry import register_locked_object_type
+
+MY_PILOT = register_locked_object_type("my_pilot")
+"""A compute element, as the place where pilots are submitted."""

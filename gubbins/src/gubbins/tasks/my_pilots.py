@@ -1,0 +1,121 @@
+"""Keep compute elements full of pilots, and follow each pilot to its end (seed `000`).
+
+No task here opens a transaction around its whole execution: compute elements are slow, and the logic layer
+uses short ones.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MySubmitPilotsTask"]
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from diracx.tasks.plumbing.depends import Config, NoTransaction
+from diracx.tasks.plumbing.locks import BaseLock, MutexLock
+from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
+from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import CEDisabledError, NoRoomError
+from gubbins.logic import my_pilots as logic
+
+from .my_pilot_lock_types import MY_PILOT
+
+logger = logging.getLogger(__name__)
+
+# Aliases carry the marker; the name of the parameter is what extensions already pass by keyword.
+PilotDB = Annotated[MyPilotDB, NoTransaction()]
+
+
+@dataclass
+class MyPilotTask(BaseTask):
+    """Submits one pilot of a VO to a compute element.
+
+    Not retried and not kept when it fails: the next round of `MySubmitPilotsTask` looks again.
+    """
+
+    ce_name: str
+    vo: str
+
+    retry_policy: ClassVar[RetryPolicyBase] = NoRetry()
+    dlq_eligible: ClassVar[bool] = False
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        """One submission at a time to each compute element."""
+        return [MutexLock(MY_PILOT, self.ce_name)]
+
+    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
+        """Return the pilot's id; None when the slot was taken or the compute element closed meanwhile.
+
+        Raises:
+            PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
+        """
+        try:
+            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo)
+        except (NoRoomError, CEDisabledError) as error:
+            logger.info("No pilot for %s: %s", self.vo, error)
+            return None
+
+
+@dataclass
+class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
+    """Spawns one `MyPilotTask` for each slot that the VO may fill."""
+
+    vo: str
+
+    default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
+
+    async def execute(self, my_pilot_db: PilotDB, config: Config, **kwargs: Any) -> dict[str, int]:
+        """Return how many were spawned, per compute element."""
+        asked = await logic.request_pilots(my_pilot_db, self.vo, vos=list(config.registry))
+        for ce_name, count in asked.items():
+            spawned = 0
+            try:
+                for _ in range(count):
+                    await MyPilotTask(ce_name, self.vo).schedule()
+                    spawned += 1
+            finally:
+                if spawned < count:
+                    await logic.withdraw_requests(my_pilot_db, ce_name, self.vo, count - spawned)
+        return asked
+
+
+@dataclass
+class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
+    """Moves the states of the VO's pilots, one step each."""
+
+    vo: str
+
+    default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(30)
+
+    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, int]:
+        """Return how many pilots entered each state."""
+        counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
+        return {str(status): count for status, count in counts.items()}
+
+
+@dataclass
+class MyPilotReportTask(PeriodicBaseTask):
+    """Logs how many pilots there are in each state, over all VOs and compute elements."""
+
+    default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("0 * * * *")
+
+    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, Any]:
+        """Return what was logged, as {VO: {compute element: {state: number}}}."""
+        summary = await logic.get_pilot_summary(my_pilot_db)
+        totals: dict[str, int] = {}
+        for vo, ces in sorted(summary.items()):
+            for ce_name, states in sorted(ces.items()):
+                logger.info("Pilots of %s at %s: %s", vo, ce_name, _in_words(states))
+                for state, count in states.items():
+                    totals[state] = totals.get(state, 0) + count
+        logger.info("Pilots in all: %s", _in_words(totals))
+        return summary
+
+
+def _in_words(states: dict[str, int]) -> str:
+    return ", ".join(f"{states[s]} {s}" for s in logic.MyPilotStatus if states.get(s)) or "none"

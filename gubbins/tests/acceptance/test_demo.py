@@ -1,0 +1,85 @@
+"""The whole system as a newcomer starts it: real processes, the real API, one Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+COMMAND = [str(Path(sys.executable).with_name("gubbins")), "demo", "--json"]
+
+
+def processes_of(directory: str) -> list[int]:
+    """Processes whose environment or command line names the demonstration's directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if directory.encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
+    demo = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert demo.stderr is not None
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.extend(iter(demo.stderr.readline, "")), daemon=True)
+    reader.start()
+
+    def wait_for(pattern: str, seconds: float) -> re.Match[str]:
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, "".join(told))):
+            assert demo.poll() is None, "".join(told)
+            assert time.monotonic() < deadline, "".join(told)
+            time.sleep(0.05)
+        return found
+
+    try:
+        wait_for(r"[1-9]\d* RUNNING", 60)
+        directory = wait_for(r"logs: (\S+)", 5)[1]
+        url = wait_for(r"(http://127\.0\.0\.1:\d+)/api/my_pilots/summary", 5)[1]
+        token = wait_for(r"TOKEN=(\S+)", 5)[1]
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                answer = httpx.get(
+                    f"{url}/api/my_pilots/summary", headers={"Authorization": f"Bearer {token}"}, timeout=10
+                )
+                if answer.status_code != 503:
+                    break
+            except httpx.TransportError:
+                pass
+            assert time.monotonic() < deadline, "the API does not come up"
+            time.sleep(0.1)
+        assert answer.status_code == 200, answer.text
+        assert "lhcb" in answer.text
+        assert httpx.get(f"{url}/api/my_pilots/summary", timeout=10).status_code == 401
+        wait_for(r"[1-9]\d* DONE", 60)
+        demo.send_signal(signal.SIGINT)
+        output, _ = demo.communicate(timeout=40)
+    finally:
+        demo.kill()
+    assert demo.returncode == 0, "".join(told)
+    report = json.loads(output.splitlines()[-1])
+    assert set(report["pilots"]) == {"cta", "juno", "lhcb"}
+    assert all(set(states) == {"SUBMITTED", "RUNNING", "DONE", "FAILED"} for states in report["pilots"].values())
+    for ce in report["ces"].values():
+        assert 0 < ce["max_active_seen"] <= ce["capacity"]
+    assert report["illegal_transitions"] == 0
+    assert not Path(directory).exists()
+    deadline = time.monotonic() + 10
+    while left := processes_of(directory):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.05)

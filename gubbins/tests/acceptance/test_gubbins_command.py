@@ -1,0 +1,142 @@
+"""The command `gubbins`, as an operator types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
+SUBMIT = """
+import asyncio, sys
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic.my_pilots import submit_pilot
+
+async def main(url):
+    db = MyPilotDB(url)
+    async with db.engine_context():
+        print(await submit_pilot(db, "flaky.example.org", "lhcb"))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def run(sqlite_url: str) -> Run:
+    command = Path(sys.executable).with_name("gubbins")
+
+    def _run(*args: str, url: str | None = sqlite_url, stdin: str = "") -> Any:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
+        if url is not None:
+            environment["DIRACX_DB_URL_MYPILOTDB"] = url
+        return subprocess.run(
+            [command, *args], check=False, env=environment, input=stdin, capture_output=True, text=True, timeout=60
+        )
+
+    return _run
+
+
+@pytest.fixture
+def initialised(run: Run) -> Run:
+    assert run("db", "init").returncode == 0
+    return run
+
+
+def refused(result: subprocess.CompletedProcess[str], exit_code: int, *fragments: str) -> None:
+    """Said on stderr in one line, and nothing on stdout."""
+    assert result.returncode == exit_code, result
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("gubbins: ")
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_a_first_session(run: Run, sqlite_url: str) -> None:
+    assert "created" in run("db", "init").stdout
+    assert json.loads(run("db", "init", "--json").stdout) == {"created": False}
+    loaded = json.loads(run("ce", "load", str(EXAMPLE), "--json").stdout)
+    assert set(loaded.values()) == {"created"}
+    assert run("ce", "load", str(EXAMPLE)).stdout.count("unchanged") == 3
+    ces = json.loads(run("ce", "list", "--json", "--vo", "gridpp").stdout)
+    assert [ce["name"] for ce in ces] == ["reliable.example.org", "this-host"]
+    assert "reliable.example.org" in run("ce", "list").stdout
+
+    pilot_id = subprocess.run(
+        [sys.executable, "-c", SUBMIT, sqlite_url], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    page = json.loads(run("pilots", "list", "--status", "submitted", "--json").stdout)
+    assert [str(pilot["pilot_id"]) for pilot in page["items"]] == [pilot_id]
+    summary = json.loads(run("pilots", "summary", "--json").stdout)
+    assert summary == {"lhcb": {"flaky.example.org": {"SUBMITTED": 1}}}
+    assert "flaky.example.org" in run("pilots", "summary").stdout
+    shown = json.loads(run("pilots", "show", pilot_id, "--json").stdout)
+    assert [step["status"] for step in shown["history"]] == ["SUBMITTED"]
+    assert "History" in run("pilots", "show", pilot_id).stdout
+    assert "cancellation requested" in run("pilots", "cancel", pilot_id).stdout
+
+
+def test_ces_are_opened_closed_and_stay_closed(initialised: Run) -> None:
+    run = initialised
+    run("ce", "load", "-", stdin="compute_elements: [{name: a, capacity: 1}]")
+    assert run("ce", "disable", "a").stdout == "a: disabled\n"
+    assert run("ce", "disable", "a").stdout == "a: disabled already\n"
+    # The file does not say `enabled`: what an operator has closed at night stays closed.
+    assert run("ce", "load", "-", stdin="compute_elements: [{name: a, capacity: 2}]").stdout == "a: updated\n"
+    assert json.loads(run("ce", "list", "--json").stdout)[0]["enabled"] is False
+    assert json.loads(run("ce", "enable", "a", "--json").stdout)["changed"] is True
+    refused(run("ce", "enable", "b"), 1, "'b'", "gubbins ce list")
+
+
+def test_a_bad_file_is_refused_whole_with_every_mistake(initialised: Run) -> None:
+    text = """
+compute_elements:
+  - {name: fine, capacity: 1}
+  - {name: a, capacity: -1}
+  - {name: b, capacity: 1, success_rate: 1.5, speed: 9}
+"""
+    result = initialised("ce", "load", "-", stdin=text)
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    for line, path in zip(sorted(lines), ("[1].capacity", "[2].speed", "[2].success_rate"), strict=True):
+        assert f"compute_elements{path}: " in line
+    assert json.loads(initialised("ce", "list", "--json").stdout) == []
+
+
+def test_usage_errors_are_one_line_and_exit_code_2(run: Run) -> None:
+    refused(run("pilots", "show", "x"), 2, "'ID'")
+    refused(run("pilots", "list", "--status", "LOST"), 2, "--status")
+    refused(run("pilots", "list", "--page", "0"), 2, "--page")
+    refused(run("frobnicate"), 2, "frobnicate")
+    refused(run("ce", "load"), 2, "FILE")
+    refused(run("ce", "load", "/nonexistent.yaml"), 2, "/nonexistent.yaml")
+
+
+def test_database_trouble_is_one_line_with_the_way_out(run: Run) -> None:
+    refused(run("ce", "list", url=None), 1, "DIRACX_DB_URL_MYPILOTDB is not set")
+    refused(run("ce", "list"), 1, "gubbins db init")
+    refused(run("ce", "load", str(EXAMPLE)), 1, "gubbins db init")
+    refused(run("ce", "list", url="sqlite+aiosqlite:////nonexistent/x.db"), 1, "unable to open")
+    refused(run("ce", "list", url="nonsense"), 1, "DIRACX_DB_URL_MYPILOTDB")
+    refused(run("ce", "list", url="mysql+nodriver://u:secret@127.0.0.1:1/x"), 1, "DIRACX_DB_URL_MYPILOTDB")
+    down = run("db", "init", url="mysql+aiomysql://u:secret@127.0.0.1:1/x")
+    refused(down, 1, "DIRACX_DB_URL_MYPILOTDB")
+    assert "secret" not in down.stderr
+
+
+def test_unknown_pilots_are_one_line(initialised: Run) -> None:
+    refused(initialised("pilots", "show", "7"), 1, "unknown pilot 7")
+    refused(initialised("pilots", "cancel", "7"), 1, "unknown pilot 7")
+
+
+def test_help_teaches(run: Run) -> None:
+    assert "gubbins ce load ces.yaml" in run("--help").stdout
+    assert "vos: [lhcb, dteam]" in run("ce", "load", "--help").stdout

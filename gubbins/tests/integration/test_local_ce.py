@@ -1,0 +1,172 @@
+"""The back end `local`: real processes, real signals, and no memory but the directories."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
+from gubbins.ces.local import job as job_module
+from gubbins.pilot_states import MyPilotStatus
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A new back end each time, as after a restart of the worker."""
+
+    def _make(**settings: Any) -> Any:
+        return make_backend("local", CEDescription("ce", 10, 1.0), {"directory": str(tmp_path), **settings})
+
+    return _make
+
+
+async def observe(backend: Any, pilot: PilotAtCE, *wanted: Observed) -> Observation:
+    deadline = time.monotonic() + 20
+    while True:
+        seen = (await backend.poll([pilot])).get(pilot.stamp)
+        if seen is not None and seen.state in wanted:
+            return seen
+        assert time.monotonic() < deadline, f"still {seen}"
+        await asyncio.sleep(0.02)
+
+
+ENDED = (Observed.DONE, Observed.FAILED)
+
+
+async def test_exit_code_decides_and_survives_a_restart(make: Make, tmp_path: Path) -> None:
+    scripts = {"good": 'echo "$PILOT_VO $PILOT_STAMP $PILOT_CE $EXTRA"', "bad": "echo no luck >&2; exit 3"}
+    backend = make(scripts=scripts, keep="all", environment={"EXTRA": "x"})
+    pilots = [PilotAtCE("s1", "good"), PilotAtCE("s2", "bad")]
+    outcomes = await backend.submit(pilots)
+    assert all(outcome.reference for outcome in outcomes.values())
+    good = await observe(make(), pilots[0], *ENDED)
+    bad = await observe(make(), pilots[1], *ENDED)
+    assert (good.state, good.reason) == (Observed.DONE, None)
+    assert good.reference == outcomes["s1"].reference
+    assert (bad.state, bad.reason) == (Observed.FAILED, "exit code 3: no luck")
+    assert (tmp_path / "s1" / "stdout").read_text() == "good s1 ce x\n"
+
+
+async def test_pilots_do_not_inherit_the_workers_secrets(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", "mysql://root:secret@db")
+    await make(default_script="env", keep="all").submit([PilotAtCE("s", "vo")])
+    await observe(make(), PilotAtCE("s", "vo"), Observed.DONE)
+    assert "secret" not in (tmp_path / "s" / "stdout").read_text()
+
+
+async def test_another_interpreter_runs_the_script_it_asks_for(make: Make, tmp_path: Path) -> None:
+    script = "#!/usr/bin/env python3\nprint(6 * 7)"
+    await make(default_script=script).submit([PilotAtCE("s", "vo")])
+    await observe(make(), PilotAtCE("s", "vo"), Observed.DONE)
+    assert (tmp_path / "s" / "stdout").read_text() == "42\n"
+
+
+async def test_the_same_stamp_again_is_no_second_pilot(make: Make, tmp_path: Path) -> None:
+    backend = make(default_script=f"echo x >> {tmp_path}/count; sleep 0.2")
+    first, second = [(await backend.submit([PilotAtCE("s", "vo")]))["s"] for _ in range(2)]
+    assert first == second
+    await observe(backend, PilotAtCE("s", "vo"), Observed.DONE)
+    assert (tmp_path / "count").read_text() == "x\n"
+
+
+async def test_cancel_ends_the_whole_process_group_and_is_recorded(make: Make, tmp_path: Path) -> None:
+    backend = make(default_script=f"sleep 300 & echo $! > {tmp_path}/child; wait")
+    pilot = PilotAtCE("s", "vo")
+    await backend.submit([pilot])
+    await observe(backend, pilot, Observed.RUNNING)
+    await _until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip() != "")
+    await make().cancel([pilot])
+    seen = await observe(make(), pilot, *ENDED)
+    assert seen.state is Observed.FAILED
+    assert seen.reason is not None
+    assert seen.reason.startswith("cancelled")
+    await _until(lambda: not _alive(int((tmp_path / "child").read_text())))
+
+
+async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: Make, tmp_path: Path) -> None:
+    script = f"trap '' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    backend = make(default_script=script, kill_after_seconds=0.2)
+    pilot = PilotAtCE("s", "vo")
+    await backend.submit([pilot])
+    await _until((tmp_path / "ready").exists)
+    await backend.cancel([pilot])
+    # It stays RUNNING, and keeps its slot, for as long as it really runs.
+    assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
+    deadline = time.monotonic() + 20
+    while (seen := (await backend.poll([pilot]))["s"]).state is Observed.RUNNING:
+        assert time.monotonic() < deadline
+        await backend.cancel([pilot])
+        await asyncio.sleep(0.05)
+    assert (seen.state, seen.reason) == (Observed.FAILED, "cancelled")
+
+
+async def test_a_vanished_process_has_failed_with_a_reason(make: Make, tmp_path: Path) -> None:
+    backend = make(default_script="sleep 300")
+    pilot = PilotAtCE("s", "vo")
+    await backend.submit([pilot])
+    await observe(backend, pilot, Observed.RUNNING)
+    group = int((tmp_path / "s" / "pid").read_text().split()[1])
+    os.killpg(group, signal.SIGKILL)
+    seen = await observe(backend, pilot, *ENDED)
+    assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
+
+
+async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: Path) -> None:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "s").mkdir()
+    # This test process has that number, and started at another time.
+    (tmp_path / "s" / "pid").write_text(f"{os.getpid()} {os.getpid()} 1 {boot_id}\n")
+    pilot = PilotAtCE("s", "vo")
+    assert (await make().poll([pilot]))["s"].state is Observed.FAILED
+    await make().cancel([pilot])  # and we are still here
+
+
+async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    elsewhere = PilotAtCE("there", "vo", reference="local://another-host/there")
+    unknown = PilotAtCE("nowhere", "vo")
+    (tmp_path / "s").mkdir()
+    stuck = PilotAtCE("s", "vo")
+    seen = await make().poll([elsewhere, unknown, stuck])
+    assert "nowhere" not in seen
+    assert seen["there"].state is Observed.NO_NEWS
+    assert seen["s"].state is Observed.WAITING
+    monkeypatch.setattr(job_module, "NEVER_STARTED_SECONDS", 0)
+    assert (await make().poll([stuck]))["s"].state is Observed.FAILED
+
+
+@pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])
+async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
+    for stamp in ("d", "f"):
+        (tmp_path / stamp).mkdir()
+    await make(keep=keep).forget({"d": MyPilotStatus.DONE, "f": MyPilotStatus.FAILED})
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+async def test_what_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outcome = (await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
+    assert outcome.reference is None
+    assert outcome.error
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,239 @@
+"""What the database layer promises, on every kind of server there is here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.connection import DatabaseNotReadyError
+from gubbins.exceptions import (
+    CEDisabledError,
+    CEExistsError,
+    IllegalTransitionError,
+    NoRoomError,
+    PilotNotFoundError,
+    PilotSubmissionError,
+    UnknownCEError,
+    VONotServedError,
+)
+
+S = MyPilotStatus
+
+
+async def test_compute_element_round_trip(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 5, 0.25, backend="local", settings={"keep": "all"}, vos=["lhcb"])
+    ce = await db.get_ce("ce")
+    assert (ce["capacity"], ce["success_rate"], ce["enabled"]) == (5, 0.25, True)
+    assert (ce["backend"], ce["settings"], ce["vos"]) == ("local", {"keep": "all"}, ["lhcb"])
+    assert ce["created_at"].tzinfo is not None
+    assert await db.get_ce_success_rate("ce") == 0.25
+    with pytest.raises(CEExistsError):
+        await db.add_ce("ce", 1, 1.0)
+    with pytest.raises(UnknownCEError):
+        await db.get_ce("other")
+
+
+@pytest.mark.parametrize(("capacity", "rate"), [(-1, 0.5), (1, -0.1), (1, 1.1)])
+async def test_out_of_range_is_refused(db: MyPilotDB, capacity: int, rate: float) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        await db.add_ce("ce", capacity, rate)
+    assert await db.list_ces(vo=None) == []
+
+
+async def test_set_ce_is_idempotent_and_keeps_a_closed_ce_closed(db: MyPilotDB) -> None:
+    assert await db.set_ce("ce", capacity=1, success_rate=1.0) == "created"
+    assert await db.set_ce("ce", capacity=1, success_rate=1.0) == "unchanged"
+    assert await db.set_ce_enabled("ce", False)
+    assert not await db.set_ce_enabled("ce", False)
+    assert await db.set_ce("ce", capacity=2, success_rate=1.0) == "updated"
+    assert (await db.get_ce("ce"))["enabled"] is False
+    assert await db.set_ce("ce", capacity=2, success_rate=1.0, enabled=True) == "updated"
+
+
+async def test_available_ces_have_room_are_open_and_serve_the_vo(db: MyPilotDB) -> None:
+    await db.add_ce("all", 2, 1.0)
+    await db.add_ce("closed", 2, 1.0, enabled=False)
+    await db.add_ce("full", 0, 1.0)
+    await db.add_ce("theirs", 2, 1.0, vos=["dteam"])
+    await db.submit_pilot("all", vo="dteam")
+    available = await db.get_available_ces("lhcb")
+    assert [(ce["name"], ce["available_slots"]) for ce in available] == [("all", 1)]
+
+
+async def test_P60_gate_says_why_and_creates_nothing(db: MyPilotDB) -> None:
+    await db.add_ce("closed", 2, 1.0, enabled=False)
+    await db.add_ce("full", 1, 1.0)
+    await db.add_ce("theirs", 2, 1.0, vos=["dteam"])
+    await db.submit_pilot("full", vo="lhcb")
+    for name, error in {
+        "closed": CEDisabledError,
+        "full": NoRoomError,
+        "theirs": VONotServedError,
+        "nowhere": UnknownCEError,
+    }.items():
+        with pytest.raises(error) as caught:
+            await db.submit_pilot(name, vo="lhcb")
+        assert isinstance(caught.value, PilotSubmissionError)
+        assert name in str(caught.value)
+    assert await db.get_pilot_summary() == {"lhcb": {"full": {"SUBMITTED": 1}}}
+
+
+async def test_P60_ended_pilots_give_their_slot_back(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 1, 1.0)
+    pilot_id = await db.submit_pilot("ce", vo="lhcb")
+    await db.update_pilot_status(pilot_id, S.RUNNING)
+    with pytest.raises(NoRoomError):
+        await db.submit_pilot("ce", vo="lhcb")
+    await db.update_pilot_status(pilot_id, S.FAILED)
+    await db.submit_pilot("ce", vo="lhcb")
+
+
+# A process of its own: several connections at once, told when to begin, tells how many it got.
+_SUBMITTER = """
+import asyncio, sys
+from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import NoRoomError
+
+async def main(url, vo):
+    db = MyPilotDB(url)
+    async def one():
+        try:
+            await db.submit_pilot("ce", vo=vo)
+        except NoRoomError:
+            return 0
+        return 1
+    async with db.engine_context():
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(sum([sum(await asyncio.gather(*(one() for _ in range(4)))) for _ in range(3)]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, db_url: str) -> None:
+    await db.add_ce("ce", 25, 1.0)
+    pipe = asyncio.subprocess.PIPE
+    processes = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _SUBMITTER, db_url, f"vo{index % 3}", stdin=pipe, stdout=pipe
+        )
+        for index in range(5)
+    ]
+    async with asyncio.timeout(120):
+        for process in processes:
+            assert await process.stdout.readline() == b"ready\n"
+        answers = await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+    total, _ = await db.search_pilots(vo=None)
+    assert sum(int(out) for out, _ in answers) == total == 25
+
+
+@pytest.mark.parametrize("target", list(S))
+@pytest.mark.parametrize("current", list(S))
+async def test_P61_only_the_three_arrows_exist(sqlite_db: MyPilotDB, current: S, target: S) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 1, 1.0)
+    pilot_id = await db.submit_pilot("ce", vo="lhcb")
+    if current is not S.SUBMITTED:
+        await db.update_pilot_status(pilot_id, S.RUNNING)
+    if current in (S.DONE, S.FAILED):
+        await db.update_pilot_status(pilot_id, current)
+    before = await db.get_pilot(pilot_id)
+    legal = {(S.SUBMITTED, S.RUNNING), (S.RUNNING, S.DONE), (S.RUNNING, S.FAILED)}
+    if (current, target) in legal:
+        assert await db.update_pilot_status(pilot_id, target, reason="because") == current
+        after = await db.get_pilot(pilot_id)
+        assert after["status"] == target
+        assert after["history"][-1]["reason"] == after["last_error"] == "because"
+    else:
+        with pytest.raises(IllegalTransitionError, match=f"is {current} and cannot become {target}"):
+            await db.update_pilot_status(pilot_id, target)
+        assert await db.get_pilot(pilot_id) == before
+
+
+async def test_P61_bulk_moves_only_legal_steps_of_own_pilots(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 10, 1.0)
+    mine = [await db.submit_pilot("ce", vo="lhcb") for _ in range(3)]
+    theirs = await db.submit_pilot("ce", vo="dteam")
+    moves = {S.RUNNING: [(id, None) for id in (*mine, theirs)], S.DONE: [(mine[0], None)]}
+    assert await db.advance_pilots(moves, vo="lhcb") == {S.RUNNING: 3, S.DONE: 0}
+    assert (await db.get_pilot(theirs))["status"] is S.SUBMITTED
+    # One that is no longer where we thought is left out, and nobody's history is written twice.
+    await db.update_pilot_status(mine[0], S.DONE)
+    moves = {S.FAILED: [(mine[0], "exit 1"), (mine[1], "exit 2"), (mine[2], None)]}
+    assert await db.advance_pilots(moves, vo="lhcb") == {S.FAILED: 2}
+    done, failed, silent = [await db.get_pilot(id) for id in mine]
+    assert [step["status"] for step in done["history"]] == [S.SUBMITTED, S.RUNNING, S.DONE]
+    assert (failed["status"], failed["last_error"], failed["history"][-1]["reason"]) == (
+        S.FAILED,
+        "exit 2",
+        "exit 2",
+    )
+    assert silent["last_error"] is None
+    assert failed["submitted_at"] <= failed["started_at"] <= failed["ended_at"] == failed["last_update"]
+    assert failed["ended_at"].utcoffset() == timedelta(0)
+
+
+async def test_rollback_of_the_callers_transaction_undoes_everything(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 10, 1.0)
+
+    async def fail_after_submitting() -> None:
+        async with db:
+            await db.submit_pilot("ce", vo="lhcb")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await fail_after_submitting()
+    assert await db.get_pilot_summary() == {}
+    async with db:
+        await db.submit_pilot("ce", vo="lhcb")
+    assert await db.get_pilot_summary() == {"lhcb": {"ce": {"SUBMITTED": 1}}}
+
+
+async def test_only_unconfirmed_reservations_can_be_released(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 10, 1.0)
+    reserved, confirmed, running = [await db.submit_pilot("ce", vo="lhcb") for _ in range(3)]
+    await db.confirm_pilots([(confirmed, "job.1")])
+    await db.update_pilot_status(running, S.RUNNING)
+    assert await db.release_pilots([reserved, confirmed, running]) == 1
+    with pytest.raises(PilotNotFoundError):
+        await db.get_pilot(reserved)
+    assert (await db.get_pilot(confirmed))["reference"] == "job.1"
+
+
+async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
+    await db.add_ce("a", 10, 1.0)
+    await db.add_ce("b", 10, 1.0)
+    ids = [await db.submit_pilot("ab"[i % 2], vo=("lhcb", "dteam")[i // 4]) for i in range(6)]
+    await db.update_pilot_status(ids[0], S.RUNNING)
+    total, page = await db.search_pilots(vo="lhcb", page=2, per_page=3)
+    assert (total, [pilot["pilot_id"] for pilot in page]) == (4, [ids[0]])
+    assert (await db.search_pilots(vo=None, ce_name="a", status=S.SUBMITTED))[0] == 2
+    assert [p["pilot_id"] for p in await db.get_pilots_by_status(S.RUNNING, vo="lhcb")] == [ids[0]]
+    assert await db.get_pilots_by_status(S.RUNNING, vo="dteam") == []
+    assert await db.get_pilot_summary("dteam") == {"dteam": {"a": {"SUBMITTED": 1}, "b": {"SUBMITTED": 1}}}
+
+
+async def test_requests_are_counted_struck_out_and_given_up(db: MyPilotDB) -> None:
+    await db.add_requests("ce", vo="lhcb", count=3)
+    await db.add_requests("ce", vo="dteam", count=1)
+    await db.take_requests("ce", vo="lhcb")
+    await db.take_requests("other", vo="lhcb")
+    now = datetime.now(tz=UTC)
+    pending = await db.pending_requests(since=now - timedelta(minutes=1))
+    assert pending == {("ce", "lhcb"): 2, ("ce", "dteam"): 1}
+    assert await db.pending_requests(since=now + timedelta(minutes=1)) == {}
+
+
+async def test_uninitialised_database_says_how_to_initialise_it(db_url: str) -> None:
+    db = MyPilotDB(db_url)
+    async with db.engine_context():
+        with pytest.raises(DatabaseNotReadyError, match="gubbins db init"):
+            await db.list_ces(vo=None)
+        assert await db.create_tables()
+        assert not await db.create_tables()
+        assert await db.list_ces(vo=None) == []

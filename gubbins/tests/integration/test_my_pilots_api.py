@@ -1,0 +1,251 @@
+"""The routes, in the real DiracX application: its tokens, its configuration, the real access policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
+
+from gubbins.db.sql import MyPilotDB
+
+As = Callable[..., dict[str, str]]
+VOS = ("lhcb", "dteam")
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The application as `uvicorn --factory diracx.routers.factory:create_app` starts it."""
+    from cryptography.fernet import Fernet
+    from diracx.core.config import ConfigSource
+    from diracx.routers.factory import create_app
+    from git import Repo
+    from joserfc.jwk import KeySet, OKPKey
+
+    repository = Repo.init(tmp_path / "config", initial_branch="master")
+    vo = {"IdP": {"URL": "https://idp.invalid", "ClientID": "x"}, "DefaultGroup": "user"}
+    registry = {
+        name: vo | {"Users": {}, "Groups": {"user": {"Properties": ["NormalUser"], "Users": []}}} for name in VOS
+    }
+    (tmp_path / "config" / "default.yml").write_text(
+        yaml.safe_dump({"DIRAC": {}, "Operations": {}, "Registry": registry})
+    )
+    repository.index.add(["default.yml"])
+    repository.index.commit("Configure")
+    key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "k"})
+    keystore = tmp_path / "keys.json"
+    keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
+    for name, value in {
+        "CONFIG_BACKEND_URL": f"git+file://{tmp_path}/config",
+        "DB_URL_MYPILOTDB": f"sqlite+aiosqlite:///{tmp_path}/pilots.db",
+        "SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
+        "SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),
+        "SERVICE_AUTH_TOKEN_ISSUER": "http://issuer.invalid",
+        "SERVICE_AUTH_ALLOWED_REDIRECTS": "[]",
+        **{
+            f"SERVICE_{system}_ENABLED": "false"
+            for system in ("AUTH", "CONFIG", "JOBS", "PILOTS", "RSS", "HEALTH")
+        },
+    }.items():
+        monkeypatch.setenv(f"DIRACX_{name}", value)
+    application = create_app()
+    # Warm: the first reader would be told to come back later.
+    application.dependency_overrides[ConfigSource.create].__self__.read()
+    return application
+
+
+@pytest.fixture
+def client(app: Any) -> Iterator[Any]:
+    from fastapi.testclient import TestClient
+
+    with TestClient(app) as test_client:
+        db = _database(app)
+        test_client.portal.call(db.create_tables)
+        test_client.portal.call(db.add_ce, "ce", 2, 1.0)
+        yield test_client
+
+
+def _database(app: Any) -> MyPilotDB:
+    return next(
+        function.__self__
+        for function in app.lifetime_functions
+        if isinstance(getattr(function, "__self__", None), MyPilotDB)
+    )
+
+
+@pytest.fixture
+def as_(app: Any) -> As:
+    """Headers with a token: `as_("lhcb")`, `as_("dteam", SERVICE_ADMINISTRATOR)`."""
+    from diracx.core.models import AccessTokenPayload
+    from diracx.core.settings import AuthSettings
+    from diracx.logic.auth.token import create_token
+    from uuid_utils import uuid7
+
+    def headers(vo: str = "lhcb", *properties: str) -> dict[str, str]:
+        settings = AuthSettings()
+        payload = AccessTokenPayload(
+            sub=f"{vo}:someone",
+            vo=vo,
+            iss=settings.token_issuer,
+            dirac_properties=list(properties or (NORMAL_USER,)),
+            jti=str(uuid7()),
+            preferred_username="alice",
+            dirac_group="user",
+            exp=datetime.now(tz=UTC) + timedelta(minutes=5),
+            dirac_policies={},
+        )
+        return {"Authorization": f"Bearer {create_token(payload, settings)}"}
+
+    return headers
+
+
+API = "/api/my_pilots"
+
+
+def test_P63_unknown_ce_is_404_and_a_full_one_409(client: Any, as_: As) -> None:
+    assert client.post(f"{API}/submit/unknown", headers=as_()).status_code == 404
+    for _ in range(2):
+        answer = client.post(f"{API}/submit/ce", headers=as_())
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["vo"] == "lhcb"
+    full = client.post(f"{API}/submit/ce", headers=as_("dteam"))
+    assert full.status_code == 409
+    assert "no room" in full.json()["detail"]
+    summary = client.get(f"{API}/summary", headers=as_()).json()
+    assert summary == {"pilots": {"lhcb": {"ce": {"SUBMITTED": 2}}}, "totals": {"SUBMITTED": 2}}
+
+
+ROUTES = [
+    ("POST", "/submit/ce", None),
+    ("GET", "/summary", None),
+    ("GET", "/pilots", None),
+    ("GET", "/pilots/1", None),
+    ("POST", "/pilots/1/cancel", None),
+    ("GET", "/ces", None),
+    ("POST", "/ces", {"name": "x", "capacity": 1}),
+    ("POST", "/ces/ce/enable", None),
+    ("POST", "/ces/ce/disable", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_P63_every_route_wants_a_token_a_known_vo_and_a_property(
+    client: Any, as_: As, method: str, path: str, body: Any
+) -> None:
+    def status(headers: dict[str, str] | None) -> int:
+        return int(client.request(method, API + path, json=body, headers=headers).status_code)
+
+    assert status(None) == 401
+    assert status({"Authorization": "Bearer nonsense"}) == 401
+    assert status(as_("unheard-of", SERVICE_ADMINISTRATOR)) == 403
+    assert status(as_("lhcb", "GenericPilot")) == 403
+    managing = path.startswith("/ces") and method == "POST"
+    assert (status(as_()) == 403) is managing
+    assert status(as_("lhcb", SERVICE_ADMINISTRATOR)) in (200, 201, 202, 204, 404)
+
+
+def test_P63_a_vo_sees_and_touches_its_own_pilots_only(client: Any, as_: As) -> None:
+    pilot_id = client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"]
+    theirs, admin = as_("dteam"), as_("dteam", SERVICE_ADMINISTRATOR)
+    assert client.get(f"{API}/pilots/{pilot_id}", headers=theirs).status_code == 403
+    assert client.post(f"{API}/pilots/{pilot_id}/cancel", headers=theirs).status_code == 403
+    assert client.get(f"{API}/pilots?vo=lhcb", headers=theirs).status_code == 403
+    assert client.get(f"{API}/pilots", headers=theirs).json()["total"] == 0
+    assert client.get(f"{API}/summary", headers=theirs).json()["pilots"] == {}
+    assert client.get(f"{API}/pilots/{pilot_id}", headers=admin).status_code == 200
+    assert client.get(f"{API}/pilots?vo=lhcb", headers=admin).json()["total"] == 1
+
+
+def test_pilots_are_paged_filtered_shown_and_cancelled(client: Any, as_: As) -> None:
+    ids = [client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"] for _ in range(2)]
+    answer = client.get(f"{API}/pilots?per_page=1&page=2&status=SUBMITTED&ce_name=ce", headers=as_())
+    assert [pilot["pilot_id"] for pilot in answer.json()["items"]] == [ids[0]]
+    assert answer.json()["total"] == 2
+    assert answer.headers["Content-Range"] == "pilots 1-1/2"
+    beyond = client.get(f"{API}/pilots?page=9", headers=as_())
+    assert (beyond.json()["items"], beyond.headers["Content-Range"]) == ([], "pilots */2")
+    pilot = client.get(f"{API}/pilots/{ids[0]}", headers=as_()).json()
+    assert [step["status"] for step in pilot["history"]] == ["SUBMITTED"]
+    assert datetime.fromisoformat(pilot["submitted_at"]).tzinfo is not None
+    cancelled = client.post(f"{API}/pilots/{ids[0]}/cancel", headers=as_())
+    assert cancelled.status_code == 202
+    assert cancelled.json()["cancel_requested_at"]
+    assert client.get(f"{API}/pilots/999", headers=as_()).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "query", ["page=0", "per_page=0", "per_page=100000", "status=LOST", "page=x", "page=99999999999999"]
+)
+def test_bad_queries_are_422(client: Any, as_: As, query: str) -> None:
+    assert client.get(f"{API}/pilots?{query}", headers=as_()).status_code == 422
+
+
+def test_ces_are_created_opened_and_closed_by_administrators(client: Any, as_: As) -> None:
+    admin = as_("lhcb", SERVICE_ADMINISTRATOR)
+    body = {"name": "new", "capacity": 3, "vos": ["dteam"], "settings": {"run_seconds": 1}}
+    created = client.post(f"{API}/ces", json=body, headers=admin)
+    assert created.status_code == 201, created.text
+    assert created.json()["available_slots"] == 3
+    assert client.post(f"{API}/ces", json=body, headers=admin).status_code == 409
+    names = lambda headers, query="": [  # noqa: E731
+        ce["name"] for ce in client.get(f"{API}/ces{query}", headers=headers).json()
+    ]
+    assert names(as_()) == ["ce"]
+    assert names(as_("dteam")) == ["ce", "new"]
+    assert client.post(f"{API}/submit/new", headers=as_()).status_code == 403
+    assert client.post(f"{API}/ces/new/disable", headers=admin).status_code == 204
+    assert client.post(f"{API}/submit/new", headers=as_("dteam")).status_code == 409
+    assert names(as_("dteam"), "?with_room=true") == ["ce"]
+    assert client.post(f"{API}/ces/new/enable", headers=admin).status_code == 204
+    assert client.post(f"{API}/submit/new", headers=as_("dteam")).status_code == 200
+    assert client.post(f"{API}/ces/nope/enable", headers=admin).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"capacity": -1}, "capacity"),
+        ({"success_rate": 1.5}, "success_rate"),
+        ({"colour": "red"}, "colour"),
+        ({"backend": "nope"}, "backend"),
+        ({"settings": {"speed": 1}}, "speed"),
+        # Its settings are commands on our own hosts: not for those who have no more than a token.
+        ({"backend": "local"}, "backend"),
+    ],
+)
+def test_bad_ces_are_422_and_create_nothing(client: Any, as_: As, fields: dict[str, Any], where: str) -> None:
+    admin = as_("lhcb", SERVICE_ADMINISTRATOR)
+    answer = client.post(f"{API}/ces", json={"name": "x", "capacity": 1} | fields, headers=admin)
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"][-1] == where
+    assert [ce["name"] for ce in client.get(f"{API}/ces", headers=admin).json()] == ["ce"]
+
+
+def test_openapi_is_complete_with_examples(client: Any) -> None:
+    schema = client.get("/api/openapi.json").json()
+    routes = {path: item for path, item in schema["paths"].items() if path.startswith(API)}
+    assert len(routes) == 8
+    for path, item in routes.items():
+        for operation in item.values():
+            assert operation["description"], path
+            assert {"401", "403"} <= operation["responses"].keys(), path
+            for parameter in operation.get("parameters", []):
+                assert parameter.get("description"), (path, parameter)
+    for model in ("CEPublic", "CESpec", "Pilot", "PilotPage", "PilotWithHistory", "Submission", "Summary"):
+        assert schema["components"]["schemas"][model]["examples"], model
+
+
+@pytest.mark.enabled_dependencies(["AuthSettings", "MyPilotDB", "MyPilotsAccessPolicy", "DevelopmentSettings"])
+def test_routes_run_in_the_client_factory_of_diracx(client_factory: Any) -> None:
+    with client_factory.normal_user() as user:
+        assert user.get(f"{API}/summary").json() == {"pilots": {}, "totals": {}}
+        assert user.post(f"{API}/ces", json={"name": "ce", "capacity": 1}).status_code == 201
+        assert user.post(f"{API}/submit/ce").status_code == 200
+        assert user.post(f"{API}/submit/ce").status_code == 409
+        assert user.post(f"{API}/submit/unknown").status_code == 404
+        assert user.get(f"{API}/summary").json()["totals"] == {"SUBMITTED": 1}

@@ -1,0 +1,135 @@
+"""The four tasks: as the seed says, and together on a real broker."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from diracx.core.config import ConfigSource
+from diracx.core.config.schema import Config
+from diracx.tasks.plumbing import NoRetry
+from diracx.tasks.plumbing.lock_registry import LockedObjectType
+from diracx.tasks.testing import TaskSystem
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import CERefusedError, UnknownCEError
+from gubbins.tasks.my_pilot_lock_types import MY_PILOT
+from gubbins.tasks.my_pilots import (
+    MyCheckPilotsTask,
+    MyPilotReportTask,
+    MyPilotTask,
+    MySubmitPilotsTask,
+)
+
+VOS = ("lhcb", "dteam", "gridpp")
+
+
+@pytest.fixture
+def config() -> Config:
+    vo = {"IdP": {"URL": "https://idp.invalid", "ClientID": "x"}, "DefaultGroup": "user"}
+    registry = {
+        name: vo | {"Users": {}, "Groups": {"user": {"Properties": ["NormalUser"], "Users": []}}} for name in VOS
+    }
+    return Config.model_validate({"DIRAC": {}, "Operations": {}, "Registry": registry})
+
+
+def test_tasks_are_as_the_seed_says() -> None:
+    assert MySubmitPilotsTask.default_schedule.seconds == 60
+    assert MyCheckPilotsTask.default_schedule.seconds == 30
+    assert MyPilotReportTask.default_schedule.expression == "0 * * * *"
+    assert isinstance(MyPilotTask.retry_policy, NoRetry)
+    assert MyPilotTask.dlq_eligible is False
+    assert MyPilotTask("ce", "lhcb").serialize() == ("ce", "lhcb")
+    assert LockedObjectType("my_pilot") == MY_PILOT
+    locks = [
+        [lock.redis_key for lock in task.execution_locks]
+        for task in (
+            MyPilotTask("ce", "lhcb"),
+            MySubmitPilotsTask("lhcb"),
+            MyCheckPilotsTask("lhcb"),
+            MyPilotReportTask(),
+        )
+    ]
+    assert locks == [
+        ["lock:mutex:my_pilot:ce"],
+        ["lock:mutex:task:MySubmitPilotsTask:lhcb"],
+        ["lock:mutex:task:MyCheckPilotsTask:lhcb"],
+        ["lock:mutex:task:MyPilotReportTask"],
+    ]
+
+
+async def test_a_pilot_task_submits_one_pilot_of_its_vo(sqlite_db: MyPilotDB) -> None:
+    await sqlite_db.add_ce("ce", 1, 1.0)
+    pilot_id = await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db)
+    assert pilot_id is not None
+    assert (await sqlite_db.get_pilot(pilot_id))["vo"] == "lhcb"
+    # A slot that was taken meanwhile is the ordinary course of things; a CE that is gone is not.
+    assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db) is None
+    with pytest.raises(UnknownCEError):
+        await MyPilotTask("gone", "lhcb").execute(my_pilot_db=sqlite_db)
+
+
+async def test_wrong_settings_are_a_refusal_that_shows_at_the_ce(sqlite_db: MyPilotDB) -> None:
+    await sqlite_db.add_ce("ce", 1, 1.0, backend="uninstalled")
+    with pytest.raises(CERefusedError, match="uninstalled"):
+        await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db)
+    assert "uninstalled" in (await sqlite_db.get_ce("ce"))["last_error"]
+    assert (await sqlite_db.search_pilots(vo=None))[0] == 0
+
+
+async def test_the_report_counts_everything(sqlite_db: MyPilotDB, caplog: pytest.LogCaptureFixture) -> None:
+    await sqlite_db.add_ce("ce", 5, 1.0)
+    for vo in VOS:
+        await MyPilotTask("ce", vo).execute(my_pilot_db=sqlite_db)
+    await MyCheckPilotsTask("lhcb").execute(my_pilot_db=sqlite_db)
+    with caplog.at_level(logging.INFO, "gubbins.tasks.my_pilots"):
+        summary = await MyPilotReportTask().execute(my_pilot_db=sqlite_db)
+    assert summary["lhcb"] == {"ce": {"RUNNING": 1}}
+    assert "Pilots in all: 2 SUBMITTED, 1 RUNNING" in caplog.text
+
+
+async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(sqlite_db: MyPilotDB, config: Config) -> None:
+    await sqlite_db.add_ce("ce", 3, 1.0)
+    for _ in range(2):  # no broker is bound here; the second round would find no room if the first had stayed
+        with pytest.raises(RuntimeError, match="broker"):
+            await MySubmitPilotsTask("lhcb").execute(my_pilot_db=sqlite_db, config=config)
+
+
+async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(sqlite_db: MyPilotDB, config: Config) -> None:
+    db = sqlite_db
+    await db.add_ce("reliable", 5, 1.0)
+    await db.add_ce("hopeless", 4, 0.0, vos=["lhcb"])
+    tasks = [MySubmitPilotsTask, MyPilotTask, MyCheckPilotsTask, MyPilotReportTask]
+    overrides: dict[Any, Any] = {
+        MyPilotDB.no_transaction: lambda: db,
+        ConfigSource.create: lambda: config,
+    }
+    async with TaskSystem(tasks, workers=2, overrides=overrides, task_db_url=None) as system:
+
+        async def run(*periodic: Any) -> list[Any]:
+            ids = [await task.schedule() for task in periodic]
+            results = [await system.result(task_id, timeout=30) for task_id in ids]
+            await system.drain(timeout=30)
+            return results
+
+        for _ in range(3):
+            await run(*(MySubmitPilotsTask(vo) for vo in VOS))
+            for ce in await db.list_ces(vo=None):
+                assert ce["active"] == ce["capacity"], "every slot is filled, and not one more"
+            submitted = await db.get_pilot_summary()
+            # Nobody was left out of the shared one.
+            assert all("reliable" in submitted[vo] for vo in VOS)
+            await run(*(MyCheckPilotsTask(vo) for vo in VOS))
+            await run(*(MyCheckPilotsTask(vo) for vo in VOS))
+        summary = await db.get_pilot_summary()
+    assert sum(summary[vo]["reliable"]["DONE"] for vo in VOS) == 15
+    assert summary["lhcb"]["hopeless"] == {"FAILED": 12}
+    assert all(set(states) == {"DONE"} for vo in VOS for ce, states in summary[vo].items() if ce == "reliable")
+
+
+async def test_P60_rounds_do_not_pile_up_while_workers_are_away(sqlite_db: MyPilotDB, config: Config) -> None:
+    await sqlite_db.add_ce("ce", 4, 1.0)
+    async with TaskSystem([MyPilotTask], workers=0, task_db_url=None):
+        rounds = [await MySubmitPilotsTask(vo).execute(my_pilot_db=sqlite_db, config=config) for vo in VOS * 3]
+    assert sum(spawned.get("ce", 0) for spawned in rounds) == 4

@@ -1,0 +1,80 @@
+"""`ces.yaml` is checked as a whole, and every mistake is told with its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gubbins.logic.my_pilots import CEFileError, parse_ce_file
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
+
+
+def problems_of(text: str) -> dict[str, str]:
+    with pytest.raises(CEFileError) as caught:
+        parse_ce_file(text)
+    return dict(caught.value.problems)
+
+
+def entry(**fields: object) -> str:
+    return f"compute_elements: [{ {'name': 'ce', 'capacity': 1} | fields }]"
+
+
+def test_the_example_is_valid() -> None:
+    specs = parse_ce_file(EXAMPLE.read_text())
+    assert [spec.backend for spec in specs] == ["simulated", "simulated", "local"]
+    assert specs[0].success_rate == 1.0
+    assert specs[0].enabled is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"capacity": -1}, "capacity"),
+        ({"capacity": 1.5}, "capacity"),
+        ({"capacity": "many"}, "capacity"),
+        ({"success_rate": 1.01}, "success_rate"),
+        ({"success_rate": -0.01}, "success_rate"),
+        ({"nmae": 1}, "nmae"),
+        ({"name": ""}, "name"),
+        ({"name": "../etc"}, "name"),
+        ({"vos": []}, "vos"),
+        ({"backend": "slrum"}, "backend"),
+        ({"settings": {"run_secs": 1}}, "settings.run_secs"),
+        ({"settings": {"run_seconds": -1}}, "settings.run_seconds"),
+        ({"backend": "local", "settings": {"directory": "here"}}, "settings.directory"),
+    ],
+)
+def test_bad_input_is_told_with_its_path(fields: dict[str, object], path: str) -> None:
+    assert list(problems_of(entry(**fields))) == [f"compute_elements[0].{path}"]
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = """
+compute_elements:
+  - {name: a, capacity: -1, success_rate: 2}
+  - {capacity: 1}
+  - {name: b, capacity: 1}
+  - {name: b, capacity: 1}
+other: 1
+"""
+    problems = problems_of(text)
+    assert set(problems) == {
+        "other",
+        "compute_elements[0].capacity",
+        "compute_elements[0].success_rate",
+        "compute_elements[1].name",
+        "compute_elements[3].name",
+    }
+    assert "compute_elements[2]" in problems["compute_elements[3].name"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "compute_elements: 1", "a: 1"])
+def test_another_shape_is_refused(text: str) -> None:
+    assert "compute_elements" in problems_of(text)[""]
+
+
+def test_broken_yaml_and_double_keys_are_told_with_their_line() -> None:
+    assert all(path.startswith("line ") for path in problems_of("compute_elements:\n  - {name: a"))
+    assert "appears twice" in problems_of("compute_elements:\n- name: a\n  name: b\n")["line 3"]
