@@ -6,8 +6,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,9 +36,14 @@ def dev(cli, tmp_path):
 
 def _parents() -> dict[int, int]:
     """Living processes and their parents. A zombie is dead, whoever has not yet noticed."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in found.stdout.splitlines()]
-    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # "pid (name) state parent …"; the name may hold anything, parentheses included.
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(entry.parent.name)] = int(parent)
+    return found
 
 
 def _descendants(pid: int) -> set[int]:

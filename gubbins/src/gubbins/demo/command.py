@@ -33,6 +33,8 @@ def demo(
     """
     import subprocess
 
+    from diracx.tasks.testing.server import EmbeddedServerError
+
     from .run import run_demo
     from .services import ServiceDiedError
 
@@ -40,7 +42,7 @@ def demo(
         raise CommandError(f"{directory} exists already: name a directory that is to be made", 2)
     try:
         run_demo(seconds=seconds, as_json=as_json, directory=directory)
-    except (ServiceDiedError, RuntimeError) as error:
+    except (ServiceDiedError, EmbeddedServerError) as error:
         raise CommandError(str(error)) from error
     except subprocess.CalledProcessError as error:
         raise CommandError(f"{' '.join(error.cmd[:1])} failed: {error.stderr.strip()}") from error

