@@ -48,11 +48,17 @@ async def median_of(rounds: int, measure: Callable[[], Awaitable[float]]) -> flo
 async def drain_rate(tasks: int = 20_000, concurrency: int = 100) -> float:
     """Tasks per second of one worker with a backlog of no-ops."""
     with embedded_redis() as url:
-        async with TaskSystem([NoOp], redis_url=url, workers=0):
+        async with TaskSystem([NoOp], redis_url=url, workers=0, scheduler=False):
             await schedule_many([NoOp(number) for number in range(tasks)])
         begin = time.perf_counter()
         async with TaskSystem(
-            [NoOp], redis_url=url, concurrency=concurrency, settings=SETTINGS, task_db_url=None
+            [NoOp],
+            redis_url=url,
+            workers=1,
+            scheduler=False,
+            concurrency=concurrency,
+            settings=SETTINGS,
+            task_db_url=None,
         ) as system:
             while await system.broker.redis.xlen(STREAM):
                 await asyncio.sleep(0.005)
@@ -61,7 +67,7 @@ async def drain_rate(tasks: int = 20_000, concurrency: int = 100) -> float:
 
 async def enqueue_one_by_one(tasks: int = 5_000) -> float:
     """Tasks per second through `schedule()`, each awaited."""
-    async with TaskSystem([NoOp], workers=0):
+    async with TaskSystem([NoOp], workers=0, scheduler=False):
         begin = time.perf_counter()
         for number in range(tasks):
             await NoOp(number).schedule()
@@ -70,7 +76,7 @@ async def enqueue_one_by_one(tasks: int = 5_000) -> float:
 
 async def enqueue_in_bulk(tasks: int = 20_000) -> float:
     """Tasks per second through `schedule_many()`."""
-    async with TaskSystem([NoOp], workers=0):
+    async with TaskSystem([NoOp], workers=0, scheduler=False):
         begin = time.perf_counter()
         await schedule_many([NoOp(number) for number in range(tasks)])
         return tasks / (time.perf_counter() - begin)
@@ -79,7 +85,7 @@ async def enqueue_in_bulk(tasks: int = 20_000) -> float:
 async def idle_latency(tasks: int = 500) -> tuple[float, float]:
     """Seconds from `schedule()` to `execute()` on an idle system: p50, p99."""
     latencies = []
-    async with TaskSystem([Clock], settings=SETTINGS, task_db_url=None):
+    async with TaskSystem([Clock], workers=1, scheduler=False, settings=SETTINGS, task_db_url=None):
         for number in range(tasks):
             started.clear()
             begin = time.perf_counter()
@@ -94,7 +100,7 @@ async def idle_latency(tasks: int = 500) -> tuple[float, float]:
 
 async def bytes_per_task(tasks: int = 20_000) -> tuple[float, float]:
     """Bytes of Redis memory for a queued no-op, and for one that is done."""
-    async with TaskSystem([NoOp], workers=0) as system:
+    async with TaskSystem([NoOp], workers=0, scheduler=False) as system:
         redis = system.broker.redis
 
         async def used() -> int:
@@ -105,7 +111,13 @@ async def bytes_per_task(tasks: int = 20_000) -> tuple[float, float]:
         await schedule_many([NoOp(number) for number in range(tasks)])
         queued = (await used() - before) / tasks
         async with TaskSystem(
-            [NoOp], redis_url=system.redis_url, concurrency=100, settings=SETTINGS, task_db_url=None
+            [NoOp],
+            redis_url=system.redis_url,
+            workers=1,
+            scheduler=False,
+            concurrency=100,
+            settings=SETTINGS,
+            task_db_url=None,
         ) as workers:
             await workers.drain(60)
         left = (await used() - before) / tasks

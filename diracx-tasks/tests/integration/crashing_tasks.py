@@ -65,7 +65,10 @@ TASKS = [Marks, Blocks, Kills]
 
 
 async def serve(redis_url: str) -> None:
-    async with TaskSystem(TASKS, redis_url=redis_url, task_db_url=None, settings={"lease_seconds": LEASE_SECONDS}):
+    settings = {"lease_seconds": LEASE_SECONDS}
+    async with TaskSystem(
+        TASKS, redis_url=redis_url, workers=1, scheduler=False, task_db_url=None, settings=settings
+    ):
         print("ready", flush=True)
         await asyncio.Event().wait()
 

@@ -70,17 +70,33 @@ async def test_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
     process.wait()
     killed = time.monotonic()
     assert not await ExclusiveRWLock(JOB, "a-read").acquire(redis), "the dead reader still counts"
-    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
         result = await system.result(task_id, timeout=10)
         assert time.monotonic() - killed < LEASE_SECONDS + 3, "one lease, and a busy machine's patience"
         assert result.return_value == os.getpid()
         await system.drain()
         assert await redis.llen("started:a") == 2
-        # P21: the dead worker's reader is gone with it.
-        writer = ExclusiveRWLock(JOB, "a-read")
+        await until(lambda: _is(redis.zcard(keys.ALIVE), 1))
+        [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
+        assert group["consumers"] <= 1, "P3: the dead worker's consumer is gone"
+
+
+async def test_P21_a_dead_workers_reader_counts_come_back(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+) -> None:
+    process = worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        await Marks("d").schedule()
+    await until(lambda: redis.exists("started:d"))
+    process.kill()
+    process.wait()
+    writer = ExclusiveRWLock(JOB, "d-read")
+    assert not await writer.acquire(redis), "the dead reader still counts"
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
+        await until(lambda: _is(redis.llen("started:d"), 2))
+        await system.drain()
         assert await writer.acquire(redis)
         await writer.release(redis)
-        await until(lambda: _is(redis.zcard(keys.ALIVE), 1))
 
 
 async def _is(call: Any, value: Any) -> bool:
@@ -94,7 +110,7 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
         await Kills().schedule()
     for _ in range(3):
         assert worker().wait(timeout=20) == -signal.SIGKILL
-    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
         await system.drain(timeout=10)
         assert system.task_db is not None
         async with system.task_db as db:
@@ -122,7 +138,7 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
         task_id = await Marks("b").schedule()
     await until(lambda: redis.exists("started:b"))
     process.send_signal(signal.SIGSTOP)
-    async with TaskSystem(TASKS, redis_url=redis_url, settings=SETTINGS) as system:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
         first = await system.result(task_id, timeout=15)
         assert first.return_value == os.getpid()
         process.send_signal(signal.SIGCONT)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing import BaseTask, IntervalSeconds, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from diracx.tasks.plumbing import (
+    BaseTask,
+    IntervalSeconds,
+    PeriodicBaseTask,
+    PeriodicVoAwareBaseTask,
+    RateLimiter,
+)
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.scheduler import TaskScheduler
 from diracx.tasks.plumbing.schedules import TaskScheduleBase
 from diracx.tasks.testing import TaskSystem
@@ -138,7 +147,10 @@ async def test_P44_an_exhausted_rule_stops_alone(redis_url: str) -> None:
             return datetime.now(UTC) + timedelta(milliseconds=50)
 
         def next_after(self, moment: datetime) -> datetime:
-            raise ValueError("no more")
+            if hasattr(self, "asked"):
+                raise ValueError("no more")
+            self.asked = True
+            return moment + timedelta(milliseconds=50)
 
     class Last(PeriodicBaseTask):
         default_schedule = Once()
@@ -149,6 +161,28 @@ async def test_P44_an_exhausted_rule_stops_alone(redis_url: str) -> None:
     async with TaskSystem([Last, Often], redis_url=redis_url, scheduler=True):
         await until(lambda: len(SEEN) >= 8)
     assert SEEN.count("last") == 1
+
+
+async def test_a_periodic_task_that_cannot_be_submitted_stops_alone(redis_url: str) -> None:
+    class Never(RateLimiter):
+        limit = 1
+        window_seconds = 1.0
+
+    class Greedy(PeriodicBaseTask):
+        default_schedule = IntervalSeconds(0.05)
+
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [Never(JOB, 1, n_items=2)]
+
+    @dataclass
+    class WantsMore(PeriodicBaseTask):
+        more: int
+
+        default_schedule = IntervalSeconds(0.05)
+
+    async with TaskSystem([Greedy, WantsMore, Often], redis_url=redis_url, scheduler=True):
+        await until(lambda: len(SEEN) >= 3)
 
 
 async def test_only_one_leads_and_a_standby_takes_over(redis_url: str, redis: Redis) -> None:

@@ -51,7 +51,7 @@ class Binding:
             ValueError: when one of its rate limiters could never grant it.
         """
         from .broker.keys import stream_name_for
-        from .broker.models import Submission, TaskMessage
+        from .broker.models import Submission, TaskMessage, checked_labels
         from .broker.redis_streams import new_task_id
         from .telemetry import current_trace_context
 
@@ -62,11 +62,13 @@ class Binding:
         name = self.registry.name_of(task_class)
         priority = task_class.priority
         if self.config is not None:
-            priority = self.config.get_override(name, getattr(task, "vo", None)).priority or priority
+            vo = getattr(task, "vo", None)
+            override = self.config.get_override(name, vo if isinstance(vo, str) else None)
+            priority = override.priority or priority
         message = TaskMessage(
             task_id=task_id or new_task_id(),
             task_name=name,
-            labels=dict(labels) if labels else {},
+            labels=checked_labels(labels) if labels else {},
             task_args=list(task.serialize()),
             trace_context=current_trace_context(),
         )
@@ -137,14 +139,14 @@ async def task_broker(
         redis.exceptions.RedisError: when the server does not answer.
     """
     from .broker.redis_streams import RedisStreamBroker
-    from .config import load_tasks_config
+    from .config import tasks_config_of_environment
     from .factory import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or os.environ.get(REDIS_URL_VARIABLE) or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
     try:
         await broker.startup()
-        with bound_to(broker, known, load_tasks_config()):
+        with bound_to(broker, known, tasks_config_of_environment()):
             yield broker
     finally:
         await broker.shutdown()
@@ -159,13 +161,15 @@ def _binding_from_environment() -> Binding:
     binding = _of_loop.get(loop)
     if binding is None:
         from .broker.redis_streams import RedisStreamBroker
-        from .config import load_tasks_config
+        from .config import tasks_config_of_environment
         from .factory import load_task_registry
 
         url = os.environ.get(REDIS_URL_VARIABLE)
         if not url:
             raise RuntimeError(f"this route submits a task but no broker is known: set {REDIS_URL_VARIABLE}")
-        binding = _of_loop[loop] = Binding(RedisStreamBroker(url), load_task_registry(), load_tasks_config())
+        binding = _of_loop[loop] = Binding(
+            RedisStreamBroker(url), load_task_registry(), tasks_config_of_environment()
+        )
     return binding
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ from .locks import BaseLimiter, BaseLock
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINT_PREFIX = "diracx.tasks."
 #: Classes that are there to derive from.
@@ -133,6 +136,8 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
         UnableToAcquireLockError: when one of them is held by somebody else; none is taken then.
         LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
     """
+    from redis.exceptions import RedisError
+
     from .broker import scripts
     from .worker.keeper import keep_renewed
 
@@ -146,7 +151,10 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
             yield
     finally:
         if specs:
-            await scripts.release(redis, specs)
+            try:
+                await scripts.release(redis, specs)
+            except RedisError as error:
+                logger.warning("cannot give locks back (%s): they end by themselves", error)
 
 
 async def task_wrapper(

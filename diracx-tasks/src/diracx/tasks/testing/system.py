@@ -13,7 +13,7 @@ from ..plumbing.base_task import BaseTask
 from ..plumbing.binding import bound_to
 from ..plumbing.broker import RedisStreamBroker, keys
 from ..plumbing.broker.models import TaskResult
-from ..plumbing.config import TasksConfig
+from ..plumbing.config import TasksConfig, load_tasks_config
 from ..plumbing.enums import Size
 from ..plumbing.factory import TaskRegistry
 from ..plumbing.scheduler import TaskScheduler
@@ -22,6 +22,8 @@ from ..plumbing.worker.settings import WorkerSettings
 from .server import embedded_redis
 
 if TYPE_CHECKING:
+    from diracx.core.config import Config
+
     from ..plumbing.persistence import TaskDB
 
 _RESULT_TTL_SECONDS = 3600
@@ -38,10 +40,11 @@ class TaskSystem:
         workers: number of workers for each size that the tasks have; 0 only submits.
         concurrency: slots of each worker.
         scheduler: whether a scheduler runs (delayed tasks are promoted without one, too).
-        config: a `TasksConfig`, or the mapping to make it from.
+        config: a `TasksConfig`, or the mapping to make it from; or a whole DiracX `Config`, whose section
+            `Systems.Tasks` and registry of VOs are then used, and which tasks get injected.
         overrides: replacements of dependencies, as FastAPI's `dependency_overrides`.
         task_db_url: database of dead letters, created empty; None for none.
-        vos: VOs of which the scheduler starts VO-aware tasks.
+        vos: VOs of which the scheduler starts VO-aware tasks; by default those of a DiracX `config`.
         settings: further settings of the workers (`lease_seconds`, …).
 
     Raises:
@@ -53,13 +56,13 @@ class TaskSystem:
         tasks: Iterable[type[BaseTask]] | Mapping[str, type[BaseTask]] = (),
         *,
         redis_url: str | None = None,
-        workers: int = 1,
+        workers: int = 2,
         concurrency: int = 10,
-        scheduler: bool = False,
-        config: TasksConfig | Mapping[str, Any] | None = None,
+        scheduler: bool = True,
+        config: TasksConfig | Config | Mapping[str, Any] | None = None,
         overrides: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
         task_db_url: str | None = _IN_MEMORY,
-        vos: Iterable[str] = (),
+        vos: Iterable[str] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         named = tasks if isinstance(tasks, Mapping) else {f"test:{task.__name__}": task for task in tasks}
@@ -67,10 +70,20 @@ class TaskSystem:
         self.redis_url = redis_url
         self._workers = workers
         self._scheduler = scheduler
-        self._config = config if isinstance(config, TasksConfig) else TasksConfig.model_validate(config or {})
-        self._overrides = overrides
+        self._overrides = dict(overrides or {})
+        self._config = TasksConfig()
+        if isinstance(config, TasksConfig):
+            self._config = config
+        elif isinstance(config, Mapping):
+            self._config = TasksConfig.model_validate(config)
+        elif config is not None:
+            from diracx.core.config import ConfigSource
+
+            self._config = load_tasks_config(config=config)
+            self._overrides.setdefault(ConfigSource.create, lambda: config)
+            vos = sorted(config.registry) if vos is None else vos
         self._task_db_url = task_db_url
-        self._vos = list(vos)
+        self._vos = list(vos or ())
         self._settings = WorkerSettings.model_validate(
             {
                 "max_concurrent_tasks": concurrency,
@@ -80,7 +93,8 @@ class TaskSystem:
                 **(settings or {}),
             }
         )
-        self._running: list[asyncio.Task[None]] = []
+        self._serving: list[asyncio.Task[None]] = []
+        self._scheduling: list[asyncio.Task[None]] = []
         self.task_db: TaskDB | None = None
         """The database of dead letters: `async with system.task_db as db: await db.search()`."""
 
@@ -103,28 +117,34 @@ class TaskSystem:
         if self._task_db_url is not None:
             self.task_db = await self._open_task_db(self._task_db_url)
         self._stop = asyncio.Event()
-        self._stack.push_async_callback(self._end)
+        self._stop_scheduling = asyncio.Event()
         ready = []
-        for size in sorted({task.size for task in self.registry.values()}):
-            for _ in range(self._workers):
-                broker = self._broker(size)
+        try:
+            for size in sorted({task.size for task in self.registry.values()}):
+                for _ in range(self._workers):
+                    broker = self._broker(size)
+                    self._stack.push_async_callback(broker.shutdown)
+                    worker = Worker(
+                        broker,
+                        self.registry,
+                        settings=self._settings,
+                        task_db=self.task_db,
+                        overrides=self._overrides,
+                        config=self._config,
+                    )
+                    self._serving.append(asyncio.create_task(worker.run(self._stop), name=f"worker {size}"))
+                    ready.append(worker.ready)
+            if self._scheduler:
+                broker = self._broker()
                 self._stack.push_async_callback(broker.shutdown)
-                worker = Worker(
-                    broker,
-                    self.registry,
-                    settings=self._settings,
-                    task_db=self.task_db,
-                    overrides=self._overrides,
-                    config=self._config,
+                scheduler = TaskScheduler(broker, self.registry, config=self._config, vos=self._vos)
+                self._scheduling.append(
+                    asyncio.create_task(scheduler.run(self._stop_scheduling), name="scheduler")
                 )
-                self._running.append(asyncio.create_task(worker.run(self._stop), name=f"worker {size}"))
-                ready.append(worker.ready)
-        if self._scheduler:
-            scheduler = TaskScheduler(self._broker(), self.registry, config=self._config, vos=self._vos)
-            self._running.append(asyncio.create_task(scheduler.run(self._stop), name="scheduler"))
-            ready.append(scheduler.leads)
-        # Stopping comes before closing the brokers that the workers stop with.
-        self._stack.push_async_callback(self._end)
+                ready.append(scheduler.ready)
+        finally:
+            # Stopping comes before closing the brokers that are stopped with.
+            self._stack.push_async_callback(self._end)
         for event in ready:
             await self._unless_dead(event.wait())
 
@@ -150,16 +170,21 @@ class TaskSystem:
         await self._stack.aclose()
 
     async def _end(self) -> None:
-        self._stop.set()
-        running, self._running = self._running, []
-        for ended in await asyncio.gather(*running, return_exceptions=True):
-            if isinstance(ended, BaseException):
-                raise ended
+        """The scheduler first, so that nothing is submitted that nobody will run."""
+        for stop, running in ((self._stop_scheduling, self._scheduling), (self._stop, self._serving)):
+            stop.set()
+            ends = await asyncio.gather(*running, return_exceptions=True)
+            running.clear()
+            for end in ends:
+                if isinstance(end, BaseException):
+                    raise end
 
     async def _unless_dead(self, waiting: Any) -> Any:
         """Wait, but not for something that a dead worker will never do."""
         waits = asyncio.ensure_future(waiting)
-        done, _ = await asyncio.wait({waits, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            {waits, *self._serving, *self._scheduling}, return_when=asyncio.FIRST_COMPLETED
+        )
         if waits in done:
             return waits.result()
         waits.cancel()
@@ -189,7 +214,7 @@ class TaskSystem:
             await self._unless_dead(asyncio.sleep(_LOOK_SECONDS))
 
     async def _left(self) -> dict[str, int]:
-        """What keeps the system from being drained, by place."""
+        """What keeps the system from being drained, by place: all places at one instant."""
         redis = self.broker.redis
         seconds, microseconds = await redis.execute_command("TIME")
         now_ms = int(seconds) * 1000 + int(microseconds) // 1000
@@ -197,14 +222,13 @@ class TaskSystem:
             for stream in keys.EVERY_STREAM:
                 pipe.xlen(stream)
             pipe.zcount(keys.DELAYED, "-inf", now_ms)
-            pipe.execute_command("HLEN", keys.DELAYED_DATA)
-            *lengths, due, _ = await pipe.execute()
-        left = {stream: length for stream, length in zip(keys.EVERY_STREAM, lengths, strict=True) if length}
-        waiting = await self._waiting_for_locks()
-        return left | ({keys.DELAYED: due} if due else {}) | ({"waiting for locks": waiting} if waiting else {})
-
-    async def _waiting_for_locks(self) -> int:
-        """Tasks that a lock or limiter holds up are queued, whatever their timer says."""
-        headers: list[Any] = await self.broker.redis.hvals(keys.DELAYED_DATA)
-        reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in headers]
-        return sum(reason in (b"lock", b"rate") for reason in reasons)
+            pipe.hvals(keys.DELAYED_DATA)
+            *lengths, due, delayed = await pipe.execute()
+        # Tasks that a lock or limiter holds up are queued, whatever their timer says.
+        reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in delayed]
+        places = {
+            **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
+            keys.DELAYED: due,
+            "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
+        }
+        return {place: number for place, number in places.items() if number}

@@ -23,6 +23,23 @@ LABEL_GROUP = "group"
 LABEL_RESULT_TTL = "result_ttl_seconds"
 
 
+def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The labels as they may travel.
+
+    Raises:
+        ValueError: when one that has a meaning for the task system has no meaningful value.
+    """
+    checked = dict(labels or {})
+    ttl_seconds = checked.get(LABEL_RESULT_TTL)
+    if ttl_seconds is not None and not (type(ttl_seconds) is int and ttl_seconds > 0):
+        raise ValueError(f"the label {LABEL_RESULT_TTL} must be a positive number of seconds, not {ttl_seconds!r}")
+    if LABEL_ATTEMPTS in checked:
+        raise ValueError(f"the label {LABEL_ATTEMPTS} is the task system's own")
+    if not isinstance(checked.get(LABEL_GROUP, ""), str):
+        raise ValueError(f"the label {LABEL_GROUP} must be the id of a group, not {checked[LABEL_GROUP]!r}")
+    return checked
+
+
 @dataclass(kw_only=True, slots=True)
 class TaskMessage:
     """A task on its way. The same id goes with it for its whole life."""
@@ -74,6 +91,9 @@ class TaskMessage:
         )
         if not all(isinstance(value, shape) for value, shape in shapes):
             raise ValueError("not a task message: a field has the wrong type")
+        if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
+            raise ValueError("not a task message: its attempts are no list")
+        checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
         return message
 
     @property
@@ -238,7 +258,7 @@ async def submit_task(
     message = TaskMessage(
         task_id=task_id or new_task_id(),
         task_name=task_name,
-        labels=dict(labels or {}),
+        labels=checked_labels(labels),
         task_args=list(task_args),
         task_kwargs=dict(task_kwargs or {}),
     )

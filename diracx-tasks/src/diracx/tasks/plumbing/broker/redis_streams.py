@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
 
+#: A dead peer is noticed; the time-out is longer than any call that blocks on purpose.
+_CONNECTION: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0, "socket_keepalive": True}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
@@ -86,7 +88,7 @@ class RedisStreamBroker:
             max_connections=max_connection_pool_size,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
-            **{"socket_connect_timeout": 5.0, **connection_kwargs},
+            **{**_CONNECTION, **connection_kwargs},
         )
 
     async def startup(self) -> None:
@@ -167,13 +169,16 @@ class RedisStreamBroker:
             "XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids
         )
 
-    async def reclaim(self, free: int, *, audit: bool = False) -> list[Delivery]:
+    async def reclaim(self, free: int, *, audit: bool = False, lease_seconds: float = 30.0) -> list[Delivery]:
         """Bury dead workers and take over up to `free` of the messages they held.
 
         Args:
             audit: also look for consumers that are on no list of living workers.
+            lease_seconds: how long such a consumer may still be silent.
         """
-        messages = await scripts.reclaim(self.redis, self.streams, self.consumer_name, free, audit)
+        messages = await scripts.reclaim(
+            self.redis, self.streams, self.consumer_name, free, audit, int(lease_seconds * 1000)
+        )
         return [self._delivery(message) for message in messages]
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:

@@ -17,7 +17,7 @@ class DeadLetter:
     task_name: str
     """Registry name; empty when the message could not be read."""
     reason: str
-    """`exhausted`, `poison`, `unknown task`, `unparsable` or `arguments`."""
+    """`exhausted`, `poison`, `unknown task`, `unparsable`, `arguments` or `unsettled`."""
     detail: str
     """One line about the last error."""
     data: bytes

@@ -66,6 +66,8 @@ class TaskScheduler:
         self._scheduled: dict[str, ScheduledTask] = {}
         self.leads = asyncio.Event()
         """Set while this scheduler leads."""
+        self.ready = asyncio.Event()
+        """Set when it leads for the first time, or knows that another does."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Schedule until `stop` is set.
@@ -79,6 +81,7 @@ class TaskScheduler:
                 if await self._take_the_lead():
                     await self._lead(stop)
                 else:
+                    self.ready.set()
                     await _unless(stop, asyncio.sleep(_STANDBY_SECONDS))
             except RedisError as error:
                 if not is_passing(error):
@@ -98,8 +101,10 @@ class TaskScheduler:
 
     async def _lead(self, stop: asyncio.Event) -> None:
         logger.info("leading")
-        await self._plan()
+        if not await self._plan():
+            return
         self.leads.set()
+        self.ready.set()
         renew_at = time.monotonic() + self._lease_seconds / 3
         while not stop.is_set():
             if time.monotonic() >= renew_at:
@@ -120,19 +125,25 @@ class TaskScheduler:
         """Until then, or until something is put aside that is due earlier."""
         await self._broker.redis.execute_command("BLPOP", keys.WAKE_SCHEDULER, max(0.001, seconds))
 
-    async def _plan(self) -> None:
-        """Bring the schedules in Redis up to date with code, configuration and VOs."""
+    async def _plan(self) -> bool:
+        """Bring the schedules in Redis up to date with code, configuration and VOs. False: somebody else leads."""
         self._scheduled = scheduled_tasks(self._registry, self._config, self._vos)
+        now = datetime.fromtimestamp(await self._now_ms() / 1000, UTC)
         wanted = []
         for scheduled in self._scheduled.values():
             try:
-                due = in_ms(scheduled.rule.next_occurrence())
+                due = in_ms(scheduled.rule.next_after(now))
             except ValueError as error:
                 logger.error("%s is not scheduled: %s", scheduled.id, error)
                 continue
             wanted.append({"id": scheduled.id, "due": due, "fingerprint": scheduled.rule.fingerprint})
-        await scripts.plan(self._broker.redis, self._token, wanted)
         logger.info("%d schedules", len(wanted))
+        return await scripts.plan(self._broker.redis, self._token, wanted)
+
+    async def _now_ms(self) -> int:
+        """The server's clock, which all schedulers share."""
+        seconds, microseconds = await self._broker.redis.execute_command("TIME")
+        return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def _submit_due(self) -> int | None:
         """Submit every occurrence that is due.
@@ -141,8 +152,7 @@ class TaskScheduler:
             Milliseconds until the next one, -1 when there is none; None when somebody else leads.
         """
         redis = self._broker.redis
-        seconds, microseconds = await redis.execute_command("TIME")
-        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
+        now_ms = await self._now_ms()
         due = await redis.execute_command("ZRANGEBYSCORE", keys.NEXT_RUNS, "-inf", now_ms, "WITHSCORES")
         now = datetime.fromtimestamp(now_ms / 1000, UTC)
         for schedule_id, score in zip(due[::2], due[1::2], strict=True):
@@ -153,8 +163,19 @@ class TaskScheduler:
         return max(0, int(float(first[1])) - now_ms) if first else -1
 
     async def _occur(self, schedule_id: str, due_ms: int, now: datetime) -> int:
-        scheduled = self._scheduled[schedule_id]
-        submission = Binding(self._broker, self._registry, self._config).submission(scheduled.build())
+        scheduled = self._scheduled.get(schedule_id)
+        if scheduled is None:
+            await self._broker.redis.zrem(keys.NEXT_RUNS, schedule_id)
+            return 0
+        try:
+            submission = Binding(self._broker, self._registry, self._config).submission(scheduled.build())
+        except Exception:
+            logger.exception(
+                "%s cannot be submitted and is left out until the scheduler is restarted", schedule_id
+            )
+            await self._broker.redis.zrem(keys.NEXT_RUNS, schedule_id)
+            await self._broker.redis.hdel(keys.FINGERPRINTS, schedule_id)
+            return 0
         following = scheduled.next_run_after(datetime.fromtimestamp(due_ms / 1000, UTC), now)
         if following is None:
             logger.info("%s has had its last run", schedule_id)

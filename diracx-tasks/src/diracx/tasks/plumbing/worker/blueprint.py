@@ -39,7 +39,7 @@ class Blueprint:
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""
-        vo = getattr(task, "vo", None)
+        vo = _vo_of(task)
         if vo not in self._overrides:
             self._overrides[vo] = self._config.get_override(self.name, vo)
         return self._overrides[vo]
@@ -61,7 +61,7 @@ class Blueprint:
 
     def _scope(self, task: BaseTask) -> tuple[str, ...]:
         """A limit that is set for one VO counts that VO's tasks only."""
-        vo = getattr(task, "vo", None)
+        vo = _vo_of(task)
         return (vo,) if vo in self._vos else ()
 
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:
@@ -86,6 +86,11 @@ class Blueprint:
         if self._overridden and (limit := self.override(task).time_limit_seconds) is not None:
             return limit
         return self.task_class.time_limit_seconds
+
+
+def _vo_of(task: BaseTask) -> str | None:
+    vo = getattr(task, "vo", None)
+    return vo if isinstance(vo, str) else None
 
 
 def _default_limiter(

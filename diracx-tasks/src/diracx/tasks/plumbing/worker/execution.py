@@ -67,23 +67,30 @@ class Execution:
         try:
             async with deadline:
                 value = await self._execute(overrides)
-        except asyncio.CancelledError as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             if self._taken_over:
                 return TakenOver()
-            return Failed(self._cancelled_for or error, time.perf_counter() - clock, started)
-        except TimeoutError as error:
-            if not deadline.expired():
-                return Failed(error, time.perf_counter() - clock, started)
-            exceeded = TimeLimitExceededError(f"took longer than its time limit of {limit} s")
-            exceeded.__cause__ = error
-            return Failed(exceeded, time.perf_counter() - clock, started)
-        except Exception as error:
-            return Failed(error, time.perf_counter() - clock, started)
+            cause: BaseException = error
+            if isinstance(error, TimeoutError) and deadline.expired():
+                cause = TimeLimitExceededError(f"took longer than its time limit of {limit} s")
+                cause.__cause__ = error
+            elif isinstance(error, asyncio.CancelledError):
+                cause = self._cancelled_for or error
+            return Failed(cause, time.perf_counter() - clock, started)
         return Succeeded(value, time.perf_counter() - clock)
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
         if not self.blueprint.plan.parameters:
-            return await self.task.execute()
+            value = await self.task.execute()
+            self._raise_if_cancelled()
+            return value
         async with AsyncExitStack() as stack:
             dependencies = await resolve(self.blueprint.plan, overrides, stack)
-            return await self.task.execute(**dependencies)
+            value = await self.task.execute(**dependencies)
+            self._raise_if_cancelled()
+            return value
+
+    def _raise_if_cancelled(self) -> None:
+        """A task that swallowed its cancellation must not commit what it did without its lock."""
+        if self._cancelled_for is not None:
+            raise self._cancelled_for

@@ -74,4 +74,4 @@ class Intake:
         next_due_ms = await self._broker.promote()
         if next_due_ms is not None:
             self._housekeeping_at = min(self._housekeeping_at, now + next_due_ms / 1000)
-        return await self._broker.reclaim(free, audit=audit)
+        return await self._broker.reclaim(free, audit=audit, lease_seconds=self._settings.lease_seconds)

@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import RedisError
+
 from ..broker import scripts
 from ..exceptions import LockLostError
 
@@ -169,14 +171,23 @@ async def keep_renewed(redis: Redis, locks: Sequence[LockSpec]) -> AsyncIterator
     assert block is not None
     lost: list[str] = []
 
+    shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
+
     async def renew() -> None:
-        while True:
-            await asyncio.sleep(min(lock["ttl_ms"] for lock in expiring) / 3000)
-            kept = await scripts.extend(redis, expiring)
+        renewed_at = time.monotonic()
+        while not lost:
+            await asyncio.sleep(shortest_seconds / 3)
+            started = time.monotonic()
+            try:
+                kept = await scripts.extend(redis, expiring)
+            except RedisError as error:
+                logger.warning("cannot renew locks: %s", error)
+                silent_ms = (time.monotonic() - renewed_at) * 1000
+                kept = [lock["ttl_ms"] > silent_ms for lock in expiring]
+            else:
+                renewed_at = started
             lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
-            if lost:
-                block.cancel()
-                return
+        block.cancel()
 
     renewal = asyncio.create_task(renew())
     try:

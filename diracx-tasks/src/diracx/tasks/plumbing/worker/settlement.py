@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,20 @@ def settle(
             return settlement, _failed(execution, outcome, settlement, settings)
 
 
+def _retry(execution: Execution, outcome: Failed, attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What is put aside for the next attempt, or None when there is none."""
+    message = execution.message
+    again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
+    if again is None:
+        return None
+    return {
+        "task": message.task_id,
+        "due": in_ms(again),
+        "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
+        "data": replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts}).dumpb(),
+    }
+
+
 def hand_back(delivery: Delivery) -> Settlement:
     """A delivery that was not begun, for another worker to start at once."""
     stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
@@ -85,19 +100,13 @@ def _failed(
     attempts = [*message.attempts, _attempt(outcome)]
     what = f"{message.task_name} {message.task_id}"
     try:
-        again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
+        retry = _retry(execution, outcome, attempts)
     except Exception:
         logger.exception("the retry policy of %s failed: no retry", what)
-        again = None
-    if again is not None:
-        logger.warning("%s failed, to be retried at %s", what, again.isoformat(), exc_info=outcome.error)
-        message.labels[LABEL_ATTEMPTS] = attempts
-        settlement.retry = {
-            "task": message.task_id,
-            "due": in_ms(again),
-            "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
-            "data": message.dumpb(),
-        }
+        retry = None
+    if retry is not None:
+        logger.warning("%s failed, to be retried", what, exc_info=outcome.error)
+        settlement.retry = retry
         return None
     settlement.group = _child(message, failed=True)
     settlement.result = _result(
@@ -107,8 +116,8 @@ def _failed(
         logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
         return None
     logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
-    message.labels[LABEL_ATTEMPTS] = attempts
-    return DeadLetter.of_message(message, "exhausted", str(outcome.error))
+    final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
+    return DeadLetter.of_message(final, "exhausted", str(outcome.error))
 
 
 def reject(
@@ -130,6 +139,20 @@ def reject(
     error = TaskRejectedError(f"{reason}: {detail}")
     settlement.result = _result(message, settings, lambda: TaskResult.from_exception(error, 0.0))
     return settlement, DeadLetter.of_message(message, reason, detail)
+
+
+def unsettled(execution: Execution, error: Exception) -> tuple[Settlement, DeadLetter]:
+    """What becomes of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
+    message = execution.message
+    assert execution.delivery.data is not None
+    letter = DeadLetter(
+        task_id=message.task_id,
+        task_name=message.task_name,
+        reason="unsettled",
+        detail=f"{type(error).__name__}: {error}",
+        data=execution.delivery.data,
+    )
+    return Settlement(execution.delivery, locks=execution.locks, group=_child(message, failed=True)), letter
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def _result(
     result = make()
     try:
         value = result.dumpb()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         # The work is done and stays done; whoever waits learns why there is no value.
         value = TaskResult.from_exception(error, result.execution_time).dumpb()
     return {"key": keys.RESULT_PREFIX + message.task_id, "value": value, "ttl_ms": int(ttl_seconds * 1000)}
@@ -184,15 +207,29 @@ class Settler:
             await self._work.wait()
             self._work.clear()
             batch, self._waiting = self._waiting, []
-            accepted = await patiently(partial(self._broker.settle, batch), "settle tasks")
+            try:
+                accepted = await self._send(batch)
+            except Exception:
+                # One of them is not acceptable to the server; the others must not suffer for it.
+                accepted = [await self._send_alone(settlement) for settlement in batch]
             for settlement, ours in zip(batch, accepted, strict=True):
                 self._settled(settlement.delivery)
                 if not ours:
-                    logger.warning(
-                        "%s was taken over by another worker: nothing changed", settlement.delivery.entry
-                    )
+                    logger.warning("%s was not ours to settle any more", settlement.delivery.entry)
             if not self._waiting:
                 self._idle.set()
+
+    async def _send(self, batch: list[Settlement]) -> list[bool]:
+        return await patiently(partial(self._broker.settle, batch), "settle tasks")
+
+    async def _send_alone(self, settlement: Settlement) -> bool:
+        try:
+            [ours] = await self._send([settlement])
+        except Exception:
+            entry = settlement.delivery.entry
+            logger.critical("what follows on %s is refused by the server and left out", entry, exc_info=True)
+            [ours] = await self._send([Settlement(settlement.delivery, locks=settlement.locks)])
+        return ours
 
     async def drained(self) -> None:
         """Return when everything that was added has been sent."""

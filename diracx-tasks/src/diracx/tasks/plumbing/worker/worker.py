@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from .execution import Execution
 from .intake import Intake
 from .keeper import Hold, LeaseKeeper
 from .settings import WorkerSettings
-from .settlement import Settler, hand_back, reject, settle
+from .settlement import Settler, hand_back, reject, settle, unsettled
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -103,7 +103,7 @@ class Worker:
                 try:
                     await self._letters.adopt()
                     self.ready.set()
-                    await self._take_in(stop)
+                    await _or_die_with(settling, self._take_in(stop))
                 finally:
                     await self._finish()
                     settling.cancel()
@@ -203,7 +203,11 @@ class Worker:
 
     async def _run(self, execution: Execution) -> None:
         outcome = await execution.run(self._overrides)
-        settlement, letter = settle(execution, outcome, self._settings)
+        try:
+            settlement, letter = settle(execution, outcome, self._settings)
+        except Exception as error:
+            logger.critical("the outcome of %s cannot be told", execution.message.task_id, exc_info=True)
+            settlement, letter = unsettled(execution, error)
         if letter is None:
             self._settler.add(settlement)
         else:
@@ -213,7 +217,7 @@ class Worker:
         del self._running[running]
         self._slot_freed.set()
         if not running.cancelled() and (error := running.exception()) is not None:
-            logger.critical("a task could not be settled and will be delivered again", exc_info=error)
+            logger.critical("an execution ended in an unforeseen way", exc_info=error)
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
         self._keeper.add(Hold(settlement.delivery, settlement.locks, lambda *_: None))
@@ -286,3 +290,16 @@ async def _first_of(*events: asyncio.Event) -> None:
     finally:
         for wait in waits:
             wait.cancel()
+
+
+async def _or_die_with(companion: asyncio.Task[None], work: Coroutine[Any, Any, None]) -> None:
+    """Do the work, but not a moment longer than the companion lives, who never ends by itself."""
+    working = asyncio.create_task(work)
+    try:
+        await asyncio.wait({companion, working}, return_when=asyncio.FIRST_COMPLETED)
+        if companion.done():
+            companion.result()
+        await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)

@@ -61,6 +61,29 @@ local function grant(member)
   return tonumber(total), tonumber(units)
 end
 
+-- When quota returns for a refused lock (µs), if `ahead` units are to be granted to others before: the
+-- grants leave the window in the order in which they came, and their successors one window later.
+local function quota_returns(lock, ahead)
+  local size = redis.call('ZCARD', lock.key)
+  local first_total, first_units = grant(redis.call('ZRANGE', lock.key, 0, 0)[1])
+  local before = first_total - first_units
+  local used = grant(redis.call('ZRANGE', lock.key, -1, -1)[1]) - before
+  local must_leave = used + ahead + lock.n_items - lock.limit
+  local windows = math.floor((must_leave - 1) / used)
+  local leave = before + must_leave - windows * used
+  local low, high = 0, size - 1
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if grant(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
+      high = middle
+    else
+      low = middle + 1
+    end
+  end
+  local last = redis.call('ZRANGE', lock.key, low, low, 'WITHSCORES')
+  return tonumber(last[2]) + (windows + 1) * lock.window_us + 1
+end
+
 kinds.rate = {
   take = function(lock, now)
     local newest = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
@@ -82,19 +105,7 @@ kinds.rate = {
       redis.call('PEXPIRE', lock.key, int(math.ceil(lock.window_us / 1000) + 1000))
       return true
     end
-    -- The quota returns when enough of the oldest grants have left the window: find the last of them.
-    local leave = before + used + lock.n_items - lock.limit
-    local low, high = 0, redis.call('ZCARD', lock.key) - 1
-    while low < high do
-      local middle = math.floor((low + high) / 2)
-      if grant(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
-        high = middle
-      else
-        low = middle + 1
-      end
-    end
-    local last = redis.call('ZRANGE', lock.key, low, low, 'WITHSCORES')
-    return false, tonumber(last[2]) + lock.window_us + 1
+    return false, quota_returns(lock, 0)
   end,
   undo = function(lock) redis.call('ZREM', lock.key, lock.member) end,
   release = function() return false end, -- quota is never given back

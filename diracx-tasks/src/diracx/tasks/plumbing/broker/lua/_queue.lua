@@ -21,7 +21,7 @@ end
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
 local function delay(task, due_ms, stream, reason, since, data)
   redis.call('HSET', '$DELAYED_DATA', task, stream .. ' ' .. reason .. ' ' .. since .. '\n' .. data)
-  redis.call('ZADD', '$DELAYED', int(due_ms), task)
+  redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
   if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
     redis.call('RPUSH', '$WAKE_SCHEDULER', 1)
     redis.call('LTRIM', '$WAKE_SCHEDULER', -1, -1)

@@ -1,19 +1,27 @@
--- Hand a lock that was just given back to whoever waits for it: first come, first served within a
--- priority. Waiters are "{kind of lock}:{task}". Readers that wait side by side are woken together.
+-- Hand a lock that can be had to whoever waits for it: first come, first served within a priority.
+-- Waiters are "{kind of lock}:{task}". Readers that wait side by side are woken together.
 local TURN_MS = 1000
 
+local function can_be_had(kind, lock)
+  if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 end
+  if kind == 'concurrency' then
+    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now_us()))
+    return redis.call('ZCARD', lock.key) < lock.limit
+  end
+  return redis.call('EXISTS', lock.key) == 0
+end
+
 local function wake(lock)
-  local waiting, readers_woken = '$WAITING_PREFIX' .. lock.key, false
-  while true do
+  if lock.kind == 'rate' then return end -- its waiters know when their quota returns
+  local waiting, turn, readers_woken = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key, false
+  while redis.call('EXISTS', turn) == 0 do
     local head = redis.call('ZRANGE', waiting, 0, 0)[1]
     if not head then return end
     local kind, task = string.match(head, '^(%a+):(.*)$')
-    if kind == 'exclusive' and (readers_woken or redis.call('EXISTS', lock.key) == 1) then return end
+    if not can_be_had(kind, lock) or (kind == 'exclusive' and readers_woken) then return end
     redis.call('ZREM', waiting, head)
     if undelay(task) then
-      if kind == 'mutex' or kind == 'exclusive' then
-        redis.call('SET', '$TURN_PREFIX' .. lock.key, task, 'PX', TURN_MS)
-      end
+      if kind == 'mutex' or kind == 'exclusive' then redis.call('SET', turn, task, 'PX', TURN_MS) end
       if kind ~= 'shared' then return end
       readers_woken = true
     end
@@ -32,13 +40,12 @@ local function release_all(locks)
   return released
 end
 
--- A task that was woken for one lock and is refused by another must not keep the first from the next in line.
-local function pass_turn_on(locks, refusing, task)
+-- A task that was refused by one of its locks may have been woken for another: the next in line must not
+-- wait for it.
+local function pass_on(locks, refusing, task)
   for position, lock in ipairs(locks) do
     local turn = '$TURN_PREFIX' .. lock.key
-    if redis.call('GET', turn) == task then
-      redis.call('DEL', turn)
-      if position ~= refusing then wake(lock) end
-    end
+    if redis.call('GET', turn) == task then redis.call('DEL', turn) end
+    if position ~= refusing then wake(lock) end
   end
 end

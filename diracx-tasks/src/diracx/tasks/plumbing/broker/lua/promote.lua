@@ -2,8 +2,8 @@
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
 -- Returns {number moved, when the next is due in ms or -1, now in ms}.
 -- #include _time _queue
-local now = math.floor(now_us() / 1000)
-local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', int(now), 'LIMIT', 0, ARGV[1])
+local now = now_us() / 1000
+local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', string.format('%.3f', now), 'LIMIT', 0, ARGV[1])
 for _, task in ipairs(due) do undelay(task) end
 local next_due = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
-return {#due, next_due and int(tonumber(next_due)) or '-1', int(now)}
+return {#due, next_due and int(math.ceil(tonumber(next_due))) or '-1', int(math.floor(now))}

@@ -1,6 +1,7 @@
 -- Bury dead workers and take over what they were running.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
---   1 to look for consumers that never said they live (a registry lost with FLUSHALL), every stream (msgpack list).
+--   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
+--   lease (ms): how long such a consumer may still be silent.
 -- Returns messages as fetch.lua does, each with its delivery count: {stream, entry, fields, deliveries}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #include _time _locks _queue _wake
@@ -11,7 +12,7 @@ if ARGV[3] == '1' then
     local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, '$GROUP')
     if not consumers.err then
       for _, info in ipairs(consumers) do
-        redis.call('ZADD', '$ALIVE', 'NX', 0, info[2])
+        redis.call('ZADD', '$ALIVE', 'NX', int(now_us() / 1000 + tonumber(ARGV[5])), info[2])
       end
     end
   end

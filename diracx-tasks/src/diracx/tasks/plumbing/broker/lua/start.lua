@@ -5,15 +5,25 @@
 -- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #include _time _locks _queue _wake
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
+
+-- The place in line is that of the submission (µs), not of whoever happened to ask first.
+local function queued_at(entry)
+  local ms, sequence = string.match(entry, '^(%d+)-(%d+)$')
+  return int(tonumber(ms) * 1000 + math.min(tonumber(sequence), 999))
+end
+
 local consumer, now, replies = ARGV[1], now_us(), {}
 for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
   if not owns(d.stream, consumer, d.entry, d.deliveries) then
     replies[position] = {-1}
   else
-    local granted, refusing, again = take_all(d.locks, now, d.task)
+    local granted, refusing = take_all(d.locks, now, d.task)
     if granted then
       for _, lock in ipairs(d.locks) do
         redis.call('HSET', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
+        if lock.kind == 'rate' and d.since ~= '0' then
+          redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, 'rate:' .. d.task)
+        end
       end
       replies[position] = {1}
     else
@@ -22,18 +32,22 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       for field = 1, #fields, 2 do
         if fields[field] == 'data' then data = fields[field + 1] end
       end
-      local lock, since = d.locks[refusing], d.since
-      if since == '0' then since = int(now) end
-      local due = math.ceil((again or (now + look_again_in(lock, d.retry_ms) * 1000)) / 1000)
+      local lock, since, again = d.locks[refusing], d.since, nil
+      if since == '0' then since = queued_at(d.entry) end
+      local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
+      redis.call('ZADD', waiting, int(d.rank * MAX_PRIORITY_SPAN + tonumber(since)), waiter)
+      if lock.kind == 'rate' then
+        local place = redis.call('ZRANK', waiting, waiter)
+        again = quota_returns(lock, place * lock.n_items) + place -- a µs apart, to stay in line
+      else
+        again = now + look_again_in(lock, d.retry_ms) * 1000
+      end
+      local due = again / 1000
+      redis.call('PEXPIRE', waiting, int(due - now / 1000 + 2 * d.retry_ms))
       remove(d.stream, d.entry)
       delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data)
-      if lock.kind ~= 'rate' then
-        local waiting = '$WAITING_PREFIX' .. lock.key
-        redis.call('ZADD', waiting, int(d.rank * MAX_PRIORITY_SPAN + tonumber(since)), lock.kind .. ':' .. d.task)
-        redis.call('PEXPIRE', waiting, d.retry_ms * 2)
-      end
-      pass_turn_on(d.locks, refusing, d.task)
-      replies[position] = {0, refusing, int(due)}
+      pass_on(d.locks, refusing, d.task)
+      replies[position] = {0, refusing, int(math.ceil(due))}
     end
   end
 end
