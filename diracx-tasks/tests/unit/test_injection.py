@@ -674,3 +674,14 @@ async def test_source_can_read_the_database_of_the_running_transaction(
     for function in (execute, only_source):
         async with setup_dependency_overrides([compile_plan(function)]) as overrides:
             assert await run(function, overrides) == 42
+
+
+async def test_a_dependency_with_a_default_is_done_without_where_it_is_not_configured() -> None:
+    async def execute(self: object, config: Config = None) -> Any:  # type: ignore[assignment]
+        return config
+
+    plan = compile_plan(execute, skip_first=True)
+    assert find_missing_overrides(plan, {}) == []
+    async with AsyncExitStack() as stack:
+        assert await resolve(plan, {}, stack) == {}
+        assert await resolve(plan, {ConfigSource.create: lambda: "there"}, stack) == {"config": "there"}

@@ -237,3 +237,14 @@ async def test_uninitialised_database_says_how_to_initialise_it(db_url: str) -> 
         assert await db.create_tables()
         assert not await db.create_tables()
         assert await db.list_ces(vo=None) == []
+
+
+async def test_P60_capacity_holds_in_a_database_in_memory_too() -> None:
+    db = MyPilotDB("sqlite+aiosqlite:///:memory:")
+    async with db.engine_context():
+        await db.create_tables()
+        await db.add_ce("ce", 5, 1.0)
+        ends = await asyncio.gather(*(db.submit_pilot("ce", "lhcb") for _ in range(20)), return_exceptions=True)
+        assert sorted(type(end).__name__ for end in ends) == ["NoRoomError"] * 15 + ["int"] * 5
+        async with db:
+            assert len(await db.get_pilots_by_status(S.SUBMITTED, "lhcb")) == 5

@@ -69,9 +69,18 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
 
-    async def execute(self, my_pilot_db: PilotDB, config: Config, **kwargs: Any) -> dict[str, int]:
-        """Return how many were spawned, per compute element."""
-        asked = await logic.request_pilots(my_pilot_db, self.vo, vos=list(config.registry))
+    async def execute(
+        self,
+        my_pilot_db: PilotDB,
+        config: Config = None,  # type: ignore[assignment]  # injected where there is one
+        **kwargs: Any,
+    ) -> dict[str, int]:
+        """Return how many were spawned, per compute element.
+
+        The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
+        """
+        vos = [self.vo] if config is None else list(config.registry)
+        asked = await logic.request_pilots(my_pilot_db, self.vo, vos=vos)
         for ce_name, count in asked.items():
             spawned = 0
             try:

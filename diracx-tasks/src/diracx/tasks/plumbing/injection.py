@@ -57,6 +57,8 @@ class Plan:
     """Whether a value that this execution already has for `call` is good enough."""
     sentinel: str | None = None
     """``JobDB.transaction`` or the like where `call` is one and does nothing without an override."""
+    optional: bool = False
+    """Whether the parameter has a default, which it keeps where the sentinel has no override."""
 
     @property
     def dependencies(self) -> list[Plan]:
@@ -78,7 +80,13 @@ def compile_plan(func: Call, *, skip_first: bool = False, name: str | None = Non
 
 
 def _compile(
-    call: Call, parents: tuple[Call, ...], name: str, *, skip_first: bool = False, use_cache: bool = True
+    call: Call,
+    parents: tuple[Call, ...],
+    name: str,
+    *,
+    skip_first: bool = False,
+    use_cache: bool = True,
+    optional: bool = False,
 ) -> Plan:
     if call in parents:
         raise TypeError(f"{name}: this dependency needs itself")
@@ -95,7 +103,13 @@ def _compile(
                     f"{name}: parameter {param.name!r} is injected by name and cannot be positional-only"
                 )
             child_name = f"{name} → {name_of(dependency)}"
-            child = _compile(dependency, (*parents, call), child_name, use_cache=depends.use_cache)
+            child = _compile(
+                dependency,
+                (*parents, call),
+                child_name,
+                use_cache=depends.use_cache,
+                optional=param.default is not Parameter.empty and not isinstance(param.default, Depends),
+            )
             children.append((param.name, child))
         elif param.default is Parameter.empty and param.kind not in (
             Parameter.VAR_POSITIONAL,
@@ -108,7 +122,7 @@ def _compile(
                 "annotate it with a database, a settings class, Config or CallbackSpawner, "
                 "or use Annotated[..., Depends(...)]"
             )
-    return Plan(call, _kind_of(call), tuple(children), use_cache, sentinel_name(call))
+    return Plan(call, _kind_of(call), tuple(children), use_cache, sentinel_name(call), optional)
 
 
 def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
@@ -151,7 +165,11 @@ async def resolve(plan: Plan, overrides: Overrides, stack: AsyncExitStack) -> di
 async def _arguments(
     plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache: dict[Call, Any]
 ) -> dict[str, Any]:
-    return {name: await _value(child, overrides, stack, cache) for name, child in plan.parameters}
+    return {
+        name: await _value(child, overrides, stack, cache)
+        for name, child in plan.parameters
+        if not (child.optional and child.sentinel is not None and child.call not in overrides)
+    }
 
 
 async def _value(plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache: dict[Call, Any]) -> Any:

@@ -104,5 +104,14 @@ def find_missing_overrides(dependant: Any, overrides: Overrides) -> list[str]:
 
     The names are those of the code (``JobDB.transaction``), each once, in the order met.
     """
-    calls = [call for call in calls_below(dependant, overrides) if call not in overrides]
-    return list(dict.fromkeys(name for call in calls if (name := sentinel_name(call))))
+    return list(dict.fromkeys(_missing(dependant, overrides)))
+
+
+def _missing(dependant: Any, overrides: Overrides) -> Iterator[str]:
+    for child in dependant.dependencies:
+        if child.call in overrides:
+            continue
+        name = sentinel_name(child.call)
+        if name is not None and not getattr(child, "optional", False):  # an optional one is done without
+            yield name
+        yield from _missing(child, overrides)

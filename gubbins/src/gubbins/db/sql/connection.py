@@ -4,10 +4,11 @@ from __future__ import annotations
 
 __all__ = ["DatabaseNotReadyError", "PilotDBConnection"]
 
+import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
 from sqlalchemy import event, inspect, text
@@ -51,6 +52,7 @@ class PilotDBConnection(BaseSQLDB):
     """
 
     metadata = MyPilotDBBase.metadata
+    _turn: asyncio.Lock | None = None
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
@@ -62,7 +64,29 @@ class PilotDBConnection(BaseSQLDB):
                 # REPEATABLE READ, the default there, would let a waiter of the row lock count the pilots of
                 # before its wait, and its gap locks make two compute elements deadlock.
                 self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+            if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
+                # All transactions share its one connection: they must not overlap.
+                self._turn = asyncio.Lock()
             yield
+
+    async def __aenter__(self) -> Self:
+        if self._turn is not None:
+            await self._turn.acquire()
+        try:
+            return await super().__aenter__()
+        except BaseException:
+            self._end_turn()
+            raise
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await super().__aexit__(*error)  # type: ignore[no-untyped-call]  # of diracx-db
+        finally:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.release()
 
     @property
     def in_transaction(self) -> bool:
@@ -99,7 +123,10 @@ class PilotDBConnection(BaseSQLDB):
             await connection.commit()
         finally:
             self._conn.set(None)
-            await connection.close()
+            try:
+                await connection.close()
+            finally:
+                self._end_turn()
 
     async def _staged(self, rows: Sequence[tuple[int, str | None]]) -> Subquery:
         """These rows as a derived table `id, reason`, for a statement of the present transaction."""

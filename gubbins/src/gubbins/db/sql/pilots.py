@@ -53,7 +53,7 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
 class PilotStore(ComputeElementStore):
     """The table Pilots."""
 
-    async def submit_pilot(self, ce_name: str, *, vo: str) -> int:
+    async def submit_pilot(self, ce_name: str, vo: str) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id. This is THE capacity gate.
 
         The row of the compute element is locked first, so all submissions to one compute element pass here
@@ -184,7 +184,7 @@ class PilotStore(ComputeElementStore):
             )
             return {row[0]: row[1] for row in rows}
 
-    async def get_pilots_by_status(self, status: MyPilotStatus, *, vo: str | None) -> list[dict[str, Any]]:
+    async def get_pilots_by_status(self, status: MyPilotStatus, vo: str | None) -> list[dict[str, Any]]:
         """All pilots in a state, oldest first; `vo=None`: of every VO."""
         where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
         if vo is not None:
