@@ -29,6 +29,11 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
     note("enqueue in bulk", f"{bulk:,.0f} tasks/s")
     p50, p99 = await tasks.idle_latency()
     note("idle latency, schedule() to execute(), p50 / p99", f"{p50 * 1000:.2f} / {p99 * 1000:.2f} ms")
+    behind, alone = await tasks.one_mutex()
+    note(
+        "200 tasks of 1 ms behind one mutex / one after another in a loop",
+        f"{behind:.2f} s / {alone:.2f} s: {behind / alone:.1f} times",
+    )
     queued, left = await tasks.bytes_per_task()
     note("Redis memory per queued no-op / left over when done", f"{queued:.0f} / {left:.1f} bytes")
     note("import diracx.tasks.plumbing", f"{tasks.import_time('import diracx.tasks.plumbing'):.2f} s")

@@ -10,8 +10,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from diracx.tasks.plumbing import BaseTask, schedule_many
+from diracx.tasks.plumbing import BaseTask, MutexLock, schedule_many
 from diracx.tasks.plumbing.broker.keys import stream_name_for
+from diracx.tasks.plumbing.lock_registry import TASK
+from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem, embedded_redis
 
 STREAM = stream_name_for("normal", "medium")
@@ -63,6 +65,37 @@ async def drain_rate(tasks: int = 20_000, concurrency: int = 100) -> float:
             while await system.broker.redis.xlen(STREAM):
                 await asyncio.sleep(0.005)
             return tasks / (time.perf_counter() - begin)
+
+
+@dataclass
+class Alone(BaseTask):
+    """A millisecond of work that must not overlap with its like."""
+
+    number: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(TASK, "alone")]
+
+    async def execute(self) -> None:
+        await asyncio.sleep(0.001)
+
+
+async def one_mutex(tasks: int = 200) -> tuple[float, float]:
+    """Seconds for tasks behind one mutex through a worker, and for the same one after another in a loop."""
+    async with TaskSystem([Alone], workers=1, concurrency=100, settings=SETTINGS, task_db_url=None) as system:
+        begin = time.perf_counter()
+        await schedule_many([Alone(number) for number in range(tasks)])
+        await system.drain(120)
+        through_worker = time.perf_counter() - begin
+        begin = time.perf_counter()
+        for number in range(tasks):
+            task = Alone(number)
+            [lock] = task.execution_locks
+            await lock.acquire(system.broker.redis)
+            await task.execute()
+            await lock.release(system.broker.redis)
+        return through_worker, time.perf_counter() - begin
 
 
 async def enqueue_one_by_one(tasks: int = 5_000) -> float:

@@ -59,7 +59,7 @@ async def until(condition: Any, seconds: float = 15.0) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
+async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
     worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
 ) -> None:
     process = worker()

@@ -228,6 +228,33 @@ async def test_P30_a_requested_retry_happens_whatever_the_policy_says(redis_url:
         assert (await system.result(await Again().schedule())).return_value == 2
 
 
+async def test_P14_a_retried_task_keeps_its_id_and_its_result_is_found_under_it(redis_url: str) -> None:
+    class Second(BaseTask):
+        retry_policy = ExponentialBackoff(base_delay_seconds=0.02, max_retries=1)
+
+        async def execute(self) -> str:
+            SEEN.append(1)
+            if len(SEEN) == 1:
+                raise ValueError("not yet")
+            return "at last"
+
+    async with TaskSystem([Second], redis_url=redis_url) as system:
+        assert (await system.result(await Second().schedule())).return_value == "at last"
+
+
+async def test_P5_what_a_living_worker_runs_is_nobody_elses_however_long_it_takes(redis_url: str) -> None:
+    class Long(BaseTask):
+        async def execute(self) -> None:
+            SEEN.append(1)
+            await asyncio.sleep(2.0)  # several leases
+
+    settings = {"lease_seconds": 0.4, "housekeeping_seconds": 0.05}
+    async with TaskSystem([Long], redis_url=redis_url, workers=3, settings=settings) as system:
+        await schedule_many([Long() for _ in range(12)])
+        await system.drain(timeout=20)
+    assert len(SEEN) == 12
+
+
 async def test_time_limit_cancels_the_execution_and_counts_as_a_failure(redis_url: str) -> None:
     class Endless(BaseTask):
         time_limit_seconds = 0.05

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from diracx.tasks.plumbing import BaseTask, MutexLock
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
@@ -143,3 +143,39 @@ async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(red
         await broker.shutdown()
         await system.drain()
     assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
+
+
+@dataclass
+class Fragile(BaseTask):
+    """Fails once, and then succeeds."""
+
+    text: str
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.05, max_retries=1)
+
+    async def execute(self) -> str:
+        SEEN.append(self.text)
+        if SEEN.count(self.text) == 1:
+            raise ValueError("not yet")
+        return self.text
+
+
+async def test_P11_a_retry_whose_answer_is_lost_happens_once(redis_url: str) -> None:
+    SEEN.clear()
+    proxy = LossyProxy(redis_url)
+    stop = asyncio.Event()
+    async with proxy.serve() as lossy_url, TaskSystem([Fragile], redis_url=redis_url, workers=0) as system:
+        broker = RedisStreamBroker(lossy_url)
+        worker = Worker(
+            broker, TaskRegistry({"test:Fragile": Fragile}), settings=WorkerSettings(result_ttl_seconds=60)
+        )
+        running = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        for nth in range(1, 6):  # whichever answer it is, that of the settlement with the retry included
+            proxy.lose(nth, b"")
+            task_id = await Fragile(f"number {nth}").schedule()
+            assert (await system.result(task_id, timeout=10)).return_value == f"number {nth}"
+        stop.set()
+        await running
+        await broker.shutdown()
+        await system.drain()
+    assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5
