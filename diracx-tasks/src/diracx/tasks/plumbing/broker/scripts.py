@@ -107,9 +107,11 @@ async def settle(redis: Redis, consumer: str, settlements: Sequence[Mapping[str,
     return [reply == 1 for reply in await script("settle")(redis, args=[consumer, pack(settlements)])]
 
 
-async def reclaim(redis: Redis, streams: Sequence[str], consumer: str, free: int, audit: bool) -> Any:
+async def reclaim(
+    redis: Redis, streams: Sequence[str], consumer: str, free: int, audit: bool, suspect_from: int
+) -> Any:
     """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
-    return await script("reclaim")(redis, streams, [consumer, free, int(audit), _EVERY_STREAM])
+    return await script("reclaim")(redis, streams, [consumer, free, int(audit), _EVERY_STREAM, suspect_from])
 
 
 async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str]) -> Any:

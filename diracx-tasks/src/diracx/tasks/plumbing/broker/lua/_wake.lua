@@ -5,14 +5,15 @@ local TURN_MS = 1000
 local function wake(lock)
   local waiting, readers_woken = '$WAITING_PREFIX' .. lock.key, false
   while true do
-    local head = redis.call('ZRANGE', waiting, 0, 0)[1]
+    local first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
+    local head = first[1]
     if not head then return end
     local kind, task = string.match(head, '^(%a+):(.*)$')
     if kind == 'exclusive' and (readers_woken or redis.call('EXISTS', lock.key) == 1) then return end
     redis.call('ZREM', waiting, head)
-    if undelay(task) then
+    if waits_for_a_lock(task) and undelay(task) then
       if kind == 'mutex' or kind == 'exclusive' then
-        redis.call('SET', '$TURN_PREFIX' .. lock.key, task, 'PX', TURN_MS)
+        redis.call('SET', '$TURN_PREFIX' .. lock.key, int(tonumber(first[2])) .. ':' .. task, 'PX', TURN_MS)
       end
       if kind ~= 'shared' then return end
       readers_woken = true
@@ -35,9 +36,8 @@ end
 -- A task that was woken for one lock and is refused by another must not keep the first from the next in line.
 local function pass_turn_on(locks, refusing, task)
   for position, lock in ipairs(locks) do
-    local turn = '$TURN_PREFIX' .. lock.key
-    if redis.call('GET', turn) == task then
-      redis.call('DEL', turn)
+    if turn_of(lock) == task then
+      redis.call('DEL', '$TURN_PREFIX' .. lock.key)
       if position ~= refusing then wake(lock) end
     end
   end

@@ -10,9 +10,14 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
   if not owns(d.stream, consumer, d.entry, d.deliveries) then
     replies[position] = {-1}
   else
-    local granted, refusing, again = take_all(d.locks, now, d.task)
+    local since = d.since
+    if since == '0' then since = int(now) end
+    local place = d.rank * MAX_PRIORITY_SPAN + tonumber(since)
+    local granted, refusing, again = take_all(d.locks, now, d.task, place)
     if granted then
       for _, lock in ipairs(d.locks) do
+        -- Its timer may have brought it here: then it still stands in line.
+        redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task)
         redis.call('HSET', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
       end
       replies[position] = {1}
@@ -22,14 +27,13 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       for field = 1, #fields, 2 do
         if fields[field] == 'data' then data = fields[field + 1] end
       end
-      local lock, since = d.locks[refusing], d.since
-      if since == '0' then since = int(now) end
+      local lock = d.locks[refusing]
       local due = math.ceil((again or (now + look_again_in(lock, d.retry_ms) * 1000)) / 1000)
       remove(d.stream, d.entry)
       delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data)
       if lock.kind ~= 'rate' then
         local waiting = '$WAITING_PREFIX' .. lock.key
-        redis.call('ZADD', waiting, int(d.rank * MAX_PRIORITY_SPAN + tonumber(since)), lock.kind .. ':' .. d.task)
+        redis.call('ZADD', waiting, int(place), lock.kind .. ':' .. d.task)
         redis.call('PEXPIRE', waiting, d.retry_ms * 2)
       end
       pass_turn_on(d.locks, refusing, d.task)
