@@ -29,6 +29,8 @@ from .processes import History, Supervised
 #: Name of our own connections, which are left alone: a submission without an answer may have arrived or not.
 _OURS = "chaos-driver"
 _TICK_SECONDS = 0.05
+#: More than the default of 3: here workers die every few seconds, and innocent tasks with them.
+MAX_DELIVERIES = 5
 #: Younger connections are left alone: a process that starts may give up at once, by promise.
 _GROWN_UP_SECONDS = 5
 
@@ -130,6 +132,7 @@ class Driver:
 
         for number in range(workers):
             options = ["--lease-seconds", str(lease), "--max-concurrent-tasks", str(slots), "--grace", "5"]
+            options += ["--max-deliveries", str(MAX_DELIVERIES)]
             size = ("medium", "small")[number % 2]
             self._workers.append(place(f"worker-{number}", ["worker", "--worker-size", size, *options]))
         for number in range(schedulers):

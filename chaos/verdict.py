@@ -36,8 +36,8 @@ from .witness import Run, Testimony
 SETTLE_SECONDS = 1.0
 AWAKENING_SECONDS = 1.0
 RATE_SLACK_SECONDS = 1.0
-#: A process that is younger may not have its signal handlers yet.
-START_SECONDS = 5.0
+#: A process that is younger may still be starting.
+START_SECONDS = 8.0
 #: Clocks of server and witness differ by less.
 _CLOCK_SECONDS = 0.01
 
@@ -286,14 +286,17 @@ class Verdict:
         crashed = [
             f"{pid} with {code}"
             for pid, (_, code) in history.ended.items()
-            if pid not in self._violent and code != 0 and not (code == -signal.SIGTERM and self._was_young(pid))
+            if pid not in self._violent
+            and code != 0
+            and not (code in (1, -signal.SIGTERM) and self._was_young(pid))
         ]
         yield self._count("processes that ended by themselves or stopped badly", crashed)
 
     def _was_young(self, pid: int) -> bool:
-        """Was it told to stop before it could listen?"""
+        """Was it cut off or told to stop while it started? Then it gives up, and its supervisor tries again."""
         history = self._observed.history
-        return history.stopped.get(pid, float("inf")) - history.started[pid] < START_SECONDS
+        at = min(history.stopped.get(pid, float("inf")), history.ended[pid][0])
+        return at - history.started[pid] < START_SECONDS
 
     def _recovery(self) -> Iterable[Promise]:
         waits = []
