@@ -37,6 +37,8 @@ _CONNECTION: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
+#: The third delivery: two workers have died with the message.
+SUSPECT_FROM = 3
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 
@@ -169,15 +171,20 @@ class RedisStreamBroker:
             "XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids
         )
 
-    async def reclaim(self, free: int, *, audit: bool = False, lease_seconds: float = 30.0) -> list[Delivery]:
+    async def reclaim(
+        self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM
+    ) -> list[Delivery]:
         """Bury dead workers and take over up to `free` of the messages they held.
 
         Args:
             audit: also look for consumers that are on no list of living workers.
             lease_seconds: how long such a consumer may still be silent.
+            suspect_from: a message that is handed out so often may be what its workers died of. A worker
+                holds one such message at a time, so that the guilty one dies without its neighbours.
         """
+        lease_ms = int(lease_seconds * 1000)
         messages = await scripts.reclaim(
-            self.redis, self.streams, self.consumer_name, free, audit, int(lease_seconds * 1000)
+            self.redis, self.streams, self.consumer_name, free, audit, lease_ms, suspect_from
         )
         return [self._delivery(message) for message in messages]
 

@@ -108,10 +108,17 @@ async def settle(redis: Redis, consumer: str, settlements: Sequence[Mapping[str,
 
 
 async def reclaim(
-    redis: Redis, streams: Sequence[str], consumer: str, free: int, audit: bool, lease_ms: int
+    redis: Redis,
+    streams: Sequence[str],
+    consumer: str,
+    free: int,
+    audit: bool,
+    lease_ms: int,
+    suspect_from: int,
 ) -> Any:
     """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
-    return await script("reclaim")(redis, streams, [consumer, free, int(audit), _EVERY_STREAM, lease_ms])
+    args = [consumer, free, int(audit), _EVERY_STREAM, lease_ms, suspect_from]
+    return await script("reclaim")(redis, streams, args)
 
 
 async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str]) -> Any:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..broker.redis_streams import SUSPECT_FROM
+
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
@@ -74,4 +76,8 @@ class Intake:
         next_due_ms = await self._broker.promote()
         if next_due_ms is not None:
             self._housekeeping_at = min(self._housekeeping_at, now + next_due_ms / 1000)
-        return await self._broker.reclaim(free, audit=audit, lease_seconds=self._settings.lease_seconds)
+        # The last chance of a message at the latest, or it would be buried for what its neighbour has done.
+        suspect_from = min(SUSPECT_FROM, self._settings.max_deliveries)
+        return await self._broker.reclaim(
+            free, audit=audit, lease_seconds=self._settings.lease_seconds, suspect_from=suspect_from
+        )

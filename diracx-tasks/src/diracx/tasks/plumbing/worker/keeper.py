@@ -93,8 +93,12 @@ class LeaseKeeper:
 
     def forget(self, delivery: Delivery) -> None:
         """No longer renew it: it was settled, or is lost."""
+        place = delivery.stream, delivery.entry
         with self._mutex:
-            self._holds.pop((delivery.stream, delivery.entry), None)
+            hold = self._holds.get(place)
+            # The same entry may be in our hands again, taken over from whoever had taken it over from us.
+            if hold is not None and hold.delivery.deliveries == delivery.deliveries:
+                del self._holds[place]
 
     def held(self) -> list[tuple[str, str]]:
         """Stream and entry of everything that is kept renewed."""

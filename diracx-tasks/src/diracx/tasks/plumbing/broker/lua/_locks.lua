@@ -132,16 +132,25 @@ kinds.concurrency = {
   end,
 }
 
+-- Whose turn it is to take a lock, "{place in line}:{task}", if it is anybody's.
+local function turn_of(lock)
+  local place, task = string.match(redis.call('GET', '$TURN_PREFIX' .. lock.key) or '', '^(%d+):(.*)$')
+  return task, tonumber(place)
+end
+
 -- All of the locks or none of them: a refusal gives back what was taken before it, quota included.
--- `task` is nil for a lock that is taken outside the task system.
+-- `task` and its `place` in line are nil for a lock that is taken outside the task system.
+-- A turn keeps others from a lock, but not those who would stand before its owner in line: two tasks that want
+-- the same two locks, each with the turn of one of them, would else refuse each other for ever.
 -- Returns true, or false, the position of the refusing lock, and when to try again (µs, or nil).
-local function take_all(locks, now, task)
+local function take_all(locks, now, task, place)
   local turns = {}
   for position, lock in ipairs(locks) do
-    local turn = task and redis.call('GET', '$TURN_PREFIX' .. lock.key)
-    if turn then turns[#turns + 1] = '$TURN_PREFIX' .. lock.key end
+    local owner, owners_place
+    if task then owner, owners_place = turn_of(lock) end
+    if owner then turns[#turns + 1] = '$TURN_PREFIX' .. lock.key end
     local granted, again = false, nil
-    if not turn or turn == task then
+    if not owner or owner == task or place < owners_place then
       granted, again = kinds[lock.kind].take(lock, now)
       -- A worker that lost the connection while it asked, asks again: what it got then is still its own.
       if not granted and task and (lock.kind == 'mutex' or lock.kind == 'exclusive') then

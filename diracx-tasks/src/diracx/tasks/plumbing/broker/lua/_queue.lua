@@ -29,6 +29,13 @@ local function delay(task, due_ms, stream, reason, since, data)
   end
 end
 
+-- Is it parked behind a lock, and not put aside for another reason? Who has left a line by its timer may still
+-- be found in it, and must not be woken from its retry.
+local function waits_for_a_lock(task)
+  local stored = redis.call('HGET', '$DELAYED_DATA', task)
+  return stored and string.match(stored, '^%S+ (%S+) ') == 'lock'
+end
+
 -- Out of the delayed set, into its stream. False when the task is no longer there.
 local function undelay(task)
   local stored = redis.call('HGET', '$DELAYED_DATA', task)

@@ -15,13 +15,16 @@ local function wake(lock)
   if lock.kind == 'rate' then return end -- its waiters know when their quota returns
   local waiting, turn, readers_woken = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key, false
   while redis.call('EXISTS', turn) == 0 do
-    local head = redis.call('ZRANGE', waiting, 0, 0)[1]
+    local first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
+    local head = first[1]
     if not head then return end
     local kind, task = string.match(head, '^(%a+):(.*)$')
     if not can_be_had(kind, lock) or (kind == 'exclusive' and readers_woken) then return end
     redis.call('ZREM', waiting, head)
-    if undelay(task) then
-      if kind == 'mutex' or kind == 'exclusive' then redis.call('SET', turn, task, 'PX', TURN_MS) end
+    if waits_for_a_lock(task) and undelay(task) then
+      if kind == 'mutex' or kind == 'exclusive' then
+        redis.call('SET', turn, int(tonumber(first[2])) .. ':' .. task, 'PX', TURN_MS)
+      end
       if kind ~= 'shared' then return end
       readers_woken = true
     end
@@ -44,8 +47,7 @@ end
 -- wait for it.
 local function pass_on(locks, refusing, task)
   for position, lock in ipairs(locks) do
-    local turn = '$TURN_PREFIX' .. lock.key
-    if redis.call('GET', turn) == task then redis.call('DEL', turn) end
+    if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. lock.key) end
     if position ~= refusing then wake(lock) end
   end
 end

@@ -1,12 +1,35 @@
 -- Bury dead workers and take over what they were running.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
---   lease (ms): how long such a consumer may still be silent.
+--   lease (ms): how long such a consumer may still be silent, the delivery count from which a message is a suspect.
+-- A message that several workers have died with may be what killed them, or may only have been beside it each
+-- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
 -- Returns messages as fetch.lua does, each with its delivery count: {stream, entry, fields, deliveries}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #include _time _locks _queue _wake
 local consumer, free, messages = ARGV[1], tonumber(ARGV[2]), {}
-local every_stream = cmsgpack.unpack(ARGV[4])
+local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
+local has_suspect -- found out when it matters
+
+local function holds_a_suspect()
+  for _, stream in ipairs(KEYS) do
+    local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
+    for _, p in ipairs(pending.err and {} or pending) do
+      if tonumber(p[4]) >= suspect_from then return true end
+    end
+  end
+  return false
+end
+
+-- May the caller take a message that was handed out so often?
+local function may_take(deliveries)
+  if deliveries + 1 < suspect_from then return true end
+  if has_suspect == nil then has_suspect = holds_a_suspect() end
+  if has_suspect then return false end
+  has_suspect = true
+  return true
+end
+
 if ARGV[3] == '1' then
   for _, stream in ipairs(every_stream) do
     local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, '$GROUP')
@@ -26,9 +49,11 @@ for _, worker in ipairs(dead) do
     redis.call('DEL', '$HELD_PREFIX' .. worker)
     release_all(locks)
     for position, stream in ipairs(KEYS) do
-      local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', free, worker) or {}
+      -- All of them: those that may be taken can stand behind suspects that may not.
+      local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, worker) or {}
       for _, p in ipairs(pending.err and {} or pending) do
-        local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1])
+        if free <= 0 then break end
+        local claimed = may_take(tonumber(p[4])) and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
           messages[#messages + 1] = {position, claimed[1][1], claimed[1][2], tonumber(p[4]) + 1}
           free = free - 1

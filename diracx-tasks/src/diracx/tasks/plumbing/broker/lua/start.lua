@@ -17,13 +17,15 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
   if not owns(d.stream, consumer, d.entry, d.deliveries) then
     replies[position] = {-1}
   else
-    local granted, refusing = take_all(d.locks, now, d.task)
+    local since = d.since
+    if since == '0' then since = queued_at(d.entry) end
+    local place = d.rank * MAX_PRIORITY_SPAN + tonumber(since)
+    local granted, refusing = take_all(d.locks, now, d.task, place)
     if granted then
       for _, lock in ipairs(d.locks) do
+        -- Its timer may have brought it here: then it still stands in line.
+        redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task)
         redis.call('HSET', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
-        if lock.kind == 'rate' and d.since ~= '0' then
-          redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, 'rate:' .. d.task)
-        end
       end
       replies[position] = {1}
     else
@@ -32,13 +34,12 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       for field = 1, #fields, 2 do
         if fields[field] == 'data' then data = fields[field + 1] end
       end
-      local lock, since, again = d.locks[refusing], d.since, nil
-      if since == '0' then since = queued_at(d.entry) end
+      local lock, again = d.locks[refusing], nil
       local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
-      redis.call('ZADD', waiting, int(d.rank * MAX_PRIORITY_SPAN + tonumber(since)), waiter)
+      redis.call('ZADD', waiting, int(place), waiter)
       if lock.kind == 'rate' then
-        local place = redis.call('ZRANK', waiting, waiter)
-        again = quota_returns(lock, place * lock.n_items) + place -- a µs apart, to stay in line
+        local ahead = redis.call('ZRANK', waiting, waiter)
+        again = quota_returns(lock, ahead * lock.n_items) + ahead -- a µs apart, to stay in line
       else
         again = now + look_again_in(lock, d.retry_ms) * 1000
       end

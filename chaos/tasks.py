@@ -1,0 +1,248 @@
+"""The tasks that are run under fire, one class for each kind of trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from diracx.tasks.plumbing import (
+    ConcurrencyLimiter,
+    ExclusiveRWLock,
+    ExponentialBackoff,
+    IntervalSeconds,
+    MutexLock,
+    NoRetry,
+    PeriodicBaseTask,
+    Priority,
+    RateLimiter,
+    SharedRWLock,
+    Size,
+)
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+
+from .witness import VARIABLE, Witnessed, next_run, note
+
+#: At most so many `Limited` at a time.
+CONCURRENCY = 4
+#: At most so many `Rated` in any such window.
+RATE, RATE_SECONDS = 20, 3.0
+BEAT_SECONDS = 1.0
+#: A `Failing` fails so often, then it is a dead letter.
+FAILURES = 3
+
+
+class Slots(ConcurrencyLimiter):
+    limit = CONCURRENCY
+
+
+class Quota(RateLimiter):
+    limit = RATE
+    window_seconds = RATE_SECONDS
+
+
+@dataclass
+class Quick(Witnessed):
+    n: int
+
+    async def execute(self) -> None:
+        with self.at_work():
+            pass
+
+
+@dataclass
+class Urgent(Quick):
+    priority = Priority.REALTIME
+    size = Size.SMALL
+
+
+@dataclass
+class Later(Quick):
+    """Submitted for a later time."""
+
+    size = Size.SMALL
+
+
+@dataclass
+class Slow(Witnessed):
+    n: int
+    seconds: float
+    priority = Priority.BACKGROUND
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(self.seconds)
+
+
+@dataclass
+class Flaky(Witnessed):
+    """Fails once."""
+
+    n: int
+
+    async def execute(self) -> None:
+        with self.at_work():
+            path = Path(os.environ[VARIABLE]) / f"flaky-{self.n}"
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            raise RuntimeError("the first time it fails")
+
+
+@dataclass
+class Failing(Witnessed):
+    """Never succeeds."""
+
+    n: int
+    retry_policy = ExponentialBackoff(base_delay_seconds=1, max_retries=FAILURES - 1)
+
+    async def execute(self) -> None:
+        with self.at_work():
+            raise RuntimeError("it always fails")
+
+
+@dataclass
+class Locked(Witnessed):
+    n: int
+    key: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.key)]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class LockedSmall(Locked):
+    """Contends with the other size for the same keys."""
+
+    size = Size.SMALL
+
+
+@dataclass
+class LockedTwice(Witnessed):
+    """Wants two mutexes at once; `key` is "a+b"."""
+
+    n: int
+    key: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, key) for key in self.key.split("+")]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Reads(Witnessed):
+    n: int
+    key: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [SharedRWLock(JOB, self.key)]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.02)
+
+
+@dataclass
+class Writes(Witnessed):
+    n: int
+    key: str
+    size = Size.SMALL
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [ExclusiveRWLock(JOB, self.key)]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Limited(Witnessed):
+    n: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [Slots(JOB, "chaos")]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.02)
+
+
+@dataclass
+class Rated(Witnessed):
+    n: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [Quota(JOB, "chaos")]
+
+    async def execute(self) -> None:
+        with self.at_work():
+            pass
+
+
+@dataclass
+class Child(Quick):
+    """One of a group."""
+
+
+@dataclass
+class GroupDone(Quick):
+    size = Size.SMALL
+
+
+@dataclass
+class GroupFailed(Quick):
+    """Nobody should ever see it: no child fails for good."""
+
+
+@dataclass
+class Kills(Witnessed):
+    """Takes its worker with it, every time."""
+
+    n: int
+    retry_policy = NoRetry()
+
+    async def execute(self) -> None:
+        with self.at_work():
+            note("K", 0, "Kills", self.n)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class KillsLocked(Kills):
+    """The same, while others wait for its lock."""
+
+    key: str = ""
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.key)]
+
+
+class Beat(PeriodicBaseTask):
+    """What the schedulers submit."""
+
+    default_schedule = IntervalSeconds(BEAT_SECONDS)
+    size = Size.SMALL
+
+    async def execute(self) -> None:
+        run = next_run()
+        note("S", run, "Beat", 0)
+        note("E", run, "Beat", 0, "ok")

@@ -1,0 +1,96 @@
+"""What the tasks did, told by themselves: one append-only file for each process, written without a buffer.
+
+A line outlives the SIGKILL of its writer. Times are CLOCK_MONOTONIC, which all processes of a machine share.
+Redis has no part in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff
+
+#: The directory of the files; set by the driver for every worker.
+VARIABLE = "CHAOS_WITNESS"
+_runs = itertools.count(1)
+_files: dict[int, int] = {}
+
+
+def note(mark: str, run: int, kind: str, n: int, how: str = "-") -> None:
+    """Append one line: mark, time (ns), pid, run, kind, n, how it went."""
+    pid = os.getpid()
+    if pid not in _files:
+        path = Path(os.environ[VARIABLE]) / f"{pid}-{time.monotonic_ns()}.log"
+        _files[pid] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(_files[pid], f"{mark} {time.monotonic_ns()} {pid} {run} {kind} {n} {how}\n".encode())
+
+
+def next_run() -> int:
+    """A number for an execution in this process."""
+    return next(_runs)
+
+
+class Witnessed(BaseTask):
+    """A task that is known by its number and says when it is at work. Retried until it succeeds."""
+
+    n: int
+    retry_policy = ExponentialBackoff(base_delay_seconds=1, max_retries=6)
+    dlq_eligible = True
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        run, kind = next_run(), type(self).__name__
+        note("S", run, kind, self.n)
+        try:
+            yield
+        except BaseException as error:
+            note("E", run, kind, self.n, type(error).__name__)
+            raise
+        note("E", run, kind, self.n, "ok")
+
+
+@dataclass(slots=True)
+class Run:
+    """One execution. Times are in seconds on the monotonic clock."""
+
+    kind: str
+    n: int
+    pid: int
+    start: float
+    end: float | None = None
+    """None: its process died first."""
+    how: str = ""
+
+
+@dataclass(slots=True)
+class Testimony:
+    """Everything that was written."""
+
+    runs: list[Run] = field(default_factory=list)
+    suicides: dict[int, float] = field(default_factory=dict)
+    """pid -> when a task killed its own process."""
+
+
+def read(directory: Path) -> Testimony:
+    """All files of all processes, executions by their start."""
+    found = Testimony()
+    for path in directory.glob("*.log"):
+        runs: dict[str, Run] = {}
+        for line in path.read_text().splitlines():
+            mark, ns, pid, run, kind, n, how = line.split()
+            at = int(ns) / 1e9
+            if mark == "S":
+                runs[run] = Run(kind, int(n), int(pid), at)
+            elif mark == "E":
+                runs[run].end, runs[run].how = at, how
+            else:
+                found.suicides[int(pid)] = at
+        found.runs += runs.values()
+    found.runs.sort(key=lambda run: run.start)
+    return found

@@ -1,0 +1,572 @@
+"""The broker against a model of it: any order of steps, deaths and late answers, on a real server.
+
+The model knows where each task must be. After every step the server is asked where it is: in one place, always.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.redis_streams import SUSPECT_FROM, in_ms, new_task_id, stream_name_for
+from diracx.tasks.plumbing.enums import Priority
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis import Redis as SyncRedis
+
+WORKERS = ("a", "b")
+WORKER = st.sampled_from(WORKERS)
+PICK = st.integers(0, 1000)
+STREAMS = keys.streams_of("medium")
+#: No timer fires by itself and no lock expires while an example runs: the rules decide when time passes.
+LONG_MS = 600_000
+
+
+class Two(ConcurrencyLimiter):
+    limit = 2
+
+
+def _mutex(key: str) -> BaseLock:
+    return MutexLock(JOB, key, ttl_ms=LONG_MS)
+
+
+#: What tasks may need. A new instance for each attempt, as workers make them.
+WISHES: dict[str, Any] = {
+    "nothing": lambda: [],
+    "x": lambda: [_mutex("x")],
+    "y": lambda: [_mutex("y")],
+    "x and y": lambda: [_mutex("x"), _mutex("y")],
+    "y and read": lambda: [_mutex("y"), SharedRWLock(JOB, "rw")],
+    "read": lambda: [SharedRWLock(JOB, "rw")],
+    "write": lambda: [ExclusiveRWLock(JOB, "rw", ttl_ms=LONG_MS)],
+    "a slot": lambda: [Two(JOB, "slots", ttl_ms=LONG_MS)],
+}
+
+
+@dataclass(eq=False)
+class Task:
+    """What the model knows of one task."""
+
+    id: str
+    wish: str
+    message: TaskMessage
+    stream: str
+    group: str | None = None
+    place: str = "queued"
+    """queued, reserved, running, delayed (until time passes), parked, dead or gone."""
+    worker: str = ""
+    delivery: Delivery | None = None
+    locks: list[dict[str, Any]] = field(default_factory=list)
+    """What it holds, by the model."""
+    ended: int = 0
+
+
+def _is_suspect(task: Task, more: int) -> bool:
+    assert task.delivery is not None
+    return task.delivery.deliveries + more >= SUSPECT_FROM
+
+
+class BrokerMachine(RuleBasedStateMachine):
+    """Two workers, any number of tasks, one rule for each verb of the broker."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.sync = SyncRedis.from_url(self.url)
+        self.sync.flushall()
+        self.brokers = {name: RedisStreamBroker(self.url, consumer_name=name) for name in WORKERS}
+        self.tasks: dict[str, Task] = {}
+        self.late: list[tuple[str, Settlement]] = []
+        """Settlements of deliveries that were taken over: the broker must refuse them."""
+        self.groups: dict[str, set[str]] = {}
+        self.callbacks: dict[str, str] = {}
+        """Group -> id of its callback, which nobody has submitted yet."""
+        self.may_wake = False
+
+    def run(self, call: Any) -> Any:
+        async def awaited() -> Any:
+            return await call
+
+        return self.runner.run(awaited())
+
+    @initialize()
+    def both_live(self) -> None:
+        for worker in WORKERS:
+            self._renew(worker)
+
+    # --- what the model knows -------------------------------------------------------------------------------
+
+    def _in(self, *places: str, worker: str | None = None) -> list[Task]:
+        return [
+            task
+            for task in self.tasks.values()
+            if task.place in places and (worker is None or task.worker == worker)
+        ]
+
+    def _is_dead(self, worker: str) -> bool:
+        return self.sync.zscore(keys.ALIVE, worker) in (None, 0)  # off the list: buried
+
+    def _renew(self, worker: str) -> None:
+        held = self._in("reserved", "running", worker=worker)
+        entries = [
+            {"stream": t.delivery.stream, "entry": t.delivery.entry, "deliveries": t.delivery.deliveries}
+            for t in held
+            if t.delivery
+        ]
+        locks = [lock for task in held for lock in task.locks]
+        lost = scripts.renew(self.sync, worker, LONG_MS, entries, locks)
+        assert lost == ([], []), "what the model knows to be held was not renewed"
+
+    def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:
+        holders: dict[str, list[str]] = {}
+        for task in self.tasks.values():
+            for lock in task.locks:
+                holders.setdefault(lock["key"], []).append(lock["kind"])
+        for lock in locks:
+            others = holders.get(lock["key"], [])
+            room = {
+                "mutex": not others,
+                "exclusive": not others,
+                "shared": "exclusive" not in others,
+                "concurrency": len(others) < 2,
+            }
+            if not room[lock["kind"]]:
+                return False
+        return True
+
+    # --- into the system ------------------------------------------------------------------------------------
+
+    def _new(self, wish: str, priority: str, labels: dict[str, Any] | None = None) -> Task:
+        message = TaskMessage(task_id=new_task_id(), task_name="model:Task", labels=labels or {}, task_args=[wish])
+        return Task(message.task_id, wish, message, stream_name_for(priority, "medium"))
+
+    @rule(wish=st.sampled_from(sorted(WISHES)), priority=st.sampled_from(list(Priority)), delayed=st.booleans())
+    def submit(self, wish: str, priority: str, delayed: bool) -> None:
+        task = self._new(wish, priority)
+        at_time = datetime.now(UTC) + timedelta(milliseconds=LONG_MS) if delayed else None
+        self.run(self.brokers["a"].submit([Submission(task.message, task.stream, at_time)]))
+        task.place = "delayed" if delayed else "queued"
+        self.tasks[task.id] = task
+
+    @rule(wishes=st.lists(st.sampled_from(sorted(WISHES)), max_size=3))
+    def submit_group(self, wishes: list[str]) -> None:
+        group = f"group {len(self.groups)}"
+        children = [self._new(wish, "normal") for wish in wishes]
+        for child in children:
+            child.group = group
+        callback = self._new("nothing", "normal")
+        fields = {"total": len(children), "callback_stream": callback.stream, "callback": callback.message.dumpb()}
+        failure = {"failure_stream": callback.stream, "failure": callback.message.dumpb()}
+        submissions = [Submission(child.message, child.stream) for child in children]
+        self.run(self.brokers["a"].submit_group(group, submissions, fields | failure, LONG_MS))
+        self.tasks |= {task.id: task for task in (*children, callback)}
+        self.groups[group] = {child.id for child in children}
+        self.callbacks[group] = callback.id
+        callback.place = "gone" if children else "queued"
+
+    # --- to a worker ----------------------------------------------------------------------------------------
+
+    def _received(self, worker: str, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            assert delivery.data is not None
+            message = TaskMessage.loadb(delivery.data)
+            task = self.tasks[message.task_id]
+            assert message == task.message
+            task.place, task.worker, task.delivery = "reserved", worker, delivery
+
+    @rule(worker=WORKER, free=st.integers(1, 4), answered=st.booleans())
+    def fetch(self, worker: str, free: int, answered: bool) -> None:
+        if self._is_dead(worker):
+            return
+        waiting = {task.id for task in self._in("queued")}
+        deliveries, last_ids = self.run(self.brokers[worker].fetch(free))
+        assert len(deliveries) == min(free, len(waiting))
+        assert bool(last_ids) == (not deliveries)
+        order = [STREAMS.index(delivery.stream) for delivery in deliveries]
+        assert order == sorted(order), "urgent first"
+        if not answered:  # the connection broke before the answer came
+            known = [
+                (t.delivery.stream, t.delivery.entry)
+                for t in self._in("reserved", "running", worker=worker)
+                if t.delivery
+            ]
+            recovered = self.run(self.brokers[worker].recover(known))
+            assert {(d.stream, d.entry, d.deliveries) for d in recovered} == {
+                (d.stream, d.entry, d.deliveries) for d in deliveries
+            }
+        assert all(delivery.deliveries == 1 for delivery in deliveries)
+        self._received(worker, deliveries)
+
+    @rule(worker=WORKER, twice=st.booleans())
+    def start(self, worker: str, twice: bool) -> None:
+        if self._is_dead(worker):
+            return
+        for task in self._in("reserved", worker=worker):
+            self._start(task, twice)
+
+    def _start(self, task: Task, twice: bool = False) -> None:
+        assert task.delivery is not None
+        locks = [lock.spec() for lock in WISHES[task.wish]()]
+        if not locks:
+            task.place = "running"
+            return
+        delivery = task.delivery
+        wanted = {
+            "stream": delivery.stream,
+            "entry": delivery.entry,
+            "deliveries": delivery.deliveries,
+            "task": task.id,
+            "rank": list(Priority).index(delivery.priority),
+            "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "since": delivery.since,
+            "locks": locks,
+            "retry_ms": LONG_MS,
+        }
+        turns = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
+        [reply] = self.run(self.brokers[task.worker].start([wanted]))
+        if reply[0] == 1:
+            assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
+            task.place, task.locks = "running", locks
+        else:
+            assert reply[0] == 0
+            # A turn may have ended between our look and the script's.
+            assert turns or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
+            task.place, task.delivery, task.stream = "parked", None, wanted["handover"]
+            self.may_wake = True  # a turn that it had is passed on
+        if twice:  # the answer was lost: asking again says the same, or that there is nothing to ask for
+            [again] = self.run(self.brokers[task.worker].start([wanted]))
+            assert again[0] == (1 if reply[0] == 1 else -1)
+
+    def _turn_of(self, lock: dict[str, Any]) -> str | None:
+        stored = self.sync.get(keys.TURN_PREFIX + lock["key"])
+        return None if stored is None else stored.decode().partition(":")[2]
+
+    # --- out again ------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self._in("running"))
+    @rule(pick=PICK, how=st.sampled_from(["done", "failed", "retry now", "retry later", "dead"]))
+    def settle(self, pick: int, how: str) -> None:
+        running = self._in("running")
+        self._settle(running[pick % len(running)], how)
+
+    def _settle(self, task: Task, how: str) -> None:
+        assert task.delivery is not None
+        settlement = Settlement(task.delivery, locks=task.locks)
+        if how.startswith("retry"):
+            later = timedelta(milliseconds=LONG_MS if how == "retry later" else 0)
+            settlement.retry = {
+                "task": task.id,
+                "due": in_ms(datetime.now(UTC) + later),
+                "stream": task.delivery.stream.removesuffix(keys.HANDOVER),
+                "data": task.message.dumpb(),
+            }
+        elif task.group is not None:
+            settlement.group = {"id": task.group, "child": task.id, "failed": how != "done"}
+        if how == "dead":
+            settlement.dead = {"reason": "exhausted", "data": b"a letter"}
+        # A worker that is thought dead but was not buried yet may still settle.
+        assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
+        self.late.append((task.worker, settlement))  # sent again, because the answer was lost
+        task.delivery, task.locks, task.worker = None, [], ""
+        task.place = "delayed" if how.startswith("retry") else "gone"
+        self.may_wake = True
+        if task.place == "gone":
+            task.ended += 1
+            self._child_ended(task)
+
+    def _child_ended(self, task: Task) -> None:
+        if task.group is None:
+            return
+        self.groups[task.group].discard(task.id)
+        if not self.groups[task.group]:
+            callback = self.tasks[self.callbacks[task.group]]
+            assert callback.place == "gone"
+            assert not callback.ended
+            callback.place = "queued"
+
+    @precondition(lambda self: self._in("reserved"))
+    @rule(pick=PICK)
+    def hand_back(self, pick: int) -> None:
+        reserved = self._in("reserved")
+        task = reserved[pick % len(reserved)]
+        assert task.delivery is not None
+        stream = task.delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
+        again = {"stream": stream, "data": task.delivery.data, "since": task.delivery.since}
+        settlement = Settlement(task.delivery, requeue=again)
+        assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
+        self.late.append((task.worker, settlement))
+        task.place, task.delivery, task.worker = "queued", None, ""
+
+    @precondition(lambda self: self.late)
+    @rule(pick=PICK)
+    def settle_too_late(self, pick: int) -> None:
+        """P5: what was taken over, or settled before, cannot be settled."""
+        worker, settlement = self.late[pick % len(self.late)]
+        assert self.run(self.brokers[worker].settle([settlement])) == [False]
+
+    # --- deaths ---------------------------------------------------------------------------------------------
+
+    @rule(worker=WORKER)
+    def crash(self, worker: str) -> None:
+        """Its lease ends. What it held stays with it until somebody buries it."""
+        self.sync.zadd(keys.ALIVE, {worker: 0})
+
+    @rule(worker=WORKER)
+    def come_back(self, worker: str) -> None:
+        """A paused worker goes on, after others have found out: what they took is no longer its own."""
+        if self._is_dead(worker) and not any(t.locks for t in self._in("running", worker=worker)):
+            self._renew(worker)
+
+    @rule(worker=WORKER, free=st.integers(1, 4), audit=st.booleans())
+    def reclaim(self, worker: str, free: int, audit: bool) -> None:
+        if not self._is_dead(worker):
+            self._reclaim(worker, free, audit)
+
+    def _reclaim(self, worker: str, free: int, audit: bool = False) -> None:
+        [other] = set(WORKERS) - {worker}
+        dead = self._is_dead(other)
+        orphans = {task.id: task for task in self._in("reserved", "running", worker=other)} if dead else {}
+        # P9: no worker has two messages at a time that several workers have died with.
+        mine = [task for task in self._in("reserved", "running", worker=worker) if _is_suspect(task, 0)]
+        suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
+        may_come = len(orphans) - max(0, len(suspects) - (0 if mine else 1))
+        deliveries = self.run(self.brokers[worker].reclaim(free, audit=audit))
+        assert len(deliveries) == min(free, may_come)
+        assert sum(delivery.deliveries >= SUSPECT_FROM for delivery in deliveries) <= (0 if mine else 1)
+        for task in orphans.values():
+            if task.locks:
+                self.may_wake = True
+            task.locks = []
+        for delivery in deliveries:
+            assert delivery.data is not None
+            task = orphans[TaskMessage.loadb(delivery.data).task_id]
+            assert task.delivery is not None
+            assert delivery.deliveries == task.delivery.deliveries + 1
+            assert delivery.since == task.delivery.since
+            group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
+            self.late.append((other, Settlement(task.delivery, group=group)))
+            retry = {"task": task.id, "due": 0, "stream": task.stream, "data": b"late"}
+            self.late.append((other, Settlement(task.delivery, retry=retry)))
+        self._received(worker, deliveries)
+        if dead and len(deliveries) == len(orphans):
+            assert self.sync.zscore(keys.ALIVE, other) is None, "buried, and still on the list"
+            assert not self.sync.exists(keys.HELD_PREFIX + other)
+
+    @precondition(lambda self: not self._in("queued", "reserved", "running", "delayed", "parked"))
+    @rule()
+    def flush(self) -> None:
+        """P7: the server forgets everything: groups, consumers, the list of the living, scripts."""
+        self.sync.flushall()
+        self.sync.script_flush()
+        self.late.clear()
+        self.both_live()
+
+    @rule(worker=WORKER)
+    def leave(self, worker: str) -> None:
+        if self._in("reserved", "running", worker=worker):
+            return
+        assert self.run(self.brokers[worker].leave()) is True
+        assert self.sync.zscore(keys.ALIVE, worker) is None
+        self._renew(worker)
+
+    # --- time -----------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self._in("delayed", "parked"))
+    @rule(pick=PICK)
+    def promote(self, pick: int) -> None:
+        """The timer of one task runs out; whatever else is due goes as well."""
+        delayed = self._in("delayed", "parked")
+        self.sync.zadd(keys.DELAYED, {delayed[pick % len(delayed)].id: 0}, xx=True)
+        self._promote()
+
+    def _promote(self) -> None:
+        now = datetime.now(UTC)
+        due = {name.decode() for name in self.sync.zrangebyscore(keys.DELAYED, "-inf", in_ms(now) + 60_000)}
+        self.run(self.brokers["a"].promote())
+        for task_id in due:
+            assert self.tasks[task_id].place in ("delayed", "parked")
+            self.tasks[task_id].place = "queued"
+
+    # --- what must always hold ------------------------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        self.every_task_is_in_one_place()  # the first: it sees who was woken
+        self.locks_have_the_owners_that_the_model_knows()
+        self.only_those_wait_for_a_lock_who_do()
+        self.a_free_lock_has_somebody_on_the_way()
+
+    def every_task_is_in_one_place(self) -> None:
+        found: dict[str, list[Any]] = {}
+        pipe = self.sync.pipeline(transaction=True)
+        for stream in STREAMS:
+            pipe.xrange(stream)
+        pipe.hkeys(keys.DELAYED_DATA)
+        pipe.zrange(keys.DELAYED, 0, -1)
+        *streams, delayed, timers = pipe.execute()
+        assert sorted(delayed) == sorted(timers)
+        for stream, entries in zip(STREAMS, streams, strict=True):
+            pending = self._pending(stream) if entries else {}
+            assert set(pending) <= {entry for entry, _ in entries}, "pending, and not in the stream"
+            for entry, fields in entries:
+                task_id = TaskMessage.loadb(fields[b"data"]).task_id
+                owner = pending.get(entry)
+                found.setdefault(task_id, []).append(("queued",) if owner is None else ("reserved", *owner))
+        for name in delayed:
+            found.setdefault(name.decode(), []).append(("delayed",))
+        for task in self.tasks.values():
+            places = found.pop(task.id, [])
+            if task.place == "parked" and places == [("queued",)] and self.may_wake:
+                task.place = "queued"
+            assert places == self._expected(task), f"{task.wish}, {task.place}"
+            assert task.ended <= 1
+        assert not found, "nobody knows where these come from"
+        self.may_wake = False
+
+    def _pending(self, stream: str) -> dict[bytes, tuple[str, int]]:
+        if not self.sync.xinfo_groups(stream):
+            return {}
+        return {
+            row["message_id"]: (row["consumer"].decode(), row["times_delivered"])
+            for row in self.sync.xpending_range(stream, keys.GROUP, "-", "+", 1000)
+        }
+
+    @staticmethod
+    def _expected(task: Task) -> list[Any]:
+        if task.place in ("reserved", "running"):
+            assert task.delivery is not None
+            return [("reserved", task.worker, task.delivery.deliveries)]
+        return {"queued": [("queued",)], "delayed": [("delayed",)], "parked": [("delayed",)], "gone": []}[
+            task.place
+        ]
+
+    def locks_have_the_owners_that_the_model_knows(self) -> None:
+        held = [lock for task in self.tasks.values() for lock in task.locks]
+        for name in ("x", "y"):
+            key = _mutex(name).redis_key
+            owners = [lock["owner"].encode() for lock in held if lock["key"] == key]
+            assert len(owners) <= 1
+            assert self.sync.get(key) == (owners[0] if owners else None)
+        readers = [lock for lock in held if lock["kind"] == "shared"]
+        writers = [lock["owner"].encode() for lock in held if lock["kind"] == "exclusive"]
+        rw = SharedRWLock(JOB, "rw").redis_key
+        assert int(self.sync.hget(rw, "readers") or 0) == len(readers)
+        assert self.sync.hget(rw, "writer") == (writers[0] if writers else None)
+        assert not (readers and writers)
+        slots = sum(lock["kind"] == "concurrency" for lock in held)
+        assert self.sync.zcard(Two(JOB, "slots").redis_key) == slots <= 2
+
+    def only_those_wait_for_a_lock_who_do(self) -> None:
+        """Whoever stands in a line is parked, or on the way since its timer ran out: never at work or gone."""
+        for key in self.sync.keys(keys.WAITING_PREFIX + "*"):
+            for member in self.sync.zrange(key, 0, -1):
+                task = self.tasks[member.decode().partition(":")[2]]
+                assert task.place in ("parked", "queued", "reserved"), f"{task.place} in {key.decode()}"
+
+    def a_free_lock_has_somebody_on_the_way(self) -> None:
+        for name in ("x", "y"):
+            key = _mutex(name).redis_key
+            wants = [t for t in self.tasks.values() if any(lock.redis_key == key for lock in WISHES[t.wish]())]
+            line = [m.decode().partition(":")[2] for m in self.sync.zrange(keys.WAITING_PREFIX + key, 0, -1)]
+            parked = [task for task in wants if task.id in line and task.place == "parked"]
+            if parked and not self.sync.exists(key):
+                assert [task for task in wants if task.place in ("queued", "reserved")], f"{name} lies idle"
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        try:
+            self._drain()
+            left = set(self.sync.keys()) - {keys.DEAD_LETTERS.encode(), keys.WAKE_SCHEDULER.encode()}
+            for key in sorted(left):
+                assert key.decode() in STREAMS or self.sync.ttl(key) >= 0, f"{key.decode()} was left behind"
+            for stream in STREAMS:
+                assert self.sync.xlen(stream) == 0
+            assert all(task.ended == 1 for task in self.tasks.values()), "a task has not ended once"
+        finally:
+            self.sync.flushall()
+            for broker in self.brokers.values():
+                self.run(broker.shutdown())
+            self.sync.close()
+            self.runner.close()
+
+    def _drain(self) -> None:
+        """The worker `b` dies for good; `a` does the rest."""
+        self.every_task_is_in_one_place()
+        if self._is_dead("a"):
+            if not self._is_dead("b"):
+                while self._in("reserved", "running", worker="a"):
+                    self._reclaim("b", 1000)
+                    for task in self._in("reserved", "running", worker="b"):
+                        self.holds()
+                        self._settle(task, "done")
+                    self.holds()
+            else:
+                for task in self._in("reserved", "running"):
+                    task.locks = []  # nobody was there to bury them: give them back as `b` would
+                self._bury_by_hand()
+                self._renew("b")
+            self._renew("a")
+        self.crash("b")
+        self._reclaim("a", 1000)
+        for _ in range(50):
+            self.holds()
+            for task in self._in("running"):
+                self._settle(task, "done")
+                self.holds()
+            self._reclaim("a", 1000)
+            if not self._in("queued", "reserved", "running", "delayed", "parked"):
+                break
+            for task in self._in("delayed"):
+                self.sync.zadd(keys.DELAYED, {task.id: 0})
+            self._promote()
+            self.fetch("a", 1000, True)
+            self.start("a", False)
+        assert self.run(self.brokers["a"].leave()) is True
+
+    def _bury_by_hand(self) -> None:
+        """Both are dead: a third one buries them, and hands everything it got to nobody but the queue."""
+        third = RedisStreamBroker(self.url, consumer_name="c")
+        try:
+            for delivery in self.run(third.reclaim(1000, suspect_from=1000)):
+                again = {"stream": delivery.stream, "data": delivery.data, "since": delivery.since}
+                assert self.run(third.settle([Settlement(delivery, requeue=again)])) == [True]
+                assert delivery.data is not None
+                task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
+                task.place, task.delivery, task.worker = "queued", None, ""
+            self.may_wake = True
+            assert self.run(third.leave()) is True
+        finally:
+            self.run(third.shutdown())
+
+
+@pytest.mark.leaves_keys("diracx:tasks:dead-letters")
+def test_P5_P10_P11_P33_the_broker_behaves_as_its_model_in_any_order(redis_url: str) -> None:
+    BrokerMachine.url = redis_url
+    run_state_machine_as_test(
+        BrokerMachine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        ),
+    )
