@@ -126,6 +126,7 @@ def scheduler(
 
         async with AsyncExitStack() as stack:
             broker = await stack.enter_async_context(open_broker(url))
+            task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
@@ -138,8 +139,7 @@ def scheduler(
                         CONFIG_VARIABLE,
                     )
             serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
-            if resubmit_dead_letters:
-                task_db = await stack.enter_async_context(required_task_db())
+            if task_db is not None:
                 resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
                 resubmitting = asyncio.create_task(_resubmit(resubmitter))
                 stack.push_async_callback(_cancelled, resubmitting)

@@ -27,9 +27,7 @@ logger = logging.getLogger(__package__)
 
 CONFIG_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 TASK_DB_VARIABLE = "DIRACX_DB_URL_TASKDB"
-_DATABASE_PREFIX = "DIRACX_DB_URL_"
 _ANSWER_SECONDS = 5.0
-_DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+oracledb-async")
 
 
 # --- databases ----------------------------------------------------------------------------------------------
@@ -60,7 +58,7 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
     Raises:
         CliError: when it does not answer or has no tables.
     """
-    if not os.environ.get(TASK_DB_VARIABLE):
+    if not _database_urls("TaskDB").get("TaskDB"):
         logger.warning(
             "no database for dead letters: they wait in Redis; set %s to keep them in SQL", TASK_DB_VARIABLE
         )
@@ -83,13 +81,12 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
     from diracx.db.exceptions import DBUnavailableError
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = os.environ.get(TASK_DB_VARIABLE)
+    url = _database_urls("TaskDB").get("TaskDB")
     if not url:
         raise CliError(
             f"no database for dead letters is configured (without one they wait in Redis); set {TASK_DB_VARIABLE} "
             "to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
         )
-    _check_task_db_url(url)
     async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
         try:
             yield database
@@ -100,39 +97,16 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
             ) from error
 
 
-def _check_task_db_url(url: str) -> None:
-    """What `BaseSQLDB.available_urls` checks, which knows no PostgreSQL, and fails for other databases' URLs."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
+def _database_urls(only: str | None = None) -> dict[str, str]:
+    """URL by database name, from DIRACX_DB_URL_<NAME>."""
+    from ..plumbing.databases import database_urls
+    from ..plumbing.exceptions import TaskConfigError
 
     logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us
     try:
-        valid = make_url(url).drivername in _DRIVERS
-    except (ArgumentError, ValueError):
-        valid = False
-    if not valid:
-        raise CliError(
-            f"{TASK_DB_VARIABLE} is not a valid database URL; write dialect+driver://host/database, as in "
-            "mysql+aiomysql://db.example.org/tasks, postgresql+asyncpg://db.example.org/tasks or "
-            "sqlite+aiosqlite:////var/lib/tasks.db"
-        )
-
-
-def _database_urls() -> dict[str, str]:
-    """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    from diracx.db.sql.utils import BaseSQLDB
-
-    logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported below
-    try:
-        return BaseSQLDB.available_urls()
-    except Exception as error:
-        # Which one it was is not said by the library, and its message has the password.
-        names = sorted(name for name in os.environ if name.startswith(_DATABASE_PREFIX))
-        which = ", ".join(names) if len(names) == 1 else f"one of {', '.join(names)}"
-        raise CliError(
-            f"{which} is not a valid database URL; write dialect+driver://host/database, as in "
-            "mysql+aiomysql://db.example.org/tasks or sqlite+aiosqlite:////var/lib/tasks.db"
-        ) from error
+        return database_urls(only)
+    except TaskConfigError as error:
+        raise CliError(str(error)) from error
 
 
 def _database_classes(name: str) -> list[type[Any]]:
@@ -149,7 +123,7 @@ async def _checked(
     name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
 ) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
-    variable = _DATABASE_PREFIX + name.upper()
+    variable = f"DIRACX_DB_URL_{name.upper()}"
     async with AsyncExitStack() as stack:
         try:
             database = database_class(db_url=url)

@@ -145,7 +145,7 @@ class TaskDB(BaseSQLDB):
         """Number of dead letters by status. Arguments as in `search`."""
         conditions = _conditions(task_name, reason, status, since, before)
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
-        return dict((await self.conn.execute(query)).all())  # type: ignore[arg-type]  # a Row is a tuple
+        return dict((await self.conn.execute(query)).all())
 
     # --- deciding ---------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class TaskDB(BaseSQLDB):
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
         query = select(DeadLetters.id, DeadLetters.changed_at)
         begun = query.where(these, DeadLetters.status == DeadLetterStatus.RESUBMITTING)
-        return dict((await self.conn.execute(begun)).all())  # type: ignore[arg-type]  # a Row is a tuple
+        return dict((await self.conn.execute(begun)).all())
 
     async def end_resubmission(self, letters: Sequence[tuple[int, str]]) -> None:
         """Note that letters were submitted: the last step. What has been buried again meanwhile stays pending."""

@@ -1,7 +1,7 @@
 """Submitting dead letters again: each once, whoever tries, however often, and wherever it breaks off.
 
 Three steps: the row says so (RESUBMITTING), the server takes the task and remembers the burial in one script,
-the row says that it is done (RESUBMITTED). Whoever repeats any of it changes nothing: ADR 14.
+the row says that it is done (RESUBMITTED). Whoever repeats any of it changes nothing: ADR 16.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ class Resubmitter:
     async def all(self, where: LetterFilter, *, limit: int | None = None) -> AsyncIterator[list[Verdict]]:
         """Submit all open letters again that the filter lets through, oldest first, some at a time.
 
-        Raises:
-            as `these`.
+        Errors as in `these`.
         """
         wanted: LetterFilter = {"status": OPEN, **where}
         after_id, left = 0, limit
@@ -99,8 +98,7 @@ class Resubmitter:
     async def all_by_itself(self) -> AsyncIterator[list[Verdict]]:
         """The same for nobody in particular, at a start: without poison and what cannot be read.
 
-        Raises:
-            as `these`.
+        Errors as in `these`.
         """
         for reason in DeadLetterReason:
             if reason not in _NOT_BY_ITSELF:
