@@ -1,4 +1,4 @@
-"""`diracx-task-run`, also installed as `diracx-tasks`: run, submit and list tasks, and serve them."""
+"""`diracx-task-run`, also installed as `diracx-tasks`: run, submit and list tasks, serve them, bury them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from .call import call
 from .dev import dev
+from .dlq import app as dlq
 from .errors import CliError, mask, one_line
 from .listing import list_tasks
 from .serve import scheduler, worker
@@ -38,6 +39,7 @@ for _function, _name in (
     (dev, "dev"),
 ):
     app.command(_name)(_function)
+app.add_typer(dlq, name="dlq")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

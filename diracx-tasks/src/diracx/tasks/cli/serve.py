@@ -6,13 +6,17 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..plumbing.enums import Size
-from .errors import CliError, explained_redis, mask
+from .errors import CliError, explained_redis, mask, one_line
 from .options import LogLevel, LogLevelOption, ModuleOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from ..plumbing.persistence.resubmission import Resubmitter
 
 logger = logging.getLogger(__package__)
 
@@ -90,6 +94,13 @@ def worker(
 
 
 def scheduler(
+    resubmit_dead_letters: Annotated[
+        bool,
+        typer.Option(
+            "--resubmit-dead-letters",
+            help="At the start, submit all open dead letters again that can be, but for poison.",
+        ),
+    ] = False,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
@@ -107,12 +118,15 @@ def scheduler(
 
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
         from ..plumbing.base_task import PeriodicVoAwareBaseTask
+        from ..plumbing.persistence.resubmission import Resubmitter
         from ..plumbing.scheduler import TaskScheduler
         from .connection import open_broker
-        from .services import CONFIG_VARIABLE, read_configuration
+        from .services import CONFIG_VARIABLE, read_configuration, required_task_db
         from .tasks import load_registry, warn_of_ambiguous_names
 
-        async with open_broker(url) as broker:
+        async with AsyncExitStack() as stack:
+            broker = await stack.enter_async_context(open_broker(url))
+            task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
@@ -125,11 +139,37 @@ def scheduler(
                         CONFIG_VARIABLE,
                     )
             serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
+            if task_db is not None:
+                resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
+                resubmitting = asyncio.create_task(_resubmit(resubmitter))
+                stack.push_async_callback(_cancelled, resubmitting)
             logger.info("ready: schedules on %s", mask(url))
             with explained_redis(url):
                 await serving.run(stop)
 
     _serve(run)
+
+
+async def _resubmit(resubmitter: Resubmitter) -> None:
+    """Submit dead letters again beside the scheduler's own work, which no failure of this may end."""
+    from collections import Counter
+
+    fates: Counter[str] = Counter()
+    try:
+        async for verdicts in resubmitter.all_by_itself():
+            fates.update(str(verdict.fate) for verdict in verdicts)
+            for verdict in verdicts:
+                if verdict.why:
+                    logger.warning("dead letter %d is left: %s", verdict.letter["id"], one_line(verdict.why))
+    except Exception as error:
+        logger.error("dead letters are not submitted again: %s; the next start will", one_line(str(error)))
+    logger.info("dead letters: %d submitted again, %d left", fates["resubmitted"], fates["refused"])
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """End it, wherever it is: what broke off can be repeated."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _announce(event: asyncio.Event, line: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from .errors import CliError
 if TYPE_CHECKING:
     from diracx.core.config import Config
     from diracx.db.sql.utils import BaseSQLDB
+    from sqlalchemy import Connection, MetaData
 
     from ..plumbing.config import TasksConfig
     from ..plumbing.factory import TaskRegistry
@@ -26,7 +27,6 @@ logger = logging.getLogger(__package__)
 
 CONFIG_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 TASK_DB_VARIABLE = "DIRACX_DB_URL_TASKDB"
-_DATABASE_PREFIX = "DIRACX_DB_URL_"
 _ANSWER_SECONDS = 5.0
 
 
@@ -58,32 +58,55 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
     Raises:
         CliError: when it does not answer or has no tables.
     """
-    if not os.environ.get(TASK_DB_VARIABLE):
+    if not _database_urls("TaskDB").get("TaskDB"):
         logger.warning(
             "no database for dead letters: they wait in Redis; set %s to keep them in SQL", TASK_DB_VARIABLE
         )
         yield None
         return
-    url = _database_urls()["TaskDB"]
-    async with _checked("TaskDB", _database_classes("TaskDB")[0], url) as database:
+    async with required_task_db() as database:
         yield database
 
 
-def _database_urls() -> dict[str, str]:
-    """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    from diracx.db.sql.utils import BaseSQLDB
+@asynccontextmanager
+async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
+    """The database of dead letters.
 
-    logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported below
-    try:
-        return BaseSQLDB.available_urls()
-    except Exception as error:
-        # Which one it was is not said by the library, and its message has the password.
-        names = sorted(name for name in os.environ if name.startswith(_DATABASE_PREFIX))
-        which = ", ".join(names) if len(names) == 1 else f"one of {', '.join(names)}"
+    Args:
+        create: make its tables where they are not there.
+
+    Raises:
+        CliError: when it is not configured, does not answer or has no tables; and when it fails inside the block.
+    """
+    from diracx.db.exceptions import DBUnavailableError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    url = _database_urls("TaskDB").get("TaskDB")
+    if not url:
         raise CliError(
-            f"{which} is not a valid database URL; write dialect+driver://host/database, as in "
-            "mysql+aiomysql://db.example.org/tasks or sqlite+aiosqlite:////var/lib/tasks.db"
-        ) from error
+            f"no database for dead letters is configured (without one they wait in Redis); set {TASK_DB_VARIABLE} "
+            "to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
+        )
+    async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
+        try:
+            yield database
+        except (SQLAlchemyError, DBUnavailableError) as error:
+            cause = getattr(error, "orig", None) or error.__cause__ or error
+            raise CliError(
+                f"the database TaskDB failed: {cause}; check {TASK_DB_VARIABLE}, and repeat: it does no harm"
+            ) from error
+
+
+def _database_urls(only: str | None = None) -> dict[str, str]:
+    """URL by database name, from DIRACX_DB_URL_<NAME>."""
+    from ..plumbing.databases import database_urls
+    from ..plumbing.exceptions import TaskConfigError
+
+    logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us
+    try:
+        return database_urls(only)
+    except TaskConfigError as error:
+        raise CliError(str(error)) from error
 
 
 def _database_classes(name: str) -> list[type[Any]]:
@@ -96,23 +119,26 @@ def _database_classes(name: str) -> list[type[Any]]:
 
 
 @asynccontextmanager
-async def _checked(name: str, database_class: type[BaseSQLDB], url: str) -> AsyncIterator[Any]:
+async def _checked(
+    name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
+) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
-    from sqlalchemy import inspect
-
-    variable = _DATABASE_PREFIX + name.upper()
-    try:
-        database = database_class(db_url=url)
-    except Exception as error:
-        # The error of a bad URL shows it in full.
-        raise CliError(
-            f"{variable} cannot be used ({type(error).__name__}); check its dialect, driver and address"
-        ) from error
-    async with database.engine_context():
+    variable = f"DIRACX_DB_URL_{name.upper()}"
+    async with AsyncExitStack() as stack:
+        try:
+            database = database_class(db_url=url)
+            await stack.enter_async_context(database.engine_context())
+        except Exception as error:
+            # The error of a bad URL shows it in full.
+            raise CliError(
+                f"{variable} cannot be used ({type(error).__name__}); check its dialect, driver and address"
+            ) from error
         before = set(threading.enumerate())
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS), database.engine.connect() as connection:
-                there = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+            async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
+                if create:
+                    await connection.run_sync(database.metadata.create_all)
+                problem = await connection.run_sync(_what_is_missing, database.metadata)
         except TimeoutError as error:
             raise CliError(
                 f"the database {name} does not answer within {_ANSWER_SECONDS:g} s; check {variable}"
@@ -124,14 +150,31 @@ async def _checked(name: str, database_class: type[BaseSQLDB], url: str) -> Asyn
                     await asyncio.to_thread(thread.join, 1.0)
             cause = getattr(error, "orig", None) or error  # without the SQL statement
             raise CliError(f"cannot reach the database {name}: {cause}; check {variable}") from error
-        known = {table.casefold() for table in there}
-        missing = sorted(table for table in database.metadata.tables if table.casefold() not in known)
-        if missing:
+        if problem:
+            init = "`python -m diracx.db init-sql`" + (" or `diracx-task-run dlq init`" * (name == "TaskDB"))
             raise CliError(
-                f"the database {name} is not initialised (no table {', '.join(missing)}); "
-                f"run `python -m diracx.db init-sql` with the same {variable}"
+                f"the database {name} is not initialised ({problem}); run {init} with the same {variable}"
             )
         yield database
+
+
+def _what_is_missing(connection: Connection, metadata: MetaData) -> str:
+    """Which tables are not there, or lack columns; empty when all is well."""
+    from sqlalchemy import inspect
+
+    inspector = inspect(connection)
+    there = {table.casefold(): table for table in inspector.get_table_names()}
+    missing = sorted(table for table in metadata.tables if table.casefold() not in there)
+    if missing:
+        return f"no table {', '.join(missing)}"
+    for name, table in metadata.tables.items():
+        columns = {column["name"].casefold() for column in inspector.get_columns(there[name.casefold()])}
+        lacking = sorted(column.name for column in table.columns if column.name.casefold() not in columns)
+        if lacking:
+            return (
+                f"the table {name} has no column {', '.join(lacking)}: rename this one, of another version, first"
+            )
+    return ""
 
 
 # --- configuration ------------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ class Binding:
             SendTaskError: when the class is not registered.
             ValueError: when one of its rate limiters could never grant it.
         """
-        from .broker.keys import stream_name_for
         from .broker.models import Submission, TaskMessage, checked_labels
         from .broker.redis_streams import new_task_id
         from .telemetry import current_trace_context
@@ -60,11 +59,6 @@ class Binding:
             if lock.enabled:
                 lock.spec()
         name = self.registry.name_of(task_class)
-        priority = task_class.priority
-        if self.config is not None:
-            vo = getattr(task, "vo", None)
-            override = self.config.get_override(name, vo if isinstance(vo, str) else None)
-            priority = override.priority or priority
         message = TaskMessage(
             task_id=task_id or new_task_id(),
             task_name=name,
@@ -72,7 +66,18 @@ class Binding:
             task_args=list(task.serialize()),
             trace_context=current_trace_context(),
         )
-        return Submission(message, stream_name_for(priority, task_class.size), at_time)
+        return Submission(message, self.stream_of(name, task), at_time)
+
+    def stream_of(self, name: str, task: BaseTask) -> str:
+        """The queue of a task: its class's, unless the operator has set another priority."""
+        from .broker.keys import stream_name_for
+
+        priority = type(task).priority
+        if self.config is not None:
+            vo = getattr(task, "vo", None)
+            override = self.config.get_override(name, vo if isinstance(vo, str) else None)
+            priority = override.priority or priority
+        return stream_name_for(priority, type(task).size)
 
 
 def _declared_locks(task: BaseTask) -> list[Any]:

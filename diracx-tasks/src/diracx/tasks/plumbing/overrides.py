@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
-from .exceptions import TaskConfigError
+from .databases import database_urls
 from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, calls_below, family_of
 
 if TYPE_CHECKING:
@@ -136,16 +136,9 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
 
 async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> dict[type, BaseSQLDB]:
     from diracx.db.sql.utils import BaseSQLDB
-    from pydantic import ValidationError
 
-    try:
-        urls = BaseSQLDB.available_urls()
-    except ValidationError as error:
-        # The original would print the URL with its password.
-        problems = "; ".join(item["msg"] for item in error.errors(include_input=False))
-        raise TaskConfigError(f"A DIRACX_DB_URL_… variable is not a valid database URL: {problems}") from None
     databases: dict[type, BaseSQLDB] = {}
-    for name, url in urls.items():
+    for name, url in database_urls().items():
         try:
             classes = BaseSQLDB.available_implementations(name)
         except Exception:

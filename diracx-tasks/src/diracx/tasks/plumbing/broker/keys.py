@@ -30,6 +30,8 @@ RESULT_PREFIX = "diracx:results:"
 GROUPS_PREFIX = "diracx:groups:"
 #: Stream: dead letters that wait for a worker with a dead-letter database.
 DEAD_LETTERS = "diracx:tasks:dead-letters"
+#: String per burial of a task, with a time to live: this dead letter has been submitted again.
+RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 
 #: String: the leading scheduler's token, with a short lease.
 LEADER = "diracx:scheduler:leader"

@@ -41,6 +41,9 @@ PROMOTE_BATCH = 500
 SUSPECT_FROM = 3
 #: Settlements in one script call.
 SETTLE_BATCH = 200
+#: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
+#: within this time.
+RESUBMITTED_TTL_SECONDS = 30 * 86400
 
 
 def new_task_id() -> str:
@@ -153,6 +156,24 @@ class RedisStreamBroker:
             await scripts.group(self.redis, group_id, fields, ttl_seconds * 1000, packed)
         except RedisError as error:
             raise SendTaskError(f"cannot submit group {group_id}: {error}") from error
+
+    async def resubmit(self, tickets: Sequence[tuple[str, Submission]]) -> list[bool]:
+        """Submit dead letters again, each ticket once in `RESUBMITTED_TTL_SECONDS`. Safe to repeat.
+
+        Returns:
+            Which were submitted now; the others had been before.
+
+        Raises:
+            SendTaskError: when the server could not be reached or refused.
+        """
+        letters = [
+            {"ticket": ticket, "stream": submission.stream, "data": submission.message.dumpb()}
+            for ticket, submission in tickets
+        ]
+        try:
+            return await scripts.resubmit(self.redis, letters, RESUBMITTED_TTL_SECONDS * 1000)
+        except RedisError as error:
+            raise SendTaskError(f"cannot submit {len(letters)} dead letters again: {error}") from error
 
     # --- fetching ---------------------------------------------------------------------------------------
 

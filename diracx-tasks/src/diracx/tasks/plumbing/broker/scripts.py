@@ -149,6 +149,11 @@ async def fire(redis: Redis, group_id: str) -> bool:
     return bool(await script("fire")(redis, args=[group_id]) == 1)
 
 
+async def resubmit(redis: Redis, letters: Sequence[Mapping[str, Any]], ttl_ms: int) -> list[bool]:
+    """Submit dead letters again. Returns which of them were; the others had been before."""
+    return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]
+
+
 async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
     """Bring the set of schedules up to date. False when somebody else leads."""
     return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .letter import DeadLetter
+from .letter import OPEN, DeadLetter, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
     from .db import TaskDB
-    from .schema import DeadLetterStatus
 
-__all__ = ["DeadLetter", "DeadLetterStatus", "TaskDB"]
+__all__ = ["OPEN", "DeadLetter", "DeadLetterReason", "DeadLetterStatus", "TaskDB"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +18,4 @@ def __getattr__(name: str) -> Any:
         from .db import TaskDB
 
         return TaskDB
-    if name == "DeadLetterStatus":
-        from .schema import DeadLetterStatus
-
-        return DeadLetterStatus
     raise AttributeError(name)

@@ -2,71 +2,236 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, func, insert, or_, select, update
 
-from .letter import DeadLetter
-from .schema import DeadLetters, DeadLetterStatus, TaskDBBase
+from .letter import DeadLetter, DeadLetterStatus
+from .schema import DeadLetters, TaskDBBase
+from .text import attempts_as_text, fitting, storable
+
+#: A task that is buried again and again keeps the story of its last burials only.
+_CHAPTERS_KEPT = 20
+_AS_JSON = ("attempts", "history")
+_ATTRIBUTES = {column.name: attribute for attribute, column in DeadLetters.__mapper__.columns.items()}
+
+
+class LetterFilter(TypedDict, total=False):
+    """Which dead letters; each key narrows it down."""
+
+    task_name: str | None
+    """`category:ClassName`, or the class name alone."""
+    reason: str | None
+    status: DeadLetterStatus | Collection[DeadLetterStatus] | None
+    """None for all."""
+    since: datetime | None
+    """Buried then or later."""
+    before: datetime | None
+    """Buried earlier."""
 
 
 class TaskDB(BaseSQLDB):
-    """Dead letters. `async with db:` is one transaction, as in every DiracX database."""
+    """Dead letters. `async with db:` is one transaction, as in every DiracX database.
+
+    SQLite, MySQL or MariaDB, and PostgreSQL (`postgresql+asyncpg://`).
+    """
 
     metadata = TaskDBBase.metadata
 
+    @contextlib.asynccontextmanager
+    async def engine_context(self) -> AsyncIterator[None]:
+        """The engine, for as long as the context lasts."""
+        async with super().engine_context():
+            if self.engine.dialect.name in ("mysql", "mariadb"):
+                # With the default there, REPEATABLE READ, workers that store letters of neighbouring ids
+                # deadlock on the gaps between them.
+                self._engine = self.engine.execution_options(isolation_level="READ COMMITTED")
+            yield
+
+    async def __aexit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
+        # BaseSQLDB 0.7 keeps its connection when the commit fails, and would never open another.
+        connection = self.conn
+        try:
+            if exc_type is None:
+                try:
+                    await connection.commit()
+                except BaseException:
+                    await connection.invalidate()
+                    raise
+        finally:
+            self._conn.set(None)
+            await connection.close()
+
+    # --- burying ----------------------------------------------------------------------------------------
+
     async def insert(self, letter: DeadLetter) -> None:
-        """Store a dead letter. Storing the same task again brings its row up to date: safe to repeat."""
-        values = {
-            "task_name": letter.task_name,
+        """Store a dead letter. Storing the same burial again changes nothing: safe to repeat.
+
+        A task that was buried before and has run since keeps its row: what was known then moves to its
+        history, and the letter is pending again.
+        """
+        now = datetime.now(UTC)
+        task_id = fitting(letter.task_id)
+        burial = fitting(letter.burial)
+        values: dict[str, Any] = {
+            "task_name": fitting(letter.task_name),
             "reason": letter.reason,
-            "detail": letter.detail,
+            "detail": storable(letter.detail),
             "message": letter.data,
-            "attempts": json.dumps(letter.attempts, default=str),
+            "attempts": attempts_as_text(letter.attempts),
+            "burial": burial,
             "status": DeadLetterStatus.PENDING,
-            "buried_at": datetime.now(UTC),
+            "buried_at": now,
+            "changed_at": now,
         }
-        changed = await self.conn.execute(
-            update(DeadLetters).where(DeadLetters.task_id == letter.task_id).values(**values)
-        )
-        if changed.rowcount == 0:
-            await self.conn.execute(insert(DeadLetters).values(task_id=letter.task_id, **values))
+        mine = DeadLetters.task_id == task_id
+        # The row is locked before it is read, on SQLite the database: what is read cannot be stale.
+        locked = await self.conn.execute(update(DeadLetters).where(mine).values(task_id=DeadLetters.task_id))
+        if locked.rowcount == 0:
+            await self.conn.execute(insert(DeadLetters).values(task_id=task_id, history="[]", **values))
+            return
+        [row] = await self._rows(select(DeadLetters.__table__).where(mine))
+        if row["burial"] != burial:
+            chapters = [*row["history"], _chapter(row)][-_CHAPTERS_KEPT:]
+            await self.conn.execute(update(DeadLetters).where(mine).values(history=json.dumps(chapters), **values))
+
+    # --- reading ----------------------------------------------------------------------------------------
 
     async def search(
         self,
         *,
         task_name: str | None = None,
         reason: str | None = None,
-        status: DeadLetterStatus | None = DeadLetterStatus.PENDING,
+        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = DeadLetterStatus.PENDING,
+        since: datetime | None = None,
+        before: datetime | None = None,
         limit: int = 100,
         after_id: int = 0,
     ) -> list[dict[str, Any]]:
-        """Dead letters, oldest first, one dict for each with the columns' attribute names.
+        """Dead letters, oldest row first, one dict for each with the columns' attribute names.
 
         Args:
-            status: None for all.
+            task_name: `category:ClassName`, or the class name alone.
+            status: one or several; None for all.
+            since: buried then or later.
+            before: buried earlier.
             after_id: only rows with a greater id, for paging.
         """
-        query = (
-            select(DeadLetters.__table__).where(DeadLetters.id > after_id).order_by(DeadLetters.id).limit(limit)
-        )
-        if task_name is not None:
-            query = query.where(DeadLetters.task_name == task_name)
-        if reason is not None:
-            query = query.where(DeadLetters.reason == reason)
-        if status is not None:
-            query = query.where(DeadLetters.status == status)
-        names = {column.name: attribute for attribute, column in DeadLetters.__mapper__.columns.items()}
-        rows = (await self.conn.execute(query)).mappings()
-        return [
-            {names[name]: json.loads(value) if name == "Attempts" else value for name, value in row.items()}
-            for row in rows
-        ]
+        conditions = _conditions(task_name, reason, status, since, before)
+        query = select(DeadLetters.__table__).where(DeadLetters.id > after_id, *conditions)
+        return await self._rows(query.order_by(DeadLetters.id).limit(limit))
 
-    async def count(self) -> dict[DeadLetterStatus, int]:
-        """Number of dead letters by status."""
-        rows = await self.conn.execute(select(DeadLetters.status, func.count()).group_by(DeadLetters.status))
-        return dict(rows.tuples().all())
+    async def find(self, key: str) -> dict[str, Any] | None:
+        """The dead letter of this task id, else of this number; None when there is none."""
+        by_task = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == fitting(key)))
+        if not by_task and key.isdecimal() and int(key) < 2**31:
+            by_task = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == int(key)))
+        return by_task[0] if by_task else None
+
+    async def count(
+        self,
+        *,
+        task_name: str | None = None,
+        reason: str | None = None,
+        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
+        since: datetime | None = None,
+        before: datetime | None = None,
+    ) -> dict[DeadLetterStatus, int]:
+        """Number of dead letters by status. Arguments as in `search`."""
+        conditions = _conditions(task_name, reason, status, since, before)
+        query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
+        return dict((await self.conn.execute(query)).all())
+
+    # --- deciding ---------------------------------------------------------------------------------------
+
+    async def begin_resubmission(self, letters: Sequence[tuple[int, str]]) -> dict[int, datetime]:
+        """Mark pending letters as being re-submitted: the first of three steps.
+
+        Args:
+            letters: id and burial of each.
+
+        Returns:
+            id -> since when, of those that may be submitted now. What somebody else has begun is among them.
+        """
+        if not letters:
+            return {}
+        these = _these(letters)
+        await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
+        query = select(DeadLetters.id, DeadLetters.changed_at)
+        begun = query.where(these, DeadLetters.status == DeadLetterStatus.RESUBMITTING)
+        return dict((await self.conn.execute(begun)).all())
+
+    async def end_resubmission(self, letters: Sequence[tuple[int, str]]) -> None:
+        """Note that letters were submitted: the last step. What has been buried again meanwhile stays pending."""
+        if letters:
+            await self._decide(_these(letters), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
+
+    async def discard(self, letters: Sequence[tuple[int, str]]) -> set[int]:
+        """Decide that pending letters will not be submitted again. Returns the ids of all that are discarded now.
+
+        Args:
+            letters: id and burial of each.
+        """
+        if not letters:
+            return set()
+        these = _these(letters)
+        await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.DISCARDED)
+        query = select(DeadLetters.id).where(these, DeadLetters.status == DeadLetterStatus.DISCARDED)
+        return set((await self.conn.execute(query)).scalars())
+
+    async def _decide(self, these: ColumnElement[bool], was: DeadLetterStatus, now: DeadLetterStatus) -> None:
+        change = update(DeadLetters).where(these, DeadLetters.status == was)
+        await self.conn.execute(change.values(status=now, changed_at=datetime.now(UTC)))
+
+    async def _rows(self, query: Select[Any]) -> list[dict[str, Any]]:
+        rows = (await self.conn.execute(query)).mappings()
+        named = [{_ATTRIBUTES[name]: value for name, value in row.items()} for row in rows]
+        return [row | {name: json.loads(row[name]) for name in _AS_JSON} for row in named]
+
+
+def _these(letters: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
+    """Exactly these letters as they were seen: a burial that happened since is none of them."""
+    return or_(*(and_(DeadLetters.id == number, DeadLetters.burial == burial) for number, burial in letters))
+
+
+def _conditions(
+    task_name: str | None,
+    reason: str | None,
+    status: DeadLetterStatus | Collection[DeadLetterStatus] | None,
+    since: datetime | None,
+    before: datetime | None,
+) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if task_name is not None and ":" in task_name:
+        conditions.append(DeadLetters.task_name == task_name)
+    elif task_name is not None:
+        conditions.append(DeadLetters.task_name.endswith(f":{task_name}", autoescape=True))
+    if reason is not None:
+        conditions.append(DeadLetters.reason == reason)
+    if isinstance(status, DeadLetterStatus):
+        conditions.append(DeadLetters.status == status)
+    elif status is not None:
+        conditions.append(DeadLetters.status.in_(status))
+    if since is not None:
+        conditions.append(DeadLetters.buried_at >= since)
+    if before is not None:
+        conditions.append(DeadLetters.buried_at < before)
+    return conditions
+
+
+def _chapter(row: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a burial that is over."""
+    return {
+        "burial": row["burial"],
+        "reason": row["reason"],
+        "detail": row["detail"],
+        "attempts": row["attempts"],
+        "status": str(row["status"]),
+        "buried_at": row["buried_at"].isoformat(),
+        "changed_at": row["changed_at"].isoformat(),
+    }

@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
+
+
+class DeadLetterReason(StrEnum):
+    """Why a task ended as a dead letter."""
+
+    EXHAUSTED = "exhausted"
+    """It failed for good, and its class is `dlq_eligible`."""
+    POISON = "poison"
+    """Delivered too often: every worker that took it died with it."""
+    UNKNOWN_TASK = "unknown task"
+    """No task of its name is registered."""
+    UNPARSABLE = "unparsable"
+    """The stream entry is no task message."""
+    ARGUMENTS = "arguments"
+    """Its class does not take its arguments."""
+    UNSETTLED = "unsettled"
+    """It ended, but what follows from its end could not be put into words: a defect of ours."""
+
+
+class DeadLetterStatus(StrEnum):
+    """What was decided about a dead letter."""
+
+    PENDING = "PENDING"
+    RESUBMITTING = "RESUBMITTING"
+    """Somebody has begun to submit it again. If that broke off, whoever repeats it finishes it."""
+    RESUBMITTED = "RESUBMITTED"
+    DISCARDED = "DISCARDED"
+
+
+#: Nothing has been decided yet, or what was decided is not done yet.
+OPEN = (DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,16 +50,19 @@ class DeadLetter:
     task_name: str
     """Registry name; empty when the message could not be read."""
     reason: str
-    """`exhausted`, `poison`, `unknown task`, `unparsable`, `arguments` or `unsettled`."""
+    """A `DeadLetterReason`."""
     detail: str
     """One line about the last error."""
     data: bytes
     """The message (or the raw stream entry, when it could not be read)."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Every failed attempt: type, message, traceback, host, started, ended."""
+    burial: str = field(default_factory=lambda: uuid4().hex)
+    """The delivery that ended here, as `{stream}/{entry}`. Storing one burial again changes nothing; another
+    one of the same task (it was re-submitted and failed again) opens its letter anew."""
 
     @classmethod
-    def of_message(cls, message: TaskMessage, reason: str, detail: str) -> Self:
+    def of_message(cls, message: TaskMessage, reason: str, detail: str, burial: str) -> Self:
         """The dead letter of a readable message."""
         return cls(
             task_id=message.task_id,
@@ -35,4 +71,5 @@ class DeadLetter:
             detail=detail,
             data=message.dumpb(),
             attempts=message.attempts,
+            burial=burial,
         )

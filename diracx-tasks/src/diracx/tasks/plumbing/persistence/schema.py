@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Enum, Index, LargeBinary, String, Text, TypeDecorator
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-#: MySQL picks its column type from the length; its default BLOB and TEXT end at 64 KiB.
-_LONG = 2**24 - 1
+from .letter import DeadLetterStatus
+
+# MySQL's BLOB and TEXT end at 64 KiB.
+_LONG_TEXT = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+_LONG_BINARY = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+LONGEST_NAME = 255
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -19,19 +23,15 @@ class UtcDateTime(TypeDecorator[datetime]):
     impl = DateTime
     cache_ok = True
 
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        # MySQL's default rounds to the second, into the future as well.
+        return mysql.DATETIME(fsp=6) if dialect.name in ("mysql", "mariadb") else DateTime()
+
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         return None if value is None else value.replace(tzinfo=UTC)
-
-
-class DeadLetterStatus(StrEnum):
-    """What was decided about a dead letter."""
-
-    PENDING = "PENDING"
-    RESUBMITTED = "RESUBMITTED"
-    DISCARDED = "DISCARDED"
 
 
 class TaskDBBase(DeclarativeBase):
@@ -44,18 +44,25 @@ class DeadLetters(TaskDBBase):
     __tablename__ = "DeadLetters"
 
     id: Mapped[int] = mapped_column("ID", primary_key=True, autoincrement=True)
-    task_id: Mapped[str] = mapped_column("TaskID", String(255), unique=True)
-    task_name: Mapped[str] = mapped_column("TaskName", String(255))
+    task_id: Mapped[str] = mapped_column("TaskID", String(LONGEST_NAME), unique=True)
+    task_name: Mapped[str] = mapped_column("TaskName", String(LONGEST_NAME))
     reason: Mapped[str] = mapped_column("Reason", String(32))
-    detail: Mapped[str] = mapped_column("Detail", Text(_LONG))
-    message: Mapped[bytes] = mapped_column("Message", LargeBinary(_LONG))
-    attempts: Mapped[str] = mapped_column("Attempts", Text(_LONG))
+    detail: Mapped[str] = mapped_column("Detail", _LONG_TEXT)
+    message: Mapped[bytes] = mapped_column("Message", _LONG_BINARY)
+    attempts: Mapped[str] = mapped_column("Attempts", _LONG_TEXT)
+    burial: Mapped[str] = mapped_column("Burial", String(LONGEST_NAME))
+    history: Mapped[str] = mapped_column("History", _LONG_TEXT)
+    """Earlier burials of the same task, as JSON."""
     status: Mapped[DeadLetterStatus] = mapped_column(
         "Status", Enum(DeadLetterStatus, native_enum=False, length=16), default=DeadLetterStatus.PENDING
     )
     buried_at: Mapped[datetime] = mapped_column("BuriedAt", UtcDateTime)
+    changed_at: Mapped[datetime] = mapped_column("ChangedAt", UtcDateTime)
+    """When the status last changed."""
 
     __table_args__ = (
         Index("ix_DeadLetters_Status_BuriedAt", "Status", "BuriedAt"),
         Index("ix_DeadLetters_TaskName", "TaskName"),
+        # Any text must fit, and ids that differ in case only are two ids: neither is MySQL's default.
+        {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"},
     )

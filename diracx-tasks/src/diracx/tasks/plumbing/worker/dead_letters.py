@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import WatchError
 
 from ..broker import keys
 from ..patience import patiently
@@ -39,29 +42,48 @@ class DeadLetterOffice:
     async def bury(self, letter: DeadLetter, settlement: Settlement) -> Settlement:
         """Store the letter for good; return the settlement that may be sent after that.
 
-        As long as the database is away the task stays unacknowledged in this worker's hands.
+        As long as the database is away the task stays unacknowledged in this worker's hands. A letter that no
+        waiting will get into the database waits in Redis.
         """
-        if self._db is None:
-            settlement.dead = {"reason": letter.reason, "data": dumps(asdict(letter))}
-        else:
-            await patiently(partial(self._insert, letter), "store a dead letter", passing=_database_may_return)
+        if self._db is not None:
+            try:
+                await patiently(partial(self._insert, letter), "store a dead letter", passing=_database_may_return)
+                return settlement
+            except Exception:
+                logger.exception("the dead letter of task %s cannot be stored: it waits in Redis", letter.task_id)
+        settlement.dead = {"reason": letter.reason, "data": dumps(asdict(letter))}
         return settlement
 
     async def adopt(self) -> int:
         """Move letters that waited for a database into ours. Returns how many."""
-        moved = 0
+        moved, after = 0, "-"
         while self._db is not None:
-            entries: Any = await self._broker.redis.xrange(keys.DEAD_LETTERS, count=_BATCH)
-            if not entries:
-                break
+            entries: Any = await self._broker.redis.xrange(keys.DEAD_LETTERS, min=after, count=_BATCH)
             for entry, fields in entries:
-                await self._insert(DeadLetter(**loads(fields[b"data"])))
+                after = f"({entry.decode()}"
+                try:
+                    await self._insert(DeadLetter(**loads(fields[b"data"])))
+                except Exception:
+                    logger.exception("the dead letter %s stays in Redis", entry.decode())
+                    continue
                 await self._broker.redis.execute_command("XDEL", keys.DEAD_LETTERS, entry)
                 moved += 1
+            if not entries:
+                break
         if moved:
-            await self._broker.redis.delete(keys.DEAD_LETTERS)
+            await self._forget_empty_stream()
             logger.info("took %d dead letters from Redis into the database", moved)
         return moved
+
+    async def _forget_empty_stream(self) -> None:
+        """Delete the stream unless a worker without a database has put something there meanwhile."""
+        async with self._broker.redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(keys.DEAD_LETTERS)
+            if await pipe.xlen(keys.DEAD_LETTERS) == 0:
+                pipe.multi()
+                pipe.delete(keys.DEAD_LETTERS)
+                with suppress(WatchError):
+                    await pipe.execute()
 
     async def _insert(self, letter: DeadLetter) -> None:
         assert self._db is not None

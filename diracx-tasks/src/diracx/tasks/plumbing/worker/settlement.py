@@ -24,7 +24,7 @@ from ..broker.models import (
 from ..broker.redis_streams import in_ms
 from ..exceptions import StopRetryingError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
-from ..persistence.letter import DeadLetter
+from ..persistence.letter import DeadLetter, DeadLetterReason
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def _failed(
         return None
     logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
     final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
-    return DeadLetter.of_message(final, "exhausted", str(outcome.error))
+    where = _burial(execution.delivery)
+    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, str(outcome.error), where)
 
 
 def reject(
@@ -131,14 +132,19 @@ def reject(
         detail,
     )
     if message is None:
-        where = f"{delivery.stream}/{delivery.entry}"
+        where = _burial(delivery)
         return Settlement(delivery), DeadLetter(
-            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw
+            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, burial=where
         )
     settlement = Settlement(delivery, group=_child(message, failed=True))
     error = TaskRejectedError(f"{reason}: {detail}")
     settlement.result = _result(message, settings, lambda: TaskResult.from_exception(error, 0.0))
-    return settlement, DeadLetter.of_message(message, reason, detail)
+    return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery))
+
+
+def _burial(delivery: Delivery) -> str:
+    """The same for everybody who has this delivery in hand, and never again."""
+    return f"{delivery.stream}/{delivery.entry}"
 
 
 def unsettled(execution: Execution, error: Exception) -> tuple[Settlement, DeadLetter]:
@@ -148,9 +154,10 @@ def unsettled(execution: Execution, error: Exception) -> tuple[Settlement, DeadL
     letter = DeadLetter(
         task_id=message.task_id,
         task_name=message.task_name,
-        reason="unsettled",
+        reason=DeadLetterReason.UNSETTLED,
         detail=f"{type(error).__name__}: {error}",
         data=execution.delivery.data,
+        burial=_burial(execution.delivery),
     )
     return Settlement(execution.delivery, locks=execution.locks, group=_child(message, failed=True)), letter
 

@@ -16,6 +16,7 @@ from ..config import TasksConfig
 from ..enums import Priority
 from ..factory import TaskRegistry
 from ..patience import patiently
+from ..persistence.letter import DeadLetterReason
 from .blueprint import blueprints
 from .dead_letters import DeadLetterOffice
 from .execution import Execution
@@ -172,21 +173,25 @@ class Worker:
                 raise ValueError("the stream entry has no field `data`")
             message = TaskMessage.loadb(delivery.data)
         except ValueError as error:
-            self._reject(delivery, None, "unparsable", str(error))
+            self._reject(delivery, None, DeadLetterReason.UNPARSABLE, str(error))
             return None
         if delivery.deliveries > self._settings.max_deliveries:
             times = delivery.deliveries - 1
-            self._reject(delivery, message, "poison", f"handed out {times} times without ever coming back")
+            self._reject(
+                delivery, message, DeadLetterReason.POISON, f"handed out {times} times without ever coming back"
+            )
             return None
         blueprint = self._blueprints.get(message.task_name)
         if blueprint is None:
-            self._reject(delivery, message, "unknown task", f"no task is registered as {message.task_name!r}")
+            self._reject(
+                delivery, message, DeadLetterReason.UNKNOWN_TASK, f"no task is registered as {message.task_name!r}"
+            )
             return None
         try:
             task = blueprint.build(message)
             locks = [lock.spec() for lock in blueprint.locks(task)]
         except Exception as error:
-            self._reject(delivery, message, "arguments", f"{type(error).__name__}: {error}")
+            self._reject(delivery, message, DeadLetterReason.ARGUMENTS, f"{type(error).__name__}: {error}")
             return None
         return Execution(delivery, message, blueprint, task, locks)
 

@@ -1,0 +1,312 @@
+"""`dlq`: look at dead letters, and decide about them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ..plumbing.persistence.letter import DeadLetterStatus
+from .dlq_filters import (
+    BeforeOption,
+    ReasonOption,
+    SinceOption,
+    StatusFilter,
+    TaskOption,
+    letter_filter,
+    narrows,
+)
+from .errors import CliError, UsageProblem, explained_redis
+from .options import JsonOption, ModuleOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from ..plumbing.persistence import TaskDB
+    from ..plumbing.persistence.db import LetterFilter
+
+_PAGE = 200
+_Answer = TypeVar("_Answer")
+
+app = typer.Typer(
+    name="dlq",
+    help="Dead letters: tasks that failed for good, or that nobody could run. They are in the database "
+    "DIRACX_DB_URL_TASKDB. ID is a task id, or the number in the list.",
+    rich_markup_mode="rich",
+)
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Task id, or the number in the list.")]
+IdsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[ID]...", help="Task ids, or numbers in the list; or filters.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that the filters let through.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command("list")
+def list_letters(
+    task: TaskOption = None,
+    reason: ReasonOption = None,
+    status: Annotated[
+        StatusFilter, typer.Option(case_sensitive=False, help="What was decided; open: pending or resubmitting.")
+    ] = StatusFilter.OPEN,
+    since: SinceOption = None,
+    before: BeforeOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List dead letters, oldest first; those about which nothing was decided, if nothing else is asked for.
+
+    Example: diracx-task-run dlq list --reason exhausted --since 24h
+    """
+    where = letter_filter(task, reason, status, since, before)
+
+    async def look(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
+        async with db:
+            counts = await db.count(**where)
+        letters = [letter async for letter in _pages(db, where, limit)]
+        return letters, sum(counts.values())
+
+    from .dlq_view import print_table, summary
+
+    letters, total = _with_db(look)
+    if as_json:
+        typer.echo(json.dumps([summary(letter) for letter in letters], indent=2))
+    else:
+        print_table(letters, total)
+
+
+@app.command()
+def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Show one dead letter: its arguments, why it is here, and every attempt with its traceback.
+
+    Example: diracx-task-run dlq show 17
+    """
+    from .dlq_view import print_letter, record
+
+    letter = _with_db(lambda db: _find(db, letter_id))
+    if as_json:
+        typer.echo(json.dumps(record(letter), indent=2))
+    else:
+        print_letter(letter)
+
+
+@app.command()
+def retry(
+    letter_ids: IdsArgument = None,
+    task: TaskOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    before: BeforeOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    everything: AllOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Submit dead letters again, under their old task ids and with all their retries.
+
+    Each is submitted once, however often this is repeated and whoever else does it at the same time. Exits with 1
+    when one of them could not be.
+
+    Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
+    """
+    where = letter_filter(task, reason, StatusFilter.OPEN, since, before)
+    _check_choice(letter_ids, where, everything, limit)
+    url = resolve_redis_url(redis_url)
+
+    async def submit(db: TaskDB) -> list[Any]:
+        from ..plumbing.persistence.resubmission import Resubmitter
+        from .connection import open_broker
+        from .services import tasks_config
+        from .tasks import load_registry
+
+        chosen = [await _find(db, letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+        registry = load_registry(module)
+        config = tasks_config()
+        async with open_broker(url) as broker:
+            resubmitter = Resubmitter(db, broker, registry, config)
+            with explained_redis(url):
+                if chosen:
+                    return await resubmitter.these(chosen)
+                await _confirmed(db, where, limit, yes, "Submit {} dead letters again?")
+                return [verdict async for part in resubmitter.all(where, limit=limit) for verdict in part]
+
+    from .dlq_view import report_retry
+
+    report_retry(_with_db(submit), as_json)
+
+
+@app.command()
+def discard(
+    letter_ids: IdsArgument = None,
+    task: TaskOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    before: BeforeOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    everything: AllOption = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide that dead letters will not run again. Their rows stay, as discarded.
+
+    Exits with 1 when one of them could not be discarded.
+
+    Example: diracx-task-run dlq discard --reason unparsable --yes
+    """
+    where = letter_filter(task, reason, StatusFilter.PENDING, since, before)
+    _check_choice(letter_ids, where, everything, limit)
+
+    async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
+        chosen = [await _find(db, letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+        if not chosen:
+            await _confirmed(db, where, limit, yes, "Discard {} dead letters?")
+            chosen = [letter async for letter in _pages(db, where, limit, without_message=True)]
+        done: set[int] = set()
+        for first in range(0, len(chosen), _PAGE):
+            page = chosen[first : first + _PAGE]
+            async with db:
+                done |= await db.discard([(letter["id"], letter["burial"]) for letter in page])
+        refused: list[tuple[Mapping[str, Any], str]] = [
+            (letter, _why_not_discarded(letter)) for letter in chosen if letter["id"] not in done
+        ]
+        return [letter for letter in chosen if letter["id"] in done], refused
+
+    from .dlq_view import report_discard
+
+    report_discard(*_with_db(decide), as_json)
+
+
+@app.command()
+def export(
+    task: TaskOption = None,
+    reason: ReasonOption = None,
+    status: Annotated[
+        StatusFilter, typer.Option(case_sensitive=False, help="What was decided; open: pending or resubmitting.")
+    ] = StatusFilter.ANY,
+    since: SinceOption = None,
+    before: BeforeOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+) -> None:
+    """Write dead letters to stdout, one JSON object a line, with all there is; `raw` is the message in base64.
+
+    Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
+    """
+    where = letter_filter(task, reason, status, since, before)
+
+    async def write(db: TaskDB) -> None:
+        from .dlq_view import record
+
+        async for letter in _pages(db, where, limit):
+            sys.stdout.write(json.dumps(record(letter)) + "\n")
+        sys.stdout.flush()
+
+    try:
+        _with_db(write)
+    except BrokenPipeError:  # as in `… | head`; nobody reads what else there is
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.command()
+def init() -> None:
+    """Create the table of dead letters where it is not there yet.
+
+    As `python -m diracx.db init-sql` does, which knows no PostgreSQL.
+
+    Example: diracx-task-run dlq init
+    """
+    from .services import required_task_db
+
+    async def create() -> None:
+        async with required_task_db(create=True):
+            pass
+
+    asyncio.run(create())
+
+
+def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:
+    from .services import required_task_db
+
+    async def run() -> _Answer:
+        async with required_task_db() as db:
+            return await use(db)
+
+    return asyncio.run(run())
+
+
+async def _find(db: TaskDB, letter_id: str) -> dict[str, Any]:
+    async with db:
+        letter = await db.find(letter_id)
+    if letter is None:
+        raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
+    return letter
+
+
+async def _pages(
+    db: TaskDB, where: LetterFilter, limit: int | None, *, without_message: bool = False
+) -> AsyncIterator[dict[str, Any]]:
+    after_id, left = 0, limit
+    while left is None or left > 0:
+        async with db:
+            page = await db.search(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
+        if not page:
+            return
+        after_id = page[-1]["id"]
+        left = None if left is None else left - len(page)
+        for letter in page:
+            if without_message:
+                letter |= {"message": b"", "attempts": [], "history": []}
+            yield letter
+
+
+def _check_choice(letter_ids: list[str] | None, where: LetterFilter, everything: bool, limit: int | None) -> None:
+    chosen_by_filter = everything or narrows(where) or limit is not None
+    if letter_ids and chosen_by_filter:
+        raise UsageProblem("ids and filters exclude each other; give one or the other")
+    if not letter_ids and not (everything or narrows(where)):
+        raise UsageProblem(
+            "which dead letters? give their ids, a filter (--task, --reason, --since, --before), or --all"
+        )
+
+
+async def _confirmed(db: TaskDB, where: LetterFilter, limit: int | None, yes: bool, question: str) -> None:
+    """Ask whoever sits there.
+
+    Raises:
+        UsageProblem: when nobody does.
+        CliError: when the answer is no.
+    """
+    if yes:
+        return
+    async with db:
+        total = sum((await db.count(**where)).values())
+    total = total if limit is None else min(total, limit)
+    if total == 0:
+        return
+    asked = question.format(total)
+    if not sys.stdin.isatty():
+        raise UsageProblem(f"{asked} There is no terminal to ask on; add --yes")
+    if not await asyncio.to_thread(typer.confirm, asked, err=True):
+        raise CliError("nothing was changed")
+
+
+def _why_not_discarded(letter: Mapping[str, Any]) -> str:
+    match letter["status"]:
+        case DeadLetterStatus.RESUBMITTED:
+            return "it was submitted again, and is no longer here to be discarded"
+        case DeadLetterStatus.RESUBMITTING:
+            return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
+    return "somebody else has just decided about it; look again"

@@ -1,0 +1,197 @@
+"""How dead letters look: as a table, as a page, as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .call import to_json
+from .errors import CliError, mask, one_line
+
+if TYPE_CHECKING:
+    from ..plumbing.persistence.resubmission import Verdict
+
+_WIDTH_WITHOUT_TERMINAL = 220
+_LONGEST_DETAIL = 80
+#: Refusals that are told one by one; the rest is a number.
+_REFUSALS_SHOWN = 10
+
+
+def summary(letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A letter as `list --json` has it: without its message and its tracebacks."""
+    return {
+        "id": letter["id"],
+        "task_id": letter["task_id"],
+        "task_name": letter["task_name"],
+        "reason": letter["reason"],
+        "detail": mask(letter["detail"]),
+        "status": str(letter["status"]),
+        "buried_at": letter["buried_at"].isoformat(),
+        "changed_at": letter["changed_at"].isoformat(),
+        "failed_attempts": len(letter["attempts"]),
+        "earlier_burials": len(letter["history"]),
+    }
+
+
+def record(letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A letter with everything. `message` is None where it cannot be read; `raw` has its bytes in any case."""
+    return {
+        **{name: value for name, value in summary(letter).items() if not name.endswith(("attempts", "burials"))},
+        "burial": letter["burial"],
+        "attempts": letter["attempts"],
+        "history": letter["history"],
+        "message": _decoded(letter["message"]),
+        "raw": base64.b64encode(letter["message"]).decode(),
+    }
+
+
+def _decoded(data: bytes) -> dict[str, Any] | None:
+    from dataclasses import asdict
+
+    from ..plumbing.broker.models import TaskMessage
+
+    try:
+        decoded: dict[str, Any] = to_json(asdict(TaskMessage.loadb(data)))
+    except ValueError:
+        return None
+    decoded["labels"].pop("attempts", None)  # they are in `attempts`, once
+    return decoded
+
+
+def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
+    """One line for each, and how many there are."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("number", "buried (UTC)", "task", "task id", "reason", "status", "attempts", "detail"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("number", "buried (UTC)"))
+    for letter in letters:
+        detail = one_line(letter["detail"])
+        table.add_row(
+            str(letter["id"]),
+            f"{letter['buried_at']:%Y-%m-%d %H:%M:%S}",
+            Text(letter["task_name"] or "-", style="cyan"),
+            Text(letter["task_id"]),
+            letter["reason"],
+            str(letter["status"]).lower(),
+            str(len(letter["attempts"])),
+            Text(detail if len(detail) <= _LONGEST_DETAIL else detail[:_LONGEST_DETAIL] + "…"),
+        )
+    if letters:
+        console.print(table)
+    if not letters:
+        typer.echo("no dead letters", err=True)
+    elif len(letters) < total:
+        typer.echo(f"{len(letters)} of {total}; --limit shows more", err=True)
+
+
+def print_letter(letter: Mapping[str, Any]) -> None:
+    """All about one letter, for reading."""
+    shown = record(letter)
+    message = shown["message"]
+    rows = {
+        "number": shown["id"],
+        "task": shown["task_name"] or "-",
+        "task id": shown["task_id"],
+        "status": f"{shown['status'].lower()} since {shown['changed_at']}",
+        "buried": f"{shown['buried_at']} from {shown['burial']}",
+        "reason": shown["reason"],
+        "detail": one_line(shown["detail"]),
+    }
+    if message is None:
+        rows["raw"] = shown["raw"]
+    else:
+        rows |= {"args": json.dumps(message["task_args"]), "kwargs": json.dumps(message["task_kwargs"])}
+        if message["labels"]:
+            rows["labels"] = json.dumps(message["labels"])
+    lines = [f"{name:8} {value}" for name, value in rows.items()]
+    for number, chapter in enumerate(shown["history"], 1):
+        lines += [
+            "",
+            f"burial {number}, {chapter['buried_at']}: {chapter['reason']}: {one_line(chapter['detail'])}",
+        ]
+        lines += _attempts(chapter["attempts"])
+    if shown["history"]:
+        lines += ["", "since then"]
+    typer.echo(mask("\n".join(lines + _attempts(shown["attempts"]))))
+
+
+def _attempts(attempts: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for number, attempt in enumerate(attempts, 1):
+        where = f"{attempt.get('started', '?')} on {attempt.get('host', '?')}"
+        lines += ["", f"attempt {number}, {where}: {attempt.get('type', '?')}: {attempt.get('message', '')}"]
+        lines += [f"  {line}" for line in str(attempt.get("traceback", "")).splitlines()]
+    return lines
+
+
+def report_retry(verdicts: Sequence[Verdict], as_json: bool) -> None:
+    """Say what became of each.
+
+    Raises:
+        CliError: when one of them was refused.
+    """
+    from ..plumbing.persistence.resubmission import Fate
+
+    done = {fate: [verdict.letter for verdict in verdicts if verdict.fate is fate] for fate in Fate}
+    refused = [(verdict.letter, verdict.why) for verdict in verdicts if verdict.fate is Fate.REFUSED]
+    if as_json:
+        _print_json(resubmitted=done[Fate.RESUBMITTED], already=done[Fate.ALREADY], refused=refused)
+    else:
+        counts = [f"{len(done[Fate.RESUBMITTED])} submitted again"]
+        if done[Fate.ALREADY]:
+            counts.append(f"{len(done[Fate.ALREADY])} had been already")
+        if verdicts and len(refused) < len(verdicts):
+            typer.echo(", ".join(counts))
+        elif not verdicts:
+            typer.echo("no dead letters", err=True)
+    _tell_refusals(refused, "submitted again")
+
+
+def report_discard(
+    discarded: Sequence[Mapping[str, Any]], refused: Sequence[tuple[Mapping[str, Any], str]], as_json: bool
+) -> None:
+    """Say what became of each.
+
+    Raises:
+        CliError: when one of them was refused.
+    """
+    if as_json:
+        _print_json(discarded=discarded, refused=refused)
+    elif discarded:
+        typer.echo(f"{len(discarded)} discarded")
+    elif not refused:
+        typer.echo("no dead letters", err=True)
+    _tell_refusals(refused, "discarded")
+
+
+def _print_json(*, refused: Sequence[tuple[Mapping[str, Any], str]], **done: Sequence[Mapping[str, Any]]) -> None:
+    report: dict[str, Any] = {
+        name: [{"id": letter["id"], "task_id": letter["task_id"]} for letter in letters]
+        for name, letters in done.items()
+    }
+    report["refused"] = [
+        {"id": letter["id"], "task_id": letter["task_id"], "why": mask(why)} for letter, why in refused
+    ]
+    typer.echo(json.dumps(report))
+
+
+def _tell_refusals(refused: Sequence[tuple[Mapping[str, Any], str]], what: str) -> None:
+    if not refused:
+        return
+    *others, (letter, why) = refused[:_REFUSALS_SHOWN]
+    for other, why_not in others:
+        typer.secho(one_line(f"dead letter {other['id']} ({other['task_id']}): {why_not}"), err=True)
+    if len(refused) == 1:
+        raise CliError(f"dead letter {letter['id']} ({letter['task_id']}) was not {what}: {why}")
+    typer.secho(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
+    raise CliError(f"{len(refused)} dead letters were not {what}")

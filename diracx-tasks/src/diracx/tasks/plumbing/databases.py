@@ -1,0 +1,44 @@
+"""Which SQL databases there are: `DIRACX_DB_URL_<NAME>`.
+
+In place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not say which of the
+variables is wrong.
+"""
+
+from __future__ import annotations
+
+from .exceptions import TaskConfigError
+
+PREFIX = "DIRACX_DB_URL_"
+_DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+oracledb_async")
+
+
+def database_urls(only: str | None = None) -> dict[str, str]:
+    """URL by database name, of the installed databases that are configured.
+
+    Args:
+        only: look at this one alone, whatever is wrong with others.
+
+    Raises:
+        TaskConfigError: naming the variable that is no URL of a database; its value may hold a password.
+    """
+    from diracx.core.settings import FactorySettings
+
+    urls = {name: url for name, url in FactorySettings().sql_dbs.items() if url and only in (None, name)}
+    for name, url in urls.items():
+        if not _is_valid(url):
+            raise TaskConfigError(
+                f"{PREFIX}{name.upper()} is not a valid database URL; write dialect+driver://host/database, as in "
+                "mysql+aiomysql://db.example.org/tasks, postgresql+asyncpg://db.example.org/tasks or "
+                "sqlite+aiosqlite:////var/lib/tasks.db"
+            )
+    return urls
+
+
+def _is_valid(url: str) -> bool:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).drivername in _DRIVERS
+    except (ArgumentError, ValueError):
+        return False

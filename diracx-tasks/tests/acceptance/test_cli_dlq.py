@@ -1,0 +1,376 @@
+"""`dlq` as an operator uses it: real processes, a real server, a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import pty
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.models import TaskMessage
+from redis import Redis
+
+FLAKY = """
+from dataclasses import dataclass
+from pathlib import Path
+from diracx.tasks.plumbing import BaseTask, Priority, Size
+
+@dataclass
+class Flaky(BaseTask):
+    path: str
+    dlq_eligible = True
+    priority = Priority.BACKGROUND
+
+    async def execute(self):
+        if not Path(self.path).exists():
+            raise FileNotFoundError(f"{self.path} from redis://u:sesame@host/1")
+        with open(self.path, "a") as out:
+            out.write("ran\\n")
+"""
+STREAM = "diracx:tasks:background:medium"
+
+
+@pytest.fixture
+def dlq(served, tmp_path, initialised_task_db):
+    """The command line with a database of dead letters, and the tasks of `flaky.py`."""
+    served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    return served
+
+
+def bury(cli, number: int = 1, *, first: int = 0, **changes) -> None:
+    """Put letters of Flaky into the database, as a worker would."""
+    from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
+
+    async def store() -> None:
+        db = TaskDB(cli.environment["DIRACX_DB_URL_TASKDB"])
+        async with db.engine_context(), db:
+            for each in range(first, first + number):
+                message = TaskMessage(task_id=f"task-{each}", task_name="flaky:Flaky", task_args=["there"])
+                values = {"reason": "exhausted", "detail": "no", "data": message.dumpb(), **changes}
+                named = {"task_id": message.task_id, "task_name": message.task_name}
+                await db.insert(DeadLetter(**{**named, **values}, burial=f"{STREAM}/{each}"))
+
+    asyncio.run(store())
+
+
+def statuses(cli) -> list[str]:
+    path = cli.environment["DIRACX_DB_URL_TASKDB"].partition(":///")[2]
+    with closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute("SELECT Status FROM DeadLetters ORDER BY ID")]
+
+
+def listed(cli, *args: str) -> list[dict]:
+    return json.loads(cli("dlq", "list", "--json", *args).stdout)
+
+
+def retry(cli, *args: str):
+    return cli("dlq", "retry", *args, "--module", "flaky.py")
+
+
+def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_url, tmp_path, wait_until):
+    worker = dlq.start("worker", "--module", "flaky.py")
+    worker.until("ready")
+    file = tmp_path / "there"
+    args = json.dumps([str(file)])
+    task_id = dlq("submit", "flaky:Flaky", "--args", args, "--module", "flaky.py").stdout.strip()
+    wait_until(lambda: listed(dlq), "the letter is there")
+
+    [letter] = listed(dlq, "--task", "Flaky", "--reason", "exhausted", "--since", "1h")
+    assert (letter["task_id"], letter["task_name"], letter["status"]) == (task_id, "flaky:Flaky", "PENDING")
+    assert letter["failed_attempts"] == 1
+    table = dlq("dlq", "list").stdout
+    assert task_id in table
+    assert "sesame" not in table
+    page = dlq("dlq", "show", str(letter["id"])).stdout
+    for text in (task_id, "FileNotFoundError", "Traceback", str(file), "exhausted"):
+        assert text in page
+    assert "sesame" not in page
+    shown = json.loads(dlq("dlq", "show", task_id, "--json").stdout)
+    assert shown["message"]["task_args"] == [str(file)]
+    assert shown["attempts"][0]["type"] == "FileNotFoundError"
+
+    file.touch()
+    ended = retry(dlq, task_id)
+    assert ended.stdout == "1 submitted again\n", ended.stderr
+    wait_until(lambda: file.read_text() == "ran\n", "the task runs again")
+    assert listed(dlq) == []
+    [letter] = listed(dlq, "--status", "any")
+    assert letter["status"] == "RESUBMITTED"
+    again = retry(dlq, task_id)
+    assert (again.returncode, again.stdout) == (0, "0 submitted again, 1 had been already\n")
+
+    # It fails once more: the same letter, with all that was before.
+    file.unlink()
+    message = TaskMessage(task_id=task_id, task_name="flaky:Flaky", task_args=[str(file)])
+    with Redis.from_url(redis_url) as redis:
+        redis.xadd(STREAM, {"data": message.dumpb()})
+    wait_until(lambda: listed(dlq), "it is there again")
+    [letter] = listed(dlq)
+    assert (letter["task_id"], letter["earlier_burials"]) == (task_id, 1)
+    assert "burial 1" in dlq("dlq", "show", task_id).stdout
+    file.touch()
+    assert json.loads(retry(dlq, "--all", "--yes", "--json").stdout)["resubmitted"] == [
+        {"id": letter["id"], "task_id": task_id}
+    ]
+    wait_until(lambda: file.read_text() == "ran\n", "the task runs again")
+
+
+@pytest.mark.leaves_keys(STREAM)
+def test_P34_two_operators_at_once_submit_each_letter_once(dlq, redis_url):
+    bury(dlq, 150)
+    running = [dlq.start("dlq", "retry", "--all", "--yes", "--json", "--module", "flaky.py") for _ in range(3)]
+    assert [process.ends() for process in running] == [0, 0, 0], [process.output for process in running]
+    assert sum(len(json.loads(process.output)["resubmitted"]) for process in running) == 150
+    with Redis.from_url(redis_url) as redis:
+        ids = [TaskMessage.loadb(fields[b"data"]).task_id for _, fields in redis.xrange(STREAM)]
+    assert sorted(ids) == sorted(f"task-{number}" for number in range(150))
+    assert set(statuses(dlq)) == {"RESUBMITTED"}
+
+
+@pytest.mark.leaves_keys(STREAM)
+def test_P34_a_retry_killed_before_the_submission_is_finished_by_the_next(dlq, redis_url, wait_until):
+    bury(dlq, 3)
+    with Redis.from_url(redis_url) as redis:
+        redis.client_pause(30_000, all=False)  # writes wait
+        killed = dlq.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
+        wait_until(lambda: statuses(dlq) == ["RESUBMITTING"] * 3, "the mark in SQL")
+        killed.process.send_signal(signal.SIGKILL)
+        killed.process.wait()
+        redis.client_unpause()
+        assert listed(dlq)[0]["status"] == "RESUBMITTING"
+        assert retry(dlq, "--all", "--yes").returncode == 0
+        assert redis.xlen(STREAM) == 3
+    assert statuses(dlq) == ["RESUBMITTED"] * 3
+
+
+@pytest.mark.leaves_keys(STREAM)
+def test_P34_a_retry_killed_after_the_submission_is_not_submitted_again(dlq, redis_url, wait_until):
+    bury(dlq, 3)
+    path = dlq.environment["DIRACX_DB_URL_TASKDB"].partition(":///")[2]
+    with Redis.from_url(redis_url) as redis, closing(sqlite3.connect(path, isolation_level=None)) as database:
+        redis.client_pause(30_000, all=False)
+        killed = dlq.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
+        wait_until(lambda: statuses(dlq) == ["RESUBMITTING"] * 3, "the mark in SQL")
+        database.execute("BEGIN IMMEDIATE")  # the last step of the retry must wait for us
+        redis.client_unpause()
+        wait_until(lambda: redis.xlen(STREAM) == 3, "the submission")
+        killed.process.send_signal(signal.SIGKILL)
+        killed.process.wait()
+        database.execute("ROLLBACK")
+        assert statuses(dlq) == ["RESUBMITTING"] * 3
+        report = json.loads(retry(dlq, "--all", "--yes", "--json").stdout)
+        assert (len(report["resubmitted"]), len(report["already"])) == (0, 3)
+        assert redis.xlen(STREAM) == 3
+    assert statuses(dlq) == ["RESUBMITTED"] * 3
+
+
+@pytest.mark.leaves_keys(STREAM)
+def test_P34_the_scheduler_submits_dead_letters_at_its_start_if_told_to(dlq, redis_url, wait_until):
+    bury(dlq, 2)
+    bury(dlq, first=2, reason="poison")
+    bury(dlq, first=3, data=TaskMessage(task_id="task-3", task_name="flaky:Gone").dumpb())
+    plain = dlq.start("scheduler", "--module", "flaky.py")
+    plain.until("leading")
+    scheduler = dlq.start("scheduler", "--module", "flaky.py", "--resubmit-dead-letters")
+    scheduler.until("dead letters: 2 submitted again, 1 left")
+    assert "'flaky:Gone'" in scheduler.output
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen(STREAM) == 2
+    assert statuses(dlq) == ["RESUBMITTED", "RESUBMITTED", "PENDING", "PENDING"]
+    for process in (plain, scheduler):
+        process.process.terminate()
+        assert process.ends() == 0, process.output
+
+
+def test_the_scheduler_wants_the_database_it_is_to_submit_from(served, one_line):
+    one_line(served("scheduler", "--resubmit-dead-letters"), 1, "DIRACX_DB_URL_TASKDB")
+
+
+@pytest.mark.leaves_keys(STREAM)
+def test_P34_what_cannot_be_submitted_is_refused_in_one_line(dlq, redis_url, one_line):
+    bury(dlq, data=b"\0garbage", reason="unparsable")
+    bury(dlq, first=1, data=TaskMessage(task_id="task-1", task_name="flaky:Flakey").dumpb())
+    bury(dlq, first=2, data=TaskMessage(task_id="task-2", task_name="flaky:Flaky").dumpb())
+    bury(dlq, first=3)
+    one_line(retry(dlq, "task-0"), 1, "dead letter 1 (task-0)", "cannot be read")
+    one_line(retry(dlq, "2"), 1, "'flaky:Flakey'", "--module")
+    one_line(retry(dlq, "3"), 1, "does not take its arguments", "path")
+    one_line(dlq("dlq", "retry", "4"), 1, "no task is registered as 'flaky:Flaky'")
+    some = retry(dlq, "--all", "--yes")
+    assert (some.returncode, some.stdout) == (1, "1 submitted again\n")
+    assert some.stderr.splitlines()[-1] == "error: 3 dead letters were not submitted again"
+    assert len(some.stderr.splitlines()) == 4
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen(STREAM) == 1
+
+
+def test_discarded_letters_stay_discarded(dlq, one_line):
+    bury(dlq, 3)
+    assert dlq("dlq", "discard", "task-0").stdout == "1 discarded\n"
+    assert dlq("dlq", "discard", "1").stdout == "1 discarded\n", "safe to repeat"
+    one_line(retry(dlq, "1"), 1, "discarded")
+    report = json.loads(dlq("dlq", "discard", "--task", "Flaky", "--limit", "1", "--yes", "--json").stdout)
+    assert report == {"discarded": [{"id": 2, "task_id": "task-1"}], "refused": []}
+    assert statuses(dlq) == ["DISCARDED", "DISCARDED", "PENDING"]
+    assert [letter["id"] for letter in listed(dlq, "--status", "discarded")] == [1, 2]
+
+
+def test_export_has_everything(dlq):
+    data = TaskMessage(task_id="task-0", task_name="flaky:Flaky", task_args=[{1, 2}, b"\xff"]).dumpb()
+    bury(dlq, data=data, attempts=[{"type": "E", "message": "m", "traceback": "t"}])
+    bury(dlq, first=1, data=b"\xc1\0garbage", reason="unparsable", task_name="")
+    exported = [json.loads(line) for line in dlq("dlq", "export").stdout.splitlines()]
+    assert base64.b64decode(exported[0]["raw"]) == data
+    assert exported[0]["message"]["task_args"] == [[1, 2], "_w=="]
+    assert exported[0]["attempts"] == [{"type": "E", "message": "m", "traceback": "t"}]
+    assert exported[1]["message"] is None
+    assert base64.b64decode(exported[1]["raw"]) == b"\xc1\0garbage"
+    assert len(dlq("dlq", "export", "--reason", "UNPARSABLE").stdout.splitlines()) == 1
+
+
+def test_an_export_that_nobody_reads_ends_quietly(dlq):
+    bury(dlq, 300, data=b"\xc1" * 10_000)
+    program = "diracx-task-run dlq export | head -n 1 | wc -l"
+    environment = {**dlq.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ended = subprocess.run(
+        ["sh", "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("1", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["list", "--since", "yesterday"], ["--since 'yesterday'", "24h"]),
+        (["list", "--since", "1h", "--before", "2h"], ["--since 1h", "--before 2h"]),
+        (["list", "--reason", "tired"], ["tired", "exhausted"]),
+        (["list", "--status", "gone"], ["gone", "open"]),
+        (["list", "--limit", "0"], ["0"]),
+        (["list", "--task", ""], ["--task"]),
+        (["export", "--before", "2030-13-01"], ["2030-13-01"]),
+        (["show"], ["ID"]),
+        (["retry"], ["--all"]),
+        (["retry", "--limit", "3"], ["--all"]),
+        (["retry", "7", "--all"], ["ids and filters"]),
+        (["discard", "7", "--task", "Flaky"], ["ids and filters"]),
+        (["retry", "--all"], ["--yes", "Submit 1 dead letters again?"]),
+        (["discard", "--all"], ["--yes", "Discard 1 dead letters?"]),
+        (["bury"], ["bury"]),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_and_exit_code_2(dlq, one_line, args, said):
+    bury(dlq)
+    one_line(dlq("dlq", *args), 2, *said)
+    assert statuses(dlq) == ["PENDING"]
+
+
+@pytest.mark.parametrize("command", ["show", "retry", "discard"])
+def test_a_letter_that_is_not_there_is_one_line(dlq, one_line, command):
+    one_line(dlq("dlq", command, "17"), 1, "no dead letter '17'", "dlq list")
+
+
+def test_dlq_alone_shows_its_help(dlq):
+    ended = dlq("dlq")
+    assert ended.returncode == 2
+    for command in ("list", "show", "retry", "discard", "export", "init"):
+        assert command in ended.stdout
+
+
+def test_whoever_says_no_changes_nothing(dlq):
+    bury(dlq, 2)
+    for answer, code, after in (("n", 1, "PENDING"), ("y", 0, "DISCARDED")):
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("diracx-task-run"), "dlq", "discard", "--all"],
+            cwd=dlq.directory,
+            env=dlq.environment,
+            stdin=follower,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.write(leader, f"{answer}\n".encode())
+        _, errors = process.communicate(timeout=40)
+        os.close(leader)
+        os.close(follower)
+        assert process.returncode == code, errors
+        assert "Discard 2 dead letters?" in errors
+        assert statuses(dlq) == [after] * 2
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "1"], ["retry", "1"], ["discard", "1"], ["export"]])
+def test_a_database_that_is_missing_empty_or_down_is_one_line(served, one_line, tmp_path, command):
+    one_line(served("dlq", *command), 1, "DIRACX_DB_URL_TASKDB")
+    served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{tmp_path}/empty.db"
+    one_line(served("dlq", *command), 1, "TaskDB is not initialised", "dlq init")
+    served.environment["DIRACX_DB_URL_TASKDB"] = "mysql+aiomysql://u:sesame@127.0.0.1:1/tasks"
+    assert "sesame" not in one_line(served("dlq", *command), 1, "cannot reach the database TaskDB")
+    served.environment["DIRACX_DB_URL_TASKDB"] = "mysql://u:sesame@127.0.0.1:1/tasks"
+    assert "sesame" not in one_line(served("dlq", *command), 1, "not a valid database URL")
+
+
+def test_a_table_of_another_version_is_named(served, one_line, tmp_path):
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE DeadLetters (ID INTEGER PRIMARY KEY, TaskID TEXT)")
+    served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{path}"
+    one_line(served("dlq", "list"), 1, "DeadLetters has no column", "Burial")
+
+
+def test_a_broker_that_is_down_leaves_letters_as_they_were(dlq, one_line):
+    bury(dlq)
+    dlq.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
+    one_line(retry(dlq, "1"), 1, "cannot reach Redis")
+    assert statuses(dlq) == ["PENDING"]
+
+
+@pytest.mark.leaves_keys(STREAM)
+@pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
+async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, request, kind, empty_database):
+    request.getfixturevalue(f"{kind}_server")
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
+    assert served("dlq", "init").returncode == 0
+    assert served("dlq", "init").returncode == 0, "safe to repeat"
+    await asyncio.to_thread(bury, served, 2)
+    assert [letter["task_id"] for letter in listed(served, "--since", "1h")] == ["task-0", "task-1"]
+    assert retry(served, "--all", "--yes").stdout == "2 submitted again\n"
+    # A worker whose tasks want that database (`CountLetters`) takes it as well.
+    assert served.mine("call", "my_tasks:CountLetters").stdout.strip() == "0"
+    served.start("worker", "--module", "my_tasks.py").until("ready")
+    with Redis.from_url(redis_url) as redis:
+        assert redis.exists(f"{keys.RESUBMITTED_PREFIX}task-0@{STREAM}/0")
+
+
+async def test_P12_a_letter_survives_a_database_that_is_down(
+    served, tmp_path, redis_url, wait_until, empty_database, mariadb_server, stoppable
+):
+    server = stoppable(mariadb_server)
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database("mariadb")
+    served("dlq", "init")
+    worker = served.start("worker", "--module", "flaky.py", "--module", "my_tasks.py")
+    worker.until("ready")
+    server.kill()
+    task_id = served("submit", "flaky:Flaky", "--args", '["x"]', "--module", "flaky.py").stdout.strip()
+    worker.until("cannot store a dead letter")
+    assert "Hello you" in served.mine("submit", "my_tasks:Greet", "--args", '["you"]', "--wait").stdout
+    down = served("dlq", "list")
+    assert (down.returncode, len(down.stderr.splitlines())) == (1, 1), down.stderr
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen(STREAM) == 1
+        server.start()
+        worker.until("can store a dead letter again")
+        wait_until(lambda: redis.xlen(STREAM) == 0, "acknowledged")
+    assert [letter["task_id"] for letter in listed(served)] == [task_id]
+    assert "Traceback" not in worker.output.partition("cannot store")[2]

@@ -1,0 +1,458 @@
+"""Dead letters on real databases: what is stored, what is decided, and what happens when a server is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+import pytest
+from diracx.db.exceptions import DBUnavailableError
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, Priority, Size
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.config import TasksConfig
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.persistence import OPEN, DeadLetter, DeadLetterStatus, TaskDB
+from diracx.tasks.plumbing.persistence.resubmission import Fate, Resubmitter, ticket
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
+
+STREAM = "diracx:tasks:background:small"
+KINDS = ["sqlite", "mariadb", "postgresql"]
+
+
+@dataclass
+class Work(BaseTask):
+    number: int
+
+    priority: ClassVar[Priority] = Priority.BACKGROUND
+    size: ClassVar[Size] = Size.SMALL
+
+    async def execute(self) -> int:
+        return self.number
+
+
+REGISTRY = TaskRegistry({"test:Work": Work})
+
+
+def letter(number: int = 0, *, burial: str | None = None, **changes: Any) -> DeadLetter:
+    message = TaskMessage(
+        task_id=f"task-{number}", task_name="test:Work", task_args=[number], labels={"attempts": [{"type": "E"}]}
+    )
+    values: dict[str, Any] = {
+        "task_id": message.task_id,
+        "task_name": "test:Work",
+        "reason": "exhausted",
+        "detail": f"detail {number}",
+        "data": message.dumpb(),
+        "attempts": [{"type": "ValueError", "message": "no", "traceback": "…", "started": datetime.now(UTC)}],
+        "burial": burial or f"{STREAM}/{number}-0",
+    }
+    return DeadLetter(**values | changes)
+
+
+@pytest.fixture(params=KINDS)
+def db_kind(request: pytest.FixtureRequest) -> str:
+    if request.param != "sqlite":
+        request.getfixturevalue(f"{request.param}_server")
+    return str(request.param)
+
+
+@pytest.fixture
+async def db_url(db_kind: str, empty_database: Callable[[str], Awaitable[str]]) -> str:
+    return await empty_database(db_kind)
+
+
+@pytest.fixture
+async def db(db_url: str) -> AsyncIterator[TaskDB]:
+    database = TaskDB(db_url)
+    async with database.engine_context():
+        async with database.engine.begin() as connection:
+            await connection.run_sync(database.metadata.create_all)
+        yield database
+
+
+@pytest.fixture
+async def broker(redis_url: str, redis: Redis) -> AsyncIterator[RedisStreamBroker]:
+    found = RedisStreamBroker(redis_url)
+    yield found
+    await found.shutdown()
+    await redis.delete(*keys.EVERY_STREAM)
+
+
+async def store(db: TaskDB, *letters: DeadLetter) -> None:
+    async with db:
+        for each in letters:
+            await db.insert(each)
+
+
+async def rows(db: TaskDB, **where: Any) -> list[dict[str, Any]]:
+    async with db:
+        return await db.search(**{"status": None, "limit": 10_000, **where})
+
+
+async def statuses(db: TaskDB) -> list[str]:
+    return [str(row["status"]) for row in await rows(db)]
+
+
+async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+# --- what is stored ---------------------------------------------------------------------------------------
+
+
+async def test_P12_any_letter_can_be_stored_and_comes_back(db: TaskDB) -> None:
+    data = bytes(range(256)) * 8192
+    odd = letter(
+        task_id="a",
+        detail="nul \0, half a pair \udc80, 🚀",
+        data=data,
+        attempts=[{"message": "nul \0 half \udc80 🚀", "traceback": "x" * 100_000, 3: {1}, "at": float("nan")}],
+        task_name="n" * 400,
+    )
+    also_odd = letter(task_id="A", attempts=7, burial="b" * 400, task_name="n" * 399 + "m")
+    await store(db, odd, also_odd, letter(task_id="i" * 300), letter(task_id="i" * 301))
+    first, second, *long = await rows(db)
+    assert first["message"] == data
+    assert first["detail"] == "nul \\x00, half a pair \\udc80, 🚀"
+    assert first["attempts"][0]["message"] == "nul \0 half \udc80 🚀"
+    assert (first["task_id"], second["task_id"]) == ("a", "A"), "two ids, whatever the collation"
+    assert len({row["task_id"] for row in long}) == 2
+    assert first["task_name"] != second["task_name"]
+    async with db:
+        found = await db.find("i" * 300)
+        assert found is not None
+        assert found["id"] == long[0]["id"]
+        assert (await db.find(str(second["id"])) or {})["task_id"] == "A"
+        assert await db.find("nothing") is None
+    assert abs(first["buried_at"] - datetime.now(UTC)) < timedelta(seconds=30)
+
+
+async def test_attempts_without_end_lose_their_oldest_tracebacks(db: TaskDB) -> None:
+    attempts = [{"number": number, "traceback": "x" * 4000} for number in range(3000)]
+    await store(db, letter(attempts=attempts))
+    [row] = await rows(db)
+    assert len(row["attempts"]) == 3000
+    assert row["attempts"][0]["traceback"] == ""
+    assert row["attempts"][-1] == attempts[-1]
+    assert len(json.dumps(row["attempts"])) <= 4_100_000
+
+
+async def test_P12_storing_a_burial_again_changes_nothing_and_a_new_one_opens_the_letter(db: TaskDB) -> None:
+    await store(db, letter(1), letter(2))
+    await store(db, letter(1))
+    [one, two] = await rows(db)
+    async with db:
+        await db.begin_resubmission([(one["id"], one["burial"])])
+    await store(db, letter(1, detail="says the same worker again"))
+    [one, _] = await rows(db)
+    assert one["status"] == DeadLetterStatus.RESUBMITTING, "or the task would be submitted twice"
+    assert one["detail"] == "detail 1"
+    await store(db, letter(1, burial="elsewhere/1-0", reason="poison", attempts=[{"type": "Second"}]))
+    [one, two] = await rows(db)
+    assert one["status"] == DeadLetterStatus.PENDING
+    assert (one["reason"], one["attempts"]) == ("poison", [{"type": "Second"}])
+    [chapter] = one["history"]
+    assert chapter["reason"] == "exhausted"
+    assert chapter["attempts"][0]["type"] == "ValueError"
+    assert two["history"] == []
+
+
+async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskDB, db_url: str) -> None:
+    from functools import partial
+
+    from diracx.tasks.plumbing.patience import patiently
+
+    async def bury(number: int) -> None:
+        await patiently(
+            partial(store, db, letter(number)), "store", passing=lambda error: isinstance(error, SQLAlchemyError)
+        )
+
+    # In contexts of their own, as the burials of a worker are.
+    await asyncio.gather(*(asyncio.create_task(bury(number)) for number in [*range(20), *range(20)]))
+    assert sorted(row["task_id"] for row in await rows(db)) == sorted(f"task-{number}" for number in range(20))
+
+
+async def test_filters_choose(db: TaskDB) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    await store(
+        db, letter(1), letter(2, task_name="other:Work", reason="poison"), letter(3, task_name="test:HomeWork")
+    )
+    after = datetime.now(UTC) + timedelta(seconds=1)
+
+    async def chosen(**where: Any) -> list[str]:
+        return [row["task_id"] for row in await rows(db, **where)]
+
+    assert await chosen(task_name="test:Work") == ["task-1"]
+    assert await chosen(task_name="Work") == ["task-1", "task-2"], "the class alone, in every category"
+    assert await chosen(task_name="W_rk") == []
+    assert await chosen(reason="poison") == ["task-2"]
+    assert await chosen(status=OPEN, limit=2) == ["task-1", "task-2"]
+    assert await chosen(status=DeadLetterStatus.DISCARDED) == []
+    assert await chosen(since=before, before=after) == ["task-1", "task-2", "task-3"]
+    assert await chosen(since=after) == []
+    assert await chosen(before=before) == []
+    async with db:
+        assert await db.count(reason="exhausted") == {DeadLetterStatus.PENDING: 2}
+        assert await db.count() == {DeadLetterStatus.PENDING: 3}
+
+
+# --- submitting again -------------------------------------------------------------------------------------
+
+
+async def test_P34_a_letter_goes_back_to_the_queue_of_its_class_with_its_id_and_no_attempts(
+    db: TaskDB, broker: RedisStreamBroker, redis: Redis
+) -> None:
+    await store(db, letter(5))
+    [row] = await rows(db)
+    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
+    assert verdict.fate is Fate.RESUBMITTED
+    [(_, fields)] = await redis.xrange(STREAM)
+    message = TaskMessage.loadb(fields[b"data"])
+    assert (message.task_id, message.task_args, message.attempts) == ("task-5", [5], [])
+    [row] = await rows(db)
+    assert row["status"] == DeadLetterStatus.RESUBMITTED
+    assert row["attempts"][0]["type"] == "ValueError", "the row keeps them"
+    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
+    assert verdict.fate is Fate.ALREADY
+    assert await redis.xlen(STREAM) == 1
+    # The operator's priority counts, as for every submission; and the next burial is a new letter.
+    await store(db, letter(5, burial="a-later-one"))
+    config = TasksConfig.model_validate({"common": {"test:Work": {"priority": "realtime"}}})
+    [verdict] = await Resubmitter(db, broker, REGISTRY, config).these(await rows(db))
+    assert verdict.fate is Fate.RESUBMITTED
+    assert await redis.xlen("diracx:tasks:realtime:small") == 1
+    assert await redis.ttl(keys.RESUBMITTED_PREFIX + ticket(row)) > 86400
+
+
+async def test_P34_what_cannot_be_submitted_is_refused_with_the_reason(
+    db: TaskDB, broker: RedisStreamBroker, redis: Redis
+) -> None:
+    nobody = TaskMessage(task_id="x", task_name="test:Nobody").dumpb()
+    too_many = TaskMessage(task_id="y", task_name="test:Work", task_args=[1, 2, 3]).dumpb()
+    await store(db, letter(1, data=b"\0garbage"), letter(2, data=nobody), letter(3, data=too_many), letter(4))
+    letters = await rows(db)
+    async with db:
+        assert await db.discard([(letters[3]["id"], letters[3]["burial"])]) == {letters[3]["id"]}
+    verdicts = await Resubmitter(db, broker, REGISTRY).these(await rows(db))
+    assert [verdict.fate for verdict in verdicts] == [Fate.REFUSED] * 4
+    for verdict, said in zip(
+        verdicts,
+        ["cannot be read", "'test:Nobody'", "does not take its arguments", "discarded"],
+        strict=True,
+    ):
+        assert said in verdict.why
+        assert "\n" not in verdict.why
+    assert await statuses(db) == ["PENDING", "PENDING", "PENDING", "DISCARDED"]
+    assert not await redis.keys("diracx:*")
+
+
+@asynccontextmanager
+async def operators(number: int, url: str, redis_url: str) -> AsyncIterator[list[Resubmitter]]:
+    """As many as there are, each with connections of its own."""
+    async with AsyncExitStack() as stack:
+        found = []
+        for _ in range(number):
+            database = TaskDB(url)
+            await stack.enter_async_context(database.engine_context())
+            broker = RedisStreamBroker(redis_url)
+            stack.push_async_callback(broker.shutdown)
+            found.append(Resubmitter(database, broker, REGISTRY))
+        yield found
+
+
+async def test_P34_operators_at_the_same_time_submit_each_letter_once(
+    db: TaskDB, db_url: str, redis_url: str, broker: RedisStreamBroker, redis: Redis
+) -> None:
+    total = 230  # three rounds
+    await store(db, *(letter(number) for number in range(total)))
+
+    async def submit(resubmitter: Resubmitter) -> int:
+        parts = [part async for part in resubmitter.all({})]
+        return sum(verdict.fate is Fate.RESUBMITTED for part in parts for verdict in part)
+
+    async with operators(4, db_url, redis_url) as all_of_them:
+        submitted = await asyncio.gather(*(asyncio.create_task(submit(each)) for each in all_of_them))
+    assert sum(submitted) == total
+    ids = [TaskMessage.loadb(fields[b"data"]).task_id for _, fields in await redis.xrange(STREAM)]
+    assert sorted(ids) == sorted(f"task-{number}" for number in range(total))
+    assert set(await statuses(db)) == {"RESUBMITTED"}
+
+
+@pytest.mark.parametrize("broke_off_after", ["the mark in SQL", "the submission"])
+async def test_P34_whoever_repeats_a_resubmission_that_broke_off_finishes_it(
+    db: TaskDB, broker: RedisStreamBroker, redis: Redis, broke_off_after: str
+) -> None:
+    await store(db, letter(1), letter(2))
+    resubmitter = Resubmitter(db, broker, REGISTRY)
+    letters = await rows(db)
+    async with db:
+        begun = await db.begin_resubmission([(row["id"], row["burial"]) for row in letters])
+    assert set(begun) == {row["id"] for row in letters}
+    if broke_off_after == "the submission":
+        await broker.resubmit([(ticket(row), resubmitter._submission(row)) for row in letters])
+    async with db:
+        assert await db.discard([(row["id"], row["burial"]) for row in letters]) == set(), "too late for that"
+    verdicts = [verdict async for part in resubmitter.all({}) for verdict in part]
+    expected = Fate.ALREADY if broke_off_after == "the submission" else Fate.RESUBMITTED
+    assert [verdict.fate for verdict in verdicts] == [expected] * 2
+    assert await redis.xlen(STREAM) == 2
+    assert await statuses(db) == ["RESUBMITTED"] * 2
+
+
+async def test_P34_a_task_that_fails_again_before_its_row_is_written_stays_pending(
+    db: TaskDB, broker: RedisStreamBroker
+) -> None:
+    await store(db, letter(1))
+    [row] = await rows(db)
+    async with db:
+        await db.begin_resubmission([(row["id"], row["burial"])])
+    await store(db, letter(1, burial="again"))
+    async with db:
+        await db.end_resubmission([(row["id"], row["burial"])])
+    assert await statuses(db) == ["PENDING"]
+    # Whoever saw the letter before cannot decide about the new one.
+    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
+    assert verdict.fate is Fate.ALREADY
+    async with db:
+        assert await db.discard([(row["id"], row["burial"])]) == set()
+    assert await statuses(db) == ["PENDING"]
+
+
+async def test_P34_a_resubmission_that_the_broker_has_forgotten_is_not_repeated(
+    db: TaskDB, broker: RedisStreamBroker, redis: Redis
+) -> None:
+    from diracx.tasks.plumbing.persistence.schema import DeadLetters
+
+    await store(db, letter(1))
+    long_ago = datetime.now(UTC) - timedelta(days=30)
+    async with db:
+        values = {"status": DeadLetterStatus.RESUBMITTING, "changed_at": long_ago}
+        await db.conn.execute(update(DeadLetters).values(**values))
+    [verdict] = await Resubmitter(db, broker, REGISTRY).these(await rows(db))
+    assert verdict.fate is Fate.REFUSED
+    assert f"{long_ago:%Y-%m-%d}" in verdict.why
+    assert not await redis.exists(STREAM)
+
+
+async def test_P34_at_a_start_poison_is_left_alone(db: TaskDB, broker: RedisStreamBroker) -> None:
+    letters = [letter(number, reason=reason) for number, reason in enumerate(["poison", "exhausted", "arguments"])]
+    await store(db, *letters, letter(9, reason="unparsable", data=b"?"))
+    verdicts = [v async for part in Resubmitter(db, broker, REGISTRY).all_by_itself() for v in part]
+    assert sorted(verdict.letter["task_id"] for verdict in verdicts) == ["task-1", "task-2"]
+    assert await statuses(db) == ["PENDING", "RESUBMITTED", "RESUBMITTED", "PENDING"]
+
+
+# --- when a server is away --------------------------------------------------------------------------------
+
+
+class Doomed(BaseTask):
+    dlq_eligible = True
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.01, max_retries=1)
+
+    async def execute(self) -> None:
+        raise ValueError("doomed")
+
+
+@dataclass
+class Fine(BaseTask):
+    number: int
+
+    async def execute(self) -> int:
+        return self.number
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
+async def test_P12_while_the_database_is_down_the_task_is_kept_and_others_run(
+    kind: str, request: pytest.FixtureRequest, empty_database: Any, stoppable: Any, redis_url: str, redis: Redis
+) -> None:
+    server = stoppable(request.getfixturevalue(f"{kind}_server"))
+    url = await empty_database(kind)
+    stream = "diracx:tasks:normal:medium"
+    settings = {"lease_seconds": 1.0}
+    async with TaskSystem([Doomed, Fine], redis_url=redis_url, task_db_url=url, settings=settings) as system:
+        assert system.task_db is not None
+        # There is a connection in the pool, which the worker does not know to be dead.
+        await system.result(await Doomed().schedule())
+        await system.drain()
+        server.kill()
+        lost = [await Doomed().schedule() for _ in range(3)]
+
+        async def all_failed() -> bool:
+            """Each has its two executions behind it, and is in the worker's hands."""
+            pending = await redis.xpending(stream, keys.GROUP)
+            return int(pending["pending"]) == 3 and await redis.zcard(keys.DELAYED) == 0
+
+        await eventually(all_failed)
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2.5:  # more than two leases
+            assert (await system.result(await Fine(1).schedule())).return_value == 1
+            assert len(await redis.xrange(stream)) >= 3, "acknowledged before it was stored"
+        [pending] = {row["times_delivered"] for row in await redis.xpending_range(stream, keys.GROUP, "-", "+", 9)}
+        assert pending == 1, "its lease is kept, so nobody else runs it"
+        server.start()
+        await system.drain(30)
+        async with system.task_db as db:
+            letters = await db.search()
+        assert {row["task_id"] for row in letters} > set(lost)
+        assert len(letters) == 4
+        assert all(len(row["attempts"]) == 2 for row in letters)
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
+async def test_P12_a_commit_that_fails_does_not_spoil_the_next_transaction(
+    kind: str, request: pytest.FixtureRequest, empty_database: Any, stoppable: Any
+) -> None:
+    server = stoppable(request.getfixturevalue(f"{kind}_server"))
+    database = TaskDB(await empty_database(kind))
+    async with database.engine_context():
+        async with database.engine.begin() as connection:
+            await connection.run_sync(database.metadata.create_all)
+
+        async def broken_off() -> None:
+            async with database:
+                await database.insert(letter(1))
+                server.kill()
+
+        with pytest.raises((SQLAlchemyError, OSError)):
+            await broken_off()
+        server.start()
+
+        async def stored() -> bool:
+            try:
+                await store(database, letter(1))
+            except (SQLAlchemyError, DBUnavailableError):
+                return False
+            return True
+
+        await eventually(stored)
+        assert len(await rows(database)) == 1
+
+
+async def test_P12_a_letter_that_waits_in_redis_and_cannot_be_taken_stops_nobody(
+    redis_url: str, redis: Redis
+) -> None:
+    async with TaskSystem([Doomed], redis_url=redis_url, task_db_url=None) as system:
+        task_id = await Doomed().schedule()
+        await system.result(task_id)
+        await system.drain()
+    await redis.xadd(keys.DEAD_LETTERS, {"reason": "?", "data": b"\xc1"})
+    await redis.xadd(keys.DEAD_LETTERS, {"nothing": "known"})
+    async with TaskSystem([Fine], redis_url=redis_url) as system:
+        assert system.task_db is not None
+        async with system.task_db as db:
+            assert [row["task_id"] for row in await db.search()] == [task_id]
+    assert await redis.xlen(keys.DEAD_LETTERS) == 2
+    await redis.delete(keys.DEAD_LETTERS)

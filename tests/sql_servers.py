@@ -1,0 +1,204 @@
+"""A pytest plugin: database servers of the tests' own, on free ports, from the programs that are installed.
+
+`mariadb_server` and `postgresql_server` run for the session; a test that stops one must start it again, or
+uses `stoppable`, which does. `empty_database` makes a database there. What is not installed is skipped, with
+a line that says what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+_SECONDS = 60
+
+
+class SqlServer:
+    """A private server, which can be killed and started again on the same port with the same data."""
+
+    def __init__(self, scheme: str, user: str, port: int, maintenance: str = "") -> None:
+        self.url = f"{scheme}://{user}@127.0.0.1:{port}"
+        """Without a database's name."""
+        self.port = port
+        self._maintenance = maintenance
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> tuple[list[str], dict[str, Any]]:
+        """What runs the server in the foreground, and how to start that."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start it, if it does not run; return when it answers."""
+        if self._process is not None:
+            return
+        command, how = self.command()
+        self._process = subprocess.Popen(command, cwd="/", **how, **_QUIET)
+        deadline = time.monotonic() + _SECONDS
+        while not self._answers():
+            assert self._process.poll() is None, f"{command[0]} did not start"
+            assert time.monotonic() < deadline, f"{command[0]} does not answer"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        process, self._process = self._process, None
+        if process is not None:
+            self.end(process)
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """End the process and wait for it."""
+        process.kill()
+        process.wait(_SECONDS)
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    async def create_database(self) -> str:
+        """URL of a new, empty database."""
+        from sqlalchemy import text
+        from sqlalchemy.ext.asyncio import create_async_engine
+
+        name = f"t{os.urandom(6).hex()}"
+        # PostgreSQL creates databases only outside a transaction, from within one that exists.
+        engine = create_async_engine(f"{self.url}/{self._maintenance}", isolation_level="AUTOCOMMIT")
+        deadline = time.monotonic() + _SECONDS
+        while True:  # it may take connections before it takes statements
+            try:
+                async with engine.connect() as connection:
+                    await connection.execute(text(f"CREATE DATABASE {name}"))
+                break
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+        await engine.dispose()
+        return f"{self.url}/{name}"
+
+
+class MariaDb(SqlServer):
+    """MariaDB in a directory."""
+
+    def __init__(self, data: Path) -> None:
+        super().__init__("mysql+aiomysql", "root", _free_port())  # over TCP, root may come from 127.0.0.1
+        self._data = data
+        self._user = _give(data, "mysql")
+        flags = [f"--user={self._user}"] if self._user else []
+        install = ["mariadb-install-db", "--no-defaults", *flags, f"--datadir={data}/data"]
+        subprocess.run([*install, "--auth-root-authentication-method=normal"], check=True, cwd="/", **_QUIET)
+
+    def command(self) -> tuple[list[str], dict[str, Any]]:
+        options = [
+            f"--datadir={self._data}/data",
+            f"--socket={self._data}/socket",
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            "--skip-name-resolve",
+            "--innodb-flush-log-at-trx-commit=2",  # kept when the process is killed; no fsync
+        ]
+        return ["mariadbd", "--no-defaults", *([f"--user={self._user}"] if self._user else []), *options], {}
+
+
+class PostgreSql(SqlServer):
+    """PostgreSQL in a directory."""
+
+    def __init__(self, binaries: Path, data: Path) -> None:
+        super().__init__("postgresql+asyncpg", "pilots", _free_port(), maintenance="postgres")
+        self._binaries = binaries
+        self._data = data
+        user = _give(data, "postgres")  # the server refuses to run as root
+        self._how: dict[str, Any] = {"user": user} if user else {}
+        initdb = [binaries / "initdb", "-D", data / "data", "-A", "trust", "-U", "pilots", "-E", "UTF8"]
+        subprocess.run(initdb, check=True, cwd="/", **self._how, **_QUIET)
+
+    def command(self) -> tuple[list[str], dict[str, Any]]:
+        settings = {"port": self.port, "unix_socket_directories": self._data, "listen_addresses": "127.0.0.1"}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        return [str(self._binaries / "postgres"), "-D", f"{self._data}/data", "-F", *options], self._how
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        # SIGQUIT takes its children with it, without a clean end. SIGKILL would leave them.
+        process.send_signal(3)
+        process.wait(_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _give(directory: Path, user: str) -> str | None:
+    """Let a server that does not run as root have its directory; None when nobody here is root."""
+    if os.geteuid() != 0:
+        return None
+    shutil.chown(directory, user)
+    for parent in directory.parents:
+        with contextlib.suppress(OSError):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    return user
+
+
+@pytest.fixture(scope="session")
+def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqlServer]:
+    """MariaDB."""
+    pytest.importorskip("aiomysql")
+    for program in ("mariadbd", "mariadb-install-db"):
+        if shutil.which(program) is None:
+            pytest.skip(f"MariaDB is not installed: there is no program {program}")
+    yield from _running(MariaDb(tmp_path_factory.mktemp("mariadb")))
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqlServer]:
+    """PostgreSQL."""
+    pytest.importorskip("asyncpg")
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: path.parts[-3].zfill(4))
+    initdb = shutil.which("initdb") or (installed[-1] if installed else None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed: there is no program initdb")
+    yield from _running(PostgreSql(Path(initdb).resolve().parent, tmp_path_factory.mktemp("postgres")))
+
+
+def _running(server: SqlServer) -> Iterator[SqlServer]:
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def stoppable() -> Iterator[Callable[[SqlServer], SqlServer]]:
+    """Lends a server to a test that stops it: it runs again afterwards, whatever happened."""
+    lent: list[SqlServer] = []
+
+    def lend(server: SqlServer) -> SqlServer:
+        lent.append(server)
+        return server
+
+    yield lend
+    for server in lent:
+        server.start()
+
+
+@pytest.fixture
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Awaitable[str]]:
+    """`await empty_database("sqlite" | "mariadb" | "postgresql")` is the URL of a new database."""
+
+    async def create(kind: str) -> str:
+        if kind == "sqlite":
+            return f"sqlite+aiosqlite:///{tmp_path}/{os.urandom(4).hex()}.db"
+        server: SqlServer = request.getfixturevalue(f"{kind}_server")
+        return await server.create_database()
+
+    return create
