@@ -18,6 +18,7 @@ from diracx.tasks.plumbing.broker.redis_streams import SUSPECT_FROM, in_ms, new_
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
+from diracx.tasks.plumbing.worker.settlement import hand_back
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -74,6 +75,8 @@ class Task:
     delivery: Delivery | None = None
     locks: list[dict[str, Any]] = field(default_factory=list)
     """What it holds, by the model."""
+    deaths: int = 0
+    """How many workers have died with it since its last retry."""
     ended: int = 0
 
 
@@ -190,6 +193,7 @@ class BrokerMachine(RuleBasedStateMachine):
             message = TaskMessage.loadb(delivery.data)
             task = self.tasks[message.task_id]
             assert message == task.message
+            assert delivery.deaths == task.deaths, "P9: who parks or hands back forgets no death"
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
     @rule(worker=WORKER, free=st.integers(1, 4), answered=st.booleans())
@@ -288,6 +292,7 @@ class BrokerMachine(RuleBasedStateMachine):
         task.delivery, task.locks, task.worker = None, [], ""
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True
+        task.deaths = 0
         if task.place == "gone":
             task.ended += 1
             self._child_ended(task)
@@ -308,9 +313,7 @@ class BrokerMachine(RuleBasedStateMachine):
         reserved = self._in("reserved")
         task = reserved[pick % len(reserved)]
         assert task.delivery is not None
-        stream = task.delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
-        again = {"stream": stream, "data": task.delivery.data, "since": task.delivery.since}
-        settlement = Settlement(task.delivery, requeue=again)
+        settlement = hand_back(task.delivery)
         assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
         self.late.append((task.worker, settlement))
         task.place, task.delivery, task.worker = "queued", None, ""
@@ -360,6 +363,7 @@ class BrokerMachine(RuleBasedStateMachine):
             task = orphans[TaskMessage.loadb(delivery.data).task_id]
             assert task.delivery is not None
             assert delivery.deliveries == task.delivery.deliveries + 1
+            task.deaths += 1
             assert delivery.since == task.delivery.since
             group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
             self.late.append((other, Settlement(task.delivery, group=group)))
@@ -547,11 +551,11 @@ class BrokerMachine(RuleBasedStateMachine):
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:
             for delivery in self.run(third.reclaim(1000, suspect_from=1000)):
-                again = {"stream": delivery.stream, "data": delivery.data, "since": delivery.since}
-                assert self.run(third.settle([Settlement(delivery, requeue=again)])) == [True]
+                assert self.run(third.settle([hand_back(delivery)])) == [True]
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""
+                task.deaths += 1
             self.may_wake = True
             assert self.run(third.leave()) is True
         finally:

@@ -174,9 +174,10 @@ class Worker:
         except ValueError as error:
             self._reject(delivery, None, "unparsable", str(error))
             return None
-        if delivery.deliveries > self._settings.max_deliveries:
-            times = delivery.deliveries - 1
-            self._reject(delivery, message, "poison", f"handed out {times} times without ever coming back")
+        if delivery.deaths >= self._settings.max_deliveries:
+            self._reject(
+                delivery, message, "poison", f"handed out {delivery.deaths} times without ever coming back"
+            )
             return None
         blueprint = self._blueprints.get(message.task_name)
         if blueprint is None:

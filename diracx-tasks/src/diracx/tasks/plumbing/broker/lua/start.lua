@@ -23,14 +23,15 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       replies[position] = {1}
     else
       local fields = redis.call('XRANGE', d.stream, d.entry, d.entry)[1][2]
-      local data
+      local data, deaths = nil, d.deliveries - 1
       for field = 1, #fields, 2 do
         if fields[field] == 'data' then data = fields[field + 1] end
+        if fields[field] == 'deaths' then deaths = deaths + tonumber(fields[field + 1]) end
       end
       local lock = d.locks[refusing]
       local due = math.ceil((again or (now + look_again_in(lock, d.retry_ms) * 1000)) / 1000)
       remove(d.stream, d.entry)
-      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data)
+      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths)
       if lock.kind ~= 'rate' then
         local waiting = '$WAITING_PREFIX' .. lock.key
         redis.call('ZADD', waiting, int(place), lock.kind .. ':' .. d.task)
