@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint docs bench clean
+.PHONY: help install test demo chaos lint docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 docs: $(STAMP) ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises are kept; ARGS="--seconds 120 --seed 1 --json"
+	@$(BIN)/python -m chaos $(ARGS)
 
 bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks $(ARGS)

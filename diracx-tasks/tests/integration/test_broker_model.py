@@ -18,21 +18,19 @@ from diracx.tasks.plumbing.broker.redis_streams import SUSPECT_FROM, in_ms, new_
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
+from diracx.tasks.plumbing.worker.settlement import hand_back
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 from redis import Redis as SyncRedis
 
 WORKERS = ("a", "b")
-WORKER = st.sampled_from(WORKERS)
-PICK = st.integers(0, 1000)
 STREAMS = keys.streams_of("medium")
 #: No timer fires by itself and no lock expires while an example runs: the rules decide when time passes.
 LONG_MS = 600_000
@@ -74,6 +72,8 @@ class Task:
     delivery: Delivery | None = None
     locks: list[dict[str, Any]] = field(default_factory=list)
     """What it holds, by the model."""
+    deaths: int = 0
+    """How many workers have died with it since its last retry."""
     ended: int = 0
 
 
@@ -124,6 +124,21 @@ class BrokerMachine(RuleBasedStateMachine):
     def _is_dead(self, worker: str) -> bool:
         return self.sync.zscore(keys.ALIVE, worker) in (None, 0)  # off the list: buried
 
+    def _living(self, *places: str) -> list[str]:
+        """Workers that live and, if places are given, hold a task there."""
+        return [
+            worker
+            for worker in WORKERS
+            if not self._is_dead(worker) and (not places or self._in(*places, worker=worker))
+        ]
+
+    def _orphaned(self) -> list[str]:
+        return [
+            worker
+            for worker in WORKERS
+            if self._is_dead(worker) and self._in("reserved", "running", worker=worker)
+        ]
+
     def _renew(self, worker: str) -> None:
         held = self._in("reserved", "running", worker=worker)
         entries = [
@@ -152,13 +167,53 @@ class BrokerMachine(RuleBasedStateMachine):
                 return False
         return True
 
+    # --- any order ------------------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def act(self, data: st.DataObject) -> None:
+        """One of the steps that are possible now. (As rules of their own, most examples lack some.)"""
+        pick = st.integers(0, 7)
+        flag = st.booleans()
+        how = st.sampled_from(["done", "done", "failed", "retry now", "retry later", "dead"])
+        wish = st.sampled_from(sorted(WISHES))
+        possible: dict[str, Any] = {
+            "look_for_nothing": (st.sampled_from(WORKERS),),
+            "submit": (wish, st.sampled_from(list(Priority)), flag),
+            "submit_group": (st.lists(wish, max_size=3),),
+        }
+        if self._in("queued") and self._living():
+            possible["fetch"] = (pick, st.integers(1, 4), flag, flag)
+        if self._living("reserved"):
+            possible["start"] = (pick, flag)
+        if self._in("reserved"):
+            possible["hand_back"] = (pick,)
+        if self._in("running"):
+            possible["settle"] = (pick, how)
+        if self._in("delayed", "parked"):
+            possible["promote"] = (pick,)
+        if self._living("reserved", "running"):
+            possible["crash"] = (pick,)
+        if len(self._living()) < len(WORKERS):
+            possible["come_back"] = (pick,)
+        if self._orphaned() and self._living():
+            possible["reclaim"] = (st.integers(1, 4), flag)
+        if self.late:
+            possible["settle_too_late"] = (st.integers(0, 1000),)
+        if set(self._living()) - set(self._living("reserved", "running")):
+            possible["leave"] = ()
+        if not self._in("queued", "reserved", "running", "delayed", "parked"):
+            possible["flush"] = ()
+        often = [verb for verb in ("fetch", "reclaim", "settle") if verb in possible] * 2
+        verb = data.draw(st.sampled_from(sorted([*possible, *often])), label="verb")
+        arguments = [data.draw(strategy) for strategy in possible[verb]]
+        getattr(self, verb)(*arguments)
+
     # --- into the system ------------------------------------------------------------------------------------
 
     def _new(self, wish: str, priority: str, labels: dict[str, Any] | None = None) -> Task:
         message = TaskMessage(task_id=new_task_id(), task_name="model:Task", labels=labels or {}, task_args=[wish])
         return Task(message.task_id, wish, message, stream_name_for(priority, "medium"))
 
-    @rule(wish=st.sampled_from(sorted(WISHES)), priority=st.sampled_from(list(Priority)), delayed=st.booleans())
     def submit(self, wish: str, priority: str, delayed: bool) -> None:
         task = self._new(wish, priority)
         at_time = datetime.now(UTC) + timedelta(milliseconds=LONG_MS) if delayed else None
@@ -166,7 +221,6 @@ class BrokerMachine(RuleBasedStateMachine):
         task.place = "delayed" if delayed else "queued"
         self.tasks[task.id] = task
 
-    @rule(wishes=st.lists(st.sampled_from(sorted(WISHES)), max_size=3))
     def submit_group(self, wishes: list[str]) -> None:
         group = f"group {len(self.groups)}"
         children = [self._new(wish, "normal") for wish in wishes]
@@ -190,12 +244,17 @@ class BrokerMachine(RuleBasedStateMachine):
             message = TaskMessage.loadb(delivery.data)
             task = self.tasks[message.task_id]
             assert message == task.message
+            assert delivery.deaths == task.deaths, "P9: who parks or hands back forgets no death"
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
-    @rule(worker=WORKER, free=st.integers(1, 4), answered=st.booleans())
-    def fetch(self, worker: str, free: int, answered: bool) -> None:
-        if self._is_dead(worker):
-            return
+    def fetch(self, pick: int, free: int, answered: bool, begin: bool) -> None:
+        living = self._living()
+        worker = living[pick % len(living)]
+        self._fetch(worker, free, answered)
+        if begin:
+            self._start_all(worker)
+
+    def _fetch(self, worker: str, free: int, answered: bool = True) -> None:
         waiting = {task.id for task in self._in("queued")}
         deliveries, last_ids = self.run(self.brokers[worker].fetch(free))
         assert len(deliveries) == min(free, len(waiting))
@@ -215,10 +274,11 @@ class BrokerMachine(RuleBasedStateMachine):
         assert all(delivery.deliveries == 1 for delivery in deliveries)
         self._received(worker, deliveries)
 
-    @rule(worker=WORKER, twice=st.booleans())
-    def start(self, worker: str, twice: bool) -> None:
-        if self._is_dead(worker):
-            return
+    def start(self, pick: int, twice: bool) -> None:
+        living = self._living("reserved")
+        self._start_all(living[pick % len(living)], twice)
+
+    def _start_all(self, worker: str, twice: bool = False) -> None:
         for task in self._in("reserved", worker=worker):
             self._start(task, twice)
 
@@ -261,8 +321,6 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # --- out again ------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self._in("running"))
-    @rule(pick=PICK, how=st.sampled_from(["done", "failed", "retry now", "retry later", "dead"]))
     def settle(self, pick: int, how: str) -> None:
         running = self._in("running")
         self._settle(running[pick % len(running)], how)
@@ -288,6 +346,7 @@ class BrokerMachine(RuleBasedStateMachine):
         task.delivery, task.locks, task.worker = None, [], ""
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True
+        task.deaths = 0
         if task.place == "gone":
             task.ended += 1
             self._child_ended(task)
@@ -302,21 +361,15 @@ class BrokerMachine(RuleBasedStateMachine):
             assert not callback.ended
             callback.place = "queued"
 
-    @precondition(lambda self: self._in("reserved"))
-    @rule(pick=PICK)
     def hand_back(self, pick: int) -> None:
         reserved = self._in("reserved")
         task = reserved[pick % len(reserved)]
         assert task.delivery is not None
-        stream = task.delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
-        again = {"stream": stream, "data": task.delivery.data, "since": task.delivery.since}
-        settlement = Settlement(task.delivery, requeue=again)
+        settlement = hand_back(task.delivery)
         assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
         self.late.append((task.worker, settlement))
         task.place, task.delivery, task.worker = "queued", None, ""
 
-    @precondition(lambda self: self.late)
-    @rule(pick=PICK)
     def settle_too_late(self, pick: int) -> None:
         """P5: what was taken over, or settled before, cannot be settled."""
         worker, settlement = self.late[pick % len(self.late)]
@@ -324,21 +377,28 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # --- deaths ---------------------------------------------------------------------------------------------
 
-    @rule(worker=WORKER)
-    def crash(self, worker: str) -> None:
+    def crash(self, pick: int) -> None:
         """Its lease ends. What it held stays with it until somebody buries it."""
+        living = self._living("reserved", "running")
+        self._crash(living[pick % len(living)])
+
+    def _crash(self, worker: str) -> None:
         self.sync.zadd(keys.ALIVE, {worker: 0})
 
-    @rule(worker=WORKER)
-    def come_back(self, worker: str) -> None:
-        """A paused worker goes on, after others have found out: what they took is no longer its own."""
-        if self._is_dead(worker) and not any(t.locks for t in self._in("running", worker=worker)):
-            self._renew(worker)
+    def come_back(self, pick: int) -> None:
+        """A paused worker goes on, perhaps after others have found out: what they took is no longer its own."""
+        dead = [worker for worker in WORKERS if self._is_dead(worker)]
+        self._renew(dead[pick % len(dead)])
 
-    @rule(worker=WORKER, free=st.integers(1, 4), audit=st.booleans())
-    def reclaim(self, worker: str, free: int, audit: bool) -> None:
-        if not self._is_dead(worker):
-            self._reclaim(worker, free, audit)
+    def reclaim(self, free: int, audit: bool) -> None:
+        self._reclaim(self._living()[0], free, audit)
+
+    def look_for_nothing(self, worker: str) -> None:
+        assert self.run(self.brokers[worker].settle([])) == []
+        if not self._orphaned() and worker in self._living():
+            self._reclaim(worker, 4, audit=True)
+        if not self._in("queued"):
+            assert self.run(self.brokers[worker].fetch(4))[0] == []
 
     def _reclaim(self, worker: str, free: int, audit: bool = False) -> None:
         [other] = set(WORKERS) - {worker}
@@ -360,6 +420,7 @@ class BrokerMachine(RuleBasedStateMachine):
             task = orphans[TaskMessage.loadb(delivery.data).task_id]
             assert task.delivery is not None
             assert delivery.deliveries == task.delivery.deliveries + 1
+            task.deaths += 1
             assert delivery.since == task.delivery.since
             group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
             self.late.append((other, Settlement(task.delivery, group=group)))
@@ -370,8 +431,6 @@ class BrokerMachine(RuleBasedStateMachine):
             assert self.sync.zscore(keys.ALIVE, other) is None, "buried, and still on the list"
             assert not self.sync.exists(keys.HELD_PREFIX + other)
 
-    @precondition(lambda self: not self._in("queued", "reserved", "running", "delayed", "parked"))
-    @rule()
     def flush(self) -> None:
         """P7: the server forgets everything: groups, consumers, the list of the living, scripts."""
         self.sync.flushall()
@@ -379,18 +438,14 @@ class BrokerMachine(RuleBasedStateMachine):
         self.late.clear()
         self.both_live()
 
-    @rule(worker=WORKER)
-    def leave(self, worker: str) -> None:
-        if self._in("reserved", "running", worker=worker):
-            return
+    def leave(self) -> None:
+        worker = min(set(self._living()) - set(self._living("reserved", "running")))
         assert self.run(self.brokers[worker].leave()) is True
         assert self.sync.zscore(keys.ALIVE, worker) is None
         self._renew(worker)
 
     # --- time -----------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self._in("delayed", "parked"))
-    @rule(pick=PICK)
     def promote(self, pick: int) -> None:
         """The timer of one task runs out; whatever else is due goes as well."""
         delayed = self._in("delayed", "parked")
@@ -515,17 +570,18 @@ class BrokerMachine(RuleBasedStateMachine):
             if not self._is_dead("b"):
                 while self._in("reserved", "running", worker="a"):
                     self._reclaim("b", 1000)
-                    for task in self._in("reserved", "running", worker="b"):
-                        self.holds()
-                        self._settle(task, "done")
+                    self._start_all("b")
                     self.holds()
+                    for task in self._in("running", worker="b"):
+                        self._settle(task, "done")
+                        self.holds()
             else:
                 for task in self._in("reserved", "running"):
                     task.locks = []  # nobody was there to bury them: give them back as `b` would
                 self._bury_by_hand()
                 self._renew("b")
             self._renew("a")
-        self.crash("b")
+        self._crash("b")
         self._reclaim("a", 1000)
         for _ in range(50):
             self.holds()
@@ -538,8 +594,8 @@ class BrokerMachine(RuleBasedStateMachine):
             for task in self._in("delayed"):
                 self.sync.zadd(keys.DELAYED, {task.id: 0})
             self._promote()
-            self.fetch("a", 1000, True)
-            self.start("a", False)
+            self._fetch("a", 1000)
+            self._start_all("a")
         assert self.run(self.brokers["a"].leave()) is True
 
     def _bury_by_hand(self) -> None:
@@ -547,11 +603,11 @@ class BrokerMachine(RuleBasedStateMachine):
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:
             for delivery in self.run(third.reclaim(1000, suspect_from=1000)):
-                again = {"stream": delivery.stream, "data": delivery.data, "since": delivery.since}
-                assert self.run(third.settle([Settlement(delivery, requeue=again)])) == [True]
+                assert self.run(third.settle([hand_back(delivery)])) == [True]
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""
+                task.deaths += 1
             self.may_wake = True
             assert self.run(third.leave()) is True
         finally:
@@ -564,8 +620,8 @@ def test_P5_P10_P11_P33_the_broker_behaves_as_its_model_in_any_order(redis_url: 
     run_state_machine_as_test(
         BrokerMachine,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=40,
+            max_examples=50,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
         ),

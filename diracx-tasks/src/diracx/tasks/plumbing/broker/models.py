@@ -203,6 +203,13 @@ class Delivery:
     """Everything the entry holds, for the dead-letter queue when it cannot be read."""
     since: str = "0"
     """When it first began to wait for a lock (µs since the epoch), or 0."""
+    earlier_deaths: int = 0
+    """How many workers died with it before it was parked or handed back: entries before this one."""
+
+    @property
+    def deaths(self) -> int:
+        """How many workers died with it since it was submitted or last retried."""
+        return self.earlier_deaths + self.deliveries - 1
 
     @property
     def priority(self) -> Priority:

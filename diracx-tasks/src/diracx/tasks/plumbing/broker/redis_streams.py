@@ -230,6 +230,7 @@ class RedisStreamBroker:
             data=data,
             raw=data if data is not None else msgpack.packb(fields),
             since=_text(values.get(b"since", b"0")),
+            earlier_deaths=int(values.get(b"deaths", 0)),
         )
 
     async def promote(self) -> int | None:

@@ -90,7 +90,8 @@ def _retry(execution: Execution, outcome: Failed, attempts: list[dict[str, Any]]
 def hand_back(delivery: Delivery) -> Settlement:
     """A delivery that was not begun, for another worker to start at once."""
     stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
-    return Settlement(delivery, requeue={"stream": stream, "data": delivery.data, "since": delivery.since})
+    again = {"stream": stream, "data": delivery.data, "since": delivery.since, "deaths": delivery.deaths}
+    return Settlement(delivery, requeue=again)
 
 
 def _failed(

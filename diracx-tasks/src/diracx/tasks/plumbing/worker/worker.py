@@ -175,11 +175,9 @@ class Worker:
         except ValueError as error:
             self._reject(delivery, None, DeadLetterReason.UNPARSABLE, str(error))
             return None
-        if delivery.deliveries > self._settings.max_deliveries:
-            times = delivery.deliveries - 1
-            self._reject(
-                delivery, message, DeadLetterReason.POISON, f"handed out {times} times without ever coming back"
-            )
+        if delivery.deaths >= self._settings.max_deliveries:
+            detail = f"handed out {delivery.deaths} times without ever coming back"
+            self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
         blueprint = self._blueprints.get(message.task_name)
         if blueprint is None:

@@ -11,16 +11,22 @@ local function remove(stream, entry)
   redis.call('XDEL', stream, entry)
 end
 
-local function enqueue(stream, data, since)
-  if since and since ~= '0' then
-    return redis.call('XADD', stream, '*', 'data', data, 'since', since)
+-- `deaths`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
+local function enqueue(stream, data, since, deaths)
+  local fields = {'data', data}
+  if since and since ~= '0' then fields[3], fields[4] = 'since', since end
+  if deaths and tonumber(deaths) > 0 then
+    fields[#fields + 1] = 'deaths'
+    fields[#fields + 1] = deaths
   end
-  return redis.call('XADD', stream, '*', 'data', data)
+  return redis.call('XADD', stream, '*', unpack(fields))
 end
 
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
-local function delay(task, due_ms, stream, reason, since, data)
-  redis.call('HSET', '$DELAYED_DATA', task, stream .. ' ' .. reason .. ' ' .. since .. '\n' .. data)
+local function delay(task, due_ms, stream, reason, since, data, deaths)
+  local header = stream .. ' ' .. reason .. ' ' .. since
+  if deaths and deaths > 0 then header = header .. ' ' .. deaths end
+  redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)
   redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
   if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
     redis.call('RPUSH', '$WAKE_SCHEDULER', 1)
@@ -43,7 +49,8 @@ local function undelay(task)
   if not stored then return false end
   redis.call('HDEL', '$DELAYED_DATA', task)
   local header_end = string.find(stored, '\n', 1, true)
-  local stream, _, since = string.match(string.sub(stored, 1, header_end - 1), '^(%S+) (%S+) (%S+)$')
-  enqueue(stream, string.sub(stored, header_end + 1), since)
+  local header = string.sub(stored, 1, header_end - 1)
+  local stream, since, deaths = string.match(header, '^(%S+) %S+ (%S+) ?(%d*)$')
+  enqueue(stream, string.sub(stored, header_end + 1), since, tonumber(deaths))
   return true
 end

@@ -3,7 +3,7 @@
 -- KEYS: none. ARGV: consumer, settlements (msgpack list of {stream, entry, deliveries, locks} with any of
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
---   requeue = {stream, data, since}             handed back, to start elsewhere at once
+--   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
 --   group   = {id, child, failed}               one child less to wait for
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
 -- Returns a list of 1 (settled) or 0 (refused: it was taken over by somebody else).
@@ -16,7 +16,7 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
     end
-    if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since) end
+    if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, s.requeue.deaths) end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
     if s.group then child_done(s.group.id, s.group.child, s.group.failed) end
     if s.result then

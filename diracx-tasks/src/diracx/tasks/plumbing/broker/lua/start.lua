@@ -30,9 +30,10 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       replies[position] = {1}
     else
       local fields = redis.call('XRANGE', d.stream, d.entry, d.entry)[1][2]
-      local data
+      local data, deaths = nil, d.deliveries - 1
       for field = 1, #fields, 2 do
         if fields[field] == 'data' then data = fields[field + 1] end
+        if fields[field] == 'deaths' then deaths = deaths + tonumber(fields[field + 1]) end
       end
       local lock, again = d.locks[refusing], nil
       local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
@@ -46,7 +47,7 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
       local due = again / 1000
       redis.call('PEXPIRE', waiting, int(due - now / 1000 + 2 * d.retry_ms))
       remove(d.stream, d.entry)
-      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data)
+      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths)
       pass_on(d.locks, refusing, d.task)
       replies[position] = {0, refusing, int(math.ceil(due))}
     end
