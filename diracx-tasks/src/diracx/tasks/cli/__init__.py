@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from .call import call
+from .cancel import cancel
 from .dev import dev
 from .errors import CliError, mask, one_line
+from .groups import group
 from .listing import list_tasks
 from .serve import scheduler, worker
 from .submit import submit
@@ -32,12 +34,14 @@ app = typer.Typer(
 for _function, _name in (
     (call, "call"),
     (submit, "submit"),
+    (cancel, "cancel"),
     (worker, "worker"),
     (scheduler, "scheduler"),
     (list_tasks, "list"),
     (dev, "dev"),
 ):
     app.command(_name)(_function)
+app.add_typer(group, name="group")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

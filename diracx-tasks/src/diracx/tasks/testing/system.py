@@ -22,6 +22,7 @@ from ..plumbing.worker.settings import WorkerSettings
 from .server import embedded_redis
 
 if TYPE_CHECKING:
+    from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence import TaskDB
 
 _RESULT_TTL_SECONDS = 3600
@@ -176,6 +177,11 @@ class TaskSystem:
         result: TaskResult[Any] = await self._unless_dead(self.broker.wait_result(task_id, timeout))
         return result
 
+    async def cancel(self, task_id: str) -> TaskPlace:
+        """Cancel a task. Returns where it was; its result is an error of type `TaskCancelledError`."""
+        found = await self.broker.cancel([task_id], result_ttl_seconds=_RESULT_TTL_SECONDS)
+        return found[task_id]
+
     async def drain(self, timeout: float = 10.0) -> None:
         """Wait until nothing is queued, running or due. Tasks of the future do not count.
 
@@ -197,10 +203,12 @@ class TaskSystem:
             for stream in keys.EVERY_STREAM:
                 pipe.xlen(stream)
             pipe.zcount(keys.DELAYED, "-inf", now_ms)
+            pipe.llen(keys.STAGED)
             pipe.execute_command("HLEN", keys.DELAYED_DATA)
-            *lengths, due, _ = await pipe.execute()
+            *lengths, due, staged, _ = await pipe.execute()
         left = {stream: length for stream, length in zip(keys.EVERY_STREAM, lengths, strict=True) if length}
         waiting = await self._waiting_for_locks()
+        left |= {keys.STAGED: staged} if staged else {}
         return left | ({keys.DELAYED: due} if due else {}) | ({"waiting for locks": waiting} if waiting else {})
 
     async def _waiting_for_locks(self) -> int:

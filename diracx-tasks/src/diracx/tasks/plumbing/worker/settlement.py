@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
+from ..broker.ending import child_ended, child_lives, collected, stored_result
 from ..broker.models import (
     LABEL_ATTEMPTS,
-    LABEL_GROUP,
-    LABEL_RESULT_TTL,
     Settlement,
     TaskMessage,
     TaskResult,
     describe_exception,
 )
 from ..broker.redis_streams import in_ms
-from ..exceptions import StopRetryingError, TaskRejectedError, TaskRetryRequestedError
+from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter
 from .outcome import Failed, Outcome, Succeeded, TakenOver
@@ -29,6 +28,7 @@ from .outcome import Failed, Outcome, Succeeded, TakenOver
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
+    from ..locks import LockSpec
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
     from .settings import WorkerSettings
@@ -63,8 +63,7 @@ def settle(
     message = execution.message
     match outcome:
         case Succeeded(value, seconds):
-            settlement.group = _child(message, failed=False)
-            settlement.result = _result(message, settings, lambda: TaskResult.from_value(value, seconds))
+            _ended(settlement, message, settings, None, lambda: TaskResult.from_value(value, seconds))
             return settlement, None
         case TakenOver():
             return settlement, None
@@ -78,12 +77,30 @@ def hand_back(delivery: Delivery) -> Settlement:
     return Settlement(delivery, requeue={"stream": stream, "data": delivery.data, "since": delivery.since})
 
 
+def cancelled(
+    delivery: Delivery, message: TaskMessage, locks: Sequence[LockSpec], settings: WorkerSettings
+) -> Settlement:
+    """What becomes of a delivery that was cancelled before it was begun.
+
+    Args:
+        locks: those it would have taken. If it was its turn, it is that of the next in line.
+    """
+    logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
+    settlement = Settlement(delivery, locks=locks, cancelled=message.task_id)
+    error = TaskCancelledError("cancelled before it had begun")
+    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    return settlement
+
+
 def _failed(
     execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
 ) -> DeadLetter | None:
     message = execution.message
     attempts = [*message.attempts, _attempt(outcome)]
     what = f"{message.task_name} {message.task_id}"
+    if isinstance(outcome.error, TaskCancelledError):
+        _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
+        return None
     try:
         again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
     except Exception:
@@ -98,16 +115,15 @@ def _failed(
             "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
             "data": message.dumpb(),
         }
+        settlement.group = child_lives(message)
         return None
-    settlement.group = _child(message, failed=True)
-    settlement.result = _result(
-        message, settings, lambda: TaskResult.from_exception(outcome.error, outcome.seconds)
-    )
+    _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
     if not execution.blueprint.task_class.dlq_eligible:
         logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
         return None
     logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
     message.labels[LABEL_ATTEMPTS] = attempts
+    settlement.collected = None  # whoever takes the letter up again may want the results of its children
     return DeadLetter.of_message(message, "exhausted", str(outcome.error))
 
 
@@ -126,9 +142,10 @@ def reject(
         return Settlement(delivery), DeadLetter(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw
         )
-    settlement = Settlement(delivery, group=_child(message, failed=True))
+    settlement = Settlement(delivery)
     error = TaskRejectedError(f"{reason}: {detail}")
-    settlement.result = _result(message, settings, lambda: TaskResult.from_exception(error, 0.0))
+    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    settlement.collected = None
     return settlement, DeadLetter.of_message(message, reason, detail)
 
 
@@ -141,24 +158,21 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
     }
 
 
-def _child(message: TaskMessage, *, failed: bool) -> dict[str, Any] | None:
-    group = message.labels.get(LABEL_GROUP)
-    return None if group is None else {"id": group, "child": message.task_id, "failed": failed}
+def _ended(
+    settlement: Settlement,
+    message: TaskMessage,
+    settings: WorkerSettings,
+    error: BaseException | None,
+    make: Callable[[], TaskResult[Any]],
+) -> None:
+    """What follows from the end of a task, however it ended."""
+    settlement.result = stored_result(message, settings.result_ttl_seconds, make)
+    settlement.group = child_ended(message, error, make)
+    settlement.collected = collected(message)
 
 
-def _result(
-    message: TaskMessage, settings: WorkerSettings, make: Callable[[], TaskResult[Any]]
-) -> dict[str, Any] | None:
-    ttl_seconds = message.labels.get(LABEL_RESULT_TTL, settings.result_ttl_seconds)
-    if ttl_seconds is None:
-        return None
-    result = make()
-    try:
-        value = result.dumpb()
-    except TypeError as error:
-        # The work is done and stays done; whoever waits learns why there is no value.
-        value = TaskResult.from_exception(error, result.execution_time).dumpb()
-    return {"key": keys.RESULT_PREFIX + message.task_id, "value": value, "ttl_ms": int(ttl_seconds * 1000)}
+def _failure(outcome: Failed) -> TaskResult[Any]:
+    return TaskResult.from_exception(outcome.error, outcome.seconds)
 
 
 class Settler:

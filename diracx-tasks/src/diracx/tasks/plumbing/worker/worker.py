@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,19 @@ from ..enums import Priority
 from ..factory import TaskRegistry
 from ..patience import patiently
 from .blueprint import blueprints
+from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
 from .execution import Execution
 from .intake import Intake
 from .keeper import Hold, LeaseKeeper
 from .settings import WorkerSettings
-from .settlement import Settler, hand_back, reject, settle
+from .settlement import Settler, cancelled, hand_back, reject, settle
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
+    from ..locks import LockSpec
     from ..persistence import DeadLetter, TaskDB
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Worker:
         self._running: dict[asyncio.Task[None], Execution] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
+        self._cancellations = Cancellations(broker, self._cancel)
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
 
@@ -100,14 +103,17 @@ class Worker:
             self._settler = Settler(self._broker, self._keeper.forget)
             with bound_to(self._broker, self._registry, self._config):
                 settling = asyncio.create_task(self._settler.run())
+                listening = asyncio.create_task(self._cancellations.run())
                 try:
                     await self._letters.adopt()
+                    await self._cancellations.listening.wait()
                     self.ready.set()
                     await self._take_in(stop)
                 finally:
                     await self._finish()
                     settling.cancel()
-                    await asyncio.gather(settling, return_exceptions=True)
+                    listening.cancel()
+                    await asyncio.gather(settling, listening, return_exceptions=True)
         await self._leave()
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -174,6 +180,9 @@ class Worker:
         except ValueError as error:
             self._reject(delivery, None, "unparsable", str(error))
             return None
+        if delivery.cancelled or message.task_id in self._cancellations:
+            self._drop_cancelled(delivery, message)
+            return None
         if delivery.deliveries > self._settings.max_deliveries:
             times = delivery.deliveries - 1
             self._reject(delivery, message, "poison", f"handed out {times} times without ever coming back")
@@ -190,13 +199,27 @@ class Worker:
             return None
         return Execution(delivery, message, blueprint, task, locks)
 
+    def _drop_cancelled(self, delivery: Delivery, message: TaskMessage) -> None:
+        locks: list[LockSpec] = []
+        blueprint = self._blueprints.get(message.task_name)
+        with suppress(Exception):  # a task that cannot be built has no locks to hand on
+            locks = [lock.spec() for lock in blueprint.locks(blueprint.build(message))] if blueprint else []
+        self._settler.add(cancelled(delivery, message, locks, self._settings))
+
+    def _cancel(self, task_id: str) -> None:
+        for execution in self._running.values():
+            if execution.message.task_id == task_id:
+                execution.cancel()
+
     def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
         self._bury(*reject(delivery, message, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose))
+        if execution.message.task_id in self._cancellations:  # announced while its locks were taken
+            execution.cancel()
+        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose, execution.cancel))
         running = asyncio.create_task(self._run(execution))
         self._running[running] = execution
         running.add_done_callback(self._done)

@@ -1,10 +1,10 @@
 -- Bury dead workers and take over what they were running.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that never said they live (a registry lost with FLUSHALL), every stream (msgpack list).
--- Returns messages as fetch.lua does, each with its delivery count: {stream, entry, fields, deliveries}.
+-- Returns messages as fetch.lua does, each with its delivery count.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
--- #include _time _locks _queue _wake
-local consumer, free, messages = ARGV[1], tonumber(ARGV[2]), {}
+-- #include _time _locks _queue _wake _cancel
+local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream = cmsgpack.unpack(ARGV[4])
 if ARGV[3] == '1' then
   for _, stream in ipairs(every_stream) do
@@ -29,7 +29,7 @@ for _, worker in ipairs(dead) do
       for _, p in ipairs(pending.err and {} or pending) do
         local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1])
         if claimed[1] then
-          messages[#messages + 1] = {position, claimed[1][1], claimed[1][2], tonumber(p[4]) + 1}
+          messages[#messages + 1] = handed_out(position, claimed[1], tonumber(p[4]) + 1, marks)
           free = free - 1
         end
       end
