@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .errors import CliError, explained_redis
+from .errors import CliError, explained_redis, mask, one_line
 from .options import JsonOption, RedisUrlOption, resolve_redis_url
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _as_json(status: GroupStatus, *, children: bool) -> dict[str, Any]:
 
     report = asdict(status)
     report |= {name: report[name].isoformat() for name in ("created", "expires")}
+    report["failed_children"] = {child: mask(error) for child, error in status.failed_children.items()}
     if not children:
         del report["pending_children"], report["failed_children"]
     return report
@@ -104,7 +105,7 @@ def _print(status: GroupStatus) -> None:
     ]
     for label, value in lines:
         typer.echo(f"{label:<11} {value}")
-    _print_children("failed", [f"{child}  {error}" for child, error in status.failed_children.items()])
+    _print_children("failed", [f"{child}  {one_line(error)}" for child, error in status.failed_children.items()])
     _print_children("pending", status.pending_children)
 
 

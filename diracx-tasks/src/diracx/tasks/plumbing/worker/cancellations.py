@@ -43,9 +43,9 @@ class Cancellations:
         self.listening = asyncio.Event()
         """Set once the first subscription stands, or has failed."""
 
-    def __contains__(self, task_id: str) -> bool:
-        """Whether it was announced a moment ago."""
-        return task_id in self._heard
+    def heard_since(self, moment: float, task_id: str) -> bool:
+        """Whether it was announced after `moment` (of the monotonic clock)."""
+        return self._heard.get(task_id, float("-inf")) >= moment
 
     async def run(self) -> None:
         """Listen, for ever."""

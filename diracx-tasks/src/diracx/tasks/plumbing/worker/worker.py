@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -75,6 +76,7 @@ class Worker:
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
+        self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
 
@@ -126,6 +128,7 @@ class Worker:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
+            self._asked_at = time.monotonic()
             try:
                 deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
             except Exception:
@@ -180,7 +183,7 @@ class Worker:
         except ValueError as error:
             self._reject(delivery, None, "unparsable", str(error))
             return None
-        if delivery.cancelled or message.task_id in self._cancellations:
+        if delivery.cancelled:
             self._drop_cancelled(delivery, message)
             return None
         if delivery.deliveries > self._settings.max_deliveries:
@@ -217,7 +220,8 @@ class Worker:
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        if execution.message.task_id in self._cancellations:  # announced while its locks were taken
+        if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
+            # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
         self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose, execution.cancel))
         running = asyncio.create_task(self._run(execution))
