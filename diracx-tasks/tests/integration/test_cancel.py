@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import pytest
@@ -404,3 +405,66 @@ async def test_workers_that_have_nothing_to_cancel_ask_for_nothing_more(redis_ur
         after = await redis.info("commandstats")
         # For each task: fetch, settle, and a look that finds nothing more to fetch.
         assert after["cmdstat_evalsha"]["calls"] - idle["cmdstat_evalsha"]["calls"] <= 3 * 10 + 2
+
+
+# --- under load ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mixed(BaseTask):
+    """Locked or not, quick or not, failing now and then; says when it has run to its end."""
+
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.005, max_retries=20)
+    number: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "contended")] if self.number % 3 == 0 else []
+
+    async def execute(self) -> int:
+        if self.number % 3 == 1:
+            await asyncio.sleep(0.02)
+        if self.number % 5 == 0 and Random().random() < 0.5:
+            raise ValueError("again")
+        await asyncio.sleep(0)
+        seen.append(self.number)
+        return self.number
+
+
+async def test_whatever_moves_while_it_is_cancelled_ends_exactly_once(redis_url: str, redis: Redis) -> None:
+    number = 400
+    async with TaskSystem([Mixed, Echo], redis_url=redis_url, workers=2, concurrency=5, scheduler=True) as system:
+        ids = await schedule_many([Mixed(n) for n in range(number)])
+        grouped = await _grouped(redis, number)
+        random = Random(1)
+        found: dict[str, TaskPlace] = {}
+        victims = random.sample(ids + grouped, number)
+        for first in range(0, number, 8):
+            batches = victims[first : first + 4], victims[first + 4 : first + 8]
+            for places in await asyncio.gather(*(system.broker.cancel(b, result_ttl_seconds=60) for b in batches)):
+                found |= places
+        results = {task: await system.result(task, timeout=30) for task in ids + grouped}
+        await until(lambda: "failure" in seen or "callback" in seen)
+        await nothing_is_left(system)
+
+    cancelled = {task for task, result in results.items() if result.is_err}
+    assert all(result.error["type"] == "TaskCancelledError" for result in results.values() if result.error)
+    for task, place in found.items():
+        if place is TaskPlace.UNKNOWN:
+            assert task not in cancelled, "what had ended has ended well"
+        elif place is not TaskPlace.RUNNING:
+            assert task in cancelled, f"it was {place}"
+    assert cancelled <= set(found)
+    assert set(found.values()) >= {TaskPlace.QUEUED, TaskPlace.RUNNING}
+    ended_well = sorted(result.return_value for task, result in results.items() if task not in cancelled)
+    assert sorted(value for value in seen if isinstance(value, int)) == ended_well
+    fired = [value for value in seen if isinstance(value, str)]
+    assert fired == (["failure"] if cancelled & set(grouped) else ["callback"])
+    assert await redis.keys("diracx:groups*") == []
+
+
+async def _grouped(redis: Redis, number: int) -> list[str]:
+    """As many tasks in a group; their ids."""
+    children = [Mixed(n) for n in range(number, 2 * number)]
+    group = await spawn_with_callback(children, Echo("callback"), on_failure=Echo("failure"))
+    return sorted(member.decode() for member in await redis.smembers(f"diracx:groups:{group}:pending"))

@@ -60,6 +60,7 @@ async def spawn_with_callback(
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
     binding = current_binding()
     group_id = uuid4().hex
+    children = list(children)
     total = len(children)
     fields: dict[str, Any] = {"total": total, **_stored(binding, "callback", callback, group_id, total)}
     if on_failure is not None:

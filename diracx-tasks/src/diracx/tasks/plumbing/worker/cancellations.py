@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from redis.exceptions import RedisError
-
 from ..broker import keys
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Cancellations:
                         message = await pubsub.get_message(timeout=_WAIT_SECONDS)
                         if message is not None and message["type"] == "message":
                             self._hear(message["data"].decode())
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever it is: without us, marks are found a little later
                 self.listening.set()
                 if not failed:
                     logger.warning(
