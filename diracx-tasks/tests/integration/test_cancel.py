@@ -378,15 +378,13 @@ async def test_many_are_looked_for_together_in_small_steps(redis_url: str, redis
         for _ in range(number // 2000):
             ids += await schedule_many([Echo("filler" * 20)] * 2000)
         wanted = [ids[0], ids[number // 2], *ids[-500:]]
-        await redis.config_set("slowlog-log-slower-than", 150_000)
-        await redis.slowlog_reset()
         before = await redis.info("commandstats")
         found = await cancel_tasks(wanted)
         after = await redis.info("commandstats")
-        assert await redis.slowlog_get() == [], "no step takes the server more than some ms"
         assert set(found.values()) == {TaskPlace.QUEUED}
         calls = after["cmdstat_evalsha"]["calls"] - before["cmdstat_evalsha"]["calls"]
-        assert calls < 100, "one pass over the queue for all of them"
+        # Never more than FIND_BATCH entries in one step; and one pass over the queue for all of them.
+        assert number / FIND_BATCH <= calls < 100
         assert await redis.xlen("diracx:tasks:normal:medium") == number - len(wanted)
         assert not await redis.exists(keys.CANCELLED)
     await redis.delete("diracx:tasks:normal:medium")
@@ -394,12 +392,14 @@ async def test_many_are_looked_for_together_in_small_steps(redis_url: str, redis
 
 async def test_workers_that_have_nothing_to_cancel_ask_for_nothing_more(redis_url: str, redis: Redis) -> None:
     """The promise that cancellation costs tasks no round trip."""
-    async with TaskSystem([Echo], redis_url=redis_url, settings={"housekeeping_seconds": 600}) as system:
+    settings = {"housekeeping_seconds": 600, "lease_seconds": 600}
+    async with TaskSystem([Echo], redis_url=redis_url, settings=settings) as system:
         await system.result(await Echo(0).schedule())
         before = await redis.info("commandstats")
         await asyncio.sleep(0.3)
         idle = await redis.info("commandstats")
-        assert idle["cmdstat_evalsha"]["calls"] == before["cmdstat_evalsha"]["calls"]
+        # At most the look that found nothing more and began to wait.
+        assert idle["cmdstat_evalsha"]["calls"] - before["cmdstat_evalsha"]["calls"] <= 1
         for number in range(10):
             await system.result(await Echo(number).schedule())
         after = await redis.info("commandstats")
