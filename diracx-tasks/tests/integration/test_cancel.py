@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing import (
     BaseTask,
+    ConcurrencyLimiter,
     ExponentialBackoff,
     MutexLock,
     RateLimiter,
@@ -287,18 +288,38 @@ async def test_a_task_that_ended_before_it_could_be_cancelled_leaves_no_mark(red
         await system.broker.leave()
 
 
-async def test_a_cancelled_task_that_was_woken_for_a_lock_hands_its_turn_on(redis_url: str, redis: Redis) -> None:
-    held = MutexLock(JOB, "contended")
+class OneSlot(ConcurrencyLimiter):
+    limit = 1
+
+
+@dataclass
+class Slotted(Locked):
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [OneSlot(JOB, "contended")]
+
+
+@pytest.mark.parametrize("kind", [Locked, Slotted])
+@pytest.mark.parametrize("by_a_worker", [False, True])
+async def test_a_cancelled_task_that_was_woken_for_a_lock_hands_it_on(
+    redis_url: str, redis: Redis, kind: type[Locked], by_a_worker: bool
+) -> None:
+    [held] = kind(0).execution_locks
     assert await held.acquire(redis)
     # The look-again timers are far away: only a hand-over can wake anybody.
     settings = {"lock_retry_seconds": 3600}
-    async with TaskSystem(TASKS, redis_url=redis_url, settings=settings) as system:
-        first = await Locked(1).schedule()
+    async with TaskSystem([kind], redis_url=redis_url, settings=settings) as system:
+        first = await kind(1).schedule()
         await until(lambda: _is(redis.zcard(keys.DELAYED), 1))
-        second = await Locked(2).schedule()
+        second = await kind(2).schedule()
         await until(lambda: _is(redis.zcard(keys.DELAYED), 2))
-        await redis.zadd(keys.CANCELLED, {first: (time.time() + 60) * 1000})
+    async with TaskSystem([kind], redis_url=redis_url, workers=0) as system:
         await held.release(redis)
+        if by_a_worker:
+            await redis.zadd(keys.CANCELLED, {first: (time.time() + 60) * 1000})
+        else:
+            assert await system.cancel(first) is TaskPlace.QUEUED
+    async with TaskSystem([kind], redis_url=redis_url, settings=settings) as system:
         await failed_as_cancelled(system, first)
         assert (await system.result(second)).return_value == 2
         await nothing_is_left(system)

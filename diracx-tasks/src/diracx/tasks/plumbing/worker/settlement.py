@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from .outcome import Failed, Outcome, Succeeded, TakenOver
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
-    from ..locks import LockSpec
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
     from .settings import WorkerSettings
@@ -77,16 +76,10 @@ def hand_back(delivery: Delivery) -> Settlement:
     return Settlement(delivery, requeue={"stream": stream, "data": delivery.data, "since": delivery.since})
 
 
-def cancelled(
-    delivery: Delivery, message: TaskMessage, locks: Sequence[LockSpec], settings: WorkerSettings
-) -> Settlement:
-    """What becomes of a delivery that was cancelled before it was begun.
-
-    Args:
-        locks: those it would have taken. If it was its turn, it is that of the next in line.
-    """
+def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
+    """What becomes of a delivery that was cancelled before it was begun."""
     logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
-    settlement = Settlement(delivery, locks=locks, cancelled=message.task_id)
+    settlement = Settlement(delivery, cancelled=message.task_id)
     error = TaskCancelledError("cancelled before it had begun")
     _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
     return settlement

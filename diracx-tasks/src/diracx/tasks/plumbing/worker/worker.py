@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
-    from ..locks import LockSpec
     from ..persistence import DeadLetter, TaskDB
 
 logger = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ class Worker:
             self._reject(delivery, None, "unparsable", str(error))
             return None
         if delivery.cancelled:
-            self._drop_cancelled(delivery, message)
+            self._settler.add(cancelled(delivery, message, self._settings))
             return None
         if delivery.deliveries > self._settings.max_deliveries:
             times = delivery.deliveries - 1
@@ -201,13 +200,6 @@ class Worker:
             self._reject(delivery, message, "arguments", f"{type(error).__name__}: {error}")
             return None
         return Execution(delivery, message, blueprint, task, locks)
-
-    def _drop_cancelled(self, delivery: Delivery, message: TaskMessage) -> None:
-        locks: list[LockSpec] = []
-        blueprint = self._blueprints.get(message.task_name)
-        with suppress(Exception):  # a task that cannot be built has no locks to hand on
-            locks = [lock.spec() for lock in blueprint.locks(blueprint.build(message))] if blueprint else []
-        self._settler.add(cancelled(delivery, message, locks, self._settings))
 
     def _cancel(self, task_id: str) -> None:
         for execution in self._running.values():

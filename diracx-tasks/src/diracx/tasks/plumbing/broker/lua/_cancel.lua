@@ -11,12 +11,16 @@ local function task_of(data)
   return nil
 end
 
--- The message among the fields of an entry.
-local function data_of(fields)
+-- A field of an entry.
+local function field_of(fields, name)
   for field = 1, #fields, 2 do
-    if fields[field] == 'data' then return fields[field + 1] end
+    if fields[field] == name then return fields[field + 1] end
   end
   return nil
+end
+
+local function data_of(fields)
+  return field_of(fields, 'data')
 end
 
 local function any_cancelled()

@@ -11,7 +11,10 @@ local function remove(stream, entry)
   redis.call('XDEL', stream, entry)
 end
 
-local function enqueue(stream, data, since)
+local function enqueue(stream, data, since, woken)
+  if woken then
+    return redis.call('XADD', stream, '*', 'data', data, 'since', since, 'woken', woken)
+  end
   if since and since ~= '0' then
     return redis.call('XADD', stream, '*', 'data', data, 'since', since)
   end
@@ -29,14 +32,15 @@ local function delay(task, due_ms, stream, reason, since, data)
   end
 end
 
--- Out of the delayed set, into its stream. False when the task is no longer there.
-local function undelay(task)
+-- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
+-- False when the task is no longer there.
+local function undelay(task, woken)
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
   redis.call('ZREM', '$DELAYED', task)
   if not stored then return false end
   redis.call('HDEL', '$DELAYED_DATA', task)
   local header_end = string.find(stored, '\n', 1, true)
   local stream, _, since = string.match(string.sub(stored, 1, header_end - 1), '^(%S+) (%S+) (%S+)$')
-  enqueue(stream, string.sub(stored, header_end + 1), since)
+  enqueue(stream, string.sub(stored, header_end + 1), since, woken)
   return true
 end

@@ -10,7 +10,7 @@ local function wake(lock)
     local kind, task = string.match(head, '^(%a+):(.*)$')
     if kind == 'exclusive' and (readers_woken or redis.call('EXISTS', lock.key) == 1) then return end
     redis.call('ZREM', waiting, head)
-    if undelay(task) then
+    if undelay(task, lock.key) then
       if kind == 'mutex' or kind == 'exclusive' then
         redis.call('SET', '$TURN_PREFIX' .. lock.key, task, 'PX', TURN_MS)
       end
@@ -41,4 +41,11 @@ local function pass_turn_on(locks, refusing, task)
       if position ~= refusing then wake(lock) end
     end
   end
+end
+
+-- A task that was woken for a lock is gone from the queue without having asked for it: the next one, please.
+local function hand_on(key, task)
+  local turn = '$TURN_PREFIX' .. key
+  if redis.call('GET', turn) == task then redis.call('DEL', turn) end
+  wake({key = key})
 end

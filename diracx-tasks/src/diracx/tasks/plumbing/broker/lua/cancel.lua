@@ -9,7 +9,7 @@
 --   stream, entry: where it was found).
 -- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
--- #include _time _queue _groups _cancel
+-- #include _time _locks _queue _wake _groups _cancel
 local replies, now_ms, keep_ms = {}, now_us() / 1000, tonumber(ARGV[1])
 
 local function mark(task)
@@ -49,6 +49,8 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     if pending.err or #pending == 0 then
       redis.call('XDEL', t.stream, t.entry)
       finish(t)
+      local woken = field_of(there[2], 'woken')
+      if woken then hand_on(woken, t.task) end
       replies[position] = {'queued', ''}
     else
       mark(t.task)

@@ -6,7 +6,7 @@
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
---   cancelled = task                            it was cancelled: whoever it kept from a lock takes its turn
+--   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
 -- Returns a list of 1 (settled) or 0 (refused: it was taken over by somebody else).
 -- #include _time _locks _queue _wake _groups _cancel
@@ -14,8 +14,10 @@ local consumer, replies, marks = ARGV[1], {}, any_cancelled()
 for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
   local ours = owns(s.stream, consumer, s.entry, s.deliveries)
   if ours then
-    local there = marks and not (s.retry or s.requeue) and redis.call('XRANGE', s.stream, s.entry, s.entry)[1]
+    local looked = s.cancelled or (marks and not (s.retry or s.requeue))
+    local there = looked and redis.call('XRANGE', s.stream, s.entry, s.entry)[1]
     local task = there and task_of(data_of(there[2]))
+    local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
     remove(s.stream, s.entry)
     if s.retry then
@@ -25,7 +27,7 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
     if s.group then child_done(s.group) end
     if s.collected then forget_results(s.collected) end
-    if s.cancelled then pass_turn_on(s.locks or {}, 0, s.cancelled) end
+    if s.cancelled and woken then hand_on(woken, s.cancelled) end
     if s.result then
       redis.call('SET', s.result.key, s.result.value, 'PX', s.result.ttl_ms)
       redis.call('PUBLISH', s.result.key, '')
