@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diracx.tasks.plumbing import BaseTask, CallbackSpawner
+from diracx.tasks.plumbing import BaseTask, CallbackSpawner, ChildResults
 
 
 @dataclass
@@ -17,10 +17,11 @@ class Chunk(BaseTask):
 
 @dataclass
 class Assemble(BaseTask):
-    chunks: int
+    name: str
 
-    async def execute(self) -> str:
-        return f"assembled {self.chunks} chunks"
+    async def execute(self, results: ChildResults) -> str:
+        chunks = [result.return_value for result in results.values()]
+        return f"{self.name}: chunks {chunks}"
 
 
 @dataclass
@@ -35,4 +36,4 @@ class Split(BaseTask):
 
     async def execute(self, spawn: CallbackSpawner) -> str:
         children = [Chunk(number) for number in range(self.chunks)]
-        return await spawn(children, Assemble(self.chunks), on_failure=CleanUp())
+        return await spawn(children, Assemble("survey"), on_failure=CleanUp())

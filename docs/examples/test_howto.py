@@ -110,6 +110,9 @@ async def test_a_group_calls_back() -> None:
     async with TaskSystem(tasks) as system:
         await groups.Split(3).schedule()
         await system.drain()
+        keys = await system.broker.redis.keys("diracx:results:*")
+        values = [(await system.result(key.decode().rpartition(":")[2])).return_value for key in keys]
+        assert "survey: chunks [0, 1, 2]" in values
 
 
 async def test_plain_code() -> None:

@@ -148,7 +148,7 @@ class BrokerMachine(RuleBasedStateMachine):
         ]
         locks = [lock for task in held for lock in task.locks]
         lost = scripts.renew(self.sync, worker, LONG_MS, entries, locks)
-        assert lost == ([], []), "what the model knows to be held was not renewed"
+        assert lost == ([], [], []), "what the model knows to be held was not renewed"
 
     def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:
         holders: dict[str, list[str]] = {}

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from .call import call
+from .cancel import cancel
 from .dev import dev
 from .dlq import app as dlq
 from .errors import CliError, mask, one_line
+from .groups import group
 from .listing import list_tasks
 from .serve import scheduler, worker
 from .submit import submit
@@ -33,6 +35,7 @@ app = typer.Typer(
 for _function, _name in (
     (call, "call"),
     (submit, "submit"),
+    (cancel, "cancel"),
     (worker, "worker"),
     (scheduler, "scheduler"),
     (list_tasks, "list"),
@@ -40,6 +43,7 @@ for _function, _name in (
 ):
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")
+app.add_typer(group, name="group")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

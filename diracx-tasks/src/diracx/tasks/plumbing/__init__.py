@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, schedule_many
     from .binding import task_broker
     from .callbacks import fire_callback, spawn_with_callback
+    from .cancellation import TaskPlace, cancel_task, cancel_tasks
+    from .child_results import ChildResults
     from .config import PeriodicTaskConfig, TaskOverride, TasksConfig
     from .depends import (
         AvailableSecurityProperties,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         SendTaskError,
         StopRetryingError,
         TaskArgumentsError,
+        TaskCancelledError,
         TaskConfigError,
         TaskRetryRequestedError,
         TimeLimitExceededError,
@@ -52,6 +55,8 @@ _MODULES = {
     "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),
     "binding": ("task_broker",),
     "callbacks": ("fire_callback", "spawn_with_callback"),
+    "cancellation": ("TaskPlace", "cancel_task", "cancel_tasks"),
+    "child_results": ("ChildResults",),
     "config": ("PeriodicTaskConfig", "TaskOverride", "TasksConfig"),
     "depends": (
         "AvailableSecurityProperties",
@@ -68,6 +73,7 @@ _MODULES = {
         "SendTaskError",
         "StopRetryingError",
         "TaskArgumentsError",
+        "TaskCancelledError",
         "TaskConfigError",
         "TaskRetryRequestedError",
         "TimeLimitExceededError",
@@ -99,6 +105,7 @@ __all__ = [
     "BaseLock",
     "BaseTask",
     "CallbackSpawner",
+    "ChildResults",
     "ConcurrencyLimiter",
     "Config",
     "CronSchedule",
@@ -123,8 +130,10 @@ __all__ = [
     "Size",
     "StopRetryingError",
     "TaskArgumentsError",
+    "TaskCancelledError",
     "TaskConfigError",
     "TaskOverride",
+    "TaskPlace",
     "TaskRetryRequestedError",
     "TaskScheduleBase",
     "TasksConfig",
@@ -135,6 +144,8 @@ __all__ = [
     "WorkerStoppedError",
     "auto_inject",
     "auto_inject_depends",
+    "cancel_task",
+    "cancel_tasks",
     "find_missing_overrides",
     "fire_callback",
     "load_task_registry",

@@ -1,7 +1,8 @@
 """Callback groups: when all children have ended, one more task starts.
 
 The group is a set of child ids, so a child that is delivered twice is subtracted once, and the callback is
-submitted by the same script that settles the last child: exactly once, whatever dies in between.
+submitted by the same script that settles the last child: exactly once, whatever dies in between. A child ends
+when it has succeeded, or failed for good: a retry, or waiting for a lock, is no end.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from uuid import uuid4
 
 from .binding import Binding, current_binding
 from .broker import scripts
-from .broker.models import LABEL_GROUP
+from .broker.groups import GroupStatus, list_groups, read_group
+from .broker.models import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
+from .child_results import asks_for_results
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from .base_task import BaseTask
     from .broker import RedisStreamBroker
+
+__all__ = ["GroupStatus", "fire_callback", "list_groups", "read_group", "spawn_with_callback"]
 
 DAY_SECONDS = 86_400
 
@@ -33,36 +38,58 @@ async def spawn_with_callback(
 ) -> str:
     """Submit the children, and the callback when all of them have succeeded.
 
+    A callback (or `on_failure`) that takes `ChildResults` gets what the children returned.
+
     Args:
         redis: kept for callers of the published interface; the broker of the context is used.
-        ttl_seconds: how long the group is remembered after its last sign of life.
-        on_failure: submitted instead of the callback when a child finally failed. Without it the group
-            stays, marked as failed, until its time to live ends.
+        ttl_seconds: how long a failed group is kept to be seen. One whose children have not all ended
+            lives on, for at least 7 days after the last sign of life of a child.
+        on_failure: submitted instead of the callback when all children have ended and one of them has
+            failed for good. Without it the group stays, marked as failed, for `ttl_seconds`.
 
     Returns:
         The group's id. A group without children fires its callback at once.
 
     Raises:
         RuntimeError: when no broker is bound here.
-        SendTaskError: when the broker cannot be reached; nothing was submitted then.
+        SendTaskError: when the broker cannot be reached. Nothing was submitted then, unless it was only the
+            last answer that got lost.
+        TypeError: when an argument of one of the tasks cannot travel; nothing was submitted.
     """
     if ttl_seconds <= 0:
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
     binding = current_binding()
     group_id = uuid4().hex
-    submissions = [binding.submission(child, labels={LABEL_GROUP: group_id}) for child in children]
-    fields: dict[str, Any] = {"total": len(submissions), **_stored(binding, "callback", callback)}
+    children = list(children)
+    total = len(children)
+    fields: dict[str, Any] = {"total": total, **_stored(binding, "callback", callback, group_id, total)}
     if on_failure is not None:
-        fields |= _stored(binding, "failure", on_failure)
+        fields |= _stored(binding, "failure", on_failure, group_id, total)
+    labels: dict[str, Any] = {LABEL_GROUP: group_id}
+    if "callback_results" in fields or "failure_results" in fields:
+        fields["results"] = 1
+        labels[LABEL_GROUP_RESULTS] = True
+    submissions = [binding.submission(child, labels=labels) for child in children]
     await binding.broker.submit_group(group_id, submissions, fields, ttl_seconds)
     return group_id
 
 
-def _stored(binding: Binding, field: str, task: BaseTask) -> dict[str, Any]:
-    submission = binding.submission(task)
-    return {f"{field}_stream": submission.stream, field: submission.message.dumpb()}
+def _stored(binding: Binding, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
+    """A task that is submitted later, by a script: its message, where it goes, and what it asks for."""
+    asks = asks_for_results(type(task))
+    labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
+    submission = binding.submission(task, labels=labels)
+    stored: dict[str, Any] = {
+        role: submission.message.dumpb(),
+        f"{role}_name": submission.message.task_name,
+        f"{role}_stream": submission.stream,
+    }
+    return stored | ({f"{role}_results": 1} if asks else {})
 
 
 async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker | None = None) -> bool:
-    """Submit a group's callback now, without waiting for its children. Only the first call does anything."""
+    """Submit a group's callback now, without waiting for its children. Only the first call does anything.
+
+    When a child has failed it is `on_failure` that is submitted, if there is one.
+    """
     return await scripts.fire(redis if broker is None else broker.redis, group_id)

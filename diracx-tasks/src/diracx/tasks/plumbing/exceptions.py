@@ -18,6 +18,13 @@ class TimeLimitExceededError(Exception):
     """The execution ran for longer than its `time_limit_seconds` and was cancelled."""
 
 
+class TaskCancelledError(Exception):
+    """Somebody cancelled the task. It is not retried, it is no dead letter, and for its group it has failed.
+
+    Its execution is cancelled as any asyncio task is, by a `CancelledError` at its next `await`.
+    """
+
+
 class WorkerStoppedError(Exception):
     """The worker was stopped and its grace period ended before the task did."""
 

@@ -24,6 +24,7 @@ from .server import embedded_redis
 if TYPE_CHECKING:
     from diracx.core.config import Config
 
+    from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence import TaskDB
 
 _RESULT_TTL_SECONDS = 3600
@@ -201,6 +202,11 @@ class TaskSystem:
         result: TaskResult[Any] = await self._unless_dead(self.broker.wait_result(task_id, timeout))
         return result
 
+    async def cancel(self, task_id: str) -> TaskPlace:
+        """Cancel a task. Returns where it was; its result is an error of type `TaskCancelledError`."""
+        found = await self.broker.cancel([task_id], result_ttl_seconds=_RESULT_TTL_SECONDS)
+        return found[task_id]
+
     async def drain(self, timeout: float = 10.0) -> None:
         """Wait until nothing is queued, running or due. Tasks of the future do not count.
 
@@ -222,13 +228,15 @@ class TaskSystem:
             for stream in keys.EVERY_STREAM:
                 pipe.xlen(stream)
             pipe.zcount(keys.DELAYED, "-inf", now_ms)
+            pipe.llen(keys.STAGED)
             pipe.hvals(keys.DELAYED_DATA)
-            *lengths, due, delayed = await pipe.execute()
+            *lengths, due, staged, delayed = await pipe.execute()
         # Tasks that a lock or limiter holds up are queued, whatever their timer says.
         reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in delayed]
         places = {
             **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
             keys.DELAYED: due,
+            keys.STAGED: staged,
             "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
         }
         return {place: number for place, number in places.items() if number}

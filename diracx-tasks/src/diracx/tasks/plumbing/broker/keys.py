@@ -26,8 +26,14 @@ HELD_PREFIX = "diracx:tasks:held:"
 
 #: String per task, with a time to live: the stored result. Also the name of its pub/sub channel.
 RESULT_PREFIX = "diracx:results:"
-#: Hash and set per callback group.
+#: Sorted set: callback group -> until when it is kept (ms since the epoch).
+GROUPS = "diracx:groups"
+#: Per callback group a hash, and beside it `:pending`, `:failed`, `:children`, `:results`, `:staged`.
 GROUPS_PREFIX = "diracx:groups:"
+#: List: complete callback groups whose children are on their way from `:staged` into their streams.
+STAGED = "diracx:tasks:staged"
+#: Sorted set: cancelled task -> until when its mark is kept (ms). Also the channel that announces it.
+CANCELLED = "diracx:tasks:cancelled"
 #: Stream: dead letters that wait for a worker with a dead-letter database.
 DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.

@@ -20,6 +20,8 @@ _Value = TypeVar("_Value")
 #: Labels with a meaning for the task system; all others are the user's own.
 LABEL_ATTEMPTS = "attempts"
 LABEL_GROUP = "group"
+LABEL_GROUP_RESULTS = "group_results"
+LABEL_CHILD_RESULTS = "child_results"
 LABEL_RESULT_TTL = "result_ttl_seconds"
 
 
@@ -211,6 +213,9 @@ class Delivery:
         """How many workers died with it since it was submitted or last retried."""
         return self.earlier_deaths + self.deliveries - 1
 
+    cancelled: bool = False
+    """Whether it was cancelled before it got here."""
+
     @property
     def priority(self) -> Priority:
         """Taken from the name of the stream."""
@@ -228,6 +233,10 @@ class Settlement:
     requeue: Mapping[str, Any] | None = None
     group: Mapping[str, Any] | None = None
     dead: Mapping[str, Any] | None = None
+    collected: str | None = None
+    """The group whose children's results are needed no more: its callback has ended."""
+    cancelled: str | None = None
+    """The task's id, when it ends without having begun because somebody cancelled it."""
 
     def packed(self) -> dict[str, Any]:
         """For lua/settle.lua: what is not set is left out."""
@@ -236,7 +245,7 @@ class Settlement:
             "entry": self.delivery.entry,
             "deliveries": self.delivery.deliveries,
         }
-        for name in ("locks", "result", "retry", "requeue", "group", "dead"):
+        for name in ("locks", "result", "retry", "requeue", "group", "dead", "collected", "cancelled"):
             if value := getattr(self, name):
                 packed[name] = value
         return packed

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -29,14 +30,19 @@ from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 
 if TYPE_CHECKING:
     from ..locks import LockSpec
+    from .cancel import TaskPlace
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
+
+logger = logging.getLogger(__name__)
 
 #: A dead peer is noticed; the time-out is longer than any call that blocks on purpose.
 _CONNECTION: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0, "socket_keepalive": True}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
+#: Children of a group in one script call.
+GROUP_BATCH = 500
 #: The third delivery: two workers have died with the message.
 SUSPECT_FROM = 3
 #: Settlements in one script call.
@@ -146,16 +152,35 @@ class RedisStreamBroker:
     async def submit_group(
         self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
     ) -> None:
-        """Create a callback group and submit its children in one step.
+        """Create a callback group and submit its children: all of them or none.
+
+        However many there are, no step takes the server more than a few ms. The children of a large group
+        begin when all of them have arrived; if this process dies before that, none does, and if it dies
+        after that, workers go on.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
-        packed = [{"task": c.message.task_id, "stream": c.stream, "data": c.message.dumpb()} for c in children]
+        packed = [
+            {"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.message.dumpb()} for c in children
+        ]
+        first_fields: dict[str, Any] | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
+        reply = 0
         try:
-            await scripts.group(self.redis, group_id, fields, ttl_seconds * 1000, packed)
+            for first in range(0, max(1, len(packed)), GROUP_BATCH):
+                last = first + GROUP_BATCH >= len(packed)
+                batch = packed[first : first + GROUP_BATCH]
+                reply = await scripts.group(self.redis, group_id, first_fields, batch, last)
+                first_fields = None
+                if reply < 0:
+                    raise SendTaskError(f"cannot submit group {group_id}: the server has lost its beginning")
         except RedisError as error:
             raise SendTaskError(f"cannot submit group {group_id}: {error}") from error
+        if reply == 2:
+            try:
+                await self.promote()
+            except RedisError as error:
+                logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
 
     async def resubmit(self, tickets: Sequence[tuple[str, Submission]]) -> list[bool]:
         """Submit dead letters again, each ticket once in `RESUBMITTED_TTL_SECONDS`. Safe to repeat.
@@ -184,7 +209,7 @@ class RedisStreamBroker:
             The deliveries, and when there are none the last id of each stream, to wait from.
         """
         messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free)
-        return [self._delivery([*message, 1]) for message in messages], [_text(last_id) for last_id in last_ids]
+        return [self._delivery(message) for message in messages], [_text(last_id) for last_id in last_ids]
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> None:
         """Return when a stream of ours has something newer than `last_ids`, or after `timeout` seconds."""
@@ -220,7 +245,7 @@ class RedisStreamBroker:
         return [self._delivery(message) for message in messages]
 
     def _delivery(self, message: Sequence[Any]) -> Delivery:
-        position, entry, fields, deliveries = message
+        position, entry, fields, deliveries, cancelled = message
         values = dict(zip(fields[::2], fields[1::2], strict=False))
         data = values.get(b"data")
         return Delivery(
@@ -231,10 +256,11 @@ class RedisStreamBroker:
             raw=data if data is not None else msgpack.packb(fields),
             since=_text(values.get(b"since", b"0")),
             earlier_deaths=int(values.get(b"deaths", 0)),
+            cancelled=bool(cancelled),
         )
 
     async def promote(self) -> int | None:
-        """Move everything that is due into its stream.
+        """Move everything that is due into its stream, and the children of complete groups.
 
         Returns:
             Milliseconds until the next one is due, None when nothing is delayed.
@@ -246,6 +272,22 @@ class RedisStreamBroker:
             await asyncio.sleep(0)
 
     # --- running and ending -----------------------------------------------------------------------------
+
+    async def cancel(
+        self, task_ids: Sequence[str], *, result_ttl_seconds: float | None = None
+    ) -> dict[str, TaskPlace]:
+        """Cancel tasks, wherever they are. See `diracx.tasks.plumbing.cancellation`.
+
+        Args:
+            result_ttl_seconds: keep an error as result of those that had not begun; by default only where
+                the task was submitted with that label.
+
+        Returns:
+            Where each was found.
+        """
+        from .cancel import cancel
+
+        return await cancel(self, task_ids, result_ttl_seconds)
 
     async def start(self, deliveries: Sequence[dict[str, Any]]) -> list[list[int]]:
         """Take the locks of each delivery or park it. See lua/start.lua for both lists."""

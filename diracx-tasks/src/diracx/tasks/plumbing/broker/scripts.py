@@ -138,10 +138,29 @@ async def leave(redis: Redis, consumer: str) -> bool:
 
 
 async def group(
-    redis: Redis, group_id: str, fields: Mapping[str, Any], ttl_ms: int, children: Sequence[Mapping[str, Any]]
-) -> None:
-    """Create a callback group and submit its children."""
-    await script("group")(redis, args=[group_id, pack(fields), ttl_ms, pack(children)])
+    redis: Redis,
+    group_id: str,
+    fields: Mapping[str, Any] | None,
+    children: Sequence[Mapping[str, Any]],
+    last: bool,
+) -> int:
+    """Put children into a callback group; `fields` come with the first. See lua/group.lua for the reply."""
+    packed = b"" if fields is None else pack(fields)
+    return int(await script("group")(redis, args=[group_id, packed, pack(children), int(last)]))
+
+
+async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+    """Cancel tasks: where each was, and its message if that has to be looked at. See lua/cancel.lua."""
+    replies = await script("cancel")(redis, args=[keep_ms, pack(tasks)])
+    return [(place.decode(), message) for place, message in replies]
+
+
+async def find(
+    redis: Redis, stream: str, begin: str, at_most: int, tasks: Sequence[str]
+) -> tuple[str, list[tuple[str, str, bytes]]]:
+    """Look for tasks in a part of a stream: the last entry looked at, and task, entry and message of each."""
+    last, found = await script("find")(redis, [stream], [begin, at_most, pack(tasks)])
+    return last.decode(), [(task.decode(), entry.decode(), message) for task, entry, message in found]
 
 
 async def fire(redis: Redis, group_id: str) -> bool:
@@ -180,7 +199,8 @@ def renew(
     lease_ms: int,
     entries: Sequence[Mapping[str, Any]],
     locks: Sequence[LockSpec],
-) -> tuple[list[int], list[int]]:
-    """Renew all a worker holds. Returns the positions of the entries and of the locks that are lost."""
-    lost_entries, lost_locks = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks)])
-    return [int(position) - 1 for position in lost_entries], [int(position) - 1 for position in lost_locks]
+) -> tuple[list[int], list[int], list[int]]:
+    """Renew all a worker holds. Returns the positions of lost entries, of lost locks, and of cancelled entries."""
+    replies = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks)])
+    lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
+    return lost_entries, lost_locks, cancelled

@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ..exceptions import LockLostError, TimeLimitExceededError, WorkerStoppedError
+from ..current import current_message
+from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
@@ -53,19 +54,29 @@ class Execution:
         """Cancel it because the worker does not wait any longer."""
         self._cancel(WorkerStoppedError("the worker stopped before the task had ended"))
 
+    def cancel(self) -> None:
+        """Cancel it because somebody asked for that."""
+        if self._cancelled_for is None:
+            logger.warning("%s %s is cancelled on request", self.message.task_name, self.message.task_id)
+        self._cancel(TaskCancelledError("cancelled while it was running"))
+
     def _cancel(self, reason: Exception) -> None:
-        if self._cancelled_for is None and self._running is not None:
+        if self._cancelled_for is None:
             self._cancelled_for = reason
-            self._running.cancel()
+            if self._running is not None:
+                self._running.cancel()
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
         self._running = asyncio.current_task()
+        current_message.set(self.message)
         started, clock = datetime.now(UTC), time.perf_counter()
         limit = self.blueprint.time_limit(self.task)
         deadline = asyncio.timeout(limit)
         try:
             async with deadline:
+                if self._cancelled_for is not None:
+                    raise asyncio.CancelledError  # before it had begun
                 value = await self._execute(overrides)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             if self._taken_over:

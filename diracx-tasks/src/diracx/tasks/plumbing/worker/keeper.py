@@ -40,6 +40,8 @@ class Hold:
     locks: Sequence[LockSpec]
     lost: Callable[[str, bool], None]
     """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
+    cancelled: Callable[[], None] | None = None
+    """Called in the event loop when somebody cancelled the task."""
 
 
 class LeaseKeeper:
@@ -128,12 +130,15 @@ class LeaseKeeper:
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
         started = time.monotonic()
-        lost_entries, lost_locks = scripts.renew(
+        lost_entries, lost_locks, cancelled = scripts.renew(
             self._redis, self._consumer, int(self._lease_seconds * 1000), entries, [lock for _, lock in locks]
         )
         self._renewed_at = started
         for position in lost_entries:
             self._report(holds[position], "its lease ended and another worker took it over", taken_over=True)
+        for position in cancelled:
+            if (cancel := holds[position].cancelled) is not None:
+                self._loop.call_soon_threadsafe(cancel)
         for position in lost_locks:
             hold, lock = locks[position]
             self._report(hold, f"the lock {lock['key']} could not be renewed")

@@ -12,17 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
+from ..broker.ending import child_ended, child_lives, collected, stored_result
 from ..broker.models import (
     LABEL_ATTEMPTS,
-    LABEL_GROUP,
-    LABEL_RESULT_TTL,
     Settlement,
     TaskMessage,
     TaskResult,
     describe_exception,
 )
 from ..broker.redis_streams import in_ms
-from ..exceptions import StopRetryingError, TaskRejectedError, TaskRetryRequestedError
+from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
 from .outcome import Failed, Outcome, Succeeded, TakenOver
@@ -64,8 +63,7 @@ def settle(
     message = execution.message
     match outcome:
         case Succeeded(value, seconds):
-            settlement.group = _child(message, failed=False)
-            settlement.result = _result(message, settings, lambda: TaskResult.from_value(value, seconds))
+            _ended(settlement, message, settings, None, lambda: TaskResult.from_value(value, seconds))
             return settlement, None
         case TakenOver():
             return settlement, None
@@ -94,12 +92,24 @@ def hand_back(delivery: Delivery) -> Settlement:
     return Settlement(delivery, requeue=again)
 
 
+def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
+    """What becomes of a delivery that was cancelled before it was begun."""
+    logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
+    settlement = Settlement(delivery, cancelled=message.task_id)
+    error = TaskCancelledError("cancelled before it had begun")
+    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    return settlement
+
+
 def _failed(
     execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
 ) -> DeadLetter | None:
     message = execution.message
     attempts = [*message.attempts, _attempt(outcome)]
     what = f"{message.task_name} {message.task_id}"
+    if isinstance(outcome.error, TaskCancelledError):
+        _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
+        return None
     try:
         retry = _retry(execution, outcome, attempts)
     except Exception:
@@ -108,15 +118,14 @@ def _failed(
     if retry is not None:
         logger.warning("%s failed, to be retried", what, exc_info=outcome.error)
         settlement.retry = retry
+        settlement.group = child_lives(message)
         return None
-    settlement.group = _child(message, failed=True)
-    settlement.result = _result(
-        message, settings, lambda: TaskResult.from_exception(outcome.error, outcome.seconds)
-    )
+    _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
     if not execution.blueprint.task_class.dlq_eligible:
         logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
         return None
     logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
+    settlement.collected = None  # whoever takes the letter up again may want the results of its children
     final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
     where = _burial(execution.delivery)
     return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, str(outcome.error), where)
@@ -137,9 +146,10 @@ def reject(
         return Settlement(delivery), DeadLetter(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, burial=where
         )
-    settlement = Settlement(delivery, group=_child(message, failed=True))
+    settlement = Settlement(delivery)
     error = TaskRejectedError(f"{reason}: {detail}")
-    settlement.result = _result(message, settings, lambda: TaskResult.from_exception(error, 0.0))
+    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    settlement.collected = None
     return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery))
 
 
@@ -148,7 +158,7 @@ def _burial(delivery: Delivery) -> str:
     return f"{delivery.stream}/{delivery.entry}"
 
 
-def unsettled(execution: Execution, error: Exception) -> tuple[Settlement, DeadLetter]:
+def unsettled(execution: Execution, error: Exception, settings: WorkerSettings) -> tuple[Settlement, DeadLetter]:
     """What becomes of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
     message = execution.message
     assert execution.delivery.data is not None
@@ -160,7 +170,9 @@ def unsettled(execution: Execution, error: Exception) -> tuple[Settlement, DeadL
         data=execution.delivery.data,
         burial=_burial(execution.delivery),
     )
-    return Settlement(execution.delivery, locks=execution.locks, group=_child(message, failed=True)), letter
+    settlement = Settlement(execution.delivery, locks=execution.locks)
+    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    return settlement, letter
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:
@@ -172,24 +184,21 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
     }
 
 
-def _child(message: TaskMessage, *, failed: bool) -> dict[str, Any] | None:
-    group = message.labels.get(LABEL_GROUP)
-    return None if group is None else {"id": group, "child": message.task_id, "failed": failed}
+def _ended(
+    settlement: Settlement,
+    message: TaskMessage,
+    settings: WorkerSettings,
+    error: BaseException | None,
+    make: Callable[[], TaskResult[Any]],
+) -> None:
+    """What follows from the end of a task, however it ended."""
+    settlement.result = stored_result(message, settings.result_ttl_seconds, make)
+    settlement.group = child_ended(message, error, make)
+    settlement.collected = collected(message)
 
 
-def _result(
-    message: TaskMessage, settings: WorkerSettings, make: Callable[[], TaskResult[Any]]
-) -> dict[str, Any] | None:
-    ttl_seconds = message.labels.get(LABEL_RESULT_TTL, settings.result_ttl_seconds)
-    if ttl_seconds is None:
-        return None
-    result = make()
-    try:
-        value = result.dumpb()
-    except (TypeError, ValueError) as error:
-        # The work is done and stays done; whoever waits learns why there is no value.
-        value = TaskResult.from_exception(error, result.execution_time).dumpb()
-    return {"key": keys.RESULT_PREFIX + message.task_id, "value": value, "ttl_ms": int(ttl_seconds * 1000)}
+def _failure(outcome: Failed) -> TaskResult[Any]:
+    return TaskResult.from_exception(outcome.error, outcome.seconds)
 
 
 class Settler:

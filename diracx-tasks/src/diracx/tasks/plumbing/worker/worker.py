@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,12 +19,13 @@ from ..factory import TaskRegistry
 from ..patience import patiently
 from ..persistence.letter import DeadLetterReason
 from .blueprint import blueprints
+from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
 from .execution import Execution
 from .intake import Intake
 from .keeper import Hold, LeaseKeeper
 from .settings import WorkerSettings
-from .settlement import Settler, hand_back, reject, settle, unsettled
+from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -73,6 +75,8 @@ class Worker:
         self._running: dict[asyncio.Task[None], Execution] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
+        self._cancellations = Cancellations(broker, self._cancel)
+        self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
 
@@ -101,14 +105,17 @@ class Worker:
             self._settler = Settler(self._broker, self._keeper.forget)
             with bound_to(self._broker, self._registry, self._config):
                 settling = asyncio.create_task(self._settler.run())
+                listening = asyncio.create_task(self._cancellations.run())
                 try:
                     await self._letters.adopt()
+                    await self._cancellations.listening.wait()
                     self.ready.set()
                     await _or_die_with(settling, self._take_in(stop))
                 finally:
                     await self._finish()
                     settling.cancel()
-                    await asyncio.gather(settling, return_exceptions=True)
+                    listening.cancel()
+                    await asyncio.gather(settling, listening, return_exceptions=True)
         await self._leave()
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -121,6 +128,7 @@ class Worker:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
+            self._asked_at = time.monotonic()
             try:
                 deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
             except Exception:
@@ -175,6 +183,9 @@ class Worker:
         except ValueError as error:
             self._reject(delivery, None, DeadLetterReason.UNPARSABLE, str(error))
             return None
+        if delivery.cancelled:
+            self._settler.add(cancelled(delivery, message, self._settings))
+            return None
         if delivery.deaths >= self._settings.max_deliveries:
             detail = f"handed out {delivery.deaths} times without ever coming back"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
@@ -193,13 +204,21 @@ class Worker:
             return None
         return Execution(delivery, message, blueprint, task, locks)
 
+    def _cancel(self, task_id: str) -> None:
+        for execution in self._running.values():
+            if execution.message.task_id == task_id:
+                execution.cancel()
+
     def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
         self._bury(*reject(delivery, message, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose))
+        if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
+            # Announced after the server gave it to us, and before it was among those that run.
+            execution.cancel()
+        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose, execution.cancel))
         running = asyncio.create_task(self._run(execution))
         self._running[running] = execution
         running.add_done_callback(self._done)
@@ -210,7 +229,7 @@ class Worker:
             settlement, letter = settle(execution, outcome, self._settings)
         except Exception as error:
             logger.critical("the outcome of %s cannot be told", execution.message.task_id, exc_info=True)
-            settlement, letter = unsettled(execution, error)
+            settlement, letter = unsettled(execution, error, self._settings)
         if letter is None:
             self._settler.add(settlement)
         else:

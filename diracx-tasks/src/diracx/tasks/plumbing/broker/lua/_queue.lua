@@ -12,12 +12,17 @@ local function remove(stream, entry)
 end
 
 -- `deaths`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
-local function enqueue(stream, data, since, deaths)
+-- `woken`: the key of the lock that was handed to it, if one was.
+local function enqueue(stream, data, since, deaths, woken)
   local fields = {'data', data}
   if since and since ~= '0' then fields[3], fields[4] = 'since', since end
   if deaths and tonumber(deaths) > 0 then
     fields[#fields + 1] = 'deaths'
     fields[#fields + 1] = deaths
+  end
+  if woken then
+    fields[#fields + 1] = 'woken'
+    fields[#fields + 1] = woken
   end
   return redis.call('XADD', stream, '*', unpack(fields))
 end
@@ -42,8 +47,9 @@ local function waits_for_a_lock(task)
   return stored and string.match(stored, '^%S+ (%S+) ') == 'lock'
 end
 
--- Out of the delayed set, into its stream. False when the task is no longer there.
-local function undelay(task)
+-- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
+-- False when the task is no longer there.
+local function undelay(task, woken)
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
   redis.call('ZREM', '$DELAYED', task)
   if not stored then return false end
@@ -51,6 +57,6 @@ local function undelay(task)
   local header_end = string.find(stored, '\n', 1, true)
   local header = string.sub(stored, 1, header_end - 1)
   local stream, since, deaths = string.match(header, '^(%S+) %S+ (%S+) ?(%d*)$')
-  enqueue(stream, string.sub(stored, header_end + 1), since, tonumber(deaths))
+  enqueue(stream, string.sub(stored, header_end + 1), since, tonumber(deaths), woken)
   return true
 end

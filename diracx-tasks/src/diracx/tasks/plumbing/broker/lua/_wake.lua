@@ -6,7 +6,7 @@ local function can_be_had(kind, lock)
   if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 end
   if kind == 'concurrency' then
     redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now_us()))
-    return redis.call('ZCARD', lock.key) < lock.limit
+    return not lock.limit or redis.call('ZCARD', lock.key) < lock.limit
   end
   return redis.call('EXISTS', lock.key) == 0
 end
@@ -21,7 +21,7 @@ local function wake(lock)
     local kind, task = string.match(head, '^(%a+):(.*)$')
     if not can_be_had(kind, lock) or (kind == 'exclusive' and readers_woken) then return end
     redis.call('ZREM', waiting, head)
-    if waits_for_a_lock(task) and undelay(task) then
+    if waits_for_a_lock(task) and undelay(task, lock.key) then
       if kind == 'mutex' or kind == 'exclusive' then
         redis.call('SET', turn, int(tonumber(first[2])) .. ':' .. task, 'PX', TURN_MS)
       end
@@ -50,4 +50,11 @@ local function pass_on(locks, refusing, task)
     if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. lock.key) end
     if position ~= refusing then wake(lock) end
   end
+end
+
+-- A task that was woken for a lock is gone from the queue without having asked for it: the next one, please.
+local function hand_on(key, task)
+  local lock = {key = key}
+  if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. key) end
+  wake(lock)
 end

@@ -1,10 +1,12 @@
 -- Reserve as many messages as there are free slots, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots.
--- Returns {messages, last ids}: messages are {position of the stream, entry, fields}; the last ids are
--- given only when there was nothing, as the place from which to wait for something new.
+-- Returns {messages, last ids}: messages are {position of the stream, entry, fields, deliveries, 1 if it is to
+-- be cancelled}; the last ids are given only when there was nothing, as the place from which to wait for
+-- something new.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
-local messages, free = {}, tonumber(ARGV[2])
+-- #include _cancel
+local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
 for position, stream in ipairs(KEYS) do
   if free <= 0 then break end
   local reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
@@ -17,7 +19,7 @@ for position, stream in ipairs(KEYS) do
     end
   end
   for _, entry in ipairs(reply and reply[1][2] or {}) do
-    messages[#messages + 1] = {position, entry[1], entry[2]}
+    messages[#messages + 1] = handed_out(position, entry, 1, marks)
     free = free - 1
   end
 end

@@ -1,5 +1,4 @@
--- Fire the callback of a group now, whatever its children do. Exactly once: a second call finds nothing.
+-- Fire a group now, whatever its children do. Exactly once: a second call finds nothing.
 -- KEYS: none. ARGV: group id. Returns 1 when it was fired, else 0.
 -- #include _time _queue _groups
-redis.call('DEL', '$GROUPS_PREFIX' .. ARGV[1] .. ':pending')
-return fire(ARGV[1])
+return fire(ARGV[1], true)

@@ -1,17 +1,33 @@
--- Create a callback group and submit its children, in one step.
--- KEYS: none. ARGV: group id, fields of the group (msgpack table), time to live (ms),
---   children (msgpack list of {task, stream, data}).
--- Returns 1 when the callback was fired at once (a group without children), else 0.
+-- Put children into a callback group; with the last of them the group is complete and they are submitted.
+-- KEYS: none. ARGV: group id, fields of the group (msgpack table; only with the first children, else ''),
+--   children (msgpack list of {task, staged = "{stream}\n{message}"}), 1 when these are the last.
+-- Returns 1 when the callback was fired at once (a group without children); -1 when the group is not there any
+-- more; 2 when complete groups have children that promote.lua still has to move; else 0. Until a group is
+-- complete nothing of it runs, and all of it expires soon when nobody goes on.
 -- #include _time _queue _groups
-local key = '$GROUPS_PREFIX' .. ARGV[1]
-for field, value in pairs(cmsgpack.unpack(ARGV[2])) do redis.call('HSET', key, field, value) end
-redis.call('HSET', key, 'ttl_ms', ARGV[3])
-redis.call('PEXPIRE', key, ARGV[3])
-local children = cmsgpack.unpack(ARGV[4])
-if #children == 0 then return fire(ARGV[1]) end
+local SUBMITTING_MS = 600000
+local group, children, last = ARGV[1], cmsgpack.unpack(ARGV[3]), ARGV[4] == '1'
+local key, first = '$GROUPS_PREFIX' .. ARGV[1], ARGV[2] ~= ''
+if first then
+  for field, value in pairs(cmsgpack.unpack(ARGV[2])) do redis.call('HSET', key, field, value) end
+  redis.call('HSET', key, 'created', int(now_us() / 1000), 'submitting', 1)
+elseif redis.call('HEXISTS', key, 'submitting') == 0 then
+  return -1
+end
+local ordered = redis.call('HEXISTS', key, 'results') == 1
 for _, child in ipairs(children) do
   redis.call('SADD', key .. ':pending', child.task)
-  enqueue(child.stream, child.data)
+  redis.call('RPUSH', key .. ':staged', child.staged)
+  if ordered then redis.call('RPUSH', key .. ':children', child.task) end
 end
-redis.call('PEXPIRE', key .. ':pending', ARGV[3])
-return 0
+if not last then
+  remember(group, SUBMITTING_MS)
+  return 0
+end
+redis.call('HDEL', key, 'submitting')
+if redis.call('EXISTS', key .. ':pending') == 0 then return fire(group, false) end
+remember(group, living_ms(redis.call('HGET', key, 'ttl_ms')))
+redis.call('RPUSH', '$STAGED', group)
+-- A group that came in one piece needs no second step, if nothing is before it.
+if first then release_staged(#children) end
+return redis.call('EXISTS', '$STAGED') * 2

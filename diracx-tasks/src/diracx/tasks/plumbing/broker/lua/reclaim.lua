@@ -4,10 +4,10 @@
 --   lease (ms): how long such a consumer may still be silent, the delivery count from which a message is a suspect.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
--- Returns messages as fetch.lua does, each with its delivery count: {stream, entry, fields, deliveries}.
+-- Returns messages as fetch.lua does, each with its delivery count.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
--- #include _time _locks _queue _wake
-local consumer, free, messages = ARGV[1], tonumber(ARGV[2]), {}
+-- #include _time _locks _queue _wake _cancel
+local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
 local has_suspect -- found out when it matters
 
@@ -55,7 +55,7 @@ for _, worker in ipairs(dead) do
         if free <= 0 then break end
         local claimed = may_take(tonumber(p[4])) and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
-          messages[#messages + 1] = {position, claimed[1][1], claimed[1][2], tonumber(p[4]) + 1}
+          messages[#messages + 1] = handed_out(position, claimed[1], tonumber(p[4]) + 1, marks)
           free = free - 1
         end
       end

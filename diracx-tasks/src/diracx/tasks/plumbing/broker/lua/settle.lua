@@ -4,21 +4,30 @@
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
 --   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
---   group   = {id, child, failed}               one child less to wait for
+--   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
+--   collected = group id                        its callback has ended and needs the results no more
+--   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
 -- Returns a list of 1 (settled) or 0 (refused: it was taken over by somebody else).
--- #include _time _locks _queue _wake _groups
-local consumer, replies = ARGV[1], {}
+-- #include _time _locks _queue _wake _groups _cancel
+local consumer, replies, marks = ARGV[1], {}, any_cancelled()
 for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
   local ours = owns(s.stream, consumer, s.entry, s.deliveries)
   if ours then
+    local looked = s.cancelled or (marks and not (s.retry or s.requeue))
+    local there = looked and redis.call('XRANGE', s.stream, s.entry, s.entry)[1]
+    local task = there and task_of(data_of(there[2]))
+    local woken = there and field_of(there[2], 'woken')
+    if task then redis.call('ZREM', '$CANCELLED', task) end
     remove(s.stream, s.entry)
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
     end
     if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, s.requeue.deaths) end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
-    if s.group then child_done(s.group.id, s.group.child, s.group.failed) end
+    if s.group then child_done(s.group) end
+    if s.collected then forget_results(s.collected) end
+    if s.cancelled and woken then hand_on(woken, s.cancelled) end
     if s.result then
       redis.call('SET', s.result.key, s.result.value, 'PX', s.result.ttl_ms)
       redis.call('PUBLISH', s.result.key, '')

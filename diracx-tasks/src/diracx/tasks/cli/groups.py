@@ -1,0 +1,145 @@
+"""`group`: look at callback groups."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from .errors import CliError, explained_redis, mask, one_line
+from .options import JsonOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..plumbing.broker.groups import GroupStatus
+
+_Answer = TypeVar("_Answer")
+
+#: Children that are named; of more, there is a count.
+_SHOWN = 10
+_WIDTH_WITHOUT_TERMINAL = 160
+
+group = typer.Typer(help="Look at callback groups that have not called back.", no_args_is_help=True)
+
+
+@group.command("show")
+def show(
+    group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` gives it.")],
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Show one group: its state, its callback, how many children have ended, and which have failed and why.
+
+    A group that has called back is gone; exits with 1 then.
+
+    Example: diracx-task-run group show 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
+    """
+    from ..plumbing.broker.groups import read_group
+
+    status = _ask(redis_url, lambda redis: read_group(redis, group_id))
+    if status is None:
+        raise CliError(
+            f"no group {group_id!r}: it has called back, has expired, or never was; "
+            "see `diracx-task-run group list`"
+        )
+    if as_json:
+        typer.echo(json.dumps(_as_json(status, children=True), indent=2))
+    else:
+        _print(status)
+
+
+@group.command("list")
+def list_(as_json: JsonOption = False, redis_url: RedisUrlOption = None) -> None:
+    """List the groups that have not called back, oldest first.
+
+    Example: diracx-task-run group list --json
+    """
+    from ..plumbing.broker.groups import list_groups
+
+    groups = _ask(redis_url, list_groups)
+    if as_json:
+        typer.echo(json.dumps([_as_json(status, children=False) for status in groups], indent=2))
+        return
+    _print_table(groups)
+    if not groups:
+        typer.echo("no callback groups", err=True)
+
+
+def _ask(redis_url: str | None, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
+    from .connection import open_broker
+
+    url = resolve_redis_url(redis_url)
+
+    async def ask() -> _Answer:
+        async with open_broker(url) as broker:
+            with explained_redis(url):
+                return await question(broker.redis)
+
+    return asyncio.run(ask())
+
+
+def _as_json(status: GroupStatus, *, children: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    report = asdict(status)
+    report |= {name: report[name].isoformat() for name in ("created", "expires")}
+    report["failed_children"] = {child: mask(error) for child, error in status.failed_children.items()}
+    if not children:
+        del report["pending_children"], report["failed_children"]
+    return report
+
+
+def _print(status: GroupStatus) -> None:
+    lines = [
+        ("group", status.group_id),
+        ("state", str(status.state)),
+        ("children", f"{status.total}: {_counts(status)}"),
+        ("callback", status.callback),
+        ("on failure", status.on_failure or "-"),
+        ("created", status.created.isoformat(timespec="seconds")),
+        ("expires", status.expires.isoformat(timespec="seconds")),
+    ]
+    for label, value in lines:
+        typer.echo(f"{label:<11} {value}")
+    _print_children("failed", [f"{child}  {one_line(error)}" for child, error in status.failed_children.items()])
+    _print_children("pending", status.pending_children)
+
+
+def _print_children(label: str, lines: list[str]) -> None:
+    for line in lines[:_SHOWN]:
+        typer.echo(f"{label:<11} {line}")
+    if len(lines) > _SHOWN:
+        typer.echo(f"{label:<11} and {len(lines) - _SHOWN} more; all of them with --json")
+
+
+def _counts(status: GroupStatus) -> str:
+    return f"{status.succeeded} succeeded, {status.failed} failed, {status.pending} pending"
+
+
+def _print_table(groups: list[GroupStatus]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("group", "state", "total", "succeeded", "failed", "pending", "callback", "created"):
+        table.add_column(column, no_wrap=column == "group")
+    for status in groups:
+        table.add_row(
+            Text(status.group_id, style="cyan"),
+            str(status.state),
+            str(status.total),
+            str(status.succeeded),
+            str(status.failed),
+            str(status.pending),
+            Text(status.callback),
+            status.created.isoformat(timespec="seconds"),
+        )
+    console.print(table)

@@ -1,0 +1,153 @@
+"""Cancelling tasks, wherever they are: queued, delayed, waiting for a lock, or running.
+
+First each task is marked, which takes effect for what runs, or is about to: workers are told at once, and find
+the mark with whatever they take in. Then its place is looked for. The delayed set knows tasks by their id; the
+streams do not, and are gone through in small parts, so that a queue of a million tasks holds up nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import TaskCancelledError
+from . import keys, scripts
+from .ending import child_ended, collected, stored_result
+from .models import TaskMessage, TaskResult
+
+if TYPE_CHECKING:
+    from .redis_streams import RedisStreamBroker
+
+#: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
+MARK_SECONDS = 604_800
+#: Stream entries that one script call looks at: about a ms of the server's time.
+FIND_BATCH = 1000
+#: Tasks that one script call cancels.
+CANCEL_BATCH = 200
+#: A task that moved while we looked for it is behind us once; more often is bad luck, and the mark is there.
+_ROUNDS = 3
+
+
+class TaskPlace(StrEnum):
+    """Where a task was found."""
+
+    QUEUED = "queued"
+    DELAYED = "delayed"
+    """Until the time that `schedule(at_time=…)` gave."""
+    RETRYING = "retrying"
+    """Between a failed attempt and the next."""
+    WAITING = "waiting"
+    """For a lock, or for quota."""
+    RUNNING = "running"
+    """In the hands of a worker, which is told to cancel it."""
+    UNKNOWN = "unknown"
+    """Nowhere: there never was such a task, or it has ended."""
+
+
+_PLACES = {
+    "queued": TaskPlace.QUEUED,
+    "at_time": TaskPlace.DELAYED,
+    "retry": TaskPlace.RETRYING,
+    "lock": TaskPlace.WAITING,
+    "rate": TaskPlace.WAITING,
+    "running": TaskPlace.RUNNING,
+}
+
+
+async def cancel(
+    broker: RedisStreamBroker, task_ids: Sequence[str], result_ttl_seconds: float | None
+) -> dict[str, TaskPlace]:
+    """See `RedisStreamBroker.cancel`."""
+    search = _Search(broker, task_ids, result_ttl_seconds)
+    try:
+        await broker.promote()  # the children of a group may be between two places
+        for turn in range(_ROUNDS):
+            await search.ask([{"task": task, "marked": turn} for task in search.missing])
+            await search.look_into_streams()
+            if not search.missing:
+                break
+    finally:
+        await search.unmark()
+    return {task: search.found.get(task, TaskPlace.UNKNOWN) for task in task_ids}
+
+
+class _Search:
+    def __init__(self, broker: RedisStreamBroker, task_ids: Sequence[str], ttl_seconds: float | None) -> None:
+        self._broker = broker
+        self._ttl_seconds = ttl_seconds
+        self._begin = dict.fromkeys(keys.EVERY_STREAM, "-")
+        self.missing = dict.fromkeys(task_ids)
+        self.found: dict[str, TaskPlace] = {}
+
+    async def ask(self, wanted: Sequence[Mapping[str, Any]]) -> None:
+        """Cancel what is where we believe it to be; of the delayed ones, look at the message and ask again."""
+        for first in range(0, len(wanted), CANCEL_BATCH):
+            batch = wanted[first : first + CANCEL_BATCH]
+            replies = await scripts.cancel(self._broker.redis, MARK_SECONDS * 1000, batch)
+            again = []
+            for asked, (place, message) in zip(batch, replies, strict=True):
+                task = asked["task"]
+                if message:
+                    again.append(self._known(task, message))
+                elif place:
+                    self.found[task] = _PLACES[place]
+                    self.missing.pop(task, None)
+            await self.ask(again)
+
+    async def look_into_streams(self) -> None:
+        """Go through all streams, side by side, from where the last look ended: what runs is at their heads."""
+        unread = list(self._begin)
+        while unread and self.missing:
+            await self._notice_what_ended()
+            for stream in list(unread):
+                last, found = await scripts.find(
+                    self._broker.redis, stream, self._begin[stream], FIND_BATCH, list(self.missing)
+                )
+                if last:
+                    self._begin[stream] = f"({last}"
+                else:
+                    unread.remove(stream)
+                await self.ask(
+                    [
+                        {**self._known(task, message), "stream": stream, "entry": entry}
+                        for task, entry, message in found
+                    ]
+                )
+
+    async def _notice_what_ended(self) -> None:
+        """A mark that is gone was taken away by the worker that settled the task, while we looked for it."""
+        tasks = list(self.missing)
+        marks: Any = await self._broker.redis.execute_command("ZMSCORE", keys.CANCELLED, *tasks)
+        self._were_running([task for task, mark in zip(tasks, marks, strict=True) if mark is None])
+
+    async def unmark(self) -> None:
+        """What was found nowhere needs no mark."""
+        if not self.missing:
+            return
+        tasks = list(self.missing)
+        async with self._broker.redis.pipeline(transaction=False) as pipe:
+            for task in tasks:
+                pipe.execute_command("ZREM", keys.CANCELLED, task)
+            removed = await pipe.execute()
+        self._were_running([task for task, mark in zip(tasks, removed, strict=True) if not mark])
+
+    def _were_running(self, tasks: Sequence[str]) -> None:
+        for task in tasks:
+            self.found[task] = TaskPlace.RUNNING
+            del self.missing[task]
+
+    def _known(self, task: str, data: bytes) -> dict[str, Any]:
+        known: dict[str, Any] = {"task": task, "known": 1, "marked": 1}
+        try:
+            message = TaskMessage.loadb(data)
+        except ValueError:
+            return known  # nobody waits for what cannot be read
+        error = TaskCancelledError("cancelled before it had begun")
+        result = stored_result(message, self._ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
+        group = child_ended(message, error, lambda: TaskResult.from_exception(error, 0.0))
+        return known | {
+            name: value
+            for name, value in (("result", result), ("group", group), ("collected", collected(message)))
+            if value
+        }

@@ -1,0 +1,69 @@
+"""What the end of a task means to others: to whoever waits for its result, and to its group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import keys
+from .models import (
+    LABEL_CHILD_RESULTS,
+    LABEL_GROUP,
+    LABEL_GROUP_RESULTS,
+    LABEL_RESULT_TTL,
+    TaskMessage,
+    TaskResult,
+)
+
+#: What a group shows of a child's error.
+_LONGEST_ERROR = 500
+
+
+def stored_result(
+    message: TaskMessage, ttl_seconds: float | None, make: Callable[[], TaskResult[Any]]
+) -> dict[str, Any] | None:
+    """The result as scripts store it; None when nobody wants it.
+
+    Args:
+        ttl_seconds: how long it is kept where the task's own label says nothing; None: not at all.
+    """
+    ttl_seconds = message.labels.get(LABEL_RESULT_TTL, ttl_seconds)
+    if ttl_seconds is None:
+        return None
+    ttl_ms = int(ttl_seconds * 1000)
+    return {"key": keys.RESULT_PREFIX + message.task_id, "value": _packed(make()), "ttl_ms": ttl_ms}
+
+
+def child_ended(
+    message: TaskMessage, error: BaseException | None, make: Callable[[], TaskResult[Any]]
+) -> dict[str, Any] | None:
+    """What its group is told of a child that has ended for good; None when it is in no group."""
+    group = message.labels.get(LABEL_GROUP)
+    if group is None:
+        return None
+    told: dict[str, Any] = {"id": group, "child": message.task_id}
+    if error is not None:
+        told["error"] = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+    if message.labels.get(LABEL_GROUP_RESULTS):
+        told["result"] = _packed(make())
+    return told
+
+
+def child_lives(message: TaskMessage) -> dict[str, Any] | None:
+    """What its group is told of a child that will be tried again."""
+    group = message.labels.get(LABEL_GROUP)
+    return None if group is None else {"id": group}
+
+
+def collected(message: TaskMessage) -> str | None:
+    """The group whose results were kept for this task, a callback."""
+    asked = message.labels.get(LABEL_CHILD_RESULTS)
+    return None if asked is None else asked["group"]
+
+
+def _packed(result: TaskResult[Any]) -> bytes:
+    try:
+        return result.dumpb()
+    except (TypeError, ValueError) as error:
+        # The work is done and stays done; whoever waits learns why there is no value.
+        return TaskResult.from_exception(error, result.execution_time).dumpb()

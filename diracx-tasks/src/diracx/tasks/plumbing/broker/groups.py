@@ -1,0 +1,137 @@
+"""Callback groups as they can be seen: how far they are, what failed, and the results kept for a callback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ResultIsMissingError
+from . import keys
+from .models import TaskResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from redis.asyncio import Redis
+
+#: Results fetched with one command.
+_RESULTS_BATCH = 500
+
+
+class GroupState(StrEnum):
+    """How a group stands. One that has called back is not there any more."""
+
+    SUBMITTING = "submitting"
+    """Not all its children have arrived; none of them runs."""
+    PENDING = "pending"
+    """Children have yet to end, and none has failed so far."""
+    FAILED = "failed"
+    """A child has failed for good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupStatus:
+    """One callback group."""
+
+    group_id: str
+    state: GroupState
+    total: int
+    """Number of children."""
+    succeeded: int
+    pending: int
+    failed: int
+    callback: str
+    """Registry name of the task that is submitted when all have succeeded."""
+    on_failure: str | None
+    """Registry name of the task that is submitted instead when one has failed."""
+    created: datetime
+    expires: datetime
+    """When it is forgotten, if nothing happens until then."""
+    pending_children: list[str] = field(default_factory=list)
+    """Their task ids; filled by `read_group` only, like the next."""
+    failed_children: dict[str, str] = field(default_factory=dict)
+    """Task id -> type and message of the error."""
+
+
+async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
+    """One group with its children; None when there is none (any more)."""
+    key = keys.GROUPS_PREFIX + group_id
+    statuses = await _read(redis, [group_id])
+    if not statuses:
+        return None
+    pending: Any = await redis.execute_command("SMEMBERS", f"{key}:pending")
+    failed: Any = await redis.execute_command("HGETALL", f"{key}:failed")
+    pairs = zip(failed[::2], failed[1::2], strict=True) if isinstance(failed, list) else failed.items()
+    [status] = statuses
+    status.pending_children.extend(sorted(child.decode() for child in pending))
+    status.failed_children.update({child.decode(): error.decode(errors="replace") for child, error in pairs})
+    return status
+
+
+async def list_groups(redis: Redis) -> list[GroupStatus]:
+    """All groups that have not called back, oldest first."""
+    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, -1)
+    statuses = await _read(redis, [member.decode() for member in members])
+    return sorted(statuses, key=lambda status: status.created)
+
+
+async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
+    fields = ("total", "submitting", "created", "callback_name", "failure_name")
+    async with redis.pipeline(transaction=True) as pipe:
+        for group_id in group_ids:
+            key = keys.GROUPS_PREFIX + group_id
+            pipe.execute_command("HMGET", key, *fields)
+            pipe.execute_command("SCARD", f"{key}:pending")
+            pipe.execute_command("HLEN", f"{key}:failed")
+            pipe.execute_command("ZSCORE", keys.GROUPS, group_id)
+        replies = await pipe.execute()
+    statuses = []
+    for position, group_id in enumerate(group_ids):
+        values, pending, failed, expires = replies[4 * position : 4 * position + 4]
+        if values[0] is None or expires is None:
+            continue
+        total, submitting = int(values[0]), values[1] is not None
+        if submitting:
+            state, pending = GroupState.SUBMITTING, total
+        else:
+            state = GroupState.FAILED if failed else GroupState.PENDING
+        statuses.append(
+            GroupStatus(
+                group_id=group_id,
+                state=state,
+                total=total,
+                succeeded=total - pending - failed,
+                pending=pending,
+                failed=failed,
+                callback=values[3].decode(),
+                on_failure=None if values[4] is None else values[4].decode(),
+                created=datetime.fromtimestamp(int(values[2]) / 1000, UTC),
+                expires=datetime.fromtimestamp(float(expires) / 1000, UTC),
+            )
+        )
+    return statuses
+
+
+async def read_results(redis: Redis, group_id: str, total: int) -> dict[str, TaskResult[Any]]:
+    """The results of a group's children, in the order of the children; without those that have none yet.
+
+    Args:
+        total: how many children there are.
+
+    Raises:
+        ResultIsMissingError: when the results were not kept, or have expired.
+    """
+    key = keys.GROUPS_PREFIX + group_id
+    children: Any = await redis.execute_command("LRANGE", f"{key}:children", 0, -1)
+    if len(children) != total:
+        raise ResultIsMissingError(f"the results of the children of group {group_id} are not kept any more")
+    results = {}
+    for first in range(0, total, _RESULTS_BATCH):
+        batch = children[first : first + _RESULTS_BATCH]
+        stored: Any = await redis.execute_command("HMGET", f"{key}:results", *batch)
+        for child, data in zip(batch, stored, strict=True):
+            if data is not None:
+                results[child.decode()] = TaskResult.loadb(data)
+    return results

@@ -1,0 +1,39 @@
+-- Cancellation marks. `$CANCELLED` is a sorted set: task -> until when its mark is kept (ms). It is empty nearly
+-- always, so that looking costs one EXISTS per step and no round trip.
+
+-- The id of a task, from the head of its message, where it always is. Nothing else is looked into.
+local function task_of(data)
+  if not data or string.sub(data, 2, 9) ~= '\167task_id' then return nil end
+  local kind = string.byte(data, 10)
+  if not kind then return nil end
+  if kind >= 160 and kind <= 191 then return string.sub(data, 11, 10 + kind - 160) end
+  if kind == 217 and #data > 11 then return string.sub(data, 12, 11 + string.byte(data, 11)) end
+  return nil
+end
+
+-- A field of an entry.
+local function field_of(fields, name)
+  for field = 1, #fields, 2 do
+    if fields[field] == name then return fields[field + 1] end
+  end
+  return nil
+end
+
+local function data_of(fields)
+  return field_of(fields, 'data')
+end
+
+local function any_cancelled()
+  return redis.call('EXISTS', '$CANCELLED') == 1
+end
+
+local function is_cancelled(data)
+  local task = task_of(data)
+  return task ~= nil and redis.call('ZSCORE', '$CANCELLED', task) ~= false
+end
+
+-- A message as it is handed to a worker.
+local function handed_out(position, entry, deliveries, marks)
+  local cancelled = marks and is_cancelled(data_of(entry[2]))
+  return {position, entry[1], entry[2], deliveries, cancelled and 1 or 0}
+end

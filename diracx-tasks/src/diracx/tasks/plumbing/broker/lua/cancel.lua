@@ -1,0 +1,66 @@
+-- Cancel tasks. What waits in the delayed set, or is queued at the given place, is gone with this step, and its
+-- group and whoever waits for its result are told; what runs is announced to the workers, and a mark stays
+-- for those that hear of it in another way (fetch.lua, reclaim.lua, recover.lua, renew.lua), until the task
+-- has ended or the mark's time is over.
+-- KEYS: none. ARGV: time a mark is kept (ms), tasks (msgpack list of {task} with any of
+--   marked = 1, when we have marked it before; no mark then means that the worker that had it has settled it
+--   known  = 1, once its message was looked at, and then:
+--   result, group, collected, as in settle.lua;
+--   stream, entry: where it was found).
+-- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
+-- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
+-- #include _time _locks _queue _wake _groups _cancel
+local replies, now_ms, keep_ms = {}, now_us() / 1000, tonumber(ARGV[1])
+
+local function mark(task)
+  redis.call('ZREMRANGEBYSCORE', '$CANCELLED', '-inf', int(now_ms))
+  redis.call('ZADD', '$CANCELLED', int(now_ms + keep_ms), task)
+  redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))
+  redis.call('PUBLISH', '$CANCELLED', task)
+end
+
+local function finish(t)
+  redis.call('ZREM', '$CANCELLED', t.task)
+  if t.group then child_done(t.group) end
+  if t.collected then forget_results(t.collected) end
+  if t.result then
+    redis.call('SET', t.result.key, t.result.value, 'PX', t.result.ttl_ms)
+    redis.call('PUBLISH', t.result.key, '')
+  end
+end
+
+for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
+  local stored = redis.call('HGET', '$DELAYED_DATA', t.task)
+  local there = t.entry and redis.call('XRANGE', t.stream, t.entry, t.entry)[1]
+  if stored then
+    local header_end = string.find(stored, '\n', 1, true)
+    local reason = string.match(string.sub(stored, 1, header_end - 1), '^%S+ (%S+)')
+    if t.known then
+      redis.call('ZREM', '$DELAYED', t.task)
+      redis.call('HDEL', '$DELAYED_DATA', t.task)
+      finish(t)
+      replies[position] = {reason, ''}
+    else
+      mark(t.task)
+      replies[position] = {reason, string.sub(stored, header_end + 1)}
+    end
+  elseif there then
+    local pending = redis.pcall('XPENDING', t.stream, '$GROUP', t.entry, t.entry, 1)
+    if pending.err or #pending == 0 then
+      redis.call('XDEL', t.stream, t.entry)
+      finish(t)
+      local woken = field_of(there[2], 'woken')
+      if woken then hand_on(woken, t.task) end
+      replies[position] = {'queued', ''}
+    else
+      mark(t.task)
+      replies[position] = {'running', ''}
+    end
+  elseif t.marked == 1 and not redis.call('ZSCORE', '$CANCELLED', t.task) then
+    replies[position] = {'running', ''}
+  else
+    mark(t.task)
+    replies[position] = {'', ''}
+  end
+end
+return replies

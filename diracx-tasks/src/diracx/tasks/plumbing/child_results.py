@@ -1,0 +1,50 @@
+"""What the children of a group returned, for the callback that asks for it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi.params import Depends
+
+from .base_task import BaseTask
+from .binding import current_broker
+from .broker.groups import read_results
+from .broker.models import LABEL_CHILD_RESULTS, TaskResult
+from .current import current_message
+
+__all__ = ["ChildResults", "asks_for_results", "child_results"]
+
+
+async def child_results() -> dict[str, TaskResult[Any]]:
+    """The results of the children of the group whose callback is being executed.
+
+    Raises:
+        RuntimeError: when what is being executed is not the callback of a group.
+        ResultIsMissingError: when they have expired.
+    """
+    message = current_message.get()
+    asked = None if message is None else message.labels.get(LABEL_CHILD_RESULTS)
+    if asked is None:
+        raise RuntimeError(
+            "ChildResults are there for the callback of a group only: submit the task with spawn_with_callback"
+        )
+    return await read_results(current_broker().redis, asked["group"], asked["total"])
+
+
+ChildResults = Annotated[dict[str, TaskResult[Any]], Depends(child_results)]
+"""In the `execute` of a callback or an `on_failure`: task id -> result, for each child in their order.
+
+    async def execute(self, results: ChildResults) -> int:
+        return sum(result.return_value for result in results.values())
+
+Results are kept only for callbacks that ask like this, until the callback has ended (retries included). A child
+that failed has `is_err` and `error` set. Where a child returned what cannot be stored, its result is that error.
+"""
+
+
+def asks_for_results(task_class: type[BaseTask]) -> bool:
+    """Whether `execute` (or something it depends on) takes `ChildResults`."""
+    from .injection import compile_plan
+    from .sentinels import calls_below
+
+    return child_results in calls_below(compile_plan(task_class.execute, skip_first=True), {})

@@ -1,0 +1,75 @@
+"""Hears of cancelled tasks the moment they are: one connection that waits on a channel and costs nothing else.
+
+A channel forgets what nobody heard. Marks in Redis are the safety net: a worker finds them with what it takes in,
+and the lease keeper with what runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..broker import keys
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+
+logger = logging.getLogger(__name__)
+
+#: A task that was announced may just be on its way to us; so long is remembered that it was.
+_REMEMBERED_SECONDS = 60.0
+#: Pause before a lost connection is made again.
+_RETRY_SECONDS = 1.0
+#: How long one wait on the connection takes. Nothing is sent when it ends.
+_WAIT_SECONDS = 60.0
+
+
+class Cancellations:
+    """Tasks that were announced as cancelled.
+
+    Args:
+        cancel: called with the id of each of them.
+    """
+
+    def __init__(self, broker: RedisStreamBroker, cancel: Callable[[str], None]) -> None:
+        self._broker = broker
+        self._cancel = cancel
+        self._heard: dict[str, float] = {}
+        self.listening = asyncio.Event()
+        """Set once the first subscription stands, or has failed."""
+
+    def heard_since(self, moment: float, task_id: str) -> bool:
+        """Whether it was announced after `moment` (of the monotonic clock)."""
+        return self._heard.get(task_id, float("-inf")) >= moment
+
+    async def run(self) -> None:
+        """Listen, for ever."""
+        failed = False
+        while True:
+            try:
+                async with self._broker.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(keys.CANCELLED)
+                    self.listening.set()
+                    failed = False
+                    while True:
+                        message = await pubsub.get_message(timeout=_WAIT_SECONDS)
+                        if message is not None and message["type"] == "message":
+                            self._hear(message["data"].decode())
+            except Exception as error:  # whatever it is: without us, marks are found a little later
+                self.listening.set()
+                if not failed:
+                    logger.warning(
+                        "cannot listen for cancellations (%s); they take up to a third of a lease", error
+                    )
+                failed = True
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    def _hear(self, task_id: str) -> None:
+        now = time.monotonic()
+        for old in [task for task, heard in self._heard.items() if heard < now - _REMEMBERED_SECONDS]:
+            del self._heard[old]
+        self._heard[task_id] = now
+        self._cancel(task_id)
