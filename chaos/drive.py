@@ -321,7 +321,7 @@ class Driver:
         furniture = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS}
         found = []
         for key in sorted(await broker.redis.keys()):
-            name = key.decode()
+            name = key.decode() if isinstance(key, bytes) else key
             if name in keys.EVERY_STREAM:
                 consumers = (
                     await broker.redis.xinfo_consumers(name, keys.GROUP) if await _has_group(broker, name) else []

@@ -91,7 +91,8 @@ def make(*, seed: int, seconds: float, number: int, workers: int, schedulers: in
     for kind in kinds:
         # Killers come early: each needs several deaths to be found out.
         at = rng.uniform(0, seconds * (0.3 if kind.startswith("Kills") else 0.9))
-        n, delay, children = next(numbers), 0.0, ()
+        n, delay = next(numbers), 0.0
+        children: tuple[int, ...] = ()
         arguments: tuple[Any, ...] = (n,)
         if kind == "Slow":
             arguments = (n, round(rng.uniform(0.2, 1.5), 3))

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from diracx.tasks.plumbing import BaseTask, ExponentialBackoff
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, RetryPolicyBase
 
 #: The directory of the files; set by the driver for every worker.
 VARIABLE = "CHAOS_WITNESS"
@@ -40,7 +41,7 @@ class Witnessed(BaseTask):
     """A task that is known by its number and says when it is at work. Retried until it succeeds."""
 
     n: int
-    retry_policy = ExponentialBackoff(base_delay_seconds=1, max_retries=6)
+    retry_policy: ClassVar[RetryPolicyBase] = ExponentialBackoff(base_delay_seconds=1, max_retries=6)
     dlq_eligible = True
 
     @contextmanager
