@@ -12,7 +12,7 @@ import typer
 
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask
-from .options import LogLevel, LogLevelOption, ModuleOption, RedisUrlOption, resolve_redis_url
+from .options import LogLevel, LogLevelOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
 
 logger = logging.getLogger(__package__)
 
@@ -35,6 +35,7 @@ def worker(
     ] = None,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run tasks of one size until SIGTERM or Ctrl-C; a second one cancels what still runs.
@@ -56,7 +57,7 @@ def worker(
         grace_seconds=grace,
         result_ttl_seconds=result_ttl,
     )
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
         from ..plumbing.injection import compile_plan
@@ -92,6 +93,7 @@ def worker(
 def scheduler(
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Submit periodic tasks when they are due, until SIGTERM or Ctrl-C. Any number may run; one leads.
@@ -103,7 +105,7 @@ def scheduler(
     from .logs import set_up_logging
 
     set_up_logging(log_level)
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
         from ..plumbing.base_task import PeriodicVoAwareBaseTask

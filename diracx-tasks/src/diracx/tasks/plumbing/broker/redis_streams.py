@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import msgpack
-from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -24,10 +23,13 @@ from redis.exceptions import RedisError
 from ..enums import Size
 from ..exceptions import SendTaskError
 from . import keys, scripts
+from .connection import async_client
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from ..locks import LockSpec
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
@@ -62,10 +64,13 @@ class RedisStreamBroker:
     """Messages in the streams of one Redis or Valkey server.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://` address, with user and password if needed.
+        url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://` address: see `connection.py`.
         worker_size: the size of the worker that fetches through this broker.
         consumer_name: name of that worker; a unique one by default.
         connection_kwargs: passed to redis-py.
+
+    Raises:
+        AddressError: when the URL cannot be used; a ValueError.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class RedisStreamBroker:
         self.streams = keys.streams_of(self.worker_size)
         # A submission that was sent and not answered must not be sent again behind the caller's back,
         # hence no retries in the client: whoever can repeat safely (the worker) does so itself.
-        self.redis: Redis = Redis.from_url(
+        self.redis: Redis = async_client(
             url,
             max_connections=max_connection_pool_size,
             retry=Retry(NoBackoff(), 0),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 
 from ..broker import scripts
+from ..broker.connection import sync_client
 from ..exceptions import LockLostError
 
 if TYPE_CHECKING:
@@ -49,11 +50,10 @@ class LeaseKeeper:
     """
 
     def __init__(self, url: str, consumer: str, lease_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
-        from redis import Redis as SyncRedis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self._redis = SyncRedis.from_url(
+        self._redis = sync_client(
             url,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
