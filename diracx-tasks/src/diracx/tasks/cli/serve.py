@@ -29,6 +29,14 @@ def worker(
     grace: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long running tasks may go on after SIGTERM.")
     ] = 30.0,
+    hard_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="A task that ignores its cancellation for so long ends the process with exit code 70.",
+        ),
+    ] = None,
     result_ttl: Annotated[
         int | None,
         typer.Option(min=1, metavar="SECONDS", help="Keep all results so long, not only those asked for."),
@@ -55,6 +63,7 @@ def worker(
         lease_seconds=lease_seconds,
         max_deliveries=max_deliveries,
         grace_seconds=grace,
+        hard_limit_seconds=hard_limit,
         result_ttl_seconds=result_ttl,
     )
     url = resolve_redis_url(redis_url, redis_url_file)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
+_SHORTEST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 2.0
 #: Refusals that pass by themselves. Where redis-py has a class for one, its message lacks the first word.
 _PASSING = (
@@ -54,7 +55,7 @@ class Pauses:
     """How long to wait before trying again: longer each time, and never all at the same moment."""
 
     def __init__(self) -> None:
-        self.succeeded()
+        self._pause = _SHORTEST_PAUSE_SECONDS
 
     def next(self) -> float:
         """The next pause in seconds."""
@@ -64,7 +65,7 @@ class Pauses:
 
     def succeeded(self) -> None:
         """Begin with the shortest again."""
-        self._pause = 0.05
+        self._pause = _SHORTEST_PAUSE_SECONDS
 
 
 async def patiently(

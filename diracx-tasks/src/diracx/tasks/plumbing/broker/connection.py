@@ -66,7 +66,7 @@ def async_client(url: str, **options: Any) -> Redis:
     from redis.asyncio import Redis
     from redis.asyncio.sentinel import Sentinel
 
-    address = _parsed(url)
+    address = _usable(url)
     if not address.service:
         return Redis.from_url(address.url, **options)
     client: Redis = Sentinel(address.sentinels, sentinel_kwargs=_for_sentinels(address)).master_for(
@@ -80,11 +80,11 @@ def sync_client(url: str, **options: Any) -> SyncRedis:
     from redis import Redis
     from redis.sentinel import Sentinel
 
-    address = _parsed(url)
+    address = _usable(url)
     if not address.service:
         return Redis.from_url(address.url, **options)
-    sentinel = Sentinel(address.sentinels, sentinel_kwargs=_for_sentinels(address))  # type: ignore[no-untyped-call]  # of redis-py
-    client: SyncRedis = sentinel.master_for(address.service, **_for_server(address, options))  # type: ignore[no-untyped-call]
+    sentinel = Sentinel(address.sentinels, sentinel_kwargs=_for_sentinels(address))
+    client: SyncRedis = sentinel.master_for(address.service, **_for_server(address, options))
     return client
 
 
@@ -115,6 +115,13 @@ def read_url_file(path: str) -> str:
     if not url:
         raise AddressError(f"the file {path} is empty")
     return url
+
+
+def _usable(url: str) -> _Address:
+    try:
+        return _parsed(url)
+    except AddressError as error:
+        raise AddressError(f"the URL of the broker {error}") from None
 
 
 def _parsed(url: str) -> _Address:

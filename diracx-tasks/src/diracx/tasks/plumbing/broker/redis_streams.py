@@ -228,12 +228,19 @@ class RedisStreamBroker:
         replies = await scripts.start(self.redis, self.consumer_name, deliveries)
         return [[int(number) for number in reply] for reply in replies]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        """End deliveries. Returns which settlements were accepted; the others had been taken over."""
-        accepted: list[bool] = []
+    async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | None]:
+        """End deliveries.
+
+        Args:
+            epoch: see `scripts.settle`.
+
+        Returns:
+            Which settlements were accepted. False: it had been taken over; None: the server has lost its data.
+        """
+        accepted: list[bool | None] = []
         for first in range(0, len(settlements), SETTLE_BATCH):
             batch = [settlement.packed() for settlement in settlements[first : first + SETTLE_BATCH]]
-            accepted += await scripts.settle(self.redis, self.consumer_name, batch)
+            accepted += await scripts.settle(self.redis, self.consumer_name, batch, epoch)
         return accepted
 
     async def leave(self) -> bool:

@@ -23,6 +23,7 @@ from .intake import Intake
 from .keeper import Hold, LeaseKeeper
 from .settings import WorkerSettings
 from .settlement import Settler, hand_back, reject, settle, unsettled
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -97,18 +98,38 @@ class Worker:
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
             self._dependencies() as self._overrides,
         ):
-            self._settler = Settler(self._broker, self._keeper.forget)
+            self._settler = Settler(self._broker, self._keeper)
             with bound_to(self._broker, self._registry, self._config):
                 settling = asyncio.create_task(self._settler.run())
+                watchdog = self._watchdog(stop)
                 try:
                     await self._letters.adopt()
                     self.ready.set()
                     await _or_die_with(settling, self._take_in(stop))
                 finally:
                     await self._finish()
+                    if watchdog is not None:
+                        watchdog.finish()
+                        if watchdog.ending:  # the process ends any moment now, with an exit code of its own
+                            await loop.create_future()
                     settling.cancel()
                     await asyncio.gather(settling, return_exceptions=True)
         await self._leave()
+
+    def _watchdog(self, stop: asyncio.Event) -> Watchdog | None:
+        """What ends the process when an execution does not end: only where that was asked for."""
+        if self._settings.hard_limit_seconds is None:
+            return None
+        loop = asyncio.get_running_loop()
+        watchdog = Watchdog(
+            self._broker,
+            self._settings,
+            running=lambda: list(self._running.values()),
+            stop=stop,
+            drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
+        )
+        watchdog.start()
+        return watchdog
 
     # --- intake -----------------------------------------------------------------------------------------
 
@@ -196,7 +217,7 @@ class Worker:
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose))
+        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose, execution.condemn))
         running = asyncio.create_task(self._run(execution))
         self._running[running] = execution
         running.add_done_callback(self._done)
@@ -264,7 +285,9 @@ class Worker:
             logger.warning("stopping: %d tasks are cancelled", self.busy)
             for execution in self._running.values():
                 execution.stop()
-            await asyncio.wait(self._running, timeout=_LAST_WORDS_SECONDS)
+            # With a hard limit, what ignores this ends with the process, and not before.
+            patience = _LAST_WORDS_SECONDS if self._settings.hard_limit_seconds is None else None
+            await asyncio.wait(self._running, timeout=patience)
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 if self._burials:

@@ -4,6 +4,7 @@
 -- given only when there was nothing, as the place from which to wait for something new.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
+-- #flags allow-oom
 local messages, free = {}, tonumber(ARGV[2])
 for position, stream in ipairs(KEYS) do
   if free <= 0 then break end

@@ -1,6 +1,7 @@
 -- Move what is due from the delayed set into its streams. Messages are not decoded.
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
 -- Returns {number moved, when the next is due in ms or -1, now in ms}.
+-- #flags allow-oom
 -- #include _time _queue
 local now = now_us() / 1000
 local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', string.format('%.3f', now), 'LIMIT', 0, ARGV[1])

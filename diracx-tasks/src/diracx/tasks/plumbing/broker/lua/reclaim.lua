@@ -4,6 +4,7 @@
 --   lease (ms): how long such a consumer may still be silent.
 -- Returns messages as fetch.lua does, each with its delivery count: {stream, entry, fields, deliveries}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
+-- #flags allow-oom
 -- #include _time _locks _queue _wake
 local consumer, free, messages = ARGV[1], tonumber(ARGV[2]), {}
 local every_stream = cmsgpack.unpack(ARGV[4])
@@ -22,7 +23,9 @@ for _, worker in ipairs(dead) do
   if worker ~= consumer then
     local held = redis.call('HVALS', '$HELD_PREFIX' .. worker)
     local locks = {}
-    for position, packed in ipairs(held) do locks[position] = cmsgpack.unpack(packed) end
+    for _, packed in ipairs(held) do
+      if packed ~= '' then locks[#locks + 1] = cmsgpack.unpack(packed) end -- '': an entry, see renew.lua
+    end
     redis.call('DEL', '$HELD_PREFIX' .. worker)
     release_all(locks)
     for position, stream in ipairs(KEYS) do

@@ -1,6 +1,7 @@
 -- Hand a worker what it reserved without hearing of it: the connection was lost before the answer came.
 -- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry").
 -- Returns messages as reclaim.lua does: {position of the stream, entry, fields, deliveries}.
+-- #flags allow-oom
 local consumer, known, messages = ARGV[1], {}, {}
 for _, held in ipairs(cmsgpack.unpack(ARGV[2])) do known[held] = true end
 for position, stream in ipairs(KEYS) do
