@@ -106,8 +106,11 @@ class Installation:
         return bool(info["slave0"]["offset"] == info["master_repl_offset"])
 
     def has_failed_over(self) -> bool:
-        with Redis.from_url(self.replica.url) as replica:
-            return bool(replica.info("replication")["role"] == "master")
+        try:
+            with Redis.from_url(self.replica.url) as replica:
+                return bool(replica.info("replication")["role"] == "master")
+        except RedisError:  # a server that is promoted drops its clients
+            return False
 
     def end(self) -> None:
         for process in self._sentinels:
@@ -142,7 +145,7 @@ async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(installa
     async with TaskSystem([Waits, Ticks], redis_url=installation.url, concurrency=3, settings=settings) as system:
         # Six run, the others are queued: all of them are on both servers.
         ids = [await Waits(f"number {number}").schedule() for number in range(10)]
-        await until(lambda: BEGUN.total() == 6 and TICKS, "all slots are in use")
+        await until(lambda: BEGUN.total() == 6, "all slots are in use")
         await until(installation.replicated, "the replica has it all")
         installation.primary.kill()
         await until(installation.has_failed_over, "the replica is promoted")
@@ -153,7 +156,7 @@ async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(installa
         await system.drain(20)
         with sync_client(installation.url) as client:
             assert client.connection_pool.get_master_address()[1] == installation.replica.port
-    assert BEGUN == {f"number {number}": 1 for number in range(10)}, "each was executed once"
+    assert dict(BEGUN) == {f"number {number}": 1 for number in range(10)}, "each was executed once"
 
 
 async def _is_ready(system: TaskSystem, task_id: str) -> bool:
