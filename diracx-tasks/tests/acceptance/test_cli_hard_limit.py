@@ -38,6 +38,7 @@ class Deaf(BaseTask):
 
 class DeafAfterASecond(Deaf):
     time_limit_seconds = 1
+    dlq_eligible = True
 
 
 @dataclass
@@ -85,7 +86,7 @@ def _error(worker):
 
 
 def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_have_ended(
-    stubborn, tmp_path, wait_until
+    stubborn, redis_url, tmp_path, wait_until
 ):
     worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
     worker.until("ready")
@@ -99,6 +100,9 @@ def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_hav
     assert deaf.ends() == 1, "it has failed, by its policy"
     assert "TimeLimitExceededError" in deaf.output
     assert (tmp_path / "slow").read_text() == "x"
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen("diracx:tasks:dead-letters") == 1
+        redis.delete("diracx:tasks:dead-letters")
 
 
 def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(stubborn, tmp_path, wait_until):

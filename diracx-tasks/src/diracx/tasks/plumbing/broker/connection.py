@@ -64,12 +64,15 @@ def async_client(url: str, **options: Any) -> Redis:
         AddressError: when the URL cannot be used.
     """
     from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
     from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
 
     address = _usable(url)
     if not address.service:
         return Redis.from_url(address.url, **options)
-    client: Redis = Sentinel(address.sentinels, sentinel_kwargs=_for_sentinels(address)).master_for(
+    about_sentinels = _for_sentinels(address, Retry(NoBackoff(), 0))
+    client: Redis = Sentinel(address.sentinels, sentinel_kwargs=about_sentinels).master_for(
         address.service, **_for_server(address, options)
     )
     return client
@@ -78,12 +81,15 @@ def async_client(url: str, **options: Any) -> Redis:
 def sync_client(url: str, **options: Any) -> SyncRedis:
     """A blocking client: the same for a thread."""
     from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
     from redis.sentinel import Sentinel
 
     address = _usable(url)
     if not address.service:
         return Redis.from_url(address.url, **options)
-    sentinel = Sentinel(address.sentinels, sentinel_kwargs=_for_sentinels(address))
+    about_sentinels = _for_sentinels(address, Retry(NoBackoff(), 0))
+    sentinel = Sentinel(address.sentinels, sentinel_kwargs=about_sentinels)
     client: SyncRedis = sentinel.master_for(address.service, **_for_server(address, options))
     return client
 
@@ -211,11 +217,13 @@ def _for_server(address: _Address, options: Mapping[str, Any]) -> dict[str, Any]
     return {**said, **options}
 
 
-def _for_sentinels(address: _Address) -> dict[str, Any]:
+def _for_sentinels(address: _Address, retry: object) -> dict[str, Any]:
+    """The options of connections to sentinels. There are others to ask, so none is asked twice."""
     tls = {name: value for name, value in _for_server(address, {}).items() if name.startswith("ssl")}
     return {
         "socket_connect_timeout": _SENTINEL_SECONDS,
         "socket_timeout": _SENTINEL_SECONDS,
+        "retry": retry,
         **tls,
         **address.sentinel_options,
     }

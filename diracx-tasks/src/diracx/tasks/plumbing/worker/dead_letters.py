@@ -29,6 +29,11 @@ def _database_may_return(error: BaseException) -> bool:
     return isinstance(error, DBUnavailableError | SQLAlchemyError | OSError)
 
 
+def in_redis(letter: DeadLetter) -> dict[str, Any]:
+    """The letter as settle.lua keeps it until a worker with a database starts."""
+    return {"reason": letter.reason, "data": dumps(asdict(letter))}
+
+
 class DeadLetterOffice:
     """Takes dead letters of one worker."""
 
@@ -42,7 +47,7 @@ class DeadLetterOffice:
         As long as the database is away the task stays unacknowledged in this worker's hands.
         """
         if self._db is None:
-            settlement.dead = {"reason": letter.reason, "data": dumps(asdict(letter))}
+            settlement.dead = in_redis(letter)
         else:
             await patiently(partial(self._insert, letter), "store a dead letter", passing=_database_may_return)
         return settlement

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..broker import scripts
 from ..broker.connection import sync_client
+from .dead_letters import in_redis
 from .settlement import settle
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class Watchdog:
             if outcome is None:
                 continue  # not ours any more
             settlement, letter = settle(execution, outcome, self._settings)
-            if letter is not None:
-                continue  # needs a database, hence the event loop: runs again elsewhere, at last as poison
+            if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
+                settlement.dead = in_redis(letter)
             settlements.append(settlement.packed())
         with sync_client(
             self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
