@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from diracx.tasks.testing import embedded_redis
@@ -49,12 +50,14 @@ def test_P52_a_server_that_never_answers_is_given_up_within_5_seconds(cli, one_l
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_a_wrong_password_is_one_line_that_does_not_show_it(cli, one_line, command):
+def test_a_wrong_password_is_one_line_within_5_seconds_that_does_not_show_it(cli, one_line, command):
     with embedded_redis() as url:
         with Redis.from_url(url) as client:
             client.config_set("requirepass", "right")
         cli.environment["DIRACX_TASKS_REDIS_URL"] = url.replace("://", "://:sesame@")
+        began = time.monotonic()
         result = cli.mine(*command)
+        assert time.monotonic() - began < 5
     one_line(result, 1, "password", "DIRACX_TASKS_REDIS_URL", "redis://:***@")
     _never(result)
 
@@ -67,6 +70,8 @@ def test_a_wrong_password_is_one_line_that_does_not_show_it(cli, one_line, comma
         ("redis://:ses/ame@localhost", 2, ["malformed", "redis://:***@localhost"]),
         ("redis://localhost:99999?password=sesame", 2, ["malformed", "password=***"]),
         ("localhost:6379", 2, ["'localhost:6379'", "redis://"]),
+        ("redis+sentinel://:sesame@one:26379", 2, ["redis+sentinel://:***@one:26379", "no name of a service"]),
+        ("redis+sentinel://one/tasks/two?sentinel_password=sesame", 2, ["'two'", "sentinel_password=***"]),
     ],
 )
 def test_a_url_that_cannot_be_meant_is_one_line(cli, one_line, url, code, said):
@@ -92,3 +97,73 @@ def test_the_option_wins_over_the_environment(cli, redis_url):
     result = cli.mine("call", "my_tasks:Urgent", "--redis-url", redis_url, "--json")
     assert result.returncode == 0
     assert result.stdout == '{"urgent": [1, 2]}\n'
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("{}/99", "no such database"),
+        ("{}/one", "'one' that is no number"),
+        ("http://:sesame@localhost", "redis://"),
+    ],
+)
+def test_a_bad_url_ends_every_command_within_5_seconds(cli, one_line, redis_url, command, url, said):
+    cli.environment["DIRACX_TASKS_REDIS_URL"] = url.format(redis_url)
+    began = time.monotonic()
+    result = cli.mine(*command)
+    assert time.monotonic() - began < 5
+    one_line(result, 1, said)
+    _never(result)
+
+
+def test_sentinels_that_are_down_or_do_not_know_the_service_are_one_line(cli, one_line, closed_port, redis_url):
+    began = time.monotonic()
+    result = cli.mine("worker", "--redis-url", f"redis+sentinel://:sesame@127.0.0.1:{closed_port}/tasks")
+    assert time.monotonic() - began < 5
+    one_line(result, 1, "cannot reach", f"redis+sentinel://:***@127.0.0.1:{closed_port}/tasks", "No master found")
+    _never(result)
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_url_with_a_password_may_come_from_a_file_and_is_seen_nowhere(cli, tmp_path, way):
+    with embedded_redis() as url:
+        with Redis.from_url(url) as client:
+            client.config_set("requirepass", "sesame")
+        file = tmp_path / "broker-url"
+        file.write_text(url.replace("://", "://:sesame@") + "\n")
+        file.chmod(0o600)
+        options = ["--redis-url-file", str(file)] if way == "option" else []
+        if way == "environment":
+            cli.environment["DIRACX_TASKS_REDIS_URL_FILE"] = str(file)
+        worker = cli.start("worker", "--worker-size", "small", "--module", "my_tasks.py", *options)
+        worker.until("ready: small tasks")
+        shown = Path(f"/proc/{worker.process.pid}/cmdline").read_text()
+        result = cli.mine("submit", "my_tasks:Urgent", "--wait", "--json", *options)
+        assert result.returncode == 0, result.stderr
+        worker.process.terminate()
+        assert worker.ends() == 0
+        assert "redis://:***@" in worker.output
+        _never(result)
+        assert "sesame" not in worker.output + shown
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "text", "code", "said"),
+    [
+        (["--redis-url-file", "missing"], None, None, 2, ["--redis-url-file", "missing", "No such file"]),
+        (["--redis-url-file", "given"], None, "", 2, ["--redis-url-file", "is empty"]),
+        (["--redis-url-file", "given"], None, "http://:sesame@h", 2, ["--redis-url-file", "http://:***@h"]),
+        ([], "missing", None, 1, ["DIRACX_TASKS_REDIS_URL_FILE", "No such file"]),
+        ([], "given", "redis://:sesame@h/one", 1, ["DIRACX_TASKS_REDIS_URL_FILE", "no number"]),
+        (["--redis-url", "redis://h", "--redis-url-file", "given"], None, "redis://h", 2, ["one of them"]),
+    ],
+)
+def test_a_url_file_that_cannot_be_used_is_one_line(cli, one_line, tmp_path, options, variable, text, code, said):
+    if text is not None:
+        (tmp_path / "given").write_text(text)
+    if variable is not None:
+        cli.environment["DIRACX_TASKS_REDIS_URL_FILE"] = variable
+    result = cli.mine("submit", "my_tasks:Urgent", *options)
+    one_line(result, code, *said)
+    _never(result)

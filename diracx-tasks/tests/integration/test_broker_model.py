@@ -147,8 +147,8 @@ class BrokerMachine(RuleBasedStateMachine):
             if t.delivery
         ]
         locks = [lock for task in held for lock in task.locks]
-        lost = scripts.renew(self.sync, worker, LONG_MS, entries, locks)
-        assert lost == ([], [], []), "what the model knows to be held was not renewed"
+        *lost, _epoch = scripts.renew(self.sync, worker, LONG_MS, entries, locks)
+        assert lost == [[], [], []], "what the model knows to be held was not renewed"
 
     def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:
         holders: dict[str, list[str]] = {}
@@ -222,6 +222,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.tasks[task.id] = task
 
     def submit_group(self, wishes: list[str]) -> None:
+        self._promote()  # which the submission of a group does as well: its children are staged, and then moved
         group = f"group {len(self.groups)}"
         children = [self._new(wish, "normal") for wish in wishes]
         for child in children:

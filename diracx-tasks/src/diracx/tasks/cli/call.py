@@ -24,6 +24,7 @@ from .options import (
     LogLevelOption,
     ModuleOption,
     NameArgument,
+    RedisUrlFileOption,
     RedisUrlOption,
     resolve_redis_url,
 )
@@ -55,6 +56,7 @@ def call(
     as_json: JsonOption = False,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run a task in this process and print what it returns.
@@ -67,7 +69,7 @@ def call(
     from .tasks import load_registry, make_task
 
     set_up_logging(log_level)
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
     registry = load_registry(module)
     run = _Run(make_task(registry, name, args, kwargs), name, registry, url, debugger)
     # With --json, stdout is for the value alone; pdb needs it for itself.
@@ -170,14 +172,13 @@ class _Run:
         if self._debugger is not Debugger.BEFORE or not expiring:
             yield
             return
-        from redis import Redis
-
+        from ..plumbing.broker.connection import sync_client
         from ..plumbing.broker.scripts import pack, script
 
         stop = threading.Event()
 
         def renew() -> None:
-            with Redis.from_url(self._url, protocol=2) as redis:
+            with sync_client(self._url, protocol=2) as redis:
                 while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
                     script("extend").run(redis, args=[pack(expiring)])
 

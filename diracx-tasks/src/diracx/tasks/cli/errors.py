@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 #: `://user:password@`; over-cautious about what may belong to the password.
 _IN_URL = re.compile(r"(?<=://)([^\s:@/'\"]*):[^\s'\"]*@")
-_IN_QUERY = re.compile(r"([?&]password=)[^&\s'\"]*", re.IGNORECASE)
+_IN_QUERY = re.compile(r"([?&](?:sentinel_)?password=)[^&\s'\"]*", re.IGNORECASE)
 _LONGEST = 1000
 
 

@@ -32,7 +32,16 @@ RedisUrlOption = Annotated[
     typer.Option(
         "--redis-url",
         metavar="URL",
-        help="Redis or Valkey server; else DIRACX_TASKS_REDIS_URL, else redis://localhost.",
+        help="Redis or Valkey server; else DIRACX_TASKS_REDIS_URL, else redis://localhost. "
+        "A password in it can be seen by every user of the host: rather use the variable, or a file.",
+    ),
+]
+RedisUrlFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url-file",
+        metavar="FILE",
+        help="File that holds the URL of the server, for one with a password; else DIRACX_TASKS_REDIS_URL_FILE.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -50,47 +59,33 @@ class LogLevel(StrEnum):
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="Least level of what is logged.")]
 
 
-def resolve_redis_url(option: str | None) -> str:
-    """The server's address: the option, else the environment, else `redis://localhost`.
+def resolve_redis_url(option: str | None, file: str | None = None) -> str:
+    """The server's address: from the option, else the file, else the environment, else `redis://localhost`.
 
     Raises:
-        CliError: when it is no Redis URL; usage when it was given as an option.
+        CliError: when it cannot be the address of a server; usage when it was given as an option.
     """
-    from ..plumbing.binding import DEFAULT_REDIS_URL, REDIS_URL_VARIABLE
+    from ..plumbing.binding import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
+    from ..plumbing.broker.connection import AddressError, check_url, read_url_file
 
-    if option is not None:
-        url, origin = option, "--redis-url"
-    else:
-        url, origin = os.environ.get(REDIS_URL_VARIABLE) or DEFAULT_REDIS_URL, REDIS_URL_VARIABLE
-    problem = _problem_of(url)
-    if problem is None:
-        return url
-    message = f"{origin}: {mask(url)!r} {problem}; write redis://host:port/database, the database a number"
-    raise UsageProblem(message) if option is not None else CliError(message)
-
-
-def _problem_of(url: str) -> str | None:
-    """Why this cannot be the address of a server. Says nothing of what may be a password."""
-    from urllib.parse import urlsplit
-
-    from redis.connection import parse_url
-
-    try:
-        parts = urlsplit(url)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        return "has a malformed host or port"
-    database = "" if parts.scheme == "unix" else parts.path.strip("/")
-    problems = {
-        "does not begin with redis://, rediss:// or unix://": parts.scheme not in ("redis", "rediss", "unix"),
-        "has port 0": not port_is_valid,
-        "has no host": parts.scheme != "unix" and not parts.hostname,
-        f"names a database {database!r} that is no number": database and not database.isdecimal(),
-    }
-    problem = next((text for text, found in problems.items() if found), None)
-    if problem is None:
+    if option is not None and file is not None:
+        raise UsageProblem("--redis-url and --redis-url-file say the same; give one of them")
+    given = option is not None or file is not None
+    in_environment = os.environ.get(REDIS_URL_VARIABLE)
+    path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)
+    origin = "--redis-url" if option is not None else REDIS_URL_VARIABLE
+    url = option if option is not None else in_environment or DEFAULT_REDIS_URL
+    problem = UsageProblem if given else CliError
+    if path:
+        origin = "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE
         try:
-            parse_url(url)
-        except ValueError:
-            return "has a parameter that cannot be read"
-    return problem
+            url = read_url_file(path)
+        except AddressError as error:
+            raise problem(f"{origin}: {error}") from error
+    try:
+        check_url(url)
+    except AddressError as error:
+        raise problem(
+            f"{origin}: {mask(url)!r} {error}; write redis://host:port/database, the database a number"
+        ) from None
+    return url

@@ -13,7 +13,14 @@ import typer
 
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
-from .options import LogLevel, LogLevelOption, ModuleOption, RedisUrlOption, resolve_redis_url
+from .options import (
+    LogLevel,
+    LogLevelOption,
+    ModuleOption,
+    RedisUrlFileOption,
+    RedisUrlOption,
+    resolve_redis_url,
+)
 
 if TYPE_CHECKING:
     from ..plumbing.persistence.resubmission import Resubmitter
@@ -33,12 +40,21 @@ def worker(
     grace: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long running tasks may go on after SIGTERM.")
     ] = 30.0,
+    hard_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="A task that ignores its cancellation for so long ends the process with exit code 70.",
+        ),
+    ] = None,
     result_ttl: Annotated[
         int | None,
         typer.Option(min=1, metavar="SECONDS", help="Keep all results so long, not only those asked for."),
     ] = None,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run tasks of one size until SIGTERM or Ctrl-C; a second one cancels what still runs.
@@ -58,9 +74,10 @@ def worker(
         lease_seconds=lease_seconds,
         max_deliveries=max_deliveries,
         grace_seconds=grace,
+        hard_limit_seconds=hard_limit,
         result_ttl_seconds=result_ttl,
     )
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
         from ..plumbing.injection import compile_plan
@@ -103,6 +120,7 @@ def scheduler(
     ] = False,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Submit periodic tasks when they are due, until SIGTERM or Ctrl-C. Any number may run; one leads.
@@ -114,7 +132,7 @@ def scheduler(
     from .logs import set_up_logging
 
     set_up_logging(log_level)
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
         from ..plumbing.base_task import PeriodicVoAwareBaseTask

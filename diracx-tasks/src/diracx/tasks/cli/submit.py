@@ -17,6 +17,7 @@ from .options import (
     KwargsOption,
     ModuleOption,
     NameArgument,
+    RedisUrlFileOption,
     RedisUrlOption,
     resolve_redis_url,
 )
@@ -47,6 +48,7 @@ def submit(
     as_json: JsonOption = False,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Submit a task to the queue of its priority and size, and print its id.
 
@@ -56,7 +58,7 @@ def submit(
     """
     from .tasks import load_registry, make_task
 
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
     if timeout is not None and not wait:
         raise UsageProblem("--timeout says how long to wait for the result; add --wait")
     at_time = _moment(at)

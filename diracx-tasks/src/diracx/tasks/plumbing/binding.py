@@ -7,7 +7,6 @@ Workers, schedulers and `call` bind theirs; DiracX routes get one from DIRACX_TA
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from .factory import TaskRegistry
 
 REDIS_URL_VARIABLE = "DIRACX_TASKS_REDIS_URL"
+#: Names a file that holds the URL, should the former not be set.
+REDIS_URL_FILE_VARIABLE = "DIRACX_TASKS_REDIS_URL_FILE"
 DEFAULT_REDIS_URL = "redis://localhost"
 
 
@@ -137,17 +138,20 @@ async def task_broker(
             await MyTask(1).schedule()
 
     Args:
-        redis_url: by default DIRACX_TASKS_REDIS_URL, else `redis://localhost`.
+        redis_url: by default DIRACX_TASKS_REDIS_URL, else what is in the file
+            DIRACX_TASKS_REDIS_URL_FILE, else `redis://localhost`.
         registry: registry name -> task class; by default all installed tasks.
 
     Raises:
+        AddressError: when the URL, or its file, cannot be used; a ValueError.
         redis.exceptions.RedisError: when the server does not answer.
     """
+    from .broker.connection import redis_url_from_environment
     from .broker.redis_streams import RedisStreamBroker
     from .config import tasks_config_of_environment
     from .factory import TaskRegistry, load_task_registry
 
-    broker = RedisStreamBroker(redis_url or os.environ.get(REDIS_URL_VARIABLE) or DEFAULT_REDIS_URL)
+    broker = RedisStreamBroker(redis_url or redis_url_from_environment() or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
     try:
         await broker.startup()
@@ -165,11 +169,12 @@ def _binding_from_environment() -> Binding:
     loop = asyncio.get_running_loop()
     binding = _of_loop.get(loop)
     if binding is None:
+        from .broker.connection import redis_url_from_environment
         from .broker.redis_streams import RedisStreamBroker
         from .config import tasks_config_of_environment
         from .factory import load_task_registry
 
-        url = os.environ.get(REDIS_URL_VARIABLE)
+        url = redis_url_from_environment()
         if not url:
             raise RuntimeError(f"this route submits a task but no broker is known: set {REDIS_URL_VARIABLE}")
         binding = _of_loop[loop] = Binding(

@@ -8,7 +8,16 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import AuthenticationError, BusyLoadingError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -16,28 +25,47 @@ logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
+_SHORTEST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 2.0
-#: First words of refusals that pass by themselves.
+#: Refusals that pass by themselves. Where redis-py has a class for one, its message lacks the first word.
 _PASSING = (
-    "BUSY",
-    "CLUSTERDOWN",
-    "LOADING",
-    "MASTERDOWN",
-    "MISCONF",
-    "NOREPLICAS",
-    "OOM",
-    "READONLY",
-    "TRYAGAIN",
+    RedisConnectionError,  # and LOADING
+    RedisTimeoutError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+    OSError,
 )
+#: First words of the others. UNBLOCKED: the server became a replica, or had to close, while we waited.
+_PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
 
 
 def is_passing(error: BaseException) -> bool:
     """Whether the server may well accept the same call a little later."""
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError | AuthorizationError):
         return False
-    if isinstance(error, RedisConnectionError | RedisTimeoutError | BusyLoadingError | ReadOnlyError | OSError):
+    if isinstance(error, _PASSING):
         return True
-    return isinstance(error, ResponseError) and str(error).startswith((*_PASSING, "UNBLOCKED"))
+    return isinstance(error, ResponseError) and str(error).split(" ", 1)[0] in _PASSING_WORDS
+
+
+class Pauses:
+    """How long to wait before trying again: longer each time, and never all at the same moment."""
+
+    def __init__(self) -> None:
+        self._pause = _SHORTEST_PAUSE_SECONDS
+
+    def next(self) -> float:
+        """The next pause in seconds."""
+        pause = self._pause
+        self._pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        return pause * random.uniform(0.5, 1.0)
+
+    def succeeded(self) -> None:
+        """Begin with the shortest again."""
+        self._pause = _SHORTEST_PAUSE_SECONDS
 
 
 async def patiently(
@@ -53,7 +81,7 @@ async def patiently(
         what: what is being attempted, for the log: one line when it begins to fail, one when it succeeds again.
         stop: once it is set, an error is raised instead of being waited out.
     """
-    pause = 0.05
+    pauses = Pauses()
     failed = False
     while True:
         try:
@@ -64,8 +92,7 @@ async def patiently(
             if not failed:
                 logger.warning("cannot %s: %s; trying again until it works", what, error)
             failed = True
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            await asyncio.sleep(pauses.next())
         else:
             if failed:
                 logger.warning("can %s again", what)

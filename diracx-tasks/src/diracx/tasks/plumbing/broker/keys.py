@@ -24,6 +24,9 @@ ALIVE = "diracx:tasks:alive"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
 
+#: String: which life of the data this is. Another value, or none: the data were lost (FLUSHALL, a restart).
+EPOCH = "diracx:tasks:epoch"
+
 #: String per task, with a time to live: the stored result. Also the name of its pub/sub channel.
 RESULT_PREFIX = "diracx:results:"
 #: Sorted set: callback group -> until when it is kept (ms since the epoch).

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import msgpack
-from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -25,10 +24,13 @@ from redis.exceptions import RedisError
 from ..enums import Size
 from ..exceptions import SendTaskError
 from . import keys, scripts
+from .connection import async_client
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from ..locks import LockSpec
     from .cancel import TaskPlace
 
@@ -73,10 +75,13 @@ class RedisStreamBroker:
     """Messages in the streams of one Redis or Valkey server.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://` address, with user and password if needed.
+        url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://` address: see `connection.py`.
         worker_size: the size of the worker that fetches through this broker.
         consumer_name: name of that worker; a unique one by default.
         connection_kwargs: passed to redis-py.
+
+    Raises:
+        AddressError: when the URL cannot be used; a ValueError.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class RedisStreamBroker:
         self.streams = keys.streams_of(self.worker_size)
         # A submission that was sent and not answered must not be sent again behind the caller's back,
         # hence no retries in the client: whoever can repeat safely (the worker) does so itself.
-        self.redis: Redis = Redis.from_url(
+        self.redis: Redis = async_client(
             url,
             max_connections=max_connection_pool_size,
             retry=Retry(NoBackoff(), 0),
@@ -294,12 +299,19 @@ class RedisStreamBroker:
         replies = await scripts.start(self.redis, self.consumer_name, deliveries)
         return [[int(number) for number in reply] for reply in replies]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> list[bool]:
-        """End deliveries. Returns which settlements were accepted; the others had been taken over."""
-        accepted: list[bool] = []
+    async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | None]:
+        """End deliveries.
+
+        Args:
+            epoch: see `scripts.settle`.
+
+        Returns:
+            Which settlements were accepted. False: it had been taken over; None: the server has lost its data.
+        """
+        accepted: list[bool | None] = []
         for first in range(0, len(settlements), SETTLE_BATCH):
             batch = [settlement.packed() for settlement in settlements[first : first + SETTLE_BATCH]]
-            accepted += await scripts.settle(self.redis, self.consumer_name, batch)
+            accepted += await scripts.settle(self.redis, self.consumer_name, batch, epoch)
         return accepted
 
     async def leave(self) -> bool:

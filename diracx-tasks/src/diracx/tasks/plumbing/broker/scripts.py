@@ -62,7 +62,11 @@ def _source(name: str) -> str:
     include = re.search(r"^-- #include (.+)$", source, re.MULTILINE)
     parts = [(folder / f"{part}.lua").read_text() for part in include[1].split()] if include else []
     constants = keys.script_constants()
-    return re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], "\n".join([*parts, source]))
+    text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], "\n".join([*parts, source]))
+    # The server wants flags in the first line. allow-oom: what ends tasks, or keeps what they hold, must get
+    # through when memory is short; on the whole it frees some.
+    flags = re.search(r"^-- #flags (.+)$", source, re.MULTILINE)
+    return f"#!lua flags={flags[1]}\n{text}" if flags else text
 
 
 @cache
@@ -102,9 +106,19 @@ async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, A
     return await script("start")(redis, args=[consumer, pack(deliveries)])
 
 
-async def settle(redis: Redis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Tell the broker how executions ended. Returns which settlements were accepted."""
-    return [reply == 1 for reply in await script("settle")(redis, args=[consumer, pack(settlements)])]
+async def settle(
+    redis: Redis, consumer: str, settlements: Sequence[Mapping[str, Any]], epoch: str = ""
+) -> list[bool | None]:
+    """Tell the broker how executions ended.
+
+    Args:
+        epoch: the life of the server's data in which the worker last renewed what it holds.
+
+    Returns:
+        Which settlements were accepted; None: the server has lost its data since, renew and ask again.
+    """
+    replies = await script("settle")(redis, args=[consumer, epoch, pack(settlements)])
+    return [None if reply == -1 else reply == 1 for reply in replies]
 
 
 async def reclaim(
@@ -193,14 +207,31 @@ async def occur(
     return int(await script("occur")(redis, args=[token, schedule, due_ms, following, stream, task_id, data]))
 
 
+def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> None:
+    """`settle` on a blocking connection, for a worker whose event loop is blocked."""
+    script("settle").run(redis, args=[consumer, "", pack(settlements)])
+
+
+def leave_now(redis: SyncRedis, consumer: str) -> None:
+    """`leave` on a blocking connection."""
+    script("leave").run(redis, args=[consumer, _EVERY_STREAM])
+
+
 def renew(
     redis: SyncRedis,
     consumer: str,
     lease_ms: int,
     entries: Sequence[Mapping[str, Any]],
     locks: Sequence[LockSpec],
-) -> tuple[list[int], list[int], list[int]]:
-    """Renew all a worker holds. Returns the positions of lost entries, of lost locks, and of cancelled entries."""
-    replies = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks)])
+    epoch: str = "",
+) -> tuple[list[int], list[int], list[int], str]:
+    """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
+    and the epoch.
+
+    Args:
+        epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
+            worker runs is, but the locks that somebody else has taken since.
+    """
+    *replies, now_in = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks), epoch])
     lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
-    return lost_entries, lost_locks, cancelled
+    return lost_entries, lost_locks, cancelled, now_in.decode()

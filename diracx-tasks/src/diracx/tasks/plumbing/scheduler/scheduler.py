@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -18,7 +17,7 @@ from ..broker import keys, scripts
 from ..broker.redis_streams import in_ms
 from ..config import TasksConfig
 from ..factory import TaskRegistry
-from ..patience import is_passing, patiently
+from ..patience import Pauses, is_passing
 from .occurrences import ScheduledTask, scheduled_tasks
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ class TaskScheduler:
             "owner": self._token,
             "ttl_ms": int(lease_seconds * 1000),
         }
+        self._pauses = Pauses()
+        self._in_trouble = False
         self._scheduled: dict[str, ScheduledTask] = {}
         self.leads = asyncio.Event()
         """Set while this scheduler leads."""
@@ -81,19 +82,28 @@ class TaskScheduler:
                 if await self._take_the_lead():
                     await self._lead(stop)
                 else:
+                    self._works()
                     self.ready.set()
                     await _unless(stop, asyncio.sleep(_STANDBY_SECONDS))
             except RedisError as error:
                 if not is_passing(error):
                     raise
-                with suppress(RedisError):  # when we are to stop; a lasting error comes again above
-                    await patiently(self._broker.startup, "reach the broker", stop=stop)
+                if not self._in_trouble:
+                    logger.warning("cannot schedule: %s; trying again until it works", error)
+                self._in_trouble = True
+                await _unless(stop, asyncio.sleep(self._pauses.next()))
             finally:
                 self.leads.clear()
         try:
             await scripts.release(self._broker.redis, [self._lease])
         except RedisError as error:
             logger.warning("could not hand over the lead: %s; the lease will end by itself", error)
+
+    def _works(self) -> None:
+        if self._in_trouble:
+            logger.warning("can schedule again")
+        self._in_trouble = False
+        self._pauses.succeeded()
 
     async def _take_the_lead(self) -> bool:
         redis = self._broker.redis
@@ -116,6 +126,7 @@ class TaskScheduler:
             periodic_ms = await self._submit_due()
             if periodic_ms is None:
                 return
+            self._works()
             waits_ms = [ms for ms in (delayed_ms, periodic_ms) if ms is not None and ms >= 0]
             pause = min([renew_at - time.monotonic(), *(ms / 1000 for ms in waits_ms)])
             if pause > 0:

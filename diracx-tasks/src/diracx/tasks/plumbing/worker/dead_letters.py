@@ -32,6 +32,11 @@ def _database_may_return(error: BaseException) -> bool:
     return isinstance(error, DBUnavailableError | SQLAlchemyError | OSError)
 
 
+def in_redis(letter: DeadLetter) -> dict[str, Any]:
+    """The letter as settle.lua keeps it until a worker with a database starts."""
+    return {"reason": letter.reason, "data": dumps(asdict(letter))}
+
+
 class DeadLetterOffice:
     """Takes dead letters of one worker."""
 
@@ -51,7 +56,7 @@ class DeadLetterOffice:
                 return settlement
             except Exception:
                 logger.exception("the dead letter of task %s cannot be stored: it waits in Redis", letter.task_id)
-        settlement.dead = {"reason": letter.reason, "data": dumps(asdict(letter))}
+        settlement.dead = in_redis(letter)
         return settlement
 
     async def adopt(self) -> int:

@@ -43,12 +43,38 @@ class Execution:
         self._running: asyncio.Task[Any] | None = None
         self._cancelled_for: Exception | None = None
         self._taken_over = False
+        self._started: tuple[datetime, float] | None = None
+        self._limit: float | None = None
+        self._condemned_at: float | None = None
 
     def lose(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
         logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)
         self._taken_over = taken_over
         self._cancel(LockLostError(what))
+
+    def condemn(self) -> None:
+        """Note, from whatever thread, that it is to be cancelled: the event loop may be blocked."""
+        if self._condemned_at is None:
+            self._condemned_at = time.monotonic()
+
+    def should_have_ended_at(self) -> float | None:
+        """Since when (`time.monotonic`) it goes on although it should not; None when it may."""
+        moments = [] if self._condemned_at is None else [self._condemned_at]
+        if self._started is not None and self._limit is not None:
+            moments.append(self._started[1] + self._limit)
+        return min((moment for moment in moments if moment <= time.monotonic()), default=None)
+
+    def given_up(self) -> Failed | None:
+        """How it has ended when the process ends before it does; None when it is not ours to judge."""
+        if self._taken_over or self._started is None:
+            return None
+        started, clock = self._started
+        seconds = time.monotonic() - clock
+        cause = self._cancelled_for
+        if cause is None and self._limit is not None and seconds >= self._limit:
+            cause = TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
+        return Failed(cause or WorkerStoppedError("ignored its cancellation"), seconds, started)
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
@@ -63,6 +89,7 @@ class Execution:
     def _cancel(self, reason: Exception) -> None:
         if self._cancelled_for is None:
             self._cancelled_for = reason
+            self.condemn()
             if self._running is not None:
                 self._running.cancel()
 
@@ -70,8 +97,9 @@ class Execution:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
         self._running = asyncio.current_task()
         current_message.set(self.message)
-        started, clock = datetime.now(UTC), time.perf_counter()
+        started, clock = datetime.now(UTC), time.monotonic()
         limit = self.blueprint.time_limit(self.task)
+        self._started, self._limit = (started, clock), limit
         deadline = asyncio.timeout(limit)
         try:
             async with deadline:
@@ -87,8 +115,8 @@ class Execution:
                 cause.__cause__ = error
             elif isinstance(error, asyncio.CancelledError):
                 cause = self._cancelled_for or error
-            return Failed(cause, time.perf_counter() - clock, started)
-        return Succeeded(value, time.perf_counter() - clock)
+            return Failed(cause, time.monotonic() - clock, started)
+        return Succeeded(value, time.monotonic() - clock)
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
         if not self.blueprint.plan.parameters:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 
 from ..broker import scripts
+from ..broker.connection import sync_client
 from ..exceptions import LockLostError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Hold:
     """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
     cancelled: Callable[[], None] | None = None
     """Called in the event loop when somebody cancelled the task."""
+    condemn: Callable[[], None] = lambda: None
+    """Called at once, in the keeper's thread."""
 
 
 class LeaseKeeper:
@@ -51,11 +54,10 @@ class LeaseKeeper:
     """
 
     def __init__(self, url: str, consumer: str, lease_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
-        from redis import Redis as SyncRedis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self._redis = SyncRedis.from_url(
+        self._redis = sync_client(
             url,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
@@ -67,6 +69,9 @@ class LeaseKeeper:
         self._loop = loop
         self._holds: dict[tuple[str, str], Hold] = {}
         self._mutex = threading.Lock()
+        self._renewing = threading.Lock()
+        self.epoch = ""
+        """The life of the server's data in which everything was renewed last."""
         self._look = threading.Event()
         self._stop = False
         self._interval = lease_seconds / 3
@@ -74,7 +79,7 @@ class LeaseKeeper:
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
 
     async def __aenter__(self) -> LeaseKeeper:
-        await asyncio.to_thread(self._renew)
+        await self.renew()
         self._thread.start()
         return self
 
@@ -121,7 +126,19 @@ class LeaseKeeper:
                     self._look.wait(_RETRY_SECONDS)
                     self._look.clear()
 
+    async def renew(self) -> None:
+        """Renew everything now, from the event loop.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        await asyncio.to_thread(self._renew)
+
     def _renew(self) -> None:
+        with self._renewing:
+            self._renew_alone()
+
+    def _renew_alone(self) -> None:
         with self._mutex:
             holds = list(self._holds.values())
         entries: list[dict[str, Any]] = [
@@ -130,10 +147,18 @@ class LeaseKeeper:
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
         started = time.monotonic()
-        lost_entries, lost_locks, cancelled = scripts.renew(
-            self._redis, self._consumer, int(self._lease_seconds * 1000), entries, [lock for _, lock in locks]
+        lost_entries, lost_locks, cancelled, epoch = scripts.renew(
+            self._redis,
+            self._consumer,
+            int(self._lease_seconds * 1000),
+            entries,
+            [lock for _, lock in locks],
+            self.epoch,
         )
         self._renewed_at = started
+        if self.epoch not in ("", epoch):
+            logger.warning("the server has lost its data; %d running tasks go on", len(holds))
+        self.epoch = epoch
         for position in lost_entries:
             self._report(holds[position], "its lease ended and another worker took it over", taken_over=True)
         for position in cancelled:
@@ -162,6 +187,7 @@ class LeaseKeeper:
                 del self._holds[place]
             else:  # still ours to settle
                 self._holds[place] = replace(hold, locks=())
+        hold.condemn()
         self._loop.call_soon_threadsafe(hold.lost, what, taken_over)
 
 

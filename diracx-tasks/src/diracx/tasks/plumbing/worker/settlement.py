@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..broker.models import Delivery
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
+    from .keeper import LeaseKeeper
     from .settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -204,9 +205,9 @@ def _failure(outcome: Failed) -> TaskResult[Any]:
 class Settler:
     """Sends settlements. Those that come together share a round trip; none is lost while the server is away."""
 
-    def __init__(self, broker: RedisStreamBroker, settled: Callable[[Delivery], None]) -> None:
+    def __init__(self, broker: RedisStreamBroker, keeper: LeaseKeeper) -> None:
         self._broker = broker
-        self._settled = settled
+        self._keeper = keeper
         self._waiting: list[Settlement] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -230,14 +231,21 @@ class Settler:
                 # One of them is not acceptable to the server; the others must not suffer for it.
                 accepted = [await self._send_alone(settlement) for settlement in batch]
             for settlement, ours in zip(batch, accepted, strict=True):
-                self._settled(settlement.delivery)
+                self._keeper.forget(settlement.delivery)
                 if not ours:
                     logger.warning("%s was not ours to settle any more", settlement.delivery.entry)
             if not self._waiting:
                 self._idle.set()
 
-    async def _send(self, batch: list[Settlement]) -> list[bool]:
-        return await patiently(partial(self._broker.settle, batch), "settle tasks")
+    async def _send(self, batch: Sequence[Settlement]) -> list[bool]:
+        answers: dict[int, bool] = {}
+        while unknown := [position for position in range(len(batch)) if position not in answers]:
+            sent = [batch[position] for position in unknown]
+            replies = await patiently(partial(self._broker.settle, sent, self._keeper.epoch), "settle tasks")
+            answers.update((place, ours) for place, ours in zip(unknown, replies, strict=True) if ours is not None)
+            if None in replies:  # the server has lost its data: it must learn first what we hold
+                await patiently(self._keeper.renew, "renew the lease")
+        return [answers[position] for position in range(len(batch))]
 
     async def _send_alone(self, settlement: Settlement) -> bool:
         try:

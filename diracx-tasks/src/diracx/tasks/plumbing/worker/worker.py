@@ -26,6 +26,7 @@ from .intake import Intake
 from .keeper import Hold, LeaseKeeper
 from .settings import WorkerSettings
 from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -102,10 +103,11 @@ class Worker:
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
             self._dependencies() as self._overrides,
         ):
-            self._settler = Settler(self._broker, self._keeper.forget)
+            self._settler = Settler(self._broker, self._keeper)
             with bound_to(self._broker, self._registry, self._config):
                 settling = asyncio.create_task(self._settler.run())
                 listening = asyncio.create_task(self._cancellations.run())
+                watchdog = self._watchdog(stop)
                 try:
                     await self._letters.adopt()
                     await self._cancellations.listening.wait()
@@ -113,10 +115,29 @@ class Worker:
                     await _or_die_with(settling, self._take_in(stop))
                 finally:
                     await self._finish()
+                    if watchdog is not None:
+                        watchdog.finish()
+                        if watchdog.ending:  # the process ends any moment now, with an exit code of its own
+                            await loop.create_future()
                     settling.cancel()
                     listening.cancel()
                     await asyncio.gather(settling, listening, return_exceptions=True)
         await self._leave()
+
+    def _watchdog(self, stop: asyncio.Event) -> Watchdog | None:
+        """What ends the process when an execution does not end: only where that was asked for."""
+        if self._settings.hard_limit_seconds is None:
+            return None
+        loop = asyncio.get_running_loop()
+        watchdog = Watchdog(
+            self._broker,
+            self._settings,
+            running=lambda: list(self._running.values()),
+            stop=stop,
+            drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
+        )
+        watchdog.start()
+        return watchdog
 
     # --- intake -----------------------------------------------------------------------------------------
 
@@ -218,7 +239,9 @@ class Worker:
         if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
-        self._keeper.add(Hold(execution.delivery, execution.locks, execution.lose, execution.cancel))
+        self._keeper.add(
+            Hold(execution.delivery, execution.locks, execution.lose, execution.cancel, execution.condemn)
+        )
         running = asyncio.create_task(self._run(execution))
         self._running[running] = execution
         running.add_done_callback(self._done)
@@ -286,7 +309,9 @@ class Worker:
             logger.warning("stopping: %d tasks are cancelled", self.busy)
             for execution in self._running.values():
                 execution.stop()
-            await asyncio.wait(self._running, timeout=_LAST_WORDS_SECONDS)
+            # With a hard limit, what ignores this ends with the process, and not before.
+            patience = _LAST_WORDS_SECONDS if self._settings.hard_limit_seconds is None else None
+            await asyncio.wait(self._running, timeout=patience)
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 if self._burials:

@@ -1,9 +1,19 @@
 -- Where a message can be: in a stream, or in the delayed set. These are the only ways between them.
 
--- Is the entry still ours, delivered as often as we believe? This fences off late settlements.
-local function owns(stream, consumer, entry, deliveries)
+local function is_pending(stream, consumer, entry, deliveries)
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1, consumer)
   return not pending.err and pending[1] ~= nil and tonumber(pending[1][4]) == deliveries
+end
+
+-- The field in a worker's ledger for an entry that it runs and that the server has lost: see renew.lua.
+local function orphan(stream, entry)
+  return 'entry:' .. stream .. ' ' .. entry
+end
+
+-- Is the entry still ours, delivered as often as we believe? This fences off late settlements.
+local function owns(stream, consumer, entry, deliveries)
+  return is_pending(stream, consumer, entry, deliveries)
+    or redis.call('HEXISTS', '$HELD_PREFIX' .. consumer, orphan(stream, entry)) == 1
 end
 
 local function remove(stream, entry)

@@ -1,6 +1,7 @@
 -- Renew locks to their full time to live.
 -- KEYS: none. ARGV: locks (msgpack list of tables).
 -- Returns a list of 1 (still ours, renewed) or 0 (lost).
+-- #flags allow-oom
 -- #include _time _locks
 local now, kept = now_us(), {}
 for position, lock in ipairs(cmsgpack.unpack(ARGV[1])) do

@@ -5,6 +5,7 @@
 -- something new.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
+-- #flags allow-oom
 -- #include _cancel
 local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
 for position, stream in ipairs(KEYS) do

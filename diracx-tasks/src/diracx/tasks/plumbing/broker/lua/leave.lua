@@ -1,5 +1,6 @@
 -- A worker that stops cleanly takes its name off every list. What it still holds stays for others to reclaim.
 -- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing of it is left.
+-- #flags allow-oom
 -- #include _time
 local clean = true
 for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do

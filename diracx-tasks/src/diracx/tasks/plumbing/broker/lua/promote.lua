@@ -2,6 +2,7 @@
 -- Messages are not decoded.
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
 -- Returns {number moved, when the next is due in ms or -1, now in ms}.
+-- #flags allow-oom
 -- #include _time _queue _groups
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
 local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', string.format('%.3f', now), 'LIMIT', 0, at_most)

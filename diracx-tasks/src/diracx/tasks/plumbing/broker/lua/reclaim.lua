@@ -6,6 +6,7 @@
 -- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
 -- Returns messages as fetch.lua does, each with its delivery count.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
+-- #flags allow-oom
 -- #include _time _locks _queue _wake _cancel
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
@@ -45,7 +46,9 @@ for _, worker in ipairs(dead) do
   if worker ~= consumer then
     local held = redis.call('HVALS', '$HELD_PREFIX' .. worker)
     local locks = {}
-    for position, packed in ipairs(held) do locks[position] = cmsgpack.unpack(packed) end
+    for _, packed in ipairs(held) do
+      if packed ~= '' then locks[#locks + 1] = cmsgpack.unpack(packed) end -- '': an entry, see renew.lua
+    end
     redis.call('DEL', '$HELD_PREFIX' .. worker)
     release_all(locks)
     for position, stream in ipairs(KEYS) do

@@ -1,6 +1,7 @@
 -- Hand a worker what it reserved without hearing of it: the connection was lost before the answer came.
 -- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry").
 -- Returns messages as reclaim.lua does.
+-- #flags allow-oom
 -- #include _cancel
 local consumer, known, messages, marks = ARGV[1], {}, {}, any_cancelled()
 for _, held in ipairs(cmsgpack.unpack(ARGV[2])) do known[held] = true end

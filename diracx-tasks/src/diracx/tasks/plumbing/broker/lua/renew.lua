@@ -1,20 +1,36 @@
 -- Renew everything a worker holds: its own life, its stream entries, its locks.
--- KEYS: none. ARGV: consumer, lease (ms), entries (msgpack list of {stream, entry, deliveries}), locks (list).
--- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled}.
+-- KEYS: none. ARGV: consumer, lease (ms), entries (msgpack list of {stream, entry, deliveries}), locks (list),
+--   epoch as the worker knows it ('' at first).
+-- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, epoch}.
+-- Another epoch means that the server has lost its data. What this worker runs is then known to nobody else:
+-- it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
+-- #flags allow-oom
 -- #include _time _locks _queue _cancel
-local consumer, now = ARGV[1], now_us()
+local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
+local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
+local epoch = redis.call('GET', '$EPOCH') or (consumer .. ' ' .. int(now))
+redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
+local data_lost = ARGV[5] ~= '' and ARGV[5] ~= epoch
 redis.call('ZADD', '$ALIVE', int(now / 1000 + tonumber(ARGV[2])), consumer)
 local lost_entries, lost_locks, cancelled, marks = {}, {}, {}, any_cancelled()
 for position, e in ipairs(cmsgpack.unpack(ARGV[3])) do
-  if owns(e.stream, consumer, e.entry, e.deliveries) then
+  if is_pending(e.stream, consumer, e.entry, e.deliveries) then
     redis.call('XCLAIM', e.stream, '$GROUP', consumer, 0, e.entry, 'JUSTID')
     local there = marks and redis.call('XRANGE', e.stream, e.entry, e.entry)[1]
     if there and is_cancelled(data_of(there[2])) then cancelled[#cancelled + 1] = position end
-  else
+  elseif data_lost then
+    redis.call('HSET', held, orphan(e.stream, e.entry), '')
+  elseif not owns(e.stream, consumer, e.entry, e.deliveries) then
     lost_entries[#lost_entries + 1] = position
   end
 end
 for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
-  if not kinds[lock.kind].keep(lock, now) then lost_locks[#lost_locks + 1] = position end
+  local kind = kinds[lock.kind]
+  local ours = kind.keep(lock, now)
+  if not ours and data_lost and kind.take(lock, now) then
+    ours = true
+    redis.call('HSET', held, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
+  end
+  if not ours then lost_locks[#lost_locks + 1] = position end
 end
-return {lost_entries, lost_locks, cancelled}
+return {lost_entries, lost_locks, cancelled, epoch}

@@ -1,6 +1,6 @@
 -- The end of executions. For each: remove the entry, give the locks back (waking whoever waits), and do the
 -- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
--- KEYS: none. ARGV: consumer, settlements (msgpack list of {stream, entry, deliveries, locks} with any of
+-- KEYS: none. ARGV: consumer, epoch as the worker knows it (or ''), settlements (msgpack list of {stream, entry, deliveries, locks} with any of
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
 --   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
@@ -8,11 +8,15 @@
 --   collected = group id                        its callback has ended and needs the results no more
 --   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
--- Returns a list of 1 (settled) or 0 (refused: it was taken over by somebody else).
+-- Returns a list of 1 (settled), 0 (refused: it was taken over by somebody else) or -1 (nothing done: the server
+-- has lost its data; the worker must renew what it holds and come again).
+-- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel
 local consumer, replies, marks = ARGV[1], {}, any_cancelled()
-for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
+local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
+for position, s in ipairs(cmsgpack.unpack(ARGV[3])) do
   local ours = owns(s.stream, consumer, s.entry, s.deliveries)
+  local unknown = not ours and data_lost
   if ours then
     local looked = s.cancelled or (marks and not (s.retry or s.requeue))
     local there = looked and redis.call('XRANGE', s.stream, s.entry, s.entry)[1]
@@ -20,6 +24,7 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
     local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
     remove(s.stream, s.entry)
+    redis.call('HDEL', '$HELD_PREFIX' .. consumer, orphan(s.stream, s.entry))
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
     end
@@ -33,12 +38,12 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[2])) do
       redis.call('PUBLISH', s.result.key, '')
     end
   end
-  if s.locks then
+  if s.locks and not unknown then
     release_all(s.locks)
     for _, lock in ipairs(s.locks) do
       redis.call('HDEL', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key)
     end
   end
-  replies[position] = ours and 1 or 0
+  replies[position] = ours and 1 or unknown and -1 or 0
 end
 return replies

@@ -3,6 +3,7 @@
 --   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}).
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
 -- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
+-- #flags allow-oom
 -- #include _time _locks _queue _wake
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 

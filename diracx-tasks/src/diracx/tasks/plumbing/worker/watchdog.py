@@ -1,0 +1,134 @@
+"""The hard limit: an execution that does not heed its cancellation ends the process, for a supervisor to restart.
+
+Runs on a thread of its own, since such an execution may block the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from ..broker import scripts
+from ..broker.connection import sync_client
+from .dead_letters import in_redis
+from .settlement import settle
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from .execution import Execution
+    from .settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+#: Exit code of a worker that was ended by its hard limit.
+EXIT_CODE = 70
+#: How long the event loop may take to show that it is not blocked, and the last settlements.
+_LAST_WORDS_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
+
+
+class Watchdog:
+    """Watches the executions of one worker.
+
+    Args:
+        running: what runs now; called from the watchdog's thread.
+        stop: ends the worker's intake.
+        drained: returns when everything that has ended is settled.
+    """
+
+    def __init__(
+        self,
+        broker: RedisStreamBroker,
+        settings: WorkerSettings,
+        running: Callable[[], Collection[Execution]],
+        stop: asyncio.Event,
+        drained: Callable[[], Future[None]],
+    ) -> None:
+        assert settings.hard_limit_seconds is not None
+        self._broker = broker
+        self._settings = settings
+        self._limit_seconds = settings.hard_limit_seconds
+        self._running = running
+        self._stop = stop
+        self._drained = drained
+        self._loop = asyncio.get_running_loop()
+        self._over = threading.Event()
+        self.ending = False
+        """Whether it is about to end the process."""
+        # It outlives the worker if it must: a loop does not close before its last task has ended.
+        self._thread = threading.Thread(target=self._watch, name="diracx-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """End as soon as nothing runs any more."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        pause = min(_LOOK_SECONDS, self._limit_seconds / 4)
+        while not (self._over.is_set() and not self._running()):
+            if ignorant := self._ignorant():
+                self._end(ignorant)
+            time.sleep(pause)
+
+    def _ignorant(self) -> list[Execution]:
+        """Those that should have ended longer ago than the hard limit."""
+        earliest = time.monotonic() - self._limit_seconds
+        return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
+
+    def _end(self, ignorant: list[Execution]) -> None:
+        self.ending = True
+        for execution in ignorant:
+            logger.error(
+                "%s %s ignores its cancellation for more than %g s: the process ends with exit code %d",
+                execution.message.task_name,
+                execution.message.task_id,
+                self._limit_seconds,
+                EXIT_CODE,
+            )
+        try:
+            self._let_others_end()
+            self._settle({*ignorant, *self._ignorant()})
+        except Exception as error:
+            logger.error("ending without the last settlements (%s): others will run these tasks again", error)
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _let_others_end(self) -> None:
+        """The other tasks have the grace period, unless the event loop is blocked and they cannot go on."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        answered = threading.Event()
+        self._loop.call_soon_threadsafe(answered.set)
+        if not answered.wait(_LAST_WORDS_SECONDS):
+            logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
+            return
+        deadline = time.monotonic() + self._settings.grace_seconds
+        while time.monotonic() < deadline and len(self._running()) > len(self._ignorant()):
+            time.sleep(0.05)
+        self._drained().result(_LAST_WORDS_SECONDS)
+
+    def _settle(self, ignorant: Collection[Execution]) -> None:
+        """What did not end has failed, by its policy. Last of all: its locks go with it."""
+        settlements = []
+        for execution in ignorant:
+            outcome = execution.given_up()
+            if outcome is None:
+                continue  # not ours any more
+            settlement, letter = settle(execution, outcome, self._settings)
+            if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
+                settlement.dead = in_redis(letter)
+            settlements.append(settlement.packed())
+        with sync_client(
+            self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
+        ) as redis:
+            worker = self._broker.consumer_name
+            scripts.settle_now(redis, worker, settlements)
+            scripts.leave_now(redis, worker)

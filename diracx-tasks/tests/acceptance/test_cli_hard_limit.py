@@ -1,0 +1,157 @@
+"""`worker --hard-limit`: a task that does not heed its cancellation costs the process, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from redis import Redis
+
+STUBBORN = """
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from diracx.tasks.plumbing import BaseTask, MutexLock
+from diracx.tasks.plumbing.lock_registry import JOB
+
+
+@dataclass
+class Deaf(BaseTask):
+    '''Swallows every cancellation.'''
+
+    begun: str
+
+    @property
+    def execution_locks(self):
+        return [MutexLock(JOB, "deaf", ttl_ms=900)]
+
+    async def execute(self):
+        Path(self.begun).touch()
+        while True:
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                pass
+
+
+class DeafAfterASecond(Deaf):
+    time_limit_seconds = 1
+    dlq_eligible = True
+
+
+@dataclass
+class Blocks(BaseTask):
+    '''Blocks the event loop, which never hears of the time limit.'''
+
+    begun: str
+    time_limit_seconds = 1
+
+    async def execute(self):
+        Path(self.begun).touch()
+        time.sleep(600)
+
+
+@dataclass
+class Slow(BaseTask):
+    begun: str
+    seconds: float
+
+    async def execute(self):
+        with open(self.begun, "a") as file:
+            file.write("x")
+        await asyncio.sleep(self.seconds)
+        return "finished"
+"""
+MODULE = ("--module", "stubborn.py")
+
+
+@pytest.fixture
+def stubborn(served, tmp_path):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    return served
+
+
+def _submit(cli, task, begun, **further):
+    kwargs = json.dumps({"begun": str(begun), **further})
+    return cli.start("submit", f"stubborn:{task}", "--kwargs", kwargs, "--wait", *MODULE)
+
+
+def _error(worker):
+    (line,) = [
+        line for line in worker.output.splitlines() if "ERROR" in line and "ignores its cancellation" in line
+    ]
+    return line
+
+
+def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_have_ended(
+    stubborn, redis_url, tmp_path, wait_until
+):
+    worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
+    worker.until("ready")
+    kind = _submit(stubborn, "Slow", tmp_path / "slow", seconds=6)
+    deaf = _submit(stubborn, "DeafAfterASecond", tmp_path / "begun")
+    wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "begun").exists(), "both run")
+    assert worker.ends() == 70, worker.output
+    assert "stubborn:DeafAfterASecond" in _error(worker)
+    assert kind.ends() == 0, "what else ran may end"
+    assert "finished" in kind.output
+    assert deaf.ends() == 1, "it has failed, by its policy"
+    assert "TimeLimitExceededError" in deaf.output
+    assert (tmp_path / "slow").read_text() == "x"
+    with Redis.from_url(redis_url) as redis:
+        assert redis.xlen("diracx:tasks:dead-letters") == 1
+        redis.delete("diracx:tasks:dead-letters")
+
+
+def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(stubborn, tmp_path, wait_until):
+    worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
+    worker.until("ready")
+    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=3)
+    wait_until((tmp_path / "slow").exists, "it runs")
+    blocks = _submit(stubborn, "Blocks", tmp_path / "begun")
+    wait_until((tmp_path / "begun").exists, "it blocks")
+    assert worker.ends() == 70, worker.output
+    assert "stubborn:Blocks" in _error(worker)
+    assert blocks.ends() == 1
+    assert "TimeLimitExceededError" in blocks.output
+    # What was cut off begins again at once: the lease of 30 s need not end.
+    second = stubborn.start("worker", *MODULE)
+    assert slow.ends() == 0, slow.output + second.output
+    assert (tmp_path / "slow").read_text() == "xx"
+
+
+def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redis_url, tmp_path, wait_until):
+    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "1", *MODULE)
+    worker.until("ready")
+    deaf = _submit(stubborn, "Deaf", tmp_path / "begun")
+    wait_until((tmp_path / "begun").exists, "it runs")
+    with Redis.from_url(redis_url) as redis:
+        redis.set("lock:mutex:job:deaf", "somebody else", px=30_000)
+    assert worker.ends() == 70, worker.output
+    assert "stubborn:Deaf" in _error(worker)
+    assert deaf.ends() == 1
+    assert "LockLostError" in deaf.output
+
+
+def test_a_task_that_ignores_the_stop_of_its_worker_ends_it(stubborn, tmp_path, wait_until):
+    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "0.2", *MODULE)
+    worker.until("ready")
+    deaf = _submit(stubborn, "Deaf", tmp_path / "begun")
+    wait_until((tmp_path / "begun").exists, "it runs")
+    worker.process.terminate()
+    assert worker.ends() == 70, worker.output
+    assert "stubborn:Deaf" in _error(worker)
+    assert deaf.ends() == 1
+    assert "WorkerStoppedError" in deaf.output
+
+
+def test_with_a_hard_limit_a_worker_that_is_heeded_stops_as_ever(stubborn, tmp_path, wait_until):
+    worker = stubborn.start("worker", "--hard-limit", "30", "--grace", "0.2", *MODULE)
+    worker.until("ready")
+    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
+    wait_until((tmp_path / "slow").exists, "it runs")
+    worker.process.terminate()
+    assert worker.ends() == 0, worker.output
+    assert slow.ends() == 1

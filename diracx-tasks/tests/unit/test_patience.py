@@ -1,0 +1,80 @@
+"""Which refusals pass by themselves, told by the errors that redis-py makes of a server's words."""
+
+from __future__ import annotations
+
+import pytest
+from diracx.tasks.plumbing.patience import Pauses, is_passing, patiently
+from redis._parsers import BaseParser
+from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.sentinel import MasterNotFoundError
+
+
+def refusal(words: str) -> RedisError:
+    """The exception that a client raises when a server answers so."""
+    error = BaseParser.parse_error(words)
+    return error if isinstance(error, RedisError) else ResponseError(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "BUSY Valkey is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+        "CLUSTERDOWN Hash slot not served",
+        "LOADING Valkey is loading the dataset in memory",
+        "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+        "MISCONF Errors writing to the AOF file: No space left on device",
+        "NOREPLICAS Not enough good replicas to write.",
+        "OOM command not allowed when used memory > 'maxmemory'.",
+        "READONLY You can't write against a read only replica.",
+        "TRYAGAIN Multiple keys request during rehashing of slot",
+        "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_P6_what_passes_by_itself_is_waited_out(words: str) -> None:
+    assert is_passing(refusal(words))
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("gone"), TimeoutError("deaf"), OSError("no route"), MasterNotFoundError()]
+)
+def test_P6_a_server_that_is_away_is_waited_for(error: BaseException) -> None:
+    assert is_passing(error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "WRONGPASS invalid username-password pair or user is disabled.",
+        "NOAUTH Authentication required.",
+        "NOPERM User x has no permissions to run the 'get' command",
+        "ERR DB index is out of range",
+        "ERR unknown command 'XADD'",
+        "WRONGTYPE Operation against a key holding the wrong kind of value",
+        "BUSYGROUP Consumer Group name already exists",
+    ],
+    ids=lambda words: " ".join(words.split()[:2]),
+)
+def test_what_stays_wrong_is_not_waited_out(words: str) -> None:
+    assert not is_passing(refusal(words))
+
+
+async def test_a_call_is_repeated_until_it_works() -> None:
+    answers = iter([ConnectionError("gone"), refusal("OOM no"), "answer"])
+
+    async def call() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    assert await patiently(call, "ask") == "answer"
+
+
+def test_pauses_grow_to_a_limit_and_begin_again() -> None:
+    pauses = Pauses()
+    grown = [pauses.next() for _ in range(20)]
+    assert grown[0] <= 0.05
+    assert all(1.0 <= pause <= 2.0 for pause in grown[-10:])
+    pauses.succeeded()
+    assert pauses.next() <= 0.05
