@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -26,7 +28,9 @@ _SECONDS = 60
 class SqlServer:
     """A private server, which can be killed and started again on the same port with the same data."""
 
-    def __init__(self, scheme: str, user: str, port: int, maintenance: str = "") -> None:
+    def __init__(self, scheme: str, user: str, data: Path, maintenance: str = "") -> None:
+        port = _free_port()
+        self._data = data
         self.url = f"{scheme}://{user}@127.0.0.1:{port}"
         """Without a database's name."""
         self.port = port
@@ -42,11 +46,12 @@ class SqlServer:
         if self._process is not None:
             return
         command, how = self.command()
-        self._process = subprocess.Popen(command, cwd="/", **how, **_QUIET)
+        with (self._data / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **how)
         deadline = time.monotonic() + _SECONDS
         while not self._answers():
-            assert self._process.poll() is None, f"{command[0]} did not start"
-            assert time.monotonic() < deadline, f"{command[0]} does not answer"
+            if (code := self._process.poll()) is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{command[0]} does not answer (exit code {code}):\n{self._last_words()}")
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -55,10 +60,23 @@ class SqlServer:
         if process is not None:
             self.end(process)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block it accepts connections and answers nobody."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """End the process and wait for it."""
         process.kill()
         process.wait(_SECONDS)
+
+    def _last_words(self) -> str:
+        return (self._data / "log").read_text(errors="replace")[-3000:]
 
     def _answers(self) -> bool:
         with socket.socket() as probe:
@@ -89,11 +107,16 @@ class MariaDb(SqlServer):
     """MariaDB in a directory."""
 
     def __init__(self, data: Path) -> None:
-        super().__init__("mysql+aiomysql", "root", _free_port())  # over TCP, root may come from 127.0.0.1
-        self._data = data
+        super().__init__("mysql+aiomysql", "root", data)  # over TCP, root may come from 127.0.0.1
         self._user = _give(data, "mysql")
         flags = [f"--user={self._user}"] if self._user else []
-        install = ["mariadb-install-db", "--no-defaults", *flags, f"--datadir={data}/data"]
+        install = [
+            "mariadb-install-db",
+            "--no-defaults",
+            *flags,
+            "--innodb-use-native-aio=0",
+            f"--datadir={data}/data",
+        ]
         subprocess.run([*install, "--auth-root-authentication-method=normal"], check=True, cwd="/", **_QUIET)
 
     def command(self) -> tuple[list[str], dict[str, Any]]:
@@ -103,6 +126,7 @@ class MariaDb(SqlServer):
             f"--port={self.port}",
             "--bind-address=127.0.0.1",
             "--skip-name-resolve",
+            "--innodb-use-native-aio=0",  # of which a machine that runs many servers has too few
             "--innodb-flush-log-at-trx-commit=2",  # kept when the process is killed; no fsync
         ]
         return ["mariadbd", "--no-defaults", *([f"--user={self._user}"] if self._user else []), *options], {}
@@ -112,9 +136,8 @@ class PostgreSql(SqlServer):
     """PostgreSQL in a directory."""
 
     def __init__(self, binaries: Path, data: Path) -> None:
-        super().__init__("postgresql+asyncpg", "pilots", _free_port(), maintenance="postgres")
+        super().__init__("postgresql+asyncpg", "pilots", data, maintenance="postgres")
         self._binaries = binaries
-        self._data = data
         user = _give(data, "postgres")  # the server refuses to run as root
         self._how: dict[str, Any] = {"user": user} if user else {}
         initdb = [binaries / "initdb", "-D", data / "data", "-A", "trust", "-U", "pilots", "-E", "UTF8"]
@@ -127,14 +150,18 @@ class PostgreSql(SqlServer):
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         # SIGQUIT takes its children with it, without a clean end. SIGKILL would leave them.
-        process.send_signal(3)
+        process.send_signal(signal.SIGQUIT)
         process.wait(_SECONDS)
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the kernel gives to outgoing connections. Of those, a client that keeps trying to
+    reach a stopped server would get the server's own some day, and be connected to itself."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _give(directory: Path, user: str) -> str | None:

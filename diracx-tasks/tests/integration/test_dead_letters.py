@@ -411,6 +411,26 @@ async def test_P12_while_the_database_is_down_the_task_is_kept_and_others_run(
         assert all(len(row["attempts"]) == 2 for row in letters)
 
 
+async def test_P12_a_database_that_answers_no_more_is_given_up_and_tried_anew(
+    mariadb_server: Any, empty_database: Any, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await empty_database("mariadb")
+    async with TaskSystem([Doomed], redis_url=redis_url, task_db_url=url) as system:
+        assert system.task_db is not None
+        await system.result(await Doomed().schedule())
+        await system.drain()
+        with mariadb_server.frozen():
+            cut_off = await Doomed().schedule()
+
+            async def given_up() -> bool:
+                return "cannot store a dead letter" in caplog.text
+
+            await eventually(given_up)
+        await system.drain(30)
+        async with system.task_db as db:
+            assert cut_off in [row["task_id"] for row in await db.search()]
+
+
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
 async def test_P12_a_commit_that_fails_does_not_spoil_the_next_transaction(
     kind: str, request: pytest.FixtureRequest, empty_database: Any, stoppable: Any

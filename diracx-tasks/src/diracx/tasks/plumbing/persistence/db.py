@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
-from sqlalchemy import ColumnElement, Select, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, event, func, insert, or_, select, update
 
 from .letter import DeadLetter, DeadLetterStatus
 from .schema import DeadLetters, TaskDBBase
@@ -48,9 +48,7 @@ class TaskDB(BaseSQLDB):
         """The engine, for as long as the context lasts."""
         async with super().engine_context():
             if self.engine.dialect.name in ("mysql", "mariadb"):
-                # With the default there, REPEATABLE READ, workers that store letters of neighbouring ids
-                # deadlock on the gaps between them.
-                self._engine = self.engine.execution_options(isolation_level="READ COMMITTED")
+                event.listen(self.engine.sync_engine, "connect", _read_committed)
             yield
 
     async def __aexit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
@@ -192,6 +190,20 @@ class TaskDB(BaseSQLDB):
         rows = (await self.conn.execute(query)).mappings()
         named = [{_ATTRIBUTES[name]: value for name, value in row.items()} for row in rows]
         return [row | {name: json.loads(row[name]) for name in _AS_JSON} for row in named]
+
+
+def _read_committed(connection: Any, _record: Any) -> None:
+    """For each new connection to MySQL, whose default is REPEATABLE READ: with that, workers that store letters of
+    neighbouring ids deadlock on the gaps between them.
+
+    Not by the engine's option `isolation_level`, which is set anew at each checkout. When the server has gone
+    meanwhile, that fails at a place where the pool loses its slot, and after a few of these it has none left.
+    """
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+    finally:
+        cursor.close()
 
 
 def _these(letters: Iterable[tuple[int, str]]) -> ColumnElement[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BATCH = 100
+_ANSWER_SECONDS = 10.0
 
 
 def _database_may_return(error: BaseException) -> bool:
@@ -92,5 +94,6 @@ class DeadLetterOffice:
 
     async def _insert(self, letter: DeadLetter) -> None:
         assert self._db is not None
-        async with self._db as db:
+        # A server that is cut off says nothing at all; then a new connection must be tried some time.
+        async with asyncio.timeout(_ANSWER_SECONDS), self._db as db:
             await db.insert(letter)
