@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo chaos lint docs bench clean
+.PHONY: help install test servers demo chaos lint docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +24,17 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 
 test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+servers: ## install MariaDB and PostgreSQL for the tests (Debian, as root); tests skip what is missing
+	@missing=; \
+	command -v mariadbd >/dev/null || missing=mariadb-server; \
+	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "not installed, for this is not root on Debian: $$missing" >&2; exit 0; \
+	fi; \
+	test -e /usr/sbin/policy-rc.d || { printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; }; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
 
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/gubbins demo $(ARGS)

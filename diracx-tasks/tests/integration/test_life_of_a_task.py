@@ -270,6 +270,23 @@ async def test_time_limit_cancels_the_execution_and_counts_as_a_failure(redis_ur
         assert "0.05 s" in result.error["message"]
 
 
+async def test_a_task_that_swallows_its_time_limit_has_not_succeeded(redis_url: str) -> None:
+    class Stubborn(BaseTask):
+        time_limit_seconds = 0.05
+
+        async def execute(self) -> str:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return "fine"
+            return "never"
+
+    async with TaskSystem([Stubborn], redis_url=redis_url) as system:
+        result = await system.result(await Stubborn().schedule())
+        assert result.error is not None
+        assert result.error["type"] == TimeLimitExceededError.__name__
+
+
 async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
     redis_url: str, redis: Redis
 ) -> None:

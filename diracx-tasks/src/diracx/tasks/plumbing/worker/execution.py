@@ -130,6 +130,9 @@ class Execution:
             return value
 
     def _raise_if_cancelled(self) -> None:
-        """A task that swallowed its cancellation must not commit what it did without its lock."""
+        """A task that swallowed its cancellation must not commit: not without its lock, not after its time."""
         if self._cancelled_for is not None:
             raise self._cancelled_for
+        assert self._running is not None
+        if self._running.cancelling():
+            raise asyncio.CancelledError
