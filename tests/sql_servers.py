@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -108,28 +109,34 @@ class MariaDb(SqlServer):
 
     def __init__(self, data: Path) -> None:
         super().__init__("mysql+aiomysql", "root", data)  # over TCP, root may come from 127.0.0.1
-        self._user = _give(data, "mysql")
-        flags = [f"--user={self._user}"] if self._user else []
-        install = [
-            "mariadb-install-db",
-            "--no-defaults",
-            *flags,
-            "--innodb-use-native-aio=0",
+        user = _give(data, "mysql")
+        self._common = [
+            *([f"--user={user}"] if user else []),
             f"--datadir={data}/data",
+            # Of its own: at its start each server clears it of what it takes for its own old temporary tables.
+            f"--tmpdir={data}",
+            # There are too few of them for many servers on one machine.
+            "--innodb-use-native-aio=0",
         ]
-        subprocess.run([*install, "--auth-root-authentication-method=normal"], check=True, cwd="/", **_QUIET)
+        install = ["mariadb-install-db", "--no-defaults", *self._common]
+        done = subprocess.run(
+            [*install, "--auth-root-authentication-method=normal"],
+            check=False,
+            cwd="/",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def command(self) -> tuple[list[str], dict[str, Any]]:
         options = [
-            f"--datadir={self._data}/data",
             f"--socket={self._data}/socket",
             f"--port={self.port}",
             "--bind-address=127.0.0.1",
             "--skip-name-resolve",
-            "--innodb-use-native-aio=0",  # of which a machine that runs many servers has too few
             "--innodb-flush-log-at-trx-commit=2",  # kept when the process is killed; no fsync
         ]
-        return ["mariadbd", "--no-defaults", *([f"--user={self._user}"] if self._user else []), *options], {}
+        return ["mariadbd", "--no-defaults", *self._common, *options], {}
 
 
 class PostgreSql(SqlServer):
@@ -169,31 +176,37 @@ def _give(directory: Path, user: str) -> str | None:
     if os.geteuid() != 0:
         return None
     shutil.chown(directory, user)
-    for parent in directory.parents:
-        with contextlib.suppress(OSError):
-            parent.chmod(parent.stat().st_mode | 0o011)
     return user
 
 
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    """Not below pytest's own, which each new run of pytest closes to other users than its own."""
+    with tempfile.TemporaryDirectory(prefix="diracx-sql-") as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
-def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqlServer]:
+def mariadb_server() -> Iterator[SqlServer]:
     """MariaDB."""
     pytest.importorskip("aiomysql")
     for program in ("mariadbd", "mariadb-install-db"):
         if shutil.which(program) is None:
             pytest.skip(f"MariaDB is not installed: there is no program {program}")
-    yield from _running(MariaDb(tmp_path_factory.mktemp("mariadb")))
+    with _directory() as data:
+        yield from _running(MariaDb(data))
 
 
 @pytest.fixture(scope="session")
-def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqlServer]:
+def postgresql_server() -> Iterator[SqlServer]:
     """PostgreSQL."""
     pytest.importorskip("asyncpg")
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: path.parts[-3].zfill(4))
     initdb = shutil.which("initdb") or (installed[-1] if installed else None)
     if initdb is None:
         pytest.skip("PostgreSQL is not installed: there is no program initdb")
-    yield from _running(PostgreSql(Path(initdb).resolve().parent, tmp_path_factory.mktemp("postgres")))
+    with _directory() as data:
+        yield from _running(PostgreSql(Path(initdb).resolve().parent, data))
 
 
 def _running(server: SqlServer) -> Iterator[SqlServer]:
