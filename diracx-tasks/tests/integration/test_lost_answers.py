@@ -95,16 +95,28 @@ class LossyProxy:
             writer.write(data)
 
 
-async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
-    SEEN.clear()
-    proxy = LossyProxy(redis_url)
-    stop = asyncio.Event()
-    async with proxy.serve() as lossy_url, TaskSystem([Marked], redis_url=redis_url, workers=0) as system:
+@asynccontextmanager
+async def behind_a_lossy_proxy(
+    task: type[BaseTask], redis_url: str
+) -> AsyncIterator[tuple[LossyProxy, TaskSystem]]:
+    """A worker that reaches its server through the proxy only; who submits goes there directly."""
+    proxy, stop = LossyProxy(redis_url), asyncio.Event()
+    async with proxy.serve() as lossy_url, TaskSystem([task], redis_url=redis_url, workers=0) as system:
         broker = RedisStreamBroker(lossy_url)
-        settings = WorkerSettings(result_ttl_seconds=60)
-        worker = Worker(broker, TaskRegistry({"test:Marked": Marked}), settings=settings)
+        registry = TaskRegistry({f"test:{task.__name__}": task})
+        worker = Worker(broker, registry, settings=WorkerSettings(result_ttl_seconds=60))
         running = asyncio.create_task(worker.run(stop))
         await worker.ready.wait()
+        yield proxy, system
+        stop.set()
+        await running
+        await broker.shutdown()
+        await system.drain()
+
+
+async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
         while not any(client["cmd"] == "xread" for client in await system.broker.redis.client_list()):
             await asyncio.sleep(0.005)
         # The worker waits now. The first answer with the message wakes the worker, the second one hands it over.
@@ -115,33 +127,17 @@ async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once
         assert result.return_value == "once-and-only-once"
         for text in ("afterwards", "and again"):
             await system.result(await Marked(text).schedule(), timeout=10)
-        stop.set()
-        await running
-        await broker.shutdown()
-        await system.drain()
     assert SEEN == ["once-and-only-once", "afterwards", "and again"]
 
 
 async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(redis_url: str) -> None:
     SEEN.clear()
-    proxy = LossyProxy(redis_url)
-    stop = asyncio.Event()
-    async with proxy.serve() as lossy_url, TaskSystem([Marked], redis_url=redis_url, workers=0) as system:
-        broker = RedisStreamBroker(lossy_url)
-        worker = Worker(
-            broker, TaskRegistry({"test:Marked": Marked}), settings=WorkerSettings(result_ttl_seconds=60)
-        )
-        running = asyncio.create_task(worker.run(stop))
-        await worker.ready.wait()
+    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
         for nth in range(3, 7):  # whichever answer is lost: of the fetch, the locks, the settlement
             proxy.lose(nth, b"")
             task_id = await Marked(f"number {nth}").schedule()
             await system.result(task_id, timeout=10)
             await asyncio.wait_for(proxy.lost.wait(), 10)
-        stop.set()
-        await running
-        await broker.shutdown()
-        await system.drain()
     assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
 
 
@@ -161,21 +157,9 @@ class Fragile(BaseTask):
 
 async def test_P11_a_retry_whose_answer_is_lost_happens_once(redis_url: str) -> None:
     SEEN.clear()
-    proxy = LossyProxy(redis_url)
-    stop = asyncio.Event()
-    async with proxy.serve() as lossy_url, TaskSystem([Fragile], redis_url=redis_url, workers=0) as system:
-        broker = RedisStreamBroker(lossy_url)
-        worker = Worker(
-            broker, TaskRegistry({"test:Fragile": Fragile}), settings=WorkerSettings(result_ttl_seconds=60)
-        )
-        running = asyncio.create_task(worker.run(stop))
-        await worker.ready.wait()
+    async with behind_a_lossy_proxy(Fragile, redis_url) as (proxy, system):
         for nth in range(1, 6):  # whichever answer it is, that of the settlement with the retry included
             proxy.lose(nth, b"")
             task_id = await Fragile(f"number {nth}").schedule()
             assert (await system.result(task_id, timeout=10)).return_value == f"number {nth}"
-        stop.set()
-        await running
-        await broker.shutdown()
-        await system.drain()
     assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5

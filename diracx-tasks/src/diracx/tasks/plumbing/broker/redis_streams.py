@@ -31,7 +31,6 @@ from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..locks import LockSpec
     from .cancel import TaskPlace
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
@@ -317,10 +316,6 @@ class RedisStreamBroker:
     async def leave(self) -> bool:
         """Take this broker's worker off every list."""
         return await scripts.leave(self.redis, self.consumer_name)
-
-    async def release(self, locks: Sequence[LockSpec]) -> None:
-        """Give locks back outside a settlement."""
-        await scripts.release(self.redis, locks)
 
     # --- results ----------------------------------------------------------------------------------------
 
