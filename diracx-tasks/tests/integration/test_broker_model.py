@@ -195,6 +195,8 @@ class BrokerMachine(RuleBasedStateMachine):
             possible["crash"] = (pick,)
         if len(self._living()) < len(WORKERS):
             possible["come_back"] = (pick,)
+            if self._in("queued"):
+                possible["come_back_hungry"] = (pick, st.integers(1, 4))
         if self._orphaned() and self._living():
             possible["reclaim"] = (st.integers(1, 4), flag)
         if self.late:
@@ -257,7 +259,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _fetch(self, worker: str, free: int, answered: bool = True) -> None:
         waiting = {task.id for task in self._in("queued")}
-        deliveries, last_ids = self.run(self.brokers[worker].fetch(free))
+        deliveries, last_ids = self.run(self.brokers[worker].fetch(free, lease_seconds=LONG_MS / 1000))
         assert len(deliveries) == min(free, len(waiting))
         assert bool(last_ids) == (not deliveries)
         order = [STREAMS.index(delivery.stream) for delivery in deliveries]
@@ -390,6 +392,13 @@ class BrokerMachine(RuleBasedStateMachine):
         """A paused worker goes on, perhaps after others have found out: what they took is no longer its own."""
         dead = [worker for worker in WORKERS if self._is_dead(worker)]
         self._renew(dead[pick % len(dead)])
+
+    def come_back_hungry(self, pick: int, free: int) -> None:
+        """P5: a paused worker that asks for work before its keeper has renewed anything keeps what it is given."""
+        dead = [worker for worker in WORKERS if self._is_dead(worker)]
+        worker = dead[pick % len(dead)]
+        self._fetch(worker, free)
+        assert not self._is_dead(worker)
 
     def reclaim(self, free: int, audit: bool) -> None:
         self._reclaim(self._living()[0], free, audit)

@@ -182,6 +182,28 @@ async def test_P9_deaths_are_remembered_on_the_way_through_a_lock_or_a_stop(
         await worker("1")
 
 
+@pytest.mark.leaves_keys("diracx:tasks:*")
+@pytest.mark.parametrize("asks", ["for messages", "for locks", "what the dead have left"])
+async def test_P5_a_worker_that_asks_for_work_after_a_pause_lives_again(
+    worker: Worker, redis: Redis, asks: str
+) -> None:
+    first, second = await worker("1"), await worker("2")
+    await submit(first, "t")
+    if asks == "for locks":
+        [delivery], _ = await first.fetch(1)
+    await dies(redis, first)
+    match asks:
+        case "for messages":
+            [delivery], _ = await first.fetch(1, lease_seconds=30)
+        case "for locks":
+            await first.start([], lease_seconds=30)
+        case _:
+            assert await first.reclaim(1, lease_seconds=30) == []
+            [delivery], _ = await first.fetch(1)
+    assert await second.reclaim(1) == [], "it was taken from a worker that lives"
+    assert await first.settle([hand_back(delivery)]) == [True]
+
+
 async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entry_alone() -> None:
     old = Delivery(stream=QUEUE, entry="1-1", deliveries=1, data=b"", raw=b"")
     new = replace(old, deliveries=3)  # it was taken over from us, and then by us

@@ -206,13 +206,17 @@ class RedisStreamBroker:
 
     # --- fetching ---------------------------------------------------------------------------------------
 
-    async def fetch(self, free: int) -> tuple[list[Delivery], list[str]]:
+    async def fetch(self, free: int, *, lease_seconds: float = 0) -> tuple[list[Delivery], list[str]]:
         """Reserve up to `free` messages, most urgent first.
+
+        Args:
+            lease_seconds: the lease of the worker, which begins with this call if it has ended before.
 
         Returns:
             The deliveries, and when there are none the last id of each stream, to wait from.
         """
-        messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free)
+        lease_ms = int(lease_seconds * 1000)
+        messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free, lease_ms)
         return [self._delivery(message) for message in messages], [_text(last_id) for last_id in last_ids]
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> None:
@@ -228,7 +232,7 @@ class RedisStreamBroker:
 
         Args:
             audit: also look for consumers that are on no list of living workers.
-            lease_seconds: how long such a consumer may still be silent.
+            lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
             suspect_from: a message that is handed out so often may be what its workers died of. A worker
                 holds one such message at a time, so that the guilty one dies without its neighbours.
         """
@@ -293,9 +297,11 @@ class RedisStreamBroker:
 
         return await cancel(self, task_ids, result_ttl_seconds)
 
-    async def start(self, deliveries: Sequence[dict[str, Any]]) -> list[list[int]]:
+    async def start(
+        self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0
+    ) -> list[list[int]]:
         """Take the locks of each delivery or park it. See lua/start.lua for both lists."""
-        replies = await scripts.start(self.redis, self.consumer_name, deliveries)
+        replies = await scripts.start(self.redis, self.consumer_name, deliveries, int(lease_seconds * 1000))
         return [[int(number) for number in reply] for reply in replies]
 
     async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | None]:

@@ -96,14 +96,16 @@ async def delay(redis: Redis, task_id: str, due_ms: int, stream: str, reason: st
     await script("delay")(redis, args=[task_id, due_ms, stream, reason, data])
 
 
-async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int) -> Any:
+async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0) -> Any:
     """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
-    return await script("fetch")(redis, streams, [consumer, free])
+    return await script("fetch")(redis, streams, [consumer, free, lease_ms])
 
 
-async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]]) -> Any:
+async def start(
+    redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0
+) -> Any:
     """Take the locks of each delivery or park it. See lua/start.lua for the reply."""
-    return await script("start")(redis, args=[consumer, pack(deliveries)])
+    return await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
 
 
 async def settle(

@@ -48,7 +48,7 @@ class Intake:
     async def _look(self, free: int) -> list[Delivery]:
         if time.monotonic() >= self._housekeeping_at and (reclaimed := await self._housekeeping(free)):
             return reclaimed
-        deliveries, last_ids = await self._broker.fetch(free)
+        deliveries, last_ids = await self._broker.fetch(free, lease_seconds=self._settings.lease_seconds)
         if not deliveries:
             await self._wait(last_ids, max(0.001, self._housekeeping_at - time.monotonic()))
         return deliveries

@@ -89,6 +89,11 @@ class LeaseKeeper:
         await asyncio.to_thread(self._thread.join)
         self._redis.close()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the last renewal is so long ago that the worker may be thought dead: it was paused, or cut off."""
+        return time.monotonic() - self._renewed_at >= self._lease_seconds
+
     def add(self, hold: Hold) -> None:
         """Keep this renewed from now on."""
         with self._mutex:

@@ -165,17 +165,19 @@ class Worker:
     async def _begin(self, deliveries: Sequence[Delivery], stop: asyncio.Event) -> None:
         """Start what may start; what lacks a lock is parked by the broker until it can be had."""
         executions = [execution for delivery in deliveries if (execution := self._prepare(delivery))]
-        locked = [execution for execution in executions if execution.locks]
+        # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
+        asked = [execution for execution in executions if execution.locks or self._keeper.overdue]
         refused: set[Execution] = set()
-        if locked:
-            wanted = [self._with_locks(execution) for execution in locked]
+        if asked:
+            wanted = [self._with_locks(execution) for execution in asked]
+            start = partial(self._broker.start, wanted, lease_seconds=self._settings.lease_seconds)
             try:
-                replies = await patiently(partial(self._broker.start, wanted), "take locks", stop=stop)
+                replies = await patiently(start, "take locks", stop=stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
-            refused = {execution for execution, reply in zip(locked, replies, strict=True) if reply[0] != 1}
+            refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
         for execution in executions:
             if execution not in refused:
                 self._spawn(execution)

@@ -1,13 +1,15 @@
 -- Reserve as many messages as there are free slots, in the order of the given streams.
--- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots.
+-- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
+--   the consumer's lease (ms), 0 if it has none.
 -- Returns {messages, last ids}: messages are {position of the stream, entry, fields, deliveries, 1 if it is to
 -- be cancelled}; the last ids are given only when there was nothing, as the place from which to wait for
 -- something new.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
 -- #flags allow-oom
--- #include _cancel
+-- #include _time _alive _cancel
 local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
+sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
 for position, stream in ipairs(KEYS) do
   if free <= 0 then break end
   local reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')

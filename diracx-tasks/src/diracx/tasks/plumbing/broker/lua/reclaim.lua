@@ -1,16 +1,17 @@
 -- Bury dead workers and take over what they were running.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
---   lease (ms): how long such a consumer may still be silent, the delivery count from which a message is a suspect.
+--   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now, the delivery count from which a message is a suspect.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
 -- Returns messages as fetch.lua does, each with its delivery count.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
--- #include _time _locks _queue _wake _cancel
+-- #include _time _alive _locks _queue _wake _cancel
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
 local has_suspect -- found out when it matters
+sign_on(consumer, tonumber(ARGV[5]), now_us())
 
 local function holds_a_suspect()
   for _, stream in ipairs(KEYS) do

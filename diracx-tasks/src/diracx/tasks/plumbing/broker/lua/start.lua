@@ -1,10 +1,10 @@
 -- For each delivery: take all the locks of its task, or park it until they can be had.
 -- KEYS: none. ARGV: consumer, deliveries (msgpack list of
---   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}).
+--   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}), the consumer's lease (ms) or 0.
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
 -- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _locks _queue _wake
+-- #include _time _alive _locks _queue _wake
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of whoever happened to ask first.
@@ -14,6 +14,7 @@ local function queued_at(entry)
 end
 
 local consumer, now, replies = ARGV[1], now_us(), {}
+sign_on(consumer, tonumber(ARGV[3]), now)
 for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
   if not owns(d.stream, consumer, d.entry, d.deliveries) then
     replies[position] = {-1}
