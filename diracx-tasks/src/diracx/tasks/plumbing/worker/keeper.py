@@ -91,7 +91,7 @@ class LeaseKeeper:
 
     @property
     def overdue(self) -> bool:
-        """Whether the last renewal is so long ago that the worker may be thought dead: it was paused, or cut off."""
+        """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
     def add(self, hold: Hold) -> None:
