@@ -84,18 +84,18 @@ class TaskMessage:
             message = cls(**fields)
         except Exception as error:
             raise ValueError(f"not a task message: {error}") from error
-        shapes = (
-            (message.task_id, str),
-            (message.task_name, str),
-            (message.labels, dict),
-            (message.task_args, list | tuple),
-            (message.task_kwargs, dict),
-        )
-        if not all(isinstance(value, shape) for value, shape in shapes):
+        if not (
+            isinstance(message.task_id, str)
+            and isinstance(message.task_name, str)
+            and isinstance(message.labels, dict)
+            and isinstance(message.task_args, list | tuple)
+            and isinstance(message.task_kwargs, dict)
+        ):
             raise ValueError("not a task message: a field has the wrong type")
-        if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
-            raise ValueError("not a task message: its attempts are no list")
-        checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
+        if message.labels:
+            if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
+                raise ValueError("not a task message: its attempts are no list")
+            checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
         return message
 
     @property
@@ -190,7 +190,7 @@ class Submission:
     """Not before this moment; None for now."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would cost more than everything else that is done to make one
 class Delivery:
     """A message in the hands of one worker. Whoever settles it must still be its owner."""
 

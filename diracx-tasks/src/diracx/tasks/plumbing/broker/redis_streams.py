@@ -254,11 +254,15 @@ class RedisStreamBroker:
 
     def _delivery(self, message: Sequence[Any]) -> Delivery:
         position, entry, fields, deliveries, cancelled = message
+        stream = self.streams[position - 1]
+        if len(fields) == 2 and fields[0] == b"data":  # nearly always
+            data = fields[1]
+            return Delivery(stream, entry.decode(), deliveries, data, data, cancelled=bool(cancelled))
         values = dict(zip(fields[::2], fields[1::2], strict=False))
         data = values.get(b"data")
         return Delivery(
-            stream=self.streams[position - 1],
-            entry=_text(entry),
+            stream=stream,
+            entry=entry.decode(),
             deliveries=deliveries,
             data=data,
             raw=data if data is not None else msgpack.packb(fields),
