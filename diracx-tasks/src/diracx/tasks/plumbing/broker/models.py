@@ -56,21 +56,21 @@ class TaskMessage:
     """W3C trace headers of the submitter."""
 
     def dumpb(self) -> bytes:
-        """The message as it is stored.
+        """The message as it is stored; what is empty is left out.
 
         Raises:
             TypeError: when an argument or a label has a type that cannot travel.
         """
-        return dumps(
-            {
-                "task_id": self.task_id,
-                "task_name": self.task_name,
-                "labels": self.labels,
-                "task_args": self.task_args,
-                "task_kwargs": self.task_kwargs,
-                "trace_context": self.trace_context,
-            }
-        )
+        fields: dict[str, Any] = {"task_id": self.task_id, "task_name": self.task_name}  # the id must be the first
+        if self.labels:
+            fields["labels"] = self.labels
+        if self.task_args:
+            fields["task_args"] = self.task_args
+        if self.task_kwargs:
+            fields["task_kwargs"] = self.task_kwargs
+        if self.trace_context:
+            fields["trace_context"] = self.trace_context
+        return dumps(fields)
 
     @classmethod
     def loadb(cls, data: bytes) -> Self:
