@@ -20,7 +20,7 @@ local consumer, replies, marks = ARGV[1], {}, any_cancelled()
 local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
 local settlements, ledger = cmsgpack.unpack(ARGV[3]), '$HELD_PREFIX' .. consumer
 local pending = pending_of(consumer, settlements)
-local orphaned, ended = redis.call('EXISTS', ledger) == 1, {}
+local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 for position, s in ipairs(settlements) do
   local ours = pending[s.stream][s.entry] == s.deliveries
     or orphaned and redis.call('HDEL', ledger, orphan(s.stream, s.entry)) == 1
@@ -53,12 +53,11 @@ for position, s in ipairs(settlements) do
   end
   if s.locks and not unknown then
     release_all(s.locks)
-    for _, lock in ipairs(s.locks) do
-      redis.call('HDEL', ledger, lock.owner .. ':' .. lock.key)
-    end
+    for _, lock in ipairs(s.locks) do lines[#lines + 1] = ledger_line(lock) end
   end
   replies[position] = ours and 1 or unknown and -1 or 0
 end
+if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
 for stream, entries in pairs(ended) do
   redis.call('XACK', stream, '$GROUP', unpack(entries))
   redis.call('XDEL', stream, unpack(entries))
