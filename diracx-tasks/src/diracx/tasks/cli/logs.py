@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
 from .errors import mask
+from .supervisor import NUMBER_VARIABLE
 
 #: Libraries that talk more than an operator wants to hear.
 _TALKATIVE = ("aiosqlite", "asyncio", "git", "httpcore", "httpx", "opensearch", "sh", "sqlalchemy", "urllib3")
@@ -20,7 +22,9 @@ class _Readable(logging.Formatter):
     default_msec_format = "%s.%03dZ"
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-8s %(short)s: %(message)s")
+        number = os.environ.get(NUMBER_VARIABLE)
+        process = f"[{number}] " if number else ""
+        super().__init__(f"%(asctime)s %(levelname)-8s {process}%(short)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         record.short = record.name.rpartition(".")[2]

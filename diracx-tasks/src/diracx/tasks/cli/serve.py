@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,7 @@ from .options import (
     RedisUrlOption,
     resolve_redis_url,
 )
+from .supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
     from ..plumbing.persistence.resubmission import Resubmitter
@@ -52,6 +54,10 @@ def worker(
         int | None,
         typer.Option(min=1, metavar="SECONDS", help="Keep all results so long, not only those asked for."),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Run N such workers, and start again what dies: one for each core."),
+    ] = 1,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
@@ -69,6 +75,8 @@ def worker(
     from .logs import set_up_logging
 
     set_up_logging(log_level)
+    if processes > 1 and not is_supervised():
+        raise typer.Exit(asyncio.run(Supervisor(sys.argv[1:], processes).run()))
     settings = WorkerSettings(
         max_concurrent_tasks=max_concurrent_tasks,
         lease_seconds=lease_seconds,
@@ -100,12 +108,15 @@ def worker(
                     raise CliError(f"a task cannot be run by any worker: {error}") from error
                 on_second_signal.append(serving.cancel_running)
                 where = f"{worker_size} tasks, {max_concurrent_tasks} at a time, from {mask(url)}"
-                ready = asyncio.create_task(_announce(serving.ready, f"ready: {where}"))
+                aside = [asyncio.create_task(_announce(serving.ready, f"ready: {where}"))]
+                if is_supervised():
+                    aside.append(asyncio.create_task(serve_supervised(serving.ready, stop.set)))
                 try:
                     with explained_redis(url):
                         await serving.run(stop)
                 finally:
-                    ready.cancel()
+                    for task in aside:
+                        task.cancel()
 
     _serve(run)
 
