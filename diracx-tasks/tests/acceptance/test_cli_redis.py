@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from diracx.tasks.cli import app
 from diracx.tasks.testing import embedded_redis
 from redis import Redis
 
@@ -146,6 +150,36 @@ def test_a_url_with_a_password_may_come_from_a_file_and_is_seen_nowhere(cli, tmp
         assert "redis://:***@" in worker.output
         _never(result)
         assert "sesame" not in worker.output + shown
+
+
+def test_every_command_that_takes_a_url_takes_it_from_a_file(cli, initialised_task_db, tmp_path):
+    commands = list(_commands(typer.main.get_command(app)))
+    with_url = {path for path, names in commands if "redis_url" in names}
+    assert with_url == {path for path, names in commands if "redis_url_file" in names}
+    assert {"call", "cancel", "dlq retry", "group list", "group show"} < with_url
+
+    cli.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    with embedded_redis() as url:
+        with Redis.from_url(url) as client:
+            client.config_set("requirepass", "sesame")
+        file = tmp_path / "broker-url"
+        file.write_text(url.replace("://", "://:sesame@"))
+        for command, said in (
+            (("group", "list"), "no callback groups"),
+            (("group", "show", "x"), "no group 'x'"),
+            (("cancel", "x"), "nothing to cancel"),
+            (("dlq", "retry", "--all", "--yes"), "no dead letters"),
+        ):
+            result = cli(*command, "--redis-url-file", str(file))
+            assert said in result.stderr
+            _never(result)
+
+
+def _commands(command: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
+    for name, each in getattr(command, "commands", {}).items():
+        yield from _commands(each, f"{path} {name}".strip())
+    if not hasattr(command, "commands"):
+        yield path, {parameter.name for parameter in command.params}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from .errors import CliError, explained_redis, mask, one_line
-from .options import JsonOption, RedisUrlOption, resolve_redis_url
+from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -31,6 +31,7 @@ def show(
     group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` gives it.")],
     as_json: JsonOption = False,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Show one group: its state, its callback, how many children have ended, and which have failed and why.
 
@@ -40,7 +41,7 @@ def show(
     """
     from ..plumbing.broker.groups import read_group
 
-    status = _ask(redis_url, lambda redis: read_group(redis, group_id))
+    status = _ask(resolve_redis_url(redis_url, redis_url_file), lambda redis: read_group(redis, group_id))
     if status is None:
         raise CliError(
             f"no group {group_id!r}: it has called back, has expired, or never was; "
@@ -53,14 +54,18 @@ def show(
 
 
 @group.command("list")
-def list_(as_json: JsonOption = False, redis_url: RedisUrlOption = None) -> None:
+def list_(
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
     """List the groups that have not called back, oldest first.
 
     Example: diracx-task-run group list --json
     """
     from ..plumbing.broker.groups import list_groups
 
-    groups = _ask(redis_url, list_groups)
+    groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
     if as_json:
         typer.echo(json.dumps([_as_json(status, children=False) for status in groups], indent=2))
         return
@@ -69,10 +74,8 @@ def list_(as_json: JsonOption = False, redis_url: RedisUrlOption = None) -> None
         typer.echo("no callback groups", err=True)
 
 
-def _ask(redis_url: str | None, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
+def _ask(url: str, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
     from .connection import open_broker
-
-    url = resolve_redis_url(redis_url)
 
     async def ask() -> _Answer:
         async with open_broker(url) as broker:
