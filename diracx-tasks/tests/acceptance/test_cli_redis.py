@@ -74,7 +74,11 @@ def test_a_wrong_password_is_one_line_within_5_seconds_that_does_not_show_it(cli
         ("redis://:ses/ame@localhost", 2, ["malformed", "redis://:***@localhost"]),
         ("redis://localhost:99999?password=sesame", 2, ["malformed", "password=***"]),
         ("localhost:6379", 2, ["'localhost:6379'", "redis://"]),
-        ("redis+sentinel://:sesame@one:26379", 2, ["redis+sentinel://:***@one:26379", "no name of a service"]),
+        (
+            "redis+sentinel://:sesame@one:26379",
+            2,
+            ["redis+sentinel://:***@one:26379", "no name of a service", "write redis+sentinel://host"],
+        ),
         ("redis+sentinel://one/tasks/two?sentinel_password=sesame", 2, ["'two'", "sentinel_password=***"]),
     ],
 )
@@ -125,7 +129,9 @@ def test_sentinels_that_are_down_or_do_not_know_the_service_are_one_line(cli, on
     began = time.monotonic()
     result = cli.mine("worker", "--redis-url", f"redis+sentinel://:sesame@127.0.0.1:{closed_port}/tasks")
     assert time.monotonic() - began < 5
-    one_line(result, 1, "cannot reach", f"redis+sentinel://:***@127.0.0.1:{closed_port}/tasks", "No master found")
+    said = one_line(result, 1, "cannot reach", f"redis+sentinel://:***@127.0.0.1:{closed_port}/tasks")
+    assert "No master found for 'tasks'; not every sentinel answers; check" in said
+    assert "redis.asyncio" not in said
     _never(result)
 
 

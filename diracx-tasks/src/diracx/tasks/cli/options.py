@@ -122,7 +122,6 @@ def resolve_redis_url(option: str | None, file: str | None = None) -> str:
     try:
         check_url(url)
     except AddressError as error:
-        raise problem(
-            f"{origin}: {mask(url)!r} {error}; write redis://host:port/database, the database a number"
-        ) from None
+        form = "redis+sentinel://host:port,host:port/service" if "+sentinel://" in url else "redis://host:port"
+        raise problem(f"{origin}: {mask(url)!r} {error}; write {form}/database, the database a number") from None
     return url
