@@ -168,6 +168,7 @@ def export(
     filters: Filters,
     status: StatusOption = StatusFilter.ANY,
     limit: LimitOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Changes nothing: it is JSON already.")] = False,
 ) -> None:
     """Write dead letters to stdout, one JSON object a line, with all there is; `raw` is the message in base64.
 
@@ -205,6 +206,7 @@ def init() -> None:
             pass
 
     asyncio.run(create())
+    typer.echo("the table DeadLetters is there")
 
 
 def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:

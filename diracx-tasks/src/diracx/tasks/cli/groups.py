@@ -23,7 +23,14 @@ _Answer = TypeVar("_Answer")
 _SHOWN = 10
 _WIDTH_WITHOUT_TERMINAL = 160
 
-group = typer.Typer(help="Look at callback groups that have not called back.", no_args_is_help=True)
+group = typer.Typer(help="Look at callback groups that have not called back.")
+
+
+@group.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @group.command("show")
@@ -68,9 +75,9 @@ def list_(
     groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
     if as_json:
         typer.echo(json.dumps([_as_json(status, children=False) for status in groups], indent=2))
-        return
-    _print_table(groups)
-    if not groups:
+    elif groups:
+        _print_table(groups)
+    else:
         typer.echo("no callback groups", err=True)
 
 
