@@ -124,7 +124,7 @@ def test_a_task_that_was_past_its_time_limit_when_its_worker_stopped_has_failed_
 def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(stubborn, tmp_path, wait_until):
     worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
     worker.until("ready")
-    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=3)
+    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=8)
     wait_until((tmp_path / "slow").exists, "it runs")
     blocks = _submit(stubborn, "Blocks", tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it blocks")
