@@ -230,6 +230,7 @@ def test_export_has_everything(dlq):
     bury(dlq, data=data, attempts=[{"type": "E", "message": "m", "traceback": "t"}])
     bury(dlq, first=1, data=b"\xc1\0garbage", reason="unparsable", task_name="")
     exported = [json.loads(line) for line in dlq("dlq", "export").stdout.splitlines()]
+    assert exported == [json.loads(line) for line in dlq("dlq", "export", "--json").stdout.splitlines()]
     assert base64.b64decode(exported[0]["raw"]) == data
     assert exported[0]["message"]["task_args"] == [[1, 2], "_w=="]
     assert exported[0]["attempts"] == [{"type": "E", "message": "m", "traceback": "t"}]
@@ -340,7 +341,7 @@ async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, req
     request.getfixturevalue(f"{kind}_server")
     (tmp_path / "flaky.py").write_text(FLAKY)
     served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
-    assert served("dlq", "init").returncode == 0
+    assert served("dlq", "init").stdout == "the table DeadLetters is there\n"
     assert served("dlq", "init").returncode == 0, "safe to repeat"
     await asyncio.to_thread(bury, served, 2)
     assert [letter["task_id"] for letter in listed(served, "--since", "1h")] == ["task-0", "task-1"]

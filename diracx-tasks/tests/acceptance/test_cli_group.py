@@ -60,8 +60,13 @@ async def test_group_show_and_list(served, redis_url: str, redis: Redis, one_lin
         one_line(served("group", "show", pending), 1, pending, "called back", "group list")
         await redis.flushall()
     result = served("group", "list")
-    assert result.returncode == 0
-    assert "no callback groups" in result.stderr
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "no callback groups\n")
+
+
+def test_group_alone_shows_its_help(cli) -> None:
+    result = cli("group")
+    assert (result.returncode, result.stderr) == (2, "")
+    assert "show" in result.stdout
 
 
 @pytest.mark.parametrize("command", [("group", "show"), ("group", "shwo")])

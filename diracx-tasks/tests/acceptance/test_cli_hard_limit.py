@@ -105,10 +105,26 @@ def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_hav
         redis.delete("diracx:tasks:dead-letters")
 
 
+def test_a_task_that_was_past_its_time_limit_when_its_worker_stopped_has_failed_by_its_time_limit(
+    stubborn, redis_url, tmp_path, wait_until
+):
+    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "0.5", *MODULE)
+    worker.until("ready")
+    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
+    deaf = _submit(stubborn, "DeafAfterASecond", tmp_path / "begun")
+    wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "begun").exists(), "both run")
+    assert worker.ends() == 70, worker.output
+    assert (slow.ends(), deaf.ends()) == (1, 1)
+    assert "WorkerStoppedError" in slow.output
+    assert "TimeLimitExceededError" in deaf.output
+    with Redis.from_url(redis_url) as redis:
+        redis.delete("diracx:tasks:dead-letters")
+
+
 def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(stubborn, tmp_path, wait_until):
     worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
     worker.until("ready")
-    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=3)
+    slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=8)
     wait_until((tmp_path / "slow").exists, "it runs")
     blocks = _submit(stubborn, "Blocks", tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it blocks")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from diracx.tasks.cli import app
 from diracx.tasks.testing import embedded_redis
 from redis import Redis
 
@@ -70,7 +74,11 @@ def test_a_wrong_password_is_one_line_within_5_seconds_that_does_not_show_it(cli
         ("redis://:ses/ame@localhost", 2, ["malformed", "redis://:***@localhost"]),
         ("redis://localhost:99999?password=sesame", 2, ["malformed", "password=***"]),
         ("localhost:6379", 2, ["'localhost:6379'", "redis://"]),
-        ("redis+sentinel://:sesame@one:26379", 2, ["redis+sentinel://:***@one:26379", "no name of a service"]),
+        (
+            "redis+sentinel://:sesame@one:26379",
+            2,
+            ["redis+sentinel://:***@one:26379", "no name of a service", "write redis+sentinel://host"],
+        ),
         ("redis+sentinel://one/tasks/two?sentinel_password=sesame", 2, ["'two'", "sentinel_password=***"]),
     ],
 )
@@ -121,7 +129,9 @@ def test_sentinels_that_are_down_or_do_not_know_the_service_are_one_line(cli, on
     began = time.monotonic()
     result = cli.mine("worker", "--redis-url", f"redis+sentinel://:sesame@127.0.0.1:{closed_port}/tasks")
     assert time.monotonic() - began < 5
-    one_line(result, 1, "cannot reach", f"redis+sentinel://:***@127.0.0.1:{closed_port}/tasks", "No master found")
+    said = one_line(result, 1, "cannot reach", f"redis+sentinel://:***@127.0.0.1:{closed_port}/tasks")
+    assert "No master found for 'tasks'; not every sentinel answers; check" in said
+    assert "redis.asyncio" not in said
     _never(result)
 
 
@@ -146,6 +156,36 @@ def test_a_url_with_a_password_may_come_from_a_file_and_is_seen_nowhere(cli, tmp
         assert "redis://:***@" in worker.output
         _never(result)
         assert "sesame" not in worker.output + shown
+
+
+def test_every_command_that_takes_a_url_takes_it_from_a_file(cli, initialised_task_db, tmp_path):
+    commands = list(_commands(typer.main.get_command(app)))
+    with_url = {path for path, names in commands if "redis_url" in names}
+    assert with_url == {path for path, names in commands if "redis_url_file" in names}
+    assert {"call", "cancel", "dlq retry", "group list", "group show"} < with_url
+
+    cli.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    with embedded_redis() as url:
+        with Redis.from_url(url) as client:
+            client.config_set("requirepass", "sesame")
+        file = tmp_path / "broker-url"
+        file.write_text(url.replace("://", "://:sesame@"))
+        for command, said in (
+            (("group", "list"), "no callback groups"),
+            (("group", "show", "x"), "no group 'x'"),
+            (("cancel", "x"), "nothing to cancel"),
+            (("dlq", "retry", "--all", "--yes"), "no dead letters"),
+        ):
+            result = cli(*command, "--redis-url-file", str(file))
+            assert said in result.stderr
+            _never(result)
+
+
+def _commands(command: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
+    for name, each in getattr(command, "commands", {}).items():
+        yield from _commands(each, f"{path} {name}".strip())
+    if not hasattr(command, "commands"):
+        yield path, {parameter.name for parameter in command.params}
 
 
 @pytest.mark.parametrize(

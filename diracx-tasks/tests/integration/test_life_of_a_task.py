@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -287,6 +289,40 @@ async def test_a_task_that_swallows_its_time_limit_has_not_succeeded(redis_url: 
         assert result.error["type"] == TimeLimitExceededError.__name__
 
 
+async def test_a_task_that_ignores_its_time_limit_is_reported_once(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    enough = asyncio.Event()
+
+    class Stubborn(BaseTask):
+        time_limit_seconds = 0.05
+
+        async def execute(self) -> None:
+            while not enough.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await enough.wait()
+
+    settings = {"report_overdue_seconds": 0.1}
+    async with TaskSystem([Stubborn, Echo], redis_url=redis_url, settings=settings) as system:
+        task_id = await Stubborn().schedule()
+
+        def reports() -> list[str]:
+            return [line for line in caplog.messages if "ignores its cancellation" in line]
+
+        async with asyncio.timeout(20):
+            while not reports():
+                await asyncio.sleep(0.01)
+        for _ in range(5):  # the watchdog looks again meanwhile
+            await system.result(await Echo().schedule(at_time=datetime.now(UTC) + timedelta(seconds=0.05)))
+        enough.set()
+        result = await system.result(task_id)
+        assert result.error is not None
+        assert result.error["type"] == TimeLimitExceededError.__name__
+        [line] = reports()
+        assert task_id in line
+        assert "0.1 s" in line
+
+
 async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
     redis_url: str, redis: Redis
 ) -> None:
@@ -446,6 +482,36 @@ async def test_P25_waiters_of_a_lock_are_served_in_the_order_they_came(redis_url
     early = [number for position, number in enumerate(SEEN) if number > position]
     assert len(early) <= workers - 1, SEEN
     assert sorted(set(SEEN) - set(early)) == [number for number in SEEN if number not in early]
+
+
+async def test_P25_200_tasks_of_one_mutex_take_at_most_three_times_as_long_as_one_after_another(
+    redis_url: str,
+) -> None:
+    @dataclass
+    class Held(BaseTask):
+        number: int
+
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "held")]
+
+        async def execute(self) -> None:
+            await asyncio.sleep(0.005)
+
+    tasks = [Held(number) for number in range(200)]
+    async with TaskSystem([Held], redis_url=redis_url, concurrency=50) as system:
+        begun = time.monotonic()
+        await schedule_many(tasks)
+        await system.drain(60)
+        drained = time.monotonic() - begun
+        begun = time.monotonic()
+        for task in tasks:
+            [lock] = task.execution_locks
+            await lock.acquire(system.broker.redis)
+            await task.execute()
+            await lock.release(system.broker.redis)
+        in_turn = time.monotonic() - begun
+    assert drained <= 3 * in_turn, f"{drained:.2f} s, and one after another {in_turn:.2f} s"
 
 
 async def test_P23_refused_lock_spends_no_quota(redis_url: str, redis: Redis) -> None:

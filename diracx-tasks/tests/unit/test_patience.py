@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
-from diracx.tasks.plumbing.patience import Pauses, is_passing, patiently
+from diracx.tasks.plumbing.patience import NO_PRIMARY, Pauses, is_passing, patiently, reason
 from redis._parsers import BaseParser
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 from redis.sentinel import MasterNotFoundError
 
@@ -78,3 +83,14 @@ def test_pauses_grow_to_a_limit_and_begin_again() -> None:
     assert all(1.0 <= pause <= 2.0 for pause in grown[-10:])
     pauses.succeeded()
     assert pauses.next() <= 0.05
+
+
+async def test_sentinels_that_know_no_primary_are_told_without_redis_pys_own_objects() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and not listening: every connection is refused
+        sentinel = Sentinel([closed.getsockname()], sentinel_kwargs={"retry": Retry(NoBackoff(), 0)})
+        with pytest.raises(NO_PRIMARY) as raised:
+            await sentinel.discover_master("tasks")
+    assert reason(raised.value) == "No master found for 'tasks'; not every sentinel answers"
+    assert reason(ConnectionError("gone.")) == "gone"
+    assert reason(ConnectionError()) == "ConnectionError"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from diracx.db.sql.utils import SQLDBUnavailableError
+from sqlalchemy.exc import SQLAlchemyError
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.connection import DatabaseNotReadyError
@@ -248,3 +252,34 @@ async def test_P60_capacity_holds_in_a_database_in_memory_too() -> None:
         assert sorted(type(end).__name__ for end in ends) == ["NoRoomError"] * 15 + ["int"] * 5
         async with db:
             assert len(await db.get_pilots_by_status(S.SUBMITTED, "lhcb")) == 5
+
+
+@pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
+async def test_a_server_that_was_killed_costs_no_connection_of_the_pool(
+    kind: str, request: pytest.FixtureRequest, empty_database: Any, stoppable: Any
+) -> None:
+    server = stoppable(request.getfixturevalue(f"{kind}_server"))
+    database = MyPilotDB(await empty_database(kind))
+    async with database.engine_context():
+        await database.create_tables()
+        pool: Any = database.engine.pool
+
+        async def look() -> None:
+            await database.list_ces(vo=None)
+
+        for _ in range(3):
+            await asyncio.gather(*(asyncio.create_task(look()) for _ in range(5)))  # so many are open, and idle
+            server.kill()
+            for _ in range(5):
+                with pytest.raises((SQLDBUnavailableError, SQLAlchemyError, OSError)):
+                    await look()
+            server.start()
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    await look()
+                    break
+                except (SQLDBUnavailableError, SQLAlchemyError, OSError):
+                    assert time.monotonic() < deadline, pool.status()
+                    await asyncio.sleep(0.1)
+            assert pool.checkedout() == 0, pool.status()

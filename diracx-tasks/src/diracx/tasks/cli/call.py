@@ -16,22 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import CliError, explained_redis
-from .options import (
-    ArgsOption,
-    JsonOption,
-    KwargsOption,
-    LogLevel,
-    LogLevelOption,
-    ModuleOption,
-    NameArgument,
-    RedisUrlFileOption,
-    RedisUrlOption,
-    resolve_redis_url,
-)
+from .options import JsonOption, LogLevel, LogLevelOption, spread
+from .typed import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
     from ..plumbing.base_task import BaseTask
-    from ..plumbing.factory import TaskRegistry
     from ..plumbing.locks import LockSpec
 
 
@@ -43,10 +32,9 @@ class Debugger(StrEnum):
     EXCEPTION = "exception"
 
 
+@spread
 def call(
-    name: NameArgument,
-    args: ArgsOption = "[]",
-    kwargs: KwargsOption = "{}",
+    typed: TypedTask,
     debugger: Annotated[
         Debugger,
         typer.Option(
@@ -54,9 +42,6 @@ def call(
         ),
     ] = Debugger.NONE,
     as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run a task in this process and print what it returns.
@@ -66,12 +51,9 @@ def call(
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
     from .logs import set_up_logging
-    from .tasks import load_registry, make_task
 
     set_up_logging(log_level)
-    url = resolve_redis_url(redis_url, redis_url_file)
-    registry = load_registry(module)
-    run = _Run(make_task(registry, name, args, kwargs), name, registry, url, debugger)
+    run = _Run(typed.checked(), debugger)
     # With --json, stdout is for the value alone; pdb needs it for itself.
     aside = as_json and debugger is Debugger.NONE
     try:
@@ -89,11 +71,11 @@ def call(
 class _Run:
     """One execution. `failure` is what the task raised."""
 
-    def __init__(self, task: BaseTask, name: str, registry: TaskRegistry, url: str, debugger: Debugger) -> None:
-        self._task = task
-        self._name = name
-        self._registry = registry
-        self._url = url
+    def __init__(self, checked: CheckedTask, debugger: Debugger) -> None:
+        self._checked = checked
+        self._task = checked.task
+        self._name = checked.name
+        self._url = checked.url
         self._debugger = debugger
         self._began = False
         self.failure: BaseException | None = None
@@ -132,16 +114,13 @@ class _Run:
             raise CliError(f"{self._name} cannot begin: {type(error).__name__}: {error}") from error
 
     async def _run(self) -> Any:
-        from ..plumbing.binding import bound_to
         from ..plumbing.factory import holding
         from ..plumbing.injection import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
         from ..plumbing.locks import BaseLimiter
-        from .connection import open_broker
-        from .services import check_databases, tasks_config
+        from .services import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
-        async with open_broker(self._url) as broker, AsyncExitStack() as outer:
-            outer.enter_context(bound_to(broker, self._registry, tasks_config()))
+        async with self._checked.broker() as broker, AsyncExitStack() as outer:
             overrides = {}
             if plan.parameters:
                 await check_databases([plan])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import CliError, explained_redis
-from .options import JsonOption, RedisUrlOption, resolve_redis_url
+from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
 
 if TYPE_CHECKING:
     from ..plumbing.broker.cancel import TaskPlace
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 def cancel(
     task_ids: Annotated[
-        list[str], typer.Argument(metavar="ID...", help="Task ids, as `submit` and `schedule()` give them.")
+        list[str], typer.Argument(metavar="ID", help="Task ids, as `submit` and `schedule()` give them.")
     ],
     as_json: JsonOption = False,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Cancel tasks: queued, delayed, retrying, waiting for a lock, or running.
 
@@ -30,7 +31,7 @@ def cancel(
 
     Example: diracx-task-run cancel 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
-    url = resolve_redis_url(redis_url)
+    url = resolve_redis_url(redis_url, redis_url_file)
     found = asyncio.run(_cancel(url, list(dict.fromkeys(task_ids))))
     if as_json:
         typer.echo(json.dumps([{"task_id": task, "found": str(place)} for task, place in found.items()]))

@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..plumbing.persistence.letter import DeadLetterStatus
-from .dlq_filters import (
-    BeforeOption,
-    ReasonOption,
-    SinceOption,
-    StatusFilter,
-    TaskOption,
-    letter_filter,
-    narrows,
-)
+from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
 from .errors import CliError, UsageProblem, explained_redis
-from .options import JsonOption, ModuleOption, RedisUrlOption, resolve_redis_url
+from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
 
 if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
@@ -38,11 +30,10 @@ app = typer.Typer(
 )
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Task id, or the number in the list.")]
-IdsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="Task ids, or numbers in the list; or filters.")
+StatusOption = Annotated[
+    StatusFilter,
+    typer.Option("--status", case_sensitive=False, help="What was decided; open: pending or resubmitting."),
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that the filters let through.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -53,22 +44,18 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command("list")
+@spread
 def list_letters(
-    task: TaskOption = None,
-    reason: ReasonOption = None,
-    status: Annotated[
-        StatusFilter, typer.Option(case_sensitive=False, help="What was decided; open: pending or resubmitting.")
-    ] = StatusFilter.OPEN,
-    since: SinceOption = None,
-    before: BeforeOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    filters: Filters,
+    status: StatusOption = StatusFilter.OPEN,
+    limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
     """List dead letters, oldest first; those about which nothing was decided, if nothing else is asked for.
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
-    where = letter_filter(task, reason, status, since, before)
+    where = filters.letters(status)
 
     async def look(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
         async with db:
@@ -101,18 +88,13 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@spread
 def retry(
-    letter_ids: IdsArgument = None,
-    task: TaskOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    before: BeforeOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    everything: AllOption = False,
-    yes: YesOption = False,
+    choice: Choice,
     as_json: JsonOption = False,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Submit dead letters again, under their old task ids and with all their retries.
 
@@ -121,9 +103,8 @@ def retry(
 
     Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
     """
-    where = letter_filter(task, reason, StatusFilter.OPEN, since, before)
-    _check_choice(letter_ids, where, everything, limit)
-    url = resolve_redis_url(redis_url)
+    where = choice.letters(StatusFilter.OPEN)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def submit(db: TaskDB) -> list[Any]:
         from ..plumbing.persistence.resubmission import Resubmitter
@@ -131,7 +112,7 @@ def retry(
         from .services import tasks_config
         from .tasks import load_registry
 
-        chosen = [await _find(db, letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+        chosen = [await _find(db, letter_id) for letter_id in choice.ids]
         registry = load_registry(module)
         config = tasks_config()
         async with open_broker(url) as broker:
@@ -139,8 +120,8 @@ def retry(
             with explained_redis(url):
                 if chosen:
                     return await resubmitter.these(chosen)
-                await _confirmed(db, where, limit, yes, "Submit {} dead letters again?")
-                return [verdict async for part in resubmitter.all(where, limit=limit) for verdict in part]
+                await _confirmed(db, where, choice, "Submit {} dead letters again?")
+                return [verdict async for part in resubmitter.all(where, limit=choice.limit) for verdict in part]
 
     from .dlq_view import report_retry
 
@@ -148,15 +129,9 @@ def retry(
 
 
 @app.command()
+@spread
 def discard(
-    letter_ids: IdsArgument = None,
-    task: TaskOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    before: BeforeOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    everything: AllOption = False,
-    yes: YesOption = False,
+    choice: Choice,
     as_json: JsonOption = False,
 ) -> None:
     """Decide that dead letters will not run again. Their rows stay, as discarded.
@@ -165,14 +140,13 @@ def discard(
 
     Example: diracx-task-run dlq discard --reason unparsable --yes
     """
-    where = letter_filter(task, reason, StatusFilter.PENDING, since, before)
-    _check_choice(letter_ids, where, everything, limit)
+    where = choice.letters(StatusFilter.PENDING)
 
     async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
-        chosen = [await _find(db, letter_id) for letter_id in dict.fromkeys(letter_ids or ())]
+        chosen = [await _find(db, letter_id) for letter_id in choice.ids]
         if not chosen:
-            await _confirmed(db, where, limit, yes, "Discard {} dead letters?")
-            chosen = [letter async for letter in _pages(db, where, limit, without_message=True)]
+            await _confirmed(db, where, choice, "Discard {} dead letters?")
+            chosen = [letter async for letter in _pages(db, where, choice.limit, without_message=True)]
         done: set[int] = set()
         for first in range(0, len(chosen), _PAGE):
             page = chosen[first : first + _PAGE]
@@ -189,21 +163,18 @@ def discard(
 
 
 @app.command()
+@spread
 def export(
-    task: TaskOption = None,
-    reason: ReasonOption = None,
-    status: Annotated[
-        StatusFilter, typer.Option(case_sensitive=False, help="What was decided; open: pending or resubmitting.")
-    ] = StatusFilter.ANY,
-    since: SinceOption = None,
-    before: BeforeOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    filters: Filters,
+    status: StatusOption = StatusFilter.ANY,
+    limit: LimitOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Changes nothing: it is JSON already.")] = False,
 ) -> None:
     """Write dead letters to stdout, one JSON object a line, with all there is; `raw` is the message in base64.
 
     Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
     """
-    where = letter_filter(task, reason, status, since, before)
+    where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
         from .dlq_view import record
@@ -235,6 +206,7 @@ def init() -> None:
             pass
 
     asyncio.run(create())
+    typer.echo("the table DeadLetters is there")
 
 
 def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:
@@ -272,28 +244,18 @@ async def _pages(
             yield letter
 
 
-def _check_choice(letter_ids: list[str] | None, where: LetterFilter, everything: bool, limit: int | None) -> None:
-    chosen_by_filter = everything or narrows(where) or limit is not None
-    if letter_ids and chosen_by_filter:
-        raise UsageProblem("ids and filters exclude each other; give one or the other")
-    if not letter_ids and not (everything or narrows(where)):
-        raise UsageProblem(
-            "which dead letters? give their ids, a filter (--task, --reason, --since, --before), or --all"
-        )
-
-
-async def _confirmed(db: TaskDB, where: LetterFilter, limit: int | None, yes: bool, question: str) -> None:
+async def _confirmed(db: TaskDB, where: LetterFilter, choice: Choice, question: str) -> None:
     """Ask whoever sits there.
 
     Raises:
         UsageProblem: when nobody does.
         CliError: when the answer is no.
     """
-    if yes:
+    if choice.yes:
         return
     async with db:
         total = sum((await db.count(**where)).values())
-    total = total if limit is None else min(total, limit)
+    total = total if choice.limit is None else min(total, choice.limit)
     if total == 0:
         return
     asked = question.format(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -48,29 +49,80 @@ SinceOption = Annotated[
 BeforeOption = Annotated[
     str | None, typer.Option("--before", metavar="TIME|AGE", help="Buried earlier than that.")
 ]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many.")]
+IdsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="ID", help="Task ids, or numbers in the list; or filters.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that the filters let through.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-def letter_filter(
-    task: str | None, reason: DeadLetterReason | None, status: StatusFilter, since: str | None, before: str | None
-) -> LetterFilter:
-    """What was typed, as the database takes it.
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """Options that narrow down what a command is about."""
 
-    Raises:
-        UsageProblem: when a time cannot be read, or the two exclude each other.
-    """
-    now = datetime.now(UTC)
-    first, last = _moment("--since", since, now), _moment("--before", before, now)
-    if first is not None and last is not None and first >= last:
-        raise UsageProblem(f"--since {since} is not earlier than --before {before}: nothing lies between them")
-    if task is not None and not task.strip():
-        raise UsageProblem("--task is empty; give category:ClassName, or ClassName alone")
-    return {
-        "task_name": task,
-        "reason": reason,
-        "status": _STATUSES[status],
-        "since": first,
-        "before": last,
-    }
+    task: TaskOption = None
+    reason: ReasonOption = None
+    since: SinceOption = None
+    before: BeforeOption = None
+
+    def letters(self, status: StatusFilter) -> LetterFilter:
+        """What was typed, as the database takes it.
+
+        Raises:
+            UsageProblem: when a time cannot be read, or the two exclude each other.
+        """
+        now = datetime.now(UTC)
+        first, last = _moment("--since", self.since, now), _moment("--before", self.before, now)
+        if first is not None and last is not None and first >= last:
+            raise UsageProblem(
+                f"--since {self.since} is not earlier than --before {self.before}: nothing lies between them"
+            )
+        if self.task is not None and not self.task.strip():
+            raise UsageProblem("--task is empty; give category:ClassName, or ClassName alone")
+        return {
+            "task_name": self.task,
+            "reason": self.reason,
+            "status": _STATUSES[status],
+            "since": first,
+            "before": last,
+        }
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there is any."""
+        return any(value is not None for value in (self.task, self.reason, self.since, self.before))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Filters):
+    """Options of a decision about dead letters: which, and whether to ask."""
+
+    letter_ids: IdsArgument = None
+    limit: LimitOption = None
+    everything: AllOption = False
+    yes: YesOption = False
+
+    def letters(self, status: StatusFilter) -> LetterFilter:
+        """As of `Filters`.
+
+        Raises:
+            UsageProblem: also when nothing was chosen, or ids and filters were mixed.
+        """
+        where = super().letters(status)
+        by_filter = self.everything or self.narrow
+        if self.letter_ids and (by_filter or self.limit is not None):
+            raise UsageProblem("ids and filters exclude each other; give one or the other")
+        if not self.letter_ids and not by_filter:
+            raise UsageProblem(
+                "which dead letters? give their ids, a filter (--task, --reason, --since, --before), or --all"
+            )
+        return where
+
+    @property
+    def ids(self) -> list[str]:
+        """Each once, as typed; none when filters say which."""
+        return list(dict.fromkeys(self.letter_ids or ()))
 
 
 _STATUSES: dict[StatusFilter, tuple[DeadLetterStatus, ...] | None] = {
@@ -78,11 +130,6 @@ _STATUSES: dict[StatusFilter, tuple[DeadLetterStatus, ...] | None] = {
     StatusFilter.ANY: None,
     **{StatusFilter(status.value.lower()): (status,) for status in DeadLetterStatus},
 }
-
-
-def narrows(where: LetterFilter) -> bool:
-    """Whether somebody has chosen, by more than the status."""
-    return any(where.get(name) is not None for name in ("task_name", "reason", "since", "before"))
 
 
 def _moment(option: str, text: str | None, now: datetime) -> datetime | None:

@@ -81,7 +81,9 @@ def _about_redis(error: BaseException, url: str) -> str:
         TimeoutError,
     )
 
-    text = str(error).rstrip(".") or type(error).__name__
+    from ..plumbing.patience import NO_PRIMARY, reason
+
+    text = reason(error)
     where = f"Redis at {mask(url)}"
     if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         return (
@@ -95,8 +97,11 @@ def _about_redis(error: BaseException, url: str) -> str:
     if "DB index" in text:
         return f"{where} has no such database: {text}; correct the number at the end of the URL"
     if isinstance(error, ConnectionError | TimeoutError):
-        return (
-            f"cannot reach {where}: {text}; start it, or name another one with --redis-url or "
-            "DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` brings its own)"
+        way_out = (
+            "check the sentinels' hosts and ports, and the name of the service"
+            if isinstance(error, NO_PRIMARY)
+            else "start it, or name another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
+            "brings its own)"
         )
+        return f"cannot reach {where}: {text}; {way_out}"
     return f"{where} refuses: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"

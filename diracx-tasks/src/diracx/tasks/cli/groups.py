@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from .errors import CliError, explained_redis, mask, one_line
-from .options import JsonOption, RedisUrlOption, resolve_redis_url
+from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -23,7 +23,14 @@ _Answer = TypeVar("_Answer")
 _SHOWN = 10
 _WIDTH_WITHOUT_TERMINAL = 160
 
-group = typer.Typer(help="Look at callback groups that have not called back.", no_args_is_help=True)
+group = typer.Typer(help="Look at callback groups that have not called back.")
+
+
+@group.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @group.command("show")
@@ -31,6 +38,7 @@ def show(
     group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` gives it.")],
     as_json: JsonOption = False,
     redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Show one group: its state, its callback, how many children have ended, and which have failed and why.
 
@@ -40,7 +48,7 @@ def show(
     """
     from ..plumbing.broker.groups import read_group
 
-    status = _ask(redis_url, lambda redis: read_group(redis, group_id))
+    status = _ask(resolve_redis_url(redis_url, redis_url_file), lambda redis: read_group(redis, group_id))
     if status is None:
         raise CliError(
             f"no group {group_id!r}: it has called back, has expired, or never was; "
@@ -53,26 +61,28 @@ def show(
 
 
 @group.command("list")
-def list_(as_json: JsonOption = False, redis_url: RedisUrlOption = None) -> None:
+def list_(
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
     """List the groups that have not called back, oldest first.
 
     Example: diracx-task-run group list --json
     """
     from ..plumbing.broker.groups import list_groups
 
-    groups = _ask(redis_url, list_groups)
+    groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
     if as_json:
         typer.echo(json.dumps([_as_json(status, children=False) for status in groups], indent=2))
-        return
-    _print_table(groups)
-    if not groups:
+    elif groups:
+        _print_table(groups)
+    else:
         typer.echo("no callback groups", err=True)
 
 
-def _ask(redis_url: str | None, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
+def _ask(url: str, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
     from .connection import open_broker
-
-    url = resolve_redis_url(redis_url)
 
     async def ask() -> _Answer:
         async with open_broker(url) as broker:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -59,6 +63,39 @@ class LogLevel(StrEnum):
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="Least level of what is logged.")]
 
 
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let commands share groups of options: of each parameter that is a dataclass the fields are the options.
+
+    The command itself gets the dataclass.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+                )
+            )
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect looks for it
+    return with_options
+
+
 def resolve_redis_url(option: str | None, file: str | None = None) -> str:
     """The server's address: from the option, else the file, else the environment, else `redis://localhost`.
 
@@ -85,7 +122,6 @@ def resolve_redis_url(option: str | None, file: str | None = None) -> str:
     try:
         check_url(url)
     except AddressError as error:
-        raise problem(
-            f"{origin}: {mask(url)!r} {error}; write redis://host:port/database, the database a number"
-        ) from None
+        form = "redis+sentinel://host:port,host:port/service" if "+sentinel://" in url else "redis://host:port"
+        raise problem(f"{origin}: {mask(url)!r} {error}; write {form}/database, the database a number") from None
     return url

@@ -11,30 +11,19 @@ import typer
 
 from .call import print_value, to_json
 from .errors import CliError, UsageProblem, explained_redis
-from .options import (
-    ArgsOption,
-    JsonOption,
-    KwargsOption,
-    ModuleOption,
-    NameArgument,
-    RedisUrlFileOption,
-    RedisUrlOption,
-    resolve_redis_url,
-)
+from .options import JsonOption, spread
+from .typed import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
     from ..plumbing.broker.models import TaskResult
-    from ..plumbing.factory import TaskRegistry
 
 #: How long the result of a task that somebody waits for is kept.
 _RESULT_TTL_SECONDS = 3600
 
 
+@spread
 def submit(
-    name: NameArgument,
-    args: ArgsOption = "[]",
-    kwargs: KwargsOption = "{}",
+    typed: TypedTask,
     at: Annotated[
         str | None,
         typer.Option(
@@ -46,9 +35,6 @@ def submit(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Wait no longer than this; with --wait.")
     ] = None,
     as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Submit a task to the queue of its priority and size, and print its id.
 
@@ -56,16 +42,11 @@ def submit(
 
     Example: diracx-task-run submit my_tasks:Greet --args '\\["world"]' --wait --timeout 30 --module my_tasks.py
     """
-    from .tasks import load_registry, make_task
-
-    url = resolve_redis_url(redis_url, redis_url_file)
     if timeout is not None and not wait:
         raise UsageProblem("--timeout says how long to wait for the result; add --wait")
     at_time = _moment(at)
-    registry = load_registry(module)
-    task = make_task(registry, name, args, kwargs)
     labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
-    asyncio.run(_Submission(name, task, registry, url, as_json).run(at_time, labels, wait, timeout))
+    asyncio.run(_Submission(typed.checked(), as_json).run(at_time, labels, wait, timeout))
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -78,25 +59,19 @@ def _moment(text: str | None) -> datetime | None:
 
 
 class _Submission:
-    def __init__(self, name: str, task: BaseTask, registry: TaskRegistry, url: str, as_json: bool) -> None:
-        self._name = name
-        self._task = task
-        self._registry = registry
-        self._url = url
+    def __init__(self, checked: CheckedTask, as_json: bool) -> None:
+        self._checked = checked
+        self._name = checked.name
+        self._url = checked.url
         self._as_json = as_json
 
     async def run(
         self, at_time: datetime | None, labels: dict[str, Any], wait: bool, timeout: float | None
     ) -> None:
-        from ..plumbing.binding import bound_to
-        from .connection import open_broker
-        from .services import tasks_config
-
-        config = tasks_config()
-        async with open_broker(self._url) as broker:
-            with bound_to(broker, self._registry, config), explained_redis(self._url):
+        async with self._checked.broker() as broker:
+            with explained_redis(self._url):
                 try:
-                    task_id = await self._task.schedule(at_time=at_time, labels=labels)
+                    task_id = await self._checked.task.schedule(at_time=at_time, labels=labels)
                 except (TypeError, ValueError, OverflowError) as error:
                     raise UsageProblem(f"{self._name} cannot be submitted: {error}") from error
             if not wait:
@@ -114,7 +89,7 @@ class _Submission:
             self._report_unfinished(task_id)
             raise CliError(
                 f"task {task_id} has not ended after {timeout:g} s; it goes on, if a worker for "
-                f"{type(self._task).size} tasks runs"
+                f"{type(self._checked.task).size} tasks runs"
             )
         self._report(task_id, result)
         if result.is_err:

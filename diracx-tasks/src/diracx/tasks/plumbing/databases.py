@@ -1,12 +1,17 @@
-"""Which SQL databases there are: `DIRACX_DB_URL_<NAME>`.
+"""SQL databases: which there are (`DIRACX_DB_URL_<NAME>`), and how MySQL is told to lock.
 
-In place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not say which of the
-variables is wrong.
+`database_urls` is in place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not
+say which of the variables is wrong.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .exceptions import TaskConfigError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 PREFIX = "DIRACX_DB_URL_"
 _DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+oracledb_async")
@@ -42,3 +47,25 @@ def _is_valid(url: str) -> bool:
         return make_url(url).drivername in _DRIVERS
     except (ArgumentError, ValueError):
         return False
+
+
+def read_committed(engine: AsyncEngine) -> None:
+    """Let each new connection to MySQL or MariaDB read what others have committed meanwhile.
+
+    With REPEATABLE READ, the default there, gaps between rows are locked, and whoever waited for a row goes on to
+    read what was there before the wait. Other databases are left alone.
+    """
+    if engine.dialect.name in ("mysql", "mariadb"):
+        from sqlalchemy import event
+
+        event.listen(engine.sync_engine, "connect", _set_read_committed)
+
+
+def _set_read_committed(connection: Any, _record: Any) -> None:
+    """Not by the engine's option `isolation_level`, which is set anew at each checkout. When the server has gone
+    meanwhile, that fails at a place where the pool loses its slot, and after a few of these it has none left."""
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+    finally:
+        cursor.close()

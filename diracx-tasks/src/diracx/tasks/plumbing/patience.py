@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -20,6 +21,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.sentinel import MasterNotFoundError as SyncMasterNotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ _PASSING = (
     TryAgainError,
     OSError,
 )
+#: When the sentinels know of none, or do not answer.
+NO_PRIMARY = (MasterNotFoundError, SyncMasterNotFoundError)
 #: First words of the others. UNBLOCKED: the server became a replica, or had to close, while we waited.
 _PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
 
@@ -49,6 +53,15 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, _PASSING):
         return True
     return isinstance(error, ResponseError) and str(error).split(" ", 1)[0] in _PASSING_WORDS
+
+
+def reason(error: BaseException) -> str:
+    """What the error says, for one line. The sentinels' goes on about redis-py's own objects."""
+    text = str(error).rstrip(".") or type(error).__name__
+    if isinstance(error, NO_PRIMARY):
+        said, silent, _ = text.partition(" : ")
+        return f"{said}; not every sentinel answers" if silent else f"{said}: no sentinel knows it"
+    return text
 
 
 class Pauses:
@@ -90,7 +103,7 @@ async def patiently(
             if not passing(error) or (stop is not None and stop.is_set()):
                 raise
             if not failed:
-                logger.warning("cannot %s: %s; trying again until it works", what, error)
+                logger.warning("cannot %s: %s; trying again until it works", what, reason(error))
             failed = True
             await asyncio.sleep(pauses.next())
         else:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
+from diracx.tasks.plumbing.databases import read_committed
 from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.sql.selectable import Subquery
@@ -60,10 +61,9 @@ class PilotDBConnection(BaseSQLDB):
             engine = self.engine
             if engine.dialect.name == "sqlite":
                 event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-            elif engine.dialect.name in ("mysql", "mariadb"):
-                # REPEATABLE READ, the default there, would let a waiter of the row lock count the pilots of
-                # before its wait, and its gap locks make two compute elements deadlock.
-                self._engine = engine.execution_options(isolation_level="READ COMMITTED")
+            # Else, on MySQL, a waiter of the row lock would count the pilots of before its wait, and two compute
+            # elements deadlock on the gaps between their rows.
+            read_committed(engine)
             if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
                 # All transactions share its one connection: they must not overlap.
                 self._turn = asyncio.Lock()

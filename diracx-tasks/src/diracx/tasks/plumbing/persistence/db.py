@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
-from sqlalchemy import ColumnElement, Select, and_, event, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, func, insert, or_, select, update
 
+from ..databases import read_committed
 from .letter import DeadLetter, DeadLetterStatus
 from .schema import DeadLetters, TaskDBBase
 from .text import attempts_as_text, fitting, storable
@@ -47,8 +48,7 @@ class TaskDB(BaseSQLDB):
     async def engine_context(self) -> AsyncIterator[None]:
         """The engine, for as long as the context lasts."""
         async with super().engine_context():
-            if self.engine.dialect.name in ("mysql", "mariadb"):
-                event.listen(self.engine.sync_engine, "connect", _read_committed)
+            read_committed(self.engine)  # else workers that store letters of neighbouring ids deadlock
             yield
 
     async def __aexit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
@@ -190,20 +190,6 @@ class TaskDB(BaseSQLDB):
         rows = (await self.conn.execute(query)).mappings()
         named = [{_ATTRIBUTES[name]: value for name, value in row.items()} for row in rows]
         return [row | {name: json.loads(row[name]) for name in _AS_JSON} for row in named]
-
-
-def _read_committed(connection: Any, _record: Any) -> None:
-    """For each new connection to MySQL, whose default is REPEATABLE READ: with that, workers that store letters of
-    neighbouring ids deadlock on the gaps between them.
-
-    Not by the engine's option `isolation_level`, which is set anew at each checkout. When the server has gone
-    meanwhile, that fails at a place where the pool loses its slot, and after a few of these it has none left.
-    """
-    cursor = connection.cursor()
-    try:
-        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
-    finally:
-        cursor.close()
 
 
 def _these(letters: Iterable[tuple[int, str]]) -> ColumnElement[bool]:

@@ -69,15 +69,18 @@ class Execution:
         """How it has ended when the process ends before it does; None when it is not ours to judge."""
         if self._taken_over or self._started is None:
             return None
-        seconds = time.monotonic() - self._started
-        cause = self._cancelled_for
-        if cause is None and self._limit is not None and seconds >= self._limit:
-            cause = TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
-        return _failed(cause or WorkerStoppedError("ignored its cancellation"), seconds)
+        cause = self._cancelled_for or self._overrun() or WorkerStoppedError("ignored its cancellation")
+        return _failed(cause, time.monotonic() - self._started)
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
-        self._cancel(WorkerStoppedError("the worker stopped before the task had ended"))
+        self._cancel(self._overrun() or WorkerStoppedError("the worker stopped before the task had ended"))
+
+    def _overrun(self) -> TimeLimitExceededError | None:
+        """What it is charged with when it goes on after its time limit."""
+        if self._started is None or self._limit is None or time.monotonic() - self._started < self._limit:
+            return None
+        return TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
 
     def cancel(self) -> None:
         """Cancel it because somebody asked for that."""

@@ -20,6 +20,8 @@ class WorkerSettings(BaseModel):
     """How long running tasks may go on after the first stop signal."""
     hard_limit_seconds: float | None = Field(default=None, gt=0)
     """An execution that ignores its cancellation for so long ends the process; None: it never does."""
+    report_overdue_seconds: float = Field(default=10.0, gt=0)
+    """An execution that ignores its cancellation for so long is reported, with or without a hard limit."""
     result_ttl_seconds: int | None = Field(default=None, ge=1)
     """Keep the results of all tasks for so long; None: only of those submitted with that label."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)

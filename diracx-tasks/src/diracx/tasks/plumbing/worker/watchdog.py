@@ -1,4 +1,4 @@
-"""The hard limit: an execution that does not heed its cancellation ends the process, for a supervisor to restart.
+"""Executions that do not heed their cancellation: they are reported, and with a hard limit they end the process.
 
 Runs on a thread of its own, since such an execution may block the event loop.
 """
@@ -50,7 +50,6 @@ class Watchdog:
         stop: asyncio.Event,
         drained: Callable[[], Future[None]],
     ) -> None:
-        assert settings.hard_limit_seconds is not None
         self._broker = broker
         self._settings = settings
         self._limit_seconds = settings.hard_limit_seconds
@@ -69,40 +68,44 @@ class Watchdog:
         self._thread.start()
 
     def finish(self) -> None:
-        """End as soon as nothing runs any more."""
+        """End; with a hard limit, as soon as nothing runs any more."""
         self._over.set()
 
     def _watch(self) -> None:
-        pause = min(_LOOK_SECONDS, self._limit_seconds / 4)
-        while not (self._over.is_set() and not self._running()):
-            if ignorant := self._ignorant():
-                self._end(ignorant)
+        limit, report = self._limit_seconds, self._settings.report_overdue_seconds
+        pause = min(_LOOK_SECONDS, report / 4, *([limit / 4] if limit is not None else []))
+        reported: set[Execution] = set()
+        while not self._over.is_set() or (limit is not None and self._running()):
+            if limit is not None and (ignorant := self._ignorant(limit)):
+                self._end(ignorant, limit)
+            late = set(self._ignorant(report))
+            for execution in late - reported:
+                self._report(execution, report, "its slot is lost until it ends")
+            reported = late
             time.sleep(pause)
 
-    def _ignorant(self) -> list[Execution]:
-        """Those that should have ended longer ago than the hard limit."""
-        earliest = time.monotonic() - self._limit_seconds
+    def _ignorant(self, seconds: float) -> list[Execution]:
+        """Those that should have ended longer ago than that."""
+        earliest = time.monotonic() - seconds
         return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
 
-    def _end(self, ignorant: list[Execution]) -> None:
+    def _report(self, execution: Execution, seconds: float, then: str) -> None:
+        task = f"{execution.message.task_name} {execution.message.task_id}"
+        logger.error("%s ignores its cancellation for more than %g s: %s", task, seconds, then)
+
+    def _end(self, ignorant: list[Execution], limit: float) -> None:
         self.ending = True
         for execution in ignorant:
-            logger.error(
-                "%s %s ignores its cancellation for more than %g s: the process ends with exit code %d",
-                execution.message.task_name,
-                execution.message.task_id,
-                self._limit_seconds,
-                EXIT_CODE,
-            )
+            self._report(execution, limit, f"the process ends with exit code {EXIT_CODE}")
         try:
-            self._let_others_end()
-            self._settle({*ignorant, *self._ignorant()})
+            self._let_others_end(limit)
+            self._settle({*ignorant, *self._ignorant(limit)})
         except Exception as error:
             logger.error("ending without the last settlements (%s): others will run these tasks again", error)
         finally:
             os._exit(EXIT_CODE)
 
-    def _let_others_end(self) -> None:
+    def _let_others_end(self, limit: float) -> None:
         """The other tasks have the grace period, unless the event loop is blocked and they cannot go on."""
         self._loop.call_soon_threadsafe(self._stop.set)
         answered = threading.Event()
@@ -111,7 +114,7 @@ class Watchdog:
             logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
             return
         deadline = time.monotonic() + self._settings.grace_seconds
-        while time.monotonic() < deadline and len(self._running()) > len(self._ignorant()):
+        while time.monotonic() < deadline and len(self._running()) > len(self._ignorant(limit)):
             time.sleep(0.05)
         self._drained().result(_LAST_WORDS_SECONDS)
 

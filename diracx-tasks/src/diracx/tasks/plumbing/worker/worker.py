@@ -116,19 +116,16 @@ class Worker:
                     await _or_die_with(settling, self._take_in(stop))
                 finally:
                     await self._finish()
-                    if watchdog is not None:
-                        watchdog.finish()
-                        if watchdog.ending:  # the process ends any moment now, with an exit code of its own
-                            await loop.create_future()
+                    watchdog.finish()
+                    if watchdog.ending:  # the process ends any moment now, with an exit code of its own
+                        await loop.create_future()
                     settling.cancel()
                     listening.cancel()
                     await asyncio.gather(settling, listening, return_exceptions=True)
         await self._leave()
 
-    def _watchdog(self, stop: asyncio.Event) -> Watchdog | None:
-        """What ends the process when an execution does not end: only where that was asked for."""
-        if self._settings.hard_limit_seconds is None:
-            return None
+    def _watchdog(self, stop: asyncio.Event) -> Watchdog:
+        """What says so when an execution does not end, and ends the process where that was asked for."""
         loop = asyncio.get_running_loop()
         watchdog = Watchdog(
             self._broker,
