@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ async def serve_supervised(ready: asyncio.Event, stop: Callable[[], None]) -> No
         await asyncio.wait({gone, is_ready}, return_when=asyncio.FIRST_COMPLETED)
         if is_ready.done():
             writer.write(_READY)
-        await gone
+        with suppress(ConnectionError):  # it had not read our word
+            await gone
         logger.warning("the supervisor is gone: stopping")
         stop()
     finally:

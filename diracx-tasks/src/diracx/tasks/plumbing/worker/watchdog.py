@@ -75,9 +75,13 @@ class Watchdog:
         limit, report = self._limit_seconds, self._settings.report_overdue_seconds
         pause = min(_LOOK_SECONDS, report / 4, *([limit / 4] if limit is not None else []))
         reported: set[Execution] = set()
+        suspected: list[Execution] = []
         while not self._over.is_set() or (limit is not None and self._running()):
-            if limit is not None and (ignorant := self._ignorant(limit)):
-                self._end(ignorant, limit)
+            if limit is not None:
+                # Seen twice, or a process that was paused beyond its limits would end before it could heed them.
+                seen_before, suspected = suspected, self._ignorant(limit)
+                if ignorant := [execution for execution in suspected if execution in seen_before]:
+                    self._end(ignorant, limit)
             late = set(self._ignorant(report))
             for execution in late - reported:
                 self._report(execution, report, "its slot is lost until it ends")
