@@ -297,9 +297,7 @@ class RedisStreamBroker:
 
         return await cancel(self, task_ids, result_ttl_seconds)
 
-    async def start(
-        self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0
-    ) -> list[list[int]]:
+    async def start(self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0) -> list[list[int]]:
         """Take the locks of each delivery or park it. See lua/start.lua for both lists."""
         replies = await scripts.start(self.redis, self.consumer_name, deliveries, int(lease_seconds * 1000))
         return [[int(number) for number in reply] for reply in replies]

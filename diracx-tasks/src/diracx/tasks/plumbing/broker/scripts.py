@@ -101,9 +101,7 @@ async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, 
     return await script("fetch")(redis, streams, [consumer, free, lease_ms])
 
 
-async def start(
-    redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0
-) -> Any:
+async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0) -> Any:
     """Take the locks of each delivery or park it. See lua/start.lua for the reply."""
     return await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
 
