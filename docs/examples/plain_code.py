@@ -17,7 +17,7 @@ async def main(redis_url: str | None = None) -> list[str]:
         result = await broker.wait_result(task_id, timeout=5)
         print(result.return_value)
 
-        # Many, in one round trip.
+        # Many at once: one round trip for every 500.
         task_ids = await schedule_many([Hello(name) for name in ("Ada", "Grace", "Mary")])
 
         # Not before tomorrow.

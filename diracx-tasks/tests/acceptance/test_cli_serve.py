@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from contextlib import suppress
 
 import pytest
 
@@ -48,6 +49,17 @@ def test_a_second_signal_cancels_what_runs(served, tmp_path, wait_until):
     assert worker.ends() == 0, worker.output
     assert waiting.ends() == 1
     assert "WorkerStoppedError" in waiting.output
+
+
+@pytest.mark.parametrize("command", ["worker", "scheduler"])
+def test_signals_that_come_after_the_last_task_do_not_spoil_the_exit_code(served, command):
+    serving = served.start(command)
+    serving.until("ready")
+    while serving.process.poll() is None:
+        serving.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            serving.process.wait(0.005)
+    assert serving.ends() == 0, serving.output
 
 
 def test_P28_tasks_that_share_their_default_locks_are_reported_at_the_start(served, tmp_path):

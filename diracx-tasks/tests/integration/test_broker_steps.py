@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission
 from diracx.tasks.plumbing.broker.redis_streams import in_ms
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker.keeper import Hold, LeaseKeeper
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest
 from diracx.tasks.plumbing.worker.settlement import hand_back
 from redis.asyncio import Redis
 
@@ -208,8 +208,8 @@ async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entr
     old = Delivery(stream=QUEUE, entry="1-1", deliveries=1, data=b"", raw=b"")
     new = replace(old, deliveries=3)  # it was taken over from us, and then by us
     keeper = LeaseKeeper("redis://localhost", "a", 30, asyncio.get_running_loop())
-    keeper.add(Hold(old, (), lambda *_: None))
-    keeper.add(Hold(new, (), lambda *_: None))
+    keeper.add(Rest(old))
+    keeper.add(Rest(new))
     keeper.forget(old)
     assert keeper.held() == [(QUEUE, "1-1")]
     keeper.forget(new)

@@ -199,22 +199,30 @@ def _serve(run: Callable[[asyncio.Event, list[Callable[[], None]]], Awaitable[No
     """Run until a signal comes, and end as it should. What goes wrong at the start is one line."""
 
     async def until_signalled() -> None:
-        stop = asyncio.Event()
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
         on_second_signal: list[Callable[[], None]] = []
 
-        def stop_or_hurry(number: signal.Signals) -> None:
+        def stop_or_hurry(number: int) -> None:
+            name = signal.Signals(number).name
             if not stop.is_set():
-                logger.info("%s: stopping; once more to cancel what runs", number.name)
+                logger.info("%s: stopping; once more to cancel what runs", name)
                 stop.set()
                 return
-            logger.warning("%s again: cancelling what runs", number.name)
+            logger.warning("%s again: cancelling what runs", name)
             for action in on_second_signal:
                 action()
 
-        loop = asyncio.get_running_loop()
+        def heard(number: int, _: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(stop_or_hurry, number)
+
+        # Not through the loop: its handlers go with it, and a late signal would then kill a process that has
+        # done all its work and only takes leave, with an exit code of failure.
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop_or_hurry, number)
+            signal.signal(number, heard)
         await run(stop, on_second_signal)
         logger.info("stopped")
 
     asyncio.run(until_signalled())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Python's own end would give up the handlers above

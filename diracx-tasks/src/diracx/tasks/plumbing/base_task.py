@@ -89,7 +89,7 @@ class BaseTask:
 async def schedule_many(
     tasks: Sequence[BaseTask], *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Submit many tasks in one round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
+    """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
     from .binding import current_binding
 
     binding = current_binding()

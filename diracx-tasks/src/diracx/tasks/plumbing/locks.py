@@ -8,8 +8,8 @@ Contract: the seed's lock reference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from os import urandom
 from typing import TYPE_CHECKING, Any, ClassVar
-from uuid import uuid4
 
 from .lock_registry import LockedObjectType
 
@@ -30,7 +30,7 @@ class BaseLock(ABC):
         self.obj = LockedObjectType(obj)
         self.key = key
         self.extra_keys = extra_keys
-        self._owner_id = uuid4().hex
+        self._owner_id = urandom(16).hex()
 
     @property
     def redis_key(self) -> str:

@@ -56,21 +56,21 @@ class TaskMessage:
     """W3C trace headers of the submitter."""
 
     def dumpb(self) -> bytes:
-        """The message as it is stored.
+        """The message as it is stored; what is empty is left out.
 
         Raises:
             TypeError: when an argument or a label has a type that cannot travel.
         """
-        return dumps(
-            {
-                "task_id": self.task_id,
-                "task_name": self.task_name,
-                "labels": self.labels,
-                "task_args": self.task_args,
-                "task_kwargs": self.task_kwargs,
-                "trace_context": self.trace_context,
-            }
-        )
+        fields: dict[str, Any] = {"task_id": self.task_id, "task_name": self.task_name}  # the id must be the first
+        if self.labels:
+            fields["labels"] = self.labels
+        if self.task_args:
+            fields["task_args"] = self.task_args
+        if self.task_kwargs:
+            fields["task_kwargs"] = self.task_kwargs
+        if self.trace_context:
+            fields["trace_context"] = self.trace_context
+        return dumps(fields)
 
     @classmethod
     def loadb(cls, data: bytes) -> Self:
@@ -84,18 +84,18 @@ class TaskMessage:
             message = cls(**fields)
         except Exception as error:
             raise ValueError(f"not a task message: {error}") from error
-        shapes = (
-            (message.task_id, str),
-            (message.task_name, str),
-            (message.labels, dict),
-            (message.task_args, list | tuple),
-            (message.task_kwargs, dict),
-        )
-        if not all(isinstance(value, shape) for value, shape in shapes):
+        if not (
+            isinstance(message.task_id, str)
+            and isinstance(message.task_name, str)
+            and isinstance(message.labels, dict)
+            and isinstance(message.task_args, list | tuple)
+            and isinstance(message.task_kwargs, dict)
+        ):
             raise ValueError("not a task message: a field has the wrong type")
-        if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
-            raise ValueError("not a task message: its attempts are no list")
-        checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
+        if message.labels:
+            if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
+                raise ValueError("not a task message: its attempts are no list")
+            checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
         return message
 
     @property
@@ -190,7 +190,7 @@ class Submission:
     """Not before this moment; None for now."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would cost more than everything else that is done to make one
 class Delivery:
     """A message in the hands of one worker. Whoever settles it must still be its owner."""
 

@@ -42,6 +42,8 @@ _CONNECTION: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
+#: Messages submitted by one script call.
+SUBMIT_BATCH = 500
 #: Children of a group in one script call.
 GROUP_BATCH = 500
 #: The third delivery: two workers have died with the message.
@@ -125,7 +127,7 @@ class RedisStreamBroker:
         await self.submit([Submission(message, stream or stream_name_for("normal", self.worker_size))])
 
     async def submit(self, submissions: Sequence[Submission]) -> None:
-        """Submit messages: one round trip, however many.
+        """Submit messages: one round trip for each queue and each `SUBMIT_BATCH` of them.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
@@ -137,12 +139,13 @@ class RedisStreamBroker:
                 submission, data = packed[0]
                 await self.redis.execute_command("XADD", submission.stream, "*", "data", data)
                 return
-            now = [(s.stream, data) for s, data in packed if s.at_time is None]
-            if now:
-                async with self.redis.pipeline(transaction=False) as pipe:
-                    for stream, data in now:
-                        pipe.execute_command("XADD", stream, "*", "data", data)
-                    await pipe.execute()
+            now: dict[str, list[bytes]] = {}
+            for submission, data in packed:
+                if submission.at_time is None:
+                    now.setdefault(submission.stream, []).append(data)
+            for stream, messages in now.items():
+                for first in range(0, len(messages), SUBMIT_BATCH):
+                    await scripts.submit(self.redis, stream, messages[first : first + SUBMIT_BATCH])
             for submission, data in packed:
                 if submission.at_time is not None:
                     due = in_ms(submission.at_time)
@@ -254,11 +257,15 @@ class RedisStreamBroker:
 
     def _delivery(self, message: Sequence[Any]) -> Delivery:
         position, entry, fields, deliveries, cancelled = message
+        stream = self.streams[position - 1]
+        if len(fields) == 2 and fields[0] == b"data":  # nearly always
+            data = fields[1]
+            return Delivery(stream, entry.decode(), deliveries, data, data, cancelled=bool(cancelled))
         values = dict(zip(fields[::2], fields[1::2], strict=False))
         data = values.get(b"data")
         return Delivery(
-            stream=self.streams[position - 1],
-            entry=_text(entry),
+            stream=stream,
+            entry=entry.decode(),
             deliveries=deliveries,
             data=data,
             raw=data if data is not None else msgpack.packb(fields),

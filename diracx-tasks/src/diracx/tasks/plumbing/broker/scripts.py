@@ -91,6 +91,11 @@ async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
     return [reply == 1 for reply in await script("extend")(redis, args=[pack(locks)])]
 
 
+async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
+    """Put messages into a stream: all of them or none."""
+    await script("submit")(redis, [stream], messages)
+
+
 async def delay(redis: Redis, task_id: str, due_ms: int, stream: str, reason: str, data: bytes) -> None:
     """Put a message aside until `due_ms` (ms since the epoch, the server's clock)."""
     await script("delay")(redis, args=[task_id, due_ms, stream, reason, data])

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..current import current_message
@@ -43,7 +43,7 @@ class Execution:
         self._running: asyncio.Task[Any] | None = None
         self._cancelled_for: Exception | None = None
         self._taken_over = False
-        self._started: tuple[datetime, float] | None = None
+        self._started: float | None = None
         self._limit: float | None = None
         self._condemned_at: float | None = None
 
@@ -62,19 +62,18 @@ class Execution:
         """Since when (`time.monotonic`) it goes on although it should not; None when it may."""
         moments = [] if self._condemned_at is None else [self._condemned_at]
         if self._started is not None and self._limit is not None:
-            moments.append(self._started[1] + self._limit)
+            moments.append(self._started + self._limit)
         return min((moment for moment in moments if moment <= time.monotonic()), default=None)
 
     def given_up(self) -> Failed | None:
         """How it has ended when the process ends before it does; None when it is not ours to judge."""
         if self._taken_over or self._started is None:
             return None
-        started, clock = self._started
-        seconds = time.monotonic() - clock
+        seconds = time.monotonic() - self._started
         cause = self._cancelled_for
         if cause is None and self._limit is not None and seconds >= self._limit:
             cause = TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
-        return Failed(cause or WorkerStoppedError("ignored its cancellation"), seconds, started)
+        return _failed(cause or WorkerStoppedError("ignored its cancellation"), seconds)
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
@@ -97,26 +96,28 @@ class Execution:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
         self._running = asyncio.current_task()
         current_message.set(self.message)
-        started, clock = datetime.now(UTC), time.monotonic()
-        limit = self.blueprint.time_limit(self.task)
-        self._started, self._limit = (started, clock), limit
-        deadline = asyncio.timeout(limit)
+        self._limit = limit = self.blueprint.time_limit(self.task)
+        self._started = started = time.monotonic()
+        deadline: asyncio.Timeout | None = None
         try:
-            async with deadline:
-                if self._cancelled_for is not None:
-                    raise asyncio.CancelledError  # before it had begun
+            if self._cancelled_for is not None:
+                raise asyncio.CancelledError  # before it had begun
+            if limit is None:
                 value = await self._execute(overrides)
+            else:
+                async with asyncio.timeout(limit) as deadline:
+                    value = await self._execute(overrides)
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             if self._taken_over:
                 return TakenOver()
             cause: BaseException = error
-            if isinstance(error, TimeoutError) and deadline.expired():
+            if isinstance(error, TimeoutError) and deadline is not None and deadline.expired():
                 cause = TimeLimitExceededError(f"took longer than its time limit of {limit} s")
                 cause.__cause__ = error
             elif isinstance(error, asyncio.CancelledError):
                 cause = self._cancelled_for or error
-            return Failed(cause, time.monotonic() - clock, started)
-        return Succeeded(value, time.monotonic() - clock)
+            return _failed(cause, time.monotonic() - started)
+        return Succeeded(value, time.monotonic() - started)
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
         if not self.blueprint.plan.parameters:
@@ -136,3 +137,7 @@ class Execution:
         assert self._running is not None
         if self._running.cancelling():
             raise asyncio.CancelledError
+
+
+def _failed(error: BaseException, seconds: float) -> Failed:
+    return Failed(error, seconds, datetime.now(UTC) - timedelta(seconds=seconds))

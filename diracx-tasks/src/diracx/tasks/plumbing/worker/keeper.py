@@ -10,10 +10,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
@@ -33,18 +33,51 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.2
 
 
+class Hold(Protocol):
+    """A stream entry and locks that are to be kept: an execution, or what is left to do after it."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """The entry."""
+
+    @property
+    def locks(self) -> Sequence[LockSpec]:
+        """The locks."""
+
+    def lose(self, what: str, taken_over: bool) -> None:
+        """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
+
+    def cancel(self) -> None:
+        """Called in the event loop when somebody cancelled the task."""
+
+    def condemn(self) -> None:
+        """Called at once, in the keeper's thread, before either of the others."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Hold:
-    """What one execution holds: its stream entry and its locks."""
+class Rest:
+    """A hold of something that is over and only has to be settled: there is nothing to cancel any more."""
 
     delivery: Delivery
-    locks: Sequence[LockSpec]
-    lost: Callable[[str, bool], None]
-    """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
-    cancelled: Callable[[], None] | None = None
-    """Called in the event loop when somebody cancelled the task."""
-    condemn: Callable[[], None] = lambda: None
-    """Called at once, in the keeper's thread."""
+    locks: Sequence[LockSpec] = ()
+
+    def lose(self, what: str, taken_over: bool) -> None:
+        """The settlement will be refused, which is enough."""
+
+    def cancel(self) -> None:
+        """It has ended."""
+
+    def condemn(self) -> None:
+        """It has ended."""
+
+
+class _WithoutLocks:
+    """A hold that has lost its locks: it is going to end, and its entry is kept until it is settled."""
+
+    def __init__(self, hold: Hold) -> None:
+        self.delivery = hold.delivery
+        self.locks: Sequence[LockSpec] = ()
+        self.lose, self.cancel, self.condemn = hold.lose, hold.cancel, hold.condemn
 
 
 class LeaseKeeper:
@@ -91,13 +124,15 @@ class LeaseKeeper:
 
     @property
     def overdue(self) -> bool:
-        """Whether the last renewal is so long ago that the worker may be thought dead: it was paused, or cut off."""
+        """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
     def add(self, hold: Hold) -> None:
         """Keep this renewed from now on."""
         with self._mutex:
             self._holds[hold.delivery.stream, hold.delivery.entry] = hold
+        if not hold.locks:
+            return
         shortest = min((lock["ttl_ms"] for lock in hold.locks if "ttl_ms" in lock), default=None)
         if shortest is not None and shortest / 3000 < self._interval:
             self._interval = shortest / 3000
@@ -167,8 +202,7 @@ class LeaseKeeper:
         for position in lost_entries:
             self._report(holds[position], "its lease ended and another worker took it over", taken_over=True)
         for position in cancelled:
-            if (cancel := holds[position].cancelled) is not None:
-                self._loop.call_soon_threadsafe(cancel)
+            self._loop.call_soon_threadsafe(holds[position].cancel)
         for position in lost_locks:
             hold, lock = locks[position]
             self._report(hold, f"the lock {lock['key']} could not be renewed")
@@ -191,9 +225,9 @@ class LeaseKeeper:
             if taken_over:
                 del self._holds[place]
             else:  # still ours to settle
-                self._holds[place] = replace(hold, locks=())
+                self._holds[place] = _WithoutLocks(hold)
         hold.condemn()
-        self._loop.call_soon_threadsafe(hold.lost, what, taken_over)
+        self._loop.call_soon_threadsafe(hold.lose, what, taken_over)
 
 
 @asynccontextmanager

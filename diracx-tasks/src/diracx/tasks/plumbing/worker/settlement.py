@@ -193,6 +193,8 @@ def _ended(
     make: Callable[[], TaskResult[Any]],
 ) -> None:
     """What follows from the end of a task, however it ended."""
+    if not message.labels and settings.result_ttl_seconds is None:
+        return  # nobody waits for it, and no group counts on it
     settlement.result = stored_result(message, settings.result_ttl_seconds, make)
     settlement.group = child_ended(message, error, make)
     settlement.collected = collected(message)
@@ -223,6 +225,9 @@ class Settler:
         """Send what there is, for ever."""
         while True:
             await self._work.wait()
+            # What ends in the same round of the event loop goes together; and the question for new messages,
+            # which is quickly answered, goes first.
+            await asyncio.sleep(0)
             self._work.clear()
             batch, self._waiting = self._waiting, []
             try:

@@ -23,7 +23,7 @@ from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
 from .execution import Execution
 from .intake import Intake
-from .keeper import Hold, LeaseKeeper
+from .keeper import LeaseKeeper, Rest
 from .settings import WorkerSettings
 from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
 from .watchdog import Watchdog
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
     from ..persistence import DeadLetter, TaskDB
+    from .outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Worker:
         self._letters = DeadLetterOffice(broker, task_db)
         self._given_overrides = overrides or {}
         self._overrides: Overrides = {}
-        self._running: dict[asyncio.Task[None], Execution] = {}
+        self._running: dict[Execution, asyncio.Task[None]] = {}
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
@@ -88,7 +89,7 @@ class Worker:
 
     def cancel_running(self) -> None:
         """Cancel what runs, as the end of the grace period would."""
-        for execution in self._running.values():
+        for execution in self._running:
             execution.stop()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -98,7 +99,7 @@ class Worker:
             redis.exceptions.RedisError: when the server does not answer at the start. Later it is waited for.
         """
         lease_seconds = self._settings.lease_seconds
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         async with (
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
             self._dependencies() as self._overrides,
@@ -132,7 +133,7 @@ class Worker:
         watchdog = Watchdog(
             self._broker,
             self._settings,
-            running=lambda: list(self._running.values()),
+            running=lambda: list(self._running),
             stop=stop,
             drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
         )
@@ -228,7 +229,7 @@ class Worker:
         return Execution(delivery, message, blueprint, task, locks)
 
     def _cancel(self, task_id: str) -> None:
-        for execution in self._running.values():
+        for execution in self._running:
             if execution.message.task_id == task_id:
                 execution.cancel()
 
@@ -241,15 +242,20 @@ class Worker:
         if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
-        self._keeper.add(
-            Hold(execution.delivery, execution.locks, execution.lose, execution.cancel, execution.condemn)
-        )
-        running = asyncio.create_task(self._run(execution))
-        self._running[running] = execution
-        running.add_done_callback(self._done)
+        self._keeper.add(execution)
+        self._running[execution] = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
-        outcome = await execution.run(self._overrides)
+        try:
+            self._told(execution, await execution.run(self._overrides))
+        except Exception:
+            logger.critical("an execution ended in an unforeseen way", exc_info=True)
+        finally:
+            del self._running[execution]
+            self._slot_freed.set()
+
+    def _told(self, execution: Execution, outcome: Outcome) -> None:
+        """What follows from an outcome."""
         try:
             settlement, letter = settle(execution, outcome, self._settings)
         except Exception as error:
@@ -260,14 +266,8 @@ class Worker:
         else:
             self._bury(settlement, letter)
 
-    def _done(self, running: asyncio.Task[None]) -> None:
-        del self._running[running]
-        self._slot_freed.set()
-        if not running.cancelled() and (error := running.exception()) is not None:
-            logger.critical("an execution ended in an unforeseen way", exc_info=error)
-
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
-        self._keeper.add(Hold(settlement.delivery, settlement.locks, lambda *_: None))
+        self._keeper.add(Rest(settlement.delivery, settlement.locks))
         burial = asyncio.create_task(self._store(settlement, letter))
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
@@ -306,14 +306,13 @@ class Worker:
         """Let what runs end, then cancel it; tell the broker everything that can still be told."""
         if self._running:
             logger.info("stopping: %d tasks may run for another %g s", self.busy, self._settings.grace_seconds)
-            await asyncio.wait(self._running, timeout=self._settings.grace_seconds)
+            await asyncio.wait(self._running.values(), timeout=self._settings.grace_seconds)
         if self._running:
             logger.warning("stopping: %d tasks are cancelled", self.busy)
-            for execution in self._running.values():
-                execution.stop()
+            self.cancel_running()
             # With a hard limit, what ignores this ends with the process, and not before.
             patience = _LAST_WORDS_SECONDS if self._settings.hard_limit_seconds is None else None
-            await asyncio.wait(self._running, timeout=patience)
+            await asyncio.wait(self._running.values(), timeout=patience)
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 if self._burials:
@@ -321,7 +320,7 @@ class Worker:
                 await self._settler.drained()
         except TimeoutError:
             logger.warning("stopping without the last settlements: others will run these tasks again")
-        for left in [*self._running, *self._burials]:
+        for left in [*self._running.values(), *self._burials]:
             left.cancel()
 
     async def _leave(self) -> None:

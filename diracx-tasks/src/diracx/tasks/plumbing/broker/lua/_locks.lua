@@ -176,3 +176,19 @@ local function look_again_in(lock, at_most_ms)
   if left >= 0 and left < at_most_ms then return left + 1 end
   return at_most_ms
 end
+
+-- A worker's ledger holds what is needed to give its locks back should it die: "{owner}:{key}" -> "{kind} {limit}".
+local function ledger_line(lock)
+  return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit or '')
+end
+
+-- The locks in a ledger, which has other lines as well (see orphan() in _queue.lua).
+local function locks_in(ledger)
+  local lines, locks = redis.call('HGETALL', ledger), {}
+  for line = 1, #lines, 2 do
+    local kind, limit = string.match(lines[line + 1], '^(%a+) (%d*)$')
+    local owner, key = string.match(lines[line], '^([^:]*):(.*)$')
+    if kind then locks[#locks + 1] = {kind = kind, key = key, owner = owner, limit = tonumber(limit)} end
+  end
+  return locks
+end

@@ -5,6 +5,32 @@ local function is_pending(stream, consumer, entry, deliveries)
   return not pending.err and pending[1] ~= nil and tonumber(pending[1][4]) == deliveries
 end
 
+-- Of the messages in a list of {stream, entry, …}, what is pending with this worker: stream -> entry -> deliveries.
+-- One question per stream, however many there are.
+local function pending_of(consumer, list)
+  local found, asked = {}, {}
+  for _, m in ipairs(list) do
+    local of_stream = asked[m.stream]
+    if not of_stream then
+      of_stream = {}
+      asked[m.stream], found[m.stream] = of_stream, {}
+    end
+    of_stream[#of_stream + 1] = m.entry
+  end
+  for stream, entries in pairs(asked) do
+    if #entries < 3 then
+      for _, entry in ipairs(entries) do
+        local p = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1, consumer)
+        if not p.err and p[1] then found[stream][entry] = tonumber(p[1][4]) end
+      end
+    else
+      local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
+      for _, p in ipairs(pending.err and {} or pending) do found[stream][p[1]] = tonumber(p[4]) end
+    end
+  end
+  return found
+end
+
 -- The field in a worker's ledger for an entry that it runs and that the server has lost: see renew.lua.
 local function orphan(stream, entry)
   return 'entry:' .. stream .. ' ' .. entry

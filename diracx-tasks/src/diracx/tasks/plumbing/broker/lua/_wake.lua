@@ -14,10 +14,10 @@ end
 local function wake(lock)
   if lock.kind == 'rate' then return end -- its waiters know when their quota returns
   local waiting, turn, readers_woken = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key, false
-  while redis.call('EXISTS', turn) == 0 do
+  while true do
     local first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
     local head = first[1]
-    if not head then return end
+    if not head or redis.call('EXISTS', turn) == 1 then return end
     local kind, task = string.match(head, '^(%a+):(.*)$')
     if not can_be_had(kind, lock) or (kind == 'exclusive' and readers_woken) then return end
     redis.call('ZREM', waiting, head)

@@ -45,11 +45,7 @@ end
 local dead = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', int(now_us() / 1000))
 for _, worker in ipairs(dead) do
   if worker ~= consumer then
-    local held = redis.call('HVALS', '$HELD_PREFIX' .. worker)
-    local locks = {}
-    for _, packed in ipairs(held) do
-      if packed ~= '' then locks[#locks + 1] = cmsgpack.unpack(packed) end -- '': an entry, see renew.lua
-    end
+    local locks = locks_in('$HELD_PREFIX' .. worker)
     redis.call('DEL', '$HELD_PREFIX' .. worker)
     release_all(locks)
     for position, stream in ipairs(KEYS) do

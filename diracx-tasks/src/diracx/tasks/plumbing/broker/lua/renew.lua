@@ -29,7 +29,7 @@ for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   local ours = kind.keep(lock, now)
   if not ours and data_lost and kind.take(lock, now) then
     ours = true
-    redis.call('HSET', held, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
+    redis.call('HSET', held, ledger_line(lock))
   end
   if not ours then lost_locks[#lost_locks + 1] = position end
 end

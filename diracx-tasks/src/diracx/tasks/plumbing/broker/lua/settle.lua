@@ -12,10 +12,18 @@
 -- has lost its data; the worker must renew what it holds and come again).
 -- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel
+local function follows(s)
+  return s.retry or s.requeue or s.dead or s.group or s.collected or s.cancelled or s.result or s.locks
+end
+
 local consumer, replies, marks = ARGV[1], {}, any_cancelled()
 local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
-for position, s in ipairs(cmsgpack.unpack(ARGV[3])) do
-  local ours = owns(s.stream, consumer, s.entry, s.deliveries)
+local settlements, ledger = cmsgpack.unpack(ARGV[3]), '$HELD_PREFIX' .. consumer
+local pending = pending_of(consumer, settlements)
+local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
+for position, s in ipairs(settlements) do
+  local ours = pending[s.stream][s.entry] == s.deliveries
+    or orphaned and redis.call('HDEL', ledger, orphan(s.stream, s.entry)) == 1
   local unknown = not ours and data_lost
   if ours then
     local looked = s.cancelled or (marks and not (s.retry or s.requeue))
@@ -23,8 +31,13 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[3])) do
     local task = there and task_of(data_of(there[2]))
     local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
-    remove(s.stream, s.entry)
-    redis.call('HDEL', '$HELD_PREFIX' .. consumer, orphan(s.stream, s.entry))
+    pending[s.stream][s.entry] = nil -- whoever says it twice is refused the second time
+    if follows(s) then
+      remove(s.stream, s.entry) -- first of all: should the rest go wrong, it must not be done twice
+    else
+      ended[s.stream] = ended[s.stream] or {}
+      table.insert(ended[s.stream], s.entry)
+    end
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
     end
@@ -40,10 +53,13 @@ for position, s in ipairs(cmsgpack.unpack(ARGV[3])) do
   end
   if s.locks and not unknown then
     release_all(s.locks)
-    for _, lock in ipairs(s.locks) do
-      redis.call('HDEL', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key)
-    end
+    for _, lock in ipairs(s.locks) do lines[#lines + 1] = ledger_line(lock) end
   end
   replies[position] = ours and 1 or unknown and -1 or 0
+end
+if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
+for stream, entries in pairs(ended) do
+  redis.call('XACK', stream, '$GROUP', unpack(entries))
+  redis.call('XDEL', stream, unpack(entries))
 end
 return replies

@@ -13,10 +13,12 @@ local function queued_at(entry)
   return int(tonumber(ms) * 1000 + math.min(tonumber(sequence), 999))
 end
 
-local consumer, now, replies = ARGV[1], now_us(), {}
+local consumer, now, replies, lines = ARGV[1], now_us(), {}, {}
 sign_on(consumer, tonumber(ARGV[3]), now)
-for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
-  if not owns(d.stream, consumer, d.entry, d.deliveries) then
+local deliveries = cmsgpack.unpack(ARGV[2])
+local pending = pending_of(consumer, deliveries)
+for position, d in ipairs(deliveries) do
+  if pending[d.stream][d.entry] ~= d.deliveries then
     replies[position] = {-1}
   else
     local since = d.since
@@ -26,8 +28,8 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
     if granted then
       for _, lock in ipairs(d.locks) do
         -- Its timer may have brought it here: then it still stands in line.
-        redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task)
-        redis.call('HSET', '$HELD_PREFIX' .. consumer, lock.owner .. ':' .. lock.key, cmsgpack.pack(lock))
+        if d.since ~= '0' then redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task) end
+        lines[#lines + 1], lines[#lines + 2] = ledger_line(lock)
       end
       replies[position] = {1}
     else
@@ -55,4 +57,5 @@ for position, d in ipairs(cmsgpack.unpack(ARGV[2])) do
     end
   end
 end
+if lines[1] then redis.call('HSET', '$HELD_PREFIX' .. consumer, unpack(lines)) end
 return replies
