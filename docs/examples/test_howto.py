@@ -17,7 +17,7 @@ import schedules
 import yaml
 from bare_locks import work_on
 from diracx.tasks.plumbing import MutexLock, TasksConfig
-from diracx.tasks.plumbing.config import load_tasks_config, unknown_names
+from diracx.tasks.plumbing.config import load_tasks_config, problems
 from diracx.tasks.plumbing.factory import TaskRegistry, tasks_of_module
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem, embedded_redis
@@ -137,7 +137,7 @@ def test_the_configuration_is_valid_and_names_tasks_that_exist() -> None:
     registry = TaskRegistry()
     for module in (accounts, downloads, my_tasks, schedules):
         registry = registry.merged_with(tasks_of_module(module))
-    assert unknown_names(config, registry, ["lhcb"]) == []
+    assert problems(config, registry, ["lhcb"]) == []
     assert isinstance(config, TasksConfig)
     assert config.get_override("schedules:Quota", "lhcb").periodic.rrule.startswith("FREQ=HOURLY")
 

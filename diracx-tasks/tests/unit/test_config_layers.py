@@ -201,8 +201,8 @@ class TestLines:
         places = [line.split(": ")[:2] for line in str(caught.value).splitlines()]
         assert places == [
             [f"{path}:4", "common.A.periodic.schedule"],
-            [f"{path}:7", "limits.ce.defualt"],
             [f"{path}:5", "common.A.rate_limit"],
+            [f"{path}:7", "limits.ce.defualt"],
         ]
         assert "did you mean 'default'?" in str(caught.value)
 

@@ -32,6 +32,7 @@ overrides; everything else stays as the code has it.
 
 from __future__ import annotations
 
+from .checks import check_written, checked_tasks_config, mistakes, problems, unknown_names
 from .model import (
     LimitConfig,
     ObjectLimits,
@@ -40,8 +41,10 @@ from .model import (
     TaskInstance,
     TaskOverride,
     TasksConfig,
+    whose,
 )
-from .reading import CONFIG_PATH_VARIABLE, load_tasks_config, tasks_config_of_environment, unknown_names
+from .reading import CONFIG_PATH_VARIABLE, load_tasks_config, tasks_config_of_environment
+from .source import Source
 
 __all__ = [
     "CONFIG_PATH_VARIABLE",
@@ -49,10 +52,16 @@ __all__ = [
     "ObjectLimits",
     "PeriodicTaskConfig",
     "Setting",
+    "Source",
     "TaskInstance",
     "TaskOverride",
     "TasksConfig",
+    "check_written",
+    "checked_tasks_config",
     "load_tasks_config",
+    "mistakes",
+    "problems",
     "tasks_config_of_environment",
     "unknown_names",
+    "whose",
 ]

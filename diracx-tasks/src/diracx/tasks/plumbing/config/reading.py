@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..exceptions import TaskConfigError
 from .merge import Path, mapping, merge_problems
 from .model import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
-from .source import Source
+from .source import Problem, Source, nearest
 
 #: Names the YAML file; unset or empty means `Systems.Tasks` of the DiracX configuration.
 CONFIG_PATH_VARIABLE = "DIRACX_TASKS_CONFIG"
@@ -65,37 +63,39 @@ def validated(raw: Any, source: Source) -> TasksConfig:
     """
     found, problems = parsed(raw, source)
     if found is None or problems:
-        raise TaskConfigError("\n".join(dict.fromkeys(source.report(*problem) for problem in problems)))
+        raise TaskConfigError("\n".join(source.report(problems)))
     return found
 
 
-def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[tuple[Path, str]]]:
-    """The configuration if there is nothing wrong with its form; what is wrong, with its place."""
+def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]:
+    """The configuration if there is nothing wrong with its form; and what is wrong."""
     problems = [
-        (path, "is there twice, and only this one would count: put them together") for path in source.duplicates()
+        Problem(path, "is there twice, and only this one would count: put them together")
+        for path in source.duplicates()
     ]
     try:
         found = TasksConfig.model_validate({} if raw is None else raw)
     except ValidationError as exc:
-        # Errors without a place come from the check of the merged layers, which is repeated here in lines.
+        # Errors without a place come from the check of the merged layers, which is repeated here one by one.
         errors = [error for error in exc.errors() if error["loc"] or error["type"] != "value_error"]
-        return None, [*problems, *map(_problem, errors), *merge_problems(raw)]
+        merged = [Problem(*problem) for problem in merge_problems(raw)]
+        return None, [*problems, *map(_problem, errors), *merged]
     found._source = source
     return found, problems
 
 
-def _problem(error: Any) -> tuple[Path, str]:
+def _problem(error: Any) -> Problem:
     """One validation error as its place and what is wrong."""
     where = tuple(str(part) for part in error["loc"] if part != "[key]")
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        return where, f"unknown field{nearest(where[-1], _model_at(where[:-1]).model_fields)}"
+        return Problem(where, f"unknown field{nearest(where[-1], _model_at(where[:-1]).model_fields)}")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return where, f"must be a mapping of names to values, not {given!r}"
+        return Problem(where, f"must be a mapping of names to values, not {given!r}")
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return where, message
-    return where, f"{message[:1].lower()}{message[1:]}, not {given!r}"
+        return Problem(where, message)
+    return Problem(where, f"{message[:1].lower()}{message[1:]}, not {given!r}")
 
 
 def _model_at(where: Path) -> type[BaseModel]:
@@ -112,33 +112,6 @@ def _model_at(where: Path) -> type[BaseModel]:
         case ():
             return TasksConfig
     return TaskOverride
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint at the valid name that `name` was probably meant to be, or at all of them if few."""
-    names = sorted(valid)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f" (known: {', '.join(names)})" if names and len(names) <= 10 else ""
-
-
-def unknown_names(config: TasksConfig, registry_names: Collection[str], vos: Collection[str]) -> list[str]:
-    """Return one line for each configured task that is not registered and each VO that does not exist."""
-    class_names = {name.rpartition(":")[2] for name in registry_names}
-
-    def check(path: str, tasks: Iterable[str]) -> Iterator[str]:
-        for name in tasks:
-            if name not in registry_names and name not in class_names:
-                choices = registry_names if ":" in name else class_names
-                yield f"{path}.{name}: unknown task{nearest(name, choices)}"
-
-    problems = list(check("common", config.common))
-    for vo, tasks in config.vo_overrides.items():
-        if vo not in vos:
-            problems.append(f"vo_overrides.{vo}: unknown VO{nearest(vo, vos)}")
-        problems.extend(check(f"vo_overrides.{vo}", tasks))
-    return problems
 
 
 def tasks_config_of_environment() -> TasksConfig:

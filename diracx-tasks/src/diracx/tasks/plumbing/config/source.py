@@ -1,10 +1,11 @@
-"""Where a configuration was read from, down to the line."""
+"""Where a configuration was read from, down to the line, and how a problem with it is reported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, NamedTuple
 
 from .merge import Path
 
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
     from yaml.nodes import Node
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class Problem(NamedTuple):
+    """Something that is wrong with a configuration."""
+
+    path: Path
+    message: str
+    foreign: bool = False
+    """It is a name that nothing goes by here, and may be known elsewhere: where other extensions are installed."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,15 @@ class Source:
         line = self.line(path)
         return self.name if line is None else f"{self.name}:{line}"
 
-    def report(self, path: Path, message: str) -> str:
-        """One problem as `file:line: dotted.path: message`."""
-        where = ".".join(path) or "the top level"
-        at = self.at(path)
-        return f"{at}: {where}: {message}" if at else f"{where}: {message}"
+    def report(self, problems: Iterable[Problem]) -> list[str]:
+        """Each problem as `file:line: dotted.path: message`, by line; each line once."""
+        by_line = sorted(problems, key=lambda problem: self.line(problem.path) or 0)
+        return list(dict.fromkeys(map(self._report, by_line)))
+
+    def _report(self, problem: Problem) -> str:
+        where = ".".join(problem.path) or "the top level"
+        at = self.at(problem.path)
+        return f"{at}: {where}: {problem.message}" if at else f"{where}: {problem.message}"
 
     def duplicates(self) -> Iterator[Path]:
         """Each key that a mapping has twice: YAML keeps the last, silently."""
@@ -84,3 +98,12 @@ def _entry(node: Node | None, part: str) -> tuple[int, Node] | None:
                 if _pairs(merged) and (found := _entry(merged, part)):
                     return found
     return None
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint at the valid name that `name` was probably meant to be, or at all of them if few."""
+    names = sorted(valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (known: {', '.join(names)})" if names and len(names) <= 10 else ""
