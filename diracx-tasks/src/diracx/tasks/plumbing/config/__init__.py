@@ -33,6 +33,7 @@ overrides; everything else stays as the code has it.
 from __future__ import annotations
 
 from .checks import check_written, checked_tasks_config, mistakes, problems, unknown_names
+from .effective import describe_schedule, instance_settings, object_settings, task_settings
 from .model import (
     LimitConfig,
     ObjectLimits,
@@ -44,13 +45,14 @@ from .model import (
     whose,
 )
 from .reading import CONFIG_PATH_VARIABLE, load_tasks_config, tasks_config_of_environment
-from .source import Source
+from .source import Problem, Source
 
 __all__ = [
     "CONFIG_PATH_VARIABLE",
     "LimitConfig",
     "ObjectLimits",
     "PeriodicTaskConfig",
+    "Problem",
     "Setting",
     "Source",
     "TaskInstance",
@@ -58,9 +60,13 @@ __all__ = [
     "TasksConfig",
     "check_written",
     "checked_tasks_config",
+    "describe_schedule",
+    "instance_settings",
     "load_tasks_config",
     "mistakes",
+    "object_settings",
     "problems",
+    "task_settings",
     "tasks_config_of_environment",
     "unknown_names",
     "whose",

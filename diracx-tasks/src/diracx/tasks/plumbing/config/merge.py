@@ -30,8 +30,8 @@ def task_keys(task_name: str) -> tuple[str, ...]:
 
 def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
     """The names under which a limiter may be configured: its first key, and all of them with colons between."""
-    first, *more = keys
-    return (first, ":".join([first, *more])) if more else (first,)
+    names = tuple(keys)
+    return names if len(names) < 2 else (names[0], ":".join(names))
 
 
 def lay(layers: Iterable[Layer]) -> dict[str, Any]:

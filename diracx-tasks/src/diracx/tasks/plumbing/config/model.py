@@ -258,10 +258,10 @@ _ByType = Annotated[dict[str, ObjectLimits], BeforeValidator(_none_is_empty_belo
 
 
 class Setting(NamedTuple):
-    """A value in force, and where in the configuration it was written."""
+    """A value in force, and where in the configuration it was written; None: it is as in the code."""
 
     value: Any
-    path: Path
+    path: Path | None
 
 
 class TasksConfig(BaseModel):

@@ -84,7 +84,7 @@ class Blueprint:
         settings = [found[field] for field in fields if field in found]
         if len(settings) < len(fields):
             return limiter
-        own = any(setting.path[0] == "vo_limits" for setting in settings)
+        own = any(setting.path is not None and setting.path[0] == "vo_limits" for setting in settings)
         return _limited(limiter, [setting.value for setting in settings], vo if own else None)
 
     def _override_limits(self, locks: list[BaseLock], vo: str | None) -> None:
