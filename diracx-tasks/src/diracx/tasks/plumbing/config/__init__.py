@@ -18,12 +18,12 @@ Either a YAML file (`DIRACX_TASKS_CONFIG`) or the `Systems.Tasks` section of the
         "my_pilots:MySubmitPilotsTask":
           periodic: {schedule: "*/2 * * * *"}
     limits:                          # of every limiter that tasks take, by the kind and key of its object
-      my_pilot:
+      site:
         default: {concurrency_limit: 5}
-        keys: {"ce01.example.org": {concurrency_limit: 50}}
+        keys: {CERN: {concurrency_limit: 50}}
     vo_limits:                       # on top of that, counting one VO's tasks only
       lhcb:
-        my_pilot:
+        site:
           default: {concurrency_limit: 2}
 
 A task is named in full (`category:Class`) or by its class alone; the full name wins. Only what is written

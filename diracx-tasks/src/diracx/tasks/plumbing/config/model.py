@@ -34,7 +34,6 @@ from .source import Source
 # Strict, so that `true` or "10" in a YAML file is a mistake and not a number.
 _Count = Annotated[int, Field(strict=True, ge=1)]
 _Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-_Switch = Annotated[bool, Field(strict=True)]
 
 _AS_IN_CODE = "as in the code"
 #: What goes into the id of a schedule, `category:Class@instance/vo`, and can be read back from it.
@@ -47,15 +46,22 @@ def _empty_if_none(value: Any) -> Any:
 
 
 def _field(
-    description: str, *, example: Any, default: Any = None, unit: str | None = None, stands_for: str = _AS_IN_CODE
+    description: str,
+    *,
+    example: Any,
+    default: Any = None,
+    unit: str | None = None,
+    keys: tuple[str, ...] = (),
+    stands_for: str = _AS_IN_CODE,
 ) -> Any:
     """A field, with what its reference says besides its type.
 
     Args:
         unit: of its number.
+        keys: by what a mapping goes, from the outside in.
         stands_for: what the default means to a reader, where it is None or empty.
     """
-    extra: JsonDict = {"unit": unit, "stands_for": stands_for}
+    extra: JsonDict = {"unit": unit, "keys": list(keys), "stands_for": stands_for}
     return Field(default=default, description=description, examples=[example], json_schema_extra=extra)
 
 
@@ -135,6 +141,7 @@ class TaskInstance(BaseModel):
     args: Annotated[dict[str, Any], BeforeValidator(_empty_if_none)] = _field(
         "Arguments of the task's class, by name; `vo` comes by itself. One value: a VO's replace the common ones.",
         default={},
+        keys=("argument",),
         example={"compute_elements": ["ce01.example.org"]},
         stands_for="none",
     )
@@ -201,6 +208,7 @@ class TaskOverride(BaseModel):
         "Schedules of a periodic task by name: it runs once for each, and no longer by its plain name. "
         "Written and left empty: none again, also for a VO for which `common` has some.",
         default={},
+        keys=("name of the instance",),
         example={"fast-sites": {"args": {"compute_elements": ["ce01.example.org"]}}},
         stands_for="none: it runs by its plain name",
     )
@@ -241,7 +249,8 @@ class ObjectLimits(BaseModel):
         "By the key of the object, on top of `default`. For an object of several keys: by the first, and on top "
         "of that by all of them with colons between.",
         default={},
-        example={"ce01.example.org": {"concurrency_limit": 50}},
+        keys=("key of the object",),
+        example={"CERN": {"concurrency_limit": 50}},
         stands_for="none",
     )
 
@@ -272,25 +281,29 @@ class TasksConfig(BaseModel):
     common: _ByTask = _field(
         "By task name, for every VO and for tasks that have none.",
         default={},
+        keys=("task",),
         example={"my_pilots:MyPilotTask": {"concurrency_limit": 10}},
         stands_for="empty",
     )
     vo_overrides: Annotated[dict[str, _ByTask], BeforeValidator(_empty_if_none)] = _field(
         "By VO and task name, on top of `common`.",
         default={},
+        keys=("VO", "task"),
         example={"lhcb": {"my_pilots:MyPilotTask": {"concurrency_limit": 20}}},
         stands_for="empty",
     )
     limits: _ByType = _field(
         "By kind of locked object: the numbers of every limiter that a task takes on such an object.",
         default={},
-        example={"my_pilot": {"default": {"concurrency_limit": 5}}},
+        keys=("kind of object",),
+        example={"site": {"default": {"concurrency_limit": 5}}},
         stands_for="empty",
     )
     vo_limits: Annotated[dict[str, _ByType], BeforeValidator(_empty_if_none)] = _field(
         "By VO and kind of locked object, on top of `limits`; such a limit counts that VO's tasks only.",
         default={},
-        example={"lhcb": {"my_pilot": {"default": {"concurrency_limit": 2}}}},
+        keys=("VO", "kind of object"),
+        example={"lhcb": {"site": {"default": {"concurrency_limit": 2}}}},
         stands_for="empty",
     )
 
