@@ -45,6 +45,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/mypy
 
 docs: $(STAMP) ## build the documentation into site/; a warning is an error
+	$(BIN)/python docs/hooks/configuration.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises are kept; ARGS="--seconds 120 --seed 1 --json"

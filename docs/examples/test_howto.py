@@ -17,8 +17,8 @@ import schedules
 import yaml
 from bare_locks import work_on
 from diracx.tasks.plumbing import MutexLock, TasksConfig
-from diracx.tasks.plumbing.config import load_tasks_config, unknown_names
-from diracx.tasks.plumbing.factory import TaskRegistry, tasks_of_module
+from diracx.tasks.plumbing.config import load_tasks_config, problems
+from diracx.tasks.plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from fastapi import FastAPI
@@ -135,11 +135,20 @@ async def test_a_route_submits() -> None:
 def test_the_configuration_is_valid_and_names_tasks_that_exist() -> None:
     config = load_tasks_config(HERE / "tasks.yaml")
     registry = TaskRegistry()
-    for module in (accounts, downloads, my_tasks, schedules):
+    for module in (accounts, downloads, limits, my_tasks, schedules):
         registry = registry.merged_with(tasks_of_module(module))
-    assert unknown_names(config, registry, ["lhcb"]) == []
+    assert problems(config, registry, ["lhcb"]) == []
     assert isinstance(config, TasksConfig)
     assert config.get_override("schedules:Quota", "lhcb").periodic.rrule.startswith("FREQ=HOURLY")
+
+
+def test_the_configuration_of_pilots_is_valid_and_does_what_it_says() -> None:
+    config = load_tasks_config(HERE / "pilots.yaml")
+    assert problems(config, load_task_registry(), ["lhcb", "gridpp"]) == []
+    lhcb, gridpp = (config.get_override("my_pilots:MySubmitPilotsTask", vo).instances for vo in ("lhcb", "gridpp"))
+    assert lhcb["fast-sites"].periodic.schedule == "0 */2 * * *"
+    assert lhcb["the-rest"].args == {"all_but": lhcb["fast-sites"].args["compute_elements"]}
+    assert [gridpp[name].enabled for name in gridpp] == [True, False]
 
 
 def test_the_ce_file_is_valid() -> None:

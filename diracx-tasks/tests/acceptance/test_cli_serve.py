@@ -108,6 +108,22 @@ def test_a_configuration_that_is_wrong_is_one_line(served, one_line, tmp_path, c
     one_line(served.mine(command), 1, "tasks.yaml", *said)
 
 
+def test_P46_a_start_reports_all_that_is_wrong_with_the_configuration(served, tmp_path):
+    (tmp_path / "tasks.yaml").write_text(
+        "common:\n  Tick:\n    periodic: {schedule: nope}\n    instances: {a: {args: {b: 1}}}\n  Gret: {}\n"
+    )
+    served.environment["DIRACX_TASKS_CONFIG"] = "tasks.yaml"
+    ended = served.mine("scheduler")
+    assert ended.returncode == 1
+    *found, last = ended.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in found] == [
+        ["tasks.yaml:3", "common.Tick.periodic.schedule"],
+        ["tasks.yaml:4", "common.Tick.instances.a.args.b"],
+        ["tasks.yaml:5", "common.Gret"],
+    ]
+    assert last == "error: the configuration of tasks is wrong in 3 places"
+
+
 def test_a_diracx_configuration_that_cannot_be_read_is_one_line(served, one_line):
     served.environment["DIRACX_CONFIG_BACKEND_URL"] = "git+https://user:sesame@127.0.0.1:1/config"
     line = one_line(served.mine("scheduler"), 1, "DIRACX_CONFIG_BACKEND_URL", "git+https://user:***@127.0.0.1:1")

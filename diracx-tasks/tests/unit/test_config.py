@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +40,13 @@ def written(tmp_path: Path, text: str) -> Path:
 def problems(path: Path) -> list[str]:
     with pytest.raises(TaskConfigError) as caught:
         load_tasks_config(path)
-    lines = str(caught.value).split("\n")
-    assert all(line.startswith(f"{path}: ") for line in lines)
-    return [line.removeprefix(f"{path}: ") for line in lines]
+    return [without_place(line, path) for line in str(caught.value).split("\n")]
+
+
+def without_place(line: str, path: Path) -> str:
+    found = re.fullmatch(rf"{re.escape(str(path))}(?::\d+)?: (.*)", line)
+    assert found, line
+    return found[1]
 
 
 class TestSchedule:
@@ -109,6 +114,7 @@ def test_defaults_are_as_published():
     assert (override.enabled, override.rate_limit, override.rate_window_seconds) == (True, None, None)
     assert (override.concurrency_limit, override.periodic) == (None, None)
     assert (TasksConfig().common, TasksConfig().vo_overrides) == ({}, {})
+    assert (TasksConfig().limits, TasksConfig().vo_limits, override.instances) == ({}, {}, {})
     first, second = TasksConfig(), TasksConfig()
     first.common["a:A"] = override
     assert second.common == {}

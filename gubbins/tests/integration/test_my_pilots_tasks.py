@@ -96,6 +96,39 @@ async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(sqlite_db: M
             await MySubmitPilotsTask("lhcb").execute(my_pilot_db=sqlite_db, config=config)
 
 
+def test_a_submit_task_may_be_for_some_compute_elements() -> None:
+    assert MySubmitPilotsTask("lhcb") == MySubmitPilotsTask(vo="lhcb", compute_elements=None, all_but=None)
+    with pytest.raises(TypeError):
+        MySubmitPilotsTask("lhcb", ["fast"])  # type: ignore[misc]
+    with pytest.raises(ValueError, match="compute_elements and all_but exclude each other"):
+        MySubmitPilotsTask("lhcb", compute_elements=["fast"], all_but=["fast"])
+
+
+async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
+    sqlite_db: MyPilotDB, config: Config
+) -> None:
+    for name in ("fast", "slow", "slower"):
+        await sqlite_db.add_ce(name, 3, 1.0)
+    tasks = [MySubmitPilotsTask, MyPilotTask]
+    overrides: dict[Any, Any] = {
+        MyPilotDB.no_transaction: lambda: sqlite_db,
+        ConfigSource.create: lambda: config,
+    }
+    async with TaskSystem(tasks, overrides=overrides, task_db_url=None) as system:
+
+        async def asked(task: MySubmitPilotsTask) -> dict[str, int]:
+            result = await system.result(await task.schedule(), timeout=30)
+            assert not result.is_err, result.error
+            await system.drain(timeout=30)
+            return result.return_value
+
+        assert await asked(MySubmitPilotsTask("lhcb", compute_elements=["fast", "unknown"])) == {"fast": 1}
+        assert await asked(MySubmitPilotsTask("lhcb", compute_elements=[])) == {}
+        assert await asked(MySubmitPilotsTask("lhcb", all_but=["fast"])) == {"slow": 1, "slower": 1}
+        assert (await asked(MySubmitPilotsTask("dteam"))).keys() == {"fast", "slow", "slower"}
+    assert set((await sqlite_db.get_pilot_summary())["lhcb"]) == {"fast", "slow", "slower"}
+
+
 async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(sqlite_db: MyPilotDB, config: Config) -> None:
     db = sqlite_db
     await db.add_ce("reliable", 5, 1.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MySubmitPilotsTask"]
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
@@ -63,11 +63,25 @@ class MyPilotTask(BaseTask):
 
 @dataclass
 class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
-    """Spawns one `MyPilotTask` for each slot that the VO may fill."""
+    """Spawns one `MyPilotTask` for each slot that the VO may fill.
+
+    Configuration may have several instances of it, each for some compute elements and with its own schedule.
+
+    Raises:
+        ValueError: when both `compute_elements` and `all_but` are given.
+    """
 
     vo: str
+    compute_elements: list[str] | None = field(default=None, kw_only=True)
+    """Names of the only ones to submit to; None: all."""
+    all_but: list[str] | None = field(default=None, kw_only=True)
+    """Names of those not to submit to."""
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
+
+    def __post_init__(self) -> None:
+        if self.compute_elements is not None and self.all_but is not None:
+            raise ValueError("compute_elements and all_but exclude each other: give one of them")
 
     async def execute(
         self,
@@ -80,7 +94,9 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
         The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
         """
         vos = [self.vo] if config is None else list(config.registry)
-        asked = await logic.request_pilots(my_pilot_db, self.vo, vos=vos)
+        asked = await logic.request_pilots(
+            my_pilot_db, self.vo, vos=vos, compute_elements=self.compute_elements, all_but=self.all_but or ()
+        )
         for ce_name, count in asked.items():
             spawned = 0
             try:

@@ -9,6 +9,7 @@ import typer
 
 from .call import call
 from .cancel import cancel
+from .config import app as config
 from .dev import dev
 from .dlq import app as dlq
 from .errors import CliError, mask, one_line
@@ -44,6 +45,7 @@ for _function, _name in (
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")
 app.add_typer(group, name="group")
+app.add_typer(config, name="config")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -13,7 +13,6 @@ from .options import JsonOption, ModuleOption
 if TYPE_CHECKING:
     from ..plumbing.base_task import BaseTask
     from ..plumbing.retry_policies import RetryPolicyBase
-    from ..plumbing.schedules import TaskScheduleBase
 
 #: Width of the table where there is no terminal to fit it into.
 _WIDTH_WITHOUT_TERMINAL = 220
@@ -35,6 +34,7 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
     from ..plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
+    from ..plumbing.config import describe_schedule
 
     periodic = issubclass(task_class, PeriodicBaseTask)
     if issubclass(task_class, PeriodicVoAwareBaseTask):
@@ -46,7 +46,7 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
         "kind": kind,
         "priority": str(task_class.priority),
         "size": str(task_class.size),
-        "schedule": _schedule(getattr(task_class, "default_schedule", None)) if periodic else None,
+        "schedule": describe_schedule(getattr(task_class, "default_schedule", None)) if periodic else None,
         "enabled": bool(getattr(task_class, "_enabled", True)),
         "retry": _retry(task_class.retry_policy),
         "dlq_eligible": task_class.dlq_eligible,
@@ -73,21 +73,6 @@ def _arguments(task_class: type[BaseTask]) -> str:
             text += f" = {'…' if ' at 0x' in repr(default) else repr(default)}"
         shown.append(text)
     return f"({', '.join(shown)})"
-
-
-def _schedule(schedule: TaskScheduleBase | None) -> str | None:
-    from ..plumbing.schedules import CronSchedule, IntervalSeconds, RRuleSchedule
-
-    match schedule:
-        case None:
-            return None
-        case IntervalSeconds(seconds=seconds):
-            return f"every {seconds:g} s"
-        case CronSchedule(expression=expression):
-            return f"cron {expression}"
-        case RRuleSchedule(rule=rule):
-            return f"rrule {rule}"
-    return repr(schedule)
 
 
 def _retry(policy: RetryPolicyBase) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, MetaData
 
     from ..plumbing.config import TasksConfig
+    from ..plumbing.exceptions import TaskConfigError
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.injection import Plan
     from ..plumbing.persistence import TaskDB
@@ -195,12 +196,16 @@ def read_configuration(registry: TaskRegistry) -> Configuration:
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
-    from ..plumbing.config import unknown_names
+    from ..plumbing.config import checked_tasks_config
+    from ..plumbing.exceptions import TaskConfigError
 
-    config = _diracx_config()
+    config = diracx_config()
     vos = None if config is None else sorted(config.registry)
-    tasks = _tasks_config(config)
-    for line in unknown_names(tasks, registry.keys(), list(tasks.vo_overrides) if vos is None else vos):
+    try:
+        tasks, warnings = checked_tasks_config(registry, vos, config=config)
+    except TaskConfigError as error:
+        raise _wrong(error) from error
+    for line in warnings:
         logger.warning("configuration of tasks: %s", line)
     return Configuration(tasks, vos)
 
@@ -211,20 +216,24 @@ def tasks_config() -> TasksConfig:
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
-    return _tasks_config(_diracx_config())
-
-
-def _tasks_config(config: Config | None) -> TasksConfig:
     from ..plumbing.config import load_tasks_config
     from ..plumbing.exceptions import TaskConfigError
 
     try:
-        return load_tasks_config(config=config)
+        return load_tasks_config(config=diracx_config())
     except TaskConfigError as error:
-        raise CliError(f"the configuration of tasks is wrong: {'; '.join(str(error).splitlines())}") from error
+        raise _wrong(error) from error
 
 
-def _diracx_config() -> Config | None:
+def _wrong(error: TaskConfigError) -> CliError:
+    """All that is wrong, each on its line; a single thing is the line."""
+    lines = str(error).splitlines()
+    if len(lines) == 1:
+        return CliError(f"the configuration of tasks is wrong: {lines[0]}")
+    return CliError(f"the configuration of tasks is wrong in {len(lines)} places", detail=f"{error}\n")
+
+
+def diracx_config() -> Config | None:
     """The DiracX configuration, None when DIRACX_CONFIG_BACKEND_URL is not set."""
     url = os.environ.get(CONFIG_VARIABLE)
     if not url:

@@ -104,6 +104,42 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     return task
 
 
+def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+    """All that is wrong with named arguments that somebody typed: which one (None: all together), and what.
+
+    Finds what `check_arguments` refuses, and does not stop at the first.
+    """
+    shape = _shape(cls)
+    problems: list[tuple[str | None, str]] = []
+    given: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        try:
+            bound, _ = shape.bind((), {name: value})
+            for parameter in bound:
+                shape.parameters[parameter].check(value)
+            given |= bound
+        except TypeError as exc:
+            given[name] = value
+            problems.append((name, str(exc).removeprefix(f"argument {name!r}").lstrip(":. ")))
+    try:
+        shape.check_complete(given)
+    except TypeError as exc:
+        problems.append((None, str(exc)))
+    if not problems:
+        try:
+            check_arguments(cls, (), kwargs)
+        except TaskArgumentsError as exc:
+            problems.append((None, str(exc).removeprefix(f"{shape}: ")))
+    return problems
+
+
+def knows_vo(cls: type[BaseTask]) -> bool:
+    """Whether a task of this class may belong to a VO: it takes one, or its author has written an `__init__`."""
+    shape = _shape(cls)
+    generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names
+    return "vo" in shape.names or shape.extra or hasattr(cls, "vo") or not generated
+
+
 @dataclasses.dataclass
 class _Parameter:
     """One argument of a task class."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .enums import Priority, Size
 from .lock_registry import TASK
@@ -107,6 +107,8 @@ class PeriodicBaseTask(BaseTask):
     default_schedule: ClassVar[TaskScheduleBase]
     _enabled: ClassVar[bool] = True
     """Whether it is scheduled at all, unless configuration says otherwise."""
+    missed: ClassVar[Literal["once", "skip"]] = "once"
+    """What becomes of runs that no scheduler was there to start: one late run for all of them, or none."""
 
     @property
     def execution_locks(self) -> list[BaseLock]:

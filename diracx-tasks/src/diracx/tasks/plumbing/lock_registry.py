@@ -44,6 +44,11 @@ def register_locked_object_type(name: str) -> LockedObjectType:
     return LockedObjectType(name)
 
 
+def locked_object_types() -> frozenset[str]:
+    """All kinds that are registered by now."""
+    return frozenset(_registered)
+
+
 TASK = register_locked_object_type("task")
 JOB = register_locked_object_type("job")
 TRANSFORMATION = register_locked_object_type("transformation")

@@ -15,7 +15,14 @@ REQUEST_LIFETIME = timedelta(minutes=15)
 """A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis)."""
 
 
-async def request_pilots(db: MyPilotDB, vo: str, *, vos: Collection[str]) -> dict[str, int]:
+async def request_pilots(
+    db: MyPilotDB,
+    vo: str,
+    *,
+    vos: Collection[str],
+    compute_elements: Collection[str] | None = None,
+    all_but: Collection[str] = (),
+) -> dict[str, int]:
     """Ask for pilots: how many the VO should submit now to each compute element with room.
 
     The answer is noted, and what is already on its way (of every VO) is taken off the room first, so that
@@ -28,6 +35,8 @@ async def request_pilots(db: MyPilotDB, vo: str, *, vos: Collection[str]) -> dic
         db: the database.
         vo: for which VO.
         vos: all VOs there are; those that the compute element serves share it.
+        compute_elements: names of the only ones to look at; None: all.
+        all_but: names of those not to look at.
     """
     asked: dict[str, int] = {}
     async with db.unit():
@@ -35,6 +44,8 @@ async def request_pilots(db: MyPilotDB, vo: str, *, vos: Collection[str]) -> dic
         active = await db.count_active_pilots(vo=vo)
         for ce in await db.get_available_ces(vo):
             name, served = ce["name"], ce["vos"]
+            if name in all_but or (compute_elements is not None and name not in compute_elements):
+                continue
             sharers = len({vo, *(other for other in vos if served is None or other in served)})
             on_their_way = sum(count for (ce_name, _), count in pending.items() if ce_name == name)
             room = ce["available_slots"] - on_their_way

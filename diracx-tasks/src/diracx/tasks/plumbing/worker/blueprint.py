@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..arguments import rebuild
 from ..base_task import BaseTask
 from ..config import TaskOverride, TasksConfig
 from ..injection import Plan, compile_plan
 from ..lock_registry import TASK
-from ..locks import BaseLock, ConcurrencyLimiter, RateLimiter
+from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter
 from ..retry_policies import ExponentialBackoff, RetryPolicyBase
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
 
-_Limiter = TypeVar("_Limiter", RateLimiter, ConcurrencyLimiter)
+
+class _Written(NamedTuple):
+    """What the operator says about the tasks of one VO."""
+
+    override: TaskOverride
+    own_rate: bool
+    """The rate is the VO's own: it counts that VO's tasks only."""
+    own_concurrency: bool
 
 
 class Blueprint:
@@ -27,11 +35,14 @@ class Blueprint:
         self.task_class = task_class
         self.plan: Plan = compile_plan(task_class.execute, skip_first=True)
         self._config = config
-        self._names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
-        self._overrides: dict[str | None, TaskOverride] = {}
-        self._vos = {vo for vo, tasks in config.vo_overrides.items() if not self._names.isdisjoint(tasks)}
-        self._overridden = bool(self._vos) or not self._names.isdisjoint(config.common)
+        names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
+        self._written: dict[str | None, _Written] = {}
+        self._overridden = any(
+            not names.isdisjoint(tasks) for tasks in (config.common, *config.vo_overrides.values())
+        )
         self._declares_locks = task_class.execution_locks is not BaseTask.execution_locks
+        limited = set(config.limits).union(*config.vo_limits.values())
+        self._limited = bool(limited) if self._declares_locks else TASK in limited
 
     def build(self, message: TaskMessage) -> BaseTask:
         """The task of a message."""
@@ -39,30 +50,63 @@ class Blueprint:
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""
-        vo = _vo_of(task)
-        if vo not in self._overrides:
-            self._overrides[vo] = self._config.get_override(self.name, vo)
-        return self._overrides[vo]
+        return self._written_for(_vo_of(task)).override
+
+    def _written_for(self, vo: str | None) -> _Written:
+        if vo not in self._written:
+            rate, window, concurrency = (
+                vo is not None and self._config.source_of(self.name, vo, field) == f"vo {vo}"
+                for field in ("rate_limit", "rate_window_seconds", "concurrency_limit")
+            )
+            override = self._config.get_override(self.name, vo)
+            self._written[vo] = _Written(override, rate or window, concurrency)
+        return self._written[vo]
 
     def locks(self, task: BaseTask) -> list[BaseLock]:
         """The locks the task needs now: its own, with the operator's limits; disabled ones left out."""
-        if not self._overridden:
+        if not (self._overridden or self._limited):
             return [lock for lock in task.execution_locks if lock.enabled] if self._declares_locks else []
-        override = self.override(task)
         locks = list(task.execution_locks)
-        scope = self._scope(task)
-        if override.rate_limit is not None:
-            rate = _default_limiter(locks, RateLimiter, self.task_class, scope)
-            rate.limit, rate.window_seconds = override.rate_limit, override.rate_window_seconds
-        if override.concurrency_limit is not None:
-            concurrency = _default_limiter(locks, ConcurrencyLimiter, self.task_class, scope)
-            concurrency.limit = override.concurrency_limit
+        vo = _vo_of(task)
+        override = self._written_for(vo).override
+        if self._limited:
+            locks = [self._limit(lock, vo, override) if isinstance(lock, BaseLimiter) else lock for lock in locks]
+        if override.rate_limit is not None or override.concurrency_limit is not None:
+            self._override_limits(locks, vo)
         return [lock for lock in locks if lock.enabled]
 
-    def _scope(self, task: BaseTask) -> tuple[str, ...]:
-        """A limit that is set for one VO counts that VO's tasks only."""
-        vo = _vo_of(task)
-        return (vo,) if vo in self._vos else ()
+    def _limit(self, limiter: BaseLimiter, vo: str | None, override: TaskOverride) -> BaseLimiter:
+        """The limiter with the numbers that are set for its object, unless the task itself has some."""
+        kind, fields = _fields_of(limiter)
+        if kind is None or (fields[0] in override.model_fields_set and self._is_default(limiter, kind)):
+            return limiter
+        found = self._config.get_limits(limiter.obj, str(limiter.key), *map(str, limiter.extra_keys), vo=vo)
+        settings = [found[field] for field in fields if field in found]
+        if len(settings) < len(fields):
+            return limiter
+        own = any(setting.path is not None and setting.path[0] == "vo_limits" for setting in settings)
+        return _limited(limiter, [setting.value for setting in settings], vo if own else None)
+
+    def _override_limits(self, locks: list[BaseLock], vo: str | None) -> None:
+        """Set the task's own limits on its default limiters, which are added where they are not."""
+        override, own_rate, own_concurrency = self._written_for(vo)
+        for kind, numbers, own in (
+            (RateLimiter, [override.rate_limit, override.rate_window_seconds], own_rate),
+            (ConcurrencyLimiter, [override.concurrency_limit], own_concurrency),
+        ):
+            if numbers[0] is None:
+                continue
+            here = [index for index, lock in enumerate(locks) if self._is_default(lock, kind)]
+            if not here:
+                here = [len(locks)]
+                locks.append(kind(TASK, self.task_class.__name__))
+            default = locks[here[0]]
+            assert isinstance(default, BaseLimiter)
+            locks[here[0]] = _limited(default, numbers, vo if own else None)
+
+    def _is_default(self, lock: BaseLock, kind: type[RateLimiter] | type[ConcurrencyLimiter]) -> bool:
+        """Whether it is the limiter that counts all tasks of the class."""
+        return isinstance(lock, kind) and lock.redis_key == kind(TASK, self.task_class.__name__).redis_key
 
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:
         """The class's policy, with the operator's numbers."""
@@ -93,16 +137,27 @@ def _vo_of(task: BaseTask) -> str | None:
     return vo if isinstance(vo, str) else None
 
 
-def _default_limiter(
-    locks: list[BaseLock], kind: type[_Limiter], task_class: type[BaseTask], scope: tuple[str, ...]
-) -> _Limiter:
-    """The limiter that counts all tasks of the class (or those of one VO), added when it is not there."""
-    wanted = kind(TASK, task_class.__name__, *scope)
-    for lock in locks:
-        if isinstance(lock, kind) and lock.redis_key == wanted.redis_key:
-            return lock
-    locks.append(wanted)
-    return wanted
+def _fields_of(
+    limiter: BaseLimiter,
+) -> tuple[type[RateLimiter] | type[ConcurrencyLimiter] | None, tuple[str, ...]]:
+    """What kind of limiter it is, and the settings that make its numbers: all of them or none."""
+    if isinstance(limiter, RateLimiter):
+        return RateLimiter, ("rate_limit", "rate_window_seconds")
+    if isinstance(limiter, ConcurrencyLimiter):
+        return ConcurrencyLimiter, ("concurrency_limit",)
+    return None, ()
+
+
+def _limited(limiter: BaseLimiter, numbers: list[Any], vo: str | None) -> BaseLimiter:
+    """The limiter with these numbers, for one VO's tasks only if one is given. A class may share its limiters."""
+    limiter = copy.copy(limiter)
+    if isinstance(limiter, RateLimiter):
+        limiter.limit, limiter.window_seconds = numbers
+    elif isinstance(limiter, ConcurrencyLimiter):
+        [limiter.limit] = numbers
+    if vo is not None:
+        limiter.extra_keys = (*limiter.extra_keys, vo)
+    return limiter
 
 
 def blueprints(registry: Mapping[str, type[BaseTask]], config: TasksConfig) -> dict[str, Blueprint]:

@@ -1,0 +1,140 @@
+"""How settings look: as tables, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.config import Problem, Setting, Source, TasksConfig
+
+_WIDTH_WITHOUT_TERMINAL = 160
+
+
+def problem_record(problem: Problem, source: Source) -> dict[str, Any]:
+    """A problem as `config check --json` has it."""
+    return {
+        "path": ".".join(problem.path),
+        "line": source.line(problem.path),
+        "message": problem.message,
+        "prevents_start": not problem.foreign,
+    }
+
+
+def task_records(
+    config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
+) -> Iterator[dict[str, Any]]:
+    """The settings of a task as `config show --json` has them: for everybody and some VOs, or for one VO."""
+    from ..plumbing.base_task import PeriodicBaseTask
+    from ..plumbing.config import instance_settings, task_settings
+
+    for for_vo in [vo] if vo is not None else [None, *_vos_of(config, name, task_class)]:
+        instances: dict[str, Any] = {}
+        if issubclass(task_class, PeriodicBaseTask):
+            found = instance_settings(config, name, task_class, for_vo)
+            instances = {key: _records(settings, config.source) for key, settings in found.items()}
+        yield {
+            "task": name,
+            "vo": for_vo,
+            "settings": _records(task_settings(config, name, task_class, for_vo), config.source),
+            "instances": instances,
+        }
+
+
+def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[str]:
+    """The VOs for which something about the task may be different."""
+    from ..plumbing.arguments import knows_vo
+    from ..plumbing.base_task import BaseTask
+
+    if not knows_vo(task_class):
+        return []
+    names = {name, name.rpartition(":")[2]}
+    found = {vo for vo, tasks in config.vo_overrides.items() if not names.isdisjoint(tasks)}
+    if task_class.execution_locks is BaseTask.execution_locks:
+        found |= {vo for vo, limits in config.vo_limits.items() if "task" in limits}
+    return sorted(found)
+
+
+def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
+    """The limits of objects as `config show --json` has them."""
+    from ..plumbing.config import object_settings
+
+    return [
+        {"object": obj, "key": key, "vo": for_vo, "settings": _records(settings, config.source)}
+        for for_vo in ([vo] if vo is not None else [None, *sorted(config.vo_limits)])
+        for obj, key, settings in object_settings(config, for_vo)
+    ]
+
+
+def _records(settings: Mapping[str, Setting], source: Source) -> dict[str, Any]:
+    from ..plumbing.config import whose
+
+    return {
+        name: {
+            "value": setting.value,
+            "from": whose(setting.path),
+            "path": None if setting.path is None else ".".join(setting.path),
+            "line": None if setting.path is None else source.line(setting.path),
+        }
+        for name, setting in settings.items()
+    }
+
+
+def print_settings(
+    source: Source, tasks: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
+) -> None:
+    """For reading: a block for each task and VO, and one for the limits of objects."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("task", "setting", "value", "from"):
+        table.add_column(column, overflow="fold")
+
+    def add(title: str, settings: Mapping[str, Any]) -> None:
+        for number, (name, setting) in enumerate(settings.items()):
+            written = setting["from"] != "code"
+            table.add_row(
+                Text("" if number else title, style="cyan"),
+                name,
+                Text(_shown(setting["value"]), style="bold" if written else ""),
+                Text(_origin(setting, source) if written else "code", style="" if written else "dim"),
+            )
+        table.add_section()
+
+    for record in tasks:
+        of_vo = f" for {record['vo']}" if record["vo"] is not None else ""
+        add(f"{record['task']}{of_vo}", record["settings"])
+        for key, settings in record["instances"].items():
+            add(f"{record['task']}@{key}{of_vo}", settings)
+    for record in limits:
+        of_vo = f" for {record['vo']}" if record["vo"] is not None else ""
+        of_key = record["object"] if record["key"] is None else f"{record['object']} {record['key']}"
+        add(f"limits of {of_key}{of_vo}", record["settings"])
+    if tasks or limits:
+        console.print(table)
+    else:
+        typer.echo("no tasks are installed; load a file's with --module", err=True)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+
+
+def _origin(setting: Mapping[str, Any], source: Source) -> str:
+    at = source.name if setting["line"] is None else f"{source.name}:{setting['line']}"
+    return f"{setting['from']}, {at}" if at else setting["from"]

@@ -1,0 +1,195 @@
+"""What is wrong with a configuration that is well formed: names that do not exist, settings without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from ..arguments import argument_problems, knows_vo
+from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from ..exceptions import TaskConfigError
+from ..lock_registry import TASK, locked_object_types
+from ..retry_policies import ExponentialBackoff
+from .merge import KINDS, Layer, Path, lay, mapping, section_at, task_layers, with_instances
+from .model import TasksConfig
+from .reading import parsed, read_written
+from .source import Problem, Source, nearest
+
+Registry = Mapping[str, type[BaseTask]]
+
+_OF_PERIODIC_TASKS = ("enabled", "periodic", "instances")
+
+
+def problems(config: TasksConfig, registry: Registry, vos: Collection[str] | None) -> list[str]:
+    """All that is wrong with a configuration in this installation, one line each, with its place.
+
+    Args:
+        config: is well formed, or it would not be a `TasksConfig`.
+        registry: the tasks there are.
+        vos: the VOs there are; None where they are not known, and not looked at.
+    """
+    return config.source.report(_all(config.written(), registry, vos))
+
+
+def mistakes(config: TasksConfig, registry: Registry) -> list[str]:
+    """What should keep a configuration from coming into force: settings that nothing can obey or notice."""
+    return config.source.report(_misused(config.written(), registry))
+
+
+def unknown_names(config: TasksConfig, registry_names: Collection[str], vos: Collection[str] | None) -> list[str]:
+    """Names that nothing goes by here. Elsewhere something may, where other extensions are installed."""
+    return config.source.report(_unknown(config.written(), registry_names, vos))
+
+
+def check_written(
+    registry: Registry, vos: Collection[str] | None, *, path: FilePath | None = None, config: object | None = None
+) -> tuple[TasksConfig | None, list[Problem], Source]:
+    """Read a configuration and find all that is wrong with it, in its form and in this installation.
+
+    Args:
+        registry: the tasks there are.
+        vos: the VOs there are, None where they are not known.
+        path: of a YAML file; else as `load_tasks_config`.
+        config: a DiracX configuration.
+
+    Returns:
+        The configuration (None if its form is wrong), the problems, and where it was read from.
+
+    Raises:
+        TaskConfigError: when it cannot be read at all.
+    """
+    raw, source = read_written(path, config)
+    if isinstance(raw, TasksConfig):
+        return raw, _all(raw.written(), registry, vos), source
+    found, wrong = parsed(raw, source)
+    return found, [*wrong, *_all(raw, registry, vos)], source
+
+
+def checked_tasks_config(
+    registry: Registry, vos: Collection[str] | None, *, path: FilePath | None = None, config: object | None = None
+) -> tuple[TasksConfig, list[str]]:
+    """Read a configuration in order to use it. Arguments as `check_written`.
+
+    Returns:
+        The configuration, and a line for each name in it that nothing goes by here: another machine, where other
+        extensions are installed, may know it, and a VO may be on its way in or out.
+
+    Raises:
+        TaskConfigError: with one line for everything else that is wrong, after which come those lines.
+    """
+    found, wrong, source = check_written(registry, vos, path=path, config=config)
+    fatal = [problem for problem in wrong if not problem.foreign]
+    if found is None or fatal:
+        raise TaskConfigError("\n".join(source.report(wrong)))
+    return found, source.report(wrong)
+
+
+def _all(raw: Any, registry: Registry, vos: Collection[str] | None) -> list[Problem]:
+    return [*_unknown(raw, registry, vos), *_misused(raw, registry)]
+
+
+# Both of these look at what is written, which need not be well formed: what has no form is passed over.
+
+
+def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> Iterator[Problem]:
+    """Tasks, VOs and kinds of locked objects that there are not."""
+    class_names = {name.rpartition(":")[2] for name in names}
+    known = locked_object_types()
+    for place, section in _sections(raw, "common", "vo_overrides"):
+        for name in map(str, section):
+            if name not in names and name not in class_names:
+                message = f"unknown task{nearest(name, names if ':' in name else class_names)}"
+                yield Problem((*place, name), message, foreign=True)
+    for place, section in _sections(raw, "limits", "vo_limits"):
+        for obj in map(str, section):
+            if obj not in known:
+                message = f"unknown kind of locked object{nearest(obj, known)}"
+                yield Problem((*place, obj), message, foreign=True)
+    if vos is not None:
+        for top in ("vo_overrides", "vo_limits"):
+            for vo in map(str, section_at(raw, (top,))):
+                if vo not in vos:
+                    yield Problem((top, vo), f"unknown VO{nearest(vo, vos)}", foreign=True)
+
+
+def _sections(raw: Any, common: str, by_vo: str) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
+    """The section for everybody and that of each VO."""
+    yield (common,), section_at(raw, (common,))
+    for vo, section in section_at(raw, (by_vo,)).items():
+        yield (by_vo, str(vo)), mapping(section)
+
+
+def _misused(raw: Any, registry: Registry) -> Iterator[Problem]:
+    """Settings without effect, and arguments that do not fit."""
+    for place, section in _sections(raw, "common", "vo_overrides"):
+        for name, entry in section.items():
+            yield from _of_task(raw, (*place, str(name)), mapping(entry), registry)
+    for place, section in _sections(raw, "limits", "vo_limits"):
+        for key in mapping(mapping(section.get(TASK)).get("keys")):
+            if key in registry:
+                message = f"has no effect: limiters of tasks go by the class alone; write {_class_name(key)!r}"
+                yield Problem((*place, TASK, "keys", key), message)
+
+
+def _class_name(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _of_task(raw: Any, place: Path, entry: Layer, registry: Registry) -> Iterator[Problem]:
+    """What is wrong with one entry of one task, which may be several: those of a class name."""
+    name, vo = place[-1], place[1] if place[0] == "vo_overrides" else None
+    found = {known: cls for known, cls in registry.items() if name in (known, _class_name(known))}
+    if not found:
+        return
+    if vo is not None and not any(map(knows_vo, found.values())):
+        yield Problem(place, "has no effect: the task belongs to no VO; put it below `common`")
+    if not any(issubclass(cls, PeriodicBaseTask) for cls in found.values()):
+        for field in _OF_PERIODIC_TASKS:
+            if field in entry:
+                yield Problem((*place, field), "has no effect: the task is not periodic")
+    for known, cls in found.items():
+        layers = list(task_layers(raw, known, vo))
+        merged = with_instances(lay(layer for _, layer in layers))
+        yield from _of_retries(place, entry, merged, cls)
+        if issubclass(cls, PeriodicBaseTask):
+            yield from _of_timezone((*place, "periodic"), entry.get("periodic"), merged.get("periodic"))
+            below = {str(key) for at, layer in layers if at != place for key in mapping(layer.get("instances"))}
+            yield from _of_instances(place, entry, merged, cls, below)
+
+
+def _of_retries(place: Path, entry: Layer, merged: Layer, cls: type[BaseTask]) -> Iterator[Problem]:
+    if entry.get("retry_base_delay_seconds") is None:
+        return
+    at = (*place, "retry_base_delay_seconds")
+    if merged.get("max_retries") == 0:
+        yield Problem(at, "has no effect: max_retries is 0")
+    elif merged.get("max_retries") is None and not isinstance(cls.retry_policy, ExponentialBackoff):
+        policy = type(cls.retry_policy).__name__
+        yield Problem(
+            at, f"has no effect: the task's policy is {policy}; max_retries beside it gives it a backoff"
+        )
+
+
+def _of_timezone(place: Path, own: Any, merged: Any) -> Iterator[Problem]:
+    if mapping(own).get("timezone") is not None and all(mapping(merged).get(kind) is None for kind in KINDS):
+        yield Problem((*place, "timezone"), "has no effect without `schedule` beside it")
+
+
+def _of_instances(
+    place: Path, entry: Layer, merged: Layer, cls: type[PeriodicBaseTask], below: Collection[str]
+) -> Iterator[Problem]:
+    for name, own in mapping(entry.get("instances")).items():
+        at = (*place, "instances", str(name))
+        instance = mapping(mapping(merged.get("instances")).get(name))
+        periodic = mapping(instance.get("periodic"))
+        yield from _of_timezone((*at, "periodic"), mapping(own).get("periodic"), periodic)
+        if all(periodic.get(kind) is None for kind in KINDS) and getattr(cls, "default_schedule", None) is None:
+            yield Problem(at, "has no schedule, neither here nor in the code; set one below `periodic`")
+        args = instance.get("args") or {}
+        if not isinstance(args, Mapping) or "vo" in args or ("args" not in mapping(own) and str(name) in below):
+            continue  # has been found elsewhere
+        given = {**args, "vo": "vo"} if issubclass(cls, PeriodicVoAwareBaseTask) else args
+        for argument, message in argument_problems(cls, {str(key): value for key, value in given.items()}):
+            inside = ("args", argument) if argument is not None else ("args",) if "args" in mapping(own) else ()
+            yield Problem((*at, *inside), f"{cls.__name__}: {message}")

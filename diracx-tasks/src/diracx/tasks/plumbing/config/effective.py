@@ -1,0 +1,156 @@
+"""What holds in the end: the value of every setting of a task or of an object, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..base_task import BaseTask, PeriodicBaseTask
+from ..lock_registry import TASK
+from ..retry_policies import ExponentialBackoff, NoRetry
+from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+from .model import PeriodicTaskConfig, Setting, TaskOverride, TasksConfig
+
+_LIMITS = ("rate_limit", "rate_window_seconds", "concurrency_limit")
+
+
+def task_settings(
+    config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
+) -> dict[str, Setting]:
+    """The settings of a task by field; a path of None says that the code has it so.
+
+    None as a value means none: no limit, no schedule. For retries it means that a policy of its own decides. What
+    only a periodic task has is there for those alone, and a schedule only without instances, which have theirs.
+    """
+    override = config.get_override(name, vo)
+    found: dict[str, Setting] = {}
+    if issubclass(task_class, PeriodicBaseTask):
+        found["enabled"] = _enabled(config, name, task_class, vo, override)
+        if not override.instances:
+            found |= _schedule(config, name, task_class, vo, override.periodic, None)
+    found |= _limits(config, name, task_class, vo, override)
+    found |= _retries(config, name, task_class, vo, override)
+    for field in ("time_limit_seconds", "priority"):
+        path = config.path_of(name, vo, field)
+        found[field] = Setting(getattr(task_class if path is None else override, field), path)
+    return found
+
+
+def instance_settings(
+    config: TasksConfig, name: str, task_class: type[PeriodicBaseTask], vo: str | None
+) -> dict[str, dict[str, Setting]]:
+    """By instance what each has for itself; the rest is as `task_settings`."""
+    override = config.get_override(name, vo)
+    return {
+        key: {
+            "enabled": _enabled(config, name, task_class, vo, override, key),
+            **_schedule(config, name, task_class, vo, instance.periodic, key),
+            "args": Setting(instance.args, config.path_of(name, vo, "args", key)),
+        }
+        for key, instance in override.instances.items()
+    }
+
+
+def object_settings(
+    config: TasksConfig, vo: str | None = None
+) -> Iterator[tuple[str, str | None, dict[str, Setting]]]:
+    """Kind, key (None: the default) and numbers of each object that has limits; for a VO, those of its tasks."""
+    sections = [config.limits, config.vo_limits.get(vo, {}) if vo is not None else {}]
+    for obj in dict.fromkeys(obj for section in sections for obj in section):
+        keys = dict.fromkeys(key for section in sections if obj in section for key in section[obj].keys)
+        for key in (None, *keys):
+            numbers = config.get_limits(obj, *(() if key is None else key.split(":")), vo=vo)
+            if numbers:
+                yield obj, key, {field: numbers[field] for field in _LIMITS if field in numbers}
+
+
+def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
+    """A schedule in words."""
+    match schedule:
+        case None:
+            return None
+        case IntervalSeconds(seconds=seconds):
+            return f"every {seconds:g} s"
+        case CronSchedule(expression=expression):
+            zone = getattr(schedule, "timezone", None)
+            return f"cron {expression}" + (f" ({zone})" if zone else "")
+        case RRuleSchedule(rule=rule):
+            return f"rrule {rule}"
+    return repr(schedule)
+
+
+def _enabled(
+    config: TasksConfig,
+    name: str,
+    task_class: type[PeriodicBaseTask],
+    vo: str | None,
+    override: TaskOverride,
+    instance: str | None = None,
+) -> Setting:
+    """Whether it is scheduled; the path is that of whatever decides it."""
+    switches = [(override.enabled, config.path_of(name, vo, "enabled"))]
+    periodic = override.periodic if instance is None else override.instances[instance].periodic
+    if instance is not None:
+        switches.append((override.instances[instance].enabled, config.path_of(name, vo, "enabled", instance)))
+    if periodic is not None:
+        switches.append((periodic.enabled, config.path_of(name, vo, "periodic.enabled", instance)))
+    if not task_class._enabled:
+        return Setting(False, None)
+    off = next((Setting(False, path) for on, path in switches if not on), None)
+    return off or Setting(True, next((path for _, path in switches if path is not None), None))
+
+
+def _schedule(
+    config: TasksConfig,
+    name: str,
+    task_class: type[PeriodicBaseTask],
+    vo: str | None,
+    periodic: PeriodicTaskConfig | None,
+    instance: str | None,
+) -> dict[str, Setting]:
+    rule = periodic.as_schedule() if periodic else None
+    missed = periodic.missed if periodic else None
+    return {
+        "schedule": Setting(
+            describe_schedule(rule or getattr(task_class, "default_schedule", None)),
+            config.path_of(name, vo, "periodic", instance),
+        ),
+        "missed": Setting(missed or task_class.missed, config.path_of(name, vo, "periodic.missed", instance)),
+    }
+
+
+def _limits(
+    config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None, override: TaskOverride
+) -> dict[str, Setting]:
+    """Of the limiters that count all tasks of the class; those on other objects are known when a task is."""
+    of_object: dict[str, Setting] = {}
+    if task_class.execution_locks is BaseTask.execution_locks:
+        of_object = config.get_limits(TASK, task_class.__name__, vo=vo)
+    found = {}
+    for field in _LIMITS:
+        if field in override.model_fields_set:
+            found[field] = Setting(getattr(override, field), config.path_of(name, vo, field))
+        else:
+            found[field] = of_object.get(field, Setting(None, None))
+    if found["rate_limit"].value is None:
+        found["rate_window_seconds"] = Setting(None, found["rate_limit"].path)
+    return found
+
+
+def _retries(
+    config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None, override: TaskOverride
+) -> dict[str, Setting]:
+    policy = task_class.retry_policy
+    in_code: tuple[int | None, float | None] = (None, None)
+    if isinstance(policy, ExponentialBackoff):
+        in_code = policy.max_retries, policy.base_delay_seconds
+    elif override.max_retries is not None:
+        in_code = None, ExponentialBackoff().base_delay_seconds
+    elif isinstance(policy, NoRetry):
+        in_code = 0, None
+    found = {}
+    for field, value in zip(("max_retries", "retry_base_delay_seconds"), in_code, strict=True):
+        written: Any = getattr(override, field)
+        path = None if written is None else config.path_of(name, vo, field)
+        found[field] = Setting(value if written is None else written, path)
+    return found

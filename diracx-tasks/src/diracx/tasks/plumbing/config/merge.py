@@ -1,0 +1,189 @@
+"""How the layers of a configuration are put on top of each other, field by field.
+
+Everything here works on plain mappings that need not be valid, so that what is wrong with the layers together
+is reported beside what is wrong with each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+#: Where something is written: the keys from the top of the file on.
+Path = tuple[str, ...]
+Layer = Mapping[str, Any]
+
+#: The three ways to say when; at most one of them.
+KINDS = ("schedule", "interval_seconds", "rrule")
+
+
+def mapping(value: Any) -> Mapping[Any, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def task_keys(task_name: str) -> tuple[str, ...]:
+    """The names under which a task may be configured, the most particular last."""
+    _, colon, class_name = task_name.rpartition(":")
+    return (class_name, task_name) if colon else (task_name,)
+
+
+def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
+    """The names under which a limiter may be configured: its first key, and all of them with colons between."""
+    names = tuple(keys)
+    return names if len(names) < 2 else (names[0], ":".join(names))
+
+
+def lay(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Lay the fields that were set over each other, the last on top.
+
+    `periodic` and each of the `instances` are laid over in the same manner. Empty `instances` take away those
+    below; `args` are one value.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        below = merged
+        merged = {**below, **layer}
+        if isinstance(below.get("periodic"), Mapping) and isinstance(layer.get("periodic"), Mapping):
+            merged["periodic"] = lay_periodic(below["periodic"], layer["periodic"])
+        instances = layer.get("instances")
+        if isinstance(below.get("instances"), Mapping) and isinstance(instances, Mapping) and instances:
+            merged["instances"] = {
+                **below["instances"],
+                **{
+                    name: lay([mapping(below["instances"].get(name)), mapping(instances[name])])
+                    for name in instances
+                },
+            }
+    return merged
+
+
+def lay_periodic(below: Layer, above: Layer) -> dict[str, Any]:
+    """Another way of saying when replaces the whole of the one below."""
+    if any(above.get(kind) is not None for kind in KINDS):
+        below = {name: value for name, value in below.items() if name not in (*KINDS, "timezone")}
+    return {**below, **above}
+
+
+def with_instances(merged: Layer) -> dict[str, Any]:
+    """The fields of a task, `periodic` of each instance laid over that of the task."""
+    instances = merged.get("instances")
+    if not isinstance(instances, Mapping) or not instances:
+        return dict(merged)
+    common = merged.get("periodic")
+    resolved = {}
+    for name, instance in instances.items():
+        own = mapping(instance).get("periodic")
+        periodic = lay_periodic(mapping(common), mapping(own)) if common or own else own
+        resolved[name] = {**mapping(instance), "periodic": periodic}
+    return {**merged, "instances": resolved}
+
+
+def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path, Layer]]:
+    """What is written about a task, with its place: for everybody, then for the VO; the class name first."""
+    sections: list[Path] = [("common",)]
+    if vo is not None:
+        sections.append(("vo_overrides", vo))
+    for place in sections:
+        section = section_at(raw, place)
+        for key in task_keys(task_name):
+            if key in section:
+                yield (*place, key), mapping(section[key])
+
+
+def limit_layers(raw: Any, obj: str, keys: Iterable[str], vo: str | None) -> Iterator[tuple[Path, Layer]]:
+    """What is written about the limiters of an object, with its place; the default first."""
+    sections: list[Path] = [("limits", obj)]
+    if vo is not None:
+        sections.append(("vo_limits", vo, obj))
+    names = limit_keys(keys)
+    for place in sections:
+        section = section_at(raw, place)
+        if "default" in section:
+            yield (*place, "default"), mapping(section["default"])
+        by_key = {str(key): value for key, value in mapping(section.get("keys")).items()}
+        for key in names:
+            if key in by_key:
+                yield (*place, "keys", key), mapping(by_key[key])
+
+
+def section_at(raw: Any, path: Path) -> Mapping[Any, Any]:
+    """The mapping at that place, an empty one if there is none."""
+    section = mapping(raw)
+    for part in path:
+        section = mapping(section.get(part))
+    return section
+
+
+def marked(layer: Layer, place: Path) -> dict[str, Any]:
+    """The layer with, in place of each value, where it was written. What is null is as in the code: it stays."""
+    return {name: _mark(value, (*place, name), name) for name, value in layer.items()}
+
+
+def _mark(value: Any, place: Path, name: str) -> Any:
+    if name == "instances" and isinstance(value, Mapping):
+        return {key: marked(mapping(instance), (*place, str(key))) for key, instance in value.items()}
+    if name == "periodic" and isinstance(value, Mapping):
+        return marked(value, place)
+    return None if value is None else place
+
+
+def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
+    """What is wrong with the layers put together: half a rate limit, and schedules that clash."""
+    for place, merged in _merged_tasks(raw):
+        yield from half_a_rate(place, merged)
+        yield from _clashes((*place, "periodic"), merged.get("periodic"))
+        instances = mapping(with_instances(merged).get("instances"))
+        own = mapping(section_at(raw, place).get("instances"))
+        for name, instance in instances.items():
+            if name in own or not _clashes_anywhere(merged):
+                yield from _clashes(
+                    (*place, "instances", str(name), "periodic"), mapping(instance).get("periodic")
+                )
+    for place, merged in _merged_limits(raw):
+        yield from half_a_rate(place, merged)
+
+
+def half_a_rate(place: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
+    """A rate limit without its window, or the reverse."""
+    limit, window = merged.get("rate_limit"), merged.get("rate_window_seconds")
+    if limit is not None and window is None:
+        yield (*place, "rate_limit"), "needs rate_window_seconds beside it"
+    # An explicit null switches an inherited limit off and may leave its window behind.
+    if window is not None and "rate_limit" not in merged:
+        yield (*place, "rate_window_seconds"), "needs rate_limit beside it"
+
+
+def _clashes(place: Path, periodic: Any) -> Iterator[tuple[Path, str]]:
+    if isinstance(periodic, Mapping) and periodic.get("timezone") is not None:
+        others = [kind for kind in KINDS[1:] if periodic.get(kind) is not None]
+        if others:
+            yield (*place, "timezone"), f"goes with schedule only, not with {others[0]}"
+
+
+def _clashes_anywhere(merged: Layer) -> bool:
+    return any(True for _ in _clashes((), merged.get("periodic")))
+
+
+def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each task's place and fields: those in `common`, and each VO's laid over them."""
+    for name in section_at(raw, ("common",)):
+        yield ("common", str(name)), lay(layer for _, layer in task_layers(raw, str(name), None))
+    for vo, section in section_at(raw, ("vo_overrides",)).items():
+        for name in mapping(section):
+            yield ("vo_overrides", str(vo), str(name)), lay(layer for _, layer in task_layers(raw, str(name), vo))
+
+
+def _merged_limits(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The place and the numbers of each default and each key, a VO's laid over those of everybody."""
+    sections: list[tuple[Path, str, str | None]] = [
+        (("limits", str(obj)), obj, None) for obj in section_at(raw, ("limits",))
+    ]
+    for vo, by_type in section_at(raw, ("vo_limits",)).items():
+        sections += [(("vo_limits", str(vo), str(obj)), obj, vo) for obj in mapping(by_type)]
+    for place, obj, vo in sections:
+        section = section_at(raw, place)
+        if "default" in section:
+            yield (*place, "default"), lay(layer for _, layer in limit_layers(raw, obj, [""], vo))
+        for key in mapping(section.get("keys")):
+            yield (*place, "keys", str(key)), lay(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))

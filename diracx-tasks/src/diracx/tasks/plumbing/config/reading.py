@@ -1,0 +1,128 @@
+"""Reads the configuration of tasks, and says in one report all that is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..exceptions import TaskConfigError
+from .merge import Path, mapping, merge_problems
+from .model import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
+from .source import Problem, Source, nearest
+
+#: Names the YAML file; unset or empty means `Systems.Tasks` of the DiracX configuration.
+CONFIG_PATH_VARIABLE = "DIRACX_TASKS_CONFIG"
+_SECTION = "Systems.Tasks"
+
+
+def load_tasks_config(path: FilePath | None = None, config: object | None = None) -> TasksConfig:
+    """Read the configuration of tasks.
+
+    From the YAML file `path`, else the one that `DIRACX_TASKS_CONFIG` names, else `config.systems["Tasks"]`
+    of a DiracX configuration, else empty. Raises `TaskConfigError` with one line per problem.
+    """
+    raw, source = read_written(path, config)
+    if isinstance(raw, TasksConfig):
+        return raw
+    return validated(raw, source)
+
+
+def read_written(path: FilePath | None = None, config: object | None = None) -> tuple[Any, Source]:
+    """What the operator has written, not yet looked at, and where. Arguments as `load_tasks_config`.
+
+    Raises:
+        TaskConfigError: when the file cannot be read, is no YAML, or has a key twice.
+    """
+    if path is None and os.environ.get(CONFIG_PATH_VARIABLE):
+        path = FilePath(os.environ[CONFIG_PATH_VARIABLE])
+    if path is not None:
+        return _read_yaml(path)
+    return mapping(getattr(config, "systems", None)).get("Tasks"), Source(_SECTION)
+
+
+def _read_yaml(path: FilePath) -> tuple[Any, Source]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
+    except OSError as exc:
+        raise TaskConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as exc:
+        raise TaskConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from exc
+
+
+def validated(raw: Any, source: Source) -> TasksConfig:
+    """The configuration.
+
+    Raises:
+        TaskConfigError: with one line per problem.
+    """
+    found, problems = parsed(raw, source)
+    if found is None or problems:
+        raise TaskConfigError("\n".join(source.report(problems)))
+    return found
+
+
+def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]:
+    """The configuration if there is nothing wrong with its form; and what is wrong."""
+    problems = [
+        Problem(path, "is there twice, and only this one would count: put them together")
+        for path in source.duplicates()
+    ]
+    try:
+        found = TasksConfig.model_validate({} if raw is None else raw)
+    except ValidationError as exc:
+        # Errors without a place come from the check of the merged layers, which is repeated here one by one.
+        errors = [error for error in exc.errors() if error["loc"] or error["type"] != "value_error"]
+        merged = [Problem(*problem) for problem in merge_problems(raw)]
+        return None, [*problems, *map(_problem, errors), *merged]
+    found._source = source
+    return found, problems
+
+
+def _problem(error: Any) -> Problem:
+    """One validation error as its place and what is wrong."""
+    where = tuple(str(part) for part in error["loc"] if part != "[key]")
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return Problem(where, f"unknown field{nearest(where[-1], _model_at(where[:-1]).model_fields)}")
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return Problem(where, f"must be a mapping of names to values, not {given!r}")
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return Problem(where, message)
+    return Problem(where, f"{message[:1].lower()}{message[1:]}, not {given!r}")
+
+
+def _model_at(where: Path) -> type[BaseModel]:
+    """The model of what stands at that place."""
+    match where:
+        case (*_, "periodic"):
+            return PeriodicTaskConfig
+        case ("limits", _, _, *_) | ("vo_limits", _, _, _, *_):
+            return LimitConfig
+        case ("limits", _) | ("vo_limits", _, _):
+            return ObjectLimits
+        case (*_, "instances", _):
+            return TaskInstance
+        case ():
+            return TasksConfig
+    return TaskOverride
+
+
+def tasks_config_of_environment() -> TasksConfig:
+    """The configuration that this process finds: `DIRACX_TASKS_CONFIG`, else `DIRACX_CONFIG_BACKEND_URL`.
+
+    Raises:
+        TaskConfigError: every problem of the file or section, one line each.
+    """
+    backend_url = os.environ.get("DIRACX_CONFIG_BACKEND_URL")
+    if os.environ.get(CONFIG_PATH_VARIABLE) or not backend_url:
+        return load_tasks_config()
+    from diracx.core.config import ConfigSource
+
+    return load_tasks_config(config=ConfigSource.create_from_url(backend_url=backend_url).read())
