@@ -62,6 +62,17 @@ async def test_a_dependency_is_replaced() -> None:
 # --8<-- [end:overrides]
 
 
+# --8<-- [start:reconfigure]
+async def test_an_operator_ends_the_retries() -> None:
+    async with TaskSystem([retries.Fetch]) as system:
+        system.reconfigure({"common": {"Fetch": {"max_retries": 0}}})
+        result = await system.result(await retries.Fetch("https://example.org").schedule())
+        assert result.is_err
+
+
+# --8<-- [end:reconfigure]
+
+
 async def test_injected_by_type() -> None:
     async with TaskSystem([injected.CountSites]) as system:
         assert (await system.result(await injected.CountSites().schedule())).return_value == 2

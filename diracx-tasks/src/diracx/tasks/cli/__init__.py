@@ -14,6 +14,7 @@ from .dev import dev
 from .dlq import app as dlq
 from .errors import CliError, mask, one_line
 from .groups import group
+from .in_force import in_force
 from .listing import list_tasks
 from .serve import scheduler, worker
 from .submit import submit
@@ -45,6 +46,7 @@ for _function, _name in (
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")
 app.add_typer(group, name="group")
+config.command("in-force")(in_force)
 app.add_typer(config, name="config")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.

@@ -25,6 +25,7 @@ from .options import (
 from .supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
+    from ..plumbing.config import TasksConfig
     from ..plumbing.persistence.resubmission import Resubmitter
 
 logger = logging.getLogger(__package__)
@@ -91,7 +92,7 @@ def worker(
         from ..plumbing.injection import compile_plan
         from ..plumbing.worker import Worker
         from .connection import open_broker
-        from .services import check_databases, open_task_db, read_configuration
+        from .services import check_databases, following, open_task_db, read_configuration
         from .tasks import load_registry, warn_of_ambiguous_names
 
         async with open_broker(url, worker_size) as broker:
@@ -111,9 +112,13 @@ def worker(
                 aside = [asyncio.create_task(_announce(serving.ready, f"ready: {where}"))]
                 if is_supervised():
                     aside.append(asyncio.create_task(serve_supervised(serving.ready, stop.set)))
+                role = f"worker {worker_size}"
                 try:
-                    with explained_redis(url):
-                        await serving.run(stop)
+                    async with following(
+                        config, registry, broker, role, lambda tasks, _: serving.reconfigure(tasks)
+                    ):
+                        with explained_redis(url):
+                            await serving.run(stop)
                 finally:
                     for task in aside:
                         task.cancel()
@@ -150,7 +155,7 @@ def scheduler(
         from ..plumbing.persistence.resubmission import Resubmitter
         from ..plumbing.scheduler import TaskScheduler
         from .connection import open_broker
-        from .services import CONFIG_VARIABLE, read_configuration, required_task_db
+        from .services import CONFIG_VARIABLE, following, read_configuration, required_task_db
         from .tasks import load_registry, warn_of_ambiguous_names
 
         async with AsyncExitStack() as stack:
@@ -172,6 +177,11 @@ def scheduler(
                 resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
                 resubmitting = asyncio.create_task(_resubmit(resubmitter))
                 stack.push_async_callback(_cancelled, resubmitting)
+
+            def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
+                serving.reconfigure(tasks, vos or ())
+
+            await stack.enter_async_context(following(config, registry, broker, "scheduler", follow))
             logger.info("ready: schedules on %s", mask(url))
             with explained_redis(url):
                 await serving.run(stop)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from diracx.db.sql.utils import BaseSQLDB
     from sqlalchemy import Connection, MetaData
 
+    from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.config import TasksConfig
+    from ..plumbing.config_source import ConfigReader
     from ..plumbing.exceptions import TaskConfigError
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.injection import Plan
@@ -186,8 +188,10 @@ class Configuration:
     """What the operator has written."""
 
     tasks: TasksConfig
-    vos: list[str] | None
+    vos: tuple[str, ...] | None
     """None where there is no DiracX configuration."""
+    reader: ConfigReader
+    """Reads it again, and judges it as at the start."""
 
 
 def read_configuration(registry: TaskRegistry) -> Configuration:
@@ -197,17 +201,44 @@ def read_configuration(registry: TaskRegistry) -> Configuration:
         CliError: when it cannot be read, or is wrong.
     """
     from ..plumbing.config import checked_tasks_config
+    from ..plumbing.config_source import ConfigReader
     from ..plumbing.exceptions import TaskConfigError
 
-    config = diracx_config()
-    vos = None if config is None else sorted(config.registry)
+    reader = ConfigReader.of_environment(registry)
+    config = diracx_config(reader)
+    vos = None if config is None else tuple(sorted(config.registry))
     try:
         tasks, warnings = checked_tasks_config(registry, vos, config=config)
     except TaskConfigError as error:
         raise _wrong(error) from error
     for line in warnings:
         logger.warning("configuration of tasks: %s", line)
-    return Configuration(tasks, vos)
+    return Configuration(tasks, vos, reader)
+
+
+@asynccontextmanager
+async def following(
+    config: Configuration,
+    registry: TaskRegistry,
+    broker: RedisStreamBroker,
+    role: str,
+    on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
+) -> AsyncIterator[None]:
+    """Follow the configuration, as it was read at the start, inside the block."""
+    from ..plumbing.config import unknown_names
+    from ..plumbing.following import ConfigFollower
+
+    async with ConfigFollower(
+        config.reader,
+        config.tasks,
+        config.vos,
+        on_change,
+        role=role,
+        redis=broker.redis,
+        process=broker.consumer_name,
+        warn=lambda tasks, vos: unknown_names(tasks, registry.keys(), vos),
+    ):
+        yield
 
 
 def tasks_config() -> TasksConfig:
@@ -233,26 +264,21 @@ def _wrong(error: TaskConfigError) -> CliError:
     return CliError(f"the configuration of tasks is wrong in {len(lines)} places", detail=f"{error}\n")
 
 
-def diracx_config() -> Config | None:
-    """The DiracX configuration, None when DIRACX_CONFIG_BACKEND_URL is not set."""
-    url = os.environ.get(CONFIG_VARIABLE)
-    if not url:
-        return None
-    try:
-        from diracx.core.config import ConfigSource
+def diracx_config(reader: ConfigReader | None = None) -> Config | None:
+    """The DiracX configuration, None when DIRACX_CONFIG_BACKEND_URL is not set.
 
-        return ConfigSource.create_from_url(backend_url=url).read()
+    Args:
+        reader: reads it; it can then read it again.
+
+    Raises:
+        CliError: when it cannot be read.
+    """
+    from ..plumbing.config_source import ConfigReader, reasons
+
+    try:
+        return (reader or ConfigReader.of_environment()).read_config()
     except Exception as error:
         raise CliError(
-            f"cannot read the DiracX configuration at {url}: {_reason(error)}; check {CONFIG_VARIABLE}"
+            f"cannot read the DiracX configuration at {os.environ[CONFIG_VARIABLE]}: {'; '.join(reasons(error))}; "
+            f"check {CONFIG_VARIABLE}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why there is no configuration. What git printed comes with its command line; the last line says it."""
-    if isinstance(error, KeyError):
-        return f"there is no kind of source {error}"
-    printed = getattr(error, "stderr", b"")
-    text = printed.decode(errors="replace") if isinstance(printed, bytes) and printed else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

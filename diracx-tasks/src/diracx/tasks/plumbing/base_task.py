@@ -92,7 +92,7 @@ async def schedule_many(
     """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
     from .binding import current_binding
 
-    binding = current_binding()
+    binding = await current_binding()
     submissions = [binding.submission(task, at_time=at_time, labels=labels) for task in tasks]
     await binding.broker.submit(submissions)
     return [submission.message.task_id for submission in submissions]

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -88,22 +88,54 @@ def _declared_locks(task: BaseTask) -> list[Any]:
     return [] if type(task).execution_locks is BaseTask.execution_locks else task.execution_locks
 
 
-_bound: ContextVar[Callable[[], Binding] | None] = ContextVar("diracx_tasks_binding", default=None)
+class _Submitter:
+    """A binding for code that submits now and then: its settings are looked at again when it does."""
+
+    def __init__(self, broker: RedisStreamBroker, registry: TaskRegistry) -> None:
+        from .config_source import ConfigReader
+        from .following import LazyFollower
+
+        self._binding = Binding(broker, registry)
+        self._follower = LazyFollower(ConfigReader.of_environment())
+
+    def current(self) -> Binding:
+        """The binding as it is known now."""
+        return self._binding
+
+    async def followed(self) -> Binding:
+        """The binding with the settings as they are written.
+
+        Raises:
+            TaskConfigError: when they are wrong and no others were read before.
+        """
+        config = await self._follower.tasks()
+        if config is not self._binding.config:
+            self._binding = replace(self._binding, config=config)
+        return self._binding
 
 
-def current_binding() -> Binding:
-    """The binding of this context.
+_bound: ContextVar[Callable[[], Binding | _Submitter] | None] = ContextVar("diracx_tasks_binding", default=None)
 
-    Raises:
-        RuntimeError: when there is none.
-    """
-    binding = _bound.get()
-    if binding is None:
+
+def _what_is_bound() -> Binding | _Submitter:
+    bound = _bound.get()
+    if bound is None:
         raise RuntimeError(
             "no task broker is bound here: run this in a worker, a DiracX route or `diracx-task-run call`, "
             "or wrap it in `async with diracx.tasks.plumbing.task_broker():`"
         )
-    return binding()
+    return bound()
+
+
+async def current_binding() -> Binding:
+    """The binding of this context, with the operator's settings as they are now.
+
+    Raises:
+        RuntimeError: when there is none.
+        TaskConfigError: when the settings are wrong and no others were read before.
+    """
+    bound = _what_is_bound()
+    return bound if isinstance(bound, Binding) else await bound.followed()
 
 
 def current_broker() -> RedisStreamBroker:
@@ -112,7 +144,18 @@ def current_broker() -> RedisStreamBroker:
     Raises:
         RuntimeError: when none is bound.
     """
-    return current_binding().broker
+    bound = _what_is_bound()
+    return (bound if isinstance(bound, Binding) else bound.current()).broker
+
+
+@contextmanager
+def bound_by(find: Callable[[], Binding | _Submitter]) -> Iterator[None]:
+    """Bind what this returns whenever it is asked, for everything that is called inside the block."""
+    token = _bound.set(find)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
 
 
 @contextmanager
@@ -121,11 +164,8 @@ def bound_to(
 ) -> Iterator[Binding]:
     """Bind a broker for everything that is called, or started as an asyncio task, inside the block."""
     binding = Binding(broker, registry, config)
-    token = _bound.set(lambda: binding)
-    try:
+    with bound_by(lambda: binding):
         yield binding
-    finally:
-        _bound.reset(token)
 
 
 @asynccontextmanager
@@ -144,43 +184,42 @@ async def task_broker(
 
     Raises:
         AddressError: when the URL, or its file, cannot be used; a ValueError.
+        TaskConfigError: when the configuration of tasks is wrong. A change of it is followed from then on.
         redis.exceptions.RedisError: when the server does not answer.
     """
     from .broker.connection import redis_url_from_environment
     from .broker.redis_streams import RedisStreamBroker
-    from .config import tasks_config_of_environment
     from .factory import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or redis_url_from_environment() or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
     try:
         await broker.startup()
-        with bound_to(broker, known, tasks_config_of_environment()):
+        submitter = _Submitter(broker, known)
+        await submitter.followed()
+        with bound_by(lambda: submitter):
             yield broker
     finally:
         await broker.shutdown()
 
 
 #: One lazily made binding for each event loop of the process: an application has one loop.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Binding] = WeakKeyDictionary()
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Submitter] = WeakKeyDictionary()
 
 
-def _binding_from_environment() -> Binding:
+def _submitter_from_environment() -> _Submitter:
     loop = asyncio.get_running_loop()
-    binding = _of_loop.get(loop)
-    if binding is None:
+    submitter = _of_loop.get(loop)
+    if submitter is None:
         from .broker.connection import redis_url_from_environment
         from .broker.redis_streams import RedisStreamBroker
-        from .config import tasks_config_of_environment
         from .factory import load_task_registry
 
         url = redis_url_from_environment()
         if not url:
             raise RuntimeError(f"this route submits a task but no broker is known: set {REDIS_URL_VARIABLE}")
-        binding = _of_loop[loop] = Binding(
-            RedisStreamBroker(url), load_task_registry(), tasks_config_of_environment()
-        )
-    return binding
+        submitter = _of_loop[loop] = _Submitter(RedisStreamBroker(url), load_task_registry())
+    return submitter
 
 
 @contextmanager
@@ -192,8 +231,5 @@ def bound_from_environment() -> Iterator[None]:
     if _bound.get() is not None:
         yield
         return
-    token = _bound.set(_binding_from_environment)
-    try:
+    with bound_by(_submitter_from_environment):
         yield
-    finally:
-        _bound.reset(token)

@@ -58,7 +58,7 @@ async def spawn_with_callback(
     """
     if ttl_seconds <= 0:
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
-    binding = current_binding()
+    binding = await current_binding()
     group_id = uuid4().hex
     children = list(children)
     total = len(children)

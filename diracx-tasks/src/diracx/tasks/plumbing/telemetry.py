@@ -1,8 +1,15 @@
-"""Traces: a task carries the trace of whoever submitted it."""
+"""Traces: a task carries the trace of whoever submitted it. Metrics: what cannot be counted from outside."""
 
 from __future__ import annotations
 
 import sys
+from functools import cache
+from typing import Any
+
+#: Counter: configurations that were written while the process ran and could not come into force.
+RELOAD_FAILURES = "diracx.tasks.config.reload_failures"
+#: Gauge: 1 while what is written is in force, 0 while an earlier configuration is.
+CONFIG_IS_CURRENT = "diracx.tasks.config.current"
 
 
 def current_trace_context() -> dict[str, str]:
@@ -19,3 +26,35 @@ def current_trace_context() -> dict[str, str]:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier
+
+
+def count_reload_failure() -> None:
+    """A configuration was written that cannot come into force. Prometheus knows it with the suffix `_total`."""
+    if (instruments := _config_instruments()) is not None:
+        instruments[0].add(1)
+
+
+def set_config_is_current(current: bool) -> None:
+    """Whether the process runs with what is written, or with an earlier configuration."""
+    if (instruments := _config_instruments()) is not None:
+        instruments[1].set(int(current))
+
+
+def _config_instruments() -> tuple[Any, Any] | None:
+    """Counter and gauge; None in a process that never imported OpenTelemetry, where nobody collects metrics."""
+    return _made_instruments() if "opentelemetry.metrics" in sys.modules else None
+
+
+@cache
+def _made_instruments() -> tuple[Any, Any]:
+    from opentelemetry import metrics
+
+    meter = metrics.get_meter("diracx.tasks")
+    return (
+        meter.create_counter(
+            RELOAD_FAILURES, unit="{failure}", description="Configurations that could not come into force."
+        ),
+        meter.create_gauge(
+            CONFIG_IS_CURRENT, description="1 while the configuration that is written is in force."
+        ),
+    )

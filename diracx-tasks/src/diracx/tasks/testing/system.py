@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from ..plumbing.base_task import BaseTask
-from ..plumbing.binding import bound_to
+from ..plumbing.binding import Binding, bound_by
 from ..plumbing.broker import RedisStreamBroker, keys
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
@@ -72,19 +72,13 @@ class TaskSystem:
         self._workers = workers
         self._scheduler = scheduler
         self._overrides = dict(overrides or {})
-        self._config = TasksConfig()
-        if isinstance(config, TasksConfig):
-            self._config = config
-        elif isinstance(config, Mapping):
-            self._config = TasksConfig.model_validate(config)
-        elif config is not None:
+        self._diracx_config: Config | None = None
+        self._configure(config, vos)
+        if self._diracx_config is not None:
             from diracx.core.config import ConfigSource
 
-            self._config = load_tasks_config(config=config)
-            self._overrides.setdefault(ConfigSource.create, lambda: config)
-            vos = sorted(config.registry) if vos is None else vos
+            self._overrides.setdefault(ConfigSource.create, lambda: self._diracx_config)
         self._task_db_url = task_db_url
-        self._vos = list(vos or ())
         self._settings = WorkerSettings.model_validate(
             {
                 "max_concurrent_tasks": concurrency,
@@ -94,10 +88,48 @@ class TaskSystem:
                 **(settings or {}),
             }
         )
+        self._workers_up: list[Worker] = []
+        self._scheduler_up: TaskScheduler | None = None
         self._serving: list[asyncio.Task[None]] = []
         self._scheduling: list[asyncio.Task[None]] = []
         self.task_db: TaskDB | None = None
         """The database of dead letters: `async with system.task_db as db: await db.search()`."""
+
+    def _configure(
+        self, config: TasksConfig | Config | Mapping[str, Any] | None, vos: Iterable[str] | None
+    ) -> None:
+        if config is None:
+            self._config = TasksConfig()
+        elif isinstance(config, TasksConfig):
+            self._config = config
+        elif isinstance(config, Mapping):
+            self._config = TasksConfig.model_validate(config)
+        else:
+            self._config = load_tasks_config(config=config)
+            self._diracx_config = config
+            vos = sorted(config.registry) if vos is None else vos
+        self._vos = list(vos or ())
+
+    def reconfigure(
+        self, config: TasksConfig | Config | Mapping[str, Any] | None, vos: Iterable[str] | None = None
+    ) -> None:
+        """Go on with another configuration, as an installation does when it is changed there.
+
+        What runs keeps what it began with; what is delivered or submitted from now on follows the new settings.
+
+        Args:
+            config: as at the start, and whole: None is that of the code.
+            vos: the VOs from now on; by default those of a DiracX `config`, else those that there are.
+
+        Raises:
+            ValueError: when it is no valid configuration; the old one stays.
+        """
+        of_diracx = not (config is None or isinstance(config, TasksConfig | Mapping))
+        self._configure(config, self._vos if vos is None and not of_diracx else vos)
+        for worker in self._workers_up:
+            worker.reconfigure(self._config)
+        if self._scheduler_up is not None:
+            self._scheduler_up.reconfigure(self._config, self._vos)
 
     async def __aenter__(self) -> Self:
         self._stack = AsyncExitStack()
@@ -114,7 +146,7 @@ class TaskSystem:
         self.broker = self._broker()
         self._stack.push_async_callback(self.broker.shutdown)
         await self.broker.startup()
-        self._stack.enter_context(bound_to(self.broker, self.registry, self._config))
+        self._stack.enter_context(bound_by(lambda: Binding(self.broker, self.registry, self._config)))
         if self._task_db_url is not None:
             self.task_db = await self._open_task_db(self._task_db_url)
         self._stop = asyncio.Event()
@@ -133,12 +165,14 @@ class TaskSystem:
                         overrides=self._overrides,
                         config=self._config,
                     )
+                    self._workers_up.append(worker)
                     self._serving.append(asyncio.create_task(worker.run(self._stop), name=f"worker {size}"))
                     ready.append(worker.ready)
             if self._scheduler:
                 broker = self._broker()
                 self._stack.push_async_callback(broker.shutdown)
                 scheduler = TaskScheduler(broker, self.registry, config=self._config, vos=self._vos)
+                self._scheduler_up = scheduler
                 self._scheduling.append(
                     asyncio.create_task(scheduler.run(self._stop_scheduling), name="scheduler")
                 )

@@ -24,6 +24,9 @@ ALIVE = "diracx:tasks:alive"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
 
+#: Hash: process -> "{seen (ms)} {JSON}": the configuration it runs with. Goes with the last process.
+CONFIG_IN_FORCE = "diracx:tasks:config-in-force"
+
 #: String: which life of the data this is. Another value, or none: the data were lost (FLUSHALL, a restart).
 EPOCH = "diracx:tasks:epoch"
 

@@ -212,6 +212,11 @@ async def occur(
     return int(await script("occur")(redis, args=[token, schedule, due_ms, following, stream, task_id, data]))
 
 
+async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> int:
+    """Say with which configuration a process runs (empty: none any more). Returns how many have said so."""
+    return int(await script("announce")(redis, args=[process, said, counts_ms, int(tidy)]))
+
+
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> None:
     """`settle` on a blocking connection, for a worker whose event loop is blocked."""
     script("settle").run(redis, args=[consumer, "", pack(settlements)])

@@ -44,7 +44,7 @@ from .model import (
     TasksConfig,
     whose,
 )
-from .reading import CONFIG_PATH_VARIABLE, load_tasks_config, tasks_config_of_environment
+from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
 from .source import Problem, Source
 
 __all__ = [
@@ -67,7 +67,6 @@ __all__ = [
     "object_settings",
     "problems",
     "task_settings",
-    "tasks_config_of_environment",
     "unknown_names",
     "whose",
 ]

@@ -112,17 +112,3 @@ def _model_at(where: Path) -> type[BaseModel]:
         case ():
             return TasksConfig
     return TaskOverride
-
-
-def tasks_config_of_environment() -> TasksConfig:
-    """The configuration that this process finds: `DIRACX_TASKS_CONFIG`, else `DIRACX_CONFIG_BACKEND_URL`.
-
-    Raises:
-        TaskConfigError: every problem of the file or section, one line each.
-    """
-    backend_url = os.environ.get("DIRACX_CONFIG_BACKEND_URL")
-    if os.environ.get(CONFIG_PATH_VARIABLE) or not backend_url:
-        return load_tasks_config()
-    from diracx.core.config import ConfigSource
-
-    return load_tasks_config(config=ConfigSource.create_from_url(backend_url=backend_url).read())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -62,6 +62,7 @@ class TaskScheduler:
             "owner": self._token,
             "ttl_ms": int(lease_seconds * 1000),
         }
+        self._reconfigured = asyncio.Event()
         self._pauses = Pauses()
         self._in_trouble = False
         self._scheduled: dict[str, ScheduledTask] = {}
@@ -69,6 +70,11 @@ class TaskScheduler:
         """Set while this scheduler leads."""
         self.ready = asyncio.Event()
         """Set when it leads for the first time, or knows that another does."""
+
+    def reconfigure(self, config: TasksConfig, vos: Iterable[str]) -> None:
+        """Go on with other settings and VOs. Call it in the scheduler's event loop; the leader plans again."""
+        self._config, self._vos = config, list(vos)
+        self._reconfigured.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Schedule until `stop` is set.
@@ -117,6 +123,8 @@ class TaskScheduler:
         self.ready.set()
         renew_at = time.monotonic() + self._lease_seconds / 3
         while not stop.is_set():
+            if self._reconfigured.is_set() and not await self._plan():
+                return
             if time.monotonic() >= renew_at:
                 if not (await scripts.extend(self._broker.redis, [self._lease]))[0]:
                     logger.warning("lost the lead")
@@ -130,7 +138,7 @@ class TaskScheduler:
             waits_ms = [ms for ms in (delayed_ms, periodic_ms) if ms is not None and ms >= 0]
             pause = min([renew_at - time.monotonic(), *(ms / 1000 for ms in waits_ms)])
             if pause > 0:
-                await _unless(stop, self._sleep(pause))
+                await _unless(stop, _first_of(self._sleep(pause), self._reconfigured.wait()))
 
     async def _sleep(self, seconds: float) -> None:
         """Until then, or until something is put aside that is due earlier."""
@@ -138,6 +146,7 @@ class TaskScheduler:
 
     async def _plan(self) -> bool:
         """Bring the schedules in Redis up to date with code, configuration and VOs. False: somebody else leads."""
+        self._reconfigured.clear()
         self._scheduled = scheduled_tasks(self._registry, self._config, self._vos)
         now = datetime.fromtimestamp(await self._now_ms() / 1000, UTC)
         wanted = []
@@ -203,6 +212,18 @@ class TaskScheduler:
         )
         logger.debug("%s due at %d: %s", schedule_id, due_ms, reply)
         return reply
+
+
+async def _first_of(*waiting: Coroutine[Any, Any, Any]) -> None:
+    tasks = [asyncio.ensure_future(each) for each in waiting]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for each in done:
+            each.result()
+    finally:
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _unless(stop: asyncio.Event, waiting: Awaitable[_Answer]) -> None:

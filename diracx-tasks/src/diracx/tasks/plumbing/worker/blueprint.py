@@ -30,10 +30,12 @@ class _Written(NamedTuple):
 class Blueprint:
     """One task class: its dependency plan, and its settings with the operator's overrides."""
 
-    def __init__(self, name: str, task_class: type[BaseTask], config: TasksConfig) -> None:
+    def __init__(
+        self, name: str, task_class: type[BaseTask], config: TasksConfig, plan: Plan | None = None
+    ) -> None:
         self.name = name
         self.task_class = task_class
-        self.plan: Plan = compile_plan(task_class.execute, skip_first=True)
+        self.plan: Plan = plan or compile_plan(task_class.execute, skip_first=True)
         self._config = config
         names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
         self._written: dict[str | None, _Written] = {}
@@ -160,10 +162,21 @@ def _limited(limiter: BaseLimiter, numbers: list[Any], vo: str | None) -> BaseLi
     return limiter
 
 
-def blueprints(registry: Mapping[str, type[BaseTask]], config: TasksConfig) -> dict[str, Blueprint]:
+def blueprints(
+    registry: Mapping[str, type[BaseTask]],
+    config: TasksConfig,
+    known: Mapping[str, Blueprint] | None = None,
+) -> dict[str, Blueprint]:
     """The blueprints of all tasks.
+
+    Args:
+        known: those for another configuration; what does not depend on it is taken from them.
 
     Raises:
         TypeError: when a parameter of an `execute` can never be injected; names task and parameter.
     """
-    return {name: Blueprint(name, task_class, config) for name, task_class in registry.items()}
+    known = known or {}
+    return {
+        name: Blueprint(name, task_class, config, known[name].plan if name in known else None)
+        for name, task_class in registry.items()
+    }

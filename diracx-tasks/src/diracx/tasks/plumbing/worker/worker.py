@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..binding import bound_to
+from ..binding import Binding, bound_by
 from ..broker import keys
 from ..broker.models import TaskMessage
 from ..config import TasksConfig
@@ -69,8 +70,8 @@ class Worker:
         self._broker = broker
         self._registry = TaskRegistry.of(registry)
         self._settings = settings or WorkerSettings()
-        self._config = config or TasksConfig()
-        self._blueprints = blueprints(self._registry, self._config)
+        self._binding = Binding(broker, self._registry, config or TasksConfig())
+        self._blueprints = blueprints(self._registry, config or TasksConfig())
         self._letters = DeadLetterOffice(broker, task_db)
         self._given_overrides = overrides or {}
         self._overrides: Overrides = {}
@@ -92,6 +93,16 @@ class Worker:
         for execution in self._running:
             execution.stop()
 
+    def reconfigure(self, config: TasksConfig) -> None:
+        """Go on with other settings. Call it in the worker's event loop.
+
+        They are for what is delivered from now on: its limits are those of its next attempt to take its locks.
+        What runs keeps what it began with: its time limit, its locks and its retries. What tasks submit goes to
+        the queue that the new settings say.
+        """
+        self._blueprints = blueprints(self._registry, config, self._blueprints)
+        self._binding = replace(self._binding, config=config)
+
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then let what runs end within the grace period.
 
@@ -105,7 +116,7 @@ class Worker:
             self._dependencies() as self._overrides,
         ):
             self._settler = Settler(self._broker, self._keeper)
-            with bound_to(self._broker, self._registry, self._config):
+            with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 listening = asyncio.create_task(self._cancellations.run())
                 watchdog = self._watchdog(stop)

@@ -1,0 +1,20 @@
+-- Say with which configuration a process runs, or (with nothing to say) that it runs no more.
+-- KEYS: none. ARGV: process, what it says or '', how long an entry counts (ms), whether to remove those of
+--   processes that have been silent for longer (1 or 0).
+-- Returns the number of entries. The key outlives the last process by twice that time.
+-- #include _time
+local now_ms = math.floor(now_us() / 1000)
+if ARGV[2] == '' then
+  redis.call('HDEL', '$CONFIG_IN_FORCE', ARGV[1])
+else
+  redis.call('HSET', '$CONFIG_IN_FORCE', ARGV[1], int(now_ms) .. ' ' .. ARGV[2])
+end
+if ARGV[4] == '1' then
+  local entries = redis.call('HGETALL', '$CONFIG_IN_FORCE')
+  for field = 1, #entries, 2 do
+    local seen = tonumber(string.match(entries[field + 1], '^(%d+) ') or 0)
+    if seen < now_ms - tonumber(ARGV[3]) then redis.call('HDEL', '$CONFIG_IN_FORCE', entries[field]) end
+  end
+end
+redis.call('PEXPIRE', '$CONFIG_IN_FORCE', 2 * tonumber(ARGV[3]))
+return redis.call('HLEN', '$CONFIG_IN_FORCE')

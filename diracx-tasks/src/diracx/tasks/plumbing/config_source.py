@@ -1,0 +1,297 @@
+"""Where the configuration of tasks and the VOs are read: again and again, and cheaply while nothing changes.
+
+Everything here blocks (files, git, YAML): a coroutine calls it through `in_thread`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .config import CONFIG_PATH_VARIABLE, TasksConfig, checked_tasks_config, load_tasks_config
+from .exceptions import TaskConfigError
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from diracx.core.config import Config, ConfigSource
+
+    from .base_task import BaseTask
+
+    Registry = Mapping[str, type[BaseTask]]
+
+BACKEND_URL_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
+
+#: A file that changes is read when it has not changed for so long: whoever writes it may not be done.
+_SETTLED_SECONDS = 0.5
+_SETTLING_ROUNDS = 4
+#: A file that was written so short a time before it was read may change once more with the same time stamp.
+_TIME_STAMP_SECONDS = 2.0
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is written at one moment."""
+
+    tasks: TasksConfig | None
+    """None: it is wrong, or cannot be read; see the problems."""
+    vos: tuple[str, ...] | None
+    """None without a DiracX configuration, or when it cannot be read."""
+    problems: tuple[str, ...] = ()
+
+
+class ConfigReader:
+    """Reads the configuration of tasks and the VOs. Not for two threads at a time.
+
+    Args:
+        path: the YAML file; it goes before the section of the DiracX configuration.
+        backend_url: the DiracX configuration.
+        registry: the tasks there are; what is written is then judged by them, not by its form alone.
+    """
+
+    def __init__(
+        self, path: Path | None = None, backend_url: str | None = None, registry: Registry | None = None
+    ) -> None:
+        self._load = load_tasks_config if registry is None else partial(_load_and_check, registry)
+        self._file = None if path is None else _File(path, self._load)
+        self._diracx = _Diracx(backend_url) if backend_url else None
+        self._of_config: tuple[Config, TasksConfig | TaskConfigError] | None = None
+        self._last: Reading | None = None
+
+    @classmethod
+    def of_environment(cls, registry: Registry | None = None) -> ConfigReader:
+        """What `DIRACX_TASKS_CONFIG` and `DIRACX_CONFIG_BACKEND_URL` name."""
+        path = os.environ.get(CONFIG_PATH_VARIABLE)
+        return cls(Path(path) if path else None, os.environ.get(BACKEND_URL_VARIABLE), registry)
+
+    @property
+    def source(self) -> str:
+        """Where the settings of tasks come from: a path, `Systems.Tasks`, or `defaults`."""
+        if self._file is not None:
+            return str(self._file.path)
+        return "defaults" if self._diracx is None else "Systems.Tasks"
+
+    @property
+    def can_change(self) -> bool:
+        """Whether there is anything to read."""
+        return self._file is not None or self._diracx is not None
+
+    def read_config(self) -> Config | None:
+        """The DiracX configuration, None where there is none.
+
+        Raises:
+            Exception: whatever its source raises when it cannot be read.
+        """
+        return None if self._diracx is None else self._diracx.read()
+
+    def read_tasks(self, config: Config | None = None) -> TasksConfig:
+        """The settings of tasks.
+
+        Args:
+            config: the DiracX configuration; it is read when it is not given and needed.
+
+        Raises:
+            TaskConfigError: every problem of the file or section, one line each.
+            Exception: as `read_config`.
+        """
+        if self._file is not None:
+            return self._file.read()
+        if config is None and (config := self.read_config()) is None:
+            return TasksConfig()
+        if self._of_config is None or self._of_config[0] is not config:
+            self._of_config = config, _outcome(lambda: self._load(config=config))
+        return _value_of(self._of_config[1])
+
+    def read(self) -> Reading:
+        """What is written now; the same object as before when it is the same."""
+        config, vos, problems = None, None, []
+        try:
+            config = self.read_config()
+        except Exception as error:
+            problems += [f"the DiracX configuration cannot be read: {line}" for line in reasons(error)]
+        else:
+            vos = None if config is None else tuple(sorted(config.registry))
+        tasks = None
+        if self._file is not None or not problems:
+            try:
+                tasks = self.read_tasks(config)
+            except TaskConfigError as error:
+                problems += str(error).splitlines()
+        reading = Reading(tasks, vos, tuple(problems))
+        if self._last is None or not _same(reading, self._last):
+            self._last = reading
+        return self._last
+
+
+def _load_and_check(registry: Registry, path: Path | None = None, config: Config | None = None) -> TasksConfig:
+    return checked_tasks_config(registry, None, path=path, config=config)[0]
+
+
+def _same(one: Reading, other: Reading) -> bool:
+    """Settings are kept as long as what they were read from does not change, so it is the same object."""
+    return one.tasks is other.tasks and one.vos == other.vos and one.problems == other.problems
+
+
+def _outcome(read: Callable[[], TasksConfig]) -> TasksConfig | TaskConfigError:
+    try:
+        return read()
+    except TaskConfigError as error:
+        return error
+
+
+def _value_of(outcome: TasksConfig | TaskConfigError) -> TasksConfig:
+    if isinstance(outcome, TaskConfigError):
+        raise outcome.with_traceback(None)  # raised again and again, it would collect tracebacks
+    return outcome
+
+
+class _File:
+    """A YAML file, read again when it was edited, replaced or removed."""
+
+    def __init__(self, path: Path, load: Callable[..., TasksConfig]) -> None:
+        self.path = path
+        self._load = load
+        self._stamp: object = None
+        self._content: bytes | None = None
+        self._outcome: TasksConfig | TaskConfigError | None = None
+
+    def read(self) -> TasksConfig:
+        """Its settings.
+
+        Raises:
+            TaskConfigError: when it is wrong, or is not there.
+        """
+        stamp = self._look()
+        if self._outcome is None or stamp != self._stamp:
+            self._stamp = self._read(stamp)
+        assert self._outcome is not None
+        return _value_of(self._outcome)
+
+    def _look(self) -> object:
+        """The stamp of the file as soon as it stays the same, or after some seconds."""
+        stamp = _stamp(self.path)
+        if self._outcome is None:
+            return stamp
+        for _ in range(_SETTLING_ROUNDS):
+            if stamp == self._stamp:
+                break
+            before = stamp
+            time.sleep(_SETTLED_SECONDS)
+            stamp = _stamp(self.path)
+            if stamp == before:
+                break
+        return stamp
+
+    def _read(self, stamp: object) -> object:
+        """Read it. Returns the stamp by which a change will be seen, None when the next look has to read again."""
+        content: bytes | None = None
+        with contextlib.suppress(OSError):
+            content = self.path.read_bytes()
+        read_at = time.time()
+        # Whoever replaced it by the same text has changed nothing.
+        if self._outcome is None or content is None or content != self._content:
+            self._outcome = _outcome(lambda: self._load(path=self.path))
+            self._content = content
+        written_at = stamp[-1] / 1e9 if isinstance(stamp, tuple) else 0.0
+        trusted = _stamp(self.path) == stamp and read_at - written_at > _TIME_STAMP_SECONDS
+        return stamp if trusted else None
+
+
+def _stamp(path: Path) -> object:
+    """What changes when the file does; the number of the error when it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return error.errno
+    return (found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns, found.st_mtime_ns)
+
+
+class _Diracx:
+    """The DiracX configuration, read again when there is a new revision.
+
+    `ConfigSource.read()` would answer from its cache, seconds behind, and for an hour hide that what was
+    committed cannot be read. So its two steps are called here.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._source: ConfigSource | None = None
+        self._revision: tuple[str, datetime] | None = None
+        self._outcome: Config | Exception | None = None
+
+    def read(self) -> Config:
+        from diracx.core.config import ConfigSource
+        from diracx.core.exceptions import BadConfigurationVersionError
+
+        if self._source is None:
+            self._source = ConfigSource.create_from_url(backend_url=self._url)
+        revision = self._source.latest_revision()
+        if self._outcome is None or self._revision is None or revision[0] != self._revision[0]:
+            try:
+                self._outcome = self._source.read_raw(*revision)
+            except BadConfigurationVersionError:
+                raise  # git failed: the same revision may well be read at the next look
+            except Exception as error:
+                self._outcome = error
+            self._revision = revision
+        if isinstance(self._outcome, Exception):
+            raise self._outcome.with_traceback(None)
+        return self._outcome
+
+
+def reasons(error: Exception) -> list[str]:
+    """Why the DiracX configuration cannot be read: a line for each mistake in it, or what git said last."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return [f"{'.'.join(map(str, item['loc'])) or 'the top level'}: {item['msg']}" for item in error.errors()]
+    if isinstance(error, KeyError):
+        return [f"there is no kind of source {error}"]
+    # What git printed comes with its command line; the last line says it.
+    cause = error if hasattr(error, "stderr") else error.__cause__
+    printed: Any = getattr(cause, "stderr", b"")
+    text = printed.decode(errors="replace") if isinstance(printed, bytes) and printed.strip() else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not (isinstance(printed, bytes) and printed.strip()):
+        return [" ".join(lines) or type(error).__name__]
+    return lines[-1:]
+
+
+def in_thread(call: Callable[[], _Value], name: str) -> asyncio.Future[_Value]:
+    """Call something that blocks, in a thread of its own that nobody waits for at the end of the process.
+
+    Git may hang on a file system that is away; a thread of the event loop's own pool would then keep the
+    process from ending.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Value] = loop.create_future()
+
+    def tell(value: _Value | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)  # type: ignore[arg-type]  # the value belongs to it where there is no error
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        value, failure = None, None
+        try:
+            value = call()
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
+            loop.call_soon_threadsafe(tell, value, failure)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future
