@@ -244,6 +244,16 @@ def _serve(run: Callable[[asyncio.Event, list[Callable[[], None]]], Awaitable[No
         await run(stop, on_second_signal)
         logger.info("stopped")
 
-    asyncio.run(until_signalled())
+    with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+        runner.run(until_signalled())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Python's own end would give up the handlers above
+
+
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed (`pip install diracx-tasks[fast]`); None for that of asyncio."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
