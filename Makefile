@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench clean
+.PHONY: help install test servers demo chaos lint docs bench bench-count clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises a
 
 bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
+	@$(BIN)/python -m benchmarks.counts $(ARGS)
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) site .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,38 @@
+"""What a task may cost the server and the wire. `make bench-count` shows the figures themselves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+#: Per task: round trips, commands, bytes sent, bytes received. A little above what was counted.
+MOST = {
+    "enqueue one by one": (1.0, 1.0, 160, 30),
+    "enqueue in bulk": (0.01, 1.0, 115, 5),
+    "drain": (0.06, 0.5, 130, 160),
+    "drain, one mutex per task": (0.08, 8.0, 560, 180),
+    "drain, results kept": (0.06, 4.5, 290, 160),
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    command = [sys.executable, "-m", "benchmarks.counts", "--tasks", "1000", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("scenario", MOST)
+def test_a_task_costs_no_more_than_this(counts, scenario):
+    found = tuple(counts[scenario].values())
+    assert all(number <= most for number, most in zip(found, MOST[scenario], strict=True)), (found, MOST[scenario])
+
+
+def test_every_scenario_is_held(counts):
+    assert counts.keys() == MOST.keys()
