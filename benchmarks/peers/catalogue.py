@@ -58,6 +58,13 @@ def _bare(name: str, title: str, mode: str, *scenarios: str) -> Peer:
 
 
 _NO_LOCKS = {"mutex": "has no locks", "one-mutex": "has no locks"}
+_NO_WAITING = {"one-mutex": "a task that is refused its lock fails"}
+#: For those that leave the choice of the event loop to whoever starts them.
+_ON_UVLOOP = ("python", "-m", "benchmarks.peers.with_uvloop")
+_CELERY = (
+    *("celery", "-A", f"{_ADAPTERS}.celery", "worker", "--pool", "threads", "--loglevel", "WARNING"),
+    *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+)
 
 PEERS = (
     Peer(
@@ -92,10 +99,72 @@ PEERS = (
         ),
         scheduler=(
             *("taskiq", "scheduler", f"{_ADAPTERS}.taskiq_streams:scheduler"),
-            *("--skip-first-run", "--update-interval", "1", "--loop-interval", "1"),
+            *("--update-interval", "1"),  # by default it looks once a minute
         ),
         bulk="concurrent calls",
         unable=_NO_LOCKS,
+    ),
+    Peer(
+        name="saq",
+        title="SAQ",
+        adapter="saq",
+        environment="saq",
+        worker=(*_ON_UVLOOP, "saq", f"{_ADAPTERS}.saq.settings", "--quiet"),
+        bulk="concurrent calls",
+        unable=_NO_LOCKS,
+    ),
+    Peer(
+        name="arq",
+        title="arq",
+        adapter="arq",
+        environment="arq",
+        worker=(*_ON_UVLOOP, "arq", f"{_ADAPTERS}.arq.WorkerSettings"),
+        bulk="concurrent calls",
+        unable=_NO_LOCKS,
+    ),
+    Peer(
+        name="streaq",
+        title="streaq",
+        adapter="streaq",
+        environment="streaq",
+        worker=("streaq", "run", f"{_ADAPTERS}.streaq:worker"),
+        bulk="enqueue_many",
+        unable=_NO_LOCKS,
+    ),
+    Peer(
+        name="docket",
+        title="pydocket",
+        adapter="docket",
+        environment="docket",
+        worker=("python", "-m", f"{_ADAPTERS}.docket", "{concurrency}"),
+        bulk="add_many",
+    ),
+    Peer(
+        name="dramatiq",
+        title="dramatiq",
+        adapter="dramatiq",
+        environment="dramatiq",
+        worker=("dramatiq", f"{_ADAPTERS}.dramatiq", "--processes", "1", "--threads", "8"),
+        naps=("dramatiq", f"{_ADAPTERS}.dramatiq", "--processes", "1", "--threads", "{concurrency}"),
+        unable=_NO_WAITING,
+    ),
+    Peer(
+        name="celery",
+        title="Celery, threads",
+        adapter="celery",
+        environment="celery",
+        worker=(*_CELERY, "--concurrency", "8"),
+        naps=(*_CELERY, "--concurrency", "{concurrency}"),
+        unable=_NO_LOCKS,
+    ),
+    Peer(
+        name="huey",
+        title="huey",
+        adapter="huey",
+        environment="huey",
+        worker=("huey_consumer", f"{_ADAPTERS}.huey.huey", "--workers", "8", "-k", "thread", "--quiet"),
+        naps=("huey_consumer", f"{_ADAPTERS}.huey.huey", "--workers", "{concurrency}", "-k", "thread", "--quiet"),
+        unable=_NO_WAITING,
     ),
     _bare("bare-await", "redis-py, the no-op awaited", "await", "drain"),
     _bare(

@@ -61,6 +61,7 @@ def variables(url: str, meter: Path, *, results: bool = False) -> dict[str, str]
         "BENCH_METER": str(meter),
         "BENCH_RESULTS": "1" if results else "0",
         "DIRACX_TASKS_REDIS_URL": url,
+        "DIRACX_LOG_LEVEL": "WARNING",  # 0.7.0 has no option for it, and logs every task
         "OTEL_SDK_DISABLED": "true",
     }
 
