@@ -30,8 +30,5 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     section = f"{begin}\n\n{text.strip()}\n\n{end}"
     before = path.read_text() if path.exists() else "# Results\n"
     found = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if found.search(before):
-        after = found.sub(lambda _: section, before)
-    else:
-        after = f"{before.rstrip()}\n\n{section}\n"
-    path.write_text(after)
+    after, replaced = found.subn(lambda _: section, before)
+    path.write_text(after if replaced else f"{before.rstrip()}\n\n{section}\n")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 
-from redis import Redis
-
 from diracx.tasks.testing import embedded_redis
+from redis import Redis
 
 from ..results import RESULTS, write_section
 from . import environments, report
@@ -31,7 +31,7 @@ def say(line: str) -> None:
 
 
 def measure(peers: list[Peer], scenarios: list[Scenario], rounds: int, scale: float) -> Measurements:
-    taken = Measurements(peers, rounds)
+    taken = Measurements(peers, rounds, load=os.getloadavg()[0])
     begin = time.monotonic()
     for number in range(1, rounds + 1):
         with embedded_redis() as url, Redis.from_url(url) as redis:
@@ -52,7 +52,9 @@ def _measure_one(
     where = f"{time.monotonic() - begin:6.0f} s  round {number}  {scenario.name:10} {peer.name:11}"
     if not peer.takes_part(scenario.name):
         if scenario.name in peer.unable:
-            taken.problems.append(Problem(peer.name, scenario.name, number, peer.unable[scenario.name], skipped=True))
+            taken.problems.append(
+                Problem(peer.name, scenario.name, number, peer.unable[scenario.name], skipped=True)
+            )
         return
     try:
         figures: Figures = scenario.measure(bench, peer)

@@ -24,6 +24,8 @@ class Peer:
     """Starts one worker process; `{concurrency}` and `{url}` are filled in."""
     naps: Command | None = None
     """Starts the worker for tasks that sleep, where another one suits them better."""
+    storing: Command = ()
+    """Further arguments of a worker that stores results; the adapters of the others look at BENCH_RESULTS."""
     scheduler: Command | None = None
     """Further process that delayed tasks need."""
     bulk: str | None = None
@@ -73,6 +75,7 @@ PEERS = (
         adapter="ours",
         environment="ours",
         worker=("diracx-task-run", "worker", "--max-concurrent-tasks", "{concurrency}", "--log-level", "warning"),
+        storing=("--result-ttl", "3600"),
         bulk="schedule_many",
     ),
     Peer(

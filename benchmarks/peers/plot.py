@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "diracx-tasks"  # the same figures give the same file
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 OURS, LIMIT, OTHER = "#c0392b", "#b8b8b8", "#3b6ea5"
 #: File -> panels: title and figure.
@@ -54,13 +51,15 @@ def panel(axes: Any, title: str, figure: str, peers: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    mpl.rcParams["svg.hashsalt"] = "diracx-tasks"  # the same figures give the same file
     directory, peers = Path(sys.argv[1]), json.load(sys.stdin)["peers"]
     for name, panels in PLOTS.items():
         wanted = [each for each in panels if any(each[1] in peer["figures"] for peer in peers.values())]
         if not wanted:
             continue
-        figure, grid = plt.subplots((len(wanted) + 1) // 2, 2, figsize=(13, 3.6 * ((len(wanted) + 1) // 2)))
-        every = list(grid.flat)
+        lines = (len(wanted) + 1) // 2
+        figure = Figure(figsize=(13, 3.6 * lines))
+        every = list(figure.subplots(lines, 2, squeeze=False).flat)
         for axes, (title, key) in zip(every, wanted, strict=False):
             panel(axes, title, key, peers)
         for axes in every[len(wanted) :]:

@@ -35,6 +35,8 @@ class Measurements:
     """(peer, figure) -> one value per round."""
     problems: list[Problem] = field(default_factory=list)
     seconds: float = 0.0
+    load: float = 0.0
+    """Load average of the machine before it began: what others were doing."""
 
     def add(self, peer: str, figures: dict[str, float]) -> None:
         for figure, value in figures.items():
@@ -120,8 +122,8 @@ def _cell(taken: Measurements, peer: Peer, column: Column) -> str:
     values = [taken.median(peer.name, figure) for figure in column.figures]
     if all(value is None for value in values):
         mine = [p for p in taken.problems if (p.peer, p.scenario) == (peer.name, column.scenario)]
-        return "**failed**" if any(not problem.skipped for problem in mine) else "–"
-    return " / ".join("–" if value is None else column.show(value) for value in values)
+        return "**failed**" if any(not problem.skipped for problem in mine) else "-"
+    return " / ".join("-" if value is None else column.show(value) for value in values)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -133,13 +135,17 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def tables(taken: Measurements) -> str:
     parts = []
     for title, columns in _TABLES:
-        used = [column for column in columns if any((p.name, f) in taken.values for p in taken.peers for f in column.figures)]
+        used = [
+            column
+            for column in columns
+            if any((p.name, f) in taken.values for p in taken.peers for f in column.figures)
+        ]
         if not used:
             continue
         rows = []
         for peer in taken.peers:
             cells = [_cell(taken, peer, column) for column in used]
-            if set(cells) != {"–"}:
+            if set(cells) != {"-"}:
                 rows.append([f"**{peer.title}**" if peer.is_ours else peer.title, *cells])
         parts.append(f"### {title}\n\n{_table(['', *(column.title for column in used)], rows)}")
     return "\n\n".join(parts)
@@ -166,14 +172,18 @@ def targets(taken: Measurements) -> list[Target]:
     def ours(figure: str) -> float | None:
         return taken.median("ours", figure)
 
-    def ratio(what: str, figure: str, other: float | None, name: str, least: float, *, percent: bool = False) -> None:
+    def ratio(
+        what: str, figure: str, other: float | None, name: str, least: float, *, percent: bool = False
+    ) -> None:
         mine = ours(figure)
-        wanted = f"≥ {least:.0%} of {name}" if percent else f"≥ {least:g} × {name}"
+        wanted = f"≥ {least:.0%} of {name}" if percent else f"≥ {least:g} times {name}"
         if mine is None or not other:
             found.append(Target(what, wanted, "not measured", None))
             return
         reached = mine / other
-        found.append(Target(what, wanted, f"{reached:.0%}" if percent else f"{reached:.1f} ×", reached >= least))
+        found.append(
+            Target(what, wanted, f"{reached:.0%}" if percent else f"{reached:.1f} times", reached >= least)
+        )
 
     def limit(what: str, wanted: str, value: float | None, most: float | None, unit: str = "") -> None:
         if value is None or most is None:
@@ -251,7 +261,7 @@ def section(taken: Measurements, plots: Iterable[str]) -> str:
 
 Measured by `make bench-peers` on {datetime.now(UTC):%Y-%m-%d} in {taken.seconds / 60:.0f} minutes: {machine()}.
 Medians of {taken.rounds} rounds; in each, all take turns at each scenario on the same embedded Valkey, emptied
-before every run. Absolute figures of a shared machine vary; compare figures of one run.
+before every run. Load of the machine at the start: {taken.load:.1f}. Absolute figures of a shared machine vary; compare figures of one run.
 
 {images}
 
@@ -274,6 +284,7 @@ def as_json(taken: Measurements) -> dict[str, Any]:
         "machine": machine(),
         "rounds": taken.rounds,
         "seconds": round(taken.seconds, 1),
+        "load": taken.load,
         "peers": {
             peer.name: {
                 "title": peer.title,

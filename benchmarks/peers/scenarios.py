@@ -26,11 +26,13 @@ from .processes import FailedError, Service
 CUT_SECONDS = 5.0
 _START_SECONDS = 20.0
 _CLIENT_SECONDS = 120.0
-_LOOK_SECONDS = 0.002
+_LOOK_SECONDS = 0.01
 CONCURRENCY = 100
 WORKERS = 4
 BEHIND_ONE_MUTEX = 200
 _ONE_MUTEX_SECONDS = 15.0
+#: Less than this for each task is no result.
+_LEAST_RESULT_BYTES = 20
 #: A backlog that takes longer to submit is left out.
 _BACKLOG_SECONDS = 100.0
 
@@ -92,6 +94,7 @@ class Run:
         self.bench = bench
         self.peer = peer
         self._directory = directory
+        self._results = results
         self._home = environments.ENVIRONMENTS / peer.environment
         meter = directory / "meter"
         meter.mkdir()
@@ -129,7 +132,7 @@ class Run:
 
     def worker(self, *, naps: bool = False) -> Service:
         command = self.peer.naps if naps and self.peer.naps else self.peer.worker
-        return self._service(command)
+        return self._service((*command, *self.peer.storing) if self._results else command)
 
     def scheduler(self) -> Service | None:
         return self._service(self.peer.scheduler) if self.peer.scheduler else None
@@ -137,9 +140,7 @@ class Run:
     def _service(self, command: Command) -> Service:
         filled = tuple(part.format(concurrency=CONCURRENCY, url=self.bench.url) for part in command)
         log = self._directory / f"{time.monotonic_ns()}.log"
-        return Service(
-            environments.command_in(self._home, filled), self._environment, environments.ROOT, log
-        )
+        return Service(environments.command_in(self._home, filled), self._environment, environments.ROOT, log)
 
     def wait_for(
         self, number: int, *workers: Service, seconds: float = CUT_SECONDS, series: list[Any] | None = None
@@ -221,11 +222,10 @@ def results(bench: Bench, peer: Peer) -> Figures:
     with run(bench, peer, results=True) as it:
         number = bench.enough(peer, 20_000)
         it.submit("answer", number)
-        before = bench.redis.dbsize()
         with it.worker() as worker:
             reading = it.wait_for(number, worker)
             worker.stop()
-        if reading.count == number and bench.redis.dbsize() - before < 1 and not bench.bytes_used():
+        if reading.count == number and bench.bytes_used() < _LEAST_RESULT_BYTES * number:
             raise FailedError("stored no results")
         return {"results": _rate(reading)}
 

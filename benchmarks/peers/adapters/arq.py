@@ -1,4 +1,4 @@
-"""arq. It has no bulk call, so many are submitted by concurrent calls."""
+"""arq. No bulk call: many are submitted by concurrent calls."""
 
 from __future__ import annotations
 

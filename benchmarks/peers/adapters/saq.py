@@ -1,4 +1,4 @@
-"""SAQ. It has no bulk call, so many are submitted by concurrent calls."""
+"""SAQ. No bulk call: many are submitted by concurrent calls."""
 
 from __future__ import annotations
 

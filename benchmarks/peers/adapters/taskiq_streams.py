@@ -1,4 +1,4 @@
-"""taskiq with the streams broker of taskiq-redis. It has no bulk call, so many are submitted by concurrent calls."""
+"""taskiq with the streams broker of taskiq-redis. No bulk call: many are submitted by concurrent calls."""
 
 from __future__ import annotations
 
