@@ -49,7 +49,7 @@ def measure(peers: list[Peer], scenarios: list[Scenario], rounds: int, scale: fl
 def _measure_one(
     taken: Measurements, bench: Bench, scenario: Scenario, peer: Peer, number: int, begin: float
 ) -> None:
-    where = f"{time.monotonic() - begin:6.0f} s  round {number}  {scenario.name:10} {peer.name:11}"
+    where = f"{time.monotonic() - begin:6.0f} s  round {number}  {scenario.name:9} {peer.name:11} "
     if not peer.takes_part(scenario.name):
         if scenario.name in peer.unable:
             taken.problems.append(

@@ -112,7 +112,7 @@ _TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
             Column("left over per done task", "memory", ("left_bytes",), _bytes),
             Column("RSS of a worker, MB", "startup", ("rss",)),
             Column("idle worker, % of a core", "idle", ("idle_processor",), _short),
-            Column("idle worker, commands/s", "idle", ("idle_commands",), _short),
+            Column("idle worker, requests / commands per s", "idle", ("idle_requests", "idle_commands"), _short),
         ),
     ),
 )
@@ -261,7 +261,8 @@ def section(taken: Measurements, plots: Iterable[str]) -> str:
 
 Measured by `make bench-peers` on {datetime.now(UTC):%Y-%m-%d} in {taken.seconds / 60:.0f} minutes: {machine()}.
 Medians of {taken.rounds} rounds; in each, all take turns at each scenario on the same embedded Valkey, emptied
-before every run. Load of the machine at the start: {taken.load:.1f}. Absolute figures of a shared machine vary; compare figures of one run.
+before every run. Load of the machine at the start: {taken.load:.1f}. Absolute figures of a shared machine vary;
+compare figures of one run.
 
 {images}
 

@@ -18,6 +18,7 @@ from typing import Any
 from redis import Redis
 
 from . import environments
+from .adapters.base import NAP_SECONDS
 from .catalogue import Command, Peer
 from .meter import Meter, Reading, percentiles
 from .processes import FailedError, Service
@@ -31,6 +32,8 @@ CONCURRENCY = 100
 WORKERS = 4
 BEHIND_ONE_MUTEX = 200
 _ONE_MUTEX_SECONDS = 15.0
+_NAPS_SECONDS = 20.0
+_MEMORY_SECONDS = 60.0
 #: Less than this for each task is no result.
 _LEAST_RESULT_BYTES = 20
 #: A backlog that takes longer to submit is left out.
@@ -82,9 +85,10 @@ class Bench:
                 batch = []
         return total
 
-    def commands(self) -> int:
+    def requests(self) -> tuple[int, int]:
+        """Commands that the server has executed, those within scripts included; and how often it read some."""
         information: dict[str, Any] = self.redis.info("stats")
-        return int(information["total_commands_processed"])
+        return int(information["total_commands_processed"]), int(information["total_reads_processed"])
 
 
 class Run:
@@ -106,7 +110,7 @@ class Run:
     def submit(self, task: str, number: int, *, bulk: bool = True) -> float:
         """Submit through the peer's client. Returns tasks per second."""
         do = "bulk" if bulk and self.peer.bulk else "one"
-        return number / self.order({"do": do, "task": task, "number": number})
+        return (number - 1) / self.order({"do": do, "task": task, "number": number})
 
     def order(self, order: dict[str, Any], timeout: float = _CLIENT_SECONDS) -> float:
         """Let the client do something. Returns its seconds."""
@@ -232,10 +236,10 @@ def results(bench: Bench, peer: Peer) -> Figures:
 
 def enqueue(bench: Bench, peer: Peer) -> Figures:
     with run(bench, peer) as it:
-        figures = {"one_by_one": it.submit("noop", bench.count(3_000), bulk=False)}
+        figures = {"one_by_one": it.submit("noop", bench.count(3_000, 500), bulk=False)}
     if peer.bulk:
         with run(bench, peer) as it:
-            figures["bulk"] = bench.bulk_rates[peer.name] = it.submit("noop", bench.count(10_000))
+            figures["bulk"] = bench.bulk_rates[peer.name] = it.submit("noop", bench.count(10_000, 2_000))
     return figures
 
 
@@ -262,12 +266,14 @@ def _samples(it: Run, number: int, seconds: float, *services: Service) -> list[f
 
 
 def sleep(bench: Bench, peer: Peer) -> Figures:
-    number = bench.count(1_000, 300)
+    number = 1_000
     with run(bench, peer) as it:
         it.submit("nap", number)
         with it.worker(naps=True) as worker:
-            reading = it.wait_for(number, worker, seconds=10.0)
-        return {"sleep": number / _rate(reading)}
+            reading = it.wait_for(number, worker, seconds=_NAPS_SECONDS)
+        if reading.count < number:
+            raise FailedError(f"{reading.count} of {number} in {_NAPS_SECONDS:g} s")
+        return {"sleep": reading.last - reading.first + NAP_SECONDS}
 
 
 def delayed(bench: Bench, peer: Peer) -> Figures:
@@ -281,17 +287,17 @@ def delayed(bench: Bench, peer: Peer) -> Figures:
         it.order({"do": "later", "number": number, "after": 1.5, "within": 3.0})
         samples = _samples(it, number, 10.0, *services)
     p50, p99 = percentiles(samples)
-    return {"late_p50": p50 * 1000, "late_p99": p99 * 1000, "early": -min(0.0, *samples) * 1000}
+    return {"late_p50": p50 * 1000, "late_p99": p99 * 1000, "early": max(0.0, -min(samples)) * 1000}
 
 
 def memory(bench: Bench, peer: Peer) -> Figures:
-    number = bench.enough(peer, 5_000)
+    number = bench.enough(peer, 20_000)
     with run(bench, peer) as it:
         it.submit("noop", number)
         figures = {"queued_bytes": bench.bytes_used() / number}
         with it.worker() as worker:
-            if it.wait_for(number, worker, seconds=20.0).count < number:
-                raise FailedError(f"did not execute {number} tasks in 20 s")
+            if it.wait_for(number, worker, seconds=_MEMORY_SECONDS).count < number:
+                raise FailedError(f"did not execute {number} tasks in {_MEMORY_SECONDS:g} s")
             _rested(worker)
             worker.stop()
         figures["left_bytes"] = bench.bytes_used() / number
@@ -311,12 +317,16 @@ def idle(bench: Bench, peer: Peer) -> Figures:
     seconds = 4.0
     with run(bench, peer) as it, it.worker() as worker:
         _rested(worker)
-        commands, processor, begin = bench.commands(), worker.cpu_seconds(), time.monotonic()
+        (commands, reads), processor, begin = bench.requests(), worker.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
         spent, used = time.monotonic() - begin, worker.cpu_seconds() - processor
-        asked = bench.commands() - commands - 1
+        commands_after, reads_after = bench.requests()
         worker.check()
-        return {"idle_processor": 100 * used / spent, "idle_commands": asked / spent}
+        return {
+            "idle_processor": 100 * used / spent,
+            "idle_commands": (commands_after - commands - 1) / spent,  # without the one that asks
+            "idle_requests": (reads_after - reads - 1) / spent,
+        }
 
 
 def one_mutex(bench: Bench, peer: Peer) -> Figures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterable
 from typing import Any, Self
@@ -60,7 +59,7 @@ class _Client(Client):
         await asyncio.gather(*(queue.enqueue(task, value=argument, ttl=_TTL) for argument in arguments))
 
     async def submit_at(self, task: str, argument: Any, moment: float) -> None:
-        await queue.enqueue(task, value=argument, ttl=_TTL, scheduled=math.ceil(moment))  # it takes whole seconds
+        await queue.enqueue(task, value=argument, ttl=_TTL, scheduled=moment)
 
 
 client = _Client
