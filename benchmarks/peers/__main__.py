@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,7 @@ def _chosen(text: str | None, known: list[str], parser: argparse.ArgumentParser,
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and nothing it started is left
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--peers", metavar="A,B", help=f"of {', '.join(BY_NAME)}; by default all")
     parser.add_argument("--scenarios", metavar="A,B", help=f"of {', '.join(_NAMES)}; by default all")

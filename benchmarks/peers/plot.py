@@ -6,12 +6,14 @@ Bars on a logarithmic scale, for the contestants are orders of magnitude apart.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 OURS, LIMIT, OTHER = "#c0392b", "#b8b8b8", "#3b6ea5"
 #: File -> panels: title and figure.
@@ -35,7 +37,7 @@ def panel(axes: Any, title: str, figure: str, peers: dict[str, Any]) -> None:
     bars = [
         (peer["title"], peer["figures"][figure]["median"], name)
         for name, peer in peers.items()
-        if figure in peer["figures"]
+        if figure in peer["figures"] and peer["figures"][figure]["median"] > 0
     ]
     bars.sort(key=lambda bar: bar[1])
     colours = [OURS if name == "ours" else LIMIT if name.startswith("bare") else OTHER for _, _, name in bars]
@@ -44,7 +46,8 @@ def panel(axes: Any, title: str, figure: str, peers: dict[str, Any]) -> None:
     axes.bar_label(drawn, labels=labels, fontsize=8)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    axes.set_xlim(10 ** math.floor(math.log10(bars[0][1] / 2)), bars[-1][1] * 3)
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

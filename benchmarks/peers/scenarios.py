@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import statistics
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from .meter import Meter, Reading, percentiles
 from .processes import FailedError, Service
 
 #: A slow peer is not waited for: its rate is that of the first seconds.
-CUT_SECONDS = 5.0
+CUT_SECONDS = 4.0
 _START_SECONDS = 20.0
 _CLIENT_SECONDS = 120.0
 _LOOK_SECONDS = 0.01
@@ -34,6 +33,7 @@ BEHIND_ONE_MUTEX = 200
 _ONE_MUTEX_SECONDS = 15.0
 _NAPS_SECONDS = 20.0
 _MEMORY_SECONDS = 60.0
+_WORKERS_SECONDS = 3.0
 #: Less than this for each task is no result.
 _LEAST_RESULT_BYTES = 20
 #: A backlog that takes longer to submit is left out.
@@ -61,10 +61,10 @@ class Bench:
     def count(self, number: int, least: int = 20) -> int:
         return max(least, int(number * self.scale))
 
-    def enough(self, peer: Peer, number: int, *, share: float = 1.0) -> int:
-        """As many tasks as `number`, or what a slow peer will do before it is cut off."""
+    def enough(self, peer: Peer, number: int, *, seconds: float = 1.3 * CUT_SECONDS) -> int:
+        """As many tasks as `number`, or what a slow peer will do in some seconds."""
         rate = self.rates.get(peer.name)
-        return self.count(number if rate is None else min(number, int(rate * share * CUT_SECONDS * 1.5)))
+        return self.count(number if rate is None else min(number, int(rate * seconds)))
 
     def empty(self) -> None:
         self.redis.flushall()
@@ -244,7 +244,7 @@ def enqueue(bench: Bench, peer: Peer) -> Figures:
 
 
 def latency(bench: Bench, peer: Peer) -> Figures:
-    number = bench.count(400, 100)
+    number = bench.count(300, 100)
     with run(bench, peer) as it, it.worker() as worker:
         _rested(worker)
         it.order({"do": "paced", "number": number, "interval": 0.01})
@@ -284,7 +284,7 @@ def delayed(bench: Bench, peer: Peer) -> Figures:
         if (scheduler := it.scheduler()) is not None:
             services.append(stack.enter_context(scheduler))
         _rested(*services)
-        it.order({"do": "later", "number": number, "after": 1.5, "within": 3.0})
+        it.order({"do": "later", "number": number, "after": 1.0, "within": 2.5})
         samples = _samples(it, number, 10.0, *services)
     p50, p99 = percentiles(samples)
     return {"late_p50": p50 * 1000, "late_p99": p99 * 1000, "early": max(0.0, -min(samples)) * 1000}
@@ -314,7 +314,7 @@ def startup(bench: Bench, peer: Peer) -> Figures:
 
 
 def idle(bench: Bench, peer: Peer) -> Figures:
-    seconds = 4.0
+    seconds = 3.0
     with run(bench, peer) as it, it.worker() as worker:
         _rested(worker)
         (commands, reads), processor, begin = bench.requests(), worker.cpu_seconds(), time.monotonic()
@@ -369,20 +369,26 @@ def backlog(bench: Bench, peer: Peer) -> Figures:
 
 
 def workers(bench: Bench, peer: Peer) -> Figures:
-    number = bench.enough(peer, 20_000, share=2.0)
+    if peer.name not in bench.rates:
+        drain(bench, peer)
+    # Enough for all to have started long before the end.
+    number = bench.enough(peer, 100_000, seconds=12.0)
     with ExitStack() as stack:
         it = stack.enter_context(run(bench, peer))
-        # One after another, for some make their keys on the server when they start.
-        crew = [stack.enter_context(it.worker()) for _ in range(WORKERS)]
-        _rested(*crew)
-        for worker in crew:
-            worker.signal(signal.SIGSTOP)
         it.submit("noop", number)
+        crew = [stack.enter_context(it.worker()) for _ in range(WORKERS)]
+        deadline = time.monotonic() + _START_SECONDS
+        while (begun := it.meter.read()).processes < WORKERS:
+            if begun.count >= number or time.monotonic() > deadline:
+                raise FailedError(f"{begun.processes} of {WORKERS} workers had begun after {begun.count} tasks")
+            for worker in crew:
+                worker.check()
+            time.sleep(_LOOK_SECONDS)
         begin = time.monotonic()
-        for worker in crew:
-            worker.signal(signal.SIGCONT)
-        reading = it.wait_for(number, *crew)
-        return {"workers": reading.count / (reading.last - begin)}
+        first = begun.count
+        while (reading := it.meter.read()).count < number and time.monotonic() < begin + _WORKERS_SECONDS:
+            time.sleep(_LOOK_SECONDS)
+        return {"workers": (reading.count - first) / (max(reading.last, begin + _LOOK_SECONDS) - begin)}
 
 
 @dataclass(frozen=True)
