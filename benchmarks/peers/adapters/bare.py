@@ -131,4 +131,6 @@ def _lock(message: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    asyncio.run(work(sys.argv[1]))
+    import uvloop
+
+    uvloop.run(work(sys.argv[1]))
