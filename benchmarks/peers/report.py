@@ -211,8 +211,9 @@ def targets(taken: Measurements) -> list[Target]:
         *("the bare loop with batched locks", 0.6),
         percent=True,
     )
-    fastest, name = best("bulk", max)
-    ratio("bulk submission", "bulk", fastest, f"the fastest peer ({name})", 3)
+    # Who has no bulk call may still submit faster one by one.
+    fastest, name = max(best("bulk", max), best("one_by_one", max), key=lambda found: found[0] or 0.0)
+    ratio("bulk submission", "bulk", fastest, f"the fastest peer in any way ({name})", 3)
     p50, p99 = ours("latency_p50"), ours("latency_p99")
     for percentile, value in (("p50", p50), ("p99", p99)):
         least, name = best(f"latency_{percentile}", min)
