@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench bench-count clean
+.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,9 +54,12 @@ chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises a
 bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
+bench-peers: $(STAMP) ## measure other task systems side by side with this one; ARGS="--peers ours,taskiq --rounds 1"
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) site .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,17 +1,13 @@
-"""Measure everything and write RESULTS.md: `make bench`, or `python -m benchmarks --help`."""
+"""Measure the project and write its section of RESULTS.md: `make bench`, or `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import platform
 from datetime import UTC, datetime
-from pathlib import Path
 
 from . import pilots, tasks
-
-RESULTS = Path(__file__).with_name("RESULTS.md")
+from .results import RESULTS, machine, write_section
 
 
 async def measure(rounds: int) -> list[tuple[str, str]]:
@@ -48,22 +44,9 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
     return rows
 
 
-def machine() -> str:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    system = f"{platform.system()} {platform.release()}"
-    return f"{model}, {os.cpu_count()} cores, {system}, Python {platform.python_version()}"
-
-
 def report(rows: list[tuple[str, str]], rounds: int) -> str:
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
-    return f"""# Results
+    return f"""## The project alone
 
 Measured by `make bench` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. Rates are medians of {rounds} rounds, on
 an embedded Valkey on the same machine. Absolute figures of a shared machine vary; compare figures of one run.
@@ -81,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = asyncio.run(measure(arguments.rounds))
     if not arguments.dry_run:
-        RESULTS.write_text(report(rows, arguments.rounds))
+        write_section("make bench", report(rows, arguments.rounds))
         print(f"written to {RESULTS}")
 
 
