@@ -418,7 +418,7 @@ class BrokerMachine(RuleBasedStateMachine):
         mine = [task for task in self._in("reserved", "running", worker=worker) if _is_suspect(task, 0)]
         suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
         may_come = len(orphans) - max(0, len(suspects) - (0 if mine else 1))
-        deliveries = self.run(self.brokers[worker].reclaim(free, audit=audit))
+        deliveries, _ = self.run(self.brokers[worker].reclaim(free, audit=audit))
         assert len(deliveries) == min(free, may_come)
         assert sum(delivery.deliveries >= SUSPECT_FROM for delivery in deliveries) <= (0 if mine else 1)
         for task in orphans.values():
@@ -613,7 +613,7 @@ class BrokerMachine(RuleBasedStateMachine):
         """Both are dead: a third one buries them, and hands everything it got to nobody but the queue."""
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:
-            for delivery in self.run(third.reclaim(1000, suspect_from=1000)):
+            for delivery in self.run(third.reclaim(1000, suspect_from=1000))[0]:
                 assert self.run(third.settle([hand_back(delivery)])) == [True]
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]

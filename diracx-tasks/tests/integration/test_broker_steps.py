@@ -140,17 +140,17 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
     assert len((await first.fetch(5))[0]) == 5
     await dies(redis, first)
     second = await worker("2")
-    assert len(await second.reclaim(10)) == 5, "one death is nobody's fault: all start again at once"
+    assert len((await second.reclaim(10))[0]) == 5, "one death is nobody's fault: all start again at once"
     await dies(redis, second)
     third, fourth = await worker("3"), await worker("4")
-    [suspect] = await third.reclaim(10)
-    [other] = await fourth.reclaim(10)
+    [suspect], _ = await third.reclaim(10)
+    [other], _ = await fourth.reclaim(10)
     assert (suspect.deaths, other.deaths) == (2, 2)
-    assert await third.reclaim(10) == [], "one at a time"
+    assert (await third.reclaim(10))[0] == [], "one at a time"
     await dies(redis, third)  # `suspect` was it
     assert await fourth.settle([Settlement(other)]) == [True]
     begun = {other.data}
-    while taken := await fourth.reclaim(10):
+    while taken := (await fourth.reclaim(10))[0]:
         assert len(taken) == 1
         assert taken[0].deaths == (3 if taken[0].data == suspect.data else 2)
         begun.add(taken[0].data)
@@ -170,7 +170,7 @@ async def test_P9_deaths_are_remembered_on_the_way_through_a_lock_or_a_stop(
         [delivery], _ = await first.fetch(1)
         assert delivery.deaths == round_ - 1
         await dies(redis, first)
-        [delivery] = await second.reclaim(1)
+        [delivery], _ = await second.reclaim(1)
         assert (delivery.deliveries, delivery.deaths) == (2, round_)
         if way == "parked":
             lock = MutexLock(JOB, "x")
@@ -198,9 +198,9 @@ async def test_P5_a_worker_that_asks_for_work_after_a_pause_lives_again(
         case "for locks":
             await first.start([], lease_seconds=30)
         case _:
-            assert await first.reclaim(1, lease_seconds=30) == []
+            assert (await first.reclaim(1, lease_seconds=30))[0] == []
             [delivery], _ = await first.fetch(1)
-    assert await second.reclaim(1) == [], "it was taken from a worker that lives"
+    assert (await second.reclaim(1))[0] == [], "it was taken from a worker that lives"
     assert await first.settle([hand_back(delivery)]) == [True]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-#: Per task: round trips, commands, bytes sent (scripts included, once), bytes received. A little above what was counted.
+#: Per task: round trips, commands, bytes sent (with each script once), bytes received; a little above the counts.
 MOST = {
     "enqueue one by one": (1.0, 1.0, 160, 30),
     "enqueue in bulk": (0.01, 1.0, 140, 5),

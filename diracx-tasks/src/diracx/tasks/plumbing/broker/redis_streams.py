@@ -230,7 +230,7 @@ class RedisStreamBroker:
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM
-    ) -> list[Delivery]:
+    ) -> tuple[list[Delivery], float]:
         """Bury dead workers and take over up to `free` of the messages they held.
 
         Args:
@@ -238,12 +238,15 @@ class RedisStreamBroker:
             lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
             suspect_from: a message that is handed out so often may be what its workers died of. A worker
                 holds one such message at a time, so that the guilty one dies without its neighbours.
+
+        Returns:
+            The deliveries, and in how many seconds to look again: when the next lease ends.
         """
         lease_ms = int(lease_seconds * 1000)
-        messages = await scripts.reclaim(
+        messages, again_ms = await scripts.reclaim(
             self.redis, self.streams, self.consumer_name, free, audit, lease_ms, suspect_from
         )
-        return [self._delivery(message) for message in messages]
+        return [self._delivery(message) for message in messages], again_ms / 1000
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.

@@ -30,7 +30,8 @@ class Intake:
         self._answer_lost = False
         self._stop = stop
         self._settings = settings
-        self._housekeeping_at = 0.0
+        self._promote_at = 0.0
+        self._reclaim_at = 0.0
         self._audit_at = 0.0
 
     async def next(self, free: int) -> list[Delivery]:
@@ -46,11 +47,12 @@ class Intake:
         return deliveries
 
     async def _look(self, free: int) -> list[Delivery]:
-        if time.monotonic() >= self._housekeeping_at and (reclaimed := await self._housekeeping(free)):
+        await self._promote()
+        if reclaimed := await self._reclaim(free):
             return reclaimed
         deliveries, last_ids = await self._broker.fetch(free, lease_seconds=self._settings.lease_seconds)
         if not deliveries:
-            await self._wait(last_ids, max(0.001, self._housekeeping_at - time.monotonic()))
+            await self._wait(last_ids, max(0.001, min(self._promote_at, self._reclaim_at) - time.monotonic()))
         return deliveries
 
     async def _wait(self, last_ids: list[str], timeout: float) -> None:
@@ -66,18 +68,29 @@ class Intake:
                 pending.cancel()
             await asyncio.gather(waits, stops, return_exceptions=True)
 
-    async def _housekeeping(self, free: int) -> list[Delivery]:
-        """Promote what is due (should no scheduler run) and take over from dead workers."""
+    async def _promote(self) -> None:
+        """Move what is due into the queues, should no scheduler do it."""
         now = time.monotonic()
-        self._housekeeping_at = now + self._settings.housekeeping_seconds
-        audit = now >= self._audit_at
-        if audit:
-            self._audit_at = now + self._settings.lease_seconds
+        if now < self._promote_at:
+            return
+        self._promote_at = now + self._settings.housekeeping_seconds
         next_due_ms = await self._broker.promote()
         if next_due_ms is not None:
-            self._housekeeping_at = min(self._housekeeping_at, now + next_due_ms / 1000)
+            self._promote_at = min(self._promote_at, now + next_due_ms / 1000)
+
+    async def _reclaim(self, free: int) -> list[Delivery]:
+        """Take over from dead workers, at the moment when the next lease ends."""
+        now = time.monotonic()
+        if now < self._reclaim_at:
+            return []
+        lease_seconds = self._settings.lease_seconds
+        audit = now >= self._audit_at
+        if audit:
+            self._audit_at = now + lease_seconds
         # The last chance of a message at the latest, or it would be buried for what its neighbour has done.
         suspect_from = min(SUSPECT_FROM, self._settings.max_deliveries)
-        return await self._broker.reclaim(
-            free, audit=audit, lease_seconds=self._settings.lease_seconds, suspect_from=suspect_from
+        deliveries, again_seconds = await self._broker.reclaim(
+            free, audit=audit, lease_seconds=lease_seconds, suspect_from=suspect_from
         )
+        self._reclaim_at = min(now + again_seconds, self._audit_at)
+        return deliveries

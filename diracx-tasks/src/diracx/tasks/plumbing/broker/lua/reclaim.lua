@@ -1,15 +1,19 @@
 -- Bury dead workers and take over what they were running.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
---   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now, the delivery count from which a message is a suspect.
+--   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now,
+--   the delivery count from which a message is a suspect.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
--- Returns messages as fetch.lua does, each with its delivery count.
+-- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now)}: when the next
+-- lease ends, if it is not renewed before.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
+local LEFT_OVER_MS = 1000 -- somebody may have room by then
+local again_ms
 local has_suspect -- found out when it matters
 sign_on(consumer, tonumber(ARGV[5]), now_us())
 
@@ -71,7 +75,12 @@ for _, worker in ipairs(dead) do
         end
       end
     end
-    if clean then redis.call('ZREM', '$ALIVE', worker) end
+    if clean then redis.call('ZREM', '$ALIVE', worker) else again_ms = LEFT_OVER_MS end
   end
 end
-return messages
+if not again_ms then
+  local now_ms = math.floor(now_us() / 1000)
+  local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', now_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[5])
+end
+return {messages, again_ms}
