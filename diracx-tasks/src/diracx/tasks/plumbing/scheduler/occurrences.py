@@ -1,14 +1,23 @@
-"""Which schedules there are: one for each enabled periodic task, and for each VO where it is VO-aware."""
+"""Which schedules there are: one for each periodic task, and for each VO and configured instance of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from ..config import TasksConfig
-from ..schedules import TaskScheduleBase
+from ..broker.models import LABEL_DUE, LABEL_SCHEDULE
+from ..broker.redis_streams import in_ms
+from ..config import PeriodicTaskConfig, TaskOverride, TasksConfig
+from ..schedules import IntervalSeconds, TaskScheduleBase
+
+if TYPE_CHECKING:
+    from ..binding import Binding
+
+#: An occurrence that is later than this was missed: nobody led, or the schedule was paused. Longer than any fail-over.
+MISSED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -16,17 +25,43 @@ class ScheduledTask:
     """One instance of a periodic task and its rule."""
 
     id: str
-    """`category:ClassName`, and `/vo` where the task is VO-aware."""
+    """`category:ClassName`, then `@instance` where the operator has named it, then `/vo` where it is VO-aware."""
+    name: str
+    """Registry name of the task."""
     task_class: type[PeriodicBaseTask]
     vo: str | None
-    rule: TaskScheduleBase
+    rule: TaskScheduleBase | None
+    """When it is due; None where neither code nor configuration says so."""
+    instance: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class, without the VO."""
+    enabled: bool = True
+    """Whether it is to be scheduled."""
+    missed: str = "once"
+    """`once`: a missed occurrence is made up for; `skip`: it is left out."""
+    source: str = "code"
+    """Where its rule, or its being switched off, comes from: `code`, `common`, or `vo NAME`."""
 
     def build(self) -> PeriodicBaseTask:
         """The task to submit."""
-        return self.task_class() if self.vo is None else self.task_class(self.vo)  # type: ignore[call-arg]
+        return self.task_class(**self.args) if self.vo is None else self.task_class(vo=self.vo, **self.args)  # type: ignore[call-arg]
+
+    @property
+    def knows_its_future(self) -> bool:
+        """Whether the run after the next one can be told beforehand: a rule without `next_after` counts from now."""
+        return type(self.rule).next_after is not TaskScheduleBase.next_after
+
+    def first_run_after(self, now: datetime) -> datetime | None:
+        """The first run of a rule that is new; None when it has come to its end."""
+        assert self.rule is not None
+        try:
+            return self.rule.next_after(now)
+        except ValueError:
+            return None
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
         """The first run after `moment` that is not missed already; None when the rule has come to its end."""
+        assert self.rule is not None
         try:
             run = self.rule.next_after(moment)
             if run <= now:
@@ -36,31 +71,96 @@ class ScheduledTask:
         return run
 
     def _skip_missed(self, run: datetime, now: datetime) -> datetime:
-        from ..schedules import IntervalSeconds
-
+        assert self.rule is not None
         if isinstance(self.rule, IntervalSeconds):  # keep the phase without counting through the gap
             missed = int((now - run).total_seconds() // self.rule.seconds) + 1
             return run + timedelta(seconds=missed * self.rule.seconds)
         return self.rule.next_after(now)
+
+    def occurrence(self, binding: Binding, due_ms: int) -> dict[str, Any]:
+        """What lua/occur.lua needs to submit the run that is due then, but for the one that follows.
+
+        Raises:
+            Exception: whatever the task's class does wrong.
+        """
+        submission = binding.submission(self.build(), labels={LABEL_SCHEDULE: self.id, LABEL_DUE: due_ms})
+        message = submission.message
+        return {
+            "id": self.id,
+            "due": due_ms,
+            "stream": submission.stream,
+            "task": message.task_id,
+            "data": message.dumpb(),
+        }
+
+    def following(self, due_ms: int, now_ms: float) -> dict[str, int]:
+        """`next`: when it is due after the run of `due_ms`, and after now; nothing when that was the last run.
+
+        Raises:
+            RuntimeError: when the rule does not go forward.
+        """
+        moment = datetime.fromtimestamp(due_ms / 1000, UTC)
+        run = self.next_run_after(moment, datetime.fromtimestamp(now_ms / 1000, UTC))
+        if run is None:
+            return {}
+        if (following := in_ms(run)) <= due_ms:
+            raise RuntimeError(f"{self.rule!r}: after {moment.isoformat()} it gives {run.isoformat()}")
+        return {"next": following}
+
+
+def every_instance(
+    registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
+) -> Iterator[ScheduledTask]:
+    """All instances of periodic tasks, those that are switched off included."""
+    known_vos = sorted(vos)
+    for name, task_class in registry.items():
+        if not issubclass(task_class, PeriodicBaseTask):
+            continue
+        for vo in known_vos if issubclass(task_class, PeriodicVoAwareBaseTask) else [None]:
+            yield from _instances(name, task_class, vo, config)
+
+
+def _instances(
+    name: str, task_class: type[PeriodicBaseTask], vo: str | None, config: TasksConfig
+) -> Iterator[ScheduledTask]:
+    override = config.get_override(name, vo)
+    on = task_class._enabled and override.enabled
+    suffix = "" if vo is None else f"/{vo}"
+    if not override.instances:
+        yield _scheduled(f"{name}{suffix}", name, task_class, vo, on, override.periodic)
+        return
+    for instance, given in override.instances.items():
+        yield _scheduled(
+            f"{name}@{instance}{suffix}",
+            name,
+            task_class,
+            vo,
+            on and given.enabled,
+            given.periodic or override.periodic,
+            instance=instance,
+            args=given.args,
+        )
+
+
+def _scheduled(
+    id_: str,
+    name: str,
+    task_class: type[PeriodicBaseTask],
+    vo: str | None,
+    on: bool,
+    periodic: PeriodicTaskConfig | None,
+    **instance: Any,
+) -> ScheduledTask:
+    rule = (periodic.as_schedule() if periodic else None) or getattr(task_class, "default_schedule", None)
+    enabled = on and (periodic is None or periodic.enabled) and rule is not None
+    missed = (periodic.missed if periodic else None) or task_class.missed
+    return ScheduledTask(
+        id_, name, task_class, vo, rule, enabled=enabled, missed=missed, **instance
+    )
 
 
 def scheduled_tasks(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> dict[str, ScheduledTask]:
     """All instances that should run, by id."""
-    found = {}
-    for name, task_class in registry.items():
-        if not issubclass(task_class, PeriodicBaseTask):
-            continue
-        instances = sorted(vos) if issubclass(task_class, PeriodicVoAwareBaseTask) else [None]
-        for vo in instances:
-            override = config.get_override(name, vo)
-            periodic = override.periodic
-            if not (task_class._enabled and override.enabled and (periodic is None or periodic.enabled)):
-                continue
-            rule = (periodic.as_schedule() if periodic else None) or getattr(task_class, "default_schedule", None)
-            if rule is None:
-                continue
-            instance = ScheduledTask(name if vo is None else f"{name}/{vo}", task_class, vo, rule)
-            found[instance.id] = instance
-    return found
+    return {found.id: found for found in every_instance(registry, config, vos) if found.enabled}
