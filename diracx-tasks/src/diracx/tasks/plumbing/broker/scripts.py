@@ -204,9 +204,7 @@ async def plan(
     return bool(await script("plan")(redis, args=args) == 1)
 
 
-async def occur(
-    redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]
-) -> list[int] | None:
+async def occur(redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]) -> list[int] | None:
     """Submit occurrences of schedules.
 
     Returns:

@@ -18,9 +18,7 @@ class Agenda:
         failed: called with the schedule and what was raised; the schedule is put aside.
     """
 
-    def __init__(
-        self, make: Callable[[str, int], Occurrence], failed: Callable[[str, Exception], None]
-    ) -> None:
+    def __init__(self, make: Callable[[str, int], Occurrence], failed: Callable[[str, Exception], None]) -> None:
         self._make = make
         self._failed = failed
         self._dues: dict[str, int] = {}

@@ -66,7 +66,7 @@ class Leadership:
         """How long until the lead is free, if nobody renews it; not to be waited for without a look in between
         by one that does not hear when it is given up.
         """
-        left_ms = await self._broker.redis.execute_command("PTTL", keys.LEADER)
+        left_ms: int = await self._broker.redis.execute_command("PTTL", keys.LEADER)
         seconds = (max(0, left_ms) + _MARGIN_MS) / 1000
         return seconds if heard else min(seconds, _LOOK_SECONDS)
 

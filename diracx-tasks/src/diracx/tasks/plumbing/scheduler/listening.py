@@ -36,7 +36,7 @@ async def listening(
             if await pubsub.get_message(timeout=_ANSWER_SECONDS) is None:
                 raise RedisConnectionError(f"no answer within {_ANSWER_SECONDS:g} s")
         except NoPermissionError:
-            logger.warning("may not listen on the channel %s: allow its user &diracx:*; looking now and then", channel)
+            logger.warning("may not listen on the channel %s: allow &diracx:* to its user", channel)
             yield None
             return
         hearing = asyncio.create_task(_hear(pubsub, hear))

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import check_arguments
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..broker.models import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.redis_streams import in_ms
-from ..config import PeriodicTaskConfig, TaskOverride, TasksConfig
+from ..config import PeriodicTaskConfig, TasksConfig
 from ..schedules import IntervalSeconds, TaskScheduleBase
 
 if TYPE_CHECKING:
     from ..binding import Binding
 
-#: An occurrence that is later than this was missed: nobody led, or the schedule was paused. Longer than any fail-over.
+#: An occurrence that is later than this was missed: nobody led, or it was paused. Longer than any fail-over.
 MISSED_SECONDS = 30.0
 
 
@@ -35,20 +36,31 @@ class ScheduledTask:
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
-    enabled: bool = True
-    """Whether it is to be scheduled."""
+    off_by: str | None = None
+    """What keeps it from being scheduled: `code`, or the field of the configuration; None: it is scheduled."""
     missed: str = "once"
     """`once`: a missed occurrence is made up for; `skip`: it is left out."""
-    source: str = "code"
-    """Where its rule, or its being switched off, comes from: `code`, `common`, or `vo NAME`."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is to be scheduled."""
+        return self.off_by is None and self.rule is not None
 
     def build(self) -> PeriodicBaseTask:
-        """The task to submit."""
-        return self.task_class(**self.args) if self.vo is None else self.task_class(vo=self.vo, **self.args)  # type: ignore[call-arg]
+        """The task to submit.
+
+        Raises:
+            TaskArgumentsError: when its class does not accept its arguments.
+        """
+        if not self.args:
+            return self.task_class() if self.vo is None else self.task_class(self.vo)  # type: ignore[call-arg]
+        given = self.args if self.vo is None else {"vo": self.vo, **self.args}
+        return check_arguments(self.task_class, [], given)
 
     @property
     def knows_its_future(self) -> bool:
-        """Whether the run after the next one can be told beforehand: a rule without `next_after` counts from now."""
+        """Whether the run after the next can be told beforehand: a rule without `next_after` counts from now."""
+        assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
 
     def first_run_after(self, now: datetime) -> datetime | None:
@@ -124,10 +136,10 @@ def _instances(
     name: str, task_class: type[PeriodicBaseTask], vo: str | None, config: TasksConfig
 ) -> Iterator[ScheduledTask]:
     override = config.get_override(name, vo)
-    on = task_class._enabled and override.enabled
+    off_by = "code" if not task_class._enabled else None if override.enabled else "enabled"
     suffix = "" if vo is None else f"/{vo}"
     if not override.instances:
-        yield _scheduled(f"{name}{suffix}", name, task_class, vo, on, override.periodic)
+        yield _scheduled(f"{name}{suffix}", name, task_class, vo, off_by, override.periodic)
         return
     for instance, given in override.instances.items():
         yield _scheduled(
@@ -135,8 +147,8 @@ def _instances(
             name,
             task_class,
             vo,
-            on and given.enabled,
-            given.periodic or override.periodic,
+            off_by or (None if given.enabled else "enabled"),
+            given.periodic,
             instance=instance,
             args=given.args,
         )
@@ -147,16 +159,24 @@ def _scheduled(
     name: str,
     task_class: type[PeriodicBaseTask],
     vo: str | None,
-    on: bool,
+    off_by: str | None,
     periodic: PeriodicTaskConfig | None,
     **instance: Any,
 ) -> ScheduledTask:
     rule = (periodic.as_schedule() if periodic else None) or getattr(task_class, "default_schedule", None)
-    enabled = on and (periodic is None or periodic.enabled) and rule is not None
+    off_by = off_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
     missed = (periodic.missed if periodic else None) or task_class.missed
-    return ScheduledTask(
-        id_, name, task_class, vo, rule, enabled=enabled, missed=missed, **instance
-    )
+    return ScheduledTask(id_, name, task_class, vo, rule, off_by=off_by, missed=missed, **instance)
+
+
+def source_of(found: ScheduledTask, config: TasksConfig) -> str:
+    """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
+    if found.off_by == "code":
+        return "code"
+    field_ = found.off_by or "periodic"
+    said = config.source_of(found.name, found.vo, field_, found.instance)
+    # Switched off for the task as a whole, and not for this instance.
+    return config.source_of(found.name, found.vo, field_) if said == "code" and found.off_by else said
 
 
 def scheduled_tasks(

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
@@ -285,7 +286,7 @@ class TaskScheduler:
     async def _promote(self) -> None:
         """Promote a batch of delayed tasks, and note when the next is due."""
         asked = time.monotonic()
-        moved, next_due, now = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
+        moved, next_due, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
         if moved == PROMOTE_BATCH:
             self._promote_at = 0.0
         elif next_due is None:
@@ -377,10 +378,10 @@ class TaskScheduler:
         """Let everybody see what cannot be submitted."""
         if self._problems == self._told:
             return
-        told = dict(self._problems)
+        told = self._problems.copy()
         async with self._broker.redis.pipeline(transaction=True) as pipe:
             pipe.delete(keys.PROBLEMS)
             if told:
-                pipe.hset(keys.PROBLEMS, mapping=told)
+                pipe.execute_command("HSET", keys.PROBLEMS, *chain.from_iterable(told.items()))
             await pipe.execute()
         self._told = told
