@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Occurrences submitted by one script call: a few ms of the server's time.
-OCCUR_BATCH = 250
+#: Occurrences submitted by one script call: about a ms of the server's time.
+OCCUR_BATCH = 100
 #: A portion of preparing what comes next; so long may something else have to wait.
 _PORTION_SECONDS = 0.003
 #: So long before something is due nothing is begun any more that could make it late.
@@ -48,6 +49,14 @@ _SMALL_PORTION = 20
 
 #: Replies of lua/occur.lua that mean that its schedule is still, or no more, as we believed.
 _NOT_DUE, _TOO_EARLY, _PAUSED, _REFUSED = 0, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Occurrences that the server has been asked to submit."""
+
+    batch: list[Occurrence]
+    answer: asyncio.Task[list[int] | None]
 
 
 class TaskScheduler:
@@ -320,20 +329,39 @@ class TaskScheduler:
         return True
 
     async def _submit_due(self) -> bool:
-        """Submit what is due. False: somebody else leads."""
-        while taken := self._agenda.take_due(self._clock.now_ms(), OCCUR_BATCH, _LATE_PORTION_SECONDS):
-            now_ms = self._clock.now_ms()
-            occurrences = [occurrence for occurrence in taken if self._made_now(occurrence, now_ms)]
-            replies = await scripts.occur(self._broker.redis, self._leadership.token, occurrences)
-            if replies is None:
-                return False
-            for occurrence, reply in zip(occurrences, replies, strict=True):
-                await self._follow(occurrence, reply)
-            if _TOO_EARLY in replies:
-                await self._clock.ask(self._broker.redis)
-            if self._leadership.renewal_due and not await self._renew():
-                return False
+        """Submit what is due; while the server is at one batch, the next is made. False: somebody else leads."""
+        sent: _Sent | None = None
+        try:
+            while (batch := self._take_batch()) or sent is not None:
+                earlier, sent = sent, self._send(batch) if batch else None
+                if earlier is not None and not await self._answered(earlier):
+                    return False
+                if self._leadership.renewal_due and not await self._renew():
+                    return False
+        finally:
+            if sent is not None:
+                sent.answer.cancel()
+                await asyncio.gather(sent.answer, return_exceptions=True)
         await self._tell_problems()
+        return True
+
+    def _take_batch(self) -> list[Occurrence]:
+        now_ms = self._clock.now_ms()
+        taken = self._agenda.take_due(now_ms, OCCUR_BATCH, _LATE_PORTION_SECONDS)
+        return [occurrence for occurrence in taken if self._made_now(occurrence, now_ms)]
+
+    def _send(self, batch: list[Occurrence]) -> _Sent:
+        asking = scripts.occur(self._broker.redis, self._leadership.token, batch)
+        return _Sent(batch, asyncio.create_task(asking))
+
+    async def _answered(self, sent: _Sent) -> bool:
+        replies = await sent.answer
+        if replies is None:
+            return False
+        for occurrence, reply in zip(sent.batch, replies, strict=True):
+            await self._follow(occurrence, reply)
+        if _TOO_EARLY in replies:
+            await self._clock.ask(self._broker.redis)
         return True
 
     async def _follow(self, occurrence: Occurrence, reply: int) -> None:
