@@ -95,7 +95,7 @@ class ScheduleState:
 async def schedules(
     redis: Redis, registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> list[ScheduleState]:
-    """All schedules by id: those of code and configuration, switched off or not, and those that only Redis knows."""
+    """All schedules by id: those of code and configuration, switched off or not, and what only Redis knows."""
     instances = {found.id: found for found in every_instance(registry, config, vos)}
     stored = await _read(redis)
     activities = await _activities(redis, stored)
@@ -148,7 +148,8 @@ def _outcome(text: str) -> Outcome:
     fields: dict[str, Any] = json.loads(told)
     if retry_at := fields.get("retry_at"):
         fields["retry_at"] = datetime.fromisoformat(retry_at)
-    return Outcome(ended=_moment(int(ended_ms)), **fields)
+    known = {name: value for name, value in fields.items() if name in Outcome.__dataclass_fields__}
+    return Outcome(ended=_moment(int(ended_ms)), **known)
 
 
 def _moment(ms: int) -> datetime:
@@ -179,8 +180,8 @@ async def _activities(redis: Redis, stored: _Stored) -> dict[str, Activity]:
 def _activity(delayed: bytes | None, entry: Any, pending: Any) -> Activity:
     if delayed is not None:
         return Activity.RETRYING if delayed.split(b" ", 2)[1] == b"retry" else Activity.WAITING
-    # A stream without a group has no pending entries. An entry that is gone has been woken from its wait for a lock,
-    # and is under another id with a worker, or will be in a moment.
+    # A stream without a group has no pending entries. An entry that is gone has been woken from its wait for a
+    # lock, and is under another id with a worker, or will be in a moment.
     in_stream = bool(entry) and not isinstance(entry, Exception)
     return Activity.WAITING if in_stream and (isinstance(pending, Exception) or not pending) else Activity.RUNNING
 
@@ -248,5 +249,7 @@ def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], li
     from fnmatch import fnmatchcase
 
     known = sorted(ids)
-    found = {pattern: [id_ for id_ in known if id_ == pattern or fnmatchcase(id_, pattern)] for pattern in patterns}
+    found = {
+        pattern: [id_ for id_ in known if id_ == pattern or fnmatchcase(id_, pattern)] for pattern in patterns
+    }
     return sorted({id_ for ids_ in found.values() for id_ in ids_}), [p for p, ids_ in found.items() if not ids_]
