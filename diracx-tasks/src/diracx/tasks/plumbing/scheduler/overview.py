@@ -121,21 +121,25 @@ class _Stored:
 async def _read(redis: Redis) -> _Stored:
     hashes = (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PAUSED, keys.PROBLEMS)
     async with redis.pipeline(transaction=True) as pipe:
-        pipe.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
+        pipe.zrange(keys.NEXT_RUNS, 0, -1, withscores=True)
         for key in hashes:
-            pipe.execute_command("HGETALL", key)
+            pipe.hgetall(key)
         ranked, *found = await pipe.execute()
     fingerprints, last_runs, outcomes, paused, problems = (
-        {name.decode(): value.decode(errors="replace") for name, value in each.items()} for each in found
+        {_text(name): _text(value) for name, value in each.items()} for each in found
     )
     return _Stored(
-        {name.decode(): int(float(due)) for name, due in zip(ranked[::2], ranked[1::2], strict=True)},
+        {_text(name): int(due) for name, due in ranked},
         fingerprints,
         {id_: _last_run(text) for id_, text in last_runs.items()},
         {id_: _outcome(text) for id_, text in outcomes.items()},
         {id_: int(since) for id_, since in paused.items()},
         problems,
     )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _last_run(text: str) -> tuple[str, str, str, int]:
@@ -166,10 +170,10 @@ async def _activities(redis: Redis, stored: _Stored) -> dict[str, Activity]:
     if not open_:
         return {}
     async with redis.pipeline(transaction=True) as pipe:
-        pipe.execute_command("HMGET", keys.DELAYED_DATA, *(task for _, _, task, _ in open_.values()))
+        pipe.hmget(keys.DELAYED_DATA, [task for _, _, task, _ in open_.values()])
         for stream, entry, _, _ in open_.values():
-            pipe.execute_command("XRANGE", stream, entry, entry)
-            pipe.execute_command("XPENDING", stream, keys.GROUP, entry, entry, 1)
+            pipe.xrange(stream, entry, entry)
+            pipe.xpending_range(stream, keys.GROUP, entry, entry, 1)
         delayed, *rest = await pipe.execute(raise_on_error=False)
     entries, pending = rest[::2], rest[1::2]
     return {
@@ -177,9 +181,10 @@ async def _activities(redis: Redis, stored: _Stored) -> dict[str, Activity]:
     }
 
 
-def _activity(delayed: bytes | None, entry: Any, pending: Any) -> Activity:
+def _activity(delayed: bytes | str | None, entry: Any, pending: Any) -> Activity:
     if delayed is not None:
-        return Activity.RETRYING if delayed.split(b" ", 2)[1] == b"retry" else Activity.WAITING
+        reason = _text(delayed).split(" ", 2)[1]
+        return Activity.RETRYING if reason == "retry" else Activity.WAITING
     # A stream without a group has no pending entries. An entry that is gone has been woken from its wait for a
     # lock, and is under another id with a worker, or will be in a moment.
     in_stream = bool(entry) and not isinstance(entry, Exception)
