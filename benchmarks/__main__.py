@@ -30,7 +30,7 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
         "200 tasks of 1 ms behind one mutex / one after another in a loop",
         f"{behind:.2f} s / {alone:.2f} s: {behind / alone:.1f} times",
     )
-    for kind, how in (("spread", "30 to 40 due each second"), ("burst", "all due at one instant")):
+    for kind, how in (("spread", "each every 30 s"), ("burst", "all due at one instant")):
         late = await lateness.lateness(kind)
         with_what = f"1,000 schedules, {how}, 100,000 delayed tasks waiting"
         for name, what in (

@@ -20,6 +20,7 @@ from diracx.tasks.plumbing.broker.models import LABEL_DUE
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.scheduler import TaskScheduler
+from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
 from diracx.tasks.plumbing.schedules import CronSchedule
 from diracx.tasks.testing import TaskSystem, embedded_redis
 
@@ -59,27 +60,30 @@ def vos(schedules: int) -> list[str]:
     return [f"vo{number:04}" for number in range(schedules)]
 
 
-def config(schedules: int, kind: str) -> TasksConfig:
-    """When each of them is due: far away; all at one instant; or some of them in each second."""
+def config(kind: str) -> TasksConfig:
+    """When they are due: `far` away; in a `burst`, all at one instant; or `spread` over the period."""
+    far = {"schedule": "0 0 1 1 *"}
+    burst = {"schedule": f"* * * * * */{PERIOD_SECONDS}"}
+    periodic = {"far": far, "burst": burst, "spread": {"interval_seconds": PERIOD_SECONDS}}
+    return TasksConfig.model_validate({"common": {"bench:Periodic": {"periodic": periodic[kind]}}})
 
-    def periodic(number: int) -> dict[str, str]:
-        seconds = {"far": "0 0 1 1 *", "burst": f"* * * * * */{PERIOD_SECONDS}"}
-        spread = f"* * * * * {number % PERIOD_SECONDS}-59/{PERIOD_SECONDS}"
-        return {"schedule": seconds.get(kind, spread)}
 
-    return TasksConfig.model_validate(
-        {
-            "vo_overrides": {
-                vo: {"bench:Periodic": {"periodic": periodic(number)}} for number, vo in enumerate(vos(schedules))
-            }
-        }
-    )
+async def scatter(url: str, schedules: int) -> None:
+    """Leave the schedules as a scheduler leaves them that has run for a while: each in a phase of its own."""
+    broker = RedisStreamBroker(url)
+    begin = time.time() + 8
+    for found in scheduled_tasks(REGISTRY, config("spread"), vos(schedules)).values():
+        assert found.rule is not None
+        await broker.redis.hset(keys.FINGERPRINTS, found.id, found.rule.fingerprint)
+        due = begin + random.uniform(0, PERIOD_SECONDS)
+        await broker.redis.zadd(keys.NEXT_RUNS, {found.id: int(due * 1000)})
+    await broker.shutdown()
 
 
 async def serve(url: str, schedules: int, kind: str) -> None:
     """A scheduler, as a process of its own."""
     broker = RedisStreamBroker(url)
-    scheduler = TaskScheduler(broker, REGISTRY, config=config(schedules, kind), vos=vos(schedules))
+    scheduler = TaskScheduler(broker, REGISTRY, config=config(kind), vos=vos(schedules))
     await scheduler.run(asyncio.Event())
 
 
@@ -92,8 +96,12 @@ async def schedulers(url: str, schedules: int, kind: str, number: int = 1) -> As
         for _ in range(number):
             program = (sys.executable, "-m", "benchmarks.lateness", url, str(schedules), kind)
             running.append(await asyncio.create_subprocess_exec(*program))
-            while await broker.redis.zcard(keys.NEXT_RUNS) < schedules:
+            while (
+                not await broker.redis.exists(keys.LEADER) or await broker.redis.zcard(keys.NEXT_RUNS) < schedules
+            ):
                 await asyncio.sleep(0.05)
+        while (await broker.redis.pubsub_numsub(keys.LEADER))[0][1] < number - 1:
+            await asyncio.sleep(0.05)
         yield [process.pid for process in running]
     finally:
         for process in running:
@@ -129,6 +137,8 @@ async def lateness(
             later = datetime.now(UTC) + timedelta(days=1)
             for first in range(0, waiting, 5_000):
                 await schedule_many([Delayed(0.0)] * min(5_000, waiting - first), at_time=later)
+            if kind == "spread":
+                await scatter(url, schedules)
             async with schedulers(url, schedules, kind):
                 await asyncio.sleep(3)  # what is due first is prepared
                 late_ms["periodic"].clear()

@@ -1,4 +1,4 @@
-"""Several schedulers, as real processes: one leads; whatever becomes of it, another does, and no run comes twice."""
+"""Several schedulers, as real processes: one leads; whatever becomes of it, another does. No run comes twice."""
 
 from __future__ import annotations
 

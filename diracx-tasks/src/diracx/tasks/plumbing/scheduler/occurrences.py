@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_arguments
@@ -163,10 +164,24 @@ def _scheduled(
     periodic: PeriodicTaskConfig | None,
     **instance: Any,
 ) -> ScheduledTask:
-    rule = (periodic.as_schedule() if periodic else None) or getattr(task_class, "default_schedule", None)
+    rule = (_rule(periodic) if periodic else None) or getattr(task_class, "default_schedule", None)
     off_by = off_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
     missed = (periodic.missed if periodic else None) or task_class.missed
     return ScheduledTask(id_, name, task_class, vo, rule, off_by=off_by, missed=missed, **instance)
+
+
+def _rule(periodic: PeriodicTaskConfig) -> TaskScheduleBase | None:
+    return _rule_of(periodic.schedule, periodic.timezone, periodic.interval_seconds, periodic.rrule)
+
+
+@lru_cache(maxsize=1024)
+def _rule_of(
+    schedule: str | None, timezone: str | None, interval_seconds: float | None, rrule: str | None
+) -> TaskScheduleBase | None:
+    """What many VOs have in common is read once: a cron expression costs a third of a ms."""
+    return PeriodicTaskConfig(
+        schedule=schedule, timezone=timezone, interval_seconds=interval_seconds, rrule=rrule
+    ).as_schedule()
 
 
 def source_of(found: ScheduledTask, config: TasksConfig) -> str:

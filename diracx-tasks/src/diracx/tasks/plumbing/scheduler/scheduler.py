@@ -89,6 +89,8 @@ class TaskScheduler:
         """Whether the plan is older than the configuration."""
         self._plan_again_at = float("inf")
         self._promote_at = 0.0
+        self._earlier = False
+        """Whether something was delayed since the last look that is due before all the rest."""
         self._clock = ServerClock()
         self._scheduled: dict[str, ScheduledTask] = {}
         self._problems: dict[str, str] = {}
@@ -177,8 +179,7 @@ class TaskScheduler:
                     self.ready.set()
                 if not await self._submit_due():
                     break
-                if self._promote_at <= time.monotonic():
-                    await self._promote()
+                await self._promote_due()
                 self._works()
                 await self._until(min(self._leadership.renew_at, self._promote_at, self._next_at()))
             else:
@@ -189,7 +190,7 @@ class TaskScheduler:
 
     def _hear(self, message: bytes) -> None:
         if message == b"delayed":
-            self._promote_at = 0.0
+            self._earlier = True
         else:
             self._leadership.renew_at = 0.0  # which looks at what is paused
         self._alarm.set()
@@ -269,8 +270,7 @@ class TaskScheduler:
             await asyncio.sleep(0)
             if self._leadership.renewal_due and not await self._leadership.renew():
                 return False
-            if self._promote_at <= time.monotonic():
-                await self._promote()
+            await self._promote_due()
         off = [schedule for schedule in instances if schedule not in self._scheduled]
         if not await scripts.plan(redis, self._leadership.token, changed, unchanged, off):
             return False
@@ -292,9 +292,12 @@ class TaskScheduler:
 
     # --- what is due ------------------------------------------------------------------------------------
 
-    async def _promote(self) -> None:
-        """Promote a batch of delayed tasks, and note when the next is due."""
+    async def _promote_due(self) -> None:
+        """Promote a batch of delayed tasks if some are due, and note when the next is."""
         asked = time.monotonic()
+        if self._promote_at > asked and not self._earlier:
+            return
+        self._earlier = False  # what is heard from now on, the answer may not know of
         moved, next_due, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
         if moved == PROMOTE_BATCH:
             self._promote_at = 0.0
