@@ -155,7 +155,7 @@ async def _queued(system: TaskSystem, until: float) -> list[float]:
     found: dict[bytes, float] = {}
     while time.time() < until:
         await asyncio.sleep(1.03)
-        for last in await system.broker.redis.hvals(keys.LAST_RUNS):
+        for last in await system.broker.redis.execute_command("HVALS", keys.LAST_RUNS):
             _, entry, task, due = last.split(b" ")
             found[task] = int(entry.split(b"-")[0]) - int(due)
     return list(found.values())
