@@ -38,7 +38,7 @@ def leaked_keys(client: SyncRedis) -> Iterator[str]:
         if name in keys.EVERY_STREAM and client.xlen(name) == 0 and not _consumers(client, name):
             continue
         # What the scheduler knows of its schedules is there to outlive every process.
-        if name in (keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS):
+        if name in (keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PAUSED, keys.PROBLEMS):
             continue
         if client.ttl(name) == -1:
             yield name

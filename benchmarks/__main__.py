@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from datetime import UTC, datetime
 
-from . import pilots, tasks
+from . import lateness, pilots, tasks
 from .results import RESULTS, machine, write_section
 
 
@@ -30,6 +30,18 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
         "200 tasks of 1 ms behind one mutex / one after another in a loop",
         f"{behind:.2f} s / {alone:.2f} s: {behind / alone:.1f} times",
     )
+    for kind, how in (("spread", "each every 30 s"), ("burst", "all due at one instant")):
+        late = await lateness.lateness(kind)
+        with_what = f"1,000 schedules, {how}, 100,000 delayed tasks waiting"
+        for name, what in (
+            ("queued", "periodic, in the queue"),
+            ("periodic", "periodic, begun by one worker"),
+            ("delayed", "delayed, begun by one worker"),
+        ):
+            p50, p99 = lateness.percentiles(late[name])
+            note(f"lateness p50 / p99: {what} ({with_what})", f"{p50:.1f} / {p99:.1f} ms")
+    leader, standby = await lateness.idle()
+    note("CPU of a scheduler with 1,000 schedules, none due: leader / standby", f"{leader:.2%} / {standby:.2%}")
     queued, left = await tasks.bytes_per_task()
     note("Redis memory per queued no-op / left over when done", f"{queued:.0f} / {left:.1f} bytes")
     note("import diracx.tasks.plumbing", f"{tasks.import_time('import diracx.tasks.plumbing'):.2f} s")

@@ -16,6 +16,7 @@ from .errors import CliError, mask, one_line
 from .groups import group
 from .in_force import in_force
 from .listing import list_tasks
+from .schedule import app as schedule
 from .serve import scheduler, worker
 from .submit import submit
 
@@ -48,6 +49,7 @@ app.add_typer(dlq, name="dlq")
 app.add_typer(group, name="group")
 config.command("in-force")(in_force)
 app.add_typer(config, name="config")
+app.add_typer(schedule, name="schedule")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import TaskCancelledError
 from . import keys, scripts
-from .ending import child_ended, collected, stored_result
+from .ending import child_ended, collected, schedule_outcome, stored_result
 from .models import TaskMessage, TaskResult
 
 if TYPE_CHECKING:
@@ -148,6 +148,11 @@ class _Search:
         group = child_ended(message, error, lambda: TaskResult.from_exception(error, 0.0))
         return known | {
             name: value
-            for name, value in (("result", result), ("group", group), ("collected", collected(message)))
+            for name, value in (
+                ("result", result),
+                ("group", group),
+                ("collected", collected(message)),
+                ("outcome", schedule_outcome(message, error, 0.0)),
+            )
             if value
         }

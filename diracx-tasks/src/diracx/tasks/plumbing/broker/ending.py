@@ -1,8 +1,10 @@
-"""What the end of a task means to others: to whoever waits for its result, and to its group."""
+"""What the end of a task means to others: to whoever waits for its result, to its group, to its schedule."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from . import keys
@@ -11,6 +13,7 @@ from .models import (
     LABEL_GROUP,
     LABEL_GROUP_RESULTS,
     LABEL_RESULT_TTL,
+    LABEL_SCHEDULE,
     TaskMessage,
     TaskResult,
 )
@@ -59,6 +62,26 @@ def collected(message: TaskMessage) -> str | None:
     """The group whose results were kept for this task, a callback."""
     asked = message.labels.get(LABEL_CHILD_RESULTS)
     return None if asked is None else asked["group"]
+
+
+def schedule_outcome(
+    message: TaskMessage, error: BaseException | None, seconds: float, retry_at: datetime | None = None
+) -> dict[str, Any] | None:
+    """What is kept of how an occurrence of a schedule ended; None for any other task.
+
+    Args:
+        seconds: how long the last execution took.
+        retry_at: when it is tried again; None when it has ended for good.
+    """
+    schedule = message.labels.get(LABEL_SCHEDULE)
+    if not isinstance(schedule, str):
+        return None
+    told: dict[str, Any] = {"task_id": message.task_id, "ok": error is None, "seconds": round(seconds, 3)}
+    if error is not None:
+        told |= {"error": type(error).__name__, "message": str(error)[:_LONGEST_ERROR]}
+    if retry_at is not None:
+        told["retry_at"] = retry_at.isoformat()
+    return {"id": schedule, "text": json.dumps(told)}
 
 
 def _packed(result: TaskResult[Any]) -> bytes:

@@ -45,7 +45,7 @@ DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.
 RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 
-#: String: the leading scheduler's token, with a short lease.
+#: String: the leading scheduler's token, with a short lease. Also the channel that says that nobody leads now.
 LEADER = "diracx:scheduler:leader"
 #: Sorted set: schedule -> next run (ms since the epoch).
 NEXT_RUNS = "diracx:scheduler:next"
@@ -53,7 +53,13 @@ NEXT_RUNS = "diracx:scheduler:next"
 FINGERPRINTS = "diracx:scheduler:fingerprints"
 #: Hash: schedule -> "{stream} {entry} {task id} {due}" of its last occurrence.
 LAST_RUNS = "diracx:scheduler:last"
-#: List of one token: "something earlier is due now"; wakes the leading scheduler.
+#: Hash: schedule -> "{when in ms} {JSON}": how its last occurrence that ended, ended.
+OUTCOMES = "diracx:scheduler:outcomes"
+#: Hash: schedule -> since when it is paused (ms).
+PAUSED = "diracx:scheduler:paused"
+#: Hash: schedule -> why the leader cannot submit it.
+PROBLEMS = "diracx:scheduler:problems"
+#: Channel, no key: something earlier is due now, or is paused no more; wakes the leading scheduler.
 WAKE_SCHEDULER = "diracx:scheduler:wake"
 
 #: Suffix of the stream that tasks go to when their turn has come: fetched before its elder brother.

@@ -23,6 +23,9 @@ LABEL_GROUP = "group"
 LABEL_GROUP_RESULTS = "group_results"
 LABEL_CHILD_RESULTS = "child_results"
 LABEL_RESULT_TTL = "result_ttl_seconds"
+#: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
+LABEL_SCHEDULE = "schedule"
+LABEL_DUE = "schedule_due_ms"
 
 
 def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -235,6 +238,8 @@ class Settlement:
     dead: Mapping[str, Any] | None = None
     collected: str | None = None
     """The group whose children's results are needed no more: its callback has ended."""
+    outcome: Mapping[str, Any] | None = None
+    """What is kept of an occurrence of a schedule: see `ending.schedule_outcome`."""
     cancelled: str | None = None
     """The task's id, when it ends without having begun because somebody cancelled it."""
 
@@ -245,7 +250,7 @@ class Settlement:
             "entry": self.delivery.entry,
             "deliveries": self.delivery.deliveries,
         }
-        for name in ("locks", "result", "retry", "requeue", "group", "dead", "collected", "cancelled"):
+        for name in ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled"):
             if value := getattr(self, name):
                 packed[name] = value
         return packed

@@ -192,24 +192,37 @@ async def resubmit(redis: Redis, letters: Sequence[Mapping[str, Any]], ttl_ms: i
     return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]
 
 
-async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
-    """Bring the set of schedules up to date. False when somebody else leads."""
-    return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)
-
-
-async def occur(
+async def plan(
     redis: Redis,
     token: str,
-    schedule: str,
-    due_ms: int,
-    next_ms: int | None,
-    stream: str,
-    task_id: str,
-    data: bytes,
-) -> int:
-    """Submit one occurrence of a schedule. See lua/occur.lua for the reply."""
-    following = "" if next_ms is None else next_ms
-    return int(await script("occur")(redis, args=[token, schedule, due_ms, following, stream, task_id, data]))
+    changed: Sequence[Mapping[str, Any]],
+    unchanged: Sequence[str],
+    switched_off: Sequence[str],
+) -> bool:
+    """Bring the set of schedules up to date. False when somebody else leads."""
+    args = [token, pack(changed), pack(unchanged), pack(switched_off)]
+    return bool(await script("plan")(redis, args=args) == 1)
+
+
+async def occur(redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Submit occurrences of schedules.
+
+    Returns:
+        What became of each, see lua/occur.lua; None when somebody else leads.
+    """
+    replies: list[int] = await script("occur")(redis, args=[token, pack(occurrences)])
+    return None if replies == [-1] else replies
+
+
+async def run_now(redis: Redis, schedule: str, stream: str, task_id: str, data: bytes) -> str | None:
+    """Submit a schedule's task at once. Returns the id of the earlier one that still waits, if there is one."""
+    waiting: bytes = await script("run_now")(redis, args=[schedule, stream, task_id, data])
+    return waiting.decode() or None
+
+
+async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bool]:
+    """Pause schedules, or let them go on. Returns for which that is news."""
+    return [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(schedules)])]
 
 
 async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> int:

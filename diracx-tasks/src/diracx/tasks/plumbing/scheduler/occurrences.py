@@ -1,14 +1,25 @@
-"""Which schedules there are: one for each enabled periodic task, and for each VO where it is VO-aware."""
+"""Which schedules there are: one for each periodic task, and for each VO and configured instance of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
+from ..arguments import check_arguments
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from ..config import TasksConfig
-from ..schedules import TaskScheduleBase
+from ..broker.models import LABEL_DUE, LABEL_SCHEDULE
+from ..broker.redis_streams import in_ms
+from ..config import PeriodicTaskConfig, TasksConfig
+from ..schedules import IntervalSeconds, TaskScheduleBase
+
+if TYPE_CHECKING:
+    from ..binding import Binding
+
+#: An occurrence that is later than this was missed: nobody led, or it was paused. Longer than any fail-over.
+MISSED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -16,17 +27,54 @@ class ScheduledTask:
     """One instance of a periodic task and its rule."""
 
     id: str
-    """`category:ClassName`, and `/vo` where the task is VO-aware."""
+    """`category:ClassName`, then `@instance` where the operator has named it, then `/vo` where it is VO-aware."""
+    name: str
+    """Registry name of the task."""
     task_class: type[PeriodicBaseTask]
     vo: str | None
-    rule: TaskScheduleBase
+    rule: TaskScheduleBase | None
+    """When it is due; None where neither code nor configuration says so."""
+    instance: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class, without the VO."""
+    off_by: str | None = None
+    """What keeps it from being scheduled: `code`, or the field of the configuration; None: it is scheduled."""
+    missed: str = "once"
+    """`once`: a missed occurrence is made up for; `skip`: it is left out."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is to be scheduled."""
+        return self.off_by is None and self.rule is not None
 
     def build(self) -> PeriodicBaseTask:
-        """The task to submit."""
-        return self.task_class() if self.vo is None else self.task_class(self.vo)  # type: ignore[call-arg]
+        """The task to submit.
+
+        Raises:
+            TaskArgumentsError: when its class does not accept its arguments.
+        """
+        if not self.args:
+            return self.task_class() if self.vo is None else self.task_class(self.vo)  # type: ignore[call-arg]
+        given = self.args if self.vo is None else {"vo": self.vo, **self.args}
+        return check_arguments(self.task_class, [], given)
+
+    @property
+    def knows_its_future(self) -> bool:
+        """Whether the run after the next can be told beforehand: a rule without `next_after` counts from now."""
+        assert self.rule is not None
+        return type(self.rule).next_after is not TaskScheduleBase.next_after
+
+    def first_run_after(self, now: datetime) -> datetime | None:
+        """The first run of a rule that is new; None when it has come to its end."""
+        assert self.rule is not None
+        try:
+            return self.rule.next_after(now)
+        except ValueError:
+            return None
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
         """The first run after `moment` that is not missed already; None when the rule has come to its end."""
+        assert self.rule is not None
         try:
             run = self.rule.next_after(moment)
             if run <= now:
@@ -36,31 +84,118 @@ class ScheduledTask:
         return run
 
     def _skip_missed(self, run: datetime, now: datetime) -> datetime:
-        from ..schedules import IntervalSeconds
-
+        assert self.rule is not None
         if isinstance(self.rule, IntervalSeconds):  # keep the phase without counting through the gap
             missed = int((now - run).total_seconds() // self.rule.seconds) + 1
             return run + timedelta(seconds=missed * self.rule.seconds)
         return self.rule.next_after(now)
+
+    def occurrence(self, binding: Binding, due_ms: int) -> dict[str, Any]:
+        """What lua/occur.lua needs to submit the run that is due then, but for the one that follows.
+
+        Raises:
+            Exception: whatever the task's class does wrong.
+        """
+        submission = binding.submission(self.build(), labels={LABEL_SCHEDULE: self.id, LABEL_DUE: due_ms})
+        message = submission.message
+        return {
+            "id": self.id,
+            "due": due_ms,
+            "stream": submission.stream,
+            "task": message.task_id,
+            "data": message.dumpb(),
+        }
+
+    def following(self, due_ms: int, now_ms: float) -> dict[str, int]:
+        """`next`: when it is due after the run of `due_ms`, and after now; nothing when that was the last run.
+
+        Raises:
+            RuntimeError: when the rule does not go forward.
+        """
+        moment = datetime.fromtimestamp(due_ms / 1000, UTC)
+        run = self.next_run_after(moment, datetime.fromtimestamp(now_ms / 1000, UTC))
+        if run is None:
+            return {}
+        if (following := in_ms(run)) <= due_ms:
+            raise RuntimeError(f"{self.rule!r}: after {moment.isoformat()} it gives {run.isoformat()}")
+        return {"next": following}
+
+
+def every_instance(
+    registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
+) -> Iterator[ScheduledTask]:
+    """All instances of periodic tasks, those that are switched off included."""
+    known_vos = sorted(vos)
+    for name, task_class in registry.items():
+        if not issubclass(task_class, PeriodicBaseTask):
+            continue
+        for vo in known_vos if issubclass(task_class, PeriodicVoAwareBaseTask) else [None]:
+            yield from _instances(name, task_class, vo, config)
+
+
+def _instances(
+    name: str, task_class: type[PeriodicBaseTask], vo: str | None, config: TasksConfig
+) -> Iterator[ScheduledTask]:
+    override = config.get_override(name, vo)
+    off_by = "code" if not task_class._enabled else None if override.enabled else "enabled"
+    suffix = "" if vo is None else f"/{vo}"
+    if not override.instances:
+        yield _scheduled(f"{name}{suffix}", name, task_class, vo, off_by, override.periodic)
+        return
+    for instance, given in override.instances.items():
+        yield _scheduled(
+            f"{name}@{instance}{suffix}",
+            name,
+            task_class,
+            vo,
+            off_by or (None if given.enabled else "enabled"),
+            given.periodic,
+            instance=instance,
+            args=given.args,
+        )
+
+
+def _scheduled(
+    id_: str,
+    name: str,
+    task_class: type[PeriodicBaseTask],
+    vo: str | None,
+    off_by: str | None,
+    periodic: PeriodicTaskConfig | None,
+    **instance: Any,
+) -> ScheduledTask:
+    rule = (_rule(periodic) if periodic else None) or getattr(task_class, "default_schedule", None)
+    off_by = off_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
+    missed = (periodic.missed if periodic else None) or task_class.missed
+    return ScheduledTask(id_, name, task_class, vo, rule, off_by=off_by, missed=missed, **instance)
+
+
+def _rule(periodic: PeriodicTaskConfig) -> TaskScheduleBase | None:
+    return _rule_of(periodic.schedule, periodic.timezone, periodic.interval_seconds, periodic.rrule)
+
+
+@lru_cache(maxsize=1024)
+def _rule_of(
+    schedule: str | None, timezone: str | None, interval_seconds: float | None, rrule: str | None
+) -> TaskScheduleBase | None:
+    """What many VOs have in common is read once: a cron expression costs a third of a ms."""
+    return PeriodicTaskConfig(
+        schedule=schedule, timezone=timezone, interval_seconds=interval_seconds, rrule=rrule
+    ).as_schedule()
+
+
+def source_of(found: ScheduledTask, config: TasksConfig) -> str:
+    """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
+    if found.off_by == "code":
+        return "code"
+    field_ = found.off_by or "periodic"
+    said = config.source_of(found.name, found.vo, field_, found.instance)
+    # Switched off for the task as a whole, and not for this instance.
+    return config.source_of(found.name, found.vo, field_) if said == "code" and found.off_by else said
 
 
 def scheduled_tasks(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> dict[str, ScheduledTask]:
     """All instances that should run, by id."""
-    found = {}
-    for name, task_class in registry.items():
-        if not issubclass(task_class, PeriodicBaseTask):
-            continue
-        instances = sorted(vos) if issubclass(task_class, PeriodicVoAwareBaseTask) else [None]
-        for vo in instances:
-            override = config.get_override(name, vo)
-            periodic = override.periodic
-            if not (task_class._enabled and override.enabled and (periodic is None or periodic.enabled)):
-                continue
-            rule = (periodic.as_schedule() if periodic else None) or getattr(task_class, "default_schedule", None)
-            if rule is None:
-                continue
-            instance = ScheduledTask(name if vo is None else f"{name}/{vo}", task_class, vo, rule)
-            found[instance.id] = instance
-    return found
+    return {found.id: found for found in every_instance(registry, config, vos) if found.enabled}

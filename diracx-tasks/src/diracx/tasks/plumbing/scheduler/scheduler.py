@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from ..binding import Binding
 from ..broker import keys, scripts
-from ..broker.redis_streams import in_ms
+from ..broker.redis_streams import PROMOTE_BATCH, in_ms
 from ..config import TasksConfig
 from ..factory import TaskRegistry
 from ..patience import Pauses, is_passing
-from .occurrences import ScheduledTask, scheduled_tasks
+from .agenda import Agenda, Occurrence
+from .clock import ServerClock
+from .leadership import Leadership
+from .listening import listening
+from .occurrences import MISSED_SECONDS, ScheduledTask, every_instance
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -26,11 +31,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
+#: Occurrences submitted by one script call: 2 ms of the server's time.
+OCCUR_BATCH = 250
+#: A portion of preparing what comes next; so long may something else have to wait.
+_PORTION_SECONDS = 0.003
+#: So long before something is due nothing is begun any more that could make it late.
+_CALM_SECONDS = 0.02
+#: Preparing late occurrences, which nobody could prepare before, goes on for so long before some are submitted.
+_LATE_PORTION_SECONDS = 0.02
+#: How long a schedule that cannot be submitted is left alone.
+_RETRY_SECONDS = 60.0
+#: A timer that fires this much after the moment never asks too early.
+_MARGIN_SECONDS = 0.0003
+_LONGEST_PROBLEM = 500
+#: Instances that are looked up in the configuration between two looks at the rest of the world.
+_SMALL_PORTION = 20
 
-#: How often a standby looks whether the lead is free: the gap after a clean stop.
-_STANDBY_SECONDS = 0.4
-_NOT_THE_LEADER = -1
+#: Replies of lua/occur.lua that mean that its schedule is still, or no more, as we believed.
+_NOT_DUE, _TOO_EARLY, _PAUSED, _REFUSED = 0, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Occurrences that the server has been asked to submit."""
+
+    batch: list[Occurrence]
+    answer: asyncio.Task[list[int] | None]
 
 
 class TaskScheduler:
@@ -54,27 +80,37 @@ class TaskScheduler:
         self._registry = TaskRegistry.of(registry)
         self._config = config or TasksConfig()
         self._vos = list(vos)
-        self._lease_seconds = lease_seconds
-        self._token = uuid4().hex
-        self._lease: dict[str, Any] = {
-            "kind": "mutex",
-            "key": keys.LEADER,
-            "owner": self._token,
-            "ttl_ms": int(lease_seconds * 1000),
-        }
-        self._reconfigured = asyncio.Event()
+        self._leadership = Leadership(broker, lease_seconds)
         self._pauses = Pauses()
         self._in_trouble = False
+        self._alarm = asyncio.Event()
+        """Set when something may have to be done before the next due time."""
+        self._outdated = True
+        """Whether the plan is older than the configuration."""
+        self._plan_again_at = float("inf")
+        self._promote_at = 0.0
+        self._earlier = False
+        """Whether something was delayed since the last look that is due before all the rest."""
+        self._clock = ServerClock()
         self._scheduled: dict[str, ScheduledTask] = {}
+        self._problems: dict[str, str] = {}
+        self._told: dict[str, str] | None = None
+        self._set_up_agenda()
         self.leads = asyncio.Event()
         """Set while this scheduler leads."""
         self.ready = asyncio.Event()
         """Set when it leads for the first time, or knows that another does."""
 
     def reconfigure(self, config: TasksConfig, vos: Iterable[str]) -> None:
-        """Go on with other settings and VOs. Call it in the scheduler's event loop; the leader plans again."""
-        self._config, self._vos = config, list(vos)
-        self._reconfigured.set()
+        """Go on with these settings and VOs, from now on. To be called in the scheduler's event loop.
+
+        What has the same rule as before keeps its next run; what is gone is forgotten; what could not be
+        submitted is tried again.
+        """
+        self._config = config
+        self._vos = list(vos)
+        self._outdated = True
+        self._alarm.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Schedule until `stop` is set.
@@ -83,27 +119,25 @@ class TaskScheduler:
             redis.exceptions.RedisError: when the server does not answer at the start. Later it is waited for.
         """
         await self._broker.startup()
-        while not stop.is_set():
-            try:
-                if await self._take_the_lead():
-                    await self._lead(stop)
-                else:
-                    self._works()
-                    self.ready.set()
-                    await _unless(stop, asyncio.sleep(_STANDBY_SECONDS))
-            except RedisError as error:
-                if not is_passing(error):
-                    raise
-                if not self._in_trouble:
-                    logger.warning("cannot schedule: %s; trying again until it works", error)
-                self._in_trouble = True
-                await _unless(stop, asyncio.sleep(self._pauses.next()))
-            finally:
-                self.leads.clear()
+        stopping = asyncio.create_task(stop.wait())
+        stopping.add_done_callback(lambda _: self._alarm.set())
         try:
-            await scripts.release(self._broker.redis, [self._lease])
-        except RedisError as error:
-            logger.warning("could not hand over the lead: %s; the lease will end by itself", error)
+            while not stop.is_set():
+                try:
+                    if await self._leadership.take() or await self._stand_by(stop):
+                        await self._lead(stop)
+                except RedisError as error:
+                    if not is_passing(error):
+                        raise
+                    if not self._in_trouble:
+                        logger.warning("cannot schedule: %s; trying again until it works", error)
+                    self._in_trouble = True
+                    await asyncio.wait({stopping}, timeout=self._pauses.next())
+                finally:
+                    self.leads.clear()
+            await self._leadership.hand_over()
+        finally:
+            stopping.cancel()
 
     def _works(self) -> None:
         if self._in_trouble:
@@ -111,130 +145,274 @@ class TaskScheduler:
         self._in_trouble = False
         self._pauses.succeeded()
 
-    async def _take_the_lead(self) -> bool:
-        redis = self._broker.redis
-        return await scripts.acquire(redis, [self._lease]) or (await scripts.extend(redis, [self._lease]))[0]
+    async def _stand_by(self, stop: asyncio.Event) -> bool:
+        """Wait until the lead is ours. False: we are to stop."""
+        async with listening(self._broker.redis, keys.LEADER, lambda _: self._alarm.set()) as hearing:
+            if hearing is not None:
+                hearing.add_done_callback(lambda _: self._alarm.set())
+            while not stop.is_set():
+                self._alarm.clear()
+                if await self._leadership.take():
+                    return True
+                self._works()
+                self.ready.set()
+                self._check(hearing)
+                await self._sleep(await self._leadership.free_in_seconds(heard=hearing is not None))
+        return False
 
     async def _lead(self, stop: asyncio.Event) -> None:
         logger.info("leading")
-        if not await self._plan():
-            return
-        self.leads.set()
-        self.ready.set()
-        renew_at = time.monotonic() + self._lease_seconds / 3
-        while not stop.is_set():
-            if self._reconfigured.is_set() and not await self._plan():
+        async with listening(self._broker.redis, keys.WAKE_SCHEDULER, self._hear) as hearing:
+            if hearing is not None:
+                hearing.add_done_callback(lambda _: self._alarm.set())
+            self._promote_at = 0.0
+            self._outdated = True
+            while not stop.is_set():
+                self._alarm.clear()
+                self._check(hearing)
+                if self._leadership.renewal_due and not await self._renew():
+                    break
+                if self._outdated or self._plan_again_at <= time.monotonic():
+                    if not await self._plan():
+                        break
+                    self.leads.set()
+                    self.ready.set()
+                if not await self._submit_due():
+                    break
+                await self._promote_due()
+                self._works()
+                await self._until(min(self._leadership.renew_at, self._promote_at, self._next_at()))
+            else:
                 return
-            if time.monotonic() >= renew_at:
-                if not (await scripts.extend(self._broker.redis, [self._lease]))[0]:
-                    logger.warning("lost the lead")
-                    return
-                renew_at = time.monotonic() + self._lease_seconds / 3
-            delayed_ms = await self._broker.promote()
-            periodic_ms = await self._submit_due()
-            if periodic_ms is None:
-                return
-            self._works()
-            waits_ms = [ms for ms in (delayed_ms, periodic_ms) if ms is not None and ms >= 0]
-            pause = min([renew_at - time.monotonic(), *(ms / 1000 for ms in waits_ms)])
-            if pause > 0:
-                await _unless(stop, _first_of(self._sleep(pause), self._reconfigured.wait()))
+        logger.warning("lost the lead")
+
+    # --- waiting ----------------------------------------------------------------------------------------
+
+    def _hear(self, message: bytes) -> None:
+        if message == b"delayed":
+            self._earlier = True
+        else:
+            self._leadership.renew_at = 0.0  # which looks at what is paused
+        self._alarm.set()
+
+    def _check(self, hearing: asyncio.Task[None] | None) -> None:
+        if hearing is not None and hearing.done():
+            hearing.result()
 
     async def _sleep(self, seconds: float) -> None:
-        """Until then, or until something is put aside that is due earlier."""
-        await self._broker.redis.execute_command("BLPOP", keys.WAKE_SCHEDULER, max(0.001, seconds))
+        try:
+            async with asyncio.timeout(seconds):
+                await self._alarm.wait()
+        except TimeoutError:
+            pass
+
+    async def _until(self, moment: float) -> None:
+        """Wait until then (monotonic clock), or for an alarm; prepare meanwhile what is due next."""
+        some_left = True
+        while not self._alarm.is_set() and (left := moment - time.monotonic()) > 0:
+            if some_left and left > _CALM_SECONDS:
+                some_left = self._agenda.prepare(_PORTION_SECONDS)
+                await asyncio.sleep(0)
+            else:
+                await self._sleep(left)
+
+    def _next_at(self) -> float:
+        due_ms = self._agenda.first_due_ms
+        return float("inf") if due_ms is None else self._clock.monotonic_at(due_ms) + _MARGIN_SECONDS
+
+    # --- the plan ---------------------------------------------------------------------------------------
+
+    async def _renew(self) -> bool:
+        """Renew the lease, and take up what could not be submitted and now may. False: somebody else leads."""
+        if not await self._leadership.renew():
+            return False
+        self._promote_at = 0.0
+        await self._clock.ask(self._broker.redis)
+        self._agenda.take_up()
+        if self._agenda.has_paused:
+            paused = await self._broker.redis.execute_command("HKEYS", keys.PAUSED)
+            self._agenda.go_on(schedule.decode() for schedule in paused)
+        return True
+
+    def _set_up_agenda(self) -> None:
+        self._binding = Binding(self._broker, self._registry, self._config)
+        self._agenda = Agenda(self._make, self._failed)
 
     async def _plan(self) -> bool:
         """Bring the schedules in Redis up to date with code, configuration and VOs. False: somebody else leads."""
-        self._reconfigured.clear()
-        self._scheduled = scheduled_tasks(self._registry, self._config, self._vos)
-        now = datetime.fromtimestamp(await self._now_ms() / 1000, UTC)
-        wanted = []
-        for scheduled in self._scheduled.values():
-            try:
-                due = in_ms(scheduled.rule.next_after(now))
-            except ValueError as error:
-                logger.error("%s is not scheduled: %s", scheduled.id, error)
-                continue
-            wanted.append({"id": scheduled.id, "due": due, "fingerprint": scheduled.rule.fingerprint})
-        logger.info("%d schedules", len(wanted))
-        return await scripts.plan(self._broker.redis, self._token, wanted)
-
-    async def _now_ms(self) -> int:
-        """The server's clock, which all schedulers share."""
-        seconds, microseconds = await self._broker.redis.execute_command("TIME")
-        return int(seconds) * 1000 + int(microseconds) // 1000
-
-    async def _submit_due(self) -> int | None:
-        """Submit every occurrence that is due.
-
-        Returns:
-            Milliseconds until the next one, -1 when there is none; None when somebody else leads.
-        """
         redis = self._broker.redis
-        now_ms = await self._now_ms()
-        due = await redis.execute_command("ZRANGEBYSCORE", keys.NEXT_RUNS, "-inf", now_ms, "WITHSCORES")
-        now = datetime.fromtimestamp(now_ms / 1000, UTC)
-        for schedule_id, score in zip(due[::2], due[1::2], strict=True):
-            if await self._occur(schedule_id.decode(), int(float(score)), now) == _NOT_THE_LEADER:
-                logger.warning("lost the lead")
-                return None
-        first = await redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, 0, "WITHSCORES")
-        return max(0, int(float(first[1])) - now_ms) if first else -1
-
-    async def _occur(self, schedule_id: str, due_ms: int, now: datetime) -> int:
-        scheduled = self._scheduled.get(schedule_id)
-        if scheduled is None:
-            await self._broker.redis.zrem(keys.NEXT_RUNS, schedule_id)
-            return 0
-        try:
-            submission = Binding(self._broker, self._registry, self._config).submission(scheduled.build())
-        except Exception:
-            logger.exception(
-                "%s cannot be submitted and is left out until the scheduler is restarted", schedule_id
-            )
-            await self._broker.redis.zrem(keys.NEXT_RUNS, schedule_id)
-            await self._broker.redis.hdel(keys.FINGERPRINTS, schedule_id)
-            return 0
-        following = scheduled.next_run_after(datetime.fromtimestamp(due_ms / 1000, UTC), now)
-        if following is None:
-            logger.info("%s has had its last run", schedule_id)
-        message = submission.message
-        reply = await scripts.occur(
-            self._broker.redis,
-            self._token,
-            schedule_id,
-            due_ms,
-            None if following is None else in_ms(following),
-            submission.stream,
-            message.task_id,
-            message.dumpb(),
+        self._outdated = False
+        self._plan_again_at = float("inf")
+        self._problems, self._told = {}, None
+        self._set_up_agenda()
+        instances = {}
+        for number, found in enumerate(every_instance(self._registry, self._config, self._vos)):
+            instances[found.id] = found
+            if number % _SMALL_PORTION == 0:
+                await asyncio.sleep(0)
+        self._scheduled = {found.id: found for found in instances.values() if found.enabled}
+        await self._clock.ask(redis)
+        known = await redis.execute_command("HGETALL", keys.FINGERPRINTS)
+        changed: list[dict[str, Any]] = []
+        unchanged: list[str] = []
+        for scheduled in list(self._scheduled.values()):
+            try:
+                assert scheduled.rule is not None
+                fingerprint = scheduled.rule.fingerprint
+                if known.get(scheduled.id.encode()) == fingerprint.encode():
+                    unchanged.append(scheduled.id)
+                    continue
+                changed.append({"id": scheduled.id, "fingerprint": fingerprint} | self._first_run(scheduled))
+            except Exception as error:
+                self._report(scheduled.id, error)
+                del self._scheduled[scheduled.id]
+                self._plan_again_at = time.monotonic() + _RETRY_SECONDS
+            await asyncio.sleep(0)
+            if self._leadership.renewal_due and not await self._leadership.renew():
+                return False
+            await self._promote_due()
+        off = [schedule for schedule in instances if schedule not in self._scheduled]
+        if not await scripts.plan(redis, self._leadership.token, changed, unchanged, off):
+            return False
+        next_runs = await redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
+        self._agenda.load(
+            (schedule.decode(), int(float(due)))
+            for schedule, due in zip(next_runs[::2], next_runs[1::2], strict=True)
         )
-        logger.debug("%s due at %d: %s", schedule_id, due_ms, reply)
-        return reply
+        await self._tell_problems()
+        logger.info("%d schedules, %d of them new or changed", len(self._scheduled), len(changed))
+        return True
 
+    def _first_run(self, scheduled: ScheduledTask) -> dict[str, int]:
+        run = scheduled.first_run_after(datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC))
+        if run is None:
+            logger.error("%s has no run left: its rule has come to its end", scheduled.id)
+            return {}
+        return {"due": in_ms(run)}
 
-async def _first_of(*waiting: Coroutine[Any, Any, Any]) -> None:
-    tasks = [asyncio.ensure_future(each) for each in waiting]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for each in done:
-            each.result()
-    finally:
-        for each in tasks:
-            each.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    # --- what is due ------------------------------------------------------------------------------------
 
+    async def _promote_due(self) -> None:
+        """Promote a batch of delayed tasks if some are due, and note when the next is."""
+        asked = time.monotonic()
+        if self._promote_at > asked and not self._earlier:
+            return
+        self._earlier = False  # what is heard from now on, the answer may not know of
+        moved, next_due, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
+        if moved == PROMOTE_BATCH:
+            self._promote_at = 0.0
+        elif next_due is None:
+            self._promote_at = float("inf")
+        else:
+            self._promote_at = max(asked, self._clock.monotonic_at(next_due) + _MARGIN_SECONDS)
 
-async def _unless(stop: asyncio.Event, waiting: Awaitable[_Answer]) -> None:
-    """Wait for something that may be given up at any moment, unless we are to stop."""
-    waits = asyncio.ensure_future(waiting)
-    stops = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({waits, stops}, return_when=asyncio.FIRST_COMPLETED)
-        if waits.done():
-            waits.result()
-    finally:
-        waits.cancel()
-        stops.cancel()
-        await asyncio.gather(waits, stops, return_exceptions=True)
+    def _make(self, schedule: str, due_ms: int) -> Occurrence:
+        scheduled = self._scheduled[schedule]
+        occurrence = scheduled.occurrence(self._binding, due_ms)
+        if scheduled.knows_its_future:
+            occurrence |= scheduled.following(due_ms, due_ms)
+        return occurrence
+
+    def _made_now(self, occurrence: Occurrence, now_ms: float) -> bool:
+        """Bring up to date what was prepared. False: the schedule's rule fails."""
+        schedule, due_ms = occurrence["id"], occurrence["due"]
+        scheduled = self._scheduled[schedule]
+        if scheduled.missed == "skip" and now_ms - due_ms > MISSED_SECONDS * 1000:
+            logger.info("%s: what was missed is left out", schedule)
+            for name in ("stream", "task", "data"):
+                del occurrence[name]
+        if scheduled.knows_its_future and occurrence.get("next", float("inf")) > now_ms:
+            return True
+        occurrence.pop("next", None)
+        try:
+            occurrence |= scheduled.following(due_ms, now_ms)
+        except Exception as error:
+            self._failed(schedule, error)
+            return False
+        return True
+
+    async def _submit_due(self) -> bool:
+        """Submit what is due; while the server is at one batch, the next is made. False: somebody else leads."""
+        sent: _Sent | None = None
+        try:
+            while (batch := self._take_batch()) or sent is not None:
+                earlier, sent = sent, self._send(batch) if batch else None
+                if earlier is not None and not await self._answered(earlier):
+                    return False
+                if self._leadership.renewal_due and not await self._renew():
+                    return False
+        finally:
+            if sent is not None:
+                sent.answer.cancel()
+                await asyncio.gather(sent.answer, return_exceptions=True)
+        await self._tell_problems()
+        return True
+
+    def _take_batch(self) -> list[Occurrence]:
+        now_ms = self._clock.now_ms()
+        taken = self._agenda.take_due(now_ms, OCCUR_BATCH, _LATE_PORTION_SECONDS)
+        return [occurrence for occurrence in taken if self._made_now(occurrence, now_ms)]
+
+    def _send(self, batch: list[Occurrence]) -> _Sent:
+        asking = scripts.occur(self._broker.redis, self._leadership.token, batch)
+        return _Sent(batch, asyncio.create_task(asking))
+
+    async def _answered(self, sent: _Sent) -> bool:
+        replies = await sent.answer
+        if replies is None:
+            return False
+        for occurrence, reply in zip(sent.batch, replies, strict=True):
+            await self._follow(occurrence, reply)
+        if _TOO_EARLY in replies:
+            await self._clock.ask(self._broker.redis)
+        return True
+
+    async def _follow(self, occurrence: Occurrence, reply: int) -> None:
+        """Note when a schedule is due next, by what the server has made of its occurrence."""
+        schedule, due_ms = occurrence["id"], occurrence["due"]
+        following: int | None
+        if reply == _TOO_EARLY:
+            following = due_ms
+        elif reply == _PAUSED:
+            return self._agenda.pause(schedule)
+        elif reply == _REFUSED:
+            return self._put_aside(schedule, f"the server does not let it into {occurrence['stream']}")
+        elif reply == _NOT_DUE:  # somebody else has changed it
+            stored = await self._broker.redis.execute_command("ZSCORE", keys.NEXT_RUNS, schedule)
+            following = None if stored is None else int(float(stored))
+        else:
+            self._problems.pop(schedule, None)
+            following = occurrence.get("next")
+            if following is None:
+                logger.info("%s has had its last run", schedule)
+        if following is None:
+            self._agenda.forget(schedule)
+        else:
+            self._agenda.note(schedule, following)
+
+    # --- what cannot be submitted -----------------------------------------------------------------------
+
+    def _failed(self, schedule: str, error: Exception) -> None:
+        self._report(schedule, error)
+        self._agenda.put_aside(schedule, _RETRY_SECONDS)
+
+    def _report(self, schedule: str, error: Exception) -> None:
+        logger.error("%s cannot be submitted; trying again in %g s", schedule, _RETRY_SECONDS, exc_info=error)
+        self._problems[schedule] = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
+
+    def _put_aside(self, schedule: str, problem: str) -> None:
+        logger.error("%s cannot be submitted: %s; trying again in %g s", schedule, problem, _RETRY_SECONDS)
+        self._problems[schedule] = problem
+        self._agenda.put_aside(schedule, _RETRY_SECONDS)
+
+    async def _tell_problems(self) -> None:
+        """Let everybody see what cannot be submitted."""
+        if self._problems == self._told:
+            return
+        told = self._problems.copy()
+        async with self._broker.redis.pipeline(transaction=True) as pipe:
+            pipe.delete(keys.PROBLEMS)
+            if told:
+                pipe.execute_command("HSET", keys.PROBLEMS, *chain.from_iterable(told.items()))
+            await pipe.execute()
+        self._told = told

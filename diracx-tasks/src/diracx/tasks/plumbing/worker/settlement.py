@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
-from ..broker.ending import child_ended, child_lives, collected, stored_result
+from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
 from ..broker.models import (
     LABEL_ATTEMPTS,
     Settlement,
@@ -64,7 +64,7 @@ def settle(
     message = execution.message
     match outcome:
         case Succeeded(value, seconds):
-            _ended(settlement, message, settings, None, lambda: TaskResult.from_value(value, seconds))
+            _ended(settlement, message, settings, None, lambda: TaskResult.from_value(value, seconds), seconds)
             return settlement, None
         case TakenOver():
             return settlement, None
@@ -109,7 +109,7 @@ def _failed(
     attempts = [*message.attempts, _attempt(outcome)]
     what = f"{message.task_name} {message.task_id}"
     if isinstance(outcome.error, TaskCancelledError):
-        _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
+        _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
         return None
     try:
         retry = _retry(execution, outcome, attempts)
@@ -120,8 +120,10 @@ def _failed(
         logger.warning("%s failed, to be retried", what, exc_info=outcome.error)
         settlement.retry = retry
         settlement.group = child_lives(message)
+        due = datetime.fromtimestamp(retry["due"] / 1000, UTC)
+        settlement.outcome = schedule_outcome(message, outcome.error, outcome.seconds, due)
         return None
-    _ended(settlement, message, settings, outcome.error, partial(_failure, outcome))
+    _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
     if not execution.blueprint.task_class.dlq_eligible:
         logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
         return None
@@ -191,6 +193,7 @@ def _ended(
     settings: WorkerSettings,
     error: BaseException | None,
     make: Callable[[], TaskResult[Any]],
+    seconds: float = 0.0,
 ) -> None:
     """What follows from the end of a task, however it ended."""
     if not message.labels and settings.result_ttl_seconds is None:
@@ -198,6 +201,7 @@ def _ended(
     settlement.result = stored_result(message, settings.result_ttl_seconds, make)
     settlement.group = child_ended(message, error, make)
     settlement.collected = collected(message)
+    settlement.outcome = schedule_outcome(message, error, seconds)
 
 
 def _failure(outcome: Failed) -> TaskResult[Any]:

@@ -70,9 +70,8 @@ local function delay(task, due_ms, stream, reason, since, data, deaths)
   redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)
   redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
   if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
-    redis.call('RPUSH', '$WAKE_SCHEDULER', 1)
-    redis.call('LTRIM', '$WAKE_SCHEDULER', -1, -1)
-    redis.call('PEXPIRE', '$WAKE_SCHEDULER', 10000)
+    -- Who may not publish, is heard within the scheduler's next look.
+    redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed')
   end
 end
 

@@ -5,11 +5,11 @@
 -- KEYS: none. ARGV: time a mark is kept (ms), tasks (msgpack list of {task} with any of
 --   marked = 1, when we have marked it before; no mark then means that the worker that had it has settled it
 --   known  = 1, once its message was looked at, and then:
---   result, group, collected, as in settle.lua;
+--   result, group, collected, outcome, as in settle.lua;
 --   stream, entry: where it was found).
 -- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
--- #include _time _locks _queue _wake _groups _cancel
+-- #include _time _locks _queue _wake _groups _cancel _schedules
 local replies, now_ms, keep_ms = {}, now_us() / 1000, tonumber(ARGV[1])
 
 local function mark(task)
@@ -23,6 +23,7 @@ local function finish(t)
   redis.call('ZREM', '$CANCELLED', t.task)
   if t.group then child_done(t.group) end
   if t.collected then forget_results(t.collected) end
+  if t.outcome then note_outcome(t.outcome) end
   if t.result then
     redis.call('SET', t.result.key, t.result.value, 'PX', t.result.ttl_ms)
     redis.call('PUBLISH', t.result.key, '')

@@ -7,11 +7,12 @@
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
 --   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
+--   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
 -- Returns a list of 1 (settled), 0 (refused: it was taken over by somebody else) or -1 (nothing done: the server
 -- has lost its data; the worker must renew what it holds and come again).
 -- #flags allow-oom
--- #include _time _locks _queue _wake _groups _cancel
+-- #include _time _locks _queue _wake _groups _cancel _schedules
 local function follows(s)
   return s.retry or s.requeue or s.dead or s.group or s.collected or s.cancelled or s.result or s.locks
 end
@@ -45,6 +46,7 @@ for position, s in ipairs(settlements) do
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
     if s.group then child_done(s.group) end
     if s.collected then forget_results(s.collected) end
+    if s.outcome then note_outcome(s.outcome) end
     if s.cancelled and woken then hand_on(woken, s.cancelled) end
     if s.result then
       redis.call('SET', s.result.key, s.result.value, 'PX', s.result.ttl_ms)

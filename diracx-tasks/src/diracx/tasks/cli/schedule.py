@@ -1,0 +1,228 @@
+"""`schedule`: look at the schedules of periodic tasks; run, pause and resume them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from .errors import CliError, UsageProblem, explained_redis, shortened
+from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.factory import TaskRegistry
+    from ..plumbing.scheduler import ScheduleState
+    from ..plumbing.scheduler.by_hand import RunNow
+    from .services import Configuration
+
+_Answer = TypeVar("_Answer")
+
+app = typer.Typer(
+    help="Look at the schedules of periodic tasks; run, pause and resume them.\n\n"
+    "A schedule is called category:ClassName, then @INSTANCE where the operator has named several, then /VO where "
+    "there is one for each.",
+    no_args_is_help=True,
+)
+
+IdsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ID...", help="Ids of schedules, or patterns: '*:SubmitPilots*/lhcb'."),
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Every schedule.")]
+
+
+@app.command("list")
+def list_(
+    ids: IdsArgument = None,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """List schedules: state, next and last run, how the last one ended, rule, and who says so.
+
+    Those that are switched off are listed as well. Times are in UTC.
+
+    Example: diracx-task-run schedule list '*/lhcb' --json
+    """
+    from ..plumbing.scheduler.overview import somebody_leads
+    from .schedule_view import print_table, record
+
+    session = _Session(module, redis_url, redis_url_file)
+
+    async def look(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
+        return await session.states(broker.redis), await somebody_leads(broker.redis)
+
+    states, led = session.ask(look)
+    if ids:
+        wanted = set(_chosen(ids, False, states))
+        states = [state for state in states if state.id in wanted]
+    if as_json:
+        typer.echo(json.dumps([record(state) for state in states], indent=2))
+    else:
+        print_table(states)
+    if not led:
+        typer.echo("no scheduler leads: nothing is submitted", err=True)
+
+
+@app.command("run-now")
+def run_now(
+    id_: Annotated[str, typer.Argument(metavar="ID", help="Id of a schedule.")],
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """Submit a schedule's task now, and print its id. The next run stays as it is; no scheduler is needed.
+
+    Paused and disabled ones run, too. Exits with 1 when the last occurrence still waits, and submits nothing.
+
+    Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
+    """
+    from ..plumbing.binding import Binding
+    from ..plumbing.exceptions import TaskArgumentsError
+    from ..plumbing.scheduler import by_hand
+    from ..plumbing.scheduler.occurrences import every_instance
+
+    session = _Session(module, redis_url, redis_url_file)
+    config = session.config
+    instances = {found.id: found for found in every_instance(session.registry, config.tasks, config.vos or ())}
+
+    async def submit(broker: RedisStreamBroker) -> RunNow:
+        if id_ not in instances:
+            _chosen([id_], False, await session.states(broker.redis))
+            raise CliError(
+                f"{id_} cannot be submitted here, where code and configuration do not know it; load its --module, "
+                "or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
+            )
+        try:
+            return await by_hand.run_now(Binding(broker, session.registry, config.tasks), instances[id_])
+        except (TaskArgumentsError, TypeError, ValueError) as error:
+            raise CliError(f"{id_} cannot be submitted: {error}") from error
+
+    done = session.ask(submit)
+    if as_json:
+        typer.echo(json.dumps({"id": id_, "task_id": done.task_id, "submitted": done.submitted}))
+    elif done.submitted:
+        typer.echo(done.task_id)
+    if not done.submitted:
+        raise CliError(
+            f"{id_} was not submitted: its last occurrence, task {done.task_id}, still waits for a worker"
+        )
+
+
+@app.command("pause")
+def pause(
+    ids: IdsArgument = None,
+    every: AllOption = False,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """Submit no more occurrences of these schedules, until `schedule resume`. What has been submitted goes on.
+
+    Example: diracx-task-run schedule pause '*/lhcb'
+    """
+    from ..plumbing.scheduler import by_hand
+
+    _switch(ids, every, by_hand.pause, "paused", as_json, _Session(module, redis_url, redis_url_file))
+
+
+@app.command("resume")
+def resume(
+    ids: IdsArgument = None,
+    every: AllOption = False,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """Let paused schedules go on. A run missed meanwhile is made up for, once, unless it is `missed: skip`.
+
+    Example: diracx-task-run schedule resume --all
+    """
+    from ..plumbing.scheduler import by_hand
+
+    _switch(ids, every, by_hand.resume, "resumed", as_json, _Session(module, redis_url, redis_url_file))
+
+
+def _switch(
+    ids: Sequence[str] | None,
+    every: bool,
+    switch: Callable[[Redis, Sequence[str]], Awaitable[list[str]]],
+    done: str,
+    as_json: bool,
+    session: _Session,
+) -> None:
+    if bool(ids) == every:
+        raise UsageProblem("name schedules by their ids or patterns, or give --all; `schedule list` shows them")
+
+    async def go(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
+        chosen = _chosen(ids or (), every, await session.states(broker.redis))
+        return chosen, await switch(broker.redis, chosen) if chosen else []
+
+    chosen, changed = session.ask(go)
+    if as_json:
+        typer.echo(json.dumps([{"id": id_, "changed": id_ in changed} for id_ in chosen]))
+        return
+    for id_ in chosen:
+        typer.echo(f"{id_}  {done if id_ in changed else 'no change'}")
+    if not chosen:
+        typer.echo("no schedules", err=True)
+
+
+def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState]) -> list[str]:
+    """The ids that are meant.
+
+    Raises:
+        UsageProblem: when a pattern stands for none; suggests the nearest id.
+    """
+    from difflib import get_close_matches
+
+    from ..plumbing.scheduler.overview import matching
+
+    known = [state.id for state in states]
+    if every:
+        return known
+    found, unknown = matching(patterns, known)
+    for pattern in unknown:
+        near = get_close_matches(pattern, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; `diracx-task-run schedule list` shows what there is"
+        raise UsageProblem(f"no schedule {shortened(pattern, 120)}{hint}")
+    return found
+
+
+class _Session:
+    """What every one of these commands needs: the server, the tasks, what the operator has written."""
+
+    def __init__(self, module: list[str] | None, redis_url: str | None, redis_url_file: str | None) -> None:
+        from .services import read_configuration
+        from .tasks import load_registry
+
+        self._url = resolve_redis_url(redis_url, redis_url_file)
+        self.registry: TaskRegistry = load_registry(module)
+        self.config: Configuration = read_configuration(self.registry)
+
+    async def states(self, redis: Redis) -> list[ScheduleState]:
+        """All schedules."""
+        from ..plumbing.scheduler import schedules
+
+        return await schedules(redis, self.registry, self.config.tasks, self.config.vos or ())
+
+    def ask(self, question: Callable[[RedisStreamBroker], Awaitable[_Answer]]) -> _Answer:
+        """The answer to a question that needs the server."""
+        from .connection import open_broker
+
+        async def ask() -> _Answer:
+            async with open_broker(self._url) as broker:
+                with explained_redis(self._url):
+                    return await question(broker)
+
+        return asyncio.run(ask())

@@ -1,0 +1,15 @@
+-- Pause schedules, or let them go on. A paused one keeps its next run, which may pass; the leader hears when it goes on.
+-- KEYS: none. ARGV: 1 to pause or 0 to go on, ids (msgpack list).
+-- Returns for each 1, or 0 when it was so already.
+-- #include _time
+local replies, resumed = {}, false
+for position, id in ipairs(cmsgpack.unpack(ARGV[2])) do
+  if ARGV[1] == '1' then
+    replies[position] = redis.call('HSETNX', '$PAUSED', id, int(math.floor(now_us() / 1000)))
+  else
+    replies[position] = redis.call('HDEL', '$PAUSED', id)
+    resumed = resumed or replies[position] == 1
+  end
+end
+if resumed then redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'resumed') end
+return replies

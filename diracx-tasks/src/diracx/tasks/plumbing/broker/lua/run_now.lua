@@ -1,0 +1,10 @@
+-- Submit a schedule's task at once, unless its last occurrence still waits. Its next run stays as it is; nobody
+-- needs to lead.
+-- KEYS: none. ARGV: schedule, stream, task id, message.
+-- Returns '', or the id of the task that still waits.
+-- #include _time _queue _schedules
+local last = redis.call('HGET', '$LAST_RUNS', ARGV[1])
+if still_waits(last) then return string.match(last, '^%S+ %S+ (%S+)') end
+local entry = enqueue(ARGV[2], ARGV[4])
+redis.call('HSET', '$LAST_RUNS', ARGV[1], last_run(ARGV[2], entry, ARGV[3], now_us() / 1000))
+return ''

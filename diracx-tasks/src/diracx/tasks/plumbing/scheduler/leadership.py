@@ -1,0 +1,80 @@
+"""Who leads: a lock with a short lease, whose token fences everything that only the leader may do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from redis.exceptions import RedisError
+
+from ..broker import keys, scripts
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+
+logger = logging.getLogger(__name__)
+
+#: How often one that cannot hear of it looks whether the lead is free.
+_LOOK_SECONDS = 0.4
+#: How long after its end a lease is looked at.
+_MARGIN_MS = 5
+
+
+class Leadership:
+    """One scheduler's claim to the lead.
+
+    Args:
+        lease_seconds: how long the lead is kept without renewal.
+    """
+
+    def __init__(self, broker: RedisStreamBroker, lease_seconds: float) -> None:
+        self._broker = broker
+        self._lease_seconds = lease_seconds
+        self.token = uuid4().hex
+        """Known to nobody else."""
+        self._lease: dict[str, Any] = {
+            "kind": "mutex",
+            "key": keys.LEADER,
+            "owner": self.token,
+            "ttl_ms": int(lease_seconds * 1000),
+        }
+        self.renew_at = 0.0
+        """When to renew the lease (monotonic clock): twice before it ends."""
+
+    @property
+    def renewal_due(self) -> bool:
+        """Whether it is time to renew the lease."""
+        return self.renew_at <= time.monotonic()
+
+    async def take(self) -> bool:
+        """Take the lead if it is free, or still ours."""
+        redis = self._broker.redis
+        self._renewed()
+        return await scripts.acquire(redis, [self._lease]) or (await scripts.extend(redis, [self._lease]))[0]
+
+    async def renew(self) -> bool:
+        """Keep the lead. False: it is lost."""
+        self._renewed()
+        return (await scripts.extend(self._broker.redis, [self._lease]))[0]
+
+    def _renewed(self) -> None:
+        self.renew_at = time.monotonic() + self._lease_seconds / 3
+
+    async def free_in_seconds(self, *, heard: bool) -> float:
+        """How long until the lead is free, if nobody renews it; not to be waited for without a look in between
+        by one that does not hear when it is given up.
+        """
+        left_ms: int = await self._broker.redis.execute_command("PTTL", keys.LEADER)
+        seconds = (max(0, left_ms) + _MARGIN_MS) / 1000
+        return seconds if heard else min(seconds, _LOOK_SECONDS)
+
+    async def hand_over(self) -> None:
+        """Give up the lead, if it is ours, and say so to those who stand by."""
+        redis = self._broker.redis
+        try:
+            if await scripts.release(redis, [self._lease]):
+                await redis.execute_command("PUBLISH", keys.LEADER, "free")
+        except RedisError as error:
+            logger.warning("could not hand over the lead: %s; the lease will end by itself", error)

@@ -1,0 +1,54 @@
+"""Hearing at once what would else be found out at the next look."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+logger = logging.getLogger(__name__)
+
+#: How long the subscription may take.
+_ANSWER_SECONDS = 5.0
+#: How long one wait on the connection takes. Nothing is sent when it ends.
+_WAIT_SECONDS = 60.0
+
+
+@asynccontextmanager
+async def listening(
+    redis: Redis, channel: str, hear: Callable[[bytes], None]
+) -> AsyncIterator[asyncio.Task[None] | None]:
+    """Call `hear` with each message of a channel from now on, on a connection of its own.
+
+    Yields the task that listens, which ends only with an error; None where the server's ACL forbids the channel.
+    """
+    async with redis.pubsub() as pubsub:
+        try:
+            await pubsub.subscribe(channel)
+            if await pubsub.get_message(timeout=_ANSWER_SECONDS) is None:
+                raise RedisConnectionError(f"no answer within {_ANSWER_SECONDS:g} s")
+        except NoPermissionError:
+            logger.warning("may not listen on the channel %s: allow &diracx:* to its user", channel)
+            yield None
+            return
+        hearing = asyncio.create_task(_hear(pubsub, hear))
+        try:
+            yield hearing
+        finally:
+            hearing.cancel()
+            await asyncio.gather(hearing, return_exceptions=True)
+
+
+async def _hear(pubsub: Any, hear: Callable[[bytes], None]) -> None:
+    while True:
+        message = await pubsub.get_message(timeout=_WAIT_SECONDS)
+        if message is not None and message["type"] == "message":
+            hear(message["data"])
