@@ -91,9 +91,11 @@ async def schedule_many(
 ) -> list[str]:
     """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
     from .binding import current_binding
+    from .submissions import submission_of
 
     binding = await current_binding()
-    submissions = [binding.submission(task, at_time=at_time, labels=labels) for task in tasks]
+    registry, config = binding.registry, binding.config
+    submissions = [submission_of(task, registry, config, at_time=at_time, labels=labels) for task in tasks]
     await binding.broker.submit(submissions)
     return [submission.message.task_id for submission in submissions]
 

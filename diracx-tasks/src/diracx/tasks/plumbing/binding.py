@@ -45,47 +45,10 @@ class Binding:
         labels: Mapping[str, Any] | None = None,
         task_id: str | None = None,
     ) -> Submission:
-        """The task as a message for the queue of its class.
+        """The task as a message. See `submissions.submission_of`."""
+        from .submissions import submission_of
 
-        Raises:
-            SendTaskError: when the class is not registered.
-            ValueError: when one of its rate limiters could never grant it.
-        """
-        from .broker.models import Submission, TaskMessage, checked_labels
-        from .broker.redis_streams import new_task_id
-        from .telemetry import current_trace_context
-
-        task_class = type(task)
-        for lock in _declared_locks(task):
-            if lock.enabled:
-                lock.spec()
-        name = self.registry.name_of(task_class)
-        message = TaskMessage(
-            task_id=task_id or new_task_id(),
-            task_name=name,
-            labels=checked_labels(labels) if labels else {},
-            task_args=list(task.serialize()),
-            trace_context=current_trace_context(),
-        )
-        return Submission(message, self.stream_of(name, task), at_time)
-
-    def stream_of(self, name: str, task: BaseTask) -> str:
-        """The queue of a task: its class's, unless the operator has set another priority."""
-        from .broker.keys import stream_name_for
-
-        priority = type(task).priority
-        if self.config is not None:
-            vo = getattr(task, "vo", None)
-            override = self.config.get_override(name, vo if isinstance(vo, str) else None)
-            priority = override.priority or priority
-        return stream_name_for(priority, type(task).size)
-
-
-def _declared_locks(task: BaseTask) -> list[Any]:
-    """The task's own locks; those every task has need no look."""
-    from .base_task import BaseTask
-
-    return [] if type(task).execution_locks is BaseTask.execution_locks else task.execution_locks
+        return submission_of(task, self.registry, self.config, at_time=at_time, labels=labels, task_id=task_id)
 
 
 class _Submitter:

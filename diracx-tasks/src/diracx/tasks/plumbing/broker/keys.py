@@ -5,6 +5,8 @@ Scripts get these names when they are loaded: `$DELAYED` in a `lua/*.lua` file i
 
 from __future__ import annotations
 
+from functools import cache
+
 from ..enums import Priority, Size
 
 #: Consumer group of all workers, on every stream.
@@ -66,6 +68,7 @@ WAKE_SCHEDULER = "diracx:scheduler:wake"
 HANDOVER = ":handover"
 
 
+@cache
 def stream_name_for(priority: Priority | str, size: Size | str) -> str:
     """The stream of new tasks: `diracx:tasks:{priority}:{size}`."""
     return f"diracx:tasks:{Priority(priority)}:{Size(size)}"

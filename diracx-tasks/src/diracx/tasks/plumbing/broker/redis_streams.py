@@ -57,7 +57,7 @@ RESUBMITTED_TTL_SECONDS = 30 * 86400
 
 def new_task_id() -> str:
     """A new task id: 32 hexadecimal digits."""
-    return uuid4().hex
+    return os.urandom(16).hex()
 
 
 def new_worker_id() -> str:
@@ -222,11 +222,12 @@ class RedisStreamBroker:
         messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free, lease_ms)
         return [self._delivery(message) for message in messages], [_text(last_id) for last_id in last_ids]
 
-    async def wait(self, last_ids: Sequence[str], timeout: float) -> None:
-        """Return when a stream of ours has something newer than `last_ids`, or after `timeout` seconds."""
-        await self.redis.execute_command(
+    async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
+        """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
+        found = await self.redis.execute_command(
             "XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids
         )
+        return bool(found)
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM

@@ -16,6 +16,7 @@ from ..arguments import rebuild
 from ..binding import Binding
 from ..broker.models import LABEL_ATTEMPTS, Submission, TaskMessage
 from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
+from ..submissions import stream_of
 from .letter import OPEN, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Resubmitter:
         except Exception as error:
             raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)
-        return Submission(message, self._binding.stream_of(message.task_name, task))
+        return Submission(message, stream_of(message.task_name, task, self._binding.config))
 
 
 class _RefusedError(Exception):

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .settings import WorkerSettings
 
 
+#: How often a worker looks for consumers that are on no list: only a list that was lost has left some.
+_AUDIT_LEASES = 4
+
+
 class Intake:
     """Asks the broker for work and, now and then, does the housekeeping that keeps work coming."""
 
@@ -30,6 +34,9 @@ class Intake:
         self._answer_lost = False
         self._stop = stop
         self._settings = settings
+        self._stops: asyncio.Future[bool] | None = None
+        self._empty_since: list[str] | None = None
+        """The last id of each stream, when there was nothing to fetch after it."""
         self._promote_at = 0.0
         self._reclaim_at = 0.0
         self._audit_at = 0.0
@@ -42,7 +49,11 @@ class Intake:
         if self._answer_lost and (recovered := await self._broker.recover(self._held())):
             return recovered
         self._answer_lost = True
-        deliveries = await self._look(free)
+        try:
+            deliveries = await self._look(free)
+        except BaseException:
+            self._empty_since = None  # another server may answer next time
+            raise
         self._answer_lost = False
         return deliveries
 
@@ -50,23 +61,27 @@ class Intake:
         await self._promote()
         if reclaimed := await self._reclaim(free):
             return reclaimed
-        deliveries, last_ids = await self._broker.fetch(free, lease_seconds=self._settings.lease_seconds)
-        if not deliveries:
-            await self._wait(last_ids, max(0.001, min(self._promote_at, self._reclaim_at) - time.monotonic()))
-        return deliveries
+        if self._empty_since is None:
+            deliveries, last_ids = await self._broker.fetch(free, lease_seconds=self._settings.lease_seconds)
+            if deliveries:
+                return deliveries
+            self._empty_since = last_ids
+        timeout = max(0.001, min(self._promote_at, self._reclaim_at) - time.monotonic())
+        if await self._something_new(self._empty_since, timeout):
+            self._empty_since = None
+        return []
 
-    async def _wait(self, last_ids: list[str], timeout: float) -> None:
-        """Only this call, which reserves nothing, may be interrupted by a stop."""
+    async def _something_new(self, last_ids: list[str], timeout: float) -> bool:
+        """Wait for it. Only this call, which reserves nothing, may be interrupted by a stop."""
         waits = asyncio.ensure_future(self._broker.wait(last_ids, timeout))
-        stops = asyncio.ensure_future(self._stop.wait())
+        stops = self._stops = self._stops or asyncio.ensure_future(self._stop.wait())
         try:
-            await asyncio.wait({waits, stops}, return_when=asyncio.FIRST_COMPLETED)
-            if waits.done():
-                waits.result()
+            await asyncio.wait([waits, stops], return_when=asyncio.FIRST_COMPLETED)
+            return waits.done() and waits.result()
         finally:
-            for pending in (waits, stops):
-                pending.cancel()
-            await asyncio.gather(waits, stops, return_exceptions=True)
+            if not waits.done():
+                waits.cancel()
+                await asyncio.gather(waits, return_exceptions=True)
 
     async def _promote(self) -> None:
         """Move what is due into the queues, should no scheduler do it."""
@@ -86,11 +101,12 @@ class Intake:
         lease_seconds = self._settings.lease_seconds
         audit = now >= self._audit_at
         if audit:
-            self._audit_at = now + lease_seconds
+            self._audit_at = now + _AUDIT_LEASES * lease_seconds
         # The last chance of a message at the latest, or it would be buried for what its neighbour has done.
         suspect_from = min(SUSPECT_FROM, self._settings.max_deliveries)
         deliveries, again_seconds = await self._broker.reclaim(
             free, audit=audit, lease_seconds=lease_seconds, suspect_from=suspect_from
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
+        self._empty_since = None  # now and then, whatever was seen before
         return deliveries

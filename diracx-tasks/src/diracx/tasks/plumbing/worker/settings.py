@@ -26,5 +26,5 @@ class WorkerSettings(BaseModel):
     """Keep the results of all tasks for so long; None: only of those submitted with that label."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
     """A task that waits for a lock looks again after so long, should it never be woken."""
-    housekeeping_seconds: float = Field(default=5.0, gt=0)
+    housekeeping_seconds: float = Field(default=10.0, gt=0)
     """How often it looks for delayed tasks that no scheduler has promoted."""

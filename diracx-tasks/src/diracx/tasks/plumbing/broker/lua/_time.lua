@@ -1,7 +1,12 @@
 -- The server's clock, in µs since the epoch. Two machines agree on it; their own clocks may differ.
+-- One script is one moment.
+local moment_us
 local function now_us()
-  local t = redis.call('TIME')
-  return tonumber(t[1]) * 1000000 + tonumber(t[2])
+  if not moment_us then
+    local t = redis.call('TIME')
+    moment_us = tonumber(t[1]) * 1000000 + tonumber(t[2])
+  end
+  return moment_us
 end
 
 -- Doubles hold µs exactly, but tostring() would round them.

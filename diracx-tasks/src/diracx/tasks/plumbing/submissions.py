@@ -1,0 +1,57 @@
+"""From a task to what is sent: its message, and the queue it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from .base_task import BaseTask
+from .broker.keys import stream_name_for
+from .broker.models import Submission, TaskMessage, checked_labels
+from .broker.redis_streams import new_task_id
+from .telemetry import current_trace_context
+
+if TYPE_CHECKING:
+    from .config import TasksConfig
+    from .factory import TaskRegistry
+
+
+def submission_of(
+    task: BaseTask,
+    registry: TaskRegistry,
+    config: TasksConfig | None = None,
+    *,
+    at_time: datetime | None = None,
+    labels: Mapping[str, Any] | None = None,
+    task_id: str | None = None,
+) -> Submission:
+    """The task as a message for the queue of its class, or of the priority that the operator has set.
+
+    Raises:
+        SendTaskError: when the class is not registered.
+        ValueError: when one of its rate limiters could never grant it.
+    """
+    task_class = type(task)
+    if task_class.execution_locks is not BaseTask.execution_locks:  # those every task has need no look
+        for lock in task.execution_locks:
+            if lock.enabled:
+                lock.spec()
+    name = registry.name_of(task_class)
+    message = TaskMessage(
+        task_id=task_id or new_task_id(),
+        task_name=name,
+        labels=checked_labels(labels) if labels else {},
+        task_args=list(task.serialize()),
+        trace_context=current_trace_context(),
+    )
+    return Submission(message, stream_of(name, task, config), at_time)
+
+
+def stream_of(name: str, task: BaseTask, config: TasksConfig | None) -> str:
+    """The queue of a task: its class's, unless the operator has set another priority."""
+    priority = type(task).priority
+    if config is not None and (config.common or config.vo_overrides):
+        vo = getattr(task, "vo", None)
+        priority = config.get_override(name, vo if isinstance(vo, str) else None).priority or priority
+    return stream_name_for(priority, type(task).size)
