@@ -47,11 +47,11 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
     note("import diracx.tasks.plumbing", f"{tasks.import_time('import diracx.tasks.plumbing'):.2f} s")
     everything = tasks.import_time("from diracx.tasks.plumbing import *")
     note("import every name of diracx.tasks.plumbing", f"{everything:.2f} s")
-    for number in (10_000, 100_000):
-        check = await pilots.check(number)
+    for number, moving in ((1_000, 0.1), (100_000, 0.1), (1_000_000, 0.1), (100_000, 1.0)):
+        check = await pilots.check(number, moving)
         note(
-            f"check of {number:,} pilots, SQLite",
-            f"{check.seconds:.2f} s, {check.statements} statements",
+            f"check of {number:,} pilots, {moving:.0%} of which move, SQLite",
+            f"{check.seconds:.2f} s ({check.seconds / number * 1e6:.0f} µs each), {check.statements} statements",
         )
     return rows
 

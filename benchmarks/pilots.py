@@ -6,7 +6,7 @@ import tempfile
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import event, insert
 
@@ -27,13 +27,17 @@ class Check:
     statements: int
 
 
-async def check(pilots: int) -> Check:
-    """A check in which every pilot moves: half of them to RUNNING, half to their end."""
+async def check(pilots: int, moving: float = 1.0) -> Check:
+    """A check of pilots of which half wait and half run.
+
+    Args:
+        moving: the share of them that moves, to RUNNING or to its end.
+    """
     with tempfile.TemporaryDirectory() as directory:
         db = MyPilotDB(f"sqlite+aiosqlite:///{directory}/pilots.sqlite")
         async with db.engine_context():
             await db.create_tables()
-            await _fill(db, pilots)
+            await _fill(db, pilots, moving)
             statements = 0
 
             def count(*_: object) -> None:
@@ -44,18 +48,21 @@ async def check(pilots: int) -> Check:
             begin = time.perf_counter()
             moved = await logic.transition_pilot_states(db, VO)
             seconds = time.perf_counter() - begin
-            assert sum(moved.values()) == pilots, moved
+            assert sum(moved.values()) == round(pilots * moving), moved
             return Check(seconds, statements)
 
 
-async def _fill(db: MyPilotDB, pilots: int) -> None:
+async def _fill(db: MyPilotDB, pilots: int, moving: float) -> None:
     now = datetime.now(UTC)
+    long_ago = now - timedelta(hours=1)
+    half_an_hour = {"queue_seconds": 1800, "run_seconds": 1800}
     async with db.unit():
         for number in range(CES):
-            await db.add_ce(f"ce{number:02}", pilots, 0.8)
+            await db.add_ce(f"ce{number:02}", pilots, 0.8, settings=half_an_hour)
         rows = []
         for number in range(pilots):
             runs = number % 2 == 1
+            since = long_ago if number < round(pilots * moving) else now
             stamp = uuid.uuid4().hex
             rows.append(
                 {
@@ -65,8 +72,8 @@ async def _fill(db: MyPilotDB, pilots: int) -> None:
                     "status": MyPilotStatus.RUNNING if runs else MyPilotStatus.SUBMITTED,
                     "stamp": stamp,
                     "reference": f"sim://{stamp}",
-                    "submitted_at": now,
-                    "started_at": now if runs else None,
+                    "submitted_at": since,
+                    "started_at": since if runs else None,
                     "last_update": now,
                 }
             )

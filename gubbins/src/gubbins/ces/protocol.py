@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,8 +39,7 @@ class CEDescription:
     success_rate: float  # 0.0-1.0
 
 
-@dataclass(frozen=True, slots=True)
-class PilotAtCE:
+class PilotAtCE(NamedTuple):  # there may be a million of them
     """A pilot, as far as a compute element has to know it."""
 
     stamp: str  # ours, unique, made before the submission
@@ -70,8 +69,7 @@ class Observed(StrEnum):
     NO_NEWS = "NO_NEWS"  # it cannot be asked from here and now; nothing follows from that
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """The state of one pilot at its compute element."""
 
     state: Observed

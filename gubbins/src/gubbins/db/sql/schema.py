@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ComputeElements", "MyPilotDBBase", "PilotHistory", "PilotRequests", "Pilots", "UTCDateTime"]
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -53,6 +54,14 @@ class UTCDateTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.replace(tzinfo=UTC)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], datetime | None] | None:
+        # SQLite keeps text, and a check of 100,000 pilots reads four of them for each.
+        return _from_text if dialect.name == "sqlite" else super().result_processor(dialect, coltype)
+
+
+def _from_text(value: str | None) -> datetime | None:
+    return None if value is None else datetime.fromisoformat(value + "+00:00")
 
 
 # SQLite gives out ids by itself only in a column of type INTEGER.
