@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -213,6 +214,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 async def _announce(event: asyncio.Event, line: str) -> None:
     await event.wait()
+    gc.freeze()  # modules and all that was made up to here stay: the collector need not look through them again
     logger.info("%s", line)
 
 

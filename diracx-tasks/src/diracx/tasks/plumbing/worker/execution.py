@@ -40,7 +40,8 @@ class Execution:
         self.blueprint = blueprint
         self.task = task
         self.locks = locks
-        self._running: asyncio.Task[Any] | None = None
+        self.running: asyncio.Task[None] | None = None
+        """What runs it."""
         self._cancelled_for: Exception | None = None
         self._taken_over = False
         self._started: float | None = None
@@ -92,12 +93,13 @@ class Execution:
         if self._cancelled_for is None:
             self._cancelled_for = reason
             self.condemn()
-            if self._running is not None:
-                self._running.cancel()
+            # Before it has begun, it is told by the reason above: a task that is cancelled then never runs at all,
+            # not even to its `finally`.
+            if self.running is not None and self._started is not None:
+                self.running.cancel()
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
-        self._running = asyncio.current_task()
         current_message.set(self.message)
         self._limit = limit = self.blueprint.time_limit(self.task)
         self._started = started = time.monotonic()
@@ -137,8 +139,8 @@ class Execution:
         """A task that swallowed its cancellation must not commit: not without its lock, not after its time."""
         if self._cancelled_for is not None:
             raise self._cancelled_for
-        assert self._running is not None
-        if self._running.cancelling():
+        assert self.running is not None
+        if self.running.cancelling():
             raise asyncio.CancelledError
 
 

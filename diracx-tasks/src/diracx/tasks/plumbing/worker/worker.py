@@ -75,7 +75,7 @@ class Worker:
         self._letters = DeadLetterOffice(broker, task_db)
         self._given_overrides = overrides or {}
         self._overrides: Overrides = {}
-        self._running: dict[Execution, asyncio.Task[None]] = {}
+        self._running: set[Execution] = set()
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
@@ -87,6 +87,10 @@ class Worker:
     def busy(self) -> int:
         """Number of slots in use."""
         return len(self._running)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        """Those of asyncio that run executions."""
+        return [execution.running for execution in self._running if execution.running is not None]
 
     def cancel_running(self) -> None:
         """Cancel what runs, as the end of the grace period would."""
@@ -251,7 +255,8 @@ class Worker:
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
         self._keeper.add(execution)
-        self._running[execution] = self._loop.create_task(self._run(execution))
+        self._running.add(execution)
+        execution.running = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
         try:
@@ -259,7 +264,7 @@ class Worker:
         except Exception:
             logger.critical("an execution ended in an unforeseen way", exc_info=True)
         finally:
-            del self._running[execution]
+            self._running.discard(execution)
             self._slot_freed.set()
 
     def _told(self, execution: Execution, outcome: Outcome) -> None:
@@ -314,13 +319,13 @@ class Worker:
         """Let what runs end, then cancel it; tell the broker everything that can still be told."""
         if self._running:
             logger.info("stopping: %d tasks may run for another %g s", self.busy, self._settings.grace_seconds)
-            await asyncio.wait(self._running.values(), timeout=self._settings.grace_seconds)
+            await asyncio.wait(self._tasks(), timeout=self._settings.grace_seconds)
         if self._running:
             logger.warning("stopping: %d tasks are cancelled", self.busy)
             self.cancel_running()
             # With a hard limit, what ignores this ends with the process, and not before.
             patience = _LAST_WORDS_SECONDS if self._settings.hard_limit_seconds is None else None
-            await asyncio.wait(self._running.values(), timeout=patience)
+            await asyncio.wait(self._tasks(), timeout=patience)
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 if self._burials:
@@ -328,7 +333,7 @@ class Worker:
                 await self._settler.drained()
         except TimeoutError:
             logger.warning("stopping without the last settlements: others will run these tasks again")
-        for left in [*self._running.values(), *self._burials]:
+        for left in [*self._tasks(), *self._burials]:
             left.cancel()
 
     async def _leave(self) -> None:
