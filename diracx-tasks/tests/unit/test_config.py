@@ -79,13 +79,19 @@ class TestSchedule:
             ({"timezone": "Europe/Atlantis"}, "unknown time zone 'Europe/Atlantis'"),
             ({"schedule": "0 0 * * *", "interval_seconds": 1}, "schedule and interval_seconds exclude"),
             ({"rrule": "FREQ=DAILY", "interval_seconds": 1}, "interval_seconds and rrule exclude"),
-            ({"interval_seconds": 1, "timezone": "UTC"}, "timezone goes with schedule only"),
+            ({"interval_seconds": 1, "timezone": "UTC"}, "timezone: goes with schedule or rrule"),
             ({"cron": "0 0 * * *"}, "Extra inputs"),
         ],
     )
     def test_bad_ones_are_refused(self, fields, message):
         with pytest.raises(ValidationError, match=message):
             PeriodicTaskConfig(**fields)
+
+    def test_a_time_zone_goes_with_a_recurrence_rule(self):
+        both = PeriodicTaskConfig(rrule="FREQ=DAILY", timezone="Europe/Zurich")
+        assert both.as_schedule() == RRuleSchedule("FREQ=DAILY", timezone="Europe/Zurich")
+        with pytest.raises(ValidationError, match=r"timezone: does not go with the rrule: .* a time zone already"):
+            PeriodicTaskConfig(rrule="DTSTART:20260101T000000Z RRULE:FREQ=DAILY", timezone="Europe/Zurich")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,14 @@ class TestOverride:
         assert both.get_override(SUBMIT, "lhcb").max_retries == 3
         assert both.get_override("other:MySubmitPilotsTask").max_retries == 1
 
+    def test_null_takes_a_switch_back(self):
+        off = {"enabled": False, "periodic": {"enabled": False}}
+        both = config({SUBMIT: off}, lhcb={SUBMIT: {"enabled": None, "periodic": {"enabled": None}}})
+        of_vo = both.get_override(SUBMIT, "lhcb")
+        assert of_vo.enabled
+        assert of_vo.periodic.enabled
+        assert not both.get_override(SUBMIT, "cms").enabled
+
     def test_half_a_rate_limit_is_refused_after_merging(self):
         config({SUBMIT: {"rate_limit": 5, "rate_window_seconds": 1}}, lhcb={SUBMIT: {"rate_window_seconds": 9}})
         with pytest.raises(ValidationError, match=f"common.{SUBMIT}.rate_limit: needs rate_window_seconds"):
@@ -174,7 +188,7 @@ class TestOverride:
         assert both.get_override(SUBMIT, "lhcb").rate_limit is None
 
     def test_clashes_that_arise_from_merging_are_refused(self):
-        with pytest.raises(ValidationError, match="timezone: goes with schedule only"):
+        with pytest.raises(ValidationError, match="timezone: goes with schedule or rrule"):
             config(
                 {SUBMIT: {"periodic": {"interval_seconds": 30}}},
                 lhcb={SUBMIT: {"periodic": {"timezone": "UTC"}}},
@@ -264,7 +278,7 @@ class TestLoad:
         assert found["commn"] == "unknown field (did you mean 'common'?)"
         assert found["common.my_pilots:X.periodic.schedule"].startswith("bad cron expression '61 * * * *'")
         assert found["common.my_pilots:X.periodic.enabld"] == "unknown field (did you mean 'enabled'?)"
-        assert found["common.my_pilots:X.concurrency_limit"].endswith("greater than or equal to 1, not -1")
+        assert found["common.my_pilots:X.concurrency_limit"].endswith("must be at least 1, not -1")
         assert found["common.my_pilots:Y"] == "must be a mapping of names to values, not 5"
         assert "'realtime', 'normal' or 'background'" in found["vo_overrides.lhcb.my_pilots:X.priority"]
         assert found["vo_overrides.lhcb.my_pilots:X.rate_limt"] == "unknown field (did you mean 'rate_limit'?)"

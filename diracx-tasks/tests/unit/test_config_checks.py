@@ -184,8 +184,8 @@ def test_settings_that_never_have_an_effect_are_reported():
         "common.Once.instances: has no effect: the task is not periodic",
         "common.Once.retry_base_delay_seconds: has no effect: the task's policy is NoRetry; "
         "max_retries beside it gives it a backoff",
-        "common.Submit.periodic.timezone: has no effect without `schedule` beside it",
-        "common.Submit.instances.a.periodic.timezone: has no effect without `schedule` beside it",
+        "common.Submit.periodic.timezone: has no effect without `schedule` or `rrule` beside it",
+        "common.Submit.instances.a.periodic.timezone: has no effect without `schedule` or `rrule` beside it",
         "common.OfVo.retry_base_delay_seconds: has no effect: max_retries is 0",
         "common.Bare.instances.a: has no schedule, neither here nor in the code; set one below `periodic`",
         "vo_overrides.lhcb.Once: has no effect: the task belongs to no VO; put it below `common`",
@@ -229,7 +229,7 @@ vo_overrides:
             [":7", "common.Submit.periodic.schedule"],
             [":8", "common.Submit.rate_limit"],
             [":8", "common.Submit.rate_limit"],
-            [":9", "common.Submit.instances"],
+            [":10", "common.Submit.instances.a/b"],
             [":14", "common.Report.instances.daily.args.too"],
             [":14", "common.Report.instances.daily.args"],
             [":16", "vo_overrides.lhbc"],
@@ -238,6 +238,48 @@ vo_overrides:
         with pytest.raises(TaskConfigError) as caught:
             checked_tasks_config(REGISTRY, VOS, path=path)
         assert str(caught.value).splitlines() == source.report(wrong)
+
+    def test_P46_one_mistake_hides_no_other_and_is_counted_once(self, path):
+        path.write_text(
+            """\
+common:
+  Report:
+    periodic: {interval_seconds: 0, timezone: UTC}
+    instances:
+      no good: {}
+      daily: {args: {vo: lhcb, too: me}, periodic: {rrule: FREQ=NEVER}}
+      hourly: {shedule: 5}
+  5: {}
+  Submit: {enabled: maybe, time_limit_seconds: 1e-3, max_retries: true}
+"""
+        )
+        _, wrong, source = check_written(REGISTRY, VOS, path=path)
+        assert len(wrong) == len(source.report(wrong))
+        found = [line.removeprefix(f"{path}:") for line in source.report(wrong)]
+        for expected in (
+            "3: common.Report.periodic.interval_seconds: must be above 0, not 0",
+            "3: common.Report.periodic.timezone: goes with schedule or rrule, not with interval_seconds",
+            "5: common.Report.instances.no good: 'no good' is no name of an instance: use up to 64 letters, "
+            "digits and . _ -",
+            "6: common.Report.instances.daily.args: vo is not given here: there is one instance for each VO; use "
+            "vo_overrides",
+            "6: common.Report.instances.daily.args.too: Report: unknown argument 'too' (did you mean 'to'?)",
+            "6: common.Report.instances.daily.periodic.rrule: bad recurrence rule 'FREQ=NEVER': "
+            "invalid 'FREQ': NEVER",
+            "7: common.Report.instances.hourly.shedule: unknown field (known: args, enabled, periodic)",
+            "8: common.5: must be text, not 5",
+            "9: common.Submit.enabled: must be true or false, not 'maybe'",
+            "9: common.Submit.time_limit_seconds: must be a number, not the text '1e-3'",
+            "9: common.Submit.max_retries: must be a whole number, not True",
+        ):
+            assert expected in found
+            found.remove(expected)
+        assert [line for line in found if "timezone" in line or "common.5" in line] == []
+
+    def test_what_is_no_YAML_is_reported_with_its_line(self, path):
+        path.write_text("common:\n  Report: {enabled: [\n")
+        with pytest.raises(TaskConfigError, match=r"tasks\.yaml: not valid YAML: line 3, column 1: "):
+            check_written(REGISTRY, VOS, path=path)
 
     def test_names_alone_do_not_keep_it_from_being_used(self, path):
         path.write_text("common: {Sumbit: {max_retries: 1}}\nlimits: {ce: {}}\n")

@@ -86,7 +86,7 @@ class TestInstances:
         assert "use vo_overrides" in wrong(common={SUBMIT: {"instances": {"a": {"args": {"vo": "lhcb"}}}}})
         assert "valid dictionary" in wrong(common={SUBMIT: {"instances": {"a": {"args": [1]}}}})
         assert "Extra inputs" in wrong(common={SUBMIT: {"instances": {"a": {"argz": {}}}}})
-        assert "instances.a.periodic.timezone: goes with schedule only" in wrong(
+        assert "instances.a.periodic.timezone: goes with schedule or rrule" in wrong(
             common={
                 SUBMIT: {
                     "periodic": {"interval_seconds": 5},

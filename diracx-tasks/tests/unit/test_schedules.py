@@ -76,7 +76,7 @@ class TestInterval:
         assert IntervalSeconds(0.25).next_after(utc(2026, 1, 1)) == utc(2026, 1, 1) + timedelta(seconds=0.25)
 
     @pytest.mark.parametrize(
-        "seconds", [0, -1, float("nan"), float("inf"), 1e300, 10**400, 1e-9, "60", None, True]
+        "seconds", [0, -1, float("nan"), float("inf"), 1e300, 10**400, 1e-9, 0.0009, "60", None, True]
     )
     def test_anything_but_a_positive_number_is_refused(self, seconds):
         with pytest.raises(ValueError, match="seconds"):
@@ -180,6 +180,35 @@ class TestRRule:
         schedule = RRuleSchedule("DTSTART;TZID=Europe/Zurich:20260101T060000\nRRULE:FREQ=DAILY")
         assert schedule.next_after(utc(2026, 1, 10)) == utc(2026, 1, 10, 5)
         assert schedule.next_after(utc(2026, 7, 10)) == utc(2026, 7, 10, 4)
+
+    def test_a_rule_may_name_a_zone_beside_it_and_follows_its_clock(self):
+        schedule = RRuleSchedule("FREQ=DAILY;BYHOUR=6;BYMINUTE=0;BYSECOND=0", timezone="Europe/Zurich")
+        assert schedule.next_after(utc(2026, 1, 10)) == utc(2026, 1, 10, 5)
+        assert schedule.next_after(utc(2026, 7, 10)) == utc(2026, 7, 10, 4)
+        assert schedule.fingerprint.startswith("rrule@Europe/Zurich:FREQ=DAILY")
+        assert schedule != RRuleSchedule(schedule.rule)
+        local = RRuleSchedule("DTSTART:20260101T060000\nRRULE:FREQ=DAILY;COUNT=2", timezone="Europe/Zurich")
+        assert series(local, utc(2025, 12, 31), 2) == [utc(2026, 1, 1, 5), utc(2026, 1, 2, 5)]
+
+    def test_a_rule_by_the_hour_in_a_zone_lives_through_changes_of_the_clock(self):
+        schedule = RRuleSchedule("FREQ=HOURLY", timezone="Europe/Zurich")
+        for day in (utc(2026, 3, 28, 20), utc(2026, 10, 24, 20)):
+            found = series(schedule, day, 12)
+            assert all(timedelta(0) < b - a <= timedelta(hours=2) for a, b in itertools.pairwise(found))
+
+    @pytest.mark.parametrize(
+        ("rule", "message"),
+        [
+            ("DTSTART:20260101T060000Z\nRRULE:FREQ=DAILY", "has a time zone already"),
+            ("DTSTART;TZID=Europe/Rome:20260101T060000\nRRULE:FREQ=DAILY", "has a time zone already"),
+            ("FREQ=DAILY;UNTIL=20270101T000000", "UNTIL values must be specified in UTC"),
+            ("RRULE:FREQ=DAILY\nEXDATE:20260102T000000", "give all its dates a time zone"),
+        ],
+    )
+    def test_a_zone_that_does_not_go_with_the_dates_is_refused(self, rule, message):
+        RRuleSchedule(rule)
+        with pytest.raises(ValueError, match=message):
+            RRuleSchedule(rule, timezone="Europe/Zurich")
 
     def test_excluded_dates_are_left_out(self):
         schedule = RRuleSchedule("RRULE:FREQ=DAILY\nEXDATE:20260102T000000Z")

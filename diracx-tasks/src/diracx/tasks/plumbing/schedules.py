@@ -71,8 +71,8 @@ class IntervalSeconds(TaskScheduleBase):
             raise ValueError(f"IntervalSeconds({seconds!r}): seconds must be a number")
         if not 0 < seconds <= _LONGEST_SECONDS:  # refuses nan and infinity too
             raise ValueError(f"IntervalSeconds({seconds!r}): seconds must be above 0 and at most a century")
-        if not timedelta(seconds=seconds):
-            raise ValueError(f"IntervalSeconds({seconds!r}): seconds cannot be less than a microsecond")
+        if seconds < 0.001:  # what is due is known to the millisecond
+            raise ValueError(f"IntervalSeconds({seconds!r}): seconds cannot be less than a millisecond")
         self.seconds = seconds
 
     def next_occurrence(self) -> datetime:
@@ -167,22 +167,28 @@ class RRuleSchedule(TaskScheduleBase):
 
     A rule without DTSTART starts at `RRULE_ANCHOR`, so `INTERVAL=2` means the same days in every process.
     COUNT counts from DTSTART, as the RFC says: without a DTSTART it has been used up long ago. Times are in
-    UTC unless DTSTART carries a TZID.
+    UTC unless DTSTART carries a TZID, or an IANA zone is given as `timezone`; UNTIL is in UTC then, as the RFC
+    says.
     """
 
-    def __init__(self, rule: str) -> None:
-        """Raise `ValueError` naming the rule if it is not valid or can never fire."""
+    def __init__(self, rule: str, *, timezone: str | None = None) -> None:
+        """Raise `ValueError` naming the rule or the zone if it is not valid or can never fire."""
         if not isinstance(rule, str):
             raise ValueError(f"bad recurrence rule {rule!r}: it must be a string")
         self.rule = rule
+        self.timezone = timezone
+        zone = None if timezone is None else _zone(timezone)
         try:
-            self._start, self._body = _split_dtstart(rule)
+            self._start, self._body = _split_dtstart(rule, zone)
             self._parameters = _parameters(self._body)
             if int(self._parameters.get("INTERVAL", "1")) < 1:
                 raise ValueError("INTERVAL must be at least 1")
             first = next(iter(self._parse(self._start)), None)
         except Exception as exc:
-            reason = "FREQ is missing" if isinstance(exc, TypeError) else exc
+            reason = str(exc)
+            if isinstance(exc, TypeError):  # what dateutil meets with is not made for readers
+                missing = "FREQ" not in self._parameters
+                reason = "FREQ is missing" if missing else "give all its dates a time zone, or none"
             raise ValueError(f"bad recurrence rule {rule!r}: {reason}") from exc
         if first is None and "UNTIL" not in self._parameters and "EXDATE" not in rule.upper():
             raise ValueError(f"bad recurrence rule {rule!r}: no date fits it")
@@ -231,29 +237,35 @@ class RRuleSchedule(TaskScheduleBase):
 
     @property
     def fingerprint(self) -> str:
-        """`rrule:` and the rule on one line."""
-        return f"rrule:{' '.join(self.rule.split())}"
+        """`rrule:` and the rule on one line, with the zone where one was given."""
+        zone = f"@{self.timezone}" if self.timezone is not None else ""
+        return f"rrule{zone}:{' '.join(self.rule.split())}"
 
     def __repr__(self) -> str:
-        return f"RRuleSchedule({self.rule!r})"
+        zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""
+        return f"RRuleSchedule({self.rule!r}{zone})"
 
 
-def _split_dtstart(rule: str) -> tuple[datetime, str]:
-    """Return the start (naive means UTC) and the rule without its DTSTART."""
+def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
+    """Return the start (naive means UTC) and the rule without its DTSTART; `zone` is for one that has none."""
     found = _DTSTART.search(rule)
     if found is None:
-        return RRULE_ANCHOR, rule.strip()
+        return RRULE_ANCHOR.replace(tzinfo=zone), rule.strip()
     from dateutil.parser import isoparse
 
     parameters = dict(part.split("=", 1) for part in found[1].upper().split(";") if "=" in part)
     start = isoparse(found[2])
+    if zone is not None and ("TZID" in parameters or start.tzinfo is not None):
+        raise ValueError("its DTSTART has a time zone already: leave out the other one")
     if "TZID" in parameters:
         # Zone names are case sensitive: take it from the text as it was written.
         name = re.split(r"TZID=", found[1], flags=re.IGNORECASE)[1].split(";")[0]
-        zone = _zone(name)
-        start = start.astimezone(zone) if start.tzinfo else start.replace(tzinfo=zone)
+        own = _zone(name)
+        start = start.astimezone(own) if start.tzinfo else start.replace(tzinfo=own)
     elif start.tzinfo is not None:
         start = start.astimezone(UTC).replace(tzinfo=None)
+    elif zone is not None:
+        start = start.replace(tzinfo=zone)
     return start, (rule[: found.start()] + rule[found.end() :]).strip()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -97,20 +97,25 @@ def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> I
     class_names = {name.rpartition(":")[2] for name in names}
     known = locked_object_types()
     for place, section in _sections(raw, "common", "vo_overrides"):
-        for name in map(str, section):
+        for name in _texts(section):
             if name not in names and name not in class_names:
                 message = f"unknown task{nearest(name, names if ':' in name else class_names)}"
                 yield Problem((*place, name), message, foreign=True)
     for place, section in _sections(raw, "limits", "vo_limits"):
-        for obj in map(str, section):
+        for obj in _texts(section):
             if obj not in known:
                 message = f"unknown kind of locked object{nearest(obj, known)}"
                 yield Problem((*place, obj), message, foreign=True)
     if vos is not None:
         for top in ("vo_overrides", "vo_limits"):
-            for vo in map(str, section_at(raw, (top,))):
+            for vo in _texts(section_at(raw, (top,))):
                 if vo not in vos:
                     yield Problem((top, vo), f"unknown VO{nearest(vo, vos)}", foreign=True)
+
+
+def _texts(section: Iterable[Any]) -> Iterator[str]:
+    """The keys that are text; the others are found to be no names at all."""
+    return (key for key in section if isinstance(key, str))
 
 
 def _sections(raw: Any, common: str, by_vo: str) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
@@ -173,7 +178,7 @@ def _of_retries(place: Path, entry: Layer, merged: Layer, cls: type[BaseTask]) -
 
 def _of_timezone(place: Path, own: Any, merged: Any) -> Iterator[Problem]:
     if mapping(own).get("timezone") is not None and all(mapping(merged).get(kind) is None for kind in KINDS):
-        yield Problem((*place, "timezone"), "has no effect without `schedule` beside it")
+        yield Problem((*place, "timezone"), "has no effect without `schedule` or `rrule` beside it")
 
 
 def _of_instances(
@@ -187,9 +192,13 @@ def _of_instances(
         if all(periodic.get(kind) is None for kind in KINDS) and getattr(cls, "default_schedule", None) is None:
             yield Problem(at, "has no schedule, neither here nor in the code; set one below `periodic`")
         args = instance.get("args") or {}
-        if not isinstance(args, Mapping) or "vo" in args or ("args" not in mapping(own) and str(name) in below):
+        if not isinstance(args, Mapping) or ("args" not in mapping(own) and str(name) in below):
             continue  # has been found elsewhere
-        given = {**args, "vo": "vo"} if issubclass(cls, PeriodicVoAwareBaseTask) else args
+        given = {
+            key: value for key, value in args.items() if key != "vo"
+        }  # that it is there, has been found as well
+        if issubclass(cls, PeriodicVoAwareBaseTask):
+            given["vo"] = "vo"
         for argument, message in argument_problems(cls, {str(key): value for key, value in given.items()}):
             inside = ("args", argument) if argument is not None else ("args",) if "args" in mapping(own) else ()
             yield Problem((*at, *inside), f"{cls.__name__}: {message}")

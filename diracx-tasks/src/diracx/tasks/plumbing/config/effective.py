@@ -71,12 +71,13 @@ def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
             return None
         case IntervalSeconds(seconds=seconds):
             return f"every {seconds:g} s"
-        case CronSchedule(expression=expression):
-            zone = getattr(schedule, "timezone", None)
-            return f"cron {expression}" + (f" ({zone})" if zone else "")
-        case RRuleSchedule(rule=rule):
-            return f"rrule {rule}"
-    return repr(schedule)
+        case CronSchedule(expression=text, timezone=zone):
+            kind = "cron"
+        case RRuleSchedule(rule=text, timezone=zone):
+            kind = "rrule"
+        case _:
+            return repr(schedule)
+    return f"{kind} {' '.join(text.split())}" + (f" ({zone})" if zone else "")
 
 
 def _enabled(

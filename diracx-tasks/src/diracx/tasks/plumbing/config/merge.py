@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ..schedules import CronSchedule, RRuleSchedule
+
 #: Where something is written: the keys from the top of the file on.
 Path = tuple[str, ...]
 Layer = Mapping[str, Any]
@@ -136,7 +138,8 @@ def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
         instances = mapping(with_instances(merged).get("instances"))
         own = mapping(section_at(raw, place).get("instances"))
         for name, instance in instances.items():
-            if name in own or not _clashes_anywhere(merged):
+            its_own = mapping(mapping(own.get(name)).get("periodic"))
+            if not _clashes_anywhere(merged) or not its_own.keys().isdisjoint((*KINDS, "timezone")):
                 yield from _clashes(
                     (*place, "instances", str(name), "periodic"), mapping(instance).get("periodic")
                 )
@@ -154,11 +157,34 @@ def half_a_rate(place: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
         yield (*place, "rate_window_seconds"), "needs rate_limit beside it"
 
 
+class TimezoneClashError(ValueError):
+    """A time zone beside something that cannot have one."""
+
+
+def timezone_clash(periodic: Layer) -> str | None:
+    """Why the time zone cannot go with what is beside it; None where it can, or where one is bad by itself."""
+    timezone, rule = periodic.get("timezone"), periodic.get("rrule")
+    if timezone is None:
+        return None
+    if periodic.get("interval_seconds") is not None:
+        return "goes with schedule or rrule, not with interval_seconds"
+    if not (isinstance(rule, str) and isinstance(timezone, str)):
+        return None
+    try:
+        RRuleSchedule(rule)
+        CronSchedule("0 0 * * *", timezone=timezone)
+    except ValueError:
+        return None
+    try:
+        RRuleSchedule(rule, timezone=timezone)
+    except ValueError as error:
+        return f"does not go with the rrule: {error}"
+    return None
+
+
 def _clashes(place: Path, periodic: Any) -> Iterator[tuple[Path, str]]:
-    if isinstance(periodic, Mapping) and periodic.get("timezone") is not None:
-        others = [kind for kind in KINDS[1:] if periodic.get(kind) is not None]
-        if others:
-            yield (*place, "timezone"), f"goes with schedule only, not with {others[0]}"
+    if clash := timezone_clash(mapping(periodic)):
+        yield (*place, "timezone"), clash
 
 
 def _clashes_anywhere(merged: Layer) -> bool:

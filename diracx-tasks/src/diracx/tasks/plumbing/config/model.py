@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,11 +23,13 @@ from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskSchedu
 from .merge import (
     KINDS,
     Path,
+    TimezoneClashError,
     lay,
     limit_keys,
     marked,
     merge_problems,
     task_keys,
+    timezone_clash,
     with_instances,
 )
 from .source import Source
@@ -43,6 +46,21 @@ _INSTANCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def _empty_if_none(value: Any) -> Any:
     """Read a YAML section with nothing below it as an empty one."""
     return {} if value is None else value
+
+
+def _none_is_empty_below(value: Any) -> Any:
+    """As `_empty_if_none`, of a mapping and of each of its values."""
+    if not isinstance(value, Mapping):
+        return _empty_if_none(value)
+    return {key: _empty_if_none(below) for key, below in value.items()}
+
+
+def _true_if_none(value: Any) -> Any:
+    """Null is as in the code, where a task is on; what the code has switched off stays so."""
+    return True if value is None else value
+
+
+_Switch = Annotated[bool, BeforeValidator(_true_if_none)]
 
 
 def _field(
@@ -70,12 +88,15 @@ class PeriodicTaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
 
-    enabled: bool = _field("False: the scheduler leaves the task alone.", default=True, example=False)
+    enabled: _Switch = _field("False: the scheduler leaves the task alone.", default=True, example=False)
     schedule: str | None = _field("Cron expression of five fields, in UTC or `timezone`.", example="*/15 * * * *")
     interval_seconds: _Seconds | None = _field("Time from one run to the next.", unit="seconds", example=30)
-    rrule: str | None = _field("Recurrence rule of RFC 5545.", example="FREQ=HOURLY;INTERVAL=2")
+    rrule: str | None = _field(
+        "Recurrence rule of RFC 5545, in UTC, `timezone`, or that of its DTSTART.",
+        example="FREQ=HOURLY;INTERVAL=2",
+    )
     timezone: str | None = _field(
-        "IANA name of the time zone of `schedule`.", example="Europe/Zurich", stands_for="UTC"
+        "IANA name of the time zone of `schedule` or `rrule`.", example="Europe/Zurich", stands_for="UTC"
     )
     missed: Literal["once", "skip"] | None = _field(
         "What becomes of runs that nobody was there to start: `once`: one late run for all of them; "
@@ -117,8 +138,8 @@ class PeriodicTaskConfig(BaseModel):
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: keep one")
-        if self.timezone is not None and given not in ([], ["schedule"]):
-            raise ValueError(f"timezone goes with schedule only, not with {given[0]}")
+        if clash := timezone_clash(dict(self)):
+            raise TimezoneClashError(f"timezone: {clash}")
         return self
 
     def as_schedule(self) -> TaskScheduleBase | None:
@@ -128,7 +149,7 @@ class PeriodicTaskConfig(BaseModel):
         if self.interval_seconds is not None:
             return IntervalSeconds(self.interval_seconds)
         if self.rrule is not None:
-            return RRuleSchedule(self.rrule)
+            return RRuleSchedule(self.rrule, timezone=self.timezone)
         return None
 
 
@@ -137,7 +158,7 @@ class TaskInstance(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    enabled: bool = _field("False: the scheduler leaves this instance alone.", default=True, example=False)
+    enabled: _Switch = _field("False: the scheduler leaves this instance alone.", default=True, example=False)
     args: Annotated[dict[str, Any], BeforeValidator(_empty_if_none)] = _field(
         "Arguments of the task's class, by name; `vo` comes by itself. One value: a VO's replace the common ones.",
         default={},
@@ -159,13 +180,13 @@ class TaskInstance(BaseModel):
         return value
 
 
-def _check_instance_names(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    for name in value:
-        if isinstance(name, str) and not _INSTANCE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of an instance: use up to 64 letters, digits and . _ -")
-    return {name: _empty_if_none(instance) for name, instance in value.items()}
+def _check_instance_name(name: str) -> str:
+    if not _INSTANCE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of an instance: use up to 64 letters, digits and . _ -")
+    return name
+
+
+_InstanceName = Annotated[str, AfterValidator(_check_instance_name)]
 
 
 class LimitConfig(BaseModel):
@@ -189,7 +210,7 @@ class TaskOverride(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    enabled: bool = _field("False: the scheduler leaves the task alone.", default=True, example=False)
+    enabled: _Switch = _field("False: the scheduler leaves the task alone.", default=True, example=False)
     rate_limit: _Count | None = _field(
         "Executions allowed in any window of `rate_window_seconds`; both or neither.",
         unit="executions",
@@ -202,9 +223,7 @@ class TaskOverride(BaseModel):
     periodic: PeriodicTaskConfig | None = _field(
         "When a periodic task runs.", example={"schedule": "*/15 * * * *"}
     )
-    instances: Annotated[
-        dict[str, TaskInstance], BeforeValidator(_check_instance_names), BeforeValidator(_empty_if_none)
-    ] = _field(
+    instances: Annotated[dict[_InstanceName, TaskInstance], BeforeValidator(_none_is_empty_below)] = _field(
         "Schedules of a periodic task by name: it runs once for each, and no longer by its plain name. "
         "Written and left empty: none again, also for a VO for which `common` has some.",
         default={},
@@ -253,13 +272,6 @@ class ObjectLimits(BaseModel):
         example={"CERN": {"concurrency_limit": 50}},
         stands_for="none",
     )
-
-
-def _none_is_empty_below(value: Any) -> Any:
-    """As `_empty_if_none`, of a mapping and of each of its values."""
-    if not isinstance(value, Mapping):
-        return _empty_if_none(value)
-    return {key: _empty_if_none(below) for key, below in value.items()}
 
 
 _ByTask = Annotated[dict[str, TaskOverride], BeforeValidator(_empty_if_none)]

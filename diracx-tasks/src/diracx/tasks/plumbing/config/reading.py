@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
-from .merge import Path, mapping, merge_problems
+from .merge import Path, TimezoneClashError, mapping, merge_problems
 from .model import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
@@ -51,6 +51,10 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
         return yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as exc:
         raise TaskConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        at = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise TaskConfigError(f"{path}: not valid YAML: {at}{exc.problem or exc.context}") from exc
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as exc:
         raise TaskConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from exc
 
@@ -76,12 +80,35 @@ def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]
     try:
         found = TasksConfig.model_validate({} if raw is None else raw)
     except ValidationError as exc:
-        # Errors without a place come from the check of the merged layers, which is repeated here one by one.
+        # Errors without a place, and time zones that clash, come from the check of the merged layers, which is
+        # repeated here one by one.
         errors = [error for error in exc.errors() if error["loc"] or error["type"] != "value_error"]
+        errors = [error for error in errors if not isinstance(_cause(error), TimezoneClashError)]
         merged = [Problem(*problem) for problem in merge_problems(raw)]
         return None, [*problems, *map(_problem, errors), *merged]
     found._source = source
     return found, problems
+
+
+def _cause(error: Any) -> Any:
+    """What a validator of ours has raised."""
+    return error.get("ctx", {}).get("error")
+
+
+#: What pydantic says for others than its readers, by type of error.
+_MUST_BE = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+}
 
 
 def _problem(error: Any) -> Problem:
@@ -92,6 +119,11 @@ def _problem(error: Any) -> Problem:
         return Problem(where, f"unknown field{nearest(where[-1], _model_at(where[:-1]).model_fields)}")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return Problem(where, f"must be a mapping of names to values, not {given!r}")
+    if kind in _MUST_BE:
+        # YAML takes 1e-3 for text, too.
+        text = "the text " if isinstance(given, str) and _MUST_BE[kind].endswith("number") else ""
+        wanted = _MUST_BE[kind].format(**error.get("ctx", {}))
+        return Problem(where, f"must be {wanted}, not {text}{given!r}")
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return Problem(where, message)

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
-from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+from ..config import describe_schedule
 from .occurrences import ScheduledTask, every_instance, source_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _state(
         name=name,
         instance=instance,
         vo=vo,
-        rule=describe(found.rule) if found and found.rule else None,
+        rule=describe_schedule(found.rule) if found else None,
         missed=found.missed if found else None,
         source=source_of(found, config) if found else None,
         next_run=None if due is None or paused is not None else _moment(due),
@@ -235,18 +235,6 @@ def _parts(id_: str) -> tuple[str, str | None, str | None]:
     rest, _, vo = id_.partition("/")
     name, _, instance = rest.partition("@")
     return name, instance or None, vo or None
-
-
-def describe(rule: TaskScheduleBase) -> str:
-    """A rule in a few words."""
-    match rule:
-        case IntervalSeconds(seconds=seconds):
-            return f"every {seconds:g} s"
-        case CronSchedule(expression=expression, timezone=timezone):
-            return f"cron {expression}" + (f" {timezone}" if timezone else "")
-        case RRuleSchedule(rule=text):
-            return f"rrule {' '.join(text.split())}"
-    return repr(rule)
 
 
 def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], list[str]]:
