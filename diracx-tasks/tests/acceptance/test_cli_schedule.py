@@ -97,6 +97,28 @@ def test_an_unknown_schedule_is_one_line_with_the_nearest(operated, one_line, co
     one_line(operated.mine("schedule", command, "my_tasks:Tik"), 2, "'my_tasks:Tik'", "'my_tasks:Tick'")
 
 
+def test_a_schedule_without_its_category_is_suggested_in_full(operated, one_line):
+    one_line(operated.mine("schedule", "run-now", "Tick"), 2, "no schedule 'Tick'; did you mean 'my_tasks:Tick'?")
+
+
+def test_P46_schedules_are_seen_and_paused_while_what_is_written_is_wrong(operated, server, wait_until):
+    operated.start("scheduler", "--module", "my_tasks.py").until("leading")
+    wait_until(lambda: server.zscore(keys.NEXT_RUNS, "my_tasks:Tick"), "it is planned")
+    (operated.directory / "tasks.yaml").write_text("common: {my_tasks:Tick: {periodic: {interval_seconds: -1}}}")
+    row = listed(operated, "my_tasks:Tick")["my_tasks:Tick"]
+    assert (row["state"], row["rule"]) == ("unknown", None)
+    assert row["next_run"] is not None
+    paused = operated("schedule", "pause", "my_tasks:Tick", "--module", "my_tasks.py")
+    assert (paused.returncode, paused.stdout) == (0, "my_tasks:Tick  paused\n")
+    assert "the configuration of tasks is wrong" in paused.stderr
+    assert "interval_seconds: must be above 0, not -1" in paused.stderr
+    assert len(paused.stderr.splitlines()) == 1
+    assert listed(operated, "my_tasks:Tick")["my_tasks:Tick"]["paused_since"] is not None
+    resumed = operated("schedule", "resume", "--all", "--module", "my_tasks.py")
+    assert "my_tasks:Tick  resumed" in resumed.stdout
+    assert operated("schedule", "run-now", "my_tasks:Tick", "--module", "my_tasks.py").returncode == 1
+
+
 def test_pause_wants_to_know_what(operated, one_line):
     one_line(operated.mine("schedule", "pause"), 2, "--all")
     one_line(operated.mine("schedule", "pause", "my_tasks:Tick", "--all"), 2, "--all")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .errors import CliError, UsageProblem, explained_redis, shortened
+from .errors import CliError, UsageProblem, explained_redis, one_line, shortened
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def list_(
     from ..plumbing.scheduler.overview import somebody_leads
     from .schedule_view import print_table, record
 
-    session = _Session(module, redis_url, redis_url_file)
+    session = _Session(module, redis_url, redis_url_file, only_redis_will_do=True)
 
     async def look(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
         return await session.states(broker.redis), await somebody_leads(broker.redis)
@@ -92,6 +92,7 @@ def run_now(
 
     session = _Session(module, redis_url, redis_url_file)
     config = session.config
+    assert config is not None
     instances = {found.id: found for found in every_instance(session.registry, config.tasks, config.vos or ())}
 
     async def submit(broker: RedisStreamBroker) -> RunNow:
@@ -132,7 +133,7 @@ def pause(
     """
     from ..plumbing.scheduler import by_hand
 
-    _switch(ids, every, by_hand.pause, "paused", as_json, _Session(module, redis_url, redis_url_file))
+    _switch(ids, every, by_hand.pause, "paused", as_json, _Session(module, redis_url, redis_url_file, True))
 
 
 @app.command("resume")
@@ -150,7 +151,7 @@ def resume(
     """
     from ..plumbing.scheduler import by_hand
 
-    _switch(ids, every, by_hand.resume, "resumed", as_json, _Session(module, redis_url, redis_url_file))
+    _switch(ids, every, by_hand.resume, "resumed", as_json, _Session(module, redis_url, redis_url_file, True))
 
 
 def _switch(
@@ -193,27 +194,57 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
         return known
     found, unknown = matching(patterns, known)
     for pattern in unknown:
-        near = get_close_matches(pattern, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "; `diracx-task-run schedule list` shows what there is"
+        # Many leave out the category.
+        names = {id_.partition(":")[2]: id_ for id_ in known} | {id_: id_ for id_ in known}
+        near = get_close_matches(pattern, names, n=1, cutoff=0.5)
+        hint = (
+            f"; did you mean {names[near[0]]!r}?"
+            if near
+            else "; `diracx-task-run schedule list` shows what there is"
+        )
         raise UsageProblem(f"no schedule {shortened(pattern, 120)}{hint}")
     return found
 
 
 class _Session:
-    """What every one of these commands needs: the server, the tasks, what the operator has written."""
+    """What every one of these commands needs: the server, the tasks, what the operator has written.
 
-    def __init__(self, module: list[str] | None, redis_url: str | None, redis_url_file: str | None) -> None:
+    Args:
+        only_redis_will_do: while what is written is wrong, go on with what schedulers have left in Redis: they
+            run by the last good configuration, and whoever mends must be able to look and to pause.
+    """
+
+    def __init__(
+        self,
+        module: list[str] | None,
+        redis_url: str | None,
+        redis_url_file: str | None,
+        only_redis_will_do: bool = False,
+    ) -> None:
         from .services import read_configuration
         from .tasks import load_registry
 
         self._url = resolve_redis_url(redis_url, redis_url_file)
         self.registry: TaskRegistry = load_registry(module)
-        self.config: Configuration = read_configuration(self.registry)
+        self.config: Configuration | None = None
+        try:
+            self.config = read_configuration(self.registry)
+        except CliError as error:
+            if not only_redis_will_do:
+                raise
+            typer.echo(
+                f"{one_line(str(error))}; going on with what the scheduler has planned; "
+                "`diracx-task-run config check` has every mistake",
+                err=True,
+            )
 
     async def states(self, redis: Redis) -> list[ScheduleState]:
         """All schedules."""
+        from ..plumbing.config import TasksConfig
         from ..plumbing.scheduler import schedules
 
+        if self.config is None:
+            return await schedules(redis, {}, TasksConfig(), ())
         return await schedules(redis, self.registry, self.config.tasks, self.config.vos or ())
 
     def ask(self, question: Callable[[RedisStreamBroker], Awaitable[_Answer]]) -> _Answer:
