@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from ..plumbing.broker.groups import list_groups as groups
 from .actions import purge, release_lock
+from .counted import failures, history, stats
+from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
     DELAY_REASONS,
@@ -26,20 +29,8 @@ from .models import (
     Worker,
     as_json,
 )
-from .reading import (
-    delayed,
-    failures,
-    groups,
-    history,
-    lock,
-    locks,
-    peek,
-    queues,
-    running,
-    snapshot,
-    stats,
-    workers,
-)
+from .processes import running, workers
+from .queued import delayed, peek, queues, snapshot
 
 __all__ = [
     "DELAY_REASONS",

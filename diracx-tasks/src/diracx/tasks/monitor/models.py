@@ -20,19 +20,20 @@ Window = Literal["hour", "day"]
 
 def as_json(value: Any) -> Any:
     """A value of this package as JSON has it: moments are ISO 8601 in UTC, what JSON does not know is text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="milliseconds")
-    if isinstance(value, dict):
-        return {str(name): as_json(each) for name, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [as_json(each) for each in value]
+    shown: Any
     if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return str(value)
+        shown = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        shown = {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+    elif isinstance(value, datetime):
+        shown = value.isoformat(timespec="milliseconds")
+    elif isinstance(value, dict):
+        shown = {str(name): as_json(each) for name, each in value.items()}
+    elif isinstance(value, list | tuple | set | frozenset):
+        shown = [as_json(each) for each in value]
+    else:
+        shown = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+    return shown
 
 
 class _Shown:
@@ -148,6 +149,8 @@ class QueuedTask(_Shown):
     """Empty for an entry that is no task."""
     task_name: str
     queue: str
+    stream: str
+    """The Redis stream: that of new tasks, or that of those whose turn has come."""
     entry: str
     """Id of its stream entry."""
     waiting_since: datetime
@@ -195,7 +198,7 @@ class Lock(_Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution(_Shown):
-    """Times, from a histogram of logarithmic buckets: a percentile is at most 20 % too high."""
+    """Times, from a histogram of logarithmic buckets: a percentile is at most 19 % too high."""
 
     count: int
     mean_seconds: float | None
@@ -282,8 +285,8 @@ class Snapshot(_Shown):
     """Callback groups that have not called back."""
     dead_letters_waiting: int
     """Dead letters in Redis, that wait for a worker with a database."""
-    memory_bytes: int
-    """Used by the server."""
+    memory_bytes: int | None
+    """Used by the server; None where its user may not ask."""
     memory_limit_bytes: int | None
     """None: no limit is set."""
 

@@ -47,6 +47,11 @@ class Execution:
         self._limit: float | None = None
         self._condemned_at: float | None = None
 
+    @property
+    def started(self) -> float | None:
+        """When it began (`time.monotonic`); None before that."""
+        return self._started
+
     def lose(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
         logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)

@@ -1,0 +1,298 @@
+"""What a worker tells those who look: one call every 5 s, from sums that cost an execution a few additions.
+
+A report that does not get through is made up for by the next one. `diracx.tasks.monitor` reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from ..broker import keys, scripts
+from ..broker.models import LABEL_ATTEMPTS, describe_exception
+from ..exceptions import TaskCancelledError
+from ..histogram import bucket_of
+from ..wire import dumps
+from .outcome import Failed, Outcome, TakenOver
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Settlement, TaskMessage
+    from ..persistence import DeadLetter
+    from .execution import Execution
+    from .settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+#: Between two reports.
+REPORT_SECONDS = 5.0
+#: Running tasks that are told of; the longest-running ones.
+RUNNING_TOLD = 200
+#: Failures told in one report: the latest. All are counted.
+_FAILURES_TOLD = 50
+#: Locks told in one report.
+_LOCKS_TOLD = 200
+_LONGEST_TEXT = 1_000
+_LONGEST_TRACEBACK = 4_000
+_LOCKS_PER_TASK = 20
+_MEBIBYTE = 1 << 20
+#: Tasks that cannot be executed may have any name: they are counted under this one.
+REJECTED = "(cannot be executed)"
+
+
+#: Names of the counters that histograms are made of.
+_RUN = [f"r{bucket}" for bucket in range(150)]
+_QUEUE = [f"q{bucket}" for bucket in range(150)]
+
+
+class Reporter:
+    """Collects what one worker has to tell, and tells it.
+
+    Args:
+        running: what runs at the moment, in the order in which it began.
+    """
+
+    def __init__(
+        self, broker: RedisStreamBroker, settings: WorkerSettings, running: Collection[Execution]
+    ) -> None:
+        self._broker = broker
+        self._settings = settings
+        self._running = running
+        self._began = time.time()
+        self._clock_ahead = 0.0  # of the server's clock against ours, in s
+        self._number = 0
+        self._stats: dict[str, dict[str, float]] = {}
+        self._ended: dict[str, int] = {}
+        self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
+        self._locks: dict[str, None] = {}
+        self._unsent: tuple[int, dict[str, Any]] | None = None
+        self._said: tuple[bytes, bytes] = (b"", b"")
+
+    # --- what is noted ----------------------------------------------------------------------------------
+
+    def ended(
+        self, execution: Execution, outcome: Outcome, settlement: Settlement, letter: DeadLetter | None
+    ) -> None:
+        """An execution has ended."""
+        if isinstance(outcome, TakenOver):
+            return
+        delivery, seconds = execution.delivery, outcome.seconds
+        name = execution.blueprint.name
+        sums = self._stats.get(name)
+        if sums is None:
+            sums = self._stats[name] = {}
+        failed = isinstance(outcome, Failed)
+        self._ended[delivery.stream] = self._ended.get(delivery.stream, 0) + 1
+        since = int(delivery.since) / 1e6 if delivery.since != "0" else int(delivery.entry.partition("-")[0]) / 1e3
+        queued = max(0.0, time.time() + self._clock_ahead - seconds - since)
+        for counter, number in (
+            ("failed" if failed else "done", 1),
+            ("run", seconds),
+            ("queue", queued),
+            (_RUN[min(bucket_of(seconds), 149)], 1),
+            (_QUEUE[min(bucket_of(queued), 149)], 1),
+        ):
+            sums[counter] = sums.get(counter, 0) + number
+        if isinstance(outcome, Failed):
+            self._failed(execution, outcome, settlement, letter, sums)
+
+    def _failed(
+        self,
+        execution: Execution,
+        outcome: Failed,
+        settlement: Settlement,
+        letter: DeadLetter | None,
+        sums: dict[str, float],
+    ) -> None:
+        if settlement.retry is not None:
+            fate = "retried"
+        elif letter is not None:
+            fate = "dead"
+        else:
+            fate = "cancelled" if isinstance(outcome.error, TaskCancelledError) else "dropped"
+        if fate in ("retried", "dead"):
+            sums[fate] = sums.get(fate, 0) + 1
+        message = execution.message
+        told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK)
+        self._failures.append(
+            {
+                "at": time.time() + self._clock_ahead,
+                "task_id": message.task_id,
+                "task_name": message.task_name,
+                "vo": _vo(execution),
+                "type": told["type"],
+                "message": without_secrets(told["message"], execution)[:_LONGEST_TEXT],
+                "traceback": without_secrets(told["traceback"], execution),
+                "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
+                "worker": self._broker.consumer_name,
+                "outcome": fate,
+            }
+        )
+
+    def rejected(self, message: TaskMessage | None, reason: str, detail: str) -> None:
+        """A delivery cannot be executed, and is put with the dead letters."""
+        sums = self._stats.setdefault(REJECTED, {})
+        sums["dead"] = sums.get("dead", 0) + 1
+        self._failures.append(
+            {
+                "at": time.time() + self._clock_ahead,
+                "task_id": "" if message is None else message.task_id,
+                "task_name": "" if message is None else message.task_name,
+                "vo": None,
+                "type": reason,
+                "message": detail[:_LONGEST_TEXT],
+                "traceback": "",
+                "attempt": 1 if message is None else len(message.attempts) + 1,
+                "worker": self._broker.consumer_name,
+                "outcome": "dead",
+            }
+        )
+
+    def asked_for_locks(self, asked: Sequence[Execution], replies: Sequence[Sequence[int]]) -> None:
+        """Locks were granted or refused. Those that have limits, or that refused, are worth a look."""
+        for execution, reply in zip(asked, replies, strict=True):
+            refusing = reply[1] - 1 if reply[0] == 0 else -1
+            for position, lock in enumerate(execution.locks):
+                if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
+                    len(self._locks) < _LOCKS_TOLD
+                ):
+                    limit, window = lock.get("limit", ""), lock.get("window_us", "")
+                    self._locks[f"{lock['kind']} {limit} {window} {lock['key']}"] = None
+
+    # --- what is told -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Report, for ever."""
+        while True:
+            try:
+                await self.report()
+            except RedisError as error:
+                logger.debug("a report did not get through: %s", error)
+            except Exception:
+                logger.exception("a report could not be made")
+            await asyncio.sleep(REPORT_SECONDS)
+
+    async def report(self, *, last: bool = False) -> None:
+        """Tell what is new.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
+        """
+        if self._unsent is None:
+            self._number += 1
+            self._unsent = (self._number, self._taken())
+        number, added = self._unsent
+        line, running = dumps(self._line()), dumps(self._told_running())
+        news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
+        asked_at = time.time()
+        now_ms, known = await scripts.report(
+            self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last
+        )
+        self._unsent = None
+        self._said = (line, running) if known or all(news) else (b"", b"")
+        self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+
+    async def leave(self) -> None:
+        """Tell the last of it, and that the worker runs no more."""
+        try:
+            if self._unsent is not None:
+                await self.report()
+            await self.report(last=True)
+        except RedisError as error:
+            logger.debug("the last report did not get through: %s", error)
+
+    def _taken(self) -> dict[str, Any]:
+        """What has come together since the last time."""
+        ended: dict[str, int] = {}
+        for stream, number in self._ended.items():
+            queue = stream.removesuffix(keys.HANDOVER)
+            ended[queue] = ended.get(queue, 0) + number
+        added = {
+            "stats": self._stats,
+            "ended": ended,
+            "failures": [dumps(failure) for failure in self._failures],
+            "locks": list(self._locks),
+        }
+        self._stats, self._ended, self._locks = {}, {}, {}
+        self._failures.clear()
+        return {name: value for name, value in added.items() if value}
+
+    def _line(self) -> dict[str, Any]:
+        return {
+            "size": str(self._broker.worker_size),
+            "slots": self._settings.max_concurrent_tasks,
+            "slots_used": len(self._running),
+            "started": round(self._began + self._clock_ahead),
+            "memory_bytes": _resident_bytes(),
+            "version": _version(),
+        }
+
+    def _told_running(self) -> list[dict[str, Any]]:
+        now, told = time.monotonic(), []
+        ahead = time.time() + self._clock_ahead - now
+        for execution in _first(self._running, RUNNING_TOLD):
+            delivery, message = execution.delivery, execution.message
+            locks = execution.locks[:_LOCKS_PER_TASK]
+            told.append(
+                {
+                    "task_id": message.task_id,
+                    "task_name": message.task_name,
+                    "vo": _vo(execution),
+                    "stream": delivery.stream,
+                    "entry": delivery.entry,
+                    "deliveries": delivery.deaths + 1,
+                    "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
+                    "since": round(ahead + (now if execution.started is None else execution.started), 3),
+                    "locks": [[lock["key"], lock["owner"]] for lock in locks],
+                }
+            )
+        return told
+
+
+def without_secrets(text: str, execution: Execution) -> str:
+    """The text without the values of secret arguments, should they be found in it."""
+    task_class = execution.blueprint.task_class
+    if task_class.secret_fields:
+        for name in task_class.secret_fields:
+            value = getattr(execution.task, name, None)
+            secret = str(value)
+            if value is not None and len(secret) > 1:
+                text = text.replace(secret, "•••")
+    return text
+
+
+def _vo(execution: Execution) -> str | None:
+    vo = getattr(execution.task, "vo", None)
+    return vo if isinstance(vo, str) else None
+
+
+def _first(executions: Iterable[Execution], at_most: int) -> list[Execution]:
+    return [execution for execution, _ in zip(executions, range(at_most), strict=False)]
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("diracx-tasks")
+    except PackageNotFoundError:  # run from its sources
+        return ""
+
+
+def _resident_bytes() -> int | None:
+    """Resident memory, by the MiB; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            pages = int(statm.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") // _MEBIBYTE * _MEBIBYTE
