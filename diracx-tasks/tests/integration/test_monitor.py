@@ -374,6 +374,26 @@ async def test_what_is_no_task_can_be_looked_at_and_purged(redis: Redis) -> None
     assert await monitor.purge(redis, "normal:small") == 2
 
 
+async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diracx.tasks.cli.dlq_view import record
+
+    async with TaskSystem([Broken], redis_url=redis_url) as system:
+        await Broken("sesame").schedule()
+        await system.drain()
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+    shown = record(letter)
+    assert shown["message"]["task_args"] == ["•••"]
+    assert shown["detail"] == "refused •••"
+    assert "sesame" not in json.dumps(shown, default=str)
+    assert shown["raw"] is None
+    assert "refused •••" in caplog.text
+    assert "sesame" not in caplog.text
+
+
 def test_a_histogram_tells_no_time_more_than_a_fifth_too_long() -> None:
     for seconds in (0.0001, 0.001, 0.0011, 0.5, 1.0, 59.9, 86400.0):
         end = end_of_bucket(bucket_of(seconds))

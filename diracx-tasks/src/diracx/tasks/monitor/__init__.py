@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..plumbing.broker.groups import list_groups as groups
+from ..plumbing.secrets import MASK
 from .actions import purge, release_lock
 from .counted import failures, history, stats
 from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
     DELAY_REASONS,
-    MASK,
     DelayedTask,
     DelayReason,
     Distribution,
@@ -31,6 +31,7 @@ from .models import (
 )
 from .processes import running, workers
 from .queued import delayed, peek, queues, snapshot
+from .troubles import troubles
 
 __all__ = [
     "DELAY_REASONS",
@@ -67,5 +68,6 @@ __all__ = [
     "running",
     "snapshot",
     "stats",
+    "troubles",
     "workers",
 ]

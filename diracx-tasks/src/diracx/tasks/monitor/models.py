@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
+from math import isfinite
 from typing import Any, Generic, Literal, TypeVar
 
 _Item = TypeVar("_Item")
-
-#: What stands where a value is not for everybody's eyes.
-MASK = "•••"
 
 #: Why a task is not in its queue.
 DelayReason = Literal["at_time", "retry", "lock", "rate"]
@@ -19,9 +17,9 @@ Window = Literal["hour", "day"]
 
 
 def as_json(value: Any) -> Any:
-    """A value of this package as JSON has it: moments are ISO 8601 in UTC, what JSON does not know is text."""
+    """A value of this package as JSON has it: moments are ISO 8601, what JSON does not know is text."""
     shown: Any
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
         shown = value
     elif is_dataclass(value) and not isinstance(value, type):
         shown = {each.name: as_json(getattr(value, each.name)) for each in fields(value)}

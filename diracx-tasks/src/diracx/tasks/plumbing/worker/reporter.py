@@ -20,6 +20,7 @@ from ..broker import keys, scripts
 from ..broker.models import LABEL_ATTEMPTS, describe_exception
 from ..exceptions import TaskCancelledError
 from ..histogram import bucket_of
+from ..secrets import without_secrets
 from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
 
@@ -129,8 +130,8 @@ class Reporter:
                 "task_name": message.task_name,
                 "vo": _vo(execution),
                 "type": told["type"],
-                "message": without_secrets(told["message"], execution)[:_LONGEST_TEXT],
-                "traceback": without_secrets(told["traceback"], execution),
+                "message": without_secrets(told["message"], execution.task)[:_LONGEST_TEXT],
+                "traceback": without_secrets(told["traceback"], execution.task),
                 "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
                 "worker": self._broker.consumer_name,
                 "outcome": fate,
@@ -255,18 +256,6 @@ class Reporter:
                 }
             )
         return told
-
-
-def without_secrets(text: str, execution: Execution) -> str:
-    """The text without the values of secret arguments, should they be found in it."""
-    task_class = execution.blueprint.task_class
-    if task_class.secret_fields:
-        for name in task_class.secret_fields:
-            value = getattr(execution.task, name, None)
-            secret = str(value)
-            if value is not None and len(secret) > 1:
-                text = text.replace(secret, "•••")
-    return text
 
 
 def _vo(execution: Execution) -> str | None:
