@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from math import ceil, log2
 
-_FIRST_SECONDS = 0.001
+#: Number of buckets; the last one begins at five years.
+BUCKETS = 150
 _PER_DOUBLING = 4
+_FIRST_SECONDS = 0.001
+_OFFSET = -_PER_DOUBLING * log2(_FIRST_SECONDS)
 
 
 def bucket_of(seconds: float) -> int:
     """The bucket that a time belongs to; the first one ends with 1 ms."""
     if seconds <= _FIRST_SECONDS:
         return 0
-    return math.ceil(_PER_DOUBLING * math.log2(seconds / _FIRST_SECONDS))
+    bucket = ceil(_PER_DOUBLING * log2(seconds) + _OFFSET)
+    return bucket if bucket < BUCKETS else BUCKETS - 1
 
 
 def end_of_bucket(bucket: int) -> float:

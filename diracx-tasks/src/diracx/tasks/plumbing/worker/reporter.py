@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from ..broker import keys, scripts
 from ..broker.models import LABEL_ATTEMPTS, describe_exception
 from ..exceptions import TaskCancelledError
-from ..histogram import bucket_of
+from ..histogram import BUCKETS, bucket_of
 from ..secrets import without_secrets
 from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
@@ -49,9 +49,30 @@ _MEBIBYTE = 1 << 20
 REJECTED = "(cannot be executed)"
 
 
-#: Names of the counters that histograms are made of.
-_RUN = [f"r{bucket}" for bucket in range(150)]
-_QUEUE = [f"q{bucket}" for bucket in range(150)]
+class _Sums:
+    """What ended of one class since the last report."""
+
+    __slots__ = ("dead", "done", "failed", "queue", "queue_times", "retried", "run", "run_times")
+
+    def __init__(self) -> None:
+        self.done = self.failed = self.retried = self.dead = 0
+        self.run = self.queue = 0.0
+        self.run_times = [0] * BUCKETS
+        self.queue_times = [0] * BUCKETS
+
+    def counters(self) -> dict[str, float]:
+        """By name, as they are added up on the server; what is 0 is left out."""
+        counters: dict[str, float] = {
+            "done": self.done,
+            "failed": self.failed,
+            "retried": self.retried,
+            "dead": self.dead,
+            "run": self.run,
+            "queue": self.queue,
+        }
+        for letter, times in (("r", self.run_times), ("q", self.queue_times)):
+            counters.update((f"{letter}{bucket}", number) for bucket, number in enumerate(times) if number)
+        return {name: number for name, number in counters.items() if number}
 
 
 class Reporter:
@@ -70,7 +91,7 @@ class Reporter:
         self._began = time.time()
         self._clock_ahead = 0.0  # of the server's clock against ours, in s
         self._number = 0
-        self._stats: dict[str, dict[str, float]] = {}
+        self._stats: dict[str, _Sums] = {}
         self._ended: dict[str, int] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
         self._locks: dict[str, None] = {}
@@ -86,24 +107,23 @@ class Reporter:
         if isinstance(outcome, TakenOver):
             return
         delivery, seconds = execution.delivery, outcome.seconds
-        name = execution.blueprint.name
+        name, stream, since = execution.blueprint.name, delivery.stream, delivery.since
         sums = self._stats.get(name)
         if sums is None:
-            sums = self._stats[name] = {}
-        failed = isinstance(outcome, Failed)
-        self._ended[delivery.stream] = self._ended.get(delivery.stream, 0) + 1
-        since = int(delivery.since) / 1e6 if delivery.since != "0" else int(delivery.entry.partition("-")[0]) / 1e3
-        queued = max(0.0, time.time() + self._clock_ahead - seconds - since)
-        for counter, number in (
-            ("failed" if failed else "done", 1),
-            ("run", seconds),
-            ("queue", queued),
-            (_RUN[min(bucket_of(seconds), 149)], 1),
-            (_QUEUE[min(bucket_of(queued), 149)], 1),
-        ):
-            sums[counter] = sums.get(counter, 0) + number
+            sums = self._stats[name] = _Sums()
+        self._ended[stream] = self._ended.get(stream, 0) + 1
+        # Its place in line for a lock, or the 13 digits (until the year 2286) of when the entry was made.
+        came = int(delivery.entry[:13]) / 1e3 if since == "0" else int(since) / 1e6
+        queued = max(0.0, time.time() + self._clock_ahead - seconds - came)
+        sums.run += seconds
+        sums.queue += queued
+        sums.run_times[bucket_of(seconds)] += 1
+        sums.queue_times[bucket_of(queued)] += 1
         if isinstance(outcome, Failed):
+            sums.failed += 1
             self._failed(execution, outcome, settlement, letter, sums)
+        else:
+            sums.done += 1
 
     def _failed(
         self,
@@ -111,16 +131,16 @@ class Reporter:
         outcome: Failed,
         settlement: Settlement,
         letter: DeadLetter | None,
-        sums: dict[str, float],
+        sums: _Sums,
     ) -> None:
         if settlement.retry is not None:
             fate = "retried"
+            sums.retried += 1
         elif letter is not None:
             fate = "dead"
+            sums.dead += 1
         else:
             fate = "cancelled" if isinstance(outcome.error, TaskCancelledError) else "dropped"
-        if fate in ("retried", "dead"):
-            sums[fate] = sums.get(fate, 0) + 1
         message = execution.message
         told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK)
         self._failures.append(
@@ -140,8 +160,7 @@ class Reporter:
 
     def rejected(self, message: TaskMessage | None, reason: str, detail: str) -> None:
         """A delivery cannot be executed, and is put with the dead letters."""
-        sums = self._stats.setdefault(REJECTED, {})
-        sums["dead"] = sums.get("dead", 0) + 1
+        self._stats.setdefault(REJECTED, _Sums()).dead += 1
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
@@ -217,7 +236,7 @@ class Reporter:
             queue = stream.removesuffix(keys.HANDOVER)
             ended[queue] = ended.get(queue, 0) + number
         added = {
-            "stats": self._stats,
+            "stats": {name: sums.counters() for name, sums in self._stats.items()},
             "ended": ended,
             "failures": [dumps(failure) for failure in self._failures],
             "locks": list(self._locks),
