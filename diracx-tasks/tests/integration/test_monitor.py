@@ -302,8 +302,8 @@ async def test_a_worker_that_runs_nothing_sends_one_command_per_report(
         await until(lambda: monitor.workers(redis))
         [worker] = system._workers_up
         calls = (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"]
-        await worker._reporter.report()
-        assert worker._reporter._unsent is None
+        await worker.reporter.report()
+        assert worker.reporter._unsent is None
         assert (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - calls <= 3, "others work as well"
 
 

@@ -276,7 +276,11 @@ class Snapshot(_Shown):
     schedules: int
     """Schedules with a next run."""
     schedules_late: int
-    """Those whose next run is more than 10 s overdue: no scheduler works."""
+    """Those whose next run is more than 10 s overdue, and that are not paused: no scheduler works."""
+    schedule_lateness_seconds: float
+    """How much the run of a schedule is overdue at the moment, the worst of them."""
+    delayed_lateness_seconds: float
+    """The same of delayed tasks."""
     scheduler_leads: bool
     """Whether there is a leading scheduler."""
     groups: int

@@ -43,6 +43,8 @@ async def snapshot(redis: Redis) -> Snapshot:
         overdue=found["overdue"],
         schedules=found["schedules"],
         schedules_late=found["late"],
+        schedule_lateness_seconds=found["schedule_lateness"] / 1000,
+        delayed_lateness_seconds=found["delayed_lateness"] / 1000,
         scheduler_leads=found["leads"] == 1,
         groups=found["groups"],
         dead_letters_waiting=found["dead"],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..current import current_message
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
+from ..telemetry import execution_span, is_traced
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -102,6 +103,15 @@ class Execution:
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
+        if not is_traced(self.message):
+            return await self._run(overrides)
+        with execution_span(self.message, self.delivery.stream) as note_failure:
+            outcome = await self._run(overrides)
+            if isinstance(outcome, Failed):
+                note_failure(outcome.error)
+            return outcome
+
+    async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         self._running = asyncio.current_task()
         current_message.set(self.message)
         self._limit = limit = self.blueprint.time_limit(self.task)

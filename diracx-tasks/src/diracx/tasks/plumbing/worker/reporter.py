@@ -12,13 +12,14 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from ..broker import keys, scripts
 from ..broker.models import LABEL_ATTEMPTS, describe_exception
-from ..exceptions import TaskCancelledError
+from ..exceptions import LockLostError, TaskCancelledError
 from ..histogram import BUCKETS, bucket_of
 from ..secrets import without_secrets
 from ..wire import dumps
@@ -49,27 +50,45 @@ _MEBIBYTE = 1 << 20
 REJECTED = "(cannot be executed)"
 
 
-class _Sums:
-    """What ended of one class since the last report."""
+#: Sums that the server is told, and all of them.
+_TOLD = ("done", "failed", "retried", "dead", "run", "queue")
+_NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
 
-    __slots__ = ("dead", "done", "failed", "queue", "queue_times", "retried", "run", "run_times")
+
+class Sums:
+    """What became of the executions of one class from one queue."""
+
+    __slots__ = (
+        "dead",
+        "done",
+        "failed",
+        "lock_waits",
+        "locks_lost",
+        "queue",
+        "queue_times",
+        "retried",
+        "run",
+        "run_times",
+        "taken_over",
+    )
 
     def __init__(self) -> None:
         self.done = self.failed = self.retried = self.dead = 0
+        self.lock_waits = self.locks_lost = self.taken_over = 0
         self.run = self.queue = 0.0
         self.run_times = [0] * BUCKETS
         self.queue_times = [0] * BUCKETS
 
+    def add(self, other: Sums) -> None:
+        """Add up."""
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.run_times = list(map(add, self.run_times, other.run_times))
+        self.queue_times = list(map(add, self.queue_times, other.queue_times))
+
     def counters(self) -> dict[str, float]:
         """By name, as they are added up on the server; what is 0 is left out."""
-        counters: dict[str, float] = {
-            "done": self.done,
-            "failed": self.failed,
-            "retried": self.retried,
-            "dead": self.dead,
-            "run": self.run,
-            "queue": self.queue,
-        }
+        counters: dict[str, float] = {name: getattr(self, name) for name in _TOLD}
         for letter, times in (("r", self.run_times), ("q", self.queue_times)):
             counters.update((f"{letter}{bucket}", number) for bucket, number in enumerate(times) if number)
         return {name: number for name, number in counters.items() if number}
@@ -91,7 +110,9 @@ class Reporter:
         self._began = time.time()
         self._clock_ahead = 0.0  # of the server's clock against ours, in s
         self._number = 0
-        self._stats: dict[str, _Sums] = {}
+        self._stats: dict[tuple[str, str], Sums] = {}  # by task and stream, since the last report
+        self._totals: dict[tuple[str, str], Sums] = {}  # the same, before that
+        self._rejected: dict[str, int] = {}
         self._ended: dict[str, int] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
         self._locks: dict[str, None] = {}
@@ -104,13 +125,16 @@ class Reporter:
         self, execution: Execution, outcome: Outcome, settlement: Settlement, letter: DeadLetter | None
     ) -> None:
         """An execution has ended."""
-        if isinstance(outcome, TakenOver):
-            return
-        delivery, seconds = execution.delivery, outcome.seconds
-        name, stream, since = execution.blueprint.name, delivery.stream, delivery.since
-        sums = self._stats.get(name)
+        delivery = execution.delivery
+        stream, since = delivery.stream, delivery.since
+        which = (execution.blueprint.name, stream)
+        sums = self._stats.get(which)
         if sums is None:
-            sums = self._stats[name] = _Sums()
+            sums = self._stats[which] = Sums()
+        if isinstance(outcome, TakenOver):
+            sums.taken_over += 1
+            return
+        seconds = outcome.seconds
         self._ended[stream] = self._ended.get(stream, 0) + 1
         # Its place in line for a lock, or the 13 digits (until the year 2286) of when the entry was made.
         came = int(delivery.entry[:13]) / 1e3 if since == "0" else int(since) / 1e6
@@ -131,7 +155,7 @@ class Reporter:
         outcome: Failed,
         settlement: Settlement,
         letter: DeadLetter | None,
-        sums: _Sums,
+        sums: Sums,
     ) -> None:
         if settlement.retry is not None:
             fate = "retried"
@@ -141,6 +165,8 @@ class Reporter:
             sums.dead += 1
         else:
             fate = "cancelled" if isinstance(outcome.error, TaskCancelledError) else "dropped"
+        if isinstance(outcome.error, LockLostError):
+            sums.locks_lost += 1
         message = execution.message
         told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK)
         self._failures.append(
@@ -160,7 +186,8 @@ class Reporter:
 
     def rejected(self, message: TaskMessage | None, reason: str, detail: str) -> None:
         """A delivery cannot be executed, and is put with the dead letters."""
-        self._stats.setdefault(REJECTED, _Sums()).dead += 1
+        self._stats.setdefault((REJECTED, ""), Sums()).dead += 1
+        self._rejected[reason] = self._rejected.get(reason, 0) + 1
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
@@ -180,6 +207,9 @@ class Reporter:
         """Locks were granted or refused. Those that have limits, or that refused, are worth a look."""
         for execution, reply in zip(asked, replies, strict=True):
             refusing = reply[1] - 1 if reply[0] == 0 else -1
+            if refusing >= 0:
+                which = (execution.blueprint.name, execution.delivery.stream)
+                self._stats.setdefault(which, Sums()).lock_waits += 1
             for position, lock in enumerate(execution.locks):
                 if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
                     len(self._locks) < _LOCKS_TOLD
@@ -235,8 +265,13 @@ class Reporter:
         for stream, number in self._ended.items():
             queue = stream.removesuffix(keys.HANDOVER)
             ended[queue] = ended.get(queue, 0) + number
+        told: dict[str, Sums] = {}
+        for (name, stream), sums in self._stats.items():
+            told.setdefault(name, Sums()).add(sums)
+            if stream:
+                self._totals.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
         added = {
-            "stats": {name: sums.counters() for name, sums in self._stats.items()},
+            "stats": {name: counters for name, sums in told.items() if (counters := sums.counters())},
             "ended": ended,
             "failures": [dumps(failure) for failure in self._failures],
             "locks": list(self._locks),
@@ -244,6 +279,29 @@ class Reporter:
         self._stats, self._ended, self._locks = {}, {}, {}
         self._failures.clear()
         return {name: value for name, value in added.items() if value}
+
+    # --- what metrics tell ------------------------------------------------------------------------------
+
+    def totals(self) -> dict[tuple[str, str], Sums]:
+        """Since the worker began: by name of the task, and stream of its queue."""
+        found: dict[tuple[str, str], Sums] = {}
+        for sums_by in (self._totals, self._stats):
+            for (name, stream), sums in sums_by.items():
+                if stream:
+                    found.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
+        return found
+
+    def rejected_totals(self) -> dict[str, int]:
+        """Deliveries that could not be executed, by reason."""
+        return dict(self._rejected)
+
+    def in_progress(self) -> dict[tuple[str, str], int]:
+        """What runs, by name of the task and stream of its queue."""
+        found: dict[tuple[str, str], int] = {}
+        for execution in self._running:
+            which = (execution.blueprint.name, execution.delivery.stream.removesuffix(keys.HANDOVER))
+            found[which] = found.get(which, 0) + 1
+        return found
 
     def _line(self) -> dict[str, Any]:
         return {

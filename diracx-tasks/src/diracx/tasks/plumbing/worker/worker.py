@@ -80,7 +80,7 @@ class Worker:
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
-        self._reporter = Reporter(broker, self._settings, self._running.keys())
+        self.reporter = Reporter(broker, self._settings, self._running.keys())
         self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
@@ -121,7 +121,7 @@ class Worker:
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 listening = asyncio.create_task(self._cancellations.run())
-                reporting = asyncio.create_task(self._reporter.run())
+                reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
                     await self._letters.adopt()
@@ -191,7 +191,7 @@ class Worker:
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
             refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
-            self._reporter.asked_for_locks(asked, replies)
+            self.reporter.asked_for_locks(asked, replies)
         for execution in executions:
             if execution not in refused:
                 self._spawn(execution)
@@ -247,7 +247,7 @@ class Worker:
                 execution.cancel()
 
     def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
-        self._reporter.rejected(message, reason, detail)
+        self.reporter.rejected(message, reason, detail)
         self._bury(*reject(delivery, message, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
@@ -275,7 +275,7 @@ class Worker:
         except Exception as error:
             logger.critical("the outcome of %s cannot be told", execution.message.task_id, exc_info=True)
             settlement, letter = unsettled(execution, error, self._settings)
-        self._reporter.ended(execution, outcome, settlement, letter)
+        self.reporter.ended(execution, outcome, settlement, letter)
         if letter is None:
             self._settler.add(settlement)
         else:
@@ -342,7 +342,7 @@ class Worker:
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self._broker.leave()
-                await self._reporter.leave()
+                await self.reporter.leave()
         except Exception as error:
             logger.warning("could not sign off: %s; the lease will end by itself", error)
 

@@ -7,10 +7,11 @@
 --   flow     = {since (ms), {stream ` added` = …, stream ` ended` = …}}: what was noted up to five minutes ago,
 --              and what has ended since; absent when nobody reports
 --   delayed  = {reason, number, …};  overdue = delayed tasks that are more than 10 s late
---   schedules, late, leads (1: somebody does), groups, dead.
+--   schedules, late (of the first 1,000 that are due and not paused), leads (1: somebody does), groups, dead;
+--   schedule_lateness, delayed_lateness: how late the latest one is (ms).
 -- #flags no-writes
 -- #include _time
-local MINUTES, LATE_MS = 5, 10000
+local MINUTES, LATE_MS, SCHEDULES = 5, 10000, 1000
 local now_ms = math.floor(now_us() / 1000)
 local found = {now = now_ms, queues = {}}
 
@@ -76,7 +77,17 @@ end
 found.delayed = redis.call('EXISTS', '$DELAYED') == 1 and redis.call('HGETALL', '$DELAYED_REASONS') or {}
 found.overdue = redis.call('ZCOUNT', '$DELAYED', '-inf', int(now_ms - LATE_MS))
 found.schedules = redis.call('ZCARD', '$NEXT_RUNS')
-found.late = redis.call('ZCOUNT', '$NEXT_RUNS', '-inf', int(now_ms - LATE_MS))
+found.late, found.schedule_lateness, found.delayed_lateness = 0, 0, 0
+local due = redis.call('ZRANGEBYSCORE', '$NEXT_RUNS', '-inf', int(now_ms), 'WITHSCORES', 'LIMIT', 0, SCHEDULES)
+for at = 1, #due, 2 do
+  if redis.call('HEXISTS', '$PAUSED', due[at]) == 0 then
+    local late_ms = now_ms - tonumber(due[at + 1])
+    found.schedule_lateness = math.max(found.schedule_lateness, late_ms)
+    if late_ms > LATE_MS then found.late = found.late + 1 end
+  end
+end
+local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
+if first then found.delayed_lateness = math.max(0, math.floor(now_ms - tonumber(first))) end
 found.leads = redis.call('EXISTS', '$LEADER')
 found.groups = redis.call('ZCARD', '$GROUPS')
 found.dead = redis.call('XLEN', '$DEAD_LETTERS')
