@@ -223,10 +223,19 @@ def test_the_dashboard_is_well_formed_and_asks_for_metrics_there_are() -> None:
             assert asked <= known_metrics(), panel["title"]
 
 
-def test_promtool_accepts_the_alert_rules() -> None:
+def test_promtool_accepts_the_alert_rules_and_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")
-    rules = str(DEPLOY / "prometheus/alerts.yml")
-    checked = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    board = json.loads((DEPLOY / "grafana/diracx-tasks.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
+        for number, expression in enumerate(expressions)
+    ]
+    (tmp_path / "board.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    for path in (DEPLOY / "prometheus/alerts.yml", tmp_path / "board.yml"):
+        checked = subprocess.run(
+            [promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
