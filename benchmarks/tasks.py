@@ -157,6 +157,28 @@ async def bytes_per_task(tasks: int = 20_000) -> tuple[float, float]:
         return queued, left
 
 
+async def snapshot_time(tasks: int = 1_000_000, rounds: int = 5) -> float:
+    """Seconds that a snapshot takes with so many tasks queued: the median."""
+    from diracx.tasks.monitor import snapshot
+    from diracx.tasks.plumbing.broker.models import TaskMessage
+
+    async with TaskSystem([NoOp], workers=0, scheduler=False) as system:
+        redis = system.broker.redis
+        message = TaskMessage(task_id="0" * 32, task_name="test:NoOp", task_args=[1]).dumpb()
+        for _ in range(tasks // 5000):
+            async with redis.pipeline(transaction=False) as pipe:
+                for _ in range(5000):
+                    pipe.execute_command("XADD", STREAM, "*", "data", message)
+                await pipe.execute()
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            seen = await snapshot(redis)
+            times.append(time.perf_counter() - begin)
+        assert sum(queue.backlog for queue in seen.queues) == tasks
+    return statistics.median(times)
+
+
 def import_time(statement: str, rounds: int = 5) -> float:
     """Seconds that an import adds to the start of a Python process: the median."""
 

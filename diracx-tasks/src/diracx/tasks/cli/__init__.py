@@ -16,9 +16,13 @@ from .errors import CliError, mask, one_line
 from .groups import group
 from .in_force import in_force
 from .listing import list_tasks
+from .locks import app as locks
+from .queues import app as queues
 from .schedule import app as schedule
 from .serve import scheduler, worker
 from .submit import submit
+from .watching import running, status, workers
+from .watching import tasks as task_classes
 
 __all__ = ["app", "main"]
 
@@ -43,6 +47,9 @@ for _function, _name in (
     (scheduler, "scheduler"),
     (list_tasks, "list"),
     (dev, "dev"),
+    (status, "status"),
+    (workers, "workers"),
+    (running, "running"),
 ):
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")
@@ -50,6 +57,9 @@ app.add_typer(group, name="group")
 config.command("in-force")(in_force)
 app.add_typer(config, name="config")
 app.add_typer(schedule, name="schedule")
+app.add_typer(queues, name="queue")
+app.add_typer(locks, name="locks")
+app.add_typer(task_classes, name="tasks")
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

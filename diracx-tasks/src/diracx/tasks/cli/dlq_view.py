@@ -38,28 +38,31 @@ def summary(letter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter with everything. `message` is None where it cannot be read; `raw` has its bytes in any case."""
+    """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
     return {
         **{name: value for name, value in summary(letter).items() if not name.endswith(("attempts", "burials"))},
         "burial": letter["burial"],
         "attempts": letter["attempts"],
         "history": letter["history"],
-        "message": _decoded(letter["message"]),
-        "raw": base64.b64encode(letter["message"]).decode(),
+        **_message(letter["message"]),
     }
 
 
-def _decoded(data: bytes) -> dict[str, Any] | None:
+def _message(data: bytes) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from ..monitor.masking import has_secrets, masked, shown_labels
     from ..plumbing.broker.models import TaskMessage
 
+    raw = base64.b64encode(data).decode()
     try:
-        decoded: dict[str, Any] = to_json(asdict(TaskMessage.loadb(data)))
+        message = TaskMessage.loadb(data)
     except ValueError:
-        return None
-    decoded["labels"].pop("attempts", None)  # they are in `attempts`, once
-    return decoded
+        return {"message": None, "raw": raw}
+    args, kwargs = masked(None, message)
+    # Its failed attempts are in `attempts`, once.
+    shown = {**asdict(message), "task_args": args, "task_kwargs": kwargs, "labels": shown_labels(message)}
+    return {"message": to_json(shown), "raw": None if has_secrets(message) else raw}
 
 
 def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:

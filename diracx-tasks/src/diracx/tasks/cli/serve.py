@@ -23,6 +23,7 @@ from .options import (
     RedisUrlOption,
     resolve_redis_url,
 )
+from .probes import LOOPBACK, MetricsHostOption, MetricsPortOption, probes
 from .supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def worker(
         int,
         typer.Option(min=1, metavar="N", help="Run N such workers, and start again what dies: one for each core."),
     ] = 1,
+    metrics_port: MetricsPortOption = None,
+    metrics_host: MetricsHostOption = LOOPBACK,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
@@ -114,9 +117,19 @@ def worker(
                 if is_supervised():
                     aside.append(asyncio.create_task(serve_supervised(serving.ready, stop.set)))
                 role = f"worker {worker_size}"
+
+                async def counted() -> str:
+                    from ..monitor.metrics import worker_metrics
+
+                    return worker_metrics(serving.reporter, str(worker_size), max_concurrent_tasks)
+
+                def is_ready() -> bool:
+                    return serving.ready.is_set() and not stop.is_set()
+
                 try:
-                    async with following(
-                        config, registry, broker, role, lambda tasks, _: serving.reconfigure(tasks)
+                    async with (
+                        probes(metrics_host, metrics_port, is_ready, counted),
+                        following(config, registry, broker, role, lambda tasks, _: serving.reconfigure(tasks)),
                     ):
                         with explained_redis(url):
                             await serving.run(stop)
@@ -135,6 +148,8 @@ def scheduler(
             help="At the start, submit all open dead letters again that can be, but for poison.",
         ),
     ] = False,
+    metrics_port: MetricsPortOption = None,
+    metrics_host: MetricsHostOption = LOOPBACK,
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
@@ -182,6 +197,16 @@ def scheduler(
             def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
                 serving.reconfigure(tasks, vos or ())
 
+            async def counted() -> str:
+                from ..monitor import snapshot
+                from ..monitor.metrics import system_metrics
+
+                return system_metrics(await snapshot(broker.redis) if serving.leads.is_set() else None)
+
+            def is_ready() -> bool:
+                return serving.ready.is_set() and not stop.is_set()
+
+            await stack.enter_async_context(probes(metrics_host, metrics_port, is_ready, counted))
             await stack.enter_async_context(following(config, registry, broker, "scheduler", follow))
             logger.info("ready: schedules on %s", mask(url))
             with explained_redis(url):

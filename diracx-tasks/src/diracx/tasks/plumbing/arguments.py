@@ -104,6 +104,19 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     return task
 
 
+def secret_positions(cls: type[BaseTask]) -> list[int]:
+    """Which of the positional arguments are secret: the fields that the class declares to be.
+
+    All that can be, where the class makes its arguments itself and none can be told from another.
+    """
+    if not cls.secret_fields:
+        return []
+    names = field_names(cls)
+    if _own_serialize(cls):
+        return list(range(max(64, len(names))))
+    return [position for position, name in enumerate(names) if name in cls.secret_fields]
+
+
 def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tuple[str | None, str]]:
     """All that is wrong with named arguments that somebody typed: which one (None: all together), and what.
 

@@ -39,6 +39,8 @@ class BaseTask:
     """Whether the task is kept in the dead-letter queue when it finally failed."""
     time_limit_seconds: ClassVar[float | None] = None
     """An execution that takes longer is cancelled and counts as failed. None: no limit."""
+    secret_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose values are shown to nobody: command line, dashboard and failures have `•••` in their place."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

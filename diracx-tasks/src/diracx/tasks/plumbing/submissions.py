@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from .arguments import secret_positions
 from .base_task import BaseTask
 from .broker.keys import stream_name_for
-from .broker.models import Submission, TaskMessage, checked_labels
+from .broker.models import LABEL_SECRET, Submission, TaskMessage, checked_labels
 from .broker.redis_streams import new_task_id
 from .telemetry import current_trace_context
 
@@ -38,10 +39,13 @@ def submission_of(
             if lock.enabled:
                 lock.spec()
     name = registry.name_of(task_class)
+    checked = checked_labels(labels) if labels else {}
+    if task_class.secret_fields:
+        checked[LABEL_SECRET] = secret_positions(task_class)
     message = TaskMessage(
         task_id=task_id or new_task_id(),
         task_name=name,
-        labels=checked_labels(labels) if labels else {},
+        labels=checked,
         task_args=list(task.serialize()),
         trace_context=current_trace_context(),
     )

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .broker.models import TaskMessage
 
 #: Counter: configurations that were written while the process ran and could not come into force.
 RELOAD_FAILURES = "diracx.tasks.config.reload_failures"
@@ -26,6 +31,43 @@ def current_trace_context() -> dict[str, str]:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier
+
+
+def is_traced(message: TaskMessage) -> bool:
+    """Whether the execution of a task belongs to a trace, or begins one."""
+    return bool(message.trace_context) or "opentelemetry.sdk.trace" in sys.modules
+
+
+@contextmanager
+def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[BaseException], None]]:
+    """The span of an execution, a child of the span in which the task was submitted. What the task submits belongs
+    to it in turn. Without OpenTelemetry's SDK nothing is recorded, and the trace of the submitter is passed on.
+
+    Yields what notes that the execution failed.
+    """
+    from opentelemetry import propagate, trace
+
+    attributes: dict[str, str | int] = {
+        "messaging.system": "redis",
+        "messaging.operation.type": "process",
+        "messaging.destination.name": stream,
+        "messaging.message.id": message.task_id,
+        "diracx.task.name": message.task_name,
+        "diracx.task.attempt": len(message.attempts) + 1,
+    }
+    with trace.get_tracer("diracx.tasks").start_as_current_span(
+        message.task_name,
+        context=propagate.extract(message.trace_context),
+        kind=trace.SpanKind.CONSUMER,
+        attributes=attributes,
+    ) as span:
+
+        def failed(error: BaseException) -> None:
+            # Not its message, which may hold what is nobody's business.
+            span.set_attribute("error.type", type(error).__name__)
+            span.set_status(trace.StatusCode.ERROR)
+
+        yield failed
 
 
 def count_reload_failure() -> None:

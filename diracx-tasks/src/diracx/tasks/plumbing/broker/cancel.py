@@ -17,6 +17,8 @@ from .ending import child_ended, collected, schedule_outcome, stored_result
 from .models import TaskMessage, TaskResult
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from .redis_streams import RedisStreamBroker
 
 #: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
@@ -138,21 +140,45 @@ class _Search:
             del self.missing[task]
 
     def _known(self, task: str, data: bytes) -> dict[str, Any]:
-        known: dict[str, Any] = {"task": task, "known": 1, "marked": 1}
-        try:
-            message = TaskMessage.loadb(data)
-        except ValueError:
-            return known  # nobody waits for what cannot be read
-        error = TaskCancelledError("cancelled before it had begun")
-        result = stored_result(message, self._ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
-        group = child_ended(message, error, lambda: TaskResult.from_exception(error, 0.0))
-        return known | {
-            name: value
-            for name, value in (
-                ("result", result),
-                ("group", group),
-                ("collected", collected(message)),
-                ("outcome", schedule_outcome(message, error, 0.0)),
-            )
-            if value
-        }
+        return {"task": task, "known": 1, "marked": 1, **_what_follows(data, self._ttl_seconds)}
+
+
+async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str, bytes]]) -> int:
+    """Cancel tasks that wait in a stream. Whatever a worker has taken meanwhile goes on.
+
+    Args:
+        entries: id and message of each.
+
+    Returns:
+        How many still waited.
+    """
+    places = []
+    for first in range(0, len(entries), CANCEL_BATCH):
+        wanted = []
+        for entry, data in entries[first : first + CANCEL_BATCH]:
+            try:
+                task = TaskMessage.loadb(data).task_id
+            except ValueError:
+                task = ""
+            where = {"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1}
+            wanted.append({**where, **_what_follows(data, None)})
+        places += await scripts.cancel(redis, MARK_SECONDS * 1000, wanted)
+    return sum(place == "queued" for place, _ in places)
+
+
+def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any]:
+    """What follows from the end of a task that is cancelled before it began: see lua/cancel.lua."""
+    try:
+        message = TaskMessage.loadb(data)
+    except ValueError:
+        return {}  # nobody waits for what cannot be read
+    error = TaskCancelledError("cancelled before it had begun")
+    result = stored_result(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
+    group = child_ended(message, error, lambda: TaskResult.from_exception(error, 0.0))
+    following = {
+        "result": result,
+        "group": group,
+        "collected": collected(message),
+        "outcome": schedule_outcome(message, error, 0.0),
+    }
+    return {name: value for name, value in following.items() if value}

@@ -70,9 +70,14 @@ async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
     return status
 
 
-async def list_groups(redis: Redis) -> list[GroupStatus]:
-    """All groups that have not called back, oldest first."""
-    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, -1)
+async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatus]:
+    """All groups that have not called back, oldest first.
+
+    Args:
+        limit: only so many, those that expire first.
+    """
+    last = -1 if limit is None else max(0, limit - 1)
+    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, last)
     statuses = await _read(redis, [member.decode() for member in members])
     return sorted(statuses, key=lambda status: status.created)
 

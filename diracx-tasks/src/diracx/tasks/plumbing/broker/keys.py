@@ -14,8 +14,10 @@ GROUP = "diracx:tasks:workers"
 
 #: Sorted set: task id -> due time (ms since the epoch). Retries, `at_time`, tasks waiting for a lock.
 DELAYED = "diracx:tasks:delayed"
-#: Hash: task id -> "{stream} {reason} {since}\n{message}" of each member of DELAYED.
+#: Hash: task id -> "{stream} {reason} {since} {deaths} {lock}\n{message}" of each member of DELAYED.
 DELAYED_DATA = "diracx:tasks:delayed:data"
+#: Hash: why tasks are in DELAYED (`at_time`, `retry`, `lock`, `rate`) -> how many of them.
+DELAYED_REASONS = "diracx:tasks:delayed:reasons"
 #: Sorted set per lock: tasks waiting for it, by priority and then by the time they began to wait.
 WAITING_PREFIX = "diracx:tasks:waiting:"
 #: String per lock: the task that was woken for it and may take it before others; lives a moment.
@@ -63,6 +65,21 @@ PAUSED = "diracx:scheduler:paused"
 PROBLEMS = "diracx:scheduler:problems"
 #: Channel, no key: something earlier is due now, or is paused no more; wakes the leading scheduler.
 WAKE_SCHEDULER = "diracx:scheduler:wake"
+
+#: Sorted set: worker -> when it last reported (ms).
+REPORTING = "diracx:monitor:reporting"
+#: Hash per worker, with a time to live: what it last said of itself and of what it runs.
+REPORT_PREFIX = "diracx:monitor:worker:"
+#: Hash per minute, with a time to live: task -> what ended in that minute, counted.
+MINUTE_PREFIX = "diracx:monitor:minute:"
+#: The same per hour.
+HOUR_PREFIX = "diracx:monitor:hour:"
+#: Hash per minute, with a time to live: how much came into each queue, and how much ended.
+FLOW_PREFIX = "diracx:monitor:flow:"
+#: Stream, with a time to live: failed attempts, the last 500 or so.
+FAILURES = "diracx:monitor:failures"
+#: Sorted set, with a time to live: limiters, and locks that have refused a task -> when (ms).
+LOCKS_SEEN = "diracx:monitor:locks"
 
 #: Suffix of the stream that tasks go to when their turn has come: fetched before its elder brother.
 HANDOVER = ":handover"

@@ -22,6 +22,8 @@ LABEL_ATTEMPTS = "attempts"
 LABEL_GROUP = "group"
 LABEL_GROUP_RESULTS = "group_results"
 LABEL_CHILD_RESULTS = "child_results"
+#: Positions of the arguments that nobody is to see, for those who do not know the class.
+LABEL_SECRET = "secret"  # noqa: S105  # the name of a label
 LABEL_RESULT_TTL = "result_ttl_seconds"
 #: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
 LABEL_SCHEDULE = "schedule"

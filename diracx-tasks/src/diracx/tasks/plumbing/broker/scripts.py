@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Everything a script may need to know about all streams.
 _EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
+#: The nine queues.
+_QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
 
 def pack(value: Any) -> bytes:
@@ -228,6 +230,29 @@ async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bo
 async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> int:
     """Say with which configuration a process runs (empty: none any more). Returns how many have said so."""
     return int(await script("announce")(redis, args=[process, said, counts_ms, int(tidy)]))
+
+
+async def report(
+    redis: Redis, worker: str, number: int, line: bytes, running: bytes, added: Mapping[str, Any], last: bool
+) -> tuple[int, bool]:
+    """Tell what a worker does: the server's time in ms, and whether it knows what the worker said before."""
+    packed = pack(added) if added else b""
+    args = [worker, number, line, running, packed, int(last), _QUEUES]
+    now_ms, known = await script("report")(redis, args=args)
+    return int(now_ms), bool(known)
+
+
+async def snapshot(redis: Redis) -> dict[str, Any]:
+    """Everything that can be counted. See lua/snapshot.lua."""
+    found: dict[str, Any] = msgpack.unpackb(await script("snapshot")(redis, args=[_QUEUES]))
+    return found
+
+
+async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int) -> list[list[Any]]:
+    """Who holds locks, and how many wait. See lua/inspect.lua."""
+    packed = await script("inspect")(redis, args=[pack(locks), at_most])
+    found: list[list[Any]] = msgpack.unpackb(packed, unicode_errors="replace", strict_map_key=False)
+    return found
 
 
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> None:

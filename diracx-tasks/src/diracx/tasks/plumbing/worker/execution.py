@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..current import current_message
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
+from ..telemetry import execution_span, is_traced
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Execution:
         self._started: float | None = None
         self._limit: float | None = None
         self._condemned_at: float | None = None
+
+    @property
+    def started(self) -> float | None:
+        """When it began (`time.monotonic`); None before that."""
+        return self._started
 
     def lose(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
@@ -100,6 +106,15 @@ class Execution:
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         """Resolve the dependencies, execute, commit. Never raises for what the task does."""
+        if not is_traced(self.message):
+            return await self._run(overrides)
+        with execution_span(self.message, self.delivery.stream) as note_failure:
+            outcome = await self._run(overrides)
+            if isinstance(outcome, Failed):
+                note_failure(outcome.error)
+            return outcome
+
+    async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         current_message.set(self.message)
         self._limit = limit = self.blueprint.time_limit(self.task)
         self._started = started = time.monotonic()

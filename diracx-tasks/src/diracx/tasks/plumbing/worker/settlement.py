@@ -24,6 +24,7 @@ from ..broker.redis_streams import in_ms
 from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
+from ..secrets import without_secrets
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _failed(
     execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
 ) -> DeadLetter | None:
     message = execution.message
-    attempts = [*message.attempts, _attempt(outcome)]
+    attempts = [*message.attempts, _attempt(outcome, execution)]
     what = f"{message.task_name} {message.task_id}"
     if isinstance(outcome.error, TaskCancelledError):
         _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
@@ -117,7 +118,7 @@ def _failed(
         logger.exception("the retry policy of %s failed: no retry", what)
         retry = None
     if retry is not None:
-        logger.warning("%s failed, to be retried", what, exc_info=outcome.error)
+        _log(logging.WARNING, f"{what} failed, to be retried", execution, outcome)
         settlement.retry = retry
         settlement.group = child_lives(message)
         due = datetime.fromtimestamp(retry["due"] / 1000, UTC)
@@ -125,13 +126,21 @@ def _failed(
         return None
     _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
     if not execution.blueprint.task_class.dlq_eligible:
-        logger.error("%s failed for good and is dropped (not dlq_eligible)", what, exc_info=outcome.error)
+        _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", execution, outcome)
         return None
-    logger.error("%s failed for good and goes to the dead letters", what, exc_info=outcome.error)
+    _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", execution, outcome)
     settlement.collected = None  # whoever takes the letter up again may want the results of its children
     final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
     where = _burial(execution.delivery)
-    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, str(outcome.error), where)
+    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, attempts[-1]["message"], where)
+
+
+def _log(level: int, line: str, execution: Execution, outcome: Failed) -> None:
+    if not execution.blueprint.task_class.secret_fields:
+        logger.log(level, "%s", line, exc_info=outcome.error)
+        return
+    told = describe_exception(outcome.error)["traceback"]
+    logger.log(level, "%s\n%s", line, without_secrets(told, execution.task))
 
 
 def reject(
@@ -178,9 +187,10 @@ def unsettled(execution: Execution, error: Exception, settings: WorkerSettings) 
     return settlement, letter
 
 
-def _attempt(outcome: Failed) -> dict[str, Any]:
+def _attempt(outcome: Failed, execution: Execution) -> dict[str, Any]:
+    told = describe_exception(outcome.error, longest=4_000)
     return {
-        **describe_exception(outcome.error, longest=4_000),
+        **{name: without_secrets(text, execution.task) for name, text in told.items()},
         "host": socket.gethostname(),
         "started": outcome.started,
         "ended": outcome.started + timedelta(seconds=outcome.seconds),

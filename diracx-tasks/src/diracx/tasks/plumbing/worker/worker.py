@@ -25,6 +25,7 @@ from .dead_letters import DeadLetterOffice
 from .execution import Execution
 from .intake import Intake
 from .keeper import LeaseKeeper, Rest
+from .reporter import Reporter
 from .settings import WorkerSettings
 from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
 from .watchdog import Watchdog
@@ -79,6 +80,7 @@ class Worker:
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
+        self.reporter = Reporter(broker, self._settings, self._running.keys())
         self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
@@ -123,6 +125,7 @@ class Worker:
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 listening = asyncio.create_task(self._cancellations.run())
+                reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
                     await self._letters.adopt()
@@ -136,7 +139,8 @@ class Worker:
                         await loop.create_future()
                     settling.cancel()
                     listening.cancel()
-                    await asyncio.gather(settling, listening, return_exceptions=True)
+                    reporting.cancel()
+                    await asyncio.gather(settling, listening, reporting, return_exceptions=True)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
@@ -191,6 +195,7 @@ class Worker:
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
             refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
+            self.reporter.asked_for_locks(asked, replies)
         for execution in executions:
             if execution not in refused:
                 self._spawn(execution)
@@ -246,6 +251,7 @@ class Worker:
                 execution.cancel()
 
     def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
+        self.reporter.rejected(message, reason, detail)
         self._bury(*reject(delivery, message, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
@@ -274,6 +280,7 @@ class Worker:
         except Exception as error:
             logger.critical("the outcome of %s cannot be told", execution.message.task_id, exc_info=True)
             settlement, letter = unsettled(execution, error, self._settings)
+        self.reporter.ended(execution, outcome, settlement, letter)
         if letter is None:
             self._settler.add(settlement)
         else:
@@ -340,6 +347,7 @@ class Worker:
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await self._broker.leave()
+                await self.reporter.leave()
         except Exception as error:
             logger.warning("could not sign off: %s; the lease will end by itself", error)
 

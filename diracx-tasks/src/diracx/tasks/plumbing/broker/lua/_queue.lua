@@ -63,10 +63,35 @@ local function enqueue(stream, data, since, deaths, woken)
   return redis.call('XADD', stream, '*', unpack(fields))
 end
 
+-- How many are in the delayed set for each reason, for those who look.
+local function count_reason(reason, change)
+  if redis.call('HINCRBY', '$DELAYED_REASONS', reason, change) <= 0 then
+    redis.call('HDEL', '$DELAYED_REASONS', reason)
+  end
+end
+
+-- Take the message of a delayed task away: stream, reason, since, deaths, message; nothing when it is not there.
+local function take_delayed(task)
+  local stored = redis.call('HGET', '$DELAYED_DATA', task)
+  redis.call('ZREM', '$DELAYED', task)
+  if not stored then return nil end
+  redis.call('HDEL', '$DELAYED_DATA', task)
+  local header_end = string.find(stored, '\n', 1, true)
+  local stream, reason, since, deaths =
+    string.match(string.sub(stored, 1, header_end - 1), '^(%S+) (%S+) (%S+) ?(%d*)')
+  count_reason(reason, -1)
+  return stream, reason, since, tonumber(deaths), string.sub(stored, header_end + 1)
+end
+
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
-local function delay(task, due_ms, stream, reason, since, data, deaths)
+-- `lock`: the key of the lock that refused it, if one did; only those who look want to know.
+local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   local header = stream .. ' ' .. reason .. ' ' .. since
-  if deaths and deaths > 0 then header = header .. ' ' .. deaths end
+  if lock or (deaths and deaths > 0) then header = header .. ' ' .. (deaths or 0) end
+  if lock then header = header .. ' ' .. string.gsub(lock, '\n', ' ') end
+  take_delayed(task)
+  if redis.call('EXISTS', '$DELAYED_DATA') == 0 then redis.call('DEL', '$DELAYED_REASONS') end
+  count_reason(reason, 1)
   redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)
   redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
   if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
@@ -85,13 +110,8 @@ end
 -- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
 -- False when the task is no longer there.
 local function undelay(task, woken)
-  local stored = redis.call('HGET', '$DELAYED_DATA', task)
-  redis.call('ZREM', '$DELAYED', task)
-  if not stored then return false end
-  redis.call('HDEL', '$DELAYED_DATA', task)
-  local header_end = string.find(stored, '\n', 1, true)
-  local header = string.sub(stored, 1, header_end - 1)
-  local stream, since, deaths = string.match(header, '^(%S+) %S+ (%S+) ?(%d*)$')
-  enqueue(stream, string.sub(stored, header_end + 1), since, tonumber(deaths), woken)
+  local stream, _, since, deaths, data = take_delayed(task)
+  if not stream then return false end
+  enqueue(stream, data, since, deaths, woken)
   return true
 end

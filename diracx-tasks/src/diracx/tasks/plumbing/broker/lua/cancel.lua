@@ -6,7 +6,8 @@
 --   marked = 1, when we have marked it before; no mark then means that the worker that had it has settled it
 --   known  = 1, once its message was looked at, and then:
 --   result, group, collected, outcome, as in settle.lua;
---   stream, entry: where it was found).
+--   stream, entry: where it was found,
+--   waiting = 1, if it is to be cancelled only as long as it waits there).
 -- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
 -- #include _time _locks _queue _wake _groups _cancel _schedules
@@ -33,12 +34,13 @@ end
 for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
   local stored = redis.call('HGET', '$DELAYED_DATA', t.task)
   local there = t.entry and redis.call('XRANGE', t.stream, t.entry, t.entry)[1]
-  if stored then
+  if t.waiting and not there then
+    replies[position] = {'', ''}
+  elseif stored and not t.waiting then
     local header_end = string.find(stored, '\n', 1, true)
     local reason = string.match(string.sub(stored, 1, header_end - 1), '^%S+ (%S+)')
     if t.known then
-      redis.call('ZREM', '$DELAYED', t.task)
-      redis.call('HDEL', '$DELAYED_DATA', t.task)
+      take_delayed(t.task)
       finish(t)
       replies[position] = {reason, ''}
     else
@@ -53,6 +55,8 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       local woken = field_of(there[2], 'woken')
       if woken then hand_on(woken, t.task) end
       replies[position] = {'queued', ''}
+    elseif t.waiting then
+      replies[position] = {'', ''}
     else
       mark(t.task)
       replies[position] = {'running', ''}

@@ -51,7 +51,7 @@ for position, d in ipairs(deliveries) do
       local due = again / 1000
       redis.call('PEXPIRE', waiting, int(due - now / 1000 + 2 * d.retry_ms))
       remove(d.stream, d.entry)
-      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths)
+      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths, lock.key)
       pass_on(d.locks, refusing, d.task)
       replies[position] = {0, refusing, int(math.ceil(due))}
     end

@@ -1,0 +1,382 @@
+"""How what goes on looks in a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .errors import mask, one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from ..monitor import (
+        DelayedTask,
+        Failure,
+        Holder,
+        Lock,
+        Page,
+        Queue,
+        QueuedTask,
+        RunningTask,
+        Snapshot,
+        TaskStats,
+        Worker,
+    )
+
+_WIDTH_WITHOUT_TERMINAL = 200
+_LONGEST_ARGUMENTS = 60
+_LONGEST_ERROR = 80
+
+
+# --- pieces -------------------------------------------------------------------------------------------------
+
+
+def masked(value: Any) -> Any:
+    """JSON without the passwords of URLs."""
+    if isinstance(value, dict):
+        return {name: masked(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [masked(each) for each in value]
+    return mask(value) if isinstance(value, str) else value
+
+
+def age(seconds: float | None) -> str:
+    """A time for reading: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
+    if seconds is None:
+        return "-"
+    seconds = max(0.0, seconds)
+    for length, unit in ((86400, "d"), (3600, "h")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"
+
+
+def since(moment: datetime | None) -> str:
+    """How long ago that was."""
+    return "-" if moment is None else age((datetime.now(UTC) - moment).total_seconds())
+
+
+def _size(number: int | None) -> str:
+    return "-" if number is None else f"{number / (1 << 20):,.0f} MiB"
+
+
+def _rate(per_second: float | None) -> str:
+    return "-" if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
+
+
+def clean(text: str) -> str:
+    """On one line, without passwords, and without what would steer the terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in one_line(text))
+
+
+def _short(text: str, longest: int) -> str:
+    line = clean(text)
+    return line if len(line) <= longest else line[:longest] + "…"
+
+
+def _arguments(arguments: dict[str, Any] | None) -> str:
+    if arguments is None:
+        return "-"
+    shown = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
+    return _short(shown, _LONGEST_ARGUMENTS)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(
+            column,
+            overflow="fold",
+            no_wrap=position == 0 or column in right,
+            justify="right" if column in right else "left",
+        )
+    for first, *others in rows:
+        table.add_row(Text(clean(first), style="cyan"), *(Text(clean(other)) for other in others))
+    return table
+
+
+def _print(table: Table, nothing: str, page: Page[Any] | None = None) -> None:
+    if table.row_count:
+        _console().print(table)
+    else:
+        typer.echo(nothing, err=True)
+    if page is not None and page.after is not None:
+        typer.echo(f"there may be more: --limit, or --after '{clean(page.after)}'", err=True)
+
+
+# --- status -------------------------------------------------------------------------------------------------
+
+
+async def show_status(look: Callable[[], Awaitable[Snapshot]], every: float | None, as_json: bool) -> None:
+    """Show a snapshot, or (`every` so many seconds) one after another."""
+    if as_json:
+        while True:
+            seen = await look()
+            typer.echo(json.dumps(status_json(seen), indent=2 if every is None else None))
+            if every is None:
+                return
+            await asyncio.sleep(every)
+    console = _console()
+    if every is None or not console.is_terminal:
+        while True:
+            console.print(render_status(await look()))
+            if every is None:
+                return
+            await asyncio.sleep(every)
+    from rich.live import Live
+
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(render_status(await look()), refresh=True)
+            await asyncio.sleep(every)
+
+
+def status_json(seen: Snapshot) -> dict[str, Any]:
+    """A snapshot with the lines about what is wrong."""
+    from ..monitor import troubles
+
+    shown: dict[str, Any] = masked({**seen.as_json(), "troubles": troubles(seen)})
+    return shown
+
+
+def render_status(seen: Snapshot) -> RenderableType:
+    """A page: what is wrong, and what there is."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from ..monitor import troubles
+
+    alive = [worker for worker in seen.workers if worker.alive]
+    slots = sum(worker.slots or 0 for worker in alive)
+    used = sum(worker.slots_used or 0 for worker in alive)
+    limit = "" if seen.memory_limit_bytes is None else f" of {_size(seen.memory_limit_bytes)}"
+    delayed = ", ".join(f"{number} {_WHY[reason]}" for reason, number in seen.delayed.items() if number)
+    wrong = troubles(seen)
+    lines: list[RenderableType] = [
+        Text(f"{seen.at:%Y-%m-%d %H:%M:%S} UTC", style="bold"),
+        *([Text(f"! {clean(line)}", style="bold red") for line in wrong] or [Text("all is well", style="green")]),
+        Text(),
+        _queue_table(seen.queues),
+        Text(),
+        Text(f"workers      {len(alive)}, {used} of {slots} slots in use"),
+        Text(f"delayed      {delayed or 'nothing'}"),
+        Text(f"schedules    {seen.schedules}, {'a scheduler leads' if seen.scheduler_leads else 'nobody leads'}"),
+        Text(f"groups       {seen.groups} have not called back"),
+        Text(f"Redis        {_size(seen.memory_bytes)}{limit}"),
+    ]
+    return Group(*lines)
+
+
+_WHY = {
+    "at_time": "until their time",
+    "retry": "for a retry",
+    "lock": "behind locks",
+    "rate": "for quota",
+}
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def _queue_table(queues: Sequence[Queue]) -> Table:
+    return _table(
+        ("queue", "waiting", "oldest", "running", "in/s", "out/s"),
+        [
+            (
+                queue.name,
+                f"{queue.backlog:,}",
+                age(queue.oldest_waiting_seconds),
+                f"{queue.running:,}",
+                _rate(queue.in_per_second),
+                _rate(queue.out_per_second),
+            )
+            for queue in queues
+        ],
+        right=("waiting", "oldest", "running", "in/s", "out/s"),
+    )
+
+
+def print_queues(queues: Sequence[Queue]) -> None:
+    """One line for each."""
+    _print(_queue_table(queues), "no queues")
+
+
+def print_workers(workers: Sequence[Worker]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            worker.name,
+            worker.size or "-",
+            "-" if worker.slots is None else f"{worker.slots_used} of {worker.slots}",
+            "alive" if worker.alive else "dead",
+            since(worker.seen),
+            since(worker.started),
+            _size(worker.memory_bytes),
+            worker.version or "-",
+        )
+        for worker in workers
+    ]
+    columns = ("worker", "size", "slots in use", "state", "last report", "up for", "memory", "version")
+    _print(_table(columns, rows, right=("slots in use", "last report", "up for", "memory")), "no worker runs")
+
+
+def print_running(page: Page[RunningTask]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            task.task_name,
+            task.task_id,
+            since(task.since),
+            str(task.attempt) + (f" (delivery {task.deliveries})" if task.deliveries > 1 else ""),
+            task.vo or "-",
+            task.worker,
+            _arguments(task.arguments),
+            ", ".join(task.locks) or "-",
+        )
+        for task in page.items
+    ]
+    columns = ("task", "task id", "for", "attempt", "VO", "worker", "arguments", "locks")
+    _print(_table(columns, rows, right=("for",)), "nothing runs (workers report every 5 s)", page)
+
+
+def print_queued(page: Page[QueuedTask]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            task.task_name or "(no task)",
+            task.task_id or task.entry,
+            since(task.waiting_since),
+            str(task.attempt),
+            _arguments(task.arguments),
+        )
+        for task in page.items
+    ]
+    columns = ("task", "task id", "waits for", "attempt", "arguments")
+    _print(_table(columns, rows, right=("waits for",)), "nothing waits", page)
+
+
+def print_delayed(page: Page[DelayedTask]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            task.task_name or "(no task)",
+            task.task_id,
+            task.reason,
+            f"{task.due:%Y-%m-%d %H:%M:%S}",
+            task.queue,
+            _arguments(task.arguments),
+            task.lock or _short(task.last_error or "-", _LONGEST_ERROR),
+        )
+        for task in page.items
+    ]
+    columns = ("task", "task id", "why", "due (UTC)", "queue", "arguments", "lock, or last error")
+    _print(_table(columns, rows, right=("due (UTC)",)), "nothing is delayed", page)
+
+
+def print_stats(stats: Sequence[TaskStats]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            each.task_name,
+            f"{each.done:,}",
+            f"{each.failed:,}",
+            "-" if each.failure_rate is None else f"{each.failure_rate:.1%}",
+            f"{each.retried:,}",
+            f"{each.dead:,}",
+            *(age(value) for value in (each.run.p50_seconds, each.run.p95_seconds, each.run.p99_seconds)),
+            *(age(value) for value in (each.queue.p50_seconds, each.queue.p95_seconds)),
+        )
+        for each in stats
+    ]
+    columns = ("task", "done", "failed", "rate", "retried", "dead")
+    times = ("run p50", "p95", "p99", "queue p50", "queue p95")
+    _print(_table((*columns, *times), rows, right=(*columns[1:], *times)), "nothing has ended in this time")
+
+
+def print_failures(failures: Sequence[Failure]) -> None:
+    """Each with its traceback, the newest last."""
+    for failure in reversed(failures):
+        where = f"{failure.at:%Y-%m-%d %H:%M:%S} on {failure.worker}, attempt {failure.attempt}, {failure.outcome}"
+        typer.echo("")
+        typer.echo(clean(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
+        for line in mask(failure.traceback or f"{failure.type}: {failure.message}").splitlines():
+            typer.echo("  " + "".join(letter if letter.isprintable() else "�" for letter in line))
+
+
+def _quota(lock: Lock) -> str:
+    limit = "" if lock.limit is None else f" of {lock.limit}"
+    window = "" if lock.window_seconds is None else f" in {age(lock.window_seconds)}"
+    return f"{lock.held}{limit}{window}"
+
+
+def _holder(holder: Holder) -> str:
+    if holder.task_id is not None:
+        return f"{holder.task_name} {holder.task_id}"
+    return f"a task of {holder.worker}" if holder.worker is not None else "somebody outside the task system"
+
+
+def _remaining(moment: datetime | None) -> str:
+    return "-" if moment is None else f"in {age((moment - datetime.now(UTC)).total_seconds())}"
+
+
+def print_locks(page: Page[Lock]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            lock.key,
+            lock.kind,
+            _quota(lock),
+            str(lock.waiters),
+            _remaining(lock.expires),
+            ", ".join(_holder(holder) for holder in lock.holders[:3])
+            + (f" and {lock.held - 3} more" if len(lock.holders) > 3 else "")
+            or "-",
+        )
+        for lock in page.items
+    ]
+    columns = ("lock", "kind", "held", "waiting", "ends, unless renewed", "held by")
+    _print(_table(columns, rows, right=("held", "waiting")), "no locks", page)
+
+
+def print_lock(lock: Lock) -> None:
+    """All about one."""
+    typer.echo(f"{'lock':<11} {clean(lock.key)}")
+    typer.echo(f"{'kind':<11} {lock.kind}")
+    typer.echo(f"{'held':<11} {_quota(lock)}")
+    typer.echo(f"{'waiting':<11} {lock.waiters}")
+    if lock.held:
+        typer.echo(f"{'ends':<11} {_remaining(lock.expires)}, unless it is renewed")
+    for holder in lock.holders:
+        until = "" if holder.until is None else f", until {_remaining(holder.until)}"
+        where = "" if holder.worker is None else f" on {holder.worker}"
+        typer.echo(f"{'held by':<11} {clean(_holder(holder) + where)}{until}")
+
+
+def hit(holder: Holder) -> str:
+    """What a release does to a holder."""
+    if holder.worker is None:
+        return "held by somebody outside the task system, who will not be told"
+    if holder.task_id is None:
+        return f"held by a task of worker {holder.worker}, which has not reported it yet: it will be cancelled"
+    return f"held by {holder.task_name} {holder.task_id} on {holder.worker}: it will be cancelled"

@@ -1,0 +1,186 @@
+"""`status`, `workers`, `running` and `tasks stats`: what goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from .errors import UsageProblem, explained_redis
+from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+_Answer = TypeVar("_Answer")
+
+LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="At most so many.")]
+AfterOption = Annotated[
+    str | None, typer.Option("--after", metavar="PLACE", help="Read on: the `after` of the page before (--json).")
+]
+
+
+class Window(StrEnum):
+    """Over which time is counted."""
+
+    HOUR = "hour"
+    DAY = "day"
+
+
+def ask(
+    redis_url: str | None, redis_url_file: str | None, question: Callable[[Redis], Awaitable[_Answer]]
+) -> _Answer:
+    """Put a question to the server.
+
+    Raises:
+        CliError: when the server cannot be reached, or refuses.
+        UsageProblem: for what the question finds wrong with its own words (a ValueError).
+    """
+    from .connection import open_broker
+
+    url = resolve_redis_url(redis_url, redis_url_file)
+
+    async def put() -> _Answer:
+        async with open_broker(url) as broker:
+            with explained_redis(url):
+                try:
+                    return await question(broker.redis)
+                except ValueError as error:
+                    raise UsageProblem(str(error)) from error
+
+    return asyncio.run(put())
+
+
+def print_json(value: Any) -> None:
+    """As JSON, passwords of URLs masked."""
+    from ..monitor import as_json
+    from .monitor_view import masked
+
+    typer.echo(json.dumps(masked(as_json(value)), indent=2))
+
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C; with --json, a line each time.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="With --watch: how often.")] = 2.0,
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """Show how the system is: what somebody should look at, the queues, workers, what is delayed.
+
+    Costs the server less than a submission, however much is queued. Exits with 0 even when something is wrong.
+
+    Example: diracx-task-run status --watch
+    """
+    from .connection import open_broker
+    from .monitor_view import show_status
+
+    url = resolve_redis_url(redis_url, redis_url_file)
+
+    async def show() -> None:
+        from ..monitor import snapshot
+
+        async with open_broker(url) as broker:
+            with explained_redis(url):
+                await show_status(lambda: snapshot(broker.redis), every if watch else None, as_json)
+
+    try:
+        asyncio.run(show())
+    except KeyboardInterrupt:
+        if not watch:
+            raise
+
+
+def workers(
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """List the workers: size, slots in use, since when they run, when they last reported, memory.
+
+    A worker that lives and does not report has a task that blocks it. One whose lease has ended is dead.
+
+    Example: diracx-task-run workers --json
+    """
+    from .. import monitor
+    from .monitor_view import print_workers
+
+    found = ask(redis_url, redis_url_file, monitor.workers)
+    if as_json:
+        print_json(found)
+    else:
+        print_workers(found)
+
+
+def running(
+    limit: LimitOption = 100,
+    after: AfterOption = None,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """List what runs, longest first: since when, which attempt, where, with which locks and arguments.
+
+    Workers report every 5 s, and at most 200 tasks each. Secret arguments are shown as •••.
+
+    Example: diracx-task-run running --limit 20
+    """
+    from .. import monitor
+    from .monitor_view import print_running
+    from .tasks import load_registry
+
+    registry = load_registry(module)
+    page = ask(
+        redis_url,
+        redis_url_file,
+        lambda redis: monitor.running(redis, limit, after, registry=registry),
+    )
+    if as_json:
+        print_json(page)
+    else:
+        print_running(page)
+
+
+tasks = typer.Typer(help="Look at classes of tasks.", no_args_is_help=True)
+
+
+@tasks.command("stats")
+def stats(
+    window: Annotated[Window, typer.Option(help="Over the last hour, or the last day.")] = Window.HOUR,
+    failures: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show the last N failures as well, with their tracebacks.")
+    ] = 0,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="Only this one: category:ClassName.")
+    ] = None,
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """Show how each class of tasks did: done, failed, retried, dead, run time and time in the queue.
+
+    Times are percentiles, at most 19 % too high. Time in the queue includes waiting for locks.
+
+    Example: diracx-task-run tasks stats --window day --failures 3
+    """
+    from .. import monitor
+    from .monitor_view import print_failures, print_stats
+
+    async def look(redis: Redis) -> Any:
+        counted = [each for each in await monitor.stats(redis, window.value) if task in (None, each.task_name)]
+        failed = await monitor.failures(redis, failures, task_name=task) if failures else monitor.Page(items=[])
+        return counted, failed.items
+
+    counted, failed = ask(redis_url, redis_url_file, look)
+    if as_json:
+        print_json({"stats": counted, "failures": failed})
+        return
+    print_stats(counted)
+    print_failures(failed)

@@ -1,0 +1,73 @@
+"""Everything an operator can see, read so that it never slows the system, and the few things he can do there."""
+
+from __future__ import annotations
+
+from ..plumbing.broker.groups import list_groups as groups
+from ..plumbing.secrets import MASK
+from .actions import purge, release_lock
+from .counted import failures, history, stats
+from .locks import lock, locks
+from .masking import masked_arguments
+from .models import (
+    DELAY_REASONS,
+    DelayedTask,
+    DelayReason,
+    Distribution,
+    Failure,
+    Holder,
+    Lock,
+    LockKind,
+    Page,
+    Point,
+    Queue,
+    QueuedTask,
+    Released,
+    RunningTask,
+    Snapshot,
+    TaskStats,
+    Window,
+    Worker,
+    as_json,
+)
+from .processes import running, workers
+from .queued import delayed, peek, queues, snapshot
+from .troubles import troubles
+
+__all__ = [
+    "DELAY_REASONS",
+    "MASK",
+    "DelayReason",
+    "DelayedTask",
+    "Distribution",
+    "Failure",
+    "Holder",
+    "Lock",
+    "LockKind",
+    "Page",
+    "Point",
+    "Queue",
+    "QueuedTask",
+    "Released",
+    "RunningTask",
+    "Snapshot",
+    "TaskStats",
+    "Window",
+    "Worker",
+    "as_json",
+    "delayed",
+    "failures",
+    "groups",
+    "history",
+    "lock",
+    "locks",
+    "masked_arguments",
+    "peek",
+    "purge",
+    "queues",
+    "release_lock",
+    "running",
+    "snapshot",
+    "stats",
+    "troubles",
+    "workers",
+]

@@ -1,0 +1,68 @@
+"""What an operator can do beside looking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.broker import scripts
+from ..plumbing.broker.cancel import cancel_waiting
+from .locks import lock
+from .models import Lock, Released
+from .places import PAGE, entry_parts, streams_of_queue, text, waiting_entries
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+
+async def purge(redis: Redis, queue: str) -> int:
+    """Cancel all tasks that wait in a queue (`{priority}:{size}`). Returns how many.
+
+    What runs goes on, and so does what comes in meanwhile. The groups of the tasks, and whoever waits for their
+    results, hear that they were cancelled.
+
+    Raises:
+        ValueError: when there is no such queue.
+    """
+    number = 0
+    for stream in streams_of_queue(queue):
+        newest: Any = await redis.xrevrange(stream, count=1)
+        if not newest:
+            continue
+        last, after = entry_parts(text(newest[0][0])), None
+        while entries := [
+            (entry, fields.get(b"data", b""))
+            for entry, fields in await waiting_entries(redis, stream, after, PAGE)
+            if entry_parts(entry) <= last
+        ]:
+            number += await cancel_waiting(redis, stream, entries)
+            after = entries[-1][0]
+    return number
+
+
+async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = None) -> Released:
+    """Take a lock away from those who hold it, and wake who waits for it.
+
+    A task that loses its lock is cancelled when its worker next renews it, a third of a lease later at most, and
+    counts as failed. The spent quota of a rate limiter comes back; tasks that wait for it come at their time.
+
+    Args:
+        owners: only from these, as somebody saw them (`Holder.owner`); None: from all who hold it now.
+
+    Raises:
+        ValueError: when the key is not that of a lock.
+    """
+    found = await lock(redis, key)
+    if found is None:
+        return Released(key=key, released=0)
+    if found.kind == "rate":
+        deleted = await redis.delete(key)
+        return Released(key=key, released=found.held if deleted else 0)
+    hit = [holder for holder in found.holders if owners is None or holder.owner in owners]
+    released = await scripts.release(redis, [_spec(found, holder.owner) for holder in hit]) if hit else 0
+    return Released(key=key, released=released, hit=hit)
+
+
+def _spec(found: Lock, owner: str) -> dict[str, Any]:
+    spec: dict[str, Any] = {"kind": found.kind, "key": found.key, "owner": owner}
+    return spec if found.limit is None else {**spec, "limit": found.limit}

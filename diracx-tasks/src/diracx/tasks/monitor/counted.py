@@ -1,0 +1,145 @@
+"""What ended, counted by task, minute and hour; and the failures among it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from ..plumbing.broker import keys
+from ..plumbing.histogram import end_of_bucket
+from ..plumbing.wire import loads
+from .models import Distribution, Failure, Page, Point, TaskStats, Window
+from .places import as_mapping, moment, server_time, text
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: Prefix, length of a bucket (s), number of full buckets before the present one.
+_WINDOWS: dict[str, tuple[str, int, int]] = {
+    "hour": (keys.MINUTE_PREFIX, 60, 60),
+    "day": (keys.HOUR_PREFIX, 3600, 24),
+}
+_FAILURES_READ = 100
+
+
+async def stats(redis: Redis, window: Window = "hour") -> list[TaskStats]:
+    """How each class of tasks did over the last hour (by the minute) or day (by the hour), by name.
+
+    Raises:
+        ValueError: when there is no such window.
+    """
+    sums: dict[str, dict[str, float]] = {}
+    for bucket in (await _buckets(redis, window)).values():
+        for name, counters in bucket.items():
+            total = sums.setdefault(name, {})
+            for counter, number in counters.items():
+                total[counter] = total.get(counter, 0) + number
+    return [_stats(name, sums[name]) for name in sorted(sums)]
+
+
+async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, float]]]:
+    """Number of the bucket -> task -> counter -> number."""
+    if window not in _WINDOWS:
+        raise ValueError(f"there is no window {window!r}; there are {' and '.join(_WINDOWS)}")
+    prefix, seconds, number = _WINDOWS[window]
+    present = int(await server_time(redis)) // seconds
+    buckets = list(range(present - number, present + 1))
+    async with redis.pipeline(transaction=False) as pipe:
+        for bucket in buckets:
+            pipe.execute_command("HGETALL", f"{prefix}{bucket}")
+        replies = await pipe.execute()
+    return {
+        bucket: {text(name): msgpack.unpackb(packed) for name, packed in as_mapping(reply).items()}
+        for bucket, reply in zip(buckets, replies, strict=True)
+    }
+
+
+def _stats(name: str, sums: Mapping[str, float]) -> TaskStats:
+    done, failed = int(sums.get("done", 0)), int(sums.get("failed", 0))
+    attempts = done + failed
+    return TaskStats(
+        task_name=name,
+        done=done,
+        failed=failed,
+        retried=int(sums.get("retried", 0)),
+        dead=int(sums.get("dead", 0)),
+        failure_rate=failed / attempts if attempts else None,
+        run=_distribution(sums, "r", "run"),
+        queue=_distribution(sums, "q", "queue"),
+    )
+
+
+def _distribution(sums: Mapping[str, float], letter: str, total: str) -> Distribution:
+    histogram = sorted(
+        (int(counter[1:]), int(number))
+        for counter, number in sums.items()
+        if counter[0] == letter and counter[1:].isdigit()
+    )
+    count = sum(number for _, number in histogram)
+
+    def percentile(share: float) -> float | None:
+        passed = 0
+        for bucket, number in histogram:
+            passed += number
+            if passed >= share * count:
+                return end_of_bucket(bucket)
+        return None
+
+    return Distribution(
+        count=count,
+        mean_seconds=sums[total] / count if count else None,
+        p50_seconds=percentile(0.5),
+        p95_seconds=percentile(0.95),
+        p99_seconds=percentile(0.99),
+    )
+
+
+async def history(redis: Redis) -> list[Point]:
+    """The past hour, minute by minute, oldest first: for charts."""
+    ended = await _buckets(redis, "hour")
+    minutes = list(ended)
+    async with redis.pipeline(transaction=False) as pipe:
+        for minute in minutes:
+            pipe.execute_command("HGETALL", f"{keys.FLOW_PREFIX}{minute}")
+        replies = await pipe.execute()
+    flows = [{text(name): int(value) for name, value in as_mapping(reply).items()} for reply in replies]
+    points = []
+    for position, minute in enumerate(minutes):
+        flow, following = flows[position], flows[position + 1] if position + 1 < len(flows) else {}
+        submitted = None
+        if "at" in flow and "at" in following:
+            submitted = max(0, _sum(following, " added") - _sum(flow, " added"))
+        points.append(
+            Point(
+                at=moment(60 * minute),
+                submitted=submitted,
+                done=int(sum(counters.get("done", 0) for counters in ended[minute].values())),
+                failed=int(sum(counters.get("failed", 0) for counters in ended[minute].values())),
+                backlog=_sum(flow, " length") if "at" in flow else None,
+            )
+        )
+    return points
+
+
+def _sum(flow: Mapping[str, int], suffix: str) -> int:
+    return sum(value for name, value in flow.items() if name.endswith(suffix))
+
+
+async def failures(
+    redis: Redis, limit: int = 100, after: str | None = None, *, task_name: str | None = None
+) -> Page[Failure]:
+    """Failed attempts, newest first. The last 500 or so are kept, for a week."""
+    found: list[Failure] = []
+    begin = "+" if after is None else f"({after}"
+    while len(found) <= limit:
+        entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
+        for entry, fields in entries:
+            failure = loads(fields[b"data"])
+            if task_name is None or failure["task_name"] == task_name:
+                found.append(Failure(**{**failure, "id": text(entry), "at": moment(failure["at"])}))
+            begin = f"({text(entry)}"
+        if len(entries) < _FAILURES_READ:
+            break
+    return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)

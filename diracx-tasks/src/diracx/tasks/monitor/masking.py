@@ -1,0 +1,59 @@
+"""Arguments as anybody may see them: what a task declares to be secret is not shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.arguments import field_names, secret_positions
+from ..plumbing.broker.models import LABEL_SECRET
+from ..plumbing.secrets import MASK
+from .models import as_json
+
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.broker.models import TaskMessage
+
+#: Labels that are the task system's own, and shown in other ways.
+_OWN_LABELS = frozenset({"attempts", LABEL_SECRET})
+
+
+def masked_arguments(task_class: type[BaseTask] | None, message: TaskMessage) -> dict[str, Any]:
+    """The arguments by name (by position, from `0`, where the class is not known), secret ones as `•••`.
+
+    Secret is what the class names in `secret_fields`, or what the message says, which was submitted where the
+    class was known.
+    """
+    positional, named = masked(task_class, message)
+    names = () if task_class is None else field_names(task_class)
+    shown = {
+        names[position] if position < len(names) else str(position): value
+        for position, value in enumerate(positional)
+    }
+    arguments: dict[str, Any] = as_json({**shown, **named})
+    return arguments
+
+
+def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and named arguments, secret ones as `•••`."""
+    said = message.labels.get(LABEL_SECRET)
+    positions = {each for each in said if type(each) is int} if isinstance(said, list | tuple) else set()
+    names: frozenset[str] = frozenset()
+    if task_class is not None:
+        positions.update(secret_positions(task_class))
+        names = task_class.secret_fields
+    positional = [MASK if position in positions else value for position, value in enumerate(message.task_args)]
+    # Named arguments are rare (`submit_task` takes them). Where the class is not known and has secrets, all are.
+    all_named = task_class is None and bool(positions)
+    return positional, {
+        str(name): MASK if all_named or name in names else value for name, value in message.task_kwargs.items()
+    }
+
+
+def has_secrets(message: TaskMessage) -> bool:
+    """Whether the message says that some of its arguments are secret."""
+    return LABEL_SECRET in message.labels
+
+
+def shown_labels(message: TaskMessage) -> dict[str, Any]:
+    """The labels that were given to the task."""
+    return {name: value for name, value in message.labels.items() if name not in _OWN_LABELS}

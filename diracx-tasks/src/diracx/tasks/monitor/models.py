@@ -1,0 +1,305 @@
+"""What an operator sees: plain values, each with its unit, and each of them as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import datetime
+from math import isfinite
+from typing import Any, Generic, Literal, TypeVar
+
+_Item = TypeVar("_Item")
+
+#: Why a task is not in its queue.
+DelayReason = Literal["at_time", "retry", "lock", "rate"]
+DELAY_REASONS: tuple[DelayReason, ...] = ("at_time", "retry", "lock", "rate")
+LockKind = Literal["mutex", "exclusive", "shared", "concurrency", "rate"]
+Window = Literal["hour", "day"]
+
+
+def as_json(value: Any) -> Any:
+    """A value of this package as JSON has it: moments are ISO 8601, what JSON does not know is text."""
+    shown: Any
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
+        shown = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        shown = {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+    elif isinstance(value, datetime):
+        shown = value.isoformat(timespec="milliseconds")
+    elif isinstance(value, dict):
+        shown = {str(name): as_json(each) for name, each in value.items()}
+    elif isinstance(value, list | tuple | set | frozenset):
+        shown = [as_json(each) for each in value]
+    else:
+        shown = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+    return shown
+
+
+class _Shown:
+    """What can be shown."""
+
+    __slots__ = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, for `json.dumps`."""
+        shown: dict[str, Any] = as_json(self)
+        return shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(_Shown, Generic[_Item]):
+    """A part of a list."""
+
+    items: list[_Item]
+    after: str | None = None
+    """To be given for the next page; None: this was the last one. A page may be empty and not the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue(_Shown):
+    """One of the nine queues."""
+
+    name: str
+    """`{priority}:{size}`."""
+    priority: str
+    size: str
+    backlog: int
+    """Tasks that could run and wait for a worker."""
+    running: int
+    """Tasks in the hands of workers."""
+    oldest_waiting_seconds: float | None
+    """For how long the first of the backlog has been waiting; None without a backlog."""
+    in_per_second: float | None
+    """New tasks, retries and tasks that became due, over the last minutes; None when no worker reports."""
+    out_per_second: float | None
+    """Executions that ended, likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker(_Shown):
+    """A worker process. What only a report can tell is None before the first one."""
+
+    name: str
+    """`{host}:{pid}:{random}`."""
+    host: str
+    pid: int
+    alive: bool
+    """Whether its lease holds."""
+    lease_until: datetime | None
+    size: str | None = None
+    slots: int | None = None
+    slots_used: int | None = None
+    started: datetime | None = None
+    memory_bytes: int | None = None
+    """Resident memory of the process."""
+    version: str | None = None
+    """Of diracx-tasks."""
+    seen: datetime | None = None
+    """Its last report; workers report every 5 s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningTask(_Shown):
+    """An execution, as its worker reported it within the last seconds."""
+
+    task_id: str
+    task_name: str
+    vo: str | None
+    queue: str
+    """`{priority}:{size}`."""
+    attempt: int
+    """1 for the first."""
+    deliveries: int
+    """How often it was handed out: more than once means that a worker died with it."""
+    since: datetime
+    worker: str
+    locks: list[str] = field(default_factory=list)
+    """Redis keys of the locks it holds."""
+    arguments: dict[str, Any] | None = None
+    """Masked; None when the task has ended meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DelayedTask(_Shown):
+    """A task that is put aside: until a time, for a retry, or because a lock is not to be had."""
+
+    task_id: str
+    task_name: str
+    queue: str
+    reason: DelayReason
+    due: datetime
+    """When it is looked at again; a lock that is given back brings it sooner."""
+    waiting_since: datetime | None
+    """When it was first refused by a lock."""
+    lock: str | None
+    """The lock that refused it (Redis key), for the reasons `lock` and `rate`."""
+    failed_attempts: int = 0
+    last_error: str | None = None
+    """Type and message of the last failed attempt."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Masked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedTask(_Shown):
+    """A task that waits for a worker."""
+
+    task_id: str
+    """Empty for an entry that is no task."""
+    task_name: str
+    queue: str
+    stream: str
+    """The Redis stream: that of new tasks, or that of those whose turn has come."""
+    entry: str
+    """Id of its stream entry."""
+    waiting_since: datetime
+    attempt: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Masked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder(_Shown):
+    """Whoever holds a lock."""
+
+    owner: str
+    """The name under which it is held."""
+    until: datetime | None = None
+    """When it ends unless it is renewed; None for a reader, and with a mutex: see `Lock.expires`."""
+    worker: str | None = None
+    """None for a lock that is held outside the task system."""
+    task_id: str | None = None
+    """None as well until its worker has reported the task (5 s)."""
+    task_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock(_Shown):
+    """A lock or limiter, and who has to do with it."""
+
+    key: str
+    """The Redis key."""
+    kind: LockKind
+    """`shared` for a readers-writer lock that is read, `exclusive` for one that is written."""
+    held: int
+    """Number of holders; with a rate limiter, units of quota spent within the window."""
+    waiters: int
+    """Tasks in line for it."""
+    holders: list[Holder] = field(default_factory=list)
+    """At most 100 of them; none for a rate limiter, whose quota nobody holds."""
+    limit: int | None = None
+    """Of a limiter, as the last task that asked for it knew it; None when none did lately."""
+    window_seconds: float | None = None
+    """Of a rate limiter."""
+    expires: datetime | None = None
+    """When it ends by itself unless it is renewed; None: never, or it is not held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution(_Shown):
+    """Times, from a histogram of logarithmic buckets: a percentile is at most 19 % too high."""
+
+    count: int
+    mean_seconds: float | None
+    p50_seconds: float | None
+    p95_seconds: float | None
+    p99_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStats(_Shown):
+    """How a class of tasks did over the last hour or day."""
+
+    task_name: str
+    done: int
+    """Executions that succeeded."""
+    failed: int
+    """Attempts that failed."""
+    retried: int
+    """Failed attempts that are followed by another one."""
+    dead: int
+    """Tasks that were put with the dead letters."""
+    failure_rate: float | None
+    """Failed attempts by all attempts, 0 to 1; None without an attempt."""
+    run: Distribution
+    """Run time of attempts."""
+    queue: Distribution
+    """Time from submission (or from when it was due) to the beginning of the attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure(_Shown):
+    """A failed attempt."""
+
+    id: str
+    """Also the place to read on from."""
+    at: datetime
+    task_id: str
+    task_name: str
+    vo: str | None
+    type: str
+    message: str
+    traceback: str
+    """Its end, shortened."""
+    attempt: int
+    worker: str
+    outcome: Literal["retried", "dead", "dropped", "cancelled"]
+    """What became of the task: `dead` is with the dead letters, `dropped` is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point(_Shown):
+    """A minute of the past hour, over all queues."""
+
+    at: datetime
+    """Its beginning."""
+    submitted: int | None
+    """Entries into queues; None when nobody reported at its beginning and at its end."""
+    done: int
+    failed: int
+    backlog: int | None
+    """Queued and running at its beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(_Shown):
+    """The whole system at one moment."""
+
+    at: datetime
+    """By the server's clock."""
+    queues: list[Queue]
+    """All nine, most urgent first."""
+    workers: list[Worker]
+    delayed: dict[str, int]
+    """Number of tasks by reason: `at_time`, `retry`, `lock`, `rate`."""
+    overdue: int
+    """Delayed tasks that should have been moved to their queue more than 10 s ago: nobody does it."""
+    schedules: int
+    """Schedules with a next run."""
+    schedules_late: int
+    """Those whose next run is more than 10 s overdue, and that are not paused: no scheduler works."""
+    schedule_lateness_seconds: float
+    """How much the run of a schedule is overdue at the moment, the worst of them."""
+    delayed_lateness_seconds: float
+    """The same of delayed tasks."""
+    scheduler_leads: bool
+    """Whether there is a leading scheduler."""
+    groups: int
+    """Callback groups that have not called back."""
+    dead_letters_waiting: int
+    """Dead letters in Redis, that wait for a worker with a database."""
+    memory_bytes: int | None
+    """Used by the server; None where its user may not ask."""
+    memory_limit_bytes: int | None
+    """None: no limit is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released(_Shown):
+    """What `release_lock` did."""
+
+    key: str
+    released: int
+    """Holds that were given back; with a rate limiter, units of quota."""
+    hit: list[Holder] = field(default_factory=list)
+    """Whose hold that was. A task among them is cancelled when its worker next renews its locks, and counts as
+    failed."""

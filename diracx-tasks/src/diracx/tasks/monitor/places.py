@@ -1,0 +1,101 @@
+"""Where tasks are, and how their entries are read: what the other modules of this package share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.broker import keys
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..plumbing.base_task import BaseTask
+
+Registry = Mapping[str, "type[BaseTask]"]
+
+#: Entries that are read with one command.
+PAGE = 200
+
+
+def queue_of(stream: str) -> str:
+    """`{priority}:{size}` of a stream."""
+    return ":".join(stream.split(":")[2:4])
+
+
+def streams_of_queue(queue: str) -> list[str]:
+    """The streams of a queue, in the order in which workers look into them.
+
+    Raises:
+        ValueError: when there is no such queue.
+    """
+    for stream in keys.ALL_STREAM_NAMES:
+        if queue_of(stream) == queue:
+            return [stream + keys.HANDOVER, stream]
+    known = ", ".join(queue_of(stream) for stream in keys.ALL_STREAM_NAMES)
+    raise ValueError(f"there is no queue {queue!r}; the queues are {known}")
+
+
+def moment(seconds: float) -> datetime:
+    """A moment from seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def text(value: Any) -> str:
+    """What the server says, as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def as_mapping(reply: Any) -> dict[Any, Any]:
+    """A hash, in whatever protocol it came."""
+    if isinstance(reply, Mapping):
+        return dict(reply)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def scored(reply: Any) -> list[tuple[Any, float]]:
+    """Members and scores, in whatever protocol they came."""
+    if reply and isinstance(reply[0], list | tuple):
+        return [(member, float(score)) for member, score in reply]
+    return [(member, float(score)) for member, score in zip(reply[::2], reply[1::2], strict=True)]
+
+
+async def server_time(redis: Redis) -> float:
+    """The server's clock (s since the epoch)."""
+    seconds, microseconds = await redis.execute_command("TIME")
+    return int(seconds) + int(microseconds) / 1e6
+
+
+async def waiting_entries(
+    redis: Redis, stream: str, after: str | None, at_most: int
+) -> list[tuple[str, dict[bytes, bytes]]]:
+    """Entries of a stream that no worker has taken, in their order.
+
+    Args:
+        after: an entry to read on from.
+    """
+    try:
+        found: Any = await redis.xinfo_groups(stream)
+    except Exception as error:
+        if "no such key" in str(error):
+            return []
+        raise
+    begin = "0-0"
+    for group in found:
+        if text(group["name"]) == keys.GROUP:
+            begin = text(group["last-delivered-id"])
+    if after is not None and entry_parts(after) > entry_parts(begin):
+        begin = after
+    entries: Any = await redis.xrange(stream, min=f"({begin}", count=at_most)
+    return [(text(entry), fields or {}) for entry, fields in entries]
+
+
+def entry_parts(entry: str) -> tuple[int, int]:
+    """The id of a stream entry as two numbers, that can be compared.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    ms, _, sequence = entry.partition("-")
+    return int(ms), int(sequence)

@@ -1,0 +1,123 @@
+"""Workers and what they run, from their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.broker import keys
+from ..plumbing.broker.models import TaskMessage
+from ..plumbing.wire import loads
+from .masking import masked_arguments
+from .models import Page, RunningTask, Worker
+from .places import Registry, moment, queue_of, scored, server_time, text
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+_SIZES = {"small": 0, "medium": 1, "large": 2}
+
+
+async def alive_workers(redis: Redis) -> list[str]:
+    """Names of the workers whose lease has not been ended."""
+    names: Any = await redis.zrange(keys.ALIVE, 0, -1)
+    return [text(name) for name in names]
+
+
+async def workers(redis: Redis) -> list[Worker]:
+    """All workers that live or were heard of within the last two minutes, by size and name."""
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.execute_command("ZRANGE", keys.ALIVE, 0, -1, "WITHSCORES")
+        pipe.execute_command("ZRANGE", keys.REPORTING, 0, -1, "WITHSCORES")
+        leases, reporting = await pipe.execute()
+    lease = {text(name): score / 1000 for name, score in scored(leases)}
+    seen = {text(name): score / 1000 for name, score in scored(reporting)}
+    names = sorted({*lease, *seen})
+    async with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.execute_command("HGET", keys.REPORT_PREFIX + name, "line")
+        lines = await pipe.execute() if names else []
+    now = await server_time(redis)
+    found = []
+    for name, line in zip(names, lines, strict=True):
+        said: dict[str, Any] = loads(line) if line else {}
+        started = said.pop("started", None)
+        host, _, rest = name.partition(":")
+        pid = rest.partition(":")[0]
+        found.append(
+            Worker(
+                name=name,
+                host=host,
+                pid=int(pid) if pid.isdigit() else 0,
+                alive=lease.get(name, 0.0) > now,
+                lease_until=moment(lease[name]) if lease.get(name) else None,
+                started=None if started is None else moment(started),
+                seen=moment(seen[name]) if name in seen else None,
+                **{field: value for field, value in said.items() if field in Worker.__slots__},
+            )
+        )
+    return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
+
+
+async def told_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What each worker says that it runs."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.execute_command("HGET", keys.REPORT_PREFIX + name, "running")
+        replies = await pipe.execute() if names else []
+    return {name: loads(reply) for name, reply in zip(names, replies, strict=True) if reply}
+
+
+async def running(
+    redis: Redis, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
+) -> Page[RunningTask]:
+    """What runs, longest first. Each worker tells of at most 200 tasks.
+
+    Args:
+        registry: to name the arguments and to know which are secret.
+
+    Raises:
+        ValueError: when `after` is not from a page.
+    """
+    told = [
+        (task["since"], task["task_id"], name, task)
+        for name, tasks in (await told_running(redis, await alive_workers(redis))).items()
+        for task in tasks
+    ]
+    told.sort(key=lambda one: one[:3])
+    if after is not None:
+        since, _, task_id = after.partition(" ")
+        told = [one for one in told if one[:2] > (float(since), task_id)]
+    page, more = told[:limit], len(told) > limit
+    async with redis.pipeline(transaction=False) as pipe:
+        for *_, task in page:
+            pipe.execute_command("XRANGE", task["stream"], task["entry"], task["entry"])
+        entries = await pipe.execute() if page else []
+    items = []
+    for (since, _, name, task), entry in zip(page, entries, strict=True):
+        items.append(
+            RunningTask(
+                task_id=task["task_id"],
+                task_name=task["task_name"],
+                vo=task["vo"],
+                queue=queue_of(task["stream"]),
+                attempt=task["attempt"],
+                deliveries=task["deliveries"],
+                since=moment(since),
+                worker=name,
+                locks=[key for key, _ in task["locks"]],
+                arguments=_arguments(entry, registry),
+            )
+        )
+    return Page(items=items, after=f"{page[-1][0]!r} {page[-1][1]}" if more else None)
+
+
+def _arguments(entries: Any, registry: Registry | None) -> dict[str, Any] | None:
+    for _, fields in entries:
+        found = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+        try:
+            message = TaskMessage.loadb(found[b"data"])
+        except (KeyError, ValueError):
+            return None
+        return masked_arguments((registry or {}).get(message.task_name), message)
+    return None

@@ -1,0 +1,223 @@
+"""The queues, what waits in them, and what is put aside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.models import TaskMessage
+from .masking import masked_arguments
+from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
+from .places import (
+    PAGE,
+    Registry,
+    entry_parts,
+    moment,
+    queue_of,
+    scored,
+    streams_of_queue,
+    text,
+    waiting_entries,
+)
+from .processes import workers
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: Delayed tasks that one call of `delayed` looks at, if it looks for one reason.
+_DELAYED_READ = 2_000
+_LONGEST_ERROR = 300
+_DELAYED_FIELDS = 5
+
+
+async def snapshot(redis: Redis) -> Snapshot:
+    """Everything that can be counted. It takes no longer when more is queued."""
+    found = await scripts.snapshot(redis)
+    memory = await _memory(redis)
+    counted = dict(zip(found["delayed"][::2], found["delayed"][1::2], strict=True))
+    return Snapshot(
+        at=moment(found["now"] / 1000),
+        queues=_queues(found),
+        workers=await workers(redis),
+        delayed={reason: int(counted.get(reason, 0)) for reason in DELAY_REASONS},
+        overdue=found["overdue"],
+        schedules=found["schedules"],
+        schedules_late=found["late"],
+        schedule_lateness_seconds=found["schedule_lateness"] / 1000,
+        delayed_lateness_seconds=found["delayed_lateness"] / 1000,
+        scheduler_leads=found["leads"] == 1,
+        groups=found["groups"],
+        dead_letters_waiting=found["dead"],
+        memory_bytes=memory.get("used_memory"),
+        memory_limit_bytes=memory.get("maxmemory") or None,
+    )
+
+
+async def _memory(redis: Redis) -> dict[str, int]:
+    """Memory of the server; nothing where its user may not ask for that."""
+    from redis.exceptions import NoPermissionError
+
+    try:
+        return cast("dict[str, int]", await redis.info("memory"))
+    except NoPermissionError:
+        return {}
+
+
+async def queues(redis: Redis) -> list[Queue]:
+    """The nine queues, most urgent first."""
+    return _queues(await scripts.snapshot(redis))
+
+
+def _queues(found: dict[str, Any]) -> list[Queue]:
+    now = found["now"] / 1000
+    since_ms, flow = found.get("flow", (None, {}))
+    seconds = 0.0 if since_ms is None else now - since_ms / 1000
+    shown = []
+    for stream, (length, taken, oldest_us, added) in zip(keys.ALL_STREAM_NAMES, found["queues"], strict=True):
+        name = queue_of(stream)
+        priority, size = name.split(":")
+        rates: list[float | None] = [None, None]
+        if seconds > 0:
+            rates = [
+                max(0.0, added - flow.get(f"{stream} added", 0)) / seconds,
+                flow.get(f"{stream} ended", 0) / seconds,
+            ]
+        backlog = max(0, length - taken)
+        shown.append(
+            Queue(
+                name=name,
+                priority=priority,
+                size=size,
+                backlog=backlog,
+                running=taken,
+                oldest_waiting_seconds=max(0.0, now - oldest_us / 1e6) if backlog and oldest_us else None,
+                in_per_second=rates[0],
+                out_per_second=rates[1],
+            )
+        )
+    return shown
+
+
+async def peek(
+    redis: Redis, queue: str, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
+) -> Page[QueuedTask]:
+    """The backlog of a queue (`{priority}:{size}`) in the order in which workers will take it.
+
+    Raises:
+        ValueError: when there is no such queue, or `after` is not from a page of it.
+    """
+    found: list[QueuedTask] = []
+    streams = streams_of_queue(queue)
+    where, _, entry = (after or "").rpartition(" ")
+    if after is not None:
+        if where not in streams:
+            raise ValueError(f"{after!r} is not from a page of {queue}")
+        streams = streams[streams.index(where) :]
+    for stream in streams:
+        begin = entry if stream == where else None
+        while len(found) <= limit:
+            entries = await waiting_entries(redis, stream, begin, min(PAGE, limit + 1))
+            found += [_queued(stream, entry_id, fields, registry) for entry_id, fields in entries]
+            if not entries:
+                break
+            begin = entries[-1][0]
+    page = found[:limit]
+    last = f"{page[-1].stream} {page[-1].entry}" if len(found) > limit and page else None
+    return Page(items=page, after=last)
+
+
+def _queued(stream: str, entry: str, fields: dict[bytes, bytes], registry: Registry | None) -> QueuedTask:
+    since_us = fields.get(b"since", b"0")
+    waiting_since = int(since_us) / 1e6 if since_us != b"0" else entry_parts(entry)[0] / 1e3
+    shown: dict[str, Any] = {"task_id": "", "task_name": ""}
+    try:
+        message = TaskMessage.loadb(fields.get(b"data", b""))
+    except ValueError:
+        pass
+    else:
+        shown = {
+            "task_id": message.task_id,
+            "task_name": message.task_name,
+            "attempt": len(message.attempts) + 1,
+            "arguments": masked_arguments((registry or {}).get(message.task_name), message),
+        }
+    return QueuedTask(
+        queue=queue_of(stream), stream=stream, entry=entry, waiting_since=moment(waiting_since), **shown
+    )
+
+
+async def delayed(
+    redis: Redis,
+    reason: DelayReason | None = None,
+    limit: int = 100,
+    after: str | None = None,
+    *,
+    registry: Registry | None = None,
+) -> Page[DelayedTask]:
+    """What is put aside, in the order in which it is due.
+
+    Looking for one reason, a call looks at 2,000 tasks at most: a page with few items need not be the last.
+
+    Raises:
+        ValueError: when there is no such reason, or `after` is not from a page.
+    """
+    if reason is not None and reason not in DELAY_REASONS:
+        raise ValueError(f"there is no reason {reason!r}; there are {', '.join(DELAY_REASONS)}")
+    after_score, _, after_task = (after or "").partition(" ")
+    begin, passed, looked = ("-inf" if after is None else repr(float(after_score))), after is None, 0
+    found: list[DelayedTask] = []
+    last = after
+    offset = 0
+    while len(found) < limit and looked < _DELAYED_READ:
+        wanted = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, PAGE, "WITHSCORES")
+        page = scored(await redis.execute_command(*wanted))
+        if not page:
+            return Page(items=found)
+        offset += len(page)
+        looked += len(page)
+        ids = [text(task) for task, _ in page]
+        stored: Any = await redis.execute_command("HMGET", keys.DELAYED_DATA, *[task for task, _ in page])
+        for task, (_, score), data in zip(ids, page, stored, strict=True):
+            if not passed:
+                # Members of one score come in the order of their names.
+                if score == float(after_score) and task <= after_task:
+                    continue
+                passed = True
+            last = f"{score!r} {task}"
+            if data is None:
+                continue
+            shown = _delayed(task, score, data, registry)
+            if reason is None or shown.reason == reason:
+                found.append(shown)
+                if len(found) == limit:
+                    break
+    return Page(items=found, after=last)
+
+
+def _delayed(task: str, due_ms: float, stored: bytes, registry: Registry | None) -> DelayedTask:
+    header, _, data = stored.partition(b"\n")
+    parts = text(header).split(" ", _DELAYED_FIELDS - 1)
+    stream, reason, since = parts[:3]
+    shown: dict[str, Any] = {"task_name": ""}
+    try:
+        message = TaskMessage.loadb(data)
+    except ValueError:
+        pass
+    else:
+        attempts = message.attempts
+        error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None
+        shown = {
+            "task_name": message.task_name,
+            "failed_attempts": len(attempts),
+            "last_error": None if error is None else error[:_LONGEST_ERROR],
+            "arguments": masked_arguments((registry or {}).get(message.task_name), message),
+        }
+    return DelayedTask(
+        task_id=task,
+        queue=queue_of(stream),
+        reason=cast("DelayReason", reason),
+        due=moment(due_ms / 1000),
+        waiting_since=None if since == "0" else moment(int(since) / 1e6),
+        lock=parts[_DELAYED_FIELDS - 1] if len(parts) == _DELAYED_FIELDS else None,
+        **shown,
+    )

@@ -1,0 +1,54 @@
+-- Who holds locks, and how many wait for them.
+-- KEYS: none. ARGV: locks (msgpack list of {key, kind = mutex | rw | concurrency | rate, window_us or nil}), the
+--   most holders to name.
+-- Returns a msgpack list: for each lock {held, waiters, ends in ms or -1, kind, {owner, ends (µs) or 0, …}};
+-- of a rate limiter `held` is the quota spent and `ends in` the time until all of it is back.
+-- #flags no-writes
+-- #include _time
+local now, at_most, found = now_us(), tonumber(ARGV[2]), {}
+local look = {}
+
+function look.mutex(lock)
+  local owner = redis.call('GET', lock.key)
+  return owner and 1 or 0, redis.call('PTTL', lock.key), 'mutex', owner and {owner, '0'} or {}
+end
+
+function look.rw(lock)
+  local writer = redis.call('HGET', lock.key, 'writer')
+  if writer then return 1, redis.call('PTTL', lock.key), 'exclusive', {writer, '0'} end
+  local readers, fields = {}, redis.call('HSCAN', lock.key, 0, 'COUNT', at_most)[2]
+  for field = 1, #fields, 2 do
+    local owner = string.match(fields[field], '^reader:(.*)$')
+    if owner and #readers < 2 * at_most then
+      readers[#readers + 1] = owner
+      readers[#readers + 1] = '0'
+    end
+  end
+  return tonumber(redis.call('HGET', lock.key, 'readers') or 0), -1, 'shared', readers
+end
+
+function look.concurrency(lock)
+  local from = '(' .. int(now)
+  local owners = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, at_most)
+  for score = 2, #owners, 2 do owners[score] = int(tonumber(owners[score])) end
+  local last = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')[2]
+  local left = last and math.ceil((tonumber(last) - now) / 1000) or -1
+  return redis.call('ZCOUNT', lock.key, from, '+inf'), left, 'concurrency', owners
+end
+
+function look.rate(lock)
+  local from = lock.window_us and int(now - lock.window_us) or '-inf'
+  local first = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'LIMIT', 0, 1)[1]
+  if not first then return 0, -1, 'rate', {} end
+  local last = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
+  local total, units = string.match(first, '^(%d+):(%d+):')
+  local newest = string.match(last[1], '^(%d+):')
+  local left = lock.window_us and math.ceil((tonumber(last[2]) + lock.window_us - now) / 1000) or -1
+  return tonumber(newest) - tonumber(total) + tonumber(units), left, 'rate', {}
+end
+
+for position, lock in ipairs(cmsgpack.unpack(ARGV[1])) do
+  local held, left, kind, holders = look[lock.kind](lock)
+  found[position] = {held, redis.call('ZCARD', '$WAITING_PREFIX' .. lock.key), left, kind, holders}
+end
+return cmsgpack.pack(found)

@@ -1,0 +1,364 @@
+"""What a worker tells those who look: one call every 5 s, from sums that cost an execution a few additions.
+
+A report that does not get through is made up for by the next one. `diracx.tasks.monitor` reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from ..broker import keys, scripts
+from ..broker.models import LABEL_ATTEMPTS, describe_exception
+from ..exceptions import LockLostError, TaskCancelledError
+from ..histogram import BUCKETS, bucket_of
+from ..secrets import without_secrets
+from ..wire import dumps
+from .outcome import Failed, Outcome, TakenOver
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Settlement, TaskMessage
+    from ..persistence import DeadLetter
+    from .execution import Execution
+    from .settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+#: Between two reports.
+REPORT_SECONDS = 5.0
+#: Running tasks that are told of; the longest-running ones.
+RUNNING_TOLD = 200
+#: Failures told in one report: the latest. All are counted.
+_FAILURES_TOLD = 50
+#: Locks told in one report.
+_LOCKS_TOLD = 200
+_LONGEST_TEXT = 1_000
+_LONGEST_TRACEBACK = 4_000
+_LOCKS_PER_TASK = 20
+_MEBIBYTE = 1 << 20
+#: Tasks that cannot be executed may have any name: they are counted under this one.
+REJECTED = "(cannot be executed)"
+
+
+#: Sums that the server is told, and all of them.
+_TOLD = ("done", "failed", "retried", "dead", "run", "queue")
+_NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
+
+
+class Sums:
+    """What became of the executions of one class from one queue."""
+
+    __slots__ = (
+        "dead",
+        "done",
+        "failed",
+        "lock_waits",
+        "locks_lost",
+        "queue",
+        "queue_times",
+        "retried",
+        "run",
+        "run_times",
+        "taken_over",
+    )
+
+    def __init__(self) -> None:
+        self.done = self.failed = self.retried = self.dead = 0
+        self.lock_waits = self.locks_lost = self.taken_over = 0
+        self.run = self.queue = 0.0
+        self.run_times = [0] * BUCKETS
+        self.queue_times = [0] * BUCKETS
+
+    def add(self, other: Sums) -> None:
+        """Add up."""
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.run_times = list(map(add, self.run_times, other.run_times))
+        self.queue_times = list(map(add, self.queue_times, other.queue_times))
+
+    def counters(self) -> dict[str, float]:
+        """By name, as they are added up on the server; what is 0 is left out."""
+        counters: dict[str, float] = {name: getattr(self, name) for name in _TOLD}
+        for letter, times in (("r", self.run_times), ("q", self.queue_times)):
+            counters.update((f"{letter}{bucket}", number) for bucket, number in enumerate(times) if number)
+        return {name: number for name, number in counters.items() if number}
+
+
+class Reporter:
+    """Collects what one worker has to tell, and tells it.
+
+    Args:
+        running: what runs at the moment, in the order in which it began.
+    """
+
+    def __init__(
+        self, broker: RedisStreamBroker, settings: WorkerSettings, running: Collection[Execution]
+    ) -> None:
+        self._broker = broker
+        self._settings = settings
+        self._running = running
+        self._began = time.time()
+        self._clock_ahead = 0.0  # of the server's clock against ours, in s
+        self._number = 0
+        self._stats: dict[tuple[str, str], Sums] = {}  # by task and stream, since the last report
+        self._totals: dict[tuple[str, str], Sums] = {}  # the same, before that
+        self._rejected: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
+        self._locks: dict[str, None] = {}
+        self._unsent: tuple[int, dict[str, Any]] | None = None
+        self._said: tuple[bytes, bytes] = (b"", b"")
+
+    # --- what is noted ----------------------------------------------------------------------------------
+
+    def ended(
+        self, execution: Execution, outcome: Outcome, settlement: Settlement, letter: DeadLetter | None
+    ) -> None:
+        """An execution has ended."""
+        delivery = execution.delivery
+        stream, since = delivery.stream, delivery.since
+        which = (execution.blueprint.name, stream)
+        sums = self._stats.get(which)
+        if sums is None:
+            sums = self._stats[which] = Sums()
+        if isinstance(outcome, TakenOver):
+            sums.taken_over += 1
+            return
+        seconds = outcome.seconds
+        self._ended[stream] = self._ended.get(stream, 0) + 1
+        # Its place in line for a lock, or the 13 digits (until the year 2286) of when the entry was made.
+        came = int(delivery.entry[:13]) / 1e3 if since == "0" else int(since) / 1e6
+        queued = max(0.0, time.time() + self._clock_ahead - seconds - came)
+        sums.run += seconds
+        sums.queue += queued
+        sums.run_times[bucket_of(seconds)] += 1
+        sums.queue_times[bucket_of(queued)] += 1
+        if isinstance(outcome, Failed):
+            sums.failed += 1
+            self._failed(execution, outcome, settlement, letter, sums)
+        else:
+            sums.done += 1
+
+    def _failed(
+        self,
+        execution: Execution,
+        outcome: Failed,
+        settlement: Settlement,
+        letter: DeadLetter | None,
+        sums: Sums,
+    ) -> None:
+        if settlement.retry is not None:
+            fate = "retried"
+            sums.retried += 1
+        elif letter is not None:
+            fate = "dead"
+            sums.dead += 1
+        else:
+            fate = "cancelled" if isinstance(outcome.error, TaskCancelledError) else "dropped"
+        if isinstance(outcome.error, LockLostError):
+            sums.locks_lost += 1
+        message = execution.message
+        told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK)
+        self._failures.append(
+            {
+                "at": time.time() + self._clock_ahead,
+                "task_id": message.task_id,
+                "task_name": message.task_name,
+                "vo": _vo(execution),
+                "type": told["type"],
+                "message": without_secrets(told["message"], execution.task)[:_LONGEST_TEXT],
+                "traceback": without_secrets(told["traceback"], execution.task),
+                "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
+                "worker": self._broker.consumer_name,
+                "outcome": fate,
+            }
+        )
+
+    def rejected(self, message: TaskMessage | None, reason: str, detail: str) -> None:
+        """A delivery cannot be executed, and is put with the dead letters."""
+        self._stats.setdefault((REJECTED, ""), Sums()).dead += 1
+        self._rejected[reason] = self._rejected.get(reason, 0) + 1
+        self._failures.append(
+            {
+                "at": time.time() + self._clock_ahead,
+                "task_id": "" if message is None else message.task_id,
+                "task_name": "" if message is None else message.task_name,
+                "vo": None,
+                "type": reason,
+                "message": detail[:_LONGEST_TEXT],
+                "traceback": "",
+                "attempt": 1 if message is None else len(message.attempts) + 1,
+                "worker": self._broker.consumer_name,
+                "outcome": "dead",
+            }
+        )
+
+    def asked_for_locks(self, asked: Sequence[Execution], replies: Sequence[Sequence[int]]) -> None:
+        """Locks were granted or refused. Those that have limits, or that refused, are worth a look."""
+        for execution, reply in zip(asked, replies, strict=True):
+            refusing = reply[1] - 1 if reply[0] == 0 else -1
+            if refusing >= 0:
+                which = (execution.blueprint.name, execution.delivery.stream)
+                self._stats.setdefault(which, Sums()).lock_waits += 1
+            for position, lock in enumerate(execution.locks):
+                if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
+                    len(self._locks) < _LOCKS_TOLD
+                ):
+                    limit, window = lock.get("limit", ""), lock.get("window_us", "")
+                    self._locks[f"{lock['kind']} {limit} {window} {lock['key']}"] = None
+
+    # --- what is told -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Report, for ever."""
+        while True:
+            try:
+                await self.report()
+            except RedisError as error:
+                logger.debug("a report did not get through: %s", error)
+            except Exception:
+                logger.exception("a report could not be made")
+            await asyncio.sleep(REPORT_SECONDS)
+
+    async def report(self, *, last: bool = False) -> None:
+        """Tell what is new.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
+        """
+        if self._unsent is None:
+            self._number += 1
+            self._unsent = (self._number, self._taken())
+        number, added = self._unsent
+        line, running = dumps(self._line()), dumps(self._told_running())
+        news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
+        asked_at = time.time()
+        now_ms, known = await scripts.report(
+            self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last
+        )
+        self._unsent = None
+        self._said = (line, running) if known or all(news) else (b"", b"")
+        self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+
+    async def leave(self) -> None:
+        """Tell the last of it, and that the worker runs no more."""
+        try:
+            if self._unsent is not None:
+                await self.report()
+            await self.report(last=True)
+        except RedisError as error:
+            logger.debug("the last report did not get through: %s", error)
+
+    def _taken(self) -> dict[str, Any]:
+        """What has come together since the last time."""
+        ended: dict[str, int] = {}
+        for stream, number in self._ended.items():
+            queue = stream.removesuffix(keys.HANDOVER)
+            ended[queue] = ended.get(queue, 0) + number
+        told: dict[str, Sums] = {}
+        for (name, stream), sums in self._stats.items():
+            told.setdefault(name, Sums()).add(sums)
+            if stream:
+                self._totals.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
+        added = {
+            "stats": {name: counters for name, sums in told.items() if (counters := sums.counters())},
+            "ended": ended,
+            "failures": [dumps(failure) for failure in self._failures],
+            "locks": list(self._locks),
+        }
+        self._stats, self._ended, self._locks = {}, {}, {}
+        self._failures.clear()
+        return {name: value for name, value in added.items() if value}
+
+    # --- what metrics tell ------------------------------------------------------------------------------
+
+    def totals(self) -> dict[tuple[str, str], Sums]:
+        """Since the worker began: by name of the task, and stream of its queue."""
+        found: dict[tuple[str, str], Sums] = {}
+        for sums_by in (self._totals, self._stats):
+            for (name, stream), sums in sums_by.items():
+                if stream:
+                    found.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
+        return found
+
+    def rejected_totals(self) -> dict[str, int]:
+        """Deliveries that could not be executed, by reason."""
+        return dict(self._rejected)
+
+    def in_progress(self) -> dict[tuple[str, str], int]:
+        """What runs, by name of the task and stream of its queue."""
+        found: dict[tuple[str, str], int] = {}
+        for execution in self._running:
+            which = (execution.blueprint.name, execution.delivery.stream.removesuffix(keys.HANDOVER))
+            found[which] = found.get(which, 0) + 1
+        return found
+
+    def _line(self) -> dict[str, Any]:
+        return {
+            "size": str(self._broker.worker_size),
+            "slots": self._settings.max_concurrent_tasks,
+            "slots_used": len(self._running),
+            "started": round(self._began + self._clock_ahead),
+            "memory_bytes": _resident_bytes(),
+            "version": _version(),
+        }
+
+    def _told_running(self) -> list[dict[str, Any]]:
+        now, told = time.monotonic(), []
+        ahead = time.time() + self._clock_ahead - now
+        for execution in _first(self._running, RUNNING_TOLD):
+            delivery, message = execution.delivery, execution.message
+            locks = execution.locks[:_LOCKS_PER_TASK]
+            told.append(
+                {
+                    "task_id": message.task_id,
+                    "task_name": message.task_name,
+                    "vo": _vo(execution),
+                    "stream": delivery.stream,
+                    "entry": delivery.entry,
+                    "deliveries": delivery.deaths + 1,
+                    "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
+                    "since": round(ahead + (now if execution.started is None else execution.started), 3),
+                    "locks": [[lock["key"], lock["owner"]] for lock in locks],
+                }
+            )
+        return told
+
+
+def _vo(execution: Execution) -> str | None:
+    vo = getattr(execution.task, "vo", None)
+    return vo if isinstance(vo, str) else None
+
+
+def _first(executions: Iterable[Execution], at_most: int) -> list[Execution]:
+    return [execution for execution, _ in zip(executions, range(at_most), strict=False)]
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("diracx-tasks")
+    except PackageNotFoundError:  # run from its sources
+        return ""
+
+
+def _resident_bytes() -> int | None:
+    """Resident memory, by the MiB; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            pages = int(statm.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") // _MEBIBYTE * _MEBIBYTE

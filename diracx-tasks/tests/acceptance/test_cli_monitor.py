@@ -1,0 +1,198 @@
+"""The operator's view from the command line: workers as processes, and what is seen of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis as SyncRedis
+
+from .conftest import PROGRAM, Cli
+
+HOLD = """
+
+@dataclass
+class Hold(BaseTask):
+    name: str
+    password: str
+    begun: str
+    secret_fields = frozenset({"password"})
+
+    @property
+    def execution_locks(self):
+        return [MutexLock(TASK, self.name)]
+
+    async def execute(self):
+        Path(self.begun).touch()
+        await asyncio.sleep(600)
+"""
+
+
+@pytest.fixture
+def holding(served: Cli) -> Cli:
+    """With a task that holds a lock until it is stopped."""
+    (served.directory / "my_tasks.py").open("a").write(HOLD)
+    return served
+
+
+def hold(cli: Cli, name: str) -> str:
+    args = json.dumps([name, "sesame", str(cli.directory / f"begun-{name}")])
+    return cli.mine("submit", "my_tasks:Hold", "--args", args).stdout.strip()
+
+
+def shown(result: subprocess.CompletedProcess[str]) -> Any:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_an_empty_system_is_shown_and_all_is_well(served: Cli) -> None:
+    status = served("status")
+    assert "all is well" in status.stdout
+    assert "realtime:small" in status.stdout
+    seen = shown(served("status", "--json"))
+    assert (seen["troubles"], seen["workers"], len(seen["queues"])) == ([], [], 9)
+    assert len(shown(served("queue", "list", "--json"))) == 9
+    assert shown(served("workers", "--json")) == []
+    assert shown(served("running", "--json")) == {"items": [], "after": None}
+    assert shown(served("locks", "list", "--json")) == {"items": [], "after": None}
+    assert shown(served("tasks", "stats", "--json")) == {"stats": [], "failures": []}
+
+
+def test_watch_shows_it_again_and_again(served: Cli, wait_until: Callable[..., None]) -> None:
+    watching = served.start("status", "--watch", "--every", "0.2", "--json")
+    wait_until(lambda: watching.output.count("\n") >= 2, "two lines")
+    lines = [json.loads(line) for line in watching.output.splitlines()[:2]]
+    assert lines[0]["at"] < lines[1]["at"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+def test_a_queue_that_no_worker_serves_is_pointed_out_and_can_be_purged(
+    served: Cli, one_line: Callable[..., str]
+) -> None:
+    for name in ("Ada", "\\u001b[31mred"):
+        served.mine("submit", "my_tasks:Greet", "--args", f'["{name}"]')
+    assert "! normal:medium: 2 tasks wait, and no worker of size medium runs" in served("status").stdout
+    peeked = served("queue", "peek", "normal:medium", "--module", "my_tasks.py")
+    assert 'name="Ada"' in peeked.stdout
+    assert "\x1b" not in peeked.stdout
+    page = shown(served("queue", "peek", "normal:medium", "--limit", "1", "--json"))
+    assert page["items"][0]["arguments"] == {"0": "Ada", "1": 1}
+    rest = shown(served("queue", "peek", "normal:medium", "--after", page["after"], "--json"))
+    assert len(rest["items"]) == 1
+
+    one_line(served("queue", "purge", "normal:medium"), 2, "Cancel 2 tasks", "--yes")
+    one_line(
+        served("queue", "purge", "normal:tiny", "--yes"), 2, "there is no queue 'normal:tiny'", "normal:large"
+    )
+    assert shown(served("queue", "purge", "normal:medium", "--yes", "--json"))["cancelled"] == 2
+    assert served("queue", "peek", "normal:medium").stdout == ""
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+def test_what_runs_waits_and_is_locked_is_seen_and_a_lock_is_taken_away(
+    holding: Cli, one_line: Callable[..., str], wait_until: Callable[..., None], redis_url: str
+) -> None:
+    worker = holding.start("worker", "--module", "my_tasks.py", "--lease-seconds", "2", "--grace", "0")
+    first = hold(holding, "one")
+    wait_until((holding.directory / "begun-one").exists, "the first runs")
+    second = hold(holding, "one")
+    key = "lock:mutex:task:one"
+
+    def reported() -> bool:
+        lock = json.loads(holding("locks", "show", key, "--json").stdout or "{}")
+        return bool(lock) and lock["waiters"] == 1 and lock["holders"][0]["task_id"] == first
+
+    wait_until(reported, "the worker has reported the task that holds the lock")
+    running = holding("running", "--module", "my_tasks.py").stdout
+    assert first in running
+    assert key in running
+    assert 'password="•••"' in running
+    [task] = shown(holding("running", "--json"))["items"]
+    assert task["arguments"]["1"] == "•••"
+    [seen] = shown(holding("workers", "--json"))
+    assert (seen["alive"], seen["slots"], seen["slots_used"]) == (True, 10, 1)
+    assert "1 of 10" in holding("workers").stdout
+    delayed = holding("queue", "delayed", "--reason", "lock", "--module", "my_tasks.py").stdout
+    assert second in delayed
+    assert key in delayed
+    assert "1 behind locks" in holding("status").stdout
+    assert f"my_tasks:Hold {first}" in holding("locks", "list").stdout
+    with SyncRedis.from_url(redis_url) as client:
+        everything = [client.dump(name) for name in client.keys("diracx:monitor:*")]
+    assert not [dump for dump in everything if b"sesame" in (dump or b"")]
+
+    refused = holding("locks", "release", key)
+    assert refused.returncode == 2
+    assert f"held by my_tasks:Hold {first}" in refused.stderr
+    assert "it will be cancelled" in refused.stderr
+    assert answered(holding, ["locks", "release", key], "n")[0] == 1
+    assert reported()
+    code, said = answered(holding, ["locks", "release", key], "y")
+    assert (code, "1 released" in said) == (0, True), said
+    worker.until("LockLostError")
+
+    def handed_over() -> bool:
+        lock = json.loads(holding("locks", "show", key, "--json").stdout or "{}")
+        return bool(lock) and lock["holders"] and lock["holders"][0]["task_id"] == second
+
+    wait_until(handed_over, "the second task has the lock")
+
+    def counted() -> bool:
+        told = shown(holding("tasks", "stats", "--failures", "5", "--json"))
+        return bool(told["stats"]) and told["failures"][0]["type"] == "LockLostError"
+
+    wait_until(counted, "the failure is counted")
+    told = holding("tasks", "stats", "--failures", "5")
+    assert "100.0%" in told.stdout
+    assert first in told.stdout
+    assert "sesame" not in told.stdout
+    worker.process.terminate()
+    worker.ends()
+    assert shown(holding("workers", "--json")) == []
+
+
+def answered(cli: Cli, command: list[str], answer: str) -> tuple[int, str]:
+    """Run a command on a terminal and answer its question: its exit code and what it printed to its output."""
+    leader, follower = pty.openpty()
+    os.write(leader, f"{answer}\n".encode())
+    ended = subprocess.run(
+        [str(PROGRAM), *command],
+        cwd=cli.directory,
+        env=cli.environment,
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    os.close(leader)
+    os.close(follower)
+    return ended.returncode, ended.stdout
+
+
+def test_a_key_that_is_no_lock_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:
+    one_line(served("locks", "show", "diracx:tasks:alive"), 2, "is not the key of a lock")
+    one_line(served("locks", "show", "lock:mutex:task:none"), 1, "nobody holds lock:mutex:task:none")
+    one_line(served("locks", "release", "lock:mutex:task:none", "--yes"), 1, "nobody holds")
+
+
+def test_a_lock_outside_the_task_system_can_be_shown_and_released(served: Cli, redis_url: str) -> None:
+    with SyncRedis.from_url(redis_url) as client:
+        client.set("lock:mutex:job:42", "somebody", px=60_000)
+    assert "somebody outside the task system" in served("locks", "show", "lock:mutex:job:42").stdout
+    assert shown(served("locks", "release", "lock:mutex:job:42", "--yes", "--json"))["released"] == 1
+    with SyncRedis.from_url(redis_url) as client:
+        assert client.get("lock:mutex:job:42") is None
+
+
+def test_the_program_lists_the_commands_of_operators(cli: Cli, tmp_path: Path) -> None:
+    listed = cli("--help").stdout
+    for command in ("status", "workers", "running", "queue", "locks", "tasks"):
+        assert f" {command} " in listed

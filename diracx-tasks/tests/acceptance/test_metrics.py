@@ -1,0 +1,241 @@
+"""Metrics, health and traces of real processes; dashboards and alert rules that ask for metrics there are."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+import yaml
+from diracx.tasks.plumbing import BaseTask
+from diracx.tasks.testing import TaskSystem
+from diracx.tasks.testing.server import free_port
+
+from .conftest import Cli
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+_SAMPLE = re.compile(r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? (-?[0-9.e+-]+)$')
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and body; 0 while nobody listens."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    except ConnectionError:
+        return 0, ""
+    finally:
+        connection.close()
+
+
+def samples(text: str) -> dict[str, float]:
+    """Name and labels -> value. Every line has to be of the format, and each set of labels to be there once."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("# "):
+            assert re.match(r"# (HELP [a-z_]+ .+|TYPE [a-z_]+ (counter|gauge|histogram))$", line), line
+            continue
+        parts = _SAMPLE.match(line)
+        assert parts, line
+        which = line.rpartition(" ")[0]
+        assert which not in found, line
+        found[which] = float(parts[3])
+    return found
+
+
+def test_a_worker_serves_what_it_counted_and_whether_it_is_ready(
+    served: Cli, wait_until: Callable[..., None]
+) -> None:
+    port = free_port()
+    worker = served.start("worker", "--module", "my_tasks.py", "--metrics-port", str(port))
+    wait_until(lambda: get(port, "/readyz")[0] == 200, "it is ready")
+    assert get(port, "/healthz") == (200, "ok\n")
+    assert get(port, "/else")[0] == 404
+    served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
+    served.mine("submit", "my_tasks:Fail")
+    labels = '{task_name="my_tasks:Greet",priority="normal",size="medium"}'
+
+    def counted() -> dict[str, float]:
+        return samples(get(port, "/metrics")[1])
+
+    failed = 'tasks_failed_total{task_name="my_tasks:Fail",priority="normal",size="medium"}'
+    wait_until(
+        lambda: counted().get(f"tasks_completed_total{labels}") == 1 and counted().get(failed) == 1,
+        "both are counted",
+    )
+    found = counted()
+    assert found[f"task_duration_seconds_count{labels}"] == 1
+    assert found[f'task_queue_wait_seconds_bucket{labels[:-1]},le="+Inf"}}'] == 1
+    assert found['worker_max_concurrent_tasks{worker_size="medium"}'] == 10
+    assert found[f'tasks_given_up_total{labels[:-1].replace("Greet", "Fail")},action="discarded"}}'] == 1
+    worker.process.terminate()
+    assert worker.ends() == 0
+
+
+def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_does_not(
+    served: Cli, wait_until: Callable[..., None]
+) -> None:
+    served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
+    first, second = free_port(), free_port()
+    served.start("scheduler", "--metrics-port", str(first))
+    wait_until(lambda: "\nscheduler_leader 1\n" in get(first, "/metrics")[1], "it leads")
+    found = samples(get(first, "/metrics")[1])
+    stream = '{stream="diracx:tasks:normal:medium",priority="normal",size="medium"}'
+    assert found[f"task_stream_lag{stream}"] == 1
+    assert found["delayed_tasks_pending"] == 0
+    served.start("scheduler", "--metrics-port", str(second))
+    wait_until(lambda: get(second, "/readyz")[0] == 200, "the second is ready")
+    assert samples(get(second, "/metrics")[1]) == {"scheduler_leader": 0}
+    worker = served.start("worker", "--module", "my_tasks.py")
+    worker.until("ready")
+    wait_until(lambda: samples(get(first, "/metrics")[1])[f"task_stream_length{stream}"] == 0, "it is done")
+
+
+def test_a_port_that_is_taken_is_one_line(served: Cli, wait_until: Callable[..., None]) -> None:
+    port = free_port()
+    served.start("worker", "--metrics-port", str(port))
+    wait_until(lambda: get(port, "/healthz")[0] == 200, "the first has it")
+    refused = served("worker", "--metrics-port", str(port))
+    assert refused.returncode == 1
+    assert f"error: cannot serve metrics on 127.0.0.1:{port}" in refused.stderr.splitlines()[-1]
+
+
+# --- traces -------------------------------------------------------------------------------------------------
+
+
+class Grandchild(BaseTask):
+    async def execute(self) -> None: ...
+
+
+@dataclass
+class Parent(BaseTask):
+    fails: bool = False
+
+    async def execute(self) -> str:
+        if self.fails:
+            raise ValueError("sesame")
+        return await Grandchild().schedule()
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[object]:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    yield exporter
+    provider.shutdown()
+
+
+async def test_a_trace_runs_from_the_submission_through_the_task_to_its_children(
+    redis_url: str, spans: object
+) -> None:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    assert isinstance(spans, InMemorySpanExporter)
+    async with TaskSystem([Parent, Grandchild], redis_url=redis_url) as system:
+        with trace.get_tracer("test").start_as_current_span("request"):
+            done = await Parent().schedule()
+            failed = await Parent(fails=True).schedule()
+        child = (await system.result(done)).return_value
+        assert (await system.result(failed)).is_err
+        await system.result(child)
+        await system.drain()
+    found = {
+        (span.attributes or {}).get("messaging.message.id", span.name): span for span in spans.get_finished_spans()
+    }
+    request, parent, grandchild = found["request"], found[done], found[child]
+    assert parent.parent is not None
+    assert grandchild.parent is not None
+    assert parent.parent.span_id == request.context.span_id
+    assert grandchild.parent.span_id == parent.context.span_id
+    assert grandchild.context.trace_id == request.context.trace_id
+    assert grandchild.name == "test:Grandchild"
+    assert (found[failed].attributes or {})["error.type"] == "ValueError"
+    assert "sesame" not in found[failed].to_json()
+
+
+# --- dashboards and alert rules -----------------------------------------------------------------------------
+
+
+def known_metrics() -> set[str]:
+    """Every metric that the reference has, which the tests above compare with what is served."""
+    table = (ROOT / "docs/reference/metrics.md").read_text()
+    names = {
+        name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z_]+)`", line)
+    }
+    return names | {f"{name}_bucket" for name in names}
+
+
+def asked_metrics(expression: str) -> set[str]:
+    """The metrics in an expression: names outside strings, labels and functions."""
+    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|\b(?:by|on|ignoring|without) \([^)]*\)', "", expression)
+    words = set(re.findall(r"\b([a-z_]{2,})\b(?!\s*\()", bare))
+    return words - {"and", "or", "unless", "by", "on"}
+
+
+def test_every_metric_that_is_served_is_in_the_reference() -> None:
+    source = (ROOT / "diracx-tasks/src/diracx/tasks/monitor/metrics.py").read_text()
+    served = set(re.findall(r'page\.add(?:_histogram)?\(\s*"([a-z_]+)"', source))
+    served |= set(re.findall(r'^        \("([a-z_]+)", "', source, re.MULTILINE))
+    assert len(served) > 20
+    assert served <= known_metrics()
+
+
+def test_alert_rules_are_well_formed_and_ask_for_metrics_there_are() -> None:
+    [group] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert len(names) == len(set(names)) > 8
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert {"summary", "description"} == set(rule["annotations"])
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+        asked = asked_metrics(rule["expr"])
+        assert asked, rule["alert"]
+        assert asked <= known_metrics(), rule["alert"]
+
+
+def test_the_dashboard_is_well_formed_and_asks_for_metrics_there_are() -> None:
+    board = json.loads((DEPLOY / "grafana/diracx-tasks.json").read_text())
+    identities = [panel["id"] for panel in board["panels"]]
+    assert len(identities) == len(set(identities)) > 10
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for target in panel["targets"]:
+            asked = asked_metrics(target["expr"])
+            assert asked, panel["title"]
+            assert asked <= known_metrics(), panel["title"]
+
+
+def test_promtool_accepts_the_alert_rules_and_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    board = json.loads((DEPLOY / "grafana/diracx-tasks.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
+        for number, expression in enumerate(expressions)
+    ]
+    (tmp_path / "board.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    for path in (DEPLOY / "prometheus/alerts.yml", tmp_path / "board.yml"):
+        checked = subprocess.run(
+            [promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
