@@ -60,6 +60,20 @@ bench-peers: $(STAMP) ## measure other task systems side by side with this one; 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
 
+# What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository.
+VENDORED := diracx-tasks/src/diracx/tasks/dashboard/static/vendor
+vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named here (needs npm)
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" \
+		&& npm pack --silent htmx.org@2.0.11 uplot@1.6.32 >/dev/null \
+		&& mkdir htmx uplot && tar -xzf htmx.org-*.tgz -C htmx --strip-components=1 \
+		&& tar -xzf uplot-*.tgz -C uplot --strip-components=1 \
+		&& cd "$(CURDIR)" && mkdir -p $(VENDORED) \
+		&& cp "$$work/htmx/dist/htmx.min.js" $(VENDORED)/htmx.min.js \
+		&& cp "$$work/htmx/LICENSE" $(VENDORED)/htmx.LICENSE \
+		&& cp "$$work/uplot/dist/uPlot.iife.min.js" $(VENDORED)/uplot.min.js \
+		&& cp "$$work/uplot/dist/uPlot.min.css" $(VENDORED)/uplot.min.css \
+		&& cp "$$work/uplot/LICENSE" $(VENDORED)/uplot.LICENSE
+
 clean: ## remove everything that was made here
 	rm -rf $(VENV) site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""What the dashboard looks at: one broker, the tasks there are, their settings, and the dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import monitor
+from ..plumbing.config import TasksConfig
+from ..plumbing.config_source import Reading, in_thread
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..monitor import Snapshot
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.config_source import ConfigReader
+    from ..plumbing.factory import TaskRegistry
+    from ..plumbing.persistence import TaskDB
+
+#: Those who look at the same time share one look.
+_SHARED_SECONDS = 1.0
+#: How often the settings are read again, at most.
+_READ_SECONDS = 5.0
+#: Looks that are kept for the chart of the last minutes.
+_KEPT_LOOKS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator has written, as of some seconds ago."""
+
+    tasks: TasksConfig
+    """The last good ones."""
+    vos: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much there was to do at one moment."""
+
+    at: float
+    """Seconds since the epoch, by the server's clock."""
+    waiting: int
+    running: int
+
+
+class Installation:
+    """One task system.
+
+    Args:
+        broker: the way to its server.
+        registry: the tasks that are installed here; others are seen as well, but not all about them is known.
+        reader: reads what the operator has written.
+        task_db: the database of dead letters, open; None where there is none.
+        label: what it is called on the pages.
+    """
+
+    def __init__(
+        self,
+        broker: RedisStreamBroker,
+        registry: TaskRegistry,
+        reader: ConfigReader,
+        task_db: TaskDB | None = None,
+        label: str = "",
+    ) -> None:
+        self.broker = broker
+        self.registry = registry
+        self.task_db = task_db
+        self.label = label
+        self.loads: deque[Load] = deque(maxlen=_KEPT_LOOKS)
+        """The last minutes, as far as somebody was looking."""
+        self._reader = reader
+        self._read_at = 0.0
+        self._settings = Settings(TasksConfig(), ())
+        self._reading = asyncio.Lock()
+        self._looking = asyncio.Lock()
+        self._looked_at = 0.0
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def redis(self) -> Redis:
+        """The server."""
+        return self.broker.redis
+
+    @property
+    def config_source(self) -> str:
+        """Where the settings are written."""
+        return self._reader.source
+
+    def task_class(self, name: str) -> type[BaseTask] | None:
+        """The class of a registry name; None when it is not installed here."""
+        return self.registry.get(name)
+
+    async def settings(self) -> Settings:
+        """The settings as they are written, the last good ones while they are wrong."""
+        async with self._reading:
+            if not self._read_at or (self._reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
+                reading = await in_thread(self._reader.read, "dashboard-configuration")
+                self._settings = _settings(reading, self._settings)
+                self._read_at = time.monotonic()
+            return self._settings
+
+    async def snapshot(self) -> Snapshot:
+        """The whole system, as it was at most a second ago.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        async with self._looking:
+            if self._snapshot is None or time.monotonic() - self._looked_at > _SHARED_SECONDS:
+                found = await monitor.snapshot(self.redis)
+                waiting = sum(queue.backlog for queue in found.queues)
+                running = sum(queue.running for queue in found.queues)
+                self.loads.append(Load(found.at.timestamp(), waiting, running))
+                self._snapshot, self._looked_at = found, time.monotonic()
+            return self._snapshot
+
+
+def _settings(reading: Reading, before: Settings) -> Settings:
+    tasks = before.tasks if reading.tasks is None else reading.tasks
+    vos = before.vos if reading.vos is None else reading.vos
+    return Settings(tasks, vos, reading.problems)

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from ..page import Page
+
+PAGES: list[Page] = []

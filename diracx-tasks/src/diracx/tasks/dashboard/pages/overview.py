@@ -1,0 +1,156 @@
+"""The first page: whether all is well, and if not, what to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ... import monitor
+from ...monitor import Point, Snapshot
+from ...plumbing.in_force import configurations_in_force
+from ...plumbing.persistence import OPEN
+from ..page import Installation, Page, Request
+from ..rendering import seconds
+
+_FAILURES = 6
+#: A queue whose first task waits for longer is worth a look, if there are workers for it.
+_LONG_WAIT_SECONDS = 300.0
+_MEMORY_SHARE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something an operator should know."""
+
+    grave: bool
+    text: str
+    path: str
+    """The page where there is more about it."""
+
+
+async def load(request: Request, installation: Installation) -> dict[str, Any]:
+    """What the page shows."""
+    redis = installation.redis
+    snapshot = await installation.snapshot()
+    failures = await monitor.failures(redis, limit=_FAILURES)
+    in_force = await configurations_in_force(redis)
+    letters = await _open_letters(installation)
+    points = await monitor.history(redis)
+    digests = {entry.digest for entry in in_force}
+    wrong = [entry for entry in in_force if entry.problems]
+    findings = list(_findings(snapshot, letters))
+    if wrong:
+        findings.append(
+            Finding(
+                True,
+                _count(len(wrong), "process goes", "processes go")
+                + " on with an earlier configuration: what is written now is wrong",
+                "/configuration",
+            )
+        )
+    elif len(digests) > 1:
+        findings.append(Finding(False, f"{len(digests)} different configurations are in force", "/configuration"))
+    return {
+        "snapshot": snapshot,
+        "findings": sorted(findings, key=lambda finding: not finding.grave),
+        "failures": failures.items,
+        "letters": letters,
+        "waiting": sum(queue.backlog for queue in snapshot.queues),
+        "running": sum(queue.running for queue in snapshot.queues),
+        "slots": sum(worker.slots or 0 for worker in snapshot.workers if worker.alive),
+        "slots_used": sum(worker.slots_used or 0 for worker in snapshot.workers if worker.alive),
+        "alive": sum(worker.alive for worker in snapshot.workers),
+        "done_hour": sum(point.done for point in points),
+        "failed_hour": sum(point.failed for point in points),
+        "sizes": ("small", "medium", "large"),
+        "matrix": {(queue.priority, queue.size): queue for queue in snapshot.queues},
+        "priorities": list(dict.fromkeys(queue.priority for queue in snapshot.queues)),
+    }
+
+
+async def charts(request: Request, installation: Installation) -> dict[str, Any]:
+    """The past hour by the minute, and the last minutes as they were seen."""
+    points = await monitor.history(installation.redis)
+    await installation.snapshot()
+    return {"throughput": throughput(points), "load": _load(installation)}
+
+
+def throughput(points: list[Point]) -> dict[str, Any]:
+    """Tasks per minute, for a chart."""
+    return {
+        "t": [int(point.at.timestamp()) for point in points],
+        "series": [
+            {"label": "submitted", "values": [point.submitted for point in points]},
+            {"label": "done", "values": [point.done for point in points]},
+            {"label": "failed", "values": [point.failed for point in points]},
+        ],
+    }
+
+
+def _load(installation: Installation) -> dict[str, Any]:
+    loads = list(installation.loads)
+    return {
+        "t": [round(load.at, 1) for load in loads],
+        "series": [
+            {"label": "waiting", "values": [load.waiting for load in loads]},
+            {"label": "running", "values": [load.running for load in loads]},
+        ],
+    }
+
+
+async def _open_letters(installation: Installation) -> int | None:
+    if installation.task_db is None:
+        return None
+    async with installation.task_db as db:
+        return sum((await db.count(status=OPEN)).values())
+
+
+def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:
+    sizes = {worker.size for worker in snapshot.workers if worker.alive}
+    for size in ("small", "medium", "large"):
+        waiting = sum(queue.backlog for queue in snapshot.queues if queue.size == size)
+        if waiting and size not in sizes and None not in sizes:
+            yield Finding(
+                True, f"{_count(waiting, 'task waits', 'tasks wait')} and no {size} worker runs", "/queues"
+            )
+    for queue in snapshot.queues:
+        if queue.size in sizes and (queue.oldest_waiting_seconds or 0) > _LONG_WAIT_SECONDS:
+            since = seconds(queue.oldest_waiting_seconds)
+            text = f"the first task of {queue.name} has been waiting for {since}"
+            yield Finding(False, text, f"/queues/{queue.name}")
+    dead = [worker for worker in snapshot.workers if not worker.alive]
+    if dead:
+        yield Finding(
+            False, f"{_count(len(dead), 'worker was', 'workers were')} lost within the last minute", "/workers"
+        )
+    if snapshot.schedules and not snapshot.scheduler_leads:
+        yield Finding(True, "no scheduler leads: nothing periodic is submitted", "/schedules")
+    elif snapshot.schedules_late:
+        yield Finding(
+            True, f"{_count(snapshot.schedules_late, 'schedule is', 'schedules are')} late", "/schedules"
+        )
+    if snapshot.overdue:
+        yield Finding(
+            True,
+            f"{_count(snapshot.overdue, 'delayed task is', 'delayed tasks are')} overdue: "
+            "nobody brings them to their queue",
+            "/waiting",
+        )
+    if snapshot.dead_letters_waiting:
+        text = _count(snapshot.dead_letters_waiting, "dead letter waits", "dead letters wait")
+        yield Finding(True, f"{text} for a worker with a database", "/dead-letters")
+    if letters:
+        yield Finding(
+            False, f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about", "/dead-letters"
+        )
+    limit = snapshot.memory_limit_bytes
+    if limit and snapshot.memory_bytes > _MEMORY_SHARE * limit:
+        yield Finding(True, f"the server has used {snapshot.memory_bytes / limit:.0%} of its memory", "/")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}".replace(",", "\u202f")
+
+
+PAGES = [Page("/", "overview", "Overview", load, section="Now", charts=charts)]
