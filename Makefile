@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count clean
+.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,7 +19,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 	@command -v git >/dev/null || { echo "git is needed: DiracX keeps its configuration in a git repository" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable 'diracx-tasks[embedded,fast,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
+		--editable 'diracx-tasks[dashboard,embedded,fast,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
 
 test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some

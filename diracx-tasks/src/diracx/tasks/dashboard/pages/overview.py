@@ -145,8 +145,8 @@ def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:
             False, f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about", "/dead-letters"
         )
     limit = snapshot.memory_limit_bytes
-    if limit and snapshot.memory_bytes > _MEMORY_SHARE * limit:
-        yield Finding(True, f"the server has used {snapshot.memory_bytes / limit:.0%} of its memory", "/")
+    if limit and (snapshot.memory_bytes or 0) > _MEMORY_SHARE * limit:
+        yield Finding(True, f"the server has used {(snapshot.memory_bytes or 0) / limit:.0%} of its memory", "/")
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -42,8 +42,8 @@ async def _ask_purge(form: Form, installation: Installation) -> Question:
     [queue] = [queue for queue in snapshot.queues if queue.name == name]
     return Question(
         f"Remove all tasks that wait in {name}?",
-        f"{queue.backlog} tasks wait there now. They will not run, will not be dead letters, and cannot be "
-        "brought back. What runs goes on.",
+        f"{queue.backlog} tasks wait there now. They will be cancelled: they will not run, will not be dead "
+        "letters, and cannot be brought back. What runs goes on.",
         "Remove them",
         dangerous=True,
     )
@@ -51,7 +51,7 @@ async def _ask_purge(form: Form, installation: Installation) -> Question:
 
 async def _purge(form: Form, operator: Operator) -> str:
     removed = await operator.purge(_checked(form))
-    return f"{removed} tasks were removed from {form.one('queue')}."
+    return f"{removed} tasks were cancelled in {form.one('queue')}."
 
 
 def _checked(form: Form) -> str:
