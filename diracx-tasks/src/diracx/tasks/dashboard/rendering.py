@@ -197,7 +197,8 @@ def pretty(value: Any) -> str:
 
 def short(text: Any, longest: int = _LONGEST) -> str:
     """At most so many characters, on one line."""
-    line = " ".join(str(text).split())
+    # Passwords are masked first: half of one would not be known as such.
+    line = " ".join(mask(str(text)).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 

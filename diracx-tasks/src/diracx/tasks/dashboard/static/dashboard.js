@@ -69,7 +69,7 @@ function drawOne(figure) {
       legend: { show: false },
       scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, 1) * 1.08] } },
       axes: [
-        { ...axis, space: 70, values: [[3600, "{HH}:{mm}", null, null, null, null, null, null, 1],
+        { ...axis, space: 70, size: 26, gap: 4, values: [[3600, "{HH}:{mm}", null, null, null, null, null, null, 1],
           [60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
         { ...axis, size: 46, values: (_, ticks) => ticks.map(shown) },
       ],
