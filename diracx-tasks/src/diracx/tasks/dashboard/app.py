@@ -11,17 +11,20 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from diracx.db.exceptions import DBUnavailableError
 from fastapi import FastAPI
 from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from ..cli.errors import mask
 from .guard import Guard, cookie_name
 from .live import stream
 from .operations import NotPossibleError, Operator
-from .page import Action, Extension, Form, NotFoundError, Page
+from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
 from .pages import ACTIONS, PAGES
 from .rendering import STATIC, environment, render, text_of
 
@@ -30,6 +33,17 @@ if TYPE_CHECKING:
 
     from .access import Gate
     from .installation import Installation
+
+#: What a page may raise and the server behind it may suffer from. Each has its own words.
+_FORESEEN: tuple[type[Exception], ...] = (
+    HTTPException,
+    NotFoundError,
+    NotPossibleError,
+    UnavailableError,
+    RedisError,
+    SQLAlchemyError,
+    DBUnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +147,7 @@ class DashboardApp:
                 app.add_route("/live" + page.path, self._streamer(page), methods=["GET"])
         for action in actions:
             app.add_route(action.path, self._actor(action), methods=["POST"])
-        for kind in (HTTPException, NotFoundError, RedisError, NotPossibleError, Exception):
+        for kind in (*_FORESEEN, Exception):
             app.add_exception_handler(kind, self._failed)
         return app
 
@@ -169,7 +183,12 @@ class DashboardApp:
             async def still_allowed() -> bool:
                 return await self._gate.principal(request, secret) is not None
 
-            return stream(request, fragment, charts if page.charts else None, still_allowed, self._closing)
+            def explained(error: Exception) -> str:
+                return mask(_explained(request, error)[1])
+
+            return stream(
+                request, fragment, charts if page.charts else None, still_allowed, explained, self._closing
+            )
 
         return follow
 
@@ -190,18 +209,7 @@ class DashboardApp:
         return response
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        match error:
-            case HTTPException():
-                status, text = error.status_code, str(error.detail)
-            case NotFoundError():
-                status, text = 404, str(error)
-            case NotPossibleError():
-                status, text = 409, str(error)
-            case RedisError():
-                status, text = 503, f"The server of the tasks does not answer: {error}"
-            case _:
-                logger.error("%s %s", request.method, request.url.path, exc_info=error)
-                status, text = 500, "Something went wrong here; the log of the dashboard says what."
+        status, text = _explained(request, error)
         context = {"title": HTTPStatus(status).phrase, "nav": "", "text": text, "label": "", "charts": None}
         return self._page(request, "error.html", context, status)
 
@@ -292,6 +300,27 @@ class _LastingFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         return response
+
+
+def _explained(request: Request, error: Exception) -> tuple[int, str]:
+    """Status and text for whoever looks at what went wrong."""
+    match error:
+        case HTTPException():
+            found = error.status_code, str(error.detail)
+        case NotFoundError():
+            found = 404, str(error)
+        case NotPossibleError():
+            found = 409, str(error)
+        case UnavailableError():
+            found = 503, str(error)
+        case RedisError():
+            found = 503, f"The server of the tasks does not answer: {error}"
+        case SQLAlchemyError() | DBUnavailableError():
+            found = 503, f"The database does not answer: {getattr(error, 'orig', None) or error}"
+        case _:
+            logger.error("%s %s", request.method, request.url.path, exc_info=error)
+            found = 500, "Something went wrong here; the log of the dashboard says what."
+    return found
 
 
 def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:

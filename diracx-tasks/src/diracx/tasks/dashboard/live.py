@@ -9,10 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
 from starlette.responses import StreamingResponse
-
-from .page import NotFoundError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -37,6 +34,7 @@ def stream(
     fragment: Callable[[], Awaitable[str]],
     charts: Callable[[], Awaitable[dict[str, Any]]] | None,
     still_allowed: Callable[[], Awaitable[bool]],
+    explained: Callable[[Exception], str],
     closing: asyncio.Event,
 ) -> StreamingResponse:
     """The live part of a page, as `fragment` and `charts` events, with `trouble` when it cannot be had.
@@ -44,10 +42,11 @@ def stream(
     Args:
         fragment: renders it.
         still_allowed: whether the session is good; a `gone` event ends the stream when it is not.
+        explained: what an error means, for whoever looks.
         closing: ends all streams.
     """
     return StreamingResponse(
-        _events(fragment, charts, still_allowed, closing),
+        _events(fragment, charts, still_allowed, explained, closing),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
@@ -57,6 +56,7 @@ async def _events(
     fragment: Callable[[], Awaitable[str]],
     charts: Callable[[], Awaitable[dict[str, Any]]] | None,
     still_allowed: Callable[[], Awaitable[bool]],
+    explained: Callable[[Exception], str],
     closing: asyncio.Event,
 ) -> AsyncIterator[str]:
     yield "retry: 3000\n\n"
@@ -73,10 +73,8 @@ async def _events(
             news = {"fragment": await fragment(), "trouble": ""}
             if charts is not None:
                 news["charts"] = json.dumps(await charts())
-        except NotFoundError as error:
-            news = {"trouble": str(error)}
-        except (RedisError, OSError) as error:
-            news = {"trouble": f"the server of the tasks does not answer: {error}"}
+        except Exception as error:
+            news = {"trouble": explained(error)}
         for name, data in news.items():
             if sent.get(name, "" if name == "trouble" else None) != data:
                 sent[name] = data

@@ -48,12 +48,12 @@ class Operator:
 
     def __init__(self, installation: Installation, who: str, via: str) -> None:
         self.installation = installation
-        self._who = who
+        self.who = who
         self._via = via
 
     async def perform(self, action: str, target: str, do: Callable[[], Awaitable[str]]) -> str:
         """Do something, audited; extensions of the dashboard act through this, too. See `audited`."""
-        return await audited(self.installation.redis, self._who, self._via, action, target, do)
+        return await audited(self.installation.redis, self.who, self._via, action, target, do)
 
     # --- tasks, queues, locks ---------------------------------------------------------------------------
 

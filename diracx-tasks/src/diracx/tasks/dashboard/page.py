@@ -31,6 +31,7 @@ __all__ = [
     "Question",
     "Request",
     "TaskMessage",
+    "UnavailableError",
     "integer",
     "masked_arguments",
 ]
@@ -38,6 +39,10 @@ __all__ = [
 
 class NotFoundError(Exception):
     """There is no such thing (any more); the message says which."""
+
+
+class UnavailableError(Exception):
+    """What the page is about cannot be had at the moment; the message says why."""
 
 
 Values: TypeAlias = dict[str, Any]
@@ -54,7 +59,7 @@ class Page:
     load: Callable[[Request, Installation], Awaitable[Values]]
     """What its templates show.
 
-    Raises `NotFoundError`.
+    Raises `NotFoundError`, `UnavailableError`.
     """
     nav: str | None = None
     """The path of the entry in the navigation that it belongs to; by default its own, or none."""
