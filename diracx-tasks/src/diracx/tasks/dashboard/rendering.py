@@ -94,7 +94,8 @@ def text_of(templates: Environment, request: Request, template: str, context: di
             "form_token": form_token,
             "form_field": field,
             "theme": theme if theme in ("light", "dark") else "",
-            "here": str(request.scope["path"]).removeprefix(root),
+            # Of the page, also in the part of it that is sent again.
+            "here": str(request.scope["path"]).removeprefix(root).removeprefix("/live"),
             "now": datetime.now(UTC),
             "query": dict(request.query_params),
             **context,
