@@ -6,8 +6,10 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import socket
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -224,9 +226,21 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: LogLevel, t
     import uvicorn
 
     class Server(uvicorn.Server):
-        def handle_exit(self, *args: Any) -> None:
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # In place of uvicorn's own, which after an orderly end dies of the signal.
+            loop, ends = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+            for number in ends:
+                loop.add_signal_handler(number, self._end, number)
+            try:
+                yield
+            finally:
+                for number in ends:
+                    loop.remove_signal_handler(number)
+
+        def _end(self, number: int) -> None:
             app.end_streams()
-            super().handle_exit(*args)
+            self.handle_exit(number, None)
 
     config = uvicorn.Config(
         app,
