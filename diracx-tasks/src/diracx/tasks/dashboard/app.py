@@ -71,6 +71,7 @@ def create_app(
     *,
     hosts: Collection[str] | None = None,
     extensions: Sequence[Extension] | None = None,
+    stream_seconds: float = 3600.0,
 ) -> DashboardApp:
     """The dashboard, for a server of its own or below a path of another application.
 
@@ -79,9 +80,11 @@ def create_app(
         gate: decides who comes in.
         hosts: names by which the server may be called; None for any.
         extensions: further pages; by default all that are installed.
+        stream_seconds: how long a live page holds a connection before it makes another. A server that is told
+            to stop waits for those who do not know of it.
     """
     chosen = installed_extensions() if extensions is None else list(extensions)
-    return DashboardApp(installation, gate, hosts, chosen)
+    return DashboardApp(installation, gate, hosts, chosen, stream_seconds)
 
 
 class DashboardApp:
@@ -93,11 +96,13 @@ class DashboardApp:
         gate: Gate,
         hosts: Collection[str] | None,
         extensions: Sequence[Extension],
+        stream_seconds: float,
     ) -> None:
         self._find_installation = installation
         self._installation: Installation | None = None
         self._gate = gate
         self._extensions = extensions
+        self._stream_seconds = stream_seconds
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._closing = asyncio.Event()
@@ -187,7 +192,13 @@ class DashboardApp:
                 return mask(_explained(request, error)[1])
 
             return stream(
-                request, fragment, charts if page.charts else None, still_allowed, explained, self._closing
+                request,
+                fragment,
+                charts if page.charts else None,
+                still_allowed,
+                explained,
+                self._closing,
+                self._stream_seconds,
             )
 
         return follow

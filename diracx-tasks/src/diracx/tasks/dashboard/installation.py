@@ -5,25 +5,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .. import monitor
 from ..plumbing.config import TasksConfig
 from ..plumbing.config_source import Reading, in_thread
+from ..plumbing.persistence import OPEN
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..monitor import Snapshot
+    from ..monitor import Point, Snapshot
     from ..plumbing.base_task import BaseTask
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.config_source import ConfigReader
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.persistence import TaskDB
 
+_Value = TypeVar("_Value")
+
 #: Those who look at the same time share one look.
 _SHARED_SECONDS = 1.0
+#: What changes slowly, or costs more.
+_SLOW_SECONDS = 5.0
 #: How often the settings are read again, at most.
 _READ_SECONDS = 5.0
 #: Looks that are kept for the chart of the last minutes.
@@ -79,9 +85,8 @@ class Installation:
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
         self._reading = asyncio.Lock()
-        self._looking = asyncio.Lock()
-        self._looked_at = 0.0
-        self._snapshot: Snapshot | None = None
+        self._asking: dict[str, asyncio.Lock] = {}
+        self._answers: dict[str, tuple[float, Any]] = {}
 
     @property
     def redis(self) -> Redis:
@@ -112,14 +117,49 @@ class Installation:
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
         """
-        async with self._looking:
-            if self._snapshot is None or time.monotonic() - self._looked_at > _SHARED_SECONDS:
-                found = await monitor.snapshot(self.redis)
-                waiting = sum(queue.backlog for queue in found.queues)
-                running = sum(queue.running for queue in found.queues)
-                self.loads.append(Load(found.at.timestamp(), waiting, running))
-                self._snapshot, self._looked_at = found, time.monotonic()
-            return self._snapshot
+
+        async def look() -> Snapshot:
+            found = await monitor.snapshot(self.redis)
+            waiting = sum(queue.backlog for queue in found.queues)
+            running = sum(queue.running for queue in found.queues)
+            self.loads.append(Load(found.at.timestamp(), waiting, running))
+            return found
+
+        return await self.shared("snapshot", look)
+
+    async def history(self) -> list[Point]:
+        """The past hour by the minute.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        return await self.shared("history", lambda: monitor.history(self.redis), seconds=_SLOW_SECONDS)
+
+    async def open_letters(self) -> int | None:
+        """How many dead letters are to be decided about; None without a database.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: when it does not answer.
+        """
+        if (db := self.task_db) is None:
+            return None
+
+        async def count() -> int:
+            async with db:
+                return sum((await db.count(status=OPEN)).values())
+
+        return await self.shared("open letters", count, seconds=_SLOW_SECONDS)
+
+    async def shared(
+        self, name: str, ask: Callable[[], Awaitable[_Value]], *, seconds: float = _SHARED_SECONDS
+    ) -> _Value:
+        """An answer that all who ask within so many seconds share, and that is asked for once at a time."""
+        async with self._asking.setdefault(name, asyncio.Lock()):
+            at, known = self._answers.get(name, (0.0, None))
+            if not at or time.monotonic() - at > seconds:
+                known = await ask()
+                self._answers[name] = time.monotonic(), known
+            return cast("_Value", known)
 
 
 def _settings(reading: Reading, before: Settings) -> Settings:

@@ -19,8 +19,6 @@ _EVERY_SECONDS = 2.0
 _SIGN_OF_LIFE_SECONDS = 15.0
 #: Sessions end while pages are open.
 _SESSION_CHECK_SECONDS = 15.0
-#: A page that is open all week begins anew now and then, so that nothing is held for ever.
-_LONGEST_SECONDS = 3600.0
 
 
 def event(name: str, data: str) -> str:
@@ -36,6 +34,7 @@ def stream(
     still_allowed: Callable[[], Awaitable[bool]],
     explained: Callable[[Exception], str],
     closing: asyncio.Event,
+    longest_seconds: float,
 ) -> StreamingResponse:
     """The live part of a page, as `fragment` and `charts` events, with `trouble` when it cannot be had.
 
@@ -44,9 +43,10 @@ def stream(
         still_allowed: whether the session is good; a `gone` event ends the stream when it is not.
         explained: what an error means, for whoever looks.
         closing: ends all streams.
+        longest_seconds: ends this one; the browser begins another.
     """
     return StreamingResponse(
-        _events(fragment, charts, still_allowed, explained, closing),
+        _events(fragment, charts, still_allowed, explained, closing, longest_seconds),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
@@ -58,11 +58,12 @@ async def _events(
     still_allowed: Callable[[], Awaitable[bool]],
     explained: Callable[[Exception], str],
     closing: asyncio.Event,
+    longest_seconds: float,
 ) -> AsyncIterator[str]:
-    yield "retry: 3000\n\n"
+    yield "retry: 500\n\n"
     sent: dict[str, str] = {}
     began = checked = spoke = time.monotonic()
-    while not closing.is_set() and time.monotonic() - began < _LONGEST_SECONDS:
+    while not closing.is_set() and time.monotonic() - began < longest_seconds:
         now = time.monotonic()
         if now - checked > _SESSION_CHECK_SECONDS:
             checked = now

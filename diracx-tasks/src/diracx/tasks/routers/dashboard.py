@@ -7,8 +7,8 @@ __all__ = ["router"]
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
 
 from diracx.core.config.schema import Config
 from diracx.core.settings import AuthSettings
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 POLICY = "tasks"
 _BELOW = "/api/tasks/dashboard"
+#: Nobody tells us that the application is to stop, and its server waits for all connections.
+_STREAM_SECONDS = 20.0
 
 # It has a door of its own, for browsers send no `Authorization` by themselves. What is behind it is no interface
 # for programs.
@@ -65,14 +67,21 @@ class _HandedOn(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         below = str(scope.get("root_path", "")) + _BELOW
         state = {**scope.get("state", {}), "door": self._door}
-        await _app(asyncio.get_running_loop())({**scope, "root_path": below, "state": state}, receive, send)
+        await _app()({**scope, "root_path": below, "state": state}, receive, send)
 
 
-@cache
-def _app(loop: asyncio.AbstractEventLoop) -> DashboardApp:
+#: An application has one event loop; tests have many.
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, DashboardApp] = WeakKeyDictionary()
+
+
+def _app() -> DashboardApp:
     from ..dashboard.app import create_app
 
-    return create_app(installation_of_environment, DiracxGate())
+    loop = asyncio.get_running_loop()
+    if (app := _of_loop.get(loop)) is None:
+        app = create_app(installation_of_environment, DiracxGate(), stream_seconds=_STREAM_SECONDS)
+        _of_loop[loop] = app
+    return app
 
 
 class DiracxGate:

@@ -9,7 +9,6 @@ from typing import Any
 from ... import monitor
 from ...monitor import Point, Snapshot
 from ...plumbing.in_force import configurations_in_force
-from ...plumbing.persistence import OPEN
 from ..page import Installation, Page, Request
 from ..rendering import seconds
 
@@ -35,8 +34,8 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
     snapshot = await installation.snapshot()
     failures = await monitor.failures(redis, limit=_FAILURES)
     in_force = await configurations_in_force(redis)
-    letters = await _open_letters(installation)
-    points = await monitor.history(redis)
+    letters = await installation.open_letters()
+    points = await installation.history()
     digests = {entry.digest for entry in in_force}
     wrong = [entry for entry in in_force if entry.problems]
     findings = list(_findings(snapshot, letters))
@@ -71,7 +70,7 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
 
 async def charts(request: Request, installation: Installation) -> dict[str, Any]:
     """The past hour by the minute, and the last minutes as they were seen."""
-    points = await monitor.history(installation.redis)
+    points = await installation.history()
     await installation.snapshot()
     return {"throughput": throughput(points), "load": _load(installation)}
 
@@ -97,13 +96,6 @@ def _load(installation: Installation) -> dict[str, Any]:
             {"label": "running", "values": [load.running for load in loads]},
         ],
     }
-
-
-async def _open_letters(installation: Installation) -> int | None:
-    if installation.task_db is None:
-        return None
-    async with installation.task_db as db:
-        return sum((await db.count(status=OPEN)).values())
 
 
 def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:

@@ -122,6 +122,7 @@ const place = byId("live");
 let held = null; // what came while it could not be shown
 let paused = false;
 let source = null;
+let doubt = 0;
 
 function tell(kind, text) {
   if (!state) return;
@@ -162,7 +163,7 @@ function trouble(text) {
 
 function follow() {
   source = new EventSource(body.dataset.live);
-  source.addEventListener("open", () => { if (!paused) tell("live", "live"); });
+  source.addEventListener("open", () => { clearTimeout(doubt); if (!paused) tell("live", "live"); });
   source.addEventListener("fragment", (event) => put(event.data));
   source.addEventListener("charts", (event) => {
     if (paused) return;
@@ -172,7 +173,9 @@ function follow() {
   source.addEventListener("trouble", (event) => trouble(event.data));
   source.addEventListener("gone", () => location.reload());
   source.addEventListener("error", () => {
-    tell("trouble", "no connection");
+    // Streams end now and then, and begin again at once: that is nothing to tell.
+    clearTimeout(doubt);
+    doubt = setTimeout(() => tell("trouble", "no connection"), 3000);
     // A browser does not try again where it was refused.
     if (source.readyState === EventSource.CLOSED) setTimeout(() => { if (!paused && !document.hidden) follow(); }, 5000);
   });
@@ -190,7 +193,9 @@ if (body.dataset.live && place) {
   });
   // A tab that nobody sees costs nobody anything.
   document.addEventListener("visibilitychange", () => {
-    if (document.hidden) source.close();
+    clearTimeout(doubt);
+    source?.close();
+    if (document.hidden) tell("waiting", "not followed");
     else follow();
   });
   setInterval(() => { if (held !== null && !paused) put(held); }, 500);
