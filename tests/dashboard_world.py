@@ -163,16 +163,6 @@ async def small_world(redis_url: str, extensions: list[Extension] | None = None)
     ) as system:
         for task in (Hold(HOSTILE), HoldSite(HOSTILE), HoldSite(HOSTILE), Flaky(HOSTILE), Split(), Quick(7)):
             await task.schedule()
-        for number in range(3):
-            await Fail(f"{HOSTILE}{number}", SECRET).schedule()
-        unknown = TaskMessage(task_id="0" * 32, task_name=f"test:{HOSTILE}", task_args=[HOSTILE])
-        waiting = TaskMessage(task_id="f" * 32, task_name="test:Urgent", task_args=[HOSTILE])
-        await system.broker.submit(
-            [
-                Submission(unknown, "diracx:tasks:normal:medium"),
-                Submission(waiting, "diracx:tasks:realtime:large"),
-            ]
-        )
         redis = system.broker.redis
 
         async def reported() -> bool:
@@ -194,6 +184,21 @@ async def small_world(redis_url: str, extensions: list[Extension] | None = None)
         gate = TokenGate(accounts, "ask wilma")
         app = create_app(this, gate, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [])
         world = World(system, app, installation)
+        for number in range(3):
+            await Fail(f"{HOSTILE}{number}", SECRET).schedule()
+
+            async def buried(number: int = number) -> bool:
+                return len(await world.letters()) == number + 1
+
+            await until(buried)
+        unknown = TaskMessage(task_id="0" * 32, task_name=f"test:{HOSTILE}", task_args=[HOSTILE])
+        waiting = TaskMessage(task_id="f" * 32, task_name="test:Urgent", task_args=[HOSTILE])
+        await system.broker.submit(
+            [
+                Submission(unknown, "diracx:tasks:normal:medium"),
+                Submission(waiting, "diracx:tasks:realtime:large"),
+            ]
+        )
         await until(reported)
         try:
             yield world

@@ -81,7 +81,7 @@ async def test_every_page_shows_what_there_is_and_nothing_in_it_can_do_harm(worl
             "/failures": "window.hacked",
             "/dead-letters/1": "•••",
             "/schedules": "every 3600 s",
-            "/": "no large worker runs",
+            "/": "no worker of size large runs",
         }.items():
             assert shown in (await client.get(address)).text, address
 

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from .. import monitor
 from ..cli.dlq_view import record, summary
 from ..cli.errors import mask
+from ..cli.monitor_view import masked
 from ..dashboard.audit import read_audit
 from ..dashboard.installation import Installation
 from ..dashboard.operations import Decided, NotPossibleError, Operator
@@ -63,7 +64,7 @@ class _Reader:
     async def answer(self, ask: Callable[[], Awaitable[Any]]) -> JSONResponse:
         """What was asked for, as JSON without passwords."""
         await self._check(action=ActionType.READ, config=self._config)
-        return JSONResponse(without_passwords(as_json(await _asked(ask))))
+        return JSONResponse(masked(as_json(await _asked(ask))))
 
 
 class _Writer:
@@ -77,7 +78,7 @@ class _Writer:
     async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
         """What came of it, as JSON without passwords."""
         await self._check(action=ActionType.WRITE, config=self._config)
-        return JSONResponse(without_passwords(as_json(await _asked(do))))
+        return JSONResponse(masked(as_json(await _asked(do))))
 
 
 Reader = Annotated[_Reader, Depends(_Reader)]
@@ -93,15 +94,6 @@ async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
     except RedisError as error:
         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
-
-
-def without_passwords(value: Any) -> Any:
-    """The same JSON, with the passwords of all URLs in it masked."""
-    if isinstance(value, str):
-        return mask(value)
-    if isinstance(value, dict):
-        return {name: without_passwords(each) for name, each in value.items()}
-    return [without_passwords(each) for each in value] if isinstance(value, list) else value
 
 
 def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:

@@ -10,12 +10,17 @@ from ... import monitor
 from ...monitor import Point, Snapshot
 from ...plumbing.in_force import configurations_in_force
 from ..page import Installation, Page, Request
-from ..rendering import seconds
 
 _FAILURES = 6
-#: A queue whose first task waits for longer is worth a look, if there are workers for it.
-_LONG_WAIT_SECONDS = 300.0
-_MEMORY_SHARE = 0.85
+#: Where there is more about a trouble.
+_PATHS = {
+    "server": "/",
+    "schedules": "/schedules",
+    "delayed": "/waiting",
+    "queue": "/queues",
+    "workers": "/workers",
+    "dead letters": "/dead-letters",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,46 +104,12 @@ def _load(installation: Installation) -> dict[str, Any]:
 
 
 def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:
-    sizes = {worker.size for worker in snapshot.workers if worker.alive}
-    for size in ("small", "medium", "large"):
-        waiting = sum(queue.backlog for queue in snapshot.queues if queue.size == size)
-        if waiting and size not in sizes and None not in sizes:
-            yield Finding(
-                True, f"{_count(waiting, 'task waits', 'tasks wait')} and no {size} worker runs", "/queues"
-            )
-    for queue in snapshot.queues:
-        if queue.size in sizes and (queue.oldest_waiting_seconds or 0) > _LONG_WAIT_SECONDS:
-            since = seconds(queue.oldest_waiting_seconds)
-            text = f"the first task of {queue.name} has been waiting for {since}"
-            yield Finding(False, text, f"/queues/{queue.name}")
-    dead = [worker for worker in snapshot.workers if not worker.alive]
-    if dead:
-        yield Finding(
-            False, f"{_count(len(dead), 'worker was', 'workers were')} lost within the last minute", "/workers"
-        )
-    if snapshot.schedules and not snapshot.scheduler_leads:
-        yield Finding(True, "no scheduler leads: nothing periodic is submitted", "/schedules")
-    elif snapshot.schedules_late:
-        yield Finding(
-            True, f"{_count(snapshot.schedules_late, 'schedule is', 'schedules are')} late", "/schedules"
-        )
-    if snapshot.overdue:
-        yield Finding(
-            True,
-            f"{_count(snapshot.overdue, 'delayed task is', 'delayed tasks are')} overdue: "
-            "nobody brings them to their queue",
-            "/waiting",
-        )
-    if snapshot.dead_letters_waiting:
-        text = _count(snapshot.dead_letters_waiting, "dead letter waits", "dead letters wait")
-        yield Finding(True, f"{text} for a worker with a database", "/dead-letters")
+    for trouble in monitor.find_troubles(snapshot):
+        path = f"/queues/{trouble.queue}" if trouble.queue else _PATHS[trouble.about]
+        yield Finding(trouble.grave, trouble.text, path)
     if letters:
-        yield Finding(
-            False, f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about", "/dead-letters"
-        )
-    limit = snapshot.memory_limit_bytes
-    if limit and (snapshot.memory_bytes or 0) > _MEMORY_SHARE * limit:
-        yield Finding(True, f"the server has used {(snapshot.memory_bytes or 0) / limit:.0%} of its memory", "/")
+        text = f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about"
+        yield Finding(False, text, "/dead-letters")
 
 
 def _count(number: int, one: str, many: str) -> str:
