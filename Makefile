@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count clean
+.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,7 +19,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 	@command -v git >/dev/null || { echo "git is needed: DiracX keeps its configuration in a git repository" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable 'diracx-tasks[embedded,fast,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
+		--editable 'diracx-tasks[dashboard,embedded,fast,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
 
 test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some
@@ -59,6 +59,20 @@ bench-peers: $(STAMP) ## measure other task systems side by side with this one; 
 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
+
+# What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository.
+VENDORED := diracx-tasks/src/diracx/tasks/dashboard/static/vendor
+vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named here (needs npm)
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" \
+		&& npm pack --silent htmx.org@2.0.11 uplot@1.6.32 >/dev/null \
+		&& mkdir htmx uplot && tar -xzf htmx.org-*.tgz -C htmx --strip-components=1 \
+		&& tar -xzf uplot-*.tgz -C uplot --strip-components=1 \
+		&& cd "$(CURDIR)" && mkdir -p $(VENDORED) \
+		&& cp "$$work/htmx/dist/htmx.min.js" $(VENDORED)/htmx.min.js \
+		&& cp "$$work/htmx/LICENSE" $(VENDORED)/htmx.LICENSE \
+		&& cp "$$work/uplot/dist/uPlot.iife.min.js" $(VENDORED)/uplot.min.js \
+		&& cp "$$work/uplot/dist/uPlot.min.css" $(VENDORED)/uplot.min.css \
+		&& cp "$$work/uplot/LICENSE" $(VENDORED)/uplot.LICENSE
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ import typer
 from .call import call
 from .cancel import cancel
 from .config import app as config
+from .dashboard import dashboard
 from .dev import dev
 from .dlq import app as dlq
 from .errors import CliError, mask, one_line
@@ -50,6 +51,7 @@ for _function, _name in (
     (status, "status"),
     (workers, "workers"),
     (running, "running"),
+    (dashboard, "dashboard"),
 ):
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")

@@ -31,7 +31,7 @@ from .models import (
 )
 from .processes import running, workers
 from .queued import delayed, peek, queues, snapshot
-from .troubles import troubles
+from .troubles import Trouble, find_troubles, troubles
 
 __all__ = [
     "DELAY_REASONS",
@@ -51,11 +51,13 @@ __all__ = [
     "RunningTask",
     "Snapshot",
     "TaskStats",
+    "Trouble",
     "Window",
     "Worker",
     "as_json",
     "delayed",
     "failures",
+    "find_troubles",
     "groups",
     "history",
     "lock",

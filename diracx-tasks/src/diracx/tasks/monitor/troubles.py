@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 from .models import Snapshot
 
 #: A worker reports every 5 s; one that lives and has not for so long has a blocked event loop.
@@ -10,58 +14,75 @@ SILENT_SECONDS = 20.0
 LONG_WAIT_SECONDS = 600.0
 _MEMORY_SHARE = 0.9
 
+About = Literal["server", "schedules", "delayed", "queue", "workers", "dead letters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """Something that is wrong."""
+
+    text: str
+    about: About
+    grave: bool = True
+    """Whether something does not happen that should; else it is slow, or over already."""
+    queue: str | None = None
+    """The queue it is about."""
+
 
 def troubles(seen: Snapshot) -> list[str]:
     """What is wrong in a snapshot, most urgent first; empty when all is well."""
+    return [trouble.text for trouble in find_troubles(seen)]
+
+
+def find_troubles(seen: Snapshot) -> list[Trouble]:
+    """The same, with what each is about."""
     return [*_of_server(seen), *_of_scheduler(seen), *_of_queues(seen), *_of_workers(seen), *_of_letters(seen)]
 
 
-def _of_server(seen: Snapshot) -> list[str]:
+def _of_server(seen: Snapshot) -> Iterator[Trouble]:
     used, limit = seen.memory_bytes, seen.memory_limit_bytes
-    if used is None or limit is None or used < _MEMORY_SHARE * limit:
-        return []
-    return [f"Redis uses {used / limit:.0%} of its memory: at 100 % it refuses new tasks"]
+    if used is not None and limit is not None and used >= _MEMORY_SHARE * limit:
+        text = f"Redis uses {used / limit:.0%} of its memory: at 100 % it refuses new tasks"
+        yield Trouble(text=text, about="server")
 
 
-def _of_scheduler(seen: Snapshot) -> list[str]:
-    found = []
+def _of_scheduler(seen: Snapshot) -> Iterator[Trouble]:
     if not seen.scheduler_leads and seen.schedules:
-        found.append(f"no scheduler leads: {seen.schedules} schedules are not submitted")
+        text = f"no scheduler leads: {seen.schedules} schedules are not submitted"
+        yield Trouble(text=text, about="schedules")
     elif seen.schedules_late:
-        found.append(f"{seen.schedules_late} schedules are late by more than 10 s")
+        yield Trouble(text=f"{seen.schedules_late} schedules are late by more than 10 s", about="schedules")
     if seen.overdue:
-        found.append(
-            f"{seen.overdue} delayed tasks are overdue: no worker or scheduler moves them to their queues"
-        )
-    return found
+        text = f"{seen.overdue} delayed tasks are overdue: no worker or scheduler moves them to their queues"
+        yield Trouble(text=text, about="delayed")
 
 
-def _of_queues(seen: Snapshot) -> list[str]:
-    found = []
+def _of_queues(seen: Snapshot) -> Iterator[Trouble]:
     served = {worker.size for worker in seen.workers if worker.alive}
     for queue in seen.queues:
         if not queue.backlog:
             continue
         waits = queue.oldest_waiting_seconds or 0.0
         if queue.size not in served and None not in served:
-            found.append(f"{queue.name}: {queue.backlog} tasks wait, and no worker of size {queue.size} runs")
+            text = f"{queue.name}: {queue.backlog} tasks wait, and no worker of size {queue.size} runs"
+            yield Trouble(text=text, about="queue", queue=queue.name)
         elif waits > LONG_WAIT_SECONDS and queue.priority != "background":
-            found.append(f"{queue.name}: {queue.backlog} tasks wait, the first for {waits / 60:.0f} min")
-    return found
+            text = f"{queue.name}: {queue.backlog} tasks wait, the first for {waits / 60:.0f} min"
+            yield Trouble(text=text, about="queue", queue=queue.name, grave=False)
 
 
-def _of_workers(seen: Snapshot) -> list[str]:
-    found = []
+def _of_workers(seen: Snapshot) -> Iterator[Trouble]:
     for worker in seen.workers:
         silent = None if worker.seen is None else (seen.at - worker.seen).total_seconds()
         if not worker.alive:
-            found.append(f"worker {worker.name} is dead: its lease has ended, others take over what it ran")
+            text = f"worker {worker.name} is dead: its lease has ended, others take over what it ran"
+            yield Trouble(text=text, about="workers", grave=False)
         elif silent is not None and silent > SILENT_SECONDS:
-            found.append(f"worker {worker.name} lives, but has been silent for {silent:.0f} s: a task blocks it")
-    return found
+            text = f"worker {worker.name} lives, but has been silent for {silent:.0f} s: a task blocks it"
+            yield Trouble(text=text, about="workers")
 
 
-def _of_letters(seen: Snapshot) -> list[str]:
-    if not seen.dead_letters_waiting:
-        return []
-    return [f"{seen.dead_letters_waiting} dead letters wait in Redis for a worker with a database"]
+def _of_letters(seen: Snapshot) -> Iterator[Trouble]:
+    if seen.dead_letters_waiting:
+        text = f"{seen.dead_letters_waiting} dead letters wait in Redis for a worker with a database"
+        yield Trouble(text=text, about="dead letters")

@@ -15,6 +15,7 @@ __all__ = [
     "cancel_pilot",
     "count_illegal_histories",
     "get_available_ces",
+    "get_newest_pilots",
     "get_pilot",
     "get_pilot_summary",
     "list_ces",
@@ -37,4 +38,11 @@ from .check import transition_pilot_states
 from .compute_elements import add_ce, get_available_ces, list_ces, load_ces, set_ce_enabled
 from .requests import request_pilots, submit_requested_pilot, withdraw_requests
 from .submission import submit_pilot
-from .tracking import cancel_pilot, count_illegal_histories, get_pilot, get_pilot_summary, search_pilots
+from .tracking import (
+    cancel_pilot,
+    count_illegal_histories,
+    get_newest_pilots,
+    get_pilot,
+    get_pilot_summary,
+    search_pilots,
+)

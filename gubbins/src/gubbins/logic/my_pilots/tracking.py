@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["cancel_pilot", "count_illegal_histories", "get_pilot", "get_pilot_summary", "search_pilots"]
+__all__ = [
+    "cancel_pilot",
+    "count_illegal_histories",
+    "get_newest_pilots",
+    "get_pilot",
+    "get_pilot_summary",
+    "search_pilots",
+]
 
 import asyncio
 import logging
@@ -39,6 +46,11 @@ async def search_pilots(
 ) -> tuple[int, list[dict[str, Any]]]:
     """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO."""
     return await db.search_pilots(vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
+
+
+async def get_newest_pilots(db: MyPilotDB, limit: int, vo: str | None = None) -> list[dict[str, Any]]:
+    """The newest pilots (of one VO, or of all), newest first: where each is or was, and when."""
+    return await db.newest_pilots(limit, vo=vo)
 
 
 async def get_pilot(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:

@@ -49,6 +49,9 @@ DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.
 RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 
+#: Stream, capped, with a time to live: who did what by dashboard or HTTP.
+AUDIT = "diracx:tasks:audit"
+
 #: String: the leading scheduler's token, with a short lease. Also the channel that says that nobody leads now.
 LEADER = "diracx:scheduler:leader"
 #: Sorted set: schedule -> next run (ms since the epoch).

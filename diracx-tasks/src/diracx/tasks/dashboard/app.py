@@ -1,0 +1,372 @@
+"""The application: pages, their live streams, actions with their questions, and the way in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+from diracx.db.exceptions import DBUnavailableError
+from fastapi import FastAPI
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from ..cli.errors import mask
+from .guard import Guard, cookie_name
+from .live import stream
+from .operations import NotPossibleError, Operator
+from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
+from .pages import ACTIONS, PAGES
+from .rendering import STATIC, environment, render, text_of
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from .access import Gate
+    from .installation import Installation
+
+#: What a page may raise and the server behind it may suffer from. Each has its own words.
+_FORESEEN: tuple[type[Exception], ...] = (
+    HTTPException,
+    NotFoundError,
+    NotPossibleError,
+    UnavailableError,
+    RedisError,
+    SQLAlchemyError,
+    DBUnavailableError,
+)
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
+_SAID = "tasks-dashboard-said"
+_SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
+
+
+def installed_extensions() -> list[Extension]:
+    """The pages that other installed distributions add. One that cannot be loaded is left out, and logged."""
+    from importlib.metadata import entry_points
+
+    found = []
+    for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda each: each.name):
+        try:
+            found.append(entry_point.load()())
+        except Exception:
+            logger.exception("the pages %r of the dashboard cannot be loaded", entry_point.value)
+    return found
+
+
+def create_app(
+    installation: Callable[[], Awaitable[Installation]],
+    gate: Gate,
+    *,
+    hosts: Collection[str] | None = None,
+    extensions: Sequence[Extension] | None = None,
+    stream_seconds: float = 3600.0,
+) -> DashboardApp:
+    """The dashboard, for a server of its own or below a path of another application.
+
+    Args:
+        installation: what it looks at; called once, before the first page.
+        gate: decides who comes in.
+        hosts: names by which the server may be called; None for any.
+        extensions: further pages; by default all that are installed.
+        stream_seconds: how long a live page holds a connection before it makes another. A server that is told
+            to stop waits for those who do not know of it.
+    """
+    chosen = installed_extensions() if extensions is None else list(extensions)
+    return DashboardApp(installation, gate, hosts, chosen, stream_seconds)
+
+
+class DashboardApp:
+    """An ASGI application. It opens what it needs with its lifespan, or else at its first request."""
+
+    def __init__(
+        self,
+        installation: Callable[[], Awaitable[Installation]],
+        gate: Gate,
+        hosts: Collection[str] | None,
+        extensions: Sequence[Extension],
+        stream_seconds: float,
+    ) -> None:
+        self._find_installation = installation
+        self._installation: Installation | None = None
+        self._gate = gate
+        self._extensions = extensions
+        self._stream_seconds = stream_seconds
+        self._opening = asyncio.Lock()
+        self._stack = AsyncExitStack()
+        self._closing = asyncio.Event()
+        self._templates = environment(each.templates for each in extensions if each.templates is not None)
+        pages = [*PAGES, *(page for extension in extensions for page in extension.pages)]
+        actions = [*ACTIONS, *(action for extension in extensions for action in extension.actions)]
+        self._templates.globals["navigation"] = _navigation(pages)
+        self._app = Guard(self._routes(pages, actions), gate, hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            await self.open()
+        await self._app(scope, receive, send)
+
+    async def open(self) -> None:
+        """Open what the pages need, if that has not been done."""
+        async with self._opening:
+            if self._installation is None:
+                for extension in self._extensions:
+                    await self._stack.enter_async_context(extension.lifespan())
+                self._installation = await self._find_installation()
+
+    def end_streams(self) -> None:
+        """Let all live pages go, so that a server may stop."""
+        self._closing.set()
+
+    async def aclose(self) -> None:
+        """Close what was opened for extensions."""
+        self.end_streams()
+        await self._stack.aclose()
+
+    def _routes(self, pages: Sequence[Page], actions: Sequence[Action]) -> FastAPI:
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            await self.open()
+            yield
+            await self.aclose()
+
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+        app.mount("/static", _LastingFiles(directory=STATIC))
+        app.add_route("/sign-in", self._sign_in, methods=["GET", "POST"])
+        app.add_route("/sign-out", self._sign_out, methods=["POST"])
+        for page in pages:
+            app.add_route(page.path, self._shower(page), methods=["GET"])
+            if page.live:
+                app.add_route("/live" + page.path, self._streamer(page), methods=["GET"])
+        for action in actions:
+            app.add_route(action.path, self._actor(action), methods=["POST"])
+        for kind in (*_FORESEEN, Exception):
+            app.add_exception_handler(kind, self._failed)
+        return app
+
+    @property
+    def installation(self) -> Installation:
+        """What it looks at."""
+        assert self._installation is not None
+        return self._installation
+
+    # --- pages ------------------------------------------------------------------------------------------
+
+    def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
+        async def show(request: Request) -> Response:
+            context = self._about(page) | await page.load(request, self.installation)
+            if page.charts is not None:
+                context["charts"] = json.dumps(await page.charts(request, self.installation))
+            return self._page(request, f"{page.name}.html", context)
+
+        return show
+
+    def _streamer(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
+        async def follow(request: Request) -> Response:
+            secret = request.cookies.get(cookie_name(request), "")
+
+            async def fragment() -> str:
+                values = await page.load(request, self.installation)
+                return text_of(self._templates, request, f"_{page.name}.html", self._about(page) | values)
+
+            async def charts() -> dict[str, Any]:
+                assert page.charts is not None
+                return await page.charts(request, self.installation)
+
+            async def still_allowed() -> bool:
+                return await self._gate.principal(request, secret) is not None
+
+            def explained(error: Exception) -> str:
+                return mask(_explained(request, error)[1])
+
+            return stream(
+                request,
+                fragment,
+                charts if page.charts else None,
+                still_allowed,
+                explained,
+                self._closing,
+                self._stream_seconds,
+            )
+
+        return follow
+
+    def _about(self, page: Page) -> dict[str, Any]:
+        return {
+            "title": page.title,
+            "nav": page.nav or page.path,
+            "live": page.live,
+            "charts": None,
+            "label": self.installation.label,
+        }
+
+    def _page(self, request: Request, template: str, context: dict[str, Any], status: int = 200) -> Response:
+        said = _said(request)
+        response = render(self._templates, request, template, {"said": said, "live": False, **context}, status)
+        if said is not None:
+            response.delete_cookie(_SAID, path=_root(request) or "/")
+        return response
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        status, text = _explained(request, error)
+        context = {"title": HTTPStatus(status).phrase, "nav": "", "text": text, "label": "", "charts": None}
+        return self._page(request, "error.html", context, status)
+
+    # --- actions ----------------------------------------------------------------------------------------
+
+    def _actor(self, action: Action) -> Callable[[Request], Awaitable[Response]]:
+        async def act(request: Request) -> Response:
+            form = Form(request.state.form)
+            if form.one("confirmed") != "yes":
+                return await self._ask(request, action, form)
+            operator = Operator(self.installation, request.state.principal.name, "dashboard")
+            try:
+                outcome, ok = await action.do(form, operator), True
+            except (NotPossibleError, ValueError) as error:
+                outcome, ok = str(error), False
+            response = RedirectResponse(_root(request) + _path(form.one("next", "/")), HTTPStatus.SEE_OTHER)
+            said = quote(json.dumps({"ok": ok, "text": outcome[:500]}))
+            _set_cookie(response, request, _SAID, said, max_age=60)
+            return response
+
+        return act
+
+    async def _ask(self, request: Request, action: Action, form: Form) -> Response:
+        try:
+            question = await action.ask(form, self.installation)
+        except (NotPossibleError, ValueError) as error:
+            question = None
+            problem = str(error)
+        else:
+            problem = ""
+        context = {
+            "question": question,
+            "problem": problem,
+            "action": action.path,
+            "fields": [
+                (name, value)
+                for name, values in form.fields.items()
+                if name not in ("form_token", "confirmed", "next")
+                for value in values
+            ],
+            "next": _path(form.one("next", "/")),
+        }
+        if "hx-request" in request.headers:
+            return render(self._templates, request, "_question.html", context)
+        title = question.title if question else "Not possible"
+        whole = {"title": title, "nav": "", "label": self.installation.label, "charts": None, **context}
+        return self._page(request, "question.html", whole)
+
+    # --- in and out -------------------------------------------------------------------------------------
+
+    async def _sign_in(self, request: Request) -> Response:
+        form = Form(getattr(request.state, "form", {}))
+        target = _path(form.one("next") or request.query_params.get("next", "/"))
+        # A link with the token is printed at the start of a dashboard; following it is signing in.
+        given = form.one("credential") or request.query_params.get("token", "")
+        status = 200
+        if given:
+            secret = await self._gate.sign_in(request, given)
+            if secret is not None:
+                response = RedirectResponse(_root(request) + target, HTTPStatus.SEE_OTHER)
+                _set_cookie(response, request, cookie_name(request), secret, max_age=None)
+                return response
+            status = 403
+        context = {
+            "title": "Sign in",
+            "nav": "",
+            "label": "",
+            "charts": None,
+            "next": target,
+            "refused": status == 403,
+            "credential": self._gate.credential,
+            "hint": self._gate.hint,
+        }
+        return self._page(request, "sign_in.html", context, status)
+
+    async def _sign_out(self, request: Request) -> Response:
+        await self._gate.sign_out(request.cookies.get(cookie_name(request), ""))
+        response = RedirectResponse(f"{_root(request)}/sign-in", HTTPStatus.SEE_OTHER)
+        response.delete_cookie(cookie_name(request), path=_root(request) or "/")
+        return response
+
+
+class _LastingFiles(StaticFiles):
+    """Static files; their addresses change with what is in them."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """As of `StaticFiles`."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
+
+
+def _explained(request: Request, error: Exception) -> tuple[int, str]:
+    """Status and text for whoever looks at what went wrong."""
+    match error:
+        case HTTPException():
+            found = error.status_code, str(error.detail)
+        case NotFoundError():
+            found = 404, str(error)
+        case NotPossibleError():
+            found = 409, str(error)
+        case UnavailableError():
+            found = 503, str(error)
+        case RedisError():
+            found = 503, f"The server of the tasks does not answer: {error}"
+        case SQLAlchemyError() | DBUnavailableError():
+            found = 503, f"The database does not answer: {getattr(error, 'orig', None) or error}"
+        case _:
+            logger.error("%s %s", request.method, request.url.path, exc_info=error)
+            found = 500, "Something went wrong here; the log of the dashboard says what."
+    return found
+
+
+def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:
+    sections: dict[str, list[Page]] = {name: [] for name in _SECTIONS}
+    for page in pages:
+        if page.section is not None:
+            sections.setdefault(page.section, []).append(page)
+    return [(name, listed) for name, listed in sections.items() if listed]
+
+
+def _root(request: Request) -> str:
+    return str(request.scope.get("root_path", ""))
+
+
+def _path(text: str) -> str:
+    """A path of ours, whatever was asked for: nobody is sent to another site."""
+    plain = text.startswith("/") and not text.startswith(("//", "/\\")) and text.isprintable()
+    return text if plain and "\\" not in text else "/"
+
+
+def _set_cookie(response: Response, request: Request, name: str, value: str, max_age: int | None) -> None:
+    response.set_cookie(
+        name,
+        value,
+        max_age=max_age,
+        path=_root(request) or "/",
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+
+
+def _said(request: Request) -> dict[str, Any] | None:
+    try:
+        said = json.loads(unquote(request.cookies.get(_SAID, "")))
+        return {"ok": bool(said["ok"]), "text": str(said["text"])}
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,138 @@
+"""Who did what, and when: a capped stream that every action is written to before it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.broker import keys
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: Entries that are kept, an action being two of them.
+_KEPT = 20_000
+#: The log of an installation where nobody acts any more goes after a year.
+_TTL_SECONDS = 365 * 86400
+_LONGEST = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One action."""
+
+    id: str
+    at: datetime
+    who: str
+    via: str
+    """`dashboard` or `api`."""
+    action: str
+    """As `dead letters: retry`."""
+    target: str
+    """What it was done to."""
+    outcome: str | None
+    """What came of it; None: not known, for it goes on, or whoever did it died."""
+    ok: bool | None
+    """Whether it was done."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"at": self.at.isoformat()}
+
+
+async def audited(
+    redis: Redis, who: str, via: str, action: str, target: str, do: Callable[[], Awaitable[str]]
+) -> str:
+    """Do something, and write down who did it: before, and what came of it after.
+
+    Args:
+        do: does it, and says in a few words what came of it.
+
+    Raises:
+        redis.exceptions.RedisError: when it cannot be written down; it is not done then.
+        Exception: whatever `do` raises.
+    """
+    written = await _write(redis, {"who": who, "via": via, "action": action, "target": target[:_LONGEST]})
+    try:
+        outcome = await do()
+    except BaseException as error:
+        await _write(redis, {"of": written, "ok": "0", "outcome": f"{type(error).__name__}: {error}"[:_LONGEST]})
+        raise
+    await _write(redis, {"of": written, "ok": "1", "outcome": outcome[:_LONGEST]})
+    return outcome
+
+
+async def _write(redis: Redis, fields: dict[str, str]) -> str:
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.execute_command(
+            "XADD", keys.AUDIT, "MAXLEN", "~", _KEPT, "*", "data", json.dumps(fields, ensure_ascii=False)
+        )
+        pipe.execute_command("EXPIRE", keys.AUDIT, _TTL_SECONDS)
+        entry, _ = await pipe.execute()
+    return _text(entry)
+
+
+async def read_audit(redis: Redis, limit: int = 100, before: str | None = None) -> list[AuditEntry]:
+    """The last actions, newest first.
+
+    Args:
+        before: only entries older than the one of this id.
+
+    Raises:
+        redis.exceptions.RedisError: when the server does not answer, or `before` is no id.
+    """
+    newest = f"({before}" if before else "+"
+    ends: dict[str, dict[str, str]] = {}
+    found: list[AuditEntry] = []
+    if before:
+        # Of an action that took its time, what came of it is newer than actions of the page before.
+        ends.update(await _ends(redis, before))
+    while len(found) < limit:
+        rows: Any = await redis.execute_command("XREVRANGE", keys.AUDIT, newest, "-", "COUNT", 2 * limit)
+        for entry, data in _decoded(rows):
+            newest = f"({entry}"
+            if "of" in data:
+                ends[data["of"]] = data
+            elif len(found) < limit:
+                found.append(_entry(entry, data, ends.get(entry, {})))
+        if len(rows) < 2 * limit:
+            break
+    return found
+
+
+async def _ends(redis: Redis, since: str) -> dict[str, dict[str, str]]:
+    rows: Any = await redis.execute_command("XRANGE", keys.AUDIT, since, "+", "COUNT", 1000)
+    return {data["of"]: data for _, data in _decoded(rows) if "of" in data}
+
+
+def _decoded(rows: Sequence[Any]) -> list[tuple[str, dict[str, str]]]:
+    # Other processes write here, and of other versions: what cannot be read is left out.
+    found = []
+    for entry, fields in rows:
+        pairs = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
+        try:
+            data = json.loads(pairs[b"data"])
+        except (KeyError, ValueError):
+            continue
+        found.append((_text(entry), {str(name): str(value) for name, value in data.items()}))
+    return found
+
+
+def _entry(entry: str, data: dict[str, str], end: dict[str, str]) -> AuditEntry:
+    return AuditEntry(
+        id=entry,
+        at=datetime.fromtimestamp(int(entry.split("-", maxsplit=1)[0]) / 1000, UTC),
+        who=data.get("who", "?"),
+        via=data.get("via", "?"),
+        action=data.get("action", "?"),
+        target=data.get("target", ""),
+        outcome=end.get("outcome"),
+        ok={"1": True, "0": False}.get(end.get("ok", "")),
+    )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

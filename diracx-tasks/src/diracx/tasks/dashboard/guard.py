@@ -1,0 +1,176 @@
+"""What stands before every page: headers, hosts, sessions, and the origin and token of every form.
+
+Nothing behind it has to remember any of this: a route that is added later is guarded as all others are.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+from .access import Role, form_token
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from .access import Gate
+
+#: Everything comes from here, nothing is written into the page, nobody may frame it.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not `no-referrer`: browsers would then send `Origin: null` with our own forms.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+FORM_FIELD = "form_token"
+_LONGEST_FORM = 1_000_000
+
+
+def cookie_name(request: Request) -> str:
+    """Cookies do not keep the ports of a host apart, so the name does."""
+    return f"tasks-dashboard-{request.url.port or request.url.scheme}"
+
+
+def path_below(scope: Scope) -> str:
+    """The path below the place where the dashboard is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if path.startswith(root) else path
+
+
+class Guard:
+    """ASGI middleware.
+
+    Puts `principal`, `form_token` and, for a POST, `form` into the state of the request.
+
+    Args:
+        app: what it guards.
+        gate: decides who comes in.
+        hosts: names by which the server may be called; None for any. Keeps a name that an attacker points
+            to this address from being the same origin as ours.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, hosts: Collection[str] | None = None) -> None:
+        self._app = app
+        self._gate = gate
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = path_below(scope)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+                if not path.startswith("/static/"):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        request = Request(scope, receive)
+        refusal = await self._refusal(request, path)
+        await (refusal or self._app)(scope, receive, with_headers)
+
+    async def _refusal(self, request: Request, path: str) -> Response | None:
+        if self._hosts is not None and _called(request) not in self._hosts:
+            return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
+        if request.method not in ("GET", "HEAD", "POST"):
+            return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+        secret = request.cookies.get(cookie_name(request), "")
+        principal = await self._gate.principal(request, secret) if secret else None
+        request.state.principal = principal
+        request.state.form_token = form_token(secret) if principal else ""
+        if request.method == "POST":
+            refusal = await self._about_form(request, path)
+            if refusal is not None:
+                return refusal
+        if principal is None and not _is_open(path):
+            return _to_sign_in(request, path)
+        return None
+
+    async def _about_form(self, request: Request, path: str) -> Response | None:
+        if not _from_here(request):
+            return _plain(HTTPStatus.FORBIDDEN, "this form comes from another site")
+        form = await _read_form(request)
+        if isinstance(form, Response):
+            return form
+        request.state.form = form
+        return None if path == "/sign-in" else self._about_sender(request, path, form)
+
+    def _about_sender(self, request: Request, path: str, form: dict[str, list[str]]) -> Response | None:
+        principal = request.state.principal
+        if principal is None:
+            return _plain(HTTPStatus.UNAUTHORIZED, "your session is over; sign in again")
+        [brought] = form.get(FORM_FIELD, [""])[:1]
+        if not hmac.compare_digest(brought.encode(), request.state.form_token.encode()):
+            return _plain(HTTPStatus.FORBIDDEN, "this form is of another session; load the page again")
+        if principal.role is not Role.WRITE and path != "/sign-out":
+            return _plain(HTTPStatus.FORBIDDEN, "you may look, not act: your role is `read`")
+        return None
+
+
+def _called(request: Request) -> str | None:
+    """The name by which we were called, without the port."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return None
+
+
+def _is_open(path: str) -> bool:
+    return path == "/sign-in" or path.startswith("/static/")
+
+
+async def _read_form(request: Request) -> dict[str, list[str]] | Response:
+    """The fields of a form, or what is wrong with it."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LONGEST_FORM:
+            return _plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this form is too long")
+    form: dict[str, list[str]] = {}
+    try:
+        for name, value in parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=10_000):
+            form.setdefault(name, []).append(value)
+    except ValueError:
+        return _plain(HTTPStatus.BAD_REQUEST, "this form cannot be read")
+    return form
+
+
+def _from_here(request: Request) -> bool:
+    """Whether a page of ours sent this. Browsers say so; what says nothing is no browser."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+
+
+def _to_sign_in(request: Request, path: str) -> Response:
+    if request.headers.get("accept") == "text/event-stream" or "hx-request" in request.headers:
+        return _plain(HTTPStatus.UNAUTHORIZED, "your session is over; sign in again")
+    query = f"?{request.url.query}" if request.url.query else ""
+    where = f"{request.scope.get('root_path', '')}/sign-in"
+    return RedirectResponse(f"{where}?next={quote(path + query, safe='')}", HTTPStatus.SEE_OTHER)
+
+
+def _plain(status: HTTPStatus, text: str) -> Response:
+    return PlainTextResponse(text + "\n", status)

@@ -1,0 +1,168 @@
+"""What the dashboard looks at: one broker, the tasks there are, their settings, and the dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from .. import monitor
+from ..plumbing.config import TasksConfig
+from ..plumbing.config_source import Reading, in_thread
+from ..plumbing.persistence import OPEN
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..monitor import Point, Snapshot
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.config_source import ConfigReader
+    from ..plumbing.factory import TaskRegistry
+    from ..plumbing.persistence import TaskDB
+
+_Value = TypeVar("_Value")
+
+#: Those who look at the same time share one look.
+_SHARED_SECONDS = 1.0
+#: What changes slowly, or costs more.
+_SLOW_SECONDS = 5.0
+#: How often the settings are read again, at most.
+_READ_SECONDS = 5.0
+#: Looks that are kept for the chart of the last minutes.
+_KEPT_LOOKS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator has written, as of some seconds ago."""
+
+    tasks: TasksConfig
+    """The last good ones."""
+    vos: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much there was to do at one moment."""
+
+    at: float
+    """Seconds since the epoch, by the server's clock."""
+    waiting: int
+    running: int
+
+
+class Installation:
+    """One task system.
+
+    Args:
+        broker: the way to its server.
+        registry: the tasks that are installed here; others are seen as well, but not all about them is known.
+        reader: reads what the operator has written.
+        task_db: the database of dead letters, open; None where there is none.
+        label: what it is called on the pages.
+    """
+
+    def __init__(
+        self,
+        broker: RedisStreamBroker,
+        registry: TaskRegistry,
+        reader: ConfigReader,
+        task_db: TaskDB | None = None,
+        label: str = "",
+    ) -> None:
+        self.broker = broker
+        self.registry = registry
+        self.task_db = task_db
+        self.label = label
+        self.loads: deque[Load] = deque(maxlen=_KEPT_LOOKS)
+        """The last minutes, as far as somebody was looking."""
+        self._reader = reader
+        self._read_at = 0.0
+        self._settings = Settings(TasksConfig(), ())
+        self._reading = asyncio.Lock()
+        self._asking: dict[str, asyncio.Lock] = {}
+        self._answers: dict[str, tuple[float, Any]] = {}
+
+    @property
+    def redis(self) -> Redis:
+        """The server."""
+        return self.broker.redis
+
+    @property
+    def config_source(self) -> str:
+        """Where the settings are written."""
+        return self._reader.source
+
+    def task_class(self, name: str) -> type[BaseTask] | None:
+        """The class of a registry name; None when it is not installed here."""
+        return self.registry.get(name)
+
+    async def settings(self) -> Settings:
+        """The settings as they are written, the last good ones while they are wrong."""
+        async with self._reading:
+            if not self._read_at or (self._reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
+                reading = await in_thread(self._reader.read, "dashboard-configuration")
+                self._settings = _settings(reading, self._settings)
+                self._read_at = time.monotonic()
+            return self._settings
+
+    async def snapshot(self) -> Snapshot:
+        """The whole system, as it was at most a second ago.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+
+        async def look() -> Snapshot:
+            found = await monitor.snapshot(self.redis)
+            waiting = sum(queue.backlog for queue in found.queues)
+            running = sum(queue.running for queue in found.queues)
+            self.loads.append(Load(found.at.timestamp(), waiting, running))
+            return found
+
+        return await self.shared("snapshot", look)
+
+    async def history(self) -> list[Point]:
+        """The past hour by the minute.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        return await self.shared("history", lambda: monitor.history(self.redis), seconds=_SLOW_SECONDS)
+
+    async def open_letters(self) -> int | None:
+        """How many dead letters are to be decided about; None without a database.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: when it does not answer.
+        """
+        if (db := self.task_db) is None:
+            return None
+
+        async def count() -> int:
+            async with db:
+                return sum((await db.count(status=OPEN)).values())
+
+        return await self.shared("open letters", count, seconds=_SLOW_SECONDS)
+
+    async def shared(
+        self, name: str, ask: Callable[[], Awaitable[_Value]], *, seconds: float = _SHARED_SECONDS
+    ) -> _Value:
+        """An answer that all who ask within so many seconds share, and that is asked for once at a time."""
+        async with self._asking.setdefault(name, asyncio.Lock()):
+            at, known = self._answers.get(name, (0.0, None))
+            if not at or time.monotonic() - at > seconds:
+                known = await ask()
+                self._answers[name] = time.monotonic(), known
+            return cast("_Value", known)
+
+
+def _settings(reading: Reading, before: Settings) -> Settings:
+    tasks = before.tasks if reading.tasks is None else reading.tasks
+    vos = before.vos if reading.vos is None else reading.vos
+    return Settings(tasks, vos, reading.problems)

@@ -1,0 +1,88 @@
+"""Server-sent events: the part of a page that changes, sent again whenever it has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import StreamingResponse
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_EVERY_SECONDS = 2.0
+#: Something is sent at least so often: proxies cut off what is silent.
+_SIGN_OF_LIFE_SECONDS = 15.0
+#: Sessions end while pages are open.
+_SESSION_CHECK_SECONDS = 15.0
+
+
+def event(name: str, data: str) -> str:
+    """One event of a stream."""
+    lines = "".join(f"data: {line}\n" for line in data.splitlines() or [""])
+    return f"event: {name}\n{lines}\n"
+
+
+def stream(
+    request: Request,
+    fragment: Callable[[], Awaitable[str]],
+    charts: Callable[[], Awaitable[dict[str, Any]]] | None,
+    still_allowed: Callable[[], Awaitable[bool]],
+    explained: Callable[[Exception], str],
+    closing: asyncio.Event,
+    longest_seconds: float,
+) -> StreamingResponse:
+    """The live part of a page, as `fragment` and `charts` events, with `trouble` when it cannot be had.
+
+    Args:
+        fragment: renders it.
+        still_allowed: whether the session is good; a `gone` event ends the stream when it is not.
+        explained: what an error means, for whoever looks.
+        closing: ends all streams.
+        longest_seconds: ends this one; the browser begins another.
+    """
+    return StreamingResponse(
+        _events(fragment, charts, still_allowed, explained, closing, longest_seconds),
+        media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(
+    fragment: Callable[[], Awaitable[str]],
+    charts: Callable[[], Awaitable[dict[str, Any]]] | None,
+    still_allowed: Callable[[], Awaitable[bool]],
+    explained: Callable[[Exception], str],
+    closing: asyncio.Event,
+    longest_seconds: float,
+) -> AsyncIterator[str]:
+    yield "retry: 500\n\n"
+    sent: dict[str, str] = {}
+    began = checked = spoke = time.monotonic()
+    while not closing.is_set() and time.monotonic() - began < longest_seconds:
+        now = time.monotonic()
+        if now - checked > _SESSION_CHECK_SECONDS:
+            checked = now
+            if not await still_allowed():
+                yield event("gone", "your session is over")
+                return
+        try:
+            news = {"fragment": await fragment(), "trouble": ""}
+            if charts is not None:
+                news["charts"] = json.dumps(await charts())
+        except Exception as error:
+            news = {"trouble": explained(error)}
+        for name, data in news.items():
+            if sent.get(name, "" if name == "trouble" else None) != data:
+                sent[name] = data
+                spoke = now
+                yield event(name, data)
+        if now - spoke > _SIGN_OF_LIFE_SECONDS:
+            spoke = now
+            yield ": still here\n\n"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(closing.wait(), _EVERY_SECONDS)

@@ -1,0 +1,150 @@
+"""What a page, an action and an extension of the dashboard are."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from starlette.requests import Request
+
+from ..monitor import MASK, masked_arguments
+from ..plumbing.broker.models import TaskMessage
+from .installation import Installation
+from .operations import NotPossibleError, Operator
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+__all__ = [
+    "MASK",
+    "Action",
+    "Extension",
+    "Form",
+    "Installation",
+    "NotFoundError",
+    "NotPossibleError",
+    "Operator",
+    "Page",
+    "Question",
+    "Request",
+    "TaskMessage",
+    "UnavailableError",
+    "integer",
+    "masked_arguments",
+]
+
+
+class NotFoundError(Exception):
+    """There is no such thing (any more); the message says which."""
+
+
+class UnavailableError(Exception):
+    """What the page is about cannot be had at the moment; the message says why."""
+
+
+Values: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page. Its templates are `{name}.html` and, for what changes by itself, `_{name}.html`."""
+
+    path: str
+    """Where it is, as `/queues/{queue}`."""
+    name: str
+    title: str
+    load: Callable[[Request, Installation], Awaitable[Values]]
+    """What its templates show.
+
+    Raises `NotFoundError`, `UnavailableError`.
+    """
+    nav: str | None = None
+    """The path of the entry in the navigation that it belongs to; by default its own, or none."""
+    section: str | None = None
+    """The heading of the navigation below which it is listed; None: it is not."""
+    live: bool = True
+    """Whether it follows what happens by itself."""
+    charts: Callable[[Request, Installation], Awaitable[Values]] | None = None
+    """Name of a chart -> `{"t": seconds since the epoch, "series": [{label, values}, …]}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What was sent along with an action."""
+
+    fields: Mapping[str, Sequence[str]]
+
+    def one(self, name: str, default: str = "") -> str:
+        """The first value of a field."""
+        return next(iter(self.fields.get(name, ())), default)
+
+    def many(self, name: str) -> list[str]:
+        """All values of a field, each once."""
+        return list(dict.fromkeys(self.fields.get(name, ())))
+
+    def numbers(self, name: str) -> list[int]:
+        """The same, of a field of numbers.
+
+        Raises:
+            NotPossibleError: one of them is none.
+        """
+        return [integer(text) for text in self.many(name)]
+
+
+def integer(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
+    """A number that was typed.
+
+    Raises:
+        NotPossibleError: it is none, or out of range.
+    """
+    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= most:
+        raise NotPossibleError(f"{text[:40]!r} is no number from {least} to {most}")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked before something is done."""
+
+    title: str
+    """With a question mark."""
+    consequence: str | Markup
+    """What will happen, and to whom."""
+    button: str
+    """The deed, as a verb."""
+    details: Sequence[str] = ()
+    """The things it is done to."""
+    dangerous: bool = False
+    """Whether it cannot be undone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Something that can be done: asked about first, then done, then told."""
+
+    path: str
+    ask: Callable[[Form, Installation], Awaitable[Question]]
+    """Raises `NotPossibleError` when there is nothing to ask about."""
+    do: Callable[[Form, Operator], Awaitable[str]]
+    """Does it, and says what came of it.
+
+    Raises `NotPossibleError`.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """Pages that another distribution adds, by an entry point in the group `diracx.tasks_dashboard`.
+
+    The entry point names a function without arguments that returns this.
+    """
+
+    pages: Sequence[Page] = ()
+    actions: Sequence[Action] = ()
+    templates: Path | None = None
+    """The directory of its templates."""
+    lifespan: Callable[[], AbstractAsyncContextManager[Any]] = field(default=nullcontext)
+    """Entered before the first page is shown, left at the end: opens what its pages need."""

@@ -1,0 +1,53 @@
+"""Which configuration is in force where, and the value of every setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...cli.config_view import limit_records, task_records
+from ...plumbing.in_force import InForce, configurations_in_force
+from ..page import Installation, Page, Request
+
+
+async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+    entries = await configurations_in_force(installation.redis)
+    settings = await installation.settings()
+    wanted = request.query_params.get("task", "")
+    tasks = [
+        record
+        for name in sorted(installation.registry)
+        if not wanted or name == wanted
+        for record in task_records(settings.tasks, name, installation.registry[name], None)
+    ]
+    return {
+        "entries": entries,
+        "digests": sorted({entry.digest for entry in entries}),
+        "lines": _lines(entries),
+        "source": installation.config_source,
+        "problems": settings.problems,
+        "tasks": [record | {"rows": list(_rows(record))} for record in tasks],
+        "limits": limit_records(settings.tasks, None),
+        "names": sorted(installation.registry),
+        "wanted": wanted,
+    }
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Instance, setting and its record."""
+    rows = [("", name, setting) for name, setting in record["settings"].items()]
+    for key, settings in record["instances"].items():
+        rows += [(key, name, setting) for name, setting in settings.items()]
+    return rows
+
+
+def _lines(entries: list[InForce]) -> list[tuple[str, str, int]]:
+    """Each problem and warning once: kind, text, number of processes that have it."""
+    found: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        for kind, lines in (("bad", entry.problems), ("warn", entry.warnings)):
+            for line in lines:
+                found[kind, line] = found.get((kind, line), 0) + 1
+    return [(kind, line, number) for (kind, line), number in found.items()]
+
+
+PAGES = [Page("/configuration", "configuration", "Configuration", _load, section="Steering", live=False)]

@@ -1,0 +1,189 @@
+"""Dead letters: look at them, submit them again, discard them; some, or all that a filter lets through."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ..operations import Decided
+from ..page import (
+    Action,
+    Form,
+    Installation,
+    NotFoundError,
+    NotPossibleError,
+    Operator,
+    Page,
+    Question,
+    Request,
+    TaskMessage,
+    integer,
+    masked_arguments,
+)
+
+if TYPE_CHECKING:
+    from ...plumbing.persistence.db import LetterFilter
+
+_PAGE = 50
+#: What one click may decide about: a browser waits for the answer.
+_MOST = 10_000
+_STATUSES: dict[str, Any] = {
+    "open": OPEN,
+    **{str(status).lower(): status for status in DeadLetterStatus},
+    "any": None,
+}
+_AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
+
+
+async def _list(request: Request, installation: Installation) -> dict[str, Any]:
+    query = request.query_params
+    chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
+    status = query.get("status", "open")
+    shown = {
+        "letters": [],
+        "counts": {},
+        "total": 0,
+        "chosen": chosen,
+        "status": status,
+        "reasons": [str(reason) for reason in DeadLetterReason],
+        "statuses": list(_STATUSES),
+        "ages": list(_AGES),
+        "configured": installation.task_db is not None,
+        "most": _MOST,
+        "after": None,
+        "waiting": (await installation.snapshot()).dead_letters_waiting,
+    }
+    if installation.task_db is None:
+        return shown
+    try:
+        where = _where(chosen, status)
+        after = integer(query.get("after", "0"))
+    except NotPossibleError as error:
+        raise NotFoundError(str(error)) from error
+    async with installation.task_db as db:
+        counts = await db.count(**where)
+        letters = await db.search(**where, limit=_PAGE, after_id=after)
+    total = sum(counts.values())
+    more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
+    return shown | {"letters": letters, "counts": counts, "total": total, "after": more}
+
+
+async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+    key = request.path_params["letter"]
+    if installation.task_db is None:
+        raise NotFoundError("No database of dead letters is configured here.")
+    async with installation.task_db as db:
+        letter = await db.find(key)
+    if letter is None:
+        raise NotFoundError(f"There is no dead letter {key!r}.")
+    return {"letter": letter, **contents(letter, installation)}
+
+
+def contents(letter: dict[str, Any], installation: Installation) -> dict[str, Any]:
+    """What is in the message of a letter, as anybody may see it; None where it cannot be read."""
+    try:
+        message = TaskMessage.loadb(letter["message"])
+    except ValueError:
+        return {"arguments": None, "size": len(letter["message"])}
+    arguments = masked_arguments(installation.task_class(message.task_name), message)
+    return {"arguments": arguments, "size": len(letter["message"])}
+
+
+def _where(chosen: dict[str, str], status: str) -> LetterFilter:
+    if status not in _STATUSES:
+        raise NotPossibleError(f"{status[:40]!r} is no status of a dead letter")
+    if chosen["reason"] and chosen["reason"] not in [str(reason) for reason in DeadLetterReason]:
+        raise NotPossibleError(f"{chosen['reason'][:40]!r} is no reason for a dead letter")
+    if chosen["since"] and chosen["since"] not in _AGES:
+        raise NotPossibleError(f"{chosen['since'][:40]!r} is none of {', '.join(_AGES)}")
+    return {
+        "task_name": chosen["task"] or None,
+        "reason": chosen["reason"] or None,
+        "status": _STATUSES[status],
+        "since": datetime.now(UTC) - _AGES[chosen["since"]] if chosen["since"] else None,
+    }
+
+
+def _of_form(form: Form, status: str) -> tuple[list[int] | None, LetterFilter]:
+    """The letters that were ticked, or (None) the filter when all of it are meant."""
+    if form.one("scope") == "all":
+        return None, _where({name: form.one(name) for name in ("task", "reason", "since")}, status)
+    numbers = form.numbers("letter")
+    if not numbers:
+        raise NotPossibleError("No dead letter was chosen.")
+    return numbers, {}
+
+
+async def _asked(form: Form, installation: Installation, status: str) -> tuple[int, list[str]]:
+    """How many it is about, and which."""
+    if installation.task_db is None:
+        raise NotPossibleError("No database of dead letters is configured here.")
+    numbers, where = _of_form(form, status)
+    if numbers is not None:
+        return len(numbers), [f"number {number}" for number in numbers]
+    async with installation.task_db as db:
+        total = sum((await db.count(**where)).values())
+    if not total:
+        raise NotPossibleError("There are no such dead letters.")
+    said = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]
+    return min(total, _MOST), said or ["all that are open"]
+
+
+async def _ask_retry(form: Form, installation: Installation) -> Question:
+    number, details = await _asked(form, installation, "open")
+    return Question(
+        f"Submit {_letters(number)} again?",
+        "They go to their queues under their old task ids, with all their retries. Each is submitted once, "
+        "whoever else does the same.",
+        "Submit again",
+        details,
+    )
+
+
+async def _ask_discard(form: Form, installation: Installation) -> Question:
+    number, details = await _asked(form, installation, "pending")
+    return Question(
+        f"Discard {_letters(number)}?",
+        "They will not run again. Their rows stay in the database, as discarded.",
+        "Discard",
+        details,
+        dangerous=True,
+    )
+
+
+async def _retry(form: Form, operator: Operator) -> str:
+    numbers, where = _of_form(form, "open")
+    return _told(await operator.retry_letters(numbers, where, _MOST), "submitted again")
+
+
+async def _discard(form: Form, operator: Operator) -> str:
+    numbers, where = _of_form(form, "pending")
+    return _told(await operator.discard_letters(numbers, where, _MOST), "discarded")
+
+
+def _told(decided: Decided, verb: str) -> str:
+    parts = [f"{_letters(len(decided.done))} {verb}"]
+    if decided.already:
+        parts.append(f"{len(decided.already)} had been already")
+    if decided.refused:
+        first, why = decided.refused[0]
+        parts.append(f"{len(decided.refused)} not: number {first['id']}: {why}")
+    text = "; ".join(parts) + "."
+    if not decided.done and decided.refused:
+        raise NotPossibleError(text)
+    return text
+
+
+def _letters(number: int) -> str:
+    return "1 dead letter" if number == 1 else f"{number} dead letters"
+
+
+PAGES = [
+    Page("/dead-letters", "dead_letters", "Dead letters", _list, section="Trouble", live=False),
+    Page("/dead-letters/{letter}", "dead_letter", "Dead letter", _one, nav="/dead-letters", live=False),
+]
+ACTIONS = [
+    Action("/dead-letters/retry", _ask_retry, _retry),
+    Action("/dead-letters/discard", _ask_discard, _discard),
+]

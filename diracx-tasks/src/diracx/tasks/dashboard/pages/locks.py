@@ -1,0 +1,61 @@
+"""Locks and limiters: who holds them, who waits, and taking one away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import monitor
+from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+
+_PAGE = 100
+
+
+async def _all(request: Request, installation: Installation) -> dict[str, Any]:
+    return {"page": await monitor.locks(installation.redis, _PAGE, request.query_params.get("after"))}
+
+
+async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+    key = request.query_params.get("key", "")
+    try:
+        found = await monitor.lock(installation.redis, key)
+    except ValueError as error:
+        raise NotFoundError(str(error)) from error
+    return {"lock": found, "key": key}
+
+
+async def _ask_release(form: Form, installation: Installation) -> Question:
+    key = form.one("key")
+    found = await monitor.lock(installation.redis, key)
+    if found is None or not found.held:
+        raise NotPossibleError(f"Nobody holds {key[:200]!r} any more.")
+    if found.kind == "rate":
+        return Question(
+            f"Give back the quota of {key}?",
+            f"{found.held} units were spent within the window. Tasks that wait for it come at their time.",
+            "Give it back",
+        )
+    hit = [f"{holder.task_name or 'unknown task'} {holder.task_id or holder.owner}" for holder in found.holders]
+    return Question(
+        f"Take {key} away from its holder{'s' if found.held > 1 else ''}?",
+        "Each task below is cancelled when its worker next renews the lock, and counts as failed. Until then it "
+        "runs side by side with whoever gets the lock next.",
+        "Release it",
+        hit,
+        dangerous=True,
+    )
+
+
+async def _release(form: Form, operator: Operator) -> str:
+    released = await operator.release_lock(form.one("key"), form.many("owner") or None)
+    if not released.released:
+        raise NotPossibleError("Nobody holds it any more.")
+    return (
+        f"Released: {released.released}, from {', '.join(h.task_id or h.owner for h in released.hit) or 'nobody'}."
+    )
+
+
+PAGES = [
+    Page("/locks", "locks", "Locks", _all, section="Steering"),
+    Page("/locks/one", "lock", "Lock", _one, nav="/locks"),
+]
+ACTIONS = [Action("/locks/release", _ask_release, _release)]

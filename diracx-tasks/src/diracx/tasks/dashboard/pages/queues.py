@@ -1,0 +1,68 @@
+"""The nine queues, and what waits in each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import monitor
+from ...plumbing.broker.keys import ALL_STREAM_NAMES
+from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+
+_PAGE = 50
+_NAMES = [name.removeprefix("diracx:tasks:") for name in ALL_STREAM_NAMES]
+
+
+async def _all(request: Request, installation: Installation) -> dict[str, Any]:
+    snapshot = await installation.snapshot()
+    return {
+        "queues": snapshot.queues,
+        "sizes": {worker.size for worker in snapshot.workers if worker.alive},
+        "most": max((queue.backlog for queue in snapshot.queues), default=0),
+    }
+
+
+async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+    name = request.path_params["queue"]
+    snapshot = await installation.snapshot()
+    found = [queue for queue in snapshot.queues if queue.name == name]
+    if not found:
+        raise NotFoundError(f"There is no queue {name!r}.")
+    try:
+        page = await monitor.peek(
+            installation.redis, name, _PAGE, request.query_params.get("after"), registry=installation.registry
+        )
+    except ValueError as error:
+        raise NotFoundError(str(error)) from error
+    return {"queue": found[0], "page": page, "heading": f"Queue {name}"}
+
+
+async def _ask_purge(form: Form, installation: Installation) -> Question:
+    name = _checked(form)
+    snapshot = await installation.snapshot()
+    [queue] = [queue for queue in snapshot.queues if queue.name == name]
+    return Question(
+        f"Remove all tasks that wait in {name}?",
+        f"{queue.backlog} tasks wait there now. They will be cancelled: they will not run, will not be dead "
+        "letters, and cannot be brought back. What runs goes on.",
+        "Remove them",
+        dangerous=True,
+    )
+
+
+async def _purge(form: Form, operator: Operator) -> str:
+    removed = await operator.purge(_checked(form))
+    return f"{removed} tasks were cancelled in {form.one('queue')}."
+
+
+def _checked(form: Form) -> str:
+    name = form.one("queue")
+    if name not in _NAMES:
+        raise NotPossibleError(f"There is no queue {name[:80]!r}.")
+    return name
+
+
+PAGES = [
+    Page("/queues", "queues", "Queues", _all, section="Now"),
+    Page("/queues/{queue}", "queue", "Queue", _one, nav="/queues"),
+]
+ACTIONS = [Action("/queues/purge", _ask_purge, _purge)]

@@ -1,0 +1,86 @@
+"""Schedules of periodic tasks: when each runs next, how it went last; pause, resume, run now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...plumbing.scheduler import schedules
+from ...plumbing.scheduler.overview import somebody_leads
+from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request
+
+
+async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+    settings = await installation.settings()
+    states = await schedules(installation.redis, installation.registry, settings.tasks, settings.vos)
+    wanted = request.query_params.get("vo", "")
+    vos = sorted({state.vo for state in states if state.vo})
+    return {
+        "schedules": [state for state in states if not wanted or state.vo == wanted],
+        "leads": await somebody_leads(installation.redis),
+        "vos": vos,
+        "vo": wanted,
+        "problems": settings.problems,
+    }
+
+
+def _chosen(form: Form) -> list[str]:
+    ids = form.many("schedule")
+    if not ids:
+        raise NotPossibleError("No schedule was chosen.")
+    return ids
+
+
+def _about(ids: list[str]) -> str:
+    return ids[0] if len(ids) == 1 else f"{len(ids)} schedules"
+
+
+async def _ask_pause(form: Form, installation: Installation) -> Question:
+    ids = _chosen(form)
+    return Question(
+        f"Pause {_about(ids)}?",
+        "No more occurrences are submitted until somebody resumes. What has been submitted goes on.",
+        "Pause",
+        ids,
+    )
+
+
+async def _ask_resume(form: Form, installation: Installation) -> Question:
+    ids = _chosen(form)
+    return Question(
+        f"Resume {_about(ids)}?",
+        "A run that was missed meanwhile is made up for, once, unless the schedule says `missed: skip`.",
+        "Resume",
+        ids,
+    )
+
+
+async def _ask_run(form: Form, installation: Installation) -> Question:
+    ids = _chosen(form)
+    return Question(
+        f"Run {_about(ids)} now?",
+        "The task is submitted at once, paused or not. The next run stays as it is.",
+        "Run now",
+        ids,
+    )
+
+
+async def _pause(form: Form, operator: Operator) -> str:
+    changed = await operator.pause(_chosen(form))
+    return f"{_about(changed)} paused." if changed else "Nothing changed: paused already."
+
+
+async def _resume(form: Form, operator: Operator) -> str:
+    changed = await operator.resume(_chosen(form))
+    return f"{_about(changed)} resumed." if changed else "Nothing changed: not paused."
+
+
+async def _run(form: Form, operator: Operator) -> str:
+    return "Submitted: " + ", ".join([await operator.run_now(schedule) for schedule in _chosen(form)])
+
+
+PAGES = [Page("/schedules", "schedules", "Schedules", _load, section="Steering")]
+ACTIONS = [
+    Action("/schedules/pause", _ask_pause, _pause),
+    Action("/schedules/resume", _ask_resume, _resume),
+    Action("/schedules/run-now", _ask_run, _run),
+]

@@ -1,0 +1,29 @@
+"""Tasks that are put aside: until a time, for a retry, for a lock, for quota."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import monitor
+from ...monitor import DELAY_REASONS
+from ..page import Installation, NotFoundError, Page, Request
+
+_PAGE = 50
+
+
+async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+    reason = request.query_params.get("reason") or None
+    if reason is not None and reason not in DELAY_REASONS:
+        raise NotFoundError(f"Tasks do not wait for {reason[:40]!r}.")
+    page = await monitor.delayed(
+        installation.redis,
+        reason,
+        _PAGE,
+        request.query_params.get("after"),
+        registry=installation.registry,
+    )
+    snapshot = await installation.snapshot()
+    return {"page": page, "counts": snapshot.delayed, "reason": reason, "overdue": snapshot.overdue}
+
+
+PAGES = [Page("/waiting", "waiting", "Waiting", _load, section="Now")]

@@ -1,0 +1,208 @@
+"""From values to pages: the templates, and how times, numbers and arguments are written there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from starlette.responses import HTMLResponse
+
+from ..cli.errors import mask
+from ..monitor import as_json
+from .guard import FORM_FIELD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.requests import Request
+
+HERE = Path(__file__).parent
+STATIC = HERE / "static"
+#: What stands where there is nothing.
+NONE = "\u2013"
+#: Longest argument or message that a table shows; pages about one thing show it whole.
+_LONGEST = 160
+
+
+def environment(templates: Iterable[Path] = ()) -> Environment:
+    """The templates of the dashboard, and those of its extensions.
+
+    Everything is escaped, and passwords in URLs are masked, wherever a text comes from.
+    """
+    made = Environment(
+        loader=ChoiceLoader([FileSystemLoader(path) for path in (HERE / "templates", *templates)]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_without_passwords,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "age": age,
+        "bytes": size,
+        "clock": clock,
+        "compact": compact,
+        "json": pretty,
+        "number": number,
+        "percent": percent,
+        "seconds": seconds,
+        "short": short,
+        "quoted": lambda text: quote(str(text), safe=""),
+    }
+    made.globals["static_version"] = _version_of_static()
+    return made
+
+
+def _without_passwords(value: Any) -> Any:
+    # What is Markup already has been through here before it was escaped.
+    return mask(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@cache
+def _version_of_static() -> str:
+    """Changes with the files, so that browsers may keep them for ever."""
+    digest = hashlib.sha256()
+    for file in sorted(STATIC.rglob("*.*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def render(
+    templates: Environment, request: Request, template: str, context: dict[str, Any], status: int = 200
+) -> HTMLResponse:
+    """A page."""
+    return HTMLResponse(text_of(templates, request, template, context), status)
+
+
+def text_of(templates: Environment, request: Request, template: str, context: dict[str, Any]) -> str:
+    """A page or a part of one, as text."""
+    root = str(request.scope.get("root_path", ""))
+    theme = request.cookies.get("tasks-dashboard-theme", "")
+    form_token = getattr(request.state, "form_token", "")
+    field = Markup('<input type="hidden" name="{}" value="{}">').format(FORM_FIELD, form_token)
+    return templates.get_template(template).render(
+        {
+            "root": root,
+            "principal": getattr(request.state, "principal", None),
+            "form_token": form_token,
+            "form_field": field,
+            "theme": theme if theme in ("light", "dark") else "",
+            # Of the page, also in the part of it that is sent again.
+            "here": str(request.scope["path"]).removeprefix(root).removeprefix("/live"),
+            "now": datetime.now(UTC),
+            "query": dict(request.query_params),
+            **context,
+        }
+    )
+
+
+# --- filters ------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    """`12 345`, `0.4`."""
+    if value is None:
+        return NONE
+    if isinstance(value, float) and abs(value) < 100 and value != int(value):
+        return f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:,.0f}".replace(",", "\u202f")
+
+
+def percent(value: float | None) -> str:
+    """Of a share between 0 and 1."""
+    if value is None:
+        return NONE
+    return f"{value:.0%}" if value in (0, 1) or value >= 0.1 else f"{value:.1%}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration in one unit: `12 ms`, `3.4 s`, `5 min`, `2 h`, `3 d`."""
+    if value is None:
+        return NONE
+    if value < 0.0995:
+        return f"{value * 1000:.0f} ms" if value >= 0.001 or value == 0 else "<1 ms"
+    if value < 59.5:
+        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if value >= length * 0.992:
+            whole = value / length
+            return f"{whole:.1f} {unit}" if whole < 9.95 and unit != "min" else f"{whole:.0f} {unit}"
+    return f"{value:.0f} s"
+
+
+def size(value: float | None) -> str:
+    """`12 MB`."""
+    if value is None:
+        return NONE
+    amount = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 9.95 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def clock(moment: datetime | float | None) -> Markup:
+    """A moment in UTC: the time of today, the date and time of other days."""
+    if moment is None:
+        return escape(NONE)
+    at = datetime.fromtimestamp(moment, UTC) if isinstance(moment, int | float) else _aware(moment)
+    form = "%H:%M:%S" if at.date() == datetime.now(UTC).date() else "%Y-%m-%d %H:%M"
+    return _time(at, at.strftime(form))
+
+
+def age(moment: datetime | float | None) -> Markup:
+    """How long ago a moment was, or `in` how long it will be."""
+    if moment is None:
+        return escape(NONE)
+    at = datetime.fromtimestamp(moment, UTC) if isinstance(moment, int | float) else _aware(moment)
+    past = (datetime.now(UTC) - at).total_seconds()
+    if abs(past) < 1:
+        return _time(at, "now")
+    return _time(at, seconds(float(round(past))) + " ago" if past > 0 else f"in {seconds(float(round(-past)))}")
+
+
+def _time(at: datetime, text: str) -> Markup:
+    exact = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, text.replace(".0 ", " "))
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def compact(value: Any, longest: int = _LONGEST) -> str:
+    """Arguments on one line: `vo='lhcb', n=3`."""
+    if isinstance(value, dict):
+        text = ", ".join(f"{name}={_literal(each)}" for name, each in value.items())
+    else:
+        text = _literal(value)
+    return short(text, longest)
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(as_json(value), ensure_ascii=False)
+
+
+def pretty(value: Any) -> str:
+    """Readable JSON."""
+    return json.dumps(as_json(value), indent=2, ensure_ascii=False)
+
+
+def short(text: Any, longest: int = _LONGEST) -> str:
+    """At most so many characters, on one line."""
+    # Passwords are masked first: half of one would not be known as such.
+    line = " ".join(mask(str(text)).split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def link(text: str, href: str) -> Markup:
+    """A link, for pages that are made of values."""
+    return Markup('<a href="{}">{}</a>').format(href, escape(text))

@@ -1,0 +1,1 @@
+"""The task system in the DiracX application: the HTTP interface `/api/tasks/…` and the dashboard below it."""

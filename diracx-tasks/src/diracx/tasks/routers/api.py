@@ -1,0 +1,411 @@
+"""Routes below `/api/tasks/`: all that the dashboard shows and does, for programs."""
+
+from __future__ import annotations
+
+__all__ = ["router"]
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
+
+from diracx.routers.fastapi_classes import DiracxRouter
+from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from fastapi import Body, Depends, HTTPException, Path, Query
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+
+from .. import monitor
+from ..cli.dlq_view import record, summary
+from ..cli.errors import mask
+from ..cli.monitor_view import masked
+from ..dashboard.audit import read_audit
+from ..dashboard.installation import Installation
+from ..dashboard.operations import Decided, NotPossibleError, Operator
+from ..dashboard.pages.dead_letters import contents
+from ..monitor import DelayReason, Window, as_json
+from ..plumbing.broker.groups import read_group
+from ..plumbing.in_force import configurations_in_force
+from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ..plumbing.persistence.db import LetterFilter
+from ..plumbing.scheduler import schedules
+from . import models
+from .access_policies import ActionType, CheckTasksPolicyCallable, ConfigReader
+from .dashboard import name_of
+from .environment import installation_of_environment
+
+router = DiracxRouter()
+
+_Answer = TypeVar("_Answer")
+_MOST = 1_000
+_MEANING = {
+    401: "No token, or one that is not valid",
+    403: "The token's VO or properties do not allow this",
+    404: "There is nothing of that name or id",
+    409: "Not possible as things are",
+    503: "No broker is configured, or it does not answer",
+}
+
+System = Annotated[Installation, Depends(installation_of_environment)]
+User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
+Limit = Annotated[int, Query(ge=1, le=_MOST, description="At most so many.")]
+After = Annotated[str | None, Query(description="`after` of the page before.")]
+QueueName = Annotated[str, Path(description="`{priority}:{size}`.", examples=["normal:medium"])]
+
+
+class _Reader:
+    """Somebody who may look."""
+
+    def __init__(self, system: System, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
+        self.system = system
+        self._check = check
+        self._config = config
+
+    async def answer(self, ask: Callable[[], Awaitable[Any]]) -> JSONResponse:
+        """What was asked for, as JSON without passwords."""
+        await self._check(action=ActionType.READ, config=self._config)
+        return JSONResponse(masked(as_json(await _asked(ask))))
+
+
+class _Writer:
+    """Somebody who may act."""
+
+    def __init__(self, system: System, user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
+        self.operator = Operator(system, name_of(user), "api")
+        self._check = check
+        self._config = config
+
+    async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
+        """What came of it, as JSON without passwords."""
+        await self._check(action=ActionType.WRITE, config=self._config)
+        return JSONResponse(masked(as_json(await _asked(do))))
+
+
+Reader = Annotated[_Reader, Depends(_Reader)]
+Writer = Annotated[_Writer, Depends(_Writer)]
+
+
+async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    try:
+        return await ask()
+    except NotPossibleError as error:
+        raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
+    except ValueError as error:
+        raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
+    except RedisError as error:
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
+
+
+def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
+    example = {"application/json": {"example": {"detail": "…"}}}
+    return {code: {"description": _MEANING[code], "content": example} for code in (401, 403, *codes, 503)}
+
+
+def _there(value: _Answer | None, what: str) -> _Answer:
+    if value is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no {what}")
+    return value
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+@router.get("/summary", response_model=monitor.Snapshot, responses=_responses())
+async def get_summary(reader: Reader) -> JSONResponse:
+    """The whole system at one moment: queues, workers, and what is to be counted."""
+    return await reader.answer(reader.system.snapshot)
+
+
+@router.get("/queues", response_model=list[monitor.Queue], responses=_responses())
+async def get_queues(reader: Reader) -> JSONResponse:
+    """The nine queues, most urgent first."""
+    return await reader.answer(lambda: monitor.queues(reader.system.redis))
+
+
+@router.get("/queues/{queue}", response_model=models.QueuedTaskPage, responses=_responses(404))
+async def get_queued_tasks(
+    reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None
+) -> JSONResponse:
+    """The backlog of a queue, in the order in which workers will take it."""
+    system = reader.system
+    return await reader.answer(lambda: monitor.peek(system.redis, queue, limit, after, registry=system.registry))
+
+
+@router.get("/running", response_model=models.RunningTaskPage, responses=_responses())
+async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+    """What runs, longest first, as workers reported it within the last seconds."""
+    system = reader.system
+    return await reader.answer(lambda: monitor.running(system.redis, limit, after, registry=system.registry))
+
+
+@router.get("/delayed", response_model=models.DelayedTaskPage, responses=_responses())
+async def get_delayed_tasks(
+    reader: Reader,
+    reason: Annotated[DelayReason | None, Query(description="Only those that wait for this.")] = None,
+    limit: Limit = 100,
+    after: After = None,
+) -> JSONResponse:
+    """What is put aside until a time, for a retry, a lock or quota, in the order in which it is due."""
+    system = reader.system
+    return await reader.answer(
+        lambda: monitor.delayed(system.redis, reason, limit, after, registry=system.registry)
+    )
+
+
+@router.get("/workers", response_model=list[monitor.Worker], responses=_responses())
+async def get_workers(reader: Reader) -> JSONResponse:
+    """All workers that live, or were heard of within the last minute."""
+    return await reader.answer(lambda: monitor.workers(reader.system.redis))
+
+
+@router.get("/stats", response_model=list[monitor.TaskStats], responses=_responses())
+async def get_stats(
+    reader: Reader, window: Annotated[Window, Query(description="The past hour or day.")] = "hour"
+) -> JSONResponse:
+    """How each class of tasks did: counts, failure rate, run time and time in the queue."""
+    return await reader.answer(lambda: monitor.stats(reader.system.redis, window))
+
+
+@router.get("/history", response_model=list[monitor.Point], responses=_responses())
+async def get_history(reader: Reader) -> JSONResponse:
+    """The past hour, minute by minute, oldest first."""
+    return await reader.answer(lambda: monitor.history(reader.system.redis))
+
+
+@router.get("/failures", response_model=models.FailurePage, responses=_responses())
+async def get_failures(
+    reader: Reader,
+    task_name: Annotated[str | None, Query(description="Only of this task: category:ClassName.")] = None,
+    limit: Limit = 100,
+    after: After = None,
+) -> JSONResponse:
+    """Failed attempts with their tracebacks, newest first. The last 500 or so are kept."""
+    return await reader.answer(lambda: monitor.failures(reader.system.redis, limit, after, task_name=task_name))
+
+
+@router.get("/locks", response_model=models.LockPage, responses=_responses())
+async def get_locks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+    """Locks that tasks hold or wait for, and limiters that were used within the last day."""
+    return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
+
+
+@router.get("/schedules", response_model=list[models.Schedule], responses=_responses())
+async def get_schedules(reader: Reader) -> JSONResponse:
+    """All schedules of periodic tasks: state, next and last run, how it went, and who says so."""
+
+    async def ask() -> Any:
+        settings = await reader.system.settings()
+        return await schedules(reader.system.redis, reader.system.registry, settings.tasks, settings.vos)
+
+    return await reader.answer(ask)
+
+
+@router.get("/groups", response_model=list[models.Group], responses=_responses())
+async def get_groups(reader: Reader, limit: Limit = 100) -> JSONResponse:
+    """Callback groups that have not called back, those that expire first first, without their children."""
+    return await reader.answer(lambda: monitor.groups(reader.system.redis, limit))
+
+
+@router.get("/groups/{group_id}", response_model=models.Group, responses=_responses(404))
+async def get_group(reader: Reader, group_id: str) -> JSONResponse:
+    """One callback group with its children."""
+
+    async def ask() -> Any:
+        return _there(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
+
+    return await reader.answer(ask)
+
+
+@router.get("/configuration", response_model=list[models.ConfigurationInForce], responses=_responses())
+async def get_configuration_in_force(reader: Reader) -> JSONResponse:
+    """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
+
+    async def ask() -> Any:
+        return [entry.as_dict() for entry in await configurations_in_force(reader.system.redis)]
+
+    return await reader.answer(ask)
+
+
+@router.get("/audit", response_model=list[models.AuditEntry], responses=_responses())
+async def get_audit_log(
+    reader: Reader,
+    limit: Limit = 100,
+    before: Annotated[
+        str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$", description="Only entries older than this id.")
+    ] = None,
+) -> JSONResponse:
+    """Who did what by dashboard or HTTP, newest first."""
+
+    async def ask() -> Any:
+        return [entry.as_json() for entry in await read_audit(reader.system.redis, limit, before)]
+
+    return await reader.answer(ask)
+
+
+# --- dead letters -------------------------------------------------------------------------------------------
+
+
+class _Filter:
+    """Which dead letters."""
+
+    def __init__(
+        self,
+        task_name: Annotated[str | None, Query(description="category:ClassName, or ClassName alone.")] = None,
+        reason: Annotated[DeadLetterReason | None, Query(description="Why it ended here.")] = None,
+        status: Annotated[DeadLetterStatus | None, Query(description="By default those that are open.")] = None,
+        since: Annotated[datetime | None, Query(description="Buried then or later.")] = None,
+        before: Annotated[datetime | None, Query(description="Buried earlier.")] = None,
+    ) -> None:
+        self.where: LetterFilter = {
+            "task_name": task_name,
+            "reason": reason,
+            "status": status or OPEN,
+            "since": since,
+            "before": before,
+        }
+
+
+@router.get("/dead-letters", response_model=models.DeadLetterPage, responses=_responses(409))
+async def get_dead_letters(
+    reader: Reader,
+    chosen: Annotated[_Filter, Depends(_Filter)],
+    limit: Limit = 100,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="`after` of the page before.")] = 0,
+) -> JSONResponse:
+    """Dead letters, oldest first, without their messages and tracebacks."""
+
+    async def ask() -> Any:
+        db = _task_db(reader.system)
+        async with db:
+            letters = await db.search(**chosen.where, limit=limit, after_id=after)
+            counts = await db.count(**chosen.where)
+        return {
+            "items": [summary(letter) for letter in letters],
+            "total": sum(counts.values()),
+            "after": letters[-1]["id"] if len(letters) == limit else None,
+        }
+
+    return await reader.answer(ask)
+
+
+@router.get("/dead-letters/{key}", response_model=models.DeadLetterWithAttempts, responses=_responses(404, 409))
+async def get_dead_letter(
+    reader: Reader, key: Annotated[str, Path(description="Task id, or the number in the list.")]
+) -> JSONResponse:
+    """One dead letter with its arguments (secrets masked) and all attempts."""
+
+    async def ask() -> Any:
+        db = _task_db(reader.system)
+        async with db:
+            letter = _there(await db.find(key), f"dead letter {key!r}")
+        shown = {name: value for name, value in record(letter).items() if name not in ("message", "raw")}
+        return shown | {"arguments": contents(letter, reader.system)["arguments"]}
+
+    return await reader.answer(ask)
+
+
+def _task_db(system: Installation) -> Any:
+    if system.task_db is None:
+        raise NotPossibleError("no database of dead letters is configured here; set DIRACX_DB_URL_TASKDB")
+    return system.task_db
+
+
+Choice = Annotated[models.LetterChoice, Body()]
+
+
+@router.post("/dead-letters/retry", response_model=models.Decision, responses=_responses(409))
+async def retry_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
+    """Submit dead letters again, under their old task ids. Each is submitted once, whoever repeats this."""
+
+    async def do() -> Any:
+        return _decision(await writer.operator.retry_letters(choice.ids, choice.where(OPEN), choice.limit))
+
+    return await writer.answer(do)
+
+
+@router.post("/dead-letters/discard", response_model=models.Decision, responses=_responses(409))
+async def discard_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
+    """Decide that dead letters will not run again. Their rows stay, as discarded."""
+
+    async def do() -> Any:
+        where = choice.where(DeadLetterStatus.PENDING)
+        return _decision(await writer.operator.discard_letters(choice.ids, where, choice.limit))
+
+    return await writer.answer(do)
+
+
+def _decision(decided: Decided) -> dict[str, Any]:
+    return {
+        "done": [letter["id"] for letter in decided.done],
+        "already": [letter["id"] for letter in decided.already],
+        "refused": [{"id": letter["id"], "why": why} for letter, why in decided.refused],
+    }
+
+
+# --- acting -------------------------------------------------------------------------------------------------
+
+
+@router.post("/cancel", response_model=dict[str, str], responses=_responses())
+async def cancel_tasks(
+    writer: Writer,
+    task_ids: Annotated[list[str], Body(embed=True, min_length=1, max_length=1000, description="Which.")],
+) -> JSONResponse:
+    """Cancel tasks wherever they are. Answers where each was found; `unknown`: there is none, or it has ended."""
+    return await writer.answer(lambda: writer.operator.cancel(task_ids))
+
+
+@router.post("/queues/{queue}/purge", response_model=models.Purged, responses=_responses(404))
+async def purge_queue(writer: Writer, queue: QueueName) -> JSONResponse:
+    """Cancel all that waits in a queue; what runs goes on."""
+
+    async def do() -> Any:
+        return {"cancelled": await writer.operator.purge(queue)}
+
+    return await writer.answer(do)
+
+
+@router.post("/locks/release", response_model=monitor.Released, responses=_responses(404))
+async def release_lock(
+    writer: Writer,
+    key: Annotated[str, Body(description="The Redis key of the lock.")],
+    owners: Annotated[list[str] | None, Body(description="Only from these; null: from all who hold it.")] = None,
+) -> JSONResponse:
+    """Take a lock away from those who hold it. A task that loses its lock is cancelled, and counts as failed."""
+    return await writer.answer(lambda: writer.operator.release_lock(key, owners))
+
+
+ScheduleIds = Annotated[
+    list[str], Body(embed=True, min_length=1, max_length=1000, examples=[["my_pilots:MyCheckPilotsTask/lhcb"]])
+]
+
+
+@router.post("/schedules/pause", response_model=models.Changed, responses=_responses(409))
+async def pause_schedules(writer: Writer, ids: ScheduleIds) -> JSONResponse:
+    """Submit no more occurrences of these schedules until they are resumed."""
+
+    async def do() -> Any:
+        return {"changed": await writer.operator.pause(ids)}
+
+    return await writer.answer(do)
+
+
+@router.post("/schedules/resume", response_model=models.Changed, responses=_responses(409))
+async def resume_schedules(writer: Writer, ids: ScheduleIds) -> JSONResponse:
+    """Let paused schedules go on."""
+
+    async def do() -> Any:
+        return {"changed": await writer.operator.resume(ids)}
+
+    return await writer.answer(do)
+
+
+@router.post("/schedules/run-now", response_model=models.Submitted, responses=_responses(409))
+async def run_schedule_now(
+    writer: Writer, schedule_id: Annotated[str, Body(embed=True, description="Which schedule.")]
+) -> JSONResponse:
+    """Submit a schedule's task at once. The next run stays as it is."""
+
+    async def do() -> Any:
+        return {"task_id": await writer.operator.run_now(schedule_id)}
+
+    return await writer.answer(do)

@@ -1,0 +1,121 @@
+"""The dashboard below `/api/tasks/dashboard/`, with the tokens and the access policy of DiracX."""
+
+from __future__ import annotations
+
+__all__ = ["router"]
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
+
+from diracx.core.config.schema import Config
+from diracx.core.settings import AuthSettings
+from diracx.routers.access_policies import BaseAccessPolicy, open_access
+from diracx.routers.fastapi_classes import DiracxRouter
+from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from fastapi import Depends, HTTPException, Request, Response
+
+from .access_policies import ActionType, ConfigReader
+from .environment import installation_of_environment
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from ..dashboard.access import Principal
+    from ..dashboard.app import DashboardApp
+
+POLICY = "tasks"
+_BELOW = "/api/tasks/dashboard"
+#: Nobody tells us that the application is to stop, and its server waits for all connections.
+_STREAM_SECONDS = 20.0
+
+# It has a door of its own, for browsers send no `Authorization` by themselves. What is behind it is no interface
+# for programs.
+router = DiracxRouter(require_auth=False, include_in_schema=False, path_root="/api/tasks")
+
+Policies = Annotated[dict[str, Any], Depends(BaseAccessPolicy.all_used_access_policies)]
+
+
+@open_access  # type: ignore[untyped-decorator]  # of diracx
+@router.api_route("/{path:path}", methods=["GET", "HEAD", "POST"], response_model=None)
+async def dashboard(
+    path: str, request: Request, settings: AuthSettings, policies: Policies, config: ConfigReader
+) -> Response:
+    """Hand the request on to the dashboard, with what its gate must know."""
+    await installation_of_environment()  # says what is missing, as any other route does
+    return _HandedOn(_DiracxDoor(settings, policies[POLICY].policy, config))
+
+
+@dataclass(frozen=True)
+class _DiracxDoor:
+    """What DiracX decides by."""
+
+    settings: AuthSettings
+    policy: Callable[..., Awaitable[None]]
+    config: Callable[[], Awaitable[Config]]
+
+
+class _HandedOn(Response):
+    """The answer that the dashboard gives."""
+
+    def __init__(self, door: _DiracxDoor) -> None:
+        super().__init__()
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        below = str(scope.get("root_path", "")) + _BELOW
+        state = {**scope.get("state", {}), "door": self._door}
+        await _app()({**scope, "root_path": below, "state": state}, receive, send)
+
+
+#: An application has one event loop; tests have many.
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, DashboardApp] = WeakKeyDictionary()
+
+
+def _app() -> DashboardApp:
+    from ..dashboard.app import create_app
+
+    loop = asyncio.get_running_loop()
+    if (app := _of_loop.get(loop)) is None:
+        app = create_app(installation_of_environment, DiracxGate(), stream_seconds=_STREAM_SECONDS)
+        _of_loop[loop] = app
+    return app
+
+
+class DiracxGate:
+    """Sessions that are access tokens of DiracX: as long as a token is good, and as far as the policy lets it."""
+
+    credential = "DiracX access token"
+    hint = "`dirac login` gets one; it is the `access_token` in ~/.cache/diracx/credentials.json."
+
+    async def sign_in(self, request: Request, credential: str) -> str | None:
+        """See `Gate`. Forms may bring it as it is copied, with `Bearer` or quotes around it."""
+        token = credential.strip().removeprefix("Bearer ").strip().strip('"')
+        return token if await self.principal(request, token) is not None else None
+
+    async def principal(self, request: Request, secret: str) -> Principal | None:
+        """See `Gate`."""
+        from ..dashboard.access import Principal, Role
+
+        door: _DiracxDoor = request.state.door
+        try:
+            user: AuthorizedUserInfo = await verify_dirac_access_token(f"Bearer {secret}", door.settings)
+        except HTTPException:
+            return None
+        for action, role in ((ActionType.WRITE, Role.WRITE), (ActionType.READ, Role.READ)):
+            try:
+                await door.policy(POLICY, user, action=action, config=door.config)
+            except HTTPException:
+                continue
+            return Principal(name_of(user), role)
+        return None
+
+    async def sign_out(self, secret: str) -> None:
+        """See `Gate`. The token stays good elsewhere; the browser forgets it."""
+
+
+def name_of(user: AuthorizedUserInfo) -> str:
+    """Somebody's name for the audit log: no two have the same."""
+    return f"{user.preferred_username} ({user.sub})"

@@ -1,0 +1,76 @@
+"""The task system that a DiracX application looks at: that of its environment, opened at the first request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from fastapi import HTTPException
+
+from ..dashboard.installation import Installation
+from ..plumbing.binding import REDIS_URL_VARIABLE
+
+if TYPE_CHECKING:
+    from ..plumbing.persistence import TaskDB
+
+logger = logging.getLogger(__name__)
+
+#: An application has one event loop; tests have many.
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Installation]] = WeakKeyDictionary()
+
+
+async def installation_of_environment() -> Installation:
+    """What DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration name.
+
+    Raises:
+        HTTPException: 503, when no broker is named.
+    """
+    loop = asyncio.get_running_loop()
+    if (opening := _of_loop.get(loop)) is None:
+        opening = _of_loop[loop] = asyncio.ensure_future(_open())
+    try:
+        return await asyncio.shield(opening)
+    except Exception:
+        _of_loop.pop(loop, None)  # the next request tries again
+        raise
+
+
+async def _open() -> Installation:
+    from ..cli.errors import mask
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.broker.connection import redis_url_from_environment
+    from ..plumbing.config_source import ConfigReader
+    from ..plumbing.factory import load_task_registry
+
+    url = redis_url_from_environment()
+    if not url:
+        raise HTTPException(
+            HTTPStatus.SERVICE_UNAVAILABLE, f"this application knows no broker of tasks: set {REDIS_URL_VARIABLE}"
+        )
+    registry = load_task_registry()
+    return Installation(
+        RedisStreamBroker(url), registry, ConfigReader.of_environment(registry), await _task_db(), mask(url)
+    )
+
+
+async def _task_db() -> TaskDB | None:
+    """The dead letters. An engine of our own: an application without this database must start as well."""
+    from ..plumbing.databases import database_urls
+    from ..plumbing.exceptions import TaskConfigError
+    from ..plumbing.persistence import TaskDB
+
+    try:
+        url = database_urls("TaskDB").get("TaskDB")
+    except TaskConfigError as error:
+        logger.error("dead letters cannot be shown: %s", error)
+        return None
+    if not url:
+        return None
+    database = TaskDB(url)
+    # Left open: it goes with the process, as the broker's connections do.
+    await AsyncExitStack().enter_async_context(database.engine_context())
+    return database

@@ -1,0 +1,219 @@
+"""What goes over the wire, where it is not a value of `diracx.tasks.monitor` itself."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask
+from ..plumbing.broker.groups import GroupState
+from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
+from ..plumbing.persistence.db import LetterFilter
+from ..plumbing.scheduler.overview import Activity, Outcome, State
+
+_AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
+
+
+class QueuedTaskPage(BaseModel):
+    """A part of a backlog."""
+
+    items: list[QueuedTask]
+    after: str | None = _AFTER
+
+
+class RunningTaskPage(BaseModel):
+    """A part of what runs."""
+
+    items: list[RunningTask]
+    after: str | None = _AFTER
+
+
+class DelayedTaskPage(BaseModel):
+    """A part of what is put aside."""
+
+    items: list[DelayedTask]
+    after: str | None = _AFTER
+
+
+class FailurePage(BaseModel):
+    """Some failed attempts."""
+
+    items: list[Failure]
+    after: str | None = _AFTER
+
+
+class LockPage(BaseModel):
+    """Some locks."""
+
+    items: list[Lock]
+    after: str | None = _AFTER
+
+
+class Schedule(BaseModel):
+    """A schedule. All times are UTC."""
+
+    id: str = Field(description="`category:ClassName`, then `@instance` and `/vo` where there are any.")
+    state: State
+    name: str
+    instance: str | None
+    vo: str | None
+    rule: str | None
+    missed: str | None
+    source: str | None
+    next_run: datetime | None
+    last_run: datetime | None
+    last_task_id: str | None
+    activity: Activity | None
+    outcome: Outcome | None
+    paused_since: datetime | None
+    problem: str | None
+
+
+class Group(BaseModel):
+    """A callback group."""
+
+    group_id: str
+    state: GroupState
+    total: int
+    succeeded: int
+    pending: int
+    failed: int
+    callback: str
+    on_failure: str | None
+    created: datetime
+    expires: datetime
+    pending_children: list[str]
+    failed_children: dict[str, str]
+
+
+class ConfigurationInForce(BaseModel):
+    """The configuration that one process runs with."""
+
+    role: str
+    source: str
+    digest: str = Field(description="The same for the same settings.")
+    since: datetime
+    vos: list[str] | None
+    problems: list[str]
+    problems_since: datetime | None
+    warnings: list[str]
+    process: str
+    seen: datetime
+
+
+class AuditEntry(BaseModel):
+    """Something that was done."""
+
+    id: str
+    at: datetime
+    who: str
+    via: str
+    action: str
+    target: str
+    outcome: str | None
+    ok: bool | None
+
+
+class DeadLetterSummary(BaseModel):
+    """A dead letter without its contents."""
+
+    id: int
+    task_id: str
+    task_name: str
+    reason: str
+    detail: str
+    status: DeadLetterStatus
+    buried_at: datetime
+    changed_at: datetime
+    failed_attempts: int
+    earlier_burials: int
+
+
+class DeadLetterPage(BaseModel):
+    """Some dead letters."""
+
+    items: list[DeadLetterSummary]
+    total: int
+    after: int | None = _AFTER
+
+
+class DeadLetterWithAttempts(BaseModel):
+    """A dead letter with everything but its raw message, which may hold secrets."""
+
+    id: int
+    task_id: str
+    task_name: str
+    reason: str
+    detail: str
+    status: DeadLetterStatus
+    buried_at: datetime
+    changed_at: datetime
+    burial: str
+    attempts: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    arguments: dict[str, Any] | None = Field(description="Secrets masked; null when it cannot be read.")
+
+
+class LetterChoice(BaseModel):
+    """Which dead letters: some by their numbers, or those that a filter lets through."""
+
+    ids: list[int] | None = Field(default=None, min_length=1, max_length=1000, description="Numbers.")
+    all: bool = Field(default=False, description="All that the filter lets through, instead of `ids`.")
+    task_name: str | None = None
+    reason: DeadLetterReason | None = None
+    since: datetime | None = None
+    before: datetime | None = None
+    limit: int = Field(default=1000, ge=1, le=10_000, description="At most so many by filter.")
+
+    def where(self, status: Any) -> LetterFilter:
+        """As the database takes it.
+
+        Raises:
+            NotPossibleError: neither numbers nor `all` are given, or both.
+        """
+        from ..dashboard.operations import NotPossibleError
+
+        if (self.ids is None) != self.all:
+            raise NotPossibleError("give either `ids`, or `all` with filters")
+        return {
+            "task_name": self.task_name,
+            "reason": self.reason,
+            "status": status,
+            "since": self.since,
+            "before": self.before,
+        }
+
+
+class Refusal(BaseModel):
+    """A dead letter that was left as it is."""
+
+    id: int
+    why: str
+
+
+class Decision(BaseModel):
+    """What became of dead letters, by their numbers."""
+
+    done: list[int]
+    already: list[int] = Field(description="Somebody else had done so.")
+    refused: list[Refusal]
+
+
+class Purged(BaseModel):
+    """What a purge did."""
+
+    cancelled: int
+
+
+class Changed(BaseModel):
+    """The schedules that were not so before."""
+
+    changed: list[str]
+
+
+class Submitted(BaseModel):
+    """A task that was submitted."""
+
+    task_id: str

@@ -1,0 +1,125 @@
+"""`diracx-task-run dashboard`: who gets in, and where it refuses to start."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+_SECONDS = 60
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "diracx.tasks", "dashboard", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+
+
+@contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[str]:
+    """A dashboard, and what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diracx.tasks", "dashboard", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stdout
+        line = process.stdout.readline().strip()
+        assert line, process.communicate()[1]
+        yield line
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=_SECONDS)
+    assert "Traceback" not in errors
+    assert process.returncode == 0, errors
+
+
+def test_the_printed_address_lets_one_in_and_nothing_else_does(redis_url: str) -> None:
+    with serving("--redis-url", redis_url) as address:
+        found = re.fullmatch(r"(http://127\.0\.0\.1:\d+)/sign-in\?token=([\w-]{40,})", address)
+        assert found
+        with httpx.Client(base_url=found[1]) as client:
+            assert client.get("/").headers["location"].startswith("/sign-in")
+            assert client.get("/sign-in?token=guessed").status_code == 403
+            assert client.get("/", headers={"host": "evil.example"}).status_code == 421
+            assert client.get(address).status_code == 303
+            page = client.get("/", follow_redirects=True)
+            assert page.status_code == 200
+            assert "may look and act" in page.text
+
+
+def test_read_only_shows_no_button_that_acts(redis_url: str) -> None:
+    with serving("--redis-url", redis_url, "--read-only") as address, httpx.Client() as client:
+        page = client.get(address, follow_redirects=True)
+        assert "may look" in page.text
+        assert "may look and act" not in page.text
+
+
+def test_live_pages_do_not_keep_it_from_stopping(redis_url: str) -> None:
+    with serving("--redis-url", redis_url) as address, httpx.Client() as client:
+        client.get(address)
+        with client.stream("GET", httpx.URL(address).join("/live/queues")) as following:
+            assert "retry" in next(following.iter_text())
+
+
+def test_accounts_have_names_roles_and_tokens_of_their_own(redis_url: str, tmp_path: Path) -> None:
+    accounts = tmp_path / "accounts"
+    tokens = {}
+    for name, role in (("wilma", "write"), ("rita", "read")):
+        made = run("--accounts", str(accounts), "--new-account", f"{name}:{role}")
+        assert made.returncode == 0, made.stderr
+        tokens[name] = made.stdout.strip()
+    assert accounts.stat().st_mode & 0o077 == 0
+    assert not any(token in accounts.read_text() for token in tokens.values())
+    assert run("--accounts", str(accounts), "--new-account", "rita:write").returncode == 2
+    with serving("--redis-url", redis_url, "--accounts", str(accounts)) as address:
+        assert "token" not in address
+        for name, may in (("wilma", "may look and act"), ("rita", "may look")):
+            with httpx.Client(base_url=address, follow_redirects=True) as client:
+                page = client.post("/sign-in", data={"credential": tokens[name]})
+                assert name in page.text
+                assert f"{may}</span>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--host", "0.0.0.0"], 2, "--accounts"),
+        (["--host", "192.0.2.1"], 2, "--accounts"),
+        (["--host", "::"], 2, "--accounts"),
+        (["--host", "0.0.0.0", "--accounts", "{accounts}"], 2, "--public-name"),
+        (["--accounts", "{empty}"], 1, "has no account"),
+        (["--accounts", "{wrong}"], 1, "wrong:1"),
+        (["--accounts", "{nowhere}"], 1, "cannot read"),
+        (["--new-account", "rita:read"], 2, "--accounts FILE"),
+        (["--accounts", "{accounts}", "--new-account", "rita"], 2, "NAME:read or NAME:write"),
+        (["--tls-key", "key.pem"], 2, "go together"),
+        (["--host", "no such host"], 2, "--accounts"),
+        (["--redis-url", "redis://127.0.0.1:1"], 1, "cannot reach Redis"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:
+    (tmp_path / "accounts").write_text(f"rita read {'0' * 64}\n")
+    (tmp_path / "empty").write_text("# nobody\n")
+    (tmp_path / "wrong").write_text("rita admin 123\n")
+    paths = {name: str(tmp_path / name) for name in ("accounts", "empty", "wrong", "nowhere")}
+    found = run(*(argument.format(**paths) for argument in arguments))
+    assert found.returncode == code, found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]

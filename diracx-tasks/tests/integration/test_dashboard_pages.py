@@ -1,0 +1,215 @@
+"""What the dashboard shows is what there is, harmless whatever it is; what is done there is done."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from dashboard_world import HOSTILE, SECRET, WRITER, World, small_world, until
+from diracx.tasks import monitor
+from diracx.tasks.dashboard.audit import read_audit
+from diracx.tasks.dashboard.pages import PAGES
+
+LARGEST = 300_000
+ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
+
+
+@pytest.fixture
+async def world(redis_url: str) -> AsyncIterator[World]:
+    async with small_world(redis_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def operator(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(world.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as client:
+        await client.post("/sign-in", data={"credential": WRITER})
+        yield client
+
+
+async def act(client: httpx.AsyncClient, path: str, **fields: Any) -> str:
+    """Press a button, say yes, and read what the next page says."""
+    token = re.search(r'name="form_token" value="(\w+)"', (await client.get("/audit")).text)
+    assert token
+    data = {"form_token": token[1], "next": "/audit", **fields}
+    question = await client.post(path, data=data)
+    assert question.status_code == 200, question.text
+    done = await client.post(path, data=data | {"confirmed": "yes"})
+    assert done.status_code == 303, done.text
+    said = re.search(
+        r'class="note (good|bad)" role="status">(.*?)</p>', (await client.get("/audit")).text, re.DOTALL
+    )
+    assert said
+    return f"{said[1]}: {said[2]}"
+
+
+async def test_every_page_shows_what_there_is_and_nothing_in_it_can_do_harm(world: World) -> None:
+    async with operator(world) as client:
+        running = (await monitor.running(world.system.broker.redis)).items
+        lock = next(each for each in running if each.locks).locks[0]
+        [group] = await monitor.groups(world.system.broker.redis)
+        addresses = [
+            *ADDRESSES,
+            "/queues/realtime:large",
+            "/dead-letters/1",
+            "/dead-letters/" + "0" * 32,
+            f"/groups/{group.group_id}",
+            "/waiting?reason=retry",
+            "/failures?task=test:Fail",
+            "/tasks?window=day&order=slow",
+            "/configuration?task=test:Fail",
+            "/schedules?vo=lhcb",
+        ]
+        for address in addresses:
+            answer = await client.get(address)
+            assert answer.status_code == 200, f"{address}: {answer.text}"
+            harmless(answer.text, address)
+        answer = await client.get("/locks/one", params={"key": lock})
+        assert answer.status_code == 200
+        harmless(answer.text, "/locks/one")
+        assert "test:</span>HoldSite" in answer.text
+        for address, shown in {
+            "/running": "window.hacked",
+            "/queues/realtime:large": "window.hacked",
+            "/waiting": "window.hacked",
+            "/failures": "window.hacked",
+            "/dead-letters/1": "•••",
+            "/schedules": "every 3600 s",
+            "/": "no worker of size large runs",
+        }.items():
+            assert shown in (await client.get(address)).text, address
+
+
+def harmless(text: str, address: str) -> None:
+    assert len(text.encode()) < LARGEST, address
+    assert SECRET not in text, address
+    assert "<script>window" not in text, address
+    assert "<img" not in text, address
+    for attribute in re.findall(r'="([^"]*)"', text):
+        assert "<" not in attribute, address
+
+
+async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
+    async with operator(world) as client:
+        for address in (
+            "/queues/normal:tiny",
+            "/queues/normal:small?after=nonsense",
+            "/dead-letters/99",
+            "/dead-letters?status=eaten",
+            "/dead-letters?after=-1",
+            "/groups/nothing",
+            "/locks/one?key=leader",
+            "/waiting?reason=boredom",
+            "/audit?after=now",
+            f"/dead-letters/{HOSTILE.replace('/', '%2F')}",
+        ):
+            answer = await client.get(address)
+            assert answer.status_code in (200, 404), f"{address}: {answer.status_code}"
+            harmless(answer.text, address)
+
+
+async def test_dead_letters_are_submitted_again_and_discarded_one_by_one_and_all_at_once(world: World) -> None:
+    async with operator(world) as client:
+        assert "1 dead letter discarded" in await act(client, "/dead-letters/discard", letter="1")
+        assert sorted(await world.letters()) == ["DISCARDED", "PENDING", "PENDING", "PENDING"]
+        said = await act(client, "/dead-letters/retry", scope="all", task="test:Fail")
+        assert "2 dead letters submitted again" in said
+        assert said.startswith("good")
+
+        async def buried_again() -> bool:
+            return (await world.letters()).count("PENDING") == 3
+
+        await until(buried_again)
+        assert "bad: " in await act(client, "/dead-letters/retry", letter="1")  # it was discarded
+        assert "3 dead letters discarded" in await act(client, "/dead-letters/discard", scope="all")
+
+
+async def test_a_running_task_is_cancelled(world: World) -> None:
+    redis = world.system.broker.redis
+    [held] = [task for task in (await monitor.running(redis)).items if task.task_name == "test:HoldSite"]
+    async with operator(world) as client:
+        assert "running" in await act(client, "/tasks/cancel", task=held.task_id)
+    result = await world.system.result(held.task_id, 20)
+    assert result.error is not None
+
+
+async def test_a_queue_is_purged_and_a_lock_released(world: World) -> None:
+    redis = world.system.broker.redis
+    async with operator(world) as client:
+        assert "1 tasks were cancelled" in await act(client, "/queues/purge", queue="realtime:large")
+        assert await redis.xlen("diracx:tasks:realtime:large") == 0
+        [held] = [task for task in (await monitor.running(redis)).items if task.locks]
+        assert "Released: 1" in await act(client, "/locks/release", key=held.locks[0])
+
+
+async def test_schedules_are_paused_resumed_and_run(world: World) -> None:
+    async with operator(world) as client:
+        assert "test:Tidy/lhcb paused" in await act(client, "/schedules/pause", schedule="test:Tidy/lhcb")
+        assert "paused" in (await client.get("/schedules?vo=lhcb")).text
+        assert "resumed" in await act(client, "/schedules/resume", schedule="test:Tidy/lhcb")
+        assert "Submitted: " in await act(client, "/schedules/run-now", schedule="test:Tidy/lhcb")
+        assert "there is no schedule" in await act(client, "/schedules/pause", schedule="test:None")
+
+
+async def test_who_did_what_is_in_the_audit_log(world: World) -> None:
+    async with operator(world) as client:
+        await act(client, "/schedules/pause", schedule="test:Tidy/lhcb")
+        await act(client, "/dead-letters/discard", letter="1")
+        page = (await client.get("/audit")).text
+    entries = await read_audit(world.system.broker.redis)
+    assert [(entry.who, entry.action, entry.target) for entry in entries] == [
+        ("wilma", "discard dead letters", "1"),
+        ("wilma", "pause schedules", "test:Tidy/lhcb"),
+    ]
+    assert page.index("discard dead letters") < page.index("pause schedules")
+
+
+async def test_a_live_page_is_sent_again_when_something_has_changed(world: World) -> None:
+    scope_ended = asyncio.Event()
+    async with operator(world) as client:
+        cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    received: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        await scope_ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        received.append(message.get("body", b"").decode())
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": "/live/queues",
+        "raw_path": b"/live/queues",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost:8790"), (b"cookie", cookie.encode())],
+        "server": ("localhost", 8790),
+        "client": ("127.0.0.1", 1),
+        "state": {},
+    }
+    following = asyncio.create_task(world.app(scope, receive, send))  # type: ignore[arg-type]
+
+    async def first() -> bool:
+        return "event: fragment" in "".join(received)
+
+    await until(first)
+    await world.system.broker.redis.xtrim("diracx:tasks:realtime:large", maxlen=0)
+
+    async def second() -> bool:
+        return "".join(received).count("event: fragment") >= 2
+
+    await until(second)
+    world.app.end_streams()
+    scope_ended.set()
+    await asyncio.wait_for(following, 10)

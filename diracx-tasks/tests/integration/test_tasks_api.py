@@ -1,0 +1,212 @@
+"""The task system in a DiracX application: who may look, who may act, and what the answers are."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from config_repository import ConfigRepository
+from dashboard_world import HOSTILE, SECRET, World, small_world
+from diracx.tasks.dashboard.audit import read_audit
+
+HOME = "http://diracx.example.org"
+READS = [
+    *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
+    *("failures", "locks", "schedules", "groups", "configuration", "audit", "dead-letters", "dead-letters/1"),
+]
+WRITES: dict[str, Any] = {
+    "cancel": {"task_ids": ["0" * 32]},
+    "queues/realtime:large/purge": None,
+    "locks/release": {"key": "diracx:lock:mutex:nothing"},
+    "schedules/pause": {"ids": ["test:None"]},
+    "schedules/resume": {"ids": ["test:None"]},
+    "schedules/run-now": {"schedule_id": "test:None"},
+    "dead-letters/retry": {"ids": [1]},
+    "dead-letters/discard": {"all": True},
+}
+
+Token = Callable[..., str]
+
+
+@pytest.fixture
+async def world(redis_url: str) -> AsyncIterator[World]:
+    async with small_world(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Token:
+    """Makes tokens that the application will accept; the environment of the application is that of this test."""
+    from cryptography.fernet import Fernet
+    from diracx.core.models import AccessTokenPayload
+    from diracx.core.settings import AuthSettings
+    from diracx.logic.auth.token import create_token
+    from joserfc.jwk import KeySet, OKPKey
+    from uuid_utils import uuid7
+
+    key = OKPKey.generate_key(
+        crv="Ed25519", parameters={"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": uuid7().hex}
+    )
+    keystore = tmp_path / "keystore.json"
+    keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
+    repository = ConfigRepository(tmp_path / "config", vos=["lhcb"])
+    environment = {
+        "DIRACX_CONFIG_BACKEND_URL": repository.url,
+        "DIRACX_DB_URL_TASKDB": f"sqlite+aiosqlite:///{tmp_path}/unused.db",
+        "DIRACX_TASKS_REDIS_URL": redis_url,
+        "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
+        "DIRACX_SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),
+        "DIRACX_SERVICE_AUTH_TOKEN_ISSUER": HOME,
+        "DIRACX_SERVICE_AUTH_ALLOWED_REDIRECTS": "[]",
+    }
+    for name in ("AUTH", "CONFIG", "JOBS", "PILOTS", "RSS", "HEALTH", "MY_PILOTS"):
+        environment[f"DIRACX_SERVICE_{name}_ENABLED"] = "false"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = AuthSettings()
+
+    def make(*properties: str, vo: str = "lhcb", seconds: float = 600) -> str:
+        payload: Any = {
+            "sub": f"{vo}:nobody",
+            "vo": vo,
+            "iss": settings.token_issuer,
+            "dirac_properties": list(properties),
+            "jti": str(uuid7()),
+            "preferred_username": "fred",
+            "dirac_group": "users",
+            "exp": int(time.time() + seconds),
+            "dirac_policies": {},
+        }
+        return create_token(AccessTokenPayload(**payload), settings)
+
+    return make
+
+
+@pytest.fixture
+async def client(token: Token, world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    """A DiracX application that looks at the small world."""
+    from diracx.core.config import ConfigSource
+    from diracx.routers.factory import create_app
+    from diracx.tasks.routers import api, dashboard, environment
+
+    async def this() -> Any:
+        return world.installation
+
+    monkeypatch.setattr(environment, "_open", this)
+    assert {api.__name__, dashboard.__name__}
+    app = create_app()
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url=HOME) as made,
+    ):
+        yield made
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+async def test_nothing_is_told_or_done_without_the_right_token(client: httpx.AsyncClient, token: Token) -> None:
+    operator, admin = token("Operator"), token("ServiceAdministrator")
+    foreign, plain = token("ServiceAdministrator", vo="elsewhere"), token("NormalUser")
+    for path in READS:
+        address = f"/api/tasks/{path}"
+        assert (await client.get(address)).status_code == 401, path
+        assert (await client.get(address, headers=bearer(token("Operator", seconds=-60)))).status_code == 401, path
+        for refused in (plain, foreign):
+            assert (await client.get(address, headers=bearer(refused))).status_code == 403, path
+        for allowed in (operator, admin):
+            assert (await client.get(address, headers=bearer(allowed))).status_code == 200, path
+    for path, body in WRITES.items():
+        address = f"/api/tasks/{path}"
+        assert (await client.post(address, json=body)).status_code == 401, path
+        for refused in (plain, foreign, operator):
+            answer = await client.post(address, json=body, headers=bearer(refused))
+            assert answer.status_code == 403, f"{path}: {answer.text}"
+        answer = await client.post(address, json=body, headers=bearer(admin))
+        assert answer.status_code in (200, 404, 409), f"{path}: {answer.text}"
+
+
+async def test_answers_are_as_the_schema_says_and_tell_no_secret(client: httpx.AsyncClient, token: Token) -> None:
+    from diracx.tasks.routers.api import router
+    from fastapi.routing import APIRoute
+    from pydantic import TypeAdapter
+
+    headers = bearer(token("Operator"))
+    models = {route.path: route.response_model for route in router.routes if isinstance(route, APIRoute)}
+    for path in READS:
+        answer = await client.get(f"/api/tasks/{path}", headers=headers)
+        template = re.sub(r"^/(queues|dead-letters|groups)/.*", r"/\1/{}", f"/{path}")
+        model = next(m for known, m in models.items() if re.sub(r"\{\w+\}", "{}", known) == template)
+        TypeAdapter(model).validate_json(answer.content)
+        assert SECRET not in answer.text
+    letter = (await client.get("/api/tasks/dead-letters/1", headers=headers)).json()
+    assert letter["arguments"]["password"] == "•••"
+    assert HOSTILE in letter["arguments"]["url"]
+
+
+async def test_what_is_done_by_http_is_done_and_written_down(
+    client: httpx.AsyncClient, token: Token, world: World
+) -> None:
+    headers = bearer(token("ServiceAdministrator"))
+
+    async def post(path: str, **body: Any) -> Any:
+        answer = await client.post(f"/api/tasks/{path}", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    assert await post("dead-letters/discard", ids=[1]) == {"done": [1], "already": [], "refused": []}
+    assert (await post("dead-letters/retry", all=True, task_name="Fail"))["done"] == [2, 3]
+    assert await post("cancel", task_ids=["f" * 32, "0" * 32]) == {"f" * 32: "queued", "0" * 32: "unknown"}
+    assert await post("schedules/pause", ids=["test:Tidy/lhcb"]) == {"changed": ["test:Tidy/lhcb"]}
+    assert len((await post("schedules/run-now", schedule_id="test:Tidy/lhcb"))["task_id"]) == 32
+    entries = await read_audit(world.system.broker.redis)
+    assert {entry.who for entry in entries} == {"fred (lhcb:nobody)"}
+    assert {entry.via for entry in entries} == {"api"}
+    assert len(entries) == 5
+
+
+async def test_the_schema_of_the_application_has_every_route(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/api/openapi.json")).json()
+    for path in ("/api/tasks/summary", "/api/tasks/dead-letters/{key}", "/api/tasks/queues/{queue}/purge"):
+        assert path in schema["paths"]
+    assert not [path for path in schema["paths"] if "dashboard" in path]
+    operations = [each["operationId"] for methods in schema["paths"].values() for each in methods.values()]
+    assert len(operations) == len(set(operations))
+
+
+async def test_the_dashboard_of_the_application_takes_diracx_tokens(
+    client: httpx.AsyncClient, token: Token
+) -> None:
+    below = "/api/tasks/dashboard"
+    answer = await client.get(f"{below}/queues")
+    assert answer.headers["location"] == f"{below}/sign-in?next=%2Fqueues"
+    for refused in ("nonsense", token("NormalUser"), token("Operator", seconds=-60), token("Operator", vo="x")):
+        answer = await client.post(f"{below}/sign-in", data={"credential": refused})
+        assert answer.status_code == 403
+    answer = await client.post(f"{below}/sign-in", data={"credential": token("Operator"), "next": "/queues"})
+    assert answer.headers["location"] == f"{below}/queues"
+    assert f"Path={below}" in answer.headers["set-cookie"]
+    page = await client.get(f"{below}/queues")
+    assert page.status_code == 200
+    assert "may look" in page.text
+    assert "may look and act" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for link in re.findall(r'(?:href|src|action|hx-post|data-live)="([^"]+)"', page.text):
+        assert link.startswith((below, "#")), link
+    [style] = re.findall(r'href="([^"]*dashboard\.css[^"]*)"', page.text)
+    assert (await client.get(style)).status_code == 200
+    form = re.search(r'name="form_token" value="(\w+)"', page.text)
+    assert form
+    answer = await client.post(
+        f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
+    )
+    assert answer.status_code == 403

@@ -1,0 +1,17 @@
+"""The pages about pilots in the dashboard of the task system (entry point `diracx.tasks_dashboard`)."""
+
+from __future__ import annotations
+
+__all__ = ["extension"]
+
+from pathlib import Path
+
+from diracx.tasks.dashboard.page import Extension
+
+from .pages import ACTIONS, PAGES
+from .store import opened
+
+
+def extension() -> Extension:
+    """What the dashboard takes over."""
+    return Extension(pages=PAGES, actions=ACTIONS, templates=Path(__file__).parent / "templates", lifespan=opened)

@@ -1,0 +1,209 @@
+"""A task system with something of everything, for the tests of the dashboard: hostile arguments, too."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from diracx.tasks import monitor
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.app import DashboardApp, create_app
+from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.dashboard.page import Extension
+from diracx.tasks.plumbing import (
+    BaseLock,
+    BaseTask,
+    CallbackSpawner,
+    ExponentialBackoff,
+    IntervalSeconds,
+    MutexLock,
+    NoRetry,
+    PeriodicVoAwareBaseTask,
+    Priority,
+    Size,
+    register_locked_object_type,
+)
+from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.worker import reporter
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+#: What somebody who wants to run code in an operator's browser would submit.
+HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>"
+SECRET = "correct-horse-battery"
+WRITER, READER = "the-token-of-the-writer", "the-token-of-the-reader"
+SITE = register_locked_object_type("dashboard_site")
+
+
+@dataclass
+class Hold(BaseTask):
+    """Runs until it is cancelled."""
+
+    note: str
+
+    async def execute(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@dataclass
+class HoldSite(BaseTask):
+    """The same, with a lock."""
+
+    site: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(SITE, self.site)]
+
+    async def execute(self) -> None:
+        await asyncio.sleep(3600)
+
+
+@dataclass
+class Urgent(BaseTask):
+    """For a worker that does not run."""
+
+    note: str
+    priority = Priority.REALTIME
+    size = Size.LARGE
+
+    async def execute(self) -> None: ...
+
+
+@dataclass
+class Fail(BaseTask):
+    """Ends as a dead letter."""
+
+    url: str
+    password: str
+
+    secret_fields = frozenset({"password"})
+    retry_policy = NoRetry()
+    dlq_eligible = True
+
+    async def execute(self) -> None:
+        raise ValueError(f"cannot fetch {self.url} from https://user:{SECRET}@se.example.org/")
+
+
+@dataclass
+class Flaky(BaseTask):
+    """Is tried again in an hour."""
+
+    url: str
+    retry_policy = ExponentialBackoff(base_delay_seconds=3600, max_retries=3)
+
+    async def execute(self) -> None:
+        raise TimeoutError(f"no answer from {self.url}")
+
+
+@dataclass
+class Quick(BaseTask):
+    """Just runs."""
+
+    number: int
+
+    async def execute(self) -> int:
+        return self.number
+
+
+@dataclass
+class Split(BaseTask):
+    """Waits for children that do not end."""
+
+    async def execute(self, spawn: CallbackSpawner) -> str:
+        return await spawn([Hold("child"), Quick(1)], Quick(2))
+
+
+class Tidy(PeriodicVoAwareBaseTask):
+    """Periodic."""
+
+    default_schedule = IntervalSeconds(3600)
+
+    async def execute(self) -> str:
+        return f"tidy {self.vo}"
+
+
+TASKS = [Hold, HoldSite, Urgent, Fail, Flaky, Quick, Split, Tidy]
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 30.0) -> None:
+    """Wait for something that will be so."""
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "it did not come to be so"
+        await asyncio.sleep(0.05)
+
+
+class World:
+    """The system, and the dashboard that looks at it."""
+
+    def __init__(self, system: TaskSystem, app: DashboardApp, installation: Installation) -> None:
+        self.system = system
+        self.app = app
+        self.installation = installation
+
+    async def letters(self) -> list[str]:
+        """Statuses of the dead letters."""
+        assert self.system.task_db is not None
+        async with self.system.task_db as db:
+            return [str(letter["status"]) for letter in await db.search(status=None)]
+
+
+@asynccontextmanager
+async def small_world(redis_url: str, extensions: list[Extension] | None = None) -> AsyncIterator[World]:
+    """A system in which something of everything has happened, and been reported."""
+    tasks = {f"test:{task.__name__}": task for task in TASKS if task is not Urgent}
+    reporter.REPORT_SECONDS = 0.3  # nobody wants to wait for what happens every 5 s
+    async with TaskSystem(
+        tasks, redis_url=redis_url, workers=1, vos=["lhcb", "gridpp"], settings={"grace_seconds": 0.0}
+    ) as system:
+        for task in (Hold(HOSTILE), HoldSite(HOSTILE), HoldSite(HOSTILE), Flaky(HOSTILE), Split(), Quick(7)):
+            await task.schedule()
+        redis = system.broker.redis
+
+        async def reported() -> bool:
+            running = (await monitor.running(redis)).items
+            letters = await world.letters()
+            snapshot = await monitor.snapshot(redis)
+            return len(running) >= 3 and len(letters) == 4 and bool(snapshot.schedules) and snapshot.groups == 1
+
+        installation = Installation(system.broker, system.registry, ConfigReader(), system.task_db, "test")
+        installation._settings = type(installation._settings)(system._config, ("gridpp", "lhcb"))
+
+        async def this() -> Installation:
+            return installation
+
+        accounts = [
+            Account("wilma", Role.WRITE, digest_of(WRITER)),
+            Account("rita", Role.READ, digest_of(READER)),
+        ]
+        gate = TokenGate(accounts, "ask wilma")
+        app = create_app(this, gate, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [])
+        world = World(system, app, installation)
+        for number in range(3):
+            await Fail(f"{HOSTILE}{number}", SECRET).schedule()
+
+            async def buried(number: int = number) -> bool:
+                return len(await world.letters()) == number + 1
+
+            await until(buried)
+        unknown = TaskMessage(task_id="0" * 32, task_name=f"test:{HOSTILE}", task_args=[HOSTILE])
+        waiting = TaskMessage(task_id="f" * 32, task_name="test:Urgent", task_args=[HOSTILE])
+        await system.broker.submit(
+            [
+                Submission(unknown, "diracx:tasks:normal:medium"),
+                Submission(waiting, "diracx:tasks:realtime:large"),
+            ]
+        )
+        await until(reported)
+        try:
+            yield world
+        finally:
+            await app.aclose()
+    # What was held up is still there, on purpose.
+    async with Redis.from_url(redis_url) as client:
+        await client.flushall()
