@@ -80,7 +80,7 @@ class Worker:
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._cancellations = Cancellations(broker, self._cancel)
-        self.reporter = Reporter(broker, self._settings, self._running.keys())
+        self.reporter = Reporter(broker, self._settings, self._running)
         self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
