@@ -54,6 +54,7 @@ def environment(templates: Iterable[Path] = ()) -> Environment:
         "percent": percent,
         "seconds": seconds,
         "short": short,
+        "tail": tail,
         "quoted": lambda text: quote(str(text), safe=""),
     }
     made.globals["static_version"] = _version_of_static()
@@ -194,6 +195,12 @@ def _literal(value: Any) -> str:
 def pretty(value: Any) -> str:
     """Readable JSON."""
     return json.dumps(as_json(value), indent=2, ensure_ascii=False)
+
+
+def tail(text: Any, longest: int = 4000) -> str:
+    """The end of a long text, on all its lines: of a traceback, what matters."""
+    whole = mask(str(text))
+    return whole if len(whole) <= longest else "… " + whole[-longest:]
 
 
 def short(text: Any, longest: int = _LONGEST) -> str:
