@@ -208,8 +208,3 @@ def short(text: Any, longest: int = _LONGEST) -> str:
     # Passwords are masked first: half of one would not be known as such.
     line = " ".join(mask(str(text)).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-def link(text: str, href: str) -> Markup:
-    """A link, for pages that are made of values."""
-    return Markup('<a href="{}">{}</a>').format(href, escape(text))
