@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from dashboard_world import HOSTILE, SECRET, WRITER, World, small_world, until
+from dashboard_world import HOSTILE, SECRET, WRITER, Tidy, World, small_world, until
 from diracx.tasks import monitor
 from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.pages import PAGES
@@ -112,6 +113,24 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
             answer = await client.get(address)
             assert answer.status_code in (200, 404), f"{address}: {answer.status_code}"
             harmless(answer.text, address)
+
+
+async def test_no_page_grows_too_large_however_much_there_is(world: World) -> None:
+    class Many(Tidy):
+        """One of many."""
+
+    for number in range(400):
+        world.system.registry[f"many:Tidy{number:03}"] = type(f"Tidy{number:03}", (Many,), {})
+    async with operator(world) as client:
+        for address in ADDRESSES:
+            answer = await client.get(address)
+            assert answer.status_code == 200, answer.text
+            assert len(answer.content) < LARGEST, f"{address}: {len(answer.content)}"
+        first = (await client.get("/schedules")).text
+        assert "100 of 802 schedules" in first
+        [following] = re.findall(r'href="([^"]+)" rel="next"', first)
+        assert "Tidy050" in (await client.get(html.unescape(following))).text
+        assert "Tidy050" not in first
 
 
 async def test_dead_letters_are_submitted_again_and_discarded_one_by_one_and_all_at_once(world: World) -> None:

@@ -27,6 +27,8 @@ from gubbins.pilot_states import ACTIVE, MyPilotStatus
 from .store import HOURS, STORE
 
 _PAGE = 50
+#: A page has no more rows; choosing a VO narrows it down.
+_MOST, _MOST_CES = 150, 80
 _STATES = [str(state) for state in MyPilotStatus]
 
 
@@ -40,11 +42,14 @@ async def _overview(request: Request, installation: Installation) -> dict[str, A
     return {
         "vo": vo,
         "vos": sorted(summary),
-        "rows": rows,
+        "rows": rows[:_MOST],
+        "hidden": max(0, len(rows) - _MOST),
+        "hidden_ces": max(0, len(ces) - _MOST_CES),
         "states": _STATES,
         "totals": {state: sum(states.get(state, 0) for _, _, states in rows) for state in _STATES},
         "ces": [
-            ce | {"rate": _rate(course.failed.get(ce["name"], 0), course.ended.get(ce["name"], 0))} for ce in ces
+            ce | {"rate": _rate(course.failed.get(ce["name"], 0), course.ended.get(ce["name"], 0))}
+            for ce in ces[:_MOST_CES]
         ],
         "capacity": sum(ce["capacity"] for ce in ces),
         "active": sum(ce["active"] for ce in ces),

@@ -54,6 +54,7 @@ def environment(templates: Iterable[Path] = ()) -> Environment:
         "percent": percent,
         "seconds": seconds,
         "short": short,
+        "tail": tail,
         "quoted": lambda text: quote(str(text), safe=""),
     }
     made.globals["static_version"] = _version_of_static()
@@ -196,13 +197,14 @@ def pretty(value: Any) -> str:
     return json.dumps(as_json(value), indent=2, ensure_ascii=False)
 
 
+def tail(text: Any, longest: int = 4000) -> str:
+    """The end of a long text, on all its lines: of a traceback, what matters."""
+    whole = mask(str(text))
+    return whole if len(whole) <= longest else "… " + whole[-longest:]
+
+
 def short(text: Any, longest: int = _LONGEST) -> str:
     """At most so many characters, on one line."""
     # Passwords are masked first: half of one would not be known as such.
     line = " ".join(mask(str(text)).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-def link(text: str, href: str) -> Markup:
-    """A link, for pages that are made of values."""
-    return Markup('<a href="{}">{}</a>').format(href, escape(text))

@@ -8,6 +8,9 @@ from ...cli.config_view import limit_records, task_records
 from ...plumbing.in_force import InForce, configurations_in_force
 from ..page import Installation, Page, Request
 
+#: Of more tasks than these a page has the settings one by one.
+_UNFOLDED = 20
+
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     entries = await configurations_in_force(installation.redis)
@@ -29,6 +32,7 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
         "limits": limit_records(settings.tasks, None),
         "names": sorted(installation.registry),
         "wanted": wanted,
+        "unfolded": len(tasks) <= _UNFOLDED,
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from ... import monitor
 from ..page import Installation, Page, Request
 
-_PAGE = 40
+#: Each has a traceback.
+_PAGE = 20
 
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:

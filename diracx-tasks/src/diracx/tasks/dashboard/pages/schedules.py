@@ -8,14 +8,21 @@ from ...plumbing.scheduler import schedules
 from ...plumbing.scheduler.overview import somebody_leads
 from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request
 
+_PAGE = 100
+
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     settings = await installation.settings()
     states = await schedules(installation.redis, installation.registry, settings.tasks, settings.vos)
     wanted = request.query_params.get("vo", "")
+    after = request.query_params.get("after", "")
     vos = sorted({state.vo for state in states if state.vo})
+    chosen = [state for state in states if wanted in ("", state.vo)]
+    shown = [state for state in chosen if state.id > after][:_PAGE]
     return {
-        "schedules": [state for state in states if not wanted or state.vo == wanted],
+        "schedules": shown,
+        "total": len(chosen),
+        "after": shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
         "leads": await somebody_leads(installation.redis),
         "vos": vos,
         "vo": wanted,

@@ -6,11 +6,15 @@ from typing import Any
 
 from ..page import Installation, Page, Request
 
+#: A page has no more; the lost ones come first.
+_MOST = 150
+
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     snapshot = await installation.snapshot()
     return {
-        "workers": snapshot.workers,
+        "workers": sorted(snapshot.workers, key=lambda worker: worker.alive)[:_MOST],
+        "hidden": max(0, len(snapshot.workers) - _MOST),
         "scheduler_leads": snapshot.scheduler_leads,
         "hosts": len({worker.host for worker in snapshot.workers if worker.alive}),
         "alive": sum(worker.alive for worker in snapshot.workers),
