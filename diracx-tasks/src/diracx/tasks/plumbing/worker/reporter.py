@@ -10,8 +10,9 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
+from heapq import nsmallest
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class Reporter:
     """Collects what one worker has to tell, and tells it.
 
     Args:
-        running: what runs at the moment, in the order in which it began.
+        running: what runs at the moment; a live view.
     """
 
     def __init__(
@@ -316,7 +317,7 @@ class Reporter:
     def _told_running(self) -> list[dict[str, Any]]:
         now, told = time.monotonic(), []
         ahead = time.time() + self._clock_ahead - now
-        for execution in _first(self._running, RUNNING_TOLD):
+        for execution in nsmallest(RUNNING_TOLD, self._running, key=lambda each: each.started or now):
             delivery, message = execution.delivery, execution.message
             locks = execution.locks[:_LOCKS_PER_TASK]
             told.append(
@@ -338,10 +339,6 @@ class Reporter:
 def _vo(execution: Execution) -> str | None:
     vo = getattr(execution.task, "vo", None)
     return vo if isinstance(vo, str) else None
-
-
-def _first(executions: Iterable[Execution], at_most: int) -> list[Execution]:
-    return [execution for execution, _ in zip(executions, range(at_most), strict=False)]
 
 
 @cache
