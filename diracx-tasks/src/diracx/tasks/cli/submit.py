@@ -46,7 +46,7 @@ def submit(
         raise UsageProblem("--timeout says how long to wait for the result; add --wait")
     at_time = _moment(at)
     labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
-    asyncio.run(_Submission(typed.checked(), as_json).run(at_time, labels, wait, timeout))
+    asyncio.run(_Submission(typed.checked(alone=True), as_json).run(at_time, labels, wait, timeout))
 
 
 def _moment(text: str | None) -> datetime | None:

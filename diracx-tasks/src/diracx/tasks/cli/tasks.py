@@ -6,10 +6,10 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CliError, UsageProblem, shortened
 
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__package__)
 
+_Loaded = TypeVar("_Loaded")
 
-def load_registry(modules: Sequence[str] | None) -> TaskRegistry:
+
+def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> TaskRegistry:
     """The tasks of the given modules and all installed ones. A module wins over what is installed.
+
+    Args:
+        only: the name of the one task that is wanted. Installed ones, which take a second to load, are then left
+            out where they are not needed for it.
 
     Raises:
         CliError: when a module or an installed task cannot be loaded.
@@ -29,11 +35,13 @@ def load_registry(modules: Sequence[str] | None) -> TaskRegistry:
     from ..plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
     from ..plumbing.lock_registry import validate_registry
 
-    try:
-        validate_registry()
-        installed = load_task_registry()
-    except RuntimeError as error:
-        raise CliError(f"{error}; repair or uninstall the package that names it") from error
+    def loaded(load: Callable[[], _Loaded]) -> _Loaded:
+        try:
+            return load()
+        except RuntimeError as error:
+            raise CliError(f"{error}; repair or uninstall the package that names it") from error
+
+    loaded(validate_registry)
     registry = TaskRegistry()
     for name in modules or ():
         module = _import(name)
@@ -44,7 +52,9 @@ def load_registry(modules: Sequence[str] | None) -> TaskRegistry:
                 f"PeriodicBaseTask or PeriodicVoAwareBaseTask in {module.__name__} itself"
             )
         registry = registry.merged_with(found)
-    return registry.merged_with(installed)
+    if only is not None and only in registry:
+        return registry
+    return registry.merged_with(loaded(load_task_registry))
 
 
 def warn_of_ambiguous_names(registry: TaskRegistry) -> None:

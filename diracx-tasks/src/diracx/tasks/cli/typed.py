@@ -34,8 +34,11 @@ class TypedTask:
     redis_url: RedisUrlOption = None
     redis_url_file: RedisUrlFileOption = None
 
-    def checked(self) -> CheckedTask:
+    def checked(self, *, alone: bool = False) -> CheckedTask:
         """The task itself.
+
+        Args:
+            alone: no other task is going to be submitted.
 
         Raises:
             CliError: for what was typed wrong, and for modules that cannot be loaded.
@@ -43,7 +46,7 @@ class TypedTask:
         from .tasks import load_registry, make_task
 
         url = resolve_redis_url(self.redis_url, self.redis_url_file)
-        registry = load_registry(self.module)
+        registry = load_registry(self.module, only=self.name if alone else None)
         return CheckedTask(self.name, make_task(registry, self.name, self.args, self.kwargs), registry, url)
 
 

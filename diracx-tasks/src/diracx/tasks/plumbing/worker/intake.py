@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _AUDIT_LEASES = 4
 
 
+#: Shorter than the time after which a connection counts as dead.
+_LONGEST_WAIT_SECONDS = 20.0
+_CANCEL_AGAIN_SECONDS = 0.1
+
+
 class Intake:
     """Asks the broker for work and, now and then, does the housekeeping that keeps work coming."""
 
@@ -66,7 +71,8 @@ class Intake:
             if deliveries:
                 return deliveries
             self._empty_since = last_ids
-        timeout = max(0.001, min(self._promote_at, self._reclaim_at) - time.monotonic())
+        timeout = min(self._promote_at, self._reclaim_at) - time.monotonic()
+        timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
         if await self._something_new(self._empty_since, timeout):
             self._empty_since = None
         return []
@@ -79,9 +85,12 @@ class Intake:
             await asyncio.wait([waits, stops], return_when=asyncio.FIRST_COMPLETED)
             return waits.done() and waits.result()
         finally:
-            if not waits.done():
+            while not waits.done():
+                # More than once if need be: asyncio.wait_for, inside the client, can lose a cancellation.
                 waits.cancel()
-                await asyncio.gather(waits, return_exceptions=True)
+                await asyncio.wait([waits], timeout=_CANCEL_AGAIN_SECONDS)
+            if not waits.cancelled():
+                waits.exception()  # it has been raised above, or came too late to matter
 
     async def _promote(self) -> None:
         """Move what is due into the queues, should no scheduler do it."""
