@@ -318,7 +318,7 @@ class Driver:
     @staticmethod
     async def _leftovers(broker: RedisStreamBroker) -> list[str]:
         """Keys that would stay for ever, but for empty streams and what schedulers must not forget."""
-        furniture = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS}
+        furniture = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES}
         found = []
         for key in sorted(await broker.redis.keys()):
             name = key.decode() if isinstance(key, bytes) else key

@@ -23,6 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
 axe = pytest.importorskip("axe_playwright_python", reason="pip install axe-playwright-python")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+playwright.expect.set_options(timeout=20_000)  # on a busy machine, too
 
 #: Everything that a page needs, its scripts and styles included.
 LARGEST = 300_000
