@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from diracx.tasks import monitor
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
@@ -156,8 +157,15 @@ class World:
 @asynccontextmanager
 async def small_world(redis_url: str, extensions: list[Extension] | None = None) -> AsyncIterator[World]:
     """A system in which something of everything has happened, and been reported."""
+    # Nobody wants to wait for what happens every 5 s.
+    with patch.object(reporter, "REPORT_SECONDS", 0.3):
+        async with _world(redis_url, extensions) as world:
+            yield world
+
+
+@asynccontextmanager
+async def _world(redis_url: str, extensions: list[Extension] | None) -> AsyncIterator[World]:
     tasks = {f"test:{task.__name__}": task for task in TASKS if task is not Urgent}
-    reporter.REPORT_SECONDS = 0.3  # nobody wants to wait for what happens every 5 s
     async with TaskSystem(
         tasks, redis_url=redis_url, workers=1, vos=["lhcb", "gridpp"], settings={"grace_seconds": 0.0}
     ) as system:
