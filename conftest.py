@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from diracx.tasks.plumbing.binding import _bound
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import embedded_redis
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_bound() -> Iterator[None]:
+    """A fixture that fails to end must not leave its broker to the tests that come after."""
+    token = _bound.set(None)
+    yield
+    _bound.reset(token)
 
 
 @pytest.fixture(scope="session")

@@ -206,13 +206,14 @@ class TaskSystem:
 
     async def _end(self) -> None:
         """The scheduler first, so that nothing is submitted that nobody will run."""
+        ends: list[BaseException | None] = []
         for stop, running in ((self._stop_scheduling, self._scheduling), (self._stop, self._serving)):
             stop.set()
-            ends = await asyncio.gather(*running, return_exceptions=True)
+            ends += await asyncio.gather(*running, return_exceptions=True)
             running.clear()
-            for end in ends:
-                if isinstance(end, BaseException):
-                    raise end
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
 
     async def _unless_dead(self, waiting: Any) -> Any:
         """Wait, but not for something that a dead worker will never do."""

@@ -206,7 +206,8 @@ if (body.dataset.live && place) {
 
 const question = byId("question");
 
-body.addEventListener("htmx:afterSwap", (event) => {
+// After it has settled: until then, htmx itself may still move the focus.
+body.addEventListener("htmx:afterSettle", (event) => {
   if (event.detail.target !== question || question.open) return;
   question.showModal();
   question.querySelector("[autofocus]")?.focus();
