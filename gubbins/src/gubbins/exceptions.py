@@ -7,9 +7,11 @@ __all__ = [
     "CEExistsError",
     "CERefusedError",
     "CESettingsError",
+    "CEUnavailableError",
     "GubbinsError",
     "IllegalTransitionError",
     "NoRoomError",
+    "OutputUnavailableError",
     "PilotEndedError",
     "PilotNotFoundError",
     "PilotSubmissionError",
@@ -78,6 +80,19 @@ class CESettingsError(GubbinsError, ValueError):
     def __init__(self, problems: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
         self.problems = problems
+
+
+class CEUnavailableError(GubbinsError):
+    """A compute element could not be asked. Nothing follows from that for any pilot."""
+
+
+class OutputUnavailableError(GubbinsError):
+    """There is no output of a pilot to be had."""
+
+    def __init__(self, stamp: str, reason: str) -> None:
+        super().__init__(f"no output of pilot {stamp}: {reason}")
+        self.stamp = stamp
+        self.reason = reason
 
 
 class PilotNotFoundError(GubbinsError):

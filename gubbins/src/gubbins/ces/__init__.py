@@ -11,11 +11,12 @@ __all__ = [
     "Observation",
     "Observed",
     "PilotAtCE",
+    "PilotOutput",
     "SubmitOutcome",
     "available_backends",
     "make_backend",
     "validate_settings",
 ]
 
-from .protocol import CEBackend, CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
+from .protocol import CEBackend, CEDescription, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
 from .registry import available_backends, make_backend, validate_settings

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "OUTPUT_LIMIT_BYTES",
     "CEBackend",
     "CEDescription",
     "CESettings",
     "Observation",
     "Observed",
     "PilotAtCE",
+    "PilotOutput",
     "SubmitOutcome",
 ]
 
@@ -21,7 +23,11 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from gubbins.exceptions import OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+
+OUTPUT_LIMIT_BYTES = 1 << 20
+"""No more of a pilot's stdout, or stderr, is fetched: its last part."""
 
 
 class CESettings(BaseModel):
@@ -73,8 +79,15 @@ class Observation(NamedTuple):
     """The state of one pilot at its compute element."""
 
     state: Observed
-    reason: str | None = None  # why it failed, for people
+    reason: str | None = None  # one line for people: why it failed, or why it still waits
     reference: str | None = None  # when it was not known yet
+
+
+class PilotOutput(NamedTuple):
+    """What a pilot has written so far; the last `OUTPUT_LIMIT_BYTES` of each."""
+
+    stdout: str
+    stderr: str
 
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)
@@ -114,6 +127,14 @@ class CEBackend(ABC, Generic[SettingsT]):
     @abstractmethod
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         """Ask for the end of these pilots. Repeated until `poll` says that they have ended."""
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        """What a pilot has written: after its end all of it, before that perhaps a part.
+
+        Raises:
+            OutputUnavailableError: the compute element has none of this pilot, or none any more.
+        """
+        raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} keeps no output")
 
     async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
         """These pilots (by stamp) are recorded as ended: what is kept for them may go."""

@@ -41,18 +41,25 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
     Settings = SimulatedSettings
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        return {pilot.stamp: SubmitOutcome(reference=f"sim://{self.ce.name}/{pilot.stamp}") for pilot in pilots}
+        return {pilot.stamp: SubmitOutcome(reference=self._reference(pilot)) for pilot in pilots}
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         now = datetime.now(tz=UTC)
         # Whoever came before this instant is through.
         started_by = now - timedelta(seconds=self.settings.queue_seconds)
         ended_by = now - timedelta(seconds=self.settings.run_seconds)
-        return {pilot.stamp: self._observe(pilot, started_by, ended_by) for pilot in pilots}
+        seen = {pilot.stamp: self._observe(pilot, started_by, ended_by) for pilot in pilots}
+        for pilot in pilots:
+            if pilot.reference is None:
+                seen[pilot.stamp] = seen[pilot.stamp]._replace(reference=self._reference(pilot))
+        return seen
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         # The request itself, which the database keeps, is all that `poll` looks at.
         pass
+
+    def _reference(self, pilot: PilotAtCE) -> str:
+        return f"sim://{self.ce.name}/{pilot.stamp}"
 
     def _observe(self, pilot: PilotAtCE, started_by: datetime, ended_by: datetime) -> Observation:
         if pilot.cancel_requested:

@@ -20,15 +20,16 @@ from gubbins.ces.protocol import (
     Observation,
     Observed,
     PilotAtCE,
+    PilotOutput,
     SubmitOutcome,
 )
+from gubbins.ces.shell import inherited_environment
+from gubbins.exceptions import OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
 from .job import LocalJob
 
 DEFAULT_SCRIPT = "sleep 1"
-# What a pilot inherits. Not everything: the worker's environment holds the passwords of its databases.
-_INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER")
 
 
 class LocalSettings(CESettings):
@@ -85,6 +86,14 @@ class LocalBackend(CEBackend[LocalSettings]):
 
         await asyncio.to_thread(ask)
 
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        if not self._is_here(pilot):
+            raise OutputUnavailableError(pilot.stamp, f"it is kept on another host ({pilot.reference})")
+        try:
+            return await asyncio.to_thread(self._job(pilot.stamp).output)
+        except FileNotFoundError as error:
+            raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was") from error
+
     async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
 
@@ -109,11 +118,10 @@ class LocalBackend(CEBackend[LocalSettings]):
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
         job = self._job(pilot.stamp)
-        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
         try:
             if job.create(self.settings.scripts.get(pilot.vo, self.settings.default_script)):
-                job.launch(inherited | self.settings.environment | ours)
+                job.launch(inherited_environment() | self.settings.environment | ours)
         except (OSError, subprocess.SubprocessError) as error:
             return SubmitOutcome(error=str(error))
         return SubmitOutcome(reference=self._reference(pilot))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gubbins.ces.protocol import Observation, Observed
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
 
 WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
@@ -121,6 +121,15 @@ class LocalJob:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.group, signal.SIGKILL if patience_is_over else signal.SIGTERM)
 
+    def output(self) -> PilotOutput:
+        """What the pilot has written so far.
+
+        Raises:
+            FileNotFoundError: there is no such directory.
+        """
+        self.path.stat()
+        return PilotOutput(*(self._tail(name, OUTPUT_LIMIT_BYTES) for name in ("stdout", "stderr")))
+
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -150,11 +159,14 @@ class LocalJob:
         return _Process(int(pid), int(group), start_ticks, boot_id)
 
     def _last_line_of_stderr(self) -> str:
-        try:
-            with (self.path / "stderr").open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 4096))
-                lines = file.read().decode(errors="replace").split("\n")
-        except OSError:
-            return ""
+        lines = self._tail("stderr", 4096).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:_MAX_STDERR_CHARS]
+
+    def _tail(self, name: str, limit_bytes: int) -> str:
+        try:
+            with (self.path / name).open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - limit_bytes))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""  # the pilot has not come so far

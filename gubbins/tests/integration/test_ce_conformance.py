@@ -1,0 +1,43 @@
+"""The back ends that need no site of their own keep the promises of every back end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gubbins.ces import CEDescription
+from gubbins.ces.local import LocalBackend, LocalSettings
+from gubbins.ces.simulated import SimulatedBackend, SimulatedSettings
+from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, Fate, MakeBackend, pilot_scripts
+
+
+class TestSimulated(CEConformance):
+    pause_seconds = 0
+
+    @pytest.fixture
+    def make(self) -> MakeBackend:
+        def make(fate: Fate) -> SimulatedBackend:
+            settings = SimulatedSettings(run_seconds=3600 if fate is Fate.LONG else 0)
+            return SimulatedBackend(CEDescription("sim", 100, float(fate is not Fate.FAILING)), settings)
+
+        return make
+
+
+class TestLocal(CESiteConformance):
+    pause_seconds = 0.02
+
+    @pytest.fixture
+    def make(self, tmp_path: Path) -> MakeBackend:
+        self.witness = tmp_path / "witness"
+        self.witness.mkdir()
+        scripts = pilot_scripts(self.witness)
+
+        def make(fate: Fate) -> LocalBackend:
+            settings = LocalSettings(directory=tmp_path / "pilots", default_script=scripts[fate], keep="all")
+            return LocalBackend(CEDescription("local", 100, 1.0), settings)
+
+        return make
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())

@@ -1,0 +1,70 @@
+"""Commands on this host: their answers, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from gubbins.ces.shell import LocalShell
+from gubbins.exceptions import CEUnavailableError
+
+
+async def test_a_command_gets_its_input_and_gives_its_output_and_exit_code() -> None:
+    done = await LocalShell().run(["/bin/sh", "-c", "cat; echo no >&2; exit 4"], stdin=b"hello", timeout=10)
+    assert done == (4, "hello", "no\n")
+
+
+async def test_output_that_is_no_text_is_no_error() -> None:
+    done = await LocalShell().run(["printf", r"\377x"], timeout=10)
+    assert done.stdout == "\ufffdx"
+
+
+async def test_commands_see_nothing_of_the_workers_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", "mysql://root:secret@db")
+    assert "secret" not in (await LocalShell().run(["env"], timeout=10)).stdout
+    assert (await LocalShell({"A": "1"}).run(["/usr/bin/env"], timeout=10)).stdout == "A=1\n"
+
+
+async def test_a_command_that_does_not_exist_is_named() -> None:
+    with pytest.raises(CEUnavailableError, match="sbitch cannot be started: No such file"):
+        await LocalShell().run(["sbitch"], timeout=10)
+
+
+async def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    script = f"trap '' TERM; sleep 300 & echo $! > {tmp_path}/child; wait"
+    begin = time.monotonic()
+    with pytest.raises(CEUnavailableError, match="has not answered within 0.5 s"):
+        await LocalShell().run(["/bin/sh", "-c", script], timeout=0.5)
+    assert time.monotonic() - begin < 20
+    await _gone(int((tmp_path / "child").read_text()))
+
+
+async def test_a_command_whose_caller_gives_up_is_ended(tmp_path: Path) -> None:
+    call = asyncio.ensure_future(
+        LocalShell().run(["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"], timeout=300)
+    )
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await _gone(int((tmp_path / "pid").read_text()))
+
+
+async def _gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return
+        except OSError:
+            return
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
