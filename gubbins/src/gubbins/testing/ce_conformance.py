@@ -351,7 +351,10 @@ class _Watch:
         return self.seen
 
     async def until(self, wanted: Observed, *, of: Sequence[PilotAtCE] = ()) -> dict[str, Observation]:
-        """Poll until all are there; an end that is not wanted fails the test."""
+        """Poll until all are there; an end that is not wanted fails the test.
+
+        What is to be cancelled is asked to end before each poll, for a first request may come too early.
+        """
         stamps = {pilot.stamp for pilot in of or self.pilots}
         deadline = time.monotonic() + self._suite.deadline_seconds
         while True:
@@ -362,6 +365,8 @@ class _Watch:
             assert not wrong, f"{wrong[0]} instead of {wanted}"
             assert time.monotonic() < deadline, f"still not {wanted}: {_few(seen.values())}"
             await asyncio.sleep(self._suite.pause_seconds)
+            if any(pilot.cancel_requested for pilot in self.pilots):
+                await self.cancel()
 
     async def cancel(self) -> None:
         """Ask for the end of all in one call."""
