@@ -25,12 +25,13 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-servers: ## install databases, batch systems and Chromium for the tests (Debian, as root); tests skip what is missing
+servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing
 	@missing=; \
 	command -v mariadbd >/dev/null || missing=mariadb-server; \
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$$missing chromium"; \
 	command -v slurmctld >/dev/null || missing="$$missing slurm-wlm slurmctld slurmd slurm-client munge"; \
+	command -v promtool >/dev/null || missing="$$missing prometheus"; \
 	test -x /usr/sbin/sshd || missing="$$missing openssh-server"; \
 	command -v arcctl >/dev/null || missing="$$missing nordugrid-arc-arex nordugrid-arc-arcctl-service nordugrid-arc-client nordugrid-arc-plugins-arcrest nordugrid-arc-test-utils"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \

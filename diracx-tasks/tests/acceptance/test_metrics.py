@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-import yaml
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import free_port
@@ -168,74 +164,3 @@ async def test_a_trace_runs_from_the_submission_through_the_task_to_its_children
     assert grandchild.name == "test:Grandchild"
     assert (found[failed].attributes or {})["error.type"] == "ValueError"
     assert "sesame" not in found[failed].to_json()
-
-
-# --- dashboards and alert rules -----------------------------------------------------------------------------
-
-
-def known_metrics() -> set[str]:
-    """Every metric that the reference has, which the tests above compare with what is served."""
-    table = (ROOT / "docs/reference/metrics.md").read_text()
-    names = {
-        name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z_]+)`", line)
-    }
-    return names | {f"{name}_bucket" for name in names}
-
-
-def asked_metrics(expression: str) -> set[str]:
-    """The metrics in an expression: names outside strings, labels and functions."""
-    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|\b(?:by|on|ignoring|without) \([^)]*\)', "", expression)
-    words = set(re.findall(r"\b([a-z_]{2,})\b(?!\s*\()", bare))
-    return words - {"and", "or", "unless", "by", "on"}
-
-
-def test_every_metric_that_is_served_is_in_the_reference() -> None:
-    source = (ROOT / "diracx-tasks/src/diracx/tasks/monitor/metrics.py").read_text()
-    served = set(re.findall(r'page\.add(?:_histogram)?\(\s*"([a-z_]+)"', source))
-    served |= set(re.findall(r'^        \("([a-z_]+)", "', source, re.MULTILINE))
-    assert len(served) > 20
-    assert served <= known_metrics()
-
-
-def test_alert_rules_are_well_formed_and_ask_for_metrics_there_are() -> None:
-    [group] = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
-    names = [rule["alert"] for rule in group["rules"]]
-    assert len(names) == len(set(names)) > 8
-    for rule in group["rules"]:
-        assert rule["labels"]["severity"] in ("critical", "warning")
-        assert {"summary", "description"} == set(rule["annotations"])
-        assert rule["expr"].count("(") == rule["expr"].count(")")
-        asked = asked_metrics(rule["expr"])
-        assert asked, rule["alert"]
-        assert asked <= known_metrics(), rule["alert"]
-
-
-def test_the_dashboard_is_well_formed_and_asks_for_metrics_there_are() -> None:
-    board = json.loads((DEPLOY / "grafana/diracx-tasks.json").read_text())
-    identities = [panel["id"] for panel in board["panels"]]
-    assert len(identities) == len(set(identities)) > 10
-    for panel in board["panels"]:
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
-        for target in panel["targets"]:
-            asked = asked_metrics(target["expr"])
-            assert asked, panel["title"]
-            assert asked <= known_metrics(), panel["title"]
-
-
-def test_promtool_accepts_the_alert_rules_and_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed")
-    board = json.loads((DEPLOY / "grafana/diracx-tasks.json").read_text())
-    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    rules = [
-        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m")}
-        for number, expression in enumerate(expressions)
-    ]
-    (tmp_path / "board.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
-    for path in (DEPLOY / "prometheus/alerts.yml", tmp_path / "board.yml"):
-        checked = subprocess.run(
-            [promtool, "check", "rules", str(path)], capture_output=True, text=True, check=False
-        )
-        assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -74,7 +74,7 @@ async def probes(
 
 
 async def _response(head: bytes, ready: Callable[[], bool], metrics: Callable[[], Awaitable[str]]) -> bytes:
-    from ..monitor.metrics import CONTENT_TYPE
+    from ..monitor.families import CONTENT_TYPE
 
     method, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
     path = rest.partition(" ")[0].partition("?")[0]

@@ -15,6 +15,7 @@ import typer
 
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
+from .measured import Measured, costly_sources, measured, set_up_telemetry
 from .options import (
     LogLevel,
     LogLevelOption,
@@ -23,7 +24,7 @@ from .options import (
     RedisUrlOption,
     resolve_redis_url,
 )
-from .probes import LOOPBACK, MetricsHostOption, MetricsPortOption, probes
+from .probes import LOOPBACK, MetricsHostOption, MetricsPortOption
 from .supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def worker(
     )
     url = resolve_redis_url(redis_url, redis_url_file)
 
+    set_up_telemetry("tasks-worker")
+
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
         from ..plumbing.injection import compile_plan
         from ..plumbing.worker import Worker
@@ -118,17 +121,17 @@ def worker(
                     aside.append(asyncio.create_task(serve_supervised(serving.ready, stop.set)))
                 role = f"worker {worker_size}"
 
-                async def counted() -> str:
+                async def counted() -> Measured:
                     from ..monitor.metrics import worker_metrics
 
-                    return worker_metrics(serving.reporter, str(worker_size), max_concurrent_tasks)
+                    return worker_metrics(serving.reporter, broker.counts, str(worker_size), max_concurrent_tasks)
 
                 def is_ready() -> bool:
                     return serving.ready.is_set() and not stop.is_set()
 
                 try:
                     async with (
-                        probes(metrics_host, metrics_port, is_ready, counted),
+                        measured(metrics_host, metrics_port, is_ready, counted, serving.reporter),
                         following(config, registry, broker, role, lambda tasks, _: serving.reconfigure(tasks)),
                     ):
                         with explained_redis(url):
@@ -166,6 +169,8 @@ def scheduler(
     set_up_logging(log_level)
     url = resolve_redis_url(redis_url, redis_url_file)
 
+    set_up_telemetry("tasks-scheduler")
+
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
         from ..plumbing.base_task import PeriodicVoAwareBaseTask
         from ..plumbing.persistence.resubmission import Resubmitter
@@ -197,16 +202,21 @@ def scheduler(
             def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
                 serving.reconfigure(tasks, vos or ())
 
-            async def counted() -> str:
-                from ..monitor import snapshot
-                from ..monitor.metrics import system_metrics
+            asked = await stack.enter_async_context(costly_sources(metrics_port))
 
-                return system_metrics(await snapshot(broker.redis) if serving.leads.is_set() else None)
+            async def counted() -> Measured:
+                from ..monitor import snapshot
+                from ..monitor.metrics import scheduler_metrics
+
+                if not serving.leads.is_set():
+                    return scheduler_metrics(None, broker.counts)
+                told = await asked()
+                return scheduler_metrics(await snapshot(broker.redis), broker.counts) + told
 
             def is_ready() -> bool:
                 return serving.ready.is_set() and not stop.is_set()
 
-            await stack.enter_async_context(probes(metrics_host, metrics_port, is_ready, counted))
+            await stack.enter_async_context(measured(metrics_host, metrics_port, is_ready, counted))
             await stack.enter_async_context(following(config, registry, broker, "scheduler", follow))
             logger.info("ready: schedules on %s", mask(url))
             with explained_redis(url):

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .broker.models import TaskMessage
 
+#: Who measures, as OpenTelemetry knows it.
+METER = "diracx.tasks"
+#: Counter: tasks that were submitted, as the published package calls it.
+TASKS_SUBMITTED = "tasks_submitted_total"
 #: Counter: configurations that were written while the process ran and could not come into force.
 RELOAD_FAILURES = "diracx.tasks.config.reload_failures"
 #: Gauge: 1 while what is written is in force, 0 while an earlier configuration is.
@@ -70,6 +74,34 @@ def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Base
         yield failed
 
 
+def is_collected() -> bool:
+    """Whether OpenTelemetry's SDK is set up in this process, so that somebody collects metrics."""
+    sdk = sys.modules.get("opentelemetry.sdk.metrics")
+    if sdk is None:
+        return False
+    from opentelemetry import metrics  # others load the SDK, too, without setting it up
+
+    return isinstance(metrics.get_meter_provider(), sdk.MeterProvider)
+
+
+def count_submission(name: str, stream: str, delayed: bool) -> None:
+    """A task was submitted. Counted here, and not from what a process tells of itself, for whoever submits may be
+    any program. Without OpenTelemetry's SDK nobody collects it, and nothing is done.
+    """
+    if is_collected():
+        priority, size = (*stream.split(":")[2:4], "", "")[:2]
+        attributes = {"task_name": name, "priority": priority, "size": size, "delayed": delayed}
+        _submissions().add(1, attributes)
+
+
+@cache
+def _submissions() -> Any:
+    from opentelemetry import metrics
+
+    meter = metrics.get_meter(METER)
+    return meter.create_counter(TASKS_SUBMITTED, description="Tasks that were submitted.")
+
+
 def count_reload_failure() -> None:
     """A configuration was written that cannot come into force. Prometheus knows it with the suffix `_total`."""
     if (instruments := _config_instruments()) is not None:
@@ -91,7 +123,7 @@ def _config_instruments() -> tuple[Any, Any] | None:
 def _made_instruments() -> tuple[Any, Any]:
     from opentelemetry import metrics
 
-    meter = metrics.get_meter("diracx.tasks")
+    meter = metrics.get_meter(METER)
     return (
         meter.create_counter(
             RELOAD_FAILURES, unit="{failure}", description="Configurations that could not come into force."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import TaskCancelledError
 from . import keys, scripts
 from .ending import child_ended, collected, schedule_outcome, stored_result
-from .models import TaskMessage, TaskResult
+from .models import TaskMessage, TaskResult, describe_exception
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -173,12 +173,13 @@ def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any]:
     except ValueError:
         return {}  # nobody waits for what cannot be read
     error = TaskCancelledError("cancelled before it had begun")
+    told = describe_exception(error)
     result = stored_result(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
-    group = child_ended(message, error, lambda: TaskResult.from_exception(error, 0.0))
+    group = child_ended(message, told, lambda: TaskResult.from_exception(error, 0.0))
     following = {
         "result": result,
         "group": group,
         "collected": collected(message),
-        "outcome": schedule_outcome(message, error, 0.0),
+        "outcome": schedule_outcome(message, told, 0.0),
     }
     return {name: value for name, value in following.items() if value}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import keys
 from .models import (
@@ -17,6 +17,9 @@ from .models import (
     TaskMessage,
     TaskResult,
 )
+
+#: What may be told of an error: its `type`, `message` and `traceback`.
+Told: TypeAlias = Mapping[str, str]
 
 #: What a group shows of a child's error.
 _LONGEST_ERROR = 500
@@ -38,7 +41,7 @@ def stored_result(
 
 
 def child_ended(
-    message: TaskMessage, error: BaseException | None, make: Callable[[], TaskResult[Any]]
+    message: TaskMessage, error: Told | None, make: Callable[[], TaskResult[Any]]
 ) -> dict[str, Any] | None:
     """What its group is told of a child that has ended for good; None when it is in no group."""
     group = message.labels.get(LABEL_GROUP)
@@ -46,7 +49,7 @@ def child_ended(
         return None
     told: dict[str, Any] = {"id": group, "child": message.task_id}
     if error is not None:
-        told["error"] = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+        told["error"] = f"{error['type']}: {error['message']}"[:_LONGEST_ERROR]
     if message.labels.get(LABEL_GROUP_RESULTS):
         told["result"] = _packed(make())
     return told
@@ -65,7 +68,7 @@ def collected(message: TaskMessage) -> str | None:
 
 
 def schedule_outcome(
-    message: TaskMessage, error: BaseException | None, seconds: float, retry_at: datetime | None = None
+    message: TaskMessage, error: Told | None, seconds: float, retry_at: datetime | None = None
 ) -> dict[str, Any] | None:
     """What is kept of how an occurrence of a schedule ended; None for any other task.
 
@@ -78,7 +81,7 @@ def schedule_outcome(
         return None
     told: dict[str, Any] = {"task_id": message.task_id, "ok": error is None, "seconds": round(seconds, 3)}
     if error is not None:
-        told |= {"error": type(error).__name__, "message": str(error)[:_LONGEST_ERROR]}
+        told |= {"error": error["type"], "message": error["message"][:_LONGEST_ERROR]}
     if retry_at is not None:
         told["retry_at"] = retry_at.isoformat()
     return {"id": schedule, "text": json.dumps(told)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -131,14 +131,23 @@ class TaskResult(Generic[_Value]):
 
     @classmethod
     def from_exception(
-        cls, exc: BaseException, execution_time: float, labels: dict[str, Any] | None = None
+        cls,
+        exc: BaseException,
+        execution_time: float,
+        labels: dict[str, Any] | None = None,
+        *,
+        told: dict[str, str] | None = None,
     ) -> TaskResult[None]:
-        """The result of a task that finally failed."""
+        """The result of a task that finally failed.
+
+        Args:
+            told: what is told of the exception, where it is not all.
+        """
         return TaskResult(
             is_err=True,
             return_value=None,
             execution_time=execution_time,
-            error=describe_exception(exc),
+            error=describe_exception(exc) if told is None else told,
             labels=labels or {},
         )
 
@@ -177,12 +186,21 @@ class TaskResult(Generic[_Value]):
         return TaskResult(**loads(data))
 
 
-def describe_exception(error: BaseException, *, longest: int = 8_000) -> dict[str, str]:
-    """Type, message and (the end of) the traceback of an exception, as text."""
+def describe_exception(
+    error: BaseException, *, longest: int = 8_000, hide: Callable[[str], str] | None = None
+) -> dict[str, str]:
+    """Type, message and (the end of) the traceback of an exception, as text.
+
+    Args:
+        longest: characters of the traceback.
+        hide: takes out of a text what is not to be told.
+    """
     import traceback
 
-    text = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": str(error), "traceback": text[-longest:]}
+    text, message = "".join(traceback.format_exception(error)), str(error)
+    if hide is not None:  # before it is cut, or half of what is to be hidden could be left
+        text, message = hide(text), hide(message)
+    return {"type": type(error).__name__, "message": message, "traceback": text[-longest:]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ..enums import Size
 from ..exceptions import SendTaskError
 from . import keys, scripts
 from .connection import async_client
+from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 
@@ -98,6 +99,7 @@ class RedisStreamBroker:
         self.worker_size = Size(worker_size)
         self.consumer_name = consumer_name or new_worker_id()
         self.streams = keys.streams_of(self.worker_size)
+        self.counts = Counts()
         # A submission that was sent and not answered must not be sent again behind the caller's back,
         # hence no retries in the client: whoever can repeat safely (the worker) does so itself.
         self.redis: Redis = async_client(
@@ -138,6 +140,7 @@ class RedisStreamBroker:
             if len(packed) == 1 and packed[0][0].at_time is None:
                 submission, data = packed[0]
                 await self.redis.execute_command("XADD", submission.stream, "*", "data", data)
+                self.counts.note_submitted(submissions)
                 return
             now: dict[str, list[bytes]] = {}
             for submission, data in packed:
@@ -155,6 +158,7 @@ class RedisStreamBroker:
         except RedisError as error:
             names = {submission.message.task_name for submission in submissions}
             raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error
+        self.counts.note_submitted(submissions)
 
     async def submit_group(
         self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
@@ -183,6 +187,7 @@ class RedisStreamBroker:
                     raise SendTaskError(f"cannot submit group {group_id}: the server has lost its beginning")
         except RedisError as error:
             raise SendTaskError(f"cannot submit group {group_id}: {error}") from error
+        self.counts.note_submitted(children)
         if reply == 2:
             try:
                 await self.promote()
@@ -203,9 +208,11 @@ class RedisStreamBroker:
             for ticket, submission in tickets
         ]
         try:
-            return await scripts.resubmit(self.redis, letters, RESUBMITTED_TTL_SECONDS * 1000)
+            done = await scripts.resubmit(self.redis, letters, RESUBMITTED_TTL_SECONDS * 1000)
         except RedisError as error:
             raise SendTaskError(f"cannot submit {len(letters)} dead letters again: {error}") from error
+        self.counts.note_submitted(submission for (_, submission), new in zip(tickets, done, strict=True) if new)
+        return done
 
     # --- fetching ---------------------------------------------------------------------------------------
 
@@ -247,7 +254,9 @@ class RedisStreamBroker:
         messages, again_ms = await scripts.reclaim(
             self.redis, self.streams, self.consumer_name, free, audit, lease_ms, suspect_from
         )
-        return [self._delivery(message) for message in messages], again_ms / 1000
+        deliveries = [self._delivery(message) for message in messages]
+        self.counts.note_reclaimed(deliveries)
+        return deliveries, again_ms / 1000
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.
@@ -286,6 +295,7 @@ class RedisStreamBroker:
         """
         while True:
             moved, next_due, now = await scripts.promote(self.redis, PROMOTE_BATCH)
+            self.counts.promoted += moved
             if moved < PROMOTE_BATCH:
                 return None if next_due is None else max(0, next_due - now)
             await asyncio.sleep(0)

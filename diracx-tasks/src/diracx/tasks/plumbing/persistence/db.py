@@ -145,6 +145,12 @@ class TaskDB(BaseSQLDB):
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
 
+    async def count_by_task(self) -> dict[tuple[str, DeadLetterStatus], int]:
+        """Number of dead letters by name of the task and status."""
+        which = DeadLetters.task_name, DeadLetters.status
+        rows = await self.conn.execute(select(*which, func.count()).group_by(*which))
+        return {(name, status): number for name, status, number in rows}
+
     # --- deciding ---------------------------------------------------------------------------------------
 
     async def begin_resubmission(self, letters: Sequence[tuple[int, str]]) -> dict[int, datetime]:

@@ -48,7 +48,7 @@ _LONGEST_PROBLEM = 500
 _SMALL_PORTION = 20
 
 #: Replies of lua/occur.lua that mean that its schedule is still, or no more, as we believed.
-_NOT_DUE, _TOO_EARLY, _PAUSED, _REFUSED = 0, 3, 4, 6
+_NOT_DUE, _SUBMITTED, _TOO_EARLY, _PAUSED, _REFUSED = 0, 1, 3, 4, 6
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,7 @@ class TaskScheduler:
             return
         self._earlier = False  # what is heard from now on, the answer may not know of
         moved, next_due, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
+        self._broker.counts.promoted += moved
         if moved == PROMOTE_BATCH:
             self._promote_at = 0.0
         elif next_due is None:
@@ -371,6 +372,8 @@ class TaskScheduler:
         """Note when a schedule is due next, by what the server has made of its occurrence."""
         schedule, due_ms = occurrence["id"], occurrence["due"]
         following: int | None
+        if reply == _SUBMITTED:
+            self._note(schedule, occurrence["stream"])
         if reply == _TOO_EARLY:
             following = due_ms
         elif reply == _PAUSED:
@@ -390,9 +393,19 @@ class TaskScheduler:
         else:
             self._agenda.note(schedule, following)
 
+    def _note(self, schedule: str, stream: str | None) -> None:
+        """Count a run that was submitted, or (None) could not be."""
+        counts, scheduled = self._broker.counts, self._scheduled.get(schedule)
+        if scheduled is None:  # the plan has changed meanwhile
+            return
+        counts.note_occurrence(scheduled.name, stream is not None)
+        if stream is not None:
+            counts.note_one(scheduled.name, stream)
+
     # --- what cannot be submitted -----------------------------------------------------------------------
 
     def _failed(self, schedule: str, error: Exception) -> None:
+        self._note(schedule, None)
         self._report(schedule, error)
         self._agenda.put_aside(schedule, _RETRY_SECONDS)
 
@@ -401,6 +414,7 @@ class TaskScheduler:
         self._problems[schedule] = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
 
     def _put_aside(self, schedule: str, problem: str) -> None:
+        self._note(schedule, None)
         logger.error("%s cannot be submitted: %s; trying again in %g s", schedule, problem, _RETRY_SECONDS)
         self._problems[schedule] = problem
         self._agenda.put_aside(schedule, _RETRY_SECONDS)

@@ -10,8 +10,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from heapq import nsmallest
 from operator import add
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,8 @@ class Reporter:
         self._locks: dict[str, None] = {}
         self._unsent: tuple[int, dict[str, Any]] | None = None
         self._said: tuple[bytes, bytes] = (b"", b"")
+        self.timed: Callable[[str, str, float, float], None] | None = None
+        """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
 
     # --- what is noted ----------------------------------------------------------------------------------
 
@@ -144,6 +146,8 @@ class Reporter:
         sums.queue += queued
         sums.run_times[bucket_of(seconds)] += 1
         sums.queue_times[bucket_of(queued)] += 1
+        if self.timed is not None:
+            self.timed(which[0], stream, seconds, queued)
         if isinstance(outcome, Failed):
             sums.failed += 1
             self._failed(execution, outcome, settlement, letter, sums)
@@ -169,7 +173,8 @@ class Reporter:
         if isinstance(outcome.error, LockLostError):
             sums.locks_lost += 1
         message = execution.message
-        told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK)
+        hide = partial(without_secrets, task=execution.task)
+        told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK, hide=hide)
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
@@ -177,8 +182,8 @@ class Reporter:
                 "task_name": message.task_name,
                 "vo": _vo(execution),
                 "type": told["type"],
-                "message": without_secrets(told["message"], execution.task)[:_LONGEST_TEXT],
-                "traceback": without_secrets(told["traceback"], execution.task),
+                "message": told["message"][:_LONGEST_TEXT],
+                "traceback": told["traceback"],
                 "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
                 "worker": self._broker.consumer_name,
                 "outcome": fate,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
-from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
+from ..broker.ending import Told, child_ended, child_lives, collected, schedule_outcome, stored_result
 from ..broker.models import (
     LABEL_ATTEMPTS,
     Settlement,
@@ -99,7 +99,7 @@ def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings
     logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
     settlement = Settlement(delivery, cancelled=message.task_id)
     error = TaskCancelledError("cancelled before it had begun")
-    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    _failed_with(settlement, message, settings, error)
     return settlement
 
 
@@ -110,7 +110,7 @@ def _failed(
     attempts = [*message.attempts, _attempt(outcome, execution)]
     what = f"{message.task_name} {message.task_id}"
     if isinstance(outcome.error, TaskCancelledError):
-        _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
+        _failed_with(settlement, message, settings, outcome.error, outcome.seconds)
         return None
     try:
         retry = _retry(execution, outcome, attempts)
@@ -122,9 +122,9 @@ def _failed(
         settlement.retry = retry
         settlement.group = child_lives(message)
         due = datetime.fromtimestamp(retry["due"] / 1000, UTC)
-        settlement.outcome = schedule_outcome(message, outcome.error, outcome.seconds, due)
+        settlement.outcome = schedule_outcome(message, attempts[-1], outcome.seconds, due)
         return None
-    _ended(settlement, message, settings, outcome.error, partial(_failure, outcome), outcome.seconds)
+    _failed_with(settlement, message, settings, outcome.error, outcome.seconds, _hiding(execution))
     if not execution.blueprint.task_class.dlq_eligible:
         _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", execution, outcome)
         return None
@@ -139,8 +139,8 @@ def _log(level: int, line: str, execution: Execution, outcome: Failed) -> None:
     if not execution.blueprint.task_class.secret_fields:
         logger.log(level, "%s", line, exc_info=outcome.error)
         return
-    told = describe_exception(outcome.error)["traceback"]
-    logger.log(level, "%s\n%s", line, without_secrets(told, execution.task))
+    told = describe_exception(outcome.error, hide=_hiding(execution))["traceback"]
+    logger.log(level, "%s\n%s", line, told)
 
 
 def reject(
@@ -159,8 +159,7 @@ def reject(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, burial=where
         )
     settlement = Settlement(delivery)
-    error = TaskRejectedError(f"{reason}: {detail}")
-    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    _failed_with(settlement, message, settings, TaskRejectedError(f"{reason}: {detail}"))
     settlement.collected = None
     return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery))
 
@@ -178,19 +177,18 @@ def unsettled(execution: Execution, error: Exception, settings: WorkerSettings) 
         task_id=message.task_id,
         task_name=message.task_name,
         reason=DeadLetterReason.UNSETTLED,
-        detail=f"{type(error).__name__}: {error}",
+        detail=without_secrets(f"{type(error).__name__}: {error}", execution.task),
         data=execution.delivery.data,
         burial=_burial(execution.delivery),
     )
     settlement = Settlement(execution.delivery, locks=execution.locks)
-    _ended(settlement, message, settings, error, lambda: TaskResult.from_exception(error, 0.0))
+    _failed_with(settlement, message, settings, error, hide=_hiding(execution))
     return settlement, letter
 
 
 def _attempt(outcome: Failed, execution: Execution) -> dict[str, Any]:
-    told = describe_exception(outcome.error, longest=4_000)
     return {
-        **{name: without_secrets(text, execution.task) for name, text in told.items()},
+        **describe_exception(outcome.error, longest=4_000, hide=_hiding(execution)),
         "host": socket.gethostname(),
         "started": outcome.started,
         "ended": outcome.started + timedelta(seconds=outcome.seconds),
@@ -201,7 +199,7 @@ def _ended(
     settlement: Settlement,
     message: TaskMessage,
     settings: WorkerSettings,
-    error: BaseException | None,
+    error: Told | None,
     make: Callable[[], TaskResult[Any]],
     seconds: float = 0.0,
 ) -> None:
@@ -214,8 +212,27 @@ def _ended(
     settlement.outcome = schedule_outcome(message, error, seconds)
 
 
-def _failure(outcome: Failed) -> TaskResult[Any]:
-    return TaskResult.from_exception(outcome.error, outcome.seconds)
+def _failed_with(
+    settlement: Settlement,
+    message: TaskMessage,
+    settings: WorkerSettings,
+    error: BaseException,
+    seconds: float = 0.0,
+    hide: Callable[[str], str] | None = None,
+) -> None:
+    """What follows from its end by an error, of which nothing is told that is to be hidden."""
+    if not message.labels and settings.result_ttl_seconds is None:
+        return  # a traceback costs more than all the rest
+    told = describe_exception(error, hide=hide)
+    make = partial(TaskResult.from_exception, error, seconds, told=told)
+    _ended(settlement, message, settings, told, make, seconds)
+
+
+def _hiding(execution: Execution) -> Callable[[str], str] | None:
+    """What takes the task's secrets out of a text; None where it has none."""
+    if not execution.blueprint.task_class.secret_fields:
+        return None
+    return partial(without_secrets, task=execution.task)
 
 
 class Settler:

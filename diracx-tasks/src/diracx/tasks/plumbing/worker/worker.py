@@ -19,6 +19,7 @@ from ..enums import Priority
 from ..factory import TaskRegistry
 from ..patience import patiently
 from ..persistence.letter import DeadLetterReason
+from ..secrets import without_secrets_of
 from .blueprint import blueprints
 from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
@@ -241,7 +242,8 @@ class Worker:
             task = blueprint.build(message)
             locks = [lock.spec() for lock in blueprint.locks(task)]
         except Exception as error:
-            self._reject(delivery, message, DeadLetterReason.ARGUMENTS, f"{type(error).__name__}: {error}")
+            detail = without_secrets_of(f"{type(error).__name__}: {error}", blueprint.task_class, message)
+            self._reject(delivery, message, DeadLetterReason.ARGUMENTS, detail)
             return None
         return Execution(delivery, message, blueprint, task, locks)
 

@@ -1,0 +1,48 @@
+"""What one broker has done since it was made: a few additions, for whoever collects metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .. import telemetry
+
+if TYPE_CHECKING:
+    from .models import Delivery, Submission
+
+
+class Counts:
+    """Sums that only grow."""
+
+    __slots__ = ("occurrences", "promoted", "reclaimed", "submitted")
+
+    def __init__(self) -> None:
+        self.submitted: dict[tuple[str, str, bool], int] = {}
+        """By name of the task, stream of its queue, and whether it has to wait for a moment."""
+        self.promoted = 0
+        """Delayed tasks and children of groups that were moved into their queues."""
+        self.reclaimed: dict[str, int] = {}
+        """Deliveries taken over from dead workers, by stream."""
+        self.occurrences: dict[tuple[str, bool], int] = {}
+        """Runs of schedules, by name of the task, and whether they were submitted."""
+
+    def note_submitted(self, submissions: Iterable[Submission]) -> None:
+        """These were sent, and the server has them."""
+        for submission in submissions:
+            self.note_one(submission.message.task_name, submission.stream, submission.at_time is not None)
+
+    def note_one(self, name: str, stream: str, delayed: bool = False) -> None:
+        """One was sent."""
+        which = (name, stream, delayed)
+        self.submitted[which] = self.submitted.get(which, 0) + 1
+        telemetry.count_submission(name, stream, delayed)
+
+    def note_reclaimed(self, deliveries: Iterable[Delivery]) -> None:
+        """These were taken over."""
+        for delivery in deliveries:
+            self.reclaimed[delivery.stream] = self.reclaimed.get(delivery.stream, 0) + 1
+
+    def note_occurrence(self, name: str, submitted: bool) -> None:
+        """A run of a schedule was submitted, or could not be."""
+        which = (name, submitted)
+        self.occurrences[which] = self.occurrences.get(which, 0) + 1

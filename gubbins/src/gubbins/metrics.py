@@ -1,0 +1,67 @@
+"""Pilots and compute elements among the metrics of the task system (entry point `diracx.tasks_metrics`)."""
+
+from __future__ import annotations
+
+__all__ = ["pilot_metrics", "source"]
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+from diracx.tasks.monitor.families import Family
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+from gubbins.pilot_states import MyPilotStatus
+
+URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"
+
+
+@asynccontextmanager
+async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Family]]] | None]:
+    """What asks the database of the environment; None where there is none."""
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        yield None
+        return
+    database = MyPilotDB(url)
+    async with database.engine_context():
+        yield partial(pilot_metrics, database)
+
+
+async def pilot_metrics(db: MyPilotDB) -> list[Family]:
+    """Two statements, however many pilots there are."""
+    summary = await logic.get_pilot_summary(db, None)
+    ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
+    return [
+        Family(
+            "pilots",
+            "gauge",
+            "Pilots there are in each state.",
+            [
+                ({"vo": vo, "ce": ce, "state": str(state)}, states.get(str(state), 0))
+                for vo, by_ce in summary.items()
+                for ce, states in by_ce.items()
+                for state in MyPilotStatus
+            ],
+        ),
+        Family(
+            "compute_element_slots",
+            "gauge",
+            "Pilots that a compute element may hold.",
+            [(labels, ce["capacity"]) for labels, ce in ces],
+        ),
+        Family(
+            "compute_element_slots_used",
+            "gauge",
+            "Slots that pilots hold, or that are reserved for them.",
+            [(labels, ce["active"]) for labels, ce in ces],
+        ),
+        Family(
+            "compute_element_enabled",
+            "gauge",
+            "1 if a compute element takes new pilots.",
+            [(labels, int(ce["enabled"])) for labels, ce in ces],
+        ),
+    ]

@@ -1,0 +1,69 @@
+"""Pilots among the metrics of the task system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diracx.tasks.monitor.families import Family, as_text
+from diracx.tasks.monitor.sources import ENTRY_POINT_GROUP, Sources, sources
+
+from gubbins import metrics
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+
+
+async def test_pilots_are_told_by_vo_compute_element_and_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
+    database = MyPilotDB(url)
+    async with database.engine_context():
+        async with database.engine.begin() as connection:
+            await connection.run_sync(database.metadata.create_all)
+        async with database:
+            await database.add_ce("ce<b>.example.org", 5, 1.0)
+            await database.add_ce("closed.example.org", 7, 1.0, enabled=False)
+        for vo in ("lhcb", "lhcb", "gridpp"):
+            await logic.submit_pilot(database, "ce<b>.example.org", vo)
+    monkeypatch.setenv(metrics.URL_VARIABLE, url)
+    async with metrics.source() as ask:
+        assert ask is not None
+        lines = as_text(await ask()).splitlines()
+    assert 'pilots{vo="lhcb",ce="ce<b>.example.org",state="SUBMITTED"} 2' in lines
+    assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="SUBMITTED"} 1' in lines
+    assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="RUNNING"} 0' in lines
+    assert 'compute_element_slots{ce="ce<b>.example.org"} 5' in lines
+    assert 'compute_element_slots_used{ce="ce<b>.example.org"} 3' in lines
+    assert 'compute_element_enabled{ce="closed.example.org"} 0' in lines
+
+
+async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(metrics.URL_VARIABLE, raising=False)
+    async with metrics.source() as ask:
+        assert ask is None
+
+
+async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> None:
+    async def works() -> list[Family]:
+        return [Family("pilots", "gauge", "Pilots.", [({"vo": "lhcb"}, 3)])]
+
+    async def fails() -> list[Family]:
+        raise ConnectionError("gone")
+
+    text = as_text(await Sources({"works": works, "fails": fails}).families())
+    assert 'pilots{vo="lhcb"} 3' in text
+    assert 'metrics_source_up{source="works"} 1' in text
+    assert 'metrics_source_up{source="fails"} 0' in text
+
+
+async def test_the_installed_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import entry_points
+
+    assert [entry.value for entry in entry_points(group=ENTRY_POINT_GROUP, name="pilots")] == [
+        "gubbins.metrics:source"
+    ]
+    monkeypatch.setenv(metrics.URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")
+    async with sources(None) as found:
+        text = as_text(await found.families())
+    assert 'metrics_source_up{source="pilots"} 0' in text  # it has no tables
