@@ -19,7 +19,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 	@command -v git >/dev/null || { echo "git is needed: DiracX keeps its configuration in a git repository" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable 'diracx-tasks[dashboard,embedded,fast,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
+		--editable 'diracx-tasks[dashboard,embedded,fast,migrations,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
 
 test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some

@@ -14,6 +14,7 @@ import typer
 from gubbins.demo.command import demo
 from gubbins.pilot_states import MyPilotStatus
 
+from .database import db_app
 from .session import CommandError, emit, in_database, table
 
 _HELP = """Compute elements and pilots.
@@ -63,7 +64,6 @@ ce_app = typer.Typer(
     help="Compute elements: load from a file, list, open, close.", no_args_is_help=True, rich_markup_mode=None
 )
 pilots_app = typer.Typer(help="Pilots: list, count, show, cancel.", no_args_is_help=True, rich_markup_mode=None)
-db_app = typer.Typer(help="The database.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(ce_app, name="ce")
 app.add_typer(pilots_app, name="pilots")
 app.add_typer(db_app, name="db")
@@ -99,16 +99,6 @@ def run() -> None:
 def _complain(message: str) -> None:
     for line in message.splitlines():
         print(f"gubbins: {line}", file=sys.stderr)
-
-
-@db_app.command("init")
-def init_database(as_json: AsJson = False) -> None:
-    """Create the tables that are missing. Harmless when there are none."""
-    created = in_database(lambda db: db.create_tables())
-    if as_json:
-        emit({"created": created})
-    else:
-        print("Tables created." if created else "All tables exist; nothing to do.")
 
 
 @ce_app.command("load", help=_CE_FILE_HELP)

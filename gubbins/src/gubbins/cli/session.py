@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "emit", "in_database", "table"]
+__all__ = ["CommandError", "database_url", "emit", "in_database", "table"]
 
 import asyncio
 import json
@@ -33,16 +33,13 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         CommandError: it is not named, cannot be reached, has no tables, or the work was refused.
     """
     from diracx.db.sql.utils import SQLDBUnavailableError
+    from diracx.tasks.plumbing.migrations import MigrationError
     from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 
     from gubbins.db.sql import MyPilotDB
     from gubbins.exceptions import GubbinsError
 
-    url = os.environ.get(URL_VARIABLE)
-    if not url:
-        raise CommandError(
-            f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
-        )
+    url = database_url()
     # Its warning comes with a traceback; the error below says the same in one line.
     logging.getLogger("diracx.db").setLevel(logging.CRITICAL)
 
@@ -61,7 +58,7 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(connected())
-    except GubbinsError as error:
+    except (GubbinsError, MigrationError) as error:
         raise CommandError(str(error)) from error
     except SQLDBUnavailableError as error:
         cause = error.__cause__
@@ -75,6 +72,24 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         raise CommandError(f"{URL_VARIABLE} is not a usable database URL: {_one_line(error)}") from error
     except DBAPIError as error:
         raise CommandError(f"the database refused: {_one_line(error.orig)}") from error
+    except OSError as error:  # what drivers raise when nobody answers
+        raise CommandError(
+            f"cannot use the database in {URL_VARIABLE}: {_one_line(error)}; is it running, and the URL right?"
+        ) from error
+
+
+def database_url() -> str:
+    """What the environment says.
+
+    Raises:
+        CommandError: nothing.
+    """
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        raise CommandError(
+            f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
+        )
+    return url
 
 
 def _one_line(error: object) -> str:

@@ -11,6 +11,7 @@ from .call import call
 from .cancel import cancel
 from .config import app as config
 from .dashboard import dashboard
+from .db import app as db
 from .dev import dev
 from .dlq import app as dlq
 from .errors import CliError, mask, one_line
@@ -55,6 +56,7 @@ for _function, _name in (
 ):
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")
+app.add_typer(db, name="db")
 app.add_typer(group, name="group")
 config.command("in-force")(in_force)
 app.add_typer(config, name="config")

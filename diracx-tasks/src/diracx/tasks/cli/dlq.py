@@ -193,7 +193,7 @@ def export(
 
 @app.command()
 def init() -> None:
-    """Create the table of dead letters where it is not there yet.
+    """Create the table of dead letters where it is not there yet. `diracx-task-run db` takes it to new versions.
 
     As `python -m diracx.db init-sql` does, which knows no PostgreSQL.
 

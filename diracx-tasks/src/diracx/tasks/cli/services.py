@@ -84,12 +84,7 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
     from diracx.db.exceptions import DBUnavailableError
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = _database_urls("TaskDB").get("TaskDB")
-    if not url:
-        raise CliError(
-            f"no database for dead letters is configured (without one they wait in Redis); set {TASK_DB_VARIABLE} "
-            "to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
-        )
+    url = task_db_url()
     async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
         try:
             yield database
@@ -98,6 +93,21 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
             raise CliError(
                 f"the database TaskDB failed: {cause}; check {TASK_DB_VARIABLE}, and repeat: it does no harm"
             ) from error
+
+
+def task_db_url() -> str:
+    """Where dead letters are.
+
+    Raises:
+        CliError: when that is not configured.
+    """
+    url = _database_urls("TaskDB").get("TaskDB")
+    if not url:
+        raise CliError(
+            f"no database for dead letters is configured (without one they wait in Redis); set {TASK_DB_VARIABLE} "
+            "to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
+        )
+    return url
 
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
@@ -126,7 +136,10 @@ async def _checked(
     name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
 ) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
+    from ..plumbing.migrations import MigrationError, Migrations
+
     variable = f"DIRACX_DB_URL_{name.upper()}"
+    migrations: Migrations | None = getattr(database_class, "migrations", None)
     async with AsyncExitStack() as stack:
         try:
             database = database_class(db_url=url)
@@ -138,14 +151,17 @@ async def _checked(
             ) from error
         before = set(threading.enumerate())
         try:
+            if create and migrations is not None:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    await migrations.create(database.engine)
             async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
-                if create:
-                    await connection.run_sync(database.metadata.create_all)
                 problem = await connection.run_sync(_what_is_missing, database.metadata)
         except TimeoutError as error:
             raise CliError(
                 f"the database {name} does not answer within {_ANSWER_SECONDS:g} s; check {variable}"
             ) from error
+        except MigrationError as error:
+            raise CliError(str(error)) from error
         except Exception as error:
             # The thread of an aiosqlite connection that failed still has a last word for this event loop.
             for thread in set(threading.enumerate()) - before:
@@ -153,6 +169,11 @@ async def _checked(
                     await asyncio.to_thread(thread.join, 1.0)
             cause = getattr(error, "orig", None) or error  # without the SQL statement
             raise CliError(f"cannot reach the database {name}: {cause}; check {variable}") from error
+        if problem and "column" in problem and migrations is not None:
+            raise CliError(
+                f"the database {name} is of another version ({problem}): `{migrations.command} upgrade` with the "
+                f"same {variable}"
+            )
         if problem:
             init = "`python -m diracx.db init-sql`" + (" or `diracx-task-run dlq init`" * (name == "TaskDB"))
             raise CliError(
@@ -174,9 +195,7 @@ def _what_is_missing(connection: Connection, metadata: MetaData) -> str:
         columns = {column["name"].casefold() for column in inspector.get_columns(there[name.casefold()])}
         lacking = sorted(column.name for column in table.columns if column.name.casefold() not in columns)
         if lacking:
-            return (
-                f"the table {name} has no column {', '.join(lacking)}: rename this one, of another version, first"
-            )
+            return f"the table {name} has no column {', '.join(lacking)}"
     return ""
 
 

@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
 from diracx.tasks.plumbing.databases import read_committed
-from sqlalchemy import event, inspect, text
+from diracx.tasks.plumbing.migrations import Migrations
+from sqlalchemy import Connection, event, inspect, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.sql.selectable import Subquery
 
@@ -24,10 +26,14 @@ LARGE_BATCH_ROWS = 1_000
 
 
 class DatabaseNotReadyError(SQLDBUnavailableError):
-    """The database answers, and has no (or not all) tables of the pilot system."""
+    """The database answers, and lacks tables or columns of the pilot system."""
 
-    def __init__(self) -> None:
-        super().__init__("MyPilotDB is not initialised: `gubbins db init` creates its tables")
+    def __init__(self, *, behind: bool = False) -> None:
+        super().__init__(
+            "MyPilotDB is of an older version: `gubbins db upgrade` takes it to the present one"
+            if behind
+            else "MyPilotDB is not initialised: `gubbins db init` creates its tables"
+        )
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -53,6 +59,7 @@ class PilotDBConnection(BaseSQLDB):
     """
 
     metadata = MyPilotDBBase.metadata
+    migrations = Migrations("MyPilotDB", metadata, Path(__file__).parent / "migrations", "gubbins db")
     _turn: asyncio.Lock | None = None
 
     @contextlib.asynccontextmanager
@@ -107,8 +114,8 @@ class PilotDBConnection(BaseSQLDB):
             try:
                 yield
             except (OperationalError, ProgrammingError) as error:
-                if await self._tables_missing():
-                    raise DatabaseNotReadyError from error
+                if lacking := await self._what_is_missing():
+                    raise DatabaseNotReadyError(behind=lacking == "columns") from error
                 if error.connection_invalidated:
                     raise SQLDBUnavailableError(f"MyPilotDB went away: {error.orig}") from error
                 raise
@@ -135,24 +142,38 @@ class PilotDBConnection(BaseSQLDB):
             await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
         return staged(self.conn.dialect.name, rows)
 
-    async def _tables_missing(self) -> bool:
+    async def _what_is_missing(self) -> Literal["tables", "columns"] | None:
         try:
             async with self.engine.connect() as connection:
-                present = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+                return await connection.run_sync(self._lacking)
         except DBAPIError:
-            return False
+            return None
+
+    def _lacking(self, connection: Connection) -> Literal["tables", "columns"] | None:
+        inspector = inspect(connection)
         # MySQL on some platforms stores names in lower case.
-        return not {name.lower() for name in self.metadata.tables} <= {name.lower() for name in present}
+        present = {name.lower(): name for name in inspector.get_table_names()}
+        wanted = {name.lower(): table for name, table in self.metadata.tables.items()}
+        if not present.keys() & wanted.keys():
+            return "tables"
+        for name, table in wanted.items():
+            if name not in present:
+                return "columns" if self.migrations.version_table.lower() in present else "tables"
+            there = {column["name"].lower() for column in inspector.get_columns(present[name])}
+            if not {column.name.lower() for column in table.columns} <= there:
+                return "columns"
+        return None
 
     async def create_tables(self) -> bool:
-        """Create what is missing; True when something was."""
+        """Create the tables in a database that has none; True when it had none.
+
+        Raises:
+            MigrationError: it is of an older version.
+            SQLDBUnavailableError: it cannot be reached, or refuses.
+        """
         try:
-            async with self.engine.begin() as connection:
-                before = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
-                await connection.run_sync(self.metadata.create_all)
-                after = await connection.run_sync(lambda sync: set(inspect(sync).get_table_names()))
+            return await self.migrations.create(self.engine)
         except OSError as error:
             raise SQLDBUnavailableError(f"cannot reach MyPilotDB: {error}") from error
         except DBAPIError as error:
             raise SQLDBUnavailableError(f"cannot create the tables of MyPilotDB: {error.orig}") from error
-        return before != after

@@ -70,6 +70,8 @@ _CEName = String(128)
 _VO = String(128)
 MAX_REASON_CHARS = 1024
 _Reason = String(MAX_REASON_CHARS)
+# Sites say what they like, and names that differ in case only are two: neither is MySQL's default.
+_ANY_TEXT = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
 
 
 def _status_type(constraint: str) -> Enum:
@@ -85,6 +87,7 @@ class ComputeElements(MyPilotDBBase):
     """A site where pilots can be submitted."""
 
     __tablename__ = "ComputeElements"
+    __table_args__ = _ANY_TEXT
 
     name: Mapped[str] = mapped_column("Name", _CEName, primary_key=True, key="name")
     # Slots: at most this many pilots of all VOs together are SUBMITTED or RUNNING.
@@ -141,8 +144,17 @@ class Pilots(MyPilotDBBase):
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
 
     __table_args__ = (
+        # Newest first of one compute element; and a foreign key needs one on MySQL.
         Index("idx_pilots_ce_status", "ce_name", "status"),
-        Index("idx_pilots_vo_status", "vo", "status"),
+        # The active ones of each compute element, and of one: among a million that ended they are few.
+        Index("idx_pilots_status_ce", "status", "ce_name"),
+        # A VO's active ones, and how many there are at each compute element in each state.
+        Index("idx_pilots_vo_status_ce", "vo", "status", "ce_name"),
+        # A VO's newest.
+        Index("idx_pilots_vo_id", "vo", "id"),
+        # Those to forget.
+        Index("idx_pilots_ended", "ended_at"),
+        _ANY_TEXT,
     )
 
 
@@ -150,6 +162,7 @@ class PilotHistory(MyPilotDBBase):
     """Every state a pilot entered, once: the state machine has no cycles, so that is the key."""
 
     __tablename__ = "PilotHistory"
+    __table_args__ = _ANY_TEXT
 
     pilot_id: Mapped[int] = mapped_column(
         "PilotID",
@@ -176,4 +189,8 @@ class PilotRequests(MyPilotDBBase):
     vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
     requested_at: Mapped[datetime] = mapped_column("RequestedAt", UTCDateTime, key="requested_at")
 
-    __table_args__ = (Index("idx_requests_ce_vo", "ce_name", "vo"),)
+    __table_args__ = (
+        Index("idx_requests_ce_vo", "ce_name", "vo"),
+        Index("idx_requests_at", "requested_at"),
+        _ANY_TEXT,
+    )

@@ -6,12 +6,14 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
 from sqlalchemy import ColumnElement, Select, and_, func, insert, or_, select, update
 
 from ..databases import read_committed
+from ..migrations import Migrations
 from .letter import DeadLetter, DeadLetterStatus
 from .schema import DeadLetters, TaskDBBase
 from .text import attempts_as_text, fitting, storable
@@ -43,6 +45,7 @@ class TaskDB(BaseSQLDB):
     """
 
     metadata = TaskDBBase.metadata
+    migrations = Migrations("TaskDB", metadata, Path(__file__).parent / "migrations", "diracx-task-run db")
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:

@@ -1,0 +1,376 @@
+"""Schema migrations of one SQL database, with Alembic: what revision a database is at, and how it gets to another.
+
+A database class has its revisions in a directory of its package (`env.py`, `versions/`) and its own version table,
+so that several databases share a schema. A database that `create_all` made has no version table; it is recognised
+by what each revision says that it adds: `ADDS = {"Table": ["Column", "index_name"]}` in the revision's module.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MigrationError", "Migrations", "Move", "State", "Step", "run_env"]
+
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import Script, ScriptDirectory
+    from sqlalchemy import Connection, MetaData
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+BASE = "base"
+HEAD = "head"
+_LOCK_SECONDS = 60
+#: Where a change of the schema commits what was done before it, and cannot be undone.
+_WITHOUT_TRANSACTIONS = ("mysql", "mariadb")
+
+
+class MigrationError(Exception):
+    """The database cannot be taken to that revision: what is wrong, and the way out, in one line."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One revision."""
+
+    revision: str
+    what: str
+    """Its first line."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a database is."""
+
+    revision: str | None
+    """None: it has no tables yet."""
+    head: str
+    """The newest revision that the software knows, and needs."""
+    pending: tuple[Step, ...]
+    """What an upgrade would do, oldest first."""
+    stamped: bool
+    """Whether the database says so itself; else it was recognised by its tables."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an upgrade or a downgrade has done."""
+
+    before: str | None
+    after: str | None
+    steps: tuple[Step, ...]
+    """In the order in which they were done."""
+    recognised: bool
+    """Whether the database had no version table, and was recognised by its tables."""
+
+
+@dataclass(frozen=True)
+class Migrations:
+    """The revisions of a database class."""
+
+    database: str
+    """Name, as in DIRACX_DB_URL_<NAME>."""
+    metadata: MetaData
+    directory: Path
+    command: str
+    """What an operator types: `gubbins db`."""
+
+    @property
+    def version_table(self) -> str:
+        """Holds the revision."""
+        return f"{self.database}Version"
+
+    # --- what a caller wants --------------------------------------------------------------------------------
+
+    async def current(self, url: str) -> State:
+        """Where the database at this URL is. Changes nothing.
+
+        Raises:
+            MigrationError: its tables are none that any revision makes, or it is newer than the software.
+        """
+        async with _connection(url) as connection:
+            return await connection.run_sync(self._state)
+
+    async def upgrade(self, url: str, to: str = HEAD) -> Move:
+        """Take a database to a newer revision; one without tables gets them, one without a version is stamped.
+
+        Args:
+            url: of the database.
+            to: a revision, or `head`.
+
+        Raises:
+            MigrationError: as for `current`; there is no such revision, or it is older.
+        """
+        return await self._move(url, to, forward=True)
+
+    async def downgrade(self, url: str, to: str) -> Move:
+        """Take a database back to an older revision. What that does not know is lost; `base` has no tables.
+
+        Raises:
+            MigrationError: as for `current`; there is no such revision, or it is newer.
+        """
+        return await self._move(url, to, forward=False)
+
+    async def create(self, engine: AsyncEngine) -> bool:
+        """Make the tables in a database that has none, at the newest revision; False when they are there.
+
+        Raises:
+            MigrationError: there are tables, of an older revision or of something else.
+        """
+        async with engine.begin() as connection:
+            return await connection.run_sync(self._create)
+
+    # --- on a connection ------------------------------------------------------------------------------------
+
+    def _create(self, connection: Connection) -> bool:
+        there = _Tables(connection)
+        if there.none_of([*self.metadata.tables, self.version_table]):
+            self.metadata.create_all(connection)
+            if _installed():
+                self._stamp(connection, HEAD)
+            return True
+        if not _installed():
+            self.metadata.create_all(connection)
+            return False
+        state = self._state(connection)
+        if state.revision is None:
+            self.metadata.create_all(connection)
+        elif state.pending:
+            raise MigrationError(
+                f"the database {self.database} is at revision {state.revision}, and {state.head} is needed: "
+                f"`{self.command} upgrade`"
+            )
+        if not state.stamped or state.revision is None:
+            self._stamp(connection, HEAD)
+        return state.revision is None
+
+    def _state(self, connection: Connection) -> State:
+        scripts = self._scripts()
+        stamped = self._stamped(connection, scripts)
+        revision = stamped if stamped is not None else self._recognised(connection, scripts)
+        head = _only_head(scripts)
+        passed = False
+        pending = []
+        for script in _from_oldest(scripts):
+            if passed or revision is None:
+                pending.append(_step(script))
+            passed = passed or script.revision == revision
+        return State(revision, head, tuple(pending), stamped is not None)
+
+    def _stamped(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
+        from alembic.runtime.migration import MigrationContext
+
+        context = MigrationContext.configure(connection, opts={"version_table": self.version_table})
+        revision = context.get_current_revision()
+        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+            raise MigrationError(
+                f"the database {self.database} is at revision {revision}, which this version of the software does "
+                f"not know (it knows {_only_head(scripts)}): install the one that made it"
+            )
+        return revision
+
+    def _recognised(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
+        """The newest revision of which, and of all before it, everything is there."""
+        there = _Tables(connection)
+        if there.none_of(self.metadata.tables):
+            return None
+        found = None
+        for script in _from_oldest(scripts):
+            if lacking := there.lacking(script.module.ADDS):
+                if found is None:
+                    raise MigrationError(
+                        f"the tables of the database {self.database} are of something else: there is no "
+                        f"{lacking}; rename them first"
+                    )
+                break
+            found = script.revision
+        return found
+
+    async def _move(self, url: str, to: str, *, forward: bool) -> Move:
+        async with _connection(url) as connection, _exclusive(connection, self.version_table):
+            return await connection.run_sync(lambda sync: self._run(sync, to, forward))
+
+    def _run(self, connection: Connection, to: str, forward: bool) -> Move:
+        from alembic import command
+
+        scripts = self._scripts()
+        before = self._state(connection)
+        order = [script.revision for script in _from_oldest(scripts)]
+        target = order[-1] if to == HEAD else to
+        if target not in (*order, BASE):
+            raise MigrationError(
+                f"{self.database} has no revision {to!r}; there are {BASE}, {', '.join(order)} and {HEAD}"
+            )
+        start = 0 if before.revision is None else order.index(before.revision) + 1
+        end = 0 if target == BASE else order.index(target) + 1
+        if (end - start) * (1 if forward else -1) < 0:
+            other = "downgrade" if forward else "upgrade"
+            raise MigrationError(
+                f"the database {self.database} is at {before.revision or BASE}: "
+                f"{target} is reached with `{self.command} {other} {target}`"
+            )
+        recognised = before.revision is not None and not before.stamped
+        if recognised:
+            self._stamp(connection, str(before.revision))
+        if start != end:
+            if connection.dialect.name in _WITHOUT_TRANSACTIONS:
+                connection.commit()  # Alembic then commits after each revision
+            (command.upgrade if forward else command.downgrade)(self._config(connection), target)
+            _check_foreign_keys(connection)
+        steps = [_step(script) for script in _from_oldest(scripts)][min(start, end) : max(start, end)]
+        after = None if target == BASE else target
+        return Move(before.revision, after, tuple(steps if forward else reversed(steps)), recognised)
+
+    # --- Alembic --------------------------------------------------------------------------------------------
+
+    def _stamp(self, connection: Connection, revision: str) -> None:
+        from alembic import command
+
+        command.stamp(self._config(connection), revision)
+
+    def _scripts(self) -> ScriptDirectory:
+        from alembic.script import ScriptDirectory
+
+        return ScriptDirectory.from_config(self._config())
+
+    def _config(self, connection: Connection | None = None) -> Config:
+        if not _installed():
+            raise MigrationError(
+                f"the revisions of {self.database} need Alembic: pip install 'diracx-tasks[migrations]'"
+            )
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(self.directory).replace("%", "%%"))
+        config.attributes.update(connection=connection, migrations=self)
+        return config
+
+    def differences(self, connection: Connection) -> list[Any]:
+        """What Alembic finds different between the database and the models; for tests, and for new revisions."""
+        from alembic.autogenerate import compare_metadata
+        from alembic.runtime.migration import MigrationContext
+
+        context = MigrationContext.configure(connection, opts=self._options())
+        return list(compare_metadata(context, self.metadata))
+
+    def _options(self) -> dict[str, Any]:
+        ours = {name.casefold() for name in self.metadata.tables}
+
+        def include_name(name: str | None, kind: str, _parents: Any) -> bool:
+            return kind != "table" or (name or "").casefold() in ours
+
+        return {
+            "version_table": self.version_table,
+            "include_name": include_name,
+            "target_metadata": self.metadata,
+            "compare_type": True,
+            # SQLite changes a table by copying it.
+            "render_as_batch": True,
+            "transaction_per_migration": True,
+        }
+
+
+def run_env() -> None:
+    """All that the `env.py` of a directory of revisions does."""
+    from alembic import context
+
+    migrations: Migrations = context.config.attributes["migrations"]
+    context.configure(connection=context.config.attributes["connection"], **migrations._options())
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _installed() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("alembic") is not None
+
+
+def _from_oldest(scripts: ScriptDirectory) -> list[Script]:
+    return list(scripts.walk_revisions())[::-1]
+
+
+def _only_head(scripts: ScriptDirectory) -> str:
+    return str(scripts.get_current_head())
+
+
+def _step(script: Script) -> Step:
+    return Step(script.revision, script.doc.splitlines()[0].rstrip("."))
+
+
+class _Tables:
+    """What there is in a database. Some MySQL servers keep the names of tables in lower case."""
+
+    def __init__(self, connection: Connection) -> None:
+        from sqlalchemy import inspect
+
+        self._inspector = inspect(connection)
+        self._names = {name.casefold(): name for name in self._inspector.get_table_names()}
+
+    def none_of(self, tables: Iterable[str]) -> bool:
+        return not any(name.casefold() in self._names for name in tables)
+
+    def lacking(self, adds: dict[str, list[str]]) -> str:
+        """What is not there of what a revision adds; empty when all of it is."""
+        for table, parts in adds.items():
+            name = self._names.get(table.casefold())
+            if name is None:
+                return f"table {table}"
+            found = {column["name"].casefold() for column in self._inspector.get_columns(name)}
+            found |= {(index["name"] or "").casefold() for index in self._inspector.get_indexes(name)}
+            for part in parts:
+                if part.casefold() not in found:
+                    return f"{part} in the table {table}"
+        return ""
+
+
+# --- connections ------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _connection(url: str) -> AsyncIterator[AsyncConnection]:
+    """A connection of its own: on SQLite it does not enforce foreign keys, without which a table that is replaced
+    by its copy would take the rows of others with it."""
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+
+    engine = create_async_engine(url, poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:
+            yield connection
+    finally:
+        await engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[None]:
+    """Nobody else migrates this database meanwhile; all is one transaction, but on MySQL."""
+    dialect = connection.dialect.name
+    if dialect in _WITHOUT_TRANSACTIONS:
+        # Named after the schema as well: the lock is the server's.
+        lock = f"CONCAT(LEFT(DATABASE(), 40), '.{name}')"
+        taken = await connection.exec_driver_sql(f"SELECT GET_LOCK({lock}, {_LOCK_SECONDS})")
+        if taken.scalar_one() != 1:
+            raise MigrationError(f"another process has been migrating this database for {_LOCK_SECONDS} s")
+        await connection.commit()
+        yield  # closing the connection gives the lock back
+        await connection.commit()
+        return
+    if dialect == "sqlite":
+        await connection.exec_driver_sql(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")
+        await connection.exec_driver_sql("BEGIN IMMEDIATE")
+    elif dialect == "postgresql":
+        await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({zlib.crc32(name.encode())})")
+    yield
+    await connection.commit()
+
+
+def _check_foreign_keys(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        if broken:
+            raise MigrationError(f"rows would refer to rows that are not there: {broken[:3]}; nothing was changed")

@@ -1,0 +1,5 @@
+"""Alembic runs this."""
+
+from diracx.tasks.plumbing.migrations import run_env
+
+run_env()

@@ -1,0 +1,78 @@
+"""The revisions of the pilot database."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import pytest
+from diracx.tasks.plumbing.migrations import MigrationError
+from diracx.tasks.plumbing.persistence import TaskDB
+from schema_promises import SchemaPromises, connected, on, rows
+
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+
+
+class TestPilotSchema(SchemaPromises):
+    migrations = MyPilotDB.migrations
+
+    async def fill(self, url: str) -> None:
+        db = MyPilotDB(url)
+        async with db.engine_context():
+            await db.add_ce("ce1", 10, 0.5, vos=["lhcb"], settings={"a": [1, "ü"]})
+            await db.add_ce("ce2", 10, 1.0)
+            pilots = [await db.submit_pilot("ce1", "lhcb") for _ in range(3)]
+            await db.confirm_pilots([(pilots[0], "reference 🚀")])
+            for status in (MyPilotStatus.RUNNING, MyPilotStatus.FAILED):
+                await db.advance_pilots({status: [(pilots[0], "why")]}, vo="lhcb")
+            await db.set_pilots_missing(pilots[1:2], datetime.now(tz=UTC))
+            await db.add_requests("ce2", vo="lhcb", count=2)
+
+
+async def test_both_databases_live_in_one_schema(db_url: str) -> None:
+    """Each has a version table of its own."""
+    for migrations in (MyPilotDB.migrations, TaskDB.migrations):
+        await migrations.upgrade(db_url)
+    await MyPilotDB.migrations.downgrade(db_url, "base")
+    state = await TaskDB.migrations.current(db_url)
+    assert (state.revision, state.stamped) == (state.head, True)
+    assert {"DeadLetters", "TaskDBVersion", "MyPilotDBVersion"} == set(await on(db_url, rows))
+
+
+async def test_tables_are_made_once_and_at_the_newest_revision(db_url: str) -> None:
+    db = MyPilotDB(db_url)
+    async with db.engine_context():
+        assert await db.create_tables()
+        assert not await db.create_tables()
+        state = await db.migrations.current(db_url)
+        assert (state.revision, state.stamped) == (state.head, True)
+        await db.migrations.downgrade(db_url, "0001")
+        with pytest.raises(MigrationError, match="gubbins db upgrade"):
+            await db.create_tables()
+
+
+async def test_a_database_of_an_older_version_says_so(
+    empty_database: Callable[[str], Awaitable[str]],
+) -> None:
+    import sqlite3
+
+    from gubbins.db.sql.connection import DatabaseNotReadyError
+
+    url = await empty_database("sqlite")
+    await MyPilotDB.migrations.upgrade(url)
+    with sqlite3.connect(url.partition("///")[2]) as connection:
+        connection.execute("ALTER TABLE Pilots DROP COLUMN MissingSince")
+    db = MyPilotDB(url)
+    async with db.engine_context():
+        with pytest.raises(DatabaseNotReadyError, match="gubbins db upgrade"):
+            await db.get_active_pilots(vo="lhcb")
+
+
+async def test_what_a_crash_has_left_half_done_is_finished(db_url: str) -> None:
+    """MySQL keeps what was done before a crash in the middle of a revision."""
+    await MyPilotDB.migrations.upgrade(db_url, "0001")
+    half = next(i for i in MyPilotDB.metadata.tables["Pilots"].indexes if i.name == "idx_pilots_ended")
+    async with connected(db_url) as connection:
+        await connection.run_sync(half.create)
+    assert (await MyPilotDB.migrations.upgrade(db_url)).before == "0001"
+    assert await on(db_url, MyPilotDB.migrations.differences) == []
