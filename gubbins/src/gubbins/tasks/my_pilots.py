@@ -10,24 +10,28 @@ __all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MySubmitPil
 
 import logging
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from diracx.tasks.plumbing.depends import Config, NoTransaction
+from diracx.tasks.plumbing.lazily import lazy_names
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CEDisabledError, NoRoomError
-from gubbins.logic import my_pilots as logic
+from gubbins.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 
-logger = logging.getLogger(__name__)
+# Every worker and scheduler imports this module, and few of them ever open the database of the pilots.
+if TYPE_CHECKING:
+    from diracx.tasks.plumbing.depends import Config
 
-# Aliases carry the marker; the name of the parameter is what extensions already pass by keyword.
-PilotDB = Annotated[MyPilotDB, NoTransaction()]
+    from .injected import PilotDB
+else:
+    __getattr__ = lazy_names(__name__, {".injected": ["PilotDB"], "diracx.tasks.plumbing.depends": ["Config"]})
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,6 +58,8 @@ class MyPilotTask(BaseTask):
         Raises:
             PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
         """
+        from gubbins.logic import my_pilots as logic
+
         try:
             return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo)
         except (NoRoomError, CEDisabledError) as error:
@@ -93,6 +99,8 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
         The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
         """
+        from gubbins.logic import my_pilots as logic
+
         vos = [self.vo] if config is None else list(config.registry)
         asked = await logic.request_pilots(
             my_pilot_db, self.vo, vos=vos, compute_elements=self.compute_elements, all_but=self.all_but or ()
@@ -119,6 +127,8 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, int]:
         """Return how many pilots entered each state."""
+        from gubbins.logic import my_pilots as logic
+
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
         return {str(status): count for status, count in counts.items()}
 
@@ -131,6 +141,8 @@ class MyPilotReportTask(PeriodicBaseTask):
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, Any]:
         """Return what was logged, as {VO: {compute element: {state: number}}}."""
+        from gubbins.logic import my_pilots as logic
+
         summary = await logic.get_pilot_summary(my_pilot_db)
         totals: dict[str, int] = {}
         for vo, ces in sorted(summary.items()):
@@ -143,4 +155,4 @@ class MyPilotReportTask(PeriodicBaseTask):
 
 
 def _in_words(states: dict[str, int]) -> str:
-    return ", ".join(f"{states[s]} {s}" for s in logic.MyPilotStatus if states.get(s)) or "none"
+    return ", ".join(f"{states[s]} {s}" for s in MyPilotStatus if states.get(s)) or "none"

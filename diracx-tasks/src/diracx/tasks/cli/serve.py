@@ -96,7 +96,6 @@ def worker(
     set_up_telemetry("tasks-worker")
 
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
-        from ..plumbing.injection import compile_plan
         from ..plumbing.worker import Worker
         from .connection import open_broker
         from .services import check_databases, following, open_task_db, read_configuration
@@ -109,9 +108,7 @@ def worker(
             async with open_task_db() as task_db:
                 try:
                     serving = Worker(broker, registry, settings=settings, task_db=task_db, config=config.tasks)
-                    await check_databases(
-                        compile_plan(task_class.execute, skip_first=True) for task_class in registry.values()
-                    )
+                    await check_databases(serving.plans)
                 except (TypeError, NameError) as error:
                     raise CliError(f"a task cannot be run by any worker: {error}") from error
                 on_second_signal.append(serving.cancel_running)

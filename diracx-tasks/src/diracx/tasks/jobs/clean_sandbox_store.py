@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from diracx.core.settings import SandboxStoreSettings
-from diracx.db.sql import SandboxMetadataDB
-from diracx.logic.jobs.sandboxes import clean_sandboxes
+from typing import TYPE_CHECKING, Annotated
 
 from ..plumbing.base_task import PeriodicBaseTask
 from ..plumbing.depends import NoTransaction
 from ..plumbing.enums import Priority, Size
+from ..plumbing.lazily import lazy_names
 from ..plumbing.retry_policies import ExponentialBackoff
 from ..plumbing.schedules import CronSchedule
+
+if TYPE_CHECKING:
+    from diracx.core.settings import SandboxStoreSettings
+    from diracx.db.sql import SandboxMetadataDB
+else:
+    __getattr__ = lazy_names(
+        __name__, {"diracx.core.settings": ["SandboxStoreSettings"], "diracx.db.sql": ["SandboxMetadataDB"]}
+    )
 
 
 @dataclass
@@ -33,4 +38,6 @@ class CleanSandboxStoreTask(PeriodicBaseTask):
         sandbox_metadata_db: Annotated[SandboxMetadataDB, NoTransaction()],
         settings: SandboxStoreSettings,
     ) -> int:
+        from diracx.logic.jobs.sandboxes import clean_sandboxes
+
         return await clean_sandboxes(sandbox_metadata_db, settings)

@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Self
 
-from diracx.core.models import JobStatus, JobStatusUpdate, ScalarSearchOperator, ScalarSearchSpec
-from diracx.core.settings import ServiceSettingsBase
-from diracx.db.sql import JobDB, JobLoggingDB, TaskQueueDB
-from diracx.logic.jobs.status import set_job_statuses
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
+from pydantic import BaseModel, Field
 
 from ..plumbing.base_task import BaseTask, PeriodicBaseTask
-from ..plumbing.depends import Config
 from ..plumbing.enums import Priority, Size
+from ..plumbing.lazily import lazy_names
 from ..plumbing.lock_registry import JOB
 from ..plumbing.locks import BaseLock, MutexLock
 from ..plumbing.retry_policies import ExponentialBackoff
 from ..plumbing.schedules import IntervalSeconds
+
+if TYPE_CHECKING:
+    from diracx.core.models import JobStatus, JobStatusUpdate
+    from diracx.db.sql import JobDB, JobLoggingDB, TaskQueueDB
+
+    from ..plumbing.depends import Config
+else:
+    __getattr__ = lazy_names(
+        __name__, {"diracx.db.sql": ["JobDB", "JobLoggingDB", "TaskQueueDB"], "..plumbing.depends": ["Config"]}
+    )
 
 _SOURCE = "DummyJobExecutor"
 #: Jobs taken up by one run of the monitor.
 _BATCH = 1000
 
 
-class DummyJobExecutorSettings(ServiceSettingsBase):
-    """Whether jobs are executed in pretence, and how soon."""
+class DummyJobExecutorSettings(BaseModel):
+    """Whether jobs are executed in pretence, and how soon: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
 
-    model_config = SettingsConfigDict(env_prefix="DIRACX_TASKS_DUMMY_JOB_EXECUTOR_", use_attribute_docstrings=True)
+    The schedule below is made of them when this module is imported, and they are read without the settings of
+    DiracX, whose import takes longer than that of all the rest.
+    """
 
     enabled: bool = False
     """Take up received jobs by themselves."""
     interval_seconds: int = Field(default=10, gt=0)
     """How often to look for received jobs."""
 
+    @classmethod
+    def of_environment(cls) -> Self:
+        """As they are set.
+
+        Raises:
+            pydantic.ValidationError: when one of them cannot be used.
+        """
+        variables = {name: f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name.upper()}" for name in cls.model_fields}
+        return cls.model_validate({name: os.environ[key] for name, key in variables.items() if key in os.environ})
+
 
 def _update(status: JobStatus) -> JobStatusUpdate:
+    from diracx.core.models import JobStatusUpdate
+
     return JobStatusUpdate(Status=status, MinorStatus=None, ApplicationStatus=None, Source=_SOURCE)
 
 
-_settings = DummyJobExecutorSettings()
+_settings = DummyJobExecutorSettings.of_environment()
 
 
 @dataclass
@@ -58,6 +79,9 @@ class DummyJobExecutorMonitorTask(PeriodicBaseTask):
     async def execute(
         self, config: Config, job_db: JobDB, job_logging_db: JobLoggingDB, task_queue_db: TaskQueueDB
     ) -> int:
+        from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
+        from diracx.logic.jobs.status import set_job_statuses
+
         received = ScalarSearchSpec(
             parameter="Status", operator=ScalarSearchOperator.EQUAL, value=JobStatus.RECEIVED
         )
@@ -91,6 +115,9 @@ class DummyJobExecutorTask(BaseTask):
     async def execute(
         self, config: Config, job_db: JobDB, job_logging_db: JobLoggingDB, task_queue_db: TaskQueueDB
     ) -> int:
+        from diracx.core.models import JobStatus
+        from diracx.logic.jobs.status import set_job_statuses
+
         # The state machine of jobs refuses leaps, so every state is passed, a moment apart.
         now = datetime.now(UTC)
         states = (JobStatus.WAITING, JobStatus.MATCHED, JobStatus.RUNNING, JobStatus.DONE)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from fastapi.params import Depends
+from typing import TYPE_CHECKING, Any
 
 from .base_task import BaseTask
 from .binding import current_broker
 from .broker.groups import read_results
 from .broker.models import LABEL_CHILD_RESULTS, TaskResult
 from .current import current_message
+
+if TYPE_CHECKING:
+    from .injected import ChildResults
+else:
+    from .lazily import lazy_names
+
+    __getattr__ = lazy_names(__name__, {".injected": ["ChildResults"]})
 
 __all__ = ["ChildResults", "asks_for_results", "child_results"]
 
@@ -29,17 +34,6 @@ async def child_results() -> dict[str, TaskResult[Any]]:
             "ChildResults are there for the callback of a group only: submit the task with spawn_with_callback"
         )
     return await read_results(current_broker().redis, asked["group"], asked["total"])
-
-
-ChildResults = Annotated[dict[str, TaskResult[Any]], Depends(child_results)]
-"""In the `execute` of a callback or an `on_failure`: task id -> result, for each child in their order.
-
-    async def execute(self, results: ChildResults) -> int:
-        return sum(result.return_value for result in results.values())
-
-Results are kept only for callbacks that ask like this, until the callback has ended (retries included). A child
-that failed has `is_err` and `error` set. Where a child returned what cannot be stored, its result is that error.
-"""
 
 
 def asks_for_results(task_class: type[BaseTask]) -> bool:

@@ -6,6 +6,7 @@ say which of the variables is wrong.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .exceptions import TaskConfigError
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 PREFIX = "DIRACX_DB_URL_"
+_PREFIXES = (PREFIX, "DIRACX_OS_DB_", "DIRACX_SERVICE_DOTENV")
 _DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+oracledb_async")
+
+
+def may_be_configured() -> bool:
+    """Whether there may be a database, SQL or OpenSearch: a variable names one, or a file with variables.
+
+    What would tell for certain takes half a second to import.
+    """
+    return any(value and name.startswith(_PREFIXES) for name, value in os.environ.items())
 
 
 def database_urls(only: str | None = None) -> dict[str, str]:
@@ -26,6 +36,8 @@ def database_urls(only: str | None = None) -> dict[str, str]:
     Raises:
         TaskConfigError: naming the variable that is no URL of a database; its value may hold a password.
     """
+    if not may_be_configured():
+        return {}
     from diracx.core.settings import FactorySettings
 
     urls = {name: url for name, url in FactorySettings().sql_dbs.items() if url and only in (None, name)}

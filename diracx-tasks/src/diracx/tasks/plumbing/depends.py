@@ -14,17 +14,18 @@ import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from types import FunctionType
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeGuard, TypeVar, get_args, get_origin
 
-from diracx.core.config import Config as _Config
-from diracx.core.config import ConfigSource
-from diracx.core.properties import SecurityProperty
-from fastapi.params import Depends
-
+from .lazily import LazyScope, lazy_names
 from .sentinels import OPENSEARCH, SETTINGS, SOURCE, SQL, innermost
 
 if TYPE_CHECKING:
+    from fastapi.params import Depends
+
     from .base_task import BaseTask
+    from .injected import AvailableSecurityProperties, CallbackSpawner, Config
+else:
+    __getattr__ = lazy_names(__name__, {".injected": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]})
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,10 +85,10 @@ def callback_spawner() -> _CallbackSpawner:
     return _CallbackSpawner()
 
 
-# `fastapi.params.Depends` is the class behind `fastapi.Depends`, with the same arguments and a type.
-Config = Annotated[_Config, Depends(ConfigSource.create)]
-AvailableSecurityProperties = Annotated[set[SecurityProperty], Depends(SecurityProperty.available_properties)]
-CallbackSpawner = Annotated[_CallbackSpawner, Depends(callback_spawner)]
+def is_depends(value: object) -> TypeGuard[Depends]:
+    """Whether it is a ``Depends`` of FastAPI, which is not imported for that: without it, there are none."""
+    cls = getattr(sys.modules.get("fastapi.params"), "Depends", None)
+    return cls is not None and isinstance(value, cls)
 
 
 def auto_inject_depends(params: list[Parameter]) -> list[Parameter]:
@@ -105,7 +106,7 @@ def auto_inject_depends(params: list[Parameter]) -> list[Parameter]:
 
 def _with_depends(param: Parameter) -> Parameter:
     cls, metadata = _split(param.annotation)
-    explicit = isinstance(param.default, Depends) or any(isinstance(item, Depends) for item in metadata)
+    explicit = is_depends(param.default) or any(map(is_depends, metadata))
     variadic = param.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     if explicit or variadic or not inspect.isclass(cls):
         return param
@@ -127,15 +128,16 @@ def _split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _depends_for(cls: Any, no_transaction: bool) -> Depends | None:
+    family = next((family for family in (SQL, OPENSEARCH, SETTINGS, SOURCE) if family.has(cls)), None)
+    if family is None:
+        return None
+    from fastapi.params import Depends
+
     # scope="function": FastAPI commits before the response leaves, so that a failed commit is an error
     # the client sees.
-    if SQL.has(cls):
+    if family is SQL:
         return Depends(cls.no_transaction if no_transaction else cls.transaction, scope="function")
-    if OPENSEARCH.has(cls):
-        return Depends(cls.session, scope="function")
-    if SETTINGS.has(cls) or SOURCE.has(cls):
-        return Depends(cls.create)
-    return None
+    return Depends(cls.session, scope="function") if family is OPENSEARCH else Depends(cls.create)
 
 
 def auto_inject(func: Callable[P, R]) -> Callable[P, R]:
@@ -220,5 +222,18 @@ def resolved_signature(func: Callable[..., Any]) -> Signature:
     return signature.replace(parameters=params, return_annotation=returned)
 
 
+def loads_at_first_use(func: Callable[..., Any]) -> bool:
+    """Whether an annotation of `func` names something that its module has yet to import (see `lazy_names`)."""
+    if "__getattr__" not in getattr(innermost(func), "__globals__", ()):
+        return False
+    try:
+        inspect.signature(func, eval_str=True)
+    except NameError:
+        return True
+    except Exception:
+        return False  # which is told when it is compiled
+    return False
+
+
 def _evaluate(annotation: str, names: dict[str, Any]) -> Any:
-    return eval(annotation, dict(names))  # noqa: S307  # source code of this program, as inspect does it
+    return eval(annotation, LazyScope(names))  # noqa: S307  # source code of this program, as inspect does it

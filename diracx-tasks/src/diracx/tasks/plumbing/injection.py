@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from inspect import Parameter
 from types import TracebackType
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from fastapi.params import Depends
-
-from .depends import auto_inject_depends, resolved_signature
+from .depends import auto_inject_depends, is_depends, resolved_signature
 from .overrides import setup_dependency_overrides
 from .sentinels import Call, Overrides, find_missing_overrides, innermost, name_of, sentinel_name
+
+if TYPE_CHECKING:
+    from fastapi.params import Depends
 
 __all__ = [
     "Kind",
@@ -108,7 +109,7 @@ def _compile(
                 (*parents, call),
                 child_name,
                 use_cache=depends.use_cache,
-                optional=param.default is not Parameter.empty and not isinstance(param.default, Depends),
+                optional=param.default is not Parameter.empty and not is_depends(param.default),
             )
             children.append((param.name, child))
         elif param.default is Parameter.empty and param.kind not in (
@@ -130,7 +131,7 @@ def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
         get_args(param.annotation) if get_origin(param.annotation) is Annotated else [param.annotation]
     )
     for item in (param.default, *reversed(metadata)):
-        if isinstance(item, Depends):
+        if is_depends(item):
             return item.dependency or bare, item  # a bare Depends() means the annotated type itself
     return None
 

@@ -15,7 +15,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from .databases import database_urls
-from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, calls_below, family_of
+from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, Overrides, calls_below, family_of
 
 if TYPE_CHECKING:
     from diracx.core.config import Config
@@ -29,22 +29,24 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def setup_dependency_overrides(task_dependants: Iterable[Any] = ()) -> AsyncIterator[dict[Call, Call]]:
+async def setup_dependency_overrides(
+    task_dependants: Iterable[Any] = (), *, provided: Overrides | None = None
+) -> AsyncIterator[dict[Call, Call]]:
     """Open what the given plans need, for as long as the context lasts, and yield the overrides for it.
 
     Databases come from ``DIRACX_DB_URL_<NAME>`` and ``DIRACX_OS_DB_<NAME>``, settings from their own
     variables, the configuration from ``DIRACX_CONFIG_BACKEND_URL`` (read once before this yields). Without
     plans, everything that is available is opened. What is not configured is absent from the overrides:
-    see `find_missing_overrides`.
+    see `find_missing_overrides`. Nor is what is `provided` already, and not opened again.
 
     Raises:
         TaskConfigError: a database URL is malformed.
         Exception: something needed is configured, but cannot be opened or read.
     """
     dependants = list(task_dependants)
-    needs = _Needs(
-        {call for dependant in dependants for call in calls_below(dependant, {})} if dependants else None
-    )
+    known = provided or {}
+    wanted = {call for dependant in dependants for call in calls_below(dependant, known)} - known.keys()
+    needs = _Needs(wanted if dependants else None)
     overrides: dict[Call, Call] = {}
     async with AsyncExitStack() as stack:
         if needs.any_of(SETTINGS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..arguments import rebuild
@@ -31,11 +32,12 @@ class Blueprint:
     """One task class: its dependency plan, and its settings with the operator's overrides."""
 
     def __init__(
-        self, name: str, task_class: type[BaseTask], config: TasksConfig, plan: Plan | None = None
+        self, name: str, task_class: type[BaseTask], config: TasksConfig, known: Blueprint | None = None
     ) -> None:
         self.name = name
         self.task_class = task_class
-        self.plan: Plan = plan or compile_plan(task_class.execute, skip_first=True)
+        if known is not None and "plan" in vars(known):
+            self.plan = known.plan
         self._config = config
         names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
         self._written: dict[str | None, _Written] = {}
@@ -45,6 +47,16 @@ class Blueprint:
         self._declares_locks = task_class.execution_locks is not BaseTask.execution_locks
         limited = set(config.limits).union(*config.vo_limits.values())
         self._limited = bool(limited) if self._declares_locks else TASK in limited
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What `execute` needs, compiled when it is asked for.
+
+        Raises:
+            TypeError: when a parameter can never be injected; names task and parameter.
+            NameError: when an annotation cannot be resolved.
+        """
+        return compile_plan(self.task_class.execute, skip_first=True)
 
     def build(self, message: TaskMessage) -> BaseTask:
         """The task of a message."""
@@ -171,12 +183,6 @@ def blueprints(
 
     Args:
         known: those for another configuration; what does not depend on it is taken from them.
-
-    Raises:
-        TypeError: when a parameter of an `execute` can never be injected; names task and parameter.
     """
     known = known or {}
-    return {
-        name: Blueprint(name, task_class, config, known[name].plan if name in known else None)
-        for name, task_class in registry.items()
-    }
+    return {name: Blueprint(name, task_class, config, known.get(name)) for name, task_class in registry.items()}

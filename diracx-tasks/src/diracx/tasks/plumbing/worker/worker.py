@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from ..secrets import without_secrets_of
 from .blueprint import blueprints
 from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
+from .dependencies import Dependencies, Overrides
 from .execution import Execution
 from .intake import Intake
 from .keeper import LeaseKeeper, Rest
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
+    from ..injection import Plan
     from ..persistence import DeadLetter, TaskDB
     from .outcome import Outcome
 
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 _RANK = {priority: rank for rank, priority in enumerate(Priority)}
 #: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end.
 _LAST_WORDS_SECONDS = 5.0
-
-Overrides = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
 class Worker:
@@ -74,9 +73,8 @@ class Worker:
         self._settings = settings or WorkerSettings()
         self._binding = Binding(broker, self._registry, config or TasksConfig())
         self._blueprints = blueprints(self._registry, config or TasksConfig())
+        self._dependencies = Dependencies(self._blueprints, overrides or {})
         self._letters = DeadLetterOffice(broker, task_db)
-        self._given_overrides = overrides or {}
-        self._overrides: Overrides = {}
         self._running: set[Execution] = set()
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
@@ -85,6 +83,11 @@ class Worker:
         self._asked_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
+
+    @property
+    def plans(self) -> Sequence[Plan]:
+        """What the tasks depend on, but for those that are looked at when the first of them comes."""
+        return self._dependencies.plans
 
     @property
     def busy(self) -> int:
@@ -120,7 +123,7 @@ class Worker:
         self._loop = loop = asyncio.get_running_loop()
         async with (
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
-            self._dependencies() as self._overrides,
+            self._dependencies.open(),
         ):
             self._settler = Settler(self._broker, self._keeper)
             with bound_by(lambda: self._binding):
@@ -183,6 +186,9 @@ class Worker:
     async def _begin(self, deliveries: Sequence[Delivery], stop: asyncio.Event) -> None:
         """Start what may start; what lacks a lock is parked by the broker until it can be had."""
         executions = [execution for delivery in deliveries if (execution := self._prepare(delivery))]
+        deferred = self._dependencies.deferred
+        if deferred and any(execution.blueprint.name in deferred for execution in executions):
+            await self._dependencies.load(self._blueprints)
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
         asked = [execution for execution in executions if execution.locks or self._keeper.overdue]
         refused: set[Execution] = set()
@@ -268,7 +274,7 @@ class Worker:
 
     async def _run(self, execution: Execution) -> None:
         try:
-            self._told(execution, await execution.run(self._overrides))
+            self._told(execution, await execution.run(self._dependencies.overrides))
         except Exception:
             logger.critical("an execution ended in an unforeseen way", exc_info=True)
         finally:
@@ -298,31 +304,6 @@ class Worker:
         self._settler.add(await self._letters.bury(letter, settlement))
 
     # --- beginning and end ------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _dependencies(self) -> AsyncIterator[Overrides]:
-        """Open what the tasks depend on; say which tasks lack something."""
-        plans = [blueprint.plan for blueprint in self._blueprints.values()]
-        if not any(plan.parameters for plan in plans):
-            yield self._given_overrides
-            return
-        from ..injection import find_missing_overrides, setup_dependency_overrides
-
-        async with setup_dependency_overrides(plans) as provided:
-            overrides = {**provided, **self._given_overrides}
-            lacking = {
-                blueprint.name: missing
-                for blueprint in self._blueprints.values()
-                if (missing := find_missing_overrides(blueprint.plan, overrides))
-            }
-            if lacking:
-                logger.warning(
-                    "%d tasks would fail here, for %s is not configured: %s",
-                    len(lacking),
-                    ", ".join(sorted(set().union(*lacking.values()))),
-                    ", ".join(sorted(lacking)),
-                )
-            yield overrides
 
     async def _finish(self) -> None:
         """Let what runs end, then cancel it; tell the broker everything that can still be told."""

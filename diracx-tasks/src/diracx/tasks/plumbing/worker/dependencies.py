@@ -1,0 +1,132 @@
+"""What the tasks of a worker depend on: found out and opened at the start, or, where that is dear, when needed.
+
+Databases take a second to import and twice the memory of all the rest. A worker for which none is configured most
+likely never executes a task that wants one: what has to be imported to understand such a task waits for the first
+of them. Where one is configured, nothing waits, and what is wrong shows at the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..databases import may_be_configured
+from ..depends import loads_at_first_use
+from ..injection import Plan
+from ..overrides import setup_dependency_overrides
+from ..sentinels import find_missing_overrides
+
+if TYPE_CHECKING:
+    from .blueprint import Blueprint
+
+logger = logging.getLogger(__name__)
+
+Overrides = Mapping[Callable[..., Any], Callable[..., Any]]
+
+
+class Dependencies:
+    """The dependencies of all tasks of a worker.
+
+    Args:
+        blueprints: by name of the task.
+        given: replacements of dependencies that win over what the environment provides.
+
+    Raises:
+        TypeError: when a parameter of an `execute` can never be injected; names task and parameter.
+        NameError: when an annotation cannot be resolved.
+    """
+
+    def __init__(self, blueprints: Mapping[str, Blueprint], given: Overrides) -> None:
+        self.overrides: Overrides = given
+        """What stands behind the sentinels, as far as it is open."""
+        self.deferred: frozenset[str] = frozenset()
+        """Names of tasks that cannot be executed before `load`."""
+        if not may_be_configured():
+            self.deferred = frozenset(
+                name for name, each in blueprints.items() if loads_at_first_use(each.task_class.execute)
+            )
+        self._at_start = [each for name, each in blueprints.items() if name not in self.deferred]
+        self.plans: list[Plan] = [blueprint.plan for blueprint in self._at_start]
+        """Of the tasks that are not deferred."""
+        self._loading: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Open what is not deferred; at the end, close everything. Says which tasks lack something.
+
+        Raises:
+            Exception: something needed is configured, but cannot be opened.
+        """
+        async with self._provided(self._at_start):
+            if self.deferred:
+                logger.warning(
+                    "no database is configured: %d tasks may need one, which is looked at when the first of them "
+                    "comes: %s",
+                    len(self.deferred),
+                    ", ".join(sorted(self.deferred)),
+                )
+            try:
+                yield
+            finally:
+                if self._loading is not None:
+                    self._loading.cancel()
+                    await asyncio.wait([self._loading])
+
+    async def load(self, blueprints: Mapping[str, Blueprint]) -> None:
+        """Import and open what is deferred. The event loop goes on meanwhile.
+
+        What goes wrong is logged, and is how those tasks are going to fail.
+        """
+        waiting, self.deferred = [blueprints[name] for name in sorted(self.deferred)], frozenset()
+        loaded = asyncio.Event()
+        # What one asyncio task opens it has to close as well.
+        self._loading = asyncio.create_task(self._loaded(waiting, loaded))
+        await loaded.wait()
+
+    async def _loaded(self, waiting: Iterable[Blueprint], loaded: asyncio.Event) -> None:
+        try:
+            async with self._provided(await asyncio.to_thread(_compiled, waiting)):
+                loaded.set()
+                await asyncio.get_running_loop().create_future()  # until the end
+        except Exception:
+            logger.exception("the dependencies of tasks cannot be had")
+        finally:
+            loaded.set()
+
+    @asynccontextmanager
+    async def _provided(self, blueprints: Iterable[Blueprint]) -> AsyncIterator[None]:
+        plans = {blueprint.name: blueprint.plan for blueprint in blueprints if blueprint.plan.parameters}
+        if not plans:
+            yield
+            return
+        async with setup_dependency_overrides(plans.values(), provided=self.overrides) as provided:
+            self.overrides = {**provided, **self.overrides}
+            lacking = {
+                name: missing
+                for name, plan in plans.items()
+                if (missing := find_missing_overrides(plan, self.overrides))
+            }
+            if lacking:
+                logger.warning(
+                    "%d tasks would fail here, for %s is not configured: %s",
+                    len(lacking),
+                    ", ".join(sorted(set().union(*lacking.values()))),
+                    ", ".join(sorted(lacking)),
+                )
+            yield
+
+
+def _compiled(blueprints: Iterable[Blueprint]) -> list[Blueprint]:
+    """Those whose plan can be compiled; what is wrong with others is logged, and met again when they run."""
+    fine = []
+    for blueprint in blueprints:
+        try:
+            blueprint.plan  # noqa: B018  # compiles it, and imports what it needs for that
+        except Exception:
+            logger.exception("%s cannot be executed", blueprint.name)
+        else:
+            fine.append(blueprint)
+    return fine
