@@ -1,0 +1,210 @@
+"""The back end `slurm`: sbatch, squeue and scancel, on the host of the worker."""
+
+from __future__ import annotations
+
+__all__ = ["SlurmBackend"]
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from gubbins.ces.protocol import (
+    OUTPUT_LIMIT_BYTES,
+    CEBackend,
+    CEDescription,
+    Observation,
+    PilotAtCE,
+    PilotOutput,
+    SubmitOutcome,
+)
+from gubbins.ces.shell import Completed, LocalShell, Shell, inherited_environment
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+from .batch import batch_script, sbatch_options
+from .complaints import complaint, is_refusal, is_silence
+from .jobs import (
+    QUEUE_FORMAT,
+    Job,
+    judge,
+    parse_completions,
+    parse_queue,
+    parse_records,
+)
+from .settings import SlurmSettings
+
+_HERE = Path(__file__).parent
+_MAX_IDS = 1000  # in one scancel
+_MINUTES_OF_A_DAY = 24 * 60
+_NOT_THERE = 66  # of output.sh
+
+
+class SlurmBackend(CEBackend[SlurmSettings]):
+    """The reference of a pilot is its job's number; its stamp is the job's name and comment.
+
+    A stamp is submitted at most once, for a lock and the job's number are kept in the pilot's directory, and
+    the queue is asked by name when a submission has not been heard of. A job that Slurm has forgotten is
+    unknown, unless its exit code is in that directory or its end in the completion log.
+    """
+
+    Settings = SlurmSettings
+    operator_only = True
+
+    def __init__(self, ce: CEDescription, settings: SlurmSettings) -> None:
+        super().__init__(ce, settings)
+        environment = inherited_environment()
+        if settings.slurm_conf is not None:
+            environment["SLURM_CONF"] = str(settings.slurm_conf)
+        self._shell: Shell = LocalShell(environment)
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        turns = asyncio.Semaphore(self.settings.concurrent_submissions)
+
+        async def one(pilot: PilotAtCE) -> SubmitOutcome:
+            async with turns:
+                return await self._submit(pilot)
+
+        tasks = [asyncio.ensure_future(one(pilot)) for pilot in pilots]
+        try:
+            outcomes = await asyncio.gather(*tasks)
+        except BaseException:
+            # A site that has not answered one is not asked about the others.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        stamps = (pilot.stamp for pilot in pilots)
+        answer = dict(zip(stamps, outcomes, strict=True))
+        await self._tidy(("remove", stamp) for stamp, outcome in answer.items() if outcome.error is not None)
+        return answer
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        if not pilots:
+            return {}
+        jobs = await self._queue()
+        over = [pilot.stamp for pilot in pilots if all(job.ended for job in jobs.get(pilot.stamp, ()))]
+        records = parse_records(
+            await self._script("look", _lines(over)) if over and self.settings.nodes_see_directory else ""
+        )
+        forgotten = [
+            stamp
+            for stamp in over
+            if stamp not in jobs and not ((record := records.get(stamp)) and record.exit_code)
+        ]
+        jobs |= await self._completions(forgotten)
+        seen = (
+            (pilot.stamp, judge(jobs.get(pilot.stamp, ()), records.get(pilot.stamp), reference=pilot.reference))
+            for pilot in pilots
+        )
+        return {stamp: observation for stamp, observation in seen if observation is not None}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        if not pilots:
+            return
+        jobs = await self._queue()
+        active = {
+            pilot.stamp: [job.number for job in jobs.get(pilot.stamp, ()) if not job.ended] for pilot in pilots
+        }
+        await self._tidy(("cancelled", stamp) for stamp, numbers in active.items() if numbers)
+        waiting = iter([number for numbers in active.values() for number in numbers])
+        while some := list(islice(waiting, _MAX_IDS)):
+            done = await self._run(self._command("scancel", *some))
+            # One that has ended in the meantime is a complaint as well, and none of ours.
+            if done.returncode != 0 and is_silence(done.stderr):
+                raise CEUnavailableError(f"scancel: {complaint(done.stderr)}")
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        if not self.settings.nodes_see_directory:
+            raise OutputUnavailableError(pilot.stamp, f"the nodes of {self.ce.name} have no directory for it")
+        texts = []
+        for name in ("stdout", "stderr"):
+            arguments = [str(self.settings.directory), pilot.stamp, name, str(OUTPUT_LIMIT_BYTES)]
+            done = await self._run([*_script("output"), *arguments], what=f"the output of {pilot.stamp}")
+            if done.returncode == _NOT_THERE:
+                raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was")
+            texts.append(_text_of(done, "output"))
+        return PilotOutput(*texts)
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+        await self._tidy(
+            (("ended" if status in keep else "remove", stamp) for stamp, status in pilots.items()),
+            remove_after_minutes=str(round(self.settings.keep_days * _MINUTES_OF_A_DAY)),
+        )
+
+    async def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
+        arguments = [
+            str(self.settings.directory),
+            pilot.stamp,
+            f"{self.settings.timeout_seconds:g}",
+            self._path("squeue"),
+            self._path("sbatch"),
+            *sbatch_options(self.settings, pilot),
+        ]
+        job = batch_script(self.settings, self.ce.name, pilot)
+        done = await self._run([*_script("submit"), *arguments], job, what="sbatch")
+        number = done.stdout.strip()
+        if done.returncode == 0 and number.isdigit():
+            return SubmitOutcome(reference=number)
+        said = complaint(done.stderr)
+        if done.returncode != 0 and is_refusal(done.stderr):
+            return SubmitOutcome(error=f"Slurm: {said}")
+        raise CEUnavailableError(f"sbatch: {said}")
+
+    async def _queue(self) -> dict[str, list[Job]]:
+        """All jobs of this user that Slurm knows, by name."""
+        done = await self._run(self._command("squeue", "-h", "--me", "-t", "all", "-O", QUEUE_FORMAT))
+        return parse_queue(_text_of(done, "squeue"))
+
+    async def _completions(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+        log = self.settings.completion_log
+        if log is None or not stamps:
+            return {}
+        done = await self._run(["grep", "-a", "-F", "-f", "-", "--", str(log)], _lines(stamps))
+        wanted = set(stamps)
+        found = parse_completions(done.stdout if done.returncode == 1 else _text_of(done, "grep"))
+        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}
+
+    async def _tidy(self, lines: Iterable[tuple[str, str]], *, remove_after_minutes: str = "") -> None:
+        text = "".join(f"{what} {stamp}\n" for what, stamp in lines)
+        if text:
+            await self._script("tidy", text.encode(), remove_after_minutes)
+
+    async def _script(self, name: str, stdin: bytes, *arguments: str) -> str:
+        argv = [*_script(name), str(self.settings.directory), *arguments]
+        what = f"the directory of {self.ce.name}"
+        return _text_of(await self._run(argv, stdin, what=what), what)
+
+    async def _run(self, argv: Sequence[str], stdin: bytes = b"", *, what: str | None = None) -> Completed:
+        try:
+            return await self._shell.run(argv, stdin=stdin, timeout=self.settings.timeout_seconds)
+        except CEUnavailableError as error:
+            # Of a shell with a script of ours, say what it was to do.
+            raise CEUnavailableError(str(error).replace(argv[0], what or argv[0], 1)) from error
+
+    def _command(self, name: str, *arguments: str) -> list[str]:
+        return [self._path(name), *arguments]
+
+    def _path(self, name: str) -> str:
+        return name if self.settings.commands is None else str(self.settings.commands / name)
+
+
+def _script(name: str) -> list[str]:
+    """The beginning of a command that runs one of our scripts, wherever that is."""
+    return ["/bin/sh", "-c", _HERE.joinpath(f"{name}.sh").read_text(), name]
+
+
+def _lines(stamps: Iterable[str]) -> bytes:
+    return "".join(f"{stamp}\n" for stamp in stamps).encode()
+
+
+def _text_of(done: Completed, what: str) -> str:
+    """The output of a command that has to succeed.
+
+    Raises:
+        CEUnavailableError: it has not.
+    """
+    if done.returncode != 0:
+        raise CEUnavailableError(f"{what}: {complaint(done.stderr)} (exit code {done.returncode})")
+    return done.stdout

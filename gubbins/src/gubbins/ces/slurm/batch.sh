@@ -1,0 +1,24 @@
+#!/bin/sh
+# Runs one pilot on a node, and writes down what happens. The words between at signs are put in at the submission.
+@exports@
+job=@job@  # its directory; empty if it is not to be had here
+note() {
+    [ -z "$job" ] || { printf '%s\n' "$2" > "$job/$1.new" && mv "$job/$1.new" "$job/$1"; }
+}
+# A submission that nobody heard of may have left two jobs of one stamp. The first to start is the pilot.
+if [ -n "$job" ] && ! (set -C; echo "$SLURM_JOB_ID" > "$job/started") 2> /dev/null; then
+    [ "$(cat "$job/started")" = "$SLURM_JOB_ID" ] || exit 0
+fi
+[ -z "$job" ] || [ -s "$job/id" ] || note id "$SLURM_JOB_ID"
+# Slurm signals everybody. This shell stays to write the exit code.
+trap : HUP INT TERM
+work=$(mktemp -d "${TMPDIR:-/tmp}/pilot.XXXXXX") || { note rc 1; exit 1; }
+base64 -d > "$work/run" << 'SCRIPT'
+@script@
+SCRIPT
+chmod 700 "$work/run"
+(cd "$work" && exec ./run) < /dev/null
+code=$?
+rm -rf "$work"
+note rc "$code"
+exit "$code"

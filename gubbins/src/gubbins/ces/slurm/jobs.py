@@ -1,0 +1,153 @@
+"""What Slurm says about jobs, and what that means for a pilot."""
+
+from __future__ import annotations
+
+__all__ = ["QUEUE_FORMAT", "Job", "Record", "judge", "parse_completions", "parse_queue", "parse_records"]
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gubbins.ces.protocol import Observation, Observed
+
+QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|"
+"""For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""
+
+_REQUEUED = {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_WAITING = {"CONFIGURING", "PENDING", *_REQUEUED}
+_RUNNING = {"COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+_FAILURES = {
+    "BOOT_FAIL": "its node could not be started",
+    "CANCELLED": "cancelled at the site",
+    "DEADLINE": "it could not end before its deadline",
+    "FAILED": "it failed",
+    "LAUNCH_FAILED": "it could not be launched",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "it used more memory than it may",
+    "PREEMPTED": "it had to make way for other jobs",
+    "RECONFIG_FAIL": "its node could not be configured",
+    "REVOKED": "another cluster has taken it",
+    "TIMEOUT": "it ran longer than it may",
+}
+# Those that say nothing, or nothing that could be changed.
+_PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
+_MAX_CHARS = 300
+_COMPLETION = re.compile(r"^JobId=([0-9]+) .*? Name=(\S+) JobState=(\w+) .*? ExitCode=(\d+):(\d+)")
+
+
+class Job(NamedTuple):
+    """One batch job."""
+
+    number: str
+    state: str
+    exit_code: str
+    reason: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.state == "COMPLETED" or self.state in _FAILURES
+
+
+class Record(NamedTuple):
+    """What a pilot's directory says."""
+
+    number: str
+    exit_code: str  # empty: none yet
+    cancelled: bool  # by us
+    last_words: str
+
+
+_NO_RECORD = Record("", "", False, "")
+
+
+def parse_queue(text: str) -> dict[str, list[Job]]:
+    """The jobs of each name, from `squeue -O QUEUE_FORMAT`; a line of another shape is skipped."""
+    jobs: dict[str, list[Job]] = defaultdict(list)
+    for line in text.splitlines():
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) >= 5 and re.fullmatch(r"[0-9]+", fields[0]):
+            jobs[fields[4]].append(Job(*fields[:4]))
+    return jobs
+
+
+def parse_records(text: str) -> dict[str, Record]:
+    """The records of each stamp, from `look.sh`."""
+    records = {}
+    for line in text.splitlines():
+        fields = line.split("|", 4)
+        if len(fields) == 5:
+            stamp, number, exit_code, cancelled, words = fields
+            records[stamp] = Record(number, exit_code.strip(), bool(cancelled), words.strip())
+    return records
+
+
+def parse_completions(text: str) -> dict[str, list[Job]]:
+    """The jobs of each name, from the file of `jobcomp/filetxt`."""
+    jobs: dict[str, list[Job]] = defaultdict(list)
+    for line in text.splitlines():
+        if match := _COMPLETION.match(line):
+            number, name, state, code, _signal = match.groups()
+            jobs[name].append(Job(number, state, code, ""))
+    return jobs
+
+
+def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) -> Observation | None:
+    """What has become of a pilot; None: neither Slurm nor a directory knows.
+
+    Args:
+        jobs: those of its stamp; more than one only if a submission was not heard of.
+        record: of its directory.
+        reference: the job's number as the database knows it; reported if it does not.
+    """
+    active = [job for job in jobs if not job.ended]
+    if active:
+        job = min(active, key=lambda each: (each.state not in _RUNNING, int(each.number)))
+        return _with_reference(_of_active(job), job.number, reference)
+    record = record or _NO_RECORD
+    if len(jobs) > 1 and record.exit_code:
+        jobs = []  # one of them was the pilot, which has left its exit code
+    if jobs:
+        job = min(jobs, key=lambda each: int(each.number))
+        return _with_reference(_of_ended(job, record), job.number, reference)
+    if record.exit_code:
+        return _with_reference(_of_record(record), record.number, reference)
+    return None
+
+
+def _with_reference(seen: Observation, number: str, reference: str | None) -> Observation:
+    return seen if reference is not None else seen._replace(reference=number or None)
+
+
+def _of_active(job: Job) -> Observation:
+    if job.state in _WAITING:
+        return Observation(Observed.WAITING, None if job.reason in _PLAIN_REASONS else f"Slurm: {job.reason}")
+    if job.state in _RUNNING:
+        return Observation(Observed.RUNNING)
+    return Observation(Observed.NO_NEWS, f"Slurm: unknown state {job.state}")
+
+
+def _of_ended(job: Job, record: Record) -> Observation:
+    if job.state == "COMPLETED":
+        return Observation(Observed.DONE)
+    if job.state == "CANCELLED" and record.cancelled:
+        return Observation(Observed.FAILED, "cancelled")
+    if job.state == "FAILED" and (code := record.exit_code or job.exit_code) not in {"", "0"}:
+        return _failed(f"exit code {code}", job.reason, record.last_words)
+    return _failed(f"{_FAILURES[job.state]} ({job.state})", job.reason, record.last_words)
+
+
+def _of_record(record: Record) -> Observation:
+    if record.exit_code == "0":
+        return Observation(Observed.DONE)
+    if record.cancelled:
+        return Observation(Observed.FAILED, "cancelled")
+    return _failed(f"exit code {record.exit_code}", "", record.last_words)
+
+
+def _failed(what: str, reason: str, last_words: str) -> Observation:
+    if reason not in _PLAIN_REASONS:
+        what = f"{what}, Slurm says {reason}"
+    text = f"{what}: {last_words}" if last_words else what
+    return Observation(Observed.FAILED, " ".join(text.split())[:_MAX_CHARS].strip())

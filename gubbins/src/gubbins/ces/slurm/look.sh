@@ -1,0 +1,20 @@
+# Tells what the directories of pilots say.
+#
+#   /bin/sh -c "$(cat look.sh)" look DIRECTORY  < stamps, one in a line
+#
+# For each directory that exists: stamp|job number|exit code|cancelled or not (1 or nothing)|last words, if it failed.
+[ -e "$1" ] || exit 0
+cd "$1" || exit 73
+while read -r stamp; do
+    [ -d "$stamp" ] || continue
+    id='' rc='' cancelled='' words=''
+    [ ! -e "$stamp/id" ] || read -r id < "$stamp/id"
+    [ ! -e "$stamp/cancelled" ] || cancelled=1
+    # A full disk leaves an empty file: it ended, and not well.
+    if [ -e "$stamp/rc" ]; then read -r rc < "$stamp/rc" || rc=1; fi
+    if [ "${rc:-1}" != 0 ] && [ -s "$stamp/stderr" ]; then
+        # The pilot's own, not what Slurm says below them.
+        words=$(tail -c 4096 "$stamp/stderr" | tr '\000\r' '\n\n' | grep -av -e '^slurmstepd' -e '^[[:space:]]*$' | tail -n 1)
+    fi
+    printf '%s|%s|%s|%s|%s\n' "$stamp" "$id" "$rc" "$cancelled" "$words"
+done

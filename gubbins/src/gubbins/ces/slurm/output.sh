@@ -1,0 +1,8 @@
+# Prints the last part of what a pilot has written.
+#
+#   /bin/sh -c "$(cat output.sh)" output DIRECTORY STAMP stdout|stderr BYTES
+#
+# Exit code 66: there is no such directory.
+cd "$1" || exit 73
+cd "$2" 2>/dev/null || exit 66
+[ ! -e "$3" ] || exec tail -c "$4" "$3"

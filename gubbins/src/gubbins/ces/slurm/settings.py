@@ -1,0 +1,84 @@
+"""What the operator says about a Slurm site."""
+
+from __future__ import annotations
+
+__all__ = ["SlurmSettings"]
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, field_validator
+
+from gubbins.ces.protocol import CESettings
+
+# What the back end says itself, or what would make something else than one job of a pilot.
+_OURS = {"array", "chdir", "comment", "error", "input", "job-name", "output", "parsable", "requeue"}
+_OURS |= {"test-only", "wait", "wrap"}
+
+
+def _absolute(path: Path) -> Path:
+    # Workers are started from anywhere; and Slurm takes % and \ in the names of output files for its own.
+    if not path.is_absolute() or any(character in "%\\\n" for character in str(path)):
+        raise ValueError(f"must be an absolute path without % and \\, not {str(path)!r}")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/+-]+$")]
+
+
+class SlurmSettings(CESettings):
+    """Settings of a Slurm compute element."""
+
+    directory: AbsolutePath = Field(
+        description="Where the pilots' directories are, absolute; the same for all workers that use this site."
+    )
+    nodes_see_directory: bool = Field(
+        default=True,
+        description="Whether the nodes have that directory under the same name. If not, there is no output, and "
+        "the end of a job is known only for as long as Slurm knows it.",
+    )
+    partition: Word | None = Field(default=None, description="Partition, or several with commas.")
+    account: Word | None = Field(default=None, description="Account that is charged.")
+    qos: Word | None = Field(default=None, description="Quality of service.")
+    cpus: int | None = Field(default=None, ge=1, description="CPUs of a pilot.")
+    memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
+    wall_minutes: int | None = Field(default=None, ge=1, description="Time limit of a pilot, in minutes.")
+    extra_options: list[Annotated[str, Field(pattern=r"^--[a-z]")]] = Field(
+        default=[], description="More options of sbatch, each as one string (`--constraint=avx2`)."
+    )
+    scripts: dict[str, str] = Field(
+        default={},
+        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
+    )
+    default_script: str = Field(default="sleep 1", description="For VOs that have no script of their own.")
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        default={}, description="Added to the pilots' environment."
+    )
+    completion_log: AbsolutePath | None = Field(
+        default=None,
+        description="The file of `jobcomp/filetxt`, if the site has one: ends are known when Slurm has forgotten.",
+    )
+    slurm_conf: AbsolutePath | None = Field(default=None, description="SLURM_CONF of the commands.")
+    commands: AbsolutePath | None = Field(
+        default=None, description="Directory of sbatch, squeue and scancel; left out: they are in PATH."
+    )
+    timeout_seconds: float = Field(
+        default=20, gt=0, allow_inf_nan=False, description="How long one command may take."
+    )
+    concurrent_submissions: int = Field(default=8, ge=1, description="How many sbatch run at the same time.")
+    keep: Literal["none", "failed", "all"] = Field(
+        default="failed", description="Whose directories (with stdout and stderr) stay after the end."
+    )
+    keep_days: float = Field(
+        default=7, ge=0, allow_inf_nan=False, description="How long those directories stay, in days."
+    )
+
+    @field_validator("extra_options")
+    @classmethod
+    def _not_ours(cls, options: list[str]) -> list[str]:
+        for option in options:
+            name = option[2:].partition("=")[0]
+            if name in _OURS or "\n" in option:
+                raise ValueError(f"{option!r} is not for you to set: the back end needs it")
+        return options

@@ -1,0 +1,37 @@
+# Submits one pilot, and no second one of the same stamp.
+#
+#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE SBATCH…  < batch script
+#
+# Prints the job's number. Of the stamp's directory: lock (held while somebody submits), tried (sbatch has been
+# called, however that went), id (the job's number). Exit code 75: nobody knows
+# whether it has been submitted. All others but those of sbatch: it has not.
+directory=$1 stamp=$2 seconds=$3 squeue=$4
+shift 4
+mkdir -p "$directory" && cd "$directory" || exit 73
+mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || { echo "$directory/$stamp cannot be made" >&2; exit 73; }
+exec 9> "$stamp/lock" || exit 73
+# Held by what is started from here as well: an sbatch that outlives this shell still submits.
+flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }
+
+known() {
+    [ -s "$stamp/id" ] && exec cat "$stamp/id"
+}
+note() {
+    printf '%s\n' "$1" > "$stamp/id.new" && mv "$stamp/id.new" "$stamp/id" || exit 73
+}
+
+known
+if [ -e "$stamp/tried" ]; then
+    # Nobody has heard how that went. The queue knows.
+    found=$(timeout --foreground "$seconds" "$squeue" -h --me -t all -n "$stamp" -o %i) || exit 75
+    known
+    if [ -n "$found" ]; then
+        note "$(printf '%s\n' "$found" | sort -n | head -n 1)"
+        known
+    fi
+fi
+: > "$stamp/tried" || exit 73
+id=$(timeout --foreground "$seconds" "$@") || exit $?
+# With several clusters it is `number;cluster`.
+note "${id%%;*}"
+known

@@ -1,0 +1,16 @@
+# Marks and removes directories of pilots.
+#
+#   /bin/sh -c "$(cat tidy.sh)" tidy DIRECTORY MINUTES  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
+#
+# Those that ended longer than MINUTES ago go as well; MINUTES empty: they stay.
+[ -e "$1" ] || exit 0
+cd "$1" || exit 73
+while read -r what stamp; do
+    [ -d "$stamp" ] || continue
+    case $what in
+        remove) rm -rf -- "./$stamp" ;;
+        *) [ -e "$stamp/$what" ] || : > "$stamp/$what" ;;
+    esac
+done
+[ -n "$2" ] || exit 0
+find . -mindepth 2 -maxdepth 2 -name ended -mmin "+$2" | while read -r mark; do rm -rf -- "${mark%/ended}"; done

@@ -1,0 +1,54 @@
+"""The back end `slurm` at a real site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from gubbins.ces import CEDescription
+from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.demo.slurm import SlurmSite
+from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
+
+
+class TestSlurm(CERemoteConformance):
+    timeout_seconds = 20.0
+
+    @pytest.fixture
+    def make(self, slurm_site: SlurmSite, tmp_path: Path) -> MakeBackend:
+        self.witness = tmp_path / "witness"
+        self.witness.mkdir()
+        scripts = pilot_scripts(self.witness)
+
+        def make(fate: Fate) -> SlurmBackend:
+            settings = SlurmSettings(
+                directory=tmp_path / "pilots",
+                slurm_conf=slurm_site.slurm_conf,
+                default_script=scripts[fate],
+                timeout_seconds=self.timeout_seconds,
+                keep="all",
+            )
+            return SlurmBackend(CEDescription("slurm", 100, 1.0), settings)
+
+        return make
+
+    @pytest.fixture
+    def down(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
+        return self.impatiently(slurm_site.without_controller())
+
+    @pytest.fixture
+    def hanging(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
+        return self.impatiently(slurm_site.frozen())
+
+    @contextmanager
+    def impatiently(self, trouble: AbstractContextManager[object]) -> Iterator[None]:
+        self.timeout_seconds = 1.0
+        with trouble:
+            yield
+        del self.timeout_seconds
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())

@@ -1,0 +1,218 @@
+"""What sites do to pilots, and what becomes of submissions that nobody heard of; at a real Slurm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.ces.slurm.batch import batch_script, sbatch_options
+from gubbins.demo.slurm import SlurmSite
+from gubbins.exceptions import CEUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+Make = Callable[..., SlurmBackend]
+QUEUE = ("squeue", "-h", "-t", "all", "-o", "%j")
+ENDED = (Observed.DONE, Observed.FAILED)
+
+
+@pytest.fixture
+def make(slurm_site: SlurmSite, tmp_path: Path) -> Make:
+    def make(**settings: Any) -> SlurmBackend:
+        given = {"directory": tmp_path / "pilots", "slurm_conf": slurm_site.slurm_conf, "keep": "all", **settings}
+        return SlurmBackend(CEDescription("slurm", 100, 1.0), SlurmSettings(**given))
+
+    return make
+
+
+async def observe(backend: SlurmBackend, pilot: PilotAtCE, *wanted: Observed) -> Observation:
+    deadline = time.monotonic() + 60
+    while True:
+        seen = (await backend.poll([pilot])).get(pilot.stamp)
+        if seen is not None and seen.state in wanted:
+            return seen
+        assert time.monotonic() < deadline, f"still {seen}"
+        await asyncio.sleep(0.1)
+
+
+def pilot(stamp: str, vo: str = "vo") -> PilotAtCE:
+    return PilotAtCE(f"{stamp}-{time.time_ns()}", vo)
+
+
+async def test_a_pilot_fails_with_its_node(make: Make, slurm_site: SlurmSite) -> None:
+    backend, lost = make(default_script="sleep 300"), pilot("node")
+    await backend.submit([lost])
+    await observe(backend, lost, Observed.RUNNING)
+    update = ("scontrol", "update", f"NodeName={slurm_site.node}")
+    slurm_site.command(*update, "State=DOWN", "Reason=test")
+    try:
+        seen = await observe(backend, lost, *ENDED)
+    finally:
+        slurm_site.command(*update, "State=RESUME")
+    assert (seen.state, seen.reason) == (Observed.FAILED, "its node failed (NODE_FAIL)")
+
+
+async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_kept_its_end(
+    make: Make, slurm_site: SlurmSite
+) -> None:
+    blind = {"nodes_see_directory": False}
+    seen, bad, unseen = pilot("seen"), pilot("bad"), pilot("unseen")
+    await make(default_script="true").submit([seen])
+    await make(default_script="echo no luck >&2; exit 3").submit([bad])
+    await make(default_script="exit 4", **blind).submit([unseen])
+    for each in (seen, bad, unseen):
+        await observe(make(**blind), each, *ENDED)
+    deadline = time.monotonic() + 100
+    while any(
+        each.stamp in slurm_site.command("squeue", "-h", "-t", "all", "-o", "%j") for each in (seen, bad, unseen)
+    ):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+    answer = await make().poll([seen, bad, unseen])
+    assert set(answer) == {seen.stamp, bad.stamp}
+    assert answer[seen.stamp].state is Observed.DONE
+    assert answer[bad.stamp][:2] == (Observed.FAILED, "exit code 3: no luck")
+    log = slurm_site.completion_log
+    answer = await make(completion_log=log, **blind).poll([seen, bad, unseen, pilot("never")])
+    assert {stamp: observation[:2] for stamp, observation in answer.items()} == {
+        seen.stamp: (Observed.DONE, None),
+        bad.stamp: (Observed.FAILED, "exit code 3"),
+        unseen.stamp: (Observed.FAILED, "exit code 4"),
+    }
+
+
+async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
+    make: Make, slurm_site: SlurmSite, tmp_path: Path
+) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("squeue", "scancel"):
+        (commands / name).symlink_to(shutil.which(name) or "")
+    deaf = commands / "sbatch"
+    deaf.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" > /dev/null; exec sleep 60\n')
+    deaf.chmod(0o755)
+    script = f"echo started >> {tmp_path}/starts; sleep 300"
+    lost = pilot("lost")
+    with pytest.raises(CEUnavailableError, match="sbatch has not answered within 2 s"):
+        await make(default_script=script, commands=commands, timeout_seconds=2).submit([lost])
+    found = await observe(make(), lost, Observed.RUNNING)
+    outcome = (await make(default_script=script).submit([lost]))[lost.stamp]
+    assert outcome.reference == found.reference
+    assert slurm_site.command("squeue", "-h", "-n", lost.stamp, "-o", "%i").split() == [found.reference]
+    await make().cancel([lost])
+    assert (await observe(make(), lost, *ENDED))[:2] == (Observed.FAILED, "cancelled")
+    assert (tmp_path / "starts").read_text() == "started\n"
+
+
+async def test_of_two_jobs_of_one_stamp_only_the_first_becomes_a_pilot(
+    make: Make, slurm_site: SlurmSite, tmp_path: Path
+) -> None:
+    backend, twin = make(default_script=f"echo started >> {tmp_path}/starts; sleep 1"), pilot("twin")
+    (backend.settings.directory / twin.stamp).mkdir(parents=True)
+    for _ in range(2):
+        subprocess.run(
+            ["sbatch", *sbatch_options(backend.settings, twin)],
+            input=batch_script(backend.settings, "slurm", twin),
+            env={"PATH": "/usr/bin:/bin", "SLURM_CONF": str(slurm_site.slurm_conf)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+    seen = await observe(backend, twin, *ENDED)
+    assert seen.state is Observed.DONE
+    assert (tmp_path / "starts").read_text() == "started\n"
+
+
+async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    nowhere, greedy = pilot("nowhere"), pilot("greedy")
+    outcomes = await make(partition="nowhere").submit([nowhere])
+    assert outcomes[nowhere.stamp] == (await make(partition="nowhere").submit([nowhere]))[nowhere.stamp]
+    assert outcomes[nowhere.stamp].error == "Slurm: Invalid partition name specified"
+    outcome = (await make(extra_options=["--frobnicate"]).submit([greedy]))[greedy.stamp]
+    assert outcome.reference is None
+    assert outcome.error
+    assert await make().poll([nowhere, greedy]) == {}
+    assert list((tmp_path / "pilots").iterdir()) == []
+
+
+async def test_a_waiting_pilot_says_what_it_waits_for_and_can_be_cancelled(
+    make: Make, slurm_site: SlurmSite
+) -> None:
+    settings = {
+        "partition": "long",
+        "cpus": 2,
+        "memory_mb": 300,
+        "wall_minutes": 7,
+        "extra_options": ["--begin=now+1hour"],
+    }
+    backend, waiting = make(**settings), pilot("waiting")
+    number = (await backend.submit([waiting]))[waiting.stamp].reference
+    seen = await observe(backend, waiting, Observed.WAITING)
+    assert seen.reason in {"Slurm: BeginTime", None}  # None: the scheduler has not looked yet
+    shown = slurm_site.command("scontrol", "show", "job", str(number))
+    for expected in ("Partition=long", "NumCPUs=2", "MinMemoryNode=300M", "TimeLimit=00:07:00", "Requeue=0"):
+        assert expected in shown
+    assert f"Comment={waiting.stamp}" in shown
+    await backend.cancel([waiting])
+    assert (await observe(backend, waiting, *ENDED))[:2] == (Observed.FAILED, "cancelled")
+
+
+async def test_a_pilot_cancelled_by_the_site_says_so(make: Make, slurm_site: SlurmSite) -> None:
+    backend, victim = make(default_script="sleep 300"), pilot("victim")
+    number = (await backend.submit([victim]))[victim.stamp].reference
+    await observe(backend, victim, Observed.RUNNING)
+    slurm_site.command("scancel", str(number))
+    seen = await observe(backend, victim, *ENDED)
+    assert seen.state is Observed.FAILED
+    assert "cancelled at the site" in str(seen.reason)
+
+
+async def test_pilots_get_their_own_script_and_environment_and_no_secrets(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", "mysql://root:secret@db")
+    python = "#!/usr/bin/env python3\nimport os\nprint(dict(os.environ))"
+    backend = make(scripts={"lhcb": python}, default_script="env", environment={"EXTRA": "it's $HOME"})
+    ours, others = pilot("a", "lhcb"), pilot("b")
+    await backend.submit([ours, others])
+    for each in (ours, others):
+        await observe(backend, each, Observed.DONE)
+    output = (await backend.output(ours)).stdout
+    for expected in ("'PILOT_VO': 'lhcb'", f"'PILOT_STAMP': '{ours.stamp}'", "'PILOT_CE': 'slurm'", "it's $HOME"):
+        assert expected in output
+    assert "secret" not in output
+    assert "PILOT_VO=vo\n" in (await backend.output(others)).stdout
+
+
+async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(CEUnavailableError, match="squeue cannot be started: No such file"):
+        await make(commands=tmp_path, slurm_conf=None).poll([pilot("x")])
+    (tmp_path / "file").touch()
+    with pytest.raises(CEUnavailableError, match="File exists"):
+        await make(directory=tmp_path / "file").submit([pilot("x")])
+
+
+@pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])
+async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
+    for stamp in ("d", "f"):
+        (tmp_path / "pilots" / stamp).mkdir(parents=True)
+    await make(keep=keep).forget({"d": MyPilotStatus.DONE, "f": MyPilotStatus.FAILED})
+    assert {path.name for path in (tmp_path / "pilots").iterdir()} == left
+
+
+async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
+    for stamp in ("old", "new", "active"):
+        (tmp_path / "pilots" / stamp).mkdir(parents=True)
+    await make().forget({"old": MyPilotStatus.FAILED, "new": MyPilotStatus.FAILED})
+    before = time.time() - 8 * 24 * 3600
+    os.utime(tmp_path / "pilots" / "old" / "ended", (before, before))
+    await make().forget({"new": MyPilotStatus.FAILED})
+    assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active"}

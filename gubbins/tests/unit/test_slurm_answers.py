@@ -1,0 +1,170 @@
+"""What Slurm says, and what follows for a pilot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gubbins.ces import Observation, Observed, PilotAtCE
+from gubbins.ces.slurm import SlurmSettings
+from gubbins.ces.slurm.batch import batch_script, sbatch_options
+from gubbins.ces.slurm.complaints import complaint, is_refusal, is_silence
+from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
+
+DOWN = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n"
+REFUSED = """\
+sbatch: error: Memory specification can not be satisfied
+sbatch: error: Batch job submission failed: Requested node configuration is not available
+"""
+
+
+def job(state: str, reason: str = "None", number: str = "7", exit_code: str = "0") -> Job:
+    return Job(number, state, exit_code, reason)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("PENDING", "Priority", Observation(Observed.WAITING)),
+        ("PENDING", "JobHeldAdmin", Observation(Observed.WAITING, "Slurm: JobHeldAdmin")),
+        ("CONFIGURING", "None", Observation(Observed.WAITING)),
+        ("RUNNING", "None", Observation(Observed.RUNNING)),
+        ("SUSPENDED", "None", Observation(Observed.RUNNING)),
+        ("COMPLETING", "None", Observation(Observed.RUNNING)),
+        ("COMPLETED", "None", Observation(Observed.DONE)),
+        ("TIMEOUT", "TimeLimit", Observation(Observed.FAILED, "it ran longer than it may (TIMEOUT)")),
+        ("OUT_OF_MEMORY", "OutOfMemory", Observation(Observed.FAILED, None)),
+        ("NODE_FAIL", "None", Observation(Observed.FAILED, "its node failed (NODE_FAIL)")),
+        ("PREEMPTED", "None", Observation(Observed.FAILED, None)),
+        ("CANCELLED", "None", Observation(Observed.FAILED, "cancelled at the site (CANCELLED)")),
+        ("FAILED", "NonZeroExitCode", Observation(Observed.FAILED, "it failed (FAILED)")),
+        ("A_STATE_OF_TOMORROW", "None", Observation(Observed.NO_NEWS, "Slurm: unknown state A_STATE_OF_TOMORROW")),
+    ],
+)
+def test_each_state_of_a_job_means_one_of_a_pilot(state: str, reason: str, expected: Observation) -> None:
+    seen = judge([job(state, reason)], None, reference="7")
+    assert seen is not None
+    assert seen.state is expected.state
+    if expected.reason is not None or expected.state is not Observed.FAILED:
+        assert seen.reason == expected.reason
+    else:
+        assert seen.reason
+
+
+def test_a_job_that_slurm_does_not_know_is_unknown_and_not_completed() -> None:
+    assert judge([], None, reference="7") is None
+    assert judge([], Record("7", "", False, ""), reference="7") is None
+
+
+def test_an_exit_code_in_the_directory_is_an_end_that_slurm_has_forgotten() -> None:
+    assert judge([], Record("7", "0", False, ""), reference=None) == (Observed.DONE, None, "7")
+    assert judge([], Record("7", "3", False, "no luck"), reference="7") == (
+        Observed.FAILED,
+        "exit code 3: no luck",
+        None,
+    )
+    assert judge([], Record("7", "143", True, ""), reference="7") == (Observed.FAILED, "cancelled", None)
+
+
+def test_of_two_jobs_of_one_stamp_the_one_that_runs_is_the_pilot() -> None:
+    jobs = [job("PENDING", number="9"), job("RUNNING", number="10")]
+    assert judge(jobs, None, reference=None) == (Observed.RUNNING, None, "10")
+
+
+def test_of_two_jobs_that_have_ended_the_one_that_has_left_its_exit_code_was_the_pilot() -> None:
+    jobs = [job("COMPLETED", number="9"), job("FAILED", number="10")]
+    assert judge(jobs, Record("10", "3", False, ""), reference=None) == (Observed.FAILED, "exit code 3", "10")
+
+
+@given(st.text())
+def test_lines_of_another_shape_are_no_news_and_no_error(text: str) -> None:
+    for jobs in (parse_queue(text), parse_completions(text)):
+        for each in jobs.values():
+            judge(each, None, reference=None)
+    for record in parse_records(text).values():
+        judge([], record, reference=None)
+
+
+@given(st.lists(st.tuples(*[st.text(st.characters(exclude_characters="|\n"), max_size=30)] * 3), min_size=1))
+def test_whatever_stands_in_the_fields_a_reason_is_one_short_line(fields: list[Any]) -> None:
+    jobs = [Job(str(number), state, code, reason) for number, (state, code, reason) in enumerate(fields)]
+    seen = judge(jobs, Record("", "x" * 999, False, "y\n" * 999), reference=None)
+    assert seen is not None
+    if seen.state is Observed.FAILED:
+        assert seen.reason
+        assert "\n" not in seen.reason
+        assert len(seen.reason) <= 300
+
+
+def test_a_queue_is_read_by_name() -> None:
+    text = "5|FAILED|1|BadConstraints|one|\n6|PENDING|0|None|two|\nslurm_load_jobs error\n"
+    assert parse_queue(text) == {
+        "one": [Job("5", "FAILED", "1", "BadConstraints")],
+        "two": [job("PENDING", number="6")],
+    }
+
+
+def test_a_controller_that_cannot_be_asked_has_refused_nothing() -> None:
+    assert is_silence(DOWN)
+    assert not is_refusal(DOWN)
+    assert is_refusal(REFUSED)
+    assert not is_silence(REFUSED)
+    assert complaint(REFUSED) == "Requested node configuration is not available"
+    assert is_refusal("sbatch: unrecognized option '--frob'\nTry \"sbatch --help\" for more information\n")
+    assert not is_refusal("sbatch: fatal: Could not establish a configuration source\n")
+    assert not is_refusal("/bin/sh: 1: sbatch: not found\n")
+    assert not is_refusal("")
+    assert is_silence("slurm_load_jobs error: Socket timed out on send/recv operation\n")
+    assert complaint("") == "no message"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"directory": "relative"},
+        {"directory": "/with%percent"},
+        {"extra_options": ["--array=1-100"]},
+        {"extra_options": ["--wrap=rm"]},
+        {"extra_options": ["-p short"]},
+        {"partition": "short; rm"},
+        {"environment": {"A B": "c"}},
+        {"cpus": 0},
+        {"speed": 1},
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SlurmSettings.model_validate({"directory": "/pilots", **wrong})
+
+
+def test_resources_become_options_of_sbatch() -> None:
+    settings = SlurmSettings(
+        directory=Path("/pilots"),
+        partition="short,long",
+        account="atlas",
+        qos="grid",
+        cpus=8,
+        memory_mb=2000,
+        wall_minutes=90,
+        extra_options=["--constraint=avx2"],
+    )
+    options = sbatch_options(settings, PilotAtCE("s", "vo"))
+    assert {"--partition=short,long", "--account=atlas", "--qos=grid", "--cpus-per-task=8"} < set(options)
+    assert {"--mem=2000M", "--time=90", "--constraint=avx2", "--output=/pilots/s/stdout"} < set(options)
+    unseen = settings.model_copy(update={"nodes_see_directory": False})
+    assert "--output=/dev/null" in sbatch_options(unseen, PilotAtCE("s", "vo"))
+
+
+def test_nothing_in_the_settings_breaks_out_of_the_batch_script() -> None:
+    settings = SlurmSettings(
+        directory=Path("/pi lots'"), default_script="SCRIPT\n@job@", environment={"A": "'; rm -rf /\n@script@"}
+    )
+    text = batch_script(settings, "ce", PilotAtCE("s", "vo'")).decode()
+    assert "export A=''\"'\"'; rm -rf /\n@script@'" in text
+    assert "export PILOT_VO='vo'\"'\"''" in text
+    assert text.count("\nSCRIPT\n") == 1
