@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,22 @@ import typer
 from gubbins.cli.session import CommandError
 
 
+class Site(StrEnum):
+    """What the pilots are submitted to."""
+
+    MIXED = "mixed"
+    SLURM = "slurm"
+
+
 def demo(
+    site: Annotated[
+        Site,
+        typer.Option(
+            "--site",
+            help="mixed: a reliable, a flaky and a local compute element; slurm: a real one-node Slurm, "
+            "which is started for it (root, on a host where Slurm is installed).",
+        ),
+    ] = Site.MIXED,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=1, help="Stop by itself after so long.", show_default=False)
     ] = None,
@@ -28,8 +44,9 @@ def demo(
 ) -> None:
     """Run the whole pilot system on this machine, and watch it.
 
-    Three VOs, a reliable, a flaky and a local compute element, an embedded Valkey, SQLite, the API, a
-    scheduler and three workers. Nothing needs to be installed or set up before, and nothing is left behind.
+    Three VOs, a reliable, a flaky and a local compute element (or, with --site slurm, a real batch system), an
+    embedded Valkey, SQLite, the API, a scheduler and three workers. Nothing needs to be installed or set up
+    before, and nothing is left behind.
     """
     import subprocess
 
@@ -37,12 +54,16 @@ def demo(
 
     from .run import run_demo
     from .services import ServiceDiedError
+    from .slurm import SlurmSite, SlurmSiteError
 
     if directory is not None and directory.exists():
         raise CommandError(f"{directory} exists already: name a directory that is to be made", 2)
+    slurm = site is Site.SLURM
+    if slurm and (obstacle := SlurmSite.obstacle()) is not None:
+        raise CommandError(obstacle)
     try:
-        run_demo(seconds=seconds, as_json=as_json, directory=directory)
-    except (ServiceDiedError, EmbeddedServerError) as error:
+        run_demo(seconds=seconds, as_json=as_json, directory=directory, slurm=slurm)
+    except (ServiceDiedError, SlurmSiteError, EmbeddedServerError) as error:
         raise CommandError(str(error)) from error
     except subprocess.CalledProcessError as error:
         raise CommandError(f"{' '.join(error.cmd[:1])} failed: {error.stderr.strip()}") from error

@@ -18,6 +18,7 @@ from diracx.tasks.testing.server import ValkeyProcess, free_port
 
 from .services import Services
 from .site import VOS, DemoSite
+from .slurm import SlurmSite
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.25
 _WORKERS = 3
 _SLOTS = "8"
+_SLURM_CPUS = 24
 
 
-def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None) -> None:
-    """Run until Ctrl-C, or for so many seconds.
+def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, slurm: bool = False) -> None:
+    """Run until Ctrl-C, or for so many seconds; with the usual compute elements, or a Slurm site alone.
 
     Raises:
         ServiceDiedError: a process of the demonstration ended by itself.
+        SlurmSiteError: there can be no Slurm site here, or it has ended.
         OSError, subprocess.CalledProcessError, RuntimeError: something could not be set up.
     """
     with contextlib.ExitStack() as stack:
@@ -43,7 +46,11 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None) ->
         valkey = ValkeyProcess(directory)
         valkey.start()
         stack.callback(valkey.stop)
-        site = DemoSite(directory, valkey.url, free_port())
+        slurm_site = SlurmSite(directory / "slurm", cpus=_SLURM_CPUS) if slurm else None
+        if slurm_site is not None:
+            stack.callback(slurm_site.stop)
+            slurm_site.start()
+        site = DemoSite(directory, valkey.url, free_port(), slurm_site)
         site.build()
         os.environ |= site.environment
         asyncio.run(site.create_databases())
@@ -86,6 +93,8 @@ async def _watch(site: DemoSite, services: Services, *, seconds: float | None, a
         with _screen(site, as_json) as show:
             while not stop.is_set() and (seconds is None or time.monotonic() - begin < seconds):
                 services.check()
+                if site.slurm is not None:
+                    site.slurm.check()
                 await watch.look()
                 show(watch, time.monotonic() - begin)
                 with contextlib.suppress(TimeoutError):
@@ -124,13 +133,14 @@ def _screen(site: DemoSite, as_json: bool) -> Iterator[Any]:
 
 
 def _greeting(site: DemoSite) -> str:
+    slurm = f"  export SLURM_CONF={site.slurm.slurm_conf}; squeue\n" if site.slurm is not None else ""
     return f"""\
 API:  {site.api_url}/api/docs
 logs: {site.directory}
 In another terminal (the API takes a few seconds to start):
   export TOKEN={site.token("lhcb")}
   curl -s -H "Authorization: Bearer $TOKEN" {site.api_url}/api/my_pilots/summary
-"""
+{slurm}"""
 
 
 async def _end_local_pilots(db: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .slurm import SlurmSite
+
 VOS = ("cta", "juno", "lhcb")
 USER = "demo"
 
@@ -61,6 +63,30 @@ def compute_elements(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
+def slurm_compute_elements(directory: Path, slurm: SlurmSite) -> list[dict[str, Any]]:
+    """A Slurm site, whose node has as many CPUs as the compute element has slots."""
+    return [
+        {
+            "name": "slurm",
+            "capacity": slurm.cpus,
+            "backend": "slurm",
+            "settings": {
+                "directory": str(directory),
+                "slurm_conf": str(slurm.slurm_conf),
+                "partition": "short",
+                "wall_minutes": 5,
+                "scripts": {
+                    "lhcb": "sleep 20",
+                    # One in three of these fails: a pilot's exit code decides.
+                    "cta": "sleep 15; [ $(( $(date +%s) % 3 )) != 0 ] || { echo no luck today >&2; exit 1; }",
+                },
+                "default_script": "sleep 12",
+                "keep": "none",
+            },
+        }
+    ]
+
+
 @dataclass(frozen=True)
 class DemoSite:
     """A directory with everything in it. `build()` fills it; nothing of it is outside."""
@@ -68,6 +94,7 @@ class DemoSite:
     directory: Path
     redis_url: str
     api_port: int
+    slurm: SlurmSite | None = None  # instead of the usual compute elements
 
     @property
     def api_url(self) -> str:
@@ -104,11 +131,9 @@ class DemoSite:
         key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "demo"})
         self._secret("keystore.json", json.dumps(KeySet([key]).as_dict(private=True)))
         self._secret("state.key", Fernet.generate_key().decode())
-        self.ce_file.write_text(
-            yaml.safe_dump(
-                {"compute_elements": compute_elements(self.directory / "local-pilots")}, sort_keys=False
-            )
-        )
+        pilots = self.directory / "pilots"
+        ces = compute_elements(pilots) if self.slurm is None else slurm_compute_elements(pilots, self.slurm)
+        self.ce_file.write_text(yaml.safe_dump({"compute_elements": ces}, sort_keys=False))
         self._commit_configuration(self.directory / "configuration")
 
     def _secret(self, name: str, text: str) -> None:

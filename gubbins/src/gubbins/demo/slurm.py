@@ -76,7 +76,7 @@ class SlurmSite:
     def __init__(self, directory: Path, *, cpus: int, min_job_age: int = 300) -> None:
         self.directory = directory
         self.node = socket.gethostname().partition(".")[0]
-        self._cpus = cpus
+        self.cpus = cpus
         self._min_job_age = min_job_age
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -119,7 +119,7 @@ class SlurmSite:
                 directory=self.directory,
                 controller_port=free_port(),
                 node_port=free_port(),
-                cpus=self._cpus,
+                cpus=self.cpus,
                 min_job_age=self._min_job_age,
             )
         )

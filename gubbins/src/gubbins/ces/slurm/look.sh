@@ -14,7 +14,8 @@ while read -r stamp; do
     if [ -e "$stamp/rc" ]; then read -r rc < "$stamp/rc" || rc=1; fi
     if [ "${rc:-1}" != 0 ] && [ -s "$stamp/stderr" ]; then
         # The pilot's own, not what Slurm says below them.
-        words=$(tail -c 4096 "$stamp/stderr" | tr '\000\r' '\n\n' | grep -av -e '^slurmstepd' -e '^[[:space:]]*$' | tail -n 1)
+        words=$(tail -c 4096 "$stamp/stderr" | tr '\000\r' '\n\n' \
+            | grep -av -e '^slurmstepd' -e '^[[:space:]]*$' | tail -n 1)
     fi
     printf '%s|%s|%s|%s|%s\n' "$stamp" "$id" "$rc" "$cancelled" "$words"
 done

@@ -1,0 +1,72 @@
+"""The demonstration with a real Slurm, and what it says where there can be none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from gubbins.demo.slurm import SlurmSite
+
+GUBBINS = str(Path(sys.executable).with_name("gubbins"))
+
+
+def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    if (obstacle := SlurmSite.obstacle()) is not None:
+        pytest.skip(obstacle)
+    assert entry_points(group="gubbins.ces", name="slurm"), "`make install` again: there is a new entry point"
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        demo = subprocess.Popen(
+            [GUBBINS, "demo", "--site", "slurm", "--json"], stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        try:
+            deadline = time.monotonic() + 90
+            while not re.search(r"slurm 24/24", log.read_text()):
+                assert demo.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            demo.send_signal(signal.SIGINT)
+            output, _ = demo.communicate(timeout=40)
+        finally:
+            demo.kill()
+    assert demo.returncode == 0, log.read_text()
+    report = json.loads(output.splitlines()[-1])
+    assert report["ces"] == {"slurm": {"capacity": 24, "max_active_seen": 24}}
+    assert sum(states["RUNNING"] + states["DONE"] for states in report["pilots"].values()) > 0
+    assert report["illegal_transitions"] == 0
+    found = re.search(r"logs: (\S+)", log.read_text())
+    assert found
+    assert not Path(found[1]).exists()
+    left = subprocess.run(["pgrep", "-f", found[1]], check=False, capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def test_demo_says_in_one_line_why_there_can_be_no_slurm_here(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
+    # Whoever may not start daemons, and whoever does not have them, is told so.
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import os; os.geteuid = lambda: 1000\n"
+            "from gubbins.cli import main; import sys; sys.argv = ['gubbins', 'demo', '--site', 'slurm']; main()",
+        ],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Slurm" in done.stderr
+    assert done.stdout == ""
