@@ -1,9 +1,10 @@
 """A CE back end: a directory that some other program empties.
 
 `{stamp}.todo` asks for a pilot; that program turns it into `{stamp}.running` and at last into `{stamp}.done`
-or `{stamp}.failed`.
+or `{stamp}.failed`, which says why. `{stamp}.cancel` asks it to end the pilot.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class SpoolBackend(CEBackend[SpoolSettings]):
         return {pilot.stamp: self._submit(pilot) for pilot in pilots}
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
-        if self._state(pilot) is None:  # the same stamp again is no second pilot
+        if self._observe(pilot) is None:  # the same stamp again is no second pilot
             try:
                 (self.settings.directory / f"{pilot.stamp}.todo").write_text(pilot.vo)
             except OSError as error:
@@ -42,17 +43,19 @@ class SpoolBackend(CEBackend[SpoolSettings]):
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         if not self.settings.directory.is_dir():
             raise FileNotFoundError(f"{self.settings.directory} is not there")  # nothing follows for any pilot
-        seen = {pilot.stamp: self._state(pilot) for pilot in pilots}
-        return {stamp: Observation(state) for stamp, state in seen.items() if state is not None}
+        seen = {pilot.stamp: self._observe(pilot) for pilot in pilots}
+        return {stamp: observation for stamp, observation in seen.items() if observation is not None}
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         for pilot in pilots:
-            if self._state(pilot) is Observed.WAITING:
-                todo = self.settings.directory / f"{pilot.stamp}.todo"
-                todo.rename(todo.with_suffix(".failed"))
+            if self._observe(pilot) is not None:
+                (self.settings.directory / f"{pilot.stamp}.cancel").touch()
 
-    def _state(self, pilot: PilotAtCE) -> Observed | None:
+    def _observe(self, pilot: PilotAtCE) -> Observation | None:
         for suffix, state in SUFFIXES.items():
-            if (self.settings.directory / f"{pilot.stamp}.{suffix}").exists():
-                return state
+            with contextlib.suppress(FileNotFoundError):
+                text = (self.settings.directory / f"{pilot.stamp}.{suffix}").read_text()
+                reason = text.strip() if state is Observed.FAILED else None
+                # The reference is for a pilot whose submission was never answered; others have it.
+                return Observation(state, reason, f"spool://{pilot.stamp}")
         return None

@@ -176,4 +176,5 @@ async def test_the_spool_back_end(tmp_path: Path) -> None:
     (tmp_path / "a.todo").rename(tmp_path / "a.done")
     await backend.cancel(pilots)
     seen = await backend.poll([*pilots, PilotAtCE("never heard of", "lhcb")])
-    assert {stamp: seen[stamp].state for stamp in seen} == {"a": Observed.DONE, "b": Observed.FAILED}
+    assert {stamp: seen[stamp].state for stamp in seen} == {"a": Observed.DONE, "b": Observed.WAITING}
+    assert (tmp_path / "b.cancel").exists()

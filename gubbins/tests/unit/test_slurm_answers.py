@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -16,6 +18,7 @@ from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.ces.slurm.complaints import complaint, is_refusal, is_silence
 from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
 
+DOCS = Path(__file__).parents[3] / "docs"
 DOWN = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n"
 REFUSED = """\
 sbatch: error: Memory specification can not be satisfied
@@ -168,3 +171,20 @@ def test_nothing_in_the_settings_breaks_out_of_the_batch_script() -> None:
     assert "export A=''\"'\"'; rm -rf /\n@script@'" in text
     assert "export PILOT_VO='vo'\"'\"''" in text
     assert text.count("\nSCRIPT\n") == 1
+
+
+def test_the_documentation_has_every_setting_and_every_reason() -> None:
+    page = (DOCS / "how-to/connect-a-slurm-site.md").read_text()
+    for name, field in SlurmSettings.model_fields.items():
+        row = re.search(rf"^\| `{name}` \| (.*?) \|", page, re.MULTILINE)
+        assert row, name
+        if isinstance(field.default, int | float | str):
+            assert str(field.default).lower() in row[1].lower(), name
+    example = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0])
+    SlurmSettings.model_validate(example["compute_elements"][0]["settings"])
+    reasons = (DOCS / "reference/pilot-states.md").read_text()
+    for state in ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"):
+        seen = judge([job(state)], None, reference="7")
+        assert seen is not None
+        assert f"({state})`" in reasons
+        assert str(seen.reason).removeprefix("its node ") in reasons, seen.reason
