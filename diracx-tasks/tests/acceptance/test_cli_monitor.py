@@ -196,3 +196,39 @@ def test_the_program_lists_the_commands_of_operators(cli: Cli, tmp_path: Path) -
     listed = cli("--help").stdout
     for command in ("status", "workers", "running", "queue", "locks", "tasks"):
         assert f" {command} " in listed
+
+
+def test_dead_letters_that_wait_for_a_database_are_listed_without_their_secrets(
+    served: Cli, redis_url: str, wait_until: Callable[..., None]
+) -> None:
+    assert served("dlq", "waiting").stderr == "no dead letters wait in Redis\n"
+    (served.directory / "doomed.py").write_text(_DOOMED)
+    worker = served.start("worker", "--module", "doomed.py")
+    served("submit", "doomed:Doomed", "--args", '["me", "sesame"]', "--module", "doomed.py")
+    worker.until("goes to the dead letters")
+    wait_until(lambda: "doomed:Doomed" in served("dlq", "waiting").stdout, "it waits")
+    table = served("dlq", "waiting", "--module", "doomed.py").stdout
+    assert 'user="me", password="•••"' in table
+    [letter] = json.loads(served("dlq", "waiting", "--json").stdout)["items"]
+    assert (letter["reason"], letter["detail"], letter["failed_attempts"]) == ("exhausted", "not for •••", 1)
+    assert "sesame" not in table + json.dumps(letter)
+    assert worker.process.poll() is None
+    served.stop()
+    with SyncRedis.from_url(redis_url) as client:
+        client.delete("diracx:tasks:dead-letters")
+
+
+_DOOMED = """
+from dataclasses import dataclass
+from diracx.tasks.plumbing import BaseTask
+
+@dataclass
+class Doomed(BaseTask):
+    user: str
+    password: str
+    secret_fields = frozenset({"password"})
+    dlq_eligible = True
+
+    async def execute(self):
+        raise ValueError(f"not for {self.password}")
+"""

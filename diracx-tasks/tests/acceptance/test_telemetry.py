@@ -139,10 +139,14 @@ def test_the_leading_scheduler_tells_opentelemetry_and_prometheus_the_same(
         "task_name": "my_tasks:Tick",
         "outcome": "success",
     }
+    wait_until(lambda: "delayed_tasks_pending" in shown(), "the whole system is exported")
     assert shown()["delayed_tasks_pending"][0]["value"] == 0
     assert len(shown()["task_stream_lag"]) == 9
-    [source] = [each for each in shown()["metrics_source_up"] if each["attributes"]["source"] == "dead_letters"]
-    assert source["value"] == 1
+    letters_up = {"attributes": {"source": "dead_letters"}, "value": 1}
+    wait_until(
+        lambda: any(letters_up.items() <= each.items() for each in shown().get("metrics_source_up", [])),
+        "the database of dead letters is asked",
+    )
     assert named(get(port, "/metrics")[1]) >= _PUBLISHED_BY_SCHEDULERS
 
 

@@ -15,6 +15,10 @@ from dashboard_world import HOSTILE, SECRET, WRITER, Tidy, World, small_world, u
 from diracx.tasks import monitor
 from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.pages import PAGES
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.models import LABEL_SECRET, TaskMessage
+from diracx.tasks.plumbing.persistence import DeadLetter, DeadLetterReason
+from diracx.tasks.plumbing.worker.dead_letters import in_redis
 
 LARGEST = 300_000
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
@@ -232,3 +236,32 @@ async def test_a_live_page_is_sent_again_when_something_has_changed(world: World
     world.app.end_streams()
     scope_ended.set()
     await asyncio.wait_for(following, 10)
+
+
+async def test_dead_letters_that_wait_in_redis_are_shown_without_secrets_and_harmless(world: World) -> None:
+    message = TaskMessage(
+        task_id="e" * 32,
+        task_name="test:Fail",
+        task_args=[HOSTILE, SECRET],
+        labels={LABEL_SECRET: [1]},
+    )
+    letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, HOSTILE, "stream/1-0")
+    redis = world.system.broker.redis
+    await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
+    await redis.xadd(keys.DEAD_LETTERS, {"reason": "unparsable", "data": b"no letter"})
+    page = await monitor.waiting_letters(redis, 1)
+    assert [each.task_id for each in page.items] == ["e" * 32]
+    [last] = (await monitor.waiting_letters(redis, 1, page.after)).items
+    assert (last.reason, last.arguments) == ("unparsable", None)
+
+    async def seen() -> bool:
+        return (await world.installation.snapshot()).dead_letters_waiting == 2
+
+    await until(seen)
+    async with operator(world) as client:
+        text = (await client.get("/dead-letters")).text
+    assert "2 dead letters wait in Redis" in text
+    assert "eeeeeeeeeeee…" in text
+    assert SECRET not in text
+    assert "<script>window" not in text
+    assert html.escape("<script>window.hacked=1") in text

@@ -14,6 +14,7 @@ from ..plumbing.persistence.letter import DeadLetterStatus
 from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
 from .errors import CliError, UsageProblem, explained_redis
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
+from .watching import AfterOption, ask, print_json
 
 if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
@@ -25,7 +26,7 @@ _Answer = TypeVar("_Answer")
 app = typer.Typer(
     name="dlq",
     help="Dead letters: tasks that failed for good, or that nobody could run. They are in the database "
-    "DIRACX_DB_URL_TASKDB. ID is a task id, or the number in the list.",
+    "DIRACX_DB_URL_TASKDB; `waiting` has those that wait for one. ID is a task id, or the number in the list.",
     rich_markup_mode="rich",
 )
 
@@ -70,6 +71,37 @@ def list_letters(
         typer.echo(json.dumps([summary(letter) for letter in letters], indent=2))
     else:
         print_table(letters, total)
+
+
+@app.command()
+def waiting(
+    limit: LimitOption = 100,
+    after: AfterOption = None,
+    as_json: JsonOption = False,
+    module: ModuleOption = None,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """List the dead letters that wait in Redis, oldest first: no worker with a database has taken them yet.
+
+    They are moved into the database, and into `dlq list`, when a worker with DIRACX_DB_URL_TASKDB starts.
+
+    Example: diracx-task-run dlq waiting --json
+    """
+    from .. import monitor
+    from .monitor_view import print_waiting_letters
+    from .tasks import load_registry
+
+    registry = load_registry(module)
+    page = ask(
+        redis_url,
+        redis_url_file,
+        lambda redis: monitor.waiting_letters(redis, limit or 100, after, registry=registry),
+    )
+    if as_json:
+        print_json(page)
+    else:
+        print_waiting_letters(page)
 
 
 @app.command()

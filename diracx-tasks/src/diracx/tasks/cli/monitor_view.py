@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         RunningTask,
         Snapshot,
         TaskStats,
+        WaitingLetter,
         Worker,
     )
 
@@ -322,6 +323,24 @@ def print_failures(failures: Sequence[Failure]) -> None:
         typer.echo(clean(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
         for line in mask(failure.traceback or f"{failure.type}: {failure.message}").splitlines():
             typer.echo("  " + "".join(letter if letter.isprintable() else "�" for letter in line))
+
+
+def print_waiting_letters(page: Page[WaitingLetter]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            f"{each.buried:%Y-%m-%d %H:%M:%S}",
+            each.task_name or "-",
+            each.task_id or "-",
+            each.reason,
+            str(each.failed_attempts),
+            _arguments(each.arguments),
+            _short(each.detail, _LONGEST_ARGUMENTS),
+        )
+        for each in page.items
+    ]
+    columns = ("buried (UTC)", "task", "task id", "reason", "attempts", "arguments", "detail")
+    _print(_table(columns, rows, right=["attempts"]), "no dead letters wait in Redis", page)
 
 
 def _quota(lock: Lock) -> str:

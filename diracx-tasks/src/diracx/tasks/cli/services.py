@@ -104,8 +104,8 @@ def task_db_url() -> str:
     url = _database_urls("TaskDB").get("TaskDB")
     if not url:
         raise CliError(
-            f"no database for dead letters is configured (without one they wait in Redis); set {TASK_DB_VARIABLE} "
-            "to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
+            "no database for dead letters is configured (without one they wait in Redis: `dlq waiting`); set "
+            f"{TASK_DB_VARIABLE} to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
         )
     return url
 

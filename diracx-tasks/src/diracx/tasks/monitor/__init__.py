@@ -6,6 +6,7 @@ from ..plumbing.broker.groups import list_groups as groups
 from ..plumbing.secrets import MASK
 from .actions import purge, release_lock
 from .counted import failures, history, stats
+from .letters import waiting_letters
 from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
@@ -25,6 +26,7 @@ from .models import (
     RunningTask,
     Snapshot,
     TaskStats,
+    WaitingLetter,
     Window,
     Worker,
     as_json,
@@ -52,6 +54,7 @@ __all__ = [
     "Snapshot",
     "TaskStats",
     "Trouble",
+    "WaitingLetter",
     "Window",
     "Worker",
     "as_json",
@@ -71,5 +74,6 @@ __all__ = [
     "snapshot",
     "stats",
     "troubles",
+    "waiting_letters",
     "workers",
 ]

@@ -247,6 +247,24 @@ class Failure(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingLetter(_Shown):
+    """A dead letter that waits in Redis until a worker with a database takes it."""
+
+    entry: str
+    """Also the place to read on from."""
+    buried: datetime
+    task_id: str
+    task_name: str
+    """Empty when the message could not be read."""
+    reason: str
+    detail: str
+    """One line about the last error."""
+    failed_attempts: int
+    arguments: dict[str, Any] | None
+    """By name, secret ones as `•••`; None when the message could not be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point(_Shown):
     """A minute of the past hour, over all queues."""
 

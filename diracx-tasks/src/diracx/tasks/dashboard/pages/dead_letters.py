@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from ...monitor import waiting_letters
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..operations import Decided
 from ..page import (
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _PAGE = 50
 #: What one click may decide about: a browser waits for the answer.
 _MOST = 10_000
+#: Those in Redis that are listed.
+_WAITING_SHOWN = 30
 _STATUSES: dict[str, Any] = {
     "open": OPEN,
     **{str(status).lower(): status for status in DeadLetterStatus},
@@ -40,7 +43,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
     query = request.query_params
     chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
     status = query.get("status", "open")
-    shown = {
+    shown: dict[str, Any] = {
         "letters": [],
         "counts": {},
         "total": 0,
@@ -53,7 +56,12 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "most": _MOST,
         "after": None,
         "waiting": (await installation.snapshot()).dead_letters_waiting,
+        "waiting_letters": [],
     }
+    if shown["waiting"]:
+        shown["waiting_letters"] = (
+            await waiting_letters(installation.redis, _WAITING_SHOWN, registry=installation.registry)
+        ).items
     if installation.task_db is None:
         return shown
     try:
