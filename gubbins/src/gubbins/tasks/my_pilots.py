@@ -18,7 +18,7 @@ from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.exceptions import CEDisabledError, NoRoomError
+from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError
 from gubbins.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
@@ -27,9 +27,11 @@ from .my_pilot_lock_types import MY_PILOT
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
-    from .injected import PilotDB
+    from .injected import PilotDB, WaitingJobs
 else:
-    __getattr__ = lazy_names(__name__, {".injected": ["PilotDB"], "diracx.tasks.plumbing.depends": ["Config"]})
+    __getattr__ = lazy_names(
+        __name__, {".injected": ["PilotDB", "WaitingJobs"], "diracx.tasks.plumbing.depends": ["Config"]}
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class MyPilotTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
-        """Return the pilot's id; None when the slot was taken or the compute element closed meanwhile.
+        """Return the pilot's id; None when the slot was taken, or the compute element closed or paused meanwhile.
 
         Raises:
             PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
@@ -62,14 +64,14 @@ class MyPilotTask(BaseTask):
 
         try:
             return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo)
-        except (NoRoomError, CEDisabledError) as error:
+        except (NoRoomError, CEDisabledError, CEPausedError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
 
 
 @dataclass
 class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
-    """Spawns one `MyPilotTask` for each slot that the VO may fill.
+    """Spawns one `MyPilotTask` for each slot that the VO may fill and, by the compute element's rules, wants.
 
     Configuration may have several instances of it, each for some compute elements and with its own schedule.
 
@@ -93,17 +95,24 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
         self,
         my_pilot_db: PilotDB,
         config: Config = None,  # type: ignore[assignment]  # injected where there is one
+        job_db: WaitingJobs = None,  # type: ignore[assignment]  # likewise
         **kwargs: Any,
     ) -> dict[str, int]:
         """Return how many were spawned, per compute element.
 
         The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
+        The job database says how many jobs wait, where the rules of a compute element ask for that.
         """
         from gubbins.logic import my_pilots as logic
 
         vos = [self.vo] if config is None else list(config.registry)
         asked = await logic.request_pilots(
-            my_pilot_db, self.vo, vos=vos, compute_elements=self.compute_elements, all_but=self.all_but or ()
+            my_pilot_db,
+            self.vo,
+            vos=vos,
+            compute_elements=self.compute_elements,
+            all_but=self.all_but or (),
+            waiting_jobs=lambda: logic.count_waiting_jobs(job_db, self.vo),
         )
         for ce_name, count in asked.items():
             spawned = 0

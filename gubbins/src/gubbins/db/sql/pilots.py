@@ -6,11 +6,12 @@ __all__ = ["PilotStore"]
 
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, delete, func, insert, literal, select, update
 
+from gubbins import clock
 from gubbins.exceptions import (
     CEDisabledError,
     NoRoomError,
@@ -66,7 +67,7 @@ class PilotStore(ComputeElementStore):
             UnknownCEError, CEDisabledError, VONotServedError, NoRoomError: as they say; nothing was created.
         """
         stamp = uuid.uuid4().hex
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         async with self.unit():
             if not await self._lock_ce(ce_name):
                 raise UnknownCEError(ce_name)
@@ -109,16 +110,16 @@ class PilotStore(ComputeElementStore):
             )
             return int(pilot_id)
 
-    async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> None:
-        """Note the compute element's own names of pilots (id, reference): they are there."""
+    async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
+        """Note the compute element's own names of pilots (id, reference), and return how many there are."""
         async with self.unit():
-            if references:
-                these = await self._staged(references)
-                await self.conn.execute(
-                    update(Pilots)
-                    .where(Pilots.id == these.c.id)
-                    .values(reference=these.c.reason, missing_since=None)
-                )
+            if not references:
+                return 0
+            these = await self._staged(references)
+            confirmed = await self.conn.execute(
+                update(Pilots).where(Pilots.id == these.c.id).values(reference=these.c.reason, missing_since=None)
+            )
+            return int(confirmed.rowcount)
 
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
         """Undo reservations that never became pilots, and return how many were undone.
@@ -153,7 +154,7 @@ class PilotStore(ComputeElementStore):
         Raises:
             PilotNotFoundError: there is no such pilot, or it has ended.
         """
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         async with self.unit():
             noted = await self.conn.execute(
                 update(Pilots)
