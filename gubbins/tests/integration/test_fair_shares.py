@@ -16,7 +16,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import ACTIVE
 
-STEP = timedelta(minutes=5)
+STEP = timedelta(minutes=10)
 DAY = timedelta(hours=24)
 VOS = ("first", "second", "third", "fourth")
 MEAN_MINUTES = {"first": 25, "second": 45, "third": 90, "fourth": 60}
@@ -53,7 +53,7 @@ async def a_day(db: MyPilotDB, jobs: Callable[[str, timedelta], int]) -> list[Co
         while passed < DAY:
             for vo in VOS:
 
-                async def waiting(vo: str = vo) -> int:
+                async def waiting(vo: str = vo, passed: timedelta = passed) -> int:
                     return jobs(vo, passed)
 
                 asked = await logic.request_pilots(db, vo, vos=VOS, waiting_jobs=waiting)
@@ -77,6 +77,7 @@ def used(seen: Sequence[Counter[tuple[str, str]]], ce: str) -> dict[str, float]:
     return {vo: sum(slots[ce, vo] for slots in seen) / len(seen) for vo in VOS}
 
 
+@pytest.mark.timeout(400)
 async def test_over_a_day_every_vo_gets_its_share_and_no_slot_stays_empty(db: MyPilotDB) -> None:
     await db.add_ce("large", 20, 1.0, backend="varied", rules={"vos": {"second": {"share": 2}}})
     # Fewer slots than VOs: they have to take turns.
@@ -92,6 +93,7 @@ async def test_over_a_day_every_vo_gets_its_share_and_no_slot_stays_empty(db: My
     assert max(turns.values()) < 2 * min(turns.values())
 
 
+@pytest.mark.timeout(400)
 async def test_what_one_vo_has_no_jobs_for_the_others_use_until_it_has(db: MyPilotDB) -> None:
     rules = {"vos": {"fourth": {"policy": "waiting_jobs", "trickle": 0}}}
     await db.add_ce("ce", 20, 1.0, backend="varied", rules=rules)
