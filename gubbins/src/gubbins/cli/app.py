@@ -73,7 +73,9 @@ ce_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-pilots_app = typer.Typer(help="Pilots: list, count, show, cancel.", no_args_is_help=True, rich_markup_mode=None)
+pilots_app = typer.Typer(
+    help="Pilots: list, count, show, output, cancel.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(ce_app, name="ce")
 app.add_typer(pilots_app, name="pilots")
 app.add_typer(db_app, name="db")
@@ -326,6 +328,22 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
         emit(pilot)
     else:
         print(f"pilot {pilot_id}: cancellation requested at {pilot['ce_name']} (now {pilot['status']})")
+
+
+@pilots_app.command("output")
+def show_output(pilot_id: PilotId, as_json: AsJson = False) -> None:
+    """Print what a pilot has written, its stdout on stdout and its stderr on stderr.
+
+    Of a pilot that still runs, what its compute element has of it so far.
+    """
+    from gubbins.logic import my_pilots as logic
+
+    output: dict[str, Any] = in_database(lambda db: logic.get_pilot_output(db, pilot_id))
+    if as_json:
+        emit(output)
+    else:
+        sys.stdout.write(output["stdout"])
+        sys.stderr.write(output["stderr"])
 
 
 def _me() -> str:

@@ -7,6 +7,7 @@ __all__ = [
     "CEPublic",
     "CircuitPublic",
     "Pilot",
+    "PilotOutputPublic",
     "PilotPage",
     "PilotStep",
     "PilotWithHistory",
@@ -93,6 +94,26 @@ class PilotWithHistory(Pilot):
     model_config = _example({**_PILOT, "history": _HISTORY})
 
     history: list[PilotStep]
+
+
+class PilotOutputPublic(BaseModel):
+    """What a pilot has written; of much, the last part."""
+
+    model_config = _example(
+        {
+            "pilot_id": 42,
+            "stdout": "Matched job 1234\n",
+            "stderr": "",
+            "fetched_at": "2026-01-01T13:00:00Z",
+            "expires_at": "2026-01-08T13:00:00Z",
+        }
+    )
+
+    pilot_id: int
+    stdout: str
+    stderr: str
+    fetched_at: datetime | None = Field(description="When it was fetched for keeping; null: just now.")
+    expires_at: datetime | None = Field(description="Until when it is kept.")
 
 
 class PilotPage(BaseModel):

@@ -22,8 +22,10 @@ from gubbins.exceptions import (
     CEPausedError,
     CERefusedError,
     CESettingsError,
+    CEUnavailableError,
     GubbinsError,
     NoRoomError,
+    OutputUnavailableError,
     PilotEndedError,
     PilotNotFoundError,
     UnknownCEError,
@@ -33,7 +35,7 @@ from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CESpec
 
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable, ConfigReader
-from .models import CEBan, CEPublic, Pilot, PilotPage, PilotWithHistory, Submission, Summary
+from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
 router = DiracxRouter()
 
@@ -55,6 +57,8 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     VONotServedError: HTTPStatus.FORBIDDEN,
     CESettingsError: HTTPStatus.UNPROCESSABLE_ENTITY,
     CERefusedError: HTTPStatus.BAD_GATEWAY,
+    CEUnavailableError: HTTPStatus.BAD_GATEWAY,
+    OutputUnavailableError: HTTPStatus.NOT_FOUND,
 }
 _MEANING = {
     401: "No token, or one that is not valid",
@@ -173,6 +177,22 @@ async def get_pilot(
         pilot = await logic.get_pilot(my_pilot_db, pilot_id)
     await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
     return PilotWithHistory.model_validate(pilot)
+
+
+@router.get("/pilots/{pilot_id}/output", responses=_responses(404, 502))
+async def get_pilot_output(
+    pilot_id: PilotId,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> PilotOutputPublic:
+    """Show what a pilot of your VO has written: so far, or until its end and for as long as that is kept."""
+    await check_permissions(action=ActionType.READ, config=config)
+    with _as_http():
+        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
+        await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
+        output = await logic.get_pilot_output(my_pilot_db, pilot_id)
+    return PilotOutputPublic.model_validate(output)
 
 
 @router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409))

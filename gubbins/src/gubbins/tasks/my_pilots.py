@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lazily import lazy_names
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
@@ -63,7 +64,9 @@ class MyPilotTask(BaseTask):
         from gubbins.logic import my_pilots as logic
 
         try:
-            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo)
+            message = current_message.get()
+            task_id = None if message is None else message.task_id
+            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, task_id=task_id)
         except (NoRoomError, CEDisabledError, CEPausedError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
@@ -128,7 +131,7 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
-    """Moves the states of the VO's pilots, one step each."""
+    """Moves the states of the VO's pilots, one step each, and fetches what those that ended have written."""
 
     vo: str
 
@@ -139,6 +142,7 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
         from gubbins.logic import my_pilots as logic
 
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
+        await logic.collect_outputs(my_pilot_db, self.vo)
         return {str(status): count for status, count in counts.items()}
 
 

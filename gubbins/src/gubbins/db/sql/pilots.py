@@ -57,16 +57,26 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
 class PilotStore(ComputeElementStore):
     """The table Pilots."""
 
-    async def submit_pilot(self, ce_name: str, vo: str) -> int:
+    async def find_pilot(self, stamp: str) -> int | None:
+        """The id of the pilot with this stamp; None: there is none."""
+        async with self.unit():
+            return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
+
+    async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id. This is THE capacity gate.
 
         The row of the compute element is locked first, so all submissions to one compute element pass here
         one after the other, from whatever process, and none of them can count too few (P60).
 
+        Args:
+            ce_name: where.
+            vo: whose.
+            stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
+
         Raises:
             UnknownCEError, CEDisabledError, VONotServedError, NoRoomError: as they say; nothing was created.
         """
-        stamp = uuid.uuid4().hex
+        stamp = stamp or uuid.uuid4().hex
         now = clock.now()
         async with self.unit():
             if not await self._lock_ce(ce_name):

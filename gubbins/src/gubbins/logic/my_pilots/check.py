@@ -20,6 +20,7 @@ from gubbins.pilot_states import MyPilotStatus
 
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success
+from .outputs import wants_output
 from .rules import CERules, rules_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,15 @@ class _Findings:
     found_again: list[int] = field(default_factory=list)
     never_submitted: list[int] = field(default_factory=list)
     ended: dict[str, dict[str, MyPilotStatus]] = field(default_factory=lambda: defaultdict(dict))
+    outputs: list[int] = field(default_factory=list)
+
+    def end(self, ce: Mapping[str, Any], pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
+        """The pilot has ended so."""
+        self.moves[status].append((pilot.pilot_id, reason))
+        if wants_output(ce, status):
+            self.outputs.append(pilot.pilot_id)  # the CE may forget it when that is stored
+        else:
+            self.ended[ce["name"]][pilot.stamp] = status
 
 
 _Asked: TypeAlias = Mapping[asyncio.Task[_Answer], str]
@@ -142,9 +152,10 @@ async def _note(
         else:
             answer = task.result()
             complaints[name] = answer.complaint
-            _judge(by_ce[name], answer.observations, now, rules_of(ces[name]), findings)
+            _judge(ces[name], by_ce[name], answer.observations, now, findings)
     async with db.unit():
         counts.update(await db.advance_pilots(findings.moves, vo=vo))
+        await db.queue_outputs(findings.outputs)
         await db.confirm_pilots(findings.confirmed)
         await db.set_pilots_missing(findings.gone_missing, now)
         await db.set_pilots_missing(findings.found_again, None)
@@ -162,16 +173,17 @@ async def _note(
 
 
 def _judge(
+    ce: Mapping[str, Any],
     pilots: Sequence[Any],
     observations: Mapping[str, Observation],
     now: datetime,
-    rules: CERules,
     findings: _Findings,
 ) -> None:
+    rules = rules_of(ce)
     for pilot in pilots:
         seen = observations.get(pilot.stamp)
         if seen is None:
-            _judge_unknown(pilot, now, rules, findings)
+            _judge_unknown(ce, pilot, now, rules, findings)
             continue
         if seen.state is Observed.NO_NEWS:
             continue
@@ -183,11 +195,10 @@ def _judge(
             if seen.state is not Observed.WAITING:
                 findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
-            findings.moves[end].append((pilot.pilot_id, seen.reason))
-            findings.ended[pilot.ce_name][pilot.stamp] = end
+            findings.end(ce, pilot, end, seen.reason)
 
 
-def _judge_unknown(pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
+def _judge_unknown(ce: Mapping[str, Any], pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
     """The compute element does not know the pilot: that is not an end, but it cannot go on for ever."""
     if pilot.status is MyPilotStatus.SUBMITTED and pilot.reference is None:
         if now - pilot.submitted_at > timedelta(seconds=rules.unconfirmed_seconds):
@@ -200,8 +211,7 @@ def _judge_unknown(pilot: Any, now: datetime, rules: CERules, findings: _Finding
             findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"
-            findings.moves[MyPilotStatus.FAILED].append((pilot.pilot_id, reason))
-            findings.ended[pilot.ce_name][pilot.stamp] = MyPilotStatus.FAILED
+            findings.end(ce, pilot, MyPilotStatus.FAILED, reason)
 
 
 async def _forget(ce: Mapping[str, Any], ended: Mapping[str, MyPilotStatus]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["REQUEST_LIFETIME", "request_pilots", "submit_requested_pilot", "withdraw_requests"]
 
+import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -177,10 +178,15 @@ def _rounded_up(number: float) -> int:
     return -int(-number // 1)
 
 
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
-    """Submit one pilot that `request_pilots` asked for (or that nobody did); see `submit_pilot`."""
-    await db.take_requests(ce_name, vo=vo)
-    return await submit_pilot(db, ce_name, vo)
+async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, task_id: str | None = None) -> int:
+    """Submit one pilot that `request_pilots` asked for (or that nobody did); see `submit_pilot`.
+
+    A task may be executed again, when its worker died: `task_id` makes sure that this is no second pilot.
+    """
+    stamp = None if task_id is None else hashlib.blake2b(task_id.encode(), digest_size=16).hexdigest()
+    if stamp is None or await db.find_pilot(stamp) is None:
+        await db.take_requests(ce_name, vo=vo)
+    return await submit_pilot(db, ce_name, vo, stamp=stamp)
 
 
 async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:

@@ -13,6 +13,7 @@ from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError
+from gubbins.pilot_states import MyPilotStatus
 
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success, why_no_pilots
@@ -21,12 +22,19 @@ from .rules import rules_of
 logger = logging.getLogger(__name__)
 
 
-async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
+async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
 
     The slot is reserved first, in the database, and the compute element asked afterwards. If it refuses, the
     reservation is undone as if it had never been (the refusal is noted at the compute element). If it does
     not answer, nobody knows whether it has the pilot: the reservation stays, and the next checks find out.
+
+    Args:
+        db: the database.
+        ce_name: where.
+        vo: whose.
+        stamp: our unique name for it, 32 hexadecimal digits. A submission that was begun with it and not
+            brought to its end (the worker died) is taken up again, and is no second pilot. None: a new one.
 
     Raises:
         PilotSubmissionError: a subclass says why not: unknown, disabled or paused compute element, VO not
@@ -38,9 +46,12 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
     try:
         async with backend_of(ce) as backend:
             async with db.unit():
+                begun = None if stamp is None else await db.find_pilot(stamp)
+                if begun is not None and await _is_known(db, begun):
+                    return begun
                 if ce["enabled"] and not await may_call(db, ce, CECall.SUBMIT):
                     raise CEPausedError(ce_name, "another pilot finds out whether it takes them again")
-                pilot_id = await db.submit_pilot(ce_name, vo=vo)
+                pilot_id = begun or await db.submit_pilot(ce_name, vo=vo, stamp=stamp)
                 stamp = (await db.get_pilot(pilot_id))["stamp"]
             pilot = PilotAtCE(stamp=stamp, vo=vo)
             try:
@@ -61,6 +72,12 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
         await db.release_pilots([pilot_id])
         await note_failure(db, ce, CECall.SUBMIT, reason)
     raise CERefusedError(ce_name, reason)
+
+
+async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
+    """Whether the compute element is known to have the pilot (or to have had it)."""
+    pilot = await db.get_pilot(pilot_id)
+    return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 
 
 async def _confirm(
