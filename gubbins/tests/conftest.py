@@ -1,16 +1,24 @@
-"""Databases of the tests: SQLite files always, PostgreSQL and MariaDB where they are installed."""
+"""Databases of the tests: SQLite files always, PostgreSQL and MariaDB where they are installed.
+
+And a compute element that does what a test says.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from sqlalchemy import event
 
+from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome, registry
+from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
+from gubbins.pilot_states import MyPilotStatus
 
 
 @pytest.fixture
@@ -79,3 +87,74 @@ def test_sandbox_settings() -> Any:
     from diracx.core.settings import SandboxStoreSettings
 
     return SandboxStoreSettings(bucket_name="none", s3_client_kwargs={}, auto_create_bucket=False)
+
+
+class ScriptedBackend(CEBackend[CESettings]):
+    """Answers what the test wrote down, by CE name: an exception is raised, an event is waited for.
+
+    What is not written down is unknown to it.
+    """
+
+    Settings = CESettings
+    submissions: ClassVar[dict[str, Any]] = {}
+    observations: ClassVar[dict[str, Any]] = {}
+    cancellations: ClassVar[dict[str, Any]] = {}
+    cancelled: ClassVar[list[str]] = []
+    calls: ClassVar[list[tuple[str, str]]] = []  # (CE, what), in their order
+    forgotten: ClassVar[dict[str, MyPilotStatus]] = {}
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        answer = await self._answer("submit", self.submissions[self.ce.name])
+        return {pilot.stamp: answer for pilot in pilots}
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        answer = await self._answer("poll", self.observations.get(self.ce.name))
+        return {} if answer is None else {pilot.stamp: answer for pilot in pilots}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        await self._answer("cancel", self.cancellations.get(self.ce.name))
+        self.cancelled.extend(pilot.stamp for pilot in pilots)
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        self.forgotten.update(pilots)
+
+    async def _answer(self, what: str, answer: Any) -> Any:
+        self.calls.append((self.ce.name, what))
+        if isinstance(answer, asyncio.Event):
+            await answer.wait()
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def install_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type[CEBackend[Any]]], None]:
+    """`install_backend("name", Class)`: as if a package had brought it, for one test."""
+
+    def install(name: str, backend: type[CEBackend[Any]]) -> None:
+        installed = registry.entry_points
+
+        class Ours(EntryPoint):
+            def load(self) -> Any:
+                return backend
+
+        def entry_points(**params: Any) -> EntryPoints:
+            return EntryPoints([*installed(group=params["group"]), Ours(name, "x:y", params["group"])]).select(
+                **params
+            )
+
+        monkeypatch.setattr(registry, "entry_points", entry_points)
+
+    return install
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[ScriptedBackend]:
+    """The back end `scripted`, installed for one test."""
+    for name in ("submissions", "observations", "cancellations", "forgotten"):
+        monkeypatch.setattr(ScriptedBackend, name, {})
+    for name in ("cancelled", "calls"):
+        monkeypatch.setattr(ScriptedBackend, name, [])
+    install_backend("scripted", ScriptedBackend)
+    return ScriptedBackend

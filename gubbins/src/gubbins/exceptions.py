@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CEDisabledError",
     "CEExistsError",
+    "CEPausedError",
     "CERefusedError",
     "CESettingsError",
     "CEUnavailableError",
@@ -41,6 +42,16 @@ class CEDisabledError(PilotSubmissionError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"compute element {name!r} is disabled: `gubbins ce enable {name}` opens it again")
+
+
+class CEPausedError(PilotSubmissionError):
+    """The compute element failed too often of late and is left in peace for a while."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"compute element {name!r} is paused: {why}; `gubbins ce show {name}` says until when, "
+            f"`gubbins ce enable {name}` ends the pause"
+        )
 
 
 class VONotServedError(PilotSubmissionError):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import EntryPoint, EntryPoints
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 
-from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome, registry
-from gubbins.ces.protocol import CESettings
+from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import PilotHistory, Pilots
 from gubbins.exceptions import CERefusedError, PilotEndedError, UnknownCEError
@@ -22,55 +20,6 @@ from gubbins.logic import my_pilots as logic
 
 S = MyPilotStatus
 Counting = Callable[[MyPilotDB], contextlib.AbstractContextManager[list[str]]]
-
-
-class ScriptedBackend(CEBackend[CESettings]):
-    """Answers what the test wrote down, by CE name; what is not written down is unknown to it."""
-
-    Settings = CESettings
-    submissions: ClassVar[dict[str, Any]] = {}
-    observations: ClassVar[dict[str, Any]] = {}
-    cancelled: ClassVar[list[str]] = []
-    forgotten: ClassVar[dict[str, MyPilotStatus]] = {}
-
-    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        answer = self.submissions[self.ce.name]
-        if isinstance(answer, Exception):
-            raise answer
-        return {pilot.stamp: answer for pilot in pilots}
-
-    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        answer = self.observations.get(self.ce.name)
-        if isinstance(answer, Exception):
-            raise answer
-        return {} if answer is None else {pilot.stamp: answer for pilot in pilots}
-
-    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        self.cancelled.extend(pilot.stamp for pilot in pilots)
-
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
-        self.forgotten.update(pilots)
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedBackend]:
-    """The back end `scripted`, installed for one test."""
-    for name in ("submissions", "observations", "forgotten"):
-        monkeypatch.setattr(ScriptedBackend, name, {})
-    monkeypatch.setattr(ScriptedBackend, "cancelled", [])
-    installed = registry.entry_points
-
-    class Ours(EntryPoint):
-        def load(self) -> Any:
-            return ScriptedBackend
-
-    def entry_points(**params: Any) -> EntryPoints:
-        return EntryPoints([*installed(group=params["group"]), Ours("scripted", "x:y", params["group"])]).select(
-            **params
-        )
-
-    monkeypatch.setattr(registry, "entry_points", entry_points)
-    return ScriptedBackend
 
 
 async def status_of(db: MyPilotDB, pilot_id: int) -> MyPilotStatus:

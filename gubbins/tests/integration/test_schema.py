@@ -10,7 +10,9 @@ from diracx.tasks.plumbing.migrations import MigrationError
 from diracx.tasks.plumbing.persistence import TaskDB
 from schema_promises import SchemaPromises, connected, on, rows
 
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.claims import Claim
 
 
 class TestPilotSchema(SchemaPromises):
@@ -27,6 +29,11 @@ class TestPilotSchema(SchemaPromises):
                 await db.advance_pilots({status: [(pilots[0], "why")]}, vo="lhcb")
             await db.set_pilots_missing(pilots[1:2], datetime.now(tz=UTC))
             await db.add_requests("ce2", vo="lhcb", count=2)
+            await db.set_ce("ce2", capacity=10, success_rate=1.0, rules={"max_waiting": 3})
+            await db.ban_ce("ce2", reason="maintenance 🚧")
+            await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)
+            await db.put_claims("lhcb", {"ce1": Claim(3, datetime.now(tz=UTC), None)})
+            await db.queue_outputs(pilots[:1])
 
 
 async def test_both_databases_live_in_one_schema(db_url: str) -> None:

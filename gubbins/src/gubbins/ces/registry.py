@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["available_backends", "load_backend", "make_backend", "validate_settings"]
 
-from collections.abc import Mapping
-from importlib.metadata import entry_points
+import functools
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,7 +20,16 @@ GROUP = "gubbins.ces"
 
 def available_backends() -> list[str]:
     """The names of the installed back ends."""
-    return sorted({entry_point.name for entry_point in entry_points(group=GROUP)})
+    return sorted(_installed(entry_points))
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(look_up: Callable[..., Any]) -> Mapping[str, EntryPoint]:
+    """By name. Looked up once: that reads a file of every distribution there is, and checks ask for every CE."""
+    found: dict[str, EntryPoint] = {}
+    for entry_point in look_up(group=GROUP):
+        found.setdefault(entry_point.name, entry_point)
+    return found
 
 
 def load_backend(name: str) -> type[CEBackend[Any]]:
@@ -28,7 +38,7 @@ def load_backend(name: str) -> type[CEBackend[Any]]:
     Raises:
         CESettingsError: it is not installed.
     """
-    for entry_point in entry_points(group=GROUP, name=name):
+    if (entry_point := _installed(entry_points).get(name)) is not None:
         backend: type[CEBackend[Any]] = entry_point.load()
         return backend
     raise CESettingsError(

@@ -10,10 +10,11 @@ __all__ = ["SimulatedBackend", "SimulatedSettings"]
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from pydantic import Field
 
+from gubbins import clock
 from gubbins.pilot_states import MyPilotStatus
 
 from .protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
@@ -44,7 +45,7 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
         return {pilot.stamp: SubmitOutcome(reference=self._reference(pilot)) for pilot in pilots}
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         # Whoever came before this instant is through.
         started_by = now - timedelta(seconds=self.settings.queue_seconds)
         ended_by = now - timedelta(seconds=self.settings.run_seconds)

@@ -44,6 +44,14 @@ changes nothing. Compute elements that it does not mention are left alone.
         vos: [lhcb, dteam]           # left out: all VOs
         backend: simulated           # or local, or any other installed one
         settings: {run_seconds: 60}  # what the back end understands
+        rules:                       # all optional
+          policy: waiting_jobs       # or fill, the default
+          share: 1                   # a VO's part, relative to those of the others
+          max_waiting: 10            # pilots of one VO that wait here
+          max_per_cycle: 5           # new ones of one VO in a round
+          trickle: 1                 # with waiting_jobs: that many even without jobs
+          vos: {lhcb: {share: 2}}    # what is different for one VO
+          timeout_seconds: 60        # `gubbins ce show` shows all the others
 
 \b
 Settings of the back ends:
@@ -61,9 +69,13 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
 )
 ce_app = typer.Typer(
-    help="Compute elements: load from a file, list, open, close.", no_args_is_help=True, rich_markup_mode=None
+    help="Compute elements: load from a file, list, show, open, close, ban.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
-pilots_app = typer.Typer(help="Pilots: list, count, show, cancel.", no_args_is_help=True, rich_markup_mode=None)
+pilots_app = typer.Typer(
+    help="Pilots: list, count, show, output, cancel.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(ce_app, name="ce")
 app.add_typer(pilots_app, name="pilots")
 app.add_typer(db_app, name="db")
@@ -133,11 +145,12 @@ def list_ces(vo: OfVO = None, as_json: AsJson = False) -> None:
         return
     table(
         "Compute elements",
-        ("name", "enabled", "backend", "VOs", "success rate", "capacity", "active", "free", "last error"),
+        ("name", "state", "circuit", "backend", "VOs", "success rate", "capacity", "active", "free", "last error"),
         [
             (
                 ce["name"],
-                ce["enabled"],
+                _state_of(ce),
+                _circuit_of(ce),
                 ce["backend"],
                 "all" if ce["vos"] is None else ", ".join(ce["vos"]),
                 ce["success_rate"],
@@ -151,16 +164,83 @@ def list_ces(vo: OfVO = None, as_json: AsJson = False) -> None:
     )
 
 
+def _state_of(ce: dict[str, Any]) -> str:
+    return "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
+
+
+def _circuit_of(ce: dict[str, Any]) -> str:
+    troubles = [f"{call} {c['state']}" for call, c in ce["circuits"].items() if c["state"] != "closed"]
+    return ", ".join(troubles) or "closed"
+
+
+@ce_app.command("show")
+def show_ce(name: CEName, as_json: AsJson = False) -> None:
+    """Show one compute element: its state, its circuits, its rules."""
+    from gubbins.logic import my_pilots as logic
+
+    ce: dict[str, Any] = in_database(lambda db: logic.get_ce(db, name))
+    if as_json:
+        emit(ce)
+        return
+    circuits, rules, settings = ce.pop("circuits"), ce.pop("rules"), ce.pop("settings")
+    table(f"Compute element {name}", ("field", "value"), [("state", _state_of(ce)), *ce.items()])
+    table(
+        "Circuits",
+        ("call", "state", "failures in a row", "open until (UTC)", "last error", "at (UTC)"),
+        [
+            (call, *(c[key] for key in ("state", "failures", "open_until", "last_error", "last_error_at")))
+            for call, c in circuits.items()
+        ],
+    )
+    table("Rules", ("rule", "value"), [*((k, v) for k, v in rules.items() if k != "vos"), *_rules_of_vos(rules)])
+    table("Settings of the back end", ("setting", "value"), list(settings.items()))
+
+
+def _rules_of_vos(rules: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        (f"{rule} of {vo}", value)
+        for vo, own in rules["vos"].items()
+        for rule, value in own.items()
+        if value is not None
+    ]
+
+
 @ce_app.command("enable")
 def enable_ce(name: CEName, as_json: AsJson = False) -> None:
-    """Open a compute element for new pilots."""
+    """Open a compute element for new pilots.
+
+    Lifts a ban, and ends the pause of one that failed too often: it is tried again at once.
+    """
     _set_enabled(name, True, as_json)
 
 
 @ce_app.command("disable")
 def disable_ce(name: CEName, as_json: AsJson = False) -> None:
-    """Close a compute element for new pilots; those it has go on."""
+    """Close a compute element for new pilots: drain it.
+
+    The pilots that it has go on and are followed to their ends. Lifts a ban.
+    """
     _set_enabled(name, False, as_json)
+
+
+@ce_app.command("ban")
+def ban_ce(
+    name: CEName,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why, for the others.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Leave a compute element alone altogether.
+
+    It gets no pilots, and is not asked about those it has: they stay as they are until `gubbins ce enable`, or
+    `gubbins ce disable`, which follows them to their ends.
+    """
+    from gubbins.logic import my_pilots as logic
+
+    changed = in_database(lambda db: logic.ban_ce(db, name, reason=reason))
+    if as_json:
+        emit({"name": name, "banned": True, "changed": changed})
+    else:
+        print(f"{name}: banned{'' if changed else ' already'}")
 
 
 def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
@@ -248,6 +328,22 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
         emit(pilot)
     else:
         print(f"pilot {pilot_id}: cancellation requested at {pilot['ce_name']} (now {pilot['status']})")
+
+
+@pilots_app.command("output")
+def show_output(pilot_id: PilotId, as_json: AsJson = False) -> None:
+    """Print what a pilot has written, its stdout on stdout and its stderr on stderr.
+
+    Of a pilot that still runs, what its compute element has of it so far.
+    """
+    from gubbins.logic import my_pilots as logic
+
+    output: dict[str, Any] = in_database(lambda db: logic.get_pilot_output(db, pilot_id))
+    if as_json:
+        emit(output)
+    else:
+        sys.stdout.write(output["stdout"])
+        sys.stderr.write(output["stderr"])
 
 
 def _me() -> str:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["CEPublic", "Pilot", "PilotPage", "PilotStep", "PilotWithHistory", "Submission", "Summary"]
+__all__ = [
+    "CEBan",
+    "CEPublic",
+    "CircuitPublic",
+    "Pilot",
+    "PilotOutputPublic",
+    "PilotPage",
+    "PilotStep",
+    "PilotWithHistory",
+    "Submission",
+    "Summary",
+]
 
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gubbins.circuits import CircuitState
 from gubbins.pilot_states import MyPilotStatus
 
 _PILOT: dict[str, Any] = {
@@ -84,6 +96,26 @@ class PilotWithHistory(Pilot):
     history: list[PilotStep]
 
 
+class PilotOutputPublic(BaseModel):
+    """What a pilot has written; of much, the last part."""
+
+    model_config = _example(
+        {
+            "pilot_id": 42,
+            "stdout": "Matched job 1234\n",
+            "stderr": "",
+            "fetched_at": "2026-01-01T13:00:00Z",
+            "expires_at": "2026-01-08T13:00:00Z",
+        }
+    )
+
+    pilot_id: int
+    stdout: str
+    stderr: str
+    fetched_at: datetime | None = Field(description="When it was fetched for keeping; null: just now.")
+    expires_at: datetime | None = Field(description="Until when it is kept.")
+
+
 class PilotPage(BaseModel):
     """One page of a list of pilots, newest first."""
 
@@ -93,6 +125,37 @@ class PilotPage(BaseModel):
     total: int = Field(description="How many pilots match, on all pages.")
     page: int
     per_page: int
+
+
+_CIRCUIT: dict[str, Any] = {
+    "state": "closed",
+    "failures": 0,
+    "open_until": None,
+    "last_error": None,
+    "last_error_at": None,
+}
+
+
+class CircuitPublic(BaseModel):
+    """The circuit breaker of one kind of call to a compute element."""
+
+    model_config = _example(_CIRCUIT)
+
+    state: CircuitState = Field(
+        description="closed: calls are made; open: none until `open_until`; half-open: one tries again."
+    )
+    failures: int = Field(description="Failed calls since the last one that worked.")
+    open_until: datetime | None
+    last_error: str | None
+    last_error_at: datetime | None
+
+
+class CEBan(BaseModel):
+    """Why a compute element is banned."""
+
+    model_config = _example({"reason": "network maintenance until Thursday"})
+
+    reason: str | None = Field(default=None, max_length=1024)
 
 
 class CEPublic(BaseModel):
@@ -110,6 +173,10 @@ class CEPublic(BaseModel):
             "available_slots": 2,
             "last_error": None,
             "last_error_at": None,
+            "banned_at": None,
+            "ban_reason": None,
+            "circuits": {"submit": _CIRCUIT, "status": _CIRCUIT},
+            "rules": {"policy": "waiting_jobs", "max_waiting": 10},
         }
     )
 
@@ -123,6 +190,10 @@ class CEPublic(BaseModel):
     available_slots: int
     last_error: str | None = Field(description="Its last complaint; null once it works again.")
     last_error_at: datetime | None
+    banned_at: datetime | None = Field(description="Since when it is not touched at all; null: it is not banned.")
+    ban_reason: str | None
+    circuits: dict[str, CircuitPublic] = Field(description="By kind of call: `submit` and `status`.")
+    rules: dict[str, Any] | None = Field(description="Its rules, as far as they are not the default ones.")
 
 
 class Summary(BaseModel):

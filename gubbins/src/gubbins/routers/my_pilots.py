@@ -19,10 +19,13 @@ from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.exceptions import (
     CEDisabledError,
     CEExistsError,
+    CEPausedError,
     CERefusedError,
     CESettingsError,
+    CEUnavailableError,
     GubbinsError,
     NoRoomError,
+    OutputUnavailableError,
     PilotEndedError,
     PilotNotFoundError,
     UnknownCEError,
@@ -32,7 +35,7 @@ from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CESpec
 
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable, ConfigReader
-from .models import CEPublic, Pilot, PilotPage, PilotWithHistory, Submission, Summary
+from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
 router = DiracxRouter()
 
@@ -48,17 +51,20 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     PilotNotFoundError: HTTPStatus.NOT_FOUND,
     NoRoomError: HTTPStatus.CONFLICT,
     CEDisabledError: HTTPStatus.CONFLICT,
+    CEPausedError: HTTPStatus.CONFLICT,
     CEExistsError: HTTPStatus.CONFLICT,
     PilotEndedError: HTTPStatus.CONFLICT,
     VONotServedError: HTTPStatus.FORBIDDEN,
     CESettingsError: HTTPStatus.UNPROCESSABLE_ENTITY,
     CERefusedError: HTTPStatus.BAD_GATEWAY,
+    CEUnavailableError: HTTPStatus.BAD_GATEWAY,
+    OutputUnavailableError: HTTPStatus.NOT_FOUND,
 }
 _MEANING = {
     401: "No token, or one that is not valid",
     403: "The token's VO or properties do not allow this",
     404: "There is nothing of that name or id",
-    409: "Not possible as things are: no room, disabled, ended or existing already",
+    409: "Not possible as things are: no room, disabled, paused, ended or existing already",
     502: "The compute element refused, or did not answer",
 }
 
@@ -173,6 +179,22 @@ async def get_pilot(
     return PilotWithHistory.model_validate(pilot)
 
 
+@router.get("/pilots/{pilot_id}/output", responses=_responses(404, 502))
+async def get_pilot_output(
+    pilot_id: PilotId,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> PilotOutputPublic:
+    """Show what a pilot of your VO has written: so far, or until its end and for as long as that is kept."""
+    await check_permissions(action=ActionType.READ, config=config)
+    with _as_http():
+        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
+        await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
+        output = await logic.get_pilot_output(my_pilot_db, pilot_id)
+    return PilotOutputPublic.model_validate(output)
+
+
 @router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409))
 async def cancel_pilot(
     pilot_id: PilotId,
@@ -210,6 +232,25 @@ async def list_ces(
     ]
 
 
+@router.get("/ces/{ce_name}", responses=_responses(404))
+async def get_ce(
+    ce_name: CEName,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    user: User,
+    check_permissions: CheckMyPilotsPolicyCallable,
+) -> CEPublic:
+    """Show one compute element with its circuits and all its rules. It has to serve your VO."""
+    await check_permissions(action=ActionType.READ, config=config)
+    with _as_http():
+        ce = await logic.get_ce(my_pilot_db, ce_name)
+        vo = _visible_vo(user, None)
+        if vo is not None and ce["vos"] is not None and vo not in ce["vos"]:
+            # Others must not find out which there are.
+            raise UnknownCEError(ce_name)
+    return CEPublic.model_validate(ce)
+
+
 @router.post("/ces", status_code=201, responses=_responses(409))
 async def create_ce(
     spec: Annotated[CESpec, Body(description="The compute element to create.")],
@@ -234,7 +275,10 @@ async def enable_ce(
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> None:
-    """Open a compute element for new pilots. Needs ServiceAdministrator."""
+    """Open a compute element for new pilots. Needs ServiceAdministrator.
+
+    Lifts a ban, and ends the pause of one that failed too often.
+    """
     await check_permissions(action=ActionType.MANAGE, config=config)
     with _as_http():
         await logic.set_ce_enabled(my_pilot_db, ce_name, True)
@@ -247,7 +291,27 @@ async def disable_ce(
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> None:
-    """Close a compute element for new pilots; those it has go on. Needs ServiceAdministrator."""
+    """Close a compute element for new pilots; those it has go on and are followed. Needs ServiceAdministrator.
+
+    Lifts a ban.
+    """
     await check_permissions(action=ActionType.MANAGE, config=config)
     with _as_http():
         await logic.set_ce_enabled(my_pilot_db, ce_name, False)
+
+
+@router.post("/ces/{ce_name}/ban", status_code=204, responses=_responses(404))
+async def ban_ce(
+    ce_name: CEName,
+    my_pilot_db: PilotDB,
+    config: ConfigReader,
+    check_permissions: CheckMyPilotsPolicyCallable,
+    ban: Annotated[CEBan | None, Body(description="Why.")] = None,
+) -> None:
+    """Leave a compute element alone altogether. Needs ServiceAdministrator.
+
+    It gets no pilots, and is not asked about those it has until it is enabled or disabled again.
+    """
+    await check_permissions(action=ActionType.MANAGE, config=config)
+    with _as_http():
+        await logic.ban_ce(my_pilot_db, ce_name, reason=None if ban is None else ban.reason)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["PilotDB"]
+__all__ = ["PilotDB", "WaitingJobs"]
 
 from typing import Annotated
 
+from diracx.db.sql import JobDB
 from diracx.tasks.plumbing.depends import NoTransaction
 
 from gubbins.db.sql import MyPilotDB
 
-# The alias carries the marker; the name of the parameter is what extensions already pass by keyword.
+# The aliases carry the marker; the names of the parameters are what extensions already pass by keyword.
 PilotDB = Annotated[MyPilotDB, NoTransaction()]
+WaitingJobs = Annotated[JobDB, NoTransaction()]

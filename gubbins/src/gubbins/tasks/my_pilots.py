@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lazily import lazy_names
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.exceptions import CEDisabledError, NoRoomError
+from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError
 from gubbins.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
@@ -27,9 +28,11 @@ from .my_pilot_lock_types import MY_PILOT
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
-    from .injected import PilotDB
+    from .injected import PilotDB, WaitingJobs
 else:
-    __getattr__ = lazy_names(__name__, {".injected": ["PilotDB"], "diracx.tasks.plumbing.depends": ["Config"]})
+    __getattr__ = lazy_names(
+        __name__, {".injected": ["PilotDB", "WaitingJobs"], "diracx.tasks.plumbing.depends": ["Config"]}
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class MyPilotTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
-        """Return the pilot's id; None when the slot was taken or the compute element closed meanwhile.
+        """Return the pilot's id; None when the slot was taken, or the compute element closed or paused meanwhile.
 
         Raises:
             PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
@@ -61,15 +64,17 @@ class MyPilotTask(BaseTask):
         from gubbins.logic import my_pilots as logic
 
         try:
-            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo)
-        except (NoRoomError, CEDisabledError) as error:
+            message = current_message.get()
+            task_id = None if message is None else message.task_id
+            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, task_id=task_id)
+        except (NoRoomError, CEDisabledError, CEPausedError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
 
 
 @dataclass
 class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
-    """Spawns one `MyPilotTask` for each slot that the VO may fill.
+    """Spawns one `MyPilotTask` for each slot that the VO may fill and, by the compute element's rules, wants.
 
     Configuration may have several instances of it, each for some compute elements and with its own schedule.
 
@@ -93,17 +98,24 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
         self,
         my_pilot_db: PilotDB,
         config: Config = None,  # type: ignore[assignment]  # injected where there is one
+        job_db: WaitingJobs = None,  # type: ignore[assignment]  # likewise
         **kwargs: Any,
     ) -> dict[str, int]:
         """Return how many were spawned, per compute element.
 
         The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
+        The job database says how many jobs wait, where the rules of a compute element ask for that.
         """
         from gubbins.logic import my_pilots as logic
 
         vos = [self.vo] if config is None else list(config.registry)
         asked = await logic.request_pilots(
-            my_pilot_db, self.vo, vos=vos, compute_elements=self.compute_elements, all_but=self.all_but or ()
+            my_pilot_db,
+            self.vo,
+            vos=vos,
+            compute_elements=self.compute_elements,
+            all_but=self.all_but or (),
+            waiting_jobs=lambda: logic.count_waiting_jobs(job_db, self.vo),
         )
         for ce_name, count in asked.items():
             spawned = 0
@@ -119,7 +131,7 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
-    """Moves the states of the VO's pilots, one step each."""
+    """Moves the states of the VO's pilots, one step each, and fetches what those that ended have written."""
 
     vo: str
 
@@ -130,6 +142,7 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
         from gubbins.logic import my_pilots as logic
 
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
+        await logic.collect_outputs(my_pilot_db, self.vo)
         return {str(status): count for status, count in counts.items()}
 
 

@@ -1,21 +1,22 @@
-"""Compute elements: what exists, how full it is, what was asked of it."""
+"""Compute elements: what exists, and how full it is."""
 
 from __future__ import annotations
 
 __all__ = ["CE_COLUMNS", "ComputeElementStore", "serves"]
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from gubbins import clock
+from gubbins.circuits import CECall, Circuit
 from gubbins.exceptions import CEExistsError, UnknownCEError
 from gubbins.pilot_states import ACTIVE
 
-from .connection import PilotDBConnection
-from .schema import MAX_REASON_CHARS, ComputeElements, PilotRequests, Pilots
+from .claims import ClaimStore
+from .schema import MAX_REASON_CHARS, ComputeElements, Pilots
 
 # Labelled with their names in Python: a row's own names are the database's.
 CE_COLUMNS = tuple(column.label(column.key) for column in ComputeElements.__table__.columns)
@@ -26,8 +27,8 @@ def serves(vos: Sequence[str] | None, vo: str) -> bool:
     return vos is None or vo in vos
 
 
-class ComputeElementStore(PilotDBConnection):
-    """The tables ComputeElements and PilotRequests."""
+class ComputeElementStore(ClaimStore):
+    """The table ComputeElements."""
 
     async def add_ce(
         self,
@@ -39,6 +40,7 @@ class ComputeElementStore(PilotDBConnection):
         backend: str = "simulated",
         settings: dict[str, Any] | None = None,
         vos: Sequence[str] | None = None,
+        rules: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a compute element.
 
@@ -50,13 +52,14 @@ class ComputeElementStore(PilotDBConnection):
             backend: entry point in the group `gubbins.ces`.
             settings: for that back end; validated by the logic layer, not here.
             vos: the VOs it serves; None: all.
+            rules: what is not as by default; validated by the logic layer, not here.
 
         Raises:
             CEExistsError: the name is taken.
             ValueError: a number is out of range.
         """
         _check_range(capacity, success_rate)
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         values = {
             "name": name,
             "capacity": capacity,
@@ -65,6 +68,7 @@ class ComputeElementStore(PilotDBConnection):
             "backend": backend,
             "settings": settings or {},
             "vos": None if vos is None else list(vos),
+            "rules": dict(rules) if rules else None,
             "created_at": now,
             "updated_at": now,
         }
@@ -85,10 +89,12 @@ class ComputeElementStore(PilotDBConnection):
         backend: str = "simulated",
         settings: dict[str, Any] | None = None,
         vos: Sequence[str] | None = None,
+        rules: Mapping[str, Any] | None = None,
     ) -> Literal["created", "updated", "unchanged"]:
         """Make a compute element be like this, whether it exists or not; arguments as for `add_ce`.
 
         `enabled=None` leaves an existing one as it is (an operator may have closed it) and opens a new one.
+        One that is changed gets its circuits closed: what was wrong may have been mended.
         """
         _check_range(capacity, success_rate)
         wanted: dict[str, Any] = {
@@ -97,11 +103,15 @@ class ComputeElementStore(PilotDBConnection):
             "backend": backend,
             "settings": settings or {},
             "vos": None if vos is None else list(vos),
+            "rules": dict(rules) if rules else None,
         }
         if enabled is not None:
             wanted["enabled"] = enabled
+        if enabled:
+            wanted |= {"banned_at": None, "ban_reason": None}
         async with self.unit():
             if not await self._lock_ce(name):
+                wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
                 await self.add_ce(name, **({"enabled": True} | wanted))
                 return "created"
             present = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one()
@@ -110,12 +120,15 @@ class ComputeElementStore(PilotDBConnection):
             await self.conn.execute(
                 update(ComputeElements)
                 .where(ComputeElements.name == name)
-                .values(**wanted, updated_at=datetime.now(tz=UTC))
+                .values(**wanted, updated_at=clock.now())
             )
+            await self.reset_circuits([name])
             return "updated"
 
     async def set_ce_enabled(self, name: str, enabled: bool) -> bool:
         """Open or close a compute element for new pilots; True when that changed something.
+
+        Either lifts a ban. Opening it closes its circuits as well: its next calls are made at once.
 
         Raises:
             UnknownCEError: there is none of that name.
@@ -125,46 +138,77 @@ class ComputeElementStore(PilotDBConnection):
                 raise UnknownCEError(name)
             changed = await self.conn.execute(
                 update(ComputeElements)
-                .where(ComputeElements.name == name, ComputeElements.enabled.is_not(enabled))
-                .values(enabled=enabled, updated_at=datetime.now(tz=UTC))
+                .where(
+                    ComputeElements.name == name,
+                    or_(ComputeElements.enabled.is_not(enabled), ComputeElements.banned_at.is_not(None)),
+                )
+                .values(enabled=enabled, banned_at=None, ban_reason=None, updated_at=clock.now())
             )
+            if enabled:
+                await self.reset_circuits([name])
+                await self._restore_last_error(name)
             return bool(changed.rowcount)
 
+    async def ban_ce(self, name: str, *, reason: str | None) -> bool:
+        """Leave a compute element alone altogether; True when it was not banned before.
+
+        Raises:
+            UnknownCEError: there is none of that name.
+        """
+        now = clock.now()
+        async with self.unit():
+            if not await self._lock_ce(name):
+                raise UnknownCEError(name)
+            banned = await self.conn.execute(
+                update(ComputeElements)
+                .where(ComputeElements.name == name, ComputeElements.banned_at.is_(None))
+                .values(banned_at=now, enabled=False, updated_at=now)
+            )
+            await self.conn.execute(
+                update(ComputeElements)
+                .where(ComputeElements.name == name)
+                .values(ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
+            )
+            return bool(banned.rowcount)
+
     async def get_ce(self, name: str) -> dict[str, Any]:
-        """One compute element, all its fields.
+        """One compute element, all its fields, with its `circuits`.
 
         Raises:
             UnknownCEError: there is none of that name.
         """
         async with self.unit():
             row = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one_or_none()
-        if row is None:
-            raise UnknownCEError(name)
-        return dict(row._mapping)
+            if row is None:
+                raise UnknownCEError(name)
+            return {**row._mapping, "circuits": _circuits_of(name, await self.get_circuits(name))}
+
+    async def get_ces(self) -> list[dict[str, Any]]:
+        """Every compute element, by name: all its fields, with its `circuits`."""
+        async with self.unit():
+            rows = (await self.conn.execute(select(*CE_COLUMNS).order_by(ComputeElements.name))).all()
+            circuits = await self.get_circuits()
+        return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
 
     async def list_ces(self, *, vo: str | None) -> list[dict[str, Any]]:
         """Every compute element that serves the VO (None: every one), by name.
 
-        Beside its fields each has `active` (pilots of all VOs that hold a slot) and `available_slots`.
+        Beside its fields each has `circuits`, `active` (pilots of all VOs that hold a slot) and
+        `available_slots`.
         """
-        active = (
-            select(Pilots.ce_name.label("ce_name"), func.count().label("active"))
-            .where(Pilots.status.in_(ACTIVE))
-            .group_by(Pilots.ce_name)
-            .subquery()
-        )
-        statement = (
-            select(*CE_COLUMNS, func.coalesce(active.c.active, 0).label("active"))
-            .outerjoin(active, active.c.ce_name == ComputeElements.name)
-            .order_by(ComputeElements.name)
-        )
+        statement = select(Pilots.ce_name, func.count()).where(Pilots.status.in_(ACTIVE)).group_by(Pilots.ce_name)
         async with self.unit():
-            rows = (await self.conn.execute(statement)).all()
+            ces = await self.get_ces()
+            active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}
         return [
             # Never below zero: a capacity may be lowered while more pilots are on their way.
-            {**row._mapping, "available_slots": max(0, row.capacity - row.active)}
-            for row in rows
-            if vo is None or serves(row.vos, vo)
+            {
+                **ce,
+                "active": active.get(ce["name"], 0),
+                "available_slots": max(0, ce["capacity"] - active.get(ce["name"], 0)),
+            }
+            for ce in ces
+            if vo is None or serves(ce["vos"], vo)
         ]
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
@@ -196,57 +240,14 @@ class ComputeElementStore(PilotDBConnection):
                     last_error=None, last_error_at=None
                 )
             else:
-                statement = statement.values(
-                    last_error=message[:MAX_REASON_CHARS], last_error_at=datetime.now(tz=UTC)
-                )
+                statement = statement.values(last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
             await self.conn.execute(statement)
 
-    async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
-        """Note that `count` `MyPilotTask`s of the VO are on their way to the compute element."""
-        now = datetime.now(tz=UTC)
-        async with self.unit():
-            if count > 0:
-                row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
-                await self.conn.execute(insert(PilotRequests), [row] * count)
 
-    async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> None:
-        """Strike out the oldest requests: their tasks have started. Nothing to strike out is no error."""
-        oldest = (
-            select(PilotRequests.id)
-            .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
-            .order_by(PilotRequests.id)
-            .limit(count)
-            # Within a derived table MySQL allows both the LIMIT and reading from the table it deletes from.
-            .subquery("oldest")
-        )
-        async with self.unit():
-            await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(select(oldest.c.id))))
-
-    async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
-        """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.
-
-        Until the transaction ends, no other transaction gets past this line: whoever adds requests after
-        counting them counts all of them.
-        """
-        async with self.unit():
-            await self.conn.execute(update(ComputeElements).values(capacity=ComputeElements.capacity))
-            await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
-            rows = await self.conn.execute(
-                select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(
-                    PilotRequests.ce_name, PilotRequests.vo
-                )
-            )
-            return {(ce_name, vo): count for ce_name, vo, count in rows}
-
-    async def _lock_ce(self, name: str) -> bool:
-        """Hold the row of this compute element until the transaction ends; False when there is none.
-
-        An UPDATE that changes nothing, because SQLite has no SELECT … FOR UPDATE.
-        """
-        locked = await self.conn.execute(
-            update(ComputeElements).where(ComputeElements.name == name).values(capacity=ComputeElements.capacity)
-        )
-        return bool(locked.rowcount)
+def _circuits_of(name: str, circuits: Mapping[tuple[str, CECall], Circuit]) -> dict[str, dict[str, Any]]:
+    """{call: `state`, `failures`, `open_until`, `last_error`, `last_error_at`} of one compute element."""
+    now = clock.now()
+    return {str(call): circuits.get((name, call), Circuit()).as_dict(now) for call in CECall}
 
 
 def _check_range(capacity: int, success_rate: float) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 __all__ = ["MyPilotDB"]
 
+from .outputs import OutputStore
 from .pilots import PilotStore
 from .transitions import TransitionStore
 
 
-class MyPilotDB(TransitionStore, PilotStore):
-    """Compute elements, pilots and their history.
+class MyPilotDB(TransitionStore, PilotStore, OutputStore):
+    """Compute elements, pilots, their history and their output.
 
     Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short
     transaction of its own: `async with db.unit():` groups several calls into one.

@@ -6,11 +6,12 @@ __all__ = ["PilotStore"]
 
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, delete, func, insert, literal, select, update
 
+from gubbins import clock
 from gubbins.exceptions import (
     CEDisabledError,
     NoRoomError,
@@ -56,17 +57,27 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
 class PilotStore(ComputeElementStore):
     """The table Pilots."""
 
-    async def submit_pilot(self, ce_name: str, vo: str) -> int:
+    async def find_pilot(self, stamp: str) -> int | None:
+        """The id of the pilot with this stamp; None: there is none."""
+        async with self.unit():
+            return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
+
+    async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id. This is THE capacity gate.
 
         The row of the compute element is locked first, so all submissions to one compute element pass here
         one after the other, from whatever process, and none of them can count too few (P60).
 
+        Args:
+            ce_name: where.
+            vo: whose.
+            stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
+
         Raises:
             UnknownCEError, CEDisabledError, VONotServedError, NoRoomError: as they say; nothing was created.
         """
-        stamp = uuid.uuid4().hex
-        now = datetime.now(tz=UTC)
+        stamp = stamp or uuid.uuid4().hex
+        now = clock.now()
         async with self.unit():
             if not await self._lock_ce(ce_name):
                 raise UnknownCEError(ce_name)
@@ -109,16 +120,16 @@ class PilotStore(ComputeElementStore):
             )
             return int(pilot_id)
 
-    async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> None:
-        """Note the compute element's own names of pilots (id, reference): they are there."""
+    async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
+        """Note the compute element's own names of pilots (id, reference), and return how many there are."""
         async with self.unit():
-            if references:
-                these = await self._staged(references)
-                await self.conn.execute(
-                    update(Pilots)
-                    .where(Pilots.id == these.c.id)
-                    .values(reference=these.c.reason, missing_since=None)
-                )
+            if not references:
+                return 0
+            these = await self._staged(references)
+            confirmed = await self.conn.execute(
+                update(Pilots).where(Pilots.id == these.c.id).values(reference=these.c.reason, missing_since=None)
+            )
+            return int(confirmed.rowcount)
 
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
         """Undo reservations that never became pilots, and return how many were undone.
@@ -153,7 +164,7 @@ class PilotStore(ComputeElementStore):
         Raises:
             PilotNotFoundError: there is no such pilot, or it has ended.
         """
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         async with self.unit():
             noted = await self.conn.execute(
                 update(Pilots)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ComputeElements", "MyPilotDBBase", "PilotHistory", "PilotRequests", "Pilots", "UTCDateTime"]
+__all__ = [
+    "CECircuits",
+    "ComputeElements",
+    "MyPilotDBBase",
+    "PilotClaims",
+    "PilotHistory",
+    "PilotOutputs",
+    "PilotRequests",
+    "Pilots",
+    "UTCDateTime",
+]
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,6 +30,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     String,
     Table,
     TypeDecorator,
@@ -28,6 +39,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
+from gubbins.circuits import CECall
 from gubbins.pilot_states import MyPilotStatus
 
 
@@ -72,6 +84,7 @@ MAX_REASON_CHARS = 1024
 _Reason = String(MAX_REASON_CHARS)
 # Sites say what they like, and names that differ in case only are two: neither is MySQL's default.
 _ANY_TEXT = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+_MAX_OUTPUT_BYTES = 2**24 - 1  # makes it a MEDIUMBLOB on MySQL
 
 
 def _status_type(constraint: str) -> Enum:
@@ -105,6 +118,11 @@ class ComputeElements(MyPilotDBBase):
     settings: Mapped[dict[str, Any]] = mapped_column("Settings", JSON, default=dict, key="settings")
     # The VOs it serves; NULL: all.
     vos: Mapped[list[str] | None] = mapped_column("VOs", JSON(none_as_null=True), key="vos")
+    # How many pilots it gets, how long it is waited for; NULL, and what is not in it: the defaults.
+    rules: Mapped[dict[str, Any] | None] = mapped_column("Rules", JSON(none_as_null=True), key="rules")
+    # Since when it is not touched at all, and why; NULL: it is not banned.
+    banned_at: Mapped[datetime | None] = mapped_column("BannedAt", UTCDateTime, key="banned_at")
+    ban_reason: Mapped[str | None] = mapped_column("BanReason", _Reason, key="ban_reason")
     # The last refusal or failed poll, until one succeeds.
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
@@ -115,6 +133,38 @@ class ComputeElements(MyPilotDBBase):
 _ces = cast(Table, ComputeElements.__table__)
 _ces.append_constraint(CheckConstraint(_ces.c.capacity >= 0, name="capacity_not_negative"))
 _ces.append_constraint(CheckConstraint(_ces.c.success_rate.between(0, 1), name="success_rate_is_a_share"))
+
+
+class CECircuits(MyPilotDBBase):
+    """The circuit breaker of one kind of call to a compute element; no row: the last such call went well."""
+
+    __tablename__ = "CECircuits"
+    __table_args__ = _ANY_TEXT
+
+    ce_name: Mapped[str] = mapped_column(
+        "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
+    )
+    call: Mapped[CECall] = mapped_column(
+        "CallKind",
+        Enum(
+            CECall,
+            native_enum=False,
+            length=16,
+            create_constraint=True,
+            name="circuit_call",
+            values_callable=lambda calls: [str(call) for call in calls],
+        ),
+        primary_key=True,
+        key="call",
+    )
+    # One after the other, without a success between them.
+    failures: Mapped[int] = mapped_column("Failures", Integer, key="failures")
+    # Before that no call is made; NULL: there were too few failures to pause.
+    open_until: Mapped[datetime | None] = mapped_column("OpenUntil", UTCDateTime, key="open_until")
+    # Somebody tries whether it works again, and until then nobody else does; NULL: nobody.
+    probe_until: Mapped[datetime | None] = mapped_column("ProbeUntil", UTCDateTime, key="probe_until")
+    last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
+    last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
 
 
 class Pilots(MyPilotDBBase):
@@ -192,5 +242,52 @@ class PilotRequests(MyPilotDBBase):
     __table_args__ = (
         Index("idx_requests_ce_vo", "ce_name", "vo"),
         Index("idx_requests_at", "requested_at"),
+        _ANY_TEXT,
+    )
+
+
+class PilotClaims(MyPilotDBBase):
+    """How many pilots a VO would have had at a compute element when it last asked: what a fair share respects."""
+
+    __tablename__ = "PilotClaims"
+    __table_args__ = _ANY_TEXT
+
+    ce_name: Mapped[str] = mapped_column(
+        "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
+    )
+    vo: Mapped[str] = mapped_column("VO", _VO, primary_key=True, key="vo")
+    # How many more it would have taken.
+    wanted: Mapped[int] = mapped_column("Wanted", Integer, key="wanted")
+    asked_at: Mapped[datetime] = mapped_column("AskedAt", UTCDateTime, key="asked_at")
+    # When it last got some; NULL: never.
+    granted_at: Mapped[datetime | None] = mapped_column("GrantedAt", UTCDateTime, key="granted_at")
+
+
+class PilotOutputs(MyPilotDBBase):
+    """What a pilot that ended wrote, or the wish to have it."""
+
+    __tablename__ = "PilotOutputs"
+
+    pilot_id: Mapped[int] = mapped_column(
+        "PilotID",
+        _Id,
+        ForeignKey(Pilots.id, ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        key="pilot_id",
+    )
+    # NULL: it is still to be fetched.
+    fetched_at: Mapped[datetime | None] = mapped_column("FetchedAt", UTCDateTime, key="fetched_at")
+    # When a fetched one may go.
+    expires_at: Mapped[datetime | None] = mapped_column("ExpiresAt", UTCDateTime, key="expires_at")
+    # Compressed (zlib) UTF-8: takes any text, in any character set of the server.
+    out: Mapped[bytes | None] = mapped_column("Out", LargeBinary(_MAX_OUTPUT_BYTES), key="out")
+    err: Mapped[bytes | None] = mapped_column("Err", LargeBinary(_MAX_OUTPUT_BYTES), key="err")
+    # Why there is none.
+    error: Mapped[str | None] = mapped_column("Error", _Reason, key="error")
+
+    __table_args__ = (
+        Index("idx_outputs_fetched", "fetched_at"),
+        Index("idx_outputs_expires", "expires_at"),
         _ANY_TEXT,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 __all__ = ["TransitionStore"]
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import and_, case, exists, func, insert, literal, not_, or_, select, update
 
+from gubbins import clock
 from gubbins.exceptions import IllegalTransitionError, PilotNotFoundError
 from gubbins.pilot_states import PREDECESSOR, MyPilotStatus
 
@@ -47,7 +48,7 @@ class TransitionStore(PilotDBConnection):
         status = MyPilotStatus(status)
         mine = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
         before = PREDECESSOR.get(status)
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         reason = None if reason is None else reason[:MAX_REASON_CHARS]
         async with self.unit():
             if before is not None:
@@ -80,7 +81,7 @@ class TransitionStore(PilotDBConnection):
             How many entered each state. A pilot that is not in the state before (somebody else was faster)
             is left as it is and not counted.
         """
-        now = datetime.now(tz=UTC)
+        now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
         async with self.unit():
             for status in _ORDER:

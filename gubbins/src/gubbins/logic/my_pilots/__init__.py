@@ -8,15 +8,23 @@ from __future__ import annotations
 
 __all__ = [
     "CEFileError",
+    "CERules",
     "CESpec",
+    "DemandPolicy",
     "MyPilotStatus",
     "PilotSubmissionError",
+    "VORules",
     "add_ce",
+    "ban_ce",
     "cancel_pilot",
+    "collect_outputs",
     "count_illegal_histories",
+    "count_waiting_jobs",
     "get_available_ces",
+    "get_ce",
     "get_newest_pilots",
     "get_pilot",
+    "get_pilot_output",
     "get_pilot_summary",
     "list_ces",
     "load_ces",
@@ -35,8 +43,10 @@ from gubbins.pilot_states import MyPilotStatus
 
 from .ce_file import CEFileError, CESpec, parse_ce_file
 from .check import transition_pilot_states
-from .compute_elements import add_ce, get_available_ces, list_ces, load_ces, set_ce_enabled
+from .compute_elements import add_ce, ban_ce, get_available_ces, get_ce, list_ces, load_ces, set_ce_enabled
+from .outputs import collect_outputs, get_pilot_output
 from .requests import request_pilots, submit_requested_pilot, withdraw_requests
+from .rules import CERules, DemandPolicy, VORules
 from .submission import submit_pilot
 from .tracking import (
     cancel_pilot,
@@ -46,3 +56,4 @@ from .tracking import (
     get_pilot_summary,
     search_pilots,
 )
+from .waiting_jobs import count_waiting_jobs

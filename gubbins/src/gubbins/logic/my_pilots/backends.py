@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CE_TIMEOUT_SECONDS", "backend_of", "describe_failure"]
+__all__ = ["backend_of", "describe_failure"]
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
@@ -10,8 +10,7 @@ from typing import Any
 
 from gubbins.ces import CEBackend, CEDescription, make_backend
 
-CE_TIMEOUT_SECONDS = 60
-"""No compute element is waited for longer than this."""
+from .rules import rules_of
 
 
 @contextlib.asynccontextmanager
@@ -29,8 +28,8 @@ async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
         await backend.close()
 
 
-def describe_failure(error: Exception) -> str:
+def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
     """One line for people: what a compute element did instead of answering."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {CE_TIMEOUT_SECONDS} s"
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {rules_of(ce).timeout_seconds:g} s"
     return " ".join(str(error).split()) or type(error).__name__

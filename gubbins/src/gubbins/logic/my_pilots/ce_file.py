@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gubbins.ces import validate_settings
 from gubbins.exceptions import CESettingsError, GubbinsError
 
+from .rules import CERules, VORules
+
 
 class CESpec(BaseModel):
     """A compute element as a user describes it."""
@@ -27,6 +29,7 @@ class CESpec(BaseModel):
                     "vos": ["lhcb"],
                     "backend": "simulated",
                     "settings": {"run_seconds": 60},
+                    "rules": {"policy": "waiting_jobs", "max_waiting": 10, "vos": {"lhcb": {"share": 2}}},
                 }
             ]
         },
@@ -59,6 +62,9 @@ class CESpec(BaseModel):
         "simulated"
     )
     settings: Annotated[dict[str, Any], Field(description="For the back end.")] = {}
+    rules: Annotated[
+        CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")
+    ] = CERules()
 
 
 class CEFileError(GubbinsError, ValueError):
@@ -128,9 +134,14 @@ def _problem(at: str, problem: Any) -> tuple[str, str]:
     for part in problem["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     if problem["type"] == "extra_forbidden":
-        return path, f"unknown field; there are {', '.join(CESpec.model_fields)}"
+        model: type[BaseModel] = CESpec
+        if problem["loc"][0] == "rules":
+            model = VORules if "vos" in problem["loc"] else CERules
+        return path, f"unknown field; there are {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return path, "missing"
+    if problem["type"] == "value_error":
+        return path, problem["msg"].removeprefix("Value error, ")
     return path, f"{problem['msg']}, not {problem['input']!r}"
 
 

@@ -6,32 +6,42 @@ __all__ = ["transition_pilot_states"]
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
 
+from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.pilot_states import MyPilotStatus
 
-from .backends import CE_TIMEOUT_SECONDS, backend_of, describe_failure
+from .backends import backend_of, describe_failure
+from .circuits import may_call, note_failure, note_success
+from .outputs import wants_output
+from .rules import CERules, rules_of
 
 logger = logging.getLogger(__name__)
 
-UNCONFIRMED_GRACE = timedelta(minutes=10)
-"""A submission that was never confirmed, and that the compute element does not know, is undone after this."""
-
-LOST_AFTER = timedelta(hours=1)
-"""A pilot that its compute element has not known for this long has failed."""
+PROMPT_SECONDS = 2
+"""What has been answered by then is written down, without waiting for slower compute elements."""
 
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What one compute element said."""
+
+    observations: Mapping[str, Observation]
+    complaint: str | None  # about the cancellations, which did not keep it from answering
+
+
 @dataclass
 class _Findings:
-    """What a check will write down, for all compute elements together."""
+    """What a check will write down, for all compute elements that have answered."""
 
     moves: dict[MyPilotStatus, list[tuple[int, str | None]]] = field(default_factory=lambda: defaultdict(list))
     confirmed: list[tuple[int, str]] = field(default_factory=list)
@@ -39,15 +49,30 @@ class _Findings:
     found_again: list[int] = field(default_factory=list)
     never_submitted: list[int] = field(default_factory=list)
     ended: dict[str, dict[str, MyPilotStatus]] = field(default_factory=lambda: defaultdict(dict))
+    outputs: list[int] = field(default_factory=list)
+
+    def end(self, ce: Mapping[str, Any], pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
+        """The pilot has ended so."""
+        self.moves[status].append((pilot.pilot_id, reason))
+        if wants_output(ce, status):
+            self.outputs.append(pilot.pilot_id)  # the CE may forget it when that is stored
+        else:
+            self.ended[ce["name"]][pilot.stamp] = status
+
+
+_Asked: TypeAlias = Mapping[asyncio.Task[_Answer], str]
+"""What is asked, with the name of the compute element."""
 
 
 async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus, int]:
     """Move the VO's pilots on, and return how many entered each state.
 
     A handful of statements, whatever the number of pilots (P62), and no transaction while compute elements
-    are being asked. A pilot makes one step towards what its compute element says: one that has already
-    ended when it is first seen is RUNNING after this check and at its end after the next. A compute element
-    that cannot be asked keeps its pilots as they are, and the complaint.
+    are being asked: all of them at once, and a slow one does not keep back what the others have said. A
+    pilot makes one step towards what its compute element says: one that has already ended when it is first
+    seen is RUNNING after this check and at its end after the next. A compute element that cannot be asked
+    keeps its pilots as they are, and the complaint. One that is banned, or left in peace because it failed
+    too often, is not asked.
     """
     pilots = await db.get_active_pilots(vo=vo)
     if not pilots:
@@ -55,39 +80,29 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
     by_ce: dict[str, list[Any]] = defaultdict(list)
     for pilot in pilots:
         by_ce[pilot.ce_name].append(pilot)
-    ces = {ce["name"]: ce for ce in await db.list_ces(vo=None) if ce["name"] in by_ce}
-    answers = await asyncio.gather(
-        *(_ask(ces[name], vo, mine) for name, mine in by_ce.items()), return_exceptions=True
-    )
-
-    findings = _Findings()
-    complaints: dict[str, str | None] = {}
-    now = datetime.now(tz=UTC)
-    for (name, mine), answer in zip(by_ce.items(), answers, strict=True):
-        if isinstance(answer, Exception):
-            complaints[name] = describe_failure(answer)
-            logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, complaints[name])
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            _judge(mine, answer, now, findings)
-            if ces[name]["last_error"] is not None:
-                complaints[name] = None
-
-    async with db.unit():
-        counts = await db.advance_pilots(findings.moves, vo=vo)
-        await db.confirm_pilots(findings.confirmed)
-        await db.set_pilots_missing(findings.gone_missing, now)
-        await db.set_pilots_missing(findings.found_again, None)
-        if await db.release_pilots(findings.never_submitted):
-            logger.warning("Undid submissions of %s that were never confirmed: %s", vo, findings.never_submitted)
-        for name, complaint in complaints.items():
-            await db.record_ce_error(name, complaint)
-    await asyncio.gather(*(_forget(ces[name], ended) for name, ended in findings.ended.items()))
-    return counts
+    ces = {
+        ce["name"]: ce
+        for ce in await db.get_ces()
+        if ce["name"] in by_ce and await may_call(db, ce, CECall.STATUS)
+    }
+    counts: Counter[MyPilotStatus] = Counter()
+    tidying = []
+    asked = {asyncio.create_task(_ask(ce, vo, by_ce[name])): name for name, ce in ces.items()}
+    waiting: set[asyncio.Task[_Answer]] = set(asked)
+    try:
+        while waiting:
+            answered, waiting = await asyncio.wait(waiting, timeout=PROMPT_SECONDS)
+            if answered:
+                findings = await _note(db, vo, ces, by_ce, {task: asked[task] for task in answered}, counts)
+                tidying += [asyncio.create_task(_forget(ces[name], e)) for name, e in findings.ended.items()]
+        await asyncio.gather(*tidying)
+    finally:
+        for task in (*asked, *tidying):
+            task.cancel()
+    return dict(counts)
 
 
-async def _ask(ce: Mapping[str, Any], vo: str, pilots: Sequence[Any]) -> Mapping[str, Observation]:
+async def _ask(ce: Mapping[str, Any], vo: str, pilots: Sequence[Any]) -> _Answer:
     described = [
         PilotAtCE(
             pilot.stamp,
@@ -100,20 +115,75 @@ async def _ask(ce: Mapping[str, Any], vo: str, pilots: Sequence[Any]) -> Mapping
         )
         for pilot in pilots
     ]
-    async with asyncio.timeout(CE_TIMEOUT_SECONDS), backend_of(ce) as backend:
+    seconds = rules_of(ce).timeout_seconds
+    complaint = None
+    async with backend_of(ce) as backend:
         # A cancellation is asked for again until the pilot has ended: the first request may have been lost.
         if to_cancel := [pilot for pilot in described if pilot.cancel_requested]:
-            await backend.cancel(to_cancel)
-        return await backend.poll(described)
+            try:
+                async with asyncio.timeout(seconds):
+                    await backend.cancel(to_cancel)
+            except Exception as error:
+                complaint = f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}"
+        async with asyncio.timeout(seconds):
+            return _Answer(await backend.poll(described), complaint)
+
+
+async def _note(
+    db: MyPilotDB,
+    vo: str,
+    ces: Mapping[str, Any],
+    by_ce: Mapping[str, Sequence[Any]],
+    answered: _Asked,
+    counts: Counter[MyPilotStatus],
+) -> _Findings:
+    """Write down, in one transaction, what these compute elements have answered."""
+    findings = _Findings()
+    failures: dict[str, str] = {}
+    complaints: dict[str, str | None] = {}
+    now = clock.now()
+    for task, name in answered.items():
+        error = task.exception()
+        if isinstance(error, Exception):
+            failures[name] = describe_failure(ces[name], error)
+            logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name])
+        elif error is not None:
+            raise error
+        else:
+            answer = task.result()
+            complaints[name] = answer.complaint
+            _judge(ces[name], by_ce[name], answer.observations, now, findings)
+    async with db.unit():
+        counts.update(await db.advance_pilots(findings.moves, vo=vo))
+        await db.queue_outputs(findings.outputs)
+        await db.confirm_pilots(findings.confirmed)
+        await db.set_pilots_missing(findings.gone_missing, now)
+        await db.set_pilots_missing(findings.found_again, None)
+        if await db.release_pilots(findings.never_submitted):
+            logger.warning("Undid submissions of %s that were never confirmed: %s", vo, findings.never_submitted)
+        for name in sorted({*failures, *complaints}):
+            if name in failures:
+                await note_failure(db, ces[name], CECall.STATUS, failures[name])
+                continue
+            if (complaint := complaints[name]) is None:
+                await note_success(db, ces[name], CECall.STATUS)
+            else:
+                await db.record_ce_error(name, complaint)
+    return findings
 
 
 def _judge(
-    pilots: Sequence[Any], observations: Mapping[str, Observation], now: datetime, findings: _Findings
+    ce: Mapping[str, Any],
+    pilots: Sequence[Any],
+    observations: Mapping[str, Observation],
+    now: datetime,
+    findings: _Findings,
 ) -> None:
+    rules = rules_of(ce)
     for pilot in pilots:
         seen = observations.get(pilot.stamp)
         if seen is None:
-            _judge_unknown(pilot, now, findings)
+            _judge_unknown(ce, pilot, now, rules, findings)
             continue
         if seen.state is Observed.NO_NEWS:
             continue
@@ -125,31 +195,29 @@ def _judge(
             if seen.state is not Observed.WAITING:
                 findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
-            findings.moves[end].append((pilot.pilot_id, seen.reason))
-            findings.ended[pilot.ce_name][pilot.stamp] = end
+            findings.end(ce, pilot, end, seen.reason)
 
 
-def _judge_unknown(pilot: Any, now: datetime, findings: _Findings) -> None:
+def _judge_unknown(ce: Mapping[str, Any], pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
     """The compute element does not know the pilot: that is not an end, but it cannot go on for ever."""
     if pilot.status is MyPilotStatus.SUBMITTED and pilot.reference is None:
-        if now - pilot.submitted_at > UNCONFIRMED_GRACE:
+        if now - pilot.submitted_at > timedelta(seconds=rules.unconfirmed_seconds):
             findings.never_submitted.append(pilot.pilot_id)
     elif pilot.missing_since is None:
         findings.gone_missing.append(pilot.pilot_id)
-    elif now - pilot.missing_since > LOST_AFTER:
+    elif now - pilot.missing_since > timedelta(seconds=rules.lost_seconds):
         if pilot.status is MyPilotStatus.SUBMITTED:
             # The only way to an end leads through RUNNING; `missing_since` starts anew there.
             findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"
-            findings.moves[MyPilotStatus.FAILED].append((pilot.pilot_id, reason))
-            findings.ended[pilot.ce_name][pilot.stamp] = MyPilotStatus.FAILED
+            findings.end(ce, pilot, MyPilotStatus.FAILED, reason)
 
 
 async def _forget(ce: Mapping[str, Any], ended: Mapping[str, MyPilotStatus]) -> None:
     """Tidying up only: what fails here is not worth failing a check that is already recorded."""
     try:
-        async with asyncio.timeout(CE_TIMEOUT_SECONDS), backend_of(ce) as backend:
+        async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:
             await backend.forget(ended)
     except Exception as error:
-        logger.warning("Cannot tidy up after pilots at %s: %s", ce["name"], describe_failure(error))
+        logger.warning("Cannot tidy up after pilots at %s: %s", ce["name"], describe_failure(ce, error))

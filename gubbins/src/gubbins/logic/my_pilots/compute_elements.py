@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["add_ce", "get_available_ces", "list_ces", "load_ces", "set_ce_enabled"]
+__all__ = ["add_ce", "ban_ce", "get_available_ces", "get_ce", "list_ces", "load_ces", "set_ce_enabled"]
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CESettingsError
+from gubbins.exceptions import CESettingsError, UnknownCEError
 
 from .ce_file import CESpec
+from .rules import rules_of
 
 
 async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
@@ -25,6 +26,18 @@ async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
 async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]:
     """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`."""
     return await db.list_ces(vo=vo)
+
+
+async def get_ce(db: MyPilotDB, name: str) -> dict[str, Any]:
+    """One compute element with its `active`, its `available_slots` and all its rules.
+
+    Raises:
+        UnknownCEError: there is none of that name.
+    """
+    ce = next((ce for ce in await db.list_ces(vo=None) if ce["name"] == name), None)
+    if ce is None:
+        raise UnknownCEError(name)
+    return {**ce, "rules": rules_of(ce).model_dump(mode="json")}
 
 
 async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str, Any]:
@@ -60,6 +73,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
             backend=spec.backend,
             settings=spec.settings,
             vos=spec.vos,
+            rules=_written(spec),
         )
         return await db.get_ce(spec.name)
 
@@ -78,6 +92,7 @@ async def load_ces(
                 backend=spec.backend,
                 settings=spec.settings,
                 vos=spec.vos,
+                rules=_written(spec),
             )
             for spec in specs
         }
@@ -86,7 +101,26 @@ async def load_ces(
 async def set_ce_enabled(db: MyPilotDB, name: str, enabled: bool) -> bool:
     """Open or close a compute element for new pilots; True when that changed something.
 
+    The pilots that a closed one has are followed to their ends. Either lifts a ban; opening it also ends the
+    pause of one that failed too often.
+
     Raises:
         UnknownCEError: there is none of that name.
     """
     return await db.set_ce_enabled(name, enabled)
+
+
+async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool:
+    """Leave a compute element alone altogether; True when it was not banned before.
+
+    It gets no pilots, and nobody asks it what has become of those it has: they stay as they are, until it is
+    opened or closed again.
+
+    Raises:
+        UnknownCEError: there is none of that name.
+    """
+    return await db.ban_ce(name, reason=reason)
+
+
+def _written(spec: CESpec) -> dict[str, Any]:
+    return spec.rules.model_dump(mode="json", exclude_unset=True)

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 __all__ = ["REQUEST_LIFETIME", "request_pilots", "submit_requested_pilot", "withdraw_requests"]
 
-from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+import hashlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
 
+from gubbins import clock
+from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.claims import Claim
+from gubbins.db.sql.compute_elements import serves
+from gubbins.pilot_states import MyPilotStatus
 
+from .circuits import why_no_pilots
+from .demand import Sharer, apportion, fair_part
+from .rules import CERules, DemandPolicy, rules_of
 from .submission import submit_pilot
 
 REQUEST_LIFETIME = timedelta(minutes=15)
-"""A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis)."""
+"""A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis).
+
+What a VO that has not asked for so long would take is not respected any more.
+"""
+
+_NO_LIMIT = 2**31 - 1
 
 
 async def request_pilots(
@@ -22,14 +39,17 @@ async def request_pilots(
     vos: Collection[str],
     compute_elements: Collection[str] | None = None,
     all_but: Collection[str] = (),
+    waiting_jobs: Callable[[], Awaitable[int | None]] | None = None,
 ) -> dict[str, int]:
     """Ask for pilots: how many the VO should submit now to each compute element with room.
 
     The answer is noted, and what is already on its way (of every VO) is taken off the room first, so that
     tasks do not pile up while workers are busy. `submit_requested_pilot` strikes a request out.
 
-    A VO may take what is missing to its even share of a compute element, or else its part of what is free:
-    the first VO of a round does not leave nothing for the others, and with one VO it is one per slot.
+    How many a VO wants is a matter of the compute element's rules. Of what is free it gets its fair part,
+    beside the other VOs as they last asked; as long as one of them has never asked, no more than what is
+    missing to its share, or else its share of what is free: the first VO of a round does not leave nothing
+    for the others. With one VO it is one pilot per slot.
 
     Args:
         db: the database.
@@ -37,31 +57,136 @@ async def request_pilots(
         vos: all VOs there are; those that the compute element serves share it.
         compute_elements: names of the only ones to look at; None: all.
         all_but: names of those not to look at.
+        waiting_jobs: tells how many jobs of the VO wait; asked only where rules say `waiting_jobs`. None, and
+            the answer None: nobody knows, and only compute elements that are empty get some.
     """
-    asked: dict[str, int] = {}
+    ces = {
+        ce["name"]: ce
+        for ce in await db.get_ces()
+        if ce["enabled"]
+        and serves(ce["vos"], vo)
+        and ce["name"] not in all_but
+        and (compute_elements is None or ce["name"] in compute_elements)
+        and why_no_pilots(ce) is None
+    }
+    rules = {name: rules_of(ce).of(vo) for name, ce in ces.items()}
+    jobs = None
+    if waiting_jobs is not None and any(each.policy is DemandPolicy.WAITING_JOBS for each in rules.values()):
+        jobs = await waiting_jobs()
+
     async with db.unit():
-        pending = await db.pending_requests(since=datetime.now(tz=UTC) - REQUEST_LIFETIME)
-        active = await db.count_active_pilots(vo=vo)
-        for ce in await db.get_available_ces(vo):
-            name, served = ce["name"], ce["vos"]
-            if name in all_but or (compute_elements is not None and name not in compute_elements):
-                continue
-            sharers = len({vo, *(other for other in vos if served is None or other in served)})
-            on_their_way = sum(count for (ce_name, _), count in pending.items() if ce_name == name)
-            room = ce["available_slots"] - on_their_way
-            mine = active.get(name, 0) + pending.get((name, vo), 0)
-            share = -(-ce["capacity"] // sharers)
-            count = min(room, max(share - mine, -(-room // sharers)))
-            if count > 0:
-                await db.add_requests(name, vo=vo, count=count)
-                asked[name] = count
+        situation = await _look(db, vo, vos, ces)
+        budget = 0 if jobs is None else jobs - situation.waiting
+        wanted = {name: situation.wanted(ces[name], rules[name], budget) for name in ces}
+        asked = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
+        by_jobs = [name for name in ces if rules[name].policy is DemandPolicy.WAITING_JOBS]
+        for name, cut in zip(by_jobs, apportion(budget, [asked[name] for name in by_jobs]), strict=True):
+            trickle = rules[name].trickle if situation.held[name, vo] == 0 else 0
+            asked[name] = max(cut, min(asked[name], trickle))
+        left = max(0, budget - sum(asked[name] for name in by_jobs))
+        claims = {}
+        for name in ces:
+            more = wanted[name] - asked[name]
+            claims[name] = situation.claim(name, min(more, left) if name in by_jobs else more, asked[name])
+        await db.put_claims(vo, claims)
+        asked = {name: count for name, count in asked.items() if count > 0}
+        for name, count in asked.items():
+            await db.add_requests(name, vo=vo, count=count)
     return asked
 
 
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
-    """Submit one pilot that `request_pilots` asked for (or that nobody did); see `submit_pilot`."""
-    await db.take_requests(ce_name, vo=vo)
-    return await submit_pilot(db, ce_name, vo)
+@dataclass(frozen=True)
+class _Situation:
+    """Who has, and who wants, how many slots."""
+
+    vo: str
+    vos: Collection[str]
+    now: datetime
+    held: Counter[tuple[str, str]]  # by (compute element, VO): pilots and requests
+    submitted: Counter[tuple[str, str]]  # pilots that wait, and requests
+    pending: Counter[str]  # requests of all VOs, by compute element
+    active: Counter[str]  # pilots of all VOs, by compute element
+    claims: Mapping[tuple[str, str], Claim]
+    waiting: int  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
+
+    def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
+        """How many more pilots the VO would take, whatever the others want."""
+        name = ce["name"]
+        limit = _NO_LIMIT
+        if rules.max_waiting is not None:
+            limit = max(0, rules.max_waiting - self.submitted[name, self.vo])
+        if rules.policy is DemandPolicy.FILL:
+            return limit
+        trickle = rules.trickle if self.held[name, self.vo] == 0 else 0
+        return min(limit, max(budget, trickle))
+
+    def part(self, ce: Mapping[str, Any], rules: CERules, wanted: int) -> int:
+        """How many of them it gets now."""
+        name = ce["name"]
+        room = ce["capacity"] - self.active[name] - self.pending[name]
+        if ce["circuits"][CECall.SUBMIT]["state"] is CircuitState.HALF_OPEN:
+            room = min(room, 1 - self.pending[name])
+        if rules.max_per_cycle is not None:
+            wanted = min(wanted, rules.max_per_cycle)
+        of_all = rules_of(ce)
+        served = {self.vo, *(other for other in self.vos if serves(ce["vos"], other))}
+        sharers = {self.vo: self._sharer(name, self.vo, rules.share, wanted)}
+        strangers = False
+        for other in served - {self.vo}:
+            claim = self.claims.get((name, other))
+            if claim is None:
+                strangers = True
+            elif claim.asked_at > self.now - REQUEST_LIFETIME:
+                sharers[other] = self._sharer(name, other, of_all.of(other).share, claim.wanted)
+        part = fair_part(room, self.vo, sharers)
+        if strangers:
+            fraction = rules.share / sum(of_all.of(other).share for other in served)
+            missing = _rounded_up(ce["capacity"] * fraction) - self.held[name, self.vo]
+            part = min(part, max(missing, _rounded_up(room * fraction)))
+        return max(0, part)
+
+    def _sharer(self, name: str, vo: str, share: float, wanted: int) -> Sharer:
+        claim = self.claims.get((name, vo))
+        return Sharer(share, self.held[name, vo], wanted, None if claim is None else claim.granted_at)
+
+    def claim(self, name: str, wanted: int, granted: int) -> Claim:
+        """What is to be remembered of this round."""
+        before = self.claims.get((name, self.vo))
+        granted_at = self.now if granted > 0 else None if before is None else before.granted_at
+        return Claim(max(0, wanted), self.now, granted_at)
+
+
+async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, Mapping[str, Any]]) -> _Situation:
+    now = clock.now()
+    requests = await db.pending_requests(since=now - REQUEST_LIFETIME)
+    slots = await db.count_slots()
+    banned = {ce["name"] for ce in await db.get_ces() if ce["banned_at"] is not None}
+    held, submitted = Counter(requests), Counter(requests)
+    pending: Counter[str] = Counter()
+    active: Counter[str] = Counter()
+    for (name, _), count in requests.items():
+        pending[name] += count
+    for (name, owner), states in slots.items():
+        held[name, owner] += sum(states.values())
+        submitted[name, owner] += states.get(MyPilotStatus.SUBMITTED, 0)
+        active[name] += sum(states.values())
+    waiting = sum(count for (name, owner), count in submitted.items() if owner == vo and name not in banned)
+    return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_claims(), waiting)
+
+
+def _rounded_up(number: float) -> int:
+    return -int(-number // 1)
+
+
+async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, task_id: str | None = None) -> int:
+    """Submit one pilot that `request_pilots` asked for (or that nobody did); see `submit_pilot`.
+
+    A task may be executed again, when its worker died: `task_id` makes sure that this is no second pilot.
+    """
+    stamp = None if task_id is None else hashlib.blake2b(task_id.encode(), digest_size=16).hexdigest()
+    if stamp is None or await db.find_pilot(stamp) is None:
+        await db.take_requests(ce_name, vo=vo)
+    return await submit_pilot(db, ce_name, vo, stamp=stamp)
 
 
 async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:

@@ -6,52 +6,90 @@ __all__ = ["submit_pilot"]
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from typing import Any
 
-from gubbins.ces import PilotAtCE
+from gubbins.ces import CEBackend, PilotAtCE
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CERefusedError, CESettingsError
+from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError
+from gubbins.pilot_states import MyPilotStatus
 
-from .backends import CE_TIMEOUT_SECONDS, backend_of, describe_failure
+from .backends import backend_of, describe_failure
+from .circuits import may_call, note_failure, note_success, why_no_pilots
+from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 
 
-async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str) -> int:
+async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
 
     The slot is reserved first, in the database, and the compute element asked afterwards. If it refuses, the
     reservation is undone as if it had never been (the refusal is noted at the compute element). If it does
     not answer, nobody knows whether it has the pilot: the reservation stays, and the next checks find out.
 
+    Args:
+        db: the database.
+        ce_name: where.
+        vo: whose.
+        stamp: our unique name for it, 32 hexadecimal digits. A submission that was begun with it and not
+            brought to its end (the worker died) is taken up again, and is no second pilot. None: a new one.
+
     Raises:
-        PilotSubmissionError: a subclass says why not: unknown or disabled compute element, VO not served, no
-            room, refused.
+        PilotSubmissionError: a subclass says why not: unknown, disabled or paused compute element, VO not
+            served, no room, refused.
     """
     ce = await db.get_ce(ce_name)
+    if ce["enabled"] and (reason := why_no_pilots(ce)) is not None:
+        raise CEPausedError(ce_name, reason)
     try:
         async with backend_of(ce) as backend:
             async with db.unit():
-                pilot_id = await db.submit_pilot(ce_name, vo=vo)
+                begun = None if stamp is None else await db.find_pilot(stamp)
+                if begun is not None and await _is_known(db, begun):
+                    return begun
+                if ce["enabled"] and not await may_call(db, ce, CECall.SUBMIT):
+                    raise CEPausedError(ce_name, "another pilot finds out whether it takes them again")
+                pilot_id = begun or await db.submit_pilot(ce_name, vo=vo, stamp=stamp)
                 stamp = (await db.get_pilot(pilot_id))["stamp"]
+            pilot = PilotAtCE(stamp=stamp, vo=vo)
             try:
-                async with asyncio.timeout(CE_TIMEOUT_SECONDS):
-                    outcome = (await backend.submit([PilotAtCE(stamp=stamp, vo=vo)]))[stamp]
+                async with asyncio.timeout(rules_of(ce).timeout_seconds):
+                    outcome = (await backend.submit([pilot]))[stamp]
             except Exception as error:
-                reason = describe_failure(error)
-                await db.record_ce_error(ce_name, reason)
+                reason = describe_failure(ce, error)
+                await note_failure(db, ce, CECall.SUBMIT, reason)
                 raise CERefusedError(ce_name, f"{reason}; the next checks will find out") from error
+            if outcome.reference is not None:
+                await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
+                return pilot_id
     except CESettingsError as error:
-        await db.record_ce_error(ce_name, str(error))
+        await note_failure(db, ce, CECall.SUBMIT, str(error))
         raise CERefusedError(ce_name, str(error)) from error
+    reason = outcome.error or "no reason given"
     async with db.unit():
-        if outcome.reference is None:
-            reason = outcome.error or "no reason given"
-            await db.release_pilots([pilot_id])
-            await db.record_ce_error(ce_name, reason)
-        else:
-            await db.confirm_pilots([(pilot_id, outcome.reference)])
-            await db.record_ce_error(ce_name, None)
-    if outcome.reference is None:
-        raise CERefusedError(ce_name, reason)
-    logger.debug("Submitted pilot %d of %s to %s", pilot_id, vo, ce_name)
-    return pilot_id
+        await db.release_pilots([pilot_id])
+        await note_failure(db, ce, CECall.SUBMIT, reason)
+    raise CERefusedError(ce_name, reason)
+
+
+async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
+    """Whether the compute element is known to have the pilot (or to have had it)."""
+    pilot = await db.get_pilot(pilot_id)
+    return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
+
+
+async def _confirm(
+    db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
+) -> None:
+    async with db.unit():
+        confirmed = await db.confirm_pilots([(pilot_id, str(pilot.reference))])
+        await note_success(db, ce, CECall.SUBMIT)
+    if confirmed:
+        logger.debug("Submitted pilot %d of %s to %s", pilot_id, pilot.vo, ce["name"])
+        return
+    # This worker stood still for so long that a check has undone the reservation: nobody would follow it.
+    async with asyncio.timeout(rules_of(ce).timeout_seconds):
+        await backend.cancel([pilot])
+    raise CERefusedError(ce["name"], "it answered after the submission had been given up; the pilot is cancelled")

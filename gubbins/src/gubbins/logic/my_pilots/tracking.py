@@ -16,11 +16,14 @@ import logging
 from typing import Any
 
 from gubbins.ces import PilotAtCE
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import PilotEndedError
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
-from .backends import CE_TIMEOUT_SECONDS, backend_of, describe_failure
+from .backends import backend_of, describe_failure
+from .circuits import may_call, note_failure
+from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +95,13 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, An
         pilot["started_at"],
         cancel_requested=True,
     )
-    try:
-        async with asyncio.timeout(CE_TIMEOUT_SECONDS), backend_of(ce) as backend:
-            await backend.cancel([target])
-    except Exception as error:
-        logger.warning(
-            "Pilot %d will be cancelled at %s by the next check: %s",
-            pilot_id,
-            ce["name"],
-            describe_failure(error),
-        )
+    # One that is paused or banned hears of it from the first check that may ask it again.
+    if await may_call(db, ce, CECall.STATUS):
+        try:
+            async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:
+                await backend.cancel([target])
+        except Exception as error:
+            reason = describe_failure(ce, error)
+            await note_failure(db, ce, CECall.STATUS, reason)
+            logger.warning("Pilot %d will be cancelled at %s by the next check: %s", pilot_id, ce["name"], reason)
     return await db.get_pilot(pilot_id)

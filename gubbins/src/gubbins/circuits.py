@@ -1,0 +1,52 @@
+"""A circuit breaker for each kind of call to a compute element: one that does not answer is not hammered."""
+
+from __future__ import annotations
+
+__all__ = ["CECall", "Circuit", "CircuitState"]
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class CECall(StrEnum):
+    """What is asked of a compute element; each has a circuit of its own."""
+
+    SUBMIT = "submit"
+    STATUS = "status"  # polling and cancelling
+
+
+class CircuitState(StrEnum):
+    """Whether calls are made."""
+
+    CLOSED = "closed"  # as usual
+    OPEN = "open"  # none, until its pause is over
+    HALF_OPEN = "half-open"  # one at a time, which finds out whether it works again
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """The circuit of one kind of call to one compute element."""
+
+    failures: int = 0  # one after the other, up to now
+    open_until: datetime | None = None
+    probe_until: datetime | None = None  # somebody is finding out, and has until then
+    last_error: str | None = None
+    last_error_at: datetime | None = None
+
+    def state(self, now: datetime) -> CircuitState:
+        """What it is at that time."""
+        if self.open_until is None:
+            return CircuitState.CLOSED
+        return CircuitState.OPEN if now < self.open_until else CircuitState.HALF_OPEN
+
+    def as_dict(self, now: datetime) -> dict[str, Any]:
+        """What people see of it."""
+        return {
+            "state": self.state(now),
+            "failures": self.failures,
+            "open_until": self.open_until,
+            "last_error": self.last_error,
+            "last_error_at": self.last_error_at,
+        }

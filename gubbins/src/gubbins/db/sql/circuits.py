@@ -1,0 +1,162 @@
+"""The circuit breakers of compute elements, shared by all workers."""
+
+from __future__ import annotations
+
+__all__ = ["CircuitStore"]
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, insert, or_, select, update
+
+from gubbins import clock
+from gubbins.circuits import CECall, Circuit, CircuitState
+
+from .connection import PilotDBConnection
+from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements
+
+_COLUMNS = (
+    CECircuits.failures.label("failures"),
+    CECircuits.open_until.label("open_until"),
+    CECircuits.probe_until.label("probe_until"),
+    CECircuits.last_error.label("last_error"),
+    CECircuits.last_error_at.label("last_error_at"),
+)
+MAX_DOUBLINGS = 32
+
+
+class CircuitStore(PilotDBConnection):
+    """The table CECircuits."""
+
+    async def get_circuits(self, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
+        """The circuits (of one compute element, or of all) that have seen a failure since the last success."""
+        statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
+        if ce_name is not None:
+            statement = statement.where(CECircuits.ce_name == ce_name)
+        async with self.unit():
+            rows = await self.conn.execute(statement)
+            return {(row[0], row[1]): Circuit(*row[2:]) for row in rows}
+
+    async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
+        """Whether such a call may be made now.
+
+        Of a half-open circuit one caller at a time gets True: the others have to wait for what it finds out,
+        or for `probe_seconds`, after which it is taken for dead.
+        """
+        now = clock.now()
+        async with self.unit():
+            await self._lock_ce(ce_name)
+            claimed = await self.conn.execute(
+                update(CECircuits)
+                .where(
+                    CECircuits.ce_name == ce_name,
+                    CECircuits.call == call,
+                    CECircuits.open_until <= now,
+                    or_(CECircuits.probe_until.is_(None), CECircuits.probe_until <= now),
+                )
+                .values(probe_until=now + timedelta(seconds=probe_seconds))
+            )
+            if claimed.rowcount:
+                return True
+            open_until = await self.conn.execute(
+                select(CECircuits.open_until).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
+            )
+            return open_until.scalar_one_or_none() is None
+
+    async def record_failure(
+        self,
+        ce_name: str,
+        call: CECall,
+        message: str,
+        *,
+        failures: int,
+        pause_seconds: float,
+        max_pause_seconds: float,
+    ) -> Circuit:
+        """Note that a call did not work, and return its circuit.
+
+        After `failures` of them, one after the other, there is a pause, twice as long after each probe that
+        fails. Calls that were under way when the circuit opened say nothing new: they do not prolong it.
+        """
+        now = clock.now()
+        message = message[:MAX_REASON_CHARS]
+        async with self.unit():
+            # One after the other, and for the compute element to exist until this is written.
+            known = await self.conn.execute(
+                update(ComputeElements)
+                .where(ComputeElements.name == ce_name)
+                .values(last_error=message, last_error_at=now)
+            )
+            if not known.rowcount:
+                return Circuit()
+            where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
+            row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
+            before = Circuit() if row is None else Circuit(*row)
+            after = _failed(before, message, now, failures, pause_seconds, max_pause_seconds)
+            values = {
+                "failures": after.failures,
+                "open_until": after.open_until,
+                "probe_until": after.probe_until,
+                "last_error": message,
+                "last_error_at": now,
+            }
+            if row is None:
+                await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, **values))
+            else:
+                await self.conn.execute(update(CECircuits).where(*where).values(**values))
+            return after
+
+    async def record_success(self, ce_name: str, call: CECall) -> None:
+        """Note that a call worked: its circuit is closed, and what it complained about is over."""
+        async with self.unit():
+            await self._lock_ce(ce_name)
+            await self.conn.execute(
+                delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
+            )
+            await self._restore_last_error(ce_name)
+
+    async def reset_circuits(self, ce_names: Sequence[str]) -> None:
+        """Close all circuits of these compute elements: whatever was wrong is said to be mended."""
+        async with self.unit():
+            if ce_names:
+                await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name.in_(ce_names)))
+
+    async def _lock_ce(self, name: str) -> bool:
+        """Hold the row of this compute element until the transaction ends; False when there is none.
+
+        An UPDATE that changes nothing, because SQLite has no SELECT … FOR UPDATE.
+        """
+        locked = await self.conn.execute(
+            update(ComputeElements).where(ComputeElements.name == name).values(capacity=ComputeElements.capacity)
+        )
+        return bool(locked.rowcount)
+
+    async def _restore_last_error(self, ce_name: str) -> None:
+        """The last error of a compute element is that of the circuits which still have one."""
+        latest: Any = (
+            await self.conn.execute(
+                select(CECircuits.last_error, CECircuits.last_error_at)
+                .where(CECircuits.ce_name == ce_name)
+                .order_by(CECircuits.last_error_at.desc())
+                .limit(1)
+            )
+        ).one_or_none() or (None, None)
+        await self.conn.execute(
+            update(ComputeElements)
+            .where(ComputeElements.name == ce_name, ComputeElements.last_error.is_not(None))
+            .values(last_error=latest[0], last_error_at=latest[1])
+        )
+
+
+def _failed(
+    before: Circuit, message: str, now: datetime, failures: int, pause_seconds: float, max_pause_seconds: float
+) -> Circuit:
+    if before.state(now) is CircuitState.OPEN:
+        return Circuit(before.failures, before.open_until, before.probe_until, message, now)
+    count = before.failures + 1
+    open_until = None
+    if count >= failures:
+        doublings = min(count - failures, MAX_DOUBLINGS)
+        open_until = now + timedelta(seconds=min(max_pause_seconds, pause_seconds * 2**doublings))
+    return Circuit(count, open_until, None, message, now)

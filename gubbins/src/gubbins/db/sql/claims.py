@@ -1,0 +1,106 @@
+"""What is asked for at compute elements: pilots on their way, and what each VO would take."""
+
+from __future__ import annotations
+
+__all__ = ["Claim", "ClaimStore"]
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import delete, func, insert, select, update
+
+from gubbins import clock
+from gubbins.pilot_states import ACTIVE, MyPilotStatus
+
+from .circuits import CircuitStore
+from .schema import ComputeElements, PilotClaims, PilotRequests, Pilots
+
+
+class Claim(NamedTuple):
+    """How many more pilots a VO would have taken at a compute element when it last asked."""
+
+    wanted: int
+    asked_at: datetime
+    granted_at: datetime | None  # when it last got some
+
+
+class ClaimStore(CircuitStore):
+    """The tables PilotRequests and PilotClaims."""
+
+    async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
+        """Note that `count` `MyPilotTask`s of the VO are on their way to the compute element."""
+        now = clock.now()
+        async with self.unit():
+            if count > 0:
+                row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
+                await self.conn.execute(insert(PilotRequests), [row] * count)
+
+    async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> None:
+        """Strike out the oldest requests: their tasks have started. Nothing to strike out is no error."""
+        oldest = (
+            select(PilotRequests.id)
+            .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
+            .order_by(PilotRequests.id)
+            .limit(count)
+            # Within a derived table MySQL allows both the LIMIT and reading from the table it deletes from.
+            .subquery("oldest")
+        )
+        async with self.unit():
+            await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(select(oldest.c.id))))
+
+    async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
+        """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.
+
+        Until the transaction ends, no other transaction gets past this line: whoever adds requests after
+        counting them counts all of them.
+        """
+        async with self.unit():
+            await self.conn.execute(update(ComputeElements).values(capacity=ComputeElements.capacity))
+            await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
+            rows = await self.conn.execute(
+                select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(
+                    PilotRequests.ce_name, PilotRequests.vo
+                )
+            )
+            return {(ce_name, vo): count for ce_name, vo, count in rows}
+
+    async def count_slots(self) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
+        """Who holds slots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}; absent means none."""
+        statement = (
+            select(Pilots.ce_name, Pilots.vo, Pilots.status, func.count())
+            .where(Pilots.status.in_(ACTIVE))
+            .group_by(Pilots.ce_name, Pilots.vo, Pilots.status)
+        )
+        slots: dict[tuple[str, str], dict[MyPilotStatus, int]] = {}
+        async with self.unit():
+            for ce_name, vo, status, count in await self.conn.execute(statement):
+                slots.setdefault((ce_name, vo), {})[status] = count
+        return slots
+
+    async def get_claims(self) -> dict[tuple[str, str], Claim]:
+        """What each VO would have taken when it last asked, by (compute element, VO)."""
+        async with self.unit():
+            rows = await self.conn.execute(
+                select(
+                    PilotClaims.ce_name,
+                    PilotClaims.vo,
+                    PilotClaims.wanted,
+                    PilotClaims.asked_at,
+                    PilotClaims.granted_at,
+                )
+            )
+            return {(row[0], row[1]): Claim(*row[2:]) for row in rows}
+
+    async def put_claims(self, vo: str, claims: Mapping[str, Claim]) -> None:
+        """Note what the VO would take at these compute elements, in place of what it wanted before."""
+        if not claims:
+            return
+        async with self.unit():
+            await self.conn.execute(
+                delete(PilotClaims).where(PilotClaims.vo == vo, PilotClaims.ce_name.in_(claims))
+            )
+            await self.conn.execute(
+                insert(PilotClaims),
+                [{"ce_name": name, "vo": vo, **claim._asdict()} for name, claim in claims.items()],
+            )

@@ -1,0 +1,142 @@
+"""What pilots that ended have written: asked for at their end, kept for a while."""
+
+from __future__ import annotations
+
+__all__ = ["Output", "OutputStore"]
+
+import zlib
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Row, bindparam, delete, exists, insert, select, update
+
+from gubbins import clock
+
+from .connection import PilotDBConnection
+from .schema import MAX_REASON_CHARS, PilotOutputs, Pilots
+
+_PRUNED_AT_ONCE = 1_000
+
+
+class Output(NamedTuple):
+    """What a pilot wrote, or why that is not known."""
+
+    pilot_id: int
+    expires_at: datetime
+    stdout: str | None = None
+    stderr: str | None = None
+    error: str | None = None
+
+
+class OutputStore(PilotDBConnection):
+    """The table PilotOutputs."""
+
+    async def queue_outputs(self, pilot_ids: Sequence[int]) -> None:
+        """Note that the output of these pilots is to be fetched."""
+        async with self.unit():
+            if not pilot_ids:
+                return
+            these = await self._staged([(id, None) for id in pilot_ids])
+            await self.conn.execute(
+                insert(PilotOutputs).from_select(
+                    ["pilot_id"],
+                    select(Pilots.id)
+                    .join(these, Pilots.id == these.c.id)
+                    .where(~exists().where(PilotOutputs.pilot_id == Pilots.id)),
+                )
+            )
+
+    async def queued_outputs(self, *, vo: str, limit: int) -> Sequence[Row[Any]]:
+        """The VO's pilots whose output is to be fetched, oldest first.
+
+        Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, ended_at`.
+        """
+        statement = (
+            select(
+                Pilots.id.label("pilot_id"),
+                Pilots.ce_name.label("ce_name"),
+                Pilots.status.label("status"),
+                Pilots.stamp.label("stamp"),
+                Pilots.reference.label("reference"),
+                Pilots.submitted_at.label("submitted_at"),
+                Pilots.started_at.label("started_at"),
+                Pilots.ended_at.label("ended_at"),
+            )
+            .join(PilotOutputs, PilotOutputs.pilot_id == Pilots.id)
+            .where(PilotOutputs.fetched_at.is_(None), Pilots.vo == vo)
+            .order_by(Pilots.id)
+            .limit(limit)
+        )
+        async with self.unit():
+            rows: Sequence[Row[Any]] = (await self.conn.execute(statement)).all()
+            return rows
+
+    async def store_outputs(self, outputs: Collection[Output]) -> None:
+        """Keep what was fetched."""
+        now = clock.now()
+        async with self.unit():
+            if outputs:
+                statement = (
+                    update(PilotOutputs.__table__)  # type: ignore[arg-type]  # a Table, whatever mypy sees
+                    .where(PilotOutputs.pilot_id == bindparam("id"))
+                    .values(
+                        fetched_at=now,
+                        expires_at=bindparam("until"),
+                        out=bindparam("o"),
+                        err=bindparam("e"),
+                        error=bindparam("why"),
+                    )
+                )
+                rows = [
+                    {
+                        "id": each.pilot_id,
+                        "until": each.expires_at,
+                        "o": _packed(each.stdout),
+                        "e": _packed(each.stderr),
+                        "why": None if each.error is None else each.error[:MAX_REASON_CHARS],
+                    }
+                    for each in outputs
+                ]
+                await self.conn.execute(statement, rows)
+
+    async def get_output(self, pilot_id: int) -> dict[str, Any] | None:
+        """`stdout`, `stderr`, `error`, `fetched_at`, `expires_at` of a pilot; None: nothing was fetched."""
+        statement = select(
+            PilotOutputs.out,
+            PilotOutputs.err,
+            PilotOutputs.error,
+            PilotOutputs.fetched_at,
+            PilotOutputs.expires_at,
+        ).where(PilotOutputs.pilot_id == pilot_id, PilotOutputs.fetched_at.is_not(None))
+        async with self.unit():
+            row = (await self.conn.execute(statement)).one_or_none()
+        if row is None:
+            return None
+        return {
+            "stdout": _unpacked(row[0]),
+            "stderr": _unpacked(row[1]),
+            "error": row[2],
+            "fetched_at": row[3],
+            "expires_at": row[4],
+        }
+
+    async def prune_outputs(self) -> int:
+        """Forget outputs whose time is over, some of them; return how many."""
+        async with self.unit():
+            expired = (
+                select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now()).limit(_PRUNED_AT_ONCE)
+            )
+            ids = (await self.conn.execute(expired)).scalars().all()
+            if not ids:
+                return 0
+            pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(ids)))
+            return int(pruned.rowcount)
+
+
+def _packed(text: str | None) -> bytes | None:
+    return None if text is None else zlib.compress(text.encode("utf-8", "replace"))
+
+
+def _unpacked(data: bytes | None) -> str | None:
+    return None if data is None else zlib.decompress(data).decode("utf-8")

@@ -1,0 +1,103 @@
+"""The rules of a compute element: how many pilots it gets from whom, and how long it is waited for."""
+
+from __future__ import annotations
+
+__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of"]
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_MAX = 2**31 - 1
+_Share = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+_Number = Annotated[int, Field(strict=True, ge=0, le=_MAX)]
+_Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 86400, allow_inf_nan=False)]
+
+
+class DemandPolicy(StrEnum):
+    """How many pilots a VO wants."""
+
+    FILL = "fill"
+    WAITING_JOBS = "waiting_jobs"
+
+
+class VORules(BaseModel):
+    """What is different for one VO; what is left out is as for the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: DemandPolicy | None = Field(default=None, description="As below.")
+    share: _Share | None = Field(default=None, description="As below.")
+    max_waiting: _Number | None = Field(default=None, description="As below.")
+    max_per_cycle: _Number | None = Field(default=None, description="As below.")
+    trickle: _Number | None = Field(default=None, description="As below.")
+
+
+class CERules(BaseModel):
+    """The rules of one compute element."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: DemandPolicy = Field(
+        default=DemandPolicy.FILL,
+        description="`fill` takes all free slots, `waiting_jobs` no more than the VO's waiting jobs justify.",
+    )
+    share: _Share = Field(default=1.0, description="A VO's part of the slots, relative to those of the others.")
+    max_waiting: _Number | None = Field(
+        default=None, description="A VO has no more pilots than that waiting (SUBMITTED) here."
+    )
+    max_per_cycle: _Number | None = Field(
+        default=None, description="A VO submits no more pilots than that in one round."
+    )
+    trickle: _Number = Field(
+        default=1,
+        description="With `waiting_jobs`: so many pilots even without jobs, where the VO has none.",
+    )
+    vos: dict[str, VORules] = Field(default={}, description="What is different for some VOs, by name.")
+    timeout_seconds: _Seconds = Field(default=60, description="No call waits longer for an answer.")
+    unconfirmed_seconds: _Seconds = Field(
+        default=600,
+        description="A submission that was never confirmed and that the site does not know is undone then.",
+    )
+    lost_seconds: _Seconds = Field(
+        default=3600, description="A pilot that the site has not known for so long has failed."
+    )
+    breaker_failures: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
+        default=3, description="After so many failed calls in a row there is a pause."
+    )
+    breaker_pause_seconds: _Seconds = Field(default=60, description="The first pause; each next is twice as long.")
+    breaker_max_pause_seconds: _Seconds = Field(default=900, description="No pause is longer.")
+    keep_output: Literal["none", "failed", "all"] = Field(
+        default="all", description="Whose output is fetched at their end, where the back end can."
+    )
+    keep_output_seconds: _Seconds = Field(default=7 * 86400, description="How long it is kept.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.unconfirmed_seconds <= self.timeout_seconds:
+            raise ValueError(
+                "unconfirmed_seconds must be longer than timeout_seconds, or submissions that are still under "
+                f"way are undone: {self.unconfirmed_seconds:g} is not more than {self.timeout_seconds:g}"
+            )
+        return self
+
+    def of(self, vo: str) -> CERules:
+        """These rules as they are for one VO."""
+        own = self.vos.get(vo)
+        return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
+
+    @property
+    def breaker(self) -> dict[str, Any]:
+        """What `MyPilotDB.record_failure` wants to know."""
+        return {
+            "failures": self.breaker_failures,
+            "pause_seconds": self.breaker_pause_seconds,
+            "max_pause_seconds": self.breaker_max_pause_seconds,
+        }
+
+
+def rules_of(ce: Mapping[str, Any]) -> CERules:
+    """The rules of a compute element as the database has it."""
+    return CERules.model_validate(ce["rules"] or {})

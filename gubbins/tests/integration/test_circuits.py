@@ -1,0 +1,251 @@
+"""A compute element that does not answer is left in peace, and tried again by one call at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from gubbins import clock
+from gubbins.ces import Observation, Observed, SubmitOutcome
+from gubbins.circuits import CECall
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.exceptions import CEPausedError, CERefusedError
+from gubbins.logic import my_pilots as logic
+from gubbins.tasks.my_pilots import MyPilotTask
+
+RULES = {"breaker_failures": 2, "breaker_pause_seconds": 60, "breaker_max_pause_seconds": 200}
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.at = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.at
+
+    def passes(self, seconds: float) -> None:
+        self.at += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def time() -> Any:
+    moving = Clock()
+    with clock.simulated(moving):
+        yield moving
+
+
+async def circuit(db: MyPilotDB, call: CECall, ce: str = "ce") -> tuple[str, int]:
+    seen = (await db.get_ce(ce))["circuits"][call]
+    return str(seen["state"]), seen["failures"]
+
+
+async def refused(db: MyPilotDB) -> None:
+    with pytest.raises(CERefusedError):
+        await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def paused(db: MyPilotDB) -> str:
+    with pytest.raises(CEPausedError) as caught:
+        await logic.submit_pilot(db, "ce", "lhcb")
+    return str(caught.value)
+
+
+async def test_submissions_pause_after_failures_ever_longer_and_are_tried_again_by_one(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    scripted.submissions["ce"] = SubmitOutcome(error="quota exceeded")
+    await refused(db)
+    assert await circuit(db, CECall.SUBMIT) == ("closed", 1)
+    await refused(db)
+    assert await circuit(db, CECall.SUBMIT) == ("open", 2)
+    for pause in (60, 120, 200, 200):
+        assert "quota exceeded" in await paused(db)
+        # Nor does the task that a round has spawned before.
+        assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db) is None
+        time.passes(pause - 1)
+        assert await circuit(db, CECall.SUBMIT) == ("open", (await circuit(db, CECall.SUBMIT))[1])
+        time.passes(1)
+        assert (await circuit(db, CECall.SUBMIT))[0] == "half-open"
+        before = len(scripted.calls)
+        await refused(db)
+        assert len(scripted.calls) == before + 1
+    time.passes(200)
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+    assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
+    assert (await db.get_ce("ce"))["last_error"] is None
+
+
+async def test_while_one_submission_tries_again_the_others_wait(
+    sqlite_db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
+    scripted.submissions["ce"] = ConnectionError("gone")
+    await refused(db)
+    time.passes(60)
+    scripted.submissions["ce"] = asyncio.Event()
+    probe = asyncio.create_task(logic.submit_pilot(db, "ce", "lhcb"))
+    while len(scripted.calls) < 2:
+        await asyncio.sleep(0.01)
+    assert "finds out" in await paused(db)
+    # A worker that died while it was trying is not waited for for ever.
+    time.passes(181)
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+    probe.cancel()
+
+
+async def test_calls_that_were_under_way_do_not_prolong_a_pause(sqlite_db: MyPilotDB, time: Clock) -> None:
+    await sqlite_db.add_ce("ce", 9, 1.0)
+    for _ in range(10):
+        await sqlite_db.record_failure(
+            "ce", CECall.STATUS, "gone", failures=3, pause_seconds=60, max_pause_seconds=900
+        )
+    seen = (await sqlite_db.get_ce("ce"))["circuits"][CECall.STATUS]
+    assert (seen["failures"], seen["open_until"]) == (3, time.at + timedelta(seconds=60))
+
+
+async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_less_and_less(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    await db.add_ce("well", 1, 1.0)
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.observations["ce"] = ConnectionError("no route to host")
+    scripted.calls.clear()
+    await logic.transition_pilot_states(db, "lhcb")
+    assert "its status cannot be read (no route to host)" in await paused(db)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
+    for _ in range(20):  # a check every 30 s, for ten minutes
+        time.passes(30)
+        await logic.transition_pilot_states(db, "lhcb")
+    # At 0, 30, 90, 210 and 420 s, and never in between.
+    assert scripted.calls == [("ce", "poll")] * 5
+    assert (await db.get_pilot(pilot_id))["status"] is MyPilotStatus.SUBMITTED
+    # Nobody cancels there meanwhile; the first check that may ask it does.
+    assert (await db.get_ce("ce"))["circuits"][CECall.STATUS]["state"] == "open"
+    await logic.cancel_pilot(db, pilot_id, by="alice")
+    assert scripted.cancelled == []
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    time.passes(200)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert len(scripted.cancelled) == 1
+    assert await circuit(db, CECall.STATUS) == ("closed", 0)
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
+    sqlite_db: MyPilotDB, scripted: Any
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 9, 1.0, backend="scripted")
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.cancellations["ce"] = PermissionError("not your job")
+    scripted.observations["ce"] = Observation(Observed.RUNNING)
+    await logic.cancel_pilot(db, pilot_id, by="alice")
+    assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 1}
+    assert "not your job" in (await db.get_ce("ce"))["last_error"]
+
+
+async def test_polling_that_works_does_not_hide_why_submissions_do_not(
+    sqlite_db: MyPilotDB, scripted: Any
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 9, 1.0, backend="scripted")
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.submissions["ce"] = SubmitOutcome(error="queue closed")
+    await refused(db)
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert (await db.get_ce("ce"))["last_error"] == "queue closed"
+
+
+async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
+    sqlite_db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = sqlite_db
+    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
+    for name, backend in (("slow", "scripted"), ("well", "simulated")):
+        await db.add_ce(name, 1, 1.0, backend=backend)
+    scripted.submissions["slow"] = SubmitOutcome(reference="job.1")
+    slow, well = [await logic.submit_pilot(db, name, "lhcb") for name in ("slow", "well")]
+    scripted.observations["slow"] = gate = asyncio.Event()
+    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb"))
+    async with asyncio.timeout(20):
+        while (await db.get_pilot(well))["status"] is not MyPilotStatus.RUNNING:
+            await asyncio.sleep(0.01)
+    assert not check.done()
+    gate.set()
+    assert await check == {MyPilotStatus.RUNNING: 1}
+    assert (await db.get_pilot(slow))["missing_since"] is not None
+
+
+async def test_a_time_out_is_a_rule_of_the_ce(sqlite_db: MyPilotDB, scripted: Any) -> None:
+    await sqlite_db.add_ce("ce", 9, 1.0, backend="scripted", rules={"timeout_seconds": 0.05})
+    scripted.submissions["ce"] = asyncio.Event()
+    with pytest.raises(CERefusedError, match=r"no answer within 0\.05 s"):
+        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
+
+
+async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilotDB, scripted: Any) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted")
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    scripted.observations["ce"] = Observation(Observed.RUNNING)
+    pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.calls.clear()
+    assert await logic.ban_ce(db, "ce", reason="maintenance")
+    assert not await logic.ban_ce(db, "ce", reason="long maintenance")
+    assert (await logic.get_ce(db, "ce"))["ban_reason"] == "long maintenance"
+    assert await logic.transition_pilot_states(db, "lhcb") == {}
+    await logic.cancel_pilot(db, pilot_id, by="alice")
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert scripted.calls == []
+    assert await logic.set_ce_enabled(db, "ce", False)
+    assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 1}
+    assert scripted.calls == [("ce", "cancel"), ("ce", "poll")]
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert await logic.set_ce_enabled(db, "ce", True)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+
+
+async def test_opening_a_ce_and_changing_it_end_its_pause(sqlite_db: MyPilotDB, scripted: Any) -> None:
+    db = sqlite_db
+    spec = {"capacity": 3, "success_rate": 1.0, "backend": "scripted"}
+    scripted.submissions["ce"] = SubmitOutcome(error="no such queue")
+    rules: dict[str, Any] = {"breaker_failures": 1}
+    await db.set_ce("ce", **spec, rules=rules)
+    for mended in (logic.set_ce_enabled(db, "ce", True), db.set_ce("ce", **spec, rules=rules | {"share": 2})):
+        await refused(db)
+        await paused(db)
+        await mended
+        assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
+
+
+async def test_a_submission_that_was_given_up_meanwhile_is_cancelled_and_not_forgotten(
+    sqlite_db: MyPilotDB, scripted: Any
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 3, 1.0, backend="scripted")
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+
+    release = db.confirm_pilots
+
+    async def released_first(references: Any) -> int:
+        await db.release_pilots([pilot_id for pilot_id, _ in references])
+        return await release(references)
+
+    db.confirm_pilots = released_first  # type: ignore[method-assign]  # as if the worker had slept here
+    with pytest.raises(CERefusedError, match="given up"):
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert len(scripted.cancelled) == 1
+    assert (await db.search_pilots(vo=None))[0] == 0

@@ -1,0 +1,146 @@
+"""How many pilots a VO asks for, by the rules of each compute element."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from diracx.db.sql import JobDB
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.schema import Pilots
+from gubbins.logic import my_pilots as logic
+from gubbins.tasks.my_pilots import MySubmitPilotsTask
+
+JOBS: dict[str, Any] = {"policy": "waiting_jobs"}
+
+
+async def ask(
+    db: MyPilotDB, jobs: int | None, vo: str = "lhcb", vos: tuple[str, ...] = ("lhcb",)
+) -> dict[str, int]:
+    async def waiting_jobs() -> int | None:
+        return jobs
+
+    return await logic.request_pilots(db, vo, vos=vos, waiting_jobs=waiting_jobs)
+
+
+async def test_no_more_pilots_than_waiting_jobs_justify(db: MyPilotDB) -> None:
+    await db.add_ce("a", 20, 1.0, rules=JOBS)
+    await db.add_ce("b", 10, 1.0, rules=JOBS)
+    await db.add_ce("full", 5, 1.0)
+    # Nobody asks the job database for the sake of a compute element that is filled anyway.
+    assert await ask(db, 12) == {"a": 8, "b": 4, "full": 5}
+    # They are on their way, 17 pilots for 12 jobs.
+    assert await ask(db, 12) == {}
+    assert await ask(db, 20) == {"a": 2, "b": 1}
+    assert await ask(db, 1000) == {"a": 10, "b": 5}
+
+
+async def test_pilots_that_wait_are_taken_off_however_old_and_wherever(db: MyPilotDB) -> None:
+    await db.add_ce("a", 50, 1.0, rules=JOBS)
+    await db.add_ce("elsewhere", 50, 1.0, settings={"queue_seconds": 1e9})
+    async with db:
+        for _ in range(7):
+            await db.submit_pilot("elsewhere", "lhcb")
+        await db.conn.execute(Pilots.__table__.update().values(SubmittedAt="2020-01-01 00:00:00.000000"))
+    await db.set_ce_enabled("elsewhere", False)
+    for _ in range(3):
+        await logic.submit_pilot(db, "a", "lhcb")
+    await db.submit_pilot("a", "dteam")
+    assert await ask(db, 10) == {}
+    assert await ask(db, 12) == {"a": 2}
+    # What runs has its job already.
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await ask(db, 12) == {"a": 3}
+    # No job reaches a pilot at a banned one.
+    await db.ban_ce("elsewhere", reason=None)
+    assert await ask(db, 12) == {"a": 7}
+
+
+async def test_an_empty_ce_gets_a_trickle(db: MyPilotDB) -> None:
+    await db.add_ce("one", 20, 1.0, rules=JOBS)
+    await db.add_ce("two", 20, 1.0, rules=JOBS | {"trickle": 2})
+    await db.add_ce("none", 20, 1.0, rules=JOBS | {"trickle": 0})
+    assert await ask(db, 0) == {"one": 1, "two": 2}
+    assert await ask(db, 0) == {}
+
+
+@pytest.mark.parametrize("known", ["unreadable", "unasked"])
+async def test_without_a_job_database_there_is_a_trickle_only(sqlite_db: MyPilotDB, known: str) -> None:
+    await sqlite_db.add_ce("a", 20, 1.0, rules=JOBS)
+    if known == "unreadable":
+        assert await ask(sqlite_db, None) == {"a": 1}
+    else:
+        assert await logic.request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"a": 1}
+
+
+async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
+    await db.add_ce(
+        "ce", 40, 1.0, rules={"max_per_cycle": 4, "max_waiting": 6, "vos": {"dteam": {"max_waiting": 1}}}
+    )
+    assert await ask(db, None) == {"ce": 4}
+    assert await ask(db, None) == {"ce": 2}
+    assert await ask(db, None) == {}
+    assert await ask(db, None, "dteam") == {"ce": 1}
+    await logic.withdraw_requests(db, "ce", "lhcb", 6)
+    for _ in range(6):
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert await ask(db, None) == {}
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await ask(db, None) == {"ce": 4}
+
+
+async def test_policy_and_share_may_be_different_for_one_vo(db: MyPilotDB) -> None:
+    vos = ("lhcb", "dteam")
+    rules = {"vos": {"lhcb": {"share": 3}, "dteam": {"policy": "waiting_jobs", "trickle": 0}}}
+    await db.add_ce("ce", 20, 1.0, rules=rules)
+    assert await ask(db, 2, "dteam", vos) == {"ce": 2}
+    assert await ask(db, None, "lhcb", vos) == {"ce": 18}
+    await db.add_ce("new", 20, 1.0, rules={"vos": {"lhcb": {"share": 3}}})
+    assert await ask(db, None, "lhcb", vos) == {"new": 15}
+    assert await ask(db, None, "dteam", vos) == {"new": 5}
+
+
+async def test_a_ce_that_is_being_tried_again_is_asked_for_one_pilot(sqlite_db: MyPilotDB, scripted: Any) -> None:
+    await sqlite_db.add_ce(
+        "ce", 9, 1.0, backend="scripted", rules={"breaker_failures": 1, "breaker_pause_seconds": 1e-6}
+    )
+    scripted.submissions["ce"] = ConnectionError("gone")
+    with pytest.raises(logic.PilotSubmissionError):
+        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
+    assert await ask(sqlite_db, None) == {"ce": 1}
+    assert await ask(sqlite_db, None) == {}
+
+
+@pytest.fixture
+async def job_db() -> AsyncIterator[JobDB]:
+    database = JobDB("sqlite+aiosqlite:///:memory:")
+    async with database.engine_context():
+        async with database.engine.begin() as connection:
+            await connection.run_sync(database.metadata.create_all)
+        yield database
+
+
+async def test_waiting_jobs_are_read_from_the_job_database_of_diracx(sqlite_db: MyPilotDB, job_db: JobDB) -> None:
+    async with job_db:
+        for number, (vo, status) in enumerate(
+            [("lhcb", "Waiting")] * 3 + [("lhcb", "Running"), ("lhcb", "Received"), ("dteam", "Waiting")]
+        ):
+            job_id = await job_db.create_job(f"job {number}")
+            await job_db.insert_job_attributes({job_id: {"VO": vo, "Status": status}})
+    await sqlite_db.add_ce("a", 20, 1.0, rules=JOBS)
+    assert await logic.count_waiting_jobs(job_db, "lhcb") == 3
+    assert await logic.count_waiting_jobs(job_db, "gridpp") == 0
+    task = MySubmitPilotsTask("lhcb")
+    with pytest.raises(RuntimeError, match="broker"):  # none is bound here; the requests are what counts
+        await task.execute(my_pilot_db=sqlite_db, job_db=job_db)
+    assert await ask(sqlite_db, await logic.count_waiting_jobs(job_db, "lhcb")) == {"a": 3}
+
+
+async def test_a_job_database_that_is_down_counts_as_none(caplog: pytest.LogCaptureFixture) -> None:
+    broken = JobDB("sqlite+aiosqlite:////nonexistent/jobs.db")
+    async with broken.engine_context():
+        assert await logic.count_waiting_jobs(broken, "lhcb") is None
+    assert "Cannot count the waiting jobs of lhcb" in caplog.text
+    assert await logic.count_waiting_jobs(None, "lhcb") is None

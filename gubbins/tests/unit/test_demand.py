@@ -1,0 +1,56 @@
+"""The arithmetic of sharing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from gubbins.logic.my_pilots.demand import Sharer, apportion, fair_part
+
+MANY = 10**6
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_alone_a_vo_gets_all_it_wants() -> None:
+    assert fair_part(7, "a", {"a": Sharer(1, 3, MANY)}) == 7
+    assert fair_part(7, "a", {"a": Sharer(1, 3, 2)}) == 2
+    assert fair_part(-1, "a", {"a": Sharer(1, 3, 2)}) == 0
+
+
+def test_who_holds_more_than_its_share_gets_what_the_others_leave() -> None:
+    sharers = {"a": Sharer(1, 15, MANY), "b": Sharer(1, 4, MANY)}
+    assert fair_part(1, "a", sharers) == 0
+    assert fair_part(1, "b", sharers) == 1
+    assert fair_part(5, "a", {**sharers, "b": Sharer(1, 4, 2)}) == 3
+
+
+def test_shares_are_relative() -> None:
+    sharers = {"a": Sharer(3, 0, MANY), "b": Sharer(1, 0, MANY)}
+    assert [fair_part(20, vo, sharers) for vo in sharers] == [15, 5]
+    assert [fair_part(20, vo, {**sharers, "c": Sharer(1, 0, 0)}) for vo in sharers] == [15, 5]
+
+
+def test_of_equals_the_one_that_has_been_waiting_longest_comes_first() -> None:
+    sharers = {
+        "a": Sharer(1, 0, MANY, T0),
+        "b": Sharer(1, 0, MANY, T0 - timedelta(hours=1)),
+        "c": Sharer(1, 0, MANY),
+    }
+    assert {vo: fair_part(1, vo, sharers) for vo in sharers} == {"a": 0, "b": 0, "c": 1}
+    assert {vo: fair_part(2, vo, sharers) for vo in sharers} == {"a": 0, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("room", range(12))
+def test_all_that_is_free_is_dealt_and_no_more(room: int) -> None:
+    sharers = {"a": Sharer(2, 5, 3), "b": Sharer(1, 0, MANY), "c": Sharer(0.5, 1, MANY)}
+    assert sum(fair_part(room, vo, sharers) for vo in sharers) == room
+
+
+@pytest.mark.parametrize("budget", range(-1, 25))
+def test_parts_are_cut_down_to_the_budget_in_proportion(budget: int) -> None:
+    parts = [10, 0, 5, 1]
+    cut = apportion(budget, parts)
+    assert sum(cut) == min(16, max(0, budget))
+    assert all(0 <= given <= part for given, part in zip(cut, parts, strict=True))
+    assert cut[0] >= cut[2] >= cut[3] >= cut[1] == 0
