@@ -81,10 +81,10 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
     Raises:
         CliError: when it is not configured, does not answer or has no tables; and when it fails inside the block.
     """
+    url = task_db_url()
     from diracx.db.exceptions import DBUnavailableError
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = task_db_url()
     async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
         try:
             yield database

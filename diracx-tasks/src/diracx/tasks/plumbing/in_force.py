@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: A process that has not said so for longer runs no more.
 COUNTS_SECONDS = 60.0
 #: How often a process says so when nothing changes.
-_REPEAT_SECONDS = 10.0
+_REPEAT_SECONDS = 25.0
 #: Problems, and characters of each, that are published; the log has them all.
 _PROBLEMS = 20
 _PROBLEM_LENGTH = 500

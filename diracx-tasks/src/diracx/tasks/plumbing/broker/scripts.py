@@ -227,9 +227,9 @@ async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bo
     return [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(schedules)])]
 
 
-async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> int:
-    """Say with which configuration a process runs (empty: none any more). Returns how many have said so."""
-    return int(await script("announce")(redis, args=[process, said, counts_ms, int(tidy)]))
+async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> None:
+    """Say with which configuration a process runs (empty: none any more)."""
+    await script("announce")(redis, args=[process, said, counts_ms, int(tidy)])
 
 
 async def report(

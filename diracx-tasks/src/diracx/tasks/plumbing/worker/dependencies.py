@@ -52,6 +52,7 @@ class Dependencies:
         self.plans: list[Plan] = [blueprint.plan for blueprint in self._at_start]
         """Of the tasks that are not deferred."""
         self._loading: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -71,8 +72,8 @@ class Dependencies:
             try:
                 yield
             finally:
+                self._closing.set()
                 if self._loading is not None:
-                    self._loading.cancel()
                     await asyncio.wait([self._loading])
 
     async def load(self, blueprints: Mapping[str, Blueprint]) -> None:
@@ -90,7 +91,7 @@ class Dependencies:
         try:
             async with self._provided(await asyncio.to_thread(_compiled, waiting)):
                 loaded.set()
-                await asyncio.get_running_loop().create_future()  # until the end
+                await self._closing.wait()
         except Exception:
             logger.exception("the dependencies of tasks cannot be had")
         finally:

@@ -117,5 +117,6 @@ class Intake:
             free, audit=audit, lease_seconds=lease_seconds, suspect_from=suspect_from
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
-        self._empty_since = None  # now and then, whatever was seen before
+        if audit:
+            self._empty_since = None  # now and then, whatever was seen before
         return deliveries

@@ -1,4 +1,5 @@
-"""What a worker tells those who look: one call every 5 s, from sums that cost an execution a few additions.
+"""What a worker tells those who look: one call every 5 s, or 10 s while nothing happens, from sums that cost an
+execution a few additions.
 
 A report that does not get through is made up for by the next one. `diracx.tasks.monitor` reads them.
 """
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 #: Between two reports.
 REPORT_SECONDS = 5.0
+#: Reports that are left out, one after the other, when they would say nothing but that the worker is there. Others
+#: count it as silent after `monitor.troubles.SILENT_SECONDS`.
+_LEFT_OUT = 1
 #: Running tasks that are told of; the longest-running ones.
 RUNNING_TOLD = 200
 #: Failures told in one report: the latest. All are counted.
@@ -121,6 +125,7 @@ class Reporter:
         self._said: tuple[bytes, bytes] = (b"", b"")
         self.timed: Callable[[str, str, float, float], None] | None = None
         """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
+        self._left_out = 0
 
     # --- what is noted ----------------------------------------------------------------------------------
 
@@ -229,30 +234,38 @@ class Reporter:
         """Report, for ever."""
         while True:
             try:
-                await self.report()
+                await self.report(if_new=True)
             except RedisError as error:
                 logger.debug("a report did not get through: %s", error)
             except Exception:
                 logger.exception("a report could not be made")
             await asyncio.sleep(REPORT_SECONDS)
 
-    async def report(self, *, last: bool = False) -> None:
+    async def report(self, *, last: bool = False, if_new: bool = False) -> None:
         """Tell what is new.
+
+        Args:
+            last: the worker signs off.
+            if_new: when there is nothing new, it may be left out.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
         """
-        if self._unsent is None:
-            self._number += 1
-            self._unsent = (self._number, self._taken())
-        number, added = self._unsent
         line, running = dumps(self._line()), dumps(self._told_running())
         news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
+        if self._unsent is None:
+            taken = self._taken()
+            if if_new and not taken and not any(news) and self._left_out < _LEFT_OUT:
+                self._left_out += 1
+                return
+            self._number += 1
+            self._unsent = (self._number, taken)
+        number, added = self._unsent
         asked_at = time.time()
         now_ms, known = await scripts.report(
             self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last
         )
-        self._unsent = None
+        self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
         self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
 

@@ -1,13 +1,13 @@
 -- Say with which configuration a process runs, or (with nothing to say) that it runs no more.
 -- KEYS: none. ARGV: process, what it says or '', how long an entry counts (ms), whether to remove those of
 --   processes that have been silent for longer (1 or 0).
--- Returns the number of entries. The key outlives the last process by twice that time.
+-- Returns nothing. The key outlives the last process that removed the silent by twice that time.
 -- #include _time
-local now_ms = math.floor(now_us() / 1000)
+local now_ms, new = math.floor(now_us() / 1000), 0
 if ARGV[2] == '' then
   redis.call('HDEL', '$CONFIG_IN_FORCE', ARGV[1])
 else
-  redis.call('HSET', '$CONFIG_IN_FORCE', ARGV[1], int(now_ms) .. ' ' .. ARGV[2])
+  new = redis.call('HSET', '$CONFIG_IN_FORCE', ARGV[1], int(now_ms) .. ' ' .. ARGV[2])
 end
 if ARGV[4] == '1' then
   local entries = redis.call('HGETALL', '$CONFIG_IN_FORCE')
@@ -16,5 +16,4 @@ if ARGV[4] == '1' then
     if seen < now_ms - tonumber(ARGV[3]) then redis.call('HDEL', '$CONFIG_IN_FORCE', entries[field]) end
   end
 end
-redis.call('PEXPIRE', '$CONFIG_IN_FORCE', 2 * tonumber(ARGV[3]))
-return redis.call('HLEN', '$CONFIG_IN_FORCE')
+if new == 1 or ARGV[4] == '1' then redis.call('PEXPIRE', '$CONFIG_IN_FORCE', 2 * tonumber(ARGV[3])) end

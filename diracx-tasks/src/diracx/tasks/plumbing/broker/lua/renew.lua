@@ -8,12 +8,16 @@
 -- #include _time _locks _queue _cancel
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
 local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
-local epoch = redis.call('GET', '$EPOCH') or (consumer .. ' ' .. int(now))
-redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
+local epoch = redis.call('GETEX', '$EPOCH', 'PX', EPOCH_MS)
+if not epoch then
+  epoch = consumer .. ' ' .. int(now)
+  redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
+end
 local data_lost = ARGV[5] ~= '' and ARGV[5] ~= epoch
 redis.call('ZADD', '$ALIVE', int(now / 1000 + tonumber(ARGV[2])), consumer)
-local lost_entries, lost_locks, cancelled, marks = {}, {}, {}, any_cancelled()
-for position, e in ipairs(cmsgpack.unpack(ARGV[3])) do
+local lost_entries, lost_locks, cancelled, entries = {}, {}, {}, cmsgpack.unpack(ARGV[3])
+local marks = entries[1] and any_cancelled()
+for position, e in ipairs(entries) do
   if is_pending(e.stream, consumer, e.entry, e.deliveries) then
     redis.call('XCLAIM', e.stream, '$GROUP', consumer, 0, e.entry, 'JUSTID')
     local there = marks and redis.call('XRANGE', e.stream, e.entry, e.entry)[1]

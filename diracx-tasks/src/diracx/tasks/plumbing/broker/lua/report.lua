@@ -12,37 +12,45 @@ local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS = 500, 604800000, 1000, 86400000
 local worker, now_ms = ARGV[1], math.floor(now_us() / 1000)
 local said = '$REPORT_PREFIX' .. worker
 local minute, hour = int(math.floor(now_ms / 60000)), int(math.floor(now_ms / 3600000))
-local known = redis.call('EXISTS', said)
-local repeated = redis.call('HGET', said, 'number') == ARGV[2]
+local before = redis.call('HMGET', said, 'number', 'minute')
+local known, repeated, new_minute = before[1] and 1 or 0, before[1] == ARGV[2], before[2] ~= minute
 
 if ARGV[6] == '1' then
   redis.call('DEL', said)
   redis.call('ZREM', '$REPORTING', worker)
 else
-  redis.call('HSET', said, 'number', ARGV[2])
-  if ARGV[3] ~= '' then redis.call('HSET', said, 'line', ARGV[3]) end
-  if ARGV[4] ~= '' then redis.call('HSET', said, 'running', ARGV[4]) end
-  redis.call('PEXPIRE', said, SAID_MS)
+  local fields = {}
+  if ARGV[3] ~= '' then fields[#fields + 1] = 'line'; fields[#fields + 1] = ARGV[3] end
+  if ARGV[4] ~= '' then fields[#fields + 1] = 'running'; fields[#fields + 1] = ARGV[4] end
+  if fields[1] or ARGV[5] ~= '' or new_minute then
+    redis.call('HSET', said, 'number', ARGV[2], 'minute', minute, unpack(fields))
+  end
   redis.call('ZADD', '$REPORTING', int(now_ms), worker)
-  redis.call('ZREMRANGEBYSCORE', '$REPORTING', '-inf', int(now_ms - ALIVE_MS))
-  redis.call('PEXPIRE', '$REPORTING', ALIVE_MS)
+  if new_minute then
+    redis.call('PEXPIRE', said, SAID_MS)
+    redis.call('ZREMRANGEBYSCORE', '$REPORTING', '-inf', int(now_ms - ALIVE_MS))
+    redis.call('PEXPIRE', '$REPORTING', ALIVE_MS)
+  end
 end
 
 -- How much has ever come into each queue: the first report of a minute notes it, and differences are rates.
 local flow = '$FLOW_PREFIX' .. minute
-if redis.call('HEXISTS', flow, 'at') == 0 then
-  redis.call('HSET', flow, 'at', int(now_ms))
-  for _, stream in ipairs(cmsgpack.unpack(ARGV[7])) do
-    local added = 0
-    if redis.call('EXISTS', stream) == 1 then
+if new_minute and redis.call('HEXISTS', flow, 'at') == 0 then
+  local noted, streams = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7])
+  local used = redis.call('EXISTS', unpack(streams)) > 0 -- most installations leave some queues unused
+  for _, stream in ipairs(streams) do
+    local added, length = 0, 0
+    if used and redis.call('EXISTS', stream) == 1 then -- from a queue that never was, nothing is handed over
       local info = redis.call('XINFO', 'STREAM', stream)
       for field = 1, #info, 2 do
         if info[field] == 'entries-added' then added = info[field + 1] end
+        if info[field] == 'length' then length = info[field + 1] end
       end
+      length = length + redis.call('XLEN', stream .. '$HANDOVER')
     end
-    local length = redis.call('XLEN', stream) + redis.call('XLEN', stream .. '$HANDOVER')
-    redis.call('HSET', flow, stream .. ' added', added, stream .. ' length', length)
+    for _, value in ipairs({stream .. ' added', added, stream .. ' length', length}) do noted[#noted + 1] = value end
   end
+  redis.call('HSET', flow, unpack(noted))
   redis.call('PEXPIRE', flow, MINUTES_MS)
 end
 
