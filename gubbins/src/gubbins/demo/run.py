@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.25
 _WORKERS = 3
 _SLOTS = "8"
-_SLURM_CPUS = 24
+_SLURM_CPUS = 16
 
 
 def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, slurm: bool = False) -> None:

@@ -76,11 +76,11 @@ def slurm_compute_elements(directory: Path, slurm: SlurmSite) -> list[dict[str, 
                 "partition": "short",
                 "wall_minutes": 5,
                 "scripts": {
-                    "lhcb": "sleep 20",
+                    "lhcb": "sleep 30",
                     # One in three of these fails: a pilot's exit code decides.
-                    "cta": "sleep 15; [ $(( $(date +%s) % 3 )) != 0 ] || { echo no luck today >&2; exit 1; }",
+                    "cta": "sleep 25; [ $(( $(date +%s) % 3 )) != 0 ] || { echo no luck today >&2; exit 1; }",
                 },
-                "default_script": "sleep 12",
+                "default_script": "sleep 20",
                 "keep": "none",
             },
         }
