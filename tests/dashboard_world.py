@@ -157,10 +157,15 @@ class World:
 @asynccontextmanager
 async def small_world(redis_url: str, extensions: list[Extension] | None = None) -> AsyncIterator[World]:
     """A system in which something of everything has happened, and been reported."""
-    # Nobody wants to wait for what happens every 5 s.
-    with patch.object(reporter, "REPORT_SECONDS", 0.3):
-        async with _world(redis_url, extensions) as world:
-            yield world
+    try:
+        # Nobody wants to wait for what happens every 5 s.
+        with patch.object(reporter, "REPORT_SECONDS", 0.3):
+            async with _world(redis_url, extensions) as world:
+                yield world
+    finally:
+        # What was held up is still there, on purpose.
+        async with Redis.from_url(redis_url) as client:
+            await client.flushall()
 
 
 @asynccontextmanager
@@ -212,6 +217,3 @@ async def _world(redis_url: str, extensions: list[Extension] | None) -> AsyncIte
             yield world
         finally:
             await app.aclose()
-    # What was held up is still there, on purpose.
-    async with Redis.from_url(redis_url) as client:
-        await client.flushall()

@@ -39,6 +39,10 @@ def find_troubles(seen: Snapshot) -> list[Trouble]:
     return [*_of_server(seen), *_of_scheduler(seen), *_of_queues(seen), *_of_workers(seen), *_of_letters(seen)]
 
 
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
 def _of_server(seen: Snapshot) -> Iterator[Trouble]:
     used, limit = seen.memory_bytes, seen.memory_limit_bytes
     if used is not None and limit is not None and used >= _MEMORY_SHARE * limit:
@@ -48,12 +52,14 @@ def _of_server(seen: Snapshot) -> Iterator[Trouble]:
 
 def _of_scheduler(seen: Snapshot) -> Iterator[Trouble]:
     if not seen.scheduler_leads and seen.schedules:
-        text = f"no scheduler leads: {seen.schedules} schedules are not submitted"
+        text = f"no scheduler leads: {_counted(seen.schedules, 'schedule is', 'schedules are')} not submitted"
         yield Trouble(text=text, about="schedules")
     elif seen.schedules_late:
-        yield Trouble(text=f"{seen.schedules_late} schedules are late by more than 10 s", about="schedules")
+        text = f"{_counted(seen.schedules_late, 'schedule is', 'schedules are')} late by more than 10 s"
+        yield Trouble(text=text, about="schedules")
     if seen.overdue:
-        text = f"{seen.overdue} delayed tasks are overdue: no worker or scheduler moves them to their queues"
+        tasks = _counted(seen.overdue, "delayed task is", "delayed tasks are")
+        text = f"{tasks} overdue: no worker or scheduler moves them to their queues"
         yield Trouble(text=text, about="delayed")
 
 
@@ -62,12 +68,13 @@ def _of_queues(seen: Snapshot) -> Iterator[Trouble]:
     for queue in seen.queues:
         if not queue.backlog:
             continue
+        tasks = _counted(queue.backlog, "task waits", "tasks wait")
         waits = queue.oldest_waiting_seconds or 0.0
         if queue.size not in served and None not in served:
-            text = f"{queue.name}: {queue.backlog} tasks wait, and no worker of size {queue.size} runs"
+            text = f"{queue.name}: {tasks}, and no worker of size {queue.size} runs"
             yield Trouble(text=text, about="queue", queue=queue.name)
         elif waits > LONG_WAIT_SECONDS and queue.priority != "background":
-            text = f"{queue.name}: {queue.backlog} tasks wait, the first for {waits / 60:.0f} min"
+            text = f"{queue.name}: {tasks}, the first for {waits / 60:.0f} min"
             yield Trouble(text=text, about="queue", queue=queue.name, grave=False)
 
 
@@ -84,5 +91,6 @@ def _of_workers(seen: Snapshot) -> Iterator[Trouble]:
 
 def _of_letters(seen: Snapshot) -> Iterator[Trouble]:
     if seen.dead_letters_waiting:
-        text = f"{seen.dead_letters_waiting} dead letters wait in Redis for a worker with a database"
+        letters = _counted(seen.dead_letters_waiting, "dead letter waits", "dead letters wait")
+        text = f"{letters} in Redis for a worker with a database"
         yield Trouble(text=text, about="dead letters")

@@ -193,7 +193,10 @@ class TaskSystem:
         if url == _IN_MEMORY:
             # All users of an in-memory database share one connection, so the end of one transaction would
             # undo what another has not committed yet. A file that goes with the system keeps them apart.
-            directory = self._stack.enter_context(TemporaryDirectory(prefix="diracx-taskdb-"))
+            # A thread of SQLite whose caller was cancelled may still write there while it goes.
+            directory = self._stack.enter_context(
+                TemporaryDirectory(prefix="diracx-taskdb-", ignore_cleanup_errors=True)
+            )
             url = f"sqlite+aiosqlite:///{directory}/taskdb.sqlite"
         task_db = TaskDB(url)
         await self._stack.enter_async_context(task_db.engine_context())

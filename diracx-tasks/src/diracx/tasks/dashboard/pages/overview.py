@@ -31,6 +31,8 @@ class Finding:
     text: str
     path: str
     """The page where there is more about it."""
+    verbatim: bool = False
+    """Whether it begins with a name, which is written as it is."""
 
 
 async def load(request: Request, installation: Installation) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _load(installation: Installation) -> dict[str, Any]:
 def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:
     for trouble in monitor.find_troubles(snapshot):
         path = f"/queues/{trouble.queue}" if trouble.queue else _PATHS[trouble.about]
-        yield Finding(trouble.grave, trouble.text, path)
+        yield Finding(trouble.grave, trouble.text, path, verbatim=trouble.queue is not None)
     if letters:
         text = f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about"
         yield Finding(False, text, "/dead-letters")

@@ -1,0 +1,112 @@
+"""A real browser that looks at a dashboard, for the tests of both distributions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diracx.tasks.dashboard.app import DashboardApp
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
+axe = pytest.importorskip("axe_playwright_python.async_playwright", reason="pip install axe-playwright-python")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: `make servers`")
+playwright.expect.set_options(timeout=20_000)  # on a busy machine, too
+expect = playwright.expect
+
+#: Everything that a page needs, its scripts and styles included.
+LARGEST = 300_000
+#: Where to put pictures of all pages; nowhere by default.
+PICTURES = os.environ.get("DASHBOARD_PICTURES")
+
+
+class Tab:
+    """A page of the browser, and what went wrong in it."""
+
+    def __init__(self, page: Any, home: str, scheme: str) -> None:
+        self.page = page
+        self.home = home
+        self.complaints: list[str] = []
+        self._scheme = scheme
+        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    async def open(self, path: str) -> None:
+        """Go there, and see that nothing ran that should not."""
+        await self.page.goto(self.home + path)
+        assert await self.page.evaluate("window.hacked") is None, path
+
+    async def check(self, address: str) -> None:
+        """A page that everyone can use, and that is not too heavy; its picture where they are wanted."""
+        await self.open(address)
+        found = await axe.Axe().run(self.page)
+        problems = [
+            f"{each['id']}: {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary'][:300]}"
+            for each in found.response["violations"]
+        ]
+        assert not problems, f"{address}: " + "\n".join(problems)
+        weight = await self.page.evaluate(
+            "performance.getEntries().reduce((sum, one) => sum + (one.decodedBodySize || 0), 0)"
+        )
+        assert 5_000 < weight < LARGEST, address
+        if PICTURES:
+            name = address.strip("/").replace("/", "-").replace(":", "-").partition("?")[0] or "overview"
+            suffix = "-dark" if self._scheme == "dark" else ""
+            await self.page.screenshot(path=Path(PICTURES) / f"dashboard-{name}{suffix}.png")
+
+    async def press(self, where: Any, key: str) -> None:
+        """Press a key there, when the focus is there: not before, for keys go to whatever has it."""
+        await expect(where).to_be_visible()
+        await where.focus()
+        await expect(where).to_be_focused()
+        await self.page.keyboard.press(key)
+
+    async def answer_by_keyboard(self, button: Any, question: str, yes: str) -> None:
+        """Press a button and leave it at that, then press it again and say yes."""
+        dialog = self.page.get_by_role("dialog", name=question)
+        await self.press(button, "Enter")
+        await expect(dialog.get_by_role("link", name="Leave it")).to_be_focused()
+        await self.page.keyboard.press("Escape")
+        await expect(dialog).to_be_hidden()
+        await self.press(button, "Enter")
+        await expect(dialog.get_by_role("link", name="Leave it")).to_be_focused()
+        await self.page.keyboard.press("Tab")
+        await expect(dialog.get_by_role("button", name=yes)).to_be_focused()
+        await self.page.keyboard.press("Enter")
+
+
+@asynccontextmanager
+async def tab_of(app: DashboardApp, token: str, scheme: str = "light") -> AsyncIterator[Tab]:
+    """A tab that has signed in, with the dashboard on a port of its own."""
+    async with _served(app) as home, playwright.async_playwright() as started:
+        browser = await started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            context = await browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 860})
+            made = Tab(await context.new_page(), home, scheme)
+            await made.open(f"/sign-in?token={token}")
+            yield made
+        finally:
+            await browser.close()
+
+
+@asynccontextmanager
+async def _served(app: DashboardApp) -> AsyncIterator[str]:
+    import uvicorn
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            app.end_streams()
+            server.should_exit = True
+            await serving
