@@ -115,6 +115,10 @@ class Sshd:
         assert self._process is not None
         self._kill(_children(self._process.pid))
 
+    def logins(self) -> int:
+        """How many there have been."""
+        return (self._directory / "log").read_text(errors="replace").count("Accepted publickey")
+
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
         """Inside the block it does not run."""

@@ -66,7 +66,10 @@ class SSHBackend(CEBackend[SSHSettings]):
         with _nothing_there_yet(pilots):
             for word, rest in await self._bulk(_stamps(pilots), [self._enter], lambda stamp: f"observe {stamp}"):
                 stamp, _, detail = rest.partition(" ")
-                observations[stamp] = self._observation(stamp, word, detail)
+                try:
+                    observations[stamp] = self._observation(stamp, word, detail)
+                except (TypeError, ValueError) as error:
+                    raise Garbled(f"{self._host}: not what a host with a shell says: {_one_line(rest)}") from error
         return observations
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
@@ -88,7 +91,7 @@ class SSHBackend(CEBackend[SSHSettings]):
 
     async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
-        keep_minutes = round(self.settings.keep_hours * 60)
+        keep_minutes = round(self.settings.keep_days * 24 * 60)
 
         def forget(stamp: str) -> str:
             return f"keep {stamp}" if pilots[stamp] in keep else f"rm -rf ./{stamp}"

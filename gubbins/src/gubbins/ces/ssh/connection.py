@@ -6,6 +6,7 @@ __all__ = ["SSHError", "SSHShell"]
 
 import asyncio
 import contextlib
+import logging
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """More than any honest answer has."""
 
 _KEEPALIVE_SECONDS = 10
+_SESSION_SECONDS = 0.1  # before a host that had no session left is asked again
 
 
 class SSHError(CEUnavailableError):
@@ -102,19 +104,30 @@ class SSHShell:
             options["agent_path"] = None
         if host.agent_socket is not None:
             options["agent_path"] = str(host.agent_socket)
+
+        async def connect(**more: Any) -> asyncssh.SSHClientConnection:
+            return await asyncssh.connect(
+                host.host,
+                host.port,
+                client_factory=Client,
+                known_hosts=known_hosts,
+                config=None,  # these settings say everything, and no file of the user changes it
+                preferred_auth=["publickey"],
+                agent_forwarding=False,
+                keepalive_interval=_KEEPALIVE_SECONDS,
+                **options,
+                **more,
+            )
+
         try:
             async with asyncio.timeout(host.connect_timeout_seconds):
-                return await asyncssh.connect(
-                    host.host,
-                    host.port,
-                    client_factory=Client,
-                    known_hosts=known_hosts,
-                    config=None,  # these settings say everything, and no file of the user changes it
-                    preferred_auth=["publickey"],
-                    agent_forwarding=False,
-                    keepalive_interval=_KEEPALIVE_SECONDS,
-                    **options,
-                )
+                try:
+                    return await connect()
+                except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost):
+                    if not self._known_keys(known_hosts):
+                        raise
+                    # It may have none of the kinds of key that are known of it: hear which one it has.
+                    return await connect(server_host_key_algs="default")
         except TimeoutError as error:
             raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
         except asyncssh.HostKeyNotVerifiable as error:
@@ -144,6 +157,10 @@ class SSHShell:
         except (OSError, ValueError) as error:
             raise SSHError(f"cannot read the known hosts in {path}: {error}") from error
 
+    def _known_keys(self, known_hosts: asyncssh.SSHKnownHosts) -> Sequence[asyncssh.SSHKey]:
+        port = None if self._host.port == 22 else self._host.port
+        return known_hosts.match(self._host.host, "", port)[0]
+
     def _not_believed(
         self, known_hosts: asyncssh.SSHKnownHosts, seen: Sequence[asyncssh.SSHKey], error: Exception
     ) -> str:
@@ -152,7 +169,7 @@ class SSHShell:
             return f"{self._name} is not who it should be, by {path}: {error}"
         has = f"{self._name} has the host key {seen[0].get_fingerprint()}"
         entry = host.host if host.port == 22 else f"[{host.host}]:{host.port}"
-        if known_hosts.match(host.host, "", None if host.port == 22 else host.port)[0]:
+        if self._known_keys(known_hosts):
             return (
                 f"{has}, which is not the one in {path}: the host was set up anew, or it is another one. "
                 f"When its operator confirms the key: ssh-keygen -R '{entry}' -f {path}, and add the new one"
@@ -168,11 +185,13 @@ def _asyncssh() -> Any:
         import asyncssh
     except ModuleNotFoundError as error:
         raise SSHError("SSH is not installed here: pip install 'gubbins-pilots[ssh]'") from error
+    if (logger := logging.getLogger("asyncssh")).level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)  # it tells of every connection and every command
     return asyncssh
 
 
 async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: bytes) -> Completed:
-    process = await connection.create_process(command, encoding=None)
+    process = await _open(connection, command)
     try:
 
         async def feed() -> None:
@@ -189,6 +208,19 @@ async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: by
         return Completed(process.returncode, out, err)
     finally:
         process.close()
+
+
+async def _open(connection: asyncssh.SSHClientConnection, command: str) -> asyncssh.SSHClientProcess[bytes]:
+    import asyncssh
+
+    while True:
+        try:
+            return await connection.create_process(command, encoding=None)
+        except asyncssh.ChannelOpenError:
+            if connection.is_closed():
+                raise
+            # All its sessions are in use, or one that has ended is still being cleared away. Nothing was run.
+            await asyncio.sleep(_SESSION_SECONDS)
 
 
 async def _read(stream: asyncssh.SSHReader[bytes]) -> str:

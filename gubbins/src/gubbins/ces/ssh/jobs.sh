@@ -5,6 +5,7 @@
 # prints is none. Stamps hold letters, digits, dots, dashes and underscores, and begin with a letter or a digit.
 umask 077
 set -f
+[ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # relative names begin there, wherever sshd has put us
 
 say() {
     printf '\n%s %s' "$mark" "$*"
@@ -92,7 +93,7 @@ has_ended() {
 read_process() {
     read -r pid start boot host < "$1/pid" || return 1
     case $pid in
-        '' | *[!0-9]*) return 1 ;;
+        '' | *[!0-9]* | 0* | 1) return 1 ;; # a signal to the groups 0 and 1 would reach far more than a pilot
     esac
 }
 

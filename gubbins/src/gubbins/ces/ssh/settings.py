@@ -38,7 +38,8 @@ class SSHHost(CESettings):
     """A host that is reached through SSH. There is no password here, and no way to give one."""
 
     host: str = Field(
-        pattern=r"^[A-Za-z0-9_.:-]+$", description="Name or address of one host; not an alias of several."
+        pattern=r"^[A-Za-z0-9_:][A-Za-z0-9_.:-]*$",
+        description="Name or address of one host; not an alias of several.",
     )
     port: int = Field(default=22, ge=1, le=65535)
     username: str | None = Field(
@@ -85,8 +86,8 @@ class SSHSettings(SSHHost):
     keep: Literal["none", "failed", "all"] = Field(
         default="failed", description="Whose directories (with stdout and stderr) stay after the end."
     )
-    keep_hours: float = Field(
-        default=168, ge=0, allow_inf_nan=False, description="For how long, after the end was recorded."
+    keep_days: float = Field(
+        default=7, ge=0, allow_inf_nan=False, description="How long those directories stay, in days."
     )
 
     @field_validator("environment")
