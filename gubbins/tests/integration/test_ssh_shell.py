@@ -50,6 +50,12 @@ async def test_arguments_and_input_arrive_as_they_are(shell: Shell) -> None:
     assert done == (4, "hello\n$x\n", "no\n")
 
 
+async def test_commands_see_the_environment_that_is_given(sshd: Sshd) -> None:
+    ours = SSHShell(SSHHost(**sshd.settings), {"SLURM_CONF": "/a b/$x'"})
+    assert (await ours.run(["/bin/sh", "-c", 'printf %s "$SLURM_CONF"'])).stdout == "/a b/$x'"
+    await ours.close()
+
+
 async def test_output_that_is_no_text_is_no_error(shell: Shell) -> None:
     assert (await shell().run(["printf", r"\377x"])).stdout == "\ufffdx"
 
@@ -141,15 +147,18 @@ async def test_a_key_that_cannot_be_used_is_named(shell: Shell, sshd: Sshd, tmp_
 def agent(sshd: Sshd, tmp_path: Path) -> Iterator[Path]:
     """The socket of an agent that holds the client key."""
     path = tmp_path / "agent"
-    with subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
-        while not path.exists():
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        add = ["ssh-add", "-q", str(sshd.client_key)]
+        deadline = time.monotonic() + 30
+        # Its socket is there before it listens.
+        while subprocess.run(add, check=False, env=os.environ | {"SSH_AUTH_SOCK": str(path)}).returncode != 0:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        environment = os.environ | {"SSH_AUTH_SOCK": str(path)}
-        subprocess.run(["ssh-add", "-q", str(sshd.client_key)], check=True, env=environment)
         yield path
+    finally:
         process.terminate()
+        process.wait(20)
 
 
 async def test_an_agent_can_hold_the_key(shell: Shell, agent: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 #   /bin/sh -c "$(cat output.sh)" output DIRECTORY STAMP stdout|stderr BYTES
 #
 # Exit code 66: there is no such directory.
+[ -e "$1" ] || exit 66
 cd "$1" || exit 73
 cd "$2" 2>/dev/null || exit 66
 [ ! -e "$3" ] || exec tail -c "$4" "$3"

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gubbins.ces.shell import Completed
@@ -35,10 +35,16 @@ class SSHShell:
 
     The connection is made by the first command and made anew by the first one after it was lost. A command is
     never run twice. Needs the extra `ssh` of this distribution.
+
+    Args:
+        host: where, and as whom.
+        environment: added to what the commands see there.
     """
 
-    def __init__(self, host: SSHHost) -> None:
+    def __init__(self, host: SSHHost, environment: Mapping[str, str] | None = None) -> None:
         self._host = host
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        self._before = ["env", *variables] if variables else []
         self._connection: asyncssh.SSHClientConnection | None = None
         self._connecting = asyncio.Lock()
         self._sessions = asyncio.Semaphore(host.max_sessions)
@@ -58,7 +64,7 @@ class SSHShell:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(timeout):
-                    return await _run(connection, shlex.join(argv), stdin)
+                    return await _run(connection, shlex.join([*self._before, *argv]), stdin)
             except TimeoutError as error:
                 raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
