@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from sites.sshd import Sshd
 
 from gubbins.ces import CEDescription
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.ces.ssh import SSHHost
 from gubbins.demo.slurm import SlurmSite
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
@@ -18,13 +20,18 @@ class TestSlurm(CERemoteConformance):
     timeout_seconds = 20.0
 
     @pytest.fixture
-    def make(self, slurm_site: SlurmSite, tmp_path: Path) -> MakeBackend:
+    def ssh(self) -> SSHHost | None:
+        return None
+
+    @pytest.fixture
+    def make(self, slurm_site: SlurmSite, ssh: SSHHost | None, tmp_path: Path) -> MakeBackend:
         self.witness = tmp_path / "witness"
         self.witness.mkdir()
         scripts = pilot_scripts(self.witness)
 
         def make(fate: Fate) -> SlurmBackend:
             settings = SlurmSettings(
+                ssh=ssh,
                 directory=tmp_path / "pilots",
                 slurm_conf=slurm_site.slurm_conf,
                 default_script=scripts[fate],
@@ -52,3 +59,15 @@ class TestSlurm(CERemoteConformance):
 
     def starts(self, stamp: str) -> int:
         return len((self.witness / stamp).read_text().splitlines())
+
+
+class TestSlurmThroughSSH(TestSlurm):
+    """The same promises when the commands are on another host."""
+
+    @pytest.fixture
+    def ssh(self, sshd: Sshd) -> SSHHost | None:
+        return SSHHost(**sshd.settings)
+
+    @pytest.fixture
+    def down(self, sshd: Sshd) -> AbstractContextManager[object]:
+        return sshd.down()

@@ -41,6 +41,10 @@ class Shell(Protocol):
         """
         ...
 
+    async def close(self) -> None:
+        """Give back what it takes to get there."""
+        ...
+
 
 class LocalShell:
     """Runs commands on this host, each as the leader of a session of its own.
@@ -78,3 +82,6 @@ class LocalShell:
             raise
         assert process.returncode is not None
         return Completed(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+    async def close(self) -> None:
+        pass

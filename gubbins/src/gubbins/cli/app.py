@@ -57,7 +57,8 @@ changes nothing. Compute elements that it does not mention are left alone.
 Settings of the back ends:
     simulated  seed, queue_seconds, run_seconds
     local      directory, scripts (text per VO), default_script, environment,
-               kill_after_seconds, keep (none, failed or all)"""
+               kill_after_seconds, keep (none, failed or all)
+    ssh        host, port, username, known_hosts, client_keys, workdir, and as local"""
 
 app = typer.Typer(
     help=_HELP,

@@ -1,4 +1,4 @@
-"""The back end `slurm`: sbatch, squeue and scancel, on the host of the worker."""
+"""The back end `slurm`: sbatch, squeue and scancel, on the host of the worker or through SSH."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gubbins.ces.protocol import (
     SubmitOutcome,
 )
 from gubbins.ces.shell import Completed, LocalShell, Shell, inherited_environment
+from gubbins.ces.ssh import SSHShell
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
@@ -53,10 +54,12 @@ class SlurmBackend(CEBackend[SlurmSettings]):
 
     def __init__(self, ce: CEDescription, settings: SlurmSettings) -> None:
         super().__init__(ce, settings)
-        environment = inherited_environment()
-        if settings.slurm_conf is not None:
-            environment["SLURM_CONF"] = str(settings.slurm_conf)
-        self._shell: Shell = LocalShell(environment)
+        environment = {} if settings.slurm_conf is None else {"SLURM_CONF": str(settings.slurm_conf)}
+        self._shell: Shell
+        if settings.ssh is None:
+            self._shell = LocalShell(inherited_environment() | environment)
+        else:
+            self._shell = SSHShell(settings.ssh, environment)
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         turns = asyncio.Semaphore(self.settings.concurrent_submissions)
@@ -132,6 +135,9 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             (("ended" if status in keep else "remove", stamp) for stamp, status in pilots.items()),
             remove_after_minutes=str(round(self.settings.keep_days * _MINUTES_OF_A_DAY)),
         )
+
+    async def close(self) -> None:
+        await self._shell.close()
 
     async def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
         arguments = [

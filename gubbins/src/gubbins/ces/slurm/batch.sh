@@ -1,5 +1,7 @@
 #!/bin/sh
 # Runs one pilot on a node, and writes down what happens. The words between at signs are put in at the submission.
+# In braces: what was cut off on its way to sbatch runs nothing.
+{
 @exports@
 job=@job@  # its directory; empty if it is not to be had here
 note() {
@@ -22,3 +24,4 @@ code=$?
 rm -rf "$work"
 note rc "$code"
 exit "$code"
+}

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from gubbins.ces.protocol import CESettings
+from gubbins.ces.ssh import SSHHost
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = {"array", "chdir", "comment", "error", "input", "job-name", "output", "parsable", "requeue"}
@@ -29,6 +30,12 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/+-]+$")]
 
 class SlurmSettings(CESettings):
     """Settings of a Slurm compute element."""
+
+    ssh: SSHHost | None = Field(
+        default=None,
+        description="The submit host and what it takes to get there (`host`, `username`…; needs the extra `ssh`); "
+        "left out: the worker's own host. All paths below are there.",
+    )
 
     directory: AbsolutePath = Field(
         description="Where the pilots' directories are, absolute; the same for all workers that use this site."

@@ -1,0 +1,210 @@
+"""The back end `ssh`: processes on a host that is reached through SSH."""
+
+from __future__ import annotations
+
+__all__ = ["SSHBackend"]
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gubbins.ces.protocol import (
+    OUTPUT_LIMIT_BYTES,
+    CEBackend,
+    CEDescription,
+    Observation,
+    Observed,
+    PilotAtCE,
+    PilotOutput,
+    SubmitOutcome,
+)
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+from .connection import SSHShell
+from .remote import Garbled, Refused, command, is_stamp, parse, quote
+from .settings import SSHSettings
+
+WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
+# A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
+NEVER_STARTED_SECONDS = 60
+PILOTS_PER_COMMAND = 200
+_MAX_REASON_CHARS = 200
+
+
+class SSHBackend(CEBackend[SSHSettings]):
+    """Exit code 0 is DONE, everything else FAILED. All that is known of a pilot is in its directory there.
+
+    One remote command for `PILOTS_PER_COMMAND` pilots, all through one connection.
+    """
+
+    Settings = SSHSettings
+    # The settings name key files of our hosts, and whoever chooses the host chooses what is run with those keys.
+    operator_only = True
+
+    def __init__(self, ce: CEDescription, settings: SSHSettings) -> None:
+        super().__init__(ce, settings)
+        self._shell = SSHShell(settings)
+        workdir = settings.workdir or f".local/state/gubbins/{ce.name}"
+        self._workdir = quote(workdir if workdir.startswith("/") else f"./{workdir}")
+        self._host = f"{settings.host}:{settings.port}"
+        self._enter = f"enter {self._workdir}"
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        by_vo: dict[str, list[str]] = defaultdict(list)
+        for pilot in pilots:
+            by_vo[pilot.vo].append(pilot.stamp)
+        outcomes: dict[str, SubmitOutcome] = {}
+        for each in await asyncio.gather(*(self._submit(vo, stamps) for vo, stamps in by_vo.items())):
+            outcomes |= each
+        return outcomes
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        observations = {}
+        with _nothing_there_yet(pilots):
+            for word, rest in await self._bulk(_stamps(pilots), [self._enter], lambda stamp: f"observe {stamp}"):
+                stamp, _, detail = rest.partition(" ")
+                try:
+                    observations[stamp] = self._observation(stamp, word, detail)
+                except (TypeError, ValueError) as error:
+                    raise Garbled(f"{self._host}: not what a host with a shell says: {_one_line(rest)}") from error
+        return observations
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        before = [self._enter, f"now=$(date +%s) patience={self.settings.kill_after_seconds}"]
+        with _nothing_there_yet(pilots):
+            await self._bulk(_stamps(pilots), before, lambda stamp: f"cancel {stamp}")
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        try:
+            asked = await self._bulk(
+                [pilot.stamp], [self._enter], lambda stamp: f"output {stamp} {OUTPUT_LIMIT_BYTES}"
+            )
+        except Refused as error:
+            raise OutputUnavailableError(pilot.stamp, str(error)) from error
+        records = dict(asked)
+        if set(records) != {"stdout", "stderr"}:
+            raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was")
+        return PilotOutput(records["stdout"], records["stderr"])
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+        keep_minutes = round(self.settings.keep_days * 24 * 60)
+
+        def forget(stamp: str) -> str:
+            return f"keep {stamp}" if pilots[stamp] in keep else f"rm -rf ./{stamp}"
+
+        await self._bulk(pilots, [self._enter, f"sweep {keep_minutes}"], forget)
+
+    async def close(self) -> None:
+        await self._shell.close()
+
+    async def _submit(self, vo: str, stamps: Sequence[str]) -> Mapping[str, SubmitOutcome]:
+        script = self.settings.scripts.get(vo, self.settings.default_script)
+        if not script.startswith("#!"):
+            script = f"#!/bin/sh\n{script}"
+        environment = {**self.settings.environment, "PILOT_VO": vo, "PILOT_CE": self.ce.name}
+        exports = "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in environment.items())
+        before = [
+            f"prepare {self._workdir}",
+            self._enter,
+            f"script={quote(script if script.endswith(chr(10)) else script + chr(10))}",
+            f"wrapper={quote(WRAPPER)}",
+            f"environment={quote(exports)}",
+        ]
+        try:
+            records = await self._bulk(stamps, before, lambda stamp: f"submit {stamp}")
+        except Refused as error:
+            # Nothing has been begun, but what an earlier call may have begun with the same stamps.
+            return {stamp: SubmitOutcome(error=_one_line(str(error))) for stamp in stamps}
+        outcomes = {
+            stamp: SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
+            for stamp in stamps
+            if not is_stamp(stamp)
+        }
+        for word, rest in records:
+            stamp, _, why = rest.partition(" ")
+            refused = word == "refused"
+            outcomes[stamp] = SubmitOutcome(
+                reference=None if refused else self._reference(stamp),
+                error=(_one_line(why) or "the host gives no reason") if refused else None,
+            )
+        if missing := set(stamps) - set(outcomes):
+            raise Garbled(f"{self._host}: no word about {len(missing)} of {len(stamps)} submissions")
+        return outcomes
+
+    async def _bulk(
+        self, stamps: Iterable[str], before: Sequence[str], line: Callable[[str], str]
+    ) -> list[tuple[str, str]]:
+        """The records of remote commands with one line for each stamp; without those that can be no directory.
+
+        Raises:
+            Refused: nothing at all has been done.
+            CEUnavailableError: a command has not answered, and nobody knows what it did.
+        """
+        names = [stamp for stamp in stamps if is_stamp(stamp)]
+        batches = [names[start : start + PILOTS_PER_COMMAND] for start in range(0, len(names), PILOTS_PER_COMMAND)]
+        records: list[tuple[str, str]] = []
+        for batch in batches:
+            asked = command([*before, *map(line, batch)])
+            answer = await self._shell.run(["/bin/sh", "-s"], stdin=asked.text)
+            try:
+                records += parse(answer, asked.mark, host=self._host)
+            except Refused as error:
+                if batch is batches[0]:
+                    raise
+                raise CEUnavailableError(str(error)) from error
+        return records
+
+    def _reference(self, stamp: str) -> str:
+        return f"ssh://{self._host}/{stamp}"
+
+    def _observation(self, stamp: str, word: str, detail: str) -> Observation:
+        state, reason = Observed.NO_NEWS, None
+        match word:
+            case "prepared" if int(detail) < NEVER_STARTED_SECONDS:
+                state = Observed.WAITING
+            case "prepared":
+                state, reason = Observed.FAILED, "the pilot process was never started"
+            case "running":
+                state = Observed.RUNNING
+            case "elsewhere":
+                reason = f"it runs on {_one_line(detail)}, and another host answers as {self.settings.host}"
+            case "restarted":
+                state, reason = Observed.FAILED, "the host was restarted while it ran"
+            case "ended":
+                state, reason = _end(*detail.split(" ", 2))
+        return Observation(state, reason, self._reference(stamp))
+
+
+def _stamps(pilots: Iterable[PilotAtCE]) -> Iterator[str]:
+    return (pilot.stamp for pilot in pilots)
+
+
+@contextlib.contextmanager
+def _nothing_there_yet(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
+    """Without the directory of all there are no pilots. If there were some, it may be in a file system that is
+    not mounted, and nothing follows."""
+    try:
+        yield
+    except Refused:
+        if any(pilot.reference for pilot in pilots):
+            raise
+
+
+def _end(code: str, cancelled: str, last_words: str) -> tuple[Observed, str | None]:
+    if code == "0":
+        return Observed.DONE, None
+    if code == "-":
+        why = "cancelled" if cancelled == "1" else "the process vanished without an exit code"
+        return Observed.FAILED, why
+    why = f"cancelled (exit code {code})" if cancelled == "1" else f"exit code {code}"
+    words = _one_line(last_words)
+    return Observed.FAILED, f"{why}: {words}" if words else why
+
+
+def _one_line(text: str) -> str:
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:_MAX_REASON_CHARS]

@@ -1,0 +1,244 @@
+"""Commands on a host that is reached through SSH: one connection, whose other end is who we think it is."""
+
+from __future__ import annotations
+
+__all__ = ["SSHError", "SSHShell"]
+
+import asyncio
+import contextlib
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gubbins.ces.shell import Completed
+from gubbins.exceptions import CEUnavailableError
+
+from .settings import SSHHost
+
+if TYPE_CHECKING:
+    import asyncssh
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""More than any honest answer has."""
+
+_KEEPALIVE_SECONDS = 10
+_SESSION_SECONDS = 0.1  # before a host that had no session left is asked again
+
+
+class SSHError(CEUnavailableError):
+    """The host could not be asked: no connection, not the right host, no answer in time."""
+
+
+class SSHShell:
+    """Runs commands on one host; the same as a `LocalShell` otherwise.
+
+    The connection is made by the first command and made anew by the first one after it was lost. A command is
+    never run twice. Needs the extra `ssh` of this distribution.
+
+    Args:
+        host: where, and as whom.
+        environment: added to what the commands see there.
+    """
+
+    def __init__(self, host: SSHHost, environment: Mapping[str, str] | None = None) -> None:
+        self._host = host
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        self._before = ["env", *variables] if variables else []
+        self._connection: asyncssh.SSHClientConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._sessions = asyncio.Semaphore(host.max_sessions)
+
+    async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float | None = None) -> Completed:
+        """Run a command by the user's shell there, each argument quoted for a POSIX shell.
+
+        `timeout` is in seconds, the connection not included; default `command_timeout_seconds`. After it, the
+        command is no longer listened to; whether it goes on is the host's affair.
+
+        Raises:
+            SSHError: it may or may not have been run; only a `Completed` says that it was.
+        """
+        asyncssh = _asyncssh()
+        timeout = self._host.command_timeout_seconds if timeout is None else timeout
+        async with self._sessions:
+            connection = await self._connected()
+            try:
+                async with asyncio.timeout(timeout):
+                    return await _run(connection, shlex.join([*self._before, *argv]), stdin)
+            except TimeoutError as error:
+                raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
+            except (OSError, asyncssh.Error) as error:
+                raise SSHError(f"{self._name}: {_text(error)} while {argv[0]} was running") from error
+
+    async def close(self) -> None:
+        """Give back the connection. It is not waited for a host that does not answer."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        connection.close()
+        try:
+            async with asyncio.timeout(2):
+                await connection.wait_closed()
+        except TimeoutError:
+            connection.abort()
+
+    @property
+    def _name(self) -> str:
+        return f"{self._host.host}:{self._host.port}"
+
+    async def _connected(self) -> asyncssh.SSHClientConnection:
+        async with self._connecting:  # all commands of a bulk call begin together, and there is one connection
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await self._connect()
+            return self._connection
+
+    async def _connect(self) -> asyncssh.SSHClientConnection:
+        import asyncssh
+
+        host = self._host
+        known_hosts = await asyncio.to_thread(self._known_hosts)
+        seen: list[asyncssh.SSHKey] = []
+
+        class Client(asyncssh.SSHClient):
+            def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+                seen.append(key)
+                return False
+
+        options: dict[str, Any] = {} if host.username is None else {"username": host.username}
+        if host.client_keys:
+            options["client_keys"] = [str(path) for path in host.client_keys]
+            options["agent_path"] = None
+        if host.agent_socket is not None:
+            options["agent_path"] = str(host.agent_socket)
+
+        async def connect(**more: Any) -> asyncssh.SSHClientConnection:
+            return await asyncssh.connect(
+                host.host,
+                host.port,
+                client_factory=Client,
+                known_hosts=known_hosts,
+                config=None,  # these settings say everything, and no file of the user changes it
+                preferred_auth=["publickey"],
+                agent_forwarding=False,
+                keepalive_interval=_KEEPALIVE_SECONDS,
+                **options,
+                **more,
+            )
+
+        try:
+            async with asyncio.timeout(host.connect_timeout_seconds):
+                try:
+                    return await connect()
+                except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost):
+                    if not self._known_keys(known_hosts):
+                        raise
+                    # It may have none of the kinds of key that are known of it: hear which one it has.
+                    return await connect(server_host_key_algs="default")
+        except TimeoutError as error:
+            raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
+        except asyncssh.HostKeyNotVerifiable as error:
+            raise SSHError(self._not_believed(known_hosts, seen, error)) from error
+        except asyncssh.PermissionDenied as error:
+            keys = ", ".join(map(str, host.client_keys)) or "the agent's, ~/.ssh/id_*"
+            user = host.username or "the worker's user name"
+            raise SSHError(
+                f"{self._name} refuses {user} with the keys tried ({keys}): is one in authorized_keys there?"
+            ) from error
+        except asyncssh.KeyImportError as error:
+            keys = ", ".join(map(str, host.client_keys))
+            raise SSHError(
+                f"cannot use a key of {keys}: {error}; one with a passphrase belongs in an agent"
+            ) from error
+        except (OSError, ValueError, asyncssh.Error) as error:
+            raise SSHError(f"no SSH connection to {self._name}: {_text(error)}") from error
+
+    def _known_hosts(self) -> asyncssh.SSHKnownHosts:
+        import asyncssh
+
+        path = self._host.known_hosts
+        try:
+            return asyncssh.read_known_hosts(str(path))
+        except FileNotFoundError:
+            return asyncssh.import_known_hosts("")  # nobody is known; the refusal will name the file
+        except (OSError, ValueError) as error:
+            raise SSHError(f"cannot read the known hosts in {path}: {error}") from error
+
+    def _known_keys(self, known_hosts: asyncssh.SSHKnownHosts) -> Sequence[asyncssh.SSHKey]:
+        port = None if self._host.port == 22 else self._host.port
+        return known_hosts.match(self._host.host, "", port)[0]
+
+    def _not_believed(
+        self, known_hosts: asyncssh.SSHKnownHosts, seen: Sequence[asyncssh.SSHKey], error: Exception
+    ) -> str:
+        host, path = self._host, self._host.known_hosts
+        if not seen:
+            return f"{self._name} is not who it should be, by {path}: {error}"
+        has = f"{self._name} has the host key {seen[0].get_fingerprint()}"
+        entry = host.host if host.port == 22 else f"[{host.host}]:{host.port}"
+        if self._known_keys(known_hosts):
+            return (
+                f"{has}, which is not the one in {path}: the host was set up anew, or it is another one. "
+                f"When its operator confirms the key: ssh-keygen -R '{entry}' -f {path}, and add the new one"
+            )
+        return (
+            f"{has}, and {path} knows none: when its operator confirms the key, "
+            f"add it: ssh-keyscan -p {host.port} {host.host} >> {path}"
+        )
+
+
+def _asyncssh() -> Any:
+    try:
+        import asyncssh
+    except ModuleNotFoundError as error:
+        raise SSHError("SSH is not installed here: pip install 'gubbins-pilots[ssh]'") from error
+    if (logger := logging.getLogger("asyncssh")).level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)  # it tells of every connection and every command
+    return asyncssh
+
+
+async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: bytes) -> Completed:
+    process = await _open(connection, command)
+    try:
+
+        async def feed() -> None:
+            # A command that does not want to hear it all may still have an answer.
+            with contextlib.suppress(BrokenPipeError, ConnectionError):
+                process.stdin.write(stdin)
+                await process.stdin.drain()
+                process.stdin.write_eof()
+
+        out, err, _ = await asyncio.gather(_read(process.stdout), _read(process.stderr), feed())
+        await process.wait_closed()
+        if process.returncode is None:
+            raise ConnectionResetError("the connection was lost")
+        return Completed(process.returncode, out, err)
+    finally:
+        process.close()
+
+
+async def _open(connection: asyncssh.SSHClientConnection, command: str) -> asyncssh.SSHClientProcess[bytes]:
+    import asyncssh
+
+    while True:
+        try:
+            return await connection.create_process(command, encoding=None)
+        except asyncssh.ChannelOpenError:
+            if connection.is_closed():
+                raise
+            # All its sessions are in use, or one that has ended is still being cleared away. Nothing was run.
+            await asyncio.sleep(_SESSION_SECONDS)
+
+
+async def _read(stream: asyncssh.SSHReader[bytes]) -> str:
+    parts: list[bytes] = []
+    size = 0
+    while part := await stream.read(65536):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise OSError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    return b"".join(parts).decode(errors="replace")
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,170 @@
+# What can be done with pilots, for a POSIX shell of a Linux host. A command is these functions and one call for
+# each pilot, all on the standard input of one `sh`; it begins with `enter` and ends with `say end`.
+#
+# Answers are records: a line break, the mark of the command, and a word for what follows. What a log-in script
+# prints is none. Stamps hold letters, digits, dots, dashes and underscores, and begin with a letter or a digit.
+umask 077
+set -f
+[ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # relative names begin there, wherever sshd has put us
+
+say() {
+    printf '\n%s %s' "$mark" "$*"
+}
+
+fail() {
+    say failed "$*"
+    exit 1
+}
+
+# enter WORKDIR: go there. All names are relative from then on.
+enter() {
+    cd "$1" 2>/dev/null || fail "cannot enter $1"
+    here=$(uname -n)
+    read -r this_boot < /proc/sys/kernel/random/boot_id || fail "this is no Linux: there is no boot id in /proc"
+}
+
+# prepare WORKDIR: make it, when it is not there.
+prepare() {
+    command -v setsid > /dev/null || fail "there is no setsid"
+    why=$(mkdir -p "$1" 2>&1) || fail "$why"
+}
+
+# submit STAMP, with $script, $wrapper and $environment
+# -> submitted STAMP | refused STAMP WHY
+# The directory is the submission: whoever makes it starts the pilot, and nobody else.
+submit() {
+    if why=$(mkdir "$1" 2>&1); then
+        if why=$(write "$1" 2>&1); then
+            setsid /bin/sh "$1/wrapper" "$1" < /dev/null > /dev/null 2>&1 &
+        else
+            rm -rf "./$1"
+            say refused "$1" "$why"
+            return
+        fi
+    elif ! [ -d "$1" ]; then
+        say refused "$1" "$why"
+        return
+    fi
+    say submitted "$1"
+}
+
+write() {
+    printf '%s' "$script" > "$1/script" &&
+        printf '%s' "$wrapper" > "$1/wrapper" &&
+        printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment"
+}
+
+# observe STAMP
+# -> prepared STAMP SECONDS | elsewhere STAMP HOST | running STAMP | restarted STAMP
+#    | ended STAMP CODE CANCELLED LAST-WORDS; CODE is - when there is none. Nothing for one that is unknown.
+observe() {
+    [ -d "$1" ] || return 0
+    if ! has_ended "$1"; then
+        if ! read_process "$1"; then
+            made=$(stat -c %Y "$1") && say prepared "$1" $(($(date +%s) - made))
+            return 0
+        fi
+        if [ "$host" != "$here" ]; then
+            say elsewhere "$1" "$host"
+            return
+        elif [ "$boot" != "$this_boot" ]; then
+            say restarted "$1"
+            return
+        elif is_alive; then
+            say running "$1"
+            return
+        fi
+        # It may have written its exit code and ended since we looked for it.
+        has_ended "$1" || code=-
+    fi 2> /dev/null
+    [ -e "$1/cancelled" ] && cancelled=1 || cancelled=0
+    [ "$code" = 0 ] && words= || words=$(last_words "$1/stderr")
+    say ended "$1" "$code" "$cancelled" "$words"
+}
+
+has_ended() {
+    [ -e "$1/rc" ] || return 1
+    read -r code < "$1/rc"
+    case $code in
+        '' | *[!0-9]*) code=1 ;; # a full disk leaves an empty file: it ended, and not well
+    esac
+}
+
+read_process() {
+    read -r pid start boot host < "$1/pid" || return 1
+    case $pid in
+        '' | *[!0-9]* | 0* | 1) return 1 ;; # a signal to the groups 0 and 1 would reach far more than a pilot
+    esac
+}
+
+# Whether the wrapper with this $pid and $start runs, or has left others of its process group behind.
+is_alive() {
+    if read -r stat < "/proc/$pid/stat"; then
+        # The command, in parentheses, may contain anything; what follows it does not.
+        # shellcheck disable=SC2086 # the fields are meant to be split
+        set -- ${stat##*) }
+        # Another process has the number: it is given away only when no group has it any more.
+        [ "${20}" = "$start" ] || return 1
+        case $1 in
+            [ZX]) ;;
+            *) return 0 ;;
+        esac
+    fi
+    kill -s 0 -- "-$pid" || return 1
+    set +f
+    set -- /proc/[0-9]*
+    set -f
+    for process; do
+        read -r stat < "$process/stat" || continue
+        # shellcheck disable=SC2086
+        set -- ${stat##*) }
+        case $1$3 in
+            [ZX]*) ;;
+            ?"$pid") return 0 ;;
+        esac
+    done
+    return 1
+} 2> /dev/null
+
+last_words() {
+    tail -c 4096 "$1" | LC_ALL=C sed -n '/[^[:space:]]/h;${x;p;}'
+} 2> /dev/null
+
+# cancel STAMP, with $now (s since 1970) and $patience (s): SIGTERM, and when it was asked for so long ago, SIGKILL.
+cancel() {
+    [ -d "$1" ] && ! [ -e "$1/rc" ] || return 0
+    [ -e "$1/cancelled" ] || printf '%s\n' "$now" > "$1/cancelled"
+    # Without a process the wrapper has yet to look for the mark.
+    read_process "$1" || return 0
+    [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive || return 0
+    since=$now
+    read -r since < "$1/cancelled"
+    case $since in
+        '' | *[!0-9]*) since=0 ;; # no room for the time: that is no reason to wait for ever
+    esac
+    if [ $((now - since)) -ge "$patience" ]; then signal=KILL; else signal=TERM; fi
+    kill -s "$signal" -- "-$pid"
+} 2> /dev/null
+
+# output STAMP BYTES -> stdout, stderr, each followed by a line break and the last so many bytes
+output() {
+    [ -d "$1" ] || return 0
+    for name in stdout stderr; do
+        say "$name"
+        printf '\n'
+        [ ! -e "$1/$name" ] || tail -c "$2" "$1/$name"
+    done
+}
+
+# keep STAMP: until a sweep takes it.
+keep() {
+    [ ! -d "$1" ] || : > "$1/forgotten"
+}
+
+# sweep MINUTES: remove what was marked `forgotten` so long ago, and what ended a month before that and was
+# never heard of again.
+sweep() {
+    find . -mindepth 2 -maxdepth 2 \
+        \( -name forgotten -mmin "+$1" -o -name rc -mmin "+$(($1 + 43200))" \) \
+        -exec sh -c 'for mark; do rm -rf "${mark%/*}"; done' sh {} +
+}

@@ -1,0 +1,72 @@
+"""The text of remote commands, and what comes back. Values are quoted here and nowhere else."""
+
+from __future__ import annotations
+
+__all__ = ["Garbled", "Refused", "command", "is_stamp", "parse", "quote"]
+
+import re
+import secrets
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from gubbins.ces.shell import Completed
+from gubbins.exceptions import CEUnavailableError
+
+_FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
+_STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Garbled(CEUnavailableError):
+    """The answer is not whole, or not what a host with a shell says."""
+
+
+class Refused(CEUnavailableError):
+    """The host has done nothing at all, and says why."""
+
+
+class Command(NamedTuple):
+    """One remote command: the text for the standard input of `sh -s`, and the mark of its answers."""
+
+    text: bytes
+    mark: str
+
+
+def is_stamp(stamp: str) -> bool:
+    """Whether it can be the name of a directory, and nothing else."""
+    return _STAMP.fullmatch(stamp) is not None
+
+
+def quote(value: str) -> str:
+    """The value as one word of a POSIX shell, whatever it holds. A NUL character, which no shell can, is gone."""
+    return shlex.quote(value.replace("\0", ""))
+
+
+def command(lines: Iterable[str]) -> Command:
+    """Lines of shell text which use the functions of `jobs.sh`.
+
+    In braces: a shell reads them to their end before it runs anything, so what is cut off on its way does nothing.
+    """
+    mark = secrets.token_hex(12)
+    body = "\n".join([f"mark={mark}", _FUNCTIONS, *lines, "say end"])
+    return Command(f"{{\n{body}\nprintf '\\n'\n}} < /dev/null\n".encode(errors="replace"), mark)
+
+
+def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
+    """The records of an answer: the first word of each, and the rest, which may have many lines.
+
+    Raises:
+        Garbled, Refused
+    """
+    records = []
+    for record in answer.stdout.split(f"\n{mark} ")[1:]:
+        found = re.match(r"(\w+)[ \n]?(.*)", record, re.DOTALL)
+        word, rest = found.groups() if found else ("", record)
+        if word == "failed":
+            raise Refused(f"{host}: {' '.join(rest.split())}")
+        records.append((word, rest))
+    if not records or records.pop()[0] != "end":
+        said = " ".join((answer.stderr.strip() or answer.stdout.strip()).split())[-200:]
+        raise Garbled(f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}")
+    return records

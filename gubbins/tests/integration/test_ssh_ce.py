@@ -1,0 +1,369 @@
+"""The back end `ssh`: a real sshd, real processes, and no memory but the directories on the host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import ValidationError
+from sites.sshd import Sshd
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces.ssh import SSHBackend, SSHSettings
+from gubbins.ces.ssh import backend as backend_module
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
+
+ENDED = (Observed.DONE, Observed.FAILED)
+Make = Callable[..., SSHBackend]
+
+
+class TestConformance(CERemoteConformance):
+    pause_seconds: ClassVar[float] = 0.05
+
+    @pytest.fixture
+    def make(self, sshd: Sshd, tmp_path: Path) -> MakeBackend:
+        self.witness = tmp_path / "witness"
+        self.witness.mkdir()
+        scripts = pilot_scripts(self.witness)
+        settings = sshd.settings | {"connect_timeout_seconds": 3, "command_timeout_seconds": 5}
+
+        def make(fate: Fate) -> SSHBackend:
+            return SSHBackend(
+                CEDescription("host", 100, 1.0),
+                SSHSettings(
+                    **settings, workdir=str(tmp_path / "pilots"), default_script=scripts[fate], keep="all"
+                ),
+            )
+
+        return make
+
+    @pytest.fixture
+    def down(self, sshd: Sshd) -> AbstractContextManager[object]:
+        return sshd.down()
+
+    @pytest.fixture
+    def hanging(self, sshd: Sshd) -> AbstractContextManager[object]:
+        return sshd.frozen()
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())
+
+
+@pytest.fixture
+async def make(sshd: Sshd, tmp_path: Path) -> AsyncIterator[Make]:
+    """A new back end each time, as after a restart of the worker; all are closed with the test, which takes
+    its pilots with it."""
+    made: list[SSHBackend] = []
+
+    def _make(name: str = "ce", **settings: Any) -> SSHBackend:
+        values = sshd.settings | {"workdir": str(tmp_path / "pilots"), "keep": "all"} | settings
+        made.append(SSHBackend(CEDescription(name, 10, 1.0), SSHSettings(**values)))
+        return made[-1]
+
+    yield _make
+    for pid in (tmp_path / "pilots").glob("*/pid"):
+        number = pid.read_text().split()[0]
+        if number.isdecimal() and _is_wrapper(int(number), pid.parent):
+            os.killpg(int(number), signal.SIGKILL)
+    for backend in made:
+        await backend.close()
+
+
+async def observe(backend: SSHBackend, pilot: PilotAtCE, *wanted: Observed) -> Observation:
+    deadline = time.monotonic() + 30
+    while True:
+        seen = (await backend.poll([pilot])).get(pilot.stamp)
+        if seen is not None and seen.state in wanted:
+            return seen
+        assert time.monotonic() < deadline, f"still {seen}"
+        await asyncio.sleep(0.02)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def wrapper_of(directory: Path) -> int:
+    return int((directory / "pid").read_text().split()[0])
+
+
+async def test_exit_code_decides_and_the_last_words_are_told(make: Make, tmp_path: Path) -> None:
+    scripts = {
+        "good": 'echo "$PILOT_VO $PILOT_STAMP $PILOT_CE $EXTRA"',
+        "bad": "echo no >&2; echo luck >&2; exit 3",
+    }
+    pilots = [PilotAtCE("s1", "good"), PilotAtCE("s2", "bad")]
+    outcomes = await make(scripts=scripts, environment={"EXTRA": "x"}).submit(pilots)
+    good = await observe(make(), pilots[0], *ENDED)
+    bad = await observe(make(), pilots[1], *ENDED)
+    assert (good.state, good.reason, good.reference) == (Observed.DONE, None, outcomes["s1"].reference)
+    assert (bad.state, bad.reason) == (Observed.FAILED, "exit code 3: luck")
+    assert (await make().output(pilots[0])).stdout == "good s1 ce x\n"
+    assert (await make().output(pilots[1])).stderr == "no\nluck\n"
+
+
+async def test_the_default_workdir_is_below_the_home_directory_there(make: Make, sshd: Sshd) -> None:
+    pilot = PilotAtCE("home", "vo")
+    await make(name="ce.1", workdir="", default_script="pwd").submit([pilot])
+    await observe(make(name="ce.1", workdir=""), pilot, Observed.DONE)
+    directory = sshd.home / ".local/state/gubbins/ce.1/home"
+    assert (directory / "stdout").read_text() == f"{directory}/work\n"
+    assert directory.stat().st_mode & 0o77 == 0  # nobody else's business
+
+
+async def test_another_interpreter_runs_the_script_it_asks_for(make: Make) -> None:
+    await make(default_script="#!/usr/bin/env python3\nprint(6 * 7)").submit([PilotAtCE("s", "vo")])
+    await observe(make(), PilotAtCE("s", "vo"), Observed.DONE)
+    assert (await make().output(PilotAtCE("s", "vo"))).stdout == "42\n"
+
+
+HOSTILE = (
+    "'; touch {0}/owned; '",
+    '"$(touch {0}/owned)`touch {0}/owned`',
+    "two\nlines\n}}\ntouch {0}/owned\n",
+    "\\' \\\" $HOME %s %n * ~ ! \t\r é 🚀 -n",
+    "",
+)
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+async def test_values_reach_the_pilot_as_they_are_and_run_nothing(
+    make: Make, tmp_path: Path, template: str
+) -> None:
+    value = template.format(tmp_path)
+    workdir = tmp_path / "pilots" / f"w{value.replace('/', '_')}"
+    script = f'printf "%s|%s|%s" "$PILOT_VO" "$PILOT_CE" "$EXTRA"\n# {value!r}'
+    settings = {"workdir": str(workdir), "environment": {"EXTRA": value}, "scripts": {value: script}}
+    pilot = PilotAtCE("s", value)
+    backend = make(name=value, **settings)
+    assert (await backend.submit([pilot]))["s"].error is None
+    await observe(backend, pilot, Observed.DONE)
+    assert (await backend.output(pilot)).stdout == f"{value}|{value}|{value}"
+    assert (workdir / "s" / "script").read_text() == f"#!/bin/sh\n{script}\n"
+    await backend.forget({"s": MyPilotStatus.DONE})
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("stamp", ["", ".", "..", "../x", "-rf", "a b", "a;b", "$(id)", "a\nb", "é", "x" * 200])
+async def test_a_stamp_that_is_no_name_is_refused_and_unknown_and_harms_nothing(
+    make: Make, tmp_path: Path, stamp: str
+) -> None:
+    good, bad = PilotAtCE("good", "vo"), PilotAtCE(stamp, "vo")
+    backend = make(default_script="exit 0")
+    outcomes = await backend.submit([bad, good])
+    assert outcomes[stamp].error
+    assert outcomes["good"].reference
+    await backend.cancel([bad])
+    await observe(backend, good, Observed.DONE)
+    assert set(await backend.poll([bad, good])) == {"good"}
+    await backend.forget({stamp: MyPilotStatus.DONE})
+    with pytest.raises(OutputUnavailableError):
+        await backend.output(bad)
+    assert [path.name for path in (tmp_path / "pilots").iterdir()] == ["good"]
+
+
+async def test_log_in_scripts_that_talk_are_not_taken_for_answers(make: Make, sshd: Sshd) -> None:
+    # bash, for one, reads this file when sshd starts it.
+    profile = sshd.home / ".bashrc"
+    profile.write_text("echo 'Welcome!'; echo end; echo 'ended s 0 0'; printf 'no line break'\n")
+    try:
+        pilot = PilotAtCE("s", "vo")
+        await make(default_script="exit 1").submit([pilot])
+        assert (await observe(make(), pilot, *ENDED)).state is Observed.FAILED
+    finally:
+        profile.unlink()
+
+
+async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: Make, tmp_path: Path) -> None:
+    script = f"trap '' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    pilot = PilotAtCE("s", "vo")
+    backend = make(default_script=script, kill_after_seconds=1)
+    await backend.submit([pilot])
+    await until((tmp_path / "ready").exists)
+    await backend.cancel([pilot])
+    # It stays RUNNING, and keeps its slot, for as long as it really runs.
+    assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
+    deadline = time.monotonic() + 30
+    while (seen := (await backend.poll([pilot]))["s"]).state is Observed.RUNNING:
+        assert time.monotonic() < deadline
+        await backend.cancel([pilot])
+    assert (seen.state, seen.reason) == (Observed.FAILED, "cancelled")
+
+
+async def test_a_killed_wrapper_has_failed_only_when_its_pilot_is_gone_too(make: Make, tmp_path: Path) -> None:
+    pilot = PilotAtCE("s", "vo")
+    await make(default_script=f"echo $$ > {tmp_path}/child; exec sleep 300").submit([pilot])
+    await until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip() != "")
+    os.kill(wrapper_of(tmp_path / "pilots" / "s"), signal.SIGKILL)
+    for _ in range(3):
+        assert (await make().poll([pilot]))["s"].state is Observed.RUNNING
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    seen = await observe(make(), pilot, *ENDED)
+    assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
+
+
+async def test_what_a_killed_wrapper_leaves_behind_can_be_cancelled(make: Make, tmp_path: Path) -> None:
+    pilot = PilotAtCE("s", "vo")
+    await make(default_script="sleep 300").submit([pilot])
+    await observe(make(), pilot, Observed.RUNNING)
+    await until((tmp_path / "pilots" / "s" / "stdout").exists)
+    os.kill(wrapper_of(tmp_path / "pilots" / "s"), signal.SIGKILL)
+    await make().cancel([pilot])
+    assert (await observe(make(), pilot, *ENDED)).reason == "cancelled"
+
+
+def _pid_file(tmp_path: Path, **fields: Any) -> None:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    known = {"pid": os.getpid(), "start": 1, "boot": boot_id, "host": os.uname().nodename} | fields
+    (tmp_path / "pilots" / "s").mkdir(parents=True)
+    line = f"{known['pid']} {known['start']} {known['boot']} {known['host']}\n"
+    (tmp_path / "pilots" / "s" / "pid").write_text(line)
+
+
+@pytest.mark.parametrize(
+    ("fields", "state", "reason"),
+    [
+        ({}, Observed.FAILED, "the process vanished without an exit code"),  # the number of another process
+        ({"boot": "another"}, Observed.FAILED, "the host was restarted while it ran"),
+        ({"host": "twin"}, Observed.NO_NEWS, "it runs on twin, and another host answers as 127.0.0.1"),
+    ],
+)
+async def test_a_number_of_another_process_or_boot_or_host_is_not_the_pilot(
+    make: Make, tmp_path: Path, fields: dict[str, Any], state: Observed, reason: str | None
+) -> None:
+    _pid_file(tmp_path, **fields)
+    pilot = PilotAtCE("s", "vo")
+    seen = (await make().poll([pilot]))["s"]
+    assert (seen.state, seen.reason) == (state, reason)
+    await make(kill_after_seconds=0).cancel([pilot])  # and we are still here
+
+
+@pytest.mark.parametrize("pid", ["", "0", "1", "-1", "01", "x", "1;id"])
+async def test_what_is_no_number_of_a_pilot_is_never_signalled(make: Make, tmp_path: Path, pid: str) -> None:
+    _pid_file(tmp_path, pid=pid)
+    # As if it had not been written; only that is ever signalled which is RUNNING.
+    assert (await make().poll([PilotAtCE("s", "vo")]))["s"].state is Observed.WAITING
+
+
+async def test_a_directory_without_a_process_was_never_started(
+    make: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "pilots" / "s").mkdir(parents=True)
+    pilot = PilotAtCE("s", "vo")
+    assert (await make().poll([pilot]))["s"].state is Observed.WAITING
+    monkeypatch.setattr(backend_module, "NEVER_STARTED_SECONDS", 0)
+    seen = (await make().poll([pilot]))["s"]
+    assert (seen.state, seen.reason) == (Observed.FAILED, "the pilot process was never started")
+
+
+async def test_a_connection_lost_on_the_way_concludes_nothing_and_the_next_call_makes_a_new_one(
+    make: Make, sshd: Sshd, tmp_path: Path
+) -> None:
+    pilots = [PilotAtCE(f"s{number}", "vo") for number in range(200)]
+    backend = make(default_script="sleep 300")
+    await backend.poll(pilots)  # connected
+    submission = asyncio.ensure_future(backend.submit(pilots))
+    await until(lambda: any((tmp_path / "pilots").glob("*/pid")))
+    sshd.cut()
+    with pytest.raises(CEUnavailableError, match=f"127.0.0.1:{sshd.port}: .* while /bin/sh was running"):
+        await submission
+    # Each of them runs or does not, and submitting them again changes nothing for those that do.
+    before = await backend.poll(pilots)
+    outcomes = await backend.submit(pilots)
+    assert all(outcome.reference for outcome in outcomes.values())
+    await asyncio.gather(*(observe(backend, pilot, Observed.RUNNING) for pilot in pilots[:3] + pilots[-3:]))
+    assert {seen.state for seen in before.values()} <= {Observed.WAITING, Observed.RUNNING}
+
+
+async def test_one_connection_serves_all_of_a_bulk_call(make: Make, sshd: Sshd, monkeypatch: Any) -> None:
+    monkeypatch.setattr(backend_module, "PILOTS_PER_COMMAND", 3)
+    pilots = [PilotAtCE(f"s{number}", f"vo{number % 7}") for number in range(50)]
+    backend = make(default_script="exit 0")
+    logged_in = sshd.logins()
+    await backend.submit(pilots)
+    await asyncio.gather(*(observe(backend, pilot, Observed.DONE) for pilot in pilots))
+    assert sshd.logins() == logged_in + 1
+
+
+async def test_directories_are_kept_as_asked_and_for_as_long(make: Make, tmp_path: Path) -> None:
+    def left() -> set[str]:
+        return {path.name for path in (tmp_path / "pilots").iterdir()}
+
+    for stamp in ("done", "failed", "other"):
+        (tmp_path / "pilots" / stamp).mkdir(parents=True)
+    ends = {"done": MyPilotStatus.DONE, "failed": MyPilotStatus.FAILED}
+    await make(keep="failed", keep_days=1 / 24).forget(ends)
+    assert left() == {"failed", "other"}
+    long_ago = time.time() - 3700
+    os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
+    await make(keep="failed", keep_days=2 / 24).forget(ends | {"unknown": MyPilotStatus.FAILED})
+    assert left() == {"failed", "other"}
+    os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
+    await make(keep="failed", keep_days=1 / 24).forget({"other": MyPilotStatus.FAILED})
+    assert left() == {"other"}
+    await make(keep="none").forget({"other": MyPilotStatus.FAILED})
+    assert left() == set()
+
+
+async def test_what_cannot_be_started_is_refused_with_the_hosts_own_words(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outcome = (await make(workdir=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
+    assert outcome.reference is None
+    assert "Not a directory" in str(outcome.error)
+    (tmp_path / "pilots").mkdir()
+    (tmp_path / "pilots" / "s").touch()
+    outcomes = await make().submit([PilotAtCE("s", "vo"), PilotAtCE("t", "vo")])
+    assert "File exists" in str(outcomes["s"].error)
+    assert outcomes["t"].reference
+
+
+async def test_without_the_workdir_only_what_was_never_confirmed_is_unknown(make: Make) -> None:
+    new = PilotAtCE("s", "vo")
+    assert await make().poll([new]) == {}
+    await make().cancel([new])
+    with pytest.raises(CEUnavailableError, match="cannot enter"):
+        await make().poll([new._replace(reference="ssh://host/s")])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": "-oProxyCommand=x"},
+        {"host": "a b"},
+        {"username": "-l"},
+        {"known_hosts": "relative"},
+        {"client_keys": ["relative"]},
+        {"password": "secret"},
+        {"environment": {"A B": "x"}},
+        {"environment": {"A": "\0"}},
+        {"default_script": "\0"},
+        {"workdir": "a\0b"},
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SSHSettings(**({"host": "host"} | wrong))
+
+
+def test_such_compute_elements_are_the_operators_alone() -> None:
+    assert SSHBackend.operator_only
+
+
+def _is_wrapper(pid: int, directory: Path) -> bool:
+    """Beyond doubt: a signal to the wrong group, above all to that of the number 1, would end everything."""
+    try:
+        return pid > 1 and os.getpgid(pid) == pid and os.readlink(f"/proc/{pid}/cwd") == str(directory)
+    except OSError:
+        return False

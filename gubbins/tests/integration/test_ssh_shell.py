@@ -1,0 +1,248 @@
+"""Commands through SSH: only on the host that is meant, only with the keys that are given, and never for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites.sshd import Sshd
+
+from gubbins.ces.ssh import SSHError, SSHHost, SSHShell
+from gubbins.ces.ssh import connection as connection_module
+
+Shell = Callable[..., SSHShell]
+
+
+@pytest.fixture
+async def shell(sshd: Sshd) -> AsyncIterator[Shell]:
+    made: list[SSHShell] = []
+
+    def _shell(**settings: Any) -> SSHShell:
+        made.append(SSHShell(SSHHost(**(sshd.settings | settings))))
+        return made[-1]
+
+    yield _shell
+    for each in made:
+        await each.close()
+
+
+@pytest.fixture
+def forgetful(sshd: Sshd, tmp_path: Path) -> Path:
+    """A file of known hosts of the test's own."""
+    path = tmp_path / "known_hosts"
+    path.write_text(sshd.known_hosts.read_text())
+    return path
+
+
+async def test_arguments_and_input_arrive_as_they_are(shell: Shell) -> None:
+    words = ["a b", "$(id)", "`id`", "'", '"', "*", "~", "", "-n", "é\n\t", "\\", "!x"]
+    done = await shell().run(["printf", "<%s>", *words])
+    assert done == (0, "".join(f"<{word}>" for word in words), "")
+    done = await shell().run(["/bin/sh", "-c", "cat; echo no >&2; exit 4"], stdin=b"hello\n$x\n", timeout=10)
+    assert done == (4, "hello\n$x\n", "no\n")
+
+
+async def test_commands_see_the_environment_that_is_given(sshd: Sshd) -> None:
+    ours = SSHShell(SSHHost(**sshd.settings), {"SLURM_CONF": "/a b/$x'"})
+    assert (await ours.run(["/bin/sh", "-c", 'printf %s "$SLURM_CONF"'])).stdout == "/a b/$x'"
+    await ours.close()
+
+
+async def test_output_that_is_no_text_is_no_error(shell: Shell) -> None:
+    assert (await shell().run(["printf", r"\377x"])).stdout == "\ufffdx"
+
+
+async def test_a_command_that_does_not_exist_or_is_killed_has_an_exit_code_that_says_so(shell: Shell) -> None:
+    missing = await shell().run(["sbitch"])
+    assert missing.returncode == 127
+    assert "sbitch" in missing.stderr
+    assert (await shell().run(["/bin/sh", "-c", "kill -9 $$"])).returncode != 0
+
+
+async def test_a_command_need_not_read_its_input(shell: Shell) -> None:
+    assert (await shell().run(["echo", "done"], stdin=b"x" * 5_000_000)).stdout == "done\n"
+
+
+async def test_more_commands_than_the_server_has_sessions_wait_for_each_other(shell: Shell, sshd: Sshd) -> None:
+    ours = shell(max_sessions=15)  # it has 10
+    logged_in = sshd.logins()
+    answers = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(40)))
+    assert [int(answer.stdout) for answer in answers] == list(range(40))
+    assert sshd.logins() == logged_in + 1
+
+
+async def test_a_host_whose_key_is_not_known_is_refused_and_the_way_out_works(
+    shell: Shell, sshd: Sshd, tmp_path: Path
+) -> None:
+    path = tmp_path / "new"
+    for content in (None, "", "# nobody\nanother.example " + sshd.host_key() + "\n"):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(SSHError, match=r"has the host key SHA256:\S+, and .*new knows none: ") as refusal:
+            await shell(known_hosts=str(path)).run(["true"])
+    advice = re.search(r"add it: (ssh-keyscan .*)$", str(refusal.value))
+    assert advice is not None
+    subprocess.run(advice[1], shell=True, check=True, capture_output=True)
+    assert (await shell(known_hosts=str(path)).run(["echo", "in"])).stdout == "in\n"
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa"])
+async def test_a_host_whose_key_has_changed_is_refused_and_runs_nothing(
+    shell: Shell, sshd: Sshd, tmp_path: Path, kind: str
+) -> None:
+    refusal = pytest.raises(SSHError, match=rf"127\.0\.0\.1:{sshd.port} .*{sshd.known_hosts}.*ssh-keygen -R")
+    with sshd.another_host_key(kind=kind), refusal:
+        await shell().run(["touch", f"{tmp_path}/owned"])
+    assert not (tmp_path / "owned").exists()
+    assert (await shell().run(["true"])).returncode == 0
+
+
+async def test_a_revoked_host_key_is_refused(shell: Shell, sshd: Sshd, forgetful: Path) -> None:
+    forgetful.write_text(f"{forgetful.read_text()}@revoked * {sshd.host_key()}\n")
+    with pytest.raises(SSHError, match="revoked"):
+        await shell(known_hosts=str(forgetful)).run(["true"])
+
+
+async def test_known_hosts_that_cannot_be_read_are_no_reason_to_believe_anybody(
+    shell: Shell, tmp_path: Path, forgetful: Path
+) -> None:
+    forgetful.write_bytes(b"|9|x|y ssh-rsa AAAA\n\xff\xfe@what\n")
+    for path in (forgetful, tmp_path):
+        with pytest.raises(SSHError, match=f"known hosts in {path}"):
+            await shell(known_hosts=str(path)).run(["true"])
+
+
+async def test_hashed_names_of_known_hosts_are_understood(shell: Shell, forgetful: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(forgetful)], check=True, capture_output=True)
+    assert "127.0.0.1" not in forgetful.read_text()
+    assert (await shell(known_hosts=str(forgetful)).run(["true"])).returncode == 0
+
+
+async def test_a_key_that_is_not_authorized_is_named(shell: Shell, sshd: Sshd, tmp_path: Path) -> None:
+    key = sshd.make_key(tmp_path / "stranger")
+    with pytest.raises(SSHError, match=f"refuses {sshd.user} with the keys tried .*stranger.*authorized_keys"):
+        await shell(client_keys=[str(key)]).run(["true"])
+
+
+async def test_a_key_that_cannot_be_used_is_named(shell: Shell, sshd: Sshd, tmp_path: Path) -> None:
+    locked = sshd.make_key(tmp_path / "locked", passphrase="open sesame")
+    with pytest.raises(SSHError, match=r"locked.*agent"):
+        await shell(client_keys=[str(locked)]).run(["true"])
+    with pytest.raises(SSHError, match="absent"):
+        await shell(client_keys=[str(tmp_path / "absent")]).run(["true"])
+    (tmp_path / "garbage").write_text("no key")
+    with pytest.raises(SSHError, match="garbage"):
+        await shell(client_keys=[str(tmp_path / "garbage")]).run(["true"])
+
+
+@pytest.fixture
+def agent(sshd: Sshd, tmp_path: Path) -> Iterator[Path]:
+    """The socket of an agent that holds the client key."""
+    path = tmp_path / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        add = ["ssh-add", "-q", str(sshd.client_key)]
+        deadline = time.monotonic() + 30
+        # Its socket is there before it listens.
+        while subprocess.run(add, check=False, env=os.environ | {"SSH_AUTH_SOCK": str(path)}).returncode != 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield path
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+async def test_an_agent_can_hold_the_key(shell: Shell, agent: Path, monkeypatch: Any) -> None:
+    assert (await shell(client_keys=[], agent_socket=str(agent)).run(["true"])).returncode == 0
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+    assert (await shell(client_keys=[]).run(["true"])).returncode == 0
+
+
+async def test_with_key_files_the_agent_is_not_asked(
+    shell: Shell, sshd: Sshd, agent: Path, tmp_path: Path
+) -> None:
+    stranger = str(sshd.make_key(tmp_path / "stranger"))
+    os.environ["SSH_AUTH_SOCK"] = str(agent)
+    try:
+        with pytest.raises(SSHError, match="refuses"):
+            await shell(client_keys=[stranger]).run(["true"])
+    finally:
+        del os.environ["SSH_AUTH_SOCK"]
+
+
+async def test_a_host_that_is_down_or_hangs_is_given_up(shell: Shell, sshd: Sshd) -> None:
+    with sshd.down(), pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{sshd.port}"):
+        await shell().run(["true"])
+    begin = time.monotonic()
+    with sshd.frozen(), pytest.raises(SSHError, match="no log-in within 1 s"):
+        await shell(connect_timeout_seconds=1).run(["true"])
+    assert time.monotonic() - begin < 20
+
+
+async def test_a_host_that_speaks_something_else_is_given_up(shell: Shell) -> None:
+    async def garbage(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(os.urandom(100_000))
+        writer.close()
+
+    server = await asyncio.start_server(garbage, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{port}: ."):
+            await shell(port=port).run(["true"])
+
+
+async def test_a_command_that_hangs_is_given_up_and_the_connection_serves_the_next(
+    shell: Shell, sshd: Sshd
+) -> None:
+    ours = shell(command_timeout_seconds=0.3)
+    await ours.run(["true"], timeout=20)
+    logged_in = sshd.logins()
+    begin = time.monotonic()
+    with pytest.raises(SSHError, match=r"no answer from sleep within 0\.3 s"):
+        await ours.run(["sleep", "60"])
+    assert time.monotonic() - begin < 20
+    assert (await ours.run(["echo", "on"], timeout=20)).stdout == "on\n"
+    assert sshd.logins() == logged_in
+
+
+async def test_a_lost_connection_is_an_error_and_the_next_command_makes_a_new_one(
+    shell: Shell, sshd: Sshd
+) -> None:
+    ours = shell()
+    await ours.run(["true"])
+    hanging = asyncio.ensure_future(ours.run(["sleep", "60"]))
+    await asyncio.sleep(0)
+    sshd.cut()
+    with pytest.raises(SSHError, match=f"127.0.0.1:{sshd.port}: ."):
+        await hanging
+    assert (await ours.run(["echo", "again"])).stdout == "again\n"
+
+
+async def test_an_answer_without_end_is_refused(shell: Shell, monkeypatch: Any) -> None:
+    monkeypatch.setattr(connection_module, "MAX_ANSWER_BYTES", 1_000_000)
+    with pytest.raises(SSHError, match="more than 1000000 bytes"):
+        await shell().run(["cat", "/dev/zero"])
+
+
+async def test_closing_does_not_wait_for_a_host_that_hangs(shell: Shell, sshd: Sshd) -> None:
+    ours = shell()
+    await ours.run(["true"])
+    with sshd.frozen():
+        begin = time.monotonic()
+        await ours.close()
+        assert time.monotonic() - begin < 20
+
+
+async def test_without_the_extra_the_error_says_how_to_get_it(shell: Shell, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "asyncssh", None)
+    with pytest.raises(SSHError, match=r"pip install 'gubbins-pilots\[ssh\]'"):
+        await shell().run(["true"])

@@ -1,0 +1,65 @@
+"""The text of remote commands, and answers of every kind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gubbins.ces.shell import Completed
+from gubbins.ces.ssh.remote import Garbled, Refused, command, parse, quote
+
+SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
+
+
+def run(shell: str, text: bytes, home: Path) -> subprocess.CompletedProcess[bytes]:
+    argv = [shell, "sh", "-s"] if shell == "busybox" else [shell, "-s"]
+    environment = {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    return subprocess.run(argv, input=text, env=environment, capture_output=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_command_that_was_cut_off_on_its_way_does_nothing(shell: str, tmp_path: Path) -> None:
+    text = command(["mkdir abcdef", "mkdir ghijkl"]).text
+    tail = len(b"mkdir abcdef\nmkdir ghijkl\nsay end\nprintf '\\n'\n} < /dev/null\n")
+    for cut in [*range(0, len(text) - tail, 997), *range(len(text) - tail, len(text) - len(b" < /dev/null\n"))]:
+        run(shell, text[:cut], tmp_path)
+        assert list(tmp_path.iterdir()) == [], text[:cut][-40:]
+    run(shell, text, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"abcdef", "ghijkl"}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_there_is_reads_quoted_values_as_they_are(shell: str, tmp_path: Path) -> None:
+    @settings(deadline=None, max_examples=50)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+    def check(value: str) -> None:
+        asked = command([f"value={quote(value)}", "say value", "printf '\\n%s' \"$value\""])
+        answer = run(shell, asked.text, tmp_path)
+        completed = Completed(answer.returncode, answer.stdout.decode(), answer.stderr.decode())
+        assert parse(completed, asked.mark, host="h") == [("value", value.replace("\0", ""))]
+
+    check()
+
+
+@given(st.integers(), st.text(), st.text())
+def test_whatever_a_host_says_is_an_answer_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
+    for said in (out, f"\nm {out}", f"\nm {out}\nm end\n", out.replace("\n", "\nm "), f"\nm failed {out}"):
+        complaint = "h: "
+        try:
+            parse(Completed(code, said, err), "m", host="h")
+        except (Garbled, Refused) as error:
+            complaint = str(error)
+        assert complaint.startswith("h: ")
+        assert "\n" not in complaint
+
+
+def test_an_answer_without_its_end_is_none() -> None:
+    with pytest.raises(Garbled, match="This account is not available"):
+        parse(Completed(1, "This account is not available.\n", ""), "m", host="h")
+    with pytest.raises(Garbled):
+        parse(Completed(0, "\nm submitted s1\nm submitted s2", ""), "m", host="h")
