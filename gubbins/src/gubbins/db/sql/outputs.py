@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, bindparam, delete, exists, insert, select, update
+from sqlalchemy import bindparam, delete, exists, insert, select, update
 
 from gubbins import clock
 
@@ -47,7 +47,7 @@ class OutputStore(PilotDBConnection):
                 )
             )
 
-    async def queued_outputs(self, *, vo: str, limit: int) -> Sequence[Row[Any]]:
+    async def queued_outputs(self, *, vo: str, limit: int) -> Sequence[Any]:
         """The VO's pilots whose output is to be fetched, oldest first.
 
         Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, ended_at`.
@@ -69,8 +69,7 @@ class OutputStore(PilotDBConnection):
             .limit(limit)
         )
         async with self.unit():
-            rows: Sequence[Row[Any]] = (await self.conn.execute(statement)).all()
-            return rows
+            return (await self.conn.execute(statement)).all()
 
     async def store_outputs(self, outputs: Collection[Output]) -> None:
         """Keep what was fetched."""

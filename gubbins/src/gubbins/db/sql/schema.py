@@ -84,7 +84,8 @@ MAX_REASON_CHARS = 1024
 _Reason = String(MAX_REASON_CHARS)
 # Sites say what they like, and names that differ in case only are two: neither is MySQL's default.
 _ANY_TEXT = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
-_MAX_OUTPUT_BYTES = 2**24 - 1  # makes it a MEDIUMBLOB on MySQL
+# MySQL's plain BLOB ends at 64 kB.
+_Compressed = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
 def _status_type(constraint: str) -> Enum:
@@ -281,8 +282,8 @@ class PilotOutputs(MyPilotDBBase):
     # When a fetched one may go.
     expires_at: Mapped[datetime | None] = mapped_column("ExpiresAt", UTCDateTime, key="expires_at")
     # Compressed (zlib) UTF-8: takes any text, in any character set of the server.
-    out: Mapped[bytes | None] = mapped_column("Out", LargeBinary(_MAX_OUTPUT_BYTES), key="out")
-    err: Mapped[bytes | None] = mapped_column("Err", LargeBinary(_MAX_OUTPUT_BYTES), key="err")
+    out: Mapped[bytes | None] = mapped_column("Out", _Compressed, key="out")
+    err: Mapped[bytes | None] = mapped_column("Err", _Compressed, key="err")
     # Why there is none.
     error: Mapped[str | None] = mapped_column("Error", _Reason, key="error")
 

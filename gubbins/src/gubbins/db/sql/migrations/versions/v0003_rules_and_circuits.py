@@ -17,6 +17,7 @@ ADDS = {
 }
 
 _MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+_COMPRESSED = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _COLUMNS: dict[str, Any] = {"Rules": sa.JSON(), "BannedAt": _MOMENT, "BanReason": sa.String(1024)}
 
@@ -80,8 +81,8 @@ def _outputs() -> None:
         sa.Column("PilotID", _ID, autoincrement=False, nullable=False),
         sa.Column("FetchedAt", _MOMENT),
         sa.Column("ExpiresAt", _MOMENT),
-        sa.Column("Out", sa.LargeBinary(2**24 - 1)),
-        sa.Column("Err", sa.LargeBinary(2**24 - 1)),
+        sa.Column("Out", _COMPRESSED),
+        sa.Column("Err", _COMPRESSED),
         sa.Column("Error", sa.String(1024)),
         sa.PrimaryKeyConstraint("PilotID"),
         sa.ForeignKeyConstraint(["PilotID"], ["Pilots.PilotID"], ondelete="CASCADE"),

@@ -1,0 +1,177 @@
+"""A worker that is killed while it submits a pilot: none is doubled, and none forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from gubbins import clock
+from gubbins.ces.local import LocalBackend
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.logic import my_pilots as logic
+
+PROGRAM = Path(sys.executable).with_name("diracx-task-run")
+DEADLINE_SECONDS = 60.0
+
+# The back end `local`, that stands still before or after it has started the pilot, where a file says so.
+STALLING = """
+import asyncio
+import os
+from pathlib import Path
+
+from gubbins.ces.local import LocalBackend
+
+
+class StallingBackend(LocalBackend):
+    async def submit(self, pilots):
+        await self.stall("before")
+        outcomes = await super().submit(pilots)
+        await self.stall("after")
+        return outcomes
+
+    async def stall(self, moment):
+        if os.environ.get("STALL") == moment:
+            Path("stalled").touch()
+            await asyncio.sleep(3600)
+"""
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+class Site:
+    """A compute element with one slot too many, and workers that submit to it."""
+
+    def __init__(self, directory: Path, redis_url: str, db_url: str) -> None:
+        self.directory = directory
+        self.runs = directory / "runs"
+        (directory / "stalling.py").write_text(STALLING)
+        metadata = directory / "stalling-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stalling\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text("[gubbins.ces]\nstalling = stalling:StallingBackend\n")
+        path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = {"DIRACX_TASKS_REDIS_URL": redis_url, "DIRACX_DB_URL_MYPILOTDB": db_url, "PYTHONPATH": path}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("DIRACX_")} | ours
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def submit(self) -> None:
+        command = [PROGRAM, "submit", "my_pilots:MyPilotTask", "--args", json.dumps(["ce", "lhcb"])]
+        subprocess.run(command, env=self.environment, check=True, timeout=DEADLINE_SECONDS, capture_output=True)
+
+    def worker(self, stall: str) -> subprocess.Popen[bytes]:
+        log = (self.directory / f"worker-{len(self._workers)}.log").open("wb")
+        process = subprocess.Popen(
+            [PROGRAM, "worker", "--lease-seconds", "1"],
+            cwd=self.directory,
+            env=self.environment | {"STALL": stall},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        self._workers.append(process)
+        return process
+
+    def kill_a_worker(self, moment: str) -> None:
+        """One that has submitted the pilot (`after`) or was about to (`before`), and has told nobody."""
+        self.submit()
+        worker = self.worker(moment)
+        eventually((self.directory / "stalled").exists, f"no submission: {self._said()}")
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(DEADLINE_SECONDS)
+
+    def pilots_run(self) -> int:
+        return len(self.runs.read_text().splitlines()) if self.runs.exists() else 0
+
+    def _said(self) -> str:
+        return "\n".join(path.read_text() for path in self.directory.glob("worker-*.log"))
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            worker.wait(DEADLINE_SECONDS)
+
+
+@pytest.fixture
+async def db(sqlite_db: MyPilotDB, tmp_path: Path, install_backend: Any) -> MyPilotDB:
+    install_backend("stalling", LocalBackend)
+    settings = {"directory": str(tmp_path / "ce"), "default_script": f"echo $PILOT_STAMP >> {tmp_path}/runs"}
+    await sqlite_db.add_ce("ce", 2, 1.0, backend="stalling", settings=settings)
+    return sqlite_db
+
+
+@pytest.fixture
+def site(tmp_path: Path, redis_url: str, db: MyPilotDB, sqlite_url: str) -> Iterator[Site]:
+    made = Site(tmp_path, redis_url, sqlite_url)
+    yield made
+    made.stop()
+    with Redis.from_url(redis_url) as client:
+        client.flushall()  # a worker that was killed leaves its traces
+
+
+async def the_pilot(db: MyPilotDB) -> dict[str, Any]:
+    total, (pilot,) = await db.search_pilots(vo=None)
+    assert total == 1
+    return pilot
+
+
+async def check_until_done(db: MyPilotDB) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while (await the_pilot(db))["status"] is not MyPilotStatus.DONE:
+        assert time.monotonic() < deadline
+        await logic.transition_pilot_states(db, "lhcb")
+    assert (await the_pilot(db))["reference"]
+
+
+async def test_a_pilot_of_a_killed_worker_is_found_by_its_stamp_and_adopted(site: Site, db: MyPilotDB) -> None:
+    site.kill_a_worker("after")
+    orphan = await the_pilot(db)
+    assert (orphan["status"], orphan["reference"]) == (MyPilotStatus.SUBMITTED, None)
+    await check_until_done(db)
+    assert (await the_pilot(db))["stamp"] == orphan["stamp"]
+    assert site.runs.read_text().split() == [orphan["stamp"]]
+
+
+async def test_a_pilot_that_never_came_to_the_site_is_undone_and_asked_for_again(
+    site: Site, db: MyPilotDB
+) -> None:
+    site.kill_a_worker("before")
+    assert (await the_pilot(db))["reference"] is None
+    await logic.transition_pilot_states(db, "lhcb")
+    assert (await the_pilot(db))["status"] is MyPilotStatus.SUBMITTED, "it may still be arriving"
+    with clock.simulated(lambda: datetime.now(UTC) + timedelta(minutes=11)):
+        await logic.transition_pilot_states(db, "lhcb")
+        assert (await db.search_pilots(vo=None))[0] == 0
+        assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 2}
+    assert site.pilots_run() == 0
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_another_worker_takes_the_submission_up_and_makes_no_second_pilot(
+    site: Site, db: MyPilotDB, moment: str
+) -> None:
+    site.kill_a_worker(moment)
+    stamp = (await the_pilot(db))["stamp"]
+    site.worker("never")
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while (await the_pilot(db))["reference"] is None:
+        assert time.monotonic() < deadline
+    await check_until_done(db)
+    assert (await the_pilot(db))["stamp"] == stamp
+    assert site.runs.read_text().split() == [stamp]

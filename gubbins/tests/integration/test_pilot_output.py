@@ -1,0 +1,134 @@
+"""What pilots have written is fetched at their end, before their site forgets it, and kept for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from gubbins import clock
+from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import PilotOutput
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.logic import my_pilots as logic
+from gubbins.tasks.my_pilots import MyCheckPilotsTask
+
+S = MyPilotStatus
+
+
+@pytest.fixture
+def writing(scripted: Any, install_backend: Any) -> Any:
+    """A site whose pilots write."""
+
+    class WritingBackend(scripted):  # type: ignore[misc]  # a class that a fixture made
+        outputs: ClassVar[dict[str, Any]] = {}
+
+        async def output(self, pilot: PilotAtCE) -> PilotOutput:
+            answer = await self._answer(
+                "output", self.outputs.get(self.ce.name, PilotOutput("hello ü🚀\0\n", "ach"))
+            )
+            assert isinstance(answer, PilotOutput)
+            return answer
+
+    install_backend("writing", WritingBackend)
+    return WritingBackend
+
+
+async def ended(
+    db: MyPilotDB, writing: Any, ends: Sequence[Observed] = (Observed.DONE,), **rules: Any
+) -> list[int]:
+    """Pilots that a check has found at their ends, with their output still at the site."""
+    await db.add_ce("ce", 9, 1.0, backend="writing", rules=rules)
+    pilots = []
+    for end in ends:
+        writing.submissions["ce"] = SubmitOutcome(reference="job")
+        pilots.append(await logic.submit_pilot(db, "ce", "lhcb"))
+        writing.observations["ce"] = Observation(end)
+        for _ in range(2):
+            await logic.transition_pilot_states(db, "lhcb")
+    return pilots
+
+
+async def test_output_is_fetched_at_the_end_and_only_then_may_the_site_forget(db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(db, writing)
+    assert writing.forgotten == {}
+    assert await logic.collect_outputs(db, "dteam") == 0
+    assert await logic.collect_outputs(db, "lhcb") == 1
+    assert list(writing.forgotten.values()) == [S.DONE]
+    writing.outputs["ce"] = ConnectionError("purged")
+    kept = await logic.get_pilot_output(db, pilot)
+    assert (kept["stdout"], kept["stderr"]) == ("hello ü🚀\0\n", "ach")
+    assert kept["expires_at"] - kept["fetched_at"] == pytest.approx(timedelta(days=7), abs=timedelta(minutes=1))
+    assert await logic.collect_outputs(db, "lhcb") == 0
+
+
+async def test_what_a_site_does_not_give_now_is_asked_for_again_and_once_given_up(
+    sqlite_db: MyPilotDB, writing: Any
+) -> None:
+    db = sqlite_db
+    [pilot] = await ended(db, writing)
+    writing.outputs["ce"] = ConnectionError("gone fishing")
+    assert await logic.collect_outputs(db, "lhcb") == 0
+    with pytest.raises(CEUnavailableError, match="gone fishing"):
+        await logic.get_pilot_output(db, pilot)
+    assert writing.forgotten == {}
+    with clock.simulated(lambda: datetime.now(UTC) + timedelta(hours=2)):
+        assert await logic.collect_outputs(db, "lhcb") == 1
+    with pytest.raises(OutputUnavailableError, match="gone fishing"):
+        await logic.get_pilot_output(db, pilot)
+    assert len(writing.forgotten) == 1
+
+
+async def test_a_site_that_has_no_output_is_not_asked_twice(sqlite_db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(sqlite_db, writing)
+    writing.outputs["ce"] = OutputUnavailableError("x", "purged")
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == 0
+    with pytest.raises(OutputUnavailableError, match="purged"):
+        await logic.get_pilot_output(sqlite_db, pilot)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("all", 2), ("failed", 1), ("none", 0)])
+async def test_a_rule_says_whose_output_is_kept(sqlite_db: MyPilotDB, writing: Any, keep: str, kept: int) -> None:
+    await ended(sqlite_db, writing, (Observed.DONE, Observed.FAILED), keep_output=keep)
+    assert len(writing.forgotten) == 2 - kept
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == kept
+    assert len(writing.forgotten) == 2
+
+
+async def test_a_banned_site_is_not_asked_for_output_either(sqlite_db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(sqlite_db, writing)
+    await sqlite_db.ban_ce("ce", reason=None)
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == 0
+    with pytest.raises(CEUnavailableError, match="banned"):
+        await logic.get_pilot_output(sqlite_db, pilot)
+    await sqlite_db.set_ce_enabled("ce", False)
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
+
+
+async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(db, writing, keep_output_seconds=60)
+    await logic.collect_outputs(db, "lhcb")
+    assert await db.prune_outputs() == 0
+    with clock.simulated(lambda: datetime.now(UTC) + timedelta(seconds=61)):
+        await logic.collect_outputs(db, "lhcb")
+    assert await db.get_output(pilot) is None
+
+
+async def test_the_check_task_fetches_real_output_and_then_tidies_up(sqlite_db: MyPilotDB, tmp_path: Path) -> None:
+    db = sqlite_db
+    settings = {"directory": str(tmp_path / "ce"), "default_script": "echo out; echo err >&2", "keep": "none"}
+    await db.add_ce("ce", 1, 1.0, backend="local", settings=settings)
+    pilot = await logic.submit_pilot(db, "ce", "lhcb")
+    stamp = (await db.get_pilot(pilot))["stamp"]
+    for _ in range(1000):
+        await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db)
+        if await db.get_output(pilot) is not None:
+            break
+    output = await logic.get_pilot_output(db, pilot)
+    assert (output["stdout"], output["stderr"]) == ("out\n", "err\n")
+    assert not (tmp_path / "ce" / stamp).exists()
