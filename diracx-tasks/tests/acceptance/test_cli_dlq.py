@@ -375,3 +375,18 @@ async def test_P12_a_letter_survives_a_database_that_is_down(
         wait_until(lambda: redis.xlen(STREAM) == 0, "acknowledged")
     assert [letter["task_id"] for letter in listed(served)] == [task_id]
     assert "Traceback" not in worker.output.partition("cannot store")[2]
+
+
+def test_db_upgrade_recognises_what_was_made_without_a_version(served, one_line, initialised_task_db):
+    served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    current = json.loads(served("db", "current", "--json").stdout)
+    assert (current["revision"], current["stamped"], current["pending"]) == (current["head"], False, [])
+    up = json.loads(served("db", "upgrade", "--json").stdout)
+    assert (up["recognised"], up["after"], up["steps"]) == (True, current["head"], [])
+    assert served("db", "current", "--check").stdout == f"TaskDB is at {up['after']}, needed: {up['after']}\n"
+    one_line(served("db", "downgrade", "base"), 2, "--yes")
+    one_line(served("db", "upgrade", "7"), 1, "no revision '7'")
+    assert "0001 Dead letters" in served("db", "downgrade", "base", "--yes").stdout
+    assert served("db", "current", "--check").returncode == 1
+    assert served("db", "upgrade").returncode == 0
+    assert served("dlq", "list").returncode == 0

@@ -132,6 +132,25 @@ def test_database_trouble_is_one_line_with_the_way_out(run: Run) -> None:
     assert "secret" not in down.stderr
 
 
+def test_db_upgrade_and_downgrade_say_what_they_did(run: Run) -> None:
+    assert run("db", "current", "--check").returncode == 1
+    up = json.loads(run("db", "upgrade", "--json").stdout)
+    assert (up["before"], up["after"]) == (None, up["steps"][-1]["revision"])
+    newest = up["after"]
+    assert json.loads(run("db", "upgrade", "--json").stdout)["steps"] == []
+    refused(run("db", "downgrade", "0001"), 2, "--yes")
+    down = json.loads(run("db", "downgrade", "0001", "--yes", "--json").stdout)
+    assert (down["before"], down["after"], down["steps"][0]["revision"]) == (newest, "0001", newest)
+    refused(run("db", "init"), 1, "gubbins db upgrade")
+    current = run("db", "current")
+    assert f"at 0001, needed: {newest}" in current.stdout
+    assert "to do: 0002" in current.stdout
+    refused(run("db", "upgrade", "no such"), 1, "no revision 'no such'", "0001")
+    assert run("db", "upgrade").stdout.endswith(f"MyPilotDB is at {newest}\n")
+    assert json.loads(run("db", "current", "--check", "--json").stdout)["pending"] == []
+    assert run("ce", "list").returncode == 0
+
+
 def test_unknown_pilots_are_one_line(initialised: Run) -> None:
     refused(initialised("pilots", "show", "7"), 1, "unknown pilot 7")
     refused(initialised("pilots", "cancel", "7"), 1, "unknown pilot 7")
@@ -140,3 +159,4 @@ def test_unknown_pilots_are_one_line(initialised: Run) -> None:
 def test_help_teaches(run: Run) -> None:
     assert "gubbins ce load ces.yaml" in run("--help").stdout
     assert "vos: [lhcb, dteam]" in run("ce", "load", "--help").stdout
+    assert "gubbins db upgrade" in run("db", "--help").stdout
