@@ -138,8 +138,7 @@ async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, db_url: 
 
 @pytest.mark.parametrize("target", list(S))
 @pytest.mark.parametrize("current", list(S))
-async def test_P61_only_the_three_arrows_exist(sqlite_db: MyPilotDB, current: S, target: S) -> None:
-    db = sqlite_db
+async def test_P61_only_the_three_arrows_exist(db: MyPilotDB, current: S, target: S) -> None:
     await db.add_ce("ce", 1, 1.0)
     pilot_id = await db.submit_pilot("ce", vo="lhcb")
     if current is not S.SUBMITTED:

@@ -180,18 +180,18 @@ async def test_cancel_goes_along_the_arrows_and_is_repeated(db: MyPilotDB, scrip
         await logic.cancel_pilot(db, pilot_id, by="alice")
 
 
-async def test_submitting_to_nowhere_is_a_submission_error(sqlite_db: MyPilotDB) -> None:
+async def test_submitting_to_nowhere_is_a_submission_error(db: MyPilotDB) -> None:
     with pytest.raises(logic.PilotSubmissionError) as caught:
-        await logic.submit_pilot(sqlite_db, "nowhere", "lhcb")
+        await logic.submit_pilot(db, "nowhere", "lhcb")
     assert isinstance(caught.value, UnknownCEError)
 
 
-async def test_loading_ces_is_all_or_nothing(sqlite_db: MyPilotDB) -> None:
+async def test_loading_ces_is_all_or_nothing(db: MyPilotDB) -> None:
     good, bad = [logic.CESpec(name=name, capacity=1) for name in ("a", "b")]
     bad.capacity = -1  # past the file's validation, refused by the database
     with pytest.raises(ValueError, match="capacity"):
-        await logic.load_ces(sqlite_db, [good, bad])
-    assert await sqlite_db.list_ces(vo=None) == []
+        await logic.load_ces(db, [good, bad])
+    assert await db.list_ces(vo=None) == []
 
 
 async def test_one_vo_asks_for_one_pilot_per_slot_and_not_twice(db: MyPilotDB) -> None:

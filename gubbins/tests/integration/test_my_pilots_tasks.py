@@ -1,4 +1,4 @@
-"""The four tasks: as the seed says, and together on a real broker."""
+"""The tasks: as the seed says, and together on a real broker."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gubbins.tasks.my_pilots import (
     MyCheckPilotsTask,
     MyPilotReportTask,
     MyPilotTask,
+    MyPrunePilotsTask,
     MySubmitPilotsTask,
 )
 
@@ -38,6 +39,7 @@ def test_tasks_are_as_the_seed_says() -> None:
     assert MySubmitPilotsTask.default_schedule.seconds == 60
     assert MyCheckPilotsTask.default_schedule.seconds == 30
     assert MyPilotReportTask.default_schedule.expression == "0 * * * *"
+    assert MyPrunePilotsTask.default_schedule.expression == "41 * * * *"
     assert isinstance(MyPilotTask.retry_policy, NoRetry)
     assert MyPilotTask.dlq_eligible is False
     assert MyPilotTask("ce", "lhcb").serialize() == ("ce", "lhcb")
@@ -49,6 +51,7 @@ def test_tasks_are_as_the_seed_says() -> None:
             MySubmitPilotsTask("lhcb"),
             MyCheckPilotsTask("lhcb"),
             MyPilotReportTask(),
+            MyPrunePilotsTask(),
         )
     ]
     assert locks == [
@@ -56,44 +59,45 @@ def test_tasks_are_as_the_seed_says() -> None:
         ["lock:mutex:task:MySubmitPilotsTask:lhcb"],
         ["lock:mutex:task:MyCheckPilotsTask:lhcb"],
         ["lock:mutex:task:MyPilotReportTask"],
+        ["lock:mutex:task:MyPrunePilotsTask"],
     ]
 
 
-async def test_a_pilot_task_submits_one_pilot_of_its_vo(sqlite_db: MyPilotDB) -> None:
-    await sqlite_db.add_ce("ce", 1, 1.0)
-    pilot_id = await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db)
+async def test_a_pilot_task_submits_one_pilot_of_its_vo(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 1, 1.0)
+    pilot_id = await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db)
     assert pilot_id is not None
-    assert (await sqlite_db.get_pilot(pilot_id))["vo"] == "lhcb"
+    assert (await db.get_pilot(pilot_id))["vo"] == "lhcb"
     # A slot that was taken meanwhile is the ordinary course of things; a CE that is gone is not.
-    assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db) is None
+    assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db) is None
     with pytest.raises(UnknownCEError):
-        await MyPilotTask("gone", "lhcb").execute(my_pilot_db=sqlite_db)
+        await MyPilotTask("gone", "lhcb").execute(my_pilot_db=db)
 
 
-async def test_wrong_settings_are_a_refusal_that_shows_at_the_ce(sqlite_db: MyPilotDB) -> None:
-    await sqlite_db.add_ce("ce", 1, 1.0, backend="uninstalled")
+async def test_wrong_settings_are_a_refusal_that_shows_at_the_ce(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 1, 1.0, backend="uninstalled")
     with pytest.raises(CERefusedError, match="uninstalled"):
-        await MyPilotTask("ce", "lhcb").execute(my_pilot_db=sqlite_db)
-    assert "uninstalled" in (await sqlite_db.get_ce("ce"))["last_error"]
-    assert (await sqlite_db.search_pilots(vo=None))[0] == 0
+        await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db)
+    assert "uninstalled" in (await db.get_ce("ce"))["last_error"]
+    assert (await db.search_pilots(vo=None))[0] == 0
 
 
-async def test_the_report_counts_everything(sqlite_db: MyPilotDB, caplog: pytest.LogCaptureFixture) -> None:
-    await sqlite_db.add_ce("ce", 5, 1.0)
+async def test_the_report_counts_everything(db: MyPilotDB, caplog: pytest.LogCaptureFixture) -> None:
+    await db.add_ce("ce", 5, 1.0)
     for vo in VOS:
-        await MyPilotTask("ce", vo).execute(my_pilot_db=sqlite_db)
-    await MyCheckPilotsTask("lhcb").execute(my_pilot_db=sqlite_db)
+        await MyPilotTask("ce", vo).execute(my_pilot_db=db)
+    await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db)
     with caplog.at_level(logging.INFO, "gubbins.tasks.my_pilots"):
-        summary = await MyPilotReportTask().execute(my_pilot_db=sqlite_db)
+        summary = await MyPilotReportTask().execute(my_pilot_db=db)
     assert summary["lhcb"] == {"ce": {"RUNNING": 1}}
     assert "Pilots in all: 2 SUBMITTED, 1 RUNNING" in caplog.text
 
 
-async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(sqlite_db: MyPilotDB, config: Config) -> None:
-    await sqlite_db.add_ce("ce", 3, 1.0)
+async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(db: MyPilotDB, config: Config) -> None:
+    await db.add_ce("ce", 3, 1.0)
     for _ in range(2):  # no broker is bound here; the second round would find no room if the first had stayed
         with pytest.raises(RuntimeError, match="broker"):
-            await MySubmitPilotsTask("lhcb").execute(my_pilot_db=sqlite_db, config=config)
+            await MySubmitPilotsTask("lhcb").execute(my_pilot_db=db, config=config)
 
 
 def test_a_submit_task_may_be_for_some_compute_elements() -> None:
@@ -105,13 +109,13 @@ def test_a_submit_task_may_be_for_some_compute_elements() -> None:
 
 
 async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
-    sqlite_db: MyPilotDB, config: Config
+    db: MyPilotDB, config: Config
 ) -> None:
     for name in ("fast", "slow", "slower"):
-        await sqlite_db.add_ce(name, 3, 1.0)
+        await db.add_ce(name, 3, 1.0)
     tasks = [MySubmitPilotsTask, MyPilotTask]
     overrides: dict[Any, Any] = {
-        MyPilotDB.no_transaction: lambda: sqlite_db,
+        MyPilotDB.no_transaction: lambda: db,
         ConfigSource.create: lambda: config,
     }
     async with TaskSystem(tasks, overrides=overrides, task_db_url=None) as system:
@@ -126,11 +130,10 @@ async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
         assert await asked(MySubmitPilotsTask("lhcb", compute_elements=[])) == {}
         assert await asked(MySubmitPilotsTask("lhcb", all_but=["fast"])) == {"slow": 1, "slower": 1}
         assert (await asked(MySubmitPilotsTask("dteam"))).keys() == {"fast", "slow", "slower"}
-    assert set((await sqlite_db.get_pilot_summary())["lhcb"]) == {"fast", "slow", "slower"}
+    assert set((await db.get_pilot_summary())["lhcb"]) == {"fast", "slow", "slower"}
 
 
-async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(sqlite_db: MyPilotDB, config: Config) -> None:
-    db = sqlite_db
+async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(db: MyPilotDB, config: Config) -> None:
     await db.add_ce("reliable", 5, 1.0)
     await db.add_ce("hopeless", 4, 0.0, vos=["lhcb"])
     tasks = [MySubmitPilotsTask, MyPilotTask, MyCheckPilotsTask, MyPilotReportTask]
@@ -161,8 +164,8 @@ async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(sqlite_db: MyP
     assert all(set(states) == {"DONE"} for vo in VOS for ce, states in summary[vo].items() if ce == "reliable")
 
 
-async def test_P60_rounds_do_not_pile_up_while_workers_are_away(sqlite_db: MyPilotDB, config: Config) -> None:
-    await sqlite_db.add_ce("ce", 4, 1.0)
+async def test_P60_rounds_do_not_pile_up_while_workers_are_away(db: MyPilotDB, config: Config) -> None:
+    await db.add_ce("ce", 4, 1.0)
     async with TaskSystem([MyPilotTask], workers=0, task_db_url=None):
-        rounds = [await MySubmitPilotsTask(vo).execute(my_pilot_db=sqlite_db, config=config) for vo in VOS * 3]
+        rounds = [await MySubmitPilotsTask(vo).execute(my_pilot_db=db, config=config) for vo in VOS * 3]
     assert sum(spawned.get("ce", 0) for spawned in rounds) == 4

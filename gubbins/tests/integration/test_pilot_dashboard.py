@@ -27,14 +27,14 @@ HOSTILE = "<script>window.hacked=1</script>\"'>"
 
 @pytest.fixture
 async def client(
-    sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    db: MyPilotDB, db_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
-    await sqlite_db.add_ce("ce01", 5, 1.0)
-    await sqlite_db.add_ce(HOSTILE, 2, 1.0)
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", db_url)
+    await db.add_ce("ce01", 5, 1.0)
+    await db.add_ce(HOSTILE, 2, 1.0)
     for ce, vo in (("ce01", "lhcb"), ("ce01", "gridpp"), (HOSTILE, "lhcb")):
-        await sqlite_db.submit_pilot(ce, vo)
-    await sqlite_db.record_ce_error("ce01", HOSTILE)
+        await db.submit_pilot(ce, vo)
+    await db.record_ce_error("ce01", HOSTILE)
     broker = RedisStreamBroker(redis_url)
 
     async def installation() -> Installation:
@@ -68,18 +68,18 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
 
 
 async def test_a_compute_element_is_closed_and_opened_and_that_is_written_down(
-    client: httpx.AsyncClient, sqlite_db: MyPilotDB, redis: Redis
+    client: httpx.AsyncClient, db: MyPilotDB, redis: Redis
 ) -> None:
     found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
     assert found
     form = {"form_token": found[1], "ce": "ce01", "next": "/pilots"}
     assert "Close ce01 for new pilots?" in (await client.post("/pilots/ce/close", data=form)).text
-    assert (await sqlite_db.get_ce("ce01"))["enabled"]
+    assert (await db.get_ce("ce01"))["enabled"]
     await client.post("/pilots/ce/close", data=form | {"confirmed": "yes"})
-    assert not (await sqlite_db.get_ce("ce01"))["enabled"]
+    assert not (await db.get_ce("ce01"))["enabled"]
     assert "ce01: closed." in (await client.get("/pilots")).text
     await client.post("/pilots/ce/open", data=form | {"confirmed": "yes"})
-    assert (await sqlite_db.get_ce("ce01"))["enabled"]
+    assert (await db.get_ce("ce01"))["enabled"]
     told = [(entry.who, entry.action, entry.target) for entry in await read_audit(redis)]
     assert told == [("wilma", "open compute element", "ce01"), ("wilma", "close compute element", "ce01")]
 

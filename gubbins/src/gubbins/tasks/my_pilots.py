@@ -6,10 +6,11 @@ uses short ones.
 
 from __future__ import annotations
 
-__all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MySubmitPilotsTask"]
+__all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MyPrunePilotsTask", "MySubmitPilotsTask"]
 
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
@@ -165,6 +166,42 @@ class MyPilotReportTask(PeriodicBaseTask):
                     totals[state] = totals.get(state, 0) + count
         logger.info("Pilots in all: %s", _in_words(totals))
         return summary
+
+
+@dataclass
+class MyPrunePilotsTask(PeriodicBaseTask):
+    """Deletes pilots that ended long ago, of every VO, with their history: the oldest first, in small batches.
+
+    Raises:
+        ValueError: when a number is out of range.
+    """
+
+    keep_days: float = field(default=30.0, kw_only=True)
+    """How long after its end a pilot is kept; more than 0."""
+    batch: int = field(default=1_000, kw_only=True)
+    """Pilots in one transaction, 1-10,000."""
+    at_most: int = field(default=100_000, kw_only=True)
+    """Pilots in one run; the next one goes on."""
+
+    default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("41 * * * *")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_days <= 36_500:
+            raise ValueError(f"keep_days must be more than 0, and 36,500 at most, not {self.keep_days}")
+        if not 1 <= self.batch <= 10_000:
+            raise ValueError(f"batch must be between 1 and 10,000, not {self.batch}")
+        if self.at_most < 1:
+            raise ValueError(f"at_most must be 1 or more, not {self.at_most}")
+
+    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int:
+        """Return how many were deleted."""
+        from gubbins.logic import my_pilots as logic
+
+        keep = timedelta(days=self.keep_days)
+        gone = await logic.prune_pilots(my_pilot_db, keep=keep, batch=self.batch, at_most=self.at_most)
+        if gone:
+            logger.info("Deleted %d pilots that ended more than %g days ago", gone, self.keep_days)
+        return gone
 
 
 def _in_words(states: dict[str, int]) -> str:

@@ -196,7 +196,14 @@ class ComputeElementStore(ClaimStore):
         Beside its fields each has `circuits`, `active` (pilots of all VOs that hold a slot) and
         `available_slots`.
         """
-        statement = select(Pilots.ce_name, func.count()).where(Pilots.status.in_(ACTIVE)).group_by(Pilots.ce_name)
+        # One by one, for to count all active pilots at once SQLite reads those that have ended as well.
+        taken = (
+            select(func.count())
+            .select_from(Pilots)
+            .where(Pilots.ce_name == ComputeElements.name, Pilots.status.in_(ACTIVE))
+            .scalar_subquery()
+        )
+        statement = select(ComputeElements.name, taken)
         async with self.unit():
             ces = await self.get_ces()
             active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}

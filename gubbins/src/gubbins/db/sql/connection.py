@@ -9,16 +9,16 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
 from diracx.tasks.plumbing.databases import read_committed
 from diracx.tasks.plumbing.migrations import Migrations
-from sqlalchemy import Connection, event, inspect, text
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, Connection, and_, any_, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.sql.selectable import Subquery
 
-from .schema import MyPilotDBBase
+from .schema import MyPilotDBBase, Pilots
 from .staging import staged
 
 SQLITE_BUSY_TIMEOUT_MS = 30_000
@@ -141,6 +141,14 @@ class PilotDBConnection(BaseSQLDB):
             # With no statistics yet (a burst of new pilots) it would read the whole list for each pilot.
             await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
         return staged(self.conn.dialect.name, rows)
+
+    def _are(self, these: Subquery, id: Any = Pilots.id) -> ColumnElement[bool]:
+        """That a pilot is one of these rows, in words by which the server finds it without reading all pilots."""
+        if self.conn.dialect.name == "postgresql":
+            # Without nested loops it could look up each only so.
+            ids = func.array(select(these.c.id).scalar_subquery(), type_=ARRAY(BigInteger))
+            return and_(id == these.c.id, id == any_(ids))
+        return cast(ColumnElement[bool], id == these.c.id)
 
     async def _what_is_missing(self) -> Literal["tables", "columns"] | None:
         try:

@@ -6,10 +6,11 @@ __all__ = ["MyPilotDB"]
 
 from .outputs import OutputStore
 from .pilots import PilotStore
+from .pruning import PruningStore
 from .transitions import TransitionStore
 
 
-class MyPilotDB(TransitionStore, PilotStore, OutputStore):
+class MyPilotDB(TransitionStore, PilotStore, OutputStore, PruningStore):
     """Compute elements, pilots, their history and their output.
 
     Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short

@@ -42,8 +42,8 @@ class OutputStore(PilotDBConnection):
                 insert(PilotOutputs).from_select(
                     ["pilot_id"],
                     select(Pilots.id)
-                    .join(these, Pilots.id == these.c.id)
-                    .where(~exists().where(PilotOutputs.pilot_id == Pilots.id)),
+                    .join(these, self._are(these))
+                    .where(~exists().where(self._are(these, PilotOutputs.pilot_id))),
                 )
             )
 

@@ -127,7 +127,7 @@ class PilotStore(ComputeElementStore):
                 return 0
             these = await self._staged(references)
             confirmed = await self.conn.execute(
-                update(Pilots).where(Pilots.id == these.c.id).values(reference=these.c.reason, missing_since=None)
+                update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
             )
             return int(confirmed.rowcount)
 
@@ -140,9 +140,11 @@ class PilotStore(ComputeElementStore):
             if not pilot_ids:
                 return 0
             these = await self._staged([(id, None) for id in pilot_ids])
+            # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
+            joins = self.conn.dialect.name != "sqlite"
             released = await self.conn.execute(
                 delete(Pilots).where(
-                    Pilots.id.in_(select(these.c.id)),
+                    self._are(these) if joins else Pilots.id.in_(select(these.c.id)),
                     Pilots.status == MyPilotStatus.SUBMITTED,
                     Pilots.reference.is_(None),
                 )
@@ -154,9 +156,7 @@ class PilotStore(ComputeElementStore):
         async with self.unit():
             if pilot_ids:
                 these = await self._staged([(id, None) for id in pilot_ids])
-                await self.conn.execute(
-                    update(Pilots).where(Pilots.id.in_(select(these.c.id))).values(missing_since=since)
-                )
+                await self.conn.execute(update(Pilots).where(self._are(these)).values(missing_since=since))
 
     async def request_cancel(self, pilot_id: int, *, reason: str) -> None:
         """Note that an active pilot is to be ended; its state changes when the compute element says so.

@@ -195,11 +195,11 @@ class Pilots(MyPilotDBBase):
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
 
     __table_args__ = (
-        # Newest first of one compute element; and a foreign key needs one on MySQL.
+        # The active ones of a compute element: among a million that ended they are few.
         Index("idx_pilots_ce_status", "ce_name", "status"),
-        # The active ones of each compute element, and of one: among a million that ended they are few.
-        Index("idx_pilots_status_ce", "status", "ce_name"),
-        # A VO's active ones, and how many there are at each compute element in each state.
+        # Who holds slots where.
+        Index("idx_pilots_status_ce_vo", "status", "ce_name", "vo"),
+        # Those of a VO, and how many there are at each compute element in each state.
         Index("idx_pilots_vo_status_ce", "vo", "status", "ce_name"),
         # A VO's newest.
         Index("idx_pilots_vo_id", "vo", "id"),

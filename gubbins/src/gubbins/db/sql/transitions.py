@@ -99,7 +99,7 @@ class TransitionStore(PilotDBConnection):
         these = await self._staged(rows)
         await self.conn.execute(
             update(Pilots)
-            .where(Pilots.id == these.c.id, Pilots.status == PREDECESSOR[status], Pilots.vo == vo)
+            .where(self._are(these), Pilots.status == PREDECESSOR[status], Pilots.vo == vo)
             .values(**_entering(status, now), last_error=func.coalesce(these.c.reason, Pilots.last_error))
         )
         # Whoever moved a pilot into this state wrote its history in the same transaction. So of the staged
@@ -113,11 +113,11 @@ class TransitionStore(PilotDBConnection):
                     literal(now, PilotHistory.at.type),
                     these.c.reason,
                 )
-                .join(these, Pilots.id == these.c.id)
+                .join(these, self._are(these))
                 .where(
                     Pilots.status == status,
                     Pilots.vo == vo,
-                    ~exists().where(PilotHistory.pilot_id == Pilots.id, PilotHistory.status == status),
+                    ~exists().where(self._are(these, PilotHistory.pilot_id), PilotHistory.status == status),
                 ),
             )
         )

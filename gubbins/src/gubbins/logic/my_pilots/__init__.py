@@ -29,6 +29,7 @@ __all__ = [
     "list_ces",
     "load_ces",
     "parse_ce_file",
+    "prune_pilots",
     "request_pilots",
     "search_pilots",
     "set_ce_enabled",
@@ -45,6 +46,7 @@ from .ce_file import CEFileError, CESpec, parse_ce_file
 from .check import transition_pilot_states
 from .compute_elements import add_ce, ban_ce, get_available_ces, get_ce, list_ces, load_ces, set_ce_enabled
 from .outputs import collect_outputs, get_pilot_output
+from .pruning import prune_pilots
 from .requests import request_pilots, submit_requested_pilot, withdraw_requests
 from .rules import CERules, DemandPolicy, VORules
 from .submission import submit_pilot

@@ -7,12 +7,12 @@ revision = "0002"
 down_revision = "0001"
 
 ADDS = {
-    "Pilots": ["idx_pilots_status_ce", "idx_pilots_vo_status_ce", "idx_pilots_vo_id", "idx_pilots_ended"],
+    "Pilots": ["idx_pilots_status_ce_vo", "idx_pilots_vo_status_ce", "idx_pilots_vo_id", "idx_pilots_ended"],
     "PilotRequests": ["idx_requests_at"],
 }
 
 _COLUMNS = {
-    "idx_pilots_status_ce": ["Status", "CEName"],
+    "idx_pilots_status_ce_vo": ["Status", "CEName", "VO"],
     "idx_pilots_vo_status_ce": ["VO", "Status", "CEName"],
     "idx_pilots_vo_id": ["VO", "PilotID"],
     "idx_pilots_ended": ["EndedAt"],

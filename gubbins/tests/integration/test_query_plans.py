@@ -1,0 +1,143 @@
+"""What is asked all the time reads no more than it must, however many pilots have ended: as with 1,000,000.
+
+The servers are asked how they would answer the very statements that the database class sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from query_plans import Reading, plans
+from sqlalchemy import insert, literal, select, text
+
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import ComputeElements, PilotHistory, Pilots
+from gubbins.logic import my_pilots as logic
+
+PILOTS = 100_000
+CES, VOS = 200, 10
+#: Each tenth is active; of the others each fifth has failed.
+STATUS = "CASE WHEN n % 10 = 0 THEN CASE WHEN n % 20 = 0 THEN 'RUNNING' ELSE 'SUBMITTED' END "
+STATUS += "WHEN n % 5 = 1 THEN 'FAILED' ELSE 'DONE' END"
+NUMBERS = {
+    "sqlite": "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows}) ",
+    "postgresql": "WITH numbers(n) AS (SELECT generate_series(1, {rows})) ",
+    "mysql": "",
+}
+INSERT = """INSERT INTO {Pilots} ({PilotID}, {VO}, {CEName}, {Status}, {Stamp}, {SubmittedAt},
+    {EndedAt}, {LastUpdate})
+{numbers} SELECT n, {vo}, {ce}, {status}, {stamp}, {at}, CASE WHEN n % 10 = 0 THEN NULL ELSE {at} END, {at}
+FROM {source}"""
+NOW = datetime.now(UTC)
+
+
+def _fill(dialect: str, quote: Callable[[str], str]) -> str:
+    """A statement that makes the pilots, the oldest first, three a second."""
+    dialect = dialect.replace("mariadb", "mysql")
+    begin = f"{NOW - timedelta(days=1):%Y-%m-%d %H:%M:%S}"
+    at = {
+        "sqlite": f"strftime('%Y-%m-%d %H:%M:%f000', datetime('{begin}', (n / 3) || ' seconds'))",
+        "postgresql": f"TIMESTAMP '{begin}' + n / 3 * INTERVAL '1 second'",
+        "mysql": f"TIMESTAMP '{begin}' + INTERVAL n DIV 3 SECOND",
+    }[dialect]
+
+    def joined(prefix: str, number: str) -> str:
+        return f"CONCAT('{prefix}', {number})" if dialect == "mysql" else f"'{prefix}' || ({number})"
+
+    columns = ("Pilots", "PilotID", "VO", "CEName", "Status", "Stamp", "SubmittedAt", "EndedAt", "LastUpdate")
+    statement = INSERT.format(
+        **{name: quote(name) for name in columns},
+        numbers=NUMBERS[dialect].format(rows=PILOTS),
+        source=f"(SELECT seq AS n FROM seq_1_to_{PILOTS}) AS numbers" if dialect == "mysql" else "numbers",
+        vo=joined("vo", f"(n * 7 + {'n DIV 10' if dialect == 'mysql' else 'n / 10'}) % {VOS}"),
+        ce=joined("ce", f"(n * 13 + {'n DIV 10' if dialect == 'mysql' else 'n / 10'}) % {CES}"),
+        stamp=joined("stamp", "n"),
+        status=STATUS,
+        at=at,
+    )
+    return statement.replace("%", "%%") if dialect == "mysql" else statement
+
+
+@pytest.fixture
+async def many(db: MyPilotDB) -> MyPilotDB:
+    """100,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics."""
+    now = datetime.now(UTC)
+    ce = {"capacity": 1_000, "success_rate": 1.0, "created_at": now, "updated_at": now}
+    async with db.unit():
+        await db.conn.execute(insert(ComputeElements), [{"name": f"ce{n}"} | ce for n in range(CES)])
+        for number in range(20):
+            await db.add_requests(f"ce{number}", vo="vo1", count=50)
+        await db.conn.exec_driver_sql(_fill(db.conn.dialect.name, db.conn.dialect.identifier_preparer.quote))
+        begun = select(Pilots.id, literal("SUBMITTED"), Pilots.submitted_at)
+        await db.conn.execute(insert(PilotHistory).from_select(["pilot_id", "status", "at"], begun))
+        if db.conn.dialect.name == "postgresql":
+            await db.conn.execute(text(f"SELECT setval('\"Pilots_PilotID_seq\"', {PILOTS})"))
+    dialect = db.engine.dialect.name
+    statements = {
+        "sqlite": ["ANALYZE"],
+        "postgresql": ["VACUUM ANALYZE"],
+    }.get(dialect, ["ANALYZE TABLE Pilots, PilotHistory, ComputeElements, PilotRequests"])
+    async with db.engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        for statement in statements:
+            await connection.execute(text(statement))
+    return db
+
+
+def wholes(readings: list[Reading]) -> list[str]:
+    """Statements that read all pilots, or the history of all."""
+    return [
+        f"{each.how}: {each.statement}"
+        for each in readings
+        if each.whole and each.table.casefold() in ("pilots", "pilothistory")
+    ]
+
+
+HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
+    "submit": lambda db: db.submit_pilot("ce7", "vo1"),
+    "the active pilots of a VO": lambda db: db.get_active_pilots(vo="vo1"),
+    "count the active pilots of a VO": lambda db: db.count_active_pilots(vo="vo1"),
+    "list compute elements": lambda db: db.list_ces(vo=None),
+    "request": lambda db: logic.request_pilots(db, "vo1", vos=[f"vo{n}" for n in range(VOS)]),
+    "one pilot": lambda db: db.get_pilot(1000),
+    "newest of a VO": lambda db: db.newest_pilots(100, vo="vo1"),
+    "a page of a VO": lambda db: db.search_pilots(vo="vo1"),
+    "a page of a compute element": lambda db: db.search_pilots(vo=None, ce_name="ce1"),
+    "summary of a VO": lambda db: db.get_pilot_summary("vo1"),
+    "cancel": lambda db: db.request_cancel(1000, reason="x"),
+    "step": lambda db: db.update_pilot_status(1020 - 10, MyPilotStatus.RUNNING),
+    "prune": lambda db: db.delete_ended_pilots(ended_before=NOW - timedelta(hours=20), limit=500),
+}
+
+
+async def _write_down(db: MyPilotDB, number: int) -> None:
+    """What a check of that many pilots writes; most are of other VOs, and looked up all the same."""
+    ids = range(PILOTS - 10 * number, PILOTS, 10)
+    await db.advance_pilots({MyPilotStatus.RUNNING: [(id, None) for id in ids]}, vo="vo1")
+    await db.confirm_pilots([(id, "x") for id in ids])
+    await db.set_pilots_missing(ids, NOW)
+    await db.release_pilots(ids[: number // 2])
+
+
+for _number in (50, 2_000):
+    HOT[f"what a check of {_number} pilots writes"] = partial(_write_down, number=_number)
+
+
+async def test_what_goes_on_all_the_time_reads_only_what_it_needs(many: MyPilotDB) -> None:
+    problems = {}
+    for name, ask in HOT.items():
+        async with plans(many.engine) as readings:
+            await ask(many)
+        assert readings, name
+        if found := wholes(readings):
+            problems[name] = found
+    assert not problems
+    async with plans(many.engine) as readings:
+        await many.newest_pilots(100, vo=None)
+    [newest] = readings
+    backwards = ("SCAN Pilots", "by PRIMARY, 100 rows", "Index Scan by Pilots_pkey")
+    assert any(sign in newest.how for sign in backwards), "newest of all: sorted"
