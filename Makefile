@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-count vendor clean
+.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-pilots bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
 
 bench-peers: $(STAMP) ## measure other task systems side by side with this one; ARGS="--peers ours,taskiq --rounds 1"
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-pilots: $(STAMP) ## 200 CEs, 10 VOs, 100,000 active pilots in simulated time; ARGS="--scale 0.1 --minutes 5"
+	$(BIN)/python -m benchmarks.pilot_scale $(ARGS)
 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)

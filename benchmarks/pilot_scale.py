@@ -23,13 +23,13 @@ from typing import Any
 
 from sqlalchemy import event, func, select
 
+from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
 from gubbins.exceptions import NoRoomError
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import ACTIVE
 
-from .clock import Clock
 from .peers import environments
 from .pilot_world import World, fill
 from .results import RESULTS, machine, write_section
@@ -104,22 +104,26 @@ async def _timed(into: dict[str, float], what: str) -> AsyncIterator[None]:
     into[what] = time.perf_counter() - begin
 
 
-async def simulate(world: World, minutes: int) -> Run:
-    clock = Clock(datetime.now(UTC).replace(microsecond=0))
-    with tempfile.TemporaryDirectory() as directory, clock.rules("gubbins"):
+async def simulate(world: World, minutes: int, at_most_seconds: float) -> Run:
+    """Fill the world, and let minutes pass in it, fewer when that takes longer than so many (real) seconds."""
+    begin = time.monotonic()
+    present = datetime.now(UTC).replace(microsecond=0)
+    with tempfile.TemporaryDirectory() as directory, clock.simulated(lambda: present):
         db = MyPilotDB(f"sqlite+aiosqlite:///{directory}/pilots.sqlite")
         async with db.engine_context():
             await db.create_tables()
             took: dict[str, float] = {}
             async with _timed(took, "fill"):
-                await fill(db, world, clock.now)
+                await fill(db, world, present)
             statements = _Statements()
             event.listen(db.engine.sync_engine, "before_cursor_execute", statements)
             cycles = []
             for minute in range(minutes):
-                clock.forward(CYCLE)
+                present += CYCLE
                 cycles.append(await _cycle(db, world, minute + 1, statements))
                 _say(cycles[-1])
+                if time.monotonic() - begin > at_most_seconds:
+                    break
             async with _timed(took, "prune"):
                 pruned = await logic.prune_pilots(db, keep=timedelta(days=25), at_most=20_000)
             illegal = await logic.count_illegal_histories(db)
@@ -274,11 +278,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pilot_scale", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of pilots; RESULTS.md: only 1")
     parser.add_argument("--minutes", type=int, default=20, help="of simulated time")
+    parser.add_argument("--at-most", type=float, default=240, help="real seconds, after which it ends early")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     arguments = parser.parse_args()
     full = World()
     world = World(active=round(full.active * arguments.scale), ended=round(full.ended * arguments.scale))
-    run = asyncio.run(simulate(world, arguments.minutes))
+    run = asyncio.run(simulate(world, arguments.minutes, arguments.at_most))
     problems = broken_promises(run)
     if arguments.dry_run or arguments.scale != 1.0:
         print(section(run, None))

@@ -82,10 +82,7 @@ async def test_submissions_pause_after_failures_ever_longer_and_are_tried_again_
     assert (await db.get_ce("ce"))["last_error"] is None
 
 
-async def test_while_one_submission_tries_again_the_others_wait(
-    sqlite_db: MyPilotDB, scripted: Any, time: Clock
-) -> None:
-    db = sqlite_db
+async def test_while_one_submission_tries_again_the_others_wait(db: MyPilotDB, scripted: Any, time: Clock) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
     scripted.submissions["ce"] = ConnectionError("gone")
     await refused(db)
@@ -102,13 +99,11 @@ async def test_while_one_submission_tries_again_the_others_wait(
     probe.cancel()
 
 
-async def test_calls_that_were_under_way_do_not_prolong_a_pause(sqlite_db: MyPilotDB, time: Clock) -> None:
-    await sqlite_db.add_ce("ce", 9, 1.0)
+async def test_calls_that_were_under_way_do_not_prolong_a_pause(db: MyPilotDB, time: Clock) -> None:
+    await db.add_ce("ce", 9, 1.0)
     for _ in range(10):
-        await sqlite_db.record_failure(
-            "ce", CECall.STATUS, "gone", failures=3, pause_seconds=60, max_pause_seconds=900
-        )
-    seen = (await sqlite_db.get_ce("ce"))["circuits"][CECall.STATUS]
+        await db.record_failure("ce", CECall.STATUS, "gone", failures=3, pause_seconds=60, max_pause_seconds=900)
+    seen = (await db.get_ce("ce"))["circuits"][CECall.STATUS]
     assert (seen["failures"], seen["open_until"]) == (3, time.at + timedelta(seconds=60))
 
 
@@ -143,9 +138,8 @@ async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_les
 
 
 async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
-    sqlite_db: MyPilotDB, scripted: Any
+    db: MyPilotDB, scripted: Any
 ) -> None:
-    db = sqlite_db
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
@@ -156,10 +150,7 @@ async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     assert "not your job" in (await db.get_ce("ce"))["last_error"]
 
 
-async def test_polling_that_works_does_not_hide_why_submissions_do_not(
-    sqlite_db: MyPilotDB, scripted: Any
-) -> None:
-    db = sqlite_db
+async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     await logic.submit_pilot(db, "ce", "lhcb")
@@ -171,9 +162,8 @@ async def test_polling_that_works_does_not_hide_why_submissions_do_not(
 
 
 async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
-    sqlite_db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    db = sqlite_db
     monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
     for name, backend in (("slow", "scripted"), ("well", "simulated")):
         await db.add_ce(name, 1, 1.0, backend=backend)
@@ -190,11 +180,11 @@ async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
     assert (await db.get_pilot(slow))["missing_since"] is not None
 
 
-async def test_a_time_out_is_a_rule_of_the_ce(sqlite_db: MyPilotDB, scripted: Any) -> None:
-    await sqlite_db.add_ce("ce", 9, 1.0, backend="scripted", rules={"timeout_seconds": 0.05})
+async def test_a_time_out_is_a_rule_of_the_ce(db: MyPilotDB, scripted: Any) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules={"timeout_seconds": 0.05})
     scripted.submissions["ce"] = asyncio.Event()
     with pytest.raises(CERefusedError, match=r"no answer within 0\.05 s"):
-        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
+        await logic.submit_pilot(db, "ce", "lhcb")
 
 
 async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilotDB, scripted: Any) -> None:
@@ -218,8 +208,7 @@ async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilo
     assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
 
 
-async def test_opening_a_ce_and_changing_it_end_its_pause(sqlite_db: MyPilotDB, scripted: Any) -> None:
-    db = sqlite_db
+async def test_opening_a_ce_and_changing_it_end_its_pause(db: MyPilotDB, scripted: Any) -> None:
     spec = {"capacity": 3, "success_rate": 1.0, "backend": "scripted"}
     scripted.submissions["ce"] = SubmitOutcome(error="no such queue")
     rules: dict[str, Any] = {"breaker_failures": 1}
@@ -232,9 +221,8 @@ async def test_opening_a_ce_and_changing_it_end_its_pause(sqlite_db: MyPilotDB, 
 
 
 async def test_a_submission_that_was_given_up_meanwhile_is_cancelled_and_not_forgotten(
-    sqlite_db: MyPilotDB, scripted: Any
+    db: MyPilotDB, scripted: Any
 ) -> None:
-    db = sqlite_db
     await db.add_ce("ce", 3, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
 

@@ -69,12 +69,12 @@ async def test_an_empty_ce_gets_a_trickle(db: MyPilotDB) -> None:
 
 
 @pytest.mark.parametrize("known", ["unreadable", "unasked"])
-async def test_without_a_job_database_there_is_a_trickle_only(sqlite_db: MyPilotDB, known: str) -> None:
-    await sqlite_db.add_ce("a", 20, 1.0, rules=JOBS)
+async def test_without_a_job_database_there_is_a_trickle_only(db: MyPilotDB, known: str) -> None:
+    await db.add_ce("a", 20, 1.0, rules=JOBS)
     if known == "unreadable":
-        assert await ask(sqlite_db, None) == {"a": 1}
+        assert await ask(db, None) == {"a": 1}
     else:
-        assert await logic.request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"a": 1}
+        assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"a": 1}
 
 
 async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
@@ -104,15 +104,13 @@ async def test_policy_and_share_may_be_different_for_one_vo(db: MyPilotDB) -> No
     assert await ask(db, None, "dteam", vos) == {"new": 5}
 
 
-async def test_a_ce_that_is_being_tried_again_is_asked_for_one_pilot(sqlite_db: MyPilotDB, scripted: Any) -> None:
-    await sqlite_db.add_ce(
-        "ce", 9, 1.0, backend="scripted", rules={"breaker_failures": 1, "breaker_pause_seconds": 1e-6}
-    )
+async def test_a_ce_that_is_being_tried_again_is_asked_for_one_pilot(db: MyPilotDB, scripted: Any) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules={"breaker_failures": 1, "breaker_pause_seconds": 1e-6})
     scripted.submissions["ce"] = ConnectionError("gone")
     with pytest.raises(logic.PilotSubmissionError):
-        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
-    assert await ask(sqlite_db, None) == {"ce": 1}
-    assert await ask(sqlite_db, None) == {}
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert await ask(db, None) == {"ce": 1}
+    assert await ask(db, None) == {}
 
 
 @pytest.fixture
@@ -124,20 +122,20 @@ async def job_db() -> AsyncIterator[JobDB]:
         yield database
 
 
-async def test_waiting_jobs_are_read_from_the_job_database_of_diracx(sqlite_db: MyPilotDB, job_db: JobDB) -> None:
+async def test_waiting_jobs_are_read_from_the_job_database_of_diracx(db: MyPilotDB, job_db: JobDB) -> None:
     async with job_db:
         for number, (vo, status) in enumerate(
             [("lhcb", "Waiting")] * 3 + [("lhcb", "Running"), ("lhcb", "Received"), ("dteam", "Waiting")]
         ):
             job_id = await job_db.create_job(f"job {number}")
             await job_db.insert_job_attributes({job_id: {"VO": vo, "Status": status}})
-    await sqlite_db.add_ce("a", 20, 1.0, rules=JOBS)
+    await db.add_ce("a", 20, 1.0, rules=JOBS)
     assert await logic.count_waiting_jobs(job_db, "lhcb") == 3
     assert await logic.count_waiting_jobs(job_db, "gridpp") == 0
     task = MySubmitPilotsTask("lhcb")
     with pytest.raises(RuntimeError, match="broker"):  # none is bound here; the requests are what counts
-        await task.execute(my_pilot_db=sqlite_db, job_db=job_db)
-    assert await ask(sqlite_db, await logic.count_waiting_jobs(job_db, "lhcb")) == {"a": 3}
+        await task.execute(my_pilot_db=db, job_db=job_db)
+    assert await ask(db, await logic.count_waiting_jobs(job_db, "lhcb")) == {"a": 3}
 
 
 async def test_a_job_database_that_is_down_counts_as_none(caplog: pytest.LogCaptureFixture) -> None:

@@ -67,9 +67,8 @@ async def test_output_is_fetched_at_the_end_and_only_then_may_the_site_forget(db
 
 
 async def test_what_a_site_does_not_give_now_is_asked_for_again_and_once_given_up(
-    sqlite_db: MyPilotDB, writing: Any
+    db: MyPilotDB, writing: Any
 ) -> None:
-    db = sqlite_db
     [pilot] = await ended(db, writing)
     writing.outputs["ce"] = ConnectionError("gone fishing")
     assert await logic.collect_outputs(db, "lhcb") == 0
@@ -83,31 +82,31 @@ async def test_what_a_site_does_not_give_now_is_asked_for_again_and_once_given_u
     assert len(writing.forgotten) == 1
 
 
-async def test_a_site_that_has_no_output_is_not_asked_twice(sqlite_db: MyPilotDB, writing: Any) -> None:
-    [pilot] = await ended(sqlite_db, writing)
+async def test_a_site_that_has_no_output_is_not_asked_twice(db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(db, writing)
     writing.outputs["ce"] = OutputUnavailableError("x", "purged")
-    assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
-    assert await logic.collect_outputs(sqlite_db, "lhcb") == 0
+    assert await logic.collect_outputs(db, "lhcb") == 1
+    assert await logic.collect_outputs(db, "lhcb") == 0
     with pytest.raises(OutputUnavailableError, match="purged"):
-        await logic.get_pilot_output(sqlite_db, pilot)
+        await logic.get_pilot_output(db, pilot)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("all", 2), ("failed", 1), ("none", 0)])
-async def test_a_rule_says_whose_output_is_kept(sqlite_db: MyPilotDB, writing: Any, keep: str, kept: int) -> None:
-    await ended(sqlite_db, writing, (Observed.DONE, Observed.FAILED), keep_output=keep)
+async def test_a_rule_says_whose_output_is_kept(db: MyPilotDB, writing: Any, keep: str, kept: int) -> None:
+    await ended(db, writing, (Observed.DONE, Observed.FAILED), keep_output=keep)
     assert len(writing.forgotten) == 2 - kept
-    assert await logic.collect_outputs(sqlite_db, "lhcb") == kept
+    assert await logic.collect_outputs(db, "lhcb") == kept
     assert len(writing.forgotten) == 2
 
 
-async def test_a_banned_site_is_not_asked_for_output_either(sqlite_db: MyPilotDB, writing: Any) -> None:
-    [pilot] = await ended(sqlite_db, writing)
-    await sqlite_db.ban_ce("ce", reason=None)
-    assert await logic.collect_outputs(sqlite_db, "lhcb") == 0
+async def test_a_banned_site_is_not_asked_for_output_either(db: MyPilotDB, writing: Any) -> None:
+    [pilot] = await ended(db, writing)
+    await db.ban_ce("ce", reason=None)
+    assert await logic.collect_outputs(db, "lhcb") == 0
     with pytest.raises(CEUnavailableError, match="banned"):
-        await logic.get_pilot_output(sqlite_db, pilot)
-    await sqlite_db.set_ce_enabled("ce", False)
-    assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
+        await logic.get_pilot_output(db, pilot)
+    await db.set_ce_enabled("ce", False)
+    assert await logic.collect_outputs(db, "lhcb") == 1
 
 
 async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> None:
@@ -119,8 +118,7 @@ async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> No
     assert await db.get_output(pilot) is None
 
 
-async def test_the_check_task_fetches_real_output_and_then_tidies_up(sqlite_db: MyPilotDB, tmp_path: Path) -> None:
-    db = sqlite_db
+async def test_the_check_task_fetches_real_output_and_then_tidies_up(db: MyPilotDB, tmp_path: Path) -> None:
     settings = {"directory": str(tmp_path / "ce"), "default_script": "echo out; echo err >&2", "keep": "none"}
     await db.add_ce("ce", 1, 1.0, backend="local", settings=settings)
     pilot = await logic.submit_pilot(db, "ce", "lhcb")
