@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,38 @@ def test_ces_are_opened_closed_and_stay_closed(initialised: Run) -> None:
     assert json.loads(run("ce", "list", "--json").stdout)[0]["enabled"] is False
     assert json.loads(run("ce", "enable", "a", "--json").stdout)["changed"] is True
     refused(run("ce", "enable", "b"), 1, "'b'", "gubbins ce list")
+
+
+def test_a_ce_is_shown_with_its_rules_and_banned_until_it_is_enabled(initialised: Run) -> None:
+    run = initialised
+    rules = "{max_waiting: 7, vos: {lhcb: {share: 2.5}}}"
+    run("ce", "load", "-", stdin=f"compute_elements: [{{name: a, capacity: 1, rules: {rules}}}]")
+    shown = json.loads(run("ce", "show", "a", "--json").stdout)
+    assert (shown["rules"]["max_waiting"], shown["rules"]["timeout_seconds"]) == (7, 60)
+    assert shown["circuits"]["status"]["state"] == "closed"
+    text = run("ce", "show", "a").stdout
+    for said in ("Circuits", "closed", "share of lhcb", "2.5", "keep_output"):
+        assert said in text
+    assert run("ce", "ban", "a", "--reason", "flood").stdout == "a: banned\n"
+    assert run("ce", "ban", "a", "--reason", "flood").stdout == "a: banned already\n"
+    assert "banned" in run("ce", "list").stdout
+    assert "flood" in run("ce", "show", "a").stdout
+    assert run("ce", "enable", "a").stdout == "a: enabled\n"
+    assert json.loads(run("ce", "show", "a", "--json").stdout)["ban_reason"] is None
+    refused(run("ce", "show", "b"), 1, "'b'", "gubbins ce list")
+    refused(run("ce", "ban", "b"), 1, "'b'", "gubbins ce list")
+
+
+def test_output_of_a_pilot_goes_where_it_was_written(initialised: Run, sqlite_url: str, tmp_path: Path) -> None:
+    settings = f"{{directory: {tmp_path}/ce, default_script: 'echo out; echo err >&2'}}"
+    ce = f"{{name: flaky.example.org, capacity: 1, backend: local, settings: {settings}}}"
+    assert initialised("ce", "load", "-", stdin=f"compute_elements: [{ce}]").returncode == 0
+    pilot = subprocess.run([sys.executable, "-c", SUBMIT, sqlite_url], capture_output=True, text=True, check=True)
+    deadline = time.monotonic() + 30
+    while (shown := initialised("pilots", "output", pilot.stdout.strip())).stderr != "err\n":
+        assert time.monotonic() < deadline, shown
+    assert (shown.returncode, shown.stdout) == (0, "out\n")
+    refused(initialised("pilots", "output", "7"), 1, "unknown pilot 7")
 
 
 def test_a_bad_file_is_refused_whole_with_every_mistake(initialised: Run) -> None:

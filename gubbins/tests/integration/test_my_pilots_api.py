@@ -130,6 +130,9 @@ ROUTES = [
     ("POST", "/ces", {"name": "x", "capacity": 1}),
     ("POST", "/ces/ce/enable", None),
     ("POST", "/ces/ce/disable", None),
+    ("POST", "/ces/ce/ban", {"reason": "x"}),
+    ("GET", "/ces/ce", None),
+    ("GET", "/pilots/1/output", None),
 ]
 
 
@@ -224,6 +227,31 @@ def test_bad_ces_are_422_and_create_nothing(client: Any, as_: As, fields: dict[s
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"][-1] == where
     assert [ce["name"] for ce in client.get(f"{API}/ces", headers=admin).json()] == ["ce"]
+
+
+def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any, as_: As) -> None:
+    admin = as_("lhcb", SERVICE_ADMINISTRATOR)
+    spec = {"name": "theirs", "capacity": 1, "vos": ["dteam"], "rules": {"vos": {"dteam": {"share": 2}}}}
+    assert client.post(f"{API}/ces", json=spec, headers=admin).status_code == 201
+    shown = client.get(f"{API}/ces/theirs", headers=as_("dteam")).json()
+    assert shown["circuits"]["submit"]["state"] == "closed"
+    assert (shown["rules"]["policy"], shown["rules"]["vos"]["dteam"]["share"]) == ("fill", 2)
+    for name in ("theirs", "none"):
+        assert client.get(f"{API}/ces/{name}", headers=as_("lhcb")).status_code == 404
+    assert client.post(f"{API}/ces/ce/ban", json={"reason": "flood"}, headers=admin).status_code == 204
+    banned = client.get(f"{API}/ces/ce", headers=as_()).json()
+    assert (banned["enabled"], banned["ban_reason"]) == (False, "flood")
+    assert client.post(f"{API}/submit/ce", headers=as_()).status_code == 409
+    assert client.post(f"{API}/ces/ce/enable", headers=admin).status_code == 204
+    assert client.get(f"{API}/ces/ce", headers=as_()).json()["banned_at"] is None
+
+
+def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_: As) -> None:
+    pilot = client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"]
+    answer = client.get(f"{API}/pilots/{pilot}/output", headers=as_())
+    assert answer.status_code == 404
+    assert "keeps no output" in answer.json()["detail"]
+    assert client.get(f"{API}/pilots/{pilot}/output", headers=as_("dteam")).status_code == 403
 
 
 def test_openapi_is_complete_with_examples(client: Any) -> None:

@@ -18,6 +18,7 @@ from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from redis.asyncio import Redis
 
+from gubbins.circuits import CECall
 from gubbins.dashboard import extension
 from gubbins.dashboard.store import course_of
 from gubbins.db.sql import MyPilotDB
@@ -65,6 +66,23 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
         assert len(answer.content) < 300_000
     for address in ("/pilots/99", "/pilots/x", "/pilots/list?status=LOST", "/pilots/list?page=0"):
         assert (await client.get(address)).status_code == 404, address
+
+
+async def test_a_compute_element_that_failed_too_often_shows_its_circuit(
+    client: httpx.AsyncClient, sqlite_db: MyPilotDB
+) -> None:
+    assert "submit open" not in (await client.get("/pilots")).text
+    for call, pause in ((CECall.SUBMIT, 3600), (CECall.STATUS, 1e-6)):
+        await sqlite_db.record_failure(
+            "ce01", call, HOSTILE, failures=1, pause_seconds=pause, max_pause_seconds=3600
+        )
+    text = (await client.get("/pilots")).text
+    assert "submit open for" in text
+    assert "status half-open" in text
+    await sqlite_db.ban_ce("ce01", reason=HOSTILE)
+    text = (await client.get("/pilots")).text
+    assert ">banned<" in text
+    assert "<script>window" not in text
 
 
 async def test_a_compute_element_is_closed_and_opened_and_that_is_written_down(

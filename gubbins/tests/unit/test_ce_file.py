@@ -44,10 +44,24 @@ def test_the_example_is_valid() -> None:
         ({"settings": {"run_secs": 1}}, "settings.run_secs"),
         ({"settings": {"run_seconds": -1}}, "settings.run_seconds"),
         ({"backend": "local", "settings": {"directory": "here"}}, "settings.directory"),
+        ({"rules": {"policy": "greedy"}}, "rules.policy"),
+        ({"rules": {"share": 0}}, "rules.share"),
+        ({"rules": {"max_waiting": "10"}}, "rules.max_waiting"),
+        ({"rules": {"vos": {"lhcb": {"breaker_failures": 1}}}}, "rules.vos.lhcb.breaker_failures"),
+        ({"rules": {"timeout_seconds": 60, "unconfirmed_seconds": 60}}, "rules"),
     ],
 )
 def test_bad_input_is_told_with_its_path(fields: dict[str, object], path: str) -> None:
     assert list(problems_of(entry(**fields))) == [f"compute_elements[0].{path}"]
+
+
+def test_a_mistake_in_the_rules_says_what_there_is() -> None:
+    assert "max_per_cycle" in problems_of(entry(rules={"speed": 1}))["compute_elements[0].rules.speed"]
+    of_a_vo = problems_of(entry(rules={"vos": {"lhcb": {"speed": 1}}}))["compute_elements[0].rules.vos.lhcb.speed"]
+    assert "trickle" in of_a_vo
+    assert "timeout_seconds" not in of_a_vo
+    too_short = problems_of(entry(rules={"unconfirmed_seconds": 30}))["compute_elements[0].rules"]
+    assert too_short.startswith("unconfirmed_seconds must be longer than timeout_seconds")
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -6,9 +6,10 @@ __all__ = ["count_waiting_jobs"]
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
-from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
-from diracx.db.sql import JobDB
+if TYPE_CHECKING:
+    from diracx.db.sql import JobDB
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
     if job_db is None:
         logger.warning("Nobody knows how many jobs of %s wait: DIRACX_DB_URL_JOBDB is not set", vo)
         return None
+    from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
+
     equal = ScalarSearchOperator.EQUAL
     search = [
         ScalarSearchSpec(parameter="VO", operator=equal, value=vo),
