@@ -29,8 +29,8 @@ class _Promises(CERemoteConformance):
     """Not collected: its tests are all run by one, below, and not one by one."""
 
     deadline_seconds = 180
-    pause_seconds = 0.5
-    many = 30
+    pause_seconds = 1
+    many = 20
     patience_seconds = 30
 
     def __init__(self, site: ArcSite, witness: Path) -> None:

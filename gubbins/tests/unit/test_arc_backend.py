@@ -6,22 +6,17 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.arc import ArcBackend, ArcSettings
-from gubbins.ces.arc.credentials import CredentialsError, read_identity
 from gubbins.ces.arc.rest import ArcRest
 from gubbins.ces.arc.xrsl import describe, join, name_in
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
@@ -331,54 +326,6 @@ def test_no_script_can_leave_its_place_in_a_description(script: str, stamp: str)
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         arc_settings(**wrong)
-
-
-def write_certificate(path: Path, *, expires: timedelta, password: bytes | None = None) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pilot")])
-    begin = datetime.now(tz=UTC) - timedelta(days=2)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(begin)
-        .not_valid_after(datetime.now(tz=UTC) + expires)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock)
-    path.write_bytes(certificate.public_bytes(pem) + secret)
-
-
-def test_credentials_that_are_of_no_use_are_named_with_the_reason(tmp_path: Path) -> None:
-    proxy = tmp_path / "proxy.pem"
-    with_proxy = arc_settings(token=None, certificate=str(proxy))
-    with pytest.raises(CredentialsError, match=r"proxy\.pem: No such file"):
-        read_identity(with_proxy)
-    proxy.write_text("nonsense")
-    with pytest.raises(CredentialsError, match=r"cannot use the certificate .*proxy\.pem"):
-        read_identity(with_proxy)
-    write_certificate(proxy, expires=timedelta(days=-1))
-    with pytest.raises(CredentialsError, match=r"proxy\.pem has expired at \d{4}-.* UTC: renew it"):
-        read_identity(with_proxy)
-    write_certificate(proxy, expires=timedelta(days=1), password=b"secret")
-    with pytest.raises(CredentialsError, match=r"cannot use the certificate .*proxy\.pem"):
-        read_identity(with_proxy)
-    write_certificate(proxy, expires=timedelta(days=1))
-    assert read_identity(with_proxy).token is None
-    (tmp_path / "ca").write_text("nonsense")
-    with pytest.raises(CredentialsError, match="cannot read the CA certificates"):
-        read_identity(arc_settings(token=None, certificate=str(proxy), ca=str(tmp_path / "ca")))
-
-
-@pytest.mark.parametrize("content", [b"", b"two words", b"a\nb", b"\xff", b"x" * 70_000])
-def test_a_file_without_a_token_is_not_sent(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "token").write_bytes(content)
-    with pytest.raises(CredentialsError, match="token"):
-        read_identity(arc_settings(token=str(tmp_path / "token")))
 
 
 async def test_a_renewed_token_is_used_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
