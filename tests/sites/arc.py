@@ -23,7 +23,7 @@ import pytest
 
 from .token_issuer import TokenIssuer
 
-_SECONDS = 60
+_SECONDS = 110  # it takes five, unless the machine is busy
 _SHARE = Path("/usr/share/arc")
 _HOST_CAS = "/etc/grid-security/certificates"
 _PROGRAMS = ("arcctl", "arched", "arcproxy", "openssl")
