@@ -55,6 +55,7 @@ class PilotAtCE(NamedTuple):  # there may be a million of them
     submitted_at: datetime | None = None
     started_at: datetime | None = None
     cancel_requested: bool = False
+    maybe_submitted: bool = True  # False: the stamp was made for this very submission, the CE cannot have it
 
 
 @dataclass(frozen=True, slots=True)

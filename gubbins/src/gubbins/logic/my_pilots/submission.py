@@ -53,7 +53,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
                     raise CEPausedError(ce_name, "another pilot finds out whether it takes them again")
                 pilot_id = begun or await db.submit_pilot(ce_name, vo=vo, stamp=stamp)
                 stamp = (await db.get_pilot(pilot_id))["stamp"]
-            pilot = PilotAtCE(stamp=stamp, vo=vo)
+            pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
             try:
                 async with asyncio.timeout(rules_of(ce).timeout_seconds):
                     outcome = (await backend.submit([pilot]))[stamp]

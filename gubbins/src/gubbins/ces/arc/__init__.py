@@ -1,0 +1,8 @@
+"""Pilots at an ARC CE, through the REST interface of its A-REX (1.0)."""
+
+from __future__ import annotations
+
+__all__ = ["ArcBackend", "ArcSettings"]
+
+from .backend import ArcBackend
+from .settings import ArcSettings

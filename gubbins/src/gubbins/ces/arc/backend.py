@@ -1,0 +1,194 @@
+"""The back end `arc`: pilots as jobs of an ARC CE. The stamp is the name of the job."""
+
+from __future__ import annotations
+
+__all__ = ["ArcBackend"]
+
+import asyncio
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+from gubbins.ces.protocol import (
+    OUTPUT_LIMIT_BYTES,
+    CEBackend,
+    CEDescription,
+    Observation,
+    Observed,
+    PilotAtCE,
+    PilotOutput,
+    SubmitOutcome,
+)
+from gubbins.exceptions import OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+from .credentials import CredentialsError
+from .rest import ArcRest, NotAcceptedError
+from .settings import ArcSettings
+from .xrsl import STDERR, STDOUT, describe
+
+# A state that is not here (OTHER, or one of a newer CE) says nothing.
+_STATES = {
+    **dict.fromkeys(
+        ("ACCEPTING", "ACCEPTED", "PREPARING", "PREPARED", "SUBMITTING", "QUEUING", "HELD"), Observed.WAITING
+    ),
+    **dict.fromkeys(("RUNNING", "EXITINGLRMS", "EXECUTED", "FINISHING", "KILLING"), Observed.RUNNING),
+    "FINISHED": Observed.DONE,
+    **dict.fromkeys(("FAILED", "KILLED", "WIPED"), Observed.FAILED),
+}
+_ENDED = ("FINISHED", "FAILED", "KILLED")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
+_MAX_REASON_CHARS = 300
+# A job that changes its state while the CE makes the list of them may be left out of it.
+_LIST_AGAIN_AFTER_SECONDS = 0.3
+
+_submitting: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+
+
+class ArcBackend(CEBackend[ArcSettings]):
+    """Exit code 0 is DONE, everything else FAILED.
+
+    A CE tells of states what its information provider has seen last, a minute ago perhaps. They are not
+    compared with earlier ones; the end is what it says of those that have ended.
+
+    Jobs have no unique names. So a pilot that may have been submitted before is looked for first, by one
+    instance of this process after the other; that no other process does the same at the same time is for
+    the caller to see to.
+    """
+
+    Settings = ArcSettings
+    operator_only = True  # the settings name files on our own hosts, whose contents are shown to the URL
+
+    def __init__(self, ce: CEDescription, settings: ArcSettings) -> None:
+        super().__init__(ce, settings)
+        self._rest = ArcRest(settings)
+        self._ids: dict[str, str] = {}  # of jobs that were found by their stamp
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        outcomes = {pilot.stamp: SubmitOutcome(pilot.reference) for pilot in pilots if pilot.reference}
+        new = {pilot.stamp: pilot for pilot in pilots if not pilot.reference}
+        if not new:
+            return outcomes
+        key = (id(asyncio.get_running_loop()), self.settings.url)
+        async with _submitting.setdefault(key, asyncio.Lock()):
+            await self._find([stamp for stamp, pilot in new.items() if pilot.maybe_submitted])
+            for stamp in self._ids.keys() & new.keys():
+                outcomes[stamp] = SubmitOutcome(self._reference(self._ids[stamp]))
+                del new[stamp]
+            outcomes.update(await self._submit(list(new.values())))
+        return outcomes
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        if not pilots:
+            return {}
+        ids = await self._ids_of(pilots)
+        states = await self._rest.status(list(ids.values()))
+        told = await self._rest.info(
+            [job for job, state in states.items() if _STATES.get(state) is Observed.FAILED]
+        )
+        seen = {}
+        for pilot in pilots:
+            job = ids.get(pilot.stamp)
+            if job is None:
+                if pilot.reference is not None:  # it is none of this CE's
+                    seen[pilot.stamp] = Observation(Observed.NO_NEWS)
+            elif (state := states.get(job)) is not None:
+                what = _STATES.get(state, Observed.NO_NEWS)
+                reason = _why(pilot, state, told.get(job, {})) if what is Observed.FAILED else None
+                reference = self._reference(job) if pilot.reference is None else None
+                seen[pilot.stamp] = Observation(what, reason, reference)
+        return seen
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        if pilots and (ids := await self._ids_of(pilots)):
+            await self._rest.kill(list(ids.values()))
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        job = (await self._ids_of([pilot])).get(pilot.stamp)
+        if job is None:
+            raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} does not know it")
+        stdout, stderr = await asyncio.gather(
+            self._rest.read(job, f"session/{STDOUT}", OUTPUT_LIMIT_BYTES),
+            self._rest.read(job, f"session/{STDERR}", OUTPUT_LIMIT_BYTES),
+        )
+        if stdout is None and stderr is None:
+            raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} has none (yet, or any more)")
+        return PilotOutput(*((part or b"").decode(errors="replace") for part in (stdout, stderr)))
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+        if stamps := {stamp for stamp, status in pilots.items() if status not in keep}:
+            ended = await self._rest.names(await self._rest.list_jobs(_ENDED))
+            await self._rest.clean([job for job, name in ended.items() if name in stamps])
+
+    async def close(self) -> None:
+        await self._rest.close()
+
+    async def _submit(self, pilots: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome]:
+        outcomes = {}
+        described = {}
+        for pilot in pilots:
+            script = self.settings.scripts.get(pilot.vo, self.settings.default_script)
+            if script is None:
+                message = f"no pilot script for {pilot.vo}: give it one in scripts, or a default_script"
+                outcomes[pilot.stamp] = SubmitOutcome(error=message)
+            else:
+                ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
+                environment = self.settings.environment | ours
+                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, environment)
+        try:
+            answers = await self._rest.submit(list(described.values()))
+        except (NotAcceptedError, CredentialsError) as error:
+            return outcomes | dict.fromkeys(described, SubmitOutcome(error=str(error)))
+        for stamp, answer in zip(described, answers, strict=True):
+            job = str(answer.job.get("id"))
+            if answer.code < 300 and _ID.match(job):
+                outcomes[stamp] = SubmitOutcome(self._reference(job))
+            else:
+                outcomes[stamp] = SubmitOutcome(error=f"{answer.code} {answer.reason}"[:_MAX_REASON_CHARS])
+        return outcomes
+
+    async def _ids_of(self, pilots: Iterable[PilotAtCE]) -> dict[str, str]:
+        """The ids of jobs by stamp; pilots without a reference are looked for by their stamp."""
+        known = {}
+        lost = []
+        for pilot in pilots:
+            if pilot.reference is None:
+                lost.append(pilot.stamp)
+            elif _ID.match(job := pilot.reference.rpartition("/")[2]):
+                known[pilot.stamp] = job
+        await self._find(lost, set(known.values()))
+        return known | {stamp: self._ids[stamp] for stamp in lost if stamp in self._ids}
+
+    async def _find(self, stamps: Sequence[str], others: Collection[str] = ()) -> None:
+        """Look for jobs of these names among all of ours but those that are known to be others."""
+        seen = set(others)
+        for pause in (0, _LIST_AGAIN_AFTER_SECONDS):
+            wanted = set(stamps) - self._ids.keys()
+            if not wanted:
+                return
+            await asyncio.sleep(pause)
+            jobs = [job for job in await self._rest.list_jobs() if _ID.match(job) and job not in seen]
+            for job, name in sorted((await self._rest.names(jobs)).items()):
+                seen.add(job)
+                if name in wanted:
+                    self._ids.setdefault(name, job)
+
+    def _reference(self, job: str) -> str:
+        return f"{self.settings.url}/rest/1.0/jobs/{job}"
+
+
+def _why(pilot: PilotAtCE, state: str, told: Mapping[str, Any]) -> str:
+    """Why it failed, in one line."""
+    errors = told.get("Error") or []
+    words = "; ".join(str(each) for each in (errors if isinstance(errors, list) else [errors]))
+    if state == "WIPED":
+        words = words or "removed by the CE before its end was seen"
+    elif state == "KILLED" or pilot.cancel_requested:
+        begin = "cancelled" if pilot.cancel_requested else "killed at the CE"
+        words = f"{begin}: {words}" if words else begin
+    elif not words:
+        code = told.get("ExitCode")
+        words = f"exit code {code}" if code is not None else "failed, and the CE does not say why"
+    return " ".join(words.split())[:_MAX_REASON_CHARS].strip()

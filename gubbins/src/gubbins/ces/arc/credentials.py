@@ -1,0 +1,130 @@
+"""Who we are to a CE: a certificate, a proxy or a token, in files that others renew.
+
+Everything here reads files and may take some milliseconds; the back end calls it in a thread.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CredentialsError", "Identity", "fingerprint", "read_identity"]
+
+import base64
+import binascii
+import json
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from gubbins.exceptions import CEUnavailableError
+
+from .settings import ArcSettings
+
+_MAX_TOKEN_BYTES = 64 * 1024
+
+
+class CredentialsError(CEUnavailableError):
+    """Our own credentials are missing, unreadable or expired: the CE was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What requests are made with."""
+
+    context: ssl.SSLContext
+    token: str | None
+    expires_at: datetime | None  # None: it does not say
+
+
+def fingerprint(settings: ArcSettings) -> tuple[object, ...]:
+    """Is another one as soon as one of the files was replaced or written to."""
+    marks: list[object] = []
+    for path in (settings.certificate, settings.key, settings.token, settings.ca):
+        try:
+            found = path.stat() if path is not None else None
+        except OSError:
+            found = None
+        marks.append(found and (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    return tuple(marks)
+
+
+def read_identity(settings: ArcSettings) -> Identity:
+    """Read the files.
+
+    Raises:
+        CredentialsError: one of them is missing or of no use, or what it holds has expired.
+    """
+    context = _trust(settings.ca)
+    if settings.certificate is not None:
+        expires_at: datetime | None = _load_certificate(context, settings.certificate, settings.key)
+        token = None
+        path = settings.certificate
+    else:
+        assert settings.token is not None
+        path = settings.token
+        token = _read_token(path)
+        expires_at = _expiry_of_token(token)
+    if expires_at is not None and expires_at <= datetime.now(tz=UTC):
+        raise CredentialsError(f"{path} has expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC: renew it")
+    return Identity(context, token, expires_at)
+
+
+def _trust(ca: Path | None) -> ssl.SSLContext:
+    try:
+        if ca is None:
+            return ssl.create_default_context()
+        if ca.is_dir():
+            return ssl.create_default_context(capath=str(ca))
+        return ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise CredentialsError(f"cannot read the CA certificates in {ca}: {_words(error)}") from error
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path | None) -> datetime:
+    """Returns when the first of the chain expires."""
+    try:
+        chain = x509.load_pem_x509_certificates(certificate.read_bytes())
+        # Without an answer to the question for a password, OpenSSL would ask at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: b"")
+    except (OSError, ssl.SSLError, ValueError) as error:
+        which = f"{certificate} with the key in {key}" if key is not None else str(certificate)
+        raise CredentialsError(f"cannot use the certificate {which}: {_words(error)}") from error
+    return min(each.not_valid_after_utc for each in _presented(chain))
+
+
+def _presented(chain: Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
+    """The certificate and its issuers, as far as they follow each other; what else a file holds is not used."""
+    used = [chain[0]]
+    for each in chain[1:]:
+        if each.subject == used[-1].issuer:
+            used.append(each)
+    return used
+
+
+def _read_token(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            token = file.read(_MAX_TOKEN_BYTES + 1).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CredentialsError(f"cannot read the token in {path}: {_words(error)}") from error
+    if not token or len(token) > _MAX_TOKEN_BYTES or not token.isprintable() or " " in token:
+        raise CredentialsError(f"{path} does not hold a token")
+    return token
+
+
+def _expiry_of_token(token: str) -> datetime | None:
+    """What a JSON web token says of itself; only a hint, for the CE is the one to check it."""
+    try:
+        payload = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return datetime.fromtimestamp(claims["exp"], tz=UTC)
+    except (IndexError, KeyError, OverflowError, OSError, TypeError, ValueError, binascii.Error):
+        return None
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

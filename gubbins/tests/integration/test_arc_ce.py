@@ -1,0 +1,241 @@
+"""The back end `arc` against a real ARC CE. Its states come late, so all promises are tried at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites.arc import ArcSite
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
+from gubbins.ces.arc import ArcBackend, ArcSettings
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+from gubbins.testing.ce_conformance import CERemoteConformance, Fate, pilot_scripts
+
+# It kills a job in half a minute, and other tests may run on this machine.
+pytestmark = pytest.mark.timeout(240)
+
+
+class _Promises(CERemoteConformance):
+    """Not collected: its tests are all run by one, below, and not one by one."""
+
+    deadline_seconds = 180
+    pause_seconds = 1
+    many = 20
+    patience_seconds = 30
+
+    def __init__(self, site: ArcSite, witness: Path) -> None:
+        self._site = site
+        self._witness = witness
+        self._scripts = pilot_scripts(witness)
+
+    def make_backend(self, fate: Fate) -> ArcBackend:
+        settings = {"default_script": self._scripts[fate], "timeout_seconds": 8, "keep": "none"}
+        return _Maker(self._site, **settings).make()
+
+    def starts(self, stamp: str) -> int:
+        return len((self._witness / stamp).read_text().splitlines())
+
+    async def run(self, name: str) -> str | None:
+        """What went wrong."""
+        promise = getattr(self, name)
+        given = {"make": self.make_backend, "down": self._site.down(), "hanging": self._site.frozen()}
+        try:
+            await promise(**{name: given[name] for name in inspect.signature(promise).parameters})
+        except Exception:
+            return f"{name}:\n{traceback.format_exc()}"
+        return None
+
+
+@pytest.fixture
+def witness(arc_site: ArcSite) -> Path:
+    """A directory that jobs can write to: they run as nobody."""
+    directory = arc_site.directory / "witness"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o1777)
+    return directory
+
+
+async def test_all_promises_of_a_back_end_are_kept(arc_site: ArcSite, witness: Path) -> None:
+    promises = _Promises(arc_site, witness)
+    names = [name for name in dir(promises) if name.startswith("test_")]
+    disturbing = [
+        name for name in names if inspect.signature(getattr(promises, name)).parameters.keys() - {"make"}
+    ]
+    assert len(disturbing) == 2
+    broken = await asyncio.gather(*(promises.run(name) for name in names if name not in disturbing))
+    broken += [await promises.run(name) for name in disturbing]
+    assert not any(broken), "\n".join(each for each in broken if each)
+
+
+async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_site: ArcSite) -> None:
+    hostile = 'a\'b"c $(touch pwned) `touch pwned` $HOME \\ (* *) )(executable="/bin/false") ^#x# \t ü\nline 2; \''
+    script = 'printf %s "$HOSTILE"; echo "$PILOT_CE $PILOT_VO ${GUBBINS_PILOT-clean}" >&2; ls'
+    python = f"#!/usr/bin/env python3\nimport os\nprint(os.environ['HOSTILE'] == {hostile!r}, end='')\n"
+    make = _Maker(
+        arc_site,
+        scripts={"vo": script, "py": python},
+        environment={"HOSTILE": hostile},
+        attributes={"rerun": 0, "priority": 50},
+        queue="fork",
+        memory_mb=100,
+        wall_time_minutes=10,
+        cpu_time_minutes=10,
+    )
+    pilots = await make.submit("vo", "py")
+    await make.until_ended(pilots)
+    out = await make.outputs(pilots)
+    assert out["vo"].stdout.startswith(hostile)
+    assert "pwned" not in out["vo"].stdout.removeprefix(hostile)
+    assert out["vo"].stderr == "ce vo clean\n"
+    assert out["py"].stdout == "True"
+
+
+async def test_output_has_the_last_part_and_goes_with_the_pilot(
+    arc_site: ArcSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = {"good": "seq 1 1000", "bad": "echo no luck >&2; exit 3"}
+    make = _Maker(arc_site, scripts=scripts)
+    pilots = await make.submit("good", "bad")
+    seen = await make.until_ended(pilots)
+    assert seen["good"] == Observation(Observed.DONE)
+    assert seen["bad"].state is Observed.FAILED
+    assert "3" in (seen["bad"].reason or "")
+    monkeypatch.setattr("gubbins.ces.arc.backend.OUTPUT_LIMIT_BYTES", 9)
+    out = await make.outputs(pilots)
+    assert out["good"].stdout == "\n999\n1000"[-8:] + "\n"
+    assert out["bad"].stderr == "no luck\n"
+
+    ended = {pilot.stamp: MyPilotStatus.DONE for pilot in pilots if pilot.vo == "good"}
+    ended |= {pilot.stamp: MyPilotStatus.FAILED for pilot in pilots if pilot.vo == "bad"}
+    async with make() as backend:
+        await backend.forget(ended)
+    left = await make.until(pilots, lambda seen: "good" not in seen)
+    assert left.keys() == {"bad"}  # failed ones are kept, unless the settings say otherwise
+    async with make() as backend:
+        with pytest.raises(OutputUnavailableError):
+            await backend.output(next(pilot for pilot in pilots if pilot.vo == "good"))
+
+
+async def test_a_refused_description_is_refused_with_the_words_of_the_ce(arc_site: ArcSite) -> None:
+    async with _Maker(arc_site, queue="nonesuch")() as backend:
+        outcomes = await backend.submit([_pilot("vo"), _pilot("vo")])
+    assert [outcome.reference for outcome in outcomes.values()] == [None, None]
+    assert all("nonesuch" in (outcome.error or "") for outcome in outcomes.values())
+
+
+async def test_a_vo_without_a_script_gets_no_pilot_and_disturbs_no_other(arc_site: ArcSite) -> None:
+    make = _Maker(arc_site, scripts={"vo": "true"}, default_script=None)
+    async with make() as backend:
+        pilots = [_pilot("other"), _pilot("vo")]
+        outcomes = await backend.submit(pilots)
+        assert "no pilot script for other" in (outcomes[pilots[0].stamp].error or "")
+        assert outcomes[pilots[1].stamp].reference
+
+
+async def test_a_stranger_is_told_so_until_the_file_is_replaced(arc_site: ArcSite, tmp_path: Path) -> None:
+    proxy = tmp_path / "proxy.pem"
+    certificate, key = arc_site.stranger
+    proxy.write_bytes(certificate.read_bytes() + key.read_bytes())
+    async with _Maker(arc_site, certificate=proxy, key=None, ca=arc_site.ca_directory)() as backend:
+        pilot = _pilot("vo")
+        with pytest.raises(CEUnavailableError, match=r"403 .* does not know us"):
+            await backend.poll([pilot])
+        first = pilot._replace(maybe_submitted=False)
+        assert "does not know us" in ((await backend.submit([first]))[pilot.stamp].error or "")
+
+        arc_site.make_proxy(proxy)
+        assert (await backend.submit([pilot]))[pilot.stamp].reference
+
+        arc_site.make_proxy(proxy, begin="20260101000000Z", seconds=60)
+        with pytest.raises(CEUnavailableError, match=r"proxy\.pem has expired at 2026-01-01 00:01:00 UTC"):
+            await backend.poll([pilot])
+
+        proxy.unlink()
+        with pytest.raises(CEUnavailableError, match=r"proxy\.pem: No such file"):
+            await backend.poll([pilot])
+
+
+async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path: Path) -> None:
+    if not arc_site.knows_tokens:
+        pytest.skip("no mount namespaces here, and the ARC CE looks for CAs of token issuers in one place only")
+    token = tmp_path / "token"
+    async with _Maker(arc_site, certificate=None, key=None, token=token)() as backend:
+        token.write_text(arc_site.issuer.make_token() + "\n")
+        pilot = _pilot("vo")
+        reference = (await backend.submit([pilot]))[pilot.stamp].reference
+        assert (await backend.submit([pilot]))[pilot.stamp].reference == reference
+
+        token.write_text(arc_site.issuer.make_token(seconds=-10))
+        with pytest.raises(CEUnavailableError, match="token has expired at"):
+            await backend.poll([pilot])
+
+        token.write_text("nobody.knows.me")
+        with pytest.raises(CEUnavailableError, match="403"):
+            await backend.poll([pilot])
+
+
+async def test_a_server_that_cannot_prove_who_it_is_gets_nothing(arc_site: ArcSite) -> None:
+    async with _Maker(arc_site, ca=arc_site.certificate)() as backend:
+        with pytest.raises(CEUnavailableError, match="certificate verify failed"):
+            await backend.submit([_pilot("vo")])
+
+
+class _Maker:
+    """Makes back ends for the site, and follows pilots by their VO."""
+
+    def __init__(self, site: ArcSite, **settings: Any) -> None:
+        defaults: dict[str, Any] = {"certificate": site.certificate, "key": site.key, "ca": site.ca_file}
+        self._settings = ArcSettings(url=site.url, **({"default_script": "true"} | defaults | settings))
+
+    def make(self) -> ArcBackend:
+        return ArcBackend(CEDescription("ce", 100, 1.0), self._settings)
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> AsyncIterator[ArcBackend]:
+        backend = self.make()
+        try:
+            yield backend
+        finally:
+            await backend.close()
+
+    async def submit(self, *vos: str) -> list[PilotAtCE]:
+        pilots = [_pilot(vo) for vo in vos]
+        async with self() as backend:
+            outcomes = await backend.submit(pilots)
+        assert all(outcome.reference for outcome in outcomes.values()), outcomes
+        return [pilot._replace(reference=outcomes[pilot.stamp].reference) for pilot in pilots]
+
+    async def until_ended(self, pilots: list[PilotAtCE]) -> dict[str, Observation]:
+        ends = (Observed.DONE, Observed.FAILED)
+        return await self.until(pilots, lambda seen: all(each.state in ends for each in seen.values()))
+
+    async def until(
+        self, pilots: list[PilotAtCE], condition: Callable[[dict[str, Observation]], bool]
+    ) -> dict[str, Observation]:
+        deadline = time.monotonic() + 100
+        async with self() as backend:
+            while True:
+                found = await backend.poll(pilots)
+                seen = {pilot.vo: found[pilot.stamp] for pilot in pilots if pilot.stamp in found}
+                if condition(seen):
+                    return seen
+                assert time.monotonic() < deadline, seen
+                await asyncio.sleep(0.5)
+
+    async def outputs(self, pilots: list[PilotAtCE]) -> dict[str, PilotOutput]:
+        async with self() as backend:
+            return {pilot.vo: await backend.output(pilot) for pilot in pilots}
+
+
+def _pilot(vo: str) -> PilotAtCE:
+    return PilotAtCE(uuid.uuid4().hex, vo)

@@ -1,0 +1,348 @@
+"""What the back end `arc` makes of answers, whatever they are, and what it asks for. No CE is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces.arc import ArcBackend, ArcSettings
+from gubbins.ces.arc.rest import ArcRest
+from gubbins.ces.arc.xrsl import describe, join, name_in
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+URL = "https://ce.example.org/arex"
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gubbins.ces.arc.backend._LIST_AGAIN_AFTER_SECONDS", 0)
+
+
+def arc_settings(**more: Any) -> ArcSettings:
+    return ArcSettings(**({"url": URL, "token": "/nowhere", "default_script": "true"} | more))
+
+
+def backend_that_hears(handler: Handler, **more: Any) -> ArcBackend:
+    """Everything but the files of credentials and the network."""
+    backend = ArcBackend(CEDescription("ce", 10, 1.0), arc_settings(**more))
+    client = httpx.AsyncClient(transport=httpx.MockTransport(handler))
+
+    async def connect() -> httpx.AsyncClient:
+        return client
+
+    backend._rest._connect = connect  # type: ignore[method-assign]
+    return backend
+
+
+class FakeArex:
+    """Answers as A-REX does; `states` and `infos` by id, and all that it was asked."""
+
+    def __init__(
+        self, states: dict[str, str] | None = None, infos: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        self.states = states or {}
+        self.infos = infos or {}
+        self.asked: list[str] = []
+        self.refuse_after = 10**9
+        self.left_out_of_the_first_list: set[str] = set()
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        action = request.url.params.get("action") or request.url.path.removeprefix("/arex/rest/1.0")
+        self.asked.append(action)
+        if action == "/jobs":
+            left_out, self.left_out_of_the_first_list = self.left_out_of_the_first_list, set()
+            return self._answer([{"id": job} for job in self.states if job not in left_out])
+        if action == "new":
+            return self._submit(request.content.decode())
+        jobs = json.loads(request.content)["job"] if request.content else []
+        if action in ("status", "info"):
+            return self._answer([self._about(job["id"]) for job in jobs])
+        return self._answer([{"status-code": "202", "reason": "Queued", "id": job["id"]} for job in jobs])
+
+    def _submit(self, text: str) -> httpx.Response:
+        number = text.count("(executable=")
+        if self.asked.count("new") > self.refuse_after:
+            return httpx.Response(403)
+        new = [f"job{len(self.states) + index}" for index in range(number)]
+        self.states |= dict.fromkeys(new, "ACCEPTING")
+        return self._answer([{"status-code": "201", "reason": "Created", "id": job} for job in new])
+
+    def _about(self, job: str) -> dict[str, Any]:
+        if job not in self.states:
+            return {
+                "status-code": "404",
+                "reason": "Job not found",
+                "id": job,
+                "state": "None",
+                "info_document": "",
+            }
+        info = {"ComputingActivity": self.infos.get(job, {"Name": "somebody else's"})}
+        return {"status-code": "200", "reason": "OK", "id": job, "state": self.states[job], "info_document": info}
+
+    @staticmethod
+    def _answer(jobs: Sequence[Any]) -> httpx.Response:
+        if not jobs:
+            return httpx.Response(200, content=b"")
+        return httpx.Response(201, json={"job": jobs if len(jobs) > 1 else jobs[0]})
+
+
+def pilots_of(arex: FakeArex) -> list[PilotAtCE]:
+    return [PilotAtCE(f"stamp-{job}", "vo", f"{URL}/rest/1.0/jobs/{job}") for job in arex.states]
+
+
+async def test_states_are_what_the_ce_says_now_and_may_go_backwards() -> None:
+    arex = FakeArex({"j": "ACCEPTING"})
+    backend = backend_that_hears(arex)
+    said = [
+        "QUEUING",
+        "RUNNING",
+        "SUBMITTING",
+        "RUNNING",
+        "OTHER",
+        "NEVER HEARD",
+        "EXITINGLRMS",
+        "RUNNING",
+        "FINISHED",
+    ]
+    seen = []
+    for arex.states["j"] in said:
+        (found,) = (await backend.poll(pilots_of(arex))).values()
+        seen.append(found.state)
+    waiting, running, nothing, done = Observed.WAITING, Observed.RUNNING, Observed.NO_NEWS, Observed.DONE
+    assert seen == [waiting, running, waiting, running, nothing, nothing, running, running, done]
+
+
+@pytest.mark.parametrize(
+    ("state", "info", "cancelled", "reason"),
+    [
+        ("FAILED", {"Error": "LRMS error: (3)\nwrong exit code"}, False, "LRMS error: (3) wrong exit code"),
+        ("FAILED", {"Error": ["one", "two"]}, False, "one; two"),
+        ("FAILED", {"ExitCode": "7"}, False, "exit code 7"),
+        ("FAILED", {}, False, "failed, and the CE does not say why"),
+        ("FAILED", {"Error": "x" * 5000}, False, "x" * 300),
+        ("FAILED", {"Error": "by request"}, True, "cancelled: by request"),
+        ("KILLED", {}, True, "cancelled"),
+        ("KILLED", {"Error": "no space"}, False, "killed at the CE: no space"),
+        ("WIPED", {}, False, "removed by the CE before its end was seen"),
+    ],
+)
+async def test_a_failed_pilot_has_a_reason(state: str, info: dict[str, Any], cancelled: bool, reason: str) -> None:
+    arex = FakeArex({"j": state}, {"j": info})
+    pilot = pilots_of(arex)[0]._replace(cancel_requested=cancelled)
+    assert await backend_that_hears(arex).poll([pilot]) == {pilot.stamp: Observation(Observed.FAILED, reason)}
+
+
+async def test_calls_are_in_bulk_and_nothing_is_looked_for_that_is_known() -> None:
+    arex = FakeArex(dict.fromkeys((f"j{number}" for number in range(1000)), "RUNNING"))
+    backend = backend_that_hears(arex)
+    assert len(await backend.poll(pilots_of(arex))) == 1000
+    await backend.cancel(pilots_of(arex))
+    assert arex.asked == ["status"] * 2 + ["kill"] * 2
+    arex.asked.clear()
+    new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(250)]
+    assert all(outcome.reference for outcome in (await backend.submit(new)).values())
+    assert arex.asked == ["new"] * 3
+
+
+async def test_a_pilot_without_a_reference_is_found_among_the_others() -> None:
+    arex = FakeArex({"a": "RUNNING", "b": "QUEUING", "c": "FINISHED"}, {"c": {"Name": "lost"}})
+    arex.left_out_of_the_first_list = {"c"}  # as a job may be that is just changing its state
+    known = pilots_of(arex)[0]
+    seen = await backend_that_hears(arex).poll([known, PilotAtCE("lost", "vo"), PilotAtCE("never", "vo")])
+    assert seen == {
+        known.stamp: Observation(Observed.RUNNING),
+        "lost": Observation(Observed.DONE, None, f"{URL}/rest/1.0/jobs/c"),
+    }
+    outcomes = await backend_that_hears(arex).submit([PilotAtCE("lost", "vo")])
+    assert outcomes["lost"].reference == f"{URL}/rest/1.0/jobs/c"
+    assert "new" not in arex.asked
+
+
+async def test_a_reference_of_somewhere_else_is_no_news() -> None:
+    seen = await backend_that_hears(FakeArex()).poll([PilotAtCE("s", "vo", "sim://../../etc ?")])
+    assert seen == {"s": Observation(Observed.NO_NEWS)}
+
+
+async def test_what_was_submitted_before_a_refusal_keeps_its_references() -> None:
+    arex = FakeArex()
+    arex.refuse_after = 1
+    new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(150)]
+    outcomes = list((await backend_that_hears(arex).submit(new)).values())
+    assert sum(outcome.reference is not None for outcome in outcomes) == 100
+    assert all("403" in (outcome.error or "") for outcome in outcomes[100:])
+
+
+def fails_with(error: Exception) -> Handler:
+    def handler(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("handler", "words"),
+    [
+        (fails_with(httpx.ConnectError("refused")), "refused"),
+        (fails_with(httpx.ReadTimeout("")), "no answer within 30 s"),
+        (fails_with(httpx.ReadError("")), "ReadError"),
+        (lambda _: httpx.Response(500), "500"),
+        (lambda _: httpx.Response(302, headers={"location": "https://evil.example.org"}), "302"),
+        (lambda _: httpx.Response(201, content=b"<html>"), "<html>"),
+        (lambda _: httpx.Response(201, content=b'{"job": []}'), "0 answers to the submission of 1 jobs"),
+    ],
+)
+async def test_when_it_is_not_known_whether_a_pilot_came_through_nothing_is_concluded(
+    handler: Handler, words: str
+) -> None:
+    with pytest.raises(CEUnavailableError, match=words):
+        await backend_that_hears(handler).submit([PilotAtCE("s", "vo", maybe_submitted=False)])
+
+
+async def test_a_refusal_now_says_nothing_of_an_earlier_submission() -> None:
+    with pytest.raises(CEUnavailableError, match="403"):
+        await backend_that_hears(lambda _: httpx.Response(403)).submit([PilotAtCE("s", "vo")])
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["200", "201", "FAILED", "j", "s"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["job", "id", "state", "status-code", "info_document", "ComputingActivity", "Name", "Error"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+_job = st.fixed_dictionaries(
+    {"id": st.sampled_from(["j", "k"]) | _json, "status-code": st.sampled_from(["200", "201", "500"]) | _json},
+    optional={"state": _json, "info_document": st.fixed_dictionaries({"ComputingActivity": _json}) | _json},
+)
+_answer = st.fixed_dictionaries({"job": _job | st.lists(_job, max_size=3)}) | _json
+_bodies = st.lists(
+    _answer.map(lambda document: json.dumps(document).encode()) | st.binary(), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(_bodies, st.sampled_from([200, 201, 201, 404, 500]))
+def test_whatever_a_ce_answers_is_an_answer_or_an_error_of_one_line(bodies: list[bytes], code: int) -> None:
+    replies = iter(bodies)
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(code, content=next(replies, b""))
+
+    said: list[str] = []
+    pilot = PilotAtCE("s", "vo", f"{URL}/rest/1.0/jobs/j")
+    lost = PilotAtCE("s", "vo")
+
+    async def ask() -> None:
+        backend = backend_that_hears(handler, keep="none")
+        calls: list[Callable[[], Any]] = [
+            lambda: backend.submit([lost, PilotAtCE("t", "vo")]),
+            lambda: backend.poll([pilot]),
+            lambda: backend.poll([lost]),
+            lambda: backend.cancel([pilot]),
+            lambda: backend.output(pilot),
+            lambda: backend.forget({"s": MyPilotStatus.DONE}),
+        ]
+        for call in calls:
+            try:
+                answer = await call()
+            except (CEUnavailableError, OutputUnavailableError) as error:
+                said.append(str(error))
+                continue
+            if isinstance(answer, dict):
+                assert answer.keys() <= {"s", "t"}
+            for seen in answer.values() if isinstance(answer, dict) else ():
+                reason = seen.reason if isinstance(seen, Observation) else seen.error
+                assert reason is None or "\n" not in reason
+
+    asyncio.run(ask())
+    assert all(error.strip() and "\n" not in error for error in said)
+
+
+async def test_the_end_of_a_long_file_is_asked_for_alone() -> None:
+    ranges = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        ranges.append(wanted := request.headers.get("range"))
+        content = b"x" * 90 + b"0123456789"
+        return httpx.Response(206 if wanted else 200, content=content[90:] if wanted else content)
+
+    assert await backend_that_hears(handler)._rest.read("j", "session/stdout", 10) == b"0123456789"
+    assert ranges == [None, "bytes=90-"]
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    st.text("abc09-", min_size=1),
+)
+def test_no_script_can_leave_its_place_in_a_description(script: str, stamp: str) -> None:
+    hostile = {"PILOT_VO": script}
+    text = describe(arc_settings(), script, stamp, hostile)
+    assert text.isprintable()
+    assert name_in(text) == stamp
+    assert text.count("(") == text.count(")") == describe(arc_settings(), "true", "s", {}).count("(")
+    assert join([text, text]).count(text) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"url": "http://ce.example.org/arex"}, "https"),
+        ({"url": "https://user:secret@ce.example.org/arex"}, "https"),
+        ({"url": "https://ce.example.org:port/arex"}, "not a URL"),
+        ({"token": None}, "either a certificate or a token"),
+        ({"certificate": "/proxy"}, "either a certificate or a token"),
+        ({"key": "/key"}, "without certificate"),
+        ({"token": "token"}, "absolute"),
+        ({"queue": "a\nb"}, "control characters"),
+        ({"attributes": {"jobname": "mine"}}, "made from other settings"),
+        ({"attributes": {"x)(y": "z"}}, "no name of an xRSL attribute"),
+        ({"attributes": {"runtimeenvironment": []}}, "empty"),
+        ({"attributes": {"runtimeenvironment": ["a\n"]}}, "control characters"),
+        ({"environment": {"A B": "c"}}, "no name of a variable"),
+        ({"scripts": {"vo": "x" * 100_000}}, "too long by"),
+        ({"cpus": 0}, "greater"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        arc_settings(**wrong)
+
+
+async def test_a_renewed_token_is_used_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        shown.append(request.headers["authorization"])
+        return httpx.Response(200)
+
+    real = httpx.AsyncClient
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **how: real(transport=httpx.MockTransport(handler), **how))
+    token = tmp_path / "token"
+    rest = ArcRest(arc_settings(token=str(token)))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(rest.close)
+        for text in ("first\n", "second\n"):
+            token.write_text(text)
+            await rest.list_jobs()
+            await rest.list_jobs()
+    assert shown == ["Bearer first"] * 2 + ["Bearer second"] * 2

@@ -1,0 +1,67 @@
+"""Files of certificates, proxies and tokens that the back end `arc` cannot use are named, with the reason."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from gubbins.ces.arc import ArcSettings
+from gubbins.ces.arc.credentials import CredentialsError, read_identity
+
+
+def arc_settings(**files: Any) -> ArcSettings:
+    return ArcSettings(url="https://ce.example.org/arex", default_script="true", **files)
+
+
+def write_certificate(path: Path, *, expires: timedelta, password: bytes | None = None) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "pilot")])
+    begin = datetime.now(tz=UTC) - timedelta(days=2)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(begin)
+        .not_valid_after(datetime.now(tz=UTC) + expires)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    lock = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock)
+    path.write_bytes(certificate.public_bytes(pem) + secret)
+
+
+def test_credentials_that_are_of_no_use_are_named_with_the_reason(tmp_path: Path) -> None:
+    proxy = tmp_path / "proxy.pem"
+    with_proxy = arc_settings(certificate=str(proxy))
+    with pytest.raises(CredentialsError, match=r"proxy\.pem: No such file"):
+        read_identity(with_proxy)
+    proxy.write_text("nonsense")
+    with pytest.raises(CredentialsError, match=r"cannot use the certificate .*proxy\.pem"):
+        read_identity(with_proxy)
+    write_certificate(proxy, expires=timedelta(days=-1))
+    with pytest.raises(CredentialsError, match=r"proxy\.pem has expired at \d{4}-.* UTC: renew it"):
+        read_identity(with_proxy)
+    write_certificate(proxy, expires=timedelta(days=1), password=b"secret")
+    with pytest.raises(CredentialsError, match=r"cannot use the certificate .*proxy\.pem"):
+        read_identity(with_proxy)
+    write_certificate(proxy, expires=timedelta(days=1))
+    assert read_identity(with_proxy).token is None
+    (tmp_path / "ca").write_text("nonsense")
+    with pytest.raises(CredentialsError, match="cannot read the CA certificates"):
+        read_identity(arc_settings(certificate=str(proxy), ca=str(tmp_path / "ca")))
+
+
+@pytest.mark.parametrize("content", [b"", b"two words", b"a\nb", b"\xff", b"x" * 70_000])
+def test_a_file_without_a_token_is_not_sent(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    with pytest.raises(CredentialsError, match="token"):
+        read_identity(arc_settings(token=str(tmp_path / "token")))
