@@ -102,7 +102,7 @@ def wrapper_of(directory: Path) -> int:
 async def test_exit_code_decides_and_the_last_words_are_told(make: Make, tmp_path: Path) -> None:
     scripts = {
         "good": 'echo "$PILOT_VO $PILOT_STAMP $PILOT_CE $EXTRA"',
-        "bad": "echo no >&2; echo luck >&2; exit 3",
+        "bad": r"printf 'no\nluck\n \t\n\n' >&2; exit 3",
     }
     pilots = [PilotAtCE("s1", "good"), PilotAtCE("s2", "bad")]
     outcomes = await make(scripts=scripts, environment={"EXTRA": "x"}).submit(pilots)
@@ -111,7 +111,7 @@ async def test_exit_code_decides_and_the_last_words_are_told(make: Make, tmp_pat
     assert (good.state, good.reason, good.reference) == (Observed.DONE, None, outcomes["s1"].reference)
     assert (bad.state, bad.reason) == (Observed.FAILED, "exit code 3: luck")
     assert (await make().output(pilots[0])).stdout == "good s1 ce x\n"
-    assert (await make().output(pilots[1])).stderr == "no\nluck\n"
+    assert (await make().output(pilots[1])).stderr == "no\nluck\n \t\n\n"
 
 
 async def test_the_default_workdir_is_below_the_home_directory_there(make: Make, sshd: Sshd) -> None:

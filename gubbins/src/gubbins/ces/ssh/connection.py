@@ -129,10 +129,11 @@ class SSHShell:
             async with asyncio.timeout(host.connect_timeout_seconds):
                 try:
                     return await connect()
-                except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost):
+                except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
                     if not self._known_keys(known_hosts):
                         raise
-                    # It may have none of the kinds of key that are known of it: hear which one it has.
+                    # It may have none of the kinds of key that are known of it, whoever of us noticed first:
+                    # hear which one it has.
                     return await connect(server_host_key_algs="default")
         except TimeoutError as error:
             raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error

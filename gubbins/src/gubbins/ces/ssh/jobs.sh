@@ -5,6 +5,8 @@
 # prints is none. Stamps hold letters, digits, dots, dashes and underscores, and begin with a letter or a digit.
 umask 077
 set -f
+line_break='
+'
 [ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # relative names begin there, wherever sshd has put us
 
 say() {
@@ -78,7 +80,8 @@ observe() {
         has_ended "$1" || code=-
     fi 2> /dev/null
     [ -e "$1/cancelled" ] && cancelled=1 || cancelled=0
-    [ "$code" = 0 ] && words= || words=$(last_words "$1/stderr")
+    words=
+    [ "$code" = 0 ] || last_words "$1/stderr"
     say ended "$1" "$code" "$cancelled" "$words"
 }
 
@@ -110,7 +113,19 @@ is_alive() {
             *) return 0 ;;
         esac
     fi
+    # The signal would reach those as well that have ended and that nobody has taken note of.
     kill -s 0 -- "-$pid" || return 1
+    [ -n "$groups" ] || find_groups
+    case $groups in
+        *" $pid "*) return 0 ;;
+    esac
+    return 1
+} 2> /dev/null
+
+# All process groups in which something runs, in $groups; once in a command, for it takes its time.
+groups=
+find_groups() {
+    groups=' '
     set +f
     set -- /proc/[0-9]*
     set -f
@@ -118,16 +133,26 @@ is_alive() {
         read -r stat < "$process/stat" || continue
         # shellcheck disable=SC2086
         set -- ${stat##*) }
-        case $1$3 in
-            [ZX]*) ;;
-            ?"$pid") return 0 ;;
+        case $1 in
+            [ZX]) ;;
+            *) groups="$groups$3 " ;;
         esac
     done
-    return 1
 } 2> /dev/null
 
+# The last line of the file that is not blank, in $words.
 last_words() {
-    tail -c 4096 "$1" | LC_ALL=C sed -n '/[^[:space:]]/h;${x;p;}'
+    words=
+    [ -s "$1" ] || return 0
+    rest=$(tail -c 4096 "$1")
+    while [ -n "$rest" ]; do
+        words=${rest##*"$line_break"}
+        case $words in
+            *[![:space:]]*) return ;;
+        esac
+        rest=${rest%"$words"}
+        rest=${rest%"$line_break"}
+    done
 } 2> /dev/null
 
 # cancel STAMP, with $now (s since 1970) and $patience (s): SIGTERM, and when it was asked for so long ago, SIGKILL.
