@@ -371,8 +371,8 @@ async def test_child_results_outside_a_group_are_an_error_that_says_so(redis_url
         group = await spawn_with_callback([Child(1)], Sum())
         assert await fire_callback(redis, group)
         await redis.delete(f"diracx:groups:{group}:children")
-    async with TaskSystem([Sum, Child], redis_url=redis_url) as system:
         [data] = [f[b"data"] for _, f in await redis.xrange("diracx:tasks:normal:medium") if b":Sum" in f[b"data"]]
+    async with TaskSystem([Sum, Child], redis_url=redis_url) as system:
         result = await system.result(loads(data)["task_id"])
         assert result.error is not None
         assert result.error["type"] == ResultIsMissingError.__name__

@@ -36,18 +36,20 @@ end
 -- How much has ever come into each queue: the first report of a minute notes it, and differences are rates.
 local flow = '$FLOW_PREFIX' .. minute
 if new_minute and redis.call('HEXISTS', flow, 'at') == 0 then
-  local noted, streams = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7])
-  local used = redis.call('EXISTS', unpack(streams)) > 0 -- most installations leave some queues unused
-  for _, stream in ipairs(streams) do
+  local noted, streams, handovers = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
+  for position, stream in ipairs(streams) do handovers[position] = stream .. '$HANDOVER' end
+  -- In most installations some queues were never used, or all; and hand-overs are for locks.
+  local used, handed_over = redis.call('EXISTS', unpack(streams)), redis.call('EXISTS', unpack(handovers))
+  for position, stream in ipairs(streams) do
     local added, length = 0, 0
-    if used and redis.call('EXISTS', stream) == 1 then -- from a queue that never was, nothing is handed over
+    if used == #streams or used > 0 and redis.call('EXISTS', stream) == 1 then
       local info = redis.call('XINFO', 'STREAM', stream)
       for field = 1, #info, 2 do
         if info[field] == 'entries-added' then added = info[field + 1] end
         if info[field] == 'length' then length = info[field + 1] end
       end
-      length = length + redis.call('XLEN', stream .. '$HANDOVER')
     end
+    if handed_over > 0 then length = length + redis.call('XLEN', handovers[position]) end
     for _, value in ipairs({stream .. ' added', added, stream .. ' length', length}) do noted[#noted + 1] = value end
   end
   redis.call('HSET', flow, unpack(noted))
