@@ -203,9 +203,10 @@ class Worker:
                 return  # stopped while the server is away; what we reserved is reclaimed from us
             refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
             self.reporter.asked_for_locks(asked, replies)
-        for execution in executions:
-            if execution not in refused:
-                self._spawn(execution)
+        granted = [execution for execution in executions if execution not in refused] if refused else executions
+        self._keeper.add(granted)
+        for execution in granted:
+            self._spawn(execution)
 
     def _with_locks(self, execution: Execution) -> dict[str, Any]:
         delivery = execution.delivery
@@ -268,7 +269,6 @@ class Worker:
         if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
-        self._keeper.add(execution)
         self._running.add(execution)
         execution.running = self._loop.create_task(self._run(execution))
 
@@ -295,7 +295,7 @@ class Worker:
             self._bury(settlement, letter)
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
-        self._keeper.add(Rest(settlement.delivery, settlement.locks))
+        self._keeper.add([Rest(settlement.delivery, settlement.locks)])
         burial = asyncio.create_task(self._store(settlement, letter))
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
