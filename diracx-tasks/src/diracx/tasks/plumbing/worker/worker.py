@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -163,20 +162,20 @@ class Worker:
     # --- intake -----------------------------------------------------------------------------------------
 
     async def _take_in(self, stop: asyncio.Event) -> None:
-        intake = Intake(self._broker, self._settings, stop, self._keeper.held)
+        intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
         while not stop.is_set():
             free = self._settings.max_concurrent_tasks - self.busy
             if free <= 0:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
-            self._asked_at = time.monotonic()
             try:
                 deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 break  # stopped while the server is away; what was reserved there is reclaimed from us
+            self._asked_at = intake.asked_at
             if stop.is_set():
                 for delivery in deliveries:
                     self._settler.add(hand_back(delivery))
