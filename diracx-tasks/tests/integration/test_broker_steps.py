@@ -208,9 +208,9 @@ async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entr
     old = Delivery(stream=QUEUE, entry="1-1", deliveries=1, data=b"", raw=b"")
     new = replace(old, deliveries=3)  # it was taken over from us, and then by us
     keeper = LeaseKeeper("redis://localhost", "a", 30, asyncio.get_running_loop())
-    keeper.add(Rest(old))
-    keeper.add(Rest(new))
-    keeper.forget(old)
+    keeper.add([Rest(old)])
+    keeper.add([Rest(new)])
+    keeper.forget([old])
     assert keeper.held() == [(QUEUE, "1-1")]
-    keeper.forget(new)
+    keeper.forget([new])
     assert keeper.held() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..enums import Priority, Size
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
+_SEQUENCE = (list, tuple)
 #: Labels with a meaning for the task system; all others are the user's own.
 LABEL_ATTEMPTS = "attempts"
 LABEL_GROUP = "group"
@@ -93,12 +95,12 @@ class TaskMessage:
             isinstance(message.task_id, str)
             and isinstance(message.task_name, str)
             and isinstance(message.labels, dict)
-            and isinstance(message.task_args, list | tuple)
+            and isinstance(message.task_args, _SEQUENCE)
             and isinstance(message.task_kwargs, dict)
         ):
             raise ValueError("not a task message: a field has the wrong type")
         if message.labels:
-            if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), list | tuple):
+            if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), _SEQUENCE):
                 raise ValueError("not a task message: its attempts are no list")
             checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
         return message
@@ -263,17 +265,14 @@ class Settlement:
     cancelled: str | None = None
     """The task's id, when it ends without having begun because somebody cancelled it."""
 
-    def packed(self) -> dict[str, Any]:
-        """For lua/settle.lua: what is not set is left out."""
-        packed: dict[str, Any] = {
-            "stream": self.delivery.stream,
-            "entry": self.delivery.entry,
-            "deliveries": self.delivery.deliveries,
-        }
-        for name in ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled"):
-            if value := getattr(self, name):
-                packed[name] = value
-        return packed
+    def follows(self) -> dict[str, Any]:
+        """What is set, for lua/settle.lua; of most tasks nothing is."""
+        values = _what_follows(self)
+        return {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
+
+
+_FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled")
+_what_follows = attrgetter(*_FOLLOWS)
 
 
 async def submit_task(

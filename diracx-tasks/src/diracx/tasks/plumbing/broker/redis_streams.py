@@ -227,14 +227,29 @@ class RedisStreamBroker:
         """
         lease_ms = int(lease_seconds * 1000)
         messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free, lease_ms)
-        return [self._delivery(message) for message in messages], [_text(last_id) for last_id in last_ids]
+        return self._deliveries(messages), [_text(last_id) for last_id in last_ids]
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
         """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
-        found = await self.redis.execute_command(
-            "XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids
+        return bool(await self.redis.execute_command(*self._waiting(last_ids, timeout)))
+
+    async def fetch_next(
+        self, last_ids: Sequence[str], timeout: float, free: int, *, lease_seconds: float = 0
+    ) -> tuple[list[Delivery], list[str]]:
+        """`wait` and `fetch` in one round trip: the server has both, and reserves the moment something comes."""
+        messages, now_last = await scripts.fetch_after(
+            self.redis,
+            self._waiting(last_ids, timeout),
+            self.streams,
+            self.consumer_name,
+            free,
+            int(lease_seconds * 1000),
         )
-        return bool(found)
+        return self._deliveries(messages), [_text(last_id) for last_id in now_last]
+
+    def _waiting(self, last_ids: Sequence[str], timeout: float) -> list[Any]:
+        block = max(1, int(timeout * 1000))
+        return ["XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self.streams, *last_ids]
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM
@@ -254,7 +269,7 @@ class RedisStreamBroker:
         messages, again_ms = await scripts.reclaim(
             self.redis, self.streams, self.consumer_name, free, audit, lease_ms, suspect_from
         )
-        deliveries = [self._delivery(message) for message in messages]
+        deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(deliveries)
         return deliveries, again_ms / 1000
 
@@ -266,26 +281,22 @@ class RedisStreamBroker:
         """
         held = [f"{stream} {entry}" for stream, entry in known]
         messages = await scripts.recover(self.redis, self.streams, self.consumer_name, held)
-        return [self._delivery(message) for message in messages]
+        return self._deliveries(messages)
 
-    def _delivery(self, message: Sequence[Any]) -> Delivery:
-        position, entry, fields, deliveries, cancelled = message
-        stream = self.streams[position - 1]
-        if len(fields) == 2 and fields[0] == b"data":  # nearly always
-            data = fields[1]
-            return Delivery(stream, entry.decode(), deliveries, data, data, cancelled=bool(cancelled))
-        values = dict(zip(fields[::2], fields[1::2], strict=False))
-        data = values.get(b"data")
-        return Delivery(
-            stream=stream,
-            entry=entry.decode(),
-            deliveries=deliveries,
-            data=data,
-            raw=data if data is not None else msgpack.packb(fields),
-            since=_text(values.get(b"since", b"0")),
-            earlier_deaths=int(values.get(b"deaths", 0)),
-            cancelled=bool(cancelled),
-        )
+    def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:
+        """From the flat list of lua/_cancel.lua's `hand_out`."""
+        deliveries = []
+        each = iter(messages)
+        for position, entry, data, times, cancelled in zip(each, each, each, each, each, strict=True):
+            stream = self.streams[position - 1]
+            if type(data) is bytes:  # nearly always
+                delivery = Delivery(stream, entry.decode(), times, data, data)
+            else:
+                delivery = _with_fields(stream, entry.decode(), times, data)
+            if cancelled:
+                delivery.cancelled = True
+            deliveries.append(delivery)
+        return deliveries
 
     async def promote(self) -> int | None:
         """Move everything that is due into its stream, and the children of complete groups.
@@ -334,7 +345,7 @@ class RedisStreamBroker:
         """
         accepted: list[bool | None] = []
         for first in range(0, len(settlements), SETTLE_BATCH):
-            batch = [settlement.packed() for settlement in settlements[first : first + SETTLE_BATCH]]
+            batch = settlements[first : first + SETTLE_BATCH]
             accepted += await scripts.settle(self.redis, self.consumer_name, batch, epoch)
         return accepted
 
@@ -376,6 +387,20 @@ class RedisStreamBroker:
                     message = await pubsub.get_message(timeout=1.0)
                     if message is None or message["type"] == "message":
                         break
+
+
+def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -> Delivery:
+    values = dict(zip(fields[::2], fields[1::2], strict=False))
+    data = values.get(b"data")
+    return Delivery(
+        stream,
+        entry,
+        times,
+        data,
+        raw=data if data is not None else msgpack.packb(fields),
+        since=_text(values.get(b"since", b"0")),
+        earlier_deaths=int(values.get(b"deaths", 0)),
+    )
 
 
 def _text(value: bytes | str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from ..locks import LockSpec
+    from .models import Settlement
 
 #: Everything a script may need to know about all streams.
 _EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
@@ -108,13 +109,32 @@ async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, 
     return await script("fetch")(redis, streams, [consumer, free, lease_ms])
 
 
+async def fetch_after(
+    redis: Redis, wait: Sequence[Any], streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0
+) -> Any:
+    """`fetch`, which the server does the moment it answers the blocking command `wait`: both go to it together."""
+    fetching = script("fetch")
+    args = [consumer, free, lease_ms]
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.execute_command(*wait)
+        pipe.execute_command("EVALSHA", fetching.sha, len(streams), *streams, *args)
+        waited, reply = await pipe.execute(raise_on_error=False)
+    if isinstance(waited, Exception):
+        raise waited
+    if isinstance(reply, NoScriptError):
+        return await fetching(redis, streams, args)
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
 async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0) -> Any:
     """Take the locks of each delivery or park it. See lua/start.lua for the reply."""
     return await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
 
 
 async def settle(
-    redis: Redis, consumer: str, settlements: Sequence[Mapping[str, Any]], epoch: str = ""
+    redis: Redis, consumer: str, settlements: Sequence[Settlement], epoch: str = ""
 ) -> list[bool | None]:
     """Tell the broker how executions ended.
 
@@ -124,8 +144,23 @@ async def settle(
     Returns:
         Which settlements were accepted; None: the server has lost its data since, renew and ask again.
     """
-    replies = await script("settle")(redis, args=[consumer, epoch, pack(settlements)])
-    return [None if reply == -1 else reply == 1 for reply in replies]
+    unsettled = await script("settle")(redis, args=[consumer, epoch, *_told(settlements)])
+    accepted: list[bool | None] = [True] * len(settlements)
+    for position, why in zip(unsettled[::2], unsettled[1::2], strict=True):
+        accepted[position - 1] = None if why == -1 else False
+    return accepted
+
+
+def _told(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]:
+    """The deliveries, and what follows on them, as lua/settle.lua wants them."""
+    places: list[Any] = []
+    follows = {}
+    for position, settlement in enumerate(settlements, start=1):
+        delivery = settlement.delivery
+        places += (delivery.stream, delivery.entry, delivery.deliveries)
+        if what := settlement.follows():
+            follows[position] = what
+    return pack(places), pack(follows)
 
 
 async def reclaim(
@@ -255,9 +290,9 @@ async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int
     return found
 
 
-def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Mapping[str, Any]]) -> None:
+def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
     """`settle` on a blocking connection, for a worker whose event loop is blocked."""
-    script("settle").run(redis, args=[consumer, "", pack(settlements)])
+    script("settle").run(redis, args=[consumer, "", *_told(settlements)])
 
 
 def leave_now(redis: SyncRedis, consumer: str) -> None:

@@ -28,6 +28,20 @@ logger = logging.getLogger(__name__)
 class Execution:
     """A task that may run now."""
 
+    __slots__ = (
+        "_cancelled_for",
+        "_condemned_at",
+        "_limit",
+        "_started",
+        "_taken_over",
+        "blueprint",
+        "delivery",
+        "locks",
+        "message",
+        "running",
+        "task",
+    )
+
     def __init__(
         self,
         delivery: Delivery,
@@ -41,8 +55,7 @@ class Execution:
         self.blueprint = blueprint
         self.task = task
         self.locks = locks
-        self.running: asyncio.Task[None] | None = None
-        """What runs it."""
+        self.running: asyncio.Task[None] | None = None  # what runs it
         self._cancelled_for: Exception | None = None
         self._taken_over = False
         self._started: float | None = None

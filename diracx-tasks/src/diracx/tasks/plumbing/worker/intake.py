@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..broker.redis_streams import SUSPECT_FROM
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .settings import WorkerSettings
 
 
+_Answer = TypeVar("_Answer")
+
 #: How often a worker looks for consumers that are on no list: only a list that was lost has left some.
 _AUDIT_LEASES = 4
 
@@ -22,10 +24,21 @@ _AUDIT_LEASES = 4
 #: Shorter than the time after which a connection counts as dead.
 _LONGEST_WAIT_SECONDS = 20.0
 _CANCEL_AGAIN_SECONDS = 0.1
+#: Messages in one call: while they begin, the server has the next ones ready.
+_BATCH = 50
+#: Messages that an idle worker takes the moment they come; the others stay for whoever asks first.
+_AT_ONCE = 10
+#: What was reserved while we waited was so short a time before its answer is read.
+_ANSWER_SECONDS = 1.0
 
 
 class Intake:
-    """Asks the broker for work and, now and then, does the housekeeping that keeps work coming."""
+    """Asks the broker for work and, now and then, does the housekeeping that keeps work coming.
+
+    Args:
+        held: stream and entry of what the worker has in hand.
+        is_idle: whether nothing runs, so that whatever comes can begin at once.
+    """
 
     def __init__(
         self,
@@ -33,31 +46,38 @@ class Intake:
         settings: WorkerSettings,
         stop: asyncio.Event,
         held: Callable[[], Iterable[tuple[str, str]]],
+        is_idle: Callable[[], bool],
     ) -> None:
         self._broker = broker
         self._held = held
+        self._is_idle = is_idle
         self._answer_lost = False
         self._stop = stop
         self._settings = settings
         self._stops: asyncio.Future[bool] | None = None
-        self._empty_since: list[str] | None = None
-        """The last id of each stream, when there was nothing to fetch after it."""
+        self._last_ids: list[str] | None = None
+        """Of each stream, an entry after which there may be something new; None before the first look."""
+        self._all_seen = False
+        """Whether there was nothing after those."""
         self._promote_at = 0.0
         self._reclaim_at = 0.0
         self._audit_at = 0.0
+        self.asked_at = 0.0
+        """What was returned last was reserved after this moment (`time.monotonic`)."""
 
     async def next(self, free: int) -> list[Delivery]:
         """Up to `free` messages; an empty list when nothing came for a while, or when the worker stops.
 
         A call that fails may have reserved messages all the same; the next one finds them.
         """
+        self.asked_at = time.monotonic()
         if self._answer_lost and (recovered := await self._broker.recover(self._held())):
             return recovered
         self._answer_lost = True
         try:
             deliveries = await self._look(free)
         except BaseException:
-            self._empty_since = None  # another server may answer next time
+            self._all_seen = False  # another server may answer next time
             raise
         self._answer_lost = False
         return deliveries
@@ -66,24 +86,50 @@ class Intake:
         await self._promote()
         if reclaimed := await self._reclaim(free):
             return reclaimed
-        if self._empty_since is None:
-            deliveries, last_ids = await self._broker.fetch(free, lease_seconds=self._settings.lease_seconds)
+        lease_seconds = self._settings.lease_seconds
+        if self._last_ids is None or not self._all_seen:
+            asked = min(free, _BATCH)
+            deliveries, last_ids = await self._broker.fetch(asked, lease_seconds=lease_seconds)
+            self._note(deliveries, last_ids, asked)
             if deliveries:
                 return deliveries
-            self._empty_since = last_ids
+        assert self._last_ids is not None
+        await asyncio.sleep(0)  # what has just been started may have ended after that
         timeout = min(self._promote_at, self._reclaim_at) - time.monotonic()
         timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
-        if await self._something_new(self._empty_since, timeout):
-            self._empty_since = None
-        return []
+        if not self._is_idle():
+            # A task may block the event loop: nothing must be given to a worker that cannot start it.
+            if await self._unless_stopped(self._broker.wait(self._last_ids, timeout)):
+                self._all_seen = False
+            return []
+        asked = min(free, _AT_ONCE)
+        # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
+        timeout = min(timeout, lease_seconds / 3)
+        waiting = self._broker.fetch_next(self._last_ids, timeout, asked, lease_seconds=lease_seconds)
+        found = await self._unless_stopped(waiting)
+        if found is None:
+            return await self._broker.recover(self._held())
+        self.asked_at = max(self.asked_at, time.monotonic() - _ANSWER_SECONDS)
+        self._note(*found, asked)
+        return found[0]
 
-    async def _something_new(self, last_ids: list[str], timeout: float) -> bool:
-        """Wait for it. Only this call, which reserves nothing, may be interrupted by a stop."""
-        waits = asyncio.ensure_future(self._broker.wait(last_ids, timeout))
+    def _note(self, deliveries: Sequence[Delivery], last_ids: list[str], asked: int) -> None:
+        """From where to wait, if that was all there is."""
+        self._all_seen = len(deliveries) < asked
+        if not deliveries:
+            self._last_ids = last_ids
+        elif self._last_ids is not None:
+            for delivery in deliveries:
+                self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
+
+    async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
+        """Wait for the answer; None if the worker stops before it comes."""
+        waits = asyncio.ensure_future(waiting)
         stops = self._stops = self._stops or asyncio.ensure_future(self._stop.wait())
+        either: list[asyncio.Future[Any]] = [waits, stops]
         try:
-            await asyncio.wait([waits, stops], return_when=asyncio.FIRST_COMPLETED)
-            return waits.done() and waits.result()
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return waits.result() if waits.done() else None
         finally:
             while not waits.done():
                 # More than once if need be: asyncio.wait_for, inside the client, can lose a cancellation.
@@ -118,5 +164,5 @@ class Intake:
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
-            self._empty_since = None  # now and then, whatever was seen before
+            self._all_seen = False  # now and then, whatever was seen before
         return deliveries

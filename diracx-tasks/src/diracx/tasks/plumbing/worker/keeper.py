@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -127,25 +127,29 @@ class LeaseKeeper:
         """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
-    def add(self, hold: Hold) -> None:
-        """Keep this renewed from now on."""
+    def add(self, holds: Iterable[Hold]) -> None:
+        """Keep these renewed from now on."""
         with self._mutex:
-            self._holds[hold.delivery.stream, hold.delivery.entry] = hold
-        if not hold.locks:
-            return
-        shortest = min((lock["ttl_ms"] for lock in hold.locks if "ttl_ms" in lock), default=None)
+            for hold in holds:
+                self._holds[hold.delivery.stream, hold.delivery.entry] = hold
+                if hold.locks:
+                    self._look_in_time(hold.locks)
+
+    def _look_in_time(self, locks: Sequence[LockSpec]) -> None:
+        shortest = min((lock["ttl_ms"] for lock in locks if "ttl_ms" in lock), default=None)
         if shortest is not None and shortest / 3000 < self._interval:
             self._interval = shortest / 3000
             self._look.set()
 
-    def forget(self, delivery: Delivery) -> None:
-        """No longer renew it: it was settled, or is lost."""
-        place = delivery.stream, delivery.entry
+    def forget(self, deliveries: Iterable[Delivery]) -> None:
+        """No longer renew them: they were settled, or are lost."""
         with self._mutex:
-            hold = self._holds.get(place)
-            # The same entry may be in our hands again, taken over from whoever had taken it over from us.
-            if hold is not None and hold.delivery.deliveries == delivery.deliveries:
-                del self._holds[place]
+            for delivery in deliveries:
+                place = delivery.stream, delivery.entry
+                hold = self._holds.get(place)
+                # The same entry may be in our hands again, taken over from whoever had taken it over from us.
+                if hold is not None and hold.delivery.deliveries == delivery.deliveries:
+                    del self._holds[place]
 
     def held(self) -> list[tuple[str, str]]:
         """Stream and entry of everything that is kept renewed."""

@@ -118,7 +118,6 @@ class Reporter:
         self._stats: dict[tuple[str, str], Sums] = {}  # by task and stream, since the last report
         self._totals: dict[tuple[str, str], Sums] = {}  # the same, before that
         self._rejected: dict[str, int] = {}
-        self._ended: dict[str, int] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
         self._locks: dict[str, None] = {}
         self._unsent: tuple[int, dict[str, Any]] | None = None
@@ -143,7 +142,6 @@ class Reporter:
             sums.taken_over += 1
             return
         seconds = outcome.seconds
-        self._ended[stream] = self._ended.get(stream, 0) + 1
         # Its place in line for a lock, or the 13 digits (until the year 2286) of when the entry was made.
         came = int(delivery.entry[:13]) / 1e3 if since == "0" else int(since) / 1e6
         queued = max(0.0, time.time() + self._clock_ahead - seconds - came)
@@ -281,21 +279,20 @@ class Reporter:
     def _taken(self) -> dict[str, Any]:
         """What has come together since the last time."""
         ended: dict[str, int] = {}
-        for stream, number in self._ended.items():
-            queue = stream.removesuffix(keys.HANDOVER)
-            ended[queue] = ended.get(queue, 0) + number
         told: dict[str, Sums] = {}
         for (name, stream), sums in self._stats.items():
             told.setdefault(name, Sums()).add(sums)
             if stream:
-                self._totals.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
+                queue = stream.removesuffix(keys.HANDOVER)
+                self._totals.setdefault((name, queue), Sums()).add(sums)
+                ended[queue] = ended.get(queue, 0) + sums.done + sums.failed
         added = {
             "stats": {name: counters for name, sums in told.items() if (counters := sums.counters())},
-            "ended": ended,
+            "ended": {queue: number for queue, number in ended.items() if number},
             "failures": [dumps(failure) for failure in self._failures],
             "locks": list(self._locks),
         }
-        self._stats, self._ended, self._locks = {}, {}, {}
+        self._stats, self._locks = {}, {}
         self._failures.clear()
         return {name: value for name, value in added.items() if value}
 

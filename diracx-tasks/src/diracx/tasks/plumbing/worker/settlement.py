@@ -63,14 +63,14 @@ def settle(
     """What becomes of a delivery, and the dead letter to store before the broker is told."""
     settlement = Settlement(execution.delivery, locks=execution.locks)
     message = execution.message
-    match outcome:
-        case Succeeded(value, seconds):
-            _ended(settlement, message, settings, None, lambda: TaskResult.from_value(value, seconds), seconds)
-            return settlement, None
-        case TakenOver():
-            return settlement, None
-        case Failed():
-            return settlement, _failed(execution, outcome, settlement, settings)
+    if isinstance(outcome, Succeeded):
+        if _is_awaited(message, settings):
+            make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
+            _ended(settlement, message, settings, None, make, outcome.seconds)
+        return settlement, None
+    if isinstance(outcome, TakenOver):
+        return settlement, None
+    return settlement, _failed(execution, outcome, settlement, settings)
 
 
 def _retry(execution: Execution, outcome: Failed, attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -195,6 +195,11 @@ def _attempt(outcome: Failed, execution: Execution) -> dict[str, Any]:
     }
 
 
+def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
+    """Whether somebody waits for its end, or a group counts on it."""
+    return bool(message.labels) or settings.result_ttl_seconds is not None
+
+
 def _ended(
     settlement: Settlement,
     message: TaskMessage,
@@ -204,8 +209,8 @@ def _ended(
     seconds: float = 0.0,
 ) -> None:
     """What follows from the end of a task, however it ended."""
-    if not message.labels and settings.result_ttl_seconds is None:
-        return  # nobody waits for it, and no group counts on it
+    if not _is_awaited(message, settings):
+        return
     settlement.result = stored_result(message, settings.result_ttl_seconds, make)
     settlement.group = child_ended(message, error, make)
     settlement.collected = collected(message)
@@ -248,9 +253,10 @@ class Settler:
 
     def add(self, settlement: Settlement) -> None:
         """To be sent with the next batch."""
+        if not self._waiting:
+            self._idle.clear()
+            self._work.set()
         self._waiting.append(settlement)
-        self._idle.clear()
-        self._work.set()
 
     async def run(self) -> None:
         """Send what there is, for ever."""
@@ -266,22 +272,24 @@ class Settler:
             except Exception:
                 # One of them is not acceptable to the server; the others must not suffer for it.
                 accepted = [await self._send_alone(settlement) for settlement in batch]
-            for settlement, ours in zip(batch, accepted, strict=True):
-                self._keeper.forget(settlement.delivery)
-                if not ours:
-                    logger.warning("%s was not ours to settle any more", settlement.delivery.entry)
+            self._keeper.forget([settlement.delivery for settlement in batch])
+            if not all(accepted):
+                for settlement, ours in zip(batch, accepted, strict=True):
+                    if not ours:
+                        logger.warning("%s was not ours to settle any more", settlement.delivery.entry)
             if not self._waiting:
                 self._idle.set()
 
     async def _send(self, batch: Sequence[Settlement]) -> list[bool]:
-        answers: dict[int, bool] = {}
-        while unknown := [position for position in range(len(batch)) if position not in answers]:
-            sent = [batch[position] for position in unknown]
-            replies = await patiently(partial(self._broker.settle, sent, self._keeper.epoch), "settle tasks")
-            answers.update((place, ours) for place, ours in zip(unknown, replies, strict=True) if ours is not None)
-            if None in replies:  # the server has lost its data: it must learn first what we hold
-                await patiently(self._keeper.renew, "renew the lease")
-        return [answers[position] for position in range(len(batch))]
+        replies = await patiently(partial(self._broker.settle, batch, self._keeper.epoch), "settle tasks")
+        answers = [bool(ours) for ours in replies]
+        if None in replies:  # the server has lost its data: it must learn first what we hold
+            await patiently(self._keeper.renew, "renew the lease")
+            unknown = [position for position, ours in enumerate(replies) if ours is None]
+            again = await self._send([batch[position] for position in unknown])
+            for position, ours in zip(unknown, again, strict=True):
+                answers[position] = ours
+        return answers
 
     async def _send_alone(self, settlement: Settlement) -> bool:
         try:

@@ -132,7 +132,7 @@ class Watchdog:
             settlement, letter = settle(execution, outcome, self._settings)
             if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
                 settlement.dead = in_redis(letter)
-            settlements.append(settlement.packed())
+            settlements.append(settlement)
         with sync_client(
             self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
         ) as redis:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -163,20 +162,20 @@ class Worker:
     # --- intake -----------------------------------------------------------------------------------------
 
     async def _take_in(self, stop: asyncio.Event) -> None:
-        intake = Intake(self._broker, self._settings, stop, self._keeper.held)
+        intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
         while not stop.is_set():
             free = self._settings.max_concurrent_tasks - self.busy
             if free <= 0:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
-            self._asked_at = time.monotonic()
             try:
                 deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 break  # stopped while the server is away; what was reserved there is reclaimed from us
+            self._asked_at = intake.asked_at
             if stop.is_set():
                 for delivery in deliveries:
                     self._settler.add(hand_back(delivery))
@@ -203,9 +202,10 @@ class Worker:
                 return  # stopped while the server is away; what we reserved is reclaimed from us
             refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
             self.reporter.asked_for_locks(asked, replies)
-        for execution in executions:
-            if execution not in refused:
-                self._spawn(execution)
+        granted = [execution for execution in executions if execution not in refused] if refused else executions
+        self._keeper.add(granted)
+        for execution in granted:
+            self._spawn(execution)
 
     def _with_locks(self, execution: Execution) -> dict[str, Any]:
         delivery = execution.delivery
@@ -268,7 +268,6 @@ class Worker:
         if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
-        self._keeper.add(execution)
         self._running.add(execution)
         execution.running = self._loop.create_task(self._run(execution))
 
@@ -295,7 +294,7 @@ class Worker:
             self._bury(settlement, letter)
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
-        self._keeper.add(Rest(settlement.delivery, settlement.locks))
+        self._keeper.add([Rest(settlement.delivery, settlement.locks)])
         burial = asyncio.create_task(self._store(settlement, letter))
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)

@@ -1,9 +1,8 @@
 -- Reserve as many messages as there are free slots, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
 --   the consumer's lease (ms), 0 if it has none.
--- Returns {messages, last ids}: messages are {position of the stream, entry, fields, deliveries, 1 if it is to
--- be cancelled}; the last ids are given only when there was nothing, as the place from which to wait for
--- something new.
+-- Returns {messages (see hand_out() in _cancel.lua), last ids}: the last ids are given only when there was nothing,
+-- as the place from which to wait for something new.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
 -- #flags allow-oom
@@ -22,7 +21,7 @@ for position, stream in ipairs(KEYS) do
     end
   end
   for _, entry in ipairs(reply and reply[1][2] or {}) do
-    messages[#messages + 1] = handed_out(position, entry, 1, marks)
+    hand_out(messages, position, entry, 1, marks)
     free = free - 1
   end
 end

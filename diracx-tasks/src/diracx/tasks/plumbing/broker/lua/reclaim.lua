@@ -59,7 +59,7 @@ for _, worker in ipairs(dead) do
         if free <= 0 then break end
         local claimed = may_take(tonumber(p[4])) and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
-          messages[#messages + 1] = handed_out(position, claimed[1], tonumber(p[4]) + 1, marks)
+          hand_out(messages, position, claimed[1], tonumber(p[4]) + 1, marks)
           free = free - 1
         end
       end

@@ -10,7 +10,7 @@ for position, stream in ipairs(KEYS) do
   for _, p in ipairs(pending.err and {} or pending) do
     if not known[stream .. ' ' .. p[1]] then
       local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1], 'RETRYCOUNT', p[4])
-      if claimed[1] then messages[#messages + 1] = handed_out(position, claimed[1], tonumber(p[4]), marks) end
+      if claimed[1] then hand_out(messages, position, claimed[1], tonumber(p[4]), marks) end
     end
   end
 end

@@ -1,6 +1,8 @@
 -- The end of executions. For each: remove the entry, give the locks back (waking whoever waits), and do the
 -- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
--- KEYS: none. ARGV: consumer, epoch as the worker knows it (or ''), settlements (msgpack list of {stream, entry, deliveries, locks} with any of
+-- KEYS: none. ARGV: consumer, epoch as the worker knows it (or ''), the deliveries (msgpack list of stream, entry,
+-- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
+--   locks   = those it holds
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
 --   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
@@ -9,35 +11,34 @@
 --   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
--- Returns a list of 1 (settled), 0 (refused: it was taken over by somebody else) or -1 (nothing done: the server
--- has lost its data; the worker must renew what it holds and come again).
+-- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
+-- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again).
 -- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel _schedules
-local function follows(s)
-  return s.retry or s.requeue or s.dead or s.group or s.collected or s.cancelled or s.result or s.locks
-end
-
-local consumer, replies, marks = ARGV[1], {}, any_cancelled()
+local NOTHING = {}
+local consumer, unsettled, marks = ARGV[1], {}, any_cancelled()
 local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
-local settlements, ledger = cmsgpack.unpack(ARGV[3]), '$HELD_PREFIX' .. consumer
-local pending = pending_of(consumer, settlements)
+local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
+local pending = all_pending_of(consumer, places, 3)
 local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
-for position, s in ipairs(settlements) do
-  local ours = pending[s.stream][s.entry] == s.deliveries
-    or orphaned and redis.call('HDEL', ledger, orphan(s.stream, s.entry)) == 1
+for at = 1, #places, 3 do
+  local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
+  local s = follows[position] or NOTHING
+  local ours = pending[stream][entry] == places[at + 2]
+    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1
   local unknown = not ours and data_lost
   if ours then
     local looked = s.cancelled or (marks and not (s.retry or s.requeue))
-    local there = looked and redis.call('XRANGE', s.stream, s.entry, s.entry)[1]
+    local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
     local task = there and task_of(data_of(there[2]))
     local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
-    pending[s.stream][s.entry] = nil -- whoever says it twice is refused the second time
-    if follows(s) then
-      remove(s.stream, s.entry) -- first of all: should the rest go wrong, it must not be done twice
+    pending[stream][entry] = nil -- whoever says it twice is refused the second time
+    if s ~= NOTHING then
+      remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
     else
-      ended[s.stream] = ended[s.stream] or {}
-      table.insert(ended[s.stream], s.entry)
+      ended[stream] = ended[stream] or {}
+      table.insert(ended[stream], entry)
     end
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
@@ -57,11 +58,14 @@ for position, s in ipairs(settlements) do
     release_all(s.locks)
     for _, lock in ipairs(s.locks) do lines[#lines + 1] = ledger_line(lock) end
   end
-  replies[position] = ours and 1 or unknown and -1 or 0
+  if not ours then
+    unsettled[#unsettled + 1] = position
+    unsettled[#unsettled + 1] = unknown and -1 or 0
+  end
 end
 if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
 for stream, entries in pairs(ended) do
   redis.call('XACK', stream, '$GROUP', unpack(entries))
   redis.call('XDEL', stream, unpack(entries))
 end
-return replies
+return unsettled

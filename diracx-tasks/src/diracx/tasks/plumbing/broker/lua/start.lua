@@ -16,7 +16,9 @@ end
 local consumer, now, replies, lines = ARGV[1], now_us(), {}, {}
 sign_on(consumer, tonumber(ARGV[3]), now)
 local deliveries = cmsgpack.unpack(ARGV[2])
-local pending = pending_of(consumer, deliveries)
+local places = {}
+for _, d in ipairs(deliveries) do places[#places + 1], places[#places + 2] = d.stream, d.entry end
+local pending = all_pending_of(consumer, places, 2)
 for position, d in ipairs(deliveries) do
   if pending[d.stream][d.entry] ~= d.deliveries then
     replies[position] = {-1}
