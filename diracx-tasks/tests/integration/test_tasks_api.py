@@ -19,6 +19,7 @@ HOME = "http://diracx.example.org"
 READS = [
     *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
     *("failures", "locks", "schedules", "groups", "configuration", "audit", "dead-letters", "dead-letters/1"),
+    "waiting-dead-letters",
 ]
 WRITES: dict[str, Any] = {
     "cancel": {"task_ids": ["0" * 32]},

@@ -104,7 +104,7 @@ async def test_a_compute_element_is_closed_and_opened_by_keyboard_alone(
     row = tab.page.get_by_role("row").filter(has=tab.page.get_by_role("link", name=name, exact=True))
     await tab.answer_by_keyboard(row.get_by_role("button"), f"Close {name} for new pilots?", "Close it")
     await expect(tab.page.get_by_role("status")).to_contain_text(f"{name}: closed.")
-    await expect(row.get_by_role("cell", name="closed", exact=True)).to_be_visible()
+    await expect(row.get_by_role("cell", name="closed", exact=True).first).to_be_visible()
     assert not (await sqlite_db.get_ce(name))["enabled"]
     await tab.answer_by_keyboard(row.get_by_role("button"), f"Open {name} for new pilots?", "Open it")
     await expect(tab.page.get_by_role("status")).to_contain_text(f"{name}: open.")

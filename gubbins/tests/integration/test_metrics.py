@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,8 @@ async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> No
 
 
 async def test_the_installed_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import entry_points
-
-    assert [entry.value for entry in entry_points(group=ENTRY_POINT_GROUP, name="pilots")] == [
-        "gubbins.metrics:source"
-    ]
+    installed = entry_points(group=ENTRY_POINT_GROUP, name="pilots")
+    assert {entry.value for entry in installed} == {"gubbins.metrics:source"}
     monkeypatch.setenv(metrics.URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")
     async with sources(None) as found:
         text = as_text(await found.families())

@@ -288,6 +288,15 @@ async def get_dead_letters(
     return await reader.answer(ask)
 
 
+@router.get("/waiting-dead-letters", response_model=models.WaitingLetterPage, responses=_responses())
+async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+    """Dead letters that wait in Redis until a worker with a database takes them, oldest first."""
+    system = reader.system
+    return await reader.answer(
+        lambda: monitor.waiting_letters(system.redis, limit, after, registry=system.registry)
+    )
+
+
 @router.get("/dead-letters/{key}", response_model=models.DeadLetterWithAttempts, responses=_responses(404, 409))
 async def get_dead_letter(
     reader: Reader, key: Annotated[str, Path(description="Task id, or the number in the list.")]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask
+from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
 from ..plumbing.broker.groups import GroupState
 from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
@@ -20,6 +20,13 @@ class QueuedTaskPage(BaseModel):
     """A part of a backlog."""
 
     items: list[QueuedTask]
+    after: str | None = _AFTER
+
+
+class WaitingLetterPage(BaseModel):
+    """A part of the dead letters that wait in Redis."""
+
+    items: list[WaitingLetter]
     after: str | None = _AFTER
 
 
