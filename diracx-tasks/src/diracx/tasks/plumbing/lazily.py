@@ -44,11 +44,7 @@ def lazy_names(module_name: str, names: Mapping[str, Sequence[str]]) -> Callable
 
 
 class LazyScope(dict[str, Any]):
-    """The names of a module, and those it imports lazily, to evaluate an expression of its in.
-
-    Args:
-        names: the globals of the module.
-    """
+    """The names of a module, made from its globals, and those it imports lazily: to evaluate annotations in."""
 
     def __missing__(self, name: str) -> Any:
         lazily = self.get("__getattr__")
