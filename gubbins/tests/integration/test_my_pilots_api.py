@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,16 @@ As = Callable[..., dict[str, str]]
 VOS = ("lhcb", "dteam")
 
 
+@pytest.fixture(params=["sqlite", "mariadb"])
+async def api_db_url(request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]) -> str:
+    """DiracX 0.7 takes no URL of a PostgreSQL server."""
+    if request.param != "sqlite":
+        request.getfixturevalue(f"{request.param}_server")
+    return await empty_database(request.param)
+
+
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api_db_url: str) -> Any:
     """The application as `uvicorn --factory diracx.routers.factory:create_app` starts it."""
     from cryptography.fernet import Fernet
     from diracx.core.config import ConfigSource
@@ -42,7 +50,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
     for name, value in {
         "CONFIG_BACKEND_URL": f"git+file://{tmp_path}/config",
-        "DB_URL_MYPILOTDB": f"sqlite+aiosqlite:///{tmp_path}/pilots.db",
+        "DB_URL_MYPILOTDB": api_db_url,
         "SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
         "SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),
         "SERVICE_AUTH_TOKEN_ISSUER": "http://issuer.invalid",
