@@ -33,9 +33,13 @@ def main() -> None:
     held.axhline(found["capacity"], color="#c0392b", linestyle="--", linewidth=1, label="slots")
     held.set_ylim(found["capacity"] * 0.9, found["capacity"] * 1.01)
     held.set_title("slots in use", fontsize=10, loc="left")
-    shares.fill_between(minutes, values("smallest_share"), values("largest_share"), color="#3b6ea5", alpha=0.4)
+    for least, most, alpha, label in (
+        ("smallest_at_ce", "largest_at_ce", 0.2, "at a single compute element"),
+        ("smallest_share", "largest_share", 0.6, "in all"),
+    ):
+        shares.fill_between(minutes, values(least), values(most), color="#3b6ea5", alpha=alpha, label=label)
     shares.axhline(1, color="#c0392b", linestyle="--", linewidth=1)
-    shares.set_ylim(0.9, 1.1)
+    shares.set_ylim(0.8, 1.2)
     shares.set_title("share of a VO, least to most, 1 is even", fontsize=10, loc="left")
     times.stackplot(
         minutes, *(values(name) for name, _, _ in PARTS), labels=[label for _, label, _ in PARTS],
@@ -51,7 +55,7 @@ def main() -> None:
         axes.tick_params(labelsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    for axes in (held, times, costs):
+    for axes in (held, shares, times, costs):
         axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(directory / f"{NAME}.png", dpi=110)

@@ -36,9 +36,9 @@ class World:
         return [f"vo{number}" for number in range(self.vos)]
 
 
-#: Numbers from 0; of the pilots that are there, every `vos` follow each other at one compute element.
+#: Numbers from 0; pilots go to one compute element after the other, and at each to one VO after the other.
 _NUMBERS = "WITH RECURSIVE numbers(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < :rows) "
-_PLACE = "'vo' || (n % :vos) AS vo, printf('ce%03d', n / :vos % :ces) AS ce"
+_PLACE = "'vo' || ((n + n / :ces) % :vos) AS vo, printf('ce%03d', n % :ces) AS ce"
 _MOMENT = "strftime('%Y-%m-%d %H:%M:%f000', {})"
 _STEP = 'INSERT INTO "PilotHistory" ("PilotID", "Status", "At", "Reason") SELECT "PilotID", {status}, {at}, NULL '
 _STEP += 'FROM "Pilots" WHERE {where}'
