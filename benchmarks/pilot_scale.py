@@ -245,7 +245,7 @@ def section(run: Run, picture: str | None) -> str:
     submitted = sum(cycle.submitted for cycle in cycles)
     rows = [
         ("pilots in the database", f"{world.active + world.ended:,}, {run.database_mb:,.0f} MB"),
-        ("cycle of one minute, median / slowest", f"{_middle([c.seconds for c in steady]):.1f} / "
+        ("cycle of one minute after the first, median / slowest", f"{_middle([c.seconds for c in steady]):.1f} / "
          f"{max(c.seconds for c in steady):.1f} s"),
         (f"— {world.vos} VOs ask", f"{_middle([c.ask_seconds for c in steady]):.2f} s"),
         (f"— {world.vos} VOs check their pilots", f"{_middle([c.check_seconds for c in steady]):.2f} s"),
