@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[3]
 MOST = {
     "enqueue one by one": (1.0, 1.0, 160, 30),
     "enqueue in bulk": (0.01, 1.0, 140, 5),
-    "drain": (0.06, 0.5, 175, 160),
-    "drain, one mutex per task": (0.08, 8.2, 640, 180),
-    "drain, results kept": (0.06, 4.7, 345, 160),
+    "drain": (0.1, 1.0, 165, 140),
+    "drain, one mutex per task": (0.13, 8.5, 620, 150),
+    "drain, results kept": (0.1, 5.1, 330, 140),
 }
 
 

@@ -247,6 +247,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 async def _announce(event: asyncio.Event, line: str) -> None:
     await event.wait()
     gc.freeze()  # modules and all that was made up to here stay: the collector need not look through them again
+    gc.set_threshold(_COLLECTED_AFTER)
     logger.info("%s", line)
 
 

@@ -231,25 +231,23 @@ class RedisStreamBroker:
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
         """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
-        return bool(await self.redis.execute_command(*self._waiting(last_ids, timeout)))
+        command = scripts.waiting(self.streams, last_ids, int(timeout * 1000))
+        return bool(await self.redis.execute_command(*command))
 
     async def fetch_next(
-        self, last_ids: Sequence[str], timeout: float, free: int, *, lease_seconds: float = 0
+        self, free: int, last_ids: list[str], timeout: float, *, lease_seconds: float = 0
     ) -> tuple[list[Delivery], list[str]]:
         """`wait` and `fetch` in one round trip: the server has both, and reserves the moment something comes."""
-        messages, now_last = await scripts.fetch_after(
+        messages, now_last = await scripts.fetch_next(
             self.redis,
-            self._waiting(last_ids, timeout),
             self.streams,
             self.consumer_name,
             free,
             int(lease_seconds * 1000),
+            last_ids,
+            int(timeout * 1000),
         )
-        return self._deliveries(messages), [_text(last_id) for last_id in now_last]
-
-    def _waiting(self, last_ids: Sequence[str], timeout: float) -> list[Any]:
-        block = max(1, int(timeout * 1000))
-        return ["XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self.streams, *last_ids]
+        return self._deliveries(messages), [_text(last_id) for last_id in now_last] or last_ids
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM

@@ -109,14 +109,20 @@ async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, 
     return await script("fetch")(redis, streams, [consumer, free, lease_ms])
 
 
-async def fetch_after(
-    redis: Redis, wait: Sequence[Any], streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0
+async def fetch_next(
+    redis: Redis,
+    streams: Sequence[str],
+    consumer: str,
+    free: int,
+    lease_ms: int,
+    last_ids: Sequence[str],
+    wait_ms: int,
 ) -> Any:
-    """`fetch`, which the server does the moment it answers the blocking command `wait`: both go to it together."""
+    """Wait for something after `last_ids`, then `fetch`: the server has both, and does one after the other."""
     fetching = script("fetch")
-    args = [consumer, free, lease_ms]
+    args = [consumer, free, lease_ms, *last_ids]
     async with redis.pipeline(transaction=False) as pipe:
-        pipe.execute_command(*wait)
+        pipe.execute_command(*waiting(streams, last_ids, wait_ms))
         pipe.execute_command("EVALSHA", fetching.sha, len(streams), *streams, *args)
         waited, reply = await pipe.execute(raise_on_error=False)
     if isinstance(waited, Exception):
@@ -126,6 +132,11 @@ async def fetch_after(
     if isinstance(reply, Exception):
         raise reply
     return reply
+
+
+def waiting(streams: Sequence[str], last_ids: Sequence[str], wait_ms: int) -> list[Any]:
+    """The command that waits for something after `last_ids`, and reserves nothing."""
+    return ["XREAD", "COUNT", 1, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *last_ids]
 
 
 async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0) -> Any:

@@ -105,7 +105,7 @@ class Intake:
         asked = min(free, _AT_ONCE)
         # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
         timeout = min(timeout, lease_seconds / 3)
-        waiting = self._broker.fetch_next(self._last_ids, timeout, asked, lease_seconds=lease_seconds)
+        waiting = self._broker.fetch_next(asked, self._last_ids, timeout, lease_seconds=lease_seconds)
         found = await self._unless_stopped(waiting)
         if found is None:
             return await self._broker.recover(self._held())

@@ -1,12 +1,18 @@
 -- Reserve as many messages as there are free slots, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
---   the consumer's lease (ms), 0 if it has none.
+--   the consumer's lease (ms), 0 if it has none; and an id for each stream, if there was nothing up to those.
 -- Returns {messages (see hand_out() in _cancel.lua), last ids}: the last ids are given only when there was nothing,
--- as the place from which to wait for something new.
+-- as the place from which to wait for something new; and not when the given ones still hold.
 -- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
 -- group here, from the very first entry.
 -- #flags allow-oom
 -- #include _time _alive _cancel
+if ARGV[4] then
+  local looked = {'COUNT', 1, 'STREAMS'}
+  for _, stream in ipairs(KEYS) do looked[#looked + 1] = stream end
+  for position = 1, #KEYS do looked[#looked + 1] = ARGV[3 + position] end
+  if not redis.call('XREAD', unpack(looked)) then return {{}, {}} end
+end
 local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
 sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
 for position, stream in ipairs(KEYS) do
