@@ -237,3 +237,20 @@ async def test_a_submission_that_was_given_up_meanwhile_is_cancelled_and_not_for
         await logic.submit_pilot(db, "ce", "lhcb")
     assert len(scripted.cancelled) == 1
     assert (await db.search_pilots(vo=None))[0] == 0
+
+
+async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_checks(
+    sqlite_db: MyPilotDB, scripted: Any
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 3, 1.0, backend="scripted")
+    stamp = "0" * 32
+    pilot_id = await db.submit_pilot("ce", "lhcb", stamp=stamp)  # and then the worker died, before or after
+    scripted.submissions["ce"] = SubmitOutcome(error="quota exceeded")
+    with pytest.raises(CERefusedError):
+        await logic.submit_pilot(db, "ce", "lhcb", stamp=stamp)
+    scripted.observations["ce"] = Observation(Observed.WAITING, reference="job.1")
+    await logic.transition_pilot_states(db, "lhcb")
+    assert (await db.get_pilot(pilot_id))["reference"] == "job.1"
+    assert await logic.submit_pilot(db, "ce", "lhcb", stamp=stamp) == pilot_id
+    assert scripted.calls == [("ce", "submit"), ("ce", "poll")]

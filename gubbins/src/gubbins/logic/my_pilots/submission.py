@@ -69,7 +69,8 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         raise CERefusedError(ce_name, str(error)) from error
     reason = outcome.error or "no reason given"
     async with db.unit():
-        await db.release_pilots([pilot_id])
+        if begun is None:  # else the first attempt may have been accepted: the next checks find out
+            await db.release_pilots([pilot_id])
         await note_failure(db, ce, CECall.SUBMIT, reason)
     raise CERefusedError(ce_name, reason)
 
