@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__package__)
 
+#: New objects before the garbage collector looks for cycles: a worker makes thousands a second that have none.
+_COLLECTED_AFTER = 20_000
+
 
 def worker(
     worker_size: Annotated[Size, typer.Option(help="Size of the tasks it takes.")] = Size.MEDIUM,
