@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__package__)
 
 #: New objects before the garbage collector looks for cycles: a worker makes thousands a second that have none.
-_COLLECTED_AFTER = 20_000
+_COLLECTED_AFTER = 10_000
 
 
 def worker(
