@@ -85,4 +85,5 @@ async def _events(
             spoke = now
             yield ": still here\n\n"
         with suppress(TimeoutError):
-            await asyncio.wait_for(closing.wait(), _EVERY_SECONDS)
+            async with asyncio.timeout(_EVERY_SECONDS):
+                await closing.wait()

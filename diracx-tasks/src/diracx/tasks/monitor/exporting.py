@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from ..plumbing.endings import end
 from ..plumbing.telemetry import METER, TASKS_SUBMITTED
 from .families import BOUNDARIES, Family, Histogram
 from .places import queue_of
@@ -42,8 +43,7 @@ async def exported(
     try:
         yield
     finally:
-        refreshing.cancel()
-        await asyncio.gather(refreshing, return_exceptions=True)
+        await end(refreshing)
         with suppress(Exception):  # the last of what was counted, if it can still be had
             bridge.show(await collect())
 

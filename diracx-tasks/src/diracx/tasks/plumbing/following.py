@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from .config import TasksConfig
 from .config_source import ConfigReader, Reading, in_thread
+from .endings import end
 from .in_force import Announcer, InForce, digest
 from .telemetry import count_reload_failure, set_config_is_current
 
@@ -91,8 +92,7 @@ class ConfigFollower:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._following is not None
-        self._following.cancel()
-        await asyncio.gather(self._following, return_exceptions=True)
+        await end(self._following)
         if self._announcer is not None:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(_REDIS_SECONDS):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
+from ..endings import end
+
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
@@ -43,8 +45,7 @@ async def listening(
         try:
             yield hearing
         finally:
-            hearing.cancel()
-            await asyncio.gather(hearing, return_exceptions=True)
+            await end(hearing)
 
 
 async def _hear(pubsub: Any, hear: Callable[[bytes], None]) -> None:

@@ -17,6 +17,7 @@ from ..binding import Binding
 from ..broker import keys, scripts
 from ..broker.redis_streams import PROMOTE_BATCH, in_ms
 from ..config import TasksConfig
+from ..endings import end
 from ..factory import TaskRegistry
 from ..patience import Pauses, is_passing
 from .agenda import Agenda, Occurrence
@@ -344,8 +345,7 @@ class TaskScheduler:
                     return False
         finally:
             if sent is not None:
-                sent.answer.cancel()
-                await asyncio.gather(sent.answer, return_exceptions=True)
+                await end(sent.answer)
         await self._tell_problems()
         return True
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..broker.redis_streams import SUSPECT_FROM
+from ..endings import end
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -23,7 +24,6 @@ _AUDIT_LEASES = 4
 
 #: Shorter than the time after which a connection counts as dead.
 _LONGEST_WAIT_SECONDS = 20.0
-_CANCEL_AGAIN_SECONDS = 0.1
 #: Messages in one call: while they begin, the server has the next ones ready.
 _BATCH = 50
 #: Messages that an idle worker takes the moment they come; the others stay for whoever asks first.
@@ -131,12 +131,7 @@ class Intake:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             return waits.result() if waits.done() else None
         finally:
-            while not waits.done():
-                # More than once if need be: asyncio.wait_for, inside the client, can lose a cancellation.
-                waits.cancel()
-                await asyncio.wait([waits], timeout=_CANCEL_AGAIN_SECONDS)
-            if not waits.cancelled():
-                waits.exception()  # it has been raised above, or came too late to matter
+            await end(waits)  # an error of it has been raised above, or came too late to matter
 
     async def _promote(self) -> None:
         """Move what is due into the queues, should no scheduler do it."""

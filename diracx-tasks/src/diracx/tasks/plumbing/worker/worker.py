@@ -13,6 +13,7 @@ from ..binding import Binding, bound_by
 from ..broker import keys
 from ..broker.models import TaskMessage
 from ..config import TasksConfig
+from ..endings import end
 from ..enums import Priority
 from ..factory import TaskRegistry
 from ..patience import patiently
@@ -140,10 +141,7 @@ class Worker:
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
-                    settling.cancel()
-                    listening.cancel()
-                    reporting.cancel()
-                    await asyncio.gather(settling, listening, reporting, return_exceptions=True)
+                    await end(settling, listening, reporting)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
@@ -352,5 +350,4 @@ async def _or_die_with(companion: asyncio.Task[None], work: Coroutine[Any, Any, 
             companion.result()
         await working
     finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
+        await end(working)

@@ -1,0 +1,39 @@
+"""Work beside other work ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+
+from diracx.tasks.plumbing.endings import end
+
+
+async def test_what_loses_a_cancellation_ends_all_the_same() -> None:
+    begun = asyncio.Event()
+    lost = 0
+
+    async def forgetful() -> None:
+        nonlocal lost
+        while True:
+            try:
+                begun.set()
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                if lost == 2:
+                    raise
+                lost += 1  # as a client library does when its answer comes at the same moment
+
+    task = asyncio.create_task(forgetful())
+    await begun.wait()
+    async with asyncio.timeout(30):
+        await end(task)
+    assert task.cancelled()
+    assert lost == 2
+
+
+async def test_the_end_of_what_had_failed_raises_nothing() -> None:
+    async def fails() -> None:
+        raise ValueError("nobody asked")
+
+    failing = asyncio.create_task(fails())
+    await asyncio.wait([failing])
+    await end(failing)
