@@ -22,7 +22,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 		--editable 'diracx-tasks[dashboard,embedded,fast,migrations,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
 
-test: $(STAMP) ## run all tests, in parallel; ARGS="-k locks" for some
+test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import TypeVar
 
 import pytest
 from diracx.tasks.plumbing.binding import _bound
@@ -10,6 +12,28 @@ from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import embedded_redis
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+
+_Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return report if item.get_closest_marker("where_the_machine_allows") else _without_skips(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _without_skips((yield))
+
+
+def _without_skips(report: _Report) -> _Report:
+    """With NO_SKIPS in the environment, what is skipped has failed: there, everything has to be installed."""
+    if os.environ.get("NO_SKIPS") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (and NO_SKIPS is set)"
+    return report
 
 
 @pytest.fixture(autouse=True)

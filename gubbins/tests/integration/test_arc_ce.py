@@ -165,6 +165,7 @@ async def test_a_stranger_is_told_so_until_the_file_is_replaced(arc_site: ArcSit
             await backend.poll([pilot])
 
 
+@pytest.mark.where_the_machine_allows
 async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path: Path) -> None:
     if not arc_site.knows_tokens:
         pytest.skip("no mount namespaces here, and the ARC CE looks for CAs of token issuers in one place only")
