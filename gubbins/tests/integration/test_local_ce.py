@@ -115,6 +115,7 @@ async def test_a_vanished_process_has_failed_with_a_reason(make: Make, tmp_path:
     await backend.submit([pilot])
     await observe(backend, pilot, Observed.RUNNING)
     group = int((tmp_path / "s" / "pid").read_text().split()[1])
+    assert group > 1
     os.killpg(group, signal.SIGKILL)
     seen = await observe(backend, pilot, *ENDED)
     assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
@@ -128,6 +129,38 @@ async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: 
     pilot = PilotAtCE("s", "vo")
     assert (await make().poll([pilot]))["s"].state is Observed.FAILED
     await make().cancel([pilot])  # and we are still here
+
+
+@pytest.mark.parametrize(
+    ("pid", "group", "state"),
+    [
+        # As if it had not been written; only that is ever signalled which is RUNNING.
+        ("{pid}", "0", Observed.WAITING),
+        ("{pid}", "1", Observed.WAITING),
+        ("{pid}", "-1", Observed.WAITING),
+        ("{pid}", "all", Observed.WAITING),
+        ("0", "{group}", Observed.WAITING),
+        ("1", "{group}", Observed.WAITING),
+        ("-{pid}", "{group}", Observed.WAITING),
+        ("{pid}", "{no_group}", Observed.FAILED),
+    ],
+)
+async def test_what_is_no_number_of_a_pilot_is_never_signalled(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, group: str, state: Observed
+) -> None:
+    signalled: list[tuple[int, int]] = []
+    # A signal to such a group would end the machine.
+    monkeypatch.setattr(os, "killpg", lambda *what: signalled.append(what))
+    real = {"pid": os.getpid(), "group": os.getpgrp(), "no_group": os.getpgrp() + 1}
+    start_ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "pid").write_text(f"{pid.format(**real)} {group.format(**real)} {start_ticks} {boot_id}\n")
+    pilot = PilotAtCE("s", "vo")
+    assert (await make().poll([pilot]))["s"].state is state
+    await make(kill_after_seconds=0).cancel([pilot])
+    await make(kill_after_seconds=0).cancel([pilot])
+    assert signalled == []
 
 
 async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, monkeypatch: Any) -> None:

@@ -32,15 +32,20 @@ class _Process:
     boot_id: str
 
     def alive(self) -> bool:
-        """Whether this very process runs; another one with its number is not mistaken for it."""
+        """Whether this very process runs, in this group; another one with its number is not mistaken for it."""
         try:
             # The command, in parentheses, may contain anything; what follows it does not.
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             return False
-        state, start_ticks = fields[0], fields[19]
-        return state not in "ZX" and start_ticks == self.start_ticks and boot_id == self.boot_id
+        state, group, start_ticks = fields[0], int(fields[2]), fields[19]
+        return (
+            state not in "ZX"
+            and group == self.group
+            and start_ticks == self.start_ticks
+            and boot_id == self.boot_id
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +159,12 @@ class LocalJob:
     def _process(self) -> _Process | None:
         try:
             pid, group, start_ticks, boot_id = (self.path / "pid").read_text().split()
+            process = _Process(int(pid), int(group), start_ticks, boot_id)
         except (FileNotFoundError, ValueError):
             return None
-        return _Process(int(pid), int(group), start_ticks, boot_id)
+        # The pilot can write what it likes in there, and a signal to the groups 0 and 1 would reach far more than
+        # a pilot.
+        return process if process.pid > 1 and process.group > 1 else None
 
     def _last_line_of_stderr(self) -> str:
         lines = self._tail("stderr", 4096).split("\n")
