@@ -55,6 +55,23 @@ def test_bad_input_is_told_with_its_path(fields: dict[str, object], path: str) -
     assert list(problems_of(entry(**fields))) == [f"compute_elements[0].{path}"]
 
 
+def test_a_wrong_value_is_told_unless_a_secret_may_be_in_it() -> None:
+    arc = {"url": "https://ce.example.org/arex", "environment": {"PASSWORD": "s3cret"}}
+    for settings in (
+        arc,  # a mistake of all settings: neither certificate nor token
+        arc | {"environment": {"PASSWORD": ["s3cret"]}},
+        arc | {"environment": {"PASSWORD": 117_117}},
+        arc | {"scripts": {"lhcb": {"s3cret": 1}}},
+        arc | {"default_script": 117_117},
+        arc | {"token": "/token", "cpus": {"PASSWORD": "s3cret"}},
+    ):
+        [told] = problems_of(entry(backend="arc", settings=settings)).values()
+        assert "s3cret" not in told
+        assert "117" not in told
+    [told] = problems_of(entry(backend="arc", settings=arc | {"token": "/token", "cpus": "many"})).values()
+    assert told.endswith(", not 'many'")
+
+
 def test_a_mistake_in_the_rules_says_what_there_is() -> None:
     assert "max_per_cycle" in problems_of(entry(rules={"speed": 1}))["compute_elements[0].rules.speed"]
     of_a_vo = problems_of(entry(rules={"vos": {"lhcb": {"speed": 1}}}))["compute_elements[0].rules.vos.lhcb.speed"]
