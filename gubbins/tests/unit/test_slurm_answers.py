@@ -133,6 +133,11 @@ def test_a_controller_that_cannot_be_asked_has_refused_nothing() -> None:
         {"directory": "/with%percent"},
         {"extra_options": ["--array=1-100"]},
         {"extra_options": ["--wrap=rm"]},
+        {"extra_options": ["--arr=1-10"]},  # sbatch takes the beginning of a name for the name
+        {"extra_options": ["--wra=id"]},
+        {"extra_options": ["--o=/dev/null"]},
+        {"extra_options": ["--clusters=b"]},
+        {"extra_options": ["--cluster=b"]},
         {"extra_options": ["-p short"]},
         {"partition": "short; rm"},
         {"environment": {"A B": "c"}},

@@ -13,7 +13,7 @@ from gubbins.ces.protocol import CESettings
 from gubbins.ces.ssh import SSHHost
 
 # What the back end says itself, or what would make something else than one job of a pilot.
-_OURS = {"array", "chdir", "comment", "error", "input", "job-name", "output", "parsable", "requeue"}
+_OURS = {"array", "chdir", "clusters", "comment", "error", "input", "job-name", "output", "parsable", "requeue"}
 _OURS |= {"test-only", "wait", "wrap"}
 
 
@@ -86,6 +86,7 @@ class SlurmSettings(CESettings):
     def _not_ours(cls, options: list[str]) -> list[str]:
         for option in options:
             name = option[2:].partition("=")[0]
-            if name in _OURS or "\n" in option:
+            # sbatch takes the beginning of a name for the name.
+            if any(ours.startswith(name) for ours in _OURS) or "\n" in option:
                 raise ValueError(f"{option!r} is not for you to set: the back end needs it")
         return options
