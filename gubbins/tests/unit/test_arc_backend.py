@@ -56,6 +56,7 @@ class FakeArex:
         self.states = states or {}
         self.infos = infos or {}
         self.asked: list[str] = []
+        self.killed: list[str] = []
         self.refuse_after = 10**9
         self.left_out_of_the_first_list: set[str] = set()
 
@@ -68,6 +69,8 @@ class FakeArex:
         if action == "new":
             return self._submit(request.content.decode())
         jobs = json.loads(request.content)["job"] if request.content else []
+        if action == "kill":
+            self.killed += [job["id"] for job in jobs]
         if action in ("status", "info"):
             return self._answer([self._about(job["id"]) for job in jobs])
         return self._answer([{"status-code": "202", "reason": "Queued", "id": job["id"]} for job in jobs])
@@ -169,6 +172,38 @@ async def test_a_pilot_without_a_reference_is_found_among_the_others() -> None:
     outcomes = await backend_that_hears(arex).submit([PilotAtCE("lost", "vo")])
     assert outcomes["lost"].reference == f"{URL}/rest/1.0/jobs/c"
     assert "new" not in arex.asked
+
+
+@pytest.mark.parametrize("left_out", [set(), {"c"}])
+async def test_of_two_jobs_of_one_stamp_one_is_the_pilot_and_the_other_is_killed(left_out: set[str]) -> None:
+    infos = {"a": {"Name": "other"}, "b": {"Name": "lost"}, "c": {"Name": "lost"}, "d": {"Name": "slow"}}
+    arex = FakeArex(dict.fromkeys("cbad", "QUEUING"), infos)
+    arex.left_out_of_the_first_list = left_out | {"d"}
+    lost = [PilotAtCE("lost", "vo"), PilotAtCE("slow", "vo")]
+    seen = await backend_that_hears(arex).poll(lost)
+    assert {stamp: observation.reference for stamp, observation in seen.items()} == {
+        "lost": f"{URL}/rest/1.0/jobs/b",
+        "slow": f"{URL}/rest/1.0/jobs/d",
+    }
+    assert arex.killed == ["c"]
+    assert (await backend_that_hears(arex).submit(lost[:1]))["lost"].reference == f"{URL}/rest/1.0/jobs/b"
+    assert "new" not in arex.asked
+
+
+async def test_a_second_job_that_cannot_be_killed_is_looked_for_again() -> None:
+    arex = FakeArex(dict.fromkeys("ab", "QUEUING"), {job: {"Name": "lost"} for job in "ab"})
+    failures = iter([httpx.Response(500)])
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.params.get("action") == "kill" and (failure := next(failures, None)) is not None:
+            return failure
+        return arex(request)
+
+    backend = backend_that_hears(handler)
+    with pytest.raises(CEUnavailableError, match="500"):
+        await backend.poll([PilotAtCE("lost", "vo")])
+    assert (await backend.poll([PilotAtCE("lost", "vo")]))["lost"].reference == f"{URL}/rest/1.0/jobs/a"
+    assert arex.killed == ["b"]
 
 
 async def test_a_reference_of_somewhere_else_is_no_news() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["ArcBackend"]
 
 import asyncio
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
 _MAX_REASON_CHARS = 300
 # A job that changes its state while the CE makes the list of them may be left out of it.
 _LIST_AGAIN_AFTER_SECONDS = 0.3
+
+logger = logging.getLogger(__name__)
 
 _submitting: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -162,18 +165,30 @@ class ArcBackend(CEBackend[ArcSettings]):
         return known | {stamp: self._ids[stamp] for stamp in lost if stamp in self._ids}
 
     async def _find(self, stamps: Sequence[str], others: Collection[str] = ()) -> None:
-        """Look for jobs of these names among all of ours but those that are known to be others."""
-        seen = set(others)
+        """Look for jobs of these names among all of ours but those that are known to be others.
+
+        A submission that nobody heard of may have left two jobs of one stamp. The one with the lowest id is the
+        pilot, whoever looks; the others are killed.
+        """
+        names, seen = set(stamps), set(others)
         for pause in (0, _LIST_AGAIN_AFTER_SECONDS):
-            wanted = set(stamps) - self._ids.keys()
-            if not wanted:
+            if names <= self._ids.keys():
                 return
             await asyncio.sleep(pause)
             jobs = [job for job in await self._rest.list_jobs() if _ID.match(job) and job not in seen]
+            found: dict[str, str] = {}
+            twins = []
             for job, name in sorted((await self._rest.names(jobs)).items()):
                 seen.add(job)
-                if name in wanted:
-                    self._ids.setdefault(name, job)
+                if name is None or name not in names:
+                    continue
+                pilot = found.setdefault(name, self._ids.get(name, job))
+                if pilot != job:
+                    logger.warning("%s: %s is pilot %s, killing its twin %s", self.ce.name, pilot, name, job)
+                    twins.append(job)
+            # Nothing is known until that is done, so that one who cannot do it looks again.
+            await self._rest.kill(twins)
+            self._ids |= found
 
     def _reference(self, job: str) -> str:
         return f"{self.settings.url}/rest/1.0/jobs/{job}"
