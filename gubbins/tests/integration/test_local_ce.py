@@ -184,6 +184,27 @@ async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: s
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
+async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
+    for stamp in ("old", "new", "active", "unheard", "never", "foreign"):
+        (tmp_path / stamp).mkdir()
+        (tmp_path / stamp / ("notes" if stamp == "foreign" else "script")).touch()
+    await make().forget({"old": MyPilotStatus.FAILED, "new": MyPilotStatus.FAILED})
+    # As a check leaves it whose tidying has failed: it is done once.
+    for stamp, mark, days in (
+        ("old", "forgotten", 8),
+        ("unheard", "rc", 36),
+        ("never", "rc", 38),
+        ("foreign", "rc", 38),
+    ):
+        before = time.time() - days * 24 * 3600
+        (tmp_path / stamp / mark).touch()
+        os.utime(tmp_path / stamp / mark, (before, before))
+    await make().forget({"new": MyPilotStatus.FAILED, "unknown": MyPilotStatus.FAILED})
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "active", "unheard", "foreign"}
+    await make(keep_days=0).forget({})
+    assert {path.name for path in tmp_path.iterdir()} == {"active", "foreign"}
+
+
 async def test_what_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outcome = (await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]

@@ -210,10 +210,13 @@ async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: s
 
 
 async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
-    for stamp in ("old", "new", "active"):
+    for stamp in ("old", "new", "active", "unheard", "never"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
     await make().forget({"old": MyPilotStatus.FAILED, "new": MyPilotStatus.FAILED})
-    before = time.time() - 8 * 24 * 3600
-    os.utime(tmp_path / "pilots" / "old" / "ended", (before, before))
+    # As a check leaves it whose tidying has failed: it is done once.
+    for stamp, mark, days in (("old", "ended", 8), ("unheard", "rc", 36), ("never", "rc", 38)):
+        before = time.time() - days * 24 * 3600
+        (tmp_path / "pilots" / stamp / mark).touch()
+        os.utime(tmp_path / "pilots" / stamp / mark, (before, before))
     await make().forget({"new": MyPilotStatus.FAILED})
-    assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active"}
+    assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active", "unheard"}

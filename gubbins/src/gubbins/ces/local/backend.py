@@ -27,9 +27,10 @@ from gubbins.ces.shell import inherited_environment
 from gubbins.exceptions import OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
-from .job import LocalJob
+from .job import LocalJob, sweep
 
 DEFAULT_SCRIPT = "sleep 1"
+_SECONDS_OF_A_DAY = 24 * 3600
 
 
 class LocalSettings(CESettings):
@@ -50,6 +51,9 @@ class LocalSettings(CESettings):
     )
     keep: Literal["none", "failed", "all"] = Field(
         default="failed", description="Whose directories (with stdout and stderr) stay after the end."
+    )
+    keep_days: float = Field(
+        default=7, ge=0, allow_inf_nan=False, description="How long those directories stay, in days."
     )
 
     @field_validator("directory")
@@ -99,17 +103,22 @@ class LocalBackend(CEBackend[LocalSettings]):
 
         def remove() -> None:
             for stamp, status in pilots.items():
-                if status not in keep:
+                if status in keep:
+                    self._job(stamp).mark_forgotten()
+                else:
                     self._job(stamp).remove()
+            sweep(self._directory(), keep_seconds=self.settings.keep_days * _SECONDS_OF_A_DAY)
 
         await asyncio.to_thread(remove)
 
+    def _directory(self) -> Path:
+        if self.settings.directory is not None:
+            return self.settings.directory
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(state) / "gubbins" / self.ce.name
+
     def _job(self, stamp: str) -> LocalJob:
-        directory = self.settings.directory
-        if directory is None:
-            state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-            directory = Path(state) / "gubbins" / self.ce.name
-        return LocalJob(directory / stamp)
+        return LocalJob(self._directory() / stamp)
 
     @staticmethod
     def _is_here(pilot: PilotAtCE) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalJob"]
+__all__ = ["LocalJob", "sweep"]
 
 import contextlib
 import os
@@ -21,6 +21,7 @@ WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
 # A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
 NEVER_STARTED_SECONDS = 60
+_UNHEARD_OF_SECONDS = 30 * 24 * 3600
 _MAX_STDERR_CHARS = 200
 
 
@@ -135,9 +136,21 @@ class LocalJob:
         self.path.stat()
         return PilotOutput(*(self._tail(name, OUTPUT_LIMIT_BYTES) for name in ("stdout", "stderr")))
 
+    def mark_forgotten(self) -> None:
+        """Have the directory swept away when its time is over."""
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            (self.path / "forgotten").touch(exist_ok=False)
+
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def wrote_before(self, name: str, timestamp: float) -> bool:
+        """Whether there is such a file, and it was written before then (s since 1970)."""
+        try:
+            return (self.path / name).stat().st_mtime <= timestamp
+        except OSError:
+            return False
 
     def _not_started(self) -> Observation | None:
         try:
@@ -178,3 +191,15 @@ class LocalJob:
                 return file.read().decode(errors="replace")
         except OSError:
             return ""  # the pilot has not come so far
+
+
+def sweep(directory: Path, *, keep_seconds: float) -> None:
+    """Delete the jobs below `directory` that were marked as forgotten so long ago, and those that ended a month
+    before that and were never heard of again."""
+    now = time.time()
+    for path in directory.glob("*/script"):
+        job = LocalJob(path.parent)
+        if job.wrote_before("forgotten", now - keep_seconds) or job.wrote_before(
+            "rc", now - keep_seconds - _UNHEARD_OF_SECONDS
+        ):
+            job.remove()

@@ -2,7 +2,8 @@
 #
 #   /bin/sh -c "$(cat tidy.sh)" tidy DIRECTORY MINUTES  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
 #
-# Those that ended longer than MINUTES ago go as well; MINUTES empty: they stay.
+# Those that were told to have ended longer than MINUTES ago go as well, and those that wrote their exit code a month
+# before that and were never heard of again; MINUTES empty: they stay.
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
 while read -r what stamp; do
@@ -13,4 +14,5 @@ while read -r what stamp; do
     esac
 done
 [ -n "$2" ] || exit 0
-find . -mindepth 2 -maxdepth 2 -name ended -mmin "+$2" | while read -r mark; do rm -rf -- "${mark%/ended}"; done
+find . -mindepth 2 -maxdepth 2 \( -name ended -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) |
+    while read -r mark; do rm -rf -- "${mark%/*}"; done
