@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
 from gubbins.ces.local import job as job_module
+from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
 Make = Callable[..., Any]
@@ -210,6 +212,25 @@ async def test_what_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> 
     outcome = (await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
     assert outcome.reference is None
     assert outcome.error
+
+
+async def test_a_pilot_of_which_nobody_knows_whether_it_was_started_stays_where_it_is(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+
+    def too_slow(*args: Any, **options: Any) -> None:
+        run(*args, **options)
+        raise subprocess.TimeoutExpired("/bin/sh", 30)
+
+    pilot = PilotAtCE("s", "vo")
+    with monkeypatch.context() as busy:
+        busy.setattr(subprocess, "run", too_slow)
+        with pytest.raises(CEUnavailableError, match="whether it was started"):
+            await make(default_script=f"echo x >> {tmp_path}/count").submit([pilot])
+    assert (await observe(make(), pilot, *ENDED)).state is Observed.DONE
+    assert (await make().submit([pilot]))["s"].reference
+    assert (tmp_path / "count").read_text() == "x\n"
 
 
 async def _until(condition: Callable[[], bool]) -> None:

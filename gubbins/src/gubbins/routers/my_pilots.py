@@ -260,8 +260,8 @@ async def create_ce(
 ) -> CEPublic:
     """Create a compute element. Needs ServiceAdministrator.
 
-    Back ends that run commands on the workers' own hosts, or with their keys (`local`, `slurm`, `ssh`),
-    are refused here: `gubbins ce load`.
+    Back ends that run commands on the workers' own hosts, or with their keys or credentials (`arc`, `local`,
+    `slurm`, `ssh`), are refused here: `gubbins ce load`.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
     with _as_http():

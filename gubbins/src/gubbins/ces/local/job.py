@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
+from gubbins.exceptions import CEUnavailableError
 
 WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
@@ -75,6 +76,7 @@ class LocalJob:
 
         Raises:
             OSError, subprocess.SubprocessError: it could not be started; the directory is gone again.
+            CEUnavailableError: it may have been started.
         """
         try:
             subprocess.run(
@@ -87,6 +89,11 @@ class LocalJob:
                 check=True,
                 timeout=LAUNCH_TIMEOUT_SECONDS,
             )
+        except subprocess.TimeoutExpired as error:
+            message = (
+                f"pilot {self.path.name}: nobody knows after {LAUNCH_TIMEOUT_SECONDS} s whether it was started"
+            )
+            raise CEUnavailableError(message) from error
         except (OSError, subprocess.SubprocessError):
             self.remove()
             raise
