@@ -100,7 +100,6 @@ def wholes(readings: list[Reading]) -> list[str]:
 HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "submit": lambda db: db.submit_pilot("ce7", "vo1"),
     "the active pilots of a VO": lambda db: db.get_active_pilots(vo="vo1"),
-    "count the active pilots of a VO": lambda db: db.count_active_pilots(vo="vo1"),
     "list compute elements": lambda db: db.list_ces(vo=None),
     "request": lambda db: logic.request_pilots(db, "vo1", vos=[f"vo{n}" for n in range(VOS)]),
     "one pilot": lambda db: db.get_pilot(1000),

@@ -188,16 +188,6 @@ class PilotStore(ComputeElementStore):
                 await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))
             ).all()
 
-    async def count_active_pilots(self, *, vo: str) -> dict[str, int]:
-        """How many slots the VO holds, as {compute element: number}; absent means none."""
-        async with self.unit():
-            rows = await self.conn.execute(
-                select(Pilots.ce_name, func.count())
-                .where(Pilots.vo == vo, Pilots.status.in_(ACTIVE))
-                .group_by(Pilots.ce_name)
-            )
-            return {row[0]: row[1] for row in rows}
-
     async def get_pilots_by_status(self, status: MyPilotStatus, vo: str | None) -> list[dict[str, Any]]:
         """All pilots in a state, oldest first; `vo=None`: of every VO."""
         where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
