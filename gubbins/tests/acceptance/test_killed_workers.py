@@ -105,7 +105,11 @@ class Site:
         for worker in self._workers:
             worker.terminate()
         for worker in self._workers:
-            worker.wait(DEADLINE_SECONDS)
+            try:
+                worker.wait(DEADLINE_SECONDS / 6)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
 
 
 @pytest.fixture

@@ -89,8 +89,9 @@ async def test_while_one_submission_tries_again_the_others_wait(db: MyPilotDB, s
     time.passes(60)
     scripted.submissions["ce"] = asyncio.Event()
     probe = asyncio.create_task(logic.submit_pilot(db, "ce", "lhcb"))
-    while len(scripted.calls) < 2:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(20):
+        while len(scripted.calls) < 2:
+            await asyncio.sleep(0.01)
     assert "finds out" in await paused(db)
     # A worker that died while it was trying is not waited for for ever.
     time.passes(181)

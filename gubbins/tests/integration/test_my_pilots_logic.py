@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -91,10 +92,11 @@ async def test_P62_100_000_pilots_are_checked_within_seconds(db: MyPilotDB, coun
     await db.add_ce("b", 100_000, 0.5)
     await _insert_pilots(db, "lhcb", number)
     for _ in range(2):
-        # A generous bound, for a busy machine; benchmarks measure.
-        async with asyncio.timeout(30):
-            with count_statements(db) as statements:
-                assert sum((await logic.transition_pilot_states(db, "lhcb")).values()) == number
+        # A generous bound, of CPU time, for the machine may be busy with others; benchmarks measure.
+        before = time.process_time()
+        with count_statements(db) as statements:
+            assert sum((await logic.transition_pilot_states(db, "lhcb")).values()) == number
+        assert time.process_time() - before < 30
         assert len(statements) <= 12
 
 

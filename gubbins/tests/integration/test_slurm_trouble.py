@@ -99,12 +99,14 @@ async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
     for name in ("squeue", "scancel"):
         (commands / name).symlink_to(shutil.which(name) or "")
     deaf = commands / "sbatch"
-    deaf.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" > /dev/null; exec sleep 60\n')
+    through = tmp_path / "through"
+    deaf.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" > /dev/null && touch {through}; exec sleep 60\n')
     deaf.chmod(0o755)
     script = f"echo started >> {tmp_path}/starts; sleep 300"
     lost = pilot("lost")
-    with pytest.raises(CEUnavailableError, match="sbatch has not answered within 2 s"):
-        await make(default_script=script, commands=commands, timeout_seconds=2).submit([lost])
+    with pytest.raises(CEUnavailableError, match="sbatch has not answered within 10 s"):
+        await make(default_script=script, commands=commands, timeout_seconds=10).submit([lost])
+    assert through.exists(), "the machine is too slow: nothing was submitted"
     found = await observe(make(), lost, Observed.RUNNING)
     outcome = (await make(default_script=script).submit([lost]))[lost.stamp]
     assert outcome.reference == found.reference

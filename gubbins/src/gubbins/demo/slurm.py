@@ -21,7 +21,8 @@ from diracx.tasks.testing.server import free_port
 from .services import _end_with_parent
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
-_START_SECONDS = 30.0
+_START_SECONDS = 90.0  # on a machine that is busy with other things
+_COMMAND_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _CONFIGURATION = """\
 ClusterName=private
@@ -163,7 +164,12 @@ class SlurmSite:
         """The output of a command of Slurm, whether or not it succeeds."""
         try:
             done = subprocess.run(
-                argv, env=self._environment(), capture_output=True, text=True, check=False, timeout=_START_SECONDS
+                argv,
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_COMMAND_SECONDS,
             )
         except subprocess.TimeoutExpired:
             return ""
