@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from diracx.tasks.testing import TaskSystem
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CERefusedError, UnknownCEError
+from gubbins.tasks import my_pilots
 from gubbins.tasks.my_pilot_lock_types import MY_PILOT
 from gubbins.tasks.my_pilots import (
     MyCheckPilotsTask,
+    MyCollectOutputsTask,
     MyPilotReportTask,
     MyPilotTask,
     MyPrunePilotsTask,
@@ -38,6 +42,7 @@ def config() -> Config:
 def test_tasks_are_as_the_seed_says() -> None:
     assert MySubmitPilotsTask.default_schedule.seconds == 60
     assert MyCheckPilotsTask.default_schedule.seconds == 30
+    assert MyCollectOutputsTask.default_schedule.seconds == 60
     assert MyPilotReportTask.default_schedule.expression == "0 * * * *"
     assert MyPrunePilotsTask.default_schedule.expression == "41 * * * *"
     assert isinstance(MyPilotTask.retry_policy, NoRetry)
@@ -50,6 +55,7 @@ def test_tasks_are_as_the_seed_says() -> None:
             MyPilotTask("ce", "lhcb"),
             MySubmitPilotsTask("lhcb"),
             MyCheckPilotsTask("lhcb"),
+            MyCollectOutputsTask("lhcb"),
             MyPilotReportTask(),
             MyPrunePilotsTask(),
         )
@@ -58,9 +64,17 @@ def test_tasks_are_as_the_seed_says() -> None:
         ["lock:mutex:my_pilot:ce"],
         ["lock:mutex:task:MySubmitPilotsTask:lhcb"],
         ["lock:mutex:task:MyCheckPilotsTask:lhcb"],
+        ["lock:mutex:task:MyCollectOutputsTask:lhcb"],
         ["lock:mutex:task:MyPilotReportTask"],
         ["lock:mutex:task:MyPrunePilotsTask"],
     ]
+
+
+def test_each_task_is_an_entry_point() -> None:
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["diracx.tasks.my_pilots"] == {
+        name: f"gubbins.tasks.my_pilots:{name}" for name in my_pilots.__all__
+    }
 
 
 async def test_a_pilot_task_submits_one_pilot_of_its_vo(db: MyPilotDB) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +15,11 @@ import pytest
 from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import PilotOutput
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.logic import my_pilots as logic
-from gubbins.tasks.my_pilots import MyCheckPilotsTask
+from gubbins.tasks.my_pilots import MyCheckPilotsTask, MyCollectOutputsTask
 
 S = MyPilotStatus
 
@@ -39,15 +43,15 @@ def writing(scripted: Any, install_backend: Any) -> Any:
 
 
 async def ended(
-    db: MyPilotDB, writing: Any, ends: Sequence[Observed] = (Observed.DONE,), **rules: Any
+    db: MyPilotDB, writing: Any, ends: Sequence[Observed] = (Observed.DONE,), ce: str = "ce", **rules: Any
 ) -> list[int]:
     """Pilots that a check has found at their ends, with their output still at the site."""
-    await db.add_ce("ce", 9, 1.0, backend="writing", rules=rules)
+    await db.add_ce(ce, 99, 1.0, backend="writing", rules=rules)
     pilots = []
     for end in ends:
-        writing.submissions["ce"] = SubmitOutcome(reference="job")
-        pilots.append(await logic.submit_pilot(db, "ce", "lhcb"))
-        writing.observations["ce"] = Observation(end)
+        writing.submissions[ce] = SubmitOutcome(reference="job")
+        pilots.append(await logic.submit_pilot(db, ce, "lhcb"))
+        writing.observations[ce] = Observation(end)
         for _ in range(2):
             await logic.transition_pilot_states(db, "lhcb")
     return pilots
@@ -118,13 +122,98 @@ async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> No
     assert await db.get_output(pilot) is None
 
 
-async def test_the_check_task_fetches_real_output_and_then_tidies_up(db: MyPilotDB, tmp_path: Path) -> None:
+async def test_what_waits_at_a_banned_site_keeps_no_other_waiting(
+    db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gubbins.logic.my_pilots.outputs.COLLECTED_PER_CE", 2)
+    old = await ended(db, writing, [Observed.DONE] * 3, ce="banned")
+    await ended(db, writing, [Observed.DONE] * 3, ce="well")
+    await db.ban_ce("banned", reason=None)
+    assert await logic.collect_outputs(db, "lhcb") == 2
+    assert await logic.collect_outputs(db, "lhcb") == 1
+    await db.set_ce_enabled("banned", True)
+    assert await logic.collect_outputs(db, "lhcb") == 2
+    assert [await db.get_output(pilot) is None for pilot in old] == [False, False, True], "the oldest first"
+
+
+async def test_a_site_that_does_not_answer_is_left_alone_after_one_time_out(
+    sqlite_db: MyPilotDB, writing: Any
+) -> None:
+    db = sqlite_db
+    await ended(db, writing, [Observed.DONE] * 20, ce="slow", timeout_seconds=0.05)
+    await ended(db, writing, ce="well")
+    writing.outputs["slow"] = asyncio.Event()
+    writing.calls.clear()
+    assert await logic.collect_outputs(db, "lhcb") == 1
+    assert writing.calls.count(("slow", "output")) == 8, "those that were under way"
+    slow = (await db.get_ce("slow"))["circuits"][CECall.STATUS]
+    assert (slow["failures"], slow["last_error"]) == (1, "no answer within 0.05 s")
+    for _ in range(5):
+        await logic.collect_outputs(db, "lhcb")
+    assert writing.calls.count(("slow", "output")) == 3 * 8, "then its circuit is open"
+
+
+async def test_a_site_that_took_its_time_is_asked_again_in_the_next_round(
+    sqlite_db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = sqlite_db
+    await ended(db, writing)
+    with monkeypatch.context() as over:
+        over.setattr("gubbins.logic.my_pilots.outputs.COLLECTING_SECONDS", 0)
+        assert await logic.collect_outputs(db, "lhcb") == 0
+    assert (await db.get_ce("ce"))["circuits"][CECall.STATUS]["failures"] == 0
+    assert await logic.collect_outputs(db, "lhcb") == 1
+
+
+async def test_a_check_waits_neither_for_output_nor_for_tidying(
+    sqlite_db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = sqlite_db
+    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
+    given_up = []
+
+    async def forget(self: Any, pilots: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.append(self.ce.name)
+
+    monkeypatch.setattr(writing, "forget", forget)
+    writing.outputs["kept"] = asyncio.Event()
+    for ce, keep in (("kept", "all"), ("tidied", "none")):
+        await db.add_ce(ce, 1, 1.0, backend="writing", rules={"keep_output": keep})
+        writing.submissions[ce] = SubmitOutcome(reference="job")
+        writing.observations[ce] = Observation(Observed.DONE)
+        await logic.submit_pilot(db, ce, "lhcb")
+    async with asyncio.timeout(30):  # each call may take 60
+        assert await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db) == {"RUNNING": 2}
+        assert await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db) == {"DONE": 2}
+    assert given_up == ["tidied"]
+
+
+async def test_output_is_compressed_in_a_thread_before_the_transaction(
+    sqlite_db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress, seen = zlib.compress, []
+
+    def watched(data: bytes) -> bytes:
+        seen.append((threading.current_thread() is threading.main_thread(), sqlite_db.in_transaction))
+        return compress(data)
+
+    await ended(sqlite_db, writing)
+    monkeypatch.setattr("gubbins.db.sql.outputs.zlib.compress", watched)
+    assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
+    assert seen == [(False, False)] * 2
+
+
+async def test_the_collecting_task_fetches_real_output_and_then_tidies_up(db: MyPilotDB, tmp_path: Path) -> None:
     settings = {"directory": str(tmp_path / "ce"), "default_script": "echo out; echo err >&2", "keep": "none"}
     await db.add_ce("ce", 1, 1.0, backend="local", settings=settings)
     pilot = await logic.submit_pilot(db, "ce", "lhcb")
     stamp = (await db.get_pilot(pilot))["stamp"]
     for _ in range(1000):
         await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db)
+        await MyCollectOutputsTask("lhcb").execute(my_pilot_db=db)
         if await db.get_output(pilot) is not None:
             break
     output = await logic.get_pilot_output(db, pilot)

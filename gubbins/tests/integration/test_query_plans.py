@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from query_plans import Reading, plans
-from sqlalchemy import insert, literal, select, text
+from sqlalchemy import case, insert, literal, null, select, text
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.schema import ComputeElements, PilotHistory, Pilots
+from gubbins.db.sql.outputs import Output
+from gubbins.db.sql.schema import ComputeElements, PilotHistory, PilotOutputs, Pilots
 from gubbins.logic import my_pilots as logic
 
 PILOTS = 100_000
@@ -64,7 +65,10 @@ def _fill(dialect: str, quote: Callable[[str], str]) -> str:
 
 @pytest.fixture
 async def many(db: MyPilotDB) -> MyPilotDB:
-    """100,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics."""
+    """100,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics.
+
+    The output of each third that ended is kept; that of each 97th is still to be fetched.
+    """
     now = datetime.now(UTC)
     ce = {"capacity": 1_000, "success_rate": 1.0, "created_at": now, "updated_at": now}
     async with db.unit():
@@ -74,13 +78,23 @@ async def many(db: MyPilotDB) -> MyPilotDB:
         await db.conn.exec_driver_sql(_fill(db.conn.dialect.name, db.conn.dialect.identifier_preparer.quote))
         begun = select(Pilots.id, literal("SUBMITTED"), Pilots.submitted_at)
         await db.conn.execute(insert(PilotHistory).from_select(["pilot_id", "status", "at"], begun))
+        queued = Pilots.id % 97 == 1
+        fetched = case((queued, null()), else_=Pilots.ended_at)
+        expires = case((queued, null()), (Pilots.id % 99 == 0, NOW), else_=NOW + timedelta(days=1))
+        written = select(Pilots.id, Pilots.vo, Pilots.ce_name, fetched, expires)
+        await db.conn.execute(
+            insert(PilotOutputs).from_select(
+                ["pilot_id", "vo", "ce_name", "fetched_at", "expires_at"],
+                written.where(Pilots.ended_at.is_not(None), (Pilots.id % 3 == 0) | queued),
+            )
+        )
         if db.conn.dialect.name == "postgresql":
             await db.conn.execute(text(f"SELECT setval('\"Pilots_PilotID_seq\"', {PILOTS})"))
     dialect = db.engine.dialect.name
     statements = {
         "sqlite": ["ANALYZE"],
         "postgresql": ["VACUUM ANALYZE"],
-    }.get(dialect, ["ANALYZE TABLE Pilots, PilotHistory, ComputeElements, PilotRequests"])
+    }.get(dialect, ["ANALYZE TABLE Pilots, PilotHistory, ComputeElements, PilotRequests, PilotOutputs"])
     async with db.engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         for statement in statements:
@@ -89,11 +103,11 @@ async def many(db: MyPilotDB) -> MyPilotDB:
 
 
 def wholes(readings: list[Reading]) -> list[str]:
-    """Statements that read all pilots, or the history of all."""
+    """Statements that read all pilots, or the history or output of all."""
     return [
         f"{each.how}: {each.statement}"
         for each in readings
-        if each.whole and each.table.casefold() in ("pilots", "pilothistory")
+        if each.whole and each.table.casefold() in ("pilots", "pilothistory", "pilotoutputs")
     ]
 
 
@@ -109,6 +123,11 @@ HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "summary of a VO": lambda db: db.get_pilot_summary("vo1"),
     "cancel": lambda db: db.request_cancel(1000, reason="x"),
     "step": lambda db: db.update_pilot_status(1020 - 10, MyPilotStatus.RUNNING),
+    "one output": lambda db: db.get_output(1002),
+    "where output is queued": lambda db: db.ces_with_queued_outputs(vo="vo1"),
+    "queued output": lambda db: db.queued_outputs(vo="vo1", ce_name="ce95", limit=500),
+    "store output": lambda db: db.store_outputs([Output(389, NOW, "out", "err")]),
+    "prune output": lambda db: db.prune_outputs(),
     "prune": lambda db: db.delete_ended_pilots(ended_before=NOW - timedelta(hours=20), limit=500),
 }
 
@@ -119,6 +138,7 @@ async def _write_down(db: MyPilotDB, number: int) -> None:
     await db.advance_pilots({MyPilotStatus.RUNNING: [(id, None) for id in ids]}, vo="vo1")
     await db.confirm_pilots([(id, "x") for id in ids])
     await db.set_pilots_missing(ids, NOW)
+    await db.queue_outputs(ids)
     await db.release_pilots(ids[: number // 2])
 
 

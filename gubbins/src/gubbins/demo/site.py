@@ -21,6 +21,7 @@ TASKS = {
     "common": {
         "my_pilots:MySubmitPilotsTask": {"periodic": {"interval_seconds": 2}},
         "my_pilots:MyCheckPilotsTask": {"periodic": {"interval_seconds": 1}},
+        "my_pilots:MyCollectOutputsTask": {"periodic": {"interval_seconds": 2}},
         "my_pilots:MyPilotReportTask": {"periodic": {"interval_seconds": 10}},
         # This installation has no sandboxes.
         "jobs:CleanSandboxStoreTask": {"enabled": False},

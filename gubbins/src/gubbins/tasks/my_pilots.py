@@ -6,7 +6,14 @@ uses short ones.
 
 from __future__ import annotations
 
-__all__ = ["MyCheckPilotsTask", "MyPilotReportTask", "MyPilotTask", "MyPrunePilotsTask", "MySubmitPilotsTask"]
+__all__ = [
+    "MyCheckPilotsTask",
+    "MyCollectOutputsTask",
+    "MyPilotReportTask",
+    "MyPilotTask",
+    "MyPrunePilotsTask",
+    "MySubmitPilotsTask",
+]
 
 import logging
 from dataclasses import dataclass, field
@@ -132,7 +139,7 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
-    """Moves the states of the VO's pilots, one step each, and fetches what those that ended have written."""
+    """Moves the states of the VO's pilots, one step each."""
 
     vo: str
 
@@ -143,8 +150,22 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
         from gubbins.logic import my_pilots as logic
 
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
-        await logic.collect_outputs(my_pilot_db, self.vo)
         return {str(status): count for status, count in counts.items()}
+
+
+@dataclass
+class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
+    """Fetches what the VO's pilots that ended have written. It may be slow: no check waits for it."""
+
+    vo: str
+
+    default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
+
+    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int:
+        """Return of how many pilots."""
+        from gubbins.logic import my_pilots as logic
+
+        return await logic.collect_outputs(my_pilot_db, self.vo)
 
 
 @dataclass

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 __all__ = ["Output", "OutputStore"]
 
+import asyncio
 import zlib
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, delete, exists, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, select, update
 
 from gubbins import clock
 
 from .connection import PilotDBConnection
-from .schema import MAX_REASON_CHARS, PilotOutputs, Pilots
+from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots
 
 _PRUNED_AT_ONCE = 1_000
 
@@ -40,22 +41,27 @@ class OutputStore(PilotDBConnection):
             these = await self._staged([(id, None) for id in pilot_ids])
             await self.conn.execute(
                 insert(PilotOutputs).from_select(
-                    ["pilot_id"],
-                    select(Pilots.id)
+                    ["pilot_id", "vo", "ce_name"],
+                    select(Pilots.id, Pilots.vo, Pilots.ce_name)
                     .join(these, self._are(these))
                     .where(~exists().where(self._are(these, PilotOutputs.pilot_id))),
                 )
             )
 
-    async def queued_outputs(self, *, vo: str, limit: int) -> Sequence[Any]:
-        """The VO's pilots whose output is to be fetched, oldest first.
+    async def ces_with_queued_outputs(self, *, vo: str) -> set[str]:
+        """Names of the compute elements where output of the VO's pilots is to be fetched."""
+        queued = exists().where(_queued(vo, ComputeElements.name))
+        async with self.unit():
+            return set((await self.conn.execute(select(ComputeElements.name).where(queued))).scalars())
 
-        Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, ended_at`.
+    async def queued_outputs(self, *, vo: str, ce_name: str, limit: int) -> Sequence[Any]:
+        """The VO's pilots whose output is to be fetched from a compute element, oldest first.
+
+        Rows of `pilot_id, status, stamp, reference, submitted_at, started_at, ended_at`.
         """
         statement = (
             select(
                 Pilots.id.label("pilot_id"),
-                Pilots.ce_name.label("ce_name"),
                 Pilots.status.label("status"),
                 Pilots.stamp.label("stamp"),
                 Pilots.reference.label("reference"),
@@ -64,8 +70,8 @@ class OutputStore(PilotDBConnection):
                 Pilots.ended_at.label("ended_at"),
             )
             .join(PilotOutputs, PilotOutputs.pilot_id == Pilots.id)
-            .where(PilotOutputs.fetched_at.is_(None), Pilots.vo == vo)
-            .order_by(Pilots.id)
+            .where(_queued(vo, ce_name))
+            .order_by(PilotOutputs.pilot_id)
             .limit(limit)
         )
         async with self.unit():
@@ -73,9 +79,11 @@ class OutputStore(PilotDBConnection):
 
     async def store_outputs(self, outputs: Collection[Output]) -> None:
         """Keep what was fetched."""
+        # Before the transaction, and beside the event loop: these may be a hundred megabytes.
+        rows = await asyncio.to_thread(_rows, outputs)
         now = clock.now()
         async with self.unit():
-            if outputs:
+            if rows:
                 statement = (
                     update(PilotOutputs.__table__)  # type: ignore[arg-type]  # a Table, whatever mypy sees
                     .where(PilotOutputs.pilot_id == bindparam("id"))
@@ -87,16 +95,6 @@ class OutputStore(PilotDBConnection):
                         error=bindparam("why"),
                     )
                 )
-                rows = [
-                    {
-                        "id": each.pilot_id,
-                        "until": each.expires_at,
-                        "o": _packed(each.stdout),
-                        "e": _packed(each.stderr),
-                        "why": None if each.error is None else each.error[:MAX_REASON_CHARS],
-                    }
-                    for each in outputs
-                ]
                 await self.conn.execute(statement, rows)
 
     async def get_output(self, pilot_id: int) -> dict[str, Any] | None:
@@ -122,15 +120,32 @@ class OutputStore(PilotDBConnection):
 
     async def prune_outputs(self) -> int:
         """Forget outputs whose time is over, some of them; return how many."""
+        expired = select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now()).limit(_PRUNED_AT_ONCE)
+        # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
         async with self.unit():
-            expired = (
-                select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now()).limit(_PRUNED_AT_ONCE)
-            )
             ids = (await self.conn.execute(expired)).scalars().all()
-            if not ids:
-                return 0
+        if not ids:
+            return 0
+        async with self.unit():
             pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(ids)))
             return int(pruned.rowcount)
+
+
+def _queued(vo: str, ce_name: Any) -> ColumnElement[bool]:
+    return and_(PilotOutputs.vo == vo, PilotOutputs.ce_name == ce_name, PilotOutputs.fetched_at.is_(None))
+
+
+def _rows(outputs: Collection[Output]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": each.pilot_id,
+            "until": each.expires_at,
+            "o": _packed(each.stdout),
+            "e": _packed(each.stderr),
+            "why": None if each.error is None else each.error[:MAX_REASON_CHARS],
+        }
+        for each in outputs
+    ]
 
 
 def _packed(text: str | None) -> bytes | None:

@@ -277,6 +277,9 @@ class PilotOutputs(MyPilotDBBase):
         autoincrement=False,
         key="pilot_id",
     )
+    # The pilot's, here as well, for the queue of a VO at a compute element is to be read without reading pilots.
+    vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
+    ce_name: Mapped[str] = mapped_column("CEName", _CEName, key="ce_name")
     # NULL: it is still to be fetched.
     fetched_at: Mapped[datetime | None] = mapped_column("FetchedAt", UTCDateTime, key="fetched_at")
     # When a fetched one may go.
@@ -288,7 +291,8 @@ class PilotOutputs(MyPilotDBBase):
     error: Mapped[str | None] = mapped_column("Error", _Reason, key="error")
 
     __table_args__ = (
-        Index("idx_outputs_fetched", "fetched_at"),
+        # What is still to be fetched, oldest first.
+        Index("idx_outputs_queue", "vo", "ce_name", "fetched_at", "pilot_id"),
         Index("idx_outputs_expires", "expires_at"),
         _ANY_TEXT,
     )

@@ -26,7 +26,10 @@ from .rules import CERules, rules_of
 logger = logging.getLogger(__name__)
 
 PROMPT_SECONDS = 2
-"""What has been answered by then is written down, without waiting for slower compute elements."""
+"""What has been answered by then is written down, without waiting for slower compute elements.
+
+Tidying up at compute elements is given so much time after the last answer, and no more.
+"""
 
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
@@ -95,10 +98,12 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
             if answered:
                 findings = await _note(db, vo, ces, by_ce, {task: asked[task] for task in answered}, counts)
                 tidying += [asyncio.create_task(_forget(ces[name], e)) for name, e in findings.ended.items()]
-        await asyncio.gather(*tidying)
+        if tidying:
+            await asyncio.wait(tidying, timeout=PROMPT_SECONDS)
     finally:
         for task in (*asked, *tidying):
             task.cancel()
+        await asyncio.gather(*asked, *tidying, return_exceptions=True)
     return dict(counts)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["collect_outputs", "get_pilot_output", "wants_output"]
 
 import asyncio
+import contextlib
 import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -22,12 +23,16 @@ from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
 from .backends import backend_of, describe_failure
+from .circuits import note_failure
 from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 
-COLLECTED_AT_ONCE = 500
-"""A check fetches no more outputs than that; the next one goes on."""
+COLLECTED_PER_CE = 500
+"""One round fetches no more outputs than that from a compute element; the next one goes on."""
+
+COLLECTING_SECONDS = 30
+"""After that a round asks a compute element for no further output."""
 
 _CHUNK = 50
 _AT_A_TIME = 8
@@ -43,19 +48,16 @@ def wants_output(ce: Mapping[str, Any], status: MyPilotStatus) -> bool:
 async def collect_outputs(db: MyPilotDB, vo: str) -> int:
     """Fetch what the VO's ended pilots have written, and return of how many.
 
-    The compute element may forget a pilot once that is stored, and not before: a crash on the way, or a site
-    that is away for a while, costs no output. One that cannot be had in `lost_seconds` is given up.
+    From all compute elements at the same time. One may forget a pilot once its output is stored, and not before:
+    a crash on the way, or a site that is away for a while, costs no output. One that cannot be had in
+    `lost_seconds` is given up.
     """
     await db.prune_outputs()
-    queued = await db.queued_outputs(vo=vo, limit=COLLECTED_AT_ONCE)
-    if not queued:
+    waiting = await db.ces_with_queued_outputs(vo=vo)
+    if not waiting:
         return 0
-    by_ce: dict[str, list[Any]] = defaultdict(list)
-    for pilot in queued:
-        by_ce[pilot.ce_name].append(pilot)
-    ces = [ce for ce in await db.get_ces() if ce["name"] in by_ce and _may_be_asked(ce)]
-    done = await asyncio.gather(*(_collect(db, vo, ce, by_ce[ce["name"]]) for ce in ces))
-    return sum(done)
+    ces = [ce for ce in await db.get_ces() if ce["name"] in waiting and _may_be_asked(ce)]
+    return sum(await asyncio.gather(*(_collect(db, vo, ce) for ce in ces)))
 
 
 def _may_be_asked(ce: Mapping[str, Any]) -> bool:
@@ -63,44 +65,81 @@ def _may_be_asked(ce: Mapping[str, Any]) -> bool:
     return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
 
 
-async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any], pilots: Sequence[Any]) -> int:
+async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any]) -> int:
     collected = 0
-    turns = iter(pilots)
+    turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=COLLECTED_PER_CE))
     try:
         async with backend_of(ce) as backend:
-            while chunk := list(islice(turns, _CHUNK)):
-                slots = asyncio.Semaphore(_AT_A_TIME)
-                fetched = await asyncio.gather(*(_fetch(ce, vo, backend, pilot, slots) for pilot in chunk))
+            visit = _Visit(ce, vo, backend)
+            while not visit.over and (chunk := list(islice(turns, _CHUNK))):
+                fetched = await asyncio.gather(*(visit.fetch(pilot) for pilot in chunk))
                 outputs = [output for output in fetched if output is not None]
+                if not outputs:
+                    break  # it does not answer: the next round goes on
                 await db.store_outputs(outputs)
-                stored = {output.pilot_id for output in outputs}
-                ended = {pilot.stamp: pilot.status for pilot in chunk if pilot.pilot_id in stored}
-                async with asyncio.timeout(rules_of(ce).timeout_seconds):
-                    await backend.forget(ended)
                 collected += len(outputs)
-                if len(outputs) < len(chunk):
-                    break  # it does not answer: the next check goes on
+                stored = {output.pilot_id for output in outputs}
+                await visit.forget({pilot.stamp: pilot.status for pilot in chunk if pilot.pilot_id in stored})
+        if visit.timed_out is not None:
+            await note_failure(db, ce, CECall.STATUS, visit.timed_out)
     except Exception as error:
         logger.warning("Cannot fetch the output of pilots at %s: %s", ce["name"], describe_failure(ce, error))
     return collected
 
 
-async def _fetch(
-    ce: Mapping[str, Any], vo: str, backend: CEBackend[Any], pilot: Any, slots: asyncio.Semaphore
-) -> Output | None:
-    rules = rules_of(ce)
-    until = clock.now() + timedelta(seconds=rules.keep_output_seconds)
-    asked = PilotAtCE(pilot.stamp, vo, pilot.reference, pilot.status, pilot.submitted_at, pilot.started_at)
-    try:
-        async with slots, asyncio.timeout(rules.timeout_seconds):
-            output = await backend.output(asked)
-    except OutputUnavailableError as error:
-        return Output(pilot.pilot_id, until, error=error.reason)
-    except Exception as error:
-        if clock.now() - pilot.ended_at > timedelta(seconds=rules.lost_seconds):
-            return Output(pilot.pilot_id, until, error=describe_failure(ce, error))
-        return None
-    return Output(pilot.pilot_id, until, output.stdout, output.stderr)
+class _Visit:
+    """One round of questions to one compute element: none is begun too late, or after one that timed out."""
+
+    def __init__(self, ce: Mapping[str, Any], vo: str, backend: CEBackend[Any]) -> None:
+        self.timed_out: str | None = None
+        self._ce, self._vo, self._backend = ce, vo, backend
+        self._rules = rules_of(ce)
+        self._slots = asyncio.Semaphore(_AT_A_TIME)
+        self._until = time.monotonic() + COLLECTING_SECONDS
+
+    @property
+    def over(self) -> bool:
+        return self.timed_out is not None or time.monotonic() >= self._until
+
+    async def fetch(self, pilot: Any) -> Output | None:
+        """What the pilot has written, or why that will never be known; None: perhaps another time."""
+        until = clock.now() + timedelta(seconds=self._rules.keep_output_seconds)
+        asked = PilotAtCE(
+            pilot.stamp, self._vo, pilot.reference, pilot.status, pilot.submitted_at, pilot.started_at
+        )
+        async with self._slots:
+            if self.over:
+                return None
+            try:
+                async with self._answer():
+                    output = await self._backend.output(asked)
+            except OutputUnavailableError as error:
+                return Output(pilot.pilot_id, until, error=error.reason)
+            except Exception as error:
+                why = describe_failure(self._ce, error)
+                logger.info("Cannot fetch the output of pilot %s at %s: %s", asked.stamp, self._ce["name"], why)
+                if clock.now() - pilot.ended_at > timedelta(seconds=self._rules.lost_seconds):
+                    return Output(pilot.pilot_id, until, error=why)
+                return None
+        return Output(pilot.pilot_id, until, output.stdout, output.stderr)
+
+    async def forget(self, ended: Mapping[str, MyPilotStatus]) -> None:
+        """What these pilots have written is stored. Tidying up only: what fails here does not end the round."""
+        try:
+            async with self._answer():
+                await self._backend.forget(ended)
+        except Exception as error:
+            why = describe_failure(self._ce, error)
+            logger.warning("Cannot tidy up after pilots at %s: %s", self._ce["name"], why)
+
+    @contextlib.asynccontextmanager
+    async def _answer(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._rules.timeout_seconds):
+                yield
+        except TimeoutError as error:
+            self.timed_out = describe_failure(self._ce, error)
+            raise
 
 
 async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:

@@ -13,12 +13,16 @@ ADDS = {
     "ComputeElements": ["Rules", "BannedAt", "BanReason"],
     "CECircuits": ["OpenUntil"],
     "PilotClaims": ["Wanted"],
-    "PilotOutputs": ["FetchedAt", "idx_outputs_fetched", "idx_outputs_expires"],
+    "PilotOutputs": ["FetchedAt", "idx_outputs_queue", "idx_outputs_expires"],
 }
 
 _MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 _COMPRESSED = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_OUTPUT_INDEXES = {
+    "idx_outputs_queue": ["VO", "CEName", "FetchedAt", "PilotID"],
+    "idx_outputs_expires": ["ExpiresAt"],
+}
 _COLUMNS: dict[str, Any] = {"Rules": sa.JSON(), "BannedAt": _MOMENT, "BanReason": sa.String(1024)}
 
 
@@ -34,9 +38,9 @@ def upgrade() -> None:
         if table.casefold() not in tables:
             make()
     indexes = {index["name"] for index in sa.inspect(op.get_bind()).get_indexes("PilotOutputs")}
-    for name, column in (("idx_outputs_fetched", "FetchedAt"), ("idx_outputs_expires", "ExpiresAt")):
+    for name, columns in _OUTPUT_INDEXES.items():
         if name not in indexes:
-            op.create_index(name, "PilotOutputs", [column])
+            op.create_index(name, "PilotOutputs", columns)
 
 
 def _circuits() -> None:
@@ -79,6 +83,8 @@ def _outputs() -> None:
     op.create_table(
         "PilotOutputs",
         sa.Column("PilotID", _ID, autoincrement=False, nullable=False),
+        sa.Column("VO", sa.String(128), nullable=False),
+        sa.Column("CEName", sa.String(128), nullable=False),
         sa.Column("FetchedAt", _MOMENT),
         sa.Column("ExpiresAt", _MOMENT),
         sa.Column("Out", _COMPRESSED),
