@@ -137,6 +137,39 @@ async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_les
     assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
+async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_else_would_ask_it(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    # A check asks while the only pilot is being submitted, neither gets through, and the pilot is gone.
+    reserved = await db.submit_pilot("ce", "lhcb")
+    scripted.observations["ce"] = ConnectionError("no route to host")
+    await logic.transition_pilot_states(db, "lhcb")
+    await db.release_pilots([reserved])
+    assert await circuit(db, CECall.STATUS) == ("closed", 1)
+    time.passes(59)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert "its status cannot be read" in await paused(db)
+    time.passes(1)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 1}
+    # Many try at once: one of them may.
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    tried = await asyncio.gather(
+        *(logic.submit_requested_pilot(db, "ce", "lhcb") for _ in range(4)), return_exceptions=True
+    )
+    assert [type(each) for each in tried if not isinstance(each, int)] == [CEPausedError] * 3
+    # It fails again: the same, after the pause.
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("open", 2)
+    time.passes(60)
+    assert "its status cannot be read" in await paused(db)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("closed", 0)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+
+
 async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     db: MyPilotDB, scripted: Any
 ) -> None:
