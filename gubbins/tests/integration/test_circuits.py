@@ -183,6 +183,23 @@ async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     assert "not your job" in (await db.get_ce("ce"))["last_error"]
 
 
+async def test_a_poll_that_works_closes_the_circuit_although_a_cancellation_fails(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.cancellations["ce"] = PermissionError("not your job")
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    await logic.cancel_pilot(db, pilot_id, by="alice")
+    assert await circuit(db, CECall.STATUS) == ("open", 1)
+    time.passes(60)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("closed", 0)
+    assert "not your job" in (await db.get_ce("ce"))["last_error"]
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+
+
 async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
