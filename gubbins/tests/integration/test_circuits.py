@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from gubbins import clock
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import ComputeElements
 from gubbins.exceptions import CEPausedError, CERefusedError
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyPilotTask
@@ -168,6 +170,48 @@ async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_el
     await logic.transition_pilot_states(db, "lhcb")
     assert await circuit(db, CECall.STATUS) == ("closed", 0)
     assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"breaker_failures": 1, "keep_output": "some", "vos": {"lhcb": {"share": -1}}}, "keep_output"),
+        ({"timeout_seconds": 5000}, "unconfirmed_seconds must be longer"),
+        (["fill"], "dictionary"),
+    ],
+)
+async def test_a_ce_whose_rules_in_the_database_are_wrong_gets_no_pilots_and_stops_nobody_else(
+    sqlite_db: MyPilotDB, scripted: Any, rules: Any, said: str
+) -> None:
+    db = sqlite_db
+    spec = {"capacity": 2, "success_rate": 1.0, "backend": "scripted"}
+    for name in ("ce", "well"):
+        await db.set_ce(name, **spec)
+        scripted.submissions[name] = SubmitOutcome(reference="job.1")
+        scripted.observations[name] = Observation(Observed.RUNNING)
+        await logic.submit_pilot(db, name, "lhcb")
+    async with db.unit():
+        row = update(ComputeElements).where(ComputeElements.name == "ce")
+        await db.conn.execute(row.values(rules=rules))
+    assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 2}
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
+    assert said in await paused(db)
+    assert said in (await logic.get_ce(db, "ce"))["last_error"]
+    assert {ce["name"]: said in (ce["last_error"] or "") for ce in await logic.list_ces(db)} == {
+        "ce": True,
+        "well": False,
+    }
+    await db.set_ce("ce", **spec)
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def test_rules_that_only_another_version_knows_are_left_out(sqlite_db: MyPilotDB) -> None:
+    newer = {"max_waiting": 3, "moon": "full", "vos": {"lhcb": {"moon": "new", "share": 2}}}
+    await sqlite_db.add_ce("ce", 2, 1.0, rules=newer)
+    rules = (await logic.get_ce(sqlite_db, "ce"))["rules"]
+    assert (rules["max_waiting"], rules["vos"]["lhcb"]["share"]) == (3, 2)
+    assert "moon" not in rules
+    assert await logic.request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"ce": 2}
 
 
 async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(

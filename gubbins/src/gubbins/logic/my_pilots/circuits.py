@@ -12,18 +12,20 @@ from gubbins import clock
 from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
 
-from .rules import rules_of
+from .rules import rules_of, what_is_wrong_with_rules
 
 #: A probe that was not heard of for this many time-outs died with its worker.
 _PROBE_TIMEOUTS = 3
 
 
 async def why_no_pilots(db: MyPilotDB, ce: Mapping[str, Any]) -> str | None:
-    """Why this compute element gets no pilots, as its circuits stand; None: it does.
+    """Why this compute element gets no pilots, as its rules and its circuits stand; None: it does.
 
     One whose status could not be read gets none, from the first failure on: nobody knows how full it is. But
     nobody asks one that has no pilots either: after a pause, one pilot gives the checks something to ask for.
     """
+    if (problem := what_is_wrong_with_rules(ce)) is not None:
+        return problem
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
     if status["failures"] and (_pauses(ce) or await db.holds_pilots(ce["name"])):
         return f"its status cannot be read ({status['last_error']})"
