@@ -12,7 +12,8 @@ from typing import Any
 from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError
+from gubbins.db.sql.compute_elements import serves
+from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError, VONotServedError
 from gubbins.pilot_states import MyPilotStatus
 
 from .backends import backend_of, describe_failure
@@ -41,6 +42,8 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             served, no room, refused.
     """
     ce = await db.get_ce(ce_name)
+    if not serves(ce["vos"], vo):  # before anything of its troubles is told
+        raise VONotServedError(ce_name, vo)
     if ce["enabled"] and (reason := await why_no_pilots(db, ce)) is not None:
         raise CEPausedError(ce_name, reason)
     try:
