@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from gubbins import clock
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import ComputeElements
 from gubbins.exceptions import CEPausedError, CERefusedError
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyPilotTask
@@ -138,6 +140,81 @@ async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_les
     assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
+async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_else_would_ask_it(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    # A check asks while the only pilot is being submitted, neither gets through, and the pilot is gone.
+    reserved = await db.submit_pilot("ce", "lhcb")
+    scripted.observations["ce"] = ConnectionError("no route to host")
+    await logic.transition_pilot_states(db, "lhcb")
+    await db.release_pilots([reserved])
+    assert await circuit(db, CECall.STATUS) == ("closed", 1)
+    time.passes(59)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert "its status cannot be read" in await paused(db)
+    time.passes(1)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 1}
+    # Many try at once: one of them may.
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    tried = await asyncio.gather(
+        *(logic.submit_requested_pilot(db, "ce", "lhcb") for _ in range(4)), return_exceptions=True
+    )
+    assert [type(each) for each in tried if not isinstance(each, int)] == [CEPausedError] * 3
+    # It fails again: the same, after the pause.
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("open", 2)
+    time.passes(60)
+    assert "its status cannot be read" in await paused(db)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("closed", 0)
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"breaker_failures": 1, "keep_output": "some", "vos": {"lhcb": {"share": -1}}}, "keep_output"),
+        ({"timeout_seconds": 5000}, "unconfirmed_seconds must be longer"),
+        (["fill"], "dictionary"),
+    ],
+)
+async def test_a_ce_whose_rules_in_the_database_are_wrong_gets_no_pilots_and_stops_nobody_else(
+    sqlite_db: MyPilotDB, scripted: Any, rules: Any, said: str
+) -> None:
+    db = sqlite_db
+    spec = {"capacity": 2, "success_rate": 1.0, "backend": "scripted"}
+    for name in ("ce", "well"):
+        await db.set_ce(name, **spec)
+        scripted.submissions[name] = SubmitOutcome(reference="job.1")
+        scripted.observations[name] = Observation(Observed.RUNNING)
+        await logic.submit_pilot(db, name, "lhcb")
+    async with db.unit():
+        row = update(ComputeElements).where(ComputeElements.name == "ce")
+        await db.conn.execute(row.values(rules=rules))
+    assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 2}
+    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
+    assert said in await paused(db)
+    assert said in (await logic.get_ce(db, "ce"))["last_error"]
+    assert {ce["name"]: said in (ce["last_error"] or "") for ce in await logic.list_ces(db)} == {
+        "ce": True,
+        "well": False,
+    }
+    await db.set_ce("ce", **spec)
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def test_rules_that_only_another_version_knows_are_left_out(sqlite_db: MyPilotDB) -> None:
+    newer = {"max_waiting": 3, "moon": "full", "vos": {"lhcb": {"moon": "new", "share": 2}}}
+    await sqlite_db.add_ce("ce", 2, 1.0, rules=newer)
+    rules = (await logic.get_ce(sqlite_db, "ce"))["rules"]
+    assert (rules["max_waiting"], rules["vos"]["lhcb"]["share"]) == (3, 2)
+    assert "moon" not in rules
+    assert await logic.request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"ce": 2}
+
+
 async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     db: MyPilotDB, scripted: Any
 ) -> None:
@@ -149,6 +226,23 @@ async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     await logic.cancel_pilot(db, pilot_id, by="alice")
     assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 1}
     assert "not your job" in (await db.get_ce("ce"))["last_error"]
+
+
+async def test_a_poll_that_works_closes_the_circuit_although_a_cancellation_fails(
+    db: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.cancellations["ce"] = PermissionError("not your job")
+    scripted.observations["ce"] = Observation(Observed.WAITING)
+    await logic.cancel_pilot(db, pilot_id, by="alice")
+    assert await circuit(db, CECall.STATUS) == ("open", 1)
+    time.passes(60)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await circuit(db, CECall.STATUS) == ("closed", 0)
+    assert "not your job" in (await db.get_ce("ce"))["last_error"]
+    assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
 async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPilotDB, scripted: Any) -> None:

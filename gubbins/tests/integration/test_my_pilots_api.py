@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 
+from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 
 As = Callable[..., dict[str, str]]
@@ -252,6 +254,27 @@ def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any
     assert client.post(f"{API}/submit/ce", headers=as_()).status_code == 409
     assert client.post(f"{API}/ces/ce/enable", headers=admin).status_code == 204
     assert client.get(f"{API}/ces/ce", headers=as_()).json()["banned_at"] is None
+
+
+def test_a_ce_of_another_vo_is_as_unknown_to_a_submission_as_one_that_is_not_there(
+    app: Any, client: Any, as_: As
+) -> None:
+    admin = as_("lhcb", SERVICE_ADMINISTRATOR)
+    spec = {"name": "theirs", "capacity": 1, "vos": ["dteam"]}
+    assert client.post(f"{API}/ces", json=spec, headers=admin).status_code == 201
+    breaker = {"failures": 1, "pause_seconds": 60, "max_pause_seconds": 60}
+    fail = partial(_database(app).record_failure, "theirs", CECall.STATUS, "no such user", **breaker)
+    client.portal.call(fail)
+    assert "no such user" in client.post(f"{API}/submit/theirs", headers=as_("dteam")).json()["detail"]
+    for change in (None, "enable", "disable"):
+        if change is not None:
+            assert client.post(f"{API}/ces/theirs/{change}", headers=admin).status_code == 204
+        unknown, theirs = [client.post(f"{API}/submit/{name}", headers=as_()) for name in ("none", "theirs")]
+        assert unknown.status_code == theirs.status_code == 404
+        assert theirs.json()["detail"] == unknown.json()["detail"].replace("none", "theirs")
+    told = client.post(f"{API}/submit/theirs", headers=admin)
+    assert told.status_code == 403
+    assert "does not serve" in told.json()["detail"]
 
 
 def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_: As) -> None:

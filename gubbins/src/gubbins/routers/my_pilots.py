@@ -104,10 +104,15 @@ async def submit_pilot(
     user: User,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> Submission:
-    """Submit one pilot of your VO to a compute element."""
+    """Submit one pilot of your VO to a compute element. It has to serve your VO."""
     await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
     with _as_http():
-        pilot_id = await logic.submit_pilot(my_pilot_db, ce_name, user.vo)
+        try:
+            pilot_id = await logic.submit_pilot(my_pilot_db, ce_name, user.vo)
+        except VONotServedError:
+            if _visible_vo(user, None) is None:
+                raise
+            raise UnknownCEError(ce_name) from None  # others must not find out which there are
     return Submission(pilot_id=pilot_id, ce_name=ce_name, vo=user.vo)
 
 

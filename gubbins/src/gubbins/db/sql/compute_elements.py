@@ -218,6 +218,17 @@ class ComputeElementStore(ClaimStore):
             if vo is None or serves(ce["vos"], vo)
         ]
 
+    async def holds_pilots(self, name: str, *, lock: bool = False) -> bool:
+        """Whether any slot of the compute element is taken, by whatever VO.
+
+        With `lock`, nobody else reserves one there until the transaction ends.
+        """
+        taken = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
+        async with self.unit():
+            if lock:
+                await self._lock_ce(name)
+            return (await self.conn.execute(taken)).scalar_one_or_none() is not None
+
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
         """The enabled compute elements that serve the VO and have a free slot.
 

@@ -170,9 +170,9 @@ async def _note(
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
                 continue
-            if (complaint := complaints[name]) is None:
-                await note_success(db, ces[name], CECall.STATUS)
-            else:
+            # Whoever answers polls is well, although not all may be cancelled there.
+            await note_success(db, ces[name], CECall.STATUS)
+            if (complaint := complaints[name]) is not None:
                 await db.record_ce_error(name, complaint)
     return findings
 

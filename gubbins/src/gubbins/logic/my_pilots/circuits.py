@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["may_call", "note_failure", "note_success", "why_no_pilots"]
+__all__ = ["may_call", "may_submit", "note_failure", "note_success", "on_trial", "why_no_pilots"]
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
+from gubbins import clock
 from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
 
-from .rules import rules_of
+from .rules import rules_of, what_is_wrong_with_rules
 
 #: A probe that was not heard of for this many time-outs died with its worker.
 _PROBE_TIMEOUTS = 3
 
 
-def why_no_pilots(ce: Mapping[str, Any]) -> str | None:
-    """Why this compute element gets no pilots, as its circuits stand; None: it does.
+async def why_no_pilots(db: MyPilotDB, ce: Mapping[str, Any]) -> str | None:
+    """Why this compute element gets no pilots, as its rules and its circuits stand; None: it does.
 
-    One whose status could not be read gets none, from the first failure on: nobody knows how full it is.
+    One whose status could not be read gets none, from the first failure on: nobody knows how full it is. But
+    nobody asks one that has no pilots either: after a pause, one pilot gives the checks something to ask for.
     """
+    if (problem := what_is_wrong_with_rules(ce)) is not None:
+        return problem
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
-    if status["failures"]:
+    if status["failures"] and (_pauses(ce) or await db.holds_pilots(ce["name"])):
         return f"its status cannot be read ({status['last_error']})"
     if submit["state"] is CircuitState.OPEN:
         return (
@@ -30,6 +35,29 @@ def why_no_pilots(ce: Mapping[str, Any]) -> str | None:
             f"{submit['open_until']:%H:%M:%S} UTC ({submit['last_error']})"
         )
     return None
+
+
+def _pauses(ce: Mapping[str, Any]) -> bool:
+    """Whether the last failure to read its status is too recent for another try."""
+    status = ce["circuits"][CECall.STATUS]
+    pause = timedelta(seconds=rules_of(ce).breaker_pause_seconds)
+    return bool(clock.now() < (status["open_until"] or status["last_error_at"] + pause))
+
+
+def on_trial(ce: Mapping[str, Any]) -> bool:
+    """Whether this compute element, if it gets pilots at all, gets one that finds out how it is."""
+    status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
+    return bool(status["failures"]) or submit["state"] is CircuitState.HALF_OPEN
+
+
+async def may_submit(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
+    """Whether a pilot may be submitted now. For the transaction that reserves its slot: it locks the row.
+
+    Where the status could not be read, the pilot has to be the only one.
+    """
+    if ce["circuits"][CECall.STATUS]["failures"] and await db.holds_pilots(ce["name"], lock=True):
+        return False
+    return await may_call(db, ce, CECall.SUBMIT)
 
 
 async def may_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bool:

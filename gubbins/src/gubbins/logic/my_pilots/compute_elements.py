@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["add_ce", "ban_ce", "get_available_ces", "get_ce", "list_ces", "load_ces", "set_ce_enabled"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gubbins.ces.registry import load_backend, validate_settings
@@ -12,7 +12,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CESettingsError, UnknownCEError
 
 from .ce_file import CESpec
-from .rules import rules_of
+from .rules import rules_of, what_is_wrong_with_rules
 
 
 async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
 
 async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]:
     """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`."""
-    return await db.list_ces(vo=vo)
+    return [_with_trouble(ce) for ce in await db.list_ces(vo=vo)]
 
 
 async def get_ce(db: MyPilotDB, name: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ async def get_ce(db: MyPilotDB, name: str) -> dict[str, Any]:
     ce = next((ce for ce in await db.list_ces(vo=None) if ce["name"] == name), None)
     if ce is None:
         raise UnknownCEError(name)
-    return {**ce, "rules": rules_of(ce).model_dump(mode="json")}
+    return {**_with_trouble(ce), "rules": rules_of(ce).model_dump(mode="json")}
 
 
 async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str, Any]:
@@ -120,6 +120,11 @@ async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool
         UnknownCEError: there is none of that name.
     """
     return await db.ban_ce(name, reason=reason)
+
+
+def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
+    """Rules that are not understood are the first thing to know of it."""
+    return {**ce, "last_error": what_is_wrong_with_rules(ce) or ce["last_error"]}
 
 
 def _written(spec: CESpec) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from gubbins import clock
-from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.claims import Claim
 from gubbins.db.sql.compute_elements import serves
 from gubbins.pilot_states import MyPilotStatus
 
-from .circuits import why_no_pilots
+from .circuits import on_trial, why_no_pilots
 from .demand import Sharer, apportion, fair_part
 from .rules import CERules, DemandPolicy, rules_of
 from .submission import submit_pilot
@@ -67,7 +66,7 @@ async def request_pilots(
         and serves(ce["vos"], vo)
         and ce["name"] not in all_but
         and (compute_elements is None or ce["name"] in compute_elements)
-        and why_no_pilots(ce) is None
+        and await why_no_pilots(db, ce) is None
     }
     rules = {name: rules_of(ce).of(vo) for name, ce in ces.items()}
     jobs = None
@@ -124,7 +123,7 @@ class _Situation:
         """How many of them it gets now."""
         name = ce["name"]
         room = ce["capacity"] - self.active[name] - self.pending[name]
-        if ce["circuits"][CECall.SUBMIT]["state"] is CircuitState.HALF_OPEN:
+        if on_trial(ce):
             room = min(room, 1 - self.pending[name])
         if rules.max_per_cycle is not None:
             wanted = min(wanted, rules.max_per_cycle)

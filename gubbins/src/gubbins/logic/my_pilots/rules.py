@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of"]
+__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of", "what_is_wrong_with_rules"]
 
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _MAX = 2**31 - 1
 _Share = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -99,5 +99,44 @@ class CERules(BaseModel):
 
 
 def rules_of(ce: Mapping[str, Any]) -> CERules:
-    """The rules of a compute element as the database has it."""
-    return CERules.model_validate(ce["rules"] or {})
+    """The rules of a compute element as the database has it.
+
+    What this version does not know is left out, and what it does not understand is as by default: what one
+    row says must not stop the others (`what_is_wrong_with_rules`).
+    """
+    return _read(ce["rules"])[0]
+
+
+def what_is_wrong_with_rules(ce: Mapping[str, Any]) -> str | None:
+    """Why this compute element gets no pilots until its rules are mended; None: they are understood."""
+    problem = _read(ce["rules"])[1]
+    if problem is None:
+        return None
+    return f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"
+
+
+def _read(stored: Any) -> tuple[CERules, str | None]:
+    try:
+        return CERules.model_validate(_known(stored or {})), None
+    except ValidationError as error:
+        problems = error.errors(include_input=False, include_url=False)
+    wrong = {problem["loc"][0] for problem in problems if problem["loc"]}
+    said = "; ".join(": ".join([*map(str, problem["loc"]), problem["msg"]]) for problem in problems)
+    # Rules that contradict each other are all left out.
+    rest = {key: value for key, value in stored.items() if key not in wrong} if wrong else {}
+    return _read(rest)[0], said
+
+
+def _known(stored: Any) -> Any:
+    """Without the fields that only another version has."""
+    if not isinstance(stored, Mapping):
+        return stored
+    known = {key: value for key, value in stored.items() if key in CERules.model_fields}
+    if isinstance(vos := known.get("vos"), Mapping):
+        known["vos"] = {
+            vo: {key: value for key, value in own.items() if key in VORules.model_fields}
+            if isinstance(own, Mapping)
+            else own
+            for vo, own in vos.items()
+        }
+    return known

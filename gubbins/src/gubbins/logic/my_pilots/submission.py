@@ -12,11 +12,12 @@ from typing import Any
 from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError
+from gubbins.db.sql.compute_elements import serves
+from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError, VONotServedError
 from gubbins.pilot_states import MyPilotStatus
 
 from .backends import backend_of, describe_failure
-from .circuits import may_call, note_failure, note_success, why_no_pilots
+from .circuits import may_submit, note_failure, note_success, why_no_pilots
 from .rules import rules_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             served, no room, refused.
     """
     ce = await db.get_ce(ce_name)
-    if ce["enabled"] and (reason := why_no_pilots(ce)) is not None:
+    if not serves(ce["vos"], vo):  # before anything of its troubles is told
+        raise VONotServedError(ce_name, vo)
+    if ce["enabled"] and (reason := await why_no_pilots(db, ce)) is not None:
         raise CEPausedError(ce_name, reason)
     try:
         async with backend_of(ce) as backend:
@@ -49,7 +52,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
                 begun = None if stamp is None else await db.find_pilot(stamp)
                 if begun is not None and await _is_known(db, begun):
                     return begun
-                if ce["enabled"] and not await may_call(db, ce, CECall.SUBMIT):
+                if ce["enabled"] and not await may_submit(db, ce):
                     raise CEPausedError(ce_name, "another pilot finds out whether it takes them again")
                 pilot_id = begun or await db.submit_pilot(ce_name, vo=vo, stamp=stamp)
                 stamp = (await db.get_pilot(pilot_id))["stamp"]
