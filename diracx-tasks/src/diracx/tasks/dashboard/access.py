@@ -39,6 +39,8 @@ class Principal:
     name: str
     """As the audit log has it."""
     role: Role
+    vo: str | None
+    """Things that belong to a VO are shown only when it is this one; None: those of all. Tasks belong to none."""
 
 
 class Gate(Protocol):
@@ -144,7 +146,7 @@ class TokenGate:
         while len(self._sessions) >= _SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         secret = secrets.token_urlsafe(32)
-        principal = Principal(found[0].name, found[0].role)
+        principal = Principal(found[0].name, found[0].role, vo=None)
         self._sessions[digest_of(secret)] = (principal, now + SESSION_SECONDS)
         return secret
 

@@ -231,7 +231,8 @@ class DashboardApp:
             form = Form(request.state.form)
             if form.one("confirmed") != "yes":
                 return await self._ask(request, action, form)
-            operator = Operator(self.installation, request.state.principal.name, "dashboard")
+            principal = request.state.principal
+            operator = Operator(self.installation, principal.name, "dashboard", principal.vo)
             try:
                 outcome, ok = await action.do(form, operator), True
             except (NotPossibleError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from weakref import WeakKeyDictionary
 
 from diracx.core.config.schema import Config
+from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.core.settings import AuthSettings
 from diracx.routers.access_policies import BaseAccessPolicy, open_access
 from diracx.routers.fastapi_classes import DiracxRouter
@@ -109,7 +110,8 @@ class DiracxGate:
                 await door.policy(POLICY, user, action=action, config=door.config)
             except HTTPException:
                 continue
-            return Principal(name_of(user), role)
+            vo = None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+            return Principal(name_of(user), role, vo)
         return None
 
     async def sign_out(self, secret: str) -> None:
