@@ -184,6 +184,14 @@ async def test_the_schema_of_the_application_has_every_route(client: httpx.Async
     assert len(operations) == len(set(operations))
 
 
+async def test_a_link_with_a_diracx_token_signs_nobody_in(client: httpx.AsyncClient, token: Token) -> None:
+    below = "/api/tasks/dashboard"
+    answer = await client.get(f"{below}/sign-in", params={"token": token("ServiceAdministrator")})
+    assert answer.status_code == 200
+    assert "set-cookie" not in answer.headers
+    assert (await client.get(f"{below}/queues")).status_code == 303
+
+
 async def test_the_dashboard_of_the_application_takes_diracx_tokens(
     client: httpx.AsyncClient, token: Token
 ) -> None:

@@ -50,6 +50,8 @@ class Gate(Protocol):
     """What the sign-in page asks for, in a few words."""
     hint: str
     """Where to get it."""
+    takes_links: bool
+    """Whether a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
         """The secret of a new session, for its cookie; None when the credential is not good."""
@@ -128,6 +130,7 @@ class TokenGate:
     """
 
     credential = "Token"
+    takes_links = True
 
     def __init__(self, accounts: Iterable[Account], hint: str) -> None:
         self._accounts = list(accounts)

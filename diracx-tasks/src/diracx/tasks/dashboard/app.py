@@ -275,8 +275,10 @@ class DashboardApp:
     async def _sign_in(self, request: Request) -> Response:
         form = Form(getattr(request.state, "form", {}))
         target = _path(form.one("next") or request.query_params.get("next", "/"))
-        # A link with the token is printed at the start of a dashboard; following it is signing in.
-        given = form.one("credential") or request.query_params.get("token", "")
+        given = form.one("credential")
+        if not given and self._gate.takes_links:
+            # A link with the token is printed at the start of a dashboard; following it is signing in.
+            given = request.query_params.get("token", "")
         status = 200
         if given:
             secret = await self._gate.sign_in(request, given)

@@ -89,6 +89,7 @@ class DiracxGate:
     """Sessions that are access tokens of DiracX: as long as a token is good, and as far as the policy lets it."""
 
     credential = "DiracX access token"
+    takes_links = False
     hint = "`dirac login` gets one; it is the `access_token` in ~/.cache/diracx/credentials.json."
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
