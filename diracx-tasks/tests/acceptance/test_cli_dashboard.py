@@ -84,6 +84,13 @@ def test_a_public_name_is_taken_however_it_is_written(redis_url: str) -> None:
         assert httpx.get(address, headers={"host": "example.org"}).status_code == 421
 
 
+def test_behind_a_proxy_that_speaks_tls_cookies_are_for_tls_alone(redis_url: str) -> None:
+    with serving("--redis-url", redis_url, "--public-name", "tasks.example.org") as address:
+        for name, secure in (("tasks.example.org", True), ("127.0.0.1", False), ("localhost", False)):
+            cookie = httpx.get(address, headers={"host": name}).headers["set-cookie"]
+            assert ("; Secure" in cookie) is secure, name
+
+
 def test_the_printed_address_is_good_on_any_address_of_loopback(redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--host", "127.0.0.2") as address:
         assert address.startswith("http://127.0.0.2:")

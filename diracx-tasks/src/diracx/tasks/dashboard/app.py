@@ -363,7 +363,7 @@ def _set_cookie(response: Response, request: Request, name: str, value: str, max
         path=_root(request) or "/",
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        secure=request.state.secure,
     )
 
 
