@@ -77,6 +77,26 @@ def test_live_pages_do_not_keep_it_from_stopping(redis_url: str) -> None:
             assert "retry" in next(following.iter_text())
 
 
+def test_a_public_name_is_taken_however_it_is_written(redis_url: str) -> None:
+    with serving("--redis-url", redis_url, "--public-name", "Tasks.Example.org") as address:
+        for name in ("tasks.example.org", "Tasks.Example.org:8443", "127.0.0.1"):
+            assert httpx.get(address, headers={"host": name}).status_code == 303, name
+        assert httpx.get(address, headers={"host": "example.org"}).status_code == 421
+
+
+def test_behind_a_proxy_that_speaks_tls_cookies_are_for_tls_alone(redis_url: str) -> None:
+    with serving("--redis-url", redis_url, "--public-name", "tasks.example.org") as address:
+        for name, secure in (("tasks.example.org", True), ("127.0.0.1", False), ("localhost", False)):
+            cookie = httpx.get(address, headers={"host": name}).headers["set-cookie"]
+            assert ("; Secure" in cookie) is secure, name
+
+
+def test_the_printed_address_is_good_on_any_address_of_loopback(redis_url: str) -> None:
+    with serving("--redis-url", redis_url, "--host", "127.0.0.2") as address:
+        assert address.startswith("http://127.0.0.2:")
+        assert httpx.get(address).status_code == 303
+
+
 def test_accounts_have_names_roles_and_tokens_of_their_own(redis_url: str, tmp_path: Path) -> None:
     accounts = tmp_path / "accounts"
     tokens = {}
@@ -108,6 +128,8 @@ def test_accounts_have_names_roles_and_tokens_of_their_own(redis_url: str, tmp_p
         (["--accounts", "{nowhere}"], 1, "cannot read"),
         (["--new-account", "rita:read"], 2, "--accounts FILE"),
         (["--accounts", "{accounts}", "--new-account", "rita"], 2, "NAME:read or NAME:write"),
+        (["--public-name", "tasks.example.org:8443"], 2, "without scheme, port or path"),
+        (["--public-name", "https://tasks.example.org"], 2, "without scheme, port or path"),
         (["--tls-key", "key.pem"], 2, "go together"),
         (["--host", "no such host"], 2, "--accounts"),
         (["--redis-url", "redis://127.0.0.1:1"], 1, "cannot reach Redis"),

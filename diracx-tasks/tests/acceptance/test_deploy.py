@@ -65,6 +65,11 @@ def test_every_metric_that_is_served_is_in_the_reference_and_the_other_way_round
     assert served == documented()[0]
 
 
+def test_the_documentation_says_what_to_do_about_every_alert() -> None:
+    text = (DEPLOY.parent / "docs/how-to/watch.md").read_text()
+    assert [rule["alert"] for rule in rules() if f"`{rule['alert']}`" not in text] == []
+
+
 def test_alert_rules_are_well_formed_and_ask_for_metrics_and_labels_there_are() -> None:
     names = [rule["alert"] for rule in rules()]
     assert len(names) == len(set(names)) > 12

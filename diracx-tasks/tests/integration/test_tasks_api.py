@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -184,6 +185,14 @@ async def test_the_schema_of_the_application_has_every_route(client: httpx.Async
     assert len(operations) == len(set(operations))
 
 
+async def test_a_link_with_a_diracx_token_signs_nobody_in(client: httpx.AsyncClient, token: Token) -> None:
+    below = "/api/tasks/dashboard"
+    answer = await client.get(f"{below}/sign-in", params={"token": token("ServiceAdministrator")})
+    assert answer.status_code == 200
+    assert "set-cookie" not in answer.headers
+    assert (await client.get(f"{below}/queues")).status_code == 303
+
+
 async def test_the_dashboard_of_the_application_takes_diracx_tokens(
     client: httpx.AsyncClient, token: Token
 ) -> None:
@@ -211,3 +220,16 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
         f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
     )
     assert answer.status_code == 403
+
+
+async def test_without_jinja2_the_dashboard_says_what_to_install(
+    client: httpx.AsyncClient, token: Token, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("app", "rendering"):
+        monkeypatch.delitem(sys.modules, f"diracx.tasks.dashboard.{name}")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    answer = await client.get("/api/tasks/dashboard/")
+    assert answer.status_code == 503
+    assert "pip install 'diracx-tasks[dashboard]'" in answer.json()["detail"]
+    answer = await client.get("/api/tasks/queues", headers=bearer(token("Operator")))
+    assert answer.status_code == 200

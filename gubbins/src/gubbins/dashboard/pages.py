@@ -32,16 +32,33 @@ _MOST, _MOST_CES = 150, 80
 _STATES = [str(state) for state in MyPilotStatus]
 
 
+def _chosen_vo(request: Request) -> str | None:
+    """The VO whose pilots are to be shown; None: those of all, for whoever may see them.
+
+    Raises:
+        NotFoundError: it is not that of whoever asks.
+    """
+    wanted, own = request.query_params.get("vo") or None, request.state.principal.vo
+    if own is not None and wanted not in (None, own):
+        raise NotFoundError(f"{wanted!r:.40} is not your VO, which is {own!r}.")
+    return own or wanted
+
+
+async def _ces(vo: str | None) -> list[dict[str, Any]]:
+    return [ce for ce in await STORE.ces() if vo is None or ce["vos"] is None or vo in ce["vos"]]
+
+
 async def _overview(request: Request, installation: Installation) -> dict[str, Any]:
-    vo = request.query_params.get("vo") or None
-    summary = await STORE.summary(None)
+    vo = _chosen_vo(request)
+    summary = await STORE.summary(request.state.principal.vo)
     course = await STORE.course(vo)
-    ces = [ce for ce in await STORE.ces() if vo is None or ce["vos"] is None or vo in ce["vos"]]
+    ces = await _ces(vo)
     shown = {name: by_ce for name, by_ce in summary.items() if vo in (None, name)}
     rows = [(name, ce, states) for name, by_ce in shown.items() for ce, states in by_ce.items()]
     return {
         "vo": vo,
         "vos": sorted(summary),
+        "bound": request.state.principal.vo is not None,
         "rows": rows[:_MOST],
         "hidden": max(0, len(rows) - _MOST),
         "hidden_ces": max(0, len(ces) - _MOST_CES),
@@ -65,7 +82,7 @@ def _rate(failed: int, ended: int) -> float | None:
 
 
 async def _charts(request: Request, installation: Installation) -> dict[str, Any]:
-    return (await STORE.course(request.query_params.get("vo") or None)).charts
+    return (await STORE.course(_chosen_vo(request))).charts
 
 
 async def _list(request: Request, installation: Installation) -> dict[str, Any]:
@@ -79,7 +96,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         raise NotFoundError(str(error)) from error
     total, pilots = await logic.search_pilots(
         STORE.database(),
-        vo=query.get("vo") or None,
+        vo=_chosen_vo(request),
         ce_name=query.get("ce") or None,
         status=None if status is None else MyPilotStatus(status),
         page=number,
@@ -92,8 +109,8 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "pages": -(-total // _PAGE),
         "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status")},
         "states": _STATES,
-        "vos": sorted(await STORE.summary(None)),
-        "ces": [ce["name"] for ce in await STORE.ces()],
+        "vos": sorted(await STORE.summary(request.state.principal.vo)),
+        "ces": [ce["name"] for ce in await _ces(request.state.principal.vo)],
     }
 
 
@@ -101,6 +118,7 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     try:
         number = integer(request.path_params["pilot"], 1)
         pilot = await logic.get_pilot(STORE.database(), number)
+        _check_vo(pilot, request.state.principal.vo)
     except (NotPossibleError, PilotNotFoundError) as error:
         raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
     steps = pilot["history"]
@@ -109,6 +127,12 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
         *((after["at"] - before["at"]).total_seconds() for before, after in pairwise(steps)),
     ]
     return {"pilot": pilot, "steps": list(zip(steps, took, strict=True)), "active": pilot["status"] in ACTIVE}
+
+
+def _check_vo(pilot: dict[str, Any], vo: str | None) -> None:
+    """Of a pilot of another VO nobody learns that there is one."""
+    if vo not in (None, pilot["vo"]):
+        raise PilotNotFoundError(pilot["pilot_id"])
 
 
 # --- actions ------------------------------------------------------------------------------------------------
@@ -153,6 +177,8 @@ async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
     name, state = form.one("ce"), "open" if enabled else "closed"
 
     async def do() -> str:
+        if operator.vo is not None:
+            raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
         try:
             changed = await logic.set_ce_enabled(STORE.database(), name, enabled)
         except UnknownCEError as error:
@@ -179,6 +205,7 @@ async def _cancel(form: Form, operator: Operator) -> str:
 
     async def do() -> str:
         try:
+            _check_vo(await logic.get_pilot(STORE.database(), number), operator.vo)
             pilot = await logic.cancel_pilot(STORE.database(), number, by=operator.who)
         except GubbinsError as error:
             raise NotPossibleError(str(error)) from error

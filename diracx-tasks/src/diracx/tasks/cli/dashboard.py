@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -81,19 +80,20 @@ def dashboard(
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
+    from ..dashboard.hosts import host_name, is_loopback
     from .logs import set_up_logging
 
     if new_account is not None:
         _add_account(accounts, new_account)
         return
     _needs("jinja2", "uvicorn")
-    loopback = is_loopback(host)
+    loopback, public_names = is_loopback(host), _public_names(public_name or [])
     if not loopback and accounts is None:
         raise UsageProblem(
             f"--host {host} can be reached from elsewhere, and nobody would be asked who they are; give "
             "--accounts FILE (--new-account NAME:ROLE makes it), or stay on 127.0.0.1"
         )
-    if not loopback and not public_name:
+    if not loopback and not public_names:
         raise UsageProblem(
             f"--host {host} can be reached by any name; say with --public-name which is in the address that "
             "browsers use"
@@ -103,15 +103,16 @@ def dashboard(
     set_up_logging(log_level)
     url = resolve_redis_url(redis_url, redis_url_file)
     gate, token = _gate(accounts, read_only)
-    names = {"localhost", "127.0.0.1", "::1", *(public_name or ())} if loopback else set(public_name or ())
+    names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
     tls: dict[str, Any] = {}
     if tls_certificate is not None:
         tls = {"ssl_certfile": str(tls_certificate), "ssl_keyfile": str(tls_key)}
     with _listening(host, port) as listening:
         found = listening.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
-        if not loopback and public_name:
-            name = public_name[0]
+        if not loopback:
+            name = public_names[0]
+            name = f"[{name}]" if ":" in name else name
         address = f"http{'s' if tls else ''}://{name}:{found}/"
 
         async def run() -> None:
@@ -123,21 +124,26 @@ def dashboard(
                 async def this() -> Installation:
                     return installation
 
-                app = create_app(this, gate, hosts=names)
+                app = create_app(this, gate, hosts=names.union(public_names))
                 typer.echo(f"{address}sign-in?token={token}" if token else address)
                 await _serve(app, listening, log_level, tls)
 
         asyncio.run(run())
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this host can reach what listens there."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _public_names(given: list[str]) -> list[str]:
+    from ..dashboard.hosts import host_name
+
+    names = []
+    for name in given:
+        try:
+            names.append(host_name(name))
+        except ValueError as error:
+            raise UsageProblem(
+                f"--public-name {name}: write the name of the host alone, as tasks.example.org, without scheme, "
+                "port or path"
+            ) from error
+    return names
 
 
 def _needs(*modules: str) -> None:

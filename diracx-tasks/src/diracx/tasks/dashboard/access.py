@@ -1,7 +1,7 @@
 """Who may come in, and what they may do there.
 
 A gate turns a credential into a session, and the session's cookie into a principal. The stand-alone dashboard
-has gates of its own; in the DiracX application the gate is DiracX's (`diracx_gate.py`).
+has gates of its own; in the DiracX application the gate is DiracX's (`diracx.tasks.routers.dashboard`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Principal:
     name: str
     """As the audit log has it."""
     role: Role
+    vo: str | None
+    """Things that belong to a VO are shown only when it is this one; None: those of all. Tasks belong to none."""
 
 
 class Gate(Protocol):
@@ -48,6 +50,8 @@ class Gate(Protocol):
     """What the sign-in page asks for, in a few words."""
     hint: str
     """Where to get it."""
+    takes_links: bool
+    """Whether a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
         """The secret of a new session, for its cookie; None when the credential is not good."""
@@ -126,6 +130,7 @@ class TokenGate:
     """
 
     credential = "Token"
+    takes_links = True
 
     def __init__(self, accounts: Iterable[Account], hint: str) -> None:
         self._accounts = list(accounts)
@@ -144,7 +149,7 @@ class TokenGate:
         while len(self._sessions) >= _SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         secret = secrets.token_urlsafe(32)
-        principal = Principal(found[0].name, found[0].role)
+        principal = Principal(found[0].name, found[0].role, vo=None)
         self._sessions[digest_of(secret)] = (principal, now + SESSION_SECONDS)
         return secret
 

@@ -231,7 +231,8 @@ class DashboardApp:
             form = Form(request.state.form)
             if form.one("confirmed") != "yes":
                 return await self._ask(request, action, form)
-            operator = Operator(self.installation, request.state.principal.name, "dashboard")
+            principal = request.state.principal
+            operator = Operator(self.installation, principal.name, "dashboard", principal.vo)
             try:
                 outcome, ok = await action.do(form, operator), True
             except (NotPossibleError, ValueError) as error:
@@ -274,8 +275,10 @@ class DashboardApp:
     async def _sign_in(self, request: Request) -> Response:
         form = Form(getattr(request.state, "form", {}))
         target = _path(form.one("next") or request.query_params.get("next", "/"))
-        # A link with the token is printed at the start of a dashboard; following it is signing in.
-        given = form.one("credential") or request.query_params.get("token", "")
+        given = form.one("credential")
+        if not given and self._gate.takes_links:
+            # A link with the token is printed at the start of a dashboard; following it is signing in.
+            given = request.query_params.get("token", "")
         status = 200
         if given:
             secret = await self._gate.sign_in(request, given)
@@ -360,7 +363,7 @@ def _set_cookie(response: Response, request: Request, name: str, value: str, max
         path=_root(request) or "/",
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        secure=request.state.secure,
     )
 
 

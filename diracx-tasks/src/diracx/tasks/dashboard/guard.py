@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from .access import Role, form_token
+from .hosts import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,7 +56,8 @@ def path_below(scope: Scope) -> str:
 class Guard:
     """ASGI middleware.
 
-    Puts `principal`, `form_token` and, for a POST, `form` into the state of the request.
+    Puts `principal`, `form_token`, `secure` (cookies go over TLS only) and, for a POST, `form` into the state of
+    the request.
 
     Args:
         app: what it guards.
@@ -90,7 +92,11 @@ class Guard:
         await (refusal or self._app)(scope, receive, with_headers)
 
     async def _refusal(self, request: Request, path: str) -> Response | None:
-        if self._hosts is not None and _called(request) not in self._hosts:
+        called = _called(request)
+        # A proxy that speaks TLS asks us without, but by the name that browsers know.
+        by_public_name = self._hosts is not None and not is_loopback(called or "")
+        request.state.secure = request.url.scheme == "https" or by_public_name
+        if self._hosts is not None and called not in self._hosts:
             return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
         if request.method not in ("GET", "HEAD", "POST"):
             return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")

@@ -44,11 +44,13 @@ class Operator:
     Args:
         who: as the audit log has it.
         via: `dashboard` or `api`.
+        vo: things that belong to another VO are not theirs to touch; None: all are.
     """
 
-    def __init__(self, installation: Installation, who: str, via: str) -> None:
+    def __init__(self, installation: Installation, who: str, via: str, vo: str | None = None) -> None:
         self.installation = installation
         self.who = who
+        self.vo = vo
         self._via = via
 
     async def perform(self, action: str, target: str, do: Callable[[], Awaitable[str]]) -> str:

@@ -7,10 +7,12 @@ __all__ = ["router"]
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 from weakref import WeakKeyDictionary
 
 from diracx.core.config.schema import Config
+from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.core.settings import AuthSettings
 from diracx.routers.access_policies import BaseAccessPolicy, open_access
 from diracx.routers.fastapi_classes import DiracxRouter
@@ -45,7 +47,7 @@ async def dashboard(
 ) -> Response:
     """Hand the request on to the dashboard, with what its gate must know."""
     await installation_of_environment()  # says what is missing, as any other route does
-    return _HandedOn(_DiracxDoor(settings, policies[POLICY].policy, config))
+    return _HandedOn(_app(), _DiracxDoor(settings, policies[POLICY].policy, config))
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,15 @@ class _DiracxDoor:
 class _HandedOn(Response):
     """The answer that the dashboard gives."""
 
-    def __init__(self, door: _DiracxDoor) -> None:
+    def __init__(self, app: DashboardApp, door: _DiracxDoor) -> None:
         super().__init__()
+        self._app = app
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         below = str(scope.get("root_path", "")) + _BELOW
         state = {**scope.get("state", {}), "door": self._door}
-        await _app()({**scope, "root_path": below, "state": state}, receive, send)
+        await self._app({**scope, "root_path": below, "state": state}, receive, send)
 
 
 #: An application has one event loop; tests have many.
@@ -75,7 +78,16 @@ _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, DashboardApp] = WeakKeyDi
 
 
 def _app() -> DashboardApp:
-    from ..dashboard.app import create_app
+    try:
+        from ..dashboard.app import create_app
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "markupsafe"):
+            raise
+        # The route is there wherever this distribution is, with the extra or without.
+        raise HTTPException(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            f"the dashboard needs {error.name}: pip install 'diracx-tasks[dashboard]' where this application runs",
+        ) from error
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
@@ -88,6 +100,7 @@ class DiracxGate:
     """Sessions that are access tokens of DiracX: as long as a token is good, and as far as the policy lets it."""
 
     credential = "DiracX access token"
+    takes_links = False
     hint = "`dirac login` gets one; it is the `access_token` in ~/.cache/diracx/credentials.json."
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
@@ -109,7 +122,8 @@ class DiracxGate:
                 await door.policy(POLICY, user, action=action, config=door.config)
             except HTTPException:
                 continue
-            return Principal(name_of(user), role)
+            vo = None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+            return Principal(name_of(user), role, vo)
         return None
 
     async def sign_out(self, secret: str) -> None:

@@ -1,0 +1,184 @@
+"""In the DiracX application a VO's operators see the pilots of that VO, and service administrators see all."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from config_repository import ConfigRepository
+from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
+from diracx.tasks.dashboard.operations import NotPossibleError, Operator
+from diracx.tasks.dashboard.page import Form
+
+from gubbins.dashboard.pages import ACTIONS
+from gubbins.dashboard.store import STORE
+from gubbins.db.sql import MyPilotDB
+
+BELOW = "http://diracx.example.org/api/tasks/dashboard"
+
+SignIn = Callable[..., Any]
+
+
+@pytest.fixture
+async def pilots(sqlite_db: MyPilotDB) -> dict[str, int]:
+    """One pilot of each VO, at a compute element of all and at one of its own."""
+    await sqlite_db.add_ce("shared-ce", 5, 1.0)
+    made = {}
+    for vo in ("lhcb", "dteam"):
+        await sqlite_db.add_ce(f"{vo}-ce", 5, 1.0, vos=[vo])
+        await sqlite_db.submit_pilot("shared-ce", vo)
+        made[vo] = await sqlite_db.submit_pilot(f"{vo}-ce", vo)
+    return made
+
+
+@pytest.fixture
+async def sign_in(
+    pilots: dict[str, int], sqlite_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[SignIn]:
+    """`await sign_in("lhcb", OPERATOR)`: a browser with the dashboard of the application."""
+    from cryptography.fernet import Fernet
+    from diracx.core.config import ConfigSource
+    from diracx.core.models import AccessTokenPayload
+    from diracx.core.settings import AuthSettings
+    from diracx.logic.auth.token import create_token
+    from diracx.routers.factory import create_app
+    from joserfc.jwk import KeySet, OKPKey
+    from uuid_utils import uuid7
+
+    key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "k"})
+    keystore = tmp_path / "keys.json"
+    keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
+    for name, value in {
+        "CONFIG_BACKEND_URL": ConfigRepository(tmp_path / "config", vos=["lhcb", "dteam"]).url,
+        "DB_URL_MYPILOTDB": sqlite_url,
+        "TASKS_REDIS_URL": redis_url,
+        "SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
+        "SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),
+        "SERVICE_AUTH_TOKEN_ISSUER": "http://issuer.invalid",
+        "SERVICE_AUTH_ALLOWED_REDIRECTS": "[]",
+        **{
+            f"SERVICE_{system}_ENABLED": "false"
+            for system in ("AUTH", "CONFIG", "JOBS", "PILOTS", "RSS", "HEALTH", "MY_PILOTS")
+        },
+    }.items():
+        monkeypatch.setenv(f"DIRACX_{name}", value)
+    settings = AuthSettings()
+    app = create_app()
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    made: list[httpx.AsyncClient] = []
+
+    async def browser(vo: str, *properties: str) -> httpx.AsyncClient:
+        payload: Any = {
+            "sub": f"{vo}:someone",
+            "vo": vo,
+            "iss": settings.token_issuer,
+            "dirac_properties": list(properties),
+            "jti": str(uuid7()),
+            "preferred_username": "alice",
+            "dirac_group": "users",
+            "exp": int(time.time() + 600),
+            "dirac_policies": {},
+        }
+        client = httpx.AsyncClient(transport=transport, base_url=BELOW)
+        made.append(client)
+        token = create_token(AccessTokenPayload(**payload), settings)
+        assert (await client.post("/sign-in", data={"credential": token})).status_code == 303
+        return client
+
+    async with app.router.lifespan_context(app):
+        yield browser
+        for client in made:
+            await client.aclose()
+
+
+async def first_fragment(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page: str) -> str:
+    """What the live stream of a page sends before it ends; httpx sees the whole of a stream only."""
+    from diracx.tasks.dashboard import live
+    from diracx.tasks.routers import dashboard
+
+    monkeypatch.setattr(dashboard._app(), "_stream_seconds", 0.1)
+    monkeypatch.setattr(live, "_EVERY_SECONDS", 0.05)
+    answer = await client.get(f"/live{page}")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return answer.text
+
+
+async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_alone(
+    sign_in: SignIn, pilots: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await sign_in("lhcb", OPERATOR)
+    for page in ("/pilots", "/pilots?vo=lhcb", "/pilots/list", f"/pilots/{pilots['lhcb']}"):
+        for text in (
+            (await client.get(page)).text,
+            await first_fragment(client, monkeypatch, page),
+        ):
+            assert "lhcb-ce" in text, page
+            assert "dteam" not in text, page
+    assert "2 pilots" in (await client.get("/pilots/list")).text
+    for page in ("/pilots?vo=dteam", "/pilots/list?vo=dteam", f"/pilots/{pilots['dteam']}"):
+        answer = await client.get(page)
+        assert answer.status_code == 404, page
+        assert "dteam-ce" not in answer.text, page
+        assert "dteam-ce" not in await first_fragment(client, monkeypatch, page), page
+    unknown = (await client.get("/pilots/987654")).text
+    foreign = (await client.get(f"/pilots/{pilots['dteam']}")).text
+    assert "There is no pilot" in unknown
+    assert "There is no pilot" in foreign
+
+
+async def test_the_charts_of_an_operator_count_the_pilots_of_the_own_vo_alone(
+    sign_in: SignIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submitted(text: str) -> int:
+        [line] = [line for line in text.splitlines() if line.startswith('data: {"slots"')]
+        charts = json.loads(line.removeprefix("data: "))
+        return sum(charts["flow"]["series"][0]["values"])
+
+    seen = [
+        submitted(await first_fragment(await sign_in("lhcb", name), monkeypatch, "/pilots"))
+        for name in (OPERATOR, SERVICE_ADMINISTRATOR)
+    ]
+    assert seen == [2, 4]
+
+
+async def test_a_service_administrator_sees_the_pilots_of_all_vos(
+    sign_in: SignIn, pilots: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await sign_in("lhcb", SERVICE_ADMINISTRATOR)
+    for page in ("/pilots", "/pilots?vo=dteam", "/pilots/list", f"/pilots/{pilots['dteam']}"):
+        assert "dteam-ce" in (await client.get(page)).text, page
+        assert "dteam-ce" in await first_fragment(client, monkeypatch, page), page
+
+
+async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_closes_compute_elements(
+    sqlite_db: MyPilotDB, pilots: dict[str, int], redis_url: str
+) -> None:
+    from diracx.tasks.dashboard.installation import Installation
+    from diracx.tasks.plumbing.broker import RedisStreamBroker
+    from diracx.tasks.plumbing.config_source import ConfigReader
+    from diracx.tasks.plumbing.factory import TaskRegistry
+
+    do = {action.path: action.do for action in ACTIONS}
+    broker = RedisStreamBroker(redis_url)
+    STORE.use(sqlite_db)
+    try:
+        operator = Operator(
+            Installation(broker, TaskRegistry.of({}), ConfigReader()), "alice", "dashboard", "lhcb"
+        )
+        with pytest.raises(NotPossibleError, match="unknown pilot"):
+            await do["/pilots/cancel"](Form({"pilot": [str(pilots["dteam"])]}), operator)
+        with pytest.raises(NotPossibleError, match="all VOs"):
+            await do["/pilots/ce/close"](Form({"ce": ["shared-ce"]}), operator)
+        assert (await sqlite_db.get_pilot(pilots["dteam"]))["cancel_requested_at"] is None
+        assert (await sqlite_db.get_ce("shared-ce"))["enabled"]
+        assert "requested" in await do["/pilots/cancel"](Form({"pilot": [str(pilots["lhcb"])]}), operator)
+    finally:
+        STORE.use(None)
+        await broker.shutdown()
