@@ -257,7 +257,7 @@ class DashboardApp:
             "action": action.path,
             "fields": [
                 (name, value)
-                for name, values in form.fields.items()
+                for name, values in {**form.fields, **(question.fields if question else {})}.items()
                 if name not in ("form_token", "confirmed", "next")
                 for value in values
             ],
