@@ -130,6 +130,19 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
             "/groups/nothing",
             "/locks/one?key=leader",
             "/waiting?reason=boredom",
+            *(
+                f"{page}?after={after}"
+                for page in (
+                    "/waiting",
+                    "/running",
+                    "/failures",
+                    "/queues/normal:small",
+                    "/dead-letters",
+                    "/audit",
+                )
+                for after in ("x", "nan", "1-x", "99999999999999999999-1", "-", "normal:small 1", "%D9%A3-1")
+            ),
+            "/queues/normal:small?after=diracx:tasks:normal:small%20x",
             "/audit?after=now",
             f"/dead-letters/{HOSTILE.replace('/', '%2F')}",
         ):
