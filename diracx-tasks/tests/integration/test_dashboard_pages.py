@@ -194,6 +194,21 @@ async def test_a_running_task_is_cancelled(world: World) -> None:
     assert result.error is not None
 
 
+async def test_whoever_cancels_a_task_is_told_its_name_and_where_it_is(world: World) -> None:
+    async with operator(world) as client:
+        for page, told in {
+            "/running": "test:HoldSite, running at ",
+            "/waiting": "test:Flaky, put aside (retry) for normal:medium",
+            "/queues/realtime:large": "test:Urgent, waiting in realtime:large",
+        }.items():
+            text = (await client.get(page)).text
+            forms = re.findall(r'<form[^>]*action="/tasks/cancel".*?</form>', text, re.DOTALL)
+            fields = [dict(re.findall(r'name="(\w+)" value="([^"]*)"', form)) for form in forms]
+            sent = next(each for each in fields if html.unescape(each["about"]).startswith(told))
+            asked, _ = await ask(client, "/tasks/cancel", task=sent["task"], about=html.unescape(sent["about"]))
+            assert f"{sent['task']}: {told}" in asked
+
+
 async def test_a_queue_is_purged_and_a_lock_released(world: World) -> None:
     redis = world.system.broker.redis
     async with operator(world) as client:
