@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
@@ -67,6 +68,36 @@ async def test_a_page_follows_what_happens_and_can_be_paused(tab: Tab, world: Wo
     await expect(row.get_by_role("cell").first).to_have_text("2")
     await tab.page.get_by_role("button", name="Go on").click()
     await expect(row.get_by_role("cell").first).to_have_text("3")
+
+
+async def test_a_page_says_live_only_while_it_is_and_follows_once_whatever_happens(tab: Tab, world: World) -> None:
+    await tab.page.add_init_script(
+        "window.streams = []; const Known = EventSource;"
+        "window.EventSource = class extends Known { constructor(url) { super(url); streams.push(this); } };"
+    )
+
+    async def refuse(route: Any) -> None:
+        await route.fulfill(status=503)
+
+    state, stream = tab.page.locator("#state"), "**/live/queues"
+    await tab.page.route(stream, refuse)
+    async with tab.page.expect_response(stream):
+        await tab.open("/queues")
+    await tab.page.get_by_role("button", name="Pause").click()
+    async with tab.page.expect_response(stream):  # it tries again while it is paused
+        await expect(state).to_have_text("paused")
+    async with tab.page.expect_response(stream):
+        await tab.page.get_by_role("button", name="Go on").click()
+        assert await state.text_content() != "live"
+    await expect(state).to_have_text("no connection")
+    await tab.page.unroute(stream, refuse)
+    await _submit(world, 1)
+    await tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    await expect(state).to_have_text("live")
+    row = tab.page.get_by_role("row", name="realtime large")
+    await expect(row.get_by_role("cell").first).to_have_text("2")
+    await tab.page.wait_for_timeout(5500)  # what was about to be tried again has been tried by then
+    assert await tab.page.evaluate("streams.filter((one) => one.readyState !== EventSource.CLOSED).length") == 1
 
 
 async def test_the_overview_draws_its_charts(tab: Tab) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,14 +39,32 @@ async def operator(world: World) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def act(client: httpx.AsyncClient, path: str, **fields: Any) -> str:
-    """Press a button, say yes, and read what the next page says."""
+async def ask(client: httpx.AsyncClient, path: str, **fields: Any) -> tuple[str, dict[str, list[str]]]:
+    """Press a button. Returns the question, and what its form sends when the answer is yes."""
     token = re.search(r'name="form_token" value="(\w+)"', (await client.get("/audit")).text)
     assert token
-    data = {"form_token": token[1], "next": "/audit", **fields}
-    question = await client.post(path, data=data)
+    question = await client.post(path, data={"form_token": token[1], "next": "/audit", **fields})
     assert question.status_code == 200, question.text
-    done = await client.post(path, data=data | {"confirmed": "yes"})
+    form: dict[str, list[str]] = {}
+    asked = question.text[question.text.find('class="asked"') :]
+    for name, value in re.findall(r'<input type="hidden" name="([^"]*)" value="([^"]*)">', asked):
+        form.setdefault(html.unescape(name), []).append(html.unescape(value))
+    return html.unescape(asked), form or {
+        "form_token": [token[1]],
+        "next": ["/audit"],
+        **fields,
+        "confirmed": ["yes"],
+    }
+
+
+async def act(client: httpx.AsyncClient, path: str, **fields: Any) -> str:
+    """Press a button, say yes, and read what the next page says."""
+    return await say_yes(client, path, (await ask(client, path, **fields))[1])
+
+
+async def say_yes(client: httpx.AsyncClient, path: str, form: dict[str, list[str]]) -> str:
+    """Answer a question, and read what the next page says."""
+    done = await client.post(path, data=form)
     assert done.status_code == 303, done.text
     said = re.search(
         r'class="note (good|bad)" role="status">(.*?)</p>', (await client.get("/audit")).text, re.DOTALL
@@ -111,6 +130,19 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
             "/groups/nothing",
             "/locks/one?key=leader",
             "/waiting?reason=boredom",
+            *(
+                f"{page}?after={after}"
+                for page in (
+                    "/waiting",
+                    "/running",
+                    "/failures",
+                    "/queues/normal:small",
+                    "/dead-letters",
+                    "/audit",
+                )
+                for after in ("x", "nan", "1-x", "99999999999999999999-1", "-", "normal:small 1", "%D9%A3-1")
+            ),
+            "/queues/normal:small?after=diracx:tasks:normal:small%20x",
             "/audit?after=now",
             f"/dead-letters/{HOSTILE.replace('/', '%2F')}",
         ):
@@ -162,6 +194,21 @@ async def test_a_running_task_is_cancelled(world: World) -> None:
     assert result.error is not None
 
 
+async def test_whoever_cancels_a_task_is_told_its_name_and_where_it_is(world: World) -> None:
+    async with operator(world) as client:
+        for page, told in {
+            "/running": "test:HoldSite, running at ",
+            "/waiting": "test:Flaky, put aside (retry) for normal:medium",
+            "/queues/realtime:large": "test:Urgent, waiting in realtime:large",
+        }.items():
+            text = (await client.get(page)).text
+            forms = re.findall(r'<form[^>]*action="/tasks/cancel".*?</form>', text, re.DOTALL)
+            fields = [dict(re.findall(r'name="(\w+)" value="([^"]*)"', form)) for form in forms]
+            sent = next(each for each in fields if html.unescape(each["about"]).startswith(told))
+            asked, _ = await ask(client, "/tasks/cancel", task=sent["task"], about=html.unescape(sent["about"]))
+            assert f"{sent['task']}: {told}" in asked
+
+
 async def test_a_queue_is_purged_and_a_lock_released(world: World) -> None:
     redis = world.system.broker.redis
     async with operator(world) as client:
@@ -169,6 +216,34 @@ async def test_a_queue_is_purged_and_a_lock_released(world: World) -> None:
         assert await redis.xlen("diracx:tasks:realtime:large") == 0
         [held] = [task for task in (await monitor.running(redis)).items if task.locks]
         assert "Released: 1" in await act(client, "/locks/release", key=held.locks[0])
+
+
+async def test_a_yes_takes_a_lock_only_from_those_about_whom_it_was_asked(world: World) -> None:
+    key, field = "limiter:conc:dashboard_site:Y", "/locks/release"
+    redis = world.system.broker.redis
+
+    async def hold(*owners: str) -> None:
+        await redis.delete(key)
+        await redis.zadd(key, {owner: (time.time() + 600) * 1e6 for owner in owners})
+
+    async def held() -> list[str]:
+        return sorted(owner.decode() for owner in await redis.zrange(key, 0, -1))
+
+    async with operator(world) as client:
+        await hold("seen", "other")
+        text, form = await ask(client, field, key=key)
+        assert "seen" in text
+        assert "other" in text
+        await hold("seen", "unseen")
+        assert "Released: 1, from seen." in await say_yes(client, field, form)
+        assert await held() == ["unseen"]
+        assert "given back meanwhile" in await say_yes(client, field, form)
+        assert await held() == ["unseen"]
+        await hold("seen", "other")
+        text, form = await ask(client, field, key=key, owner="seen")
+        assert "other" not in text
+        assert "from seen" in await say_yes(client, field, form)
+        assert await held() == ["other"]
 
 
 async def test_schedules_are_paused_resumed_and_run(world: World) -> None:

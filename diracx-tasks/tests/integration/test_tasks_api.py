@@ -137,6 +137,16 @@ async def test_nothing_is_told_or_done_without_the_right_token(client: httpx.Asy
         assert answer.status_code in (200, 404, 409), f"{path}: {answer.text}"
 
 
+async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
+    for path in ("running", "delayed", "failures", "queues/normal:small", "dead-letters/waiting"):
+        for after in ("x", "nan", "1-x", "99999999999999999999-1"):
+            answer = await client.get(
+                f"/api/tasks/{path}", params={"after": after}, headers=bearer(token("Operator"))
+            )
+            told = answer.status_code, answer.json()
+            assert answer.status_code == 404, f"{path} {after}: {told}"
+
+
 async def test_answers_are_as_the_schema_says_and_tell_no_secret(client: httpx.AsyncClient, token: Token) -> None:
     from diracx.tasks.routers.api import router
     from fastapi.routing import APIRoute

@@ -100,6 +100,21 @@ async def test_a_compute_element_is_closed_and_opened_and_that_is_written_down(
     assert told == [("wilma", "open compute element", "ce01"), ("wilma", "close compute element", "ce01")]
 
 
+async def test_whoever_opens_or_closes_a_banned_compute_element_is_told_of_the_ban(
+    client: httpx.AsyncClient, db: MyPilotDB
+) -> None:
+    found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
+    assert found
+    form = {"form_token": found[1], "ce": "ce01", "next": "/pilots"}
+    for deed in ("open", "close"):
+        assert "banned" not in (await client.post(f"/pilots/ce/{deed}", data=form)).text
+    await db.ban_ce("ce01", reason="drains for <good>")
+    for deed, told in (("open", "Opening lifts the ban"), ("close", "Closing lifts the ban")):
+        text = (await client.post(f"/pilots/ce/{deed}", data=form)).text
+        assert "It is banned: drains for &lt;good&gt;. " + told in text
+    assert (await db.get_ce("ce01"))["banned_at"]
+
+
 async def test_without_a_database_the_page_says_so(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIRACX_DB_URL_MYPILOTDB", raising=False)
     broker = RedisStreamBroker(redis_url)

@@ -151,7 +151,7 @@ async def _ask_close(form: Form, installation: Installation) -> Question:
     return Question(
         f"Close {ce['name']} for new pilots?",
         f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until somebody "
-        "opens it again.",
+        "opens it again." + _about_ban(ce, "Closing lifts the ban: pilots that are there are looked at again."),
         "Close it",
     )
 
@@ -160,9 +160,17 @@ async def _ask_open(form: Form, installation: Installation) -> Question:
     ce = await _ce(form)
     return Question(
         f"Open {ce['name']} for new pilots?",
-        f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}.",
+        f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}."
+        + _about_ban(ce, "Opening lifts the ban.")
+        + " Pauses after failed calls end, too.",
         "Open it",
     )
+
+
+def _about_ban(ce: dict[str, Any], lifted: str) -> str:
+    if ce["banned_at"] is None:
+        return ""
+    return f" It is banned: {ce['ban_reason'] or 'no reason was given'}. {lifted}"
 
 
 async def _close(form: Form, operator: Operator) -> str:

@@ -166,7 +166,7 @@ class DashboardApp:
 
     def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def show(request: Request) -> Response:
-            context = self._about(page) | await page.load(request, self.installation)
+            context = await self._loaded(page, request)
             if page.charts is not None:
                 context["charts"] = json.dumps(await page.charts(request, self.installation))
             return self._page(request, f"{page.name}.html", context)
@@ -178,8 +178,7 @@ class DashboardApp:
             secret = request.cookies.get(cookie_name(request), "")
 
             async def fragment() -> str:
-                values = await page.load(request, self.installation)
-                return text_of(self._templates, request, f"_{page.name}.html", self._about(page) | values)
+                return text_of(self._templates, request, f"_{page.name}.html", await self._loaded(page, request))
 
             async def charts() -> dict[str, Any]:
                 assert page.charts is not None
@@ -202,6 +201,14 @@ class DashboardApp:
             )
 
         return follow
+
+    async def _loaded(self, page: Page, request: Request) -> dict[str, Any]:
+        try:
+            return self._about(page) | await page.load(request, self.installation)
+        except ValueError as error:
+            if not request.query_params:  # which is no fault of whoever asked
+                raise
+            raise NotFoundError(str(error)) from error
 
     def _about(self, page: Page) -> dict[str, Any]:
         return {
@@ -258,7 +265,7 @@ class DashboardApp:
             "action": action.path,
             "fields": [
                 (name, value)
-                for name, values in form.fields.items()
+                for name, values in {**form.fields, **(question.fields if question else {})}.items()
                 if name not in ("form_token", "confirmed", "next")
                 for value in values
             ],

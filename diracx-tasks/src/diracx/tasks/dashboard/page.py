@@ -119,6 +119,11 @@ class Question:
     """The things it is done to."""
     dangerous: bool = False
     """Whether it cannot be undone."""
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What is sent along with the yes: name -> values, in place of what the field had.
+
+    It pins down what the question was about, where that may be another thing by the time of the answer.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ..plumbing.broker import keys
 from ..plumbing.histogram import end_of_bucket
 from ..plumbing.wire import loads
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
-from .places import as_mapping, moment, server_time, text
+from .places import as_mapping, moment, place_in_stream, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -130,9 +130,13 @@ def _sum(flow: Mapping[str, int], suffix: str) -> int:
 async def failures(
     redis: Redis, limit: int = 100, after: str | None = None, *, task_name: str | None = None
 ) -> Page[Failure]:
-    """Failed attempts, newest first. The last 500 or so are kept, for a week."""
+    """Failed attempts, newest first. The last 500 or so are kept, for a week.
+
+    Raises:
+        ValueError: when `after` is not from a page.
+    """
     found: list[Failure] = []
-    begin = "+" if after is None else f"({after}"
+    begin = "+" if after is None else f"({place_in_stream(after)}"
     while len(found) <= limit:
         entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
         for entry, fields in entries:

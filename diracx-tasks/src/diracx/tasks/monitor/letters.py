@@ -10,7 +10,7 @@ from ..plumbing.broker.models import TaskMessage
 from ..plumbing.wire import loads
 from .masking import masked_arguments
 from .models import Page, WaitingLetter
-from .places import Registry, moment
+from .places import Registry, moment, place_in_stream
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -24,9 +24,7 @@ async def waiting_letters(
     Raises:
         ValueError: when `after` is not from a page of them.
     """
-    if after is not None and not after.replace("-", "", 1).isdecimal():
-        raise ValueError(f"{after!r} is not from a page of waiting dead letters")
-    first = "-" if after is None else f"({after}"
+    first = "-" if after is None else f"({place_in_stream(after)}"
     entries: Any = await redis.xrange(keys.DEAD_LETTERS, min=first, count=limit + 1)
     letters = [_letter(entry.decode(), fields, registry) for entry, fields in entries[:limit]]
     return Page(items=letters, after=letters[-1].entry if len(entries) > limit else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ Registry = Mapping[str, "type[BaseTask]"]
 
 #: Entries that are read with one command.
 PAGE = 200
+_ENTRY = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
+_LONGEST_TOLD = 40
 
 
 def queue_of(stream: str) -> str:
@@ -99,3 +103,31 @@ def entry_parts(entry: str) -> tuple[int, int]:
     """
     ms, _, sequence = entry.partition("-")
     return int(ms), int(sequence)
+
+
+def place_in_stream(after: str) -> str:
+    """A place in a stream, as a page before told it.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    parts = _ENTRY.fullmatch(after)
+    if parts is None or max(map(int, parts.groups())) >= 1 << 64:
+        raise ValueError(f"{after[:_LONGEST_TOLD]!r} is not from a page before")
+    return after
+
+
+def place_in_order(after: str) -> tuple[float, str]:
+    """A number and a task id, as a page before told them.
+
+    Raises:
+        ValueError: when they are none.
+    """
+    number, _, task_id = after.partition(" ")
+    try:
+        found = float(number)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{after[:_LONGEST_TOLD]!r} is not from a page before")
+    return found, task_id

@@ -10,7 +10,7 @@ from ..plumbing.broker.models import TaskMessage
 from ..plumbing.wire import loads
 from .masking import masked_arguments
 from .models import Page, RunningTask, Worker
-from .places import Registry, moment, queue_of, scored, server_time, text
+from .places import Registry, moment, place_in_order, queue_of, scored, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -86,8 +86,8 @@ async def running(
     ]
     told.sort(key=lambda one: one[:3])
     if after is not None:
-        since, _, task_id = after.partition(" ")
-        told = [one for one in told if one[:2] > (float(since), task_id)]
+        place = place_in_order(after)
+        told = [one for one in told if one[:2] > place]
     page, more = told[:limit], len(told) > limit
     async with redis.pipeline(transaction=False) as pipe:
         for *_, task in page:

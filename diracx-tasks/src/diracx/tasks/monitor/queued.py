@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
@@ -13,6 +14,8 @@ from .places import (
     Registry,
     entry_parts,
     moment,
+    place_in_order,
+    place_in_stream,
     queue_of,
     scored,
     streams_of_queue,
@@ -112,6 +115,7 @@ async def peek(
     if after is not None:
         if where not in streams:
             raise ValueError(f"{after!r} is not from a page of {queue}")
+        place_in_stream(entry)
         streams = streams[streams.index(where) :]
     for stream in streams:
         begin = entry if stream == where else None
@@ -163,8 +167,8 @@ async def delayed(
     """
     if reason is not None and reason not in DELAY_REASONS:
         raise ValueError(f"there is no reason {reason!r}; there are {', '.join(DELAY_REASONS)}")
-    after_score, _, after_task = (after or "").partition(" ")
-    begin, passed, looked = ("-inf" if after is None else repr(float(after_score))), after is None, 0
+    after_score, after_task = (-math.inf, "") if after is None else place_in_order(after)
+    begin, passed, looked = ("-inf" if after is None else repr(after_score)), after is None, 0
     found: list[DelayedTask] = []
     last = after
     offset = 0
@@ -180,7 +184,7 @@ async def delayed(
         for task, (_, score), data in zip(ids, page, stored, strict=True):
             if not passed:
                 # Members of one score come in the order of their names.
-                if score == float(after_score) and task <= after_task:
+                if score == after_score and task <= after_task:
                     continue
                 passed = True
             last = f"{score!r} {task}"

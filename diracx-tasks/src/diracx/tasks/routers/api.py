@@ -377,7 +377,13 @@ async def purge_queue(writer: Writer, queue: QueueName) -> JSONResponse:
 async def release_lock(
     writer: Writer,
     key: Annotated[str, Body(description="The Redis key of the lock.")],
-    owners: Annotated[list[str] | None, Body(description="Only from these; null: from all who hold it.")] = None,
+    owners: Annotated[
+        list[str] | None,
+        Body(
+            description="Only from these, as `GET /locks/one` tells of them; null: from all who hold it by then, "
+            "whoever they are."
+        ),
+    ] = None,
 ) -> JSONResponse:
     """Take a lock away from those who hold it. A task that loses its lock is cancelled, and counts as failed."""
     return await writer.answer(lambda: writer.operator.release_lock(key, owners))

@@ -34,21 +34,26 @@ async def _ask_release(form: Form, installation: Installation) -> Question:
             f"{found.held} units were spent within the window. Tasks that wait for it come at their time.",
             "Give it back",
         )
-    hit = [f"{holder.task_name or 'unknown task'} {holder.task_id or holder.owner}" for holder in found.holders]
+    chosen = form.many("owner")
+    holders = [holder for holder in found.holders if not chosen or holder.owner in chosen]
+    if not holders:
+        raise NotPossibleError("It was given back meanwhile.")
     return Question(
-        f"Take {key} away from its holder{'s' if found.held > 1 else ''}?",
+        f"Take {key} away from {'its holder' if found.held == 1 else 'this holder' if chosen else 'its holders'}?",
         "Each task below is cancelled when its worker next renews the lock, and counts as failed. Until then it "
         "runs side by side with whoever gets the lock next.",
         "Release it",
-        hit,
+        [f"{holder.task_name or 'unknown task'} {holder.task_id or holder.owner}" for holder in holders],
         dangerous=True,
+        fields={"owner": [holder.owner for holder in holders]},
     )
 
 
 async def _release(form: Form, operator: Operator) -> str:
-    released = await operator.release_lock(form.one("key"), form.many("owner") or None)
+    # None named is none released: somebody else may hold it by now, about whom nobody was asked.
+    released = await operator.release_lock(form.one("key"), form.many("owner"))
     if not released.released:
-        raise NotPossibleError("Nobody holds it any more.")
+        raise NotPossibleError("It was given back meanwhile: nothing was changed.")
     return (
         f"Released: {released.released}, from {', '.join(h.task_id or h.owner for h in released.hit) or 'nobody'}."
     )

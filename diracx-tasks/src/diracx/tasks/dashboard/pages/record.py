@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from ...monitor.places import place_in_stream
 from ..audit import read_audit
-from ..page import Installation, NotFoundError, Page, Request
+from ..page import Installation, Page, Request
 
 _PAGE = 100
-_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     before = request.query_params.get("after")
-    if before and not _ID.fullmatch(before):
-        raise NotFoundError(f"{before[:40]!r} is no place in the audit log.")
-    entries = await read_audit(installation.redis, _PAGE, before)
+    entries = await read_audit(installation.redis, _PAGE, place_in_stream(before) if before else None)
     return {"entries": entries, "after": entries[-1].id if len(entries) == _PAGE else None}
 
 

@@ -19,13 +19,13 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
 
 
 async def _ask_cancel(form: Form, installation: Installation) -> Question:
-    ids = _ids(form)
+    ids, about = _ids(form), form.one("about")
     return Question(
         "Cancel this task?" if len(ids) == 1 else f"Cancel {len(ids)} tasks?",
         "What has not begun is gone at once; what runs is cancelled by its worker within about a second. "
         "It is not retried, and is no dead letter.",
         "Cancel it" if len(ids) == 1 else "Cancel them",
-        details=ids,
+        details=[f"{ids[0]}: {about}"] if len(ids) == 1 and about else ids,
         dangerous=True,
     )
 

@@ -122,7 +122,10 @@ const place = byId("live");
 let held = null; // what came while it could not be shown
 let paused = false;
 let source = null;
-let doubt = 0;
+let doubt = 0; // timers: until it is told that there is no connection, until another is tried
+let again = 0;
+let lost = false;
+let troubled = false;
 
 function tell(kind, text) {
   if (!state) return;
@@ -157,13 +160,30 @@ function trouble(text) {
   const note = byId("trouble");
   note.hidden = !text;
   if (note.textContent !== text) note.textContent = text;
-  if (text) tell("trouble", "not up to date");
-  else tell("live", "live");
+  troubled = Boolean(text);
+  tellState();
+}
+
+function tellState() {
+  const open = source?.readyState === EventSource.OPEN;
+  if (paused) tell("paused", "paused");
+  else if (lost && !open) tell("trouble", "no connection");
+  else if (troubled) tell("trouble", "not up to date");
+  else if (open) tell("live", "live");
+  else if (source) tell("waiting", "connecting");
+}
+
+function leave() {
+  clearTimeout(doubt);
+  clearTimeout(again);
+  source?.close();
 }
 
 function follow() {
+  leave();
   source = new EventSource(body.dataset.live);
-  source.addEventListener("open", () => { clearTimeout(doubt); if (!paused) tell("live", "live"); });
+  // A new stream begins with what is wrong, if anything is.
+  source.addEventListener("open", () => { clearTimeout(doubt); lost = false; trouble(""); });
   source.addEventListener("fragment", (event) => put(event.data));
   source.addEventListener("charts", (event) => {
     if (paused) return;
@@ -175,9 +195,9 @@ function follow() {
   source.addEventListener("error", () => {
     // Streams end now and then, and begin again at once: that is nothing to tell.
     clearTimeout(doubt);
-    doubt = setTimeout(() => tell("trouble", "no connection"), 3000);
+    doubt = setTimeout(() => { lost = true; tellState(); }, 3000);
     // A browser does not try again where it was refused.
-    if (source.readyState === EventSource.CLOSED) setTimeout(() => { if (!paused && !document.hidden) follow(); }, 5000);
+    if (source.readyState === EventSource.CLOSED) again = setTimeout(follow, 5000);
   });
 }
 
@@ -188,15 +208,16 @@ if (body.dataset.live && place) {
     paused = !paused;
     pauseButton.setAttribute("aria-pressed", String(paused));
     pauseButton.textContent = paused ? "Go on" : "Pause";
-    if (paused) tell("paused", "paused");
-    else { tell("live", "live"); if (held !== null) put(held); }
+    if (!paused) {
+      if (held !== null) put(held);
+      if (source?.readyState === EventSource.CLOSED) follow();
+    }
+    tellState();
   });
   // A tab that nobody sees costs nobody anything.
   document.addEventListener("visibilitychange", () => {
-    clearTimeout(doubt);
-    source?.close();
-    if (document.hidden) tell("waiting", "not followed");
-    else follow();
+    if (document.hidden) { leave(); tell("waiting", "not followed"); }
+    else { follow(); tellState(); }
   });
   setInterval(() => { if (held !== null && !paused) put(held); }, 500);
   if (!document.hidden) follow();
