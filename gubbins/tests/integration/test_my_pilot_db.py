@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from diracx.db.sql.utils import SQLDBUnavailableError
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -251,6 +253,27 @@ async def test_P60_capacity_holds_in_a_database_in_memory_too() -> None:
         assert sorted(type(end).__name__ for end in ends) == ["NoRoomError"] * 15 + ["int"] * 5
         async with db:
             assert len(await db.get_pilots_by_status(S.SUBMITTED, "lhcb")) == 5
+
+
+async def test_a_round_locks_compute_elements_in_the_order_of_the_checks(
+    postgresql_server: Any, empty_database: Any
+) -> None:
+    database = MyPilotDB(await empty_database("postgresql"))
+    async with database.engine_context():
+        await database.create_tables()
+        for name in ("a", "B"):  # a locale may have them so, as the table has; Python has not
+            await database.add_ce(name, 1, 1.0)
+        async with database.unit():
+            await database.record_ce_error("B", "first")
+            # In a context of its own, or it would be of this transaction.
+            counting = database.pending_requests(since=datetime.now(UTC))
+            round = asyncio.create_task(counting, context=contextvars.Context())
+            waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            async with asyncio.timeout(30), database.engine.connect() as looking:
+                while not (await looking.execute(waiting)).scalar_one():
+                    await asyncio.sleep(0.01)
+            await database.record_ce_error("a", "second")
+        assert await round == {}
 
 
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])

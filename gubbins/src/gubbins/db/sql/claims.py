@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import collate, delete, func, insert, select, update
 
 from gubbins import clock
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
@@ -56,6 +56,13 @@ class ClaimStore(CircuitStore):
         counting them counts all of them.
         """
         async with self.unit():
+            if self.conn.dialect.name == "postgresql":
+                # It would update the rows as they lie; checks lock several by name, in the order of Python.
+                await self.conn.execute(
+                    select(ComputeElements.name)
+                    .order_by(collate(ComputeElements.name, "C"))
+                    .with_for_update(key_share=True)
+                )
             await self.conn.execute(update(ComputeElements).values(capacity=ComputeElements.capacity))
             await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
             rows = await self.conn.execute(

@@ -83,7 +83,7 @@ async def load_ces(
 ) -> dict[str, Literal["created", "updated", "unchanged"]]:
     """Make the compute elements be as specified: all of them or, on any error, none. Others are left alone."""
     async with db.unit():
-        return {
+        changes = {
             spec.name: await db.set_ce(
                 spec.name,
                 capacity=spec.capacity,
@@ -94,8 +94,10 @@ async def load_ces(
                 vos=spec.vos,
                 rules=_written(spec),
             )
-            for spec in specs
+            # By name, as everybody locks them.
+            for spec in sorted(specs, key=lambda spec: spec.name)
         }
+    return {spec.name: changes[spec.name] for spec in specs}
 
 
 async def set_ce_enabled(db: MyPilotDB, name: str, enabled: bool) -> bool:
