@@ -7,6 +7,16 @@ import signal
 
 import pytest
 
+_LOOK = """
+import os
+
+
+class Look(BaseTask):
+    async def execute(self) -> str:
+        told = ("DIRACX_TASKS_SUPERVISOR_SOCKET", "DIRACX_TASKS_PROCESS_NUMBER")
+        return f"told: {[name for name in told if name in os.environ]}"
+"""
+
 
 @pytest.fixture
 def two(served, wait_until):
@@ -40,6 +50,15 @@ def test_workers_stop_when_their_supervisor_was_killed(two, wait_until):
     two.process.kill()
     wait_until(lambda: two.output.count("stopped\n") == 2, "all workers have stopped")
     assert two.output.count("the supervisor is gone") == 2
+
+
+def test_what_a_task_starts_is_no_child_of_the_supervisor(served, wait_until):
+    with (served.directory / "my_tasks.py").open("a") as tasks:
+        tasks.write(_LOOK)
+    supervisor = served.start("worker", "--processes", "2", "--module", "my_tasks.py")
+    wait_until(lambda: supervisor.output.count("ready: medium tasks") == 2, "two workers are ready")
+    done = served("submit", "my_tasks:Look", "--wait", "--module", "my_tasks.py")
+    assert "told: []" in done.stdout, done.stdout + done.stderr
 
 
 def test_what_cannot_start_is_said_and_ends_it(cli):

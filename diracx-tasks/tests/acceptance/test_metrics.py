@@ -56,6 +56,14 @@ def test_a_worker_serves_what_it_counted_and_whether_it_is_ready(
     wait_until(lambda: get(port, "/readyz")[0] == 200, "it is ready")
     assert get(port, "/healthz") == (200, "ok\n")
     assert get(port, "/else")[0] == 404
+    # An alert that waits for an increase sees the first event as well.
+    at_first = samples(get(port, "/metrics")[1])
+    for priority in ("realtime", "normal", "background"):
+        which = f'task_name="my_tasks:Fail",priority="{priority}",size="medium"'
+        assert at_first[f'tasks_given_up_total{{{which},action="dlq"}}'] == 0
+        assert at_first[f"task_leases_lost_total{{{which}}}"] == 0
+    for reason in ("unknown task", "unparsable", "arguments", "poison"):
+        assert at_first[f'task_messages_rejected_total{{reason="{reason}"}}'] == 0
     served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
     served.mine("submit", "my_tasks:Fail")
     labels = '{task_name="my_tasks:Greet",priority="normal",size="medium"}'

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 
 from .errors import mask
-from .supervisor import NUMBER_VARIABLE
+from .supervisor import own_number
 
 #: Libraries that talk more than an operator wants to hear.
 _TALKATIVE = ("aiosqlite", "asyncio", "git", "httpcore", "httpx", "opensearch", "sh", "sqlalchemy", "urllib3")
@@ -22,7 +21,7 @@ class _Readable(logging.Formatter):
     default_msec_format = "%s.%03dZ"
 
     def __init__(self) -> None:
-        number = os.environ.get(NUMBER_VARIABLE)
+        number = own_number()
         process = f"[{number}] " if number else ""
         super().__init__(f"%(asctime)s %(levelname)-8s {process}%(short)s: %(message)s")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
@@ -15,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .errors import CliError
-from .supervisor import NUMBER_VARIABLE
+from .supervisor import own_number
 
 logger = logging.getLogger(__package__)
 
@@ -50,7 +49,7 @@ async def probes(
     if port is None:
         yield
         return
-    port += max(0, int(os.environ.get(NUMBER_VARIABLE, "1")) - 1)
+    port += (own_number() or 1) - 1
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):

@@ -124,7 +124,8 @@ def worker(
                 async def counted() -> Measured:
                     from ..monitor.metrics import worker_metrics
 
-                    return worker_metrics(serving.reporter, broker.counts, str(worker_size), max_concurrent_tasks)
+                    size, slots = str(worker_size), max_concurrent_tasks
+                    return worker_metrics(serving.reporter, broker.counts, size, slots, registry)
 
                 def is_ready() -> bool:
                     return serving.ready.is_set() and not stop.is_set()

@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 logger = logging.getLogger(__name__)
 
-#: Number of a child, from 1; shown in its log lines.
-NUMBER_VARIABLE = "DIRACX_TASKS_PROCESS_NUMBER"
+_NUMBER_VARIABLE = "DIRACX_TASKS_PROCESS_NUMBER"
 _SOCKET_VARIABLE = "DIRACX_TASKS_SUPERVISOR_SOCKET"
 _READY = b"r"
 
@@ -30,14 +30,26 @@ _LONGEST_PAUSE_SECONDS = 30.0
 _YOUNG_SECONDS = 10.0
 
 
+@cache
+def _told(variable: str) -> int | None:
+    """What the supervisor told, and forgotten by that: what a task starts is no child of the supervisor."""
+    number = os.environ.pop(variable, None)
+    return None if number is None else int(number)
+
+
+def own_number() -> int | None:
+    """Number of this child, from 1; None of a process without a supervisor."""
+    return _told(_NUMBER_VARIABLE)
+
+
 def is_supervised() -> bool:
     """Whether this process is a child of a supervisor."""
-    return _SOCKET_VARIABLE in os.environ
+    return _told(_SOCKET_VARIABLE) is not None
 
 
 async def serve_supervised(ready: asyncio.Event, stop: Callable[[], None]) -> None:
     """In a child: say when it is ready, and call `stop` when the supervisor is gone."""
-    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=int(os.environ[_SOCKET_VARIABLE])))
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=_told(_SOCKET_VARIABLE)))
     gone = asyncio.ensure_future(reader.read())
     is_ready = asyncio.ensure_future(ready.wait())
     try:
@@ -121,7 +133,7 @@ class Supervisor:
                     *self._arguments,
                     env={
                         **os.environ,
-                        NUMBER_VARIABLE: str(number),
+                        _NUMBER_VARIABLE: str(number),
                         _SOCKET_VARIABLE: str(theirs.fileno()),
                     },
                     pass_fds=[theirs.fileno()],

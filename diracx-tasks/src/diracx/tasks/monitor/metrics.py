@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..plumbing.broker.keys import stream_name_for
+from ..plumbing.enums import Priority
 from .families import Family, Histogram
 from .places import queue_of
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from ..plumbing.broker.counts import Counts
     from ..plumbing.worker.reporter import Reporter
     from .models import Snapshot
+    from .places import Registry
 
 
 def _of_stream(stream: str) -> dict[str, str]:
@@ -18,9 +21,26 @@ def _of_stream(stream: str) -> dict[str, str]:
     return {"priority": priority, "size": size}
 
 
-def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int) -> list[Family | Histogram]:
-    """What one worker has counted since it began."""
-    totals = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in reporter.totals().items()]
+def worker_metrics(
+    reporter: Reporter, counts: Counts, size: str, slots: int, registry: Registry
+) -> list[Family | Histogram]:
+    """What one worker has counted since it began.
+
+    What is grave is told of from the start, at 0: whoever looks for an increase does not see one in a series that
+    begins at 1.
+    """
+    from ..plumbing.persistence.letter import DeadLetterReason
+    from ..plumbing.worker.reporter import Sums
+
+    known = reporter.totals()
+    totals = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in known.items()]
+    streams = [stream_name_for(priority, size) for priority in Priority]
+    names = [name for name, task_class in registry.items() if task_class.size == size]
+    awaited = {(name, stream): Sums() for name in names for stream in streams} | known
+    grave = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in awaited.items()]
+    # The others are those of tasks that were executed.
+    reasons = [each for each in DeadLetterReason if each not in ("exhausted", "unsettled")]
+    rejected = {str(reason): 0 for reason in reasons} | reporter.rejected_totals()
     running = [({"task_name": n, **_of_stream(s)}, number) for (n, s), number in reporter.in_progress().items()]
     return [
         Family(
@@ -46,10 +66,10 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int) ->
             "tasks_given_up_total",
             "counter",
             "Tasks that failed for good or were cancelled: with the dead letters, or gone.",
-            [({**labels, "action": "dlq"}, each.dead) for labels, each in totals]
+            [({**labels, "action": "dlq"}, each.dead) for labels, each in grave]
             + [
                 ({**labels, "action": "discarded"}, each.failed - each.retried - each.dead)
-                for labels, each in totals
+                for labels, each in grave
             ],
         ),
         Family(
@@ -62,13 +82,13 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int) ->
             "task_leases_lost_total",
             "counter",
             "Executions that another worker took over because the lease had ended.",
-            [(labels, each.taken_over) for labels, each in totals],
+            [(labels, each.taken_over) for labels, each in grave],
         ),
         Family(
             "task_messages_rejected_total",
             "counter",
             "Messages that could not be executed, and are with the dead letters.",
-            [({"reason": reason}, number) for reason, number in reporter.rejected_totals().items()],
+            [({"reason": reason}, number) for reason, number in rejected.items()],
         ),
         Family(
             "task_messages_reclaimed_total",

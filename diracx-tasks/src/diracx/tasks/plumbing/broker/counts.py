@@ -42,6 +42,12 @@ class Counts:
         for delivery in deliveries:
             self.reclaimed[delivery.stream] = self.reclaimed.get(delivery.stream, 0) + 1
 
+    def await_occurrences(self, names: Iterable[str]) -> None:
+        """Runs of these will come: none is counted from now on, for an increase is only seen from something."""
+        for name in names:
+            for submitted in (True, False):
+                self.occurrences.setdefault((name, submitted), 0)
+
     def note_occurrence(self, name: str, submitted: bool) -> None:
         """A run of a schedule was submitted, or could not be."""
         which = (name, submitted)

@@ -252,6 +252,7 @@ class TaskScheduler:
             if number % _SMALL_PORTION == 0:
                 await asyncio.sleep(0)
         self._scheduled = {found.id: found for found in instances.values() if found.enabled}
+        self._broker.counts.await_occurrences({found.name for found in self._scheduled.values()})
         await self._clock.ask(redis)
         known = await redis.execute_command("HGETALL", keys.FINGERPRINTS)
         changed: list[dict[str, Any]] = []
