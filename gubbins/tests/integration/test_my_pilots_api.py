@@ -210,7 +210,7 @@ def test_ces_are_created_opened_and_closed_by_administrators(client: Any, as_: A
     ]
     assert names(as_()) == ["ce"]
     assert names(as_("dteam")) == ["ce", "new"]
-    assert client.post(f"{API}/submit/new", headers=as_()).status_code == 403
+    assert client.post(f"{API}/submit/new", headers=as_()).status_code == 404
     assert client.post(f"{API}/ces/new/disable", headers=admin).status_code == 204
     assert client.post(f"{API}/submit/new", headers=as_("dteam")).status_code == 409
     assert names(as_("dteam"), "?with_room=true") == ["ce"]
