@@ -76,6 +76,7 @@ PEERS = (
         environment="ours",
         worker=("diracx-task-run", "worker", "--max-concurrent-tasks", "{concurrency}", "--log-level", "warning"),
         storing=("--result-ttl", "3600"),
+        scheduler=("diracx-task-run", "scheduler", "--log-level", "warning"),
         bulk="schedule_many",
     ),
     Peer(
