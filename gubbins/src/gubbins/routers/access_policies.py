@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["ActionType", "CheckMyPilotsPolicyCallable", "ConfigReader", "MyPilotsAccessPolicy"]
+__all__ = ["ActionType", "CheckMyPilotsPolicyCallable", "MyPilotsAccessPolicy"]
 
 from collections.abc import Awaitable, Callable
 from enum import StrEnum, auto
-from http import HTTPStatus
 from typing import Annotated, Any
 
-from diracx.core.config import ConfigSource
 from diracx.core.config.schema import Config
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
-from fastapi import Depends, HTTPException, Request
+from diracx.tasks.routers.policies import check_vo_is_registered, forbidden
+from fastapi import Depends
 
 
 class ActionType(StrEnum):
@@ -59,27 +58,14 @@ class MyPilotsAccessPolicy(BaseAccessPolicy):
         """
         if action is None or config is None:
             raise ValueError("MyPilotsAccessPolicy needs `action` and `config`")
-        if user_info.vo not in (await config()).registry:
-            raise _forbidden(f"VO {user_info.vo!r} is not in the registry of this installation")
+        await check_vo_is_registered(user_info.vo, config)
         is_admin = SERVICE_ADMINISTRATOR in user_info.properties
         if action is ActionType.MANAGE and not is_admin:
-            raise _forbidden("managing compute elements needs the property ServiceAdministrator")
+            raise forbidden("managing compute elements needs the property ServiceAdministrator")
         if not is_admin and NORMAL_USER not in user_info.properties:
-            raise _forbidden("pilots need the property NormalUser or ServiceAdministrator")
+            raise forbidden("pilots need the property NormalUser or ServiceAdministrator")
         if vo is not None and vo != user_info.vo and not is_admin:
-            raise _forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
+            raise forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
 
-
-def _forbidden(detail: str) -> HTTPException:
-    return HTTPException(status_code=HTTPStatus.FORBIDDEN, detail=detail)
-
-
-def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
-    return request.app.dependency_overrides[ConfigSource.create]  # type: ignore[no-any-return]  # set by diracx
-
-
-ConfigReader = Annotated[Callable[[], Awaitable[Config]], Depends(_config_reader)]
-"""Reads the configuration when it is called: only the policy wants it, and one that an extension puts in its
-place (or the tests of one, which have no configuration) may not."""
 
 CheckMyPilotsPolicyCallable = Annotated[Callable[..., Any], Depends(MyPilotsAccessPolicy.check)]

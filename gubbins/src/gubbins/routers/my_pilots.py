@@ -13,6 +13,7 @@ from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from diracx.tasks.routers.policies import ConfigReader
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -34,7 +35,7 @@ from gubbins.exceptions import (
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CESpec
 
-from .access_policies import ActionType, CheckMyPilotsPolicyCallable, ConfigReader
+from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
 router = DiracxRouter()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..plumbing.endings import end
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
 from .measured import Measured, costly_sources, measured, set_up_telemetry
@@ -198,7 +199,7 @@ def scheduler(
             if task_db is not None:
                 resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
                 resubmitting = asyncio.create_task(_resubmit(resubmitter))
-                stack.push_async_callback(_cancelled, resubmitting)
+                stack.push_async_callback(end, resubmitting)  # wherever it is: what broke off can be repeated
 
             def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
                 serving.reconfigure(tasks, vos or ())
@@ -240,12 +241,6 @@ async def _resubmit(resubmitter: Resubmitter) -> None:
     except Exception as error:
         logger.error("dead letters are not submitted again: %s; the next start will", one_line(str(error)))
     logger.info("dead letters: %d submitted again, %d left", fates["resubmitted"], fates["refused"])
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    """End it, wherever it is: what broke off can be repeated."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _announce(event: asyncio.Event, line: str) -> None:

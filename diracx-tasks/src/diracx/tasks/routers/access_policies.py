@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["ActionType", "CheckTasksPolicyCallable", "ConfigReader", "TasksAccessPolicy"]
+__all__ = ["ActionType", "CheckTasksPolicyCallable", "TasksAccessPolicy"]
 
 from collections.abc import Awaitable, Callable
 from enum import StrEnum, auto
-from http import HTTPStatus
 from typing import Annotated, Any
 
-from diracx.core.config import ConfigSource
 from diracx.core.config.schema import Config
 from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends
+
+from .policies import check_vo_is_registered, forbidden
 
 
 class ActionType(StrEnum):
@@ -55,24 +55,12 @@ class TasksAccessPolicy(BaseAccessPolicy):
         """
         if action is None or config is None:
             raise ValueError("TasksAccessPolicy needs `action` and `config`")
-        if user_info.vo not in (await config()).registry:
-            raise _forbidden(f"VO {user_info.vo!r} is not in the registry of this installation")
+        await check_vo_is_registered(user_info.vo, config)
         is_admin = SERVICE_ADMINISTRATOR in user_info.properties
         if action is ActionType.WRITE and not is_admin:
-            raise _forbidden("acting on tasks needs the property ServiceAdministrator")
+            raise forbidden("acting on tasks needs the property ServiceAdministrator")
         if not is_admin and OPERATOR not in user_info.properties:
-            raise _forbidden("looking at tasks needs the property Operator or ServiceAdministrator")
+            raise forbidden("looking at tasks needs the property Operator or ServiceAdministrator")
 
-
-def _forbidden(detail: str) -> HTTPException:
-    return HTTPException(status_code=HTTPStatus.FORBIDDEN, detail=detail)
-
-
-def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
-    return request.app.dependency_overrides[ConfigSource.create]  # type: ignore[no-any-return]  # set by diracx
-
-
-ConfigReader = Annotated[Callable[[], Awaitable[Config]], Depends(_config_reader)]
-"""Reads the configuration when it is called: only the policy wants it."""
 
 CheckTasksPolicyCallable = Annotated[Callable[..., Any], Depends(TasksAccessPolicy.check)]

@@ -30,9 +30,10 @@ from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
 from ..plumbing.scheduler import schedules
 from . import models
-from .access_policies import ActionType, CheckTasksPolicyCallable, ConfigReader
+from .access_policies import ActionType, CheckTasksPolicyCallable
 from .dashboard import name_of
 from .environment import installation_of_environment
+from .policies import ConfigReader
 
 router = DiracxRouter()
 

@@ -19,8 +19,9 @@ from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import Depends, HTTPException, Request, Response
 
-from .access_policies import ActionType, ConfigReader
+from .access_policies import ActionType
 from .environment import installation_of_environment
+from .policies import ConfigReader
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
