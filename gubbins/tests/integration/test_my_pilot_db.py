@@ -234,6 +234,31 @@ async def test_requests_are_counted_struck_out_and_given_up(db: MyPilotDB) -> No
     assert await db.pending_requests(since=now + timedelta(minutes=1)) == {}
 
 
+async def test_each_of_many_that_start_at_once_strikes_out_one_request(db: MyPilotDB) -> None:
+    now = datetime.now(tz=UTC)
+    names, vos = ("a", "b"), ("lhcb", "dteam")
+    for name in names:
+        await db.add_ce(name, 100, 1.0)
+        for vo in vos:
+            await db.add_requests(name, vo=vo, count=25)
+
+    async def ask(vo: str) -> None:
+        for _ in range(5):
+            async with db.unit():
+                await db.pending_requests(since=now - timedelta(minutes=1))
+                for name in names:
+                    await db.add_requests(name, vo=vo, count=1)
+
+    async def start(name: str, vo: str) -> None:
+        for _ in range(5):
+            await db.take_requests(name, vo=vo)
+
+    starts = [start(name, vo) for _ in range(5) for name in names for vo in vos]
+    await asyncio.gather(*(asyncio.create_task(one) for one in [*starts, *(ask(vo) for vo in vos)]))
+    left = await db.pending_requests(since=now - timedelta(minutes=1))
+    assert left == {(name, vo): 5 for name in names for vo in vos}
+
+
 async def test_uninitialised_database_says_how_to_initialise_it(db_url: str) -> None:
     db = MyPilotDB(db_url)
     async with db.engine_context():

@@ -43,11 +43,13 @@ class ClaimStore(CircuitStore):
             .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
             .order_by(PilotRequests.id)
             .limit(count)
-            # Within a derived table MySQL allows both the LIMIT and reading from the table it deletes from.
-            .subquery("oldest")
         )
         async with self.unit():
-            await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(select(oldest.c.id))))
+            # Two that start at once would choose the same request, or on MariaDB deadlock over it.
+            await self._lock_ce(ce_name)
+            ids = (await self.conn.execute(oldest)).scalars().all()
+            if ids:
+                await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
 
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
         """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.
