@@ -46,7 +46,7 @@ class CircuitStore(PilotDBConnection):
         """
         now = clock.now()
         async with self.unit():
-            await self._lock_ce(ce_name)
+            await self.lock_ces([ce_name])
             claimed = await self.conn.execute(
                 update(CECircuits)
                 .where(
@@ -110,7 +110,7 @@ class CircuitStore(PilotDBConnection):
     async def record_success(self, ce_name: str, call: CECall) -> None:
         """Note that a call worked: its circuit is closed, and what it complained about is over."""
         async with self.unit():
-            await self._lock_ce(ce_name)
+            await self.lock_ces([ce_name])
             await self.conn.execute(
                 delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
             )
@@ -121,16 +121,6 @@ class CircuitStore(PilotDBConnection):
         async with self.unit():
             if ce_names:
                 await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name.in_(ce_names)))
-
-    async def _lock_ce(self, name: str) -> bool:
-        """Hold the row of this compute element until the transaction ends; False when there is none.
-
-        An UPDATE that changes nothing, because SQLite has no SELECT … FOR UPDATE.
-        """
-        locked = await self.conn.execute(
-            update(ComputeElements).where(ComputeElements.name == name).values(capacity=ComputeElements.capacity)
-        )
-        return bool(locked.rowcount)
 
     async def _restore_last_error(self, ce_name: str) -> None:
         """The last error of a compute element is that of the circuits which still have one."""

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import collate, delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select
 
 from gubbins import clock
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
 from .circuits import CircuitStore
-from .schema import ComputeElements, PilotClaims, PilotRequests, Pilots
+from .schema import PilotClaims, PilotRequests, Pilots
 
 
 class Claim(NamedTuple):
@@ -46,7 +46,7 @@ class ClaimStore(CircuitStore):
         )
         async with self.unit():
             # Two that start at once would choose the same request, or on MariaDB deadlock over it.
-            await self._lock_ce(ce_name)
+            await self.lock_ces([ce_name])
             ids = (await self.conn.execute(oldest)).scalars().all()
             if ids:
                 await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
@@ -58,14 +58,7 @@ class ClaimStore(CircuitStore):
         counting them counts all of them.
         """
         async with self.unit():
-            if self.conn.dialect.name == "postgresql":
-                # It would update the rows as they lie; checks lock several by name, in the order of Python.
-                await self.conn.execute(
-                    select(ComputeElements.name)
-                    .order_by(collate(ComputeElements.name, "C"))
-                    .with_for_update(key_share=True)
-                )
-            await self.conn.execute(update(ComputeElements).values(capacity=ComputeElements.capacity))
+            await self.lock_ces()
             await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
             rows = await self.conn.execute(
                 select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(

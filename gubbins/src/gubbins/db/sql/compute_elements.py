@@ -110,7 +110,7 @@ class ComputeElementStore(ClaimStore):
         if enabled:
             wanted |= {"banned_at": None, "ban_reason": None}
         async with self.unit():
-            if not await self._lock_ce(name):
+            if not await self.lock_ces([name]):
                 wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
                 await self.add_ce(name, **({"enabled": True} | wanted))
                 return "created"
@@ -134,7 +134,7 @@ class ComputeElementStore(ClaimStore):
             UnknownCEError: there is none of that name.
         """
         async with self.unit():
-            if not await self._lock_ce(name):
+            if not await self.lock_ces([name]):
                 raise UnknownCEError(name)
             changed = await self.conn.execute(
                 update(ComputeElements)
@@ -157,7 +157,7 @@ class ComputeElementStore(ClaimStore):
         """
         now = clock.now()
         async with self.unit():
-            if not await self._lock_ce(name):
+            if not await self.lock_ces([name]):
                 raise UnknownCEError(name)
             banned = await self.conn.execute(
                 update(ComputeElements)
@@ -226,7 +226,7 @@ class ComputeElementStore(ClaimStore):
         taken = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
         async with self.unit():
             if lock:
-                await self._lock_ce(name)
+                await self.lock_ces([name])
             return (await self.conn.execute(taken)).scalar_one_or_none() is not None
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:

@@ -7,18 +7,33 @@ __all__ = ["DatabaseNotReadyError", "PilotDBConnection"]
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
 from diracx.tasks.plumbing.databases import read_committed
 from diracx.tasks.plumbing.migrations import Migrations
-from sqlalchemy import ARRAY, BigInteger, ColumnElement, Connection, and_, any_, event, func, inspect, select, text
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    and_,
+    any_,
+    collate,
+    event,
+    func,
+    inspect,
+    select,
+    text,
+    true,
+    update,
+)
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.sql.selectable import Subquery
 
-from .schema import MyPilotDBBase, Pilots
+from .schema import ComputeElements, MyPilotDBBase, Pilots
 from .staging import staged
 
 SQLITE_BUSY_TIMEOUT_MS = 30_000
@@ -134,6 +149,28 @@ class PilotDBConnection(BaseSQLDB):
                 await connection.close()
             finally:
                 self._end_turn()
+
+    async def lock_ces(self, names: Collection[str] | None = None) -> int:
+        """Hold the rows of these compute elements (None: of all) until the transaction ends; how many there are.
+
+        Whoever locks pilots or compute elements at some of them begins with this: it locks in the order of
+        the names, so that no two wait for each other. (MySQL locks the compute element of each pilot whose
+        state changes, for its foreign key.) An UPDATE that changes nothing, because SQLite has no SELECT …
+        FOR UPDATE.
+        """
+        those = true() if names is None else ComputeElements.name.in_(names)
+        if self.conn.dialect.name == "postgresql" and (names is None or len(names) > 1):
+            # It would update the rows as they lie.
+            await self.conn.execute(
+                select(ComputeElements.name)
+                .where(those)
+                .order_by(collate(ComputeElements.name, "C"))
+                .with_for_update(key_share=True)
+            )
+        locked = await self.conn.execute(
+            update(ComputeElements).where(those).values(capacity=ComputeElements.capacity)
+        )
+        return int(locked.rowcount)
 
     async def _staged(self, rows: Sequence[tuple[int, str | None]]) -> Subquery:
         """These rows as a derived table `id, reason`, for a statement of the present transaction."""

@@ -79,7 +79,7 @@ class PilotStore(ComputeElementStore):
         stamp = stamp or uuid.uuid4().hex
         now = clock.now()
         async with self.unit():
-            if not await self._lock_ce(ce_name):
+            if not await self.lock_ces([ce_name]):
                 raise UnknownCEError(ce_name)
             ce = (
                 await self.conn.execute(
@@ -125,6 +125,10 @@ class PilotStore(ComputeElementStore):
         async with self.unit():
             if not references:
                 return 0
+            if len(references) == 1:  # a join may read, and lock, other pilots of a small table
+                [(id, name)] = references
+                one = update(Pilots).where(Pilots.id == id).values(reference=name, missing_since=None)
+                return int((await self.conn.execute(one)).rowcount)
             these = await self._staged(references)
             confirmed = await self.conn.execute(
                 update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)

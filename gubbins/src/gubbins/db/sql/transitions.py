@@ -50,7 +50,12 @@ class TransitionStore(PilotDBConnection):
         before = PREDECESSOR.get(status)
         now = clock.now()
         reason = None if reason is None else reason[:MAX_REASON_CHARS]
+        # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
         async with self.unit():
+            ce_name = (await self.conn.execute(select(Pilots.ce_name).where(*mine))).scalar_one_or_none()
+        async with self.unit():
+            if ce_name is not None:
+                await self.lock_ces([ce_name])
             if before is not None:
                 changes = _entering(status, now)
                 if reason is not None:

@@ -159,6 +159,7 @@ async def _note(
             complaints[name] = answer.complaint
             _judge(ces[name], by_ce[name], answer.observations, now, findings)
     async with db.unit():
+        await db.lock_ces(set(answered.values()))
         counts.update(await db.advance_pilots(findings.moves, vo=vo))
         await db.queue_outputs(findings.outputs)
         await db.confirm_pilots(findings.confirmed)

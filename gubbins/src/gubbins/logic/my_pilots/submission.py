@@ -72,9 +72,9 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         raise CERefusedError(ce_name, str(error)) from error
     reason = outcome.error or "no reason given"
     async with db.unit():
+        await note_failure(db, ce, CECall.SUBMIT, reason)
         if begun is None:  # else the first attempt may have been accepted: the next checks find out
             await db.release_pilots([pilot_id])
-        await note_failure(db, ce, CECall.SUBMIT, reason)
     raise CERefusedError(ce_name, reason)
 
 
@@ -88,8 +88,8 @@ async def _confirm(
     db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
 ) -> None:
     async with db.unit():
-        confirmed = await db.confirm_pilots([(pilot_id, str(pilot.reference))])
         await note_success(db, ce, CECall.SUBMIT)
+        confirmed = await db.confirm_pilots([(pilot_id, str(pilot.reference))])
     if confirmed:
         logger.debug("Submitted pilot %d of %s to %s", pilot_id, pilot.vo, ce["name"])
         return
