@@ -85,28 +85,41 @@ class Tab:
 @asynccontextmanager
 async def tab_of(app: DashboardApp, token: str, scheme: str = "light") -> AsyncIterator[Tab]:
     """A tab that has signed in, with the dashboard on a port of its own."""
-    async with _served(app) as home, playwright.async_playwright() as started:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        async with served(app, listening):
+            home = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            try:
+                async with new_tab(home, scheme) as made:
+                    await made.open(f"/sign-in?token={token}")
+                    yield made
+            finally:
+                app.end_streams()
+
+
+@asynccontextmanager
+async def new_tab(home: str, scheme: str = "light") -> AsyncIterator[Tab]:
+    """An empty tab."""
+    async with playwright.async_playwright() as started:
         browser = await started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             context = await browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 860})
-            made = Tab(await context.new_page(), home, scheme)
-            await made.open(f"/sign-in?token={token}")
-            yield made
+            yield Tab(await context.new_page(), home, scheme)
         finally:
             await browser.close()
 
 
 @asynccontextmanager
-async def _served(app: DashboardApp) -> AsyncIterator[str]:
+async def served(app: Any, listening: socket.socket) -> AsyncIterator[None]:
+    """An application that answers there. What it opens with its lifespan is for the caller to open."""
     import uvicorn
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            app.end_streams()
-            server.should_exit = True
-            await serving
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, log_level="error", access_log=False, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving

@@ -18,6 +18,25 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 
+class SigningKey:
+    """An RSA key that signs tokens."""
+
+    def __init__(self) -> None:
+        self._key = rsa.generate_private_key(65537, 2048)
+
+    def sign(self, claims: dict[str, Any]) -> str:
+        """A JWT with these claims."""
+        signed = f"{_encode({'alg': 'RS256', 'kid': '1', 'typ': 'JWT'})}.{_encode(claims)}"
+        return f"{signed}.{_base64(self._key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """The JWK set that whoever checks its tokens fetches."""
+        numbers = self._key.public_key().public_numbers()
+        public = {"n": _base64(numbers.n.to_bytes(256, "big")), "e": _base64(numbers.e.to_bytes(3, "big"))}
+        return {"keys": [{"kty": "RSA", "kid": "1", "use": "sig", "alg": "RS256", **public}]}
+
+
 class TokenIssuer:
     """Makes tokens; while it is `running`, its keys can be fetched from `url`."""
 
@@ -25,7 +44,7 @@ class TokenIssuer:
         self.url = f"https://localhost:{port}"
         self._port = port
         self._files = (certificate, key)
-        self._key = rsa.generate_private_key(65537, 2048)
+        self._key = SigningKey()
 
     def make_token(self, *, subject: str = "pilot", seconds: float = 3600) -> str:
         """A token that expires in so many seconds; or so many seconds ago, if they are negative."""
@@ -40,17 +59,14 @@ class TokenIssuer:
             "scope": "compute.create compute.read compute.cancel compute.modify",
             "wlcg.ver": "1.0",
         }
-        signed = f"{_encode({'alg': 'RS256', 'kid': '1', 'typ': 'JWT'})}.{_encode(claims)}"
-        return f"{signed}.{_base64(self._key.sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
+        return self._key.sign(claims)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Inside the block its keys can be fetched."""
-        numbers = self._key.public_key().public_numbers()
-        public = {"n": _base64(numbers.n.to_bytes(256, "big")), "e": _base64(numbers.e.to_bytes(3, "big"))}
         documents: dict[str, Any] = {
             "/.well-known/openid-configuration": {"issuer": self.url, "jwks_uri": f"{self.url}/keys"},
-            "/keys": {"keys": [{"kty": "RSA", "kid": "1", "use": "sig", "alg": "RS256", **public}]},
+            "/keys": self._key.published,
         }
 
         class Handler(BaseHTTPRequestHandler):

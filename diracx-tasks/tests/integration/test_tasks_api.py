@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -15,8 +14,8 @@ import pytest
 from config_repository import ConfigRepository
 from dashboard_world import HOSTILE, SECRET, World, small_world
 from diracx.tasks.dashboard.audit import read_audit
+from diracx_application import HOME, make_application, set_environment
 
-HOME = "http://diracx.example.org"
 READS = [
     *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
     *("failures", "locks", "schedules", "groups", "configuration", "audit", "dead-letters", "dead-letters/1"),
@@ -45,32 +44,13 @@ async def world(redis_url: str) -> AsyncIterator[World]:
 @pytest.fixture
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Token:
     """Makes tokens that the application will accept; the environment of the application is that of this test."""
-    from cryptography.fernet import Fernet
     from diracx.core.models import AccessTokenPayload
     from diracx.core.settings import AuthSettings
     from diracx.logic.auth.token import create_token
-    from joserfc.jwk import KeySet, OKPKey
     from uuid_utils import uuid7
 
-    key = OKPKey.generate_key(
-        crv="Ed25519", parameters={"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": uuid7().hex}
-    )
-    keystore = tmp_path / "keystore.json"
-    keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
     repository = ConfigRepository(tmp_path / "config", vos=["lhcb"])
-    environment = {
-        "DIRACX_CONFIG_BACKEND_URL": repository.url,
-        "DIRACX_DB_URL_TASKDB": f"sqlite+aiosqlite:///{tmp_path}/unused.db",
-        "DIRACX_TASKS_REDIS_URL": redis_url,
-        "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
-        "DIRACX_SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),
-        "DIRACX_SERVICE_AUTH_TOKEN_ISSUER": HOME,
-        "DIRACX_SERVICE_AUTH_ALLOWED_REDIRECTS": "[]",
-    }
-    for name in ("AUTH", "CONFIG", "JOBS", "PILOTS", "RSS", "HEALTH", "MY_PILOTS"):
-        environment[f"DIRACX_SERVICE_{name}_ENABLED"] = "false"
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, tmp_path, redis_url, repository.url)
     settings = AuthSettings()
 
     def make(*properties: str, vo: str = "lhcb", seconds: float = 600) -> str:
@@ -93,17 +73,13 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> To
 @pytest.fixture
 async def client(token: Token, world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
     """A DiracX application that looks at the small world."""
-    from diracx.core.config import ConfigSource
-    from diracx.routers.factory import create_app
-    from diracx.tasks.routers import api, dashboard, environment
+    from diracx.tasks.routers import environment
 
     async def this() -> Any:
         return world.installation
 
     monkeypatch.setattr(environment, "_open", this)
-    assert {api.__name__, dashboard.__name__}
-    app = create_app()
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app = make_application()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -61,6 +61,52 @@ class Gate(Protocol):
 
     async def sign_out(self, secret: str) -> None:
         """End the session."""
+
+    provider: Provider | None
+    """Where else one gets a credential, by going there and coming back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """As what somebody may sign in."""
+
+    name: str
+    value: str
+    """What the form sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the sign-in page offers next to the field for a credential."""
+
+    choices: Sequence[Choice] = ()
+    why_not: str = ""
+    """Why there are none, if somebody can do something about it."""
+
+
+class SignInError(Exception):
+    """Somebody does not come in this way; the message says why, and what to do."""
+
+
+class Provider(Protocol):
+    """An address to which a browser goes with a question, and from which it comes back with the answer."""
+
+    async def offer(self, request: Request) -> Offer:
+        """As what one may sign in."""
+
+    async def begin(self, request: Request, choice: str) -> tuple[str, str]:
+        """The address to go to, and a secret that only this browser keeps until it is back.
+
+        Raises:
+            SignInError: that choice is not offered.
+        """
+
+    async def finish(self, request: Request, kept: str) -> str:
+        """The credential, for the browser that has come back and kept this (empty: nothing).
+
+        Raises:
+            SignInError: it brings no answer to its own question, or the answer is no.
+        """
 
 
 class AccountsError(ValueError):
@@ -131,6 +177,7 @@ class TokenGate:
 
     credential = "Token"
     takes_links = True
+    provider: Provider | None = None
 
     def __init__(self, accounts: Iterable[Account], hint: str) -> None:
         self._accounts = list(accounts)

@@ -1,4 +1,4 @@
-"""The application: pages, their live streams, actions with their questions, and the way in and out."""
+"""The application: pages, their live streams, and actions with their questions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from diracx.core.exceptions import NotReadyError
 from diracx.db.exceptions import DBUnavailableError
 from fastapi import FastAPI
 from redis.exceptions import RedisError
@@ -21,6 +22,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from ..cli.errors import mask
+from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
 from .live import stream
 from .operations import NotPossibleError, Operator
@@ -43,6 +45,7 @@ _FORESEEN: tuple[type[Exception], ...] = (
     RedisError,
     SQLAlchemyError,
     DBUnavailableError,
+    NotReadyError,
 )
 
 logger = logging.getLogger(__name__)
@@ -144,8 +147,8 @@ class DashboardApp:
 
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
         app.mount("/static", _LastingFiles(directory=STATIC))
-        app.add_route("/sign-in", self._sign_in, methods=["GET", "POST"])
-        app.add_route("/sign-out", self._sign_out, methods=["POST"])
+        for path, handler, methods in Door(self._gate, self._page).routes():
+            app.add_route(path, handler, methods=methods)
         for page in pages:
             app.add_route(page.path, self._shower(page), methods=["GET"])
             if page.live:
@@ -223,7 +226,7 @@ class DashboardApp:
         said = _said(request)
         response = render(self._templates, request, template, {"said": said, "live": False, **context}, status)
         if said is not None:
-            response.delete_cookie(_SAID, path=_root(request) or "/")
+            response.delete_cookie(_SAID, path=root_of(request) or "/")
         return response
 
     async def _failed(self, request: Request, error: Exception) -> Response:
@@ -244,9 +247,9 @@ class DashboardApp:
                 outcome, ok = await action.do(form, operator), True
             except (NotPossibleError, ValueError) as error:
                 outcome, ok = str(error), False
-            response = RedirectResponse(_root(request) + _path(form.one("next", "/")), HTTPStatus.SEE_OTHER)
+            response = RedirectResponse(root_of(request) + own_path(form.one("next", "/")), HTTPStatus.SEE_OTHER)
             said = quote(json.dumps({"ok": ok, "text": outcome[:500]}))
-            _set_cookie(response, request, _SAID, said, max_age=60)
+            set_cookie(response, request, _SAID, said, max_age=60)
             return response
 
         return act
@@ -269,48 +272,13 @@ class DashboardApp:
                 if name not in ("form_token", "confirmed", "next")
                 for value in values
             ],
-            "next": _path(form.one("next", "/")),
+            "next": own_path(form.one("next", "/")),
         }
         if "hx-request" in request.headers:
             return render(self._templates, request, "_question.html", context)
         title = question.title if question else "Not possible"
         whole = {"title": title, "nav": "", "label": self.installation.label, "charts": None, **context}
         return self._page(request, "question.html", whole)
-
-    # --- in and out -------------------------------------------------------------------------------------
-
-    async def _sign_in(self, request: Request) -> Response:
-        form = Form(getattr(request.state, "form", {}))
-        target = _path(form.one("next") or request.query_params.get("next", "/"))
-        given = form.one("credential")
-        if not given and self._gate.takes_links:
-            # A link with the token is printed at the start of a dashboard; following it is signing in.
-            given = request.query_params.get("token", "")
-        status = 200
-        if given:
-            secret = await self._gate.sign_in(request, given)
-            if secret is not None:
-                response = RedirectResponse(_root(request) + target, HTTPStatus.SEE_OTHER)
-                _set_cookie(response, request, cookie_name(request), secret, max_age=None)
-                return response
-            status = 403
-        context = {
-            "title": "Sign in",
-            "nav": "",
-            "label": "",
-            "charts": None,
-            "next": target,
-            "refused": status == 403,
-            "credential": self._gate.credential,
-            "hint": self._gate.hint,
-        }
-        return self._page(request, "sign_in.html", context, status)
-
-    async def _sign_out(self, request: Request) -> Response:
-        await self._gate.sign_out(request.cookies.get(cookie_name(request), ""))
-        response = RedirectResponse(f"{_root(request)}/sign-in", HTTPStatus.SEE_OTHER)
-        response.delete_cookie(cookie_name(request), path=_root(request) or "/")
-        return response
 
 
 class _LastingFiles(StaticFiles):
@@ -336,6 +304,8 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
             found = 503, str(error)
         case RedisError():
             found = 503, f"The server of the tasks does not answer: {error}"
+        case NotReadyError():
+            found = 503, "The configuration of DiracX is being read; load this page again in some seconds."
         case SQLAlchemyError() | DBUnavailableError():
             found = 503, f"The database does not answer: {getattr(error, 'orig', None) or error}"
         case _:
@@ -350,28 +320,6 @@ def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:
         if page.section is not None:
             sections.setdefault(page.section, []).append(page)
     return [(name, listed) for name, listed in sections.items() if listed]
-
-
-def _root(request: Request) -> str:
-    return str(request.scope.get("root_path", ""))
-
-
-def _path(text: str) -> str:
-    """A path of ours, whatever was asked for: nobody is sent to another site."""
-    plain = text.startswith("/") and not text.startswith(("//", "/\\")) and text.isprintable()
-    return text if plain and "\\" not in text else "/"
-
-
-def _set_cookie(response: Response, request: Request, name: str, value: str, max_age: int | None) -> None:
-    response.set_cookie(
-        name,
-        value,
-        max_age=max_age,
-        path=_root(request) or "/",
-        httponly=True,
-        samesite="strict",
-        secure=request.state.secure,
-    )
 
 
 def _said(request: Request) -> dict[str, Any] | None:

@@ -39,6 +39,9 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 FORM_FIELD = "form_token"
+CALLBACK = "/sign-in/callback"
+#: Where whoever has no session comes in.
+SIGN_IN = ("/sign-in", "/sign-in/start", CALLBACK)
 _LONGEST_FORM = 1_000_000
 
 
@@ -119,7 +122,7 @@ class Guard:
         if isinstance(form, Response):
             return form
         request.state.form = form
-        return None if path == "/sign-in" else self._about_sender(request, path, form)
+        return None if path in SIGN_IN else self._about_sender(request, path, form)
 
     def _about_sender(self, request: Request, path: str, form: dict[str, list[str]]) -> Response | None:
         principal = request.state.principal
@@ -142,7 +145,7 @@ def _called(request: Request) -> str | None:
 
 
 def _is_open(path: str) -> bool:
-    return path == "/sign-in" or path.startswith("/static/")
+    return path in SIGN_IN or path.startswith("/static/")
 
 
 async def _read_form(request: Request) -> dict[str, list[str]] | Response:

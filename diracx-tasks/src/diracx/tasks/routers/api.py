@@ -31,8 +31,8 @@ from ..plumbing.persistence.db import LetterFilter
 from ..plumbing.scheduler import schedules
 from . import models
 from .access_policies import ActionType, CheckTasksPolicyCallable
-from .dashboard import name_of
 from .environment import installation_of_environment
+from .gate import name_of
 from .policies import ConfigReader
 
 router = DiracxRouter()

@@ -5,31 +5,25 @@ from __future__ import annotations
 __all__ = ["router"]
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 from weakref import WeakKeyDictionary
 
-from diracx.core.config.schema import Config
-from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.core.settings import AuthSettings
 from diracx.routers.access_policies import BaseAccessPolicy, open_access
 from diracx.routers.fastapi_classes import DiracxRouter
-from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import Depends, HTTPException, Request, Response
 
-from .access_policies import ActionType
+from .code_flow import CodeFlow
 from .environment import installation_of_environment
+from .gate import POLICY, DiracxDoor, DiracxGate
 from .policies import ConfigReader
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from ..dashboard.access import Principal
     from ..dashboard.app import DashboardApp
 
-POLICY = "tasks"
 _BELOW = "/api/tasks/dashboard"
 #: Nobody tells us that the application is to stop, and its server waits for all connections.
 _STREAM_SECONDS = 20.0
@@ -48,22 +42,13 @@ async def dashboard(
 ) -> Response:
     """Hand the request on to the dashboard, with what its gate must know."""
     await installation_of_environment()  # says what is missing, as any other route does
-    return _HandedOn(_app(), _DiracxDoor(settings, policies[POLICY].policy, config))
-
-
-@dataclass(frozen=True)
-class _DiracxDoor:
-    """What DiracX decides by."""
-
-    settings: AuthSettings
-    policy: Callable[..., Awaitable[None]]
-    config: Callable[[], Awaitable[Config]]
+    return _HandedOn(_app(), DiracxDoor(request.app, settings, policies[POLICY].policy, config))
 
 
 class _HandedOn(Response):
     """The answer that the dashboard gives."""
 
-    def __init__(self, app: DashboardApp, door: _DiracxDoor) -> None:
+    def __init__(self, app: DashboardApp, door: DiracxDoor) -> None:
         super().__init__()
         self._app = app
         self._door = door
@@ -92,45 +77,6 @@ def _app() -> DashboardApp:
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
-        app = create_app(installation_of_environment, DiracxGate(), stream_seconds=_STREAM_SECONDS)
+        app = create_app(installation_of_environment, DiracxGate(CodeFlow(_BELOW)), stream_seconds=_STREAM_SECONDS)
         _of_loop[loop] = app
     return app
-
-
-class DiracxGate:
-    """Sessions that are access tokens of DiracX: as long as a token is good, and as far as the policy lets it."""
-
-    credential = "DiracX access token"
-    takes_links = False
-    hint = "`dirac login` gets one; it is the `access_token` in ~/.cache/diracx/credentials.json."
-
-    async def sign_in(self, request: Request, credential: str) -> str | None:
-        """See `Gate`. Forms may bring it as it is copied, with `Bearer` or quotes around it."""
-        token = credential.strip().removeprefix("Bearer ").strip().strip('"')
-        return token if await self.principal(request, token) is not None else None
-
-    async def principal(self, request: Request, secret: str) -> Principal | None:
-        """See `Gate`."""
-        from ..dashboard.access import Principal, Role
-
-        door: _DiracxDoor = request.state.door
-        try:
-            user: AuthorizedUserInfo = await verify_dirac_access_token(f"Bearer {secret}", door.settings)
-        except HTTPException:
-            return None
-        for action, role in ((ActionType.WRITE, Role.WRITE), (ActionType.READ, Role.READ)):
-            try:
-                await door.policy(POLICY, user, action=action, config=door.config)
-            except HTTPException:
-                continue
-            vo = None if SERVICE_ADMINISTRATOR in user.properties else user.vo
-            return Principal(name_of(user), role, vo)
-        return None
-
-    async def sign_out(self, secret: str) -> None:
-        """See `Gate`. The token stays good elsewhere; the browser forgets it."""
-
-
-def name_of(user: AuthorizedUserInfo) -> str:
-    """Somebody's name for the audit log: no two have the same."""
-    return f"{user.preferred_username} ({user.sub})"
