@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, new_tab, served
 from dashboard_sign_in import BELOW, CALLBACK, application
+from diracx.tasks.routers import dashboard
 
 pytestmark = needs_chromium
 
@@ -19,6 +20,7 @@ async def tab(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[Tab]:
     """A browser takes `localhost` and the provider's `127.0.0.1` for two sites."""
+    monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         home = f"http://localhost:{listening.getsockname()[1]}"
         async with (
@@ -66,3 +68,15 @@ async def test_it_works_without_scripts_and_by_keyboard(tab: Tab) -> None:
     await page.get_by_role("button", name="Allow").click()
     await page.wait_for_url(f"{tab.home}/locks")
     await expect(page.get_by_role("heading", name="Locks", level=1)).to_be_visible()
+
+
+async def test_a_live_page_whose_session_is_over_leads_to_the_sign_in_and_back(tab: Tab) -> None:
+    page = tab.page
+    await tab.open("/queues")
+    for _ in range(2):
+        await page.get_by_label("VO and group").select_option("vo:lhcb group:operators")
+        await page.get_by_role("button", name="Sign in", exact=True).click()
+        await page.get_by_role("button", name="Allow").click()
+        await expect(page.locator("#state")).to_have_text("live")
+        await page.context.clear_cookies()
+        await page.wait_for_url(f"{tab.home}/sign-in?next=%2Fqueues")

@@ -152,6 +152,23 @@ async def test_a_form_of_another_site_or_session_does_nothing(app: Any, redis: R
         assert (await client.post("/paint", data=good, headers=headers)).status_code == 303
 
 
+async def test_a_page_of_another_site_can_lead_here_but_fetch_nothing(app: Any) -> None:
+    async with signed_in(app) as client:
+        for site in ("same-site", "cross-site"):
+            elsewhere = {"sec-fetch-site": site, "origin": "http://localhost:3000"}
+            for mode, status in (("cors", 403), ("no-cors", 403), ("navigate", 200)):
+                headers = elsewhere | {"sec-fetch-mode": mode}
+                assert (await client.get("/plain", headers=headers)).status_code == status
+        headers = {"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}
+        assert (await client.get("/plain", headers=headers)).status_code == 200
+
+
+async def test_a_live_page_is_told_that_its_session_is_over(app: Any) -> None:
+    async with browser(app) as client:
+        answer = await client.get("/live/queues", headers={"accept": "text/event-stream"})
+    assert answer.text == "event: gone\ndata: your session is over\n\n"
+
+
 async def test_who_may_only_look_cannot_act(app: Any, redis: Redis) -> None:
     async with signed_in(app, READER) as client:
         data = {"confirmed": "yes", "thing": "x", "form_token": await form_token(client)}

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from .access import Role, form_token
 from .hosts import is_loopback
+from .live import event
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -103,6 +104,9 @@ class Guard:
             return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
         if request.method not in ("GET", "HEAD", "POST"):
             return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+        # Pages of the same host on other ports get the cookies along, and could read what they fetch.
+        if request.headers.get("sec-fetch-mode", "navigate") != "navigate" and not _from_here(request):
+            return _plain(HTTPStatus.FORBIDDEN, "this is for pages of our own")
         secret = request.cookies.get(cookie_name(request), "")
         principal = await self._gate.principal(request, secret) if secret else None
         request.state.principal = principal
@@ -165,7 +169,7 @@ async def _read_form(request: Request) -> dict[str, list[str]] | Response:
 
 
 def _from_here(request: Request) -> bool:
-    """Whether a page of ours sent this. Browsers say so; what says nothing is no browser."""
+    """Whether a page of ours asks. Browsers say so; what says nothing is no browser."""
     site = request.headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         return False
@@ -174,7 +178,10 @@ def _from_here(request: Request) -> bool:
 
 
 def _to_sign_in(request: Request, path: str) -> Response:
-    if request.headers.get("accept") == "text/event-stream" or "hx-request" in request.headers:
+    if request.headers.get("accept") == "text/event-stream":
+        # Of a refusal a page would learn nothing, and try again for ever.
+        return Response(event("gone", "your session is over"), media_type="text/event-stream")
+    if "hx-request" in request.headers:
         return _plain(HTTPStatus.UNAUTHORIZED, "your session is over; sign in again")
     query = f"?{request.url.query}" if request.url.query else ""
     where = f"{request.scope.get('root_path', '')}/sign-in"
