@@ -40,14 +40,22 @@ class IdentityProvider:
         """Inside the block it answers."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        server.timeout = 0.1
+        ended = threading.Event()
+
+        def serve() -> None:
+            while not ended.is_set():
+                server.handle_request()
+
+        # Unlike `serve_forever`, nobody waits for it for ever when a test is broken off.
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:
             yield self
         finally:
-            server.shutdown()
+            ended.set()
+            thread.join(5)
             server.server_close()
-            thread.join()
 
     def document(self, path: str) -> dict[str, Any] | None:
         """What is published there."""
