@@ -239,3 +239,16 @@ async def test_without_the_routes_of_diracx_only_tokens_are_asked_for(
     assert "<select" not in page
     assert SETTING not in page
     assert 'name="credential"' in page
+
+
+async def test_while_diracx_reads_its_configuration_the_page_says_so(app: Any, browser: Browser) -> None:
+    from diracx.core.config import ConfigSource
+    from diracx.core.exceptions import NotReadyError
+
+    async def not_yet() -> None:
+        raise NotReadyError("not yet")
+
+    app.dependency_overrides[ConfigSource.create] = not_yet
+    answer = await browser.get("/sign-in")
+    assert answer.status_code == 503
+    assert "The configuration of DiracX is being read" in answer.text
