@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from warm_commands import Running, WarmCommands
 
 PROGRAM = Path(sys.executable).with_name("diracx-task-run")
 DEADLINE_SECONDS = 40.0
@@ -119,7 +120,7 @@ def eventually(condition: Callable[[], object], what: str, timeout: float = DEAD
 class Background:
     """A command that goes on by itself; its output is in a file."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: Running, log: Path) -> None:
         self.process = process
         self._log = log
 
@@ -152,18 +153,27 @@ class Background:
 class Cli:
     """`diracx-task-run` in a directory with a `my_tasks.py`, in an environment without any DiracX variable."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, commands: WarmCommands) -> None:
         self.directory = directory
+        self._commands = commands
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("DIRACX_", "FORCE_COLOR"))
         }
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[Running] = []
         (directory / "my_tasks.py").write_text(MY_TASKS)
 
     def __call__(
-        self, *args: str, typed: str | None = None, program: tuple[str, ...] = (str(PROGRAM),)
+        self, *args: str, typed: str | None = None, program: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+        """Run a command to its end. `program`: another way to start it, in a new Python."""
+        if not program:
+            return self._commands.run(
+                [PROGRAM.name, *args],
+                cwd=self.directory,
+                env=self.environment,
+                typed=typed,
+                timeout=DEADLINE_SECONDS,
+            )
         return subprocess.run(
             [*program, *args],
             cwd=self.directory,
@@ -180,19 +190,20 @@ class Cli:
         """Run a command with the tasks of `my_tasks.py`."""
         return self(command, *args, "--module", "my_tasks.py", typed=typed)
 
-    def start(self, *args: str) -> Background:
+    def start(self, *args: str, new_python: bool = False) -> Background:
         """Start a command, which is ended with the test if it still runs."""
-        log = self.directory / f"output-{len(self._started)}.log"
-        process = subprocess.Popen(
-            [str(PROGRAM), *args],
-            cwd=self.directory,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        path = self.directory / f"output-{len(self._started)}.log"
+        with path.open("wb") as log:
+            process = self._commands.start(
+                [PROGRAM.name, *args],
+                cwd=self.directory,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                new_python=new_python,
+            )
         self._started.append(process)
-        return Background(process, log)
+        return Background(process, path)
 
     def stop(self) -> None:
         """End what still runs, as an init system would."""
@@ -207,8 +218,8 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    commands = Cli(tmp_path)
+def cli(tmp_path: Path, warm_commands: WarmCommands) -> Iterator[Cli]:
+    commands = Cli(tmp_path, warm_commands)
     yield commands
     commands.stop()
 

@@ -25,7 +25,7 @@ class Imported(BaseTask):
 
 def test_a_worker_without_a_database_loads_none_and_no_web_framework(served):
     (served.directory / "lean_tasks.py").write_text(TASKS)
-    worker = served.start("worker", "--module", "lean_tasks.py")
+    worker = served.start("worker", "--module", "lean_tasks.py", new_python=True)
     worker.until("ready")
     assert "jobs:DummyJobExecutorTask" in worker.output, "the shipped tasks are there, too"
     done = served("submit", "lean_tasks:Imported", "--module", "lean_tasks.py", "--wait", "--json")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_commands import WarmCommands
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
@@ -30,16 +31,12 @@ asyncio.run(main(sys.argv[1]))
 
 
 @pytest.fixture
-def run(sqlite_url: str) -> Run:
-    command = Path(sys.executable).with_name("gubbins")
-
+def run(sqlite_url: str, warm_commands: WarmCommands) -> Run:
     def _run(*args: str, url: str | None = sqlite_url, stdin: str = "") -> Any:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
         if url is not None:
             environment["DIRACX_DB_URL_MYPILOTDB"] = url
-        return subprocess.run(
-            [command, *args], check=False, env=environment, input=stdin, capture_output=True, text=True, timeout=60
-        )
+        return warm_commands.run(["gubbins", *args], env=environment, typed=stdin, timeout=60)
 
     return _run
 
