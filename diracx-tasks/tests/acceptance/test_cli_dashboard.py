@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-_SECONDS = 60
+from .conftest import Cli, eventually
+
+Serving = Callable[..., AbstractContextManager[str]]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "diracx.tasks", "dashboard", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
+@pytest.fixture
+def serving(cli: Cli) -> Serving:
+    """`with serving("--redis-url", url) as line:` runs a dashboard and tells the line with its address."""
+
+    address = re.compile(r"^(http://.*)\n", re.MULTILINE)
+
+    @contextmanager
+    def serve(*arguments: str) -> Iterator[str]:
+        dashboard = cli.start("dashboard", "--port", "0", *arguments)
+        eventually(lambda: address.search(dashboard.output), "the address")
+        yield address.findall(dashboard.output)[0]
+        dashboard.process.terminate()
+        assert dashboard.ends() == 0, dashboard.output
+        assert "Traceback" not in dashboard.output
+
+    return serve
 
 
-@contextmanager
-def serving(*arguments: str, **environment: str) -> Iterator[str]:
-    """A dashboard, and what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diracx.tasks", "dashboard", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    try:
-        assert process.stdout
-        line = process.stdout.readline().strip()
-        assert line, process.communicate()[1]
-        yield line
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=_SECONDS)
-    assert "Traceback" not in errors
-    assert process.returncode == 0, errors
-
-
-def test_the_printed_address_lets_one_in_and_nothing_else_does(redis_url: str) -> None:
+def test_the_printed_address_lets_one_in_and_nothing_else_does(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url) as address:
         found = re.fullmatch(r"(http://127\.0\.0\.1:\d+)/sign-in\?token=([\w-]{40,})", address)
         assert found
@@ -63,50 +47,52 @@ def test_the_printed_address_lets_one_in_and_nothing_else_does(redis_url: str) -
             assert "may look and act" in page.text
 
 
-def test_read_only_shows_no_button_that_acts(redis_url: str) -> None:
+def test_read_only_shows_no_button_that_acts(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--read-only") as address, httpx.Client() as client:
         page = client.get(address, follow_redirects=True)
         assert "may look" in page.text
         assert "may look and act" not in page.text
 
 
-def test_live_pages_do_not_keep_it_from_stopping(redis_url: str) -> None:
+def test_live_pages_do_not_keep_it_from_stopping(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url) as address, httpx.Client() as client:
         client.get(address)
         with client.stream("GET", httpx.URL(address).join("/live/queues")) as following:
             assert "retry" in next(following.iter_text())
 
 
-def test_a_public_name_is_taken_however_it_is_written(redis_url: str) -> None:
+def test_a_public_name_is_taken_however_it_is_written(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--public-name", "Tasks.Example.org") as address:
         for name in ("tasks.example.org", "Tasks.Example.org:8443", "127.0.0.1"):
             assert httpx.get(address, headers={"host": name}).status_code == 303, name
         assert httpx.get(address, headers={"host": "example.org"}).status_code == 421
 
 
-def test_behind_a_proxy_that_speaks_tls_cookies_are_for_tls_alone(redis_url: str) -> None:
+def test_behind_a_proxy_that_speaks_tls_cookies_are_for_tls_alone(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--public-name", "tasks.example.org") as address:
         for name, secure in (("tasks.example.org", True), ("127.0.0.1", False), ("localhost", False)):
             cookie = httpx.get(address, headers={"host": name}).headers["set-cookie"]
             assert ("; Secure" in cookie) is secure, name
 
 
-def test_the_printed_address_is_good_on_any_address_of_loopback(redis_url: str) -> None:
+def test_the_printed_address_is_good_on_any_address_of_loopback(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--host", "127.0.0.2") as address:
         assert address.startswith("http://127.0.0.2:")
         assert httpx.get(address).status_code == 303
 
 
-def test_accounts_have_names_roles_and_tokens_of_their_own(redis_url: str, tmp_path: Path) -> None:
+def test_accounts_have_names_roles_and_tokens_of_their_own(
+    cli: Cli, serving: Serving, redis_url: str, tmp_path: Path
+) -> None:
     accounts = tmp_path / "accounts"
     tokens = {}
     for name, role in (("wilma", "write"), ("rita", "read")):
-        made = run("--accounts", str(accounts), "--new-account", f"{name}:{role}")
+        made = cli("dashboard", "--accounts", str(accounts), "--new-account", f"{name}:{role}")
         assert made.returncode == 0, made.stderr
         tokens[name] = made.stdout.strip()
     assert accounts.stat().st_mode & 0o077 == 0
     assert not any(token in accounts.read_text() for token in tokens.values())
-    assert run("--accounts", str(accounts), "--new-account", "rita:write").returncode == 2
+    assert cli("dashboard", "--accounts", str(accounts), "--new-account", "rita:write").returncode == 2
     with serving("--redis-url", redis_url, "--accounts", str(accounts)) as address:
         assert "token" not in address
         for name, may in (("wilma", "may look and act"), ("rita", "may look")):
@@ -135,12 +121,14 @@ def test_accounts_have_names_roles_and_tokens_of_their_own(redis_url: str, tmp_p
         (["--redis-url", "redis://127.0.0.1:1"], 1, "cannot reach Redis"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said_in_one_line(
+    cli: Cli, arguments: list[str], code: int, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "accounts").write_text(f"rita read {'0' * 64}\n")
     (tmp_path / "empty").write_text("# nobody\n")
     (tmp_path / "wrong").write_text("rita admin 123\n")
     paths = {name: str(tmp_path / name) for name in ("accounts", "empty", "wrong", "nowhere")}
-    found = run(*(argument.format(**paths) for argument in arguments))
+    found = cli("dashboard", *(argument.format(**paths) for argument in arguments))
     assert found.returncode == code, found.stderr
     lines = found.stderr.strip().splitlines()
     assert len(lines) == 1

@@ -98,9 +98,10 @@ async def test_P60_ended_pilots_give_their_slot_back(db: MyPilotDB) -> None:
     await db.submit_pilot("ce", vo="lhcb")
 
 
-# A process of its own: several connections at once, told when to begin, tells how many it got.
-_SUBMITTER = """
-import asyncio, sys
+# Processes of their own, forked before they have a database: several connections at once in each. They say that
+# they are ready, begin when their input ends, and tell how many pilots they got.
+_SUBMITTERS = """
+import asyncio, os, sys
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import NoRoomError
 
@@ -113,29 +114,34 @@ async def main(url, vo):
             return 0
         return 1
     async with db.engine_context():
-        print("ready", flush=True)
-        sys.stdin.readline()
-        print(sum([sum(await asyncio.gather(*(one() for _ in range(4)))) for _ in range(3)]))
+        os.write(1, b"ready\\n")
+        sys.stdin.read()
+        got = sum([sum(await asyncio.gather(*(one() for _ in range(4)))) for _ in range(3)])
+        os.write(1, b"%d\\n" % got)
 
-asyncio.run(main(*sys.argv[1:]))
+for number in range(5):
+    if os.fork() == 0:
+        asyncio.run(main(sys.argv[1], f"vo{number % 3}"))
+        sys.exit()
+for _ in range(5):
+    os.wait()
 """
 
 
 async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, db_url: str) -> None:
     await db.add_ce("ce", 25, 1.0)
     pipe = asyncio.subprocess.PIPE
-    processes = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _SUBMITTER, db_url, f"vo{index % 3}", stdin=pipe, stdout=pipe
-        )
-        for index in range(5)
-    ]
+    processes = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _SUBMITTERS, db_url, stdin=pipe, stdout=pipe
+    )
     async with asyncio.timeout(120):
-        for process in processes:
-            assert await process.stdout.readline() == b"ready\n"
-        answers = await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+        for _ in range(5):
+            assert await processes.stdout.readline() == b"ready\n"
+        answers, _ = await processes.communicate(b"")
     total, _ = await db.search_pilots(vo=None)
-    assert sum(int(out) for out, _ in answers) == total == 25
+    counts = [int(line) for line in answers.split()]
+    assert len(counts) == 5
+    assert sum(counts) == total == 25
 
 
 @pytest.mark.parametrize("target", list(S))
