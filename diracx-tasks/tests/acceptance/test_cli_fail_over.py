@@ -73,7 +73,7 @@ def test_P42_a_standby_leads_soon_and_no_occurrence_is_submitted_twice(served, r
 
     # It is only paused, and goes on in the belief that it leads.
     first.process.send_signal(signal.SIGSTOP)
-    of_second = changes_hands(of_first, 10)
+    of_second = changes_hands(of_first, 30)
     more()
     first.process.send_signal(signal.SIGCONT)
     first.until("lost the lead")
@@ -88,7 +88,7 @@ def test_P42_a_standby_leads_soon_and_no_occurrence_is_submitted_twice(served, r
     assert server.get(keys.LEADER) == of_second
 
     second.process.kill()
-    assert changes_hands(of_second, 10) == of_first
+    assert changes_hands(of_second, 30) == of_first
     more()
 
     third = served.start("scheduler", "--module", "my_tasks.py")
@@ -96,7 +96,7 @@ def test_P42_a_standby_leads_soon_and_no_occurrence_is_submitted_twice(served, r
     wait_until(lambda: server.pubsub_numsub(keys.LEADER)[0][1] == 1, "it stands by")
     first.process.terminate()
     wait_until(lambda: server.get(keys.LEADER) != of_first, "the lead is given up")
-    changes_hands(of_first, 0.5)
+    changes_hands(of_first, 3)  # not when the lease would have ended: 4 s or more
     more()
     third.process.terminate()
     assert (first.ends(), third.ends()) == (0, 0)

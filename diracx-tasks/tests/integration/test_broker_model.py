@@ -625,6 +625,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.run(third.shutdown())
 
 
+@pytest.mark.timeout(600)  # thousands of steps: a busy machine takes its time
 @pytest.mark.leaves_keys("diracx:tasks:dead-letters")
 def test_P5_P10_P11_P33_the_broker_behaves_as_its_model_in_any_order(redis_url: str) -> None:
     BrokerMachine.url = redis_url

@@ -214,3 +214,20 @@ async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entr
     assert keeper.held() == [(QUEUE, "1-1")]
     keeper.forget([new])
     assert keeper.held() == []
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
+    worker: Worker, redis_url: str, redis: Redis
+) -> None:
+    """What came since would be settled, and then noted as held by a renewal that had counted it before."""
+    mine = await worker("mine")
+    await submit(mine, "new")
+    [delivery], _ = await mine.fetch(1)
+    async with LeaseKeeper(redis_url, "mine", 600, asyncio.get_running_loop()) as keeper:
+        keeper.add([Rest(delivery)])
+        assert await mine.settle([Settlement(delivery)], "a life that is over") == [None]
+        keeper.epoch = "a life that is over"
+        await keeper.renew()
+        assert await mine.settle([Settlement(delivery)], keeper.epoch) == [True]
+    assert not await redis.exists(f"{keys.HELD_PREFIX}mine")

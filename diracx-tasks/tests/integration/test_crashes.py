@@ -52,7 +52,7 @@ def worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         process.wait()
 
 
-async def until(condition: Any, seconds: float = 15.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -71,8 +71,8 @@ async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
     killed = time.monotonic()
     assert not await ExclusiveRWLock(JOB, "a-read").acquire(redis), "the dead reader still counts"
     async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
-        result = await system.result(task_id, timeout=10)
-        assert time.monotonic() - killed < LEASE_SECONDS + 3, "one lease, and a busy machine's patience"
+        result = await system.result(task_id, timeout=60)
+        assert time.monotonic() - killed < LEASE_SECONDS + 10, "one lease, and a busy machine's patience"
         assert result.return_value == os.getpid()
         await system.drain()
         assert await redis.llen("started:a") == 2
@@ -109,9 +109,9 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
         await Kills().schedule()
     for _ in range(3):
-        assert worker().wait(timeout=20) == -signal.SIGKILL
+        assert worker().wait(timeout=60) == -signal.SIGKILL
     async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
-        await system.drain(timeout=10)
+        await system.drain(timeout=60)
         assert system.task_db is not None
         async with system.task_db as db:
             [letter] = await db.search()
@@ -124,7 +124,7 @@ async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(
 ) -> None:
     first, second = worker(), worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0) as system:
-        result = await system.result(await Blocks(3 * LEASE_SECONDS).schedule(), timeout=20)
+        result = await system.result(await Blocks(3 * LEASE_SECONDS).schedule(), timeout=60)
     assert result.return_value == "kept", result.error
     assert first.poll() is None
     assert second.poll() is None
@@ -139,12 +139,12 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
     await until(lambda: redis.exists("started:b"))
     process.send_signal(signal.SIGSTOP)
     async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
-        first = await system.result(task_id, timeout=15)
+        first = await system.result(task_id, timeout=60)
         assert first.return_value == os.getpid()
         process.send_signal(signal.SIGCONT)
         # It comes back, is alive again, and its execution is cancelled: the result stays ours.
         await until(lambda: _is(redis.zcard(keys.ALIVE), 2))
         marker = await Marks("c", ends=True).schedule()
-        await system.result(marker, timeout=10)
+        await system.result(marker, timeout=60)
         assert (await system.result(task_id)).return_value == os.getpid()
         await system.drain()

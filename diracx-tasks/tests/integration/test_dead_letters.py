@@ -103,7 +103,7 @@ async def statuses(db: TaskDB) -> list[str]:
     return [str(row["status"]) for row in await rows(db)]
 
 
-async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 30.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -45,7 +45,7 @@ def follower(reader: ConfigReader, seen: Any, **kwargs: Any) -> ConfigFollower:
     return ConfigFollower(reader, reading.tasks, reading.vos, seen, **kwargs)
 
 
-async def until(condition: Any, what: str, timeout: float = 20.0) -> None:
+async def until(condition: Any, what: str, timeout: float = 60.0) -> None:
     deadline = asyncio.get_running_loop().time() + timeout
     while not await condition() if asyncio.iscoroutinefunction(condition) else not condition():
         assert asyncio.get_running_loop().time() < deadline, f"not within {timeout} s: {what}"

@@ -104,17 +104,16 @@ async def test_P21_second_release_does_not_free_somebody_elses_hold(redis: Redis
 
 
 async def test_P20_no_window_anywhere_holds_more_than_the_limit(redis: Redis) -> None:
-    grants: list[float] = []
-    deadline = time.monotonic() + 1.6
-    while time.monotonic() < deadline:
+    grants: list[tuple[float, float]] = []  # when it was asked for, and when we had it
+    while len(grants) < 35:
+        asked = time.monotonic()
         if await Ten(JOB, 1).acquire(redis):
-            grants.append(time.monotonic())
+            grants.append((asked, time.monotonic()))
         # Grants in bursts, so that a fixed window would let two bursts through side by side.
         await asyncio.sleep(0.004 if len(grants) % 7 else 0.02)
-    assert len(grants) >= 30, "the limiter must also grant"
-    for first, eleventh in zip(grants, grants[10:], strict=False):
-        # The server granted the first before we noted it, and the eleventh before we noted that.
-        assert eleventh - first > Ten.window_seconds - 0.05
+    for (asked, _), (_, had) in zip(grants, grants[10:], strict=False):
+        # The server granted the first after it was asked, and the eleventh before we had it.
+        assert had - asked > Ten.window_seconds - 0.001
 
 
 async def test_P22_a_clients_clock_has_no_say(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,11 +122,11 @@ async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once
         # The worker waits now, and the answer that wakes it hands the message over.
         proxy.lose(1, b"once-and-only-once")
         task_id = await Marked("once-and-only-once").schedule()
-        result = await system.result(task_id, timeout=10)
+        result = await system.result(task_id, timeout=60)
         assert proxy.lost.is_set()
         assert result.return_value == "once-and-only-once"
         for text in ("afterwards", "and again"):
-            await system.result(await Marked(text).schedule(), timeout=10)
+            await system.result(await Marked(text).schedule(), timeout=60)
     assert SEEN == ["once-and-only-once", "afterwards", "and again"]
 
 
@@ -136,8 +136,8 @@ async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(red
         for nth in range(3, 7):  # whichever answer is lost: of the fetch, the locks, the settlement
             proxy.lose(nth, b"")
             task_id = await Marked(f"number {nth}").schedule()
-            await system.result(task_id, timeout=10)
-            await asyncio.wait_for(proxy.lost.wait(), 10)
+            await system.result(task_id, timeout=60)
+            await asyncio.wait_for(proxy.lost.wait(), 60)
     assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
 
 
@@ -161,5 +161,5 @@ async def test_P11_a_retry_whose_answer_is_lost_happens_once(redis_url: str) -> 
         for nth in range(1, 6):  # whichever answer it is, that of the settlement with the retry included
             proxy.lose(nth, b"")
             task_id = await Fragile(f"number {nth}").schedule()
-            assert (await system.result(task_id, timeout=10)).return_value == f"number {nth}"
+            assert (await system.result(task_id, timeout=60)).return_value == f"number {nth}"
     assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5

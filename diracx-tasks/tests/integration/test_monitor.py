@@ -46,7 +46,7 @@ async def broker(redis_url: str) -> AsyncIterator[RedisStreamBroker]:
     await made.shutdown()
 
 
-async def until(condition: Callable[[], Awaitable[Any]], timeout: float = 20.0) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], timeout: float = 60.0) -> Any:
     """Wait for something to be so; returns what was found."""
     deadline = time.monotonic() + timeout
     while not (found := await condition()):

@@ -54,7 +54,7 @@ class Off(PeriodicBaseTask):
         SEEN.append("off")
 
 
-async def until(condition: Any, seconds: float = 10.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -187,14 +187,16 @@ async def test_a_periodic_task_that_cannot_be_submitted_stops_alone(redis_url: s
 
 async def test_only_one_leads_and_a_standby_takes_over(redis_url: str, redis: Redis) -> None:
     stops = [asyncio.Event(), asyncio.Event()]
-    schedulers = [TaskScheduler(RedisStreamBroker(redis_url), {"test:Often": Often}) for _ in stops]
+    schedulers = [
+        TaskScheduler(RedisStreamBroker(redis_url), {"test:Often": Often}, lease_seconds=600) for _ in stops
+    ]
     running = [asyncio.create_task(scheduler.run(stop)) for scheduler, stop in zip(schedulers, stops, strict=True)]
     await until(lambda: any(scheduler.leads.is_set() for scheduler in schedulers))
     first, second = sorted(range(2), key=lambda index: not schedulers[index].leads.is_set())
     assert not schedulers[second].leads.is_set()
     stops[first].set()
     await running[first]
-    await asyncio.wait_for(schedulers[second].leads.wait(), 2)
+    await asyncio.wait_for(schedulers[second].leads.wait(), 30)  # long before the lease would have ended
     stops[second].set()
     await running[second]
     assert not await redis.exists(keys.LEADER)

@@ -129,7 +129,7 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
     built.end()
 
 
-async def until(condition: Callable[[], object | Awaitable[object]], what: str, seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], object | Awaitable[object]], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
         held = condition()

@@ -48,9 +48,9 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
 
     try:
         wait_for(r"[1-9]\d* RUNNING", 60)
-        directory = wait_for(r"logs: (\S+)", 5)[1]
-        url = wait_for(r"(http://127\.0\.0\.1:\d+)/api/my_pilots/summary", 5)[1]
-        token = wait_for(r"TOKEN=(\S+)", 5)[1]
+        directory = wait_for(r"logs: (\S+)", 60)[1]
+        url = wait_for(r"(http://127\.0\.0\.1:\d+)/api/my_pilots/summary", 60)[1]
+        token = wait_for(r"TOKEN=(\S+)", 60)[1]
         deadline = time.monotonic() + 60
         while True:
             try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_START_SECONDS = 10.0
+_START_SECONDS = 30.0
 
 
 def free_port() -> int:

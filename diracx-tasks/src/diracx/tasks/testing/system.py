@@ -231,7 +231,7 @@ class TaskSystem:
             ended.result()
         raise RuntimeError(f"{next(iter(done)).get_name()} ended early")
 
-    async def result(self, task_id: str, timeout: float = 5.0) -> TaskResult[Any]:
+    async def result(self, task_id: str, timeout: float = 30.0) -> TaskResult[Any]:
         """Wait for the result of a task.
 
         Raises:
@@ -245,7 +245,7 @@ class TaskSystem:
         found = await self.broker.cancel([task_id], result_ttl_seconds=_RESULT_TTL_SECONDS)
         return found[task_id]
 
-    async def drain(self, timeout: float = 10.0) -> None:
+    async def drain(self, timeout: float = 30.0) -> None:
         """Wait until nothing is queued, running or due. Tasks of the future do not count.
 
         Raises:

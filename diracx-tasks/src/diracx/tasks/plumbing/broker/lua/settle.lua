@@ -24,9 +24,9 @@ local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 for at = 1, #places, 3 do
   local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
   local s = follows[position] or NOTHING
-  local ours = pending[stream][entry] == places[at + 2]
-    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1
-  local unknown = not ours and data_lost
+  -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
+  local ours = not data_lost and (pending[stream][entry] == places[at + 2]
+    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
   if ours then
     local looked = s.cancelled or (marks and not (s.retry or s.requeue))
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
@@ -54,13 +54,13 @@ for at = 1, #places, 3 do
       redis.call('PUBLISH', s.result.key, '')
     end
   end
-  if s.locks and not unknown then
+  if s.locks and not data_lost then
     release_all(s.locks)
     for _, lock in ipairs(s.locks) do lines[#lines + 1] = ledger_line(lock) end
   end
   if not ours then
     unsettled[#unsettled + 1] = position
-    unsettled[#unsettled + 1] = unknown and -1 or 0
+    unsettled[#unsettled + 1] = data_lost and -1 or 0
   end
 end
 if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
