@@ -7,9 +7,6 @@ from __future__ import annotations
 
 __all__ = ["CredentialsError", "Identity", "fingerprint", "read_identity"]
 
-import base64
-import binascii
-import json
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +15,9 @@ from pathlib import Path
 
 from cryptography import x509
 
-from gubbins.exceptions import CEUnavailableError
+from gubbins.ces.tokens import CredentialsError, expiry_of_token, read_token
 
 from .settings import ArcSettings
-
-_MAX_TOKEN_BYTES = 64 * 1024
-
-
-class CredentialsError(CEUnavailableError):
-    """Our own credentials are missing, unreadable or expired: the CE was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +55,8 @@ def read_identity(settings: ArcSettings) -> Identity:
     else:
         assert settings.token is not None
         path = settings.token
-        token = _read_token(path)
-        expires_at = _expiry_of_token(token)
+        token = read_token(path)
+        expires_at = expiry_of_token(token)
     if expires_at is not None and expires_at <= datetime.now(tz=UTC):
         raise CredentialsError(f"{path} has expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC: renew it")
     return Identity(context, token, expires_at)
@@ -101,27 +92,6 @@ def _presented(chain: Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
         if each.subject == used[-1].issuer:
             used.append(each)
     return used
-
-
-def _read_token(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            token = file.read(_MAX_TOKEN_BYTES + 1).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CredentialsError(f"cannot read the token in {path}: {_words(error)}") from error
-    if not token or len(token) > _MAX_TOKEN_BYTES or not token.isprintable() or " " in token:
-        raise CredentialsError(f"{path} does not hold a token")
-    return token
-
-
-def _expiry_of_token(token: str) -> datetime | None:
-    """What a JSON web token says of itself; only a hint, for the CE is the one to check it."""
-    try:
-        payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return datetime.fromtimestamp(claims["exp"], tz=UTC)
-    except (IndexError, KeyError, OverflowError, OSError, TypeError, ValueError, binascii.Error):
-        return None
 
 
 def _words(error: Exception) -> str:
