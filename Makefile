@@ -26,6 +26,7 @@ test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing
+	@$(PYTHON) tests/sites/htcondor_root.py
 	@missing=; \
 	command -v mariadbd >/dev/null || missing=mariadb-server; \
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \

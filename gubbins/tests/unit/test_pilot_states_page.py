@@ -26,7 +26,12 @@ CES = ROOT / "gubbins/src/gubbins/ces"
         ("arc/backend.py", "removed by the CE before its end was seen"),
         ("arc/backend.py", "failed, and the CE does not say why"),
         ("arc/rest.py", "it does not know us: see that the CE allows this certificate or token"),
-        ("arc/credentials.py", "does not hold a token"),
+        ("tokens.py", "does not hold a token"),
+        ("htcondor/jobs.py", "put on hold (code "),
+        ("htcondor/jobs.py", "interrupted on its node; it is not started a second time"),
+        ("htcondor/jobs.py", "its files have never come to the schedd"),
+        ("htcondor/jobs.py", "removed at the site: "),
+        ("htcondor/bindings.py", "we have as many jobs there as we may (MAX_JOBS_PER_OWNER)"),
         ("../logic/my_pilots/check.py", "unknown to its compute element since"),
     ],
 )

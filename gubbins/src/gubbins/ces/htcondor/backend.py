@@ -1,0 +1,164 @@
+"""The back end `htcondor`: jobs of a schedd, whose files are spooled to it and fetched from it."""
+
+from __future__ import annotations
+
+__all__ = ["HTCondorBackend"]
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
+
+from gubbins.ces.protocol import (
+    OUTPUT_LIMIT_BYTES,
+    CEBackend,
+    CEDescription,
+    Observation,
+    PilotAtCE,
+    PilotOutput,
+    SubmitOutcome,
+)
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+from .description import submission
+from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own
+from .process import Bindings
+from .settings import HTCondorSettings
+
+logger = logging.getLogger(__name__)
+
+_submitting: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+
+
+class HTCondorBackend(CEBackend[HTCondorSettings]):
+    """The reference of a pilot is its job's number (`12.0`); its stamp is the job's attribute `GubbinsStamp`.
+
+    A schedd takes two jobs of one stamp. So a pilot that may have been submitted before is looked for first, by
+    one instance of this process after the other; that no other process does the same at the same time is for
+    the caller to see to.
+    """
+
+    Settings = HTCondorSettings
+    operator_only = True  # the settings name files on our own hosts, and configure what runs there
+
+    def __init__(self, ce: CEDescription, settings: HTCondorSettings) -> None:
+        super().__init__(ce, settings)
+        self._bindings = Bindings(settings)
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        outcomes = {pilot.stamp: SubmitOutcome(pilot.reference) for pilot in pilots if pilot.reference}
+        new = {pilot.stamp: pilot for pilot in pilots if not pilot.reference}
+        if not new:
+            return outcomes
+        key = (id(asyncio.get_running_loop()), f"{self.settings.collector} {self._name}")
+        async with _submitting.setdefault(key, asyncio.Lock()):
+            found = await self._find([pilot for pilot in new.values() if pilot.maybe_submitted])
+            for stamp, job in found.items():
+                outcomes[stamp] = SubmitOutcome(job.reference)
+                del new[stamp]
+            if new:
+                outcomes |= await self._submit(list(new.values()))
+        return outcomes
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        found = await self._find(pilots)
+        return {pilot.stamp: judge(pilot, found[pilot.stamp]) for pilot in pilots if pilot.stamp in found}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        if pilots:
+            self._check_allowed(await self._bindings.call("remove", stamps=[pilot.stamp for pilot in pilots]))
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        job = pilots_own(pilot, (await self._queue()).get(pilot.stamp, ()))
+        if job is None:
+            raise OutputUnavailableError(
+                pilot.stamp, f"the queue of {self.ce.name} has it no longer, or never had it"
+            )
+        if not job.completed:
+            raise OutputUnavailableError(pilot.stamp, "there is none of a job that was removed or has not ended")
+        texts = await self._bindings.call(
+            "output", job=job.reference, names=["stdout", "stderr"], limit_bytes=OUTPUT_LIMIT_BYTES
+        )
+        if not isinstance(texts, list) or not any(isinstance(text, str) for text in texts):
+            raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} has sent none")
+        stdout, stderr = (text if isinstance(text, str) else "" for text in texts)
+        return PilotOutput(stdout, stderr)
+
+    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+        if stamps := [stamp for stamp, status in pilots.items() if status not in keep]:
+            await self._bindings.call("release", stamps=stamps)
+
+    @property
+    def _name(self) -> str:
+        return self.settings.schedd or self.settings.address or ""
+
+    async def _submit(self, pilots: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome]:
+        by_vo: dict[str, list[str]] = defaultdict(list)
+        for pilot in pilots:
+            by_vo[pilot.vo].append(pilot.stamp)
+        submissions = [submission(self.settings, self.ce.name, vo, stamps) for vo, stamps in by_vo.items()]
+        answers = await self._bindings.call("submit", submissions=submissions)
+        return {
+            pilot.stamp: SubmitOutcome(
+                answers[pilot.stamp].get("reference"), _line(answers[pilot.stamp].get("error"))
+            )
+            for pilot in pilots
+        }
+
+    async def _find(self, pilots: Sequence[PilotAtCE]) -> dict[str, Job]:
+        """The jobs of these pilots, from the queue, or of those that have left it from the history.
+
+        A submission that nobody heard of may have left two jobs of one stamp. The one that the database knows,
+        or else the first, is the pilot; the other is removed.
+        """
+        if not pilots:
+            return {}
+        jobs = await self._queue()
+        gone = {pilot.stamp: pilot.reference for pilot in pilots if pilot.stamp not in jobs}
+        if gone:
+            jobs |= await self._history(gone)
+        found = {}
+        for pilot in pilots:
+            own = pilots_own(pilot, jobs.get(pilot.stamp, ()))
+            if own is not None:
+                found[pilot.stamp] = own
+        twins = [job for stamp, own in found.items() for job in jobs[stamp] if job is not own and not job.ended]
+        await self._remove("another job is this pilot", twins)
+        await self._remove(ABANDONED, [job for job in found.values() if job.abandoned])
+        return found
+
+    async def _remove(self, reason: str, jobs: Sequence[Job]) -> None:
+        if jobs:
+            numbers = [job.reference for job in jobs]
+            logger.warning("%s: removing %s: %s", self.ce.name, ", ".join(numbers), reason)
+            self._check_allowed(await self._bindings.call("remove_jobs", jobs=numbers, reason=reason))
+
+    async def _queue(self) -> dict[str, list[Job]]:
+        return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
+
+    async def _history(self, references: Mapping[str, str | None]) -> dict[str, list[Job]]:
+        """Those who are in no queue and no history are unknown; so are they where no history may be read."""
+        try:
+            told = await self._bindings.call("history", attributes=ATTRIBUTES, stamps=list(references))
+        except CEUnavailableError as error:
+            logger.warning("%s does not tell the history of its jobs: %s", self.ce.name, error)
+            return {}
+        # It tells of everybody's jobs, who may give them any stamp.
+        known = {
+            stamp: [job for job in jobs if references.get(stamp) in (None, job.reference)]
+            for stamp, jobs in parse_jobs(told).items()
+        }
+        return {stamp: jobs for stamp, jobs in known.items() if jobs}
+
+    def _check_allowed(self, denied: object) -> None:
+        if denied:
+            raise CEUnavailableError(
+                f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's"
+            )
+
+
+def _line(error: object) -> str | None:
+    return None if error is None else " ".join(str(error).split())[:300]

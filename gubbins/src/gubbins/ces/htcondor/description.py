@@ -1,0 +1,92 @@
+"""What is handed to the schedd for pilots of one VO: commands of the submit language, and two files.
+
+No value of ours but the stamp is in the submit language, which has its own ideas about `$` and quotes: the
+environment is in the shell script that runs the pilot's own.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Submission", "submission"]
+
+import re
+import shlex
+from pathlib import Path
+from typing import TypedDict
+
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
+
+from .settings import HTCondorSettings
+
+_TEMPLATE = Path(__file__).with_name("run.sh")
+_SECONDS_OF_A_DAY = 24 * 3600
+
+
+class Submission(TypedDict):
+    """Pilots that differ in their stamps only."""
+
+    commands: dict[str, str]
+    files: dict[str, str]  # by name, all of them sent along
+    stamps: list[str]
+
+
+def submission(settings: HTCondorSettings, ce_name: str, vo: str, stamps: list[str]) -> Submission:
+    """The description of these pilots."""
+    return {"commands": _commands(settings), "files": _files(settings, ce_name, vo), "stamps": stamps}
+
+
+def _commands(settings: HTCondorSettings) -> dict[str, str]:
+    stay = round(settings.keep_days * _SECONDS_OF_A_DAY)
+    commands = {
+        "executable": "run",
+        "arguments": "$(stamp)",
+        # Wherever the process is that sends or fetches files.
+        "initialdir": "/proc/self/cwd",
+        "transfer_input_files": "pilot",
+        "transfer_output_files": '""',
+        "output": "stdout",
+        "error": "stderr",
+        "should_transfer_files": "YES",
+        "when_to_transfer_output": "ON_EXIT",
+        "notification": "Never",
+        "+GubbinsStamp": '"$(stamp)"',
+        "leave_in_queue": f"(JobStatus == 3 || JobStatus == 4) && time() - EnteredCurrentStatus < {stay}",
+        "periodic_remove": _to_be_removed(round(settings.held_minutes * 60)),
+        "request_cpus": str(settings.cpus),
+    }
+    if settings.memory_mb is not None:
+        commands["request_memory"] = f"{settings.memory_mb}M"
+    if settings.disk_mb is not None:
+        commands["request_disk"] = f"{settings.disk_mb}M"
+    if settings.wall_time_minutes is not None:
+        commands["allowed_job_duration"] = str(settings.wall_time_minutes * 60)
+    given = dict(settings.submit_commands)
+    wanted = [given.pop(name) for name in list(given) if name.lower() == "requirements"]
+    commands["requirements"] = " && ".join(["MY.NumJobStarts == 0", *(f"({each})" for each in wanted)])
+    return commands | given
+
+
+def _to_be_removed(held_seconds: int) -> str:
+    """A job that will not run: for the schedd to see, for nobody else may be there to see it.
+
+    Code 16 is the hold until the files have come, 1 that of a person, who may have a reason.
+    A pilot that is started again would be a second one.
+    """
+    age = "time() - EnteredCurrentStatus"
+    return (
+        f"(JobStatus == 5 && HoldReasonCode =!= 16 && HoldReasonCode =!= 1 && {age} > {held_seconds})"
+        " || (JobStatus == 1 && NumJobStarts > 0)"
+    )
+
+
+def _files(settings: HTCondorSettings, ce_name: str, vo: str) -> dict[str, str]:
+    variables = settings.environment | {"PILOT_VO": vo, "PILOT_CE": ce_name}
+    parts = {
+        "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        "limit": str(OUTPUT_LIMIT_BYTES),
+    }
+    script = settings.scripts.get(vo, settings.default_script)
+    return {
+        # In one pass: what is put in is not looked at again.
+        "run": re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text()),
+        "pilot": script if script.startswith("#!") else f"#!/bin/sh\n{script}",
+    }

@@ -1,0 +1,163 @@
+"""What a schedd says about jobs, and what that means for a pilot."""
+
+from __future__ import annotations
+
+__all__ = ["ABANDONED", "ATTRIBUTES", "Job", "judge", "parse_jobs", "pilots_own"]
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gubbins.ces.protocol import Observation, Observed, PilotAtCE
+
+ATTRIBUTES = (
+    "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",
+    "HoldReason", "HoldReasonCode", "LastHoldReason", "LastHoldReasonCode", "RemoveReason",
+    "EnteredCurrentStatus", "ServerTime",
+)  # fmt: skip
+"""What is asked of each job, in the order of the answer."""
+
+ABANDONED = "its files have never come to the schedd"
+"""The reason that is given for the removal of such jobs."""
+
+_REMOVED, _COMPLETED, _HELD = 3, 4, 5
+_SPOOLING = 16
+_SPOOLING_SECONDS = 600
+_MAX_CHARS = 300
+
+
+class Job(NamedTuple):
+    """One job, as far as its attributes are what they should be; None where they are not."""
+
+    cluster: int
+    proc: int
+    status: int | None
+    by_signal: bool
+    exit_code: int | None
+    exit_signal: int | None
+    hold_reason: str | None
+    hold_code: int | None
+    last_hold_reason: str | None
+    last_hold_code: int | None
+    remove_reason: str | None
+    seconds: int | None  # since it is in this state
+
+    @property
+    def reference(self) -> str:
+        """As HTCondor's commands write it."""
+        return f"{self.cluster}.{self.proc}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.status in (_REMOVED, _COMPLETED)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its files will not come any more: who wanted to send them is dead. It would wait for ever."""
+        return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > _SPOOLING_SECONDS
+
+    @property
+    def completed(self) -> bool:
+        """Whether it has ended by itself: its output is there."""
+        return self.status == _COMPLETED
+
+
+def parse_jobs(rows: object) -> dict[str, list[Job]]:
+    """The jobs of each stamp, in the order of their numbers; a row that is none of a job is skipped."""
+    jobs: dict[str, list[Job]] = defaultdict(list)
+    for row in rows if isinstance(rows, list) else []:
+        if not isinstance(row, list) or len(row) != len(ATTRIBUTES):
+            continue
+        told = dict(zip(ATTRIBUTES, row, strict=True))
+        numbers = {name: _number(value) for name, value in told.items()}
+        texts = {name: _text(value) for name, value in told.items()}
+        stamp, cluster, proc = texts["GubbinsStamp"], numbers["ClusterId"], numbers["ProcId"]
+        if stamp is None or cluster is None or proc is None:
+            continue
+        since, now = numbers["EnteredCurrentStatus"], numbers["ServerTime"]
+        jobs[stamp].append(
+            Job(
+                cluster,
+                proc,
+                status=numbers["JobStatus"],
+                by_signal=told["ExitBySignal"] is True,
+                exit_code=numbers["ExitCode"],
+                exit_signal=numbers["ExitSignal"],
+                hold_reason=texts["HoldReason"],
+                hold_code=numbers["HoldReasonCode"],
+                last_hold_reason=texts["LastHoldReason"],
+                last_hold_code=numbers["LastHoldReasonCode"],
+                remove_reason=texts["RemoveReason"],
+                seconds=None if since is None or now is None else now - since,
+            )
+        )
+    return {stamp: sorted(each, key=lambda job: (job.cluster, job.proc)) for stamp, each in jobs.items()}
+
+
+def pilots_own(pilot: PilotAtCE, jobs: Sequence[Job]) -> Job | None:
+    """Which of the jobs of its stamp a pilot is; there may be two if a submission was not heard of."""
+    named = [job for job in jobs if job.reference == pilot.reference]
+    return next(iter(named or jobs), None)
+
+
+def judge(pilot: PilotAtCE, job: Job) -> Observation:
+    """What has become of a pilot."""
+    state, reason = _judge(pilot, job)
+    reference = job.reference if pilot.reference is None else None
+    return Observation(state, " ".join(reason.split())[:_MAX_CHARS].strip() if reason else None, reference)
+
+
+def _judge(pilot: PilotAtCE, job: Job) -> tuple[Observed, str | None]:
+    seen: tuple[Observed, str | None]
+    match job.status:
+        case 1:
+            seen = Observed.WAITING, None
+        case 2 | 6 | 7:  # 6: it has ended, and sends its output
+            seen = Observed.RUNNING, None
+        case 3:
+            seen = Observed.FAILED, "cancelled" if pilot.cancel_requested else _why_removed(job)
+        case 4:
+            seen = _of_completed(job)
+        case 5 if job.hold_code == _SPOOLING:
+            seen = Observed.WAITING, None
+        case 5:
+            seen = Observed.WAITING, f"on hold (code {_known(job.hold_code)}): {_known(job.hold_reason)}"
+        case _:
+            seen = Observed.NO_NEWS, f"HTCondor: unknown state {job.status}"
+    return seen
+
+
+def _of_completed(job: Job) -> tuple[Observed, str | None]:
+    if job.by_signal:
+        return Observed.FAILED, f"ended by signal {_known(job.exit_signal)}"
+    if job.exit_code != 0:
+        return Observed.FAILED, f"exit code {_known(job.exit_code)}"
+    return Observed.DONE, None
+
+
+def _why_removed(job: Job) -> str:
+    """In the words of HTCondor, unless the job's own rule has removed it: that says nothing about why."""
+    reason = job.remove_reason or ""
+    if reason.startswith(ABANDONED):
+        return ABANDONED
+    if not re.search(r"\bPeriodicRemove\b", reason):
+        return f"removed at the site: {reason or 'no reason is given'}"
+    code = job.hold_code if job.hold_code is not None else job.last_hold_code
+    words = job.hold_reason or job.last_hold_reason
+    if code is None or code == _SPOOLING or words is None:
+        return "interrupted on its node; it is not started a second time"
+    return f"put on hold (code {code}): {words}"
+
+
+def _known(value: object) -> Any:
+    return "unknown" if value is None else value
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None

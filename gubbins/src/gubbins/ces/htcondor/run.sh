@@ -1,0 +1,20 @@
+#!/bin/sh
+# Runs one pilot on a node. The words between at signs are put in at the submission; the stamp is the argument.
+# What the pilot writes is kept beside it; of each, the last part goes back to the schedd.
+@exports@
+export PILOT_STAMP="$1"
+chmod 700 pilot || exit 1
+./pilot > pilot.stdout 2> pilot.stderr < /dev/null &
+child=$!
+# HTCondor asks this shell alone to end.
+trap 'kill -TERM "$child" 2> /dev/null' HUP INT TERM
+wait "$child"
+code=$?
+# A signal ends the first wait, not the pilot.
+while kill -0 "$child" 2> /dev/null; do
+    wait "$child"
+    code=$?
+done
+tail -c @limit@ pilot.stdout
+tail -c @limit@ pilot.stderr >&2
+exit "$code"

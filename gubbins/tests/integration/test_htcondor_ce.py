@@ -1,0 +1,288 @@
+"""The back end `htcondor` against a real pool. Its cycles take seconds, so all promises are tried at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites.htcondor import HTCondorSite
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, description, jobs, process
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+from gubbins.testing.ce_conformance import CERemoteConformance, Fate, pilot_scripts
+
+pytestmark = [pytest.mark.where_the_machine_allows, pytest.mark.timeout(240)]
+
+
+class _Promises(CERemoteConformance):
+    """Not collected: its tests are all run by one, below, and not one by one."""
+
+    deadline_seconds = 180
+    pause_seconds = 1
+    many = 10
+    patience_seconds = 60
+
+    def __init__(self, site: HTCondorSite, witness: Path) -> None:
+        self._site = site
+        self._witness = witness
+        self._timeout_seconds = 30
+        # Inside, the site's directory has another name.
+        self._scripts = pilot_scripts(Path("/srv") / witness.name)
+
+    def make_backend(self, fate: Fate) -> HTCondorBackend:
+        script = self._scripts[fate]
+        return make_backend(self._site, default_script=script, timeout_seconds=self._timeout_seconds, keep="none")
+
+    def starts(self, stamp: str) -> int:
+        return len((self._witness / stamp).read_text().splitlines())
+
+    async def run(self, name: str) -> str | None:
+        """What went wrong."""
+        promise = getattr(self, name)
+        given = {"make": self.make_backend, "down": self._site.down(), "hanging": self._frozen()}
+        try:
+            await promise(**{name: given[name] for name in inspect.signature(promise).parameters})
+        except Exception:
+            return f"{name}:\n{traceback.format_exc()}"
+        return None
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        patient, self._timeout_seconds = self._timeout_seconds, 2
+        with self._site.frozen():
+            yield
+        self._timeout_seconds = patient
+
+
+async def test_all_promises_of_a_back_end_are_kept(htcondor_site: HTCondorSite) -> None:
+    witness = htcondor_site.directory / "witness"
+    witness.mkdir()
+    witness.chmod(0o1777)
+    promises = _Promises(htcondor_site, witness)
+    names = [name for name in dir(promises) if name.startswith("test_")]
+    disturbing = [
+        name for name in names if inspect.signature(getattr(promises, name)).parameters.keys() - {"make"}
+    ]
+    assert len(disturbing) == 2
+    broken = await asyncio.gather(*(promises.run(name) for name in names if name not in disturbing))
+    broken += [await promises.run(name) for name in disturbing]
+    assert not any(broken), "\n".join(each for each in broken if each)
+
+
+async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondor_site: HTCondorSite) -> None:
+    hostile = "a'b\"c $(touch pwned) `touch pwned` $HOME $$(OpSys) $ENV(PATH) \\ @limit@ #x\t ü\nline 2; '"
+    backend = make_backend(
+        htcondor_site,
+        scripts={
+            "v'o $(x)": 'printf %s "$HOSTILE"; echo "$PILOT_CE $PILOT_VO" >&2; ls',
+            "py": f"#!/usr/bin/env python3\nimport os\nprint(os.environ['HOSTILE'] == {hostile!r}, end='')\n",
+        },
+        environment={"HOSTILE": hostile},
+        submit_commands={"requirements": "TARGET.Memory > 0 || False", "+Group": '"pilots"'},
+        memory_mb=20,
+        disk_mb=1,
+        wall_time_minutes=10,
+    )
+    shell, python = pilots = await submit(backend, "v'o $(x)", "py")
+    await until_ended(backend, pilots)
+    out = await backend.output(shell)
+    assert out.stdout.startswith(hostile)
+    assert "pwned" not in out.stdout.removeprefix(hostile)
+    assert out.stderr == "ce v'o $(x)\n"
+    assert (await backend.output(python)).stdout == "True"
+
+
+async def test_output_has_the_last_part_and_an_end_outlives_its_place_in_the_queue(
+    htcondor_site: HTCondorSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(description, "OUTPUT_LIMIT_BYTES", 9)
+    scripts = {"good": "seq 1 1000", "bad": "echo no luck >&2; exit 3", "killed": "kill -9 $$"}
+    backend = make_backend(htcondor_site, scripts=scripts)
+    good, bad, killed = pilots = await submit(backend, "good", "bad", "killed")
+    ends = [Observation(Observed.DONE), *(Observation(Observed.FAILED, f"exit code {code}") for code in (3, 137))]
+    assert await until_ended(backend, pilots) == ends
+    assert (await backend.output(good)).stdout == "999\n1000\n"
+    assert (await backend.output(bad)).stderr == "no luck\n"
+
+    await forget(backend, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
+    await until(lambda: good.reference not in htcondor_site.run("condor_q", "-all", "-af:j", "Owner").split())
+    assert await until_ended(backend, pilots) == ends
+    assert (await backend.output(bad)).stderr == "no luck\n"  # failed ones stay, unless the settings say otherwise
+    with pytest.raises(OutputUnavailableError, match="no longer"):
+        await backend.output(good)
+
+
+async def test_a_held_pilot_says_why_it_waits_and_fails_with_the_same_words(htcondor_site: HTCondorSite) -> None:
+    hold = {"periodic_hold": "JobStatus == 2", "periodic_hold_reason": '"it used too much memory"'}
+    patient = make_backend(htcondor_site, submit_commands=hold, default_script="sleep 600")
+    (held,) = await submit(patient, "vo")
+    reason = "on hold (code 3): it used too much memory"
+    await until_seen(patient, held, Observation(Observed.WAITING, reason))
+
+    strict = make_backend(htcondor_site, submit_commands=hold, default_script="sleep 600", held_minutes=0)
+    (doomed,) = await submit(strict, "vo")
+    failed = Observation(Observed.FAILED, "put on hold (code 3): it used too much memory")
+    assert await until_ended(strict, [doomed]) == [failed]
+
+    htcondor_site.run("condor_rm", str(held.reference))
+    (seen,) = await until_ended(patient, [held])
+    assert (seen.reason or "").startswith("removed at the site: via condor_rm")
+
+
+async def test_a_pilot_that_was_interrupted_is_not_started_again(htcondor_site: HTCondorSite) -> None:
+    backend = make_backend(htcondor_site, default_script="sleep 600")
+    (pilot,) = await submit(backend, "vo")
+    await until_seen(backend, pilot, Observation(Observed.RUNNING))
+    htcondor_site.run("condor_vacate_job", "-fast", str(pilot.reference))
+    (seen,) = await until_ended(backend, [pilot])
+    assert seen.reason == "interrupted on its node; it is not started a second time"
+
+
+async def test_a_submission_that_is_killed_before_its_files_are_sent_is_found_and_ends(
+    htcondor_site: HTCondorSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backend = make_backend(htcondor_site)
+    pilot = new_pilot("vo")
+    program = process._PROGRAM.read_text()
+    sends = "schedd.spool(result)"
+    assert sends in program
+    (tmp_path / "bindings.py").write_text(program.replace(sends, "os.kill(os.getpid(), 9)"))
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_PROGRAM", tmp_path / "bindings.py")
+        with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
+            await backend.submit([pilot])
+    assert (await backend.poll([pilot]))[pilot.stamp].state is Observed.WAITING
+    monkeypatch.setattr(jobs, "_SPOOLING_SECONDS", 0)
+    (seen,) = await until_ended(backend, [pilot])
+    assert seen.reason == "its files have never come to the schedd"
+    assert (await backend.submit([pilot]))[pilot.stamp].reference == seen.reference
+
+
+async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTCondorSite) -> None:
+    backend = make_backend(htcondor_site, default_script="sleep 600")
+    pilot = new_pilot("vo")._replace(maybe_submitted=False)
+    first, second = [(await backend.submit([pilot]))[pilot.stamp].reference for _ in range(2)]
+    assert first
+    assert second not in (first, None)
+    assert (await backend.poll([pilot]))[pilot.stamp].reference == first
+    assert htcondor_site.run("condor_q", second, "-af", "JobStatus").strip() == "3"
+    assert htcondor_site.run("condor_q", first, "-af", "JobStatus").strip() != "3"
+    await backend.cancel([pilot])
+
+
+async def test_a_refusal_has_the_words_of_the_site(htcondor_site: HTCondorSite) -> None:
+    rule = "SUBMIT_REQUIREMENT_NAMES = Small\nSUBMIT_REQUIREMENT_Small = RequestMemory < 64\n"
+    rule += 'SUBMIT_REQUIREMENT_Small_REASON = "ask for less memory"\n'
+    with htcondor_site.configured(rule):
+        pilots = [new_pilot("vo"), new_pilot("vo")]
+        outcomes = await make_backend(htcondor_site, memory_mb=100).submit(pilots)
+        assert [outcomes[pilot.stamp].error for pilot in pilots] == ["ask for less memory"] * 2
+    outcomes = await make_backend(htcondor_site, submit_commands={"requirements": "(a ="}).submit(pilots)
+    assert all((each.error or "").startswith("Parse error in expression") for each in outcomes.values())
+
+
+async def test_where_there_is_room_for_some_only_those_are_submitted(htcondor_site: HTCondorSite) -> None:
+    with htcondor_site.configured("MAX_JOBS_PER_SUBMISSION = 2\n"):
+        pilots = [new_pilot("vo") for _ in range(3)]
+        backend = make_backend(htcondor_site)
+        outcomes = list((await backend.submit(pilots)).values())
+    assert [outcome.error is None for outcome in outcomes] == [True, True, False]
+    assert "MAX_JOBS_PER_SUBMISSION" in (outcomes[2].error or "")
+    assert set(await backend.poll(pilots)) == {pilot.stamp for pilot in pilots[:2]}
+
+
+async def test_a_token_is_read_for_each_call_and_what_is_wrong_with_it_is_said(
+    htcondor_site: HTCondorSite, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    backend = make_backend(htcondor_site, token=token)
+    with pytest.raises(CEUnavailableError, match="cannot read the token"):
+        await backend.submit([new_pilot("vo")])
+    good = htcondor_site.token.read_text()
+    token.write_text(good.strip()[:-6] + "AAAAAA")
+    with pytest.raises(CEUnavailableError, match="Failed to authenticate using IDTOKENS"):
+        await backend.submit([new_pilot("vo")])
+    token.write_text(good)
+    (pilot,) = await submit(backend, "vo")
+    token.write_text("x.eyJleHAiOjF9.x")
+    with pytest.raises(CEUnavailableError, match="has expired at 1970-01-01 00:00:01 UTC: renew it"):
+        await backend.poll([pilot])
+
+
+async def test_jobs_of_others_are_none_of_our_pilots(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(htcondor_site.make_token("nobody"))
+    stranger = make_backend(htcondor_site, token=tmp_path / "token", default_script="sleep 600")
+    (pilot,) = await submit(stranger, "vo")
+    ours = make_backend(htcondor_site)
+    assert await ours.poll([pilot]) == {}
+    with pytest.raises(CEUnavailableError, match="another's"):
+        await ours.cancel([pilot])
+    await stranger.cancel([pilot])
+
+
+async def test_a_schedd_is_found_by_its_collector_or_its_address(htcondor_site: HTCondorSite) -> None:
+    (pilot,) = await submit(make_backend(htcondor_site, schedd=None), "vo")
+    address = htcondor_site.run("condor_status", "-schedd", "-af", "MyAddress").strip()
+    direct = make_backend(htcondor_site, collector=None, schedd=None, address=address)
+    assert pilot.stamp in await direct.poll([pilot])
+    with pytest.raises(CEUnavailableError, match="knows no schedd nonesuch"):
+        await make_backend(htcondor_site, schedd="nonesuch").poll([pilot])
+    with pytest.raises(CEUnavailableError, match="Can't resolve collector nonesuch"):
+        await make_backend(htcondor_site, collector="nonesuch.invalid").poll([pilot])
+
+
+def make_backend(site: HTCondorSite, **settings: Any) -> HTCondorBackend:
+    where = {"collector": site.collector, "schedd": site.schedd, "token": site.token}
+    defaults = {"timeout_seconds": 60, "default_script": "true"}
+    return HTCondorBackend(CEDescription("ce", 100, 1.0), HTCondorSettings(**(where | defaults | settings)))
+
+
+def new_pilot(vo: str) -> PilotAtCE:
+    return PilotAtCE(uuid.uuid4().hex, vo)
+
+
+async def submit(backend: HTCondorBackend, *vos: str) -> list[PilotAtCE]:
+    pilots = [new_pilot(vo) for vo in vos]
+    outcomes = await backend.submit(pilots)
+    assert all(outcome.reference for outcome in outcomes.values()), outcomes
+    return [pilot._replace(reference=outcomes[pilot.stamp].reference) for pilot in pilots]
+
+
+async def forget(backend: HTCondorBackend, ended: dict[PilotAtCE, MyPilotStatus]) -> None:
+    await backend.forget({pilot.stamp: status for pilot, status in ended.items()})
+
+
+async def until_ended(backend: HTCondorBackend, pilots: Sequence[PilotAtCE]) -> list[Observation]:
+    deadline = time.monotonic() + 120
+    while True:
+        seen = await backend.poll(pilots)
+        if all(pilot.stamp in seen for pilot in pilots):
+            states = [seen[pilot.stamp] for pilot in pilots]
+            if all(each.state in (Observed.DONE, Observed.FAILED) for each in states):
+                return states
+        assert time.monotonic() < deadline, seen
+        await asyncio.sleep(0.2)
+
+
+async def until_seen(backend: HTCondorBackend, pilot: PilotAtCE, wanted: Observation) -> None:
+    deadline = time.monotonic() + 120
+    while (seen := (await backend.poll([pilot])).get(pilot.stamp)) != wanted:
+        assert time.monotonic() < deadline, seen
+        await asyncio.sleep(0.2)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)

@@ -1,0 +1,226 @@
+"""What the back end `htcondor` makes of settings, of answers that are none, and of scripts, without a schedd."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from gubbins.ces import Observed, PilotAtCE
+from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, process
+from gubbins.ces.htcondor.description import submission
+from gubbins.ces.htcondor.jobs import ATTRIBUTES, judge, parse_jobs, pilots_own
+from gubbins.ces.protocol import CEDescription
+from gubbins.exceptions import CEUnavailableError
+
+PILOT = PilotAtCE("stamp", "vo")
+
+
+def row(**attributes: Any) -> list[Any]:
+    known = {"GubbinsStamp": "stamp", "ClusterId": 12, "ProcId": 0}
+    return [(known | attributes).get(name) for name in ATTRIBUTES]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "state", "reason"),
+    [
+        ({"JobStatus": 1}, Observed.WAITING, None),
+        ({"JobStatus": 2}, Observed.RUNNING, None),
+        ({"JobStatus": 6}, Observed.RUNNING, None),
+        ({"JobStatus": 7}, Observed.RUNNING, None),
+        ({"JobStatus": 4, "ExitCode": 0}, Observed.DONE, None),
+        ({"JobStatus": 4, "ExitCode": 3}, Observed.FAILED, "exit code 3"),
+        ({"JobStatus": 4}, Observed.FAILED, "exit code unknown"),
+        ({"JobStatus": 4, "ExitBySignal": True, "ExitSignal": 9}, Observed.FAILED, "ended by signal 9"),
+        ({"JobStatus": 5, "HoldReasonCode": 16}, Observed.WAITING, None),
+        (
+            {"JobStatus": 5, "HoldReasonCode": 34, "HoldReason": "too\n much "},
+            Observed.WAITING,
+            "on hold (code 34): too much",
+        ),
+        ({"JobStatus": 3, "RemoveReason": "via condor_rm"}, Observed.FAILED, "removed at the site: via condor_rm"),
+        ({"JobStatus": 3}, Observed.FAILED, "removed at the site: no reason is given"),
+        ({"JobStatus": 99}, Observed.NO_NEWS, "HTCondor: unknown state 99"),
+        ({"JobStatus": "2"}, Observed.NO_NEWS, "HTCondor: unknown state None"),
+    ],
+)
+def test_a_state_of_a_job_says_what_has_become_of_the_pilot(
+    attributes: dict[str, Any], state: Observed, reason: str | None
+) -> None:
+    ((job,),) = parse_jobs([row(**attributes)]).values()
+    assert judge(PILOT, job) == (state, reason, "12.0")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"LastHoldReasonCode": 46, "LastHoldReason": "ran too long"}, "put on hold (code 46): ran too long"),
+        ({"LastHoldReasonCode": 16}, "interrupted on its node; it is not started a second time"),
+    ],
+)
+def test_a_pilot_that_its_own_rule_has_removed_says_what_was_the_matter(
+    attributes: dict[str, Any], reason: str
+) -> None:
+    rule = "The job attribute PeriodicRemove expression '…' evaluated to TRUE"
+    ((job,),) = parse_jobs([row(JobStatus=3, RemoveReason=rule, **attributes)]).values()
+    assert judge(PILOT, job).reason == reason
+    assert judge(PILOT._replace(cancel_requested=True), job).reason == "cancelled"
+
+
+def test_a_job_whose_files_do_not_come_is_given_up_after_a_while() -> None:
+    waiting = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1600)
+    abandoned = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1601)
+    assert [job.abandoned for each in (waiting, abandoned) for job in parse_jobs([each])["stamp"]] == [False, True]
+
+
+def test_of_two_jobs_the_known_one_is_the_pilot_or_else_the_first() -> None:
+    jobs = parse_jobs([row(ClusterId=12), row(ClusterId=9, ProcId=1)])["stamp"]
+    assert [pilots_own(PILOT._replace(reference=known), jobs) for known in ("12.0", None)] == jobs[::-1]
+
+
+_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers(), max_size=2)
+_rows = st.lists(_values, min_size=len(ATTRIBUTES), max_size=len(ATTRIBUTES)) | st.lists(_values) | _values
+
+
+@given(st.lists(_rows) | _values)
+def test_no_answer_is_too_strange(rows: object) -> None:
+    for jobs in parse_jobs(rows).values():
+        for job in jobs:
+            seen = judge(PILOT, job)
+            assert seen.reason is None or "\n" not in seen.reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({}, "give either a collector or an address"),
+        ({"collector": "ce", "address": "<10.0.0.1:9618>"}, "give either a collector or an address"),
+        ({"address": "<10.0.0.1:9618>", "schedd": "ce"}, "of no use with an address"),
+        ({"collector": "ce", "token": "token"}, "must be an absolute path"),
+        ({"collector": 'ce"'}, "should match pattern"),
+        ({"collector": "ce", "submit_commands": {"Executable": "x"}}, "is not for you to set"),
+        ({"collector": "ce", "submit_commands": {"MY.GubbinsStamp": "x"}}, "is not for you to set"),
+        ({"collector": "ce", "submit_commands": {"rank": "x\nqueue 9"}}, "must be one line"),
+        ({"collector": "ce", "submit_commands": {"queue 9 #": "x"}}, "should match pattern"),
+        ({"collector": "ce", "configuration": {"A": "x\ny"}}, "must be one line"),
+        ({"collector": "ce", "default_script": "\0"}, "must not contain a NUL"),
+        ({"collector": "ce", "nonesuch": 1}, "Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        HTCondorSettings.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        ("import nonesuch", r"pip install 'gubbins-pilots\[htcondor\]'"),
+        ("print('{\"answer\"')", r"no answer from HTCondor's bindings \(0\)"),
+        ("print('[1]')", r"no answer from HTCondor's bindings \(0\)"),
+        ("import os; os.kill(os.getpid(), 9)", r"no answer from HTCondor's bindings \(-9\)"),
+        ('print(\'{"error": "so   what"}\')', "^so what$"),
+        ("import sys; sys.exit('11/22/26 05:17:25 who are you?')", r"\(1\); who are you\?$"),
+    ],
+)
+async def test_an_answer_that_is_none_is_no_news_and_says_why(
+    program: str, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(CEUnavailableError, match=complaint):
+        await backend_with(program, monkeypatch, tmp_path).poll([PILOT])
+
+
+async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    program = (
+        "import os, subprocess, time; child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(pids) + '.new'!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} {{os.getcwd()}}')\n"
+        f"os.rename({str(pids) + '.new'!r}, {str(pids)!r}); time.sleep(600)"
+    )
+    call = asyncio.create_task(backend_with(program, monkeypatch, tmp_path, timeout_seconds=300).poll([PILOT]))
+    deadline = time.monotonic() + 60
+    while not pids.exists():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    own, child, directory = pids.read_text().split()
+    assert not Path(directory).exists()
+    while any(_alive(pid) for pid in (own, child)):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+    with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not answered within 0.2 s"):
+        await backend_with(program, monkeypatch, tmp_path, timeout_seconds=0.2).poll([PILOT])
+
+
+async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_the_worker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("_CONDOR_SEC_CLIENT_AUTHENTICATION_METHODS", "ANONYMOUS")
+    monkeypatch.setenv("DIRACX_DB_URL_SECRET", "password")
+    token = tmp_path / "token"
+    token.write_text("a.b.c\n")
+    program = (
+        "import json, os, pathlib\n"
+        "told = {name: value for name, value in os.environ.items() if 'CONDOR' in name or 'DIRACX' in name}\n"
+        "told['token'] = pathlib.Path(told['_CONDOR_SEC_TOKEN_DIRECTORY'], 'token').read_text()\n"
+        "print(json.dumps({'error': json.dumps(told)}))"
+    )
+    monkeypatch.setattr(process, "_MAX_CHARS", 10_000)
+    backend = backend_with(
+        program, monkeypatch, tmp_path, token=token, configuration={"sec_default_encryption": "NEVER"}
+    )
+    with pytest.raises(CEUnavailableError) as told:
+        await backend.poll([PILOT])
+    seen = json.loads(str(told.value))
+    assert seen.pop("token") == "a.b.c\n"
+    assert seen["CONDOR_CONFIG"] == os.devnull
+    assert seen["_CONDOR_SEC_CLIENT_AUTHENTICATION_METHODS"] == "IDTOKENS"
+    assert seen["_CONDOR_SEC_DEFAULT_ENCRYPTION"] == "NEVER"
+    assert not any("DIRACX" in name for name in seen)
+    assert not Path(seen["_CONDOR_SEC_TOKEN_DIRECTORY"]).exists()
+
+
+def test_a_pilot_is_told_to_end_and_may_finish_what_it_does(tmp_path: Path) -> None:
+    script = "trap 'echo told; sleep 0.1; exit 7' TERM; touch started; while :; do sleep 0.01; done"
+    settings = HTCondorSettings(collector="ce", default_script=script)
+    for name, text in submission(settings, "ce", "vo", [])["files"].items():
+        (tmp_path / name).write_text(text)
+    with subprocess.Popen(["/bin/sh", "run", "stamp"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.terminate()
+        out, _ = run.communicate(timeout=60)
+    assert (run.returncode, out) == (7, "told\n")
+
+
+def backend_with(
+    program: str, monkeypatch: pytest.MonkeyPatch, directory: Path, **settings: Any
+) -> HTCondorBackend:
+    """A back end that runs this program in place of the bindings."""
+    (directory / "program.py").write_text(program)
+    monkeypatch.setattr(process, "_PROGRAM", directory / "program.py")
+    defaults = {"collector": "ce", "timeout_seconds": 60}
+    return HTCondorBackend(CEDescription("ce", 1, 1.0), HTCondorSettings(**(defaults | settings)))
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
