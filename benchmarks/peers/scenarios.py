@@ -34,6 +34,8 @@ WORKERS = 4
 BEHIND_ONE_MUTEX = 200
 _ONE_MUTEX_SECONDS = 15.0
 _NAPS_SECONDS = 20.0
+#: Longer than what any of them does seldom, such as a look for dead workers.
+_IDLE_SECONDS = 21.0
 _MEMORY_SECONDS = 60.0
 _WORKERS_SECONDS = 3.0
 #: Less than this for each task is no result.
@@ -317,7 +319,7 @@ def startup(bench: Bench, peer: Peer) -> Figures:
 
 
 def idle(bench: Bench, peer: Peer) -> Figures:
-    seconds = 3.0
+    seconds = _IDLE_SECONDS
     with run(bench, peer) as it, it.worker() as worker:
         _rested(worker)
         (commands, reads), processor, begin = bench.requests(), worker.cpu_seconds(), time.monotonic()
@@ -414,7 +416,7 @@ SCENARIOS = (
     Scenario("delayed", delayed),
     Scenario("memory", memory, once=True),
     Scenario("startup", startup),
-    Scenario("idle", idle),
+    Scenario("idle", idle, once=True),
     Scenario("one-mutex", one_mutex),
     Scenario("workers", workers),
     Scenario("backlog", backlog, once=True),

@@ -300,13 +300,14 @@ class RedisStreamBroker:
         """Move everything that is due into its stream, and the children of complete groups.
 
         Returns:
-            Milliseconds until the next one is due, None when nothing is delayed.
+            Milliseconds until the next one is due; None when nothing is delayed, or a scheduler leads, which sees
+            to it.
         """
         while True:
-            moved, next_due, now = await scripts.promote(self.redis, PROMOTE_BATCH)
+            moved, next_due, now, leads = await scripts.promote(self.redis, PROMOTE_BATCH)
             self.counts.promoted += moved
             if moved < PROMOTE_BATCH:
-                return None if next_due is None else max(0, next_due - now)
+                return None if next_due is None or leads else max(0, next_due - now)
             await asyncio.sleep(0)
 
     # --- running and ending -----------------------------------------------------------------------------

@@ -59,7 +59,6 @@ class Intake:
         """Of each stream, an entry after which there may be something new; None before the first look."""
         self._all_seen = False
         """Whether there was nothing after those."""
-        self._promote_at = 0.0
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self.asked_at = 0.0
@@ -83,7 +82,6 @@ class Intake:
         return deliveries
 
     async def _look(self, free: int) -> list[Delivery]:
-        await self._promote()
         if reclaimed := await self._reclaim(free):
             return reclaimed
         lease_seconds = self._settings.lease_seconds
@@ -95,7 +93,7 @@ class Intake:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        timeout = min(self._promote_at, self._reclaim_at) - time.monotonic()
+        timeout = self._reclaim_at - time.monotonic()
         timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
         if not self._is_idle():
             # A task may block the event loop: nothing must be given to a worker that cannot start it.
@@ -132,16 +130,6 @@ class Intake:
             return waits.result() if waits.done() else None
         finally:
             await end(waits)  # an error of it has been raised above, or came too late to matter
-
-    async def _promote(self) -> None:
-        """Move what is due into the queues, should no scheduler do it."""
-        now = time.monotonic()
-        if now < self._promote_at:
-            return
-        self._promote_at = now + self._settings.housekeeping_seconds
-        next_due_ms = await self._broker.promote()
-        if next_due_ms is not None:
-            self._promote_at = min(self._promote_at, now + next_due_ms / 1000)
 
     async def _reclaim(self, free: int) -> list[Delivery]:
         """Take over from dead workers, at the moment when the next lease ends."""
