@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
-from diracx.tasks.plumbing import BaseTask, MutexLock, schedule_many
+from diracx.tasks.plumbing import BaseTask, MutexLock, RetryPolicyBase, schedule_many, spawn_with_callback
 from diracx.tasks.plumbing.broker.keys import stream_name_for
+from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem, embedded_redis
@@ -45,6 +48,45 @@ class Locked(NoOp):
     @property
     def execution_locks(self) -> list[BaseLock]:
         return [MutexLock(TASK, self.number)]
+
+
+@dataclass
+class Alone(NoOp):
+    """Does nothing, behind a mutex that it shares with all others."""
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(TASK, "alone")]
+
+
+class AtOnce(RetryPolicyBase):
+    """The second attempt follows the first."""
+
+    def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:
+        return datetime.now(UTC) if attempt == 0 else None
+
+
+@dataclass
+class Unlucky(NoOp):
+    """Fails at its first attempt."""
+
+    retry_policy: ClassVar[RetryPolicyBase] = AtOnce()
+
+    async def execute(self) -> None:
+        message = current_message.get()
+        if message is None or not message.attempts:
+            raise RuntimeError("the first attempt")
+
+
+@dataclass
+class Bell(NoOp):
+    """Says when it has begun."""
+
+    async def execute(self) -> None:
+        _rung.set()
+
+
+_rung = asyncio.Event()
 
 
 @dataclass(frozen=True)
@@ -116,12 +158,37 @@ async def in_bulk(tasks: int) -> Counts:
     return found[0]
 
 
-async def _drain(tasks: int, task_class: type[NoOp], **settings: Any) -> Counts:
+async def in_bulk_for_later(tasks: int) -> Counts:
+    """`schedule_many()` with a moment before which none may begin."""
+    async with (
+        TaskSystem([NoOp], workers=0, scheduler=False) as system,
+        counted(system.broker.redis, tasks) as found,
+    ):
+        await schedule_many(
+            [NoOp(number) for number in range(tasks)], at_time=datetime.now(UTC) + timedelta(days=1)
+        )
+    return found[0]
+
+
+async def _in_a_group(tasks: Sequence[BaseTask]) -> None:
+    await spawn_with_callback(tasks, NoOp(-1))
+
+
+async def _due_now(tasks: Sequence[BaseTask]) -> None:
+    await schedule_many(tasks, at_time=datetime.now(UTC))
+
+
+async def _drain(
+    tasks: int,
+    task_class: type[NoOp],
+    submit: Callable[[Sequence[BaseTask]], Awaitable[Any]] = schedule_many,
+    **settings: Any,
+) -> Counts:
     """A backlog, from the start of a worker with 100 slots to the settlement of the last task."""
     with embedded_redis() as url:
         system = partial(
             TaskSystem,
-            [task_class],
+            {task_class, NoOp},
             redis_url=url,
             scheduler=False,
             concurrency=100,
@@ -129,7 +196,7 @@ async def _drain(tasks: int, task_class: type[NoOp], **settings: Any) -> Counts:
             task_db_url=None,
         )
         async with system(workers=0):
-            await schedule_many([task_class(number) for number in range(tasks)])
+            await submit([task_class(number) for number in range(tasks)])
         async with Redis.from_url(url) as redis, counted(redis, tasks) as found, system(workers=1) as running:
             await running.drain(60)
     return found[0]
@@ -150,12 +217,57 @@ async def drain_with_results(tasks: int) -> Counts:
     return await _drain(tasks, NoOp, result_ttl_seconds=3600)
 
 
+async def drain_delayed(tasks: int) -> Counts:
+    """No-ops that were put aside and have become due, by one worker without a scheduler."""
+    return await _drain(tasks, NoOp, _due_now)
+
+
+async def drain_retried(tasks: int) -> Counts:
+    """Tasks that fail once and are executed twice."""
+    logging.disable()  # a line and a traceback for each of them
+    try:
+        return await _drain(tasks, Unlucky)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+async def drain_group(tasks: int) -> Counts:
+    """One callback group, its callback included."""
+    return await _drain(tasks, NoOp, _in_a_group)
+
+
+async def drain_behind_one_mutex(tasks: int) -> Counts:
+    """Tasks of which one may run at a time: each is parked, woken, and runs."""
+    return await _drain(min(tasks, 200), Alone)
+
+
+async def one_at_a_time(tasks: int) -> Counts:
+    """Light load: each task is submitted when its predecessor has begun, which is settled meanwhile."""
+    tasks = min(tasks, 200)
+    async with TaskSystem([Bell], workers=1, scheduler=False, settings=_QUIET, task_db_url=None) as system:
+        for number in range(-20, tasks):
+            if number == 0:
+                counting = AsyncExitStack()
+                found = await counting.enter_async_context(counted(system.broker.redis, tasks))
+            _rung.clear()
+            await Bell(number).schedule()
+            await _rung.wait()
+        await counting.aclose()
+    return found[0]
+
+
 SCENARIOS: dict[str, Callable[[int], Awaitable[Counts]]] = {
     "enqueue one by one": one_by_one,
     "enqueue in bulk": in_bulk,
+    "enqueue in bulk, delayed": in_bulk_for_later,
     "drain": drain,
     "drain, one mutex per task": drain_locked,
     "drain, results kept": drain_with_results,
+    "drain, delayed": drain_delayed,
+    "drain, failed once": drain_retried,
+    "drain, a callback group": drain_group,
+    "drain, one mutex for all": drain_behind_one_mutex,
+    "one at a time": one_at_a_time,
 }
 
 

@@ -41,7 +41,7 @@ class Peer:
 
     @property
     def is_ours(self) -> bool:
-        return self.name == "ours"
+        return self.environment == "ours"
 
     def takes_part(self, scenario: str) -> bool:
         return scenario not in self.unable and (self.only is None or scenario in self.only)
@@ -67,6 +67,7 @@ _CELERY = (
     *("celery", "-A", f"{_ADAPTERS}.celery", "worker", "--pool", "threads", "--loglevel", "WARNING"),
     *("--without-gossip", "--without-mingle", "--without-heartbeat"),
 )
+_OURS = ("diracx-task-run", "worker", "--max-concurrent-tasks", "{concurrency}", "--log-level", "warning")
 
 PEERS = (
     Peer(
@@ -74,10 +75,18 @@ PEERS = (
         title="diracx-tasks (this tree)",
         adapter="ours",
         environment="ours",
-        worker=("diracx-task-run", "worker", "--max-concurrent-tasks", "{concurrency}", "--log-level", "warning"),
+        worker=_OURS,
         storing=("--result-ttl", "3600"),
         scheduler=("diracx-task-run", "scheduler", "--log-level", "warning"),
         bulk="schedule_many",
+    ),
+    Peer(
+        name="ours-alone",
+        title="the same, a worker alone",
+        adapter="ours",
+        environment="ours",
+        worker=_OURS,
+        only=frozenset({"delayed"}),
     ),
     Peer(
         name="reference",

@@ -34,12 +34,14 @@ WORKERS = 4
 BEHIND_ONE_MUTEX = 200
 _ONE_MUTEX_SECONDS = 15.0
 _NAPS_SECONDS = 20.0
-_MEMORY_SECONDS = 60.0
+#: Longer than what any of them does seldom, such as a look for dead workers.
+_IDLE_SECONDS = 21.0
+_MEMORY_SECONDS = 120.0
 _WORKERS_SECONDS = 3.0
 #: Less than this for each task is no result.
 _LEAST_RESULT_BYTES = 20
 #: A backlog that takes longer to submit is left out, unless it is ours.
-_BACKLOG_SECONDS = 60.0
+_BACKLOG_SECONDS = 100.0
 
 Figures = dict[str, float]
 
@@ -294,17 +296,24 @@ def delayed(bench: Bench, peer: Peer) -> Figures:
 
 
 def memory(bench: Bench, peer: Peer) -> Figures:
-    number = bench.enough(peer, 20_000)
+    number, more = bench.enough(peer, 20_000), bench.enough(peer, 20_000) // 2
     with run(bench, peer) as it:
+
+        def left_when_done(done: int) -> int:
+            with it.worker() as worker:
+                if it.wait_for(done, worker, seconds=_MEMORY_SECONDS).count < done:
+                    raise FailedError(f"did not execute {done} tasks in {_MEMORY_SECONDS:g} s")
+                _rested(worker)
+                worker.stop()
+            return bench.bytes_used()
+
         it.submit("noop", number)
-        figures = {"queued_bytes": bench.bytes_used() / number}
-        with it.worker() as worker:
-            if it.wait_for(number, worker, seconds=_MEMORY_SECONDS).count < number:
-                raise FailedError(f"did not execute {number} tasks in {_MEMORY_SECONDS:g} s")
-            _rested(worker)
-            worker.stop()
-        figures["left_bytes"] = bench.bytes_used() / number
-    return figures
+        queued = bench.bytes_used() / number
+        left = left_when_done(number)
+        it.submit("noop", more)
+        # What does not grow with the tasks is not of the tasks.
+        of_each = max(0.0, (left_when_done(number + more) - left) / more)
+    return {"queued_bytes": queued, "left_bytes": of_each, "left_fixed": max(0.0, left - of_each * number) / 1000}
 
 
 def startup(bench: Bench, peer: Peer) -> Figures:
@@ -317,7 +326,7 @@ def startup(bench: Bench, peer: Peer) -> Figures:
 
 
 def idle(bench: Bench, peer: Peer) -> Figures:
-    seconds = 3.0
+    seconds = _IDLE_SECONDS
     with run(bench, peer) as it, it.worker() as worker:
         _rested(worker)
         (commands, reads), processor, begin = bench.requests(), worker.cpu_seconds(), time.monotonic()
@@ -349,7 +358,7 @@ def backlog(bench: Bench, peer: Peer) -> Figures:
         with run(bench, peer) as it:
             bulk = it.submit("noop", bench.count(10_000))
     if number / bulk > _BACKLOG_SECONDS and not peer.is_ours:
-        raise SkippedError(f"would take {number / bulk:,.0f} s to submit")
+        raise SkippedError(f"would take {number / bulk:,.0f} s to submit, more than {_BACKLOG_SECONDS:.0f} s")
 
     def measured(it: Run, submitted: int, until: int) -> float:
         it.submit("noop", submitted)
@@ -414,7 +423,7 @@ SCENARIOS = (
     Scenario("delayed", delayed),
     Scenario("memory", memory, once=True),
     Scenario("startup", startup),
-    Scenario("idle", idle),
+    Scenario("idle", idle, once=True),
     Scenario("one-mutex", one_mutex),
     Scenario("workers", workers),
     Scenario("backlog", backlog, once=True),

@@ -82,5 +82,5 @@ async def test_what_a_report_lost_with_the_data_of_the_server_is_asked_for_again
 async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing(redis: Redis) -> None:
     await scripts.promote(redis, 500)  # the server knows the script from here on
     before = await new_calls(redis)
-    assert await scripts.promote(redis, 500) == (0, None, 0)
+    assert await scripts.promote(redis, 500) == (0, None, 0, False)
     assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .arguments import serialize
 from .enums import Priority, Size
 from .lock_registry import TASK
 from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
 from .retry_policies import NoRetry, RetryPolicyBase
 
 if TYPE_CHECKING:
+    from .binding import Binding
+    from .broker.models import Submission
     from .schedules import TaskScheduleBase
 
 
@@ -65,8 +69,6 @@ class BaseTask:
 
     def serialize(self) -> tuple[Any, ...]:
         """The arguments, in the order of the fields: the class is rebuilt from them."""
-        from .arguments import serialize
-
         return serialize(self)
 
     async def schedule(self, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None) -> str:
@@ -88,13 +90,20 @@ class BaseTask:
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]
 
 
+@cache
+def _how_to_submit() -> tuple[Callable[[], Awaitable[Binding]], Callable[..., Submission]]:
+    """Imported when the first task is submitted; a statement in the function would cost each of them a look."""
+    from .binding import current_binding
+    from .submissions import submission_of
+
+    return current_binding, submission_of
+
+
 async def schedule_many(
     tasks: Sequence[BaseTask], *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
-    from .binding import current_binding
-    from .submissions import submission_of
-
+    current_binding, submission_of = _how_to_submit()
     binding = await current_binding()
     registry, config = binding.registry, binding.config
     submissions = [submission_of(task, registry, config, at_time=at_time, labels=labels) for task in tasks]

@@ -68,6 +68,8 @@ PAUSED = "diracx:scheduler:paused"
 PROBLEMS = "diracx:scheduler:problems"
 #: Channel, no key: something earlier is due now, or is paused no more; wakes the leading scheduler.
 WAKE_SCHEDULER = "diracx:scheduler:wake"
+#: Channel, no key: in how many ms something earlier is due now, of which no scheduler heard; wakes workers.
+WAKE_WORKERS = "diracx:tasks:wake"
 
 #: Sorted set: worker -> when it last reported (ms).
 REPORTING = "diracx:monitor:reporting"

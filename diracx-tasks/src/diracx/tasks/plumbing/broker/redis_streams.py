@@ -27,6 +27,7 @@ from . import keys, scripts
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
+from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class RedisStreamBroker:
             protocol=2,
             **{**_CONNECTION, **connection_kwargs},
         )
+        self._submitting, self._waiting = Line(self.redis), Line(self.redis)
 
     async def startup(self) -> None:
         """Check that the server answers.
@@ -116,10 +118,14 @@ class RedisStreamBroker:
         Raises:
             redis.exceptions.RedisError: when it does not.
         """
-        await self.redis.ping()
+        [answer] = await self._submitting.ask(("PING",))
+        if isinstance(answer, Exception):
+            raise answer
 
     async def shutdown(self) -> None:
         """Close all connections."""
+        await self._submitting.close()
+        await self._waiting.close()
         await self.redis.aclose()
 
     # --- submitting -------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ class RedisStreamBroker:
         try:
             if len(packed) == 1 and packed[0][0].at_time is None:
                 submission, data = packed[0]
-                await self.redis.execute_command("XADD", submission.stream, "*", "data", data)
+                await self._add(submission.stream, data)
                 self.counts.note_submitted(submissions)
                 return
             now: dict[str, list[bytes]] = {}
@@ -159,6 +165,15 @@ class RedisStreamBroker:
             names = {submission.message.task_name for submission in submissions}
             raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error
         self.counts.note_submitted(submissions)
+
+    async def _add(self, stream: str, data: bytes) -> None:
+        command = ("XADD", stream, "*", "data", data)
+        if self._submitting.busy:
+            await self.redis.execute_command(*command)
+            return
+        [answer] = await self._submitting.ask(command)
+        if isinstance(answer, Exception):
+            raise answer
 
     async def submit_group(
         self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
@@ -237,9 +252,12 @@ class RedisStreamBroker:
     async def fetch_next(
         self, free: int, last_ids: list[str], timeout: float, *, lease_seconds: float = 0
     ) -> tuple[list[Delivery], list[str]]:
-        """`wait` and `fetch` in one round trip: the server has both, and reserves the moment something comes."""
+        """`wait` and `fetch` in one round trip: the server has both, and reserves the moment something comes.
+
+        For one caller at a time.
+        """
         messages, now_last = await scripts.fetch_next(
-            self.redis,
+            self._waiting,
             self.streams,
             self.consumer_name,
             free,
@@ -300,13 +318,14 @@ class RedisStreamBroker:
         """Move everything that is due into its stream, and the children of complete groups.
 
         Returns:
-            Milliseconds until the next one is due, None when nothing is delayed.
+            Milliseconds until the next one is due; None when nothing is delayed, or a scheduler leads, which sees
+            to it.
         """
         while True:
-            moved, next_due, now = await scripts.promote(self.redis, PROMOTE_BATCH)
+            moved, next_due, now, leads = await scripts.promote(self.redis, PROMOTE_BATCH)
             self.counts.promoted += moved
             if moved < PROMOTE_BATCH:
-                return None if next_due is None else max(0, next_due - now)
+                return None if next_due is None or leads else max(0, next_due - now)
             await asyncio.sleep(0)
 
     # --- running and ending -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from ..locks import LockSpec
+    from .line import Line
     from .models import Settlement
 
 #: Everything a script may need to know about all streams.
@@ -110,7 +111,7 @@ async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, 
 
 
 async def fetch_next(
-    redis: Redis,
+    line: Line,
     streams: Sequence[str],
     consumer: str,
     free: int,
@@ -121,14 +122,12 @@ async def fetch_next(
     """Wait for something after `last_ids`, then `fetch`: the server has both, and does one after the other."""
     fetching = script("fetch")
     args = [consumer, free, lease_ms, *last_ids]
-    async with redis.pipeline(transaction=False) as pipe:
-        pipe.execute_command(*waiting(streams, last_ids, wait_ms))
-        pipe.execute_command("EVALSHA", fetching.sha, len(streams), *streams, *args)
-        waited, reply = await pipe.execute(raise_on_error=False)
+    fetch_then = ("EVALSHA", fetching.sha, len(streams), *streams, *args)
+    waited, reply = await line.ask(waiting(streams, last_ids, wait_ms), fetch_then)
     if isinstance(waited, Exception):
         raise waited
     if isinstance(reply, NoScriptError):
-        return await fetching(redis, streams, args)
+        [reply] = await line.ask(("EVAL", fetching.source, len(streams), *streams, *args))
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -193,10 +192,10 @@ async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Se
     return await script("recover")(redis, streams, [consumer, pack(known)])
 
 
-async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int]:
-    """Move what is due into its streams: (number moved, next due in ms or None, now in ms)."""
-    moved, next_due, now = await script("promote")(redis, args=[at_most])
-    return int(moved), None if int(next_due) < 0 else int(next_due), int(now)
+async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, bool]:
+    """Move what is due into its streams: (number moved, next due in ms or None, now in ms, somebody leads)."""
+    moved, next_due, now, leads = await script("promote")(redis, args=[at_most])
+    return int(moved), None if int(next_due) < 0 else int(next_due), int(now), bool(leads)
 
 
 async def leave(redis: Redis, consumer: str) -> bool:

@@ -300,7 +300,7 @@ class TaskScheduler:
         if self._promote_at > asked and not self._earlier:
             return
         self._earlier = False  # what is heard from now on, the answer may not know of
-        moved, next_due, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
+        moved, next_due, *_ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
         self._broker.counts.promoted += moved
         if moved == PROMOTE_BATCH:
             self._promote_at = 0.0

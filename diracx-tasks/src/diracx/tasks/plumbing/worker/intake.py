@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..broker.redis_streams import SUSPECT_FROM
-from ..endings import end
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -54,12 +53,12 @@ class Intake:
         self._answer_lost = False
         self._stop = stop
         self._settings = settings
-        self._stops: asyncio.Future[bool] | None = None
+        self._stops: asyncio.Task[Literal[True]] | None = None
+        self._wait: asyncio.Timeout | None = None
         self._last_ids: list[str] | None = None
         """Of each stream, an entry after which there may be something new; None before the first look."""
         self._all_seen = False
         """Whether there was nothing after those."""
-        self._promote_at = 0.0
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self.asked_at = 0.0
@@ -83,7 +82,6 @@ class Intake:
         return deliveries
 
     async def _look(self, free: int) -> list[Delivery]:
-        await self._promote()
         if reclaimed := await self._reclaim(free):
             return reclaimed
         lease_seconds = self._settings.lease_seconds
@@ -95,7 +93,7 @@ class Intake:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        timeout = min(self._promote_at, self._reclaim_at) - time.monotonic()
+        timeout = self._reclaim_at - time.monotonic()
         timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
         if not self._is_idle():
             # A task may block the event loop: nothing must be given to a worker that cannot start it.
@@ -124,24 +122,24 @@ class Intake:
 
     async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
         """Wait for the answer; None if the worker stops before it comes."""
-        waits = asyncio.ensure_future(waiting)
-        stops = self._stops = self._stops or asyncio.ensure_future(self._stop.wait())
-        either: list[asyncio.Future[Any]] = [waits, stops]
+        if self._stops is None:
+            self._stops = asyncio.create_task(self._stop.wait())
+            self._stops.add_done_callback(lambda _: self._interrupt())
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return waits.result() if waits.done() else None
+            # No task of its own for the wait: what comes is to begin in the same round of the event loop.
+            async with asyncio.timeout(0 if self._stop.is_set() else None) as wait:
+                self._wait = wait
+                return await waiting
+        except TimeoutError:
+            if not wait.expired():
+                raise
+            return None
         finally:
-            await end(waits)  # an error of it has been raised above, or came too late to matter
+            self._wait = None
 
-    async def _promote(self) -> None:
-        """Move what is due into the queues, should no scheduler do it."""
-        now = time.monotonic()
-        if now < self._promote_at:
-            return
-        self._promote_at = now + self._settings.housekeeping_seconds
-        next_due_ms = await self._broker.promote()
-        if next_due_ms is not None:
-            self._promote_at = min(self._promote_at, now + next_due_ms / 1000)
+    def _interrupt(self) -> None:
+        if self._wait is not None:
+            self._wait.reschedule(0)
 
     async def _reclaim(self, free: int) -> list[Delivery]:
         """Take over from dead workers, at the moment when the next lease ends."""

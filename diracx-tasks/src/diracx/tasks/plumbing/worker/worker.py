@@ -19,13 +19,14 @@ from ..factory import TaskRegistry
 from ..patience import patiently
 from ..persistence.letter import DeadLetterReason
 from ..secrets import without_secrets_of
+from .announcements import Announcements
 from .blueprint import blueprints
-from .cancellations import Cancellations
 from .dead_letters import DeadLetterOffice
 from .dependencies import Dependencies, Overrides
 from .execution import Execution
 from .intake import Intake
 from .keeper import LeaseKeeper, Rest
+from .promoter import Promoter
 from .reporter import Reporter
 from .settings import WorkerSettings
 from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
@@ -78,7 +79,8 @@ class Worker:
         self._running: set[Execution] = set()
         self._burials: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
-        self._cancellations = Cancellations(broker, self._cancel)
+        self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
+        self._announcements = Announcements(broker, self._cancel, self._promoter.hear)
         self.reporter = Reporter(broker, self._settings, self._running)
         self._asked_at = 0.0
         self.ready = asyncio.Event()
@@ -128,20 +130,21 @@ class Worker:
             self._settler = Settler(self._broker, self._keeper)
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
-                listening = asyncio.create_task(self._cancellations.run())
+                listening = asyncio.create_task(self._announcements.run())
+                promoting = asyncio.create_task(self._promoter.run())
                 reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
                     await self._letters.adopt()
-                    await self._cancellations.listening.wait()
+                    await self._announcements.listening.wait()
                     self.ready.set()
-                    await _or_die_with(settling, self._take_in(stop))
+                    await _or_die_with({settling, promoting}, self._take_in(stop))
                 finally:
                     await self._finish()
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
-                    await end(settling, listening, reporting)
+                    await end(settling, listening, promoting, reporting)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
@@ -263,7 +266,7 @@ class Worker:
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        if self._cancellations.heard_since(self._asked_at, execution.message.task_id):
+        if self._announcements.heard_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
         self._running.add(execution)
@@ -341,13 +344,14 @@ async def _first_of(*events: asyncio.Event) -> None:
             wait.cancel()
 
 
-async def _or_die_with(companion: asyncio.Task[None], work: Coroutine[Any, Any, None]) -> None:
-    """Do the work, but not a moment longer than the companion lives, who never ends by itself."""
+async def _or_die_with(companions: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Do the work, but not a moment longer than its companions live, who never end by themselves."""
     working = asyncio.create_task(work)
     try:
-        await asyncio.wait({companion, working}, return_when=asyncio.FIRST_COMPLETED)
-        if companion.done():
-            companion.result()
+        await asyncio.wait({*companions, working}, return_when=asyncio.FIRST_COMPLETED)
+        for companion in companions:
+            if companion.done():
+                companion.result()
         await working
     finally:
         await end(working)

@@ -105,8 +105,10 @@ local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)
   redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
   if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
-    -- Who may not publish, is heard within the scheduler's next look.
-    redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed')
+    -- Who may not publish, is heard within the next look. What no scheduler hears, the workers do themselves.
+    if redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed') == 0 then
+      redis.pcall('PUBLISH', '$WAKE_WORKERS', int(math.max(0, math.ceil(due_ms - now_us() / 1000))))
+    end
   end
 end
 

@@ -7,17 +7,24 @@
 -- group here, from the very first entry.
 -- #flags allow-oom
 -- #include _time _alive _cancel
+local news
 if ARGV[4] then
   local looked = {'COUNT', 1, 'STREAMS'}
   for _, stream in ipairs(KEYS) do looked[#looked + 1] = stream end
   for position = 1, #KEYS do looked[#looked + 1] = ARGV[3 + position] end
-  if not redis.call('XREAD', unpack(looked)) then return {{}, {}} end
+  local found = redis.call('XREAD', unpack(looked))
+  if not found then return {{}, {}} end
+  news = {}
+  for _, each in ipairs(found) do news[each[1]] = true end
 end
 local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
 sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
 for position, stream in ipairs(KEYS) do
   if free <= 0 then break end
-  local reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
+  local reply = not news or news[stream]
+  if reply then
+    reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
+  end
   if reply and reply.err then
     if not string.find(reply.err, 'NOGROUP', 1, true) then return reply end
     reply = false

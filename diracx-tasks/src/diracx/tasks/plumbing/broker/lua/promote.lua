@@ -1,10 +1,11 @@
 -- Move what is due from the delayed set into its streams, and the children of complete groups into theirs.
 -- Messages are not decoded.
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
--- Returns {number moved, when the next is due in ms or -1, now in ms (0 when there is nothing at all)}.
+-- Returns {number moved, when the next is due in ms or -1, now in ms, 1 if a scheduler leads}, the last two 0 when
+-- there is nothing at all.
 -- #flags allow-oom
 -- #include _time _queue _groups
-if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0'} end
+if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
 local function first_due()
   return tonumber(redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2])
@@ -16,4 +17,5 @@ if next_due and next_due <= now then
   moved, next_due = #due, first_due()
 end
 moved = moved + release_staged(at_most - moved)
-return {moved, next_due and int(math.ceil(next_due)) or '-1', int(math.floor(now))}
+local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
+return {moved, next_due_ms, int(math.floor(now)), redis.call('EXISTS', '$LEADER')}

@@ -1,7 +1,8 @@
-"""Hears of cancelled tasks the moment they are: one connection that waits on a channel and costs nothing else.
+"""Hears of cancelled tasks the moment they are, and of delayed ones that no scheduler sees to: one connection that
+waits on two channels and costs nothing else.
 
-A channel forgets what nobody heard. Marks in Redis are the safety net: a worker finds them with what it takes in,
-and the lease keeper with what runs.
+A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them
+with what it takes in, and the lease keeper with what runs. What is delayed is looked at now and then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CANCELLED = keys.CANCELLED.encode()
+
 #: A task that was announced may just be on its way to us; so long is remembered that it was.
 _REMEMBERED_SECONDS = 60.0
 #: Pause before a lost connection is made again.
@@ -27,22 +30,26 @@ _RETRY_SECONDS = 1.0
 _WAIT_SECONDS = 60.0
 
 
-class Cancellations:
-    """Tasks that were announced as cancelled.
+class Announcements:
+    """Tasks that were announced as cancelled, or as delayed.
 
     Args:
-        cancel: called with the id of each of them.
+        cancel: called with the id of each that is cancelled.
+        due: called with the milliseconds until one is due that nobody sees to.
     """
 
-    def __init__(self, broker: RedisStreamBroker, cancel: Callable[[str], None]) -> None:
+    def __init__(
+        self, broker: RedisStreamBroker, cancel: Callable[[str], None], due: Callable[[bytes], None]
+    ) -> None:
         self._broker = broker
         self._cancel = cancel
+        self._due = due
         self._heard: dict[str, float] = {}
         self.listening = asyncio.Event()
         """Set once the first subscription stands, or has failed."""
 
     def heard_since(self, moment: float, task_id: str) -> bool:
-        """Whether it was announced after `moment` (of the monotonic clock)."""
+        """Whether it was announced as cancelled after `moment` (of the monotonic clock)."""
         return self._heard.get(task_id, float("-inf")) >= moment
 
     async def run(self) -> None:
@@ -51,18 +58,24 @@ class Cancellations:
         while True:
             try:
                 async with self._broker.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(keys.CANCELLED)
+                    await pubsub.subscribe(keys.CANCELLED, keys.WAKE_WORKERS)
                     self.listening.set()
+                    self._due(b"0")  # what was said before, we have not heard
                     failed = False
                     while True:
                         message = await pubsub.get_message(timeout=_WAIT_SECONDS)
                         if message is not None and message["type"] == "message":
-                            self._hear(message["data"].decode())
-            except Exception as error:  # whatever it is: without us, marks are found a little later
+                            if message["channel"] == _CANCELLED:
+                                self._hear(message["data"].decode())
+                            else:
+                                self._due(message["data"])
+            except Exception as error:  # whatever it is: without us, all is found a little later
                 self.listening.set()
                 if not failed:
                     logger.warning(
-                        "cannot listen for cancellations (%s); they take up to a third of a lease", error
+                        "cannot listen for cancellations (%s); they take up to a third of a lease, and without a "
+                        "scheduler delayed tasks are late",
+                        error,
                     )
                 failed = True
                 await asyncio.sleep(_RETRY_SECONDS)

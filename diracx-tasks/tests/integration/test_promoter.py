@@ -1,0 +1,117 @@
+"""Delayed tasks begin in time whether a scheduler runs or not, and only one of both sees to it."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+from diracx.tasks.plumbing import BaseTask
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
+from diracx.tasks.plumbing.worker.promoter import Promoter
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+#: So long that nothing would begin in any test, were it for the looks now and then.
+SELDOM = {"housekeeping_seconds": 3600}
+
+
+class Now(BaseTask):
+    async def execute(self) -> datetime:
+        return datetime.now(UTC)
+
+
+async def far_away(broker: RedisStreamBroker) -> None:
+    """Something is delayed already, for so long that nobody need look."""
+    due = datetime.now(UTC) + timedelta(hours=1)
+    message = TaskMessage(task_id="far-away", task_name="test:Now")
+    await broker.submit([Submission(message, keys.stream_name_for("normal", "medium"), due)])
+
+
+async def forget(redis: Redis) -> None:
+    await redis.delete(keys.DELAYED, keys.DELAYED_DATA, keys.DELAYED_REASONS)
+
+
+async def test_without_any_scheduler_a_delayed_task_begins_when_it_is_due(redis_url: str) -> None:
+    async with TaskSystem([Now], redis_url=redis_url, scheduler=False, settings=SELDOM) as system:
+        await far_away(system.broker)
+        due = datetime.now(UTC) + timedelta(seconds=0.2)
+        begun = await system.result(await Now().schedule(at_time=due), timeout=60)
+        assert begun.return_value >= due
+        await forget(system.broker.redis)
+
+
+async def test_a_worker_that_starts_without_any_scheduler_knows_what_has_been_put_aside(redis_url: str) -> None:
+    async with TaskSystem([Now], redis_url=redis_url, workers=0, scheduler=False) as system:
+        due = datetime.now(UTC) + timedelta(seconds=0.5)
+        task = await Now().schedule(at_time=due)
+        async with TaskSystem([Now], redis_url=redis_url, workers=1, scheduler=False, settings=SELDOM):
+            begun = await system.result(task, timeout=60)
+            assert begun.return_value >= due
+
+
+async def test_workers_hear_of_what_is_due_only_where_no_scheduler_does(redis: Redis, redis_url: str) -> None:
+    broker = RedisStreamBroker(redis_url)
+    leader, workers = redis.pubsub(), redis.pubsub(ignore_subscribe_messages=True)
+    try:
+        await workers.subscribe(keys.WAKE_WORKERS)
+        await workers.get_message(timeout=5)  # the answer to that
+        await leader.subscribe(keys.WAKE_SCHEDULER)
+        await leader.get_message(timeout=5)
+        await far_away(broker)
+        heard = await leader.get_message(timeout=5)
+        assert heard is not None
+        assert heard["data"] == b"delayed"
+        assert await workers.get_message(timeout=0) is None
+        await leader.unsubscribe()
+        await leader.get_message(timeout=5)
+        await forget(redis)
+        await far_away(broker)
+        heard = await workers.get_message(timeout=5)
+        assert heard is not None
+        assert 3_500_000 < int(heard["data"]) <= 3_600_002
+        await forget(redis)
+    finally:
+        await leader.aclose()
+        await workers.aclose()
+        await broker.shutdown()
+
+
+async def test_while_a_scheduler_leads_it_is_the_one_who_waits_for_what_is_due(
+    redis: Redis, redis_url: str
+) -> None:
+    broker = RedisStreamBroker(redis_url)
+    try:
+        await far_away(broker)
+        assert 3_500_000 < (await broker.promote() or 0) <= 3_600_002
+        assert await scripts.acquire(
+            redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 60_000}]
+        )
+        assert await broker.promote() is None
+    finally:
+        await redis.delete(keys.LEADER)
+        await forget(redis)
+        await broker.shutdown()
+
+
+async def test_a_promoter_looks_when_it_hears_of_something_earlier_and_not_for_what_is_later() -> None:
+    looks = 0
+    looked = asyncio.Event()
+
+    class Broker:
+        async def promote(self) -> int | None:
+            nonlocal looks
+            looks += 1
+            looked.set()
+            return 3_600_000
+
+    promoter = Promoter(Broker(), 7200)  # type: ignore[arg-type]  # all that it uses
+    running = asyncio.create_task(promoter.run())
+    await looked.wait()
+    looked.clear()
+    promoter.hear(b"3700000")
+    promoter.hear(b"20")
+    async with asyncio.timeout(60):
+        await looked.wait()
+    assert looks == 2
+    running.cancel()
