@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["available_backends", "load_backend", "make_backend", "validate_settings"]
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -16,7 +16,6 @@ from gubbins.exceptions import CESettingsError
 from .protocol import CEBackend, CEDescription, CESettings
 
 GROUP = "gubbins.ces"
-_PRIVATE = frozenset({"environment", "scripts", "default_script"})
 
 
 def available_backends() -> list[str]:
@@ -59,21 +58,11 @@ def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            message = problem["msg"]
-            if _may_be_shown(problem["loc"], problem["input"]):
-                message += f", not {problem['input']!r}"
+            message = problem["msg"].removeprefix("Value error, ")  # without the value: it may be a secret
             if problem["type"] == "extra_forbidden":
                 message = f"unknown field; {backend} has {', '.join(model.model_fields)}"
             problems.append((".".join(["settings", *(str(part) for part in problem["loc"])]), message))
         raise CESettingsError(problems) from error
-
-
-def _may_be_shown(path: Sequence[int | str], value: object) -> bool:
-    """Whether a message may hold this wrong value: no secret can be in it.
-
-    A mistake that is not of one field comes with all of them, and passwords are in environments and scripts.
-    """
-    return bool(path) and isinstance(value, int | float | str | None) and _PRIVATE.isdisjoint(path)
 
 
 def make_backend(backend: str, ce: CEDescription, settings: Mapping[str, Any]) -> CEBackend[Any]:

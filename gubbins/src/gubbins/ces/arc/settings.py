@@ -77,7 +77,7 @@ class ArcSettings(CESettings):
     def _absolute(cls, path: Path | None) -> Path | None:
         # Workers are started from anywhere, and must find the same file.
         if path is not None and not path.is_absolute():
-            raise ValueError(f"must be an absolute path, not {str(path)!r}")
+            raise ValueError("must be an absolute path")
         return path
 
     @field_validator("queue")

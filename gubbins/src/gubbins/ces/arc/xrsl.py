@@ -64,7 +64,7 @@ def check_text(text: str) -> str:
         ValueError: it holds a control character.
     """
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ValueError(f"must not contain control characters: {text!r}")
+        raise ValueError("must not contain control characters")
     return text
 
 

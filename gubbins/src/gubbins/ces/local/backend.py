@@ -61,7 +61,7 @@ class LocalSettings(CESettings):
     def _absolute(cls, directory: Path | None) -> Path | None:
         # Workers are started from anywhere, and must find the same directory.
         if directory is not None and not directory.is_absolute():
-            raise ValueError(f"must be an absolute path, not {str(directory)!r}")
+            raise ValueError("must be an absolute path")
         return directory
 
 

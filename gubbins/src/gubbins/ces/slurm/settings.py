@@ -20,7 +20,7 @@ _OURS |= {"test-only", "wait", "wrap"}
 def _absolute(path: Path) -> Path:
     # Workers are started from anywhere; and Slurm takes % and \ in the names of output files for its own.
     if not path.is_absolute() or any(character in "%\\\n" for character in str(path)):
-        raise ValueError(f"must be an absolute path without % and \\, not {str(path)!r}")
+        raise ValueError("must be an absolute path without % and \\")
     return path
 
 
@@ -88,5 +88,5 @@ class SlurmSettings(CESettings):
             name = option[2:].partition("=")[0]
             # sbatch takes the beginning of a name for the name.
             if any(ours.startswith(name) for ours in _OURS) or "\n" in option:
-                raise ValueError(f"{option!r} is not for you to set: the back end needs it")
+                raise ValueError(f"--{name} is not for you to set: the back end needs it")
         return options

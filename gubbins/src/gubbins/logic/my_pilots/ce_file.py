@@ -142,7 +142,7 @@ def _problem(at: str, problem: Any) -> tuple[str, str]:
         return path, "missing"
     if problem["type"] == "value_error":
         return path, problem["msg"].removeprefix("Value error, ")
-    return path, f"{problem['msg']}, not {problem['input']!r}"
+    return path, problem["msg"]  # without the value: whatever stands in the wrong place may be a secret
 
 
 def _where(error: yaml.YAMLError) -> tuple[str, str]:
