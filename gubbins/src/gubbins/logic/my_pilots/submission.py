@@ -22,6 +22,8 @@ from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 
+_GIVEN_UP = "came through after its submission had been given up, and is cancelled"
+
 
 async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
@@ -65,8 +67,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
                 await note_failure(db, ce, CECall.SUBMIT, reason)
                 raise CERefusedError(ce_name, f"{reason}; the next checks will find out") from error
             if outcome.reference is not None:
-                await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
-                return pilot_id
+                return await _confirm(db, ce, backend, pilot._replace(reference=outcome.reference))
     except CESettingsError as error:
         await note_failure(db, ce, CECall.SUBMIT, str(error))
         raise CERefusedError(ce_name, str(error)) from error
@@ -84,16 +85,31 @@ async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
     return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 
 
-async def _confirm(
-    db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
-) -> None:
+async def _confirm(db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot: PilotAtCE) -> int:
+    """Note that the compute element has the pilot, and return its id.
+
+    Raises:
+        CERefusedError: nobody waits for it any more; it is cancelled.
+    """
+    name, reference = ce["name"], str(pilot.reference)
     async with db.unit():
         await note_success(db, ce, CECall.SUBMIT)
-        confirmed = await db.confirm_pilots([(pilot_id, str(pilot.reference))])
-    if confirmed:
-        logger.debug("Submitted pilot %d of %s to %s", pilot_id, pilot.vo, ce["name"])
-        return
-    # This worker stood still for so long that a check has undone the reservation: nobody would follow it.
-    async with asyncio.timeout(rules_of(ce).timeout_seconds):
-        await backend.cancel([pilot])
-    raise CERefusedError(ce["name"], "it answered after the submission had been given up; the pilot is cancelled")
+        confirmed = await db.confirm_submission(pilot.stamp, reference)
+        if confirmed is None:
+            # This worker stood still for so long that a check has undone the reservation. It is real, and takes
+            # a slot, whatever the capacity: the checks follow it, and ask for its end until it is gone.
+            taken = await db.restore_pilot(
+                name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_GIVEN_UP
+            )
+            over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
+            logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _GIVEN_UP, over)
+    if confirmed is not None and confirmed[1] == reference:
+        logger.debug("Submitted pilot %d of %s to %s", confirmed[0], pilot.vo, name)
+        return confirmed[0]
+    # With another reference there, the stamp was submitted twice, and the checks follow that other one.
+    try:
+        async with asyncio.timeout(rules_of(ce).timeout_seconds):
+            await backend.cancel([pilot._replace(cancel_requested=True)])
+    except Exception as error:
+        logger.warning("Cannot cancel pilot %s at %s: %s", pilot.stamp, name, describe_failure(ce, error))
+    raise CERefusedError(name, f"pilot {pilot.stamp} {_GIVEN_UP}")

@@ -1,0 +1,179 @@
+"""The way of a pilot to its compute element: a slot is reserved, then confirmed, or released again."""
+
+from __future__ import annotations
+
+__all__ = ["SubmissionStore"]
+
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import delete, func, insert, literal, select, update
+
+from gubbins import clock
+from gubbins.exceptions import CEDisabledError, NoRoomError, UnknownCEError, VONotServedError
+from gubbins.pilot_states import ACTIVE, MyPilotStatus
+
+from .compute_elements import CE_COLUMNS, ComputeElementStore, serves
+from .schema import MAX_REASON_CHARS, ComputeElements, PilotHistory, Pilots
+
+
+class SubmissionStore(ComputeElementStore):
+    """The table Pilots, as far as submissions go: with the capacity gate."""
+
+    async def find_pilot(self, stamp: str) -> int | None:
+        """The id of the pilot with this stamp; None: there is none."""
+        async with self.unit():
+            return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
+
+    async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
+        """Reserve a slot: create a SUBMITTED pilot of the VO and return its id. This is THE capacity gate.
+
+        The row of the compute element is locked first, so all submissions to one compute element pass here
+        one after the other, from whatever process, and none of them can count too few (P60).
+
+        Args:
+            ce_name: where.
+            vo: whose.
+            stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
+
+        Raises:
+            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError: as they say; nothing was created.
+        """
+        stamp = stamp or uuid.uuid4().hex
+        now = clock.now()
+        async with self.unit():
+            if not await self.lock_ces([ce_name]):
+                raise UnknownCEError(ce_name)
+            ce = (
+                await self.conn.execute(
+                    select(*CE_COLUMNS).where(ComputeElements.name == ce_name).with_for_update()
+                )
+            ).one()
+            if not ce.enabled:
+                raise CEDisabledError(ce_name)
+            if not serves(ce.vos, vo):
+                raise VONotServedError(ce_name, vo)
+            taken = (
+                select(func.count())
+                .select_from(Pilots)
+                .where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
+                .scalar_subquery()
+            )
+            # Counting and inserting in one statement, although the lock is held: the count is then never
+            # older than the insert, under any isolation level of a transaction the caller has opened.
+            reserved = await self.conn.execute(
+                insert(Pilots).from_select(
+                    ["vo", "ce_name", "status", "stamp", "submitted_at", "last_update"],
+                    select(
+                        literal(vo),
+                        ComputeElements.name,
+                        literal(MyPilotStatus.SUBMITTED, Pilots.status.type),
+                        literal(stamp),
+                        literal(now, Pilots.submitted_at.type),
+                        literal(now, Pilots.last_update.type),
+                    ).where(ComputeElements.name == ce_name, taken < ComputeElements.capacity),
+                    include_defaults=False,
+                )
+            )
+            if not reserved.rowcount:
+                raise NoRoomError(ce_name, ce.capacity)
+            pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
+            await self.conn.execute(
+                insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now)
+            )
+            return int(pilot_id)
+
+    async def confirm_submission(self, stamp: str, reference: str) -> tuple[int, str] | None:
+        """Note the compute element's own name of the pilot with this stamp, unless it has one.
+
+        By its stamp: once a reservation is undone, its id may be another pilot's.
+
+        Returns:
+            Its id, and the name it has now; None: there is no such pilot.
+        """
+        async with self.unit():
+            await self.conn.execute(
+                update(Pilots)
+                .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
+                .values(reference=reference, missing_since=None)
+            )
+            found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
+            row = (await self.conn.execute(found)).one_or_none()
+            return None if row is None else (row[0], str(row[1]))
+
+    async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
+        """Note the compute element's own names of pilots (id, reference), and return how many there are."""
+        async with self.unit():
+            if not references:
+                return 0
+            if len(references) == 1:  # a join may read, and lock, other pilots of a small table
+                [(id, name)] = references
+                one = update(Pilots).where(Pilots.id == id).values(reference=name, missing_since=None)
+                return int((await self.conn.execute(one)).rowcount)
+            these = await self._staged(references)
+            confirmed = await self.conn.execute(
+                update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
+            )
+            return int(confirmed.rowcount)
+
+    async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
+        """Undo reservations that never became pilots, and return how many were undone.
+
+        Only SUBMITTED pilots whose submission was not confirmed: a pilot that existed is never forgotten.
+        """
+        async with self.unit():
+            if not pilot_ids:
+                return 0
+            these = await self._staged([(id, None) for id in pilot_ids])
+            # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
+            joins = self.conn.dialect.name != "sqlite"
+            released = await self.conn.execute(
+                delete(Pilots).where(
+                    self._are(these) if joins else Pilots.id.in_(select(these.c.id)),
+                    Pilots.status == MyPilotStatus.SUBMITTED,
+                    Pilots.reference.is_(None),
+                )
+            )
+            return int(released.rowcount)
+
+    async def restore_pilot(self, ce_name: str, vo: str, *, stamp: str, reference: str, reason: str) -> int:
+        """Take up a pilot whose reservation was undone and that came through all the same, to be ended.
+
+        It is SUBMITTED, with its cancellation requested. It holds a slot, for it is there: this is the one way
+        past the capacity gate.
+
+        Args:
+            ce_name: where it is.
+            vo: whose it is.
+            stamp: our name for it; no other pilot has it.
+            reference: the compute element's name for it.
+            reason: why, for people.
+
+        Returns:
+            How many slots are taken now.
+        """
+        now = clock.now()
+        reason = reason[:MAX_REASON_CHARS]
+        async with self.unit():
+            await self.lock_ces([ce_name])
+            await self.conn.execute(
+                insert(Pilots).values(
+                    vo=vo,
+                    ce_name=ce_name,
+                    status=MyPilotStatus.SUBMITTED,
+                    stamp=stamp,
+                    reference=reference,
+                    submitted_at=now,
+                    last_update=now,
+                    cancel_requested_at=now,
+                    last_error=reason,
+                )
+            )
+            pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
+            await self.conn.execute(
+                insert(PilotHistory).values(
+                    pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now, reason=reason
+                )
+            )
+            taken = select(func.count()).where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
+            return int((await self.conn.execute(taken)).scalar_one())
