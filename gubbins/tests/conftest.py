@@ -115,8 +115,8 @@ class ScriptedBackend(CEBackend[CESettings]):
         await self._answer("cancel", self.cancellations.get(self.ce.name))
         self.cancelled.extend(pilot.stamp for pilot in pilots)
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
-        self.forgotten.update(pilots)
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
+        self.forgotten.update((pilot.stamp, pilot.status) for pilot in pilots)
 
     async def _answer(self, what: str, answer: Any) -> Any:
         self.calls.append((self.ce.name, what))

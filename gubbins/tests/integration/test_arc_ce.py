@@ -115,10 +115,9 @@ async def test_output_has_the_last_part_and_goes_with_the_pilot(
     assert out["good"].stdout == "\n999\n1000"[-8:] + "\n"
     assert out["bad"].stderr == "no luck\n"
 
-    ended = {pilot.stamp: MyPilotStatus.DONE for pilot in pilots if pilot.vo == "good"}
-    ended |= {pilot.stamp: MyPilotStatus.FAILED for pilot in pilots if pilot.vo == "bad"}
+    ends = {"good": MyPilotStatus.DONE, "bad": MyPilotStatus.FAILED}
     async with make() as backend:
-        await backend.forget(ended)
+        await backend.forget([pilot._replace(status=ends[pilot.vo]) for pilot in pilots])
     left = await make.until(pilots, lambda seen: "good" not in seen)
     assert left.keys() == {"bad"}  # failed ones are kept, unless the settings say otherwise
     async with make() as backend:

@@ -275,6 +275,34 @@ async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
     assert (await db.get_pilot(slow))["missing_since"] is not None
 
 
+async def test_while_a_slow_ce_answers_the_pilots_of_the_others_are_followed_with_every_cycle(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
+    monkeypatch.setattr("gubbins.logic.my_pilots.check.CYCLE_SECONDS", 0)
+    for name, backend in (("slow", "scripted"), ("well", "simulated"), ("later", "simulated")):
+        await db.add_ce(name, 1, 1.0, backend=backend)
+    scripted.submissions["slow"] = SubmitOutcome(reference="job.1")
+    scripted.observations["slow"] = gate = asyncio.Event()
+    slow, well = [await logic.submit_pilot(db, name, "lhcb") for name in ("slow", "well")]
+    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb"))
+
+    async def is_done(pilot: int) -> None:
+        async with asyncio.timeout(60):
+            while (await db.get_pilot(pilot))["status"] is not MyPilotStatus.DONE:
+                await asyncio.sleep(0.01)
+
+    await is_done(well)
+    await is_done(await logic.submit_pilot(db, "later", "lhcb"))  # submitted while the check was under way
+    assert not check.done()
+    # It is not asked again for all that, and what it says in the end counts.
+    assert scripted.calls.count(("slow", "poll")) == 1
+    gate.set()
+    assert await check == {MyPilotStatus.RUNNING: 2, MyPilotStatus.DONE: 2}
+    assert (await db.get_pilot(slow))["missing_since"] is not None
+    assert await logic.count_illegal_histories(db) == 0
+
+
 async def test_a_time_out_is_a_rule_of_the_ce(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules={"timeout_seconds": 0.05})
     scripted.submissions["ce"] = asyncio.Event()
@@ -313,25 +341,6 @@ async def test_opening_a_ce_and_changing_it_end_its_pause(db: MyPilotDB, scripte
         await paused(db)
         await mended
         assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
-
-
-async def test_a_submission_that_was_given_up_meanwhile_is_cancelled_and_not_forgotten(
-    db: MyPilotDB, scripted: Any
-) -> None:
-    await db.add_ce("ce", 3, 1.0, backend="scripted")
-    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
-
-    release = db.confirm_pilots
-
-    async def released_first(references: Any) -> int:
-        await db.release_pilots([pilot_id for pilot_id, _ in references])
-        return await release(references)
-
-    db.confirm_pilots = released_first  # type: ignore[method-assign]  # as if the worker had slept here
-    with pytest.raises(CERefusedError, match="given up"):
-        await logic.submit_pilot(db, "ce", "lhcb")
-    assert len(scripted.cancelled) == 1
-    assert (await db.search_pilots(vo=None))[0] == 0
 
 
 async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_checks(

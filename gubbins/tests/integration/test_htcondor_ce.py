@@ -259,7 +259,7 @@ async def submit(backend: HTCondorBackend, *vos: str) -> list[PilotAtCE]:
 
 
 async def forget(backend: HTCondorBackend, ended: dict[PilotAtCE, MyPilotStatus]) -> None:
-    await backend.forget({pilot.stamp: status for pilot, status in ended.items()})
+    await backend.forget([pilot._replace(status=status) for pilot, status in ended.items()])
 
 
 async def until_ended(backend: HTCondorBackend, pilots: Sequence[PilotAtCE]) -> list[Observation]:

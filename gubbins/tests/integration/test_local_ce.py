@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import ENDED, alive, ended, observe, until, written
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
+from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.ces.local import job as job_module
 from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
@@ -29,19 +30,6 @@ def make(tmp_path: Path) -> Make:
         return make_backend("local", CEDescription("ce", 10, 1.0), {"directory": str(tmp_path), **settings})
 
     return _make
-
-
-async def observe(backend: Any, pilot: PilotAtCE, *wanted: Observed) -> Observation:
-    deadline = time.monotonic() + 20
-    while True:
-        seen = (await backend.poll([pilot])).get(pilot.stamp)
-        if seen is not None and seen.state in wanted:
-            return seen
-        assert time.monotonic() < deadline, f"still {seen}"
-        await asyncio.sleep(0.02)
-
-
-ENDED = (Observed.DONE, Observed.FAILED)
 
 
 async def test_exit_code_decides_and_survives_a_restart(make: Make, tmp_path: Path) -> None:
@@ -85,13 +73,13 @@ async def test_cancel_ends_the_whole_process_group_and_is_recorded(make: Make, t
     pilot = PilotAtCE("s", "vo")
     await backend.submit([pilot])
     await observe(backend, pilot, Observed.RUNNING)
-    await _until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip() != "")
+    await until(lambda: written(tmp_path / "child"))
     await make().cancel([pilot])
     seen = await observe(make(), pilot, *ENDED)
     assert seen.state is Observed.FAILED
     assert seen.reason is not None
     assert seen.reason.startswith("cancelled")
-    await _until(lambda: not _alive(int((tmp_path / "child").read_text())))
+    await until(lambda: not alive(int((tmp_path / "child").read_text())))
 
 
 async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: Make, tmp_path: Path) -> None:
@@ -99,7 +87,7 @@ async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: M
     backend = make(default_script=script, kill_after_seconds=0.2)
     pilot = PilotAtCE("s", "vo")
     await backend.submit([pilot])
-    await _until((tmp_path / "ready").exists)
+    await until((tmp_path / "ready").exists)
     await backend.cancel([pilot])
     # It stays RUNNING, and keeps its slot, for as long as it really runs.
     assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
@@ -182,7 +170,7 @@ async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, m
 async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / stamp).mkdir()
-    await make(keep=keep).forget({"d": MyPilotStatus.DONE, "f": MyPilotStatus.FAILED})
+    await make(keep=keep).forget(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
@@ -190,7 +178,7 @@ async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path
     for stamp in ("old", "new", "active", "unheard", "never", "foreign"):
         (tmp_path / stamp).mkdir()
         (tmp_path / stamp / ("notes" if stamp == "foreign" else "script")).touch()
-    await make().forget({"old": MyPilotStatus.FAILED, "new": MyPilotStatus.FAILED})
+    await make().forget(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (
         ("old", "forgotten", 8),
@@ -201,9 +189,9 @@ async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path
         before = time.time() - days * 24 * 3600
         (tmp_path / stamp / mark).touch()
         os.utime(tmp_path / stamp / mark, (before, before))
-    await make().forget({"new": MyPilotStatus.FAILED, "unknown": MyPilotStatus.FAILED})
+    await make().forget(ended(new=MyPilotStatus.FAILED, unknown=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == {"new", "active", "unheard", "foreign"}
-    await make(keep_days=0).forget({})
+    await make(keep_days=0).forget([])
     assert {path.name for path in tmp_path.iterdir()} == {"active", "foreign"}
 
 
@@ -231,17 +219,3 @@ async def test_a_pilot_of_which_nobody_knows_whether_it_was_started_stays_where_
     assert (await observe(make(), pilot, *ENDED)).state is Observed.DONE
     assert (await make().submit([pilot]))["s"].reference
     assert (tmp_path / "count").read_text() == "x\n"
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watching import ENDED, ended, observe, until
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.demo.slurm import SlurmSite
@@ -22,7 +22,6 @@ from gubbins.pilot_states import MyPilotStatus
 
 Make = Callable[..., SlurmBackend]
 QUEUE = ("squeue", "-h", "-t", "all", "-o", "%j")
-ENDED = (Observed.DONE, Observed.FAILED)
 
 
 @pytest.fixture
@@ -32,16 +31,6 @@ def make(slurm_site: SlurmSite, tmp_path: Path) -> Make:
         return SlurmBackend(CEDescription("slurm", 100, 1.0), SlurmSettings(**given))
 
     return make
-
-
-async def observe(backend: SlurmBackend, pilot: PilotAtCE, *wanted: Observed) -> Observation:
-    deadline = time.monotonic() + 60
-    while True:
-        seen = (await backend.poll([pilot])).get(pilot.stamp)
-        if seen is not None and seen.state in wanted:
-            return seen
-        assert time.monotonic() < deadline, f"still {seen}"
-        await asyncio.sleep(0.1)
 
 
 def pilot(stamp: str, vo: str = "vo") -> PilotAtCE:
@@ -72,12 +61,8 @@ async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_ke
     await make(default_script="exit 4", **blind).submit([unseen])
     for each in (seen, bad, unseen):
         await observe(make(**blind), each, *ENDED)
-    deadline = time.monotonic() + 100
-    while any(
-        each.stamp in slurm_site.command("squeue", "-h", "-t", "all", "-o", "%j") for each in (seen, bad, unseen)
-    ):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.2)
+    forgotten = (seen, bad, unseen)
+    await until(lambda: not any(each.stamp in slurm_site.command(*QUEUE) for each in forgotten))
     answer = await make().poll([seen, bad, unseen])
     assert set(answer) == {seen.stamp, bad.stamp}
     assert answer[seen.stamp].state is Observed.DONE
@@ -207,18 +192,18 @@ async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Pa
 async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
-    await make(keep=keep).forget({"d": MyPilotStatus.DONE, "f": MyPilotStatus.FAILED})
+    await make(keep=keep).forget(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in (tmp_path / "pilots").iterdir()} == left
 
 
 async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
     for stamp in ("old", "new", "active", "unheard", "never"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
-    await make().forget({"old": MyPilotStatus.FAILED, "new": MyPilotStatus.FAILED})
+    await make().forget(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (("old", "ended", 8), ("unheard", "rc", 36), ("never", "rc", 38)):
         before = time.time() - days * 24 * 3600
         (tmp_path / "pilots" / stamp / mark).touch()
         os.utime(tmp_path / "pilots" / stamp / mark, (before, before))
-    await make().forget({"new": MyPilotStatus.FAILED})
+    await make().forget(ended(new=MyPilotStatus.FAILED))
     assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active", "unheard"}

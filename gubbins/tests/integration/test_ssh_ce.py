@@ -14,15 +14,15 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import ValidationError
 from sites.sshd import Sshd
+from watching import ENDED, ended, observe, until, written
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
+from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings
 from gubbins.ces.ssh import backend as backend_module
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
-ENDED = (Observed.DONE, Observed.FAILED)
 Make = Callable[..., SSHBackend]
 
 
@@ -76,23 +76,6 @@ async def make(sshd: Sshd, tmp_path: Path) -> AsyncIterator[Make]:
             os.killpg(int(number), signal.SIGKILL)
     for backend in made:
         await backend.close()
-
-
-async def observe(backend: SSHBackend, pilot: PilotAtCE, *wanted: Observed) -> Observation:
-    deadline = time.monotonic() + 30
-    while True:
-        seen = (await backend.poll([pilot])).get(pilot.stamp)
-        if seen is not None and seen.state in wanted:
-            return seen
-        assert time.monotonic() < deadline, f"still {seen}"
-        await asyncio.sleep(0.02)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 def wrapper_of(directory: Path) -> int:
@@ -152,7 +135,7 @@ async def test_values_reach_the_pilot_as_they_are_and_run_nothing(
     await observe(backend, pilot, Observed.DONE)
     assert (await backend.output(pilot)).stdout == f"{value}|{value}|{value}"
     assert (workdir / "s" / "script").read_text() == f"#!/bin/sh\n{script}\n"
-    await backend.forget({"s": MyPilotStatus.DONE})
+    await backend.forget(ended(s=MyPilotStatus.DONE))
     assert not (tmp_path / "owned").exists()
 
 
@@ -168,7 +151,7 @@ async def test_a_stamp_that_is_no_name_is_refused_and_unknown_and_harms_nothing(
     await backend.cancel([bad])
     await observe(backend, good, Observed.DONE)
     assert set(await backend.poll([bad, good])) == {"good"}
-    await backend.forget({stamp: MyPilotStatus.DONE})
+    await backend.forget([bad._replace(status=MyPilotStatus.DONE)])
     with pytest.raises(OutputUnavailableError):
         await backend.output(bad)
     assert [path.name for path in (tmp_path / "pilots").iterdir()] == ["good"]
@@ -205,7 +188,7 @@ async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: M
 async def test_a_killed_wrapper_has_failed_only_when_its_pilot_is_gone_too(make: Make, tmp_path: Path) -> None:
     pilot = PilotAtCE("s", "vo")
     await make(default_script=f"echo $$ > {tmp_path}/child; exec sleep 300").submit([pilot])
-    await until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip() != "")
+    await until(lambda: written(tmp_path / "child"))
     os.kill(wrapper_of(tmp_path / "pilots" / "s"), signal.SIGKILL)
     for _ in range(3):
         assert (await make().poll([pilot]))["s"].state is Observed.RUNNING
@@ -303,17 +286,17 @@ async def test_directories_are_kept_as_asked_and_for_as_long(make: Make, tmp_pat
 
     for stamp in ("done", "failed", "other"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
-    ends = {"done": MyPilotStatus.DONE, "failed": MyPilotStatus.FAILED}
+    ends = ended(done=MyPilotStatus.DONE, failed=MyPilotStatus.FAILED)
     await make(keep="failed", keep_days=1 / 24).forget(ends)
     assert left() == {"failed", "other"}
     long_ago = time.time() - 3700
     os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
-    await make(keep="failed", keep_days=2 / 24).forget(ends | {"unknown": MyPilotStatus.FAILED})
+    await make(keep="failed", keep_days=2 / 24).forget(ends + ended(unknown=MyPilotStatus.FAILED))
     assert left() == {"failed", "other"}
     os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
-    await make(keep="failed", keep_days=1 / 24).forget({"other": MyPilotStatus.FAILED})
+    await make(keep="failed", keep_days=1 / 24).forget(ended(other=MyPilotStatus.FAILED))
     assert left() == {"other"}
-    await make(keep="none").forget({"other": MyPilotStatus.FAILED})
+    await make(keep="none").forget(ended(other=MyPilotStatus.FAILED))
     assert left() == set()
 
 

@@ -153,7 +153,8 @@ async def test_calls_are_in_bulk_and_nothing_is_looked_for_that_is_known() -> No
     backend = backend_that_hears(arex)
     assert len(await backend.poll(pilots_of(arex))) == 1000
     await backend.cancel(pilots_of(arex))
-    assert arex.asked == ["status"] * 2 + ["kill"] * 2
+    await backend.forget([pilot._replace(status=MyPilotStatus.DONE) for pilot in pilots_of(arex)])
+    assert arex.asked == ["status"] * 2 + ["kill"] * 2 + ["clean"] * 2
     arex.asked.clear()
     new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(250)]
     assert all(outcome.reference for outcome in (await backend.submit(new)).values())
@@ -295,7 +296,7 @@ def test_whatever_a_ce_answers_is_an_answer_or_an_error_of_one_line(bodies: list
             lambda: backend.poll([lost]),
             lambda: backend.cancel([pilot]),
             lambda: backend.output(pilot),
-            lambda: backend.forget({"s": MyPilotStatus.DONE}),
+            lambda: backend.forget([lost._replace(status=MyPilotStatus.DONE)]),
         ]
         for call in calls:
             try:

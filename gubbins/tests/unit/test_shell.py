@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from pathlib import Path
 
 import pytest
+from watching import alive, until, written
 
 from gubbins.ces.shell import LocalShell
 from gubbins.exceptions import CEUnavailableError
@@ -40,31 +40,15 @@ async def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -
     with pytest.raises(CEUnavailableError, match=r"has not answered within 0\.5 s"):
         await LocalShell().run(["/bin/sh", "-c", script], timeout=0.5)
     assert time.monotonic() - begin < 20
-    await _gone(int((tmp_path / "child").read_text()))
+    await until(lambda: not alive(int((tmp_path / "child").read_text())))
 
 
 async def test_a_command_whose_caller_gives_up_is_ended(tmp_path: Path) -> None:
     call = asyncio.ensure_future(
         LocalShell().run(["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"], timeout=300)
     )
-    deadline = time.monotonic() + 20
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await until(lambda: written(tmp_path / "pid"))
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    await _gone(int((tmp_path / "pid").read_text()))
-
-
-async def _gone(pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            os.kill(pid, 0)
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-                return
-        except OSError:
-            return
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await until(lambda: not alive(int((tmp_path / "pid").read_text())))

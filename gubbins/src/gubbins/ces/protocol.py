@@ -137,8 +137,8 @@ class CEBackend(ABC, Generic[SettingsT]):
         """
         raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} keeps no output")
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
-        """These pilots (by stamp) are recorded as ended: what is kept for them may go."""
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
+        """These pilots are recorded as ended, as their `status` says: what is kept for them may go."""
 
     async def close(self) -> None:
         """Give back connections."""

@@ -183,13 +183,16 @@ class CEConformance:
             assert dict(await backend.submit([])) == {}
             assert dict(await backend.poll([])) == {}
             await backend.cancel([])
-            await backend.forget({})
+            await backend.forget([])
 
     async def test_pilots_can_be_forgotten_twice_and_unknown_ones_too(self, make: MakeBackend) -> None:
         async with _Watch(self, make, Fate.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
-            ended = {watch.pilots[0].stamp: MyPilotStatus.DONE, _new_pilot().stamp: MyPilotStatus.FAILED}
+            ended = [
+                watch.pilots[0]._replace(status=MyPilotStatus.DONE),
+                _new_pilot()._replace(status=MyPilotStatus.FAILED),
+            ]
             await watch.backend().forget(ended)
             await watch.backend().forget(ended)
 

@@ -38,7 +38,6 @@ _STATES = {
     "FINISHED": Observed.DONE,
     **dict.fromkeys(("FAILED", "KILLED", "WIPED"), Observed.FAILED),
 }
-_ENDED = ("FINISHED", "FAILED", "KILLED")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
 _MAX_REASON_CHARS = 300
 # A job that changes its state while the CE makes the list of them may be left out of it.
@@ -119,11 +118,10 @@ class ArcBackend(CEBackend[ArcSettings]):
             raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} has none (yet, or any more)")
         return PilotOutput(*((part or b"").decode(errors="replace") for part in (stdout, stderr)))
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
-        if stamps := {stamp for stamp, status in pilots.items() if status not in keep}:
-            ended = await self._rest.names(await self._rest.list_jobs(_ENDED))
-            await self._rest.clean([job for job, name in ended.items() if name in stamps])
+        if ids := await self._ids_of(pilot for pilot in pilots if pilot.status not in keep):
+            await self._rest.clean(list(ids.values()))
 
     async def close(self) -> None:
         await self._rest.close()

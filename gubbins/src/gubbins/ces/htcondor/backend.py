@@ -86,9 +86,9 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         stdout, stderr = (text if isinstance(text, str) else "" for text in texts)
         return PilotOutput(stdout, stderr)
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
-        if stamps := [stamp for stamp, status in pilots.items() if status not in keep]:
+        if stamps := [pilot.stamp for pilot in pilots if pilot.status not in keep]:
             await self._bindings.call("release", stamps=stamps)
 
     @property

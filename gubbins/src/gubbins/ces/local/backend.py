@@ -98,15 +98,15 @@ class LocalBackend(CEBackend[LocalSettings]):
         except FileNotFoundError as error:
             raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was") from error
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
 
         def remove() -> None:
-            for stamp, status in pilots.items():
-                if status in keep:
-                    self._job(stamp).mark_forgotten()
+            for pilot in pilots:
+                if pilot.status in keep:
+                    self._job(pilot.stamp).mark_forgotten()
                 else:
-                    self._job(stamp).remove()
+                    self._job(pilot.stamp).remove()
             sweep(self._directory(), keep_seconds=self.settings.keep_days * _SECONDS_OF_A_DAY)
 
         await asyncio.to_thread(remove)

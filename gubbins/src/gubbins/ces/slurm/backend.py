@@ -129,10 +129,10 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             texts.append(_text_of(done, "output"))
         return PilotOutput(*texts)
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
         await self._tidy(
-            (("ended" if status in keep else "remove", stamp) for stamp, status in pilots.items()),
+            (("ended" if pilot.status in keep else "remove", pilot.stamp) for pilot in pilots),
             remove_after_minutes=str(round(self.settings.keep_days * _MINUTES_OF_A_DAY)),
         )
 

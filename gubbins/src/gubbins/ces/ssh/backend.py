@@ -89,14 +89,16 @@ class SSHBackend(CEBackend[SSHSettings]):
             raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was")
         return PilotOutput(records["stdout"], records["stderr"])
 
-    async def forget(self, pilots: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
         keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
         keep_minutes = round(self.settings.keep_days * 24 * 60)
 
-        def forget(stamp: str) -> str:
-            return f"keep {stamp}" if pilots[stamp] in keep else f"rm -rf ./{stamp}"
+        kept = {pilot.stamp for pilot in pilots if pilot.status in keep}
 
-        await self._bulk(pilots, [self._enter, f"sweep {keep_minutes}"], forget)
+        def forget(stamp: str) -> str:
+            return f"keep {stamp}" if stamp in kept else f"rm -rf ./{stamp}"
+
+        await self._bulk(_stamps(pilots), [self._enter, f"sweep {keep_minutes}"], forget)
 
     async def close(self) -> None:
         await self._shell.close()

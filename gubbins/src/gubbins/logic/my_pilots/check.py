@@ -6,8 +6,9 @@ __all__ = ["transition_pilot_states"]
 
 import asyncio
 import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
@@ -31,6 +32,9 @@ PROMPT_SECONDS = 2
 Tidying up at compute elements is given so much time after the last answer, and no more.
 """
 
+CYCLE_SECONDS = 30
+"""Compute elements that have answered are asked again after that, while others keep the check from ending."""
+
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
 
@@ -42,6 +46,27 @@ class _Answer:
     complaint: str | None  # about the cancellations, which did not keep it from answering
 
 
+@dataclass(frozen=True)
+class _Question:
+    """One compute element, and the pilots of a VO that it is asked about."""
+
+    ce: Mapping[str, Any]
+    vo: str
+    pilots: Sequence[Any]
+
+    def described(self, pilot: Any) -> PilotAtCE:
+        """One of them, as the compute element is told of it."""
+        return PilotAtCE(
+            pilot.stamp,
+            self.vo,
+            pilot.reference,
+            pilot.status,
+            pilot.submitted_at,
+            pilot.started_at,
+            pilot.cancel_requested_at is not None,
+        )
+
+
 @dataclass
 class _Findings:
     """What a check will write down, for all compute elements that have answered."""
@@ -51,53 +76,51 @@ class _Findings:
     gone_missing: list[int] = field(default_factory=list)
     found_again: list[int] = field(default_factory=list)
     never_submitted: list[int] = field(default_factory=list)
-    ended: dict[str, dict[str, MyPilotStatus]] = field(default_factory=lambda: defaultdict(dict))
+    ended: dict[str, list[PilotAtCE]] = field(default_factory=lambda: defaultdict(list))  # by compute element
     outputs: list[int] = field(default_factory=list)
 
-    def end(self, ce: Mapping[str, Any], pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
+    def end(self, question: _Question, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
         self.moves[status].append((pilot.pilot_id, reason))
-        if wants_output(ce, status):
+        if wants_output(question.ce, status):
             self.outputs.append(pilot.pilot_id)  # the CE may forget it when that is stored
         else:
-            self.ended[ce["name"]][pilot.stamp] = status
+            self.ended[question.ce["name"]].append(question.described(pilot)._replace(status=status))
 
 
-_Asked: TypeAlias = Mapping[asyncio.Task[_Answer], str]
-"""What is asked, with the name of the compute element."""
+_Asked: TypeAlias = dict[asyncio.Task[_Answer], _Question]
 
 
 async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus, int]:
     """Move the VO's pilots on, and return how many entered each state.
 
     A handful of statements, whatever the number of pilots (P62), and no transaction while compute elements
-    are being asked: all of them at once, and a slow one does not keep back what the others have said. A
-    pilot makes one step towards what its compute element says: one that has already ended when it is first
-    seen is RUNNING after this check and at its end after the next. A compute element that cannot be asked
+    are being asked: all of them at once, and a slow one does not keep back what the others have said. While
+    it lasts for longer than a cycle, the others are asked again, as if it were not there.
+
+    In each cycle a pilot makes one step towards what its compute element says: one that has already ended
+    when it is first seen is RUNNING then, and at its end in the next. A compute element that cannot be asked
     keeps its pilots as they are, and the complaint. One that is banned, or left in peace because it failed
     too often, is not asked.
     """
-    pilots = await db.get_active_pilots(vo=vo)
-    if not pilots:
-        return {}
-    by_ce: dict[str, list[Any]] = defaultdict(list)
-    for pilot in pilots:
-        by_ce[pilot.ce_name].append(pilot)
-    ces = {
-        ce["name"]: ce
-        for ce in await db.get_ces()
-        if ce["name"] in by_ce and await may_call(db, ce, CECall.STATUS)
-    }
     counts: Counter[MyPilotStatus] = Counter()
-    tidying = []
-    asked = {asyncio.create_task(_ask(ce, vo, by_ce[name])): name for name, ce in ces.items()}
-    waiting: set[asyncio.Task[_Answer]] = set(asked)
+    asked = await _ask_all(db, vo, ())
+    first = frozenset(
+        asked
+    )  # this lasts as long as they do; those that are asked again do not prolong it for ever
+    again_at = time.monotonic() + CYCLE_SECONDS
+    tidying: list[asyncio.Task[None]] = []
     try:
-        while waiting:
-            answered, waiting = await asyncio.wait(waiting, timeout=PROMPT_SECONDS)
+        while asked:
+            answered, _ = await asyncio.wait(asked, timeout=PROMPT_SECONDS)
             if answered:
-                findings = await _note(db, vo, ces, by_ce, {task: asked[task] for task in answered}, counts)
+                questions = {task: asked.pop(task) for task in answered}
+                findings = await _note(db, vo, questions, counts)
+                ces = {question.ce["name"]: question.ce for question in questions.values()}
                 tidying += [asyncio.create_task(_forget(ces[name], e)) for name, e in findings.ended.items()]
+            if time.monotonic() >= again_at and not first.isdisjoint(asked):
+                asked |= await _ask_all(db, vo, [question.ce["name"] for question in asked.values()])
+                again_at = time.monotonic() + CYCLE_SECONDS
         if tidying:
             await asyncio.wait(tidying, timeout=PROMPT_SECONDS)
     finally:
@@ -107,19 +130,25 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
     return dict(counts)
 
 
-async def _ask(ce: Mapping[str, Any], vo: str, pilots: Sequence[Any]) -> _Answer:
-    described = [
-        PilotAtCE(
-            pilot.stamp,
-            vo,
-            pilot.reference,
-            pilot.status,
-            pilot.submitted_at,
-            pilot.started_at,
-            pilot.cancel_requested_at is not None,
-        )
-        for pilot in pilots
+async def _ask_all(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Asked:
+    """Begin to ask the compute elements that have pilots of the VO, except those of these names."""
+    by_ce: dict[str, list[Any]] = defaultdict(list)
+    for pilot in await db.get_active_pilots(vo=vo):
+        if pilot.ce_name not in all_but:
+            by_ce[pilot.ce_name].append(pilot)
+    if not by_ce:
+        return {}
+    questions = [
+        _Question(ce, vo, by_ce[ce["name"]])
+        for ce in await db.get_ces()
+        if ce["name"] in by_ce and await may_call(db, ce, CECall.STATUS)
     ]
+    return {asyncio.create_task(_ask(question)): question for question in questions}
+
+
+async def _ask(question: _Question) -> _Answer:
+    ce = question.ce
+    described = [question.described(pilot) for pilot in question.pilots]
     seconds = rules_of(ce).timeout_seconds
     complaint = None
     async with backend_of(ce) as backend:
@@ -134,32 +163,27 @@ async def _ask(ce: Mapping[str, Any], vo: str, pilots: Sequence[Any]) -> _Answer
             return _Answer(await backend.poll(described), complaint)
 
 
-async def _note(
-    db: MyPilotDB,
-    vo: str,
-    ces: Mapping[str, Any],
-    by_ce: Mapping[str, Sequence[Any]],
-    answered: _Asked,
-    counts: Counter[MyPilotStatus],
-) -> _Findings:
+async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilotStatus]) -> _Findings:
     """Write down, in one transaction, what these compute elements have answered."""
     findings = _Findings()
     failures: dict[str, str] = {}
     complaints: dict[str, str | None] = {}
+    ces = {question.ce["name"]: question.ce for question in answered.values()}
     now = clock.now()
-    for task, name in answered.items():
+    for task, question in answered.items():
+        name = question.ce["name"]
         error = task.exception()
         if isinstance(error, Exception):
-            failures[name] = describe_failure(ces[name], error)
+            failures[name] = describe_failure(question.ce, error)
             logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name])
         elif error is not None:
             raise error
         else:
             answer = task.result()
             complaints[name] = answer.complaint
-            _judge(ces[name], by_ce[name], answer.observations, now, findings)
+            _judge(question, answer.observations, now, findings)
     async with db.unit():
-        await db.lock_ces(set(answered.values()))
+        await db.lock_ces(ces)
         counts.update(await db.advance_pilots(findings.moves, vo=vo))
         await db.queue_outputs(findings.outputs)
         await db.confirm_pilots(findings.confirmed)
@@ -179,17 +203,13 @@ async def _note(
 
 
 def _judge(
-    ce: Mapping[str, Any],
-    pilots: Sequence[Any],
-    observations: Mapping[str, Observation],
-    now: datetime,
-    findings: _Findings,
+    question: _Question, observations: Mapping[str, Observation], now: datetime, findings: _Findings
 ) -> None:
-    rules = rules_of(ce)
-    for pilot in pilots:
+    rules = rules_of(question.ce)
+    for pilot in question.pilots:
         seen = observations.get(pilot.stamp)
         if seen is None:
-            _judge_unknown(ce, pilot, now, rules, findings)
+            _judge_unknown(question, pilot, now, rules, findings)
             continue
         if seen.state is Observed.NO_NEWS:
             continue
@@ -201,10 +221,10 @@ def _judge(
             if seen.state is not Observed.WAITING:
                 findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
-            findings.end(ce, pilot, end, seen.reason)
+            findings.end(question, pilot, end, seen.reason)
 
 
-def _judge_unknown(ce: Mapping[str, Any], pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
+def _judge_unknown(question: _Question, pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
     """The compute element does not know the pilot: that is not an end, but it cannot go on for ever."""
     if pilot.status is MyPilotStatus.SUBMITTED and pilot.reference is None:
         if now - pilot.submitted_at > timedelta(seconds=rules.unconfirmed_seconds):
@@ -217,10 +237,10 @@ def _judge_unknown(ce: Mapping[str, Any], pilot: Any, now: datetime, rules: CERu
             findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"
-            findings.end(ce, pilot, MyPilotStatus.FAILED, reason)
+            findings.end(question, pilot, MyPilotStatus.FAILED, reason)
 
 
-async def _forget(ce: Mapping[str, Any], ended: Mapping[str, MyPilotStatus]) -> None:
+async def _forget(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
     """Tidying up only: what fails here is not worth failing a check that is already recorded."""
     try:
         async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:

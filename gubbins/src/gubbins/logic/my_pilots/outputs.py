@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -79,7 +79,7 @@ async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any]) -> int:
                 await db.store_outputs(outputs)
                 collected += len(outputs)
                 stored = {output.pilot_id for output in outputs}
-                await visit.forget({pilot.stamp: pilot.status for pilot in chunk if pilot.pilot_id in stored})
+                await visit.forget([pilot for pilot in chunk if pilot.pilot_id in stored])
         if visit.timed_out is not None:
             await note_failure(db, ce, CECall.STATUS, visit.timed_out)
     except Exception as error:
@@ -104,9 +104,7 @@ class _Visit:
     async def fetch(self, pilot: Any) -> Output | None:
         """What the pilot has written, or why that will never be known; None: perhaps another time."""
         until = clock.now() + timedelta(seconds=self._rules.keep_output_seconds)
-        asked = PilotAtCE(
-            pilot.stamp, self._vo, pilot.reference, pilot.status, pilot.submitted_at, pilot.started_at
-        )
+        asked = self._at_ce(pilot)
         async with self._slots:
             if self.over:
                 return None
@@ -123,14 +121,19 @@ class _Visit:
                 return None
         return Output(pilot.pilot_id, until, output.stdout, output.stderr)
 
-    async def forget(self, ended: Mapping[str, MyPilotStatus]) -> None:
+    async def forget(self, ended: Sequence[Any]) -> None:
         """What these pilots have written is stored. Tidying up only: what fails here does not end the round."""
         try:
             async with self._answer():
-                await self._backend.forget(ended)
+                await self._backend.forget([self._at_ce(pilot) for pilot in ended])
         except Exception as error:
             why = describe_failure(self._ce, error)
             logger.warning("Cannot tidy up after pilots at %s: %s", self._ce["name"], why)
+
+    def _at_ce(self, pilot: Any) -> PilotAtCE:
+        return PilotAtCE(
+            pilot.stamp, self._vo, pilot.reference, pilot.status, pilot.submitted_at, pilot.started_at
+        )
 
     @contextlib.asynccontextmanager
     async def _answer(self) -> AsyncIterator[None]:
