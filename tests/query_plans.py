@@ -57,7 +57,7 @@ async def _explain(connection: AsyncConnection, statement: str, parameters: Any)
         plan = answer[0]["QUERY PLAN"]
         found = _postgresql((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"])
     else:
-        found = _mysql([dict(row) for row in answer])
+        found = _mysql([dict(row) for row in answer], limited=" LIMIT " in statement)
     return [Reading(table, whole, how, statement) for table, whole, how in found]
 
 
@@ -68,12 +68,14 @@ def _sqlite(details: list[str]) -> Iterator[tuple[str, bool, str]]:
             yield rest.split(" ")[0], verb == "SCAN", detail
 
 
-def _mysql(rows: list[dict[str, Any]]) -> Iterator[tuple[str, bool, str]]:
+def _mysql(rows: list[dict[str, Any]], limited: bool) -> Iterator[tuple[str, bool, str]]:
     for row in rows:
         # What is inserted into is listed as read in full.
         if row.get("table") and row["select_type"] != "INSERT" and not str(row["table"]).startswith("<"):
             how = f"{row['select_type']} {row['type']} by {row['key']}, {row['rows']} rows, {row['Extra']}"
-            yield str(row["table"]), row["type"] in ("ALL", "index"), how
+            # A row of an index after the other, and no more than are asked for.
+            one_by_one = limited and row["type"] == "index" and "filesort" not in str(row["Extra"])
+            yield str(row["table"]), row["type"] in ("ALL", "index") and not one_by_one, how
 
 
 def _postgresql(plan: dict[str, Any], limited: bool = False) -> Iterator[tuple[str, bool, str]]:
