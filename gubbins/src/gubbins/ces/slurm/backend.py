@@ -28,6 +28,7 @@ from .complaints import complaint, is_refusal, is_silence
 from .jobs import (
     QUEUE_FORMAT,
     Job,
+    is_job_number,
     judge,
     parse_completions,
     parse_queue,
@@ -151,7 +152,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         job = batch_script(self.settings, self.ce.name, pilot)
         done = await self._run([*_script("submit"), *arguments], job, what="sbatch")
         number = done.stdout.strip()
-        if done.returncode == 0 and number.isdigit():
+        if done.returncode == 0 and is_job_number(number):
             return SubmitOutcome(reference=number)
         said = complaint(done.stderr)
         if done.returncode != 0 and is_refusal(done.stderr):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["QUEUE_FORMAT", "Job", "Record", "judge", "parse_completions", "parse_queue", "parse_records"]
+__all__ = [
+    "QUEUE_FORMAT",
+    "Job",
+    "Record",
+    "is_job_number",
+    "judge",
+    "parse_completions",
+    "parse_queue",
+    "parse_records",
+]
 
 import re
 from collections import defaultdict
@@ -33,7 +42,8 @@ _FAILURES = {
 # Those that say nothing, or nothing that could be changed.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
 _MAX_CHARS = 300
-_COMPLETION = re.compile(r"^JobId=([0-9]+) .*? Name=(\S+) JobState=(\w+) .*? ExitCode=(\d+):(\d+)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_COMPLETION = re.compile(r"^JobId=([0-9]{1,18}) .*? Name=(\S+) JobState=(\w+) .*? ExitCode=(\d+):(\d+)")
 
 
 class Job(NamedTuple):
@@ -62,12 +72,17 @@ class Record(NamedTuple):
 _NO_RECORD = Record("", "", False, "")
 
 
+def is_job_number(text: str) -> bool:
+    """Whether Slurm may have given a job this number."""
+    return _NUMBER.fullmatch(text) is not None
+
+
 def parse_queue(text: str) -> dict[str, list[Job]]:
     """The jobs of each name, from `squeue -O QUEUE_FORMAT`; a line of another shape is skipped."""
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
         fields = [field.strip() for field in line.split("|")]
-        if len(fields) >= 5 and re.fullmatch(r"[0-9]+", fields[0]):
+        if len(fields) >= 5 and is_job_number(fields[0]):
             jobs[fields[4]].append(Job(*fields[:4]))
     return jobs
 
@@ -117,15 +132,17 @@ def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) 
 
 
 def _with_reference(seen: Observation, number: str, reference: str | None) -> Observation:
-    return seen if reference is not None else seen._replace(reference=number or None)
+    return seen if reference is not None else seen._replace(reference=number if is_job_number(number) else None)
 
 
 def _of_active(job: Job) -> Observation:
     if job.state in _WAITING:
-        return Observation(Observed.WAITING, None if job.reason in _PLAIN_REASONS else f"Slurm: {job.reason}")
+        return Observation(
+            Observed.WAITING, None if job.reason in _PLAIN_REASONS else _line(f"Slurm: {job.reason}")
+        )
     if job.state in _RUNNING:
         return Observation(Observed.RUNNING)
-    return Observation(Observed.NO_NEWS, f"Slurm: unknown state {job.state}")
+    return Observation(Observed.NO_NEWS, _line(f"Slurm: unknown state {job.state}"))
 
 
 def _of_ended(job: Job, record: Record) -> Observation:
@@ -150,4 +167,8 @@ def _failed(what: str, reason: str, last_words: str) -> Observation:
     if reason not in _PLAIN_REASONS:
         what = f"{what}, Slurm says {reason}"
     text = f"{what}: {last_words}" if last_words else what
-    return Observation(Observed.FAILED, " ".join(text.split())[:_MAX_CHARS].strip())
+    return Observation(Observed.FAILED, _line(text))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_CHARS].strip()

@@ -1,0 +1,121 @@
+"""Whatever the host of a batch system or a shell answers: the back ends say something of the pilots they were
+asked about, or complain in one line, and conclude nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.shell import Completed
+from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.ces.ssh import SSHBackend, SSHSettings
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.pilot_states import MyPilotStatus
+
+CE = CEDescription("ce", 10, 1.0)
+KNOWN = PilotAtCE("s", "vo", "7")
+LOST = PilotAtCE("t", "vo")
+
+_garbage = st.text(max_size=40) | st.sampled_from(["", "0", "7", "-1", "s", "two words", "9" * 5000, "\0", "²"])
+_state = st.sampled_from(["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"]) | _garbage
+_number = st.sampled_from(["7", "8", "0", "9" * 5000]) | _garbage
+_stamp = st.sampled_from(["s", "t"]) | _garbage
+#: As `squeue`, the script that looks into directories, the completion log, and the shell functions say it.
+_lines = st.one_of(
+    st.tuples(_number, _state, _garbage, _garbage, _stamp, st.just("")).map("|".join),
+    st.tuples(_stamp, _number, _garbage, _garbage, _garbage).map("|".join),
+    st.tuples(_number, _stamp, _state).map(
+        lambda job: f"JobId={job[0]} UserId=x Name={job[1]} JobState={job[2]} Partition=p ExitCode=1:0"
+    ),
+    _garbage,
+)
+_words = ["prepared", "running", "elsewhere", "restarted", "ended", "submitted", "refused", "failed", "end"]
+_record = st.tuples(st.sampled_from(_words) | _garbage, _stamp, _garbage).map(" ".join)
+_records = st.lists(_record, max_size=4).map(lambda records: "".join(f"\nMARK {each}" for each in records))
+_whole = _records.map(lambda text: f"{text}\nMARK end\n")
+_complaints = st.sampled_from(["", "sbatch: error: Batch job submission failed: no", "slurm_load_jobs error: x"])
+
+
+def _answers(said: st.SearchStrategy[str]) -> st.SearchStrategy[list[Completed]]:
+    codes = st.sampled_from([0] * 8 + [1, 66, 255])
+    return st.lists(st.builds(Completed, codes, said, _complaints | _garbage), max_size=4)
+
+
+_of_slurm = _answers(st.lists(_lines, max_size=4).map("\n".join))
+_of_a_shell = _answers(st.one_of(_whole, _whole, _records, _garbage))
+
+
+class Babbler:
+    """A shell that answers so, one answer after the other, and then nothing."""
+
+    def __init__(self, answers: Sequence[Completed]) -> None:
+        self._answers = iter(answers)
+
+    async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
+        answer = next(self._answers, Completed(0, "", ""))
+        # The mark of our own records: the worst that can be said is said with it.
+        mark = re.search(rb"^mark=(\w+)$", stdin, re.MULTILINE)
+        return answer._replace(stdout=answer.stdout.replace("MARK", mark[1].decode() if mark else "MARK"))
+
+    async def close(self) -> None:
+        pass
+
+
+async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: backend.submit([LOST, KNOWN]),
+        lambda: backend.poll([LOST, KNOWN]),
+        lambda: backend.cancel([LOST, KNOWN]),
+        lambda: backend.output(KNOWN),
+        lambda: backend.forget([KNOWN._replace(status=MyPilotStatus.DONE)]),
+    ]
+    for call in calls:
+        backend._shell = Babbler(answers)
+        answer, complaint = None, "none"
+        try:
+            answer = await call()
+        except (CEUnavailableError, OutputUnavailableError) as error:
+            complaint = str(error)
+        assert len(complaint.strip().splitlines()) == 1
+        for stamp in ("s", "t") if isinstance(answer, dict) else ():
+            _look(answer.get(stamp))
+
+
+def _look(said: Observation | SubmitOutcome | None) -> None:
+    if isinstance(said, SubmitOutcome):
+        assert bool(said.reference) != bool(said.error), said
+    words = said.reason if isinstance(said, Observation) else said.error if said else None
+    assert words is None or (len(words) <= 500 and len(words.splitlines()) <= 1), words
+    if isinstance(said, Observation):
+        assert isinstance(said.state, Observed)
+        assert said.state is not Observed.FAILED or said.reason
+
+
+_often = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@_often
+@given(_of_slurm, st.booleans())
+def test_whatever_the_commands_of_slurm_say_is_an_answer_or_an_error_of_one_line(
+    answers: list[Completed], seen: bool
+) -> None:
+    directory = Path("/pilots")
+    log = directory / "log"
+    backend = SlurmBackend(
+        CE, SlurmSettings(directory=directory, nodes_see_directory=seen, completion_log=log, keep="none")
+    )
+    asyncio.run(_ask(backend, answers))
+
+
+@_often
+@given(_of_a_shell)
+def test_whatever_a_host_with_a_shell_says_is_an_answer_or_an_error_of_one_line(answers: list[Completed]) -> None:
+    backend = SSHBackend(CE, SSHSettings(host="h", keep="none"))
+    asyncio.run(_ask(backend, answers))
