@@ -83,20 +83,26 @@ class SubmissionStore(ComputeElementStore):
             )
             return int(pilot_id)
 
-    async def confirm_submission(self, stamp: str, reference: str) -> tuple[int, str] | None:
+    async def confirm_submission(self, pilot_id: int, stamp: str, reference: str) -> tuple[int, str] | None:
         """Note the compute element's own name of the pilot with this stamp, unless it has one.
 
-        By its stamp: once a reservation is undone, its id may be another pilot's.
+        Args:
+            pilot_id: its id when its slot was reserved; since that was undone, the id may be another pilot's.
+            stamp: our name for it.
+            reference: the compute element's.
 
         Returns:
-            Its id, and the name it has now; None: there is no such pilot.
+            Its id, and the reference it has now; None: there is no such pilot.
         """
+        noting = (
+            update(Pilots)
+            .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
+            .values(reference=reference, missing_since=None)
+        )
         async with self.unit():
-            await self.conn.execute(
-                update(Pilots)
-                .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
-                .values(reference=reference, missing_since=None)
-            )
+            if (await self.conn.execute(noting.where(Pilots.id == pilot_id))).rowcount:
+                return pilot_id, reference
+            await self.conn.execute(noting)
             found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
             row = (await self.conn.execute(found)).one_or_none()
             return None if row is None else (row[0], str(row[1]))

@@ -67,7 +67,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
                 await note_failure(db, ce, CECall.SUBMIT, reason)
                 raise CERefusedError(ce_name, f"{reason}; the next checks will find out") from error
             if outcome.reference is not None:
-                return await _confirm(db, ce, backend, pilot._replace(reference=outcome.reference))
+                return await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     except CESettingsError as error:
         await note_failure(db, ce, CECall.SUBMIT, str(error))
         raise CERefusedError(ce_name, str(error)) from error
@@ -85,7 +85,9 @@ async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
     return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 
 
-async def _confirm(db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot: PilotAtCE) -> int:
+async def _confirm(
+    db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
+) -> int:
     """Note that the compute element has the pilot, and return its id.
 
     Raises:
@@ -94,7 +96,7 @@ async def _confirm(db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any]
     name, reference = ce["name"], str(pilot.reference)
     async with db.unit():
         await note_success(db, ce, CECall.SUBMIT)
-        confirmed = await db.confirm_submission(pilot.stamp, reference)
+        confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
         if confirmed is None:
             # This worker stood still for so long that a check has undone the reservation. It is real, and takes
             # a slot, whatever the capacity: the checks follow it, and ask for its end until it is gone.
