@@ -32,6 +32,7 @@ servers: ## install databases, batch systems, promtool and Chromium for the test
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$$missing chromium"; \
 	command -v slurmctld >/dev/null || missing="$$missing slurm-wlm slurmctld slurmd slurm-client munge"; \
+	command -v slurmdbd >/dev/null || missing="$$missing slurmdbd slurm-wlm-mysql-plugin"; \
 	command -v promtool >/dev/null || missing="$$missing prometheus"; \
 	test -x /usr/sbin/sshd || missing="$$missing openssh-server"; \
 	command -v arcctl >/dev/null || missing="$$missing nordugrid-arc-arex nordugrid-arc-arcctl-service nordugrid-arc-client nordugrid-arc-plugins-arcrest nordugrid-arc-test-utils"; \

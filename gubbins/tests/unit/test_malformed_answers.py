@@ -27,10 +27,11 @@ _garbage = st.text(max_size=40) | st.sampled_from(["", "0", "7", "-1", "s", "two
 _state = st.sampled_from(["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"]) | _garbage
 _number = st.sampled_from(["7", "8", "0", "9" * 5000]) | _garbage
 _stamp = st.sampled_from(["s", "t"]) | _garbage
-#: As `squeue`, the script that looks into directories, the completion log, and the shell functions say it.
+#: As `squeue`, the script that looks into directories, `sacct` and the completion log say it.
 _lines = st.one_of(
     st.tuples(_number, _state, _garbage, _garbage, _stamp, st.just("")).map("|".join),
     st.tuples(_stamp, _number, _garbage, _garbage, _garbage).map("|".join),
+    st.tuples(_number, _state, _garbage, _stamp).map("|".join),
     st.tuples(_number, _stamp, _state).map(
         lambda job: f"JobId={job[0]} UserId=x Name={job[1]} JobState={job[2]} Partition=p ExitCode=1:0"
     ),
@@ -109,7 +110,10 @@ def test_whatever_the_commands_of_slurm_say_is_an_answer_or_an_error_of_one_line
     directory = Path("/pilots")
     log = directory / "log"
     backend = SlurmBackend(
-        CE, SlurmSettings(directory=directory, nodes_see_directory=seen, completion_log=log, keep="none")
+        CE,
+        SlurmSettings(
+            directory=directory, nodes_see_directory=seen, completion_log=log, accounting=True, keep="none"
+        ),
     )
     asyncio.run(_ask(backend, answers))
 

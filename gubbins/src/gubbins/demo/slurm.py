@@ -114,16 +114,7 @@ class SlurmSite:
         key = self.directory / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        self.slurm_conf.write_text(
-            _CONFIGURATION.format(
-                host=self.node,
-                directory=self.directory,
-                controller_port=free_port(),
-                node_port=free_port(),
-                cpus=self.cpus,
-                min_job_age=self._min_job_age,
-            )
-        )
+        self.slurm_conf.write_text(self._configuration())
         files = {name: f"--{name}-file={self.directory}/munged.{name}" for name in ("pid", "log", "seed")}
         socket_option = f"--socket={self.directory}/munge.socket"
         # Forced: the directory may be closed to others, who are not to speak to this site.
@@ -195,6 +186,16 @@ class SlurmSite:
         for name in list(reversed(self._processes)):
             self._end(name, signal.SIGTERM)
         self._end_leftovers()
+
+    def _configuration(self) -> str:
+        return _CONFIGURATION.format(
+            host=self.node,
+            directory=self.directory,
+            controller_port=free_port(),
+            node_port=free_port(),
+            cpus=self.cpus,
+            min_job_age=self._min_job_age,
+        )
 
     def _run(self, program: str, *arguments: str) -> None:
         environment = self._environment()

@@ -26,10 +26,12 @@ from gubbins.pilot_states import MyPilotStatus
 from .batch import batch_script, sbatch_options
 from .complaints import complaint, is_refusal, is_silence
 from .jobs import (
+    ACCOUNT_FORMAT,
     QUEUE_FORMAT,
     Job,
     is_job_number,
     judge,
+    parse_accounts,
     parse_completions,
     parse_queue,
     parse_records,
@@ -38,6 +40,7 @@ from .settings import SlurmSettings
 
 _HERE = Path(__file__).parent
 _MAX_IDS = 1000  # in one scancel
+_MAX_NAMES = 1000  # in one sacct
 _MINUTES_OF_A_DAY = 24 * 60
 _NOT_THERE = 66  # of output.sh
 
@@ -47,7 +50,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
 
     A stamp is submitted at most once, for a lock and the job's number are kept in the pilot's directory, and
     the queue is asked by name when a submission has not been heard of. A job that Slurm has forgotten is
-    unknown, unless its exit code is in that directory or its end in the completion log.
+    unknown, unless its exit code is in that directory, or its end in the accounts or the completion log.
     """
 
     Settings = SlurmSettings
@@ -165,13 +168,25 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         return parse_queue(_text_of(done, "squeue"))
 
     async def _completions(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
-        log = self.settings.completion_log
-        if log is None or not stamps:
+        """Jobs that have ended and that Slurm has forgotten, by name, as its log and its accounts know them."""
+        if not stamps:
             return {}
-        done = await self._run(["grep", "-a", "-F", "-f", "-", "--", str(log)], _lines(stamps))
+        found: dict[str, list[Job]] = {}
+        if self.settings.accounting:
+            names = iter(stamps)
+            while some := list(islice(names, _MAX_NAMES)):
+                found |= await self._accounts(some)
+        if (log := self.settings.completion_log) is not None:
+            done = await self._run(["grep", "-a", "-F", "-f", "-", "--", str(log)], _lines(stamps))
+            found |= parse_completions(done.stdout if done.returncode == 1 else _text_of(done, "grep"))
         wanted = set(stamps)
-        found = parse_completions(done.stdout if done.returncode == 1 else _text_of(done, "grep"))
         return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}
+
+    async def _accounts(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+        names = f"--name={','.join(stamps)}"
+        since = ("--starttime=now-30days", "--endtime=now")  # else it looks at this day alone
+        listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
+        return parse_accounts(_text_of(await self._run(self._command("sacct", *listed, *since, names)), "sacct"))
 
     async def _tidy(self, lines: Iterable[tuple[str, str]], *, remove_after_minutes: str = "") -> None:
         text = "".join(f"{what} {stamp}\n" for what, stamp in lines)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 __all__ = [
+    "ACCOUNT_FORMAT",
     "QUEUE_FORMAT",
     "Job",
     "Record",
     "is_job_number",
     "judge",
+    "parse_accounts",
     "parse_completions",
     "parse_queue",
     "parse_records",
@@ -22,6 +24,9 @@ from gubbins.ces.protocol import Observation, Observed
 
 QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|"
 """For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""
+
+ACCOUNT_FORMAT = "JobID,State,ExitCode,JobName"
+"""For `sacct`."""
 
 _REQUEUED = {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _WAITING = {"CONFIGURING", "PENDING", *_REQUEUED}
@@ -105,6 +110,22 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
         if match := _COMPLETION.match(line):
             number, name, state, code, _signal = match.groups()
             jobs[name].append(Job(number, state, code, ""))
+    return jobs
+
+
+def parse_accounts(text: str) -> dict[str, list[Job]]:
+    """The jobs of each name that have ended, from `sacct --parsable2 --format=ACCOUNT_FORMAT`.
+
+    Of those that have not, accounts know less than the queue: they may say RUNNING of a job for ever.
+    """
+    jobs: dict[str, list[Job]] = defaultdict(list)
+    for line in text.splitlines():
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) == 4 and is_job_number(fields[0]):
+            number, state, code, name = fields
+            job = Job(number, state.partition(" ")[0], code.partition(":")[0], "")  # CANCELLED by 1000
+            if job.ended:
+                jobs[name].append(job)
     return jobs
 
 

@@ -66,9 +66,13 @@ class SlurmSettings(CESettings):
         default=None,
         description="The file of `jobcomp/filetxt`, if the site has one: ends are known when Slurm has forgotten.",
     )
+    accounting: bool = Field(
+        default=False,
+        description="Whether the site keeps accounts (slurmdbd): `sacct` knows ends that Slurm has forgotten.",
+    )
     slurm_conf: AbsolutePath | None = Field(default=None, description="SLURM_CONF of the commands.")
     commands: AbsolutePath | None = Field(
-        default=None, description="Directory of sbatch, squeue and scancel; left out: they are in PATH."
+        default=None, description="Directory of sbatch, squeue, scancel and sacct; left out: they are in PATH."
     )
     timeout_seconds: float = Field(
         default=20, gt=0, allow_inf_nan=False, description="How long one command may take."

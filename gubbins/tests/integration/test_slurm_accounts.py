@@ -1,0 +1,48 @@
+"""The back end `slurm` at a site that keeps accounts (slurmdbd): ends are known when Slurm has forgotten them."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from watching import ENDED, observe, until
+
+from gubbins.ces import CEDescription, Observed, PilotAtCE
+from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.demo.slurm import SlurmSite
+
+
+async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(
+    accounting_slurm_site: SlurmSite, tmp_path: Path
+) -> None:
+    site = accounting_slurm_site
+
+    def make(script: str = "true", *, accounting: bool = True) -> SlurmBackend:
+        settings = SlurmSettings(
+            directory=tmp_path / "pilots",
+            slurm_conf=site.slurm_conf,
+            nodes_see_directory=False,
+            accounting=accounting,
+            default_script=script,
+        )
+        return SlurmBackend(CEDescription("slurm", 4, 1.0), settings)
+
+    good, bad, killed, never = (PilotAtCE(uuid.uuid4().hex, "vo") for _ in range(4))
+    await make().submit([good])
+    await make("exit 3").submit([bad])
+    await make("sleep 600").submit([killed])
+    await observe(make(), killed, Observed.RUNNING)
+    site.command("scancel", f"--name={killed.stamp}")
+    for pilot in (good, bad, killed):
+        await observe(make(), pilot, *ENDED)
+    stamps = (good.stamp, bad.stamp, killed.stamp)
+    await until(
+        lambda: not any(stamp in site.command("squeue", "-h", "-t", "all", "-o", "%j") for stamp in stamps)
+    )
+    seen = await make().poll([good, bad, killed, never])
+    assert {stamp: observation[:2] for stamp, observation in seen.items()} == {
+        good.stamp: (Observed.DONE, None),
+        bad.stamp: (Observed.FAILED, "exit code 3"),
+        killed.stamp: (Observed.FAILED, "cancelled at the site (CANCELLED)"),
+    }
+    assert await make(accounting=False).poll([good, bad, killed, never]) == {}
