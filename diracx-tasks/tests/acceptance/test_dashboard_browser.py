@@ -10,8 +10,8 @@ import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from dashboard_world import WRITER, Urgent, World, small_world, until
 from diracx.tasks import monitor
-from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.pages import PAGES
+from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from redis.asyncio import Redis
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from dashboard_world import HOSTILE, SECRET, WRITER, Tidy, World, small_world, until
 from diracx.tasks import monitor
-from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.pages import PAGES
+from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import LABEL_SECRET, TaskMessage
 from diracx.tasks.plumbing.persistence import DeadLetter, DeadLetterReason

@@ -377,7 +377,7 @@ async def test_what_is_no_task_can_be_looked_at_and_purged(redis: Redis) -> None
 async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
     redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from diracx.tasks.cli.dlq_view import record
+    from diracx.tasks.monitor.letters import letter_record
 
     async with TaskSystem([Broken], redis_url=redis_url) as system:
         await Broken("sesame").schedule()
@@ -385,7 +385,7 @@ async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
         assert system.task_db is not None
         async with system.task_db as db:
             [letter] = await db.search()
-    shown = record(letter)
+    shown = letter_record(letter)
     assert shown["message"]["task_args"] == ["•••"]
     assert shown["detail"] == "refused •••"
     assert "sesame" not in json.dumps(shown, default=str)

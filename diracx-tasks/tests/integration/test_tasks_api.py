@@ -13,7 +13,7 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import HOSTILE, SECRET, World, small_world
-from diracx.tasks.dashboard.audit import read_audit
+from diracx.tasks.monitor.audit import read_audit
 from diracx_application import HOME, make_application, set_environment
 
 READS = [

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diracx.tasks.cli.errors import mask
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.connection import (
     AddressError,
@@ -16,6 +15,7 @@ from diracx.tasks.plumbing.broker.connection import (
     redis_url_from_environment,
     sync_client,
 )
+from diracx.tasks.plumbing.secrets import mask
 
 
 def options_of(client: Any) -> dict[str, Any]:

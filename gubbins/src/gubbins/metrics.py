@@ -11,11 +11,10 @@ from functools import partial
 
 from diracx.tasks.monitor.families import Family
 
+from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import MyPilotStatus
-
-URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"
 
 
 @asynccontextmanager

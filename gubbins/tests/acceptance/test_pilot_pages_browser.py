@@ -8,8 +8,8 @@ import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from diracx.tasks.dashboard import create_app
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry

@@ -10,6 +10,7 @@ from diracx.tasks.monitor.families import Family, as_text
 from diracx.tasks.monitor.sources import ENTRY_POINT_GROUP, Sources, sources
 
 from gubbins import metrics
+from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 
@@ -27,7 +28,7 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
             await database.add_ce("closed.example.org", 7, 1.0, enabled=False)
         for vo in ("lhcb", "lhcb", "gridpp"):
             await logic.submit_pilot(database, "ce<b>.example.org", vo)
-    monkeypatch.setenv(metrics.URL_VARIABLE, url)
+    monkeypatch.setenv(URL_VARIABLE, url)
     async with metrics.source() as ask:
         assert ask is not None
         lines = as_text(await ask()).splitlines()
@@ -40,7 +41,7 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
 
 
 async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(metrics.URL_VARIABLE, raising=False)
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
     async with metrics.source() as ask:
         assert ask is None
 
@@ -61,7 +62,7 @@ async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> No
 async def test_the_installed_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = entry_points(group=ENTRY_POINT_GROUP, name="pilots")
     assert {entry.value for entry in installed} == {"gubbins.metrics:source"}
-    monkeypatch.setenv(metrics.URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")
+    monkeypatch.setenv(URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")
     async with sources(None) as found:
         text = as_text(await found.families())
     assert 'metrics_source_up{source="pilots"} 0' in text  # it has no tables

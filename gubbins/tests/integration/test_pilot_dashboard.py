@@ -11,8 +11,8 @@ import httpx
 import pytest
 from diracx.tasks.dashboard import create_app
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.audit import read_audit
 from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry

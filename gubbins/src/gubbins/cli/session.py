@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
+from gubbins.db import URL_VARIABLE
+
 T = TypeVar("T")
-URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"
 
 
 class CommandError(Exception):

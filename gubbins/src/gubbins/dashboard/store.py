@@ -14,11 +14,11 @@ from typing import Any
 
 from diracx.tasks.dashboard.page import UnavailableError
 
+from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import MyPilotStatus
 
-URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"
 #: Counting a million pilots is no work for every second.
 _COUNTED_SECONDS = 10.0
 #: Pilots that charts and failure rates are made from.

@@ -1,1 +1,8 @@
 """What the pilot system remembers."""
+
+from __future__ import annotations
+
+__all__ = ["URL_VARIABLE"]
+
+#: The environment variable that names the database of pilots.
+URL_VARIABLE = "DIRACX_DB_URL_MYPILOTDB"

@@ -6,14 +6,16 @@ __all__ = ["router"]
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated
 
 from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from diracx.tasks.routers.policies import ConfigReader
+from diracx.tasks.routers.responses import responses
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -61,18 +63,13 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     CEUnavailableError: HTTPStatus.BAD_GATEWAY,
     OutputUnavailableError: HTTPStatus.NOT_FOUND,
 }
-_MEANING = {
-    401: "No token, or one that is not valid",
-    403: "The token's VO or properties do not allow this",
-    404: "There is nothing of that name or id",
-    409: "Not possible as things are: no room, disabled, paused, ended or existing already",
-    502: "The compute element refused, or did not answer",
-}
-
-
-def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
-    example = {"application/json": {"example": {"detail": "…"}}}
-    return {code: {"description": _MEANING[code], "content": example} for code in (401, 403, *codes)}
+_responses = partial(
+    responses,
+    meaning={
+        409: "Not possible as things are: no room, disabled, paused, ended or existing already",
+        502: "The compute element refused, or did not answer",
+    },
+)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def show(
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
-    from .config_view import limit_records, print_settings, task_records
+    from ..monitor.settings import limit_records, task_records
+    from .config_view import print_settings
     from .tasks import load_registry
 
     registry = load_registry(module)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.config import Problem, Setting, Source, TasksConfig
+    from ..plumbing.config import Problem, Source
 
 _WIDTH_WITHOUT_TERMINAL = 160
 
@@ -22,65 +21,6 @@ def problem_record(problem: Problem, source: Source) -> dict[str, Any]:
         "line": source.line(problem.path),
         "message": problem.message,
         "prevents_start": not problem.foreign,
-    }
-
-
-def task_records(
-    config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
-) -> Iterator[dict[str, Any]]:
-    """The settings of a task as `config show --json` has them: for everybody and some VOs, or for one VO."""
-    from ..plumbing.base_task import PeriodicBaseTask
-    from ..plumbing.config import instance_settings, task_settings
-
-    for for_vo in [vo] if vo is not None else [None, *_vos_of(config, name, task_class)]:
-        instances: dict[str, Any] = {}
-        if issubclass(task_class, PeriodicBaseTask):
-            found = instance_settings(config, name, task_class, for_vo)
-            instances = {key: _records(settings, config.source) for key, settings in found.items()}
-        yield {
-            "task": name,
-            "vo": for_vo,
-            "settings": _records(task_settings(config, name, task_class, for_vo), config.source),
-            "instances": instances,
-        }
-
-
-def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[str]:
-    """The VOs for which something about the task may be different."""
-    from ..plumbing.arguments import knows_vo
-    from ..plumbing.base_task import BaseTask
-
-    if not knows_vo(task_class):
-        return []
-    names = {name, name.rpartition(":")[2]}
-    found = {vo for vo, tasks in config.vo_overrides.items() if not names.isdisjoint(tasks)}
-    if task_class.execution_locks is BaseTask.execution_locks:
-        found |= {vo for vo, limits in config.vo_limits.items() if "task" in limits}
-    return sorted(found)
-
-
-def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
-    """The limits of objects as `config show --json` has them."""
-    from ..plumbing.config import object_settings
-
-    return [
-        {"object": obj, "key": key, "vo": for_vo, "settings": _records(settings, config.source)}
-        for for_vo in ([vo] if vo is not None else [None, *sorted(config.vo_limits)])
-        for obj, key, settings in object_settings(config, for_vo)
-    ]
-
-
-def _records(settings: Mapping[str, Setting], source: Source) -> dict[str, Any]:
-    from ..plumbing.config import whose
-
-    return {
-        name: {
-            "value": setting.value,
-            "from": whose(setting.path),
-            "path": None if setting.path is None else ".".join(setting.path),
-            "line": None if setting.path is None else source.line(setting.path),
-        }
-        for name, setting in settings.items()
     }
 
 

@@ -64,11 +64,12 @@ def list_letters(
         letters = [letter async for letter in _pages(db, where, limit)]
         return letters, sum(counts.values())
 
-    from .dlq_view import print_table, summary
+    from ..monitor.letters import letter_summary
+    from .dlq_view import print_table
 
     letters, total = _with_db(look)
     if as_json:
-        typer.echo(json.dumps([summary(letter) for letter in letters], indent=2))
+        typer.echo(json.dumps([letter_summary(letter) for letter in letters], indent=2))
     else:
         print_table(letters, total)
 
@@ -110,11 +111,12 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from .dlq_view import print_letter, record
+    from ..monitor.letters import letter_record
+    from .dlq_view import print_letter
 
     letter = _with_db(lambda db: _find(db, letter_id))
     if as_json:
-        typer.echo(json.dumps(record(letter), indent=2))
+        typer.echo(json.dumps(letter_record(letter), indent=2))
     else:
         print_letter(letter)
 
@@ -209,10 +211,10 @@ def export(
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        from .dlq_view import record
+        from ..monitor.letters import letter_record
 
         async for letter in _pages(db, where, limit):
-            sys.stdout.write(json.dumps(record(letter)) + "\n")
+            sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
         sys.stdout.flush()
 
     try:

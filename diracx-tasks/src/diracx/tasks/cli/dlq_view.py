@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .call import to_json
 from .errors import CliError, mask, one_line
 
 if TYPE_CHECKING:
@@ -19,50 +17,6 @@ _WIDTH_WITHOUT_TERMINAL = 220
 _LONGEST_DETAIL = 80
 #: Refusals that are told one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
-
-
-def summary(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter as `list --json` has it: without its message and its tracebacks."""
-    return {
-        "id": letter["id"],
-        "task_id": letter["task_id"],
-        "task_name": letter["task_name"],
-        "reason": letter["reason"],
-        "detail": mask(letter["detail"]),
-        "status": str(letter["status"]),
-        "buried_at": letter["buried_at"].isoformat(),
-        "changed_at": letter["changed_at"].isoformat(),
-        "failed_attempts": len(letter["attempts"]),
-        "earlier_burials": len(letter["history"]),
-    }
-
-
-def record(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
-    return {
-        **{name: value for name, value in summary(letter).items() if not name.endswith(("attempts", "burials"))},
-        "burial": letter["burial"],
-        "attempts": letter["attempts"],
-        "history": letter["history"],
-        **_message(letter["message"]),
-    }
-
-
-def _message(data: bytes) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from ..monitor.masking import has_secrets, masked, shown_labels
-    from ..plumbing.broker.models import TaskMessage
-
-    raw = base64.b64encode(data).decode()
-    try:
-        message = TaskMessage.loadb(data)
-    except ValueError:
-        return {"message": None, "raw": raw}
-    args, kwargs = masked(None, message)
-    # Its failed attempts are in `attempts`, once.
-    shown = {**asdict(message), "task_args": args, "task_kwargs": kwargs, "labels": shown_labels(message)}
-    return {"message": to_json(shown), "raw": None if has_secrets(message) else raw}
 
 
 def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
@@ -99,7 +53,9 @@ def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
 
 def print_letter(letter: Mapping[str, Any]) -> None:
     """All about one letter, for reading."""
-    shown = record(letter)
+    from ..monitor.letters import letter_record
+
+    shown = letter_record(letter)
     message = shown["message"]
     rows = {
         "number": shown["id"],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+__all__ = ["CliError", "UsageProblem", "explained_redis", "mask", "one_line", "shortened"]
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: `://user:password@`; over-cautious about what may belong to the password.
-_IN_URL = re.compile(r"(?<=://)([^\s:@/'\"]*):[^\s'\"]*@")
-_IN_QUERY = re.compile(r"([?&](?:sentinel_)?password=)[^&\s'\"]*", re.IGNORECASE)
+from ..plumbing.secrets import mask
+
 _LONGEST = 1000
 
 
@@ -32,11 +32,6 @@ class UsageProblem(CliError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
-
-
-def mask(text: str) -> str:
-    """The text with the passwords of all URLs in it replaced by `***`."""
-    return _IN_QUERY.sub(r"\1***", _IN_URL.sub(r"\1:***@", text))
 
 
 def one_line(text: str) -> str:

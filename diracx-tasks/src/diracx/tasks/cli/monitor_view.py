@@ -39,15 +39,6 @@ _LONGEST_ERROR = 80
 # --- pieces -------------------------------------------------------------------------------------------------
 
 
-def masked(value: Any) -> Any:
-    """JSON without the passwords of URLs."""
-    if isinstance(value, dict):
-        return {name: masked(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [masked(each) for each in value]
-    return mask(value) if isinstance(value, str) else value
-
-
 def age(seconds: float | None) -> str:
     """A time for reading: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
     if seconds is None:
@@ -156,8 +147,9 @@ async def show_status(look: Callable[[], Awaitable[Snapshot]], every: float | No
 def status_json(seen: Snapshot) -> dict[str, Any]:
     """A snapshot with the lines about what is wrong."""
     from ..monitor import troubles
+    from ..monitor.masking import masked_json
 
-    shown: dict[str, Any] = masked({**seen.as_json(), "troubles": troubles(seen)})
+    shown: dict[str, Any] = masked_json({**seen.as_json(), "troubles": troubles(seen)})
     return shown
 
 

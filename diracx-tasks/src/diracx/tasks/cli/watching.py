@@ -58,9 +58,9 @@ def ask(
 def print_json(value: Any) -> None:
     """As JSON, passwords of URLs masked."""
     from ..monitor import as_json
-    from .monitor_view import masked
+    from ..monitor.masking import masked_json
 
-    typer.echo(json.dumps(masked(as_json(value)), indent=2))
+    typer.echo(json.dumps(masked_json(as_json(value)), indent=2))
 
 
 def status(

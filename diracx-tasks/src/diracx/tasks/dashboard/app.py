@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from ..cli.errors import mask
+from ..plumbing.secrets import mask
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
 from .live import stream

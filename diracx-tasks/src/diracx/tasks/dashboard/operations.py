@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import monitor
+from ..monitor.audit import audited
 from ..plumbing.binding import Binding
 from ..plumbing.broker.cancel import TaskPlace
 from ..plumbing.exceptions import TaskArgumentsError
-from .audit import audited
 
 if TYPE_CHECKING:
     from ..monitor import Released

@@ -14,8 +14,8 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
-from ..cli.errors import mask
 from ..monitor import as_json
+from ..plumbing.secrets import mask
 from .guard import FORM_FIELD
 
 if TYPE_CHECKING:

@@ -1,14 +1,17 @@
-"""Dead letters that wait in Redis until a worker with a database takes them."""
+"""Dead letters: those that wait in Redis until a worker with a database takes them, and how all are told of."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys
 from ..plumbing.broker.models import TaskMessage
+from ..plumbing.secrets import mask
 from ..plumbing.wire import loads
-from .masking import masked_arguments
+from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter
 from .places import Registry, moment, place_in_stream
 
@@ -55,3 +58,53 @@ def _message(data: Any) -> TaskMessage | None:
         return TaskMessage.loadb(data)
     except (TypeError, ValueError):
         return None
+
+
+def letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A letter as `dlq list --json` has it: without its message and its tracebacks."""
+    return {
+        "id": letter["id"],
+        "task_id": letter["task_id"],
+        "task_name": letter["task_name"],
+        "reason": letter["reason"],
+        "detail": mask(letter["detail"]),
+        "status": str(letter["status"]),
+        "buried_at": letter["buried_at"].isoformat(),
+        "changed_at": letter["changed_at"].isoformat(),
+        "failed_attempts": len(letter["attempts"]),
+        "earlier_burials": len(letter["history"]),
+    }
+
+
+def letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
+    summary = letter_summary(letter)
+    del summary["failed_attempts"], summary["earlier_burials"]
+    return {
+        **summary,
+        "burial": letter["burial"],
+        "attempts": letter["attempts"],
+        "history": letter["history"],
+        **_told(letter["message"]),
+    }
+
+
+def _told(data: bytes) -> dict[str, Any]:
+    from pydantic_core import to_jsonable_python
+
+    raw = base64.b64encode(data).decode()
+    try:
+        message = TaskMessage.loadb(data)
+    except ValueError:
+        return {"message": None, "raw": raw}
+    args, kwargs = masked(None, message)
+    # Its failed attempts are in `attempts`, once.
+    shown = {**asdict(message), "task_args": args, "task_kwargs": kwargs, "labels": shown_labels(message)}
+    message_shown = to_jsonable_python(shown, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+    return {"message": message_shown, "raw": None if has_secrets(message) else raw}
+
+
+def letter_arguments(letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
+    """The arguments in the message of a letter, as anybody may see them; None where it cannot be read."""
+    message = _message(letter["message"])
+    return None if message is None else masked_arguments(registry.get(message.task_name), message)

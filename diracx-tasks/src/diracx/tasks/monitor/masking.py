@@ -1,4 +1,4 @@
-"""Arguments as anybody may see them: what a task declares to be secret is not shown."""
+"""Arguments and texts as anybody may see them: without what a task declares to be secret, or a URL holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing.arguments import field_names, secret_positions
 from ..plumbing.broker.models import LABEL_SECRET
-from ..plumbing.secrets import MASK
+from ..plumbing.secrets import MASK, mask
 from .models import as_json
 
 if TYPE_CHECKING:
@@ -57,3 +57,12 @@ def has_secrets(message: TaskMessage) -> bool:
 def shown_labels(message: TaskMessage) -> dict[str, Any]:
     """The labels that were given to the task."""
     return {name: value for name, value in message.labels.items() if name not in _OWN_LABELS}
+
+
+def masked_json(value: Any) -> Any:
+    """JSON without the passwords of URLs."""
+    if isinstance(value, dict):
+        return {name: masked_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [masked_json(each) for each in value]
+    return mask(value) if isinstance(value, str) else value

@@ -157,8 +157,8 @@ def scheduler_metrics(seen: Snapshot | None, counts: Counts) -> list[Family | Hi
 
 def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
     queues = [
-        ({"stream": f"diracx:tasks:{queue.name}", "priority": queue.priority, "size": queue.size}, queue)
-        for queue in seen.queues
+        ({"stream": stream_name_for(q.priority, q.size), "priority": q.priority, "size": q.size}, q)
+        for q in seen.queues
     ]
     workers: dict[str, int] = {"small": 0, "medium": 0, "large": 0}
     for worker in seen.workers:

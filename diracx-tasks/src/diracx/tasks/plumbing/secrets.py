@@ -1,7 +1,8 @@
-"""Values that a task declares to be secret (`secret_fields`) are taken out of what is told of it."""
+"""What is not for everybody's eyes: values that a task declares to be secret, and the passwords of URLs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 #: What stands where a value is not for everybody's eyes.
 MASK = "•••"
+#: `://user:password@`; over-cautious about what may belong to the password.
+_IN_URL = re.compile(r"(?<=://)([^\s:@/'\"]*):[^\s'\"]*@")
+_IN_QUERY = re.compile(r"([?&](?:sentinel_)?password=)[^&\s'\"]*", re.IGNORECASE)
 #: Shorter parts of a secret that is no text itself, as the user of a pair, would be found anywhere.
 _SHORTEST_PART = 4
 
@@ -63,3 +67,8 @@ def _forms(value: Any) -> Iterator[str]:
 def _parts(values: Iterable[Any]) -> Iterator[str]:
     for value in values:
         yield from (form for form in _forms(value) if len(form) >= _SHORTEST_PART)
+
+
+def mask(text: str) -> str:
+    """The text with the passwords of all URLs in it replaced by `***`."""
+    return _IN_QUERY.sub(r"\1***", _IN_URL.sub(r"\1:***@", text))

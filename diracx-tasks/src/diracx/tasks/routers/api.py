@@ -6,6 +6,7 @@ __all__ = ["router"]
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -16,36 +17,30 @@ from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 
 from .. import monitor
-from ..cli.dlq_view import record, summary
-from ..cli.errors import mask
-from ..cli.monitor_view import masked
-from ..dashboard.audit import read_audit
 from ..dashboard.installation import Installation
 from ..dashboard.operations import Decided, NotPossibleError, Operator
-from ..dashboard.pages.dead_letters import contents
 from ..monitor import DelayReason, Window, as_json
-from ..plumbing.broker.groups import read_group
+from ..monitor.audit import AuditEntry, read_audit
+from ..monitor.letters import letter_arguments, letter_record, letter_summary
+from ..monitor.masking import masked_json
+from ..plumbing.broker.groups import GroupStatus, read_group
 from ..plumbing.in_force import configurations_in_force
 from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
-from ..plumbing.scheduler import schedules
+from ..plumbing.scheduler import ScheduleState, schedules
+from ..plumbing.secrets import mask
 from . import models
 from .access_policies import ActionType, CheckTasksPolicyCallable
 from .environment import installation_of_environment
 from .gate import name_of
 from .policies import ConfigReader
+from .responses import responses
 
 router = DiracxRouter()
 
 _Answer = TypeVar("_Answer")
 _MOST = 1_000
-_MEANING = {
-    401: "No token, or one that is not valid",
-    403: "The token's VO or properties do not allow this",
-    404: "There is nothing of that name or id",
-    409: "Not possible as things are",
-    503: "No broker is configured, or it does not answer",
-}
+_responses = partial(responses, 503)
 
 System = Annotated[Installation, Depends(installation_of_environment)]
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
@@ -65,7 +60,7 @@ class _Reader:
     async def answer(self, ask: Callable[[], Awaitable[Any]]) -> JSONResponse:
         """What was asked for, as JSON without passwords."""
         await self._check(action=ActionType.READ, config=self._config)
-        return JSONResponse(masked(as_json(await _asked(ask))))
+        return JSONResponse(masked_json(as_json(await _asked(ask))))
 
 
 class _Writer:
@@ -79,7 +74,7 @@ class _Writer:
     async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
         """What came of it, as JSON without passwords."""
         await self._check(action=ActionType.WRITE, config=self._config)
-        return JSONResponse(masked(as_json(await _asked(do))))
+        return JSONResponse(masked_json(as_json(await _asked(do))))
 
 
 Reader = Annotated[_Reader, Depends(_Reader)]
@@ -95,11 +90,6 @@ async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
     except RedisError as error:
         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
-
-
-def _responses(*codes: int) -> dict[int | str, dict[str, Any]]:
-    example = {"application/json": {"example": {"detail": "…"}}}
-    return {code: {"description": _MEANING[code], "content": example} for code in (401, 403, *codes, 503)}
 
 
 def _there(value: _Answer | None, what: str) -> _Answer:
@@ -190,7 +180,7 @@ async def get_locks(reader: Reader, limit: Limit = 100, after: After = None) -> 
     return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
 
 
-@router.get("/schedules", response_model=list[models.Schedule], responses=_responses())
+@router.get("/schedules", response_model=list[ScheduleState], responses=_responses())
 async def get_schedules(reader: Reader) -> JSONResponse:
     """All schedules of periodic tasks: state, next and last run, how it went, and who says so."""
 
@@ -201,13 +191,13 @@ async def get_schedules(reader: Reader) -> JSONResponse:
     return await reader.answer(ask)
 
 
-@router.get("/groups", response_model=list[models.Group], responses=_responses())
+@router.get("/groups", response_model=list[GroupStatus], responses=_responses())
 async def get_groups(reader: Reader, limit: Limit = 100) -> JSONResponse:
     """Callback groups that have not called back, those that expire first first, without their children."""
     return await reader.answer(lambda: monitor.groups(reader.system.redis, limit))
 
 
-@router.get("/groups/{group_id}", response_model=models.Group, responses=_responses(404))
+@router.get("/groups/{group_id}", response_model=GroupStatus, responses=_responses(404))
 async def get_group(reader: Reader, group_id: str) -> JSONResponse:
     """One callback group with its children."""
 
@@ -227,7 +217,7 @@ async def get_configuration_in_force(reader: Reader) -> JSONResponse:
     return await reader.answer(ask)
 
 
-@router.get("/audit", response_model=list[models.AuditEntry], responses=_responses())
+@router.get("/audit", response_model=list[AuditEntry], responses=_responses())
 async def get_audit_log(
     reader: Reader,
     limit: Limit = 100,
@@ -237,10 +227,7 @@ async def get_audit_log(
 ) -> JSONResponse:
     """Who did what by dashboard or HTTP, newest first."""
 
-    async def ask() -> Any:
-        return [entry.as_json() for entry in await read_audit(reader.system.redis, limit, before)]
-
-    return await reader.answer(ask)
+    return await reader.answer(lambda: read_audit(reader.system.redis, limit, before))
 
 
 # --- dead letters -------------------------------------------------------------------------------------------
@@ -281,7 +268,7 @@ async def get_dead_letters(
             letters = await db.search(**chosen.where, limit=limit, after_id=after)
             counts = await db.count(**chosen.where)
         return {
-            "items": [summary(letter) for letter in letters],
+            "items": [letter_summary(letter) for letter in letters],
             "total": sum(counts.values()),
             "after": letters[-1]["id"] if len(letters) == limit else None,
         }
@@ -308,8 +295,8 @@ async def get_dead_letter(
         db = _task_db(reader.system)
         async with db:
             letter = _there(await db.find(key), f"dead letter {key!r}")
-        shown = {name: value for name, value in record(letter).items() if name not in ("message", "raw")}
-        return shown | {"arguments": contents(letter, reader.system)["arguments"]}
+        shown = {name: value for name, value in letter_record(letter).items() if name not in ("message", "raw")}
+        return shown | {"arguments": letter_arguments(letter, reader.system.registry)}
 
     return await reader.answer(ask)
 

@@ -40,11 +40,11 @@ async def installation_of_environment() -> Installation:
 
 
 async def _open() -> Installation:
-    from ..cli.errors import mask
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.broker.connection import redis_url_from_environment
     from ..plumbing.config_source import ConfigReader
     from ..plumbing.factory import load_task_registry
+    from ..plumbing.secrets import mask
 
     url = redis_url_from_environment()
     if not url:

@@ -8,10 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
-from ..plumbing.broker.groups import GroupState
 from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
-from ..plumbing.scheduler.overview import Activity, Outcome, State
 
 _AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
 
@@ -58,43 +56,6 @@ class LockPage(BaseModel):
     after: str | None = _AFTER
 
 
-class Schedule(BaseModel):
-    """A schedule. All times are UTC."""
-
-    id: str = Field(description="`category:ClassName`, then `@instance` and `/vo` where there are any.")
-    state: State
-    name: str
-    instance: str | None
-    vo: str | None
-    rule: str | None
-    missed: str | None
-    source: str | None
-    next_run: datetime | None
-    last_run: datetime | None
-    last_task_id: str | None
-    activity: Activity | None
-    outcome: Outcome | None
-    paused_since: datetime | None
-    problem: str | None
-
-
-class Group(BaseModel):
-    """A callback group."""
-
-    group_id: str
-    state: GroupState
-    total: int
-    succeeded: int
-    pending: int
-    failed: int
-    callback: str
-    on_failure: str | None
-    created: datetime
-    expires: datetime
-    pending_children: list[str]
-    failed_children: dict[str, str]
-
-
 class ConfigurationInForce(BaseModel):
     """The configuration that one process runs with."""
 
@@ -108,19 +69,6 @@ class ConfigurationInForce(BaseModel):
     warnings: list[str]
     process: str
     seen: datetime
-
-
-class AuditEntry(BaseModel):
-    """Something that was done."""
-
-    id: str
-    at: datetime
-    who: str
-    via: str
-    action: str
-    target: str
-    outcome: str | None
-    ok: bool | None
 
 
 class DeadLetterSummary(BaseModel):

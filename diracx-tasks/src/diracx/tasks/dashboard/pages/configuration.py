@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...cli.config_view import limit_records, task_records
+from ...monitor.settings import limit_records, task_records
 from ...plumbing.in_force import InForce, configurations_in_force
 from ..page import Installation, Page, Request
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ...monitor import waiting_letters
+from ...monitor.letters import letter_arguments
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..operations import Decided
 from ..page import (
@@ -18,9 +19,7 @@ from ..page import (
     Page,
     Question,
     Request,
-    TaskMessage,
     integer,
-    masked_arguments,
 )
 
 if TYPE_CHECKING:
@@ -85,17 +84,8 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
         letter = await db.find(key)
     if letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
-    return {"letter": letter, **contents(letter, installation)}
-
-
-def contents(letter: dict[str, Any], installation: Installation) -> dict[str, Any]:
-    """What is in the message of a letter, as anybody may see it; None where it cannot be read."""
-    try:
-        message = TaskMessage.loadb(letter["message"])
-    except ValueError:
-        return {"arguments": None, "size": len(letter["message"])}
-    arguments = masked_arguments(installation.task_class(message.task_name), message)
-    return {"arguments": arguments, "size": len(letter["message"])}
+    arguments = letter_arguments(letter, installation.registry)
+    return {"letter": letter, "arguments": arguments, "size": len(letter["message"])}
 
 
 def _where(chosen: dict[str, str], status: str) -> LetterFilter:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ... import monitor
+from ...monitor.places import queue_of
 from ...plumbing.broker.keys import ALL_STREAM_NAMES
 from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
 
 _PAGE = 50
-_NAMES = [name.removeprefix("diracx:tasks:") for name in ALL_STREAM_NAMES]
+_NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
 
 
 async def _all(request: Request, installation: Installation) -> dict[str, Any]:

@@ -38,10 +38,6 @@ class AuditEntry:
     ok: bool | None
     """Whether it was done."""
 
-    def as_json(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"at": self.at.isoformat()}
-
 
 async def audited(
     redis: Redis, who: str, via: str, action: str, target: str, do: Callable[[], Awaitable[str]]
