@@ -64,8 +64,7 @@ def bury(cli, number: int = 1, *, first: int = 0, **changes) -> None:
 
 
 def statuses(cli) -> list[str]:
-    path = cli.environment["DIRACX_DB_URL_TASKDB"].partition(":///")[2]
-    with closing(sqlite3.connect(path)) as connection:
+    with database_of(cli) as connection:
         return [row[0] for row in connection.execute("SELECT Status FROM DeadLetters ORDER BY ID")]
 
 
@@ -137,13 +136,27 @@ def test_P34_two_operators_at_once_submit_each_letter_once(dlq, redis_url):
     assert set(statuses(dlq)) == {"RESUBMITTED"}
 
 
+def database_of(cli):
+    path = cli.environment["DIRACX_DB_URL_TASKDB"].partition(":///")[2]
+    return closing(sqlite3.connect(path, isolation_level=None))
+
+
+def retry_that_cannot_submit(cli, redis, database, wait_until):
+    """A retry that is in the audit log and has marked its letters, and whose submission waits."""
+    database.execute("BEGIN IMMEDIATE")  # the mark must wait for us
+    retrying = cli.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
+    wait_until(lambda: redis.xlen(keys.AUDIT), "it is written down")
+    redis.client_pause(30_000, all=False)  # writes wait
+    database.execute("ROLLBACK")
+    wait_until(lambda: statuses(cli) == ["RESUBMITTING"] * 3, "the mark in SQL")
+    return retrying
+
+
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_a_retry_killed_before_the_submission_is_finished_by_the_next(dlq, redis_url, wait_until):
     bury(dlq, 3)
-    with Redis.from_url(redis_url) as redis:
-        redis.client_pause(30_000, all=False)  # writes wait
-        killed = dlq.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
-        wait_until(lambda: statuses(dlq) == ["RESUBMITTING"] * 3, "the mark in SQL")
+    with Redis.from_url(redis_url) as redis, database_of(dlq) as database:
+        killed = retry_that_cannot_submit(dlq, redis, database, wait_until)
         killed.process.send_signal(signal.SIGKILL)
         killed.process.wait()
         redis.client_unpause()
@@ -156,11 +169,8 @@ def test_P34_a_retry_killed_before_the_submission_is_finished_by_the_next(dlq, r
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_a_retry_killed_after_the_submission_is_not_submitted_again(dlq, redis_url, wait_until):
     bury(dlq, 3)
-    path = dlq.environment["DIRACX_DB_URL_TASKDB"].partition(":///")[2]
-    with Redis.from_url(redis_url) as redis, closing(sqlite3.connect(path, isolation_level=None)) as database:
-        redis.client_pause(30_000, all=False)
-        killed = dlq.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
-        wait_until(lambda: statuses(dlq) == ["RESUBMITTING"] * 3, "the mark in SQL")
+    with Redis.from_url(redis_url) as redis, database_of(dlq) as database:
+        killed = retry_that_cannot_submit(dlq, redis, database, wait_until)
         database.execute("BEGIN IMMEDIATE")  # the last step of the retry must wait for us
         redis.client_unpause()
         wait_until(lambda: redis.xlen(STREAM) == 3, "the submission")

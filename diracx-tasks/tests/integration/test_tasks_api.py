@@ -13,13 +13,14 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import HOSTILE, SECRET, World, small_world
+from diracx.tasks import monitor
 from diracx.tasks.monitor.audit import read_audit
 from diracx_application import HOME, make_application, set_environment
 
 READS = [
     *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
     *("failures", "locks", "schedules", "groups", "configuration", "audit", "dead-letters", "dead-letters/1"),
-    "waiting-dead-letters",
+    *("waiting-dead-letters", "configuration/settings"),
 ]
 WRITES: dict[str, Any] = {
     "cancel": {"task_ids": ["0" * 32]},
@@ -162,8 +163,38 @@ async def test_what_is_done_by_http_is_done_and_written_down(
     assert len(entries) == 5
 
 
+async def test_one_lock_is_told_of_by_its_key(client: httpx.AsyncClient, token: Token, world: World) -> None:
+    [held] = [lock for task in (await monitor.running(world.system.broker.redis)).items for lock in task.locks]
+
+    async def ask(key: str, *properties: str) -> httpx.Response:
+        return await client.get("/api/tasks/locks/one", params={"key": key}, headers=bearer(token(*properties)))
+
+    answer = (await ask(held, "Operator")).json()
+    assert (answer["key"], answer["held"], answer["waiters"]) == (held, 1, 1)
+    assert answer["holders"][0]["task_name"] == "test:HoldSite"
+    for none in ("lock:mutex:job:42", "diracx:tasks:alive"):
+        assert (await ask(none, "Operator")).status_code == 404, none
+    assert (await ask(held, "NormalUser")).status_code == 403
+
+
+async def test_settings_are_told_of_as_the_command_line_does(client: httpx.AsyncClient, token: Token) -> None:
+    async def ask(**params: str) -> httpx.Response:
+        path = "/api/tasks/configuration/settings"
+        return await client.get(path, params=params, headers=bearer(token("Operator")))
+
+    everything = (await ask()).json()
+    assert {each["task"] for each in everything["tasks"]} >= {"test:Hold", "test:Tidy"}
+    [one] = (await ask(task_name="Fail", vo="lhcb")).json()["tasks"]
+    assert (one["task"], one["vo"]) == ("test:Fail", "lhcb")
+    assert one["settings"]["priority"] == {"value": "normal", "from": "code", "path": None, "line": None}
+    assert (await ask(task_name="Nothing")).status_code == 404
+    assert (await ask(vo="nowhere")).status_code == 404
+
+
 async def test_the_schema_of_the_application_has_every_route(client: httpx.AsyncClient) -> None:
     schema = (await client.get("/api/openapi.json")).json()
+    for path in ("/api/tasks/locks/one", "/api/tasks/configuration/settings", "/api/tasks/audit"):
+        assert path in schema["paths"]
     for path in ("/api/tasks/summary", "/api/tasks/dead-letters/{key}", "/api/tasks/queues/{queue}/purge"):
         assert path in schema["paths"]
     assert not [path for path in schema["paths"] if "dashboard" in path]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diracx.tasks.monitor.audit import AuditEntry, read_audit, user_at_host
+from redis.asyncio import Redis
 from warm_commands import WarmCommands
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,10 +36,12 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.fixture
 def run(sqlite_url: str, warm_commands: WarmCommands) -> Run:
-    def _run(*args: str, url: str | None = sqlite_url, stdin: str = "") -> Any:
+    def _run(*args: str, url: str | None = sqlite_url, stdin: str = "", redis: str | None = None) -> Any:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
         if url is not None:
             environment["DIRACX_DB_URL_MYPILOTDB"] = url
+        if redis is not None:
+            environment["DIRACX_TASKS_REDIS_URL"] = redis
         return warm_commands.run(["gubbins", *args], env=environment, typed=stdin, timeout=60)
 
     return _run
@@ -111,6 +117,48 @@ def test_a_ce_is_shown_with_its_rules_and_banned_until_it_is_enabled(initialised
     assert json.loads(run("ce", "show", "a", "--json").stdout)["ban_reason"] is None
     refused(run("ce", "show", "b"), 1, "'b'", "gubbins ce list")
     refused(run("ce", "ban", "b"), 1, "'b'", "gubbins ce list")
+
+
+def test_what_is_done_is_in_the_audit_log_of_the_task_system(initialised: Run, redis_url: str) -> None:
+    run = partial(initialised, redis=redis_url)
+    ces = "compute_elements: [{name: a, capacity: 1}, {name: b, capacity: 1}]"
+    assert run("ce", "load", "-", stdin=ces).stderr == ""
+    run("ce", "disable", "a")
+    run("ce", "disable", "a")
+    run("ce", "ban", "a", "--reason", "flood")
+    run("ce", "enable", "a")
+    refused(run("ce", "enable", "c"), 1, "'c'")
+    refused(run("pilots", "cancel", "7"), 1, "unknown pilot 7")
+    run("ce", "list")
+
+    async def look() -> list[AuditEntry]:
+        async with Redis.from_url(redis_url) as client:
+            return await read_audit(client)
+
+    entries = asyncio.run(look())[::-1]
+    assert {(entry.who, entry.via) for entry in entries} == {(user_at_host(), "cli")}
+    assert [(entry.action, entry.target, entry.ok, entry.outcome) for entry in entries[:5]] == [
+        ("load compute elements", "2: a, b", True, "2 created"),
+        ("close compute element", "a", True, "closed"),
+        ("close compute element", "a", True, "was closed already"),
+        ("ban compute element", "a", True, "banned: flood"),
+        ("open compute element", "a", True, "open"),
+    ]
+    assert [(entry.action, entry.target, entry.ok) for entry in entries[5:]] == [
+        ("open compute element", "c", False),
+        ("cancel pilot", "7", False),
+    ]
+
+
+def test_without_an_audit_log_it_is_done_and_said_and_with_a_dead_one_it_is_not_done(initialised: Run) -> None:
+    initialised("ce", "load", "-", stdin="compute_elements: [{name: a, capacity: 1}]")
+    unwritten = initialised("ce", "disable", "a")
+    assert unwritten.stdout == "a: disabled\n"
+    assert unwritten.stderr == "gubbins: not written to the audit log: DIRACX_TASKS_REDIS_URL is not set\n"
+    dead = initialised("ce", "enable", "a", redis="redis://:sesame@127.0.0.1:1")
+    refused(dead, 1, "the audit log cannot be written", "unset it to do without")
+    assert "sesame" not in dead.stderr
+    assert json.loads(initialised("ce", "list", "--json").stdout)[0]["enabled"] is False
 
 
 def test_output_of_a_pilot_goes_where_it_was_written(initialised: Run, sqlite_url: str, tmp_path: Path) -> None:

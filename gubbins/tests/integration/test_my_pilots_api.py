@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
+from diracx.tasks.monitor.audit import AuditEntry, read_audit
+from diracx.tasks.routers import environment
+from redis.asyncio import Redis
 
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
@@ -189,6 +193,43 @@ def test_pilots_are_paged_filtered_shown_and_cancelled(client: Any, as_: As) -> 
     assert cancelled.status_code == 202
     assert cancelled.json()["cancel_requested_at"]
     assert client.get(f"{API}/pilots/999", headers=as_()).status_code == 404
+
+
+@pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
+def test_every_action_is_in_the_audit_log_of_the_task_system(
+    client: Any, as_: As, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
+    user, admin = as_(), as_("lhcb", SERVICE_ADMINISTRATOR)
+    assert client.post(f"{API}/submit/ce", headers=user).status_code == 200
+    assert client.post(f"{API}/submit/nowhere", headers=user).status_code == 404
+    assert client.post(f"{API}/pilots/1/cancel", headers=user).status_code == 202
+    assert client.post(f"{API}/ces/ce/disable", headers=user).status_code == 403  # was not begun
+    assert client.post(f"{API}/ces", json={"name": "new", "capacity": 3}, headers=admin).status_code == 201
+    for verb in ("disable", "enable", "ban"):
+        assert client.post(f"{API}/ces/ce/{verb}", headers=admin).status_code == 204
+    client.get(f"{API}/ces", headers=admin)
+
+    async def look() -> list[AuditEntry]:
+        async with Redis.from_url(redis_url) as redis:
+            return await read_audit(redis)
+
+    entries = asyncio.run(look())[::-1]
+    assert {(entry.who, entry.via) for entry in entries} == {("alice (lhcb:someone)", "api")}
+    assert [(entry.action, entry.target, entry.ok) for entry in entries] == [
+        ("submit pilot", "ce", True),
+        ("submit pilot", "nowhere", False),
+        ("cancel pilot", "1", True),
+        ("create compute element", "new", True),
+        ("close compute element", "ce", True),
+        ("open compute element", "ce", True),
+        ("ban compute element", "ce", True),
+    ]
+    assert entries[0].outcome == "pilot 1 of lhcb"
+    monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", "redis://127.0.0.1:1")
+    environment._of_loop.clear()
+    assert client.post(f"{API}/ces/ce/enable", headers=admin).status_code == 503
+    assert client.get(f"{API}/ces/ce", headers=admin).json()["banned_at"] is not None
 
 
 @pytest.mark.parametrize(

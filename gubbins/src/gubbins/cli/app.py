@@ -6,21 +6,24 @@ __all__ = ["app", "run"]
 
 import getpass
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gubbins.deeds import Deed
 from gubbins.demo.command import demo
 from gubbins.pilot_states import MyPilotStatus
 
 from .database import db_app
-from .session import CommandError, emit, in_database, table
+from .session import CommandError, emit, in_database, recorded, table
 
 _HELP = """Compute elements and pilots.
 
 All commands work on the database named in DIRACX_DB_URL_MYPILOTDB, for example
-sqlite+aiosqlite:////var/lib/gubbins/pilots.db. A first session:
+sqlite+aiosqlite:////var/lib/gubbins/pilots.db. What changes something is written to the audit log of the task
+system at DIRACX_TASKS_REDIS_URL. A first session:
 
 \b
     gubbins db init
@@ -116,6 +119,8 @@ def _complain(message: str) -> None:
 
 @ce_app.command("load", help=_CE_FILE_HELP)
 def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJson = False) -> None:
+    from diracx.tasks.monitor.audit import listed
+
     from gubbins.logic import my_pilots as logic
 
     name = "standard input" if str(file) == "-" else str(file)
@@ -127,7 +132,12 @@ def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJ
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CommandError(f"cannot read {name}: {reason}", 2) from error
-    outcome = in_database(lambda db: logic.load_ces(db, specs))
+    outcome = recorded(
+        Deed.LOAD_CES,
+        listed([spec.name for spec in specs]),
+        lambda db: logic.load_ces(db, specs),
+        lambda done: ", ".join(f"{len([*found])} {what}" for what, found in groupby(sorted(done.values()))),
+    )
     if as_json:
         emit(outcome)
     else:
@@ -237,7 +247,12 @@ def ban_ce(
     """
     from gubbins.logic import my_pilots as logic
 
-    changed = in_database(lambda db: logic.ban_ce(db, name, reason=reason))
+    changed = recorded(
+        Deed.BAN_CE,
+        name,
+        lambda db: logic.ban_ce(db, name, reason=reason),
+        lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),
+    )
     if as_json:
         emit({"name": name, "banned": True, "changed": changed})
     else:
@@ -247,7 +262,13 @@ def ban_ce(
 def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
     from gubbins.logic import my_pilots as logic
 
-    changed = in_database(lambda db: logic.set_ce_enabled(db, name, enabled))
+    state = "open" if enabled else "closed"
+    changed = recorded(
+        Deed.OPEN_CE if enabled else Deed.CLOSE_CE,
+        name,
+        lambda db: logic.set_ce_enabled(db, name, enabled),
+        lambda changed: state if changed else f"was {state} already",
+    )
     if as_json:
         emit({"name": name, "enabled": enabled, "changed": changed})
     else:
@@ -324,7 +345,12 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
     """
     from gubbins.logic import my_pilots as logic
 
-    pilot: dict[str, Any] = in_database(lambda db: logic.cancel_pilot(db, pilot_id, by=_me()))
+    pilot: dict[str, Any] = recorded(
+        Deed.CANCEL_PILOT,
+        str(pilot_id),
+        lambda db: logic.cancel_pilot(db, pilot_id, by=_me()),
+        lambda pilot: f"requested at {pilot['ce_name']}",
+    )
     if as_json:
         emit(pilot)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "database_url", "emit", "in_database", "table"]
+__all__ = ["CommandError", "database_url", "emit", "in_database", "recorded", "table"]
 
 import asyncio
 import json
@@ -12,9 +12,12 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gubbins.db import URL_VARIABLE
+
+if TYPE_CHECKING:
+    from gubbins.deeds import Deed
 
 T = TypeVar("T")
 
@@ -76,6 +79,47 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     except OSError as error:  # what drivers raise when nobody answers
         raise CommandError(
             f"cannot use the database in {URL_VARIABLE}: {_one_line(error)}; is it running, and the URL right?"
+        ) from error
+
+
+def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:
+    """The same, for what changes something: it is written to the audit log of the task system.
+
+    Where no server of the task system is named it is done all the same, and said that it was not written down.
+
+    Args:
+        target: what it is done to.
+        told: what came of it, in a few words.
+
+    Raises:
+        CommandError: as above; or it cannot be written down, and was not done.
+    """
+    from diracx.tasks.plumbing.binding import REDIS_URL_VARIABLE
+    from diracx.tasks.plumbing.broker.connection import AddressError, async_client, redis_url_from_environment
+    from diracx.tasks.plumbing.secrets import mask
+    from redis.exceptions import RedisError
+
+    try:
+        url = redis_url_from_environment()
+    except AddressError as error:
+        raise CommandError(str(error)) from error
+    if not url:
+        result = in_database(work)
+        print(f"gubbins: not written to the audit log: {REDIS_URL_VARIABLE} is not set", file=sys.stderr)
+        return result
+
+    async def do(db: Any) -> T:
+        from diracx.tasks.monitor.deeds import Deeds
+
+        async with async_client(url) as redis:
+            return await Deeds.at_command_line(redis).perform(deed, target, lambda: work(db), told)
+
+    try:
+        return in_database(do)
+    except (AddressError, RedisError) as error:
+        raise CommandError(
+            f"the audit log cannot be written at {mask(url)}: {_one_line(error)}; correct {REDIS_URL_VARIABLE}, "
+            "or unset it to do without"
         ) from error
 
 

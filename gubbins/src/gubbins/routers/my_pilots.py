@@ -15,10 +15,12 @@ from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from diracx.tasks.routers.policies import ConfigReader
+from diracx.tasks.routers.recording import Recorded, Recorder
 from diracx.tasks.routers.responses import responses
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.deeds import Deed
 from gubbins.exceptions import (
     CEDisabledError,
     CEExistsError,
@@ -68,6 +70,7 @@ _responses = partial(
     meaning={
         409: "Not possible as things are: no room, disabled, paused, ended or existing already",
         502: "The compute element refused, or did not answer",
+        503: "It cannot be written to the audit log, and was not done",
     },
 )
 
@@ -94,19 +97,25 @@ def _visible_vo(user: AuthorizedUserInfo, wanted: str | None) -> str | None:
     return None if SERVICE_ADMINISTRATOR in user.properties else user.vo
 
 
-@router.post("/submit/{ce_name}", responses=_responses(404, 409, 502))
+@router.post("/submit/{ce_name}", responses=_responses(404, 409, 502, 503))
 async def submit_pilot(
     ce_name: CEName,
     my_pilot_db: PilotDB,
     config: ConfigReader,
     user: User,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
 ) -> Submission:
     """Submit one pilot of your VO to a compute element. It has to serve your VO."""
     await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
     with _as_http():
         try:
-            pilot_id = await logic.submit_pilot(my_pilot_db, ce_name, user.vo)
+            pilot_id = await recorder.perform(
+                Deed.SUBMIT_PILOT,
+                ce_name,
+                lambda: logic.submit_pilot(my_pilot_db, ce_name, user.vo),
+                lambda pilot_id: f"pilot {pilot_id} of {user.vo}",
+            )
         except VONotServedError:
             if _visible_vo(user, None) is None:
                 raise
@@ -198,13 +207,14 @@ async def get_pilot_output(
     return PilotOutputPublic.model_validate(output)
 
 
-@router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409))
+@router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409, 503))
 async def cancel_pilot(
     pilot_id: PilotId,
     my_pilot_db: PilotDB,
     config: ConfigReader,
     user: User,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
 ) -> Pilot:
     """Ask for the end of a pilot of your VO.
 
@@ -214,7 +224,12 @@ async def cancel_pilot(
     with _as_http():
         pilot = await logic.get_pilot(my_pilot_db, pilot_id)
         await check_permissions(action=ActionType.SUBMIT, config=config, vo=pilot["vo"])
-        pilot = await logic.cancel_pilot(my_pilot_db, pilot_id, by=user.preferred_username)
+        pilot = await recorder.perform(
+            Deed.CANCEL_PILOT,
+            str(pilot_id),
+            lambda: logic.cancel_pilot(my_pilot_db, pilot_id, by=user.preferred_username),
+            lambda pilot: f"requested at {pilot['ce_name']}",
+        )
     return Pilot.model_validate(pilot)
 
 
@@ -254,12 +269,13 @@ async def get_ce(
     return CEPublic.model_validate(ce)
 
 
-@router.post("/ces", status_code=201, responses=_responses(409))
+@router.post("/ces", status_code=201, responses=_responses(409, 503))
 async def create_ce(
     spec: Annotated[CESpec, Body(description="The compute element to create.")],
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
 ) -> CEPublic:
     """Create a compute element. Needs ServiceAdministrator.
 
@@ -268,48 +284,65 @@ async def create_ce(
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
     with _as_http():
-        ce = await logic.add_ce(my_pilot_db, spec, by_operator=False)
+        ce = await recorder.perform(
+            Deed.CREATE_CE,
+            spec.name,
+            lambda: logic.add_ce(my_pilot_db, spec, by_operator=False),
+            lambda ce: f"{ce['backend']}, {ce['capacity']} slots",
+        )
     return CEPublic.model_validate({**ce, "active": 0, "available_slots": ce["capacity"]})
 
 
-@router.post("/ces/{ce_name}/enable", status_code=204, responses=_responses(404))
+@router.post("/ces/{ce_name}/enable", status_code=204, responses=_responses(404, 503))
 async def enable_ce(
     ce_name: CEName,
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
 ) -> None:
     """Open a compute element for new pilots. Needs ServiceAdministrator.
 
     Lifts a ban, and ends the pause of one that failed too often.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
-    with _as_http():
-        await logic.set_ce_enabled(my_pilot_db, ce_name, True)
+    await _set_enabled(my_pilot_db, recorder, ce_name, True)
 
 
-@router.post("/ces/{ce_name}/disable", status_code=204, responses=_responses(404))
+@router.post("/ces/{ce_name}/disable", status_code=204, responses=_responses(404, 503))
 async def disable_ce(
     ce_name: CEName,
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
 ) -> None:
     """Close a compute element for new pilots; those it has go on and are followed. Needs ServiceAdministrator.
 
     Lifts a ban.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
+    await _set_enabled(my_pilot_db, recorder, ce_name, False)
+
+
+async def _set_enabled(my_pilot_db: MyPilotDB, recorder: Recorder, ce_name: str, enabled: bool) -> None:
+    state = "open" if enabled else "closed"
     with _as_http():
-        await logic.set_ce_enabled(my_pilot_db, ce_name, False)
+        await recorder.perform(
+            Deed.OPEN_CE if enabled else Deed.CLOSE_CE,
+            ce_name,
+            lambda: logic.set_ce_enabled(my_pilot_db, ce_name, enabled),
+            lambda changed: state if changed else f"was {state} already",
+        )
 
 
-@router.post("/ces/{ce_name}/ban", status_code=204, responses=_responses(404))
+@router.post("/ces/{ce_name}/ban", status_code=204, responses=_responses(404, 503))
 async def ban_ce(
     ce_name: CEName,
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
+    recorder: Recorded,
     ban: Annotated[CEBan | None, Body(description="Why.")] = None,
 ) -> None:
     """Leave a compute element alone altogether. Needs ServiceAdministrator.
@@ -317,5 +350,11 @@ async def ban_ce(
     It gets no pilots, and is not asked about those it has until it is enabled or disabled again.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
+    reason = None if ban is None else ban.reason
     with _as_http():
-        await logic.ban_ce(my_pilot_db, ce_name, reason=None if ban is None else ban.reason)
+        await recorder.perform(
+            Deed.BAN_CE,
+            ce_name,
+            lambda: logic.ban_ce(my_pilot_db, ce_name, reason=reason),
+            lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),
+        )

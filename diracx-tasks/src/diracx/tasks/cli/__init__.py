@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .audit import audit
 from .call import call
 from .cancel import cancel
 from .config import app as config
@@ -53,6 +54,7 @@ for _function, _name in (
     (workers, "workers"),
     (running, "running"),
     (dashboard, "dashboard"),
+    (audit, "audit"),
 ):
     app.command(_name)(_function)
 app.add_typer(dlq, name="dlq")

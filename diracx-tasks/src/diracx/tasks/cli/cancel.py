@@ -47,8 +47,9 @@ def cancel(
 
 
 async def _cancel(url: str, task_ids: list[str]) -> dict[str, TaskPlace]:
+    from ..monitor.deeds import Deeds
     from .connection import open_broker
 
     async with open_broker(url) as broker:
         with explained_redis(url):
-            return await broker.cancel(task_ids)
+            return await Deeds.at_command_line(broker.redis).cancel(broker, task_ids)

@@ -77,7 +77,7 @@ def show(
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
-    from ..monitor.settings import limit_records, task_records
+    from ..monitor.settings import settings_records
     from .config_view import print_settings
     from .tasks import load_registry
 
@@ -94,14 +94,11 @@ def show(
         raise UsageProblem(f"--vo {vo!r}: there is no such VO; there are {', '.join(vos) or 'none'}")
     for line in source.report(problems):
         typer.echo(f"warning: {line}", err=True)
-    tasks = [record for name in names for record in task_records(config, name, registry[name], vo)]
-    limits = limit_records(config, vo) if task is None else []
+    found = settings_records(config, registry, names, vo, limits=task is None)
     if as_json:
-        typer.echo(
-            json.dumps({"source": source.name or None, "vos": vos, "tasks": tasks, "limits": limits}, indent=2)
-        )
+        typer.echo(json.dumps({"source": source.name or None, "vos": vos, **found}, indent=2))
     else:
-        print_settings(source, tasks, limits)
+        print_settings(source, found["tasks"], found["limits"])
 
 
 def _named(registry: TaskRegistry, name: str) -> list[str]:
@@ -110,9 +107,10 @@ def _named(registry: TaskRegistry, name: str) -> list[str]:
     Raises:
         UsageProblem: when there is none; suggests the nearest.
     """
+    from ..monitor.settings import names_of
     from .tasks import find_task
 
-    found = [known for known in sorted(registry) if name in (known, known.rpartition(":")[2])]
+    found = names_of(registry, name)
     if not found:
         find_task(registry, name)
     return found

@@ -141,6 +141,7 @@ def retry(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def submit(db: TaskDB) -> list[Any]:
+        from ..monitor.deeds import Deeds
         from ..plumbing.persistence.resubmission import Resubmitter
         from .connection import open_broker
         from .services import tasks_config
@@ -152,10 +153,10 @@ def retry(
         async with open_broker(url) as broker:
             resubmitter = Resubmitter(db, broker, registry, config)
             with explained_redis(url):
-                if chosen:
-                    return await resubmitter.these(chosen)
-                await _confirmed(db, where, choice, "Submit {} dead letters again?")
-                return [verdict async for part in resubmitter.all(where, limit=choice.limit) for verdict in part]
+                if not chosen:
+                    await _confirmed(db, where, choice, "Submit {} dead letters again?")
+                deeds = Deeds.at_command_line(broker.redis)
+                return await deeds.retry_letters(resubmitter, chosen or None, where, choice.limit)
 
     from .dlq_view import report_retry
 
@@ -167,25 +168,32 @@ def retry(
 def discard(
     choice: Choice,
     as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
 ) -> None:
     """Decide that dead letters will not run again. Their rows stay, as discarded.
 
-    Exits with 1 when one of them could not be discarded.
+    The server is needed for the audit log. Exits with 1 when one of them could not be discarded.
 
     Example: diracx-task-run dlq discard --reason unparsable --yes
     """
     where = choice.letters(StatusFilter.PENDING)
+    url = resolve_redis_url(redis_url, redis_url_file)
 
     async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
+        from ..monitor.deeds import Deeds
+        from .connection import open_broker
+
         chosen = [await _find(db, letter_id) for letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")
             chosen = [letter async for letter in _pages(db, where, choice.limit, without_message=True)]
-        done: set[int] = set()
-        for first in range(0, len(chosen), _PAGE):
-            page = chosen[first : first + _PAGE]
-            async with db:
-                done |= await db.discard([(letter["id"], letter["burial"]) for letter in page])
+        if not chosen:
+            return [], []
+        async with open_broker(url) as broker:
+            with explained_redis(url):
+                deeds = Deeds.at_command_line(broker.redis)
+                done = await deeds.discard_letters(db, chosen, None if choice.ids else where)
         refused: list[tuple[Mapping[str, Any], str]] = [
             (letter, _why_not_discarded(letter)) for letter in chosen if letter["id"] not in done
         ]

@@ -83,6 +83,7 @@ def release(
     Example: diracx-task-run locks release lock:mutex:job:42
     """
     from .. import monitor
+    from ..monitor.deeds import Deeds
     from .monitor_view import hit
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))
@@ -96,7 +97,7 @@ def release(
         question = f"Take {key} away from {'it' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
     owners = None if found.kind == "rate" else [holder.owner for holder in found.holders]
-    done = ask(redis_url, redis_url_file, lambda redis: monitor.release_lock(redis, key, owners))
+    done = ask(redis_url, redis_url_file, lambda redis: Deeds.at_command_line(redis).release_lock(key, owners))
     if as_json:
         print_json(done)
     elif not done.released:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         WaitingLetter,
         Worker,
     )
+    from ..monitor.audit import AuditEntry
 
 _WIDTH_WITHOUT_TERMINAL = 200
 _LONGEST_ARGUMENTS = 60
@@ -333,6 +334,22 @@ def print_waiting_letters(page: Page[WaitingLetter]) -> None:
     ]
     columns = ("buried (UTC)", "task", "task id", "reason", "attempts", "arguments", "detail")
     _print(_table(columns, rows, right=["attempts"]), "no dead letters wait in Redis", page)
+
+
+def print_audit(page: Page[AuditEntry]) -> None:
+    """One line for each."""
+    rows = [
+        (
+            f"{entry.at:%Y-%m-%d %H:%M:%S}",
+            entry.who,
+            entry.via,
+            entry.action,
+            _short(entry.target, _LONGEST_ERROR),
+            ("failed: " if entry.ok is False else "") + _short(entry.outcome or "not known", _LONGEST_ERROR),
+        )
+        for entry in page.items
+    ]
+    _print(_table(("at (UTC)", "who", "via", "what", "to", "outcome"), rows), "nobody has done anything yet", page)
 
 
 def _quota(lock: Lock) -> str:

@@ -127,6 +127,7 @@ def purge(
     Example: diracx-task-run queue purge background:large --yes
     """
     from .. import monitor
+    from ..monitor.deeds import Deeds
     from ..monitor.places import streams_of_queue
 
     async def look(redis: Redis) -> int:
@@ -136,7 +137,9 @@ def purge(
     waiting = ask(redis_url, redis_url_file, look)
     if waiting:
         confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
-    number = ask(redis_url, redis_url_file, lambda redis: monitor.purge(redis, queue)) if waiting else 0
+    number = 0
+    if waiting:
+        number = ask(redis_url, redis_url_file, lambda redis: Deeds.at_command_line(redis).purge(queue))
     if as_json:
         typer.echo(json.dumps({"queue": queue, "cancelled": number}))
     else:

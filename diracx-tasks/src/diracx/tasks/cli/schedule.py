@@ -15,6 +15,7 @@ from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOptio
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+    from ..monitor.deeds import Deeds
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.scheduler import ScheduleState
@@ -85,9 +86,10 @@ def run_now(
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
+    from ..monitor.deeds import Deeds, StillWaitingError
     from ..plumbing.binding import Binding
     from ..plumbing.exceptions import TaskArgumentsError
-    from ..plumbing.scheduler import by_hand
+    from ..plumbing.scheduler.by_hand import RunNow
     from ..plumbing.scheduler.occurrences import every_instance
 
     session = _Session(module, redis_url, redis_url_file)
@@ -102,8 +104,11 @@ def run_now(
                 f"{id_} cannot be submitted here, where code and configuration do not know it; load its --module, "
                 "or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
             )
+        binding = Binding(broker, session.registry, config.tasks)
         try:
-            return await by_hand.run_now(Binding(broker, session.registry, config.tasks), instances[id_])
+            return RunNow(await Deeds.at_command_line(broker.redis).run_now(binding, instances[id_]), True)
+        except StillWaitingError as error:
+            return RunNow(error.task_id, False)
         except (TaskArgumentsError, TypeError, ValueError) as error:
             raise CliError(f"{id_} cannot be submitted: {error}") from error
 
@@ -131,9 +136,11 @@ def pause(
 
     Example: diracx-task-run schedule pause '*/lhcb'
     """
-    from ..plumbing.scheduler import by_hand
 
-    _switch(ids, every, by_hand.pause, "paused", as_json, _Session(module, redis_url, redis_url_file, True))
+    def switch(deeds: Deeds, chosen: Sequence[str]) -> Awaitable[list[str]]:
+        return deeds.pause(chosen)
+
+    _switch(ids, every, switch, "paused", as_json, _Session(module, redis_url, redis_url_file, True))
 
 
 @app.command("resume")
@@ -149,15 +156,17 @@ def resume(
 
     Example: diracx-task-run schedule resume --all
     """
-    from ..plumbing.scheduler import by_hand
 
-    _switch(ids, every, by_hand.resume, "resumed", as_json, _Session(module, redis_url, redis_url_file, True))
+    def switch(deeds: Deeds, chosen: Sequence[str]) -> Awaitable[list[str]]:
+        return deeds.resume(chosen)
+
+    _switch(ids, every, switch, "resumed", as_json, _Session(module, redis_url, redis_url_file, True))
 
 
 def _switch(
     ids: Sequence[str] | None,
     every: bool,
-    switch: Callable[[Redis, Sequence[str]], Awaitable[list[str]]],
+    switch: Callable[[Deeds, Sequence[str]], Awaitable[list[str]]],
     done: str,
     as_json: bool,
     session: _Session,
@@ -166,8 +175,10 @@ def _switch(
         raise UsageProblem("name schedules by their ids or patterns, or give --all; `schedule list` shows them")
 
     async def go(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
+        from ..monitor.deeds import Deeds
+
         chosen = _chosen(ids or (), every, await session.states(broker.redis))
-        return chosen, await switch(broker.redis, chosen) if chosen else []
+        return chosen, await switch(Deeds.at_command_line(broker.redis), chosen) if chosen else []
 
     chosen, changed = session.ask(go)
     if as_json:

@@ -1,12 +1,17 @@
-"""Who did what, and when: a capped stream that every action is written to before it is done."""
+"""Who did what, and when: a capped stream that every deed is written to before it is done.
+
+By dashboard, HTTP and command line alike: `diracx.tasks.monitor.deeds` has the deeds about tasks.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..plumbing.broker import keys
 
@@ -17,7 +22,11 @@ if TYPE_CHECKING:
 _KEPT = 20_000
 #: The log of an installation where nobody acts any more goes after a year.
 _TTL_SECONDS = 365 * 86400
-_LONGEST = 2000
+#: Characters of a target: a thousand task ids.
+_LONGEST_TARGET = 40_000
+_LONGEST_OUTCOME = 2000
+
+_Outcome = TypeVar("_Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +37,9 @@ class AuditEntry:
     at: datetime
     who: str
     via: str
-    """`dashboard` or `api`."""
+    """`dashboard`, `api` or `cli`."""
     action: str
-    """As `dead letters: retry`."""
+    """As `retry dead letters`."""
     target: str
     """What it was done to."""
     outcome: str | None
@@ -40,25 +49,55 @@ class AuditEntry:
 
 
 async def audited(
-    redis: Redis, who: str, via: str, action: str, target: str, do: Callable[[], Awaitable[str]]
-) -> str:
+    redis: Redis,
+    who: str,
+    via: str,
+    action: str,
+    target: str,
+    do: Callable[[], Awaitable[_Outcome]],
+    told: Callable[[_Outcome], str] = str,
+) -> _Outcome:
     """Do something, and write down who did it: before, and what came of it after.
 
     Args:
-        do: does it, and says in a few words what came of it.
+        target: what it is done to; `listed` where these are several.
+        do: does it.
+        told: what came of it, in a few words.
 
     Raises:
         redis.exceptions.RedisError: when it cannot be written down; it is not done then.
         Exception: whatever `do` raises.
     """
-    written = await _write(redis, {"who": who, "via": via, "action": action, "target": target[:_LONGEST]})
+    said = {"who": who, "via": via, "action": action, "target": _cut(target, _LONGEST_TARGET)}
+    written = await _write(redis, said)
     try:
         outcome = await do()
     except BaseException as error:
-        await _write(redis, {"of": written, "ok": "0", "outcome": f"{type(error).__name__}: {error}"[:_LONGEST]})
+        problem = _cut(f"{type(error).__name__}: {error}", _LONGEST_OUTCOME)
+        await _write(redis, {"of": written, "ok": "0", "outcome": problem})
         raise
-    await _write(redis, {"of": written, "ok": "1", "outcome": outcome[:_LONGEST]})
+    await _write(redis, {"of": written, "ok": "1", "outcome": _cut(told(outcome), _LONGEST_OUTCOME)})
     return outcome
+
+
+def listed(names: Sequence[str]) -> str:
+    """All of them, and how many they are where that is not one."""
+    return names[0] if len(names) == 1 else f"{len(names)}: {', '.join(names)}"
+
+
+def user_at_host() -> str:
+    """Who acts at a command line, as `wilma@head.example.org`: by the user id, whatever the environment says."""
+    import pwd
+
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container whose user has no name
+        name = f"uid-{os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}… (the first {longest} of {len(text)} characters)"
 
 
 async def _write(redis: Redis, fields: dict[str, str]) -> str:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..plumbing.base_task import BaseTask
     from ..plumbing.config import Setting, Source, TasksConfig
+
+
+def names_of(registry: Mapping[str, type[BaseTask]], task: str | None) -> list[str]:
+    """Registry names of the tasks of that name, in full or of the class alone; None: of all."""
+    return [name for name in sorted(registry) if task is None or task in (name, name.rpartition(":")[2])]
+
+
+def settings_records(
+    config: TasksConfig, registry: Mapping[str, type[BaseTask]], names: Sequence[str], vo: str | None, limits: bool
+) -> dict[str, Any]:
+    """`tasks` and `limits` as `config show --json` has them.
+
+    Args:
+        names: of the tasks.
+        vo: as they hold for this one; None: for everybody, and for each VO that has something of its own.
+        limits: whether the limits of objects are wanted.
+    """
+    return {
+        "tasks": [record for name in names for record in task_records(config, name, registry[name], vo)],
+        "limits": limit_records(config, vo) if limits else [],
+    }
 
 
 def task_records(

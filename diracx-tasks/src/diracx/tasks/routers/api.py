@@ -23,6 +23,7 @@ from ..monitor import DelayReason, Window, as_json
 from ..monitor.audit import AuditEntry, read_audit
 from ..monitor.letters import letter_arguments, letter_record, letter_summary
 from ..monitor.masking import masked_json
+from ..monitor.settings import names_of, settings_records
 from ..plumbing.broker.groups import GroupStatus, read_group
 from ..plumbing.in_force import configurations_in_force
 from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
@@ -32,8 +33,8 @@ from ..plumbing.secrets import mask
 from . import models
 from .access_policies import ActionType, CheckTasksPolicyCallable
 from .environment import installation_of_environment
-from .gate import name_of
 from .policies import ConfigReader
+from .recording import name_of
 from .responses import responses
 
 router = DiracxRouter()
@@ -180,6 +181,20 @@ async def get_locks(reader: Reader, limit: Limit = 100, after: After = None) -> 
     return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
 
 
+@router.get("/locks/one", response_model=monitor.Lock, responses=_responses(404))
+async def get_lock(
+    reader: Reader, key: Annotated[str, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])]
+) -> JSONResponse:
+    """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
+
+    async def ask() -> Any:
+        return _there(
+            await monitor.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for"
+        )
+
+    return await reader.answer(ask)
+
+
 @router.get("/schedules", response_model=list[ScheduleState], responses=_responses())
 async def get_schedules(reader: Reader) -> JSONResponse:
     """All schedules of periodic tasks: state, next and last run, how it went, and who says so."""
@@ -217,6 +232,33 @@ async def get_configuration_in_force(reader: Reader) -> JSONResponse:
     return await reader.answer(ask)
 
 
+@router.get("/configuration/settings", response_model=models.EffectiveSettings, responses=_responses(404))
+async def get_settings(
+    reader: Reader,
+    task_name: Annotated[
+        str | None, Query(description="Only this task: category:ClassName, or ClassName alone.")
+    ] = None,
+    vo: Annotated[
+        str | None,
+        Query(description="As they hold for this VO; else for all, and for each that has something of its own."),
+    ] = None,
+) -> JSONResponse:
+    """The value of every setting of every task that holds in the end, and where it is written."""
+
+    async def ask() -> Any:
+        system = reader.system
+        settings = await system.settings()
+        names = names_of(system.registry, task_name)
+        if not names and task_name is not None:
+            raise ValueError(f"there is no task {task_name!r}")
+        if vo is not None and vo not in settings.vos:
+            raise ValueError(f"there is no VO {vo!r}")
+        about = {"source": system.config_source, "vos": settings.vos, "problems": settings.problems}
+        return about | settings_records(settings.tasks, system.registry, names, vo, limits=task_name is None)
+
+    return await reader.answer(ask)
+
+
 @router.get("/audit", response_model=list[AuditEntry], responses=_responses())
 async def get_audit_log(
     reader: Reader,
@@ -225,7 +267,7 @@ async def get_audit_log(
         str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$", description="Only entries older than this id.")
     ] = None,
 ) -> JSONResponse:
-    """Who did what by dashboard or HTTP, newest first."""
+    """Who did what by dashboard, HTTP or command line, newest first."""
 
     return await reader.answer(lambda: read_audit(reader.system.redis, limit, before))
 
@@ -315,7 +357,7 @@ async def retry_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
     """Submit dead letters again, under their old task ids. Each is submitted once, whoever repeats this."""
 
     async def do() -> Any:
-        return _decision(await writer.operator.retry_letters(choice.ids, choice.where(OPEN), choice.limit))
+        return _decision(await writer.operator.retry(choice.ids, choice.where(OPEN), choice.limit))
 
     return await writer.answer(do)
 
@@ -326,7 +368,7 @@ async def discard_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
 
     async def do() -> Any:
         where = choice.where(DeadLetterStatus.PENDING)
-        return _decision(await writer.operator.discard_letters(choice.ids, where, choice.limit))
+        return _decision(await writer.operator.discard(choice.ids, where, choice.limit))
 
     return await writer.answer(do)
 
@@ -348,7 +390,7 @@ async def cancel_tasks(
     task_ids: Annotated[list[str], Body(embed=True, min_length=1, max_length=1000, description="Which.")],
 ) -> JSONResponse:
     """Cancel tasks wherever they are. Answers where each was found; `unknown`: there is none, or it has ended."""
-    return await writer.answer(lambda: writer.operator.cancel(task_ids))
+    return await writer.answer(lambda: writer.operator.cancel_tasks(task_ids))
 
 
 @router.post("/queues/{queue}/purge", response_model=models.Purged, responses=_responses(404))
@@ -409,6 +451,6 @@ async def run_schedule_now(
     """Submit a schedule's task at once. The next run stays as it is."""
 
     async def do() -> Any:
-        return {"task_id": await writer.operator.run_now(schedule_id)}
+        return {"task_id": await writer.operator.run_schedule(schedule_id)}
 
     return await writer.answer(do)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["POLICY", "DiracxDoor", "DiracxGate", "name_of", "role_of"]
+__all__ = ["POLICY", "DiracxDoor", "DiracxGate", "role_of"]
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from fastapi import FastAPI, HTTPException, Request
 
 from ..dashboard.access import Principal, Provider, Role
 from .access_policies import ActionType
+from .recording import name_of
 
 POLICY = "tasks"
 
@@ -72,8 +73,3 @@ async def role_of(user: AuthorizedUserInfo, door: DiracxDoor) -> Role | None:
             continue
         return role
     return None
-
-
-def name_of(user: AuthorizedUserInfo) -> str:
-    """Somebody's name for the audit log: no two have the same."""
-    return f"{user.preferred_username} ({user.sub})"

@@ -71,6 +71,43 @@ class ConfigurationInForce(BaseModel):
     seen: datetime
 
 
+class SettingInForce(BaseModel):
+    """The value of a setting that holds in the end."""
+
+    value: Any
+    origin: str = Field(alias="from", description="Who says so: `code`, `common` or `vo NAME`.")
+    path: str | None = Field(description="Where it is written; null: in the code.")
+    line: int | None = Field(description="And in which line, where that is known.")
+
+
+class TaskSettings(BaseModel):
+    """The settings of a class of tasks."""
+
+    task: str = Field(description="category:ClassName.")
+    vo: str | None = Field(description="For which VO; null: for all that have nothing of their own.")
+    settings: dict[str, SettingInForce]
+    instances: dict[str, dict[str, SettingInForce]] = Field(description="Of periodic tasks: by instance.")
+
+
+class ObjectLimits(BaseModel):
+    """The limits of objects that tasks lock."""
+
+    object: str
+    key: str | None = Field(description="Of this one; null: of each.")
+    vo: str | None
+    settings: dict[str, SettingInForce]
+
+
+class EffectiveSettings(BaseModel):
+    """What holds in the end, as `diracx-task-run config show` has it."""
+
+    source: str
+    vos: list[str]
+    problems: list[str] = Field(description="What is wrong with what is written: the last good ones hold then.")
+    tasks: list[TaskSettings]
+    limits: list[ObjectLimits] = Field(description="Left out where one task is asked for.")
+
+
 class DeadLetterSummary(BaseModel):
     """A dead letter without its contents."""
 

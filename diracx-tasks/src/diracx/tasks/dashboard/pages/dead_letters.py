@@ -152,12 +152,12 @@ async def _ask_discard(form: Form, installation: Installation) -> Question:
 
 async def _retry(form: Form, operator: Operator) -> str:
     numbers, where = _of_form(form, "open")
-    return _told(await operator.retry_letters(numbers, where, _MOST), "submitted again")
+    return _told(await operator.retry(numbers, where, _MOST), "submitted again")
 
 
 async def _discard(form: Form, operator: Operator) -> str:
     numbers, where = _of_form(form, "pending")
-    return _told(await operator.discard_letters(numbers, where, _MOST), "discarded")
+    return _told(await operator.discard(numbers, where, _MOST), "discarded")
 
 
 def _told(decided: Decided, verb: str) -> str:

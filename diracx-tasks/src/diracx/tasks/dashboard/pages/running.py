@@ -31,7 +31,7 @@ async def _ask_cancel(form: Form, installation: Installation) -> Question:
 
 
 async def _cancel(form: Form, operator: Operator) -> str:
-    found = await operator.cancel(_ids(form))
+    found = await operator.cancel_tasks(_ids(form))
     gone = [task for task, place in found.items() if place == "unknown"]
     told = ", ".join(f"{task} ({place})" for task, place in list(found.items())[:5] if place != "unknown")
     if not told:

@@ -1,0 +1,45 @@
+"""`audit`: who did what, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .options import JsonOption, RedisUrlFileOption, RedisUrlOption
+from .watching import AfterOption, LimitOption, ask, print_json
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..monitor.audit import AuditEntry
+    from ..monitor.models import Page
+
+
+def audit(
+    limit: LimitOption = 50,
+    after: AfterOption = None,
+    as_json: JsonOption = False,
+    redis_url: RedisUrlOption = None,
+    redis_url_file: RedisUrlFileOption = None,
+) -> None:
+    """List who did what, newest first: by command line, dashboard and HTTP, to tasks and to compute elements.
+
+    Whoever acts at a command line is user@host. About the last 10,000 deeds are kept.
+
+    Example: diracx-task-run audit --limit 10
+    """
+    from .monitor_view import print_audit
+
+    async def look(redis: Redis) -> Page[AuditEntry]:
+        from ..monitor.audit import read_audit
+        from ..monitor.models import Page
+        from ..monitor.places import place_in_stream
+
+        # One more tells whether there are more.
+        found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after))
+        return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
+
+    page = ask(redis_url, redis_url_file, look)
+    if as_json:
+        print_json(page)
+    else:
+        print_audit(page)

@@ -1,0 +1,192 @@
+"""What an operator can do to tasks, by dashboard, HTTP or command line alike: each deed is in the audit log."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .actions import purge, release_lock
+from .audit import audited, listed, user_at_host
+from .models import Released
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ..plumbing.binding import Binding
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.broker.cancel import TaskPlace
+    from ..plumbing.persistence import TaskDB
+    from ..plumbing.persistence.db import LetterFilter
+    from ..plumbing.persistence.resubmission import Resubmitter, Verdict
+    from ..plumbing.scheduler.occurrences import ScheduledTask
+
+_Outcome = TypeVar("_Outcome")
+#: Dead letters that are discarded in one transaction.
+_LETTERS = 200
+
+
+class StillWaitingError(Exception):
+    """The last occurrence of a schedule, task `task_id`, still waits for a worker: another was not submitted."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"the last occurrence, task {task_id}, still waits for a worker")
+        self.task_id = task_id
+
+
+class Deeds:
+    """What somebody does. Raises what `audited` raises, beside what is said.
+
+    Args:
+        redis: the server of the tasks, where the audit log is.
+        who: as the audit log has it.
+        via: `dashboard`, `api` or `cli`.
+    """
+
+    def __init__(self, redis: Redis, who: str, via: str) -> None:
+        self.redis = redis
+        self.who = who
+        self.via = via
+
+    @classmethod
+    def at_command_line(cls, redis: Redis) -> Deeds:
+        """Those of whoever sits at this terminal."""
+        return cls(redis, user_at_host(), "cli")
+
+    async def perform(
+        self,
+        action: str,
+        target: str,
+        do: Callable[[], Awaitable[_Outcome]],
+        told: Callable[[_Outcome], str] = str,
+    ) -> _Outcome:
+        """Do something else. Arguments as of `audited`."""
+        return await audited(self.redis, self.who, self.via, action, target, do, told)
+
+    async def cancel(self, broker: RedisStreamBroker, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
+        """Cancel tasks wherever they are. Returns where each was found."""
+
+        def told(found: dict[str, TaskPlace]) -> str:
+            places = [str(place) for place in found.values()]
+            return ", ".join(f"{places.count(place)} {place}" for place in dict.fromkeys(places))
+
+        return await self.perform("cancel tasks", listed(task_ids), lambda: broker.cancel(list(task_ids)), told)
+
+    async def purge(self, queue: str) -> int:
+        """Remove everything that waits in a queue. Returns how many tasks that were.
+
+        Raises:
+            ValueError: there is no such queue.
+        """
+        return await self.perform(
+            "purge queue", queue, lambda: purge(self.redis, queue), "{} tasks removed".format
+        )
+
+    async def release_lock(self, key: str, owners: Sequence[str] | None = None) -> Released:
+        """Take a lock away from its holders; see `diracx.tasks.monitor.release_lock`.
+
+        Raises:
+            ValueError: the key is not that of a lock.
+        """
+
+        def told(done: Released) -> str:
+            hit = [holder.task_id or holder.owner for holder in done.hit]
+            return f"{done.released} released" + (f", from {listed(hit)}" if hit else "")
+
+        return await self.perform("release lock", key, lambda: release_lock(self.redis, key, owners), told)
+
+    async def pause(self, ids: Sequence[str]) -> list[str]:
+        """Submit no more occurrences of these schedules. Returns those that were not paused before."""
+        from ..plumbing.scheduler import by_hand
+
+        return await self.perform("pause schedules", listed(ids), lambda: by_hand.pause(self.redis, ids), _changed)
+
+    async def resume(self, ids: Sequence[str]) -> list[str]:
+        """Let these schedules go on. Returns those that had been paused."""
+        from ..plumbing.scheduler import by_hand
+
+        return await self.perform(
+            "resume schedules", listed(ids), lambda: by_hand.resume(self.redis, ids), _changed
+        )
+
+    async def run_now(self, binding: Binding, scheduled: ScheduledTask) -> str:
+        """Submit a schedule's task at once. Returns its task id.
+
+        Raises:
+            StillWaitingError: the last one has not begun.
+            TaskArgumentsError, TypeError, ValueError: the class does not accept the arguments of the instance.
+        """
+        from ..plumbing.scheduler import by_hand
+
+        async def do() -> str:
+            done = await by_hand.run_now(binding, scheduled)
+            if not done.submitted:
+                raise StillWaitingError(done.task_id)
+            return done.task_id
+
+        return await self.perform("run schedule now", scheduled.id, do, "task {}".format)
+
+    async def retry_letters(
+        self,
+        resubmitter: Resubmitter,
+        letters: Sequence[Mapping[str, Any]] | None,
+        where: LetterFilter,
+        limit: int | None = None,
+    ) -> list[Verdict]:
+        """Submit dead letters again, each once whoever does it. Returns what became of each.
+
+        Args:
+            letters: which; None: those that the filter lets through.
+            limit: at most so many by filter.
+
+        Raises:
+            As `Resubmitter.these`.
+        """
+        from ..plumbing.persistence.resubmission import Fate
+
+        async def do() -> list[Verdict]:
+            if letters is not None:
+                return await resubmitter.these(letters)
+            return [verdict async for part in resubmitter.all(where, limit=limit) for verdict in part]
+
+        def told(verdicts: list[Verdict]) -> str:
+            fates = [verdict.fate for verdict in verdicts]
+            already = fates.count(Fate.ALREADY)
+            return f"{fates.count(Fate.RESUBMITTED)} submitted again, {fates.count(Fate.REFUSED)} refused" + (
+                f", {already} had been already" if already else ""
+            )
+
+        return await self.perform("retry dead letters", _which(letters, where), do, told)
+
+    async def discard_letters(
+        self, db: TaskDB, letters: Sequence[Mapping[str, Any]], where: LetterFilter | None = None
+    ) -> set[int]:
+        """Decide that dead letters will not run again. Returns the numbers of those that are discarded now.
+
+        Args:
+            where: the filter they were found by; None: they were named.
+        """
+
+        async def do() -> set[int]:
+            gone: set[int] = set()
+            for first in range(0, len(letters), _LETTERS):
+                part = letters[first : first + _LETTERS]
+                async with db:
+                    gone |= await db.discard([(letter["id"], letter["burial"]) for letter in part])
+            return gone
+
+        def told(gone: set[int]) -> str:
+            return f"{len(gone)} discarded, {len(letters) - len(gone)} refused"
+
+        target = _which(letters if where is None else None, where or {})
+        return await self.perform("discard dead letters", target, do, told)
+
+
+def _changed(ids: Sequence[str]) -> str:
+    return f"{len(ids)} changed"
+
+
+def _which(letters: Sequence[Mapping[str, Any]] | None, where: LetterFilter) -> str:
+    if letters is not None:
+        return listed([str(letter["id"]) for letter in letters])
+    said = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]
+    return "all" + (f" with {', '.join(said)}" if said else "")

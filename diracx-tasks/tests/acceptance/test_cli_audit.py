@@ -1,0 +1,125 @@
+"""The audit log has what is done at the command line, and shows it there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pwd
+import socket
+from collections.abc import Callable
+
+import pytest
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
+from redis import Redis as SyncRedis
+
+from .conftest import Cli
+
+ME = f"{pwd.getpwuid(os.getuid()).pw_name}@{socket.gethostname()}"
+
+
+def done(cli: Cli, *args: str, code: int = 0) -> str:
+    result = cli(*args)
+    assert result.returncode == code, result.stderr
+    return result.stdout.strip()
+
+
+def test_every_deed_at_the_command_line_is_in_the_audit_log_with_user_and_host(
+    served: Cli, redis_url: str, initialised_task_db: str
+) -> None:
+    served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+
+    async def bury() -> None:
+        db = TaskDB(initialised_task_db)
+        async with db.engine_context(), db:
+            letter = {"task_name": "my_tasks:Fail", "reason": "exhausted", "detail": "no", "data": b"no message"}
+            for number in range(2):
+                await db.insert(DeadLetter(**letter, task_id=f"task-{number}", burial=f"test/{number}"))
+
+    asyncio.run(bury())
+    mine = ("--module", "my_tasks.py")
+    task = done(served, "submit", "my_tasks:Greet", "--args", '["you"]', *mine)
+    done(served, "cancel", task)
+    done(served, "schedule", "pause", "my_tasks:Tick", *mine)
+    done(served, "schedule", "resume", "my_tasks:Tick", *mine)
+    run = done(served, "schedule", "run-now", "my_tasks:Tick", *mine)
+    done(served, "schedule", "run-now", "my_tasks:Tick", *mine, code=1)
+    done(served, "queue", "purge", "normal:medium", "--yes")
+    with SyncRedis.from_url(redis_url) as client:
+        client.set("lock:mutex:job:42", "somebody", px=60_000)
+    done(served, "locks", "release", "lock:mutex:job:42", "--yes")
+    done(served, "dlq", "retry", "1", code=1)
+    done(served, "dlq", "discard", "--task", "Fail", "--yes")
+
+    page = json.loads(done(served, "audit", "--json"))
+    assert page["after"] is None
+    assert {(entry["who"], entry["via"]) for entry in page["items"]} == {(ME, "cli")}
+    told = [(entry["action"], entry["target"], entry["ok"], entry["outcome"]) for entry in page["items"]]
+    assert told[::-1] == [
+        ("cancel tasks", task, True, "1 queued"),
+        ("pause schedules", "my_tasks:Tick", True, "1 changed"),
+        ("resume schedules", "my_tasks:Tick", True, "1 changed"),
+        ("run schedule now", "my_tasks:Tick", True, f"task {run}"),
+        (
+            *("run schedule now", "my_tasks:Tick", False),
+            f"StillWaitingError: the last occurrence, task {run}, still waits for a worker",
+        ),
+        ("purge queue", "normal:medium", True, "1 tasks removed"),
+        ("release lock", "lock:mutex:job:42", True, "1 released, from somebody"),
+        ("retry dead letters", "1", True, "0 submitted again, 1 refused"),
+        ("discard dead letters", "all with task_name Fail", True, "2 discarded, 0 refused"),
+    ]
+    shown = served("audit", "--limit", "2")
+    assert "2 discarded" in shown.stdout
+    assert "purge queue" not in shown.stdout
+    assert "there may be more" in shown.stderr
+    older = done(served, "audit", "--limit", "1", "--after", page["items"][-2]["id"])
+    assert "cancel tasks" in older
+
+
+def test_looking_is_no_deed(served: Cli) -> None:
+    done(served, "status", "--json")
+    done(served, "queue", "list", "--json")
+    assert json.loads(done(served, "audit", "--json")) == {"items": [], "after": None}
+    assert "nobody has done anything yet" in served("audit").stderr
+
+
+def test_a_place_that_is_none_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:
+    one_line(served("audit", "--after", "yesterday"), 2, "'yesterday'")
+
+
+def test_what_cannot_be_written_down_is_not_done(served: Cli, redis_url: str) -> None:
+    with SyncRedis.from_url(redis_url) as client:
+        client.set(keys.AUDIT, "in the way", ex=60)
+        client.set("lock:mutex:job:42", "somebody", px=60_000)
+        refused = served("locks", "release", "lock:mutex:job:42", "--yes")
+        assert (refused.returncode, "refuses" in refused.stderr) == (1, True), refused.stderr
+        assert client.get("lock:mutex:job:42") == b"somebody"
+
+
+@pytest.mark.parametrize("number", [1, 2, 1000])
+def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
+    from diracx.tasks.monitor.audit import listed
+
+    ids = [f"{each:032x}" for each in range(number)]
+    text = listed(ids)
+    assert all(each in text for each in ids)
+    assert text.startswith(ids[0] if number == 1 else f"{number}: ")
+
+
+async def test_what_is_too_long_for_the_audit_log_is_cut_and_says_so(redis_url: str) -> None:
+    from diracx.tasks.monitor.audit import audited, listed, read_audit
+    from redis.asyncio import Redis
+
+    async def nothing() -> str:
+        return "nothing"
+
+    ids = [f"{each:032x}" for each in range(2000)]
+    async with Redis.from_url(redis_url) as redis:
+        await audited(redis, "wilma", "api", "cancel tasks", listed(ids), nothing)
+        [entry] = await read_audit(redis)
+    assert entry.target.startswith("2000: ")
+    assert ids[1000] in entry.target
+    assert ids[-1] not in entry.target
+    assert entry.target.endswith(f"(the first 40000 of {len(listed(ids))} characters)")
