@@ -20,6 +20,7 @@ from diracx.tasks.dashboard.page import (
     integer,
 )
 
+from gubbins.deeds import Deed
 from gubbins.exceptions import GubbinsError, PilotNotFoundError, UnknownCEError
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
@@ -32,16 +33,24 @@ _MOST, _MOST_CES = 150, 80
 _STATES = [str(state) for state in MyPilotStatus]
 
 
-def _chosen_vo(request: Request) -> str | None:
+async def _chosen_vo(request: Request, installation: Installation) -> str | None:
     """The VO whose pilots are to be shown; None: those of all, for whoever may see them.
 
     Raises:
-        NotFoundError: it is not that of whoever asks.
+        NotFoundError: it is not that of whoever asks, or there is none of that name.
     """
     wanted, own = request.query_params.get("vo") or None, request.state.principal.vo
     if own is not None and wanted not in (None, own):
         raise NotFoundError(f"{wanted!r:.40} is not your VO, which is {own!r}.")
+    if wanted is not None and own is None and wanted not in await _known_vos(installation):
+        raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
     return own or wanted
+
+
+async def _known_vos(installation: Installation) -> set[str]:
+    """Those of the configuration, those that have pilots, and those that compute elements serve."""
+    served = {vo for ce in await STORE.ces() for vo in ce["vos"] or ()}
+    return {*(await installation.settings()).vos, *await STORE.summary(None), *served}
 
 
 async def _ces(vo: str | None) -> list[dict[str, Any]]:
@@ -49,7 +58,7 @@ async def _ces(vo: str | None) -> list[dict[str, Any]]:
 
 
 async def _overview(request: Request, installation: Installation) -> dict[str, Any]:
-    vo = _chosen_vo(request)
+    vo = await _chosen_vo(request, installation)
     summary = await STORE.summary(request.state.principal.vo)
     course = await STORE.course(vo)
     ces = await _ces(vo)
@@ -82,7 +91,7 @@ def _rate(failed: int, ended: int) -> float | None:
 
 
 async def _charts(request: Request, installation: Installation) -> dict[str, Any]:
-    return (await STORE.course(_chosen_vo(request))).charts
+    return (await STORE.course(await _chosen_vo(request, installation))).charts
 
 
 async def _list(request: Request, installation: Installation) -> dict[str, Any]:
@@ -96,7 +105,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         raise NotFoundError(str(error)) from error
     total, pilots = await logic.search_pilots(
         STORE.database(),
-        vo=_chosen_vo(request),
+        vo=await _chosen_vo(request, installation),
         ce_name=query.get("ce") or None,
         status=None if status is None else MyPilotStatus(status),
         page=number,
@@ -193,7 +202,7 @@ async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
             raise NotPossibleError(str(error)) from error
         return state if changed else f"was {state} already"
 
-    outcome = await operator.perform("open compute element" if enabled else "close compute element", name, do)
+    outcome = await operator.perform(Deed.OPEN_CE if enabled else Deed.CLOSE_CE, name, do)
     return f"{name}: {outcome}."
 
 
@@ -219,7 +228,7 @@ async def _cancel(form: Form, operator: Operator) -> str:
             raise NotPossibleError(str(error)) from error
         return f"requested at {pilot['ce_name']}"
 
-    return f"The end of pilot {number} was {await operator.perform('cancel pilot', str(number), do)}."
+    return f"The end of pilot {number} was {await operator.perform(Deed.CANCEL_PILOT, str(number), do)}."
 
 
 PAGES = [

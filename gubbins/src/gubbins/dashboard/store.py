@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from diracx.tasks.dashboard.page import UnavailableError
+from diracx.tasks.dashboard.sharing import Shared
 
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
@@ -49,8 +49,7 @@ class PilotStore:
     def use(self, db: MyPilotDB | None) -> None:
         """Look at this database from now on, in this event loop."""
         self.db = db
-        self._answers: dict[Any, tuple[float, Any]] = {}
-        self._asking = asyncio.Lock()
+        self._answers = Shared()
 
     def database(self) -> MyPilotDB:
         """The database.
@@ -69,7 +68,7 @@ class PilotStore:
     async def summary(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
         """{VO: {compute element: {state: number}}}, as of some seconds ago."""
         db = self.database()
-        return await self._lately(("summary", vo), lambda: logic.get_pilot_summary(db, vo))  # type: ignore[no-any-return]
+        return await self._answers.get(("summary", vo), lambda: logic.get_pilot_summary(db, vo), _COUNTED_SECONDS)
 
     async def course(self, vo: str | None) -> Course:
         """The past day, as of some seconds ago."""
@@ -79,16 +78,7 @@ class PilotStore:
             newest = await logic.get_newest_pilots(db, NEWEST, vo)
             return await asyncio.to_thread(course_of, newest, datetime.now(UTC))
 
-        return await self._lately(("course", vo), look)  # type: ignore[no-any-return]
-
-    async def _lately(self, what: Any, ask: Callable[[], Awaitable[Any]]) -> Any:
-        async with self._asking:
-            at, answer = self._answers.get(what, (0.0, None))
-            if not at or time.monotonic() - at > _COUNTED_SECONDS:
-                answer = await ask()
-                self._answers = {key: kept for key, kept in self._answers.items() if len(self._answers) < 100}
-                self._answers[what] = time.monotonic(), answer
-            return answer
+        return await self._answers.get(("course", vo), look, _COUNTED_SECONDS)
 
 
 def course_of(newest: Sequence[dict[str, Any]], now: datetime) -> Course:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from ..plumbing.secrets import mask
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
-from .live import stream
+from .live import EVERY_SECONDS, stream
 from .operations import NotPossibleError, Operator
 from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
 from .pages import ACTIONS, PAGES
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
 _SAID = "tasks-dashboard-said"
+#: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
+_SHARED_SECONDS = 0.9 * EVERY_SECONDS
 _SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
 
 
@@ -124,10 +126,14 @@ class DashboardApp:
     async def open(self) -> None:
         """Open what the pages need, if that has not been done."""
         async with self._opening:
-            if self._installation is None:
+            if self._installation is not None:
+                return
+            async with AsyncExitStack() as stack:
                 for extension in self._extensions:
-                    await self._stack.enter_async_context(extension.lifespan())
+                    await stack.enter_async_context(extension.lifespan())
                 self._installation = await self._find_installation()
+                # Only now: what could not be opened as a whole is closed again, and the next one begins anew.
+                self._stack = stack.pop_all()
 
     def end_streams(self) -> None:
         """Let all live pages go, so that a server may stop."""
@@ -170,9 +176,10 @@ class DashboardApp:
     def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def show(request: Request) -> Response:
             context = await self._loaded(page, request)
-            if page.charts is not None:
-                context["charts"] = json.dumps(await page.charts(request, self.installation))
-            return self._page(request, f"{page.name}.html", context)
+            # Who follows the page from here on must not be shown what was before it.
+            self.installation.answers.put(_same(page, request, "page"), context, _SHARED_SECONDS)
+            charts = None if page.charts is None else json.dumps(await page.charts(request, self.installation))
+            return self._page(request, f"{page.name}.html", {**context, "charts": charts})
 
         return show
 
@@ -181,11 +188,17 @@ class DashboardApp:
             secret = request.cookies.get(cookie_name(request), "")
 
             async def fragment() -> str:
-                return text_of(self._templates, request, f"_{page.name}.html", await self._loaded(page, request))
+                key = _same(page, request, "page")
+                answers = self.installation.answers
+                context = await answers.get(key, lambda: self._loaded(page, request), _SHARED_SECONDS)
+                return text_of(self._templates, request, f"_{page.name}.html", context)
 
             async def charts() -> dict[str, Any]:
-                assert page.charts is not None
-                return await page.charts(request, self.installation)
+                look, key = page.charts, _same(page, request, "charts")
+                assert look is not None
+                return await self.installation.answers.get(
+                    key, lambda: look(request, self.installation), _SHARED_SECONDS
+                )
 
             async def still_allowed() -> bool:
                 return await self._gate.principal(request, secret) is not None
@@ -312,6 +325,12 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
             logger.error("%s %s", request.method, request.url.path, exc_info=error)
             found = 500, "Something went wrong here; the log of the dashboard says what."
     return found
+
+
+def _same(page: Page, request: Request, part: str) -> Hashable:
+    """Those for whom this is the same see the same."""
+    query, place = sorted(request.query_params.multi_items()), sorted(request.path_params.items())
+    return part, page.path, tuple(place), tuple(query), request.state.principal.vo
 
 
 def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
 from .. import monitor
 from ..plumbing.config import TasksConfig
 from ..plumbing.config_source import Reading, in_thread
 from ..plumbing.persistence import OPEN
+from .sharing import Shared
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ..plumbing.config_source import ConfigReader
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.persistence import TaskDB
-
-_Value = TypeVar("_Value")
 
 #: Those who look at the same time share one look.
 _SHARED_SECONDS = 1.0
@@ -85,8 +83,8 @@ class Installation:
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
         self._reading = asyncio.Lock()
-        self._asking: dict[str, asyncio.Lock] = {}
-        self._answers: dict[str, tuple[float, Any]] = {}
+        self.answers = Shared()
+        """What those who look at the same time share."""
 
     @property
     def redis(self) -> Redis:
@@ -125,7 +123,7 @@ class Installation:
             self.loads.append(Load(found.at.timestamp(), waiting, running))
             return found
 
-        return await self.shared("snapshot", look)
+        return await self.answers.get("snapshot", look, _SHARED_SECONDS)
 
     async def history(self) -> list[Point]:
         """The past hour by the minute.
@@ -133,7 +131,7 @@ class Installation:
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
         """
-        return await self.shared("history", lambda: monitor.history(self.redis), seconds=_SLOW_SECONDS)
+        return await self.answers.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
 
     async def open_letters(self) -> int | None:
         """How many dead letters are to be decided about; None without a database.
@@ -148,18 +146,7 @@ class Installation:
             async with db:
                 return sum((await db.count(status=OPEN)).values())
 
-        return await self.shared("open letters", count, seconds=_SLOW_SECONDS)
-
-    async def shared(
-        self, name: str, ask: Callable[[], Awaitable[_Value]], *, seconds: float = _SHARED_SECONDS
-    ) -> _Value:
-        """An answer that all who ask within so many seconds share, and that is asked for once at a time."""
-        async with self._asking.setdefault(name, asyncio.Lock()):
-            at, known = self._answers.get(name, (0.0, None))
-            if not at or time.monotonic() - at > seconds:
-                known = await ask()
-                self._answers[name] = time.monotonic(), known
-            return cast("_Value", known)
+        return await self.answers.get("open letters", count, _SLOW_SECONDS)
 
 
 def _settings(reading: Reading, before: Settings) -> Settings:

@@ -14,7 +14,8 @@ from starlette.responses import StreamingResponse
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-_EVERY_SECONDS = 2.0
+#: How often a page is looked at again.
+EVERY_SECONDS = 2.0
 #: Something is sent at least so often: proxies cut off what is silent.
 _SIGN_OF_LIFE_SECONDS = 15.0
 #: Sessions end while pages are open.
@@ -85,5 +86,5 @@ async def _events(
             spoke = now
             yield ": still here\n\n"
         with suppress(TimeoutError):
-            async with asyncio.timeout(_EVERY_SECONDS):
+            async with asyncio.timeout(EVERY_SECONDS):
                 await closing.wait()

@@ -57,7 +57,8 @@ class Page:
     name: str
     title: str
     load: Callable[[Request, Installation], Awaitable[Values]]
-    """What its templates show.
+    """What its templates show. Of the request only path, query and `state.principal.vo` may count: all for whom
+    these are the same share it.
 
     Raises `NotFoundError`, `UnavailableError`.
     """

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: An application has one event loop; tests have many.
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Installation]] = WeakKeyDictionary()
+#: Databases go with the process, as the broker's connections do. An engine that nobody holds open is disposed of.
+_left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakKeyDictionary()
 
 
 async def installation_of_environment() -> Installation:
@@ -35,7 +37,9 @@ async def installation_of_environment() -> Installation:
     try:
         return await asyncio.shield(opening)
     except Exception:
-        _of_loop.pop(loop, None)  # the next request tries again
+        # The next request tries again: once, however many have waited for this.
+        if _of_loop.get(loop) is opening:
+            del _of_loop[loop]
         raise
 
 
@@ -71,6 +75,7 @@ async def _task_db() -> TaskDB | None:
     if not url:
         return None
     database = TaskDB(url)
-    # Left open: it goes with the process, as the broker's connections do.
-    await AsyncExitStack().enter_async_context(database.engine_context())
+    stack = AsyncExitStack()
+    await stack.enter_async_context(database.engine_context())
+    _left_open[asyncio.get_running_loop()] = stack
     return database

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...plumbing.scheduler import schedules
 from ...plumbing.scheduler.overview import somebody_leads
-from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request
+from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
 
 _PAGE = 100
 
@@ -17,6 +17,8 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     wanted = request.query_params.get("vo", "")
     after = request.query_params.get("after", "")
     vos = sorted({state.vo for state in states if state.vo})
+    if wanted and wanted not in {*vos, *settings.vos}:
+        raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
     chosen = [state for state in states if wanted in ("", state.vo)]
     shown = [state for state in chosen if state.id > after][:_PAGE]
     return {
@@ -82,7 +84,7 @@ async def _resume(form: Form, operator: Operator) -> str:
 
 
 async def _run(form: Form, operator: Operator) -> str:
-    return "Submitted: " + ", ".join([await operator.run_now(schedule) for schedule in _chosen(form)])
+    return "Submitted: " + ", ".join([await operator.run_schedule(schedule) for schedule in _chosen(form)])
 
 
 PAGES = [Page("/schedules", "schedules", "Schedules", _load, section="Steering")]
