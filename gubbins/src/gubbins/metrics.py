@@ -11,6 +11,7 @@ from functools import partial
 
 from diracx.tasks.monitor.families import Family
 
+from gubbins.circuits import CircuitState
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
@@ -30,7 +31,7 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Family]]] | 
 
 
 async def pilot_metrics(db: MyPilotDB) -> list[Family]:
-    """Two statements, however many pilots there are."""
+    """A few statements, however many pilots there are."""
     summary = await logic.get_pilot_summary(db, None)
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
     return [
@@ -62,5 +63,22 @@ async def pilot_metrics(db: MyPilotDB) -> list[Family]:
             "gauge",
             "1 if a compute element takes new pilots.",
             [(labels, int(ce["enabled"])) for labels, ce in ces],
+        ),
+        Family(
+            "compute_element_banned",
+            "gauge",
+            "1 if a compute element is left alone altogether.",
+            [(labels, int(ce["banned_at"] is not None)) for labels, ce in ces],
+        ),
+        Family(
+            "compute_element_circuit",
+            "gauge",
+            "1 for the state of the circuit of each kind of call, 0 for the others.",
+            [
+                ({**labels, "call": call, "state": str(state)}, int(circuit["state"] == state))
+                for labels, ce in ces
+                for call, circuit in ce["circuits"].items()
+                for state in CircuitState
+            ],
         ),
     ]

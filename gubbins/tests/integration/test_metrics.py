@@ -10,6 +10,7 @@ from diracx.tasks.monitor.families import Family, as_text
 from diracx.tasks.monitor.sources import ENTRY_POINT_GROUP, Sources, sources
 
 from gubbins import metrics
+from gubbins.circuits import CECall
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
@@ -26,6 +27,11 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
         async with database:
             await database.add_ce("ce<b>.example.org", 5, 1.0)
             await database.add_ce("closed.example.org", 7, 1.0, enabled=False)
+            await database.add_ce("banned.example.org", 7, 1.0)
+        await logic.ban_ce(database, "banned.example.org", reason="flood")
+        await database.record_failure(
+            "closed.example.org", CECall.STATUS, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
+        )
         for vo in ("lhcb", "lhcb", "gridpp"):
             await logic.submit_pilot(database, "ce<b>.example.org", vo)
     monkeypatch.setenv(URL_VARIABLE, url)
@@ -38,6 +44,14 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
     assert 'compute_element_slots{ce="ce<b>.example.org"} 5' in lines
     assert 'compute_element_slots_used{ce="ce<b>.example.org"} 3' in lines
     assert 'compute_element_enabled{ce="closed.example.org"} 0' in lines
+    assert 'compute_element_banned{ce="closed.example.org"} 0' in lines
+    assert 'compute_element_banned{ce="banned.example.org"} 1' in lines
+    circuits = [line for line in lines if line.startswith('compute_element_circuit{ce="closed.example.org"')]
+    assert len(circuits) == 6
+    assert [line.partition(",")[2] for line in circuits if line.endswith("} 1")] == [
+        'call="submit",state="closed"} 1',
+        'call="status",state="open"} 1',
+    ]
 
 
 async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
