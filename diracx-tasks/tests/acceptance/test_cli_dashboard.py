@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from diracx.tasks.testing import embedded_redis
+from redis import Redis as SyncRedis
 
 from .conftest import Cli, eventually
 
@@ -22,15 +25,21 @@ def serving(cli: Cli) -> Serving:
     address = re.compile(r"^(http://.*)\n", re.MULTILINE)
 
     @contextmanager
-    def serve(*arguments: str) -> Iterator[str]:
+    def serve(*arguments: str, said: list[str] | None = None) -> Iterator[str]:
         dashboard = cli.start("dashboard", "--port", "0", *arguments)
         eventually(lambda: address.search(dashboard.output), "the address")
         yield address.findall(dashboard.output)[0]
         dashboard.process.terminate()
         assert dashboard.ends() == 0, dashboard.output
         assert "Traceback" not in dashboard.output
+        if said is not None:
+            said += dashboard.output.splitlines()
 
     return serve
+
+
+def root_of(address: str) -> httpx.URL:
+    return httpx.URL(address).join("/")
 
 
 def test_the_printed_address_lets_one_in_and_nothing_else_does(serving: Serving, redis_url: str) -> None:
@@ -100,6 +109,45 @@ def test_accounts_have_names_roles_and_tokens_of_their_own(
                 page = client.post("/sign-in", data={"credential": tokens[name]})
                 assert name in page.text
                 assert f"{may}</span>" in page.text
+
+
+def test_probes_are_answered_without_a_token_and_by_any_name(serving: Serving, redis_url: str) -> None:
+    with serving("--redis-url", redis_url) as address, httpx.Client(base_url=root_of(address)) as client:
+        for path in ("/healthz", "/readyz"):
+            answer = client.get(path, headers={"host": "10.1.2.3:8790"})
+            assert (answer.status_code, answer.text) == (200, "ok\n")
+            assert client.post(path).status_code == 405
+            assert client.head(path).status_code == 200
+        assert client.get("/healthz/").status_code == 303
+
+
+def test_without_its_server_the_dashboard_lives_and_is_not_ready(serving: Serving) -> None:
+    with embedded_redis() as url, ExitStack() as stack:
+        address = stack.enter_context(serving("--redis-url", url))
+        client = stack.enter_context(httpx.Client(base_url=root_of(address)))
+        assert client.get("/readyz").status_code == 200
+        with SyncRedis.from_url(url) as server:
+            server.execute_command("CLIENT", "PAUSE", 600_000, "ALL")
+        deadline = time.monotonic() + 60
+        while (answer := client.get("/readyz")).status_code == 200:  # as of the last second
+            assert time.monotonic() < deadline
+        assert (answer.status_code, answer.text) == (503, "not ready\n")
+        assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.1", True), ("127.0.0.1", False)])
+def test_plain_http_off_loopback_is_warned_about_in_one_line(
+    serving: Serving, redis_url: str, tmp_path: Path, host: str, warns: bool
+) -> None:
+    (tmp_path / "accounts").write_text(f"rita read {'0' * 64}\n")
+    # 127.1 is loopback, too; only to those who do not look closely is it a name like any other.
+    arguments = ("--host", host, "--public-name", "tasks.example.org", "--accounts", str(tmp_path / "accounts"))
+    said: list[str] = []
+    with serving("--redis-url", redis_url, *arguments, said=said) as address:
+        assert httpx.get(f"http://127.0.0.1:{httpx.URL(address).port}/healthz").status_code == 200
+    warned = [line for line in said if "plain HTTP" in line]
+    assert len(warned) == warns
+    assert all(line.startswith("warning: 127.1 ") for line in warned)
 
 
 @pytest.mark.parametrize(

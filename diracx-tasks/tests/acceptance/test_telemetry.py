@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +172,96 @@ def test_dead_letters_in_the_database_are_counted_by_task_and_status(
     found = samples(get(port, "/metrics")[1])
     assert found['dead_letter_queue_tasks{task_name="",status="PENDING"}'] == 1
     assert found['metrics_source_up{source="dead_letters"}'] == 1
+
+
+class _Collector(ThreadingHTTPServer):
+    """What a collector is to whoever sends: OTLP over HTTP, as protobuf."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Receive)
+        self.metrics: dict[str, Any] = {}
+        self.components: set[str] = set()
+        self.spans: list[Any] = []
+        self.logs: list[str] = []
+
+    def take(self, path: str, body: bytes) -> None:
+        from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        if path == "/v1/metrics":
+            for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+                names = {each.key: each.value.string_value for each in resource.resource.attributes}
+                self.components.add(names["diracx.component"])
+                for scope in resource.scope_metrics:
+                    self.metrics |= {metric.name: metric for metric in scope.metrics}
+        elif path == "/v1/traces":
+            for found in ExportTraceServiceRequest.FromString(body).resource_spans:
+                self.spans += [span for scope in found.scope_spans for span in scope.spans]
+        else:
+            for sent in ExportLogsServiceRequest.FromString(body).resource_logs:
+                self.logs += [each.body.string_value for scope in sent.scope_logs for each in scope.log_records]
+
+
+class _Receive(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, _Collector)
+        body = self.rfile.read(int(self.headers["content-length"]))
+        packed = self.headers.get("content-encoding") == "gzip"
+        self.server.take(self.path, gzip.decompress(body) if packed else body)
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def collector() -> Iterator[_Collector]:
+    with _Collector() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # of the scheduler alone nobody takes anything
+def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
+    served: Cli, collector: _Collector, wait_until: Callable[..., None], role: str
+) -> None:
+    served.environment |= {
+        "DIRACX_OTEL_ENABLED": "true",
+        "DIRACX_OTEL_PROTOCOL": "http",
+        "DIRACX_OTEL_HTTP_ENDPOINT": f"http://127.0.0.1:{collector.server_address[1]}",
+        "OTEL_METRIC_EXPORT_INTERVAL": "300",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "OTEL_BLRP_SCHEDULE_DELAY": "100",
+        "NO_PROXY": "127.0.0.1",
+    }
+    process = served.start(role, "--module", "my_tasks.py")
+    if role == "scheduler":
+        wait_until(lambda: "task_stream_lag" in collector.metrics, "the whole system is told of")
+        [leader] = collector.metrics["scheduler_leader"].gauge.data_points
+        assert leader.as_int == 1
+    else:
+        process.until("ready")
+        served.mine("submit", "my_tasks:Spawn")
+        wait_until(lambda: "tasks_completed_total" in collector.metrics, "a task is counted")
+        wait_until(lambda: len(collector.spans) >= 4, "all tasks are traced")
+        [parent] = [span for span in collector.spans if span.name == "my_tasks:Spawn"]
+        children = [span for span in collector.spans if span.name == "my_tasks:Greet"]
+        assert {span.trace_id for span in children} == {parent.trace_id}
+        wait_until(lambda: collector.logs, "something is logged")
+    assert collector.components == {f"tasks-{role}"}
+
+
+def test_telemetry_that_cannot_be_set_up_is_one_line(served: Cli, one_line: Callable[..., str]) -> None:
+    served.environment |= {"DIRACX_OTEL_ENABLED": "true", "DIRACX_OTEL_PROTOCOL": "carrier pigeon"}
+    one_line(
+        served("worker", "--module", "my_tasks.py"), 1, "OpenTelemetry cannot be set up", "DIRACX_OTEL_ENABLED"
+    )
 
 
 def test_a_process_without_the_sdk_does_not_even_import_it(cli: Cli) -> None:

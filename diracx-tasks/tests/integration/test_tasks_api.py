@@ -16,6 +16,7 @@ from dashboard_world import HOSTILE, SECRET, World, small_world
 from diracx.tasks import monitor
 from diracx.tasks.monitor.audit import read_audit
 from diracx_application import HOME, make_application, set_environment
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 READS = [
     *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
@@ -237,6 +238,29 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
         f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
     )
     assert answer.status_code == 403
+
+
+async def test_cookies_are_for_tls_alone_where_a_proxy_that_is_trusted_says_so(
+    client: httpx.AsyncClient, token: Token
+) -> None:
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    for trusted, scheme, secure in (
+        ("127.0.0.1", "https", True),
+        ("127.0.0.1", "http", False),
+        ("192.0.2.1", "https", False),  # whoever says so is not trusted
+    ):
+        # As `uvicorn --forwarded-allow-ips` makes it.
+        behind = ProxyHeadersMiddleware(transport.app, trusted_hosts=trusted)  # type: ignore[arg-type]
+        proxy = httpx.ASGITransport(behind, client=("127.0.0.1", 5))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=proxy, base_url=HOME) as browser:
+            answer = await browser.post(
+                "/api/tasks/dashboard/sign-in",
+                data={"credential": token("Operator")},
+                headers={"X-Forwarded-Proto": scheme},
+            )
+        assert answer.status_code == 303
+        assert ("; Secure" in answer.headers["set-cookie"]) is secure, (trusted, scheme)
 
 
 async def test_without_jinja2_the_dashboard_says_what_to_install(

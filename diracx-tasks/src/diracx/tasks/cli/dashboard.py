@@ -35,6 +35,10 @@ _TOKEN_VARIABLE = "DIRACX_TASKS_DASHBOARD_TOKEN"  # noqa: S105  # the name of a 
 _LEAST_TOKEN = 16
 #: Pages that follow what happens hold connections; those that do not let go are cut off.
 _STOP_SECONDS = 3
+_WITHOUT_TLS = (
+    "warning: {host} is served in plain HTTP, where anybody on the way reads tokens along; give --tls-certificate "
+    "and --tls-key, or let nobody but a proxy that speaks TLS come here"
+)
 
 
 def dashboard(
@@ -76,7 +80,7 @@ def dashboard(
 
     On loopback it prints an address with a token, to be opened in a browser of this host; the token is new at
     every start, or that of DIRACX_TASKS_DASHBOARD_TOKEN. Elsewhere it starts with --accounts only, and wants TLS,
-    its own or that of a proxy before it.
+    its own or that of a proxy before it. /healthz and /readyz answer without a token.
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
@@ -126,6 +130,8 @@ def dashboard(
 
                 app = create_app(this, gate, hosts=names.union(public_names))
                 typer.echo(f"{address}sign-in?token={token}" if token else address)
+                if not loopback and not tls:
+                    typer.echo(_WITHOUT_TLS.format(host=host), err=True)
                 await _serve(app, listening, log_level, tls)
 
         asyncio.run(run())

@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from ..plumbing.secrets import mask
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
+from .health import probe
 from .live import EVERY_SECONDS, stream
 from .operations import NotPossibleError, Operator
 from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
@@ -54,6 +55,8 @@ ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
 _SAID = "tasks-dashboard-said"
 #: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
 _SHARED_SECONDS = 0.9 * EVERY_SECONDS
+#: Probes do not wait longer.
+_READY_SECONDS = 2.0
 _SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
 
 
@@ -120,8 +123,25 @@ class DashboardApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
+            if (probed := await probe(scope, self._is_ready)) is not None:
+                await probed(scope, receive, send)
+                return
             await self.open()
         await self._app(scope, receive, send)
+
+    async def _is_ready(self) -> bool:
+        """Whether it is open and its server answers, which is asked once however many want to know."""
+        if self._closing.is_set():
+            return False
+        try:
+            await self.open()
+            redis = self.installation.redis
+            async with asyncio.timeout(_READY_SECONDS):
+                await self.installation.answers.get("ready", lambda: redis.execute_command("PING"), 1.0)
+        except Exception:
+            logger.debug("not ready", exc_info=True)
+            return False
+        return True
 
     async def open(self) -> None:
         """Open what the pages need, if that has not been done."""
