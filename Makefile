@@ -70,19 +70,21 @@ bench-pilots: $(STAMP) ## 200 CEs, 10 VOs, 100,000 active pilots in simulated ti
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
 
-# What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository.
+# What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository, and
+# SHA256SUMS beside them says what they have to be. For other versions, change both.
 VENDORED := diracx-tasks/src/diracx/tasks/dashboard/static/vendor
-vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named here (needs npm)
+vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named here, and verify them (needs npm)
 	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" \
 		&& npm pack --silent htmx.org@2.0.11 uplot@1.6.32 >/dev/null \
-		&& mkdir htmx uplot && tar -xzf htmx.org-*.tgz -C htmx --strip-components=1 \
+		&& mkdir htmx uplot new && tar -xzf htmx.org-*.tgz -C htmx --strip-components=1 \
 		&& tar -xzf uplot-*.tgz -C uplot --strip-components=1 \
-		&& cd "$(CURDIR)" && mkdir -p $(VENDORED) \
-		&& cp "$$work/htmx/dist/htmx.min.js" $(VENDORED)/htmx.min.js \
-		&& cp "$$work/htmx/LICENSE" $(VENDORED)/htmx.LICENSE \
-		&& cp "$$work/uplot/dist/uPlot.iife.min.js" $(VENDORED)/uplot.min.js \
-		&& cp "$$work/uplot/dist/uPlot.min.css" $(VENDORED)/uplot.min.css \
-		&& cp "$$work/uplot/LICENSE" $(VENDORED)/uplot.LICENSE
+		&& cp htmx/dist/htmx.min.js new/htmx.min.js \
+		&& cp htmx/LICENSE new/htmx.LICENSE \
+		&& cp uplot/dist/uPlot.iife.min.js new/uplot.min.js \
+		&& cp uplot/dist/uPlot.min.css new/uplot.min.css \
+		&& cp uplot/LICENSE new/uplot.LICENSE \
+		&& cd new && sha256sum --strict --check "$(CURDIR)/$(VENDORED)/SHA256SUMS" \
+		&& cp -- * "$(CURDIR)/$(VENDORED)/"
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
