@@ -25,7 +25,7 @@ from ..plumbing.secrets import mask
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
 from .health import probe
-from .live import EVERY_SECONDS, stream
+from .live import SHARED_SECONDS, stream
 from .operations import NotPossibleError, Operator
 from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
 from .pages import ACTIONS, PAGES
@@ -53,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
 _SAID = "tasks-dashboard-said"
-#: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
-_SHARED_SECONDS = 0.9 * EVERY_SECONDS
 #: Probes do not wait longer.
 _READY_SECONDS = 2.0
 _SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
@@ -197,7 +195,7 @@ class DashboardApp:
         async def show(request: Request) -> Response:
             context = await self._loaded(page, request)
             # Who follows the page from here on must not be shown what was before it.
-            self.installation.answers.put(_same(page, request, "page"), context, _SHARED_SECONDS)
+            self.installation.answers.put(_same(page, request, "page"), context, SHARED_SECONDS)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.installation))
             return self._page(request, f"{page.name}.html", {**context, "charts": charts})
 
@@ -210,14 +208,14 @@ class DashboardApp:
             async def fragment() -> str:
                 key = _same(page, request, "page")
                 answers = self.installation.answers
-                context = await answers.get(key, lambda: self._loaded(page, request), _SHARED_SECONDS)
+                context = await answers.get(key, lambda: self._loaded(page, request), SHARED_SECONDS)
                 return text_of(self._templates, request, f"_{page.name}.html", context)
 
             async def charts() -> dict[str, Any]:
                 look, key = page.charts, _same(page, request, "charts")
                 assert look is not None
                 return await self.installation.answers.get(
-                    key, lambda: look(request, self.installation), _SHARED_SECONDS
+                    key, lambda: look(request, self.installation), SHARED_SECONDS
                 )
 
             async def still_allowed() -> bool:

@@ -14,8 +14,9 @@ from starlette.responses import StreamingResponse
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-#: How often a page is looked at again.
-EVERY_SECONDS = 2.0
+_EVERY_SECONDS = 2.0
+#: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
+SHARED_SECONDS = 0.9 * _EVERY_SECONDS
 #: Something is sent at least so often: proxies cut off what is silent.
 _SIGN_OF_LIFE_SECONDS = 15.0
 #: Sessions end while pages are open.
@@ -86,5 +87,5 @@ async def _events(
             spoke = now
             yield ": still here\n\n"
         with suppress(TimeoutError):
-            async with asyncio.timeout(EVERY_SECONDS):
+            async with asyncio.timeout(_EVERY_SECONDS):
                 await closing.wait()

@@ -4,99 +4,38 @@ from __future__ import annotations
 
 __all__ = ["router"]
 
-from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
-from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from diracx.routers.fastapi_classes import DiracxRouter
-from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
-from fastapi import Body, Depends, HTTPException, Path, Query
+from fastapi import Body, Depends, Path, Query
 from fastapi.responses import JSONResponse
-from redis.exceptions import RedisError
 
 from .. import monitor
 from ..dashboard.installation import Installation
-from ..dashboard.operations import Decided, NotPossibleError, Operator
-from ..monitor import DelayReason, Window, as_json
+from ..dashboard.operations import Decided, NotPossibleError
+from ..monitor import DelayReason, Window
 from ..monitor.audit import AuditEntry, read_audit
 from ..monitor.letters import letter_arguments, letter_record, letter_summary
-from ..monitor.masking import masked_json
 from ..monitor.settings import names_of, settings_records
 from ..plumbing.broker.groups import GroupStatus, read_group
 from ..plumbing.in_force import configurations_in_force
 from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
 from ..plumbing.scheduler import ScheduleState, schedules
-from ..plumbing.secrets import mask
 from . import models
-from .access_policies import ActionType, CheckTasksPolicyCallable
-from .environment import installation_of_environment
-from .policies import ConfigReader
-from .recording import name_of
+from .asking import Reader, Writer, there
 from .responses import responses
 
 router = DiracxRouter()
 
-_Answer = TypeVar("_Answer")
 _MOST = 1_000
 _responses = partial(responses, 503)
 
-System = Annotated[Installation, Depends(installation_of_environment)]
-User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
 Limit = Annotated[int, Query(ge=1, le=_MOST, description="At most so many.")]
 After = Annotated[str | None, Query(description="`after` of the page before.")]
 QueueName = Annotated[str, Path(description="`{priority}:{size}`.", examples=["normal:medium"])]
-
-
-class _Reader:
-    """Somebody who may look."""
-
-    def __init__(self, system: System, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
-        self.system = system
-        self._check = check
-        self._config = config
-
-    async def answer(self, ask: Callable[[], Awaitable[Any]]) -> JSONResponse:
-        """What was asked for, as JSON without passwords."""
-        await self._check(action=ActionType.READ, config=self._config)
-        return JSONResponse(masked_json(as_json(await _asked(ask))))
-
-
-class _Writer:
-    """Somebody who may act."""
-
-    def __init__(self, system: System, user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
-        self.operator = Operator(system, name_of(user), "api")
-        self._check = check
-        self._config = config
-
-    async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
-        """What came of it, as JSON without passwords."""
-        await self._check(action=ActionType.WRITE, config=self._config)
-        return JSONResponse(masked_json(as_json(await _asked(do))))
-
-
-Reader = Annotated[_Reader, Depends(_Reader)]
-Writer = Annotated[_Writer, Depends(_Writer)]
-
-
-async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
-    try:
-        return await ask()
-    except NotPossibleError as error:
-        raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
-    except ValueError as error:
-        raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
-    except RedisError as error:
-        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
-
-
-def _there(value: _Answer | None, what: str) -> _Answer:
-    if value is None:
-        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no {what}")
-    return value
 
 
 # --- looking ------------------------------------------------------------------------------------------------
@@ -188,9 +127,7 @@ async def get_lock(
     """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
 
     async def ask() -> Any:
-        return _there(
-            await monitor.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for"
-        )
+        return there(await monitor.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for")
 
     return await reader.answer(ask)
 
@@ -217,7 +154,7 @@ async def get_group(reader: Reader, group_id: str) -> JSONResponse:
     """One callback group with its children."""
 
     async def ask() -> Any:
-        return _there(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
+        return there(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
 
     return await reader.answer(ask)
 
@@ -336,7 +273,7 @@ async def get_dead_letter(
     async def ask() -> Any:
         db = _task_db(reader.system)
         async with db:
-            letter = _there(await db.find(key), f"dead letter {key!r}")
+            letter = there(await db.find(key), f"dead letter {key!r}")
         shown = {name: value for name, value in letter_record(letter).items() if name not in ("message", "raw")}
         return shown | {"arguments": letter_arguments(letter, reader.system.registry)}
 
