@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,18 +23,15 @@ expect = playwright.expect
 LARGEST = 300_000
 DESK = {"width": 1360, "height": 860}
 TELEPHONE = {"width": 390, "height": 844}
-#: Where to put pictures of all pages; nowhere by default.
-PICTURES = os.environ.get("DASHBOARD_PICTURES")
 
 
 class Tab:
     """A page of the browser, and what went wrong in it."""
 
-    def __init__(self, page: Any, home: str, scheme: str) -> None:
+    def __init__(self, page: Any, home: str) -> None:
         self.page = page
         self.home = home
         self.complaints: list[str] = []
-        self._scheme = scheme
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
@@ -48,7 +43,7 @@ class Tab:
     async def check(self, address: str) -> None:
         """A page that everyone can use, on a telephone too, and that is not too heavy."""
         await self.open(address)
-        problems = await self._problems()
+        problems = [*await self._problems(), *await self._too_wide(DESK)]
         weight = await self.page.evaluate(
             "performance.getEntries().reduce((sum, one) => sum + (one.decodedBodySize || 0), 0)"
         )
@@ -59,13 +54,13 @@ class Tab:
         )
         # Contrast and names do not depend on the width: what does is whether all can be reached.
         problems += await self._problems({"runOnly": ["scrollable-region-focusable", "meta-viewport"]})
-        if (width := await self.page.evaluate("document.documentElement.scrollWidth")) > TELEPHONE["width"]:
-            problems.append(f"on a telephone it is {width} px wide")
-        if PICTURES:
-            name = address.strip("/").replace("/", "-").replace(":", "-").partition("?")[0] or "overview"
-            await self.page.screenshot(path=Path(PICTURES) / f"phone-{name}.png")
+        problems += await self._too_wide(TELEPHONE)
         await self.page.set_viewport_size(DESK)
         assert not problems, f"{address}: " + "\n".join(problems)
+
+    async def _too_wide(self, screen: dict[str, int]) -> list[str]:
+        width = await self.page.evaluate("document.documentElement.scrollWidth")
+        return [f"it is {width} px wide on a screen of {screen['width']} px"] if width > screen["width"] else []
 
     async def _problems(self, options: dict[str, Any] | None = None) -> list[str]:
         found = await axe.Axe().run(self.page, options=options)
@@ -139,7 +134,8 @@ async def new_tab(home: str, scheme: str = "light", *, scripts: bool = True) -> 
         browser = await started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
-            yield Tab(await context.new_page(), home, scheme)
+            context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
+            yield Tab(await context.new_page(), home)
         finally:
             await browser.close()
 

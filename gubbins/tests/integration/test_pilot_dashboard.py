@@ -74,11 +74,11 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
 async def test_a_compute_element_that_failed_too_often_shows_its_circuit(
     client: httpx.AsyncClient, db: MyPilotDB
 ) -> None:
-    assert "submit open" not in (await client.get("/pilots")).text
+    assert "submit paused" not in (await client.get("/pilots")).text
     for call, pause in ((CECall.SUBMIT, 3600), (CECall.STATUS, 1e-6)):
         await db.record_failure("ce01", call, HOSTILE, failures=1, pause_seconds=pause, max_pause_seconds=3600)
     text = (await client.get("/pilots")).text
-    assert "submit open for" in text
+    assert "submit paused for" in text
     assert "status half-open" in text
     await db.ban_ce("ce01", reason=HOSTILE)
     text = (await client.get("/pilots")).text
