@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs bench bench-peers bench-pilots bench-count vendor clean
+.PHONY: help install test servers demo chaos lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 docs: $(STAMP) ## build the documentation into site/; a warning is an error
 	$(BIN)/python docs/hooks/configuration.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(STAMP) ## take the pictures of the dashboard in docs/images again (needs Chromium)
+	$(BIN)/python tests/dashboard_pictures.py docs/images
 
 chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises are kept; ARGS="--seconds 120 --seed 1 --json"
 	@$(BIN)/python -m chaos $(ARGS)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +21,17 @@ expect = playwright.expect
 
 #: Everything that a page needs, its scripts and styles included.
 LARGEST = 300_000
-#: Where to put pictures of all pages; nowhere by default.
-PICTURES = os.environ.get("DASHBOARD_PICTURES")
+DESK = {"width": 1360, "height": 860}
+TELEPHONE = {"width": 390, "height": 844}
 
 
 class Tab:
     """A page of the browser, and what went wrong in it."""
 
-    def __init__(self, page: Any, home: str, scheme: str) -> None:
+    def __init__(self, page: Any, home: str) -> None:
         self.page = page
         self.home = home
         self.complaints: list[str] = []
-        self._scheme = scheme
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
@@ -44,22 +41,33 @@ class Tab:
         assert await self.page.evaluate("window.hacked") is None, path
 
     async def check(self, address: str) -> None:
-        """A page that everyone can use, and that is not too heavy; its picture where they are wanted."""
+        """A page that everyone can use, on a telephone too, and that is not too heavy."""
         await self.open(address)
-        found = await axe.Axe().run(self.page)
-        problems = [
-            f"{each['id']}: {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary'][:300]}"
-            for each in found.response["violations"]
-        ]
-        assert not problems, f"{address}: " + "\n".join(problems)
+        problems = [*await self._problems(), *await self._too_wide(DESK)]
         weight = await self.page.evaluate(
             "performance.getEntries().reduce((sum, one) => sum + (one.decodedBodySize || 0), 0)"
         )
         assert 5_000 < weight < LARGEST, address
-        if PICTURES:
-            name = address.strip("/").replace("/", "-").replace(":", "-").partition("?")[0] or "overview"
-            suffix = "-dark" if self._scheme == "dark" else ""
-            await self.page.screenshot(path=Path(PICTURES) / f"dashboard-{name}{suffix}.png")
+        await self.page.set_viewport_size(TELEPHONE)
+        await self.page.evaluate(
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))"
+        )
+        # Contrast and names do not depend on the width: what does is whether all can be reached.
+        problems += await self._problems({"runOnly": ["scrollable-region-focusable", "meta-viewport"]})
+        problems += await self._too_wide(TELEPHONE)
+        await self.page.set_viewport_size(DESK)
+        assert not problems, f"{address}: " + "\n".join(problems)
+
+    async def _too_wide(self, screen: dict[str, int]) -> list[str]:
+        width = await self.page.evaluate("document.documentElement.scrollWidth")
+        return [f"it is {width} px wide on a screen of {screen['width']} px"] if width > screen["width"] else []
+
+    async def _problems(self, options: dict[str, Any] | None = None) -> list[str]:
+        found = await axe.Axe().run(self.page, options=options)
+        return [
+            f"{each['id']}: {each['nodes'][0]['html'][:200]} {each['nodes'][0]['failureSummary'][:300]}"
+            for each in found.response["violations"]
+        ]
 
     async def press(self, where: Any, key: str) -> None:
         """Press a key there, when the focus is there: not before, for keys go to whatever has it."""
@@ -67,6 +75,27 @@ class Tab:
         await where.focus()
         await expect(where).to_be_focused()
         await self.page.keyboard.press(key)
+
+    async def answer(self, button: Any, question: str, yes: str, outcome: str, reason: str = "") -> None:
+        """Press a button, give the reason that is asked for if one is, say yes, and read what came of it."""
+        await button.click()
+        dialog = self.page.get_by_role("dialog", name=question)
+        if reason:
+            await expect(dialog.get_by_role("textbox")).to_be_focused()
+            await dialog.get_by_role("textbox").fill(reason)
+        await dialog.get_by_role("button", name=yes, exact=True).click()
+        await expect(self.page.get_by_role("status")).to_contain_text(outcome)
+
+    async def is_refused(self, path: str, **fields: str) -> bool:
+        """Whether a form that was made by hand, with all that a form of ours has, comes to nothing."""
+        await self.open("/audit")
+        token = await self.page.locator('[name="form_token"]').first.input_value()
+        status, text = await self.page.evaluate(
+            "async ([to, fields]) => { const answer = await fetch(to, {method: 'POST', "
+            "body: new URLSearchParams(fields)}); return [answer.status, await answer.text()]; }",
+            [self.home + path, {**fields, "form_token": token, "confirmed": "yes"}],
+        )
+        return status == 403 and "your role is `read`" in text
 
     async def answer_by_keyboard(self, button: Any, question: str, yes: str) -> None:
         """Press a button and leave it at that, then press it again and say yes."""
@@ -83,27 +112,30 @@ class Tab:
 
 
 @asynccontextmanager
-async def tab_of(app: DashboardApp, token: str, scheme: str = "light") -> AsyncIterator[Tab]:
+async def tab_of(
+    app: DashboardApp, token: str, scheme: str = "light", *, scripts: bool = True
+) -> AsyncIterator[Tab]:
     """A tab that has signed in, with the dashboard on a port of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         async with served(app, listening):
             home = f"http://127.0.0.1:{listening.getsockname()[1]}"
             try:
-                async with new_tab(home, scheme) as made:
-                    await made.open(f"/sign-in?token={token}")
+                async with new_tab(home, scheme, scripts=scripts) as made:
+                    await made.page.goto(f"{home}/sign-in?token={token}")
                     yield made
             finally:
                 app.end_streams()
 
 
 @asynccontextmanager
-async def new_tab(home: str, scheme: str = "light") -> AsyncIterator[Tab]:
+async def new_tab(home: str, scheme: str = "light", *, scripts: bool = True) -> AsyncIterator[Tab]:
     """An empty tab."""
     async with playwright.async_playwright() as started:
         browser = await started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
-            context = await browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 860})
-            yield Tab(await context.new_page(), home, scheme)
+            context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
+            context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
+            yield Tab(await context.new_page(), home)
         finally:
             await browser.close()
 

@@ -193,3 +193,16 @@ def test_no_page_sends_its_reader_to_another_host() -> None:
     for page in PAGES:
         for found in re.findall(r"\]\((https?://[^)]+)\)", page.read_text()):
             pytest.fail(f"{page.relative_to(DOCS)}: {found}")
+
+
+def test_every_picture_is_shown_described_and_small() -> None:
+    pages = [*PAGES, ROOT / "README.md"]
+    shown = {
+        (page.parent / picture).resolve(): words
+        for page in pages
+        for words, picture in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", page.read_text())
+    }
+    kept = {file.resolve() for file in (DOCS / "images").iterdir()}
+    assert set(shown) == kept
+    assert all(len(words) > 20 for words in shown.values())
+    assert all(file.stat().st_size <= 100_000 for file in kept)

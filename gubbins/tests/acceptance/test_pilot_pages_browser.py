@@ -8,6 +8,7 @@ import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from diracx.tasks.dashboard import create_app
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.app import DashboardApp
 from diracx.tasks.dashboard.installation import Installation
 from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
@@ -16,22 +17,19 @@ from diracx.tasks.plumbing.factory import TaskRegistry
 from redis.asyncio import Redis
 
 from gubbins.dashboard import extension
+from gubbins.dashboard.actions import ACTIONS
 from gubbins.db.sql import MyPilotDB
 from gubbins.pilot_states import MyPilotStatus
 
 pytestmark = needs_chromium
 HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>"
-TOKEN = "the-token-of-wilma"
+WRITER, READER = "the-token-of-wilma", "the-token-of-rita"
 
 
 @pytest.fixture
-async def tab(
-    sqlite_db: MyPilotDB,
-    sqlite_url: str,
-    redis_url: str,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> AsyncIterator[Tab]:
+async def app(
+    sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[DashboardApp]:
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     await _fill(sqlite_db)
     broker = RedisStreamBroker(redis_url)
@@ -39,14 +37,17 @@ async def tab(
     async def installation() -> Installation:
         return Installation(broker, TaskRegistry.of({}), ConfigReader())
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of(TOKEN))], "")
-    app = create_app(installation, gate, hosts={"127.0.0.1"}, extensions=[extension()])
-    try:
-        async with tab_of(app, TOKEN, getattr(request, "param", "light")) as made:
-            yield made
-    finally:
-        await app.aclose()
-        await broker.shutdown()
+    accounts = [Account("wilma", Role.WRITE, digest_of(WRITER)), Account("rita", Role.READ, digest_of(READER))]
+    made = create_app(installation, TokenGate(accounts, ""), hosts={"127.0.0.1"}, extensions=[extension()])
+    yield made
+    await made.aclose()
+    await broker.shutdown()
+
+
+@pytest.fixture
+async def tab(app: DashboardApp, request: pytest.FixtureRequest) -> AsyncIterator[Tab]:
+    async with tab_of(app, WRITER, getattr(request, "param", "light")) as made:
+        yield made
 
 
 async def _fill(db: MyPilotDB) -> None:
@@ -80,11 +81,12 @@ async def _fill(db: MyPilotDB) -> None:
 async def test_every_page_about_pilots_is_harmless_light_and_usable_by_everyone(tab: Tab) -> None:
     for address in (
         "/pilots",
-        "/pilots?vo=lhcb",
+        "/pilots?vo=lhcb&ce=example&state=open",
         "/pilots/list",
         "/pilots/list?status=FAILED",
         "/pilots/7",
         "/pilots/35",
+        "/pilots/7/output",
     ):
         await tab.check(address)
     await tab.open("/pilots")
@@ -102,13 +104,81 @@ async def test_a_compute_element_is_closed_and_opened_by_keyboard_alone(
 ) -> None:
     await tab.open("/pilots")
     row = tab.page.get_by_role("row").filter(has=tab.page.get_by_role("link", name=name, exact=True))
-    await tab.answer_by_keyboard(row.get_by_role("button"), f"Close {name} for new pilots?", "Close it")
+    await tab.answer_by_keyboard(
+        row.get_by_role("button", name="Close"), f"Close {name} for new pilots?", "Close it"
+    )
     await expect(tab.page.get_by_role("status")).to_contain_text(f"{name}: closed.")
     await expect(row.get_by_role("cell", name="closed", exact=True).first).to_be_visible()
     assert not (await sqlite_db.get_ce(name))["enabled"]
-    await tab.answer_by_keyboard(row.get_by_role("button"), f"Open {name} for new pilots?", "Open it")
+    await tab.answer_by_keyboard(row.get_by_role("button", name="Open"), f"Open {name} for new pilots?", "Open it")
     await expect(tab.page.get_by_role("status")).to_contain_text(f"{name}: open.")
     assert (await sqlite_db.get_ce(name))["enabled"]
     assert [(entry.who, entry.target) for entry in await read_audit(redis)] == [("wilma", name)] * 2
     assert await tab.page.evaluate("window.hacked") is None
     assert not tab.complaints
+
+
+async def test_a_compute_element_is_banned_for_a_reason_and_let_back_and_a_pilot_is_cancelled(
+    tab: Tab, sqlite_db: MyPilotDB, redis: Redis
+) -> None:
+    name, why = "ce02.example.org", f"flood {HOSTILE}"
+    await tab.open("/pilots")
+    row = tab.page.get_by_role("row").filter(has=tab.page.get_by_role("link", name=name, exact=True))
+    button = row.get_by_role("button", name="Ban")
+    await tab.answer(button, f"Ban {name}?", "Ban it", f"{name}: banned, flood <script>", reason=why)
+    ce = await sqlite_db.get_ce(name)
+    assert (ce["ban_reason"], ce["enabled"]) == (why, False)
+    await expect(row.get_by_role("cell", name="banned", exact=True)).to_be_visible()
+    await expect(row).to_contain_text("flood <script>")
+    await tab.check("/pilots?state=banned")
+    await tab.answer(row.get_by_role("button", name="Open"), f"Open {name}", "Open it", f"{name}: open.")
+    ce = await sqlite_db.get_ce(name)
+    assert (ce["banned_at"], ce["enabled"]) == (None, True)
+
+    await tab.open("/pilots/list?status=RUNNING")
+    await tab.page.get_by_role("table").get_by_role("link").first.click()
+    number = int(tab.page.url.rpartition("/")[2])
+    button = tab.page.get_by_role("button", name="Cancel it…")
+    await tab.answer(button, f"Cancel pilot {number}?", "Cancel it", f"The end of pilot {number} was requested")
+    assert (await sqlite_db.get_pilot(number))["cancel_requested_at"] is not None
+    await expect(tab.page.get_by_role("button", name="Cancel it…")).to_have_count(0)
+    await tab.open("/audit")
+    for action in ("ban compute element", "open compute element", "cancel pilot"):
+        await expect(tab.page.get_by_role("row").filter(has_text=action)).to_contain_text("wilma")
+    assert await tab.page.evaluate("window.hacked") is None
+    assert not tab.complaints
+
+
+async def test_compute_elements_are_filtered_and_paged_by_keyboard_alone(tab: Tab, sqlite_db: MyPilotDB) -> None:
+    for number in range(60):
+        await sqlite_db.add_ce(f"farm-{number:02}.example.org", 5, 1.0)
+    await tab.open("/pilots")
+    box = tab.page.get_by_role("searchbox", name="Compute element")
+    await box.focus()
+    await tab.page.keyboard.type("FARM")
+    await tab.page.keyboard.press("Enter")
+    ces = tab.page.get_by_role("link", name="farm-")
+    await expect(ces).to_have_count(40)
+    await expect(box).to_have_value("FARM")
+    await tab.press(tab.page.get_by_role("link", name="Next page of the compute elements"), "Enter")
+    await expect(ces).to_have_count(20)
+    await expect(ces.last).to_have_text("farm-59.example.org")
+    await tab.press(tab.page.get_by_role("link", name="From the beginning of the compute elements"), "Enter")
+    await expect(ces.first).to_have_text("farm-00.example.org")
+    assert not tab.complaints
+
+
+async def test_who_may_only_look_sees_pilots_and_can_change_nothing(
+    app: DashboardApp, sqlite_db: MyPilotDB, redis: Redis
+) -> None:
+    before = await sqlite_db.get_ces(), await sqlite_db.get_pilot(1)
+    async with tab_of(app, READER) as tab:
+        for address in ("/pilots", "/pilots/1", "/pilots/1/output"):
+            await tab.open(address)
+            posting = tab.page.locator('form[method="post"]:not([action$="/sign-out"])')
+            await expect(posting).to_have_count(0)
+        sent = {"ce": "ce01.example.org", "pilot": "1", "reason": "none"}
+        refused = {action.path: await tab.is_refused(action.path, **sent) for action in ACTIONS}
+    assert all(refused.values()), refused
+    assert (await sqlite_db.get_ces(), await sqlite_db.get_pilot(1)) == before
+    assert await read_audit(redis) == []

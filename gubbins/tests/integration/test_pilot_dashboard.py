@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,8 @@ from gubbins.circuits import CECall
 from gubbins.dashboard import extension
 from gubbins.dashboard.store import course_of
 from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.outputs import Output
+from gubbins.pilot_states import MyPilotStatus
 
 HOSTILE = "<script>window.hacked=1</script>\"'>"
 
@@ -71,11 +74,11 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
 async def test_a_compute_element_that_failed_too_often_shows_its_circuit(
     client: httpx.AsyncClient, db: MyPilotDB
 ) -> None:
-    assert "submit open" not in (await client.get("/pilots")).text
+    assert "submit paused" not in (await client.get("/pilots")).text
     for call, pause in ((CECall.SUBMIT, 3600), (CECall.STATUS, 1e-6)):
         await db.record_failure("ce01", call, HOSTILE, failures=1, pause_seconds=pause, max_pause_seconds=3600)
     text = (await client.get("/pilots")).text
-    assert "submit open for" in text
+    assert "submit paused for" in text
     assert "status half-open" in text
     await db.ban_ce("ce01", reason=HOSTILE)
     text = (await client.get("/pilots")).text
@@ -113,6 +116,92 @@ async def test_whoever_opens_or_closes_a_banned_compute_element_is_told_of_the_b
         text = (await client.post(f"/pilots/ce/{deed}", data=form)).text
         assert "It is banned: drains for &lt;good&gt;. " + told in text
     assert (await db.get_ce("ce01"))["banned_at"]
+
+
+async def test_a_compute_element_is_banned_with_a_reason_and_let_back(
+    client: httpx.AsyncClient, db: MyPilotDB, redis: Redis
+) -> None:
+    found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
+    assert found
+    form = {"form_token": found[1], "ce": "ce01", "next": "/pilots"}
+    question = (await client.post("/pilots/ce/ban", data=form)).text
+    assert "Ban ce01?" in question
+    assert 'name="reason" required' in question
+    await client.post("/pilots/ce/ban", data=form | {"confirmed": "yes", "reason": "  "})
+    assert (await db.get_ce("ce01"))["banned_at"] is None
+    assert "A ban needs a reason" in (await client.get("/pilots")).text
+    await client.post("/pilots/ce/ban", data=form | {"confirmed": "yes", "reason": HOSTILE})
+    assert (await db.get_ce("ce01"))["ban_reason"] == HOSTILE
+    text = (await client.get("/pilots")).text
+    assert "banned, &lt;script&gt;" in text
+    assert "<script>window" not in text
+    await client.post("/pilots/ce/close", data=form | {"confirmed": "yes"})
+    ce = await db.get_ce("ce01")
+    assert (ce["banned_at"], ce["enabled"]) == (None, False)
+    told = [(entry.action, entry.target, entry.ok) for entry in await read_audit(redis)]
+    assert told == [("close compute element", "ce01", True), ("ban compute element", "ce01", True)]
+
+
+async def test_any_number_of_compute_elements_is_paged_and_filtered(
+    client: httpx.AsyncClient, db: MyPilotDB
+) -> None:
+    names = [f"ce-{number:03}.site-with-a-rather-long-name.example.org" for number in range(130)]
+    for name in names:
+        await db.add_ce(name, 5, 1.0, enabled=not name.startswith("ce-12"))
+        await db.submit_pilot(name, "gridpp") if not name.startswith("ce-12") else None
+    await db.ban_ce(names[7], reason="flood")
+    seen: list[str] = []
+    address: str | None = "/pilots"
+    while address:
+        answer = await client.get(address)
+        assert len(answer.content) < 200_000  # scripts and styles come on top
+        table, _, pilots = answer.text.rpartition("<h2>Pilots</h2>")
+        seen += re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', table)
+        following = re.search(r'href="([^"]+)" rel="next">Next page<span class="unseen"> of the comp', answer.text)
+        address = html.unescape(following[1]) if following else None
+    assert seen == names
+    assert "60 of 123 rows" in pilots
+    for query, wanted in {
+        "ce=CE-01": names[10:20],
+        "ce=ce-&state=closed": names[120:],
+        "state=banned": [names[7]],
+        "state=failing": [],
+        "ce=nowhere": [],
+    }.items():
+        text = (await client.get(f"/pilots?{query}")).text
+        assert re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', text) == wanted, query
+    assert "10 of 10 rows" in (await client.get("/pilots?ce=CE-01")).text
+    second = (await client.get("/pilots?rows=60")).text
+    assert "From the beginning<span" in second
+    assert names[0] not in second.rpartition("<h2>Pilots</h2>")[2]
+    for query in ("state=lost", "rows=-1", "rows=x"):
+        assert (await client.get(f"/pilots?{query}")).status_code == 404, query
+
+
+async def test_what_a_pilot_has_written_is_shown_in_part_and_harmless(
+    client: httpx.AsyncClient, db: MyPilotDB
+) -> None:
+    now = datetime.now(UTC)
+    await db.update_pilot_status(1, MyPilotStatus.RUNNING)
+    await db.update_pilot_status(1, MyPilotStatus.DONE)
+    much = "the beginning\n" + HOSTILE * 20_000 + "\0\x1b[31mthe end, https://user:hunter2@se.example.org/"
+    await db.queue_outputs([1])
+    await db.store_outputs([Output(1, now + timedelta(days=1), much, "")])
+    assert "/pilots/1/output" in (await client.get("/pilots/1")).text
+    answer = await client.get("/pilots/1/output")
+    assert len(answer.content) < 200_000
+    assert "the end, https://user:***@se.example.org/" in answer.text
+    for hidden in ("the beginning", "<script>window", "hunter2"):
+        assert hidden not in answer.text
+    assert f"{len(much):,}".replace(",", "\u202f") in answer.text
+    assert "Nothing." in answer.text
+    await db.queue_outputs([2])
+    await db.store_outputs([Output(2, now + timedelta(days=1), error=HOSTILE)])
+    answer = await client.get("/pilots/2/output")
+    assert "There is none: &lt;script&gt;" in answer.text
+    await db.ban_ce(HOSTILE, reason=None)
+    assert "It cannot be had now" in (await client.get("/pilots/3/output")).text
+    assert (await client.get("/pilots/99/output")).status_code == 404
 
 
 async def test_without_a_database_the_page_says_so(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.dashboard.operations import NotPossibleError, Operator
 from diracx.tasks.dashboard.page import Form
 
-from gubbins.dashboard.pages import ACTIONS
+from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.store import STORE
 from gubbins.db.sql import MyPilotDB
 
@@ -122,6 +122,12 @@ async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_al
             assert "lhcb-ce" in text, page
             assert "dteam" not in text, page
     assert "2 pilots" in (await client.get("/pilots/list")).text
+    for deed in ("open", "close", "ban"):
+        assert f"/pilots/ce/{deed}" not in (await client.get("/pilots")).text
+    assert "dteam-ce" not in (await client.get("/pilots?ce=-ce")).text
+    assert (await client.get(f"/pilots/{pilots['lhcb']}/output")).status_code == 200
+    unseen = (await client.get(f"/pilots/{pilots['dteam']}/output")).text
+    assert "There is no pilot" in unseen
     for page in ("/pilots?vo=dteam", "/pilots/list?vo=dteam", f"/pilots/{pilots['dteam']}"):
         answer = await client.get(page)
         assert answer.status_code == 404, page
@@ -174,8 +180,9 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
         )
         with pytest.raises(NotPossibleError, match="unknown pilot"):
             await do["/pilots/cancel"](Form({"pilot": [str(pilots["dteam"])]}), operator)
-        with pytest.raises(NotPossibleError, match="all VOs"):
-            await do["/pilots/ce/close"](Form({"ce": ["shared-ce"]}), operator)
+        for deed in ("close", "ban"):
+            with pytest.raises(NotPossibleError, match="all VOs"):
+                await do[f"/pilots/ce/{deed}"](Form({"ce": ["shared-ce"], "reason": ["flood"]}), operator)
         assert (await sqlite_db.get_pilot(pilots["dteam"]))["cancel_requested_at"] is None
         assert (await sqlite_db.get_ce("shared-ce"))["enabled"]
         assert "requested" in await do["/pilots/cancel"](Form({"pilot": [str(pilots["lhcb"])]}), operator)

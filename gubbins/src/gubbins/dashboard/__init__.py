@@ -8,7 +8,8 @@ from pathlib import Path
 
 from diracx.tasks.dashboard.page import Extension
 
-from .pages import ACTIONS, PAGES
+from .actions import ACTIONS
+from .pages import PAGES
 from .store import opened
 
 

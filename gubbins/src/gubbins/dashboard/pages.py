@@ -1,36 +1,31 @@
-"""Pilots by VO, compute element and state; compute elements; one pilot with its history."""
+"""Pilots by VO, compute element and state; compute elements; one pilot with its history and its output."""
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS", "PAGES"]
+__all__ = ["PAGES"]
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from diracx.tasks.dashboard.page import (
-    Action,
-    Form,
-    Installation,
-    NotFoundError,
-    NotPossibleError,
-    Operator,
-    Page,
-    Question,
-    Request,
-    integer,
-)
+from diracx.tasks.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
 
-from gubbins.deeds import Deed
-from gubbins.exceptions import GubbinsError, PilotNotFoundError, UnknownCEError
+from gubbins.circuits import CircuitState
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
-from .store import HOURS, STORE
+from .store import HOURS, STORE, Course
 
 _PAGE = 50
-#: A page has no more rows; choosing a VO narrows it down.
-_MOST, _MOST_CES = 150, 80
+#: What a page has room for, whatever the names are.
+_CES, _ROWS = 40, 60
+#: Of what a pilot has written, so many characters are shown; hostile ones take five bytes each.
+_OUTPUT_CHARS = 16_000
 _STATES = [str(state) for state in MyPilotStatus]
+_CE_STATES = ("open", "closed", "banned", "failing")
+#: From this failure rate on a compute element fails.
+_FAILING_RATE = 0.2
 
 
 async def _chosen_vo(request: Request, installation: Installation) -> str | None:
@@ -59,24 +54,38 @@ async def _ces(vo: str | None) -> list[dict[str, Any]]:
 
 async def _overview(request: Request, installation: Installation) -> dict[str, Any]:
     vo = await _chosen_vo(request, installation)
+    query = request.query_params
+    text, state = query.get("ce", "").strip(), query.get("state", "")
+    if state not in ("", *_CE_STATES):
+        raise NotFoundError(f"{state[:40]!r} is no state of a compute element.")
     summary = await STORE.summary(request.state.principal.vo)
     course = await STORE.course(vo)
-    ces = await _ces(vo)
-    shown = {name: by_ce for name, by_ce in summary.items() if vo in (None, name)}
-    rows = [(name, ce, states) for name, by_ce in shown.items() for ce, states in by_ce.items()]
+    known = [_with_trouble(ce, course) for ce in await _ces(vo)]
+    # By name as Python sorts: databases differ, and pages go on after a name.
+    ces = sorted((ce for ce in known if _is_wanted(ce, text, state)), key=lambda ce: str(ce["name"]))
+    of_state = {ce["name"] for ce in ces}
+    rows = [
+        (name, ce, states)
+        for name, by_ce in summary.items()
+        for ce, states in by_ce.items()
+        if vo in (None, name) and text.lower() in ce.lower() and (not state or ce in of_state)
+    ]
+    shown = [ce for ce in ces if ce["name"] > query.get("after", "")][:_CES]
+    first = _number(query.get("rows", "0"))
     return {
         "vo": vo,
         "vos": sorted(summary),
         "bound": request.state.principal.vo is not None,
-        "rows": rows[:_MOST],
-        "hidden": max(0, len(rows) - _MOST),
-        "hidden_ces": max(0, len(ces) - _MOST_CES),
+        "chosen": {"ce": text, "state": state},
+        "ce_states": _CE_STATES,
+        "rows": rows[first : first + _ROWS],
+        "all_rows": len(rows),
+        "next_rows": first + _ROWS if len(rows) > first + _ROWS else None,
         "states": _STATES,
-        "totals": {state: sum(states.get(state, 0) for _, _, states in rows) for state in _STATES},
-        "ces": [
-            ce | {"rate": _rate(course.failed.get(ce["name"], 0), course.ended.get(ce["name"], 0))}
-            for ce in ces[:_MOST_CES]
-        ],
+        "totals": {each: sum(states.get(each, 0) for _, _, states in rows) for each in _STATES},
+        "ces": shown,
+        "all_ces": len(ces),
+        "after": shown[-1]["name"] if shown and shown[-1] is not ces[-1] else None,
         "capacity": sum(ce["capacity"] for ce in ces),
         "active": sum(ce["active"] for ce in ces),
         "free": sum(ce["available_slots"] for ce in ces if ce["enabled"]),
@@ -86,8 +95,24 @@ async def _overview(request: Request, installation: Installation) -> dict[str, A
     }
 
 
-def _rate(failed: int, ended: int) -> float | None:
-    return failed / ended if ended else None
+def _with_trouble(ce: Mapping[str, Any], course: Course) -> dict[str, Any]:
+    ended = course.ended.get(ce["name"], 0)
+    rate = course.failed.get(ce["name"], 0) / ended if ended else None
+    paused = any(circuit["state"] is not CircuitState.CLOSED for circuit in ce["circuits"].values())
+    state = "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
+    return {**ce, "rate": rate, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}
+
+
+def _is_wanted(ce: Mapping[str, Any], text: str, state: str) -> bool:
+    in_state = state in ("", ce["state"]) or (state == "failing" and ce["failing"])
+    return in_state and text.lower() in ce["name"].lower()
+
+
+def _number(text: str, least: int = 0) -> int:
+    try:
+        return integer(text, least, 1_000_000)
+    except NotPossibleError as error:
+        raise NotFoundError(str(error)) from error
 
 
 async def _charts(request: Request, installation: Installation) -> dict[str, Any]:
@@ -99,10 +124,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
     status = query.get("status") or None
     if status is not None and status not in _STATES:
         raise NotFoundError(f"{status[:40]!r} is no state of a pilot.")
-    try:
-        number = integer(query.get("page", "1"), 1, 1_000_000)
-    except NotPossibleError as error:
-        raise NotFoundError(str(error)) from error
+    number = _number(query.get("page", "1"), 1)
     total, pilots = await logic.search_pilots(
         STORE.database(),
         vo=await _chosen_vo(request, installation),
@@ -124,12 +146,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
 
 
 async def _one(request: Request, installation: Installation) -> dict[str, Any]:
-    try:
-        number = integer(request.path_params["pilot"], 1)
-        pilot = await logic.get_pilot(STORE.database(), number)
-        _check_vo(pilot, request.state.principal.vo)
-    except (NotPossibleError, PilotNotFoundError) as error:
-        raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
+    pilot = await _pilot(request)
     steps = pilot["history"]
     took = [
         None,
@@ -138,106 +155,44 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     return {"pilot": pilot, "steps": list(zip(steps, took, strict=True)), "active": pilot["status"] in ACTIVE}
 
 
-def _check_vo(pilot: dict[str, Any], vo: str | None) -> None:
-    """Of a pilot of another VO nobody learns that there is one."""
+async def _pilot(request: Request) -> dict[str, Any]:
+    """The pilot of the address, if whoever asks may see it."""
+    try:
+        pilot = await logic.get_pilot(STORE.database(), integer(request.path_params["pilot"], 1))
+        check_vo(pilot, request.state.principal.vo)
+    except (NotPossibleError, PilotNotFoundError) as error:
+        raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
+    return pilot
+
+
+async def _output(request: Request, installation: Installation) -> dict[str, Any]:
+    """What a pilot has written, to all who may see the pilot, as by HTTP."""
+    pilot = await _pilot(request)
+    output, problem = None, ""
+    try:
+        output = await logic.get_pilot_output(STORE.database(), pilot["pilot_id"])
+    except OutputUnavailableError as error:
+        problem = f"There is none: {error.reason}."
+    except CEUnavailableError as error:
+        problem = f"It cannot be had now: {error}."
+    except PilotNotFoundError as error:  # it was pruned meanwhile
+        raise NotFoundError(str(error)) from error
+    return {"pilot": pilot, "output": output, "problem": problem, "most": _OUTPUT_CHARS}
+
+
+def check_vo(pilot: Mapping[str, Any], vo: str | None) -> None:
+    """Of a pilot of another VO nobody learns that there is one.
+
+    Raises:
+        PilotNotFoundError: it belongs to another VO than this one (None: those of all may be seen).
+    """
     if vo not in (None, pilot["vo"]):
         raise PilotNotFoundError(pilot["pilot_id"])
-
-
-# --- actions ------------------------------------------------------------------------------------------------
-
-
-async def _ce(form: Form) -> dict[str, Any]:
-    name = form.one("ce")
-    found = [ce for ce in await STORE.ces() if ce["name"] == name]
-    if not found:
-        raise NotPossibleError(str(UnknownCEError(name)))
-    return found[0]
-
-
-async def _ask_close(form: Form, installation: Installation) -> Question:
-    ce = await _ce(form)
-    return Question(
-        f"Close {ce['name']} for new pilots?",
-        f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until somebody "
-        "opens it again." + _about_ban(ce, "Closing lifts the ban: pilots that are there are looked at again."),
-        "Close it",
-    )
-
-
-async def _ask_open(form: Form, installation: Installation) -> Question:
-    ce = await _ce(form)
-    return Question(
-        f"Open {ce['name']} for new pilots?",
-        f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}."
-        + _about_ban(ce, "Opening lifts the ban.")
-        + " Pauses after failed calls end, too.",
-        "Open it",
-    )
-
-
-def _about_ban(ce: dict[str, Any], lifted: str) -> str:
-    if ce["banned_at"] is None:
-        return ""
-    return f" It is banned: {ce['ban_reason'] or 'no reason was given'}. {lifted}"
-
-
-async def _close(form: Form, operator: Operator) -> str:
-    return await _switch(form, operator, False)
-
-
-async def _open(form: Form, operator: Operator) -> str:
-    return await _switch(form, operator, True)
-
-
-async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
-    name, state = form.one("ce"), "open" if enabled else "closed"
-
-    async def do() -> str:
-        if operator.vo is not None:
-            raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
-        try:
-            changed = await logic.set_ce_enabled(STORE.database(), name, enabled)
-        except UnknownCEError as error:
-            raise NotPossibleError(str(error)) from error
-        return state if changed else f"was {state} already"
-
-    outcome = await operator.perform(Deed.OPEN_CE if enabled else Deed.CLOSE_CE, name, do)
-    return f"{name}: {outcome}."
-
-
-async def _ask_cancel(form: Form, installation: Installation) -> Question:
-    number = integer(form.one("pilot"), 1)
-    return Question(
-        f"Cancel pilot {number}?",
-        "Its compute element is asked to end it. Its state changes when the compute element says that it has "
-        "ended.",
-        "Cancel it",
-        dangerous=True,
-    )
-
-
-async def _cancel(form: Form, operator: Operator) -> str:
-    number = integer(form.one("pilot"), 1)
-
-    async def do() -> str:
-        try:
-            _check_vo(await logic.get_pilot(STORE.database(), number), operator.vo)
-            pilot = await logic.cancel_pilot(STORE.database(), number, by=operator.who)
-        except GubbinsError as error:
-            raise NotPossibleError(str(error)) from error
-        return f"requested at {pilot['ce_name']}"
-
-    return f"The end of pilot {number} was {await operator.perform(Deed.CANCEL_PILOT, str(number), do)}."
 
 
 PAGES = [
     Page("/pilots", "pilots", "Pilots", _overview, section="Pilots", charts=_charts),
     Page("/pilots/list", "pilot_list", "List of pilots", _list, nav="/pilots"),
     Page("/pilots/{pilot}", "pilot", "Pilot", _one, nav="/pilots"),
-]
-ACTIONS = [
-    Action("/pilots/ce/close", _ask_close, _close),
-    Action("/pilots/ce/open", _ask_open, _open),
-    Action("/pilots/cancel", _ask_cancel, _cancel),
+    Page("/pilots/{pilot}/output", "pilot_output", "Output of a pilot", _output, nav="/pilots", live=False),
 ]

@@ -120,6 +120,8 @@ class Question:
     """The things it is done to."""
     dangerous: bool = False
     """Whether it cannot be undone."""
+    reason: str = ""
+    """What a line of text is asked for that is sent along as `reason`; empty: none is."""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """What is sent along with the yes: name -> values, in place of what the field had.
 

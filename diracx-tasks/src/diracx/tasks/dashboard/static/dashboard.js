@@ -6,6 +6,21 @@ const root = document.documentElement;
 const body = document.body;
 const byId = (id) => document.getElementById(id);
 
+// Where the navigation is one long line, the page that one is on must be in sight.
+const entry = document.querySelector(".side [aria-current]");
+const line = entry?.closest("nav");
+if (line && line.scrollWidth > line.clientWidth) line.scrollLeft = entry.offsetLeft - line.clientWidth / 3;
+
+// What has to be moved sideways to be seen can be, by keyboard alone.
+function reach() {
+  document.querySelectorAll("#live, .scroll, .overview :is(.first, .last)").forEach((box) => {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  });
+}
+addEventListener("resize", reach);
+reach();
+
 // --- light and dark --------------------------------------------------------------------------------------------
 
 function isDark() {
@@ -153,6 +168,7 @@ function put(html) {
   htmx.swap(place, html, { swapStyle: "innerHTML" });
   open.forEach((id) => { const one = byId(id); if (one) one.open = true; });
   if (mark && !place.contains(document.activeElement)) place.querySelector(mark)?.focus({ preventScroll: true });
+  reach();
   [place.scrollLeft, place.scrollTop] = scroll;
 }
 

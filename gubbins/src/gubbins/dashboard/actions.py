@@ -1,0 +1,148 @@
+"""What can be done about pilots and compute elements: closing, opening and banning, and cancelling."""
+
+from __future__ import annotations
+
+__all__ = ["ACTIONS"]
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from diracx.tasks.dashboard.page import (
+    Action,
+    Form,
+    Installation,
+    NotPossibleError,
+    Operator,
+    Question,
+    integer,
+)
+
+from gubbins.deeds import Deed
+from gubbins.exceptions import GubbinsError, UnknownCEError
+from gubbins.logic import my_pilots as logic
+
+from .pages import check_vo
+from .store import STORE
+
+_LONGEST_REASON = 500
+
+
+async def _ce(form: Form) -> dict[str, Any]:
+    name = form.one("ce")
+    found = [ce for ce in await STORE.ces() if ce["name"] == name]
+    if not found:
+        raise NotPossibleError(str(UnknownCEError(name)))
+    return found[0]
+
+
+async def _ask_close(form: Form, installation: Installation) -> Question:
+    ce = await _ce(form)
+    return Question(
+        f"Close {ce['name']} for new pilots?",
+        f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until somebody "
+        "opens it again." + _about_ban(ce, "Closing lifts the ban: pilots that are there are looked at again."),
+        "Close it",
+    )
+
+
+async def _ask_open(form: Form, installation: Installation) -> Question:
+    ce = await _ce(form)
+    return Question(
+        f"Open {ce['name']} for new pilots?",
+        f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}."
+        + _about_ban(ce, "Opening lifts the ban.")
+        + " Pauses after failed calls end, too.",
+        "Open it",
+    )
+
+
+def _about_ban(ce: dict[str, Any], lifted: str) -> str:
+    if ce["banned_at"] is None:
+        return ""
+    return f" It is banned: {ce['ban_reason'] or 'no reason was given'}. {lifted}"
+
+
+async def _ask_ban(form: Form, installation: Installation) -> Question:
+    ce = await _ce(form)
+    return Question(
+        f"Ban {ce['name']}?",
+        f"Nobody touches it until somebody opens or closes it: it gets no pilots, and is not asked about the "
+        f"{ce['active']} that hold a slot there, which stay as they are. To drain it, close it instead.",
+        "Ban it",
+        reason="Why, for the others",
+    )
+
+
+async def _close(form: Form, operator: Operator) -> str:
+    return await _switch(form, operator, False)
+
+
+async def _open(form: Form, operator: Operator) -> str:
+    return await _switch(form, operator, True)
+
+
+async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
+    name, state = form.one("ce"), "open" if enabled else "closed"
+
+    async def switch() -> str:
+        return state if await logic.set_ce_enabled(STORE.database(), name, enabled) else f"was {state} already"
+
+    deed = Deed.OPEN_CE if enabled else Deed.CLOSE_CE
+    return f"{name}: {await _perform(operator, deed, name, switch)}."
+
+
+async def _ban(form: Form, operator: Operator) -> str:
+    name, reason = form.one("ce"), " ".join(form.one("reason").split())[:_LONGEST_REASON]
+    if not reason:
+        raise NotPossibleError("A ban needs a reason: others will ask for it.")
+
+    async def ban() -> str:
+        changed = await logic.ban_ce(STORE.database(), name, reason=reason)
+        return f"banned, {reason}" if changed else "was banned already"
+
+    return f"{name}: {await _perform(operator, Deed.BAN_CE, name, ban)}."
+
+
+async def _perform(operator: Operator, deed: Deed, name: str, do: Callable[[], Awaitable[str]]) -> str:
+    async def checked() -> str:
+        if operator.vo is not None:
+            raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
+        try:
+            return await do()
+        except UnknownCEError as error:
+            raise NotPossibleError(str(error)) from error
+
+    return await operator.perform(deed, name, checked)
+
+
+async def _ask_cancel(form: Form, installation: Installation) -> Question:
+    number = integer(form.one("pilot"), 1)
+    return Question(
+        f"Cancel pilot {number}?",
+        "Its compute element is asked to end it. Its state changes when the compute element says that it has "
+        "ended.",
+        "Cancel it",
+        dangerous=True,
+    )
+
+
+async def _cancel(form: Form, operator: Operator) -> str:
+    number = integer(form.one("pilot"), 1)
+
+    async def do() -> str:
+        try:
+            check_vo(await logic.get_pilot(STORE.database(), number), operator.vo)
+            pilot = await logic.cancel_pilot(STORE.database(), number, by=operator.who)
+        except GubbinsError as error:
+            raise NotPossibleError(str(error)) from error
+        return f"requested at {pilot['ce_name']}"
+
+    return f"The end of pilot {number} was {await operator.perform(Deed.CANCEL_PILOT, str(number), do)}."
+
+
+ACTIONS = [
+    Action("/pilots/ce/close", _ask_close, _close),
+    Action("/pilots/ce/open", _ask_open, _open),
+    Action("/pilots/ce/ban", _ask_ban, _ban),
+    Action("/pilots/cancel", _ask_cancel, _cancel),
+]

@@ -1,0 +1,103 @@
+"""The pictures of the dashboard in its guide: `make pictures`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dashboard_browser import expect, tab_of
+from dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
+from dashboard_world import WRITER, until
+from diracx.tasks import monitor
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.app import create_app
+from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.testing import embedded_redis
+
+from gubbins.dashboard import extension
+from gubbins.db.sql import MyPilotDB
+
+WIDTH = 1280
+#: Address -> name of its picture.
+PAGES = {
+    "/": "overview",
+    "/queues": "queues",
+    "/running": "running",
+    "/waiting": "waiting",
+    "/workers": "workers",
+    "/failures": "failures",
+    "/dead-letters": "dead-letters",
+    "/schedules": "schedules",
+    "/locks": "locks",
+    "/groups": "groups",
+    "/configuration?task=transfers:CopyFile": "configuration",
+    "/pilots": "pilots",
+    "/audit": "audit",
+}
+
+
+async def _take(page: Any, file: Path) -> None:
+    """A picture of a page down to the end of what is on it."""
+    bottom = await page.evaluate(
+        "Math.max(...[...document.querySelectorAll('main *')].map((one) => one.getBoundingClientRect().bottom))"
+    )
+    await page.set_viewport_size({"width": WIDTH, "height": int(min(max(bottom + 24, 730), 900))})
+    session = await page.context.new_cdp_session(page)
+    taken = await session.send("Page.captureScreenshot", {"format": file.suffix[1:], "quality": 72})
+    file.write_bytes(base64.b64decode(taken["data"]))
+    await session.detach()
+
+
+async def draw(folder: Path, kind: str) -> None:
+    """Fill a system, and take the pictures, as `webp` or `png`."""
+    with tempfile.TemporaryDirectory() as made, embedded_redis() as redis_url:
+        os.chdir(made)
+        Path("tasks.yaml").write_text(CONFIG)
+        os.environ["DIRACX_TASKS_CONFIG"] = "tasks.yaml"
+        os.environ["DIRACX_DB_URL_MYPILOTDB"] = pilots_url = f"sqlite+aiosqlite:///{made}/pilots.db"
+        pilots = MyPilotDB(pilots_url)
+        async with pilots.engine_context(), system_of(redis_url) as system:
+            await pilots.create_tables()
+            followed = await a_day(pilots)
+            redis = system.broker.redis
+            await an_hour(redis)
+            await a_night(system)
+
+            async def seen() -> bool:
+                running = (await monitor.running(redis)).items
+                return len(running) >= 13 and len((await monitor.failures(redis)).items) >= 4
+
+            await until(seen)
+            installation = Installation(
+                system.broker, system.registry, ConfigReader.of_environment(), system.task_db, "production"
+            )
+            installation._settings = type(installation._settings)(system._config, tuple(VOS))
+            await steered(installation)
+            now = time.time()
+            installation.loads.extend(loads(now))
+
+            async def this() -> Installation:
+                return installation
+
+            gate = TokenGate([Account("wilma", Role.WRITE, digest_of(WRITER))], "")
+            app = create_app(this, gate, hosts={"127.0.0.1"}, extensions=[extension()])
+            pages = PAGES | {f"/pilots/{followed}": "pilot", f"/pilots/{followed}/output": "pilot-output"}
+            async with tab_of(app, WRITER) as tab:
+                await tab.page.set_viewport_size({"width": WIDTH, "height": 900})
+                for address, name in pages.items():
+                    await tab.open(address)
+                    if await tab.page.locator("#state").count():
+                        await expect(tab.page.locator("#state")).to_have_text("live")
+                    await _take(tab.page, folder / f"dashboard-{name}.{kind}")
+            await app.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(draw(Path(sys.argv[1]).resolve(), *sys.argv[2:] or ["webp"]))
