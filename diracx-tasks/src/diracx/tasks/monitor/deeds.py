@@ -139,7 +139,8 @@ class Deeds:
             limit: at most so many by filter.
 
         Raises:
-            As `Resubmitter.these`.
+            SendTaskError: the broker does not answer; see `Resubmitter.these`.
+            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: the database does not.
         """
         from ..plumbing.persistence.resubmission import Fate
 
