@@ -17,6 +17,18 @@ class Look(BaseTask):
         return f"told: {[name for name in told if name in os.environ]}"
 """
 
+_SECOND_WAITS = """
+import time
+from pathlib import Path
+
+try:
+    Path("first").touch(exist_ok=False)
+except FileExistsError:
+    while not Path("go").exists():
+        time.sleep(0.01)
+    assert not Path("broken").exists()
+"""
+
 
 @pytest.fixture
 def two(served, wait_until):
@@ -66,3 +78,17 @@ def test_what_cannot_start_is_said_and_ends_it(cli):
     assert supervisor.ends() == 1, supervisor.output
     assert "cannot reach Redis" in supervisor.output
     assert "Traceback" not in supervisor.output
+
+
+def test_one_that_cannot_start_does_not_stop_those_that_work(served, wait_until):
+    with (served.directory / "my_tasks.py").open("a") as tasks:
+        tasks.write(_SECOND_WAITS)
+    supervisor = served.start("worker", "--processes", "2", "--module", "my_tasks.py")
+    wait_until(lambda: supervisor.output.count("ready: medium tasks") == 1, "one worker is ready")
+    broken = served.directory / "broken"
+    broken.touch()
+    (served.directory / "go").touch()
+    wait_until(lambda: "has ended (exit code" in supervisor.output, "the other one could not start")
+    broken.unlink()
+    wait_until(lambda: supervisor.output.count("ready: medium tasks") == 2, "it could in the end")
+    assert "stopping" not in supervisor.output

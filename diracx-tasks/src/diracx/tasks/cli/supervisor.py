@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,11 @@ class Supervisor:
         self._processes = processes
         self._stopping = asyncio.Event()
         self._exit_code = 0
+        self._any_was_ready = False
         self._children: dict[int, asyncio.subprocess.Process] = {}
 
     async def run(self) -> int:
-        """Run until stopped, or until a child cannot even start. Returns the exit code."""
+        """Run until stopped, or until a child cannot even start and none ever could. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._pass_on, number)
@@ -99,16 +100,15 @@ class Supervisor:
 
     async def _keep_up(self, number: int) -> None:
         """One place: start a child, and another one when it dies."""
-        pause, was_ready = _SHORTEST_PAUSE_SECONDS, False
+        pause = _SHORTEST_PAUSE_SECONDS
         while not self._stopping.is_set():
             began = time.monotonic()
-            code, ready = await self._one_life(number)
-            was_ready = was_ready or ready
+            code = await self._one_life(number)
             if self._stopping.is_set():
                 if code != -signal.SIGTERM:  # which is how one ends that was still starting
                     self._exit_code = self._exit_code or (code if code >= 0 else 128 - code)
                 return
-            if not was_ready and code > 0:
+            if not self._any_was_ready and code > 0:
                 # It said why in its log, and would again.
                 logger.error("process %d cannot start (exit code %d): stopping", number, code)
                 self._exit_code = code
@@ -121,10 +121,11 @@ class Supervisor:
             except TimeoutError:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _one_life(self, number: int) -> tuple[int, bool]:
-        """Returns the exit code (negative: of a signal) and whether the child was ready."""
+    async def _one_life(self, number: int) -> int:
+        """Returns the exit code (negative: of a signal)."""
         ours, theirs = socket.socketpair()
-        with ours:
+        ours.setblocking(False)
+        with ours, self._hearing(ours):
             with theirs:
                 child = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -144,12 +145,23 @@ class Supervisor:
                 child.send_signal(signal.SIGTERM)
             code = await child.wait()
             del self._children[number]
-            ours.setblocking(False)
-            try:
-                ready = ours.recv(1) == _READY
-            except OSError:
-                ready = False
-            return code, ready
+            self._hear(ours)
+            return code
+
+    @contextmanager
+    def _hearing(self, child: socket.socket) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(child, self._hear, child)
+        try:
+            yield
+        finally:
+            loop.remove_reader(child)
+
+    def _hear(self, child: socket.socket) -> None:
+        with suppress(OSError):
+            if child.recv(1) == _READY:
+                self._any_was_ready = True
+        asyncio.get_running_loop().remove_reader(child)  # it says one word
 
 
 def _how(code: int) -> str:

@@ -46,6 +46,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 PROMOTE_BATCH = 500
 #: Messages submitted by one script call.
 SUBMIT_BATCH = 500
+DELAY_BATCH = 100
 #: Children of a group in one script call.
 GROUP_BATCH = 500
 #: The third delivery: two workers have died with the message.
@@ -135,7 +136,8 @@ class RedisStreamBroker:
         await self.submit([Submission(message, stream or stream_name_for("normal", self.worker_size))])
 
     async def submit(self, submissions: Sequence[Submission]) -> None:
-        """Submit messages: one round trip for each queue and each `SUBMIT_BATCH` of them.
+        """Submit messages: one round trip for each queue and each `SUBMIT_BATCH` of them, and for each
+        `DELAY_BATCH` of those that are not due yet.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
@@ -155,12 +157,14 @@ class RedisStreamBroker:
             for stream, messages in now.items():
                 for first in range(0, len(messages), SUBMIT_BATCH):
                     await scripts.submit(self.redis, stream, messages[first : first + SUBMIT_BATCH])
-            for submission, data in packed:
-                if submission.at_time is not None:
-                    due = in_ms(submission.at_time)
-                    await scripts.delay(
-                        self.redis, submission.message.task_id, due, submission.stream, "at_time", data
-                    )
+            later = [
+                (each.message.task_id, in_ms(each.at_time), each.stream, "at_time", data)
+                for each, data in packed
+                if each.at_time is not None
+            ]
+            later.sort(key=lambda message: message[1])  # the server tells of each that is earlier than all before
+            for first in range(0, len(later), DELAY_BATCH):
+                await scripts.delay(self.redis, later[first : first + DELAY_BATCH])
         except RedisError as error:
             names = {submission.message.task_name for submission in submissions}
             raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error

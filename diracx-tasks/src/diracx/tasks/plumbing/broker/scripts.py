@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -100,9 +100,12 @@ async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
     await script("submit")(redis, [stream], messages)
 
 
-async def delay(redis: Redis, task_id: str, due_ms: int, stream: str, reason: str, data: bytes) -> None:
-    """Put a message aside until `due_ms` (ms since the epoch, the server's clock)."""
-    await script("delay")(redis, args=[task_id, due_ms, stream, reason, data])
+async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes]]) -> None:
+    """Put messages aside: all of them or none.
+
+    Each is given by task id, when it is due (ms since the epoch, the server's clock), stream, reason and data.
+    """
+    await script("delay")(redis, args=[part for message in messages for part in message])
 
 
 async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0) -> Any:

@@ -1,5 +1,7 @@
--- Put a message aside until it is due.
--- KEYS: none. ARGV: task id, due (ms since the epoch), stream, reason, message.
+-- Put messages aside until they are due: all of them or none.
+-- KEYS: none. ARGV: for each of them task id, due (ms since the epoch), stream, reason, message.
 -- #include _time _queue
-delay(ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], '0', ARGV[5])
+for i = 1, #ARGV, 5 do
+  delay(ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2], ARGV[i + 3], '0', ARGV[i + 4])
+end
 return 1
