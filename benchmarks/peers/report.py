@@ -225,7 +225,7 @@ def targets(taken: Measurements) -> list[Target]:
     known = "" if least is None else f", {_bytes(least)} ({name})"
     limit("Redis bytes per queued task", f"≤ the leanest peer{known}", ours("queued_bytes"), least)
     # No task leaves a part of a byte: less than half of one is what the system itself keeps.
-    limit("Redis bytes left over per done task", "0", ours("left_bytes"), 0.5)
+    limit("Redis bytes left over per done task", "0 (less than half of one)", ours("left_bytes"), 0.5)
     limit("worker start to first task", "≤ 0.8 s", ours("start"), 0.8, " s")
     limit("RSS of a worker", "≤ 70 MB", ours("rss"), 70, " MB")
     ratio(
