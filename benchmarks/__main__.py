@@ -9,6 +9,15 @@ from datetime import UTC, datetime
 from . import lateness, pilots, tasks
 from .results import RESULTS, machine, write_section
 
+#: With 1,000,000 tasks queued.
+_SNAPSHOT_TARGET_MS = 200
+_MISSED = "**missed**"
+
+
+def judged(milliseconds: float, target: float) -> str:
+    """A figure, and whether it is below its target."""
+    return f"{milliseconds:.1f} ms, {'met' if milliseconds < target else _MISSED}"
+
 
 async def measure(rounds: int) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
@@ -47,8 +56,8 @@ async def measure(rounds: int) -> list[tuple[str, str]]:
         "Redis memory per queued no-op / left over when 20,000 are done", f"{queued:.0f} bytes / {left:,.0f} bytes"
     )
     note(
-        "snapshot of the system with 1,000,000 queued tasks (target: 200 ms)",
-        f"{await tasks.snapshot_time() * 1000:.1f} ms",
+        f"snapshot of the system with 1,000,000 queued tasks (target: < {_SNAPSHOT_TARGET_MS} ms)",
+        judged(await tasks.snapshot_time() * 1000, _SNAPSHOT_TARGET_MS),
     )
     note("import diracx.tasks.plumbing", f"{tasks.import_time('import diracx.tasks.plumbing'):.2f} s")
     everything = tasks.import_time("from diracx.tasks.plumbing import *")
@@ -84,6 +93,8 @@ def main() -> None:
     if not arguments.dry_run:
         write_section("make bench", report(rows, arguments.rounds))
         print(f"written to {RESULTS}")
+    if missed := [what for what, value in rows if value.endswith(_MISSED)]:
+        parser.exit(1, f"missed: {'; '.join(missed)}\n")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,6 @@ async def new_tab(home: str, scheme: str = "light", *, scripts: bool = True) -> 
         browser = await started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
-            context = await browser.new_context(color_scheme=scheme, viewport=DESK, java_script_enabled=scripts)
             yield Tab(await context.new_page(), home)
         finally:
             await browser.close()

@@ -243,7 +243,7 @@ async def an_hour(redis: Redis) -> None:
         flow = {
             "at": minute * 60_000 + 900,
             f"{stream} added": -still_to_come,
-            f"{stream} length": 0,
+            f"{stream} length": int(44 + 6 * swing + chance.uniform(-4, 4)),
             f"{stream} ended": ended_late,
         }
         await redis.hset(f"{keys.FLOW_PREFIX}{minute}", mapping=flow)

@@ -30,7 +30,7 @@ PAGES = {
     "/": "overview",
     "/queues": "queues",
     "/running": "running",
-    "/waiting": "waiting",
+    "/delayed": "delayed",
     "/workers": "workers",
     "/failures": "failures",
     "/dead-letters": "dead-letters",

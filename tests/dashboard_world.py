@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 from diracx.tasks import monitor
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
 from diracx.tasks.dashboard.app import DashboardApp, create_app
@@ -146,6 +147,12 @@ class World:
         self.system = system
         self.app = app
         self.installation = installation
+
+    async def refuse(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the server take no task for one queue, and the dead letters be for that queue."""
+        monkeypatch.setattr(Fail, "priority", Urgent.priority)
+        monkeypatch.setattr(Fail, "size", Urgent.size)
+        await self.system.broker.redis.set("diracx:tasks:realtime:large", "in the way", ex=600)
 
     async def letters(self) -> list[str]:
         """Statuses of the dead letters."""

@@ -98,6 +98,37 @@ def test_what_cannot_be_written_down_is_not_done(served: Cli, redis_url: str) ->
         assert client.get("lock:mutex:job:42") == b"somebody"
 
 
+@pytest.mark.parametrize("problem", [None, ValueError("the deed itself")])
+async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_written(
+    redis_url: str, caplog: pytest.LogCaptureFixture, problem: Exception | None
+) -> None:
+    from diracx.tasks.monitor.audit import audited, read_audit
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(redis_url) as server:
+        await server.acl_setuser("wilma", enabled=True, nopass=True, keys=["*"], categories=["+@all"])
+        try:
+            async with Redis.from_url(redis_url, username="wilma", password="any") as redis:
+
+                async def do() -> str:
+                    await server.acl_setuser("wilma", enabled=True, nopass=True, commands=["-xadd"])
+                    if problem is not None:
+                        raise problem
+                    return "done"
+
+                doing = audited(redis, "wilma", "api", "purge queue", "normal:medium", do)
+                if problem is None:
+                    assert await doing == "done"
+                else:
+                    with pytest.raises(ValueError, match="the deed itself"):
+                        await doing
+        finally:
+            await server.acl_deluser("wilma")
+        [entry] = await read_audit(server)
+    assert (entry.action, entry.outcome, entry.ok) == ("purge queue", None, None)
+    assert f"what came of entry {entry.id}" in caplog.text
+
+
 @pytest.mark.parametrize("number", [1, 2, 1000])
 def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
     from diracx.tasks.monitor.audit import listed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +15,25 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from redis.asyncio import Redis
 
 pytestmark = needs_chromium
+#: Keeps the streams that a page opens, and the fragments that came, each before the page has seen it.
+WATCH_STREAMS = """
+window.streams = [];
+window.fragments = [];
+const Known = EventSource;
+window.EventSource = class extends Known {
+  constructor(url) {
+    super(url);
+    streams.push(this);
+    this.addEventListener("fragment", (event) => fragments.push(event.data));
+  }
+};
+"""
+#: The backlog of realtime:large in the last fragment that came.
+BACKLOG_THAT_CAME = """
+[...new DOMParser().parseFromString(fragments.at(-1) ?? "", "text/html").querySelectorAll("tr")]
+  .find((row) => /realtime\\s+large/.test(row.querySelector("th").textContent))
+  ?.querySelector("td").textContent
+"""
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
 
 
@@ -54,6 +72,8 @@ async def test_every_page_is_harmless_light_and_usable_by_everyone(tab: Tab, wor
 
 
 async def test_a_page_follows_what_happens_and_can_be_paused(tab: Tab, world: World) -> None:
+    await tab.page.add_init_script(WATCH_STREAMS)
+    await tab.page.clock.install()
     await tab.open("/queues")
     row = tab.page.get_by_role("row", name="realtime large")
     await expect(row.get_by_role("cell").first).to_have_text("1")
@@ -62,19 +82,20 @@ async def test_a_page_follows_what_happens_and_can_be_paused(tab: Tab, world: Wo
     await expect(row.get_by_role("cell").first).to_have_text("2")
     await tab.page.get_by_role("button", name="Pause").click()
     await _submit(world, 2)
-    seen = asyncio.Event()
-    tab.page.on("response", lambda _: seen.set())
-    await tab.page.wait_for_timeout(4500)  # two more looks of the server, which must change nothing
+
+    async def has_come() -> bool:
+        return bool(await tab.page.evaluate(BACKLOG_THAT_CAME) == "3")
+
+    await until(has_come)
+    await tab.page.clock.run_for(1000)  # what is held is tried to be shown every 0.5 s
     await expect(row.get_by_role("cell").first).to_have_text("2")
     await tab.page.get_by_role("button", name="Go on").click()
     await expect(row.get_by_role("cell").first).to_have_text("3")
 
 
 async def test_a_page_says_live_only_while_it_is_and_follows_once_whatever_happens(tab: Tab, world: World) -> None:
-    await tab.page.add_init_script(
-        "window.streams = []; const Known = EventSource;"
-        "window.EventSource = class extends Known { constructor(url) { super(url); streams.push(this); } };"
-    )
+    await tab.page.add_init_script(WATCH_STREAMS)
+    await tab.page.clock.install()
 
     async def refuse(route: Any) -> None:
         await route.fulfill(status=503)
@@ -96,14 +117,14 @@ async def test_a_page_says_live_only_while_it_is_and_follows_once_whatever_happe
     await expect(state).to_have_text("live")
     row = tab.page.get_by_role("row", name="realtime large")
     await expect(row.get_by_role("cell").first).to_have_text("2")
-    await tab.page.wait_for_timeout(5500)  # what was about to be tried again has been tried by then
+    await tab.page.clock.run_for(5500)  # what was about to be tried again has been tried by then
     assert await tab.page.evaluate("streams.filter((one) => one.readyState !== EventSource.CLOSED).length") == 1
 
 
 async def test_the_overview_draws_its_charts(tab: Tab) -> None:
     await tab.open("/")
     await expect(tab.page.locator("figure.chart canvas")).to_have_count(2)
-    await expect(tab.page.get_by_role("img", name="Load, while you watch; latest: waiting 1")).to_be_visible()
+    await expect(tab.page.get_by_role("img", name="Load, tasks in the queues; latest: waiting 1")).to_be_visible()
     assert not tab.complaints
 
 

@@ -8,13 +8,17 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 from dashboard_world import HOSTILE, SECRET, WRITER, Tidy, World, small_world, until
 from diracx.tasks import monitor
+from diracx.tasks.dashboard.installation import Load
 from diracx.tasks.dashboard.pages import PAGES
+from diracx.tasks.dashboard.pages.overview import load_of
+from diracx.tasks.monitor import Point
 from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import LABEL_SECRET, TaskMessage
@@ -84,7 +88,7 @@ async def test_every_page_shows_what_there_is_and_nothing_in_it_can_do_harm(worl
             "/dead-letters/1",
             "/dead-letters/" + "0" * 32,
             f"/groups/{group.group_id}",
-            "/waiting?reason=retry",
+            "/delayed?reason=retry",
             "/failures?task=test:Fail",
             "/tasks?window=day&order=slow",
             "/configuration?task=test:Fail",
@@ -101,7 +105,7 @@ async def test_every_page_shows_what_there_is_and_nothing_in_it_can_do_harm(worl
         for address, shown in {
             "/running": "window.hacked",
             "/queues/realtime:large": "window.hacked",
-            "/waiting": "window.hacked",
+            "/delayed": "window.hacked",
             "/failures": "window.hacked",
             "/dead-letters/1": "•••",
             "/schedules": "every 3600 s",
@@ -129,11 +133,11 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
             "/dead-letters?after=-1",
             "/groups/nothing",
             "/locks/one?key=leader",
-            "/waiting?reason=boredom",
+            "/delayed?reason=boredom",
             *(
                 f"{page}?after={after}"
                 for page in (
-                    "/waiting",
+                    "/delayed",
                     "/running",
                     "/failures",
                     "/queues/normal:small",
@@ -149,6 +153,24 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
             answer = await client.get(address)
             assert answer.status_code in (200, 404), f"{address}: {answer.status_code}"
             harmless(answer.text, address)
+
+
+def test_the_load_is_of_the_past_hour_and_in_parts_while_somebody_looked() -> None:
+    begin = datetime(2030, 1, 1, tzinfo=UTC)
+    minutes = [None, 5, 6, 7]
+    points = [
+        Point(at=begin + timedelta(minutes=number), submitted=0, done=0, failed=0, backlog=backlog)
+        for number, backlog in enumerate(minutes)
+    ]
+    at = begin.timestamp()
+    drawn = load_of(points, [Load(at - 3600, 90, 90), Load(at + 121, 2, 1), Load(at + 123, 2, 2)])
+    assert [moment - at for moment in drawn["t"]] == [60, 121, 123, 180]
+    assert {each["label"]: each["values"] for each in drawn["series"]} == {
+        "waiting": [None, 2, 2, None],
+        "running": [None, 1, 2, None],
+        "both": [5, 3, 4, 7],
+    }
+    assert load_of(points[:1], [])["t"] == []
 
 
 async def test_no_page_grows_too_large_however_much_there_is(world: World) -> None:
@@ -198,7 +220,7 @@ async def test_whoever_cancels_a_task_is_told_its_name_and_where_it_is(world: Wo
     async with operator(world) as client:
         for page, told in {
             "/running": "test:HoldSite, running at ",
-            "/waiting": "test:Flaky, put aside (retry) for normal:medium",
+            "/delayed": "test:Flaky, delayed (retry) for normal:medium",
             "/queues/realtime:large": "test:Urgent, waiting in realtime:large",
         }.items():
             text = (await client.get(page)).text
@@ -253,6 +275,17 @@ async def test_schedules_are_paused_resumed_and_run(world: World) -> None:
         assert "resumed" in await act(client, "/schedules/resume", schedule="test:Tidy/lhcb")
         assert "Submitted: " in await act(client, "/schedules/run-now", schedule="test:Tidy/lhcb")
         assert "there is no schedule" in await act(client, "/schedules/pause", schedule="test:None")
+
+
+async def test_a_server_that_takes_no_task_is_no_fault_of_the_dashboard(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operator(world) as client:
+        _, form = await ask(client, "/dead-letters/retry", letter="1")
+        await world.refuse(monkeypatch)
+        answer = await client.post("/dead-letters/retry", data=form)
+        assert answer.status_code == 503, answer.text
+        assert "cannot submit 1 dead letters again" in answer.text
 
 
 async def test_who_did_what_is_in_the_audit_log(world: World) -> None:

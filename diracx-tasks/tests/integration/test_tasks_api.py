@@ -164,6 +164,17 @@ async def test_what_is_done_by_http_is_done_and_written_down(
     assert len(entries) == 5
 
 
+async def test_a_server_that_takes_no_task_is_no_fault_of_the_application(
+    client: httpx.AsyncClient, token: Token, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.refuse(monkeypatch)
+    answer = await client.post(
+        "/api/tasks/dead-letters/retry", json={"ids": [1]}, headers=bearer(token("ServiceAdministrator"))
+    )
+    assert answer.status_code == 503, answer.text
+    assert answer.json()["detail"].startswith("cannot submit 1 dead letters again")
+
+
 async def test_one_lock_is_told_of_by_its_key(client: httpx.AsyncClient, token: Token, world: World) -> None:
     [held] = [lock for task in (await monitor.running(world.system.broker.redis)).items for lock in task.locks]
 

@@ -1,4 +1,4 @@
-"""`queue`: look at the queues and what is put aside; empty a queue."""
+"""`queue`: look at the queues and the delayed tasks; empty a queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .watching import AfterOption, LimitOption, ask, print_json
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-app = typer.Typer(help="Look at the nine queues and at what is put aside; empty a queue.", no_args_is_help=True)
+app = typer.Typer(help="Look at the nine queues and at delayed tasks; empty a queue.", no_args_is_help=True)
 
 QueueArgument = Annotated[
     str, typer.Argument(metavar="QUEUE", help="priority:size, as normal:medium; `queue list` has all.")
@@ -23,7 +23,7 @@ QueueArgument = Annotated[
 
 
 class Reason(StrEnum):
-    """Why a task is put aside."""
+    """Why a task is delayed."""
 
     AT_TIME = "at_time"
     RETRY = "retry"
@@ -85,7 +85,7 @@ def peek(
 
 @app.command("delayed")
 def delayed(
-    reason: Annotated[Reason | None, typer.Option(help="Only those that are put aside for this.")] = None,
+    reason: Annotated[Reason | None, typer.Option(help="Only those that are delayed for this.")] = None,
     limit: LimitOption = 20,
     after: AfterOption = None,
     as_json: JsonOption = False,
@@ -93,7 +93,7 @@ def delayed(
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
 ) -> None:
-    """List what is put aside, first what is due first: until a time, for a retry, for a lock, for quota.
+    """List delayed tasks, first what is due first: until a time, for a retry, for a lock, for quota.
 
     Example: diracx-task-run queue delayed --reason lock
     """

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from ..plumbing.exceptions import SendTaskError
 from ..plumbing.secrets import mask
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
@@ -43,6 +44,7 @@ _FORESEEN: tuple[type[Exception], ...] = (
     NotFoundError,
     NotPossibleError,
     UnavailableError,
+    SendTaskError,
     RedisError,
     SQLAlchemyError,
     DBUnavailableError,
@@ -331,7 +333,7 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
             found = 404, str(error)
         case NotPossibleError():
             found = 409, str(error)
-        case UnavailableError():
+        case UnavailableError() | SendTaskError():
             found = 503, str(error)
         case RedisError():
             found = 503, f"The server of the tasks does not answer: {error}"

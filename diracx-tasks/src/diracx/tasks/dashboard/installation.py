@@ -30,7 +30,7 @@ _SHARED_SECONDS = 1.0
 _SLOW_SECONDS = 5.0
 #: How often the settings are read again, at most.
 _READ_SECONDS = 5.0
-#: Looks that are kept for the chart of the last minutes.
+#: Looks that are kept for the chart of the load.
 _KEPT_LOOKS = 900
 
 
@@ -78,7 +78,7 @@ class Installation:
         self.task_db = task_db
         self.label = label
         self.loads: deque[Load] = deque(maxlen=_KEPT_LOOKS)
-        """The last minutes, as far as somebody was looking."""
+        """What was seen last, while somebody was looking."""
         self._reader = reader
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())

@@ -6,6 +6,7 @@ By dashboard, HTTP and command line alike: `diracx.tasks.monitor.deeds` has the 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +18,8 @@ from ..plumbing.broker import keys
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+logger = logging.getLogger(__name__)
 
 #: Entries that are kept, an action being two of them.
 _KEPT = 20_000
@@ -43,7 +46,7 @@ class AuditEntry:
     target: str
     """What it was done to."""
     outcome: str | None
-    """What came of it; None: not known, for it goes on, or whoever did it died."""
+    """What came of it; None: not known, for it goes on, whoever did it died, or this could not be written."""
     ok: bool | None
     """Whether it was done."""
 
@@ -59,6 +62,9 @@ async def audited(
 ) -> _Outcome:
     """Do something, and write down who did it: before, and what came of it after.
 
+    Where the latter cannot be written, it was done all the same: the log does not know what came of it, and a
+    warning says so.
+
     Args:
         target: what it is done to; `listed` where these are several.
         do: does it.
@@ -73,10 +79,9 @@ async def audited(
     try:
         outcome = await do()
     except BaseException as error:
-        problem = _cut(f"{type(error).__name__}: {error}", _LONGEST_OUTCOME)
-        await _write(redis, {"of": written, "ok": "0", "outcome": problem})
+        await _write_outcome(redis, written, f"{type(error).__name__}: {error}", ok=False)
         raise
-    await _write(redis, {"of": written, "ok": "1", "outcome": _cut(told(outcome), _LONGEST_OUTCOME)})
+    await _write_outcome(redis, written, told(outcome), ok=True)
     return outcome
 
 
@@ -108,6 +113,15 @@ async def _write(redis: Redis, fields: dict[str, str]) -> str:
         pipe.execute_command("EXPIRE", keys.AUDIT, _TTL_SECONDS)
         entry, _ = await pipe.execute()
     return _text(entry)
+
+
+async def _write_outcome(redis: Redis, entry: str, outcome: str, *, ok: bool) -> None:
+    from redis.exceptions import RedisError
+
+    try:
+        await _write(redis, {"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, _LONGEST_OUTCOME)})
+    except RedisError as error:
+        logger.warning("The audit log will not tell what came of entry %s (%s): %s", entry, outcome, error)
 
 
 async def read_audit(redis: Redis, limit: int = 100, before: str | None = None) -> list[AuditEntry]:

@@ -127,7 +127,7 @@ def _submitted(counts: Counts) -> list[Family | Histogram]:
         Family(
             "delayed_tasks_promoted_total",
             "counter",
-            "Tasks that had been put aside, and that this process moved into their queues.",
+            "Delayed tasks that this process moved into their queues.",
             [({}, counts.promoted)] if counts.promoted else [],
         ),
     ]
@@ -192,8 +192,8 @@ def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
         *(
             Family(name, "gauge", about, [({}, value)])
             for name, about, value in (
-                ("delayed_tasks_pending", "Tasks put aside, whatever for.", sum(seen.delayed.values())),
-                ("delayed_tasks_overdue", "Tasks put aside that are more than 10 s late.", seen.overdue),
+                ("delayed_tasks_pending", "Delayed tasks, whatever for.", sum(seen.delayed.values())),
+                ("delayed_tasks_overdue", "Delayed tasks that are more than 10 s late.", seen.overdue),
                 ("delayed_tasks_lateness_seconds", "How late the latest is.", seen.delayed_lateness_seconds),
                 ("schedules", "Schedules with a next run.", seen.schedules),
                 ("schedules_late", "Schedules that are more than 10 s late.", seen.schedules_late),
@@ -207,7 +207,7 @@ def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
         Family(
             "delayed_tasks",
             "gauge",
-            "Tasks put aside, by reason.",
+            "Delayed tasks, by reason.",
             [({"reason": reason}, number) for reason, number in seen.delayed.items()],
         ),
         Family("workers_alive", "gauge", "Workers by size.", [({"size": s}, n) for s, n in workers.items()]),

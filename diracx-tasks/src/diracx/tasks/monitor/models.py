@@ -120,7 +120,7 @@ class RunningTask(_Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DelayedTask(_Shown):
-    """A task that is put aside: until a time, for a retry, or because a lock is not to be had."""
+    """A task that is delayed: until a time, for a retry, or because a lock is not to be had."""
 
     task_id: str
     task_name: str

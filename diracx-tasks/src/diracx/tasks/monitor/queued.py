@@ -1,4 +1,4 @@
-"""The queues, what waits in them, and what is put aside."""
+"""The queues, what waits in them, and the delayed tasks."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def delayed(
     *,
     registry: Registry | None = None,
 ) -> Page[DelayedTask]:
-    """What is put aside, in the order in which it is due.
+    """Delayed tasks, in the order in which it is due.
 
     Looking for one reason, a call looks at 2,000 tasks at most: a page with few items need not be the last.
 

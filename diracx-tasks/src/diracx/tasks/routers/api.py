@@ -76,7 +76,7 @@ async def get_delayed_tasks(
     limit: Limit = 100,
     after: After = None,
 ) -> JSONResponse:
-    """What is put aside until a time, for a retry, a lock or quota, in the order in which it is due."""
+    """Tasks delayed until a time, for a retry, a lock or quota, in the order in which they are due."""
     system = reader.system
     return await reader.answer(
         lambda: monitor.delayed(system.redis, reason, limit, after, registry=system.registry)

@@ -17,6 +17,7 @@ from ..dashboard.installation import Installation
 from ..dashboard.operations import NotPossibleError, Operator
 from ..monitor import as_json
 from ..monitor.masking import masked_json
+from ..plumbing.exceptions import SendTaskError
 from ..plumbing.secrets import mask
 from .access_policies import ActionType, CheckTasksPolicyCallable
 from .environment import installation_of_environment
@@ -68,6 +69,8 @@ async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
     except ValueError as error:
         raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
+    except SendTaskError as error:
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
     except RedisError as error:
         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
 

@@ -36,7 +36,7 @@ class RunningTaskPage(BaseModel):
 
 
 class DelayedTaskPage(BaseModel):
-    """A part of what is put aside."""
+    """A part of the delayed tasks."""
 
     items: list[DelayedTask]
     after: str | None = _AFTER

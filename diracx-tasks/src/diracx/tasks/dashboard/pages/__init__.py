@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     configuration,
     dead_letters,
+    delayed,
     failures,
     groups,
     locks,
@@ -13,7 +14,6 @@ from . import (
     record,
     running,
     schedules,
-    waiting,
     workers,
 )
 from . import tasks as task_classes
@@ -22,7 +22,7 @@ _MODULES = (
     overview,
     queues,
     running,
-    waiting,
+    delayed,
     workers,
     task_classes,
     failures,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from ... import monitor
 from ...monitor import Point, Snapshot
 from ...plumbing.in_force import configurations_in_force
+from ..installation import Load
 from ..page import Installation, Page, Request
 
 _FAILURES = 6
@@ -16,7 +18,7 @@ _FAILURES = 6
 _PATHS = {
     "server": "/",
     "schedules": "/schedules",
-    "delayed": "/waiting",
+    "delayed": "/delayed",
     "queue": "/queues",
     "workers": "/workers",
     "dead letters": "/dead-letters",
@@ -76,10 +78,10 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
 
 
 async def charts(request: Request, installation: Installation) -> dict[str, Any]:
-    """The past hour by the minute, and the last minutes as they were seen."""
+    """The past hour by the minute, and what of it was seen."""
     points = await installation.history()
     await installation.snapshot()
-    return {"throughput": throughput(points), "load": _load(installation)}
+    return {"throughput": throughput(points), "load": load_of(points, installation.loads)}
 
 
 def throughput(points: list[Point]) -> dict[str, Any]:
@@ -95,13 +97,28 @@ def throughput(points: list[Point]) -> dict[str, Any]:
     }
 
 
-def _load(installation: Installation) -> dict[str, Any]:
-    loads = list(installation.loads)
+def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
+    """Tasks in the queues, for a chart of the past hour.
+
+    By the minute one knows those that wait and those that run together; apart while somebody was looking.
+    """
+    begin = points[0].at.timestamp()
+    seen = [look for look in looks if look.at >= begin]
+    minutes = {look.at // 60 for look in seen}
+    rows: list[tuple[float, int | None, int | None, int]] = [
+        (round(look.at, 1), look.waiting, look.running, look.waiting + look.running) for look in seen
+    ]
+    rows += [
+        (at, None, None, point.backlog)
+        for point in points
+        if point.backlog is not None and (at := point.at.timestamp()) // 60 not in minutes
+    ]
+    rows.sort(key=itemgetter(0))
     return {
-        "t": [round(load.at, 1) for load in loads],
+        "t": [row[0] for row in rows],
         "series": [
-            {"label": "waiting", "values": [load.waiting for load in loads]},
-            {"label": "running", "values": [load.running for load in loads]},
+            {"label": label, "values": [row[column] for row in rows]}
+            for column, label in enumerate(("waiting", "running", "both"), 1)
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Tasks that are put aside: until a time, for a retry, for a lock, for quota."""
+"""Delayed tasks: until a time, for a retry, for a lock, for quota."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAGE = 50
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     reason = request.query_params.get("reason") or None
     if reason is not None and reason not in DELAY_REASONS:
-        raise NotFoundError(f"Tasks do not wait for {reason[:40]!r}.")
+        raise NotFoundError(f"Tasks are not delayed for {reason[:40]!r}.")
     page = await monitor.delayed(
         installation.redis,
         reason,
@@ -26,4 +26,4 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     return {"page": page, "counts": snapshot.delayed, "reason": reason, "overdue": snapshot.overdue}
 
 
-PAGES = [Page("/waiting", "waiting", "Waiting", _load, section="Now")]
+PAGES = [Page("/delayed", "delayed", "Delayed", _load, section="Now")]
