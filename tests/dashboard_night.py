@@ -368,7 +368,7 @@ async def steered(installation: Installation) -> None:
     await operator.pause(["cleaning:RemoveSandboxes"])
     ran = ["accounting:Summarise/lhcb", "accounting:Summarise/cta", "catalogue:CheckReplicas"]
     for schedule in ran:
-        await operator.run_now(schedule)
+        await operator.run_schedule(schedule)
 
     async def over() -> bool:
         return await installation.redis.hlen(keys.OUTCOMES) == len(ran)
