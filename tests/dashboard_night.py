@@ -381,6 +381,6 @@ def loads(now: float) -> list[Load]:
     chance = random.Random(5)
     found, waiting = [Load(now, 37, 13)], 37.0
     for second in range(2, 600, 2):
-        waiting = max(3.0, waiting + chance.uniform(-3, 2.9))
-        found.append(Load(now - second, int(waiting), min(24, 9 + int(waiting / 5) + chance.randint(-1, 1))))
+        waiting += 0.1 * (37 - waiting) + chance.uniform(-2, 2)
+        found.append(Load(now - second, int(waiting), 13 + chance.randint(-1, 1)))
     return found[::-1]

@@ -14,6 +14,8 @@ from ..installation import Load
 from ..page import Installation, Page, Request
 
 _FAILURES = 6
+#: Number of a colour; the third in order would be red, which is for failures.
+_VIOLET = 5
 #: Where there is more about a trouble.
 _PATHS = {
     "server": "/",
@@ -117,8 +119,8 @@ def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
     return {
         "t": [row[0] for row in rows],
         "series": [
-            {"label": label, "values": [row[column] for row in rows]}
-            for column, label in enumerate(("waiting", "running", "both"), 1)
+            {"label": label, "values": [row[column] for row in rows], "colour": colour}
+            for column, label, colour in ((1, "waiting", 1), (2, "running", 2), (3, "both", _VIOLET))
         ],
     }
 

@@ -90,7 +90,7 @@ function drawOne(figure) {
       ],
       tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1e3), "UTC"),
       series: [{}, ...data.series.map((one, index) => ({
-        label: one.label, stroke: colour(index + 1), width: 1.5, points: { show: false }, spanGaps: false,
+        label: one.label, stroke: colour(one.colour ?? index + 1), width: 1.5, points: { show: false }, spanGaps: false,
         paths: figure.dataset.kind === "steps" ? uPlot.paths.stepped({ align: 1 }) : undefined,
       }))],
       hooks: { setCursor: [(drawn) => legend(figure, drawn.cursor.idx)] },
@@ -106,7 +106,7 @@ function legend(figure, index) {
   const at = index === null || index === undefined ? data.t.length - 1 : index;
   place.replaceChildren(...data.series.map((one, number) => {
     const entry = document.createElement("span");
-    entry.className = `s${number + 1}`;
+    entry.className = `s${one.colour ?? number + 1}`;
     entry.textContent = `${one.label} ${shown(one.values[at])}`;
     return entry;
   }));
