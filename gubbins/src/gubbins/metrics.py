@@ -7,10 +7,12 @@ __all__ = ["pilot_metrics", "source"]
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 
 from diracx.tasks.monitor.families import Family
 
+from gubbins import clock
 from gubbins.circuits import CircuitState
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
@@ -33,6 +35,7 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Family]]] | 
 async def pilot_metrics(db: MyPilotDB) -> list[Family]:
     """A few statements, however many pilots there are."""
     summary = await logic.get_pilot_summary(db, None)
+    ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
     return [
         Family(
@@ -44,6 +47,16 @@ async def pilot_metrics(db: MyPilotDB) -> list[Family]:
                 for vo, by_ce in summary.items()
                 for ce, states in by_ce.items()
                 for state in MyPilotStatus
+            ],
+        ),
+        Family(
+            "pilots_ended_past_hour",
+            "gauge",
+            "Pilots that ended in the past hour, by the state in which they did.",
+            [
+                ({**labels, "state": str(state)}, ended.get(ce["name"], {}).get(state, 0))
+                for labels, ce in ces
+                for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
             ],
         ),
         Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 from diracx.tasks.monitor.families import Family, as_text
 from diracx.tasks.monitor.sources import ENTRY_POINT_GROUP, Sources, sources
 
-from gubbins import metrics
+from gubbins import clock, metrics
 from gubbins.circuits import CECall
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
+from gubbins.pilot_states import MyPilotStatus
 
 
 async def test_pilots_are_told_by_vo_compute_element_and_state(
@@ -32,6 +34,12 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
         await database.record_failure(
             "closed.example.org", CECall.STATUS, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
         )
+        for state, hours in ((MyPilotStatus.FAILED, 0), (MyPilotStatus.DONE, 2)):
+            pilot = await database.submit_pilot("ce<b>.example.org", "lhcb")
+            then = datetime.now(UTC) - timedelta(hours=hours)
+            with clock.simulated(lambda then=then: then):  # type: ignore[misc]
+                for step in (MyPilotStatus.RUNNING, state):
+                    await database.update_pilot_status(pilot, step)
         for vo in ("lhcb", "lhcb", "gridpp"):
             await logic.submit_pilot(database, "ce<b>.example.org", vo)
     monkeypatch.setenv(URL_VARIABLE, url)
@@ -41,6 +49,9 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
     assert 'pilots{vo="lhcb",ce="ce<b>.example.org",state="SUBMITTED"} 2' in lines
     assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="SUBMITTED"} 1' in lines
     assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="RUNNING"} 0' in lines
+    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="FAILED"} 1' in lines
+    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="DONE"} 0' in lines
+    assert 'pilots_ended_past_hour{ce="closed.example.org",state="FAILED"} 0' in lines
     assert 'compute_element_slots{ce="ce<b>.example.org"} 5' in lines
     assert 'compute_element_slots_used{ce="ce<b>.example.org"} 3' in lines
     assert 'compute_element_enabled{ce="closed.example.org"} 0' in lines

@@ -6,7 +6,6 @@ import html
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +20,6 @@ from redis.asyncio import Redis
 
 from gubbins.circuits import CECall
 from gubbins.dashboard import extension
-from gubbins.dashboard.store import course_of
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
 from gubbins.pilot_states import MyPilotStatus
@@ -220,28 +218,3 @@ async def test_without_a_database_the_page_says_so(redis_url: str, monkeypatch: 
     assert "DIRACX_DB_URL_MYPILOTDB" in answer.text
     await app.aclose()
     await broker.shutdown()
-
-
-def test_the_chart_counts_pilots_in_the_quarters_of_an_hour_in_which_they_held_a_slot() -> None:
-    now = datetime(2030, 1, 2, 12, 0, tzinfo=UTC)
-
-    def pilot(status: str, *minutes_ago: int | None) -> dict[str, Any]:
-        times = [None if minutes is None else now - timedelta(minutes=minutes) for minutes in minutes_ago]
-        names = ("submitted_at", "started_at", "ended_at")
-        return {"vo": "lhcb", "ce_name": "ce", "status": status, **dict(zip(names, times, strict=True))}
-
-    course = course_of(
-        [
-            pilot("SUBMITTED", 5, None, None),
-            pilot("RUNNING", 50, 35, None),
-            pilot("FAILED", 50, 35, 20),
-            pilot("DONE", 3000, 2900, 2800),
-        ],
-        now,
-    )
-    series = {each["label"]: each["values"] for each in course.charts["slots"]["series"]}
-    assert series["running"][-4:] == [0, 2, 1, 1]
-    assert series["submitted"][-4:] == [2, 0, 0, 1]
-    assert (course.ended, course.failed) == ({"ce": 1}, {"ce": 1})
-    flow = {each["label"]: sum(each["values"]) for each in course.charts["flow"]["series"]}
-    assert flow == {"submitted": 3, "done": 0, "failed": 1}

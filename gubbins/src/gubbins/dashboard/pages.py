@@ -96,8 +96,7 @@ async def _overview(request: Request, installation: Installation) -> dict[str, A
 
 
 def _with_trouble(ce: Mapping[str, Any], course: Course) -> dict[str, Any]:
-    ended = course.ended.get(ce["name"], 0)
-    rate = course.failed.get(ce["name"], 0) / ended if ended else None
+    rate = course.failure_rate(ce["name"])
     paused = any(circuit["state"] is not CircuitState.CLOSED for circuit in ce["circuits"].values())
     state = "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
     return {**ce, "rate": rate, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from diracx.tasks.dashboard.page import UnavailableError
 from diracx.tasks.dashboard.sharing import Shared
 
+from gubbins import clock
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.courses import QUARTER
 from gubbins.logic import my_pilots as logic
 from gubbins.pilot_states import MyPilotStatus
 
 #: Counting a million pilots is no work for every second.
 _COUNTED_SECONDS = 10.0
-#: Pilots that charts and failure rates are made from.
-NEWEST = 20_000
 HOURS = 24
-_BUCKET = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
 class Course:
-    """How it went lately."""
+    """How it went since a moment."""
 
     since: datetime
-    """From then on all pilots are taken into account."""
-    ended: dict[str, int]
-    """Compute element -> pilots that ended."""
-    failed: dict[str, int]
-    """Compute element -> pilots that failed."""
+    ended: dict[str, dict[str, int]]
+    """Compute element -> state -> pilots that ended so."""
     charts: dict[str, Any]
+
+    def failure_rate(self, ce_name: str) -> float | None:
+        """The share of the pilots ended there that failed, 0.0-1.0; None: none has ended."""
+        ended = self.ended.get(ce_name)
+        return ended.get(MyPilotStatus.FAILED, 0) / sum(ended.values()) if ended else None
 
 
 class PilotStore:
@@ -75,68 +74,48 @@ class PilotStore:
         db = self.database()
 
         async def look() -> Course:
-            newest = await logic.get_newest_pilots(db, NEWEST, vo)
-            return await asyncio.to_thread(course_of, newest, datetime.now(UTC))
+            now = clock.now()
+            since = now - timedelta(hours=HOURS)
+            ended = await logic.count_ended_pilots(db, since, vo)
+            return Course(since, ended, charts_of(*await logic.count_steps(db, since, now, vo), now))
 
         return await self._answers.get(("course", vo), look, _COUNTED_SECONDS)
 
 
-def course_of(newest: Sequence[dict[str, Any]], now: datetime) -> Course:
-    """Charts and failure rates of the past day, from the newest pilots (newest first)."""
-    since = now - timedelta(hours=HOURS)
-    if len(newest) >= NEWEST:
-        since = max(since, newest[-1]["submitted_at"])
-    ended: dict[str, int] = defaultdict(int)
-    failed: dict[str, int] = defaultdict(int)
-    buckets = max(1, -(-(now - since) // _BUCKET))
-    entered = {name: [0] * buckets for name in ("submitted", "done", "failed")}
-    # How many more, or fewer, are running and waiting from a bucket on.
-    running, waiting = [0] * (buckets + 1), [0] * (buckets + 1)
+def charts_of(
+    active: Mapping[MyPilotStatus, int], entered: Mapping[MyPilotStatus, Mapping[int, int]], now: datetime
+) -> dict[str, Any]:
+    """Levels at the ends of the past quarters of an hour, and what happened in each, the newest last.
 
-    def bucket(moment: datetime) -> int:
-        return max(0, min(buckets, buckets - 1 - (now - moment) // _BUCKET))
-
-    for pilot in newest:
-        submitted, started, gone = pilot["submitted_at"], pilot["started_at"], pilot["ended_at"]
-        if gone is not None and gone < since:
-            continue
-        if submitted >= since:
-            entered["submitted"][min(bucket(submitted), buckets - 1)] += 1
-        waiting[bucket(submitted)] += 1
-        if started is not None:
-            waiting[bucket(started)] -= 1
-            running[bucket(started)] += 1
-        if gone is not None:
-            running[bucket(gone)] -= 1
-            ended[pilot["ce_name"]] += 1
-            outcome = "failed" if pilot["status"] == MyPilotStatus.FAILED else "done"
-            entered[outcome][min(bucket(gone), buckets - 1)] += 1
-            if outcome == "failed":
-                failed[pilot["ce_name"]] += 1
-    times = [int((now - _BUCKET * (buckets - 1 - number)).timestamp()) for number in range(buckets)]
-    return Course(
-        since,
-        dict(ended),
-        dict(failed),
-        {
-            "slots": {
-                "t": times,
-                "series": [
-                    {"label": "running", "values": _summed(running[:buckets])},
-                    {"label": "submitted", "values": _summed(waiting[:buckets])},
-                ],
-            },
-            "flow": {"t": times, "series": [{"label": name, "values": each} for name, each in entered.items()]},
-        },
+    Args:
+        active: how many are in each active state now.
+        entered: how many entered each state how many quarters ago.
+        now: the present time.
+    """
+    ages = range(timedelta(hours=HOURS) // QUARTER)
+    submitted, started, done, failed = (
+        # What is as old as the day itself is of its first quarter.
+        [entered[status].get(age, 0) for age in ages[:-1]]
+        + [sum(count for age, count in entered[status].items() if age >= ages[-1])]
+        for status in MyPilotStatus
     )
+    waiting, running = [active.get(MyPilotStatus.SUBMITTED, 0)], [active.get(MyPilotStatus.RUNNING, 0)]
+    for age in ages[:-1]:
+        # Pilots that move on while they are counted must not make fewer than none.
+        waiting.append(max(0, waiting[-1] - submitted[age] + started[age]))
+        running.append(max(0, running[-1] - started[age] + done[age] + failed[age]))
+    times = [int((now - QUARTER * age).timestamp()) for age in ages]
 
+    def chart(**series: list[int]) -> dict[str, Any]:
+        return {
+            "t": times[::-1],
+            "series": [{"label": label, "values": values[::-1]} for label, values in series.items()],
+        }
 
-def _summed(changes: Sequence[int]) -> list[int]:
-    sums, level = [], 0
-    for change in changes:
-        level += change
-        sums.append(level)
-    return sums
+    return {
+        "slots": chart(running=running, submitted=waiting),
+        "flow": chart(submitted=submitted, done=done, failed=failed),
+    }
 
 
 #: Of this process.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 __all__ = ["MyPilotDB"]
 
+from .courses import CourseStore
 from .outputs import OutputStore
 from .pilots import PilotStore
 from .pruning import PruningStore
 from .transitions import TransitionStore
 
 
-class MyPilotDB(TransitionStore, PilotStore, OutputStore, PruningStore):
+class MyPilotDB(TransitionStore, PilotStore, CourseStore, OutputStore, PruningStore):
     """Compute elements, pilots, their history and their output.
 
     Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short

@@ -42,9 +42,6 @@ _CHECK_COLUMNS = tuple(
 )
 
 
-_COURSE = frozenset({"vo", "ce_name", "status", "submitted_at", "started_at", "ended_at"})
-
-
 def _as_dict(row: Row[Any]) -> dict[str, Any]:
     return dict(row._mapping)
 
@@ -133,18 +130,6 @@ class PilotStore(SubmissionStore):
                 .offset((page - 1) * per_page)
             )
             return int(total), [_as_dict(row) for row in rows]
-
-    async def newest_pilots(self, limit: int, *, vo: str | None) -> list[dict[str, Any]]:
-        """The newest pilots, newest first, without what makes each of them special; `vo=None`: of every VO.
-
-        Each has `vo`, `ce_name`, `status`, `submitted_at`, `started_at` and `ended_at`.
-        """
-        columns = [column for column in _COLUMNS if column.name in _COURSE]
-        statement = select(*columns).order_by(Pilots.id.desc()).limit(limit)
-        if vo is not None:
-            statement = statement.where(Pilots.vo == vo)
-        async with self.unit():
-            return [_as_dict(row) for row in await self.conn.execute(statement)]
 
     async def get_pilot(self, pilot_id: int) -> dict[str, Any]:
         """One pilot with its `history`, oldest step first.

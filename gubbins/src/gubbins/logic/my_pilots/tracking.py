@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = [
     "cancel_pilot",
+    "count_ended_pilots",
     "count_illegal_histories",
-    "get_newest_pilots",
+    "count_steps",
     "get_pilot",
     "get_pilot_summary",
     "search_pilots",
@@ -13,6 +14,8 @@ __all__ = [
 
 import asyncio
 import logging
+from collections import Counter
+from datetime import datetime
 from typing import Any
 
 from gubbins.ces import PilotAtCE
@@ -51,9 +54,19 @@ async def search_pilots(
     return await db.search_pilots(vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
 
 
-async def get_newest_pilots(db: MyPilotDB, limit: int, vo: str | None = None) -> list[dict[str, Any]]:
-    """The newest pilots (of one VO, or of all), newest first: where each is or was, and when."""
-    return await db.newest_pilots(limit, vo=vo)
+async def count_ended_pilots(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:
+    """How many (of one VO, or of all) ended since then, as {compute element: {state: number}}."""
+    return await db.count_ended_pilots(since, vo=vo)
+
+
+async def count_steps(
+    db: MyPilotDB, since: datetime, now: datetime, vo: str | None = None
+) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
+    """How many (of one VO, or of all) are in each active state, and entered each state since then.
+
+    The latter as {state: {whole quarters of an hour before `now`: number}}.
+    """
+    return await db.count_steps(since, now, vo=vo)
 
 
 async def get_pilot(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:

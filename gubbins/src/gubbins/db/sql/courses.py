@@ -1,0 +1,103 @@
+"""How it went lately, counted by the server."""
+
+from __future__ import annotations
+
+__all__ = ["QUARTER", "CourseStore"]
+
+from collections import Counter
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
+
+from gubbins.pilot_states import MyPilotStatus
+
+from .connection import PilotDBConnection
+from .schema import Pilots, UTCDateTime
+
+QUARTER = timedelta(minutes=15)
+
+# As expressions, by which no index is sorted: SQLite would rather read all pilots in the order of their groups,
+# or all of a VO, than those of a day.
+_CE = Pilots.ce_name.concat("").label("ce")
+_VO: ColumnElement[str] = Pilots.vo.concat("")
+_COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
+
+
+class CourseStore(PilotDBConnection):
+    """Counts of what happened since some moment, which read the pilots since then and no others."""
+
+    async def count_ended_pilots(self, since: datetime, *, vo: str | None) -> dict[str, dict[str, int]]:
+        """How many ended since then, as {compute element: {state: number}}; `vo=None`: of every VO."""
+        where = [Pilots.ended_at >= since, *_of(vo)]
+        counted: Select[Any] = select(_CE, *_COUNTED).where(*where).group_by(text("ce"), Pilots.status)
+        ended: dict[str, dict[str, int]] = {}
+        async with self.unit():
+            for ce_name, status, count in await self.conn.execute(_by_end(counted)):
+                ended.setdefault(ce_name, {})[str(status)] = count
+        return ended
+
+    async def count_steps(
+        self, since: datetime, now: datetime, *, vo: str | None
+    ) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
+        """How many are in each active state now, and how many entered each state since then.
+
+        Args:
+            since: the beginning.
+            now: the present time.
+            vo: only this VO's; None: every VO's.
+
+        Returns:
+            {active state: number} and {state: {whole quarters of an hour ago: number}}.
+        """
+        submitted, started, ended = (
+            self._quarters(column, name, since, now)
+            for column, name in (
+                (Pilots.submitted_at, "submitted"),
+                (Pilots.started_at, "started"),
+                (Pilots.ended_at, "ended"),
+            )
+        )
+        groups: list[Any] = [text("submitted"), text("started"), text("ended"), Pilots.status]
+        counted = _by_end(select(submitted, started, ended, *_COUNTED).group_by(*groups))
+        active: Counter[MyPilotStatus] = Counter()
+        entered: dict[MyPilotStatus, Counter[int]] = {status: Counter() for status in MyPilotStatus}
+        async with self.unit():
+            # Whoever took a step since then is active, or has ended since then.
+            for alive in (False, True):
+                these = Pilots.ended_at.is_(None) if alive else Pilots.ended_at >= since
+                for *quarters, status, count in await self.conn.execute(counted.where(these, *_of(vo))):
+                    if alive:
+                        active[status] += count
+                    steps = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING, status)
+                    for step, quarter in zip(steps, quarters, strict=True):
+                        if quarter is not None:
+                            entered[step][max(0, int(quarter))] += count
+        return active, entered
+
+    def _quarters(self, moment: Any, name: str, since: datetime, now: datetime) -> Label[Any]:
+        """How many quarters of an hour ago that was; NULL: before, or never."""
+        present = literal(now, UTCDateTime)
+        quarters: ColumnElement[Any]
+        match self.engine.dialect.name:
+            case "sqlite":
+                days = func.julianday(present) - func.julianday(moment)
+                quarters = cast(days * (timedelta(days=1) // QUARTER), Integer)
+            case "postgresql":
+                seconds = func.date_part("epoch", present) - func.date_part("epoch", moment)
+                quarters = cast(func.floor(seconds / QUARTER.seconds), Integer)
+            case _:
+                seconds = func.timestampdiff(text("SECOND"), moment, present)
+                quarters = func.floor(seconds / QUARTER.seconds)
+        return case((moment >= since, quarters)).label(name)
+
+
+def _by_end(statement: Select[Any]) -> Select[Any]:
+    # MariaDB would rather read all pilots than look up each tenth.
+    for dialect in ("mysql", "mariadb"):
+        statement = statement.with_hint(Pilots, "FORCE INDEX (idx_pilots_ended)", dialect)
+    return statement
+
+
+def _of(vo: str | None) -> list[ColumnElement[bool]]:
+    return [] if vo is None else [_VO.in_([vo])]

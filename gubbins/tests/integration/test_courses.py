@@ -1,0 +1,103 @@
+"""Charts and failure rates tell the truth, however long pilots live and however many there are."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import insert
+
+from gubbins import clock
+from gubbins.dashboard.store import Course, PilotStore
+from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import Pilots
+from gubbins.logic import my_pilots as logic
+
+NOW = datetime(2030, 1, 2, 12, 0, 7, 123456, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def _pilot(ce: str, vo: str, status: str, *ago: timedelta | None) -> dict[str, Any]:
+    """How long ago it was submitted, started and ended."""
+    names = ("submitted_at", "started_at", "ended_at")
+    times = {name: None if each is None else NOW - each for name, each in zip(names, ago, strict=True)}
+    place = {"ce_name": ce, "vo": vo, "status": MyPilotStatus(status), "stamp": uuid.uuid4().hex}
+    return {**place, **times, "last_update": NOW}
+
+
+async def _course(db: MyPilotDB, pilots: list[dict[str, Any]], vo: str | None) -> Course:
+    for name in {pilot["ce_name"] for pilot in pilots}:
+        await db.add_ce(name, 100_000, 1.0)
+    async with db.unit():
+        await db.conn.execute(insert(Pilots), pilots)
+    store = PilotStore()
+    store.use(db)
+    with clock.simulated(lambda: NOW):
+        return await store.course(vo)
+
+
+def _series(course: Course, chart: str) -> dict[str, list[int]]:
+    return {each["label"]: each["values"] for each in course.charts[chart]["series"]}
+
+
+async def test_a_site_whose_pilots_live_for_a_day_and_of_which_few_fail_at_once_has_its_true_rate_and_level(
+    db: MyPilotDB,
+) -> None:
+    """500 a day, for three days; each starts at once, lives 24 h, and each 50th fails after 5 min."""
+    step, life, short = DAY / 500, DAY, timedelta(minutes=5)
+    pilots = []
+    for number in range(1500):
+        age = step * number + timedelta(seconds=1)
+        fails = number % 50 == 0
+        lifetime = short if fails else life
+        status = ("FAILED" if fails else "DONE") if age >= lifetime else "RUNNING"
+        ended = age - lifetime if age >= lifetime else None
+        pilots.append(_pilot("ce", "lhcb", status, age, age, ended))
+    course = await _course(db, pilots, None)
+    rate = course.failure_rate("ce")
+    assert rate is not None
+    assert abs(rate - 0.02) < 0.001
+    running = _series(course, "slots")["running"]
+    assert len(running) == 96
+    assert min(running) >= 488
+    assert max(running) <= 493
+    flow = {label: sum(values) for label, values in _series(course, "flow").items()}
+    assert flow["submitted"] == 500
+    assert flow["done"] + flow["failed"] == sum(course.ended["ce"].values())
+
+
+async def test_levels_and_flows_are_those_of_the_quarters_of_an_hour_in_which_it_happened(db: MyPilotDB) -> None:
+    minute = timedelta(minutes=1)
+    pilots = [
+        _pilot("ce1", "lhcb", "SUBMITTED", 5 * minute, None, None),
+        _pilot("ce1", "lhcb", "RUNNING", 50 * minute, 35 * minute, None),
+        _pilot("ce1", "lhcb", "FAILED", 50 * minute, 35 * minute, 20 * minute),
+        _pilot("ce1", "lhcb", "DONE", 3000 * minute, 2900 * minute, 2800 * minute),
+        _pilot("ce2", "lhcb", "DONE", 3000 * minute, 2900 * minute, 1439 * minute),
+        _pilot("ce2", "lhcb", "RUNNING", 1441 * minute, 1439 * minute, None),
+        _pilot("ce2", "lhcb", "SUBMITTED", timedelta(seconds=-3), None, None),  # by a clock that is ahead
+        _pilot("ce3", "gridpp", "FAILED", 50 * minute, 35 * minute, 20 * minute),
+        _pilot("ce3", "gridpp", "RUNNING", 50 * minute, 35 * minute, None),
+    ]
+    course = await _course(db, pilots, "lhcb")
+    slots, flow = _series(course, "slots"), _series(course, "flow")
+    assert slots["running"][-4:] == [1, 3, 2, 2]
+    assert slots["submitted"][-4:] == [2, 0, 0, 2]
+    assert (slots["running"][0], slots["submitted"][0]) == (1, 0)
+    assert flow["submitted"][-4:] == [2, 0, 0, 2]
+    assert flow["failed"][-4:] == [0, 0, 1, 0]
+    assert (flow["done"][0], sum(flow["done"]), sum(flow["submitted"])) == (1, 1, 4)
+    assert course.ended == {"ce1": {"FAILED": 1}, "ce2": {"DONE": 1}}
+    assert [course.failure_rate(name) for name in ("ce1", "ce2", "ce3")] == [1.0, 0.0, None]
+    times = course.charts["slots"]["t"]
+    assert (times[-1], times[-1] - times[0]) == (int(NOW.timestamp()), 95 * 15 * 60)
+
+
+async def test_nothing_that_happened_is_a_course_too(db: MyPilotDB) -> None:
+    store = PilotStore()
+    store.use(db)
+    course = await store.course("lhcb")
+    assert course.ended == {}
+    assert sum(sum(values) for chart in ("slots", "flow") for values in _series(course, chart).values()) == 0
+    assert await logic.count_ended_pilots(db, NOW) == {}
