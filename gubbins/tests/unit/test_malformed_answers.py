@@ -84,7 +84,8 @@ async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
             answer = await call()
         except (CEUnavailableError, OutputUnavailableError) as error:
             complaint = str(error)
-        assert len(complaint.strip().splitlines()) == 1
+        assert complaint
+        assert complaint.isprintable()
         for stamp in ("s", "t") if isinstance(answer, dict) else ():
             _look(answer.get(stamp))
 
@@ -93,7 +94,7 @@ def _look(said: Observation | SubmitOutcome | None) -> None:
     if isinstance(said, SubmitOutcome):
         assert bool(said.reference) != bool(said.error), said
     words = said.reason if isinstance(said, Observation) else said.error if said else None
-    assert words is None or (len(words) <= 500 and len(words.splitlines()) <= 1), words
+    assert words is None or (len(words) <= 500 and words.isprintable()), words
     if isinstance(said, Observation):
         assert isinstance(said.state, Observed)
         assert said.state is not Observed.FAILED or said.reason

@@ -23,6 +23,7 @@ from gubbins.ces.protocol import (
 )
 from gubbins.exceptions import OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.text import one_line
 
 from .credentials import CredentialsError
 from .rest import ArcRest, NotAcceptedError
@@ -39,7 +40,6 @@ _STATES = {
     **dict.fromkeys(("FAILED", "KILLED", "WIPED"), Observed.FAILED),
 }
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
-_MAX_REASON_CHARS = 300
 # A job that changes its state while the CE makes the list of them may be left out of it.
 _LIST_AGAIN_AFTER_SECONDS = 0.3
 
@@ -141,13 +141,13 @@ class ArcBackend(CEBackend[ArcSettings]):
         try:
             answers = await self._rest.submit(list(described.values()))
         except (NotAcceptedError, CredentialsError) as error:
-            return outcomes | dict.fromkeys(described, SubmitOutcome(error=str(error)))
+            return outcomes | dict.fromkeys(described, SubmitOutcome(error=one_line(error)))
         for stamp, answer in zip(described, answers, strict=True):
             job = str(answer.job.get("id"))
             if answer.code < 300 and _ID.match(job):
                 outcomes[stamp] = SubmitOutcome(self._reference(job))
             else:
-                outcomes[stamp] = SubmitOutcome(error=f"{answer.code} {answer.reason}"[:_MAX_REASON_CHARS])
+                outcomes[stamp] = SubmitOutcome(error=one_line(f"{answer.code} {answer.reason}"))
         return outcomes
 
     async def _ids_of(self, pilots: Iterable[PilotAtCE]) -> dict[str, str]:
@@ -204,4 +204,4 @@ def _why(pilot: PilotAtCE, state: str, told: Mapping[str, Any]) -> str:
     elif not words:
         code = told.get("ExitCode")
         words = f"exit code {code}" if code is not None else "failed, and the CE does not say why"
-    return " ".join(words.split())[:_MAX_REASON_CHARS].strip()
+    return one_line(words)

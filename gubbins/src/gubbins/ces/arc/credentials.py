@@ -16,6 +16,7 @@ from pathlib import Path
 from cryptography import x509
 
 from gubbins.ces.tokens import CredentialsError, expiry_of_token, read_token
+from gubbins.text import one_line
 
 from .settings import ArcSettings
 
@@ -97,4 +98,4 @@ def _presented(chain: Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

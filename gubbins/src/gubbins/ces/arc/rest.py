@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 import httpx
 
 from gubbins.exceptions import CEUnavailableError
+from gubbins.text import one_line
 
 from .credentials import CredentialsError, Identity, fingerprint, read_identity
 from .settings import ArcSettings
@@ -213,10 +214,10 @@ class ArcRest:
         )
 
     def _complaint(self, error: Exception) -> str:
-        words = " ".join(str(error).split())
+        words = one_line(error)
         if isinstance(error, TimeoutError | httpx.TimeoutException):
             words = f"no answer within {self._settings.timeout_seconds:g} s"
-        return f"{self._settings.url}: {words or type(error).__name__}"
+        return f"{self._settings.url}: {words}"
 
 
 def _accept(response: httpx.Response) -> None:
@@ -226,7 +227,7 @@ def _accept(response: httpx.Response) -> None:
     words = f"{code} {response.reason_phrase}".strip()
     if advice := _ADVICE.get(code):
         words = f"{words} ({advice})"
-    message = f"{response.url.host} answers {words}"
+    message = one_line(f"{response.url.host} answers {words}")
     if 400 <= code < 500 and code not in (408, 425, 429):
         raise NotAcceptedError(message)
     raise CEUnavailableError(message)
@@ -253,7 +254,7 @@ def _answers(answer: bytes) -> list[JobAnswer]:
         code = str(job.get("status-code"))
         if not (code.isascii() and code.isdecimal() and len(code) == 3):
             raise CEUnavailableError(f"an answer without a status: {str(job)[:80]}")
-        found.append(JobAnswer(int(code), " ".join(str(job.get("reason") or "no reason given").split()), job))
+        found.append(JobAnswer(int(code), one_line(job.get("reason") or "") or "no reason given", job))
     return found
 
 

@@ -21,10 +21,11 @@ from gubbins.ces.protocol import (
 )
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.text import one_line
 
 from .description import submission
 from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own
-from .process import Bindings
+from .process import Bindings, BindingsRefusal
 from .settings import HTCondorSettings
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,15 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             by_vo[pilot.vo].append(pilot.stamp)
         submissions = [submission(self.settings, self.ce.name, vo, stamps) for vo, stamps in by_vo.items()]
         answers = await self._bindings.call("submit", submissions=submissions)
-        return {
-            pilot.stamp: SubmitOutcome(
-                answers[pilot.stamp].get("reference"), _line(answers[pilot.stamp].get("error"))
-            )
-            for pilot in pilots
-        }
+        return {pilot.stamp: self._outcome(answers, pilot.stamp) for pilot in pilots}
+
+    def _outcome(self, answers: object, stamp: str) -> SubmitOutcome:
+        match answers[stamp] if isinstance(answers, Mapping) and stamp in answers else None:
+            case {"reference": str(reference)} if reference:
+                return SubmitOutcome(reference)
+            case {"error": str(error)}:
+                return SubmitOutcome(error=one_line(error) or "no reason given")
+        raise CEUnavailableError(f"{self.ce.name} has answered nothing about the pilot {stamp}")
 
     async def _find(self, pilots: Sequence[PilotAtCE]) -> dict[str, Job]:
         """The jobs of these pilots, from the queue, or of those that have left it from the history.
@@ -140,10 +144,14 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
 
     async def _history(self, references: Mapping[str, str | None]) -> dict[str, list[Job]]:
-        """Those who are in no queue and no history are unknown; so are they where no history may be read."""
+        """Those who are in no queue and no history are unknown; so are they where no history may be read.
+
+        Raises:
+            CEUnavailableError: there is no answer, so nothing is known about those who are in no queue.
+        """
         try:
             told = await self._bindings.call("history", attributes=ATTRIBUTES, stamps=list(references))
-        except CEUnavailableError as error:
+        except BindingsRefusal as error:
             logger.warning("%s does not tell the history of its jobs: %s", self.ce.name, error)
             return {}
         # It tells of everybody's jobs, who may give them any stamp.
@@ -158,7 +166,3 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             raise CEUnavailableError(
                 f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's"
             )
-
-
-def _line(error: object) -> str | None:
-    return None if error is None else " ".join(str(error).split())[:300]

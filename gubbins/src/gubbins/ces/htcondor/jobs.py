@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed, PilotAtCE
+from gubbins.text import one_line
 
 ATTRIBUTES = (
     "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",
@@ -24,7 +25,6 @@ ABANDONED = "its files have never come to the schedd"
 _REMOVED, _COMPLETED, _HELD = 3, 4, 5
 _SPOOLING = 16
 _SPOOLING_SECONDS = 600
-_MAX_CHARS = 300
 
 
 class Job(NamedTuple):
@@ -106,7 +106,7 @@ def judge(pilot: PilotAtCE, job: Job) -> Observation:
     """What has become of a pilot."""
     state, reason = _judge(pilot, job)
     reference = job.reference if pilot.reference is None else None
-    return Observation(state, " ".join(reason.split())[:_MAX_CHARS].strip() if reason else None, reference)
+    return Observation(state, one_line(reason) if reason else None, reference)
 
 
 def _judge(pilot: PilotAtCE, job: Job) -> tuple[Observed, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Bindings"]
+__all__ = ["Bindings", "BindingsRefusal"]
 
 import asyncio
 import json
@@ -17,12 +17,16 @@ from typing import Any
 from gubbins.ces.shell import Completed, LocalShell, inherited_environment
 from gubbins.ces.tokens import read_token
 from gubbins.exceptions import CEUnavailableError
+from gubbins.text import one_line
 
 from .settings import HTCondorSettings
 
 _PROGRAM = Path(__file__).with_name("bindings.py")
-_MAX_CHARS = 300
 _STAMP_OF_LOG = re.compile(r"^\d\d/\d\d/\d\d \d\d:\d\d:\d\d( \(\S+\))* ")
+
+
+class BindingsRefusal(CEUnavailableError):
+    """The bindings were asked, have come to an end, and say why there is no answer."""
 
 
 class Bindings:
@@ -40,7 +44,8 @@ class Bindings:
         """The answer to one call, as JSON has it.
 
         Raises:
-            CEUnavailableError: there is none; why is in the message.
+            BindingsRefusal: they say why there is none.
+            CEUnavailableError: there is none, within the time-out or at all; why is in the message.
         """
         token = None if self._settings.token is None else await asyncio.to_thread(read_token, self._settings.token)
         # Not made by the process itself, which may be killed.
@@ -84,7 +89,7 @@ class Bindings:
         if isinstance(answer, Mapping) and "answer" in answer:
             return answer["answer"]
         if isinstance(answer, Mapping) and "error" in answer:
-            raise CEUnavailableError(_complaint(str(answer["error"]), done.stderr))
+            raise BindingsRefusal(_complaint(str(answer["error"]), done.stderr))
         if "ModuleNotFoundError" in done.stderr:
             raise CEUnavailableError(
                 "HTCondor's bindings are not installed: pip install 'gubbins-pilots[htcondor]'"
@@ -104,6 +109,5 @@ def _prepare(directory: Path, token: str | None) -> None:
 
 def _complaint(error: str, stderr: str) -> str:
     """An error in one line, with what the bindings have said besides."""
-    lines = [_STAMP_OF_LOG.sub("", line).strip() for line in stderr.splitlines() if line.strip()]
-    words = "; ".join(part for part in [" ".join(error.split()), *lines[-2:]] if part)
-    return words[:_MAX_CHARS]
+    lines = [_STAMP_OF_LOG.sub("", line) for line in stderr.splitlines() if line.strip()]
+    return one_line("; ".join(part for part in map(one_line, [error, *lines[-2:]]) if part))

@@ -6,7 +6,8 @@ __all__ = ["complaint", "is_refusal", "is_silence"]
 
 import re
 
-_MAX_CHARS = 300
+from gubbins.text import MAX_LINE_CHARS, one_line
+
 _REFUSED = "Batch job submission failed: "
 # The same exit code says that the controller has said no, and that it has said nothing.
 _SILENCE = re.compile(
@@ -20,10 +21,10 @@ _MISUSE = re.compile(
 
 def complaint(stderr: str) -> str:
     """The last line that a command has complained with, without its name."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [line for each in stderr.splitlines() if (line := one_line(each, len(each)))]
     if not lines:
         return "no message"
-    return re.sub(r"^\w+: (error: |fatal: )?", "", lines[-1]).removeprefix(_REFUSED)[:_MAX_CHARS]
+    return re.sub(r"^\w+: (error: |fatal: )?", "", lines[-1]).removeprefix(_REFUSED)[:MAX_LINE_CHARS]
 
 
 def is_silence(stderr: str) -> bool:

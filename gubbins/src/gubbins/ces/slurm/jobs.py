@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed
+from gubbins.text import one_line
 
 QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|"
 """For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""
@@ -46,7 +47,6 @@ _FAILURES = {
 }
 # Those that say nothing, or nothing that could be changed.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
-_MAX_CHARS = 300
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _COMPLETION = re.compile(r"^JobId=([0-9]{1,18}) .*? Name=(\S+) JobState=(\w+) .*? ExitCode=(\d+):(\d+)")
 
@@ -159,11 +159,11 @@ def _with_reference(seen: Observation, number: str, reference: str | None) -> Ob
 def _of_active(job: Job) -> Observation:
     if job.state in _WAITING:
         return Observation(
-            Observed.WAITING, None if job.reason in _PLAIN_REASONS else _line(f"Slurm: {job.reason}")
+            Observed.WAITING, None if job.reason in _PLAIN_REASONS else one_line(f"Slurm: {job.reason}")
         )
     if job.state in _RUNNING:
         return Observation(Observed.RUNNING)
-    return Observation(Observed.NO_NEWS, _line(f"Slurm: unknown state {job.state}"))
+    return Observation(Observed.NO_NEWS, one_line(f"Slurm: unknown state {job.state}"))
 
 
 def _of_ended(job: Job, record: Record) -> Observation:
@@ -188,8 +188,4 @@ def _failed(what: str, reason: str, last_words: str) -> Observation:
     if reason not in _PLAIN_REASONS:
         what = f"{what}, Slurm says {reason}"
     text = f"{what}: {last_words}" if last_words else what
-    return Observation(Observed.FAILED, _line(text))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_CHARS].strip()
+    return Observation(Observed.FAILED, one_line(text))

@@ -22,6 +22,7 @@ from gubbins.ces.protocol import (
 )
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.text import one_line
 
 from .connection import SSHShell
 from .remote import Garbled, Refused, command, is_stamp, parse, quote
@@ -31,7 +32,6 @@ WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
 # A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
 NEVER_STARTED_SECONDS = 60
 PILOTS_PER_COMMAND = 200
-_MAX_REASON_CHARS = 200
 
 
 class SSHBackend(CEBackend[SSHSettings]):
@@ -69,7 +69,7 @@ class SSHBackend(CEBackend[SSHSettings]):
                 try:
                     observations[stamp] = self._observation(stamp, word, detail)
                 except (TypeError, ValueError) as error:
-                    raise Garbled(f"{self._host}: not what a host with a shell says: {_one_line(rest)}") from error
+                    raise Garbled(f"{self._host}: not what a host with a shell says: {one_line(rest)}") from error
         return observations
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
@@ -120,7 +120,7 @@ class SSHBackend(CEBackend[SSHSettings]):
             records = await self._bulk(stamps, before, lambda stamp: f"submit {stamp}")
         except Refused as error:
             # Nothing has been begun, but what an earlier call may have begun with the same stamps.
-            return {stamp: SubmitOutcome(error=_one_line(str(error))) for stamp in stamps}
+            return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}
         outcomes = {
             stamp: SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
             for stamp in stamps
@@ -131,7 +131,7 @@ class SSHBackend(CEBackend[SSHSettings]):
             refused = word == "refused"
             outcomes[stamp] = SubmitOutcome(
                 reference=None if refused else self._reference(stamp),
-                error=(_one_line(why) or "the host gives no reason") if refused else None,
+                error=(one_line(why) or "the host gives no reason") if refused else None,
             )
         if missing := set(stamps) - set(outcomes):
             raise Garbled(f"{self._host}: no word about {len(missing)} of {len(stamps)} submissions")
@@ -173,7 +173,7 @@ class SSHBackend(CEBackend[SSHSettings]):
             case "running":
                 state = Observed.RUNNING
             case "elsewhere":
-                reason = f"it runs on {_one_line(detail)}, and another host answers as {self.settings.host}"
+                reason = f"it runs on {one_line(detail)}, and another host answers as {self.settings.host}"
             case "restarted":
                 state, reason = Observed.FAILED, "the host was restarted while it ran"
             case "ended":
@@ -203,10 +203,5 @@ def _end(code: str, cancelled: str, last_words: str) -> tuple[Observed, str | No
         why = "cancelled" if cancelled == "1" else "the process vanished without an exit code"
         return Observed.FAILED, why
     why = f"cancelled (exit code {code})" if cancelled == "1" else f"exit code {code}"
-    words = _one_line(last_words)
+    words = one_line(last_words)
     return Observed.FAILED, f"{why}: {words}" if words else why
-
-
-def _one_line(text: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:_MAX_REASON_CHARS]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gubbins.ces.shell import Completed
 from gubbins.exceptions import CEUnavailableError
+from gubbins.text import one_line
 
 from .settings import SSHHost
 
@@ -68,7 +69,7 @@ class SSHShell:
             except TimeoutError as error:
                 raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
-                raise SSHError(f"{self._name}: {_text(error)} while {argv[0]} was running") from error
+                raise SSHError(f"{self._name}: {one_line(error)} while {argv[0]} was running") from error
 
     async def close(self) -> None:
         """Give back the connection. It is not waited for a host that does not answer."""
@@ -151,7 +152,7 @@ class SSHShell:
                 f"cannot use a key of {keys}: {error}; one with a passphrase belongs in an agent"
             ) from error
         except (OSError, ValueError, asyncssh.Error) as error:
-            raise SSHError(f"no SSH connection to {self._name}: {_text(error)}") from error
+            raise SSHError(f"no SSH connection to {self._name}: {one_line(error)}") from error
 
     def _known_hosts(self) -> asyncssh.SSHKnownHosts:
         import asyncssh
@@ -239,7 +240,3 @@ async def _read(stream: asyncssh.SSHReader[bytes]) -> str:
         if size > MAX_ANSWER_BYTES:
             raise OSError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
     return b"".join(parts).decode(errors="replace")
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gubbins.ces.shell import Completed
 from gubbins.exceptions import CEUnavailableError
+from gubbins.text import one_line
 
 _FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 _STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -64,9 +65,9 @@ def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
         found = re.match(r"(\w+)[ \n]?(.*)", record, re.DOTALL)
         word, rest = found.groups() if found else ("", record)
         if word == "failed":
-            raise Refused(f"{host}: {' '.join(rest.split())}")
+            raise Refused(f"{host}: {one_line(rest)}")
         records.append((word, rest))
     if not records or records.pop()[0] != "end":
-        said = " ".join((answer.stderr.strip() or answer.stdout.strip()).split())[-200:]
+        said = one_line((answer.stderr.strip() or answer.stdout.strip())[-200:])
         raise Garbled(f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}")
     return records

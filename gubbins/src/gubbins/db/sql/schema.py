@@ -81,6 +81,7 @@ _Id = BigInteger().with_variant(Integer, "sqlite")
 _CEName = String(128)
 _VO = String(128)
 MAX_REASON_CHARS = 1024
+MAX_REFERENCE_CHARS = 255
 _Reason = String(MAX_REASON_CHARS)
 # Sites say what they like, and names that differ in case only are two: neither is MySQL's default.
 _ANY_TEXT = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
@@ -182,7 +183,7 @@ class Pilots(MyPilotDBBase):
     # Our name for the pilot, known to the CE; makes a repeated submission recognisable.
     stamp: Mapped[str] = mapped_column("Stamp", String(32), unique=True, key="stamp")
     # The CE's name for it; NULL until the CE has confirmed the submission.
-    reference: Mapped[str | None] = mapped_column("Reference", String(255), key="reference")
+    reference: Mapped[str | None] = mapped_column("Reference", String(MAX_REFERENCE_CHARS), key="reference")
     submitted_at: Mapped[datetime] = mapped_column("SubmittedAt", UTCDateTime, key="submitted_at")
     started_at: Mapped[datetime | None] = mapped_column("StartedAt", UTCDateTime, key="started_at")
     ended_at: Mapped[datetime | None] = mapped_column("EndedAt", UTCDateTime, key="ended_at")

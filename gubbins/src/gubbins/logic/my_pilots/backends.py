@@ -4,18 +4,27 @@ from __future__ import annotations
 
 __all__ = ["backend_of", "describe_failure"]
 
+import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gubbins.ces import CEBackend, CEDescription, make_backend
+from gubbins.db.sql.schema import MAX_REASON_CHARS
+from gubbins.text import one_line
 
 from .rules import rules_of
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5
+"""Giving back connections may take so long: what the compute element has answered waits for it."""
 
 
 @contextlib.asynccontextmanager
 async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
-    """The back end of a compute element, closed afterwards.
+    """The back end of a compute element, closed afterwards; what goes wrong then is worth a line in the log only.
 
     Raises:
         CESettingsError: the back end is not installed here, or its settings are wrong.
@@ -25,11 +34,16 @@ async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
     try:
         yield backend
     finally:
-        await backend.close()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await backend.close()
+        except Exception as error:
+            why = f"no end within {CLOSE_SECONDS:g} s" if isinstance(error, TimeoutError) else one_line(error)
+            logger.warning("Cannot give back the connections to %s: %s", ce["name"], why)
 
 
 def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
     """One line for people: what a compute element did instead of answering."""
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {rules_of(ce).timeout_seconds:g} s"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, MAX_REASON_CHARS)

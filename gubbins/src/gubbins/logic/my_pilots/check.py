@@ -17,8 +17,10 @@ from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
+from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
+from .answers import check_observations
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success
 from .outputs import wants_output
@@ -160,7 +162,8 @@ async def _ask(question: _Question) -> _Answer:
             except Exception as error:
                 complaint = f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}"
         async with asyncio.timeout(seconds):
-            return _Answer(await backend.poll(described), complaint)
+            answer = await backend.poll(described)
+        return _Answer(check_observations(ce, answer, (pilot.stamp for pilot in described)), complaint)
 
 
 async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilotStatus]) -> _Findings:
@@ -172,7 +175,8 @@ async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilo
     now = clock.now()
     for task, question in answered.items():
         name = question.ce["name"]
-        error = task.exception()
+        # Nobody else has cancelled it.
+        error = CEUnavailableError("its back end broke off") if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             failures[name] = describe_failure(question.ce, error)
             logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name])
@@ -243,7 +247,7 @@ def _judge_unknown(question: _Question, pilot: Any, now: datetime, rules: CERule
 async def _forget(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
     """Tidying up only: what fails here is not worth failing a check that is already recorded."""
     try:
-        async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:
+        async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             await backend.forget(ended)
     except Exception as error:
         logger.warning("Cannot tidy up after pilots at %s: %s", ce["name"], describe_failure(ce, error))

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import CESettingsError, UnknownCEError
+from gubbins.text import one_line
 
 from .ce_file import CESpec
 from .rules import rules_of, what_is_wrong_with_rules
@@ -121,7 +123,7 @@ async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool
     Raises:
         UnknownCEError: there is none of that name.
     """
-    return await db.ban_ce(name, reason=reason)
+    return await db.ban_ce(name, reason=None if reason is None else one_line(reason, MAX_REASON_CHARS) or None)
 
 
 def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,12 @@ from gubbins.ces.registry import load_backend
 from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
+from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.text import one_line
 
+from .answers import check_output
 from .backends import backend_of, describe_failure
 from .circuits import note_failure
 from .rules import rules_of
@@ -110,9 +113,10 @@ class _Visit:
                 return None
             try:
                 async with self._answer():
-                    output = await self._backend.output(asked)
+                    answer = await self._backend.output(asked)
+                output = check_output(self._ce, answer, asked.stamp)
             except OutputUnavailableError as error:
-                return Output(pilot.pilot_id, until, error=error.reason)
+                return Output(pilot.pilot_id, until, error=one_line(error.reason, MAX_REASON_CHARS))
             except Exception as error:
                 why = describe_failure(self._ce, error)
                 logger.info("Cannot fetch the output of pilot %s at %s: %s", asked.stamp, self._ce["name"], why)
@@ -176,8 +180,9 @@ async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
         pilot["started_at"],
     )
     try:
-        async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:
-            output = await backend.output(asked)
+        async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
+            answer = await backend.output(asked)
+        output = check_output(ce, answer, asked.stamp)
     except OutputUnavailableError:
         raise
     except Exception as error:

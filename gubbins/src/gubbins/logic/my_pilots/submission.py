@@ -16,6 +16,7 @@ from gubbins.db.sql.compute_elements import serves
 from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError, VONotServedError
 from gubbins.pilot_states import MyPilotStatus
 
+from .answers import check_outcome
 from .backends import backend_of, describe_failure
 from .circuits import may_submit, note_failure, note_success, why_no_pilots
 from .rules import rules_of
@@ -61,7 +62,8 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
             try:
                 async with asyncio.timeout(rules_of(ce).timeout_seconds):
-                    outcome = (await backend.submit([pilot]))[stamp]
+                    answer = await backend.submit([pilot])
+                outcome = check_outcome(ce, answer, stamp)
             except Exception as error:
                 reason = describe_failure(ce, error)
                 await note_failure(db, ce, CECall.SUBMIT, reason)
@@ -69,8 +71,9 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             if outcome.reference is not None:
                 return await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     except CESettingsError as error:
-        await note_failure(db, ce, CECall.SUBMIT, str(error))
-        raise CERefusedError(ce_name, str(error)) from error
+        reason = describe_failure(ce, error)
+        await note_failure(db, ce, CECall.SUBMIT, reason)
+        raise CERefusedError(ce_name, reason) from error
     reason = outcome.error or "no reason given"
     async with db.unit():
         await note_failure(db, ce, CECall.SUBMIT, reason)

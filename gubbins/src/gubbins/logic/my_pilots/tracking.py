@@ -111,7 +111,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, An
     # One that is paused or banned hears of it from the first check that may ask it again.
     if await may_call(db, ce, CECall.STATUS):
         try:
-            async with asyncio.timeout(rules_of(ce).timeout_seconds), backend_of(ce) as backend:
+            async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
         except Exception as error:
             reason = describe_failure(ce, error)

@@ -8,6 +8,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from gubbins.text import one_line
+
 if TYPE_CHECKING:
     from diracx.db.sql import JobDB
 
@@ -35,7 +37,6 @@ async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
         async with asyncio.timeout(TIMEOUT_SECONDS), job_db:
             counted = await job_db.summary(["VO"], list(search))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("Cannot count the waiting jobs of %s: %s", vo, reason)
+        logger.warning("Cannot count the waiting jobs of %s: %s", vo, one_line(error))
         return None
     return sum(int(row["count"]) for row in counted)

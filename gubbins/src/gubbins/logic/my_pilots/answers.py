@@ -1,0 +1,92 @@
+"""What compute elements answer, checked before anything follows from it."""
+
+from __future__ import annotations
+
+__all__ = ["check_observations", "check_outcome", "check_output"]
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gubbins.ces import Observation, Observed, PilotOutput, SubmitOutcome
+from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS
+from gubbins.exceptions import CEUnavailableError
+from gubbins.text import one_line
+
+
+def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[str]) -> dict[str, Observation]:
+    """What a poll says about these pilots, with reasons of one line. What it says about others is left out.
+
+    Raises:
+        CEUnavailableError: it is not what a back end may answer.
+    """
+    if not isinstance(answer, Mapping):
+        raise _nonsense(ce, f"{_kind(answer)} in place of what has become of each pilot")
+    checked = {}
+    for stamp in stamps:
+        if stamp not in answer:
+            continue
+        seen = answer[stamp]
+        if not isinstance(seen, Observation) or not isinstance(seen.state, Observed):
+            raise _nonsense(ce, f"{one_line(repr(seen), 80)} in place of what has become of pilot {stamp}")
+        _check_reference(ce, stamp, seen.reference)
+        checked[stamp] = seen._replace(reason=_reason(ce, stamp, seen.reason))
+    return checked
+
+
+def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOutcome:
+    """What has become of the submission of this pilot, with an error of one line.
+
+    Raises:
+        CEUnavailableError: it is not what a back end may answer: nobody knows whether the pilot was submitted.
+    """
+    if not isinstance(answer, Mapping):
+        raise _nonsense(ce, f"{_kind(answer)} in place of what has become of each submission")
+    outcome = answer.get(stamp)
+    if outcome is None:
+        raise CEUnavailableError(f"answered nothing about the pilot; {_report(ce)}")
+    if not isinstance(outcome, SubmitOutcome):
+        raise _nonsense(ce, f"{one_line(repr(outcome), 80)} in place of a reference or an error")
+    _check_reference(ce, stamp, outcome.reference)
+    return SubmitOutcome(outcome.reference, _reason(ce, stamp, outcome.error))
+
+
+def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:
+    """What this pilot has written.
+
+    Raises:
+        CEUnavailableError: it is not what a back end may answer.
+    """
+    if isinstance(answer, PilotOutput) and isinstance(answer.stdout, str) and isinstance(answer.stderr, str):
+        return answer
+    raise _nonsense(ce, f"{_kind(answer)} in place of what pilot {stamp} has written")
+
+
+def _check_reference(ce: Mapping[str, Any], stamp: str, reference: object) -> None:
+    if reference is None:
+        return
+    if not isinstance(reference, str) or not reference or not reference.isprintable():
+        raise _nonsense(ce, f"{one_line(repr(reference), 80)} in place of the reference of pilot {stamp}")
+    if len(reference) > MAX_REFERENCE_CHARS:
+        raise _nonsense(
+            ce,
+            f"a reference of {len(reference)} characters for pilot {stamp}, "
+            f"and no more than {MAX_REFERENCE_CHARS} can be kept",
+        )
+
+
+def _reason(ce: Mapping[str, Any], stamp: str, reason: object) -> str | None:
+    if reason is not None and not isinstance(reason, str):
+        raise _nonsense(ce, f"{one_line(repr(reason), 80)} in place of a reason for pilot {stamp}")
+    return None if reason is None else one_line(reason, MAX_REASON_CHARS) or None
+
+
+def _kind(answer: object) -> str:
+    return "nothing" if answer is None else f"a value of type {type(answer).__name__}"
+
+
+def _nonsense(ce: Mapping[str, Any], what: str) -> CEUnavailableError:
+    return CEUnavailableError(f"answered nonsense: {what}; {_report(ce)}")
+
+
+def _report(ce: Mapping[str, Any]) -> str:
+    return f"report that to whoever looks after the back end {ce['backend']!r}"
