@@ -158,7 +158,9 @@ async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_el
     # Many try at once: one of them may.
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     tried = await asyncio.gather(
-        *(logic.submit_requested_pilot(db, "ce", "lhcb") for _ in range(4)), return_exceptions=True
+        logic.submit_requested_pilot(db, "ce", "lhcb"),
+        *(logic.submit_pilot(db, "ce", "lhcb") for _ in range(3)),
+        return_exceptions=True,
     )
     assert [type(each) for each in tried if not isinstance(each, int)] == [CEPausedError] * 3
     # It fails again: the same, after the pause.
