@@ -360,3 +360,20 @@ async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_ch
     assert (await db.get_pilot(pilot_id))["reference"] == "job.1"
     assert await logic.submit_pilot(db, "ce", "lhcb", stamp=stamp) == pilot_id
     assert scripted.calls == [("ce", "submit"), ("ce", "poll")]
+
+
+async def test_a_vo_for_which_the_settings_have_nothing_does_not_pause_the_others(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "no pilot script for dteam"
+    monkeypatch.setattr(scripted, "why_not", lambda _, vo: reason if vo == "dteam" else None)
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    for _ in range(3):
+        with pytest.raises(CERefusedError, match=reason):
+            await logic.submit_pilot(db, "ce", "dteam")
+    assert (await db.get_ce("ce"))["last_error"] == reason
+    assert scripted.calls == []
+    assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
+    await logic.submit_pilot(db, "ce", "lhcb")
+    assert (await db.search_pilots(vo=None))[0] == 1
