@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import not_for_this_machine
 
-from .htcondor_root import ROOT, ObstacleError, check
+from .htcondor_root import ROOT, ForbiddenError, ObstacleError, check
 
 SCHEDD = "pilots@tests"
 _SECONDS = 110  # it takes three, unless the machine is busy
@@ -268,10 +269,10 @@ def htcondor_site() -> Iterator[HTCondorSite]:
     """HTCondor."""
     try:
         check()
+    except ForbiddenError as obstacle:
+        not_for_this_machine(str(obstacle))
     except ObstacleError as obstacle:
         pytest.skip(str(obstacle))
-    if not ROOT.exists():
-        pytest.skip("HTCondor's daemons have not been fetched: `make servers` does it, or says why it cannot")
     if importlib.util.find_spec("htcondor2") is None:
         pytest.skip("HTCondor's bindings are not installed: pip install htcondor")
     directory = Path(tempfile.mkdtemp(prefix="gubbins-htcondor-site-"))

@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["ROOT", "ObstacleError", "check", "main"]
+__all__ = ["ROOT", "ForbiddenError", "ObstacleError", "check", "main"]
 
 _RELEASE = "trixie"
 _PACKAGES = ("condor", "base-files", "coreutils", "dash", "libc-bin")
 _CACHE = Path("/var/cache/gubbins-tests")
 ROOT = _CACHE / f"htcondor-{_RELEASE}-1"
 """Where it is, complete or not at all. Not to be written to."""
+_NOT_SERVED = ROOT.with_name(f"{ROOT.name}.not-served")
+"""Where the reason is kept why the mirror of this machine cannot give it."""
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _PROGRAMS = ("apt-get", "chroot", "dpkg-deb", "nsenter", "unshare")
 _SECONDS = 600
+_IS_NOT_SERVED = re.compile("have a Release file|Unable to locate package|no installation candidate")
 _USERS = {"root": 0, "condor": 64001, "pilot": 64002, "nobody": 65534}
 
 
@@ -33,31 +37,50 @@ class ObstacleError(Exception):
     """It cannot be had here; the message says what is missing."""
 
 
+class ForbiddenError(ObstacleError):
+    """It cannot be had on this machine, whatever is installed."""
+
+
 def check() -> None:
-    """See that this machine can run it, built or not.
+    """See that it can be had here, and is there.
 
     Raises:
-        ObstacleError: it cannot.
+        ObstacleError: it cannot, or is not.
     """
+    _check_machine()
+    if not ROOT.exists():
+        if _NOT_SERVED.exists():
+            raise ForbiddenError(_NOT_SERVED.read_text())
+        raise ObstacleError(
+            "HTCondor's daemons have not been fetched: `make servers` does it, or says why it cannot"
+        )
+
+
+def _check_machine() -> None:
     if os.geteuid() != 0:
-        raise ObstacleError("HTCondor's daemons are started in a root directory of their own: that takes root")
+        raise ForbiddenError("HTCondor's daemons are started in a root directory of their own: that takes root")
     for program in _PROGRAMS:
         if shutil.which(program) is None:
             raise ObstacleError(f"HTCondor's daemons cannot be had: there is no program {program}")
     tried = subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], check=False, capture_output=True)
     if tried.returncode != 0:
-        raise ObstacleError("HTCondor's daemons cannot be started: no mount namespaces here")
+        raise ForbiddenError("HTCondor's daemons cannot be started: no mount namespaces here")
 
 
 def main() -> None:
     """Build it, unless it is there or cannot be."""
     try:
-        check()
+        _check_machine()
         _CACHE.mkdir(parents=True, exist_ok=True)
         with (_CACHE / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            _NOT_SERVED.unlink(missing_ok=True)
             if not ROOT.exists():
-                _build()
+                try:
+                    _build()
+                except ForbiddenError as obstacle:
+                    _NOT_SERVED.write_text(str(obstacle))
+                    raise
     except (ObstacleError, OSError, subprocess.SubprocessError) as obstacle:
         print(f"tests of HTCondor will be skipped: {obstacle}")
 
@@ -76,6 +99,8 @@ def _build() -> None:
             "Dir::Cache": apt, "Dir::Cache::archives": apt / "archives",
             "Dir::Etc::sourcelist": apt / "sources.list", "Dir::Etc::sourceparts": "/dev/null",
             "Dir::Etc::preferencesparts": "/dev/null",
+            # A mirror that cannot be reached is an error, as against one that has not what is wanted.
+            "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none", "APT::Install-Recommends": "false", "APT::Sandbox::User": "root",
         }
         # fmt: on
@@ -106,14 +131,15 @@ def _mirror() -> str:
         origin, label, component, uri = line.split("|", 3)
         if (origin, label, component) == ("Debian", "Debian", "main"):
             return uri
-    raise ObstacleError("apt knows no Debian mirror")
+    raise ForbiddenError("apt knows no Debian mirror")
 
 
 def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
-        raise ObstacleError(f"{command[0]} (for Debian {_RELEASE}): {words[-1]}")
+        kind = ForbiddenError if _IS_NOT_SERVED.search(words[-1]) else ObstacleError
+        raise kind(f"{command[0]} (for Debian {_RELEASE}): {words[-1]}")
     return done.stdout
 
 

@@ -20,6 +20,7 @@ from sql_servers import SqlServer
 from gubbins.demo.slurm import SlurmSite
 
 MIN_JOB_AGE = 5
+_MYSQL_PLUGIN = "accounting_storage_mysql.so"
 
 
 class AccountingSlurmSite(SlurmSite):
@@ -69,7 +70,9 @@ def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[SlurmSite]:
         pytest.skip(obstacle)
     for program in ("slurmdbd", "sacct", "sacctmgr"):
         if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/bin") is None:
-            pytest.skip(f"Slurm's accounting is not installed: there is no program {program}")
+            pytest.skip(f"Slurm's accounting is not installed: no program {program} (`make servers` installs it)")
+    if not any(Path("/usr").glob(f"lib*/**/{_MYSQL_PLUGIN}")):
+        pytest.skip(f"Slurm's accounting is not installed: no {_MYSQL_PLUGIN} (`make servers` installs it)")
     with _directory() as directory:
         yield from _running(AccountingSlurmSite(directory, mariadb_server, cpus=4, min_job_age=MIN_JOB_AGE))
 

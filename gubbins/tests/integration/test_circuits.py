@@ -158,7 +158,9 @@ async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_el
     # Many try at once: one of them may.
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     tried = await asyncio.gather(
-        *(logic.submit_requested_pilot(db, "ce", "lhcb") for _ in range(4)), return_exceptions=True
+        logic.submit_requested_pilot(db, "ce", "lhcb"),
+        *(logic.submit_pilot(db, "ce", "lhcb") for _ in range(3)),
+        return_exceptions=True,
     )
     assert [type(each) for each in tried if not isinstance(each, int)] == [CEPausedError] * 3
     # It fails again: the same, after the pause.
@@ -358,3 +360,20 @@ async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_ch
     assert (await db.get_pilot(pilot_id))["reference"] == "job.1"
     assert await logic.submit_pilot(db, "ce", "lhcb", stamp=stamp) == pilot_id
     assert scripted.calls == [("ce", "submit"), ("ce", "poll")]
+
+
+async def test_a_vo_for_which_the_settings_have_nothing_does_not_pause_the_others(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "no pilot script for dteam"
+    monkeypatch.setattr(scripted, "why_not", lambda _, vo: reason if vo == "dteam" else None)
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
+    for _ in range(3):
+        with pytest.raises(CERefusedError, match=reason):
+            await logic.submit_pilot(db, "ce", "dteam")
+    assert (await db.get_ce("ce"))["last_error"] == reason
+    assert scripted.calls == []
+    assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
+    await logic.submit_pilot(db, "ce", "lhcb")
+    assert (await db.search_pilots(vo=None))[0] == 1

@@ -21,7 +21,7 @@ from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, pilot_scripts
 
-pytestmark = [pytest.mark.where_the_machine_allows, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 
 class _Promises(CERemoteConformance):

@@ -232,8 +232,10 @@ async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
 async def test_requests_are_counted_struck_out_and_given_up(db: MyPilotDB) -> None:
     await db.add_requests("ce", vo="lhcb", count=3)
     await db.add_requests("ce", vo="dteam", count=1)
-    await db.take_requests("ce", vo="lhcb")
-    await db.take_requests("other", vo="lhcb")
+    assert await db.take_requests("ce", vo="lhcb") == 1
+    assert await db.take_requests("other", vo="lhcb") == 0
+    assert await db.take_requests("ce", vo="dteam", count=2) == 1
+    await db.add_requests("ce", vo="dteam", count=1)
     now = datetime.now(tz=UTC)
     pending = await db.pending_requests(since=now - timedelta(minutes=1))
     assert pending == {("ce", "lhcb"): 2, ("ce", "dteam"): 1}

@@ -151,6 +151,24 @@ async def test_not_found_means_unknown_and_never_completed(db: MyPilotDB, script
     assert scripted.forgotten == {pilot["stamp"]: S.FAILED}
 
 
+async def test_a_pilot_that_is_lost_before_it_was_seen_to_run_fails_with_the_true_time(
+    db: MyPilotDB, scripted: Any
+) -> None:
+    since = datetime.now(tz=UTC) - timedelta(minutes=61)
+    ids = {}
+    for name in ("lost", "found"):
+        await db.add_ce(name, 1, 1.0, backend="scripted")
+        scripted.submissions[name] = SubmitOutcome(reference="job.1")
+        ids[name] = await logic.submit_pilot(db, name, "lhcb")
+        await set_fields(db, ids[name], missing_since=since)
+    assert await logic.transition_pilot_states(db, "lhcb") == {S.RUNNING: 2}
+    scripted.observations["found"] = Observation(Observed.RUNNING)
+    assert await logic.transition_pilot_states(db, "lhcb") == {S.FAILED: 1}
+    lost, found = [await db.get_pilot(ids[name]) for name in ("lost", "found")]
+    assert lost["last_error"] == f"unknown to its compute element since {since:%Y-%m-%d %H:%M:%S} UTC"
+    assert (found["status"], found["missing_since"]) == (S.RUNNING, None)
+
+
 async def test_a_dead_ce_keeps_its_pilots_and_does_not_stop_the_others(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("dead", 2, 1.0, backend="scripted")
     await db.add_ce("well", 2, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import pytest
 from diracx.core.config import ConfigSource
 from diracx.core.config.schema import Config
 from diracx.tasks.plumbing import NoRetry
+from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lock_registry import LockedObjectType
 from diracx.tasks.testing import TaskSystem
 
+from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CERefusedError, UnknownCEError
+from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots.requests import REQUEST_LIFETIME
 from gubbins.tasks import my_pilots
 from gubbins.tasks.my_pilot_lock_types import MY_PILOT
 from gubbins.tasks.my_pilots import (
@@ -183,3 +189,45 @@ async def test_P60_rounds_do_not_pile_up_while_workers_are_away(db: MyPilotDB, c
     async with TaskSystem([MyPilotTask], workers=0, task_db_url=None):
         rounds = [await MySubmitPilotsTask(vo).execute(my_pilot_db=db, config=config) for vo in VOS * 3]
     assert sum(spawned.get("ce", 0) for spawned in rounds) == 4
+
+
+@pytest.mark.parametrize("rules", [{"policy": "waiting_jobs"}, {"max_waiting": 10}], ids=lambda rules: str(*rules))
+async def test_tasks_that_come_after_their_requests_were_given_up_submit_nothing(
+    db: MyPilotDB, config: Config, redis_url: str, monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any]
+) -> None:
+    async def ten_jobs(*_: object) -> int:
+        return 10
+
+    monkeypatch.setattr(logic, "count_waiting_jobs", ten_jobs)
+    await db.add_ce("ce", 100, 1.0, rules=rules)
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    tasks = [MyPilotTask]
+    overrides: dict[Any, Any] = {MyPilotDB.no_transaction: lambda: db}
+    with clock.simulated(lambda: now):
+        async with TaskSystem(tasks, redis_url=redis_url, workers=0, task_db_url=None):
+            for _ in range(3):
+                now += REQUEST_LIFETIME + timedelta(seconds=1)
+                spawned = await MySubmitPilotsTask("lhcb", compute_elements=["ce"]).execute(my_pilot_db=db)
+                assert spawned == {"ce": 10}
+            await MyPilotTask("ce", "lhcb").schedule()  # by hand
+        async with TaskSystem(
+            tasks, redis_url=redis_url, workers=1, overrides=overrides, task_db_url=None
+        ) as system:
+            await system.drain(timeout=60)
+    assert (await db.search_pilots(vo="lhcb"))[0] == 11, "what the last round asked for, and the one by hand"
+
+
+async def test_a_task_that_is_executed_again_needs_no_second_request(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 5, 1.0)
+    await db.add_requests("ce", vo="lhcb", count=1)
+    labels = {my_pilots.LABEL_REQUESTED: True}
+    seen = []
+    for task_id in ("one", "one", "another"):
+        message = TaskMessage(task_id=task_id, task_name="my_pilots:MyPilotTask", labels=labels)
+        token = current_message.set(message)
+        try:
+            seen.append(await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db))
+        finally:
+            current_message.reset(token)
+    assert seen[0] is not None
+    assert seen == [seen[0], seen[0], None]

@@ -113,6 +113,13 @@ class CEBackend(ABC, Generic[SettingsT]):
         self.ce = ce
         self.settings = settings
 
+    def why_not(self, vo: str) -> str | None:
+        """Why the settings give this VO no pilots; None: they do.
+
+        That is no failure of the compute element, and it is not asked: other VOs go on there.
+        """
+        return None
+
     @abstractmethod
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         """Submit pilots; the outcome of each by its stamp. The same stamp again is no second pilot."""

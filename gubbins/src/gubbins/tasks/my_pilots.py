@@ -15,6 +15,7 @@ __all__ = [
     "MySubmitPilotsTask",
 ]
 
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +32,9 @@ from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError
 from gubbins.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
+
+#: Label of tasks that a round has asked for, as against those that somebody submits by hand.
+LABEL_REQUESTED = "pilot_requested"
 
 # Every worker and scheduler imports this module, and few of them ever open the database of the pilots.
 if TYPE_CHECKING:
@@ -64,7 +68,10 @@ class MyPilotTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
-        """Return the pilot's id; None when the slot was taken, or the compute element closed or paused meanwhile.
+        """Return the pilot's id; None when it was not to be.
+
+        That is: the slot was taken, or the compute element closed or paused meanwhile; or a round asked for it
+        so long ago that its request was given up, and later rounds have asked for all that is wanted.
 
         Raises:
             PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
@@ -73,8 +80,12 @@ class MyPilotTask(BaseTask):
 
         try:
             message = current_message.get()
-            task_id = None if message is None else message.task_id
-            return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, task_id=task_id)
+            if message is None:
+                return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo)
+            # A task may be executed again, when its worker died: by its stamp, that is no second pilot.
+            stamp = hashlib.blake2b(message.task_id.encode(), digest_size=16).hexdigest()
+            submit = logic.submit_requested_pilot if LABEL_REQUESTED in message.labels else logic.submit_pilot
+            return await submit(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
         except (NoRoomError, CEDisabledError, CEPausedError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
@@ -129,7 +140,7 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
             spawned = 0
             try:
                 for _ in range(count):
-                    await MyPilotTask(ce_name, self.vo).schedule()
+                    await MyPilotTask(ce_name, self.vo).schedule(labels={LABEL_REQUESTED: True})
                     spawned += 1
             finally:
                 if spawned < count:

@@ -67,6 +67,11 @@ class ArcBackend(CEBackend[ArcSettings]):
         self._rest = ArcRest(settings)
         self._ids: dict[str, str] = {}  # of jobs that were found by their stamp
 
+    def why_not(self, vo: str) -> str | None:
+        if self._script(vo) is None:
+            return f"no pilot script for {vo}: give it one in scripts, or a default_script"
+        return None
+
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         outcomes = {pilot.stamp: SubmitOutcome(pilot.reference) for pilot in pilots if pilot.reference}
         new = {pilot.stamp: pilot for pilot in pilots if not pilot.reference}
@@ -130,10 +135,9 @@ class ArcBackend(CEBackend[ArcSettings]):
         outcomes = {}
         described = {}
         for pilot in pilots:
-            script = self.settings.scripts.get(pilot.vo, self.settings.default_script)
+            script = self._script(pilot.vo)
             if script is None:
-                message = f"no pilot script for {pilot.vo}: give it one in scripts, or a default_script"
-                outcomes[pilot.stamp] = SubmitOutcome(error=message)
+                outcomes[pilot.stamp] = SubmitOutcome(error=self.why_not(pilot.vo))
             else:
                 ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
                 environment = self.settings.environment | ours
@@ -187,6 +191,9 @@ class ArcBackend(CEBackend[ArcSettings]):
             # Nothing is known until that is done, so that one who cannot do it looks again.
             await self._rest.kill(twins)
             self._ids |= found
+
+    def _script(self, vo: str) -> str | None:
+        return self.settings.scripts.get(vo, self.settings.default_script)
 
     def _reference(self, job: str) -> str:
         return f"{self.settings.url}/rest/1.0/jobs/{job}"

@@ -77,7 +77,12 @@ class SlurmSettings(CESettings):
     timeout_seconds: float = Field(
         default=20, gt=0, allow_inf_nan=False, description="How long one command may take."
     )
-    concurrent_submissions: int = Field(default=8, ge=1, description="How many sbatch run at the same time.")
+    concurrent_submissions: int = Field(
+        default=8,
+        ge=1,
+        description="How many sbatch run at the same time when `submit` is given many pilots. A `MyPilotTask` "
+        "gives it one, and there is one such task at a time for each compute element.",
+    )
     keep: Literal["none", "failed", "all"] = Field(
         default="failed", description="Whose directories (with stdout and stderr) stay after the end."
     )

@@ -36,8 +36,8 @@ class ClaimStore(CircuitStore):
                 row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
                 await self.conn.execute(insert(PilotRequests), [row] * count)
 
-    async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> None:
-        """Strike out the oldest requests: their tasks have started. Nothing to strike out is no error."""
+    async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> int:
+        """Strike out the oldest requests, for their tasks have started; return how many there were to do so."""
         oldest = (
             select(PilotRequests.id)
             .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
@@ -50,6 +50,7 @@ class ClaimStore(CircuitStore):
             ids = (await self.conn.execute(oldest)).scalars().all()
             if ids:
                 await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
+            return len(ids)
 
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
         """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.

@@ -23,8 +23,10 @@ _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
 
 def _entering(status: MyPilotStatus, now: datetime) -> dict[str, Any]:
     """What changes in a pilot that enters a state, beside its last error."""
-    timestamp = "started_at" if status is MyPilotStatus.RUNNING else "ended_at"
-    return {"status": status, timestamp: now, "last_update": now, "missing_since": None}
+    if status is MyPilotStatus.RUNNING:
+        # Whether its compute element knows it does not change with this: to be lost, too, a pilot must be RUNNING.
+        return {"status": status, "started_at": now, "last_update": now}
+    return {"status": status, "ended_at": now, "last_update": now, "missing_since": None}
 
 
 class TransitionStore(PilotDBConnection):

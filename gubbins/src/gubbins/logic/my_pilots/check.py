@@ -237,7 +237,7 @@ def _judge_unknown(question: _Question, pilot: Any, now: datetime, rules: CERule
         findings.gone_missing.append(pilot.pilot_id)
     elif now - pilot.missing_since > timedelta(seconds=rules.lost_seconds):
         if pilot.status is MyPilotStatus.SUBMITTED:
-            # The only way to an end leads through RUNNING; `missing_since` starts anew there.
+            # The only way to an end leads through RUNNING: it stays missing there, and the next check ends it.
             findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["REQUEST_LIFETIME", "request_pilots", "submit_requested_pilot", "withdraw_requests"]
 
-import hashlib
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -22,8 +22,12 @@ from .demand import Sharer, apportion, fair_part
 from .rules import CERules, DemandPolicy, rules_of
 from .submission import submit_pilot
 
+logger = logging.getLogger(__name__)
+
 REQUEST_LIFETIME = timedelta(minutes=15)
 """A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis).
+
+Should it start after all, it finds no request, and submits nothing: what was asked for since counts.
 
 What a VO that has not asked for so long would take is not respected any more.
 """
@@ -177,14 +181,16 @@ def _rounded_up(number: float) -> int:
     return -int(-number // 1)
 
 
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, task_id: str | None = None) -> int:
-    """Submit one pilot that `request_pilots` asked for (or that nobody did); see `submit_pilot`.
+async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
+    """Submit one pilot that `request_pilots` asked for; see `submit_pilot`, also for what is raised.
 
-    A task may be executed again, when its worker died: `task_id` makes sure that this is no second pilot.
+    Its request is struck out; None where there is none any more, and nothing is submitted. Only what has begun
+    already (there is a pilot with this stamp, for the worker died) goes on without one.
     """
-    stamp = None if task_id is None else hashlib.blake2b(task_id.encode(), digest_size=16).hexdigest()
-    if stamp is None or await db.find_pilot(stamp) is None:
-        await db.take_requests(ce_name, vo=vo)
+    begun = stamp is not None and await db.find_pilot(stamp) is not None
+    if not begun and not await db.take_requests(ce_name, vo=vo):
+        logger.info("No pilot for %s at %s: its request has been given up", vo, ce_name)
+        return None
     return await submit_pilot(db, ce_name, vo, stamp=stamp)
 
 

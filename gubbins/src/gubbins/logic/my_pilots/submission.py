@@ -51,6 +51,9 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         raise CEPausedError(ce_name, reason)
     try:
         async with backend_of(ce) as backend:
+            if (reason := backend.why_not(vo)) is not None:
+                await db.record_ce_error(ce_name, reason)
+                raise CERefusedError(ce_name, reason)
             async with db.unit():
                 begun = None if stamp is None else await db.find_pilot(stamp)
                 if begun is not None and await _is_known(db, begun):

@@ -1,0 +1,18 @@
+"""What no installation brings to a machine: tests that need it are skipped, even where nothing else may be."""
+
+from __future__ import annotations
+
+__all__ = ["NotForThisMachine", "not_for_this_machine"]
+
+from typing import NoReturn
+
+import pytest
+
+
+class NotForThisMachine(pytest.skip.Exception):
+    """A skip that is no failure with NO_SKIPS in the environment."""
+
+
+def not_for_this_machine(reason: str) -> NoReturn:
+    """Skip the test, or all tests that want the fixture, for a reason that only another machine would mend."""
+    raise NotForThisMachine(reason)
