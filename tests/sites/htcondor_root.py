@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +28,6 @@ _NOT_SERVED = ROOT.with_name(f"{ROOT.name}.not-served")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _PROGRAMS = ("apt-get", "chroot", "dpkg-deb", "nsenter", "unshare")
 _SECONDS = 600
-_IS_NOT_SERVED = re.compile("have a Release file|Unable to locate package|no installation candidate")
 _USERS = {"root": 0, "condor": 64001, "pilot": 64002, "nobody": 65534}
 
 
@@ -99,14 +97,16 @@ def _build() -> None:
             "Dir::Cache": apt, "Dir::Cache::archives": apt / "archives",
             "Dir::Etc::sourcelist": apt / "sources.list", "Dir::Etc::sourceparts": "/dev/null",
             "Dir::Etc::preferencesparts": "/dev/null",
-            # A mirror that cannot be reached is an error, as against one that has not what is wanted.
             "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none", "APT::Install-Recommends": "false", "APT::Sandbox::User": "root",
         }
         # fmt: on
         apt_get = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
-        _run(*apt_get, "update")
-        _run(*apt_get, "install", "--yes", "--download-only", *_PACKAGES)
+        try:
+            _run(*apt_get, "update")
+            _run(*apt_get, "install", "--yes", "--download-only", *_PACKAGES)
+        except (ObstacleError, subprocess.TimeoutExpired) as obstacle:
+            raise ForbiddenError(f"the mirror does not serve Debian {_RELEASE} here: {obstacle}") from obstacle
         root = directory / "root"
         root.mkdir()
         for package in sorted((apt / "archives").glob("*.deb")):
@@ -138,8 +138,7 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
-        kind = ForbiddenError if _IS_NOT_SERVED.search(words[-1]) else ObstacleError
-        raise kind(f"{command[0]} (for Debian {_RELEASE}): {words[-1]}")
+        raise ObstacleError(f"{command[0]} (for Debian {_RELEASE}): {words[-1]}")
     return done.stdout
 
 
