@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing import ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import in_ms
@@ -231,3 +231,52 @@ async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
         await keeper.renew()
         assert await mine.settle([Settlement(delivery)], keeper.epoch) == [True]
     assert not await redis.exists(f"{keys.HELD_PREFIX}mine")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "t")
+    [delivery], _ = await broker.fetch(1)
+    locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y")]
+    assert (await start(broker, delivery, locks))[0]
+    await redis.set(keys.TURN_PREFIX + locks[1].redis_key, "0:other", ex=600)
+    assert (await start(broker, delivery, locks))[0]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_who_asks_again_for_its_locks_and_is_refused_keeps_none_of_them(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "t")
+    [delivery], _ = await broker.fetch(1)
+    locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y"), SharedRWLock(JOB, "z")]
+    assert (await start(broker, delivery, locks))[0]
+    # Its answer is lost, and it takes so long to ask again that somebody else has the lock in the middle.
+    await redis.delete(locks[1].redis_key)
+    assert await MutexLock(JOB, "y").acquire(redis)
+    assert not (await start(broker, delivery, locks))[0]
+    for free in (ExclusiveRWLock(JOB, "x"), ExclusiveRWLock(JOB, "z")):
+        assert await free.acquire(redis), "nobody runs that reads"
+    assert not await redis.exists(f"{keys.HELD_PREFIX}a")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_a_worker_that_leaves_gives_back_what_it_got_without_hearing_of_it(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "reads", "writes")
+    reads, writes = (await broker.fetch(2))[0]
+    assert (await start(broker, reads, [SharedRWLock(JOB, "x")]))[0]
+    assert not (await start(broker, writes, [ExclusiveRWLock(JOB, "x")]))[0]
+    assert await broker.settle([hand_back(reads)]) == [True]  # as one that was not begun
+    other = await worker("b")
+    assert len((await other.fetch(2))[0]) == 1
+    assert await broker.leave()
+    [woken], _ = await other.fetch(2)
+    assert woken.data == writes.data
+    assert not await redis.exists(f"{keys.HELD_PREFIX}a")
