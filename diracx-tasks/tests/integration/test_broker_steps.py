@@ -150,13 +150,50 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
     await dies(redis, third)  # `suspect` was it
     assert await fourth.settle([Settlement(other)]) == [True]
     begun = {other.data}
-    while taken := (await fourth.reclaim(10))[0]:
+    while taken := (await fourth.reclaim(10, max_deliveries=4))[0]:
         assert len(taken) == 1
         assert taken[0].deaths == (3 if taken[0].data == suspect.data else 2)
         begun.add(taken[0].data)
         await fourth.settle([Settlement(taken[0])])
     assert len(begun) == 5
     assert await redis.zrange(keys.ALIVE, 0, -1) == [b"4"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, redis: Redis) -> None:
+    broker = await worker("1")
+    await submit(broker, *"abcd")
+    await broker.fetch(10)
+    for name in "23":
+        await dies(redis, broker)
+        broker = await worker(name)
+        await broker.reclaim(10, max_deliveries=1)  # so that it takes all of them
+        if name == "2":
+            await submit(broker, "suspect", "another")
+            await broker.fetch(10)
+    await dies(redis, broker)
+    last = await worker("last")
+    taken, _ = await last.reclaim(10, max_deliveries=3)
+    assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
+    assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
+    worker: Worker, redis: Redis
+) -> None:
+    first, second, third = await worker("1"), await worker("2"), await worker("3")
+    await submit(first, "convicted", "suspect", "another")
+    died, *others = (await first.fetch(3))[0]
+    assert await first.settle([hand_back(replace(died, earlier_deaths=1))]) == [True]
+    others += (await first.fetch(1))[0]
+    for dying, heir in ((first, second), (second, third)):
+        await dies(redis, dying)
+        taken, _ = await heir.reclaim(10, max_deliveries=3)
+    convicted = [delivery for delivery in taken if delivery.deaths == 3]
+    assert len(convicted) == 1, "two deaths here, and one before"
+    assert len(taken) == 2, "one suspect at a time"
+    assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")

@@ -7,8 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from ..broker.redis_streams import SUSPECT_FROM
-
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
@@ -150,10 +148,8 @@ class Intake:
         audit = now >= self._audit_at
         if audit:
             self._audit_at = now + _AUDIT_LEASES * lease_seconds
-        # The last chance of a message at the latest, or it would be buried for what its neighbour has done.
-        suspect_from = min(SUSPECT_FROM, self._settings.max_deliveries)
         deliveries, again_seconds = await self._broker.reclaim(
-            free, audit=audit, lease_seconds=lease_seconds, suspect_from=suspect_from
+            free, audit=audit, lease_seconds=lease_seconds, max_deliveries=self._settings.max_deliveries
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
