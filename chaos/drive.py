@@ -13,18 +13,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from diracx.tasks.plumbing import PeriodicBaseTask, PeriodicVoAwareBaseTask
 from diracx.tasks.plumbing.binding import Binding, bound_to
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
-from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.factory import tasks_of_module
+from diracx.tasks.plumbing.config import CONFIG_PATH_VARIABLE, TasksConfig
+from diracx.tasks.plumbing.factory import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.testing.server import ValkeyProcess
 
 from . import tasks, witness
 from .plan import Disturbance, Plan, Planned
 from .processes import History, Supervised
+from .remains import everything, leftovers
 
 #: Name of our own connections, which are left alone: a submission without an answer may have arrived or not.
 _OURS = "chaos-driver"
@@ -46,6 +48,8 @@ class Observed:
     """When everything had come to rest; None: it never did."""
     left: dict[str, int] = field(default_factory=dict)
     """What was still there when the patience ended."""
+    remains: dict[str, Any] = field(default_factory=dict)
+    """Every key of the server with what was in it then."""
     due: dict[int, float] = field(default_factory=dict)
     """Delayed task -> not before (monotonic)."""
     submitted: dict[int, str] = field(default_factory=dict)
@@ -105,7 +109,7 @@ class Driver:
                 await supervising
                 await asyncio.to_thread(self._stop, observed)
                 observed.letters = await self._letters(database)
-                observed.leftover_keys = await self._leftovers(broker)
+                observed.leftover_keys = await leftovers(broker.redis)
             return observed
         finally:
             for process in [*self._workers, *self._schedulers]:
@@ -120,7 +124,10 @@ class Driver:
         workers, schedulers, lease, slots = self._numbers
         testimony = self._directory / "witness"
         testimony.mkdir()
+        configuration = self._directory / "tasks.yaml"
+        configuration.write_text(json.dumps({"common": _not_ours()}))
         environment = {
+            CONFIG_PATH_VARIABLE: str(configuration),
             "DIRACX_TASKS_REDIS_URL": self._server.url,
             "DIRACX_DB_URL_TASKDB": database_url,
             witness.VARIABLE: str(testimony),
@@ -285,6 +292,8 @@ class Driver:
                 quiet_since = None
                 observed.left = left
             await asyncio.sleep(_TICK_SECONDS)
+        else:
+            observed.remains = await everything(broker.redis)
         progress.cancel()
 
     async def _report(self, observed: Observed, broker: RedisStreamBroker) -> None:
@@ -315,26 +324,12 @@ class Driver:
                     n = (TaskMessage.loadb(row["message"]).task_args or [None])[0]
                 letters.append({"n": n, "kind": kind, "reason": row["reason"], "detail": row["detail"]})
 
-    @staticmethod
-    async def _leftovers(broker: RedisStreamBroker) -> list[str]:
-        """Keys that would stay for ever, but for empty streams and what schedulers must not forget."""
-        furniture = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES}
-        found = []
-        for key in sorted(await broker.redis.keys()):
-            name = key.decode() if isinstance(key, bytes) else key
-            if name in keys.EVERY_STREAM:
-                consumers = (
-                    await broker.redis.xinfo_consumers(name, keys.GROUP) if await _has_group(broker, name) else []
-                )
-                if await broker.redis.xlen(name) or consumers:
-                    found.append(name)
-            elif name not in furniture and await broker.redis.ttl(name) == -1:
-                found.append(name)
-        return found
 
-
-async def _has_group(broker: RedisStreamBroker, stream: str) -> bool:
-    return bool(await broker.redis.xinfo_groups(stream))
+def _not_ours() -> dict[str, Any]:
+    """Switches off what is installed and runs by the clock: what fails here is put aside, and there is no rest."""
+    by_the_clock = PeriodicBaseTask | PeriodicVoAwareBaseTask
+    installed = load_task_registry()
+    return {name: {"enabled": False} for name, cls in installed.items() if issubclass(cls, by_the_clock)}
 
 
 def keep(observed: Observed, path: Path) -> None:
@@ -348,6 +343,8 @@ def keep(observed: Observed, path: Path) -> None:
                 "ended": observed.history.ended,
                 "letters": observed.letters,
                 "left": observed.left,
+                "leftover keys": observed.leftover_keys,
+                "remains": observed.remains,
             },
             indent=1,
         )

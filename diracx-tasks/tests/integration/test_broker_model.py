@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.redis_streams import SUSPECT_FROM, in_ms, new_task_id, stream_name_for
+from diracx.tasks.plumbing.broker.redis_streams import in_ms, is_suspect, new_task_id, stream_name_for
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
@@ -34,6 +34,7 @@ WORKERS = ("a", "b")
 STREAMS = keys.streams_of("medium")
 #: No timer fires by itself and no lock expires while an example runs: the rules decide when time passes.
 LONG_MS = 600_000
+MAX_DELIVERIES = 3
 
 
 class Two(ConcurrencyLimiter):
@@ -78,8 +79,10 @@ class Task:
 
 
 def _is_suspect(task: Task, more: int) -> bool:
+    """One that is convicted is none any more: it will not run again."""
     assert task.delivery is not None
-    return task.delivery.deliveries + more >= SUSPECT_FROM
+    delivery = replace(task.delivery, deliveries=task.delivery.deliveries + more)
+    return is_suspect(delivery, MAX_DELIVERIES)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -418,9 +421,9 @@ class BrokerMachine(RuleBasedStateMachine):
         mine = [task for task in self._in("reserved", "running", worker=worker) if _is_suspect(task, 0)]
         suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
         may_come = len(orphans) - max(0, len(suspects) - (0 if mine else 1))
-        deliveries, _ = self.run(self.brokers[worker].reclaim(free, audit=audit))
+        deliveries, _ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
         assert len(deliveries) == min(free, may_come)
-        assert sum(delivery.deliveries >= SUSPECT_FROM for delivery in deliveries) <= (0 if mine else 1)
+        assert sum(is_suspect(delivery, MAX_DELIVERIES) for delivery in deliveries) <= (0 if mine else 1)
         for task in orphans.values():
             if task.locks:
                 self.may_wake = True
@@ -613,7 +616,7 @@ class BrokerMachine(RuleBasedStateMachine):
         """Both are dead: a third one buries them, and hands everything it got to nobody but the queue."""
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:
-            for delivery in self.run(third.reclaim(1000, suspect_from=1000))[0]:
+            for delivery in self.run(third.reclaim(1000, max_deliveries=1))[0]:
                 assert self.run(third.settle([hand_back(delivery)])) == [True]
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]

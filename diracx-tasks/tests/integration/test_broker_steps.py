@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing import ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import in_ms
@@ -150,13 +150,50 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
     await dies(redis, third)  # `suspect` was it
     assert await fourth.settle([Settlement(other)]) == [True]
     begun = {other.data}
-    while taken := (await fourth.reclaim(10))[0]:
+    while taken := (await fourth.reclaim(10, max_deliveries=4))[0]:
         assert len(taken) == 1
         assert taken[0].deaths == (3 if taken[0].data == suspect.data else 2)
         begun.add(taken[0].data)
         await fourth.settle([Settlement(taken[0])])
     assert len(begun) == 5
     assert await redis.zrange(keys.ALIVE, 0, -1) == [b"4"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, redis: Redis) -> None:
+    broker = await worker("1")
+    await submit(broker, *"abcd")
+    await broker.fetch(10)
+    for name in "23":
+        await dies(redis, broker)
+        broker = await worker(name)
+        await broker.reclaim(10, max_deliveries=1)  # so that it takes all of them
+        if name == "2":
+            await submit(broker, "suspect", "another")
+            await broker.fetch(10)
+    await dies(redis, broker)
+    last = await worker("last")
+    taken, _ = await last.reclaim(10, max_deliveries=3)
+    assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
+    assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
+    worker: Worker, redis: Redis
+) -> None:
+    first, second, third = await worker("1"), await worker("2"), await worker("3")
+    await submit(first, "convicted", "suspect", "another")
+    died, *others = (await first.fetch(3))[0]
+    assert await first.settle([hand_back(replace(died, earlier_deaths=1))]) == [True]
+    others += (await first.fetch(1))[0]
+    for dying, heir in ((first, second), (second, third)):
+        await dies(redis, dying)
+        taken, _ = await heir.reclaim(10, max_deliveries=3)
+    convicted = [delivery for delivery in taken if delivery.deaths == 3]
+    assert len(convicted) == 1, "two deaths here, and one before"
+    assert len(taken) == 2, "one suspect at a time"
+    assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
@@ -231,3 +268,52 @@ async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
         await keeper.renew()
         assert await mine.settle([Settlement(delivery)], keeper.epoch) == [True]
     assert not await redis.exists(f"{keys.HELD_PREFIX}mine")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "t")
+    [delivery], _ = await broker.fetch(1)
+    locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y")]
+    assert (await start(broker, delivery, locks))[0]
+    await redis.set(keys.TURN_PREFIX + locks[1].redis_key, "0:other", ex=600)
+    assert (await start(broker, delivery, locks))[0]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_who_asks_again_for_its_locks_and_is_refused_keeps_none_of_them(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "t")
+    [delivery], _ = await broker.fetch(1)
+    locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y"), SharedRWLock(JOB, "z")]
+    assert (await start(broker, delivery, locks))[0]
+    # Its answer is lost, and it takes so long to ask again that somebody else has the lock in the middle.
+    await redis.delete(locks[1].redis_key)
+    assert await MutexLock(JOB, "y").acquire(redis)
+    assert not (await start(broker, delivery, locks))[0]
+    for free in (ExclusiveRWLock(JOB, "x"), ExclusiveRWLock(JOB, "z")):
+        assert await free.acquire(redis), "nobody runs that reads"
+    assert not await redis.exists(f"{keys.HELD_PREFIX}a")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+async def test_P6_a_worker_that_leaves_gives_back_what_it_got_without_hearing_of_it(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("a")
+    await submit(broker, "reads", "writes")
+    reads, writes = (await broker.fetch(2))[0]
+    assert (await start(broker, reads, [SharedRWLock(JOB, "x")]))[0]
+    assert not (await start(broker, writes, [ExclusiveRWLock(JOB, "x")]))[0]
+    assert await broker.settle([hand_back(reads)]) == [True]  # as one that was not begun
+    other = await worker("b")
+    assert len((await other.fetch(2))[0]) == 1
+    assert await broker.leave()
+    [woken], _ = await other.fetch(2)
+    assert woken.data == writes.data
+    assert not await redis.exists(f"{keys.HELD_PREFIX}a")

@@ -16,7 +16,7 @@ MOST = {
     "enqueue one by one": (1.0, 1.0, 160, 30),
     "enqueue in bulk": (0.01, 1.0, 140, 5),
     "enqueue in bulk, delayed": (0.02, 7.5, 260, 5),
-    "drain": (0.1, 1.0, 165, 140),
+    "drain": (0.1, 1.0, 185, 140),
     "drain, one mutex per task": (0.13, 8.5, 620, 150),
     "drain, results kept": (0.1, 5.1, 330, 140),
     "drain, delayed": (0.15, 6.6, 190, 220),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
-from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
@@ -119,3 +120,36 @@ async def test_a_server_that_forgets_its_scripts_while_a_worker_waits_delivers_a
     await redis.script_flush()
     await broker.submit([submission("one")])
     assert len(await asked) == 1
+
+
+class SaysOnce(RedisStreamBroker):
+    """Knows of no moment at which to look again for what the dead have left."""
+
+    async def reclaim(self, free: int, **options: Any) -> tuple[list[Delivery], float]:
+        deliveries, _ = await super().reclaim(free, **options)
+        return deliveries, 3600.0
+
+
+async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(redis_url: str, redis: Redis) -> None:
+    first, second, broker = (SaysOnce(redis_url, consumer_name=name) for name in ("first", "second", "third"))
+    await broker.submit([submission(text) for text in "abc"])
+    assert len((await first.fetch(3))[0]) == 3
+    await redis.zadd(keys.ALIVE, {"first": 1})
+    assert len((await second.reclaim(3))[0]) == 3
+    await redis.zadd(keys.ALIVE, {"second": 1})
+    held: list[Delivery] = []
+
+    def places() -> list[tuple[str, str]]:
+        return [(each.stream, each.entry) for each in held]
+
+    intake = Intake(broker, WorkerSettings(), asyncio.Event(), places, lambda: True)
+    for _ in "abc":
+        held += await intake.next(10)
+        assert len(held) == 1, "one at a time, and each without delay"
+        asked = asyncio.create_task(intake.next(10))
+        await waits(redis)
+        assert await broker.settle([Settlement(held[0])]) == [True]
+        intake.settled([held.pop()])
+        assert await asked == []
+    for each in (first, second, broker):
+        await each.shutdown()

@@ -50,7 +50,7 @@ DELAY_BATCH = 100
 #: Children of a group in one script call.
 GROUP_BATCH = 500
 #: The third delivery: two workers have died with the message.
-SUSPECT_FROM = 3
+_SUSPECT_FROM = 3
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
@@ -73,6 +73,16 @@ def in_ms(moment: datetime) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return -((_EPOCH - moment) // timedelta(milliseconds=1))
+
+
+def _suspect_from(max_deliveries: int) -> int:
+    """The last chance of a message at the latest, or it would be buried for what its neighbour has done."""
+    return min(_SUSPECT_FROM, max_deliveries)
+
+
+def is_suspect(delivery: Delivery, max_deliveries: int) -> bool:
+    """Whether it may be what its workers died of, and runs once more all the same."""
+    return delivery.deliveries >= _suspect_from(max_deliveries) and delivery.deaths < max_deliveries
 
 
 class RedisStreamBroker:
@@ -272,22 +282,30 @@ class RedisStreamBroker:
         return self._deliveries(messages), [_text(last_id) for last_id in now_last] or last_ids
 
     async def reclaim(
-        self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, suspect_from: int = SUSPECT_FROM
+        self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
     ) -> tuple[list[Delivery], float]:
         """Bury dead workers and take over up to `free` of the messages they held.
 
         Args:
             audit: also look for consumers that are on no list of living workers.
             lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
-            suspect_from: a message that is handed out so often may be what its workers died of. A worker
-                holds one such message at a time, so that the guilty one dies without its neighbours.
+            max_deliveries: a message that so many workers have died with will not run again. One that nearly
+                as many have died with may be what they died of: a worker holds one such suspect at a time, so
+                that the guilty one dies without its neighbours.
 
         Returns:
             The deliveries, and in how many seconds to look again: when the next lease ends.
         """
         lease_ms = int(lease_seconds * 1000)
         messages, again_ms = await scripts.reclaim(
-            self.redis, self.streams, self.consumer_name, free, audit, lease_ms, suspect_from
+            self.redis,
+            self.streams,
+            self.consumer_name,
+            free,
+            audit,
+            lease_ms,
+            _suspect_from(max_deliveries),
+            max_deliveries,
         )
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(deliveries)

@@ -184,9 +184,10 @@ async def reclaim(
     audit: bool,
     lease_ms: int,
     suspect_from: int,
+    max_deliveries: int,
 ) -> Any:
     """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
-    args = [consumer, free, int(audit), _EVERY_STREAM, lease_ms, suspect_from]
+    args = [consumer, free, int(audit), _EVERY_STREAM, lease_ms, suspect_from, max_deliveries]
     return await script("reclaim")(redis, streams, args)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from ..broker.redis_streams import SUSPECT_FROM
+from ..broker.redis_streams import is_suspect
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -55,6 +55,8 @@ class Intake:
         self._settings = settings
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
+        self._suspects: set[tuple[str, str]] = set()
+        """Stream and entry of those in hand: while there is one, we are given no other."""
         self._last_ids: list[str] | None = None
         """Of each stream, an entry after which there may be something new; None before the first look."""
         self._all_seen = False
@@ -70,7 +72,9 @@ class Intake:
         A call that fails may have reserved messages all the same; the next one finds them.
         """
         self.asked_at = time.monotonic()
-        if self._answer_lost and (recovered := await self._broker.recover(self._held())):
+        if self._suspects:
+            self._let_go(self._suspects.difference(self._held()))  # it may have been parked
+        if self._answer_lost and (recovered := await self._recover()):
             return recovered
         self._answer_lost = True
         try:
@@ -80,6 +84,17 @@ class Intake:
             raise
         self._answer_lost = False
         return deliveries
+
+    def settled(self, deliveries: Iterable[Delivery]) -> None:
+        """These were settled: if a suspect in hand was among them, the next one may come at once."""
+        if self._suspects:
+            self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
+
+    def _let_go(self, places: set[tuple[str, str]]) -> None:
+        if not self._suspects.isdisjoint(places):
+            self._suspects -= places
+            self._reclaim_at = 0.0
+            self._interrupt()
 
     async def _look(self, free: int) -> list[Delivery]:
         if reclaimed := await self._reclaim(free):
@@ -95,8 +110,9 @@ class Intake:
         await asyncio.sleep(0)  # what has just been started may have ended after that
         timeout = self._reclaim_at - time.monotonic()
         timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
-        if not self._is_idle():
-            # A task may block the event loop: nothing must be given to a worker that cannot start it.
+        if self._suspects or not self._is_idle():
+            # A task may block the event loop: nothing must be given to a worker that cannot start it. And a
+            # suspect may be settled any moment, which is to end a wait that reserves nothing.
             if await self._unless_stopped(self._broker.wait(self._last_ids, timeout)):
                 self._all_seen = False
             return []
@@ -106,7 +122,7 @@ class Intake:
         waiting = self._broker.fetch_next(asked, self._last_ids, timeout, lease_seconds=lease_seconds)
         found = await self._unless_stopped(waiting)
         if found is None:
-            return await self._broker.recover(self._held())
+            return await self._recover()
         self.asked_at = max(self.asked_at, time.monotonic() - _ANSWER_SECONDS)
         self._note(*found, asked)
         return found[0]
@@ -121,7 +137,7 @@ class Intake:
                 self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
 
     async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
-        """Wait for the answer; None if the worker stops before it comes."""
+        """Wait for the answer; None if the worker stops, or a suspect is settled, before it comes."""
         if self._stops is None:
             self._stops = asyncio.create_task(self._stop.wait())
             self._stops.add_done_callback(lambda _: self._interrupt())
@@ -138,8 +154,18 @@ class Intake:
             self._wait = None
 
     def _interrupt(self) -> None:
-        if self._wait is not None:
+        if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(0)
+
+    async def _recover(self) -> list[Delivery]:
+        return self._watched(await self._broker.recover(self._held()))
+
+    def _watched(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """These, with the suspects among them noted."""
+        for delivery in deliveries:
+            if is_suspect(delivery, self._settings.max_deliveries):
+                self._suspects.add((delivery.stream, delivery.entry))
+        return deliveries
 
     async def _reclaim(self, free: int) -> list[Delivery]:
         """Take over from dead workers, at the moment when the next lease ends."""
@@ -150,12 +176,10 @@ class Intake:
         audit = now >= self._audit_at
         if audit:
             self._audit_at = now + _AUDIT_LEASES * lease_seconds
-        # The last chance of a message at the latest, or it would be buried for what its neighbour has done.
-        suspect_from = min(SUSPECT_FROM, self._settings.max_deliveries)
         deliveries, again_seconds = await self._broker.reclaim(
-            free, audit=audit, lease_seconds=lease_seconds, suspect_from=suspect_from
+            free, audit=audit, lease_seconds=lease_seconds, max_deliveries=self._settings.max_deliveries
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
             self._all_seen = False  # now and then, whatever was seen before
-        return deliveries
+        return self._watched(deliveries)

@@ -241,11 +241,18 @@ def _hiding(execution: Execution) -> Callable[[str], str] | None:
 
 
 class Settler:
-    """Sends settlements. Those that come together share a round trip; none is lost while the server is away."""
+    """Sends settlements. Those that come together share a round trip; none is lost while the server is away.
 
-    def __init__(self, broker: RedisStreamBroker, keeper: LeaseKeeper) -> None:
+    Args:
+        settled: is told of those that have been sent and are held no more.
+    """
+
+    def __init__(
+        self, broker: RedisStreamBroker, keeper: LeaseKeeper, settled: Callable[[Sequence[Delivery]], None]
+    ) -> None:
         self._broker = broker
         self._keeper = keeper
+        self._settled = settled
         self._waiting: list[Settlement] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -272,7 +279,9 @@ class Settler:
             except Exception:
                 # One of them is not acceptable to the server; the others must not suffer for it.
                 accepted = [await self._send_alone(settlement) for settlement in batch]
-            self._keeper.forget([settlement.delivery for settlement in batch])
+            deliveries = [settlement.delivery for settlement in batch]
+            self._keeper.forget(deliveries)
+            self._settled(deliveries)
             if not all(accepted):
                 for settlement, ours in zip(batch, accepted, strict=True):
                     if not ours:

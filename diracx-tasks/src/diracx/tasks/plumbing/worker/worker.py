@@ -127,7 +127,8 @@ class Worker:
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
             self._dependencies.open(),
         ):
-            self._settler = Settler(self._broker, self._keeper)
+            intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
+            self._settler = Settler(self._broker, self._keeper, intake.settled)
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 listening = asyncio.create_task(self._announcements.run())
@@ -138,7 +139,7 @@ class Worker:
                     await self._letters.adopt()
                     await self._announcements.listening.wait()
                     self.ready.set()
-                    await _or_die_with({settling, promoting}, self._take_in(stop))
+                    await _or_die_with({settling, promoting}, self._take_in(intake, stop))
                 finally:
                     await self._finish()
                     watchdog.finish()
@@ -162,8 +163,7 @@ class Worker:
 
     # --- intake -----------------------------------------------------------------------------------------
 
-    async def _take_in(self, stop: asyncio.Event) -> None:
-        intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
+    async def _take_in(self, intake: Intake, stop: asyncio.Event) -> None:
         while not stop.is_set():
             free = self._settings.max_concurrent_tasks - self.busy
             if free <= 0:

@@ -152,17 +152,18 @@ local function take_all(locks, now, task, place)
     local granted, again = false, nil
     if not owner or owner == task or place < owners_place then
       granted, again = kinds[lock.kind].take(lock, now)
-      -- A worker that lost the connection while it asked, asks again: what it got then is still its own.
-      if not granted and task and (lock.kind == 'mutex' or lock.kind == 'exclusive') then
-        granted = kinds[lock.kind].keep(lock)
-      end
     end
+    -- A worker that lost the connection while it asked, asks again: what it got then is still its own, whoever's
+    -- turn it is now.
+    if not granted and task and lock.kind ~= 'rate' then granted = kinds[lock.kind].keep(lock, now) end
     if not granted then
       for taken = position - 1, 1, -1 do
         local kind = kinds[locks[taken].kind]
         local undo = kind.undo or kind.release
         undo(locks[taken])
       end
+      -- And so may be what comes behind: nobody else would ever give it back.
+      for behind = position + 1, task and #locks or 0 do kinds[locks[behind].kind].release(locks[behind]) end
       return false, position, again
     end
   end

@@ -1,7 +1,8 @@
--- A worker that stops cleanly takes its name off every list. What it still holds stays for others to reclaim.
+-- A worker that stops cleanly takes its name off every list. Messages that it still holds stay for others to reclaim,
+-- and its locks with them. Without messages it needs no lock: one that it got without hearing of it is given back.
 -- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing of it is left.
 -- #flags allow-oom
--- #include _time
+-- #include _time _locks _queue _wake
 local clean = true
 for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
   local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, ARGV[1])
@@ -15,7 +16,9 @@ for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
 end
 if clean then
   redis.call('ZREM', '$ALIVE', ARGV[1])
+  local locks = locks_in('$HELD_PREFIX' .. ARGV[1])
   redis.call('DEL', '$HELD_PREFIX' .. ARGV[1])
+  release_all(locks)
 else
   redis.call('ZADD', '$ALIVE', 0, ARGV[1])
 end

@@ -2,34 +2,43 @@
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
 --   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now,
---   the delivery count from which a message is a suspect.
+--   the delivery count from which a message is a suspect, the number of deaths that convicts it.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
+-- One that is convicted is no suspect: it will not run again, only be rejected, and can be taken at any time.
 -- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now)}: when the next
 -- lease ends, if it is not renewed before.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
-local every_stream, suspect_from = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6])
+local every_stream, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEFT_OVER_MS = 1000 -- somebody may have room by then
 local again_ms
 local has_suspect -- found out when it matters
 sign_on(consumer, tonumber(ARGV[5]), now_us())
 
+-- Is a message a suspect once it was handed out so often? Deaths under earlier entries are noted in the entry.
+local function is_suspect(stream, entry, deliveries)
+  if deliveries < suspect_from or deliveries > max_deliveries then return false end
+  local there = redis.call('XRANGE', stream, entry, entry)[1]
+  local before = there and tonumber(field_of(there[2], 'deaths')) or 0
+  return before + deliveries <= max_deliveries
+end
+
 local function holds_a_suspect()
   for _, stream in ipairs(KEYS) do
     local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
     for _, p in ipairs(pending.err and {} or pending) do
-      if tonumber(p[4]) >= suspect_from then return true end
+      if is_suspect(stream, p[1], tonumber(p[4])) then return true end
     end
   end
   return false
 end
 
 -- May the caller take a message that was handed out so often?
-local function may_take(deliveries)
-  if deliveries + 1 < suspect_from then return true end
+local function may_take(stream, entry, deliveries)
+  if not is_suspect(stream, entry, deliveries + 1) then return true end
   if has_suspect == nil then has_suspect = holds_a_suspect() end
   if has_suspect then return false end
   has_suspect = true
@@ -57,7 +66,8 @@ for _, worker in ipairs(dead) do
       local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, worker) or {}
       for _, p in ipairs(pending.err and {} or pending) do
         if free <= 0 then break end
-        local claimed = may_take(tonumber(p[4])) and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
+        local claimed = may_take(stream, p[1], tonumber(p[4]))
+          and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
           hand_out(messages, position, claimed[1], tonumber(p[4]) + 1, marks)
           free = free - 1

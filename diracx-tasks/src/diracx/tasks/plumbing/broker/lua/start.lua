@@ -14,6 +14,7 @@ local function queued_at(entry)
 end
 
 local consumer, now, replies, lines = ARGV[1], now_us(), {}, {}
+local ledger = '$HELD_PREFIX' .. consumer
 sign_on(consumer, tonumber(ARGV[3]), now)
 local deliveries = cmsgpack.unpack(ARGV[2])
 local places = {}
@@ -55,9 +56,13 @@ for position, d in ipairs(deliveries) do
       remove(d.stream, d.entry)
       delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths, lock.key)
       pass_on(d.locks, refusing, d.task)
+      -- It may have got them in a call whose answer was lost.
+      local given_up = {}
+      for _, each in ipairs(d.locks) do given_up[#given_up + 1] = ledger_line(each) end
+      redis.call('HDEL', ledger, unpack(given_up))
       replies[position] = {0, refusing, int(math.ceil(due))}
     end
   end
 end
-if lines[1] then redis.call('HSET', '$HELD_PREFIX' .. consumer, unpack(lines)) end
+if lines[1] then redis.call('HSET', ledger, unpack(lines)) end
 return replies
