@@ -29,7 +29,8 @@ def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[s
         if not isinstance(seen, Observation) or not isinstance(seen.state, Observed):
             raise _nonsense(ce, f"{one_line(repr(seen), 80)} in place of what has become of pilot {stamp}")
         _check_reference(ce, stamp, seen.reference)
-        checked[stamp] = seen._replace(reason=_reason(ce, stamp, seen.reason))
+        # Of very many pilots, few have a reason.
+        checked[stamp] = seen if seen.reason is None else seen._replace(reason=_reason(ce, stamp, seen.reason))
     return checked
 
 
