@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
 
 _QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 _SECONDS = 60
@@ -30,7 +30,7 @@ class SqlServer:
     """A private server, which can be killed and started again on the same port with the same data."""
 
     def __init__(self, scheme: str, user: str, data: Path, maintenance: str = "") -> None:
-        port = _free_port()
+        port = free_port()
         self._data = data
         self.url = f"{scheme}://{user}@127.0.0.1:{port}"
         """Without a database's name."""
@@ -159,16 +159,6 @@ class PostgreSql(SqlServer):
         # SIGQUIT takes its children with it, without a clean end. SIGKILL would leave them.
         process.send_signal(signal.SIGQUIT)
         process.wait(_SECONDS)
-
-
-def _free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections. Of those, a client that keeps trying to
-    reach a stopped server would get the server's own some day, and be connected to itself."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _give(directory: Path, user: str) -> str | None:

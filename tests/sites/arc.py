@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 
 from .token_issuer import TokenIssuer
 
@@ -83,9 +83,9 @@ class ArcSite:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"https://localhost:{self.port}/arex"
-        self.issuer = TokenIssuer(_free_port(), directory / "host.pem", directory / "host.key")
+        self.issuer = TokenIssuer(free_port(), directory / "host.pem", directory / "host.key")
         self.ca_directory = directory / "ca"
         self._environment = {**os.environ, "ARC_CONFIG": str(directory / "arc.conf")}
         for name in ("ca", "control", "run", "log"):
@@ -258,15 +258,6 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import random
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 from machine import not_for_this_machine
 
 from .htcondor_root import ROOT, ForbiddenError, ObstacleError, check
@@ -116,7 +116,7 @@ class HTCondorSite:
         self.directory = directory
         self.schedd = SCHEDD
         self.token = directory / "pilot.token"
-        self._port = _free_port()
+        self._port = free_port()
         self.collector = f"127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         for name in ("log", "spool", "execute", "run"):
@@ -253,15 +253,6 @@ def _children(pid: int) -> list[int]:
         return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _free_port() -> int:
-    """Below the ports that the kernel gives to outgoing connections."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_servers import _free_port
+from free_ports import free_port
 
 _SECONDS = 30
 _CONFIG = """\
@@ -48,7 +48,7 @@ class Sshd:
         self._program = program
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
         self.user = pwd.getpwuid(os.geteuid()).pw_name
         self.home = directory / "home"
         """Where commands begin, and what they take for their home."""

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from gubbins import clock
@@ -23,7 +24,7 @@ from gubbins.pilot_states import MyPilotStatus
 from .answers import check_observations
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success
-from .outputs import wants_output
+from .outputs import ends_with_output
 from .rules import CERules, rules_of
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class _Question:
     vo: str
     pilots: Sequence[Any]
 
+    @cached_property
+    def ends_with_output(self) -> frozenset[MyPilotStatus]:
+        """The ends at which output is to be fetched: found out once, for many may end at a time."""
+        return ends_with_output(self.ce)
+
     def described(self, pilot: Any) -> PilotAtCE:
         """One of them, as the compute element is told of it."""
         return PilotAtCE(
@@ -84,7 +90,7 @@ class _Findings:
     def end(self, question: _Question, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
         self.moves[status].append((pilot.pilot_id, reason))
-        if wants_output(question.ce, status):
+        if status in question.ends_with_output:
             self.outputs.append(pilot.pilot_id)  # the CE may forget it when that is stored
         else:
             self.ended[question.ce["name"]].append(question.described(pilot)._replace(status=status))

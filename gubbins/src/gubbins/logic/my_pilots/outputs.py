@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["collect_outputs", "get_pilot_output", "wants_output"]
+__all__ = ["collect_outputs", "ends_with_output", "get_pilot_output"]
 
 import asyncio
 import contextlib
@@ -41,11 +41,12 @@ _CHUNK = 50
 _AT_A_TIME = 8
 
 
-def wants_output(ce: Mapping[str, Any], status: MyPilotStatus) -> bool:
-    """Whether the output of a pilot that ended so is to be fetched from this compute element."""
+def ends_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
+    """The ends at which the output of a pilot is to be fetched from this compute element."""
     keep = rules_of(ce).keep_output
-    wanted = keep == "all" or (keep == "failed" and status is MyPilotStatus.FAILED)
-    return wanted and load_backend(ce["backend"]).output is not CEBackend.output
+    if keep == "none" or load_backend(ce["backend"]).output is CEBackend.output:
+        return frozenset()
+    return frozenset({MyPilotStatus.FAILED} if keep == "failed" else {MyPilotStatus.DONE, MyPilotStatus.FAILED})
 
 
 async def collect_outputs(db: MyPilotDB, vo: str) -> int:
