@@ -63,10 +63,14 @@ class Script:
 def _source(name: str) -> str:
     folder = files(__package__) / "lua"
     source = (folder / f"{name}.lua").read_text()
-    include = re.search(r"^-- #include (.+)$", source, re.MULTILINE)
-    parts = [(folder / f"{part}.lua").read_text() for part in include[1].split()] if include else []
+    text = re.sub(
+        r"^ *-- #include (.+)$",
+        lambda found: "\n".join((folder / f"{part}.lua").read_text() for part in found[1].split()),
+        source,
+        flags=re.MULTILINE,
+    )
     constants = keys.script_constants()
-    text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], "\n".join([*parts, source]))
+    text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], text)
     # The server wants flags in the first line. allow-oom: what ends tasks, or keeps what they hold, must get
     # through when memory is short; on the whole it frees some.
     flags = re.search(r"^-- #flags (.+)$", source, re.MULTILINE)

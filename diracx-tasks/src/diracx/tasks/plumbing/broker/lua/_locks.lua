@@ -183,7 +183,7 @@ local function ledger_line(lock)
   return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit or '')
 end
 
--- The locks in a ledger, which has other lines as well (see orphan() in _queue.lua).
+-- The locks in a ledger, which has other lines as well (see orphan() in _pending.lua).
 local function locks_in(ledger)
   local lines, locks = redis.call('HGETALL', ledger), {}
   for line = 1, #lines, 2 do

@@ -14,32 +14,25 @@
 -- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
 -- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again).
 -- #flags allow-oom
--- #include _time _locks _queue _wake _groups _cancel _schedules
-local NOTHING = {}
-local consumer, unsettled, marks = ARGV[1], {}, any_cancelled()
+-- #include _pending
+local consumer, unsettled = ARGV[1], {}
 local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
 local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
+local marks = redis.call('EXISTS', '$CANCELLED') == 1
 local pending = all_pending_of(consumer, places, 3)
 local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
-for at = 1, #places, 3 do
-  local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
-  local s = follows[position] or NOTHING
-  -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
-  local ours = not data_lost and (pending[stream][entry] == places[at + 2]
-    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
-  if ours then
+
+-- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
+-- collect them: that is most of what a plain settlement would cost.
+local function following()
+  -- #include _time _locks _queue _wake _groups _cancel _schedules
+  local function follow(stream, entry, s)
     local looked = s.cancelled or (marks and not (s.retry or s.requeue))
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
     local task = there and task_of(data_of(there[2]))
     local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
-    pending[stream][entry] = nil -- whoever says it twice is refused the second time
-    if s ~= NOTHING then
-      remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
-    else
-      ended[stream] = ended[stream] or {}
-      table.insert(ended[stream], entry)
-    end
+    remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
     if s.retry then
       delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
     end
@@ -54,14 +47,34 @@ for at = 1, #places, 3 do
       redis.call('PUBLISH', s.result.key, '')
     end
   end
-  if s.locks and not data_lost then
-    release_all(s.locks)
-    for _, lock in ipairs(s.locks) do lines[#lines + 1] = ledger_line(lock) end
+  local function unlock(locks)
+    release_all(locks)
+    for _, lock in ipairs(locks) do lines[#lines + 1] = ledger_line(lock) end
   end
-  if not ours then
+  return follow, unlock
+end
+
+local follow, unlock
+for at = 1, #places, 3 do
+  local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
+  local s = follows[position]
+  -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
+  local ours = not data_lost and (pending[stream][entry] == places[at + 2]
+    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
+  if (s or marks) and not follow then follow, unlock = following() end
+  if ours then
+    pending[stream][entry] = nil -- whoever says it twice is refused the second time
+    if follow and (s or marks) then
+      follow(stream, entry, s or {})
+    else
+      ended[stream] = ended[stream] or {}
+      table.insert(ended[stream], entry)
+    end
+  else
     unsettled[#unsettled + 1] = position
     unsettled[#unsettled + 1] = data_lost and -1 or 0
   end
+  if s and s.locks and not data_lost then unlock(s.locks) end
 end
 if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
 for stream, entries in pairs(ended) do

@@ -4,7 +4,7 @@
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
 -- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _alive _locks _queue _wake
+-- #include _time _alive _pending _locks _queue _wake
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of whoever happened to ask first.
