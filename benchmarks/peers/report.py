@@ -257,7 +257,7 @@ def problems(taken: Measurements) -> str:
 
 
 def section(taken: Measurements, plots: Iterable[str]) -> str:
-    images = "\n".join(f"![{name}]({name}.png)" for name in plots)
+    images = "\n".join(f"[![{name}]({name}.png)]({name}.svg)" for name in plots)
     missing = problems(taken)
     return f"""## Side by side with other task systems
 
