@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from watching import ENDED, ended, observe, until
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
+from gubbins.ces.shell import Completed, LocalShell
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.demo.slurm import SlurmSite
@@ -99,6 +100,31 @@ async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
     await make().cancel([lost])
     assert (await observe(make(), lost, *ENDED))[:2] == (Observed.FAILED, "cancelled")
     assert (tmp_path / "starts").read_text() == "started\n"
+
+
+@pytest.mark.parametrize("command", ["sbatch", "squeue"])
+async def test_silence_is_told_as_silence_by_whoever_notices_it_first(
+    command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host of the site has a clock of its own, and may be the first to give up."""
+    here = LocalShell.run
+
+    async def patient(self: LocalShell, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
+        return await here(self, argv, stdin=stdin, timeout=timeout + 60)
+
+    monkeypatch.setattr(LocalShell, "run", patient)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("sbatch", "squeue"):
+        (commands / name).write_text("#!/bin/sh\nexec sleep 300\n")
+        (commands / name).chmod(0o755)
+    backend, unheard = make(commands=commands, timeout_seconds=0.2), pilot("unheard")
+    if command == "squeue":  # which is asked once sbatch has been called
+        directory = backend.settings.directory / unheard.stamp
+        directory.mkdir(parents=True)
+        (directory / "tried").touch()
+    with pytest.raises(CEUnavailableError, match=rf"{command} has not answered within 0\.2 s"):
+        await backend.submit([unheard])
 
 
 async def test_of_two_jobs_of_one_stamp_only_the_first_becomes_a_pilot(

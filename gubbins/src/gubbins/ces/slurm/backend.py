@@ -43,6 +43,7 @@ _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
 _MINUTES_OF_A_DAY = 24 * 60
 _NOT_THERE = 66  # of output.sh
+_TIMED_OUT = 124  # of timeout, in submit.sh
 
 
 class SlurmBackend(CEBackend[SlurmSettings]):
@@ -157,6 +158,8 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         number = done.stdout.strip()
         if done.returncode == 0 and is_job_number(number):
             return SubmitOutcome(reference=number)
+        if done.returncode == _TIMED_OUT:
+            raise CEUnavailableError(f"sbatch has not answered within {self.settings.timeout_seconds:g} s")
         said = complaint(done.stderr)
         if done.returncode != 0 and is_refusal(done.stderr):
             return SubmitOutcome(error=f"Slurm: {said}")

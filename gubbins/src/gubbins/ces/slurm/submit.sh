@@ -4,7 +4,7 @@
 #
 # Prints the job's number. Of the stamp's directory: lock (held while somebody submits), tried (sbatch has been
 # called, however that went), id (the job's number). Exit code 75: nobody knows
-# whether it has been submitted. All others but those of sbatch: it has not.
+# whether it has been submitted; 124: sbatch has not answered in time. All others but those of sbatch: it has not.
 directory=$1 stamp=$2 seconds=$3 squeue=$4
 shift 4
 mkdir -p "$directory" && cd "$directory" || exit 73
@@ -23,7 +23,10 @@ note() {
 known
 if [ -e "$stamp/tried" ]; then
     # Nobody has heard how that went. The queue knows.
-    found=$(timeout --foreground "$seconds" "$squeue" -h --me -t all -n "$stamp" -o %i) || exit 75
+    found=$(timeout --foreground "$seconds" "$squeue" -h --me -t all -n "$stamp" -o %i) || {
+        [ $? -ne 124 ] || echo "squeue has not answered within $seconds s" >&2
+        exit 75
+    }
     known
     if [ -n "$found" ]; then
         note "$(printf '%s\n' "$found" | sort -n | head -n 1)"
