@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_LINE_CHARS", "one_line"]
+__all__ = ["MAX_LINE_CHARS", "one_line", "without_nul"]
 
 MAX_LINE_CHARS = 300
 """What a site says about one pilot is not told at greater length."""
@@ -17,3 +17,14 @@ def one_line(said: object, max_chars: int = MAX_LINE_CHARS) -> str:
     if not words and isinstance(said, BaseException):
         words = type(said).__name__
     return words[:max_chars].strip()
+
+
+def without_nul(text: str) -> str:
+    """The text, which may go to a shell or a file of C strings; for settings.
+
+    Raises:
+        ValueError: it contains a NUL.
+    """
+    if "\0" in text:
+        raise ValueError("must not contain a NUL")
+    return text

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import time
-import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from all_promises import AllPromises
 from machine import not_for_this_machine
 from sites.arc import ArcSite
 
@@ -20,41 +19,24 @@ from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOu
 from gubbins.ces.arc import ArcBackend, ArcSettings
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import CERemoteConformance, Fate, pilot_scripts
+from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
 # It kills a job in half a minute, and other tests may run on this machine.
 pytestmark = pytest.mark.timeout(240)
 
 
-class _Promises(CERemoteConformance):
-    """Not collected: its tests are all run by one, below, and not one by one."""
-
-    deadline_seconds = 180
-    pause_seconds = 1
+class _Promises(AllPromises):
     many = 20
     patience_seconds = 30
 
     def __init__(self, site: ArcSite, witness: Path) -> None:
+        super().__init__(witness, down=site.down, hanging=site.frozen)
         self._site = site
-        self._witness = witness
         self._scripts = pilot_scripts(witness)
 
     def make_backend(self, fate: Fate) -> ArcBackend:
         settings = {"default_script": self._scripts[fate], "timeout_seconds": 8, "keep": "none"}
         return _Maker(self._site, **settings).make()
-
-    def starts(self, stamp: str) -> int:
-        return len((self._witness / stamp).read_text().splitlines())
-
-    async def run(self, name: str) -> str | None:
-        """What went wrong."""
-        promise = getattr(self, name)
-        given = {"make": self.make_backend, "down": self._site.down(), "hanging": self._site.frozen()}
-        try:
-            await promise(**{name: given[name] for name in inspect.signature(promise).parameters})
-        except Exception:
-            return f"{name}:\n{traceback.format_exc()}"
-        return None
 
 
 @pytest.fixture
@@ -68,14 +50,7 @@ def witness(arc_site: ArcSite) -> Path:
 
 async def test_all_promises_of_a_back_end_are_kept(arc_site: ArcSite, witness: Path) -> None:
     promises = _Promises(arc_site, witness)
-    names = [name for name in dir(promises) if name.startswith("test_")]
-    disturbing = [
-        name for name in names if inspect.signature(getattr(promises, name)).parameters.keys() - {"make"}
-    ]
-    assert len(disturbing) == 2
-    broken = await asyncio.gather(*(promises.run(name) for name in names if name not in disturbing))
-    broken += [await promises.run(name) for name in disturbing]
-    assert not any(broken), "\n".join(each for each in broken if each)
+    assert await promises.broken() == ""
 
 
 async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_site: ArcSite) -> None:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from all_promises import AllPromises
 from sites.htcondor import HTCondorSite
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, description, jobs, process
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import CERemoteConformance, Fate, pilot_scripts
+from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
 pytestmark = pytest.mark.timeout(240)
 
 
-class _Promises(CERemoteConformance):
-    """Not collected: its tests are all run by one, below, and not one by one."""
-
-    deadline_seconds = 180
-    pause_seconds = 1
+class _Promises(AllPromises):
     many = 10
     patience_seconds = 60
 
     def __init__(self, site: HTCondorSite, witness: Path) -> None:
+        super().__init__(witness, down=site.down, hanging=self._frozen)
         self._site = site
-        self._witness = witness
         self._timeout_seconds = 30
         # Inside, the site's directory has another name.
         self._scripts = pilot_scripts(Path("/srv") / witness.name)
@@ -42,19 +37,6 @@ class _Promises(CERemoteConformance):
     def make_backend(self, fate: Fate) -> HTCondorBackend:
         script = self._scripts[fate]
         return make_backend(self._site, default_script=script, timeout_seconds=self._timeout_seconds, keep="none")
-
-    def starts(self, stamp: str) -> int:
-        return len((self._witness / stamp).read_text().splitlines())
-
-    async def run(self, name: str) -> str | None:
-        """What went wrong."""
-        promise = getattr(self, name)
-        given = {"make": self.make_backend, "down": self._site.down(), "hanging": self._frozen()}
-        try:
-            await promise(**{name: given[name] for name in inspect.signature(promise).parameters})
-        except Exception:
-            return f"{name}:\n{traceback.format_exc()}"
-        return None
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -69,14 +51,7 @@ async def test_all_promises_of_a_back_end_are_kept(htcondor_site: HTCondorSite) 
     witness.mkdir()
     witness.chmod(0o1777)
     promises = _Promises(htcondor_site, witness)
-    names = [name for name in dir(promises) if name.startswith("test_")]
-    disturbing = [
-        name for name in names if inspect.signature(getattr(promises, name)).parameters.keys() - {"make"}
-    ]
-    assert len(disturbing) == 2
-    broken = await asyncio.gather(*(promises.run(name) for name in names if name not in disturbing))
-    broken += [await promises.run(name) for name in disturbing]
-    assert not any(broken), "\n".join(each for each in broken if each)
+    assert await promises.broken() == ""
 
 
 async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondor_site: HTCondorSite) -> None:

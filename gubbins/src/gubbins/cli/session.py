@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gubbins.db import URL_VARIABLE
+from gubbins.text import one_line
 
 if TYPE_CHECKING:
     from gubbins.deeds import Deed
@@ -65,20 +66,20 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     except (GubbinsError, MigrationError) as error:
         raise CommandError(str(error)) from error
     except SQLDBUnavailableError as error:
-        cause = error.__cause__
-        reason = _one_line(getattr(cause, "orig", None) or cause)
+        cause = error.__cause__ or error
+        reason = one_line(getattr(cause, "orig", None) or cause)
         if "initialised" in str(error):
             raise CommandError(str(error)) from error
         raise CommandError(
-            f"cannot use the database in {URL_VARIABLE}: {reason or error}; is it running, and the URL right?"
+            f"cannot use the database in {URL_VARIABLE}: {reason}; is it running, and the URL right?"
         ) from error
     except (ArgumentError, InvalidRequestError, ModuleNotFoundError) as error:
-        raise CommandError(f"{URL_VARIABLE} is not a usable database URL: {_one_line(error)}") from error
+        raise CommandError(f"{URL_VARIABLE} is not a usable database URL: {one_line(error)}") from error
     except DBAPIError as error:
-        raise CommandError(f"the database refused: {_one_line(error.orig)}") from error
+        raise CommandError(f"the database refused: {one_line(error.orig or error)}") from error
     except OSError as error:  # what drivers raise when nobody answers
         raise CommandError(
-            f"cannot use the database in {URL_VARIABLE}: {_one_line(error)}; is it running, and the URL right?"
+            f"cannot use the database in {URL_VARIABLE}: {one_line(error)}; is it running, and the URL right?"
         ) from error
 
 
@@ -118,7 +119,7 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
         return in_database(do)
     except (AddressError, RedisError) as error:
         raise CommandError(
-            f"the audit log cannot be written at {mask(url)}: {_one_line(error)}; correct {REDIS_URL_VARIABLE}, "
+            f"the audit log cannot be written at {mask(url)}: {one_line(error)}; correct {REDIS_URL_VARIABLE}, "
             "or unset it to do without"
         ) from error
 
@@ -135,10 +136,6 @@ def database_url() -> str:
             f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
         )
     return url
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) if error is not None else ""
 
 
 def emit(value: Any) -> None:

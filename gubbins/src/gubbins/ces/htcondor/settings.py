@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gubbins.ces.protocol import CESettings
+from gubbins.text import without_nul
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = frozenset(
@@ -29,14 +30,8 @@ def _one_line(value: str) -> str:
     return value
 
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not contain a NUL")
-    return value
-
-
 Line = Annotated[str, AfterValidator(_one_line)]
-Script = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+Script = Annotated[str, Field(min_length=1), AfterValidator(without_nul)]
 
 
 class HTCondorSettings(CESettings):
@@ -72,7 +67,7 @@ class HTCondorSettings(CESettings):
     )
     default_script: Script = Field(default="sleep 1", description="For VOs that have no script of their own.")
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Annotated[
-        str, AfterValidator(_no_nul)
+        str, AfterValidator(without_nul)
     ]] = Field(default={}, description="Added to the pilots' environment.")  # fmt: skip
     held_minutes: float = Field(
         default=10,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from gubbins.ces.protocol import CESettings
+from gubbins.text import without_nul
 
 DEFAULT_SCRIPT = "sleep 1"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -24,14 +25,8 @@ def _our_path(path: Path) -> Path:
     return path
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not hold a NUL character, which no shell can")
-    return text
-
-
 OurPath = Annotated[Path, AfterValidator(_our_path)]
-Text = Annotated[str, AfterValidator(_without_nul)]
+Text = Annotated[str, AfterValidator(without_nul)]
 
 
 class SSHHost(CESettings):

@@ -1,0 +1,56 @@
+"""The conformance suite at a site of few words: what takes it minutes is tried at the same time."""
+
+from __future__ import annotations
+
+__all__ = ["AllPromises"]
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from gubbins.testing.ce_conformance import CERemoteConformance
+
+
+class AllPromises(CERemoteConformance):
+    """Not collected: its tests are all run by `broken`, and not one by one.
+
+    Args:
+        witness: a directory in which each start of a pilot leaves a line, in the file named by its stamp.
+        trouble: the contexts in which the site is `down`, and `hanging`.
+    """
+
+    deadline_seconds = 180
+    pause_seconds = 1
+
+    def __init__(self, witness: Path, **trouble: Callable[[], AbstractContextManager[object]]) -> None:
+        self._witness = witness
+        self._trouble = trouble
+
+    def starts(self, stamp: str) -> int:
+        return len((self._witness / stamp).read_text().splitlines())
+
+    async def broken(self) -> str:
+        """What went wrong: nothing, or the tracebacks of all that did."""
+        promises = [getattr(self, name) for name in dir(self) if name.startswith("test_")]
+        wanted = {promise: inspect.signature(promise).parameters.keys() - {"make"} for promise in promises}
+        assert sum(map(len, wanted.values())) == len(self._trouble) == 2
+        broken = await asyncio.gather(*(self._broken(promise) for promise, names in wanted.items() if not names))
+        for promise, names in wanted.items():
+            for name in names:
+                broken.append(await self._broken(promise, **{name: self._trouble[name]()}))
+        return "\n".join(broken).strip()
+
+    async def _broken(
+        self, promise: Callable[..., Awaitable[None]], **trouble: AbstractContextManager[object]
+    ) -> str:
+        try:
+            if "make" in inspect.signature(promise).parameters:
+                await promise(make=self.make_backend, **trouble)
+            else:
+                await promise(**trouble)
+        except Exception:
+            return f"{promise}:\n{traceback.format_exc()}"
+        return ""
