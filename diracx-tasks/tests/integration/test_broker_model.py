@@ -85,6 +85,11 @@ def _is_suspect(task: Task, more: int) -> bool:
     return is_suspect(delivery, MAX_DELIVERIES)
 
 
+def _deaths(task: Task, more: int) -> int:
+    assert task.delivery is not None
+    return task.delivery.deaths + more
+
+
 class BrokerMachine(RuleBasedStateMachine):
     """Two workers, any number of tasks, one rule for each verb of the broker."""
 
@@ -417,13 +422,20 @@ class BrokerMachine(RuleBasedStateMachine):
         [other] = set(WORKERS) - {worker}
         dead = self._is_dead(other)
         orphans = {task.id: task for task in self._in("reserved", "running", worker=other)} if dead else {}
-        # P9: no worker has two messages at a time that several workers have died with.
-        mine = [task for task in self._in("reserved", "running", worker=worker) if _is_suspect(task, 0)]
+        # P9: no worker has a message that several workers have died with, and another one beside it.
+        mine = self._in("reserved", "running", worker=worker)
         suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
-        may_come = len(orphans) - max(0, len(suspects) - (0 if mine else 1))
-        deliveries, _ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
-        assert len(deliveries) == min(free, may_come)
-        assert sum(is_suspect(delivery, MAX_DELIVERIES) for delivery in deliveries) <= (0 if mine else 1)
+        convicted = [task for task in orphans.values() if _deaths(task, 1) >= MAX_DELIVERIES]
+        made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
+        deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
+        will_run = [each for each in deliveries if each.deaths < MAX_DELIVERIES]
+        if any(is_suspect(each, MAX_DELIVERIES) for each in will_run):
+            assert len(will_run) == 1
+            assert all(_deaths(task, 0) >= MAX_DELIVERIES for task in mine)
+        assert not (will_run and any(_is_suspect(task, 0) for task in mine))
+        assert len(deliveries) >= min(free, len(convicted))
+        if not suspects and not any(_is_suspect(task, 0) for task in mine) and not made_room:
+            assert len(deliveries) == min(free, len(orphans))
         for task in orphans.values():
             if task.locks:
                 self.may_wake = True

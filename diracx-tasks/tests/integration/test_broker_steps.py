@@ -143,8 +143,8 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
     assert len((await second.reclaim(10))[0]) == 5, "one death is nobody's fault: all start again at once"
     await dies(redis, second)
     third, fourth = await worker("3"), await worker("4")
-    [suspect], _ = await third.reclaim(10)
-    [other], _ = await fourth.reclaim(10)
+    [suspect], *_ = await third.reclaim(10)
+    [other], *_ = await fourth.reclaim(10)
     assert (suspect.deaths, other.deaths) == (2, 2)
     assert (await third.reclaim(10))[0] == [], "one at a time"
     await dies(redis, third)  # `suspect` was it
@@ -157,6 +157,33 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
         await fourth.settle([Settlement(taken[0])])
     assert len(begun) == 5
     assert await redis.zrange(keys.ALIVE, 0, -1) == [b"4"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_nothing_beside_it(
+    worker: Worker, redis: Redis
+) -> None:
+    first, second = await worker("1"), await worker("2")
+    await submit(first, "suspect")
+    await first.fetch(1)
+    await dies(redis, first)
+    await second.reclaim(1)
+    await submit(first, "neighbour")
+    await second.fetch(1)
+    third, fourth = await worker("3"), await worker("4")
+    for each in (third, fourth):
+        await submit(each, "fresh")
+        await each.fetch(1)
+    await dies(redis, second)
+    taken, _, makes_room = await third.reclaim(10)
+    assert ([delivery.deaths for delivery in taken], makes_room) == ([1], True)
+    assert (await fourth.reclaim(10))[::2] == ([], False), "one makes room, the others go on"
+    idle = await worker("idle")
+    [suspect], _, makes_room = await idle.reclaim(10)
+    assert (suspect.deaths, makes_room) == (2, False)
+    await dies(redis, third)  # with two that are no suspects
+    assert (await idle.reclaim(10))[0] == []
+    assert len((await fourth.reclaim(10))[0]) == 1, "the other is a suspect by now"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
@@ -173,7 +200,7 @@ async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, r
             await broker.fetch(10)
     await dies(redis, broker)
     last = await worker("last")
-    taken, _ = await last.reclaim(10, max_deliveries=3)
+    taken, *_ = await last.reclaim(10, max_deliveries=3)
     assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
     assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
 
@@ -187,9 +214,10 @@ async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
     died, *others = (await first.fetch(3))[0]
     assert await first.settle([hand_back(replace(died, earlier_deaths=1))]) == [True]
     others += (await first.fetch(1))[0]
-    for dying, heir in ((first, second), (second, third)):
-        await dies(redis, dying)
-        taken, _ = await heir.reclaim(10, max_deliveries=3)
+    await dies(redis, first)
+    assert len((await second.reclaim(10, max_deliveries=1))[0]) == 3
+    await dies(redis, second)
+    taken, *_ = await third.reclaim(10, max_deliveries=3)
     convicted = [delivery for delivery in taken if delivery.deaths == 3]
     assert len(convicted) == 1, "two deaths here, and one before"
     assert len(taken) == 2, "one suspect at a time"
@@ -207,7 +235,7 @@ async def test_P9_deaths_are_remembered_on_the_way_through_a_lock_or_a_stop(
         [delivery], _ = await first.fetch(1)
         assert delivery.deaths == round_ - 1
         await dies(redis, first)
-        [delivery], _ = await second.reclaim(1)
+        [delivery], *_ = await second.reclaim(1)
         assert (delivery.deliveries, delivery.deaths) == (2, round_)
         if way == "parked":
             lock = MutexLock(JOB, "x")

@@ -137,7 +137,7 @@ async def test_P33_a_redelivered_child_is_subtracted_once(redis_url: str, redis:
         [first], _ = await one.fetch(1)
         # The worker is taken for dead: another one runs the child, and the first comes back.
         await redis.zadd(keys.ALIVE, {"one": 0})
-        [again], _ = await two.reclaim(1)
+        [again], *_ = await two.reclaim(1)
         assert again.deliveries == 2
         assert await one.settle([ended(first)]) == [False]
         status = await read_group(redis, group)

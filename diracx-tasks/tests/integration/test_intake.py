@@ -125,31 +125,135 @@ async def test_a_server_that_forgets_its_scripts_while_a_worker_waits_delivers_a
 class SaysOnce(RedisStreamBroker):
     """Knows of no moment at which to look again for what the dead have left."""
 
-    async def reclaim(self, free: int, **options: Any) -> tuple[list[Delivery], float]:
-        deliveries, _ = await super().reclaim(free, **options)
-        return deliveries, 3600.0
+    async def reclaim(self, free: int, **options: Any) -> tuple[list[Delivery], float, bool]:
+        deliveries, _, make_room = await super().reclaim(free, **options)
+        return deliveries, 3600.0, make_room
 
 
-async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(redis_url: str, redis: Redis) -> None:
-    first, second, broker = (SaysOnce(redis_url, consumer_name=name) for name in ("first", "second", "third"))
-    await broker.submit([submission(text) for text in "abc"])
-    assert len((await first.fetch(3))[0]) == 3
+class Hands:
+    """An intake with what its worker holds."""
+
+    def __init__(self, broker: RedisStreamBroker) -> None:
+        self.broker = broker
+        self.held: list[Delivery] = []
+        self.intake = Intake(
+            broker,
+            WorkerSettings(),
+            asyncio.Event(),
+            lambda: [(each.stream, each.entry) for each in self.held],
+            lambda: not self.held,
+        )
+
+    async def take(self, free: int = 10) -> list[Delivery]:
+        taken = await self.intake.next(free)
+        self.held += taken
+        return taken
+
+    async def settle(self) -> None:
+        settled, self.held = self.held, []
+        assert all(await self.broker.settle([Settlement(each) for each in settled]))
+        self.intake.settled(settled)
+
+
+async def suspects(redis_url: str, redis: Redis, *names: str) -> None:
+    """Two workers have died with these."""
+    first, second = (RedisStreamBroker(redis_url, consumer_name=name) for name in ("first", "second"))
+    await first.submit([submission(name) for name in names])
+    assert len((await first.fetch(len(names)))[0]) == len(names)
     await redis.zadd(keys.ALIVE, {"first": 1})
-    assert len((await second.reclaim(3))[0]) == 3
+    assert len((await second.reclaim(len(names)))[0]) == len(names)
     await redis.zadd(keys.ALIVE, {"second": 1})
-    held: list[Delivery] = []
-
-    def places() -> list[tuple[str, str]]:
-        return [(each.stream, each.entry) for each in held]
-
-    intake = Intake(broker, WorkerSettings(), asyncio.Event(), places, lambda: True)
-    for _ in "abc":
-        held += await intake.next(10)
-        assert len(held) == 1, "one at a time, and each without delay"
-        asked = asyncio.create_task(intake.next(10))
-        await waits(redis)
-        assert await broker.settle([Settlement(held[0])]) == [True]
-        intake.settled([held.pop()])
-        assert await asked == []
-    for each in (first, second, broker):
+    for each in (first, second):
         await each.shutdown()
+
+
+@pytest.fixture
+async def patient(redis_url: str) -> AsyncIterator[Hands]:
+    broker = SaysOnce(redis_url)
+    yield Hands(broker)
+    await broker.shutdown()
+
+
+async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(
+    redis_url: str, redis: Redis, patient: Hands
+) -> None:
+    await suspects(redis_url, redis, *"abc")
+    for _ in "abc":
+        assert len(await patient.take()) == 1, "one at a time, and each without delay"
+        asked = asyncio.create_task(patient.take())
+        await asyncio.sleep(0)
+        await patient.settle()
+        assert await asked == []
+
+
+async def test_P9_a_worker_that_holds_a_suspect_takes_nothing_else(
+    redis_url: str, redis: Redis, patient: Hands
+) -> None:
+    await suspects(redis_url, redis, "suspect")
+    assert len(await patient.take()) == 1
+    await patient.broker.submit([submission("fresh")])
+    asked = asyncio.create_task(patient.take())
+    for _ in range(20):  # each is a round trip
+        await redis.ping()
+    assert not asked.done()
+    assert await in_hand(redis) == 1, "only the suspect"
+    await patient.settle()
+    assert await asked == []
+    assert len(await patient.take()) == 1
+
+
+async def test_P9_a_worker_at_work_makes_room_for_a_suspect_that_nobody_takes(
+    redis_url: str, redis: Redis, patient: Hands
+) -> None:
+    await patient.broker.submit([submission("at work")])
+    assert len(await patient.take()) == 1
+    await suspects(redis_url, redis, "suspect")
+    patient.intake._reclaim_at = 0.0  # the lease of the dead one has ended
+    await patient.broker.submit([submission("fresh")])
+    asked = asyncio.create_task(patient.take())
+    while not await redis.exists(keys.ROOM_PREFIX + patient.broker.streams[0]):
+        await asyncio.sleep(0.002)
+    for _ in range(20):
+        await redis.ping()
+    assert not asked.done()
+    await patient.settle()
+    assert await asked == []
+    [suspect] = await patient.take()
+    assert suspect.deaths == 2
+    assert not await redis.exists(keys.ROOM_PREFIX + patient.broker.streams[0])
+
+
+async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_convicted(
+    redis_url: str, redis: Redis
+) -> None:
+    """Every worker takes what it can get, and dies if poison is among it; new poison comes all the time."""
+    innocent, convicted, poison, worker = False, 0, 0, 0
+    broker = RedisStreamBroker(redis_url)
+    await broker.submit([submission("innocent")])
+    while not innocent or convicted < 5:
+        worker += 1
+        assert worker < 100
+        hands = Hands(RedisStreamBroker(redis_url, consumer_name=f"{worker}"))
+        if poison < 8:
+            await broker.submit([submission(f"poison {poison}"), submission(f"poison {poison + 1}")])
+            poison += 2
+        await hands.take()
+        asked = asyncio.create_task(hands.take())
+        for _ in range(50):
+            await redis.ping()
+        asked.cancel()
+        await asyncio.wait({asked})
+        hands.held += await hands.broker.recover([(each.stream, each.entry) for each in hands.held])
+        if all(each.deaths >= 3 or name_of(each) == "innocent" for each in hands.held):
+            for each in hands.held:
+                assert name_of(each) != "innocent" or each.deaths < 3
+                innocent, convicted = innocent or name_of(each) == "innocent", convicted + (each.deaths >= 3)
+            await hands.settle()
+        await redis.zadd(keys.ALIVE, {f"{worker}": 1})
+        await hands.broker.shutdown()
+    await broker.shutdown()
+
+
+def name_of(delivery: Delivery) -> str:
+    assert delivery.data is not None
+    return TaskMessage.loadb(delivery.data).task_id

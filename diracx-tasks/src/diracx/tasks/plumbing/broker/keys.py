@@ -27,6 +27,8 @@ TURN_PREFIX = "diracx:tasks:turn:"
 ALIVE = "diracx:tasks:alive"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
+#: String per size of worker (its first stream): the worker that makes room for a suspect; lives a moment.
+ROOM_PREFIX = "diracx:tasks:room:"
 
 #: Hash: process -> "{seen (ms)} {JSON}": the configuration it runs with. Goes with the last process.
 CONFIG_IN_FORCE = "diracx:tasks:config-in-force"

@@ -49,8 +49,8 @@ SUBMIT_BATCH = 500
 DELAY_BATCH = 100
 #: Children of a group in one script call.
 GROUP_BATCH = 500
-#: The third delivery: two workers have died with the message.
-_SUSPECT_FROM = 3
+#: So many workers have died with a message that may be what killed them.
+_SUSPECT_FROM = 2
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
@@ -76,13 +76,13 @@ def in_ms(moment: datetime) -> int:
 
 
 def _suspect_from(max_deliveries: int) -> int:
-    """The last chance of a message at the latest, or it would be buried for what its neighbour has done."""
-    return min(_SUSPECT_FROM, max_deliveries)
+    """Before its last chance at the latest, or a message would be buried for what its neighbour has done."""
+    return max(1, min(_SUSPECT_FROM, max_deliveries - 1))
 
 
 def is_suspect(delivery: Delivery, max_deliveries: int) -> bool:
     """Whether it may be what its workers died of, and runs once more all the same."""
-    return delivery.deliveries >= _suspect_from(max_deliveries) and delivery.deaths < max_deliveries
+    return _suspect_from(max_deliveries) <= delivery.deaths < max_deliveries
 
 
 class RedisStreamBroker:
@@ -283,21 +283,22 @@ class RedisStreamBroker:
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
-    ) -> tuple[list[Delivery], float]:
+    ) -> tuple[list[Delivery], float, bool]:
         """Bury dead workers and take over up to `free` of the messages they held.
 
         Args:
             audit: also look for consumers that are on no list of living workers.
             lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
             max_deliveries: a message that so many workers have died with will not run again. One that nearly
-                as many have died with may be what they died of: a worker holds one such suspect at a time, so
-                that the guilty one dies without its neighbours.
+                as many have died with may be what they died of: such a suspect is given to a worker that holds
+                nothing else, so that the guilty one dies alone. Such a worker must not fetch.
 
         Returns:
-            The deliveries, and in how many seconds to look again: when the next lease ends.
+            The deliveries; in how many seconds to look again: when the next lease ends; and whether the worker is
+            to make room for a suspect: to fetch nothing until it holds nothing, and then to look again.
         """
         lease_ms = int(lease_seconds * 1000)
-        messages, again_ms = await scripts.reclaim(
+        messages, again_ms, make_room = await scripts.reclaim(
             self.redis,
             self.streams,
             self.consumer_name,
@@ -309,7 +310,7 @@ class RedisStreamBroker:
         )
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(deliveries)
-        return deliveries, again_ms / 1000
+        return deliveries, again_ms / 1000, bool(make_room)
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 _Answer = TypeVar("_Answer")
+_Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 #: How often a worker looks for consumers that are on no list: only a list that was lost has left some.
 _AUDIT_LEASES = 4
@@ -56,7 +57,9 @@ class Intake:
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
         self._suspects: set[tuple[str, str]] = set()
-        """Stream and entry of those in hand: while there is one, we are given no other."""
+        """Stream and entry of those in hand: while there is one, we take nothing else."""
+        self._makes_room = False
+        """Whether we take nothing until our hands are empty, so that a suspect finds them so."""
         self._last_ids: list[str] | None = None
         """Of each stream, an entry after which there may be something new; None before the first look."""
         self._all_seen = False
@@ -86,19 +89,28 @@ class Intake:
         return deliveries
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
-        """These were settled: if a suspect in hand was among them, the next one may come at once."""
+        """These were settled: look at once for a suspect, if it is one's turn now."""
         if self._suspects:
             self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
+        elif self._makes_room and not any(True for _ in self._held()):
+            self._look_at_once()
 
     def _let_go(self, places: set[tuple[str, str]]) -> None:
         if not self._suspects.isdisjoint(places):
             self._suspects -= places
-            self._reclaim_at = 0.0
-            self._interrupt()
+            self._look_at_once()
+
+    def _look_at_once(self) -> None:
+        self._reclaim_at = 0.0
+        self._interrupt()
 
     async def _look(self, free: int) -> list[Delivery]:
         if reclaimed := await self._reclaim(free):
             return reclaimed
+        if self._suspects or self._makes_room:  # what dies with us now, dies of it
+            await asyncio.sleep(0)
+            await self._unless_stopped(asyncio.sleep(self._timeout()))
+            return []
         lease_seconds = self._settings.lease_seconds
         if self._last_ids is None or not self._all_seen:
             asked = min(free, _BATCH)
@@ -108,11 +120,9 @@ class Intake:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        timeout = self._reclaim_at - time.monotonic()
-        timeout = min(max(timeout, 0.001), _LONGEST_WAIT_SECONDS)
-        if self._suspects or not self._is_idle():
-            # A task may block the event loop: nothing must be given to a worker that cannot start it. And a
-            # suspect may be settled any moment, which is to end a wait that reserves nothing.
+        timeout = self._timeout()
+        if not self._is_idle():
+            # A task may block the event loop: nothing must be given to a worker that cannot start it.
             if await self._unless_stopped(self._broker.wait(self._last_ids, timeout)):
                 self._all_seen = False
             return []
@@ -127,8 +137,14 @@ class Intake:
         self._note(*found, asked)
         return found[0]
 
+    def _timeout(self) -> float:
+        """How long to wait (s) before others' leases are looked at again."""
+        return min(max(self._reclaim_at - time.monotonic(), 0.001), _LONGEST_WAIT_SECONDS)
+
     def _note(self, deliveries: Sequence[Delivery], last_ids: list[str], asked: int) -> None:
         """From where to wait, if that was all there is."""
+        if any(delivery.earlier_deaths for delivery in deliveries):
+            self._watched(deliveries)
         self._all_seen = len(deliveries) < asked
         if not deliveries:
             self._last_ids = last_ids
@@ -137,7 +153,7 @@ class Intake:
                 self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
 
     async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
-        """Wait for the answer; None if the worker stops, or a suspect is settled, before it comes."""
+        """Wait for the answer; None if the worker stops, or is to look again at once, before it comes."""
         if self._stops is None:
             self._stops = asyncio.create_task(self._stop.wait())
             self._stops.add_done_callback(lambda _: self._interrupt())
@@ -160,7 +176,7 @@ class Intake:
     async def _recover(self) -> list[Delivery]:
         return self._watched(await self._broker.recover(self._held()))
 
-    def _watched(self, deliveries: list[Delivery]) -> list[Delivery]:
+    def _watched(self, deliveries: _Deliveries) -> _Deliveries:
         """These, with the suspects among them noted."""
         for delivery in deliveries:
             if is_suspect(delivery, self._settings.max_deliveries):
@@ -176,7 +192,7 @@ class Intake:
         audit = now >= self._audit_at
         if audit:
             self._audit_at = now + _AUDIT_LEASES * lease_seconds
-        deliveries, again_seconds = await self._broker.reclaim(
+        deliveries, again_seconds, self._makes_room = await self._broker.reclaim(
             free, audit=audit, lease_seconds=lease_seconds, max_deliveries=self._settings.max_deliveries
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)

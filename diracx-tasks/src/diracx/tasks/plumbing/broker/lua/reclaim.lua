@@ -2,12 +2,13 @@
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
 --   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now,
---   the delivery count from which a message is a suspect, the number of deaths that convicts it.
+--   the number of deaths that makes a message a suspect, the number that convicts it.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
--- time. So a worker takes one suspect at a time: the guilty one dies alone, and is not believed of its neighbours.
--- One that is convicted is no suspect: it will not run again, only be rejected, and can be taken at any time.
--- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now)}: when the next
--- lease ends, if it is not renewed before.
+-- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
+-- the next death is its own. One that is convicted is no suspect: it will not run again, only be rejected.
+-- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
+-- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): when the next
+-- lease ends, if it is not renewed before; 1 if the caller is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel
@@ -15,33 +16,46 @@ local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_canc
 local every_stream, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEFT_OVER_MS = 1000 -- somebody may have room by then
 local again_ms
-local has_suspect -- found out when it matters
+local room = '$ROOM_PREFIX' .. KEYS[1]
+local room_for = redis.call('GET', room)
+local suspect_left = false
 sign_on(consumer, tonumber(ARGV[5]), now_us())
 
--- Is a message a suspect once it was handed out so often? Deaths under earlier entries are noted in the entry.
-local function is_suspect(stream, entry, deliveries)
-  if deliveries < suspect_from or deliveries > max_deliveries then return false end
+-- What a message is that was handed out so often. Deaths under earlier entries are noted in the entry.
+local function verdict(stream, entry, deliveries)
   local there = redis.call('XRANGE', stream, entry, entry)[1]
-  local before = there and tonumber(field_of(there[2], 'deaths')) or 0
-  return before + deliveries <= max_deliveries
+  local deaths = deliveries - 1 + (there and tonumber(field_of(there[2], 'deaths')) or 0)
+  return deaths >= max_deliveries and 'convicted' or deaths >= suspect_from and 'suspect' or 'ordinary'
 end
 
-local function holds_a_suspect()
+-- What is in the caller's hands, but for what will not run: 'suspect', 'ordinary' or nothing.
+local function found_in_hand()
+  -- Of what runs after a loss of data only the ledger knows.
+  local found = redis.call('EXISTS', '$HELD_PREFIX' .. consumer) == 1 and 'ordinary' or nil
   for _, stream in ipairs(KEYS) do
     local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
     for _, p in ipairs(pending.err and {} or pending) do
-      if is_suspect(stream, p[1], tonumber(p[4])) then return true end
+      local what = verdict(stream, p[1], tonumber(p[4]))
+      if what == 'suspect' then return what end
+      if what == 'ordinary' then found = what end
     end
   end
-  return false
+  return found
 end
 
--- May the caller take a message that was handed out so often?
+local in_hand, looked = nil, false
 local function may_take(stream, entry, deliveries)
-  if not is_suspect(stream, entry, deliveries + 1) then return true end
-  if has_suspect == nil then has_suspect = holds_a_suspect() end
-  if has_suspect then return false end
-  has_suspect = true
+  local what = verdict(stream, entry, deliveries)
+  if what == 'convicted' then return true end
+  if not looked then in_hand, looked = found_in_hand(), true end
+  if in_hand == 'suspect' then return false end
+  if what == 'suspect' then
+    suspect_left = suspect_left or in_hand ~= nil
+    if in_hand then return false end
+  elseif room_for == consumer then
+    return false -- it is made for a suspect
+  end
+  in_hand = what
   return true
 end
 
@@ -66,7 +80,7 @@ for _, worker in ipairs(dead) do
       local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, worker) or {}
       for _, p in ipairs(pending.err and {} or pending) do
         if free <= 0 then break end
-        local claimed = may_take(stream, p[1], tonumber(p[4]))
+        local claimed = may_take(stream, p[1], tonumber(p[4]) + 1)
           and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
           hand_out(messages, position, claimed[1], tonumber(p[4]) + 1, marks)
@@ -88,9 +102,16 @@ for _, worker in ipairs(dead) do
     if clean then redis.call('ZREM', '$ALIVE', worker) else again_ms = LEFT_OVER_MS end
   end
 end
+if suspect_left and (not room_for or room_for == consumer) then
+  redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
+  room_for = consumer
+elseif room_for == consumer then
+  redis.call('DEL', room)
+  room_for = nil
+end
 if not again_ms then
   local now_ms = math.floor(now_us() / 1000)
   local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', now_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[5])
 end
-return {messages, again_ms}
+return {messages, again_ms, room_for == consumer and 1 or 0}
