@@ -7,11 +7,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diracx.tasks.plumbing import BaseTask, MutexLock, SharedRWLock
+from diracx.tasks.plumbing.broker import RedisStreamBroker
+from diracx.tasks.plumbing.broker.models import Delivery
+from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 
 LEASE_SECONDS = 1.0
@@ -61,7 +67,44 @@ class Kills(BaseTask):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-TASKS = [Marks, Blocks, Kills]
+@dataclass
+class Notes(BaseTask):
+    """Says where it ran. Needs no lock."""
+
+    key: str
+
+    async def execute(self) -> int:
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(os.environ["TEST_REDIS_URL"]) as redis:
+            await redis.rpush(f"started:{self.key}", os.getpid())
+            await redis.expire(f"started:{self.key}", 60)
+        return os.getpid()
+
+
+TASKS = [Marks, Blocks, Kills, Notes]
+
+
+class PausesOnce(Worker):
+    """Is stopped between its first message and the start of that; its lease is renewed before it goes on."""
+
+    async def _begin(self, deliveries: Sequence[Delivery], stop: asyncio.Event) -> None:
+        if deliveries and not hasattr(self, "paused"):
+            self.paused = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+            while self._keeper.overdue:
+                await asyncio.sleep(0.01)
+        await super()._begin(deliveries, stop)
+
+
+async def serve_with_a_pause(redis_url: str) -> None:
+    broker = RedisStreamBroker(redis_url)
+    registry = TaskRegistry({"test:Notes": Notes})
+    worker = PausesOnce(broker, registry, settings=WorkerSettings(lease_seconds=LEASE_SECONDS))
+    running = asyncio.create_task(worker.run(asyncio.Event()))
+    await worker.ready.wait()
+    print("ready", flush=True)
+    await running
 
 
 async def serve(redis_url: str) -> None:
@@ -74,4 +117,4 @@ async def serve(redis_url: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1]))
+    asyncio.run((serve_with_a_pause if os.environ.get("TEST_PAUSES") else serve)(sys.argv[1]))

@@ -20,7 +20,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
 sys.path.insert(0, str(Path(__file__).parent))
-from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks
+from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks, Notes
 
 # Workers that are killed leave their names, and the queue's group their consumers, until somebody buries them.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
@@ -148,3 +148,25 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
         await system.result(marker, timeout=60)
         assert (await system.result(task_id)).return_value == os.getpid()
         await system.drain()
+
+
+async def test_P5_what_was_taken_over_while_its_worker_was_paused_does_not_begin_there(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a lock to ask for, and although the lease is renewed before the worker looks at what it has."""
+    monkeypatch.setenv("TEST_PAUSES", "1")
+    process = worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        task_id = await Notes("n").schedule()
+    await until(lambda: _is(_state(process.pid), "T"))
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
+        assert (await system.result(task_id, timeout=60)).return_value == os.getpid()
+    process.send_signal(signal.SIGCONT)
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        await Notes("next").schedule()
+    await until(lambda: redis.exists("started:next"))
+    assert await redis.lrange("started:n", 0, -1) == [str(os.getpid()).encode()]
+
+
+async def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -109,6 +109,8 @@ class LeaseKeeper:
         self._stop = False
         self._interval = lease_seconds / 3
         self._renewed_at = time.monotonic()
+        self._revived_at = float("-inf")
+        """When a lease was renewed that may have ended before."""
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
 
     async def __aenter__(self) -> LeaseKeeper:
@@ -126,6 +128,12 @@ class LeaseKeeper:
     def overdue(self) -> bool:
         """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
+
+    def lapsed_since(self, moment: float) -> bool:
+        """Whether the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
+        were given then may have been taken over.
+        """
+        return self.overdue or self._revived_at >= moment
 
     def add(self, holds: Iterable[Hold]) -> None:
         """Keep these renewed from now on."""
@@ -199,6 +207,8 @@ class LeaseKeeper:
             [lock for _, lock in locks],
             self.epoch,
         )
+        if time.monotonic() - self._renewed_at >= self._lease_seconds:
+            self._revived_at = time.monotonic()
         self._renewed_at = started
         if self.epoch not in ("", epoch):
             logger.warning("the server has lost its data; %d running tasks go on", len(holds))

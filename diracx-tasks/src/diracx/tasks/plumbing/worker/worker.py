@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -82,7 +83,7 @@ class Worker:
         self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
         self._announcements = Announcements(broker, self._cancel, self._promoter.hear)
         self.reporter = Reporter(broker, self._settings, self._running)
-        self._asked_at = 0.0
+        self._asked_at = self._fetched_at = 0.0
         self.ready = asyncio.Event()
         """Set when the worker takes tasks."""
 
@@ -170,13 +171,14 @@ class Worker:
                 self._slot_freed.clear()
                 await _first_of(self._slot_freed, stop)
                 continue
+            called_at = time.monotonic()
             try:
                 deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 break  # stopped while the server is away; what was reserved there is reclaimed from us
-            self._asked_at = intake.asked_at
+            self._asked_at, self._fetched_at = intake.asked_at, called_at
             if stop.is_set():
                 for delivery in deliveries:
                     self._settler.add(hand_back(delivery))
@@ -190,7 +192,8 @@ class Worker:
         if deferred and any(execution.blueprint.name in deferred for execution in executions):
             await self._dependencies.load(self._blueprints)
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
-        asked = [execution for execution in executions if execution.locks or self._keeper.overdue]
+        lapsed = self._keeper.lapsed_since(self._fetched_at)
+        asked = [execution for execution in executions if execution.locks or lapsed]
         refused: set[Execution] = set()
         if asked:
             wanted = [self._with_locks(execution) for execution in asked]
