@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import pytest
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
-from diracx.tasks.plumbing.broker import RedisStreamBroker
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker import Worker, announcements
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 
@@ -34,18 +35,24 @@ class Marked(BaseTask):
 
 
 class LossyProxy:
-    """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`."""
+    """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
+    after `fall_silent()` passes nothing on by the connections that there are, and leaves them open.
+    """
 
     def __init__(self, url: str) -> None:
         self._target = urlsplit(url)
         self._needle = b""
         self._countdown = 0
+        self._connections = self._silent = 0
         self.lost = asyncio.Event()
 
     def lose(self, nth: int, needle: bytes) -> None:
         """Lose the n-th answer that contains the needle."""
         self._needle, self._countdown = needle, nth
         self.lost.clear()
+
+    def fall_silent(self) -> None:
+        self._silent = self._connections
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
@@ -69,10 +76,12 @@ class LossyProxy:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Both ways, until either side closes."""
+        self._connections += 1
+        number = self._connections
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
         ways = [
-            asyncio.ensure_future(self._copy(reader, server_writer)),
-            asyncio.ensure_future(self._copy_answers(server_reader, writer)),
+            asyncio.ensure_future(self._copy(reader, server_writer, number)),
+            asyncio.ensure_future(self._copy_answers(server_reader, writer, number)),
         ]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
@@ -80,8 +89,10 @@ class LossyProxy:
         writer.close()
         server_writer.close()
 
-    async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         while data := await reader.read(65536):
+            if number <= self._silent:
+                continue
             if self._countdown and self._needle in data:
                 self._countdown -= 1
                 if not self._countdown:
@@ -89,10 +100,10 @@ class LossyProxy:
                     return
             writer.write(data)
 
-    @staticmethod
-    async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         while data := await reader.read(65536):
-            writer.write(data)
+            if number > self._silent:
+                writer.write(data)
 
 
 @asynccontextmanager
@@ -163,3 +174,26 @@ async def test_P11_a_retry_whose_answer_is_lost_happens_once(redis_url: str) -> 
             task_id = await Fragile(f"number {nth}").schedule()
             assert (await system.result(task_id, timeout=60)).return_value == f"number {nth}"
     assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5
+
+
+async def test_a_silent_connection_for_announcements_is_replaced(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcements, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(announcements, "_ANSWER_SECONDS", 0.5, raising=False)
+    proxy, heard = LossyProxy(redis_url), asyncio.Event()
+    direct = RedisStreamBroker(redis_url)
+    async with proxy.serve() as silent_url:
+        broker = RedisStreamBroker(silent_url)
+        listener = announcements.Announcements(broker, lambda _: heard.set(), lambda _: None)
+        listening = asyncio.create_task(listener.run())
+        await listener.listening.wait()
+        proxy.fall_silent()
+        async with asyncio.timeout(60):
+            while not heard.is_set():
+                await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")
+                await asyncio.sleep(0.01)
+        listening.cancel()
+        await asyncio.wait({listening})
+        await broker.shutdown()
+    await direct.shutdown()

@@ -1,5 +1,5 @@
 """Hears of cancelled tasks the moment they are, and of delayed ones that no scheduler sees to: one connection that
-waits on two channels and costs nothing else.
+waits on two channels and costs a PING a minute.
 
 A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them
 with what it takes in, and the lease keeper with what runs. What is delayed is looked at now and then.
@@ -26,8 +26,10 @@ _CANCELLED = keys.CANCELLED.encode()
 _REMEMBERED_SECONDS = 60.0
 #: Pause before a lost connection is made again.
 _RETRY_SECONDS = 1.0
-#: How long one wait on the connection takes. Nothing is sent when it ends.
+#: A connection that brought nothing for so long is asked whether it lives,
 _WAIT_SECONDS = 60.0
+#: and has so long to answer: what has died without a word, as behind a firewall, says nothing for ever.
+_ANSWER_SECONDS = 5.0
 
 
 class Announcements:
@@ -57,14 +59,19 @@ class Announcements:
         failed = False
         while True:
             try:
-                async with self._broker.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                async with self._broker.redis.pubsub() as pubsub:
                     await pubsub.subscribe(keys.CANCELLED, keys.WAKE_WORKERS)
                     self.listening.set()
                     self._due(b"0")  # what was said before, we have not heard
                     failed = False
                     while True:
                         message = await pubsub.get_message(timeout=_WAIT_SECONDS)
-                        if message is not None and message["type"] == "message":
+                        if message is None:
+                            await pubsub.ping()
+                            message = await pubsub.get_message(timeout=_ANSWER_SECONDS)
+                            if message is None:
+                                raise ConnectionError("the server does not answer")
+                        if message["type"] == "message":
                             if message["channel"] == _CANCELLED:
                                 self._hear(message["data"].decode())
                             else:
