@@ -87,11 +87,32 @@ async def test_while_a_scheduler_leads_it_is_the_one_who_waits_for_what_is_due(
         assert await scripts.acquire(
             redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 60_000}]
         )
-        assert await broker.promote() is None
+        assert 3_500_000 < (await broker.promote() or 0) <= 3_600_002, "its lead will have ended by then"
+        due = datetime.now(UTC) + timedelta(seconds=30)
+        message = TaskMessage(task_id="soon", task_name="test:Now")
+        await broker.submit([Submission(message, keys.stream_name_for("normal", "medium"), due)])
+        assert 30_000 < (await broker.promote() or 0) <= 60_001, "when its lead ends, it may be dead"
+        await forget(redis)
+        assert await broker.promote() is None, "while there is nothing, a look now and then will do"
     finally:
         await redis.delete(keys.LEADER)
         await forget(redis)
         await broker.shutdown()
+
+
+async def test_what_a_dead_scheduler_knew_of_begins_when_its_lead_ends(redis: Redis, redis_url: str) -> None:
+    dead = redis.pubsub()
+    try:
+        await dead.subscribe(keys.WAKE_SCHEDULER)  # it hears, and does nothing
+        await dead.get_message(timeout=5)
+        assert await scripts.acquire(redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 3_000}])
+        async with TaskSystem([Now], redis_url=redis_url, workers=0, scheduler=False) as system:
+            due = datetime.now(UTC) + timedelta(seconds=1.5)
+            task = await Now().schedule(at_time=due)
+            async with TaskSystem([Now], redis_url=redis_url, workers=1, scheduler=False, settings=SELDOM):
+                assert (await system.result(task, timeout=30)).return_value >= due
+    finally:
+        await dead.aclose()
 
 
 async def test_a_promoter_looks_when_it_hears_of_something_earlier_and_not_for_what_is_later() -> None:

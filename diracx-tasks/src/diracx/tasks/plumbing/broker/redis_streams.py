@@ -341,14 +341,16 @@ class RedisStreamBroker:
         """Move everything that is due into its stream, and the children of complete groups.
 
         Returns:
-            Milliseconds until the next one is due; None when nothing is delayed, or a scheduler leads, which sees
-            to it.
+            In how many milliseconds to look again: when the next one is due, and not before the lead of a
+            scheduler would end, which sees to it. None: nothing is delayed.
         """
         while True:
-            moved, next_due, now, leads = await scripts.promote(self.redis, PROMOTE_BATCH)
+            moved, next_due, now, leads_ms = await scripts.promote(self.redis, PROMOTE_BATCH)
             self.counts.promoted += moved
             if moved < PROMOTE_BATCH:
-                return None if next_due is None or leads else max(0, next_due - now)
+                if next_due is None:
+                    return None
+                return max(0, leads_ms + 1 if leads_ms else 0, next_due - now)
             await asyncio.sleep(0)
 
     # --- running and ending -----------------------------------------------------------------------------

@@ -200,10 +200,10 @@ async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Se
     return await script("recover")(redis, streams, [consumer, pack(known)])
 
 
-async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, bool]:
-    """Move what is due into its streams: (number moved, next due in ms or None, now in ms, somebody leads)."""
-    moved, next_due, now, leads = await script("promote")(redis, args=[at_most])
-    return int(moved), None if int(next_due) < 0 else int(next_due), int(now), bool(leads)
+async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int]:
+    """Move what is due: (number moved, next due in ms or None, now in ms, ms for which one leads)."""
+    moved, next_due, now, leads_ms = await script("promote")(redis, args=[at_most])
+    return int(moved), None if int(next_due) < 0 else int(next_due), int(now), int(leads_ms)
 
 
 async def leave(redis: Redis, consumer: str) -> bool:

@@ -16,7 +16,7 @@ _PAUSE_SECONDS = 0.002
 
 
 class Promoter:
-    """Moves what is due into the queues: at its moment while nobody leads, else now and then.
+    """Moves what is due into the queues: at its moment while nobody leads, else when the lead would end.
 
     Args:
         again_seconds: how often to look, whatever is known.
@@ -39,9 +39,9 @@ class Promoter:
         """Look, for ever."""
         while True:
             self._look_at = time.monotonic() + self._again_seconds
-            next_due_ms = await patiently(self._broker.promote, "promote delayed tasks")
-            if next_due_ms is not None:
-                self._look_at = min(self._look_at, time.monotonic() + next_due_ms / 1000)
+            again_ms = await patiently(self._broker.promote, "promote delayed tasks")
+            if again_ms is not None:
+                self._look_at = min(self._look_at, time.monotonic() + again_ms / 1000)
             await asyncio.sleep(_PAUSE_SECONDS)
             while (left := self._look_at - time.monotonic()) > 0:
                 self._earlier.clear()

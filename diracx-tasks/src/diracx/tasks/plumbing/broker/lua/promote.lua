@@ -1,8 +1,8 @@
 -- Move what is due from the delayed set into its streams, and the children of complete groups into theirs.
 -- Messages are not decoded.
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
--- Returns {number moved, when the next is due in ms or -1, now in ms, 1 if a scheduler leads}, the last two 0 when
--- there is nothing at all.
+-- Returns {number moved, when the next is due in ms or -1, now in ms, how long the leading scheduler leads if it does
+-- not renew (ms), 0 when none does}, the last two 0 when there is nothing at all.
 -- #flags allow-oom
 -- #include _time _queue _groups
 if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
@@ -18,4 +18,4 @@ if next_due and next_due <= now then
 end
 moved = moved + release_staged(at_most - moved)
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
-return {moved, next_due_ms, int(math.floor(now)), redis.call('EXISTS', '$LEADER')}
+return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER'))}
