@@ -122,6 +122,13 @@ async def test_a_server_that_forgets_its_scripts_while_a_worker_waits_delivers_a
     assert len(await asked) == 1
 
 
+@pytest.mark.parametrize("idle", [True, False])
+async def test_a_wait_is_over_before_the_connection_gives_up_on_its_answer(redis_url: str, idle: bool) -> None:
+    broker = SaysOnce(redis_url, socket_timeout=1.0)
+    assert await intake_of(broker, idle=idle).next(10) == [], "and no timeout"
+    await broker.shutdown()
+
+
 class SaysOnce(RedisStreamBroker):
     """Knows of no moment at which to look again for what the dead have left."""
 

@@ -123,6 +123,12 @@ class RedisStreamBroker:
         )
         self._submitting, self._waiting = Line(self.redis), Line(self.redis)
 
+    @property
+    def patience_seconds(self) -> float:
+        """How long an answer of the server may take before the connection counts as dead."""
+        seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")
+        return seconds or float("inf")
+
     async def startup(self) -> None:
         """Check that the server answers.
 

@@ -22,8 +22,9 @@ _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 _AUDIT_LEASES = 4
 
 
-#: Shorter than the time after which a connection counts as dead.
 _LONGEST_WAIT_SECONDS = 20.0
+#: The part of the time after which a connection counts as dead that a wait may take.
+_PART_OF_PATIENCE = 2 / 3
 #: Messages in one call: while they begin, the server has the next ones ready.
 _BATCH = 50
 #: Messages that an idle worker takes the moment they come; the others stay for whoever asks first.
@@ -64,6 +65,7 @@ class Intake:
         """Of each stream, an entry after which there may be something new; None before the first look."""
         self._all_seen = False
         """Whether there was nothing after those."""
+        self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self.asked_at = 0.0
@@ -139,7 +141,7 @@ class Intake:
 
     def _timeout(self) -> float:
         """How long to wait (s) before others' leases are looked at again."""
-        return min(max(self._reclaim_at - time.monotonic(), 0.001), _LONGEST_WAIT_SECONDS)
+        return min(max(self._reclaim_at - time.monotonic(), 0.001), self._longest_wait)
 
     def _note(self, deliveries: Sequence[Delivery], last_ids: list[str], asked: int) -> None:
         """From where to wait, if that was all there is."""
