@@ -23,7 +23,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 	touch $@
 
 test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 3 $(ARGS)
 
 servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing
 	@$(PYTHON) tests/sites/htcondor_root.py

@@ -124,6 +124,13 @@ class LeaseKeeper:
         await asyncio.to_thread(self._thread.join)
         self._redis.close()
 
+    def fall_silent(self) -> None:
+        """Renew nothing any more: returns when no renewal is under way, and none begins after that.
+
+        For a process that ends at once, from any thread; a renewal would put the worker back on the lists it has left.
+        """
+        self._renewing.acquire()
+
     @property
     def overdue(self) -> bool:
         """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""

@@ -40,6 +40,7 @@ class Watchdog:
         running: what runs now; called from the watchdog's thread.
         stop: ends the worker's intake.
         drained: returns when everything that has ended is settled.
+        fall_silent: ends the renewals, before the worker leaves for good.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Watchdog:
         running: Callable[[], Collection[Execution]],
         stop: asyncio.Event,
         drained: Callable[[], Future[None]],
+        fall_silent: Callable[[], None],
     ) -> None:
         self._broker = broker
         self._settings = settings
@@ -56,6 +58,7 @@ class Watchdog:
         self._running = running
         self._stop = stop
         self._drained = drained
+        self._fall_silent = fall_silent
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
         self.ending = False
@@ -133,6 +136,7 @@ class Watchdog:
             if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
                 settlement.dead = in_redis(letter)
             settlements.append(settlement)
+        self._fall_silent()
         with sync_client(
             self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
         ) as redis:

@@ -158,6 +158,7 @@ class Worker:
             running=lambda: list(self._running),
             stop=stop,
             drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
+            fall_silent=self._keeper.fall_silent,
         )
         watchdog.start()
         return watchdog
