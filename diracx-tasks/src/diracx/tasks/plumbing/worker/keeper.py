@@ -127,8 +127,8 @@ class LeaseKeeper:
     def fall_silent(self) -> None:
         """Renew nothing any more: returns when no renewal is under way, and none begins after that.
 
-        For a process that ends at once, from any thread: a renewal would put the worker back on the lists that it has
-        left.
+        For a process that ends at once, from any thread: a renewal would put the worker back on the lists that
+        it has left.
         """
         self._renewing.acquire()
 
