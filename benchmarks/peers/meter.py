@@ -28,8 +28,9 @@ class _Slot(threading.local):
     """The file of this thread, made when its first task runs."""
 
     def __init__(self) -> None:
-        path = Path(os.environ[VARIABLE], f"{os.getpid()}-{threading.get_ident()}")
-        with path.open("wb+") as file:
+        # Threads that have ended leave their identifiers to others: what somebody reads must not be made anew.
+        path = Path(os.environ[VARIABLE], f"{os.getpid()}-{os.urandom(8).hex()}")
+        with path.open("xb+") as file:
             file.truncate(_BYTES)
             shared = memoryview(mmap.mmap(file.fileno(), _BYTES))
         self.counts = shared.cast("Q")
