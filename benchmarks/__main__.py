@@ -11,11 +11,9 @@ from .results import RESULTS, machine, write_section
 
 #: With 1,000,000 tasks queued.
 _SNAPSHOT_TARGET_MS = 200
-_MISSED = "**missed**"
-
-
 #: Of 100,000 pilots, a tenth of which move.
 _CHECK_TARGET_SECONDS, _CHECK_TARGET_STATEMENTS = 2.0, 12
+_MISSED = "**missed**"
 
 
 def judged(value: str, met: bool) -> str:

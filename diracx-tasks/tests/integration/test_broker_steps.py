@@ -298,6 +298,19 @@ async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
     assert not await redis.exists(f"{keys.HELD_PREFIX}mine")
 
 
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_a_worker_that_has_fallen_silent_and_left_is_on_no_list_again(
+    worker: Worker, redis_url: str, redis: Redis
+) -> None:
+    mine = await worker("mine")
+    async with LeaseKeeper(redis_url, "mine", 600, asyncio.get_running_loop()) as keeper:
+        assert await redis.zscore(keys.ALIVE, "mine") is not None
+        keeper.fall_silent()
+        assert await mine.leave()
+        await keeper.renew()
+    assert await redis.zscore(keys.ALIVE, "mine") is None
+
+
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
 async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
     worker: Worker, redis: Redis

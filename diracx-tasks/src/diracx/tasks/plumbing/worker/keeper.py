@@ -130,7 +130,8 @@ class LeaseKeeper:
         For a process that ends at once, from any thread: a renewal would put the worker back on the lists that
         it has left.
         """
-        self._renewing.acquire()
+        with self._renewing:
+            self._stop = True
 
     @property
     def overdue(self) -> bool:
@@ -196,7 +197,8 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         with self._renewing:
-            self._renew_alone()
+            if not self._stop:
+                self._renew_alone()
 
     def _renew_alone(self) -> None:
         with self._mutex:
