@@ -1,6 +1,8 @@
-"""Who did what, and when: a capped stream that every deed is written to before it is done.
+"""The audit log: capped streams that every action is written to before it is done.
 
-By dashboard, HTTP and command line alike: `diracx.tasks.monitor.deeds` has the deeds about tasks.
+Administrators' actions have one stream; what the members of a VO do has a stream of that VO. So nothing that
+users do can push an administrator's action, or another VO's, out of the log. `diracx.tasks.monitor.deeds` has the
+actions on tasks.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Entries that are kept, an action being two of them.
+#: Entries of a stream that are kept, an action being two of them.
 _KEPT = 20_000
 #: The log of an installation where nobody acts any more goes after a year.
 _TTL_SECONDS = 365 * 86400
-#: Characters of a target: a thousand task ids.
-_LONGEST_TARGET = 40_000
-_LONGEST_OUTCOME = 2000
+#: Characters of who acts, in any stream.
+_LONGEST_WHO = 200
+#: Characters of a target: a thousand task ids. What users do is about one thing.
+_LONGEST_TARGET, _LONGEST_TARGET_OF_VO = 40_000, 300
+_LONGEST_OUTCOME, _LONGEST_OUTCOME_OF_VO = 2000, 300
 
 _Outcome = TypeVar("_Outcome")
 
@@ -59,6 +63,8 @@ async def audited(
     target: str,
     do: Callable[[], Awaitable[_Outcome]],
     told: Callable[[_Outcome], str] = str,
+    *,
+    vo: str | None = None,
 ) -> _Outcome:
     """Do something, and write down who did it: before, and what came of it after.
 
@@ -69,19 +75,21 @@ async def audited(
         target: what it is done to; `listed` where these are several.
         do: does it.
         told: what came of it, in a few words.
+        vo: whose log has it, for what a member of a VO does; None: that of the administrators. It must be known to
+            be one of the installation: each has a stream of its own.
 
     Raises:
         redis.exceptions.RedisError: when it cannot be written down; it is not done then.
         Exception: whatever `do` raises.
     """
-    said = {"who": who, "via": via, "action": action, "target": _cut(target, _LONGEST_TARGET)}
-    written = await _write(redis, said)
+    log = _Log(redis, vo)
+    written = await log.begin(who, via, action, target)
     try:
         outcome = await do()
     except BaseException as error:
-        await _write_outcome(redis, written, f"{type(error).__name__}: {error}", ok=False)
+        await log.end(written, f"{type(error).__name__}: {error}", ok=False)
         raise
-    await _write_outcome(redis, written, told(outcome), ok=True)
+    await log.end(written, told(outcome), ok=True)
     return outcome
 
 
@@ -105,42 +113,63 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]}… (the first {longest} of {len(text)} characters)"
 
 
-async def _write(redis: Redis, fields: dict[str, str]) -> str:
-    async with redis.pipeline(transaction=True) as pipe:
-        pipe.execute_command(
-            "XADD", keys.AUDIT, "MAXLEN", "~", _KEPT, "*", "data", json.dumps(fields, ensure_ascii=False)
-        )
-        pipe.execute_command("EXPIRE", keys.AUDIT, _TTL_SECONDS)
-        entry, _ = await pipe.execute()
-    return _text(entry)
+class _Log:
+    """The stream of a VO, or (None) of the administrators."""
+
+    def __init__(self, redis: Redis, vo: str | None) -> None:
+        self._redis = redis
+        self._key = _key(vo)
+        self._longest_target = _LONGEST_TARGET if vo is None else _LONGEST_TARGET_OF_VO
+        self._longest_outcome = _LONGEST_OUTCOME if vo is None else _LONGEST_OUTCOME_OF_VO
+
+    async def begin(self, who: str, via: str, action: str, target: str) -> str:
+        """Write what is about to be done. Returns the entry's id."""
+        shown = {"who": _cut(who, _LONGEST_WHO), "target": _cut(target, self._longest_target)}
+        return await self._write({**shown, "via": via, "action": action})
+
+    async def end(self, entry: str, outcome: str, *, ok: bool) -> None:
+        """Write what came of an entry, or warn that this could not be written."""
+        from redis.exceptions import RedisError
+
+        try:
+            await self._write({"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, self._longest_outcome)})
+        except RedisError as error:
+            logger.warning("The audit log will not tell what came of entry %s (%s): %s", entry, outcome, error)
+
+    async def _write(self, fields: dict[str, str]) -> str:
+        data = json.dumps(fields, ensure_ascii=False)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.execute_command("XADD", self._key, "MAXLEN", "~", _KEPT, "*", "data", data)
+            pipe.execute_command("EXPIRE", self._key, _TTL_SECONDS)
+            entry, _ = await pipe.execute()
+        return _text(entry)
 
 
-async def _write_outcome(redis: Redis, entry: str, outcome: str, *, ok: bool) -> None:
-    from redis.exceptions import RedisError
-
-    try:
-        await _write(redis, {"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, _LONGEST_OUTCOME)})
-    except RedisError as error:
-        logger.warning("The audit log will not tell what came of entry %s (%s): %s", entry, outcome, error)
+def _key(vo: str | None) -> str:
+    return keys.AUDIT if vo is None else f"{keys.AUDIT_PREFIX}{vo}"
 
 
-async def read_audit(redis: Redis, limit: int = 100, before: str | None = None) -> list[AuditEntry]:
+async def read_audit(
+    redis: Redis, limit: int = 100, before: str | None = None, *, vo: str | None = None
+) -> list[AuditEntry]:
     """The last actions, newest first.
 
     Args:
         before: only entries older than the one of this id.
+        vo: what the members of this VO did; None: what administrators did.
 
     Raises:
         redis.exceptions.RedisError: when the server does not answer, or `before` is no id.
     """
     newest = f"({before}" if before else "+"
+    key = _key(vo)
     ends: dict[str, dict[str, str]] = {}
     found: list[AuditEntry] = []
     if before:
         # Of an action that took its time, what came of it is newer than actions of the page before.
-        ends.update(await _ends(redis, before))
+        ends.update(await _ends(redis, key, before))
     while len(found) < limit:
-        rows: Any = await redis.execute_command("XREVRANGE", keys.AUDIT, newest, "-", "COUNT", 2 * limit)
+        rows: Any = await redis.execute_command("XREVRANGE", key, newest, "-", "COUNT", 2 * limit)
         for entry, data in _decoded(rows):
             newest = f"({entry}"
             if "of" in data:
@@ -152,8 +181,8 @@ async def read_audit(redis: Redis, limit: int = 100, before: str | None = None) 
     return found
 
 
-async def _ends(redis: Redis, since: str) -> dict[str, dict[str, str]]:
-    rows: Any = await redis.execute_command("XRANGE", keys.AUDIT, since, "+", "COUNT", 1000)
+async def _ends(redis: Redis, key: str, since: str) -> dict[str, dict[str, str]]:
+    rows: Any = await redis.execute_command("XRANGE", key, since, "+", "COUNT", 1000)
     return {data["of"]: data for _, data in _decoded(rows) if "of" in data}
 
 

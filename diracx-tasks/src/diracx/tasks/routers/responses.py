@@ -11,6 +11,7 @@ _MEANING = {
     401: "No token, or one that is not valid",
     403: "The token's VO or properties do not allow this",
     404: "There is nothing of that name or id",
+    429: "You act too often; `Retry-After` says for how many seconds to wait",
     409: "Not possible as things are",
     503: "No broker is configured, or it does not answer",
 }

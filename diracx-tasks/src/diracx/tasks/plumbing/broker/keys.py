@@ -51,8 +51,10 @@ DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.
 RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 
-#: Stream, capped, with a time to live: who did what by dashboard or HTTP.
+#: Stream, capped, with a time to live: what administrators did by dashboard, HTTP or command line.
 AUDIT = "diracx:tasks:audit"
+#: The same per VO: what its members did, so that no user can push an administrator's action out of the log.
+AUDIT_PREFIX = "diracx:tasks:audit:"
 
 #: String: the leading scheduler's token, with a short lease. Also the channel that says that nobody leads now.
 LEADER = "diracx:scheduler:leader"
