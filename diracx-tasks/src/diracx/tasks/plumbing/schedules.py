@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
+
+from .local_time import next_in_zone
 
 if TYPE_CHECKING:
     from dateutil.rrule import rrule, rruleset
@@ -93,11 +96,19 @@ class IntervalSeconds(TaskScheduleBase):
         return f"IntervalSeconds({self.seconds!r})"
 
 
+#: The years that croniter knows, from 1970: a year far ahead is found.
+_CRON_YEARS = 130
+
+
 class CronSchedule(TaskScheduleBase):
     """A cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
 
-    It is read in UTC, or in the IANA zone given as `timezone`. There, an expression with fixed hours fires
-    once on the night when the clocks go back; one that fires every hour fires in both of the doubled hours.
+    When both day of month and day of week are given, either will do, as in Vixie cron.
+
+    It is read in UTC, or in the IANA zone given as `timezone`. When the clocks are set back there, an expression
+    with a rhythm goes on through the doubled time: one with a `*`, a range or a step as hours, or a `*` as
+    minutes. One that names its hours runs once. A time that the clocks skip runs as much later as they are set
+    forward.
     """
 
     def __init__(self, expression: str, *, timezone: str | None = None) -> None:
@@ -111,14 +122,14 @@ class CronSchedule(TaskScheduleBase):
             raise ValueError(f"bad cron expression {expression!r}: no random or hashed fields, please")
         self.expression = expression
         self.timezone = timezone
-        self._zone = _zone(timezone) if timezone is not None else UTC
+        self._zone = None if timezone is None else _zone(timezone)
         try:
-            hours = croniter(expression).expanded[1]
             # The first year croniter knows: an expression bound to past years is exhausted, not wrong.
-            croniter(expression, datetime(1970, 1, 1, tzinfo=UTC)).get_next(datetime)
+            fields = croniter(expression, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
+            fields.get_next(datetime)
         except Exception as exc:
             raise ValueError(f"bad cron expression {expression!r}: {exc}") from exc
-        self._every_hour = hours == ["*"] or len(hours) == 24
+        self._rhythm_hours = _hours_of_rhythm(fields.expressions, fields.expanded[1])
 
     def next_occurrence(self) -> datetime:
         """Return the first occurrence after now; `ValueError` if there is none."""
@@ -126,16 +137,26 @@ class CronSchedule(TaskScheduleBase):
 
     def next_after(self, moment: datetime) -> datetime:
         """Return the first occurrence strictly after `moment`; `ValueError` if there is none."""
+        moment = _utc(moment)
+        if self._zone is None:
+            found = self._after(moment, timedelta(0))
+        else:
+            found = next_in_zone(self._after, self._zone, moment, self._rhythm_hours)
+        if found is None:
+            raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}")
+        return found
+
+    def _after(self, moment: datetime, offset: timedelta) -> datetime | None:
         from croniter import CroniterError, croniter
 
-        occurrences = croniter(self.expression, _utc(moment).astimezone(self._zone))
+        local = (moment + offset).replace(tzinfo=None)
         try:
-            while True:
-                local: datetime = occurrences.get_next(datetime)
-                if (local.fold == 0 or self._every_hour) and local.astimezone(UTC) > moment:
-                    return local.astimezone(UTC)
-        except CroniterError as exc:
-            raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}") from exc
+            found: datetime = croniter(self.expression, local, max_years_between_matches=_CRON_YEARS).get_next(
+                datetime
+            )
+        except CroniterError:
+            return None
+        return found.replace(tzinfo=UTC) - offset
 
     @property
     def fingerprint(self) -> str:
@@ -146,6 +167,17 @@ class CronSchedule(TaskScheduleBase):
     def __repr__(self) -> str:
         zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""
         return f"CronSchedule({self.expression!r}{zone})"
+
+
+def _hours_of_rhythm(fields: list[str], hours: list[Any]) -> Collection[int]:
+    """The hours in which an expression goes on when the clocks are set back; none when it names its hours."""
+    minute_field, hour_field = fields[:2]
+    if not (minute_field.startswith("*") or {"*", "-", "/"} & set(hour_field)):
+        return ()
+    named = list(range(24)) if hours == ["*"] else sorted(hours)
+    steps = {(later - hour) % 24 for hour, later in zip(named, [*named[1:], named[0]], strict=True)}
+    # Every so many hours, round the clock: there is no hour of the day in which a run would be out of place.
+    return range(24) if len(named) > 1 and len(steps) == 1 else named
 
 
 #: Where a rule without DTSTART starts: midnight UTC on a Monday, the first day of a leap year, so that a rule
@@ -159,6 +191,7 @@ _FIXED_STEPS = {
     "DAILY": timedelta(days=1),
     "WEEKLY": timedelta(weeks=1),
 }
+_TIMES_OF_DAY = {"BYHOUR": "HOURLY", "BYMINUTE": "MINUTELY", "BYSECOND": "SECONDLY"}
 _DTSTART = re.compile(r"(?:^|\s)DTSTART((?:;[^:;\s]+)*):(\S+)", re.IGNORECASE)
 
 
@@ -168,7 +201,9 @@ class RRuleSchedule(TaskScheduleBase):
     A rule without DTSTART starts at `RRULE_ANCHOR`, so `INTERVAL=2` means the same days in every process.
     COUNT counts from DTSTART, as the RFC says: without a DTSTART it has been used up long ago. Times are in
     UTC unless DTSTART carries a TZID, or an IANA zone is given as `timezone`; UNTIL is in UTC then, as the RFC
-    says.
+    says. There, HOURLY, MINUTELY and SECONDLY count real time, whatever is done to the clocks, unless the rule
+    names hours, minutes or seconds. All other rules follow the clock; a time that comes twice runs once, and one
+    that the clocks skip as much later as they are set forward.
     """
 
     def __init__(self, rule: str, *, timezone: str | None = None) -> None:
@@ -212,28 +247,46 @@ class RRuleSchedule(TaskScheduleBase):
     def next_after(self, moment: datetime) -> datetime:
         """Return the first occurrence strictly after `moment`; `ValueError` if there is none."""
         moment = _utc(moment)
-        aware = self._start.tzinfo is not None
-        found = self._parse(self._start_near(moment)).after(moment if aware else moment.replace(tzinfo=None))
+        if self._start.tzinfo is None:
+            found = self._after(moment.replace(tzinfo=None), self._start)
+        else:
+            found = next_in_zone(self._after_at_offset, self._start.tzinfo, moment, self._rhythm_hours)
         if found is None:
             hint = ": COUNT counts from DTSTART, and the rule has none" if self.counts_from_nowhere else ""
             raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}{hint}")
-        return found.astimezone(UTC) if aware else found.replace(tzinfo=UTC)
+        return found.replace(tzinfo=UTC)
 
-    def _start_near(self, moment: datetime) -> datetime:
+    def _after_at_offset(self, moment: datetime, offset: timedelta) -> datetime | None:
+        zone = timezone(offset)
+        # What names no times is the same series of moments at each offset; anything else, the same wall times.
+        real_time = self._rhythm_hours and not any(name in self._parameters for name in _TIMES_OF_DAY)
+        start = self._start.astimezone(zone) if real_time else self._start.replace(tzinfo=zone)
+        found = self._after(moment.astimezone(zone), start)
+        return None if found is None else found.astimezone(UTC)
+
+    def _after(self, moment: datetime, start: datetime) -> datetime | None:
+        """The first occurrence after a moment, both at the UTC offset of the start."""
+        return self._parse(self._start_near(moment, start)).after(moment)
+
+    def _start_near(self, moment: datetime, start: datetime) -> datetime:
         """Return a start of the same phase shortly before `moment`.
 
         dateutil walks through every occurrence since DTSTART; for a rule by the minute that is millions.
         """
         step = _FIXED_STEPS.get(self._parameters.get("FREQ", ""))
         if step is None or "COUNT" in self._parameters or self._body.upper().count("FREQ=") != 1:
-            return self._start
+            return start
         step *= int(self._parameters.get("INTERVAL", "1"))
-        here = moment.astimezone(self._start.tzinfo or UTC).replace(tzinfo=self._start.tzinfo)
-        # Arithmetic within one zone is by the wall clock: leave room for the changes of that clock.
-        slack = timedelta(days=1) if self._start.tzinfo else timedelta(0)
         # One step back, because BYSETPOS may see only a part of the period that holds the start.
-        whole_steps = (here - self._start - slack) // step - 1
-        return self._start + max(0, whole_steps) * step
+        return start + max(0, (moment - start) // step - 1) * step
+
+    @property
+    def _rhythm_hours(self) -> Collection[int]:
+        """The hours in which the rule goes on when the clocks are set back; none when it names its times."""
+        if self._parameters.get("FREQ") not in _TIMES_OF_DAY.values():
+            return ()
+        hours = self._parameters.get("BYHOUR")
+        return range(24) if hours is None else [int(hour) for hour in hours.split(",")]
 
     @property
     def fingerprint(self) -> str:
@@ -271,7 +324,8 @@ def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
 
 def _parameters(body: str) -> dict[str, str]:
     """Return the parts that are looked at here, by name."""
-    return dict(re.findall(r"(FREQ|INTERVAL|COUNT|UNTIL)=([^;\s]*)", body.upper()))
+    parts = r"(FREQ|INTERVAL|COUNT|UNTIL|BYHOUR|BYMINUTE|BYSECOND)=([^;\s]*)"
+    return dict(re.findall(parts, body.upper()))
 
 
 def _zone(name: str) -> ZoneInfo:
