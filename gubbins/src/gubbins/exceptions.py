@@ -16,6 +16,7 @@ __all__ = [
     "PilotEndedError",
     "PilotNotFoundError",
     "PilotSubmissionError",
+    "SubmissionLimitError",
     "UnknownCEError",
     "VONotServedError",
 ]
@@ -64,8 +65,32 @@ class VONotServedError(PilotSubmissionError):
 class NoRoomError(PilotSubmissionError):
     """As many pilots are SUBMITTED or RUNNING at the compute element as it has slots (P60)."""
 
-    def __init__(self, name: str, capacity: int) -> None:
-        super().__init__(f"no room at compute element {name!r}: all {capacity} slots are taken")
+    def __init__(self, name: str, capacity: int, promised: int = 0) -> None:
+        promises = f", {promised} of them by pilots of other VOs that are on their way" if promised else ""
+        super().__init__(f"no room at compute element {name!r}: all {capacity} slots are taken{promises}")
+
+
+class SubmissionLimitError(PilotSubmissionError):
+    """A rule of the compute element gives the VO no further pilot now.
+
+    Args:
+        name: the compute element.
+        vo: whose pilot it would have been.
+        rule: the rule's name, as `max_waiting`.
+        limit: its value for the VO.
+        why: how the VO stands.
+        retry_after_seconds: when the rule may allow another one; None: that depends on other pilots.
+    """
+
+    def __init__(
+        self, name: str, vo: str, rule: str, limit: float, why: str, retry_after_seconds: int | None = None
+    ) -> None:
+        super().__init__(
+            f"no pilot of VO {vo!r} at compute element {name!r}: its rule {rule} is {limit:g}, and {why}"
+        )
+        self.rule = rule
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
 
 
 class CERefusedError(PilotSubmissionError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from diracx.db.sql import JobDB
 from sqlalchemy import update
 
+from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
 from gubbins.logic import my_pilots as logic
@@ -86,8 +87,9 @@ async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
     assert await ask(db, None) == {}
     assert await ask(db, None, "dteam") == {"ce": 1}
     await logic.withdraw_requests(db, "ce", "lhcb", 6)
-    for _ in range(6):
-        await logic.submit_pilot(db, "ce", "lhcb")
+    for at in range(6):
+        with clock.simulated(lambda at=at: datetime.now(UTC) - timedelta(minutes=10 - at)):
+            await logic.submit_pilot(db, "ce", "lhcb")
     assert await ask(db, None) == {}
     await logic.transition_pilot_states(db, "lhcb")
     assert await ask(db, None) == {"ce": 4}

@@ -134,6 +134,18 @@ def test_P63_unknown_ce_is_404_and_a_full_one_409(client: Any, as_: As) -> None:
     assert summary == {"pilots": {"lhcb": {"ce": {"SUBMITTED": 2}}}, "totals": {"SUBMITTED": 2}}
 
 
+def test_a_rule_that_is_against_a_submission_is_named_with_its_number(client: Any, as_: As) -> None:
+    admin = as_("lhcb", SERVICE_ADMINISTRATOR)
+    for rule, status in (("max_waiting", 409), ("max_per_cycle", 429)):
+        spec = {"name": rule, "capacity": 9, "rules": {rule: 1}}
+        assert client.post(f"{API}/ces", json=spec, headers=admin).status_code == 201
+        assert client.post(f"{API}/submit/{rule}", headers=as_()).status_code == 200
+        refused = client.post(f"{API}/submit/{rule}", headers=as_())
+        assert refused.status_code == status
+        assert f"rule {rule} is 1" in refused.json()["detail"]
+        assert (0 < int(refused.headers.get("Retry-After", 0)) <= 60) is (status == 429)
+
+
 ROUTES = [
     ("POST", "/submit/ce", None),
     ("GET", "/summary", None),

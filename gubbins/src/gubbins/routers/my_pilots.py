@@ -33,6 +33,7 @@ from gubbins.exceptions import (
     OutputUnavailableError,
     PilotEndedError,
     PilotNotFoundError,
+    SubmissionLimitError,
     UnknownCEError,
     VONotServedError,
 )
@@ -55,6 +56,7 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     UnknownCEError: HTTPStatus.NOT_FOUND,
     PilotNotFoundError: HTTPStatus.NOT_FOUND,
     NoRoomError: HTTPStatus.CONFLICT,
+    SubmissionLimitError: HTTPStatus.CONFLICT,
     CEDisabledError: HTTPStatus.CONFLICT,
     CEPausedError: HTTPStatus.CONFLICT,
     CEExistsError: HTTPStatus.CONFLICT,
@@ -69,6 +71,7 @@ _responses = partial(
     responses,
     meaning={
         409: "Not possible as things are: no room, disabled, paused, ended or existing already",
+        429: "Too many; `Retry-After` says when to come back",
         502: "The compute element refused, or did not answer",
         503: "It cannot be written to the audit log, and was not done",
     },
@@ -87,6 +90,10 @@ def _as_http() -> Iterator[None]:
         ]
         raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from error
     except GubbinsError as error:
+        wait = getattr(error, "retry_after_seconds", None)
+        if wait is not None:
+            headers = {"Retry-After": str(wait)}
+            raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, str(error), headers) from error
         raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), str(error)) from error
 
 
@@ -97,7 +104,7 @@ def _visible_vo(user: AuthorizedUserInfo, wanted: str | None) -> str | None:
     return None if SERVICE_ADMINISTRATOR in user.properties else user.vo
 
 
-@router.post("/submit/{ce_name}", responses=_responses(404, 409, 502, 503))
+@router.post("/submit/{ce_name}", responses=_responses(404, 409, 429, 502, 503))
 async def submit_pilot(
     ce_name: CEName,
     my_pilot_db: PilotDB,

@@ -28,7 +28,7 @@ from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError
+from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError, SubmissionLimitError
 from gubbins.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
@@ -70,7 +70,8 @@ class MyPilotTask(BaseTask):
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
         """Return the pilot's id; None when it was not to be.
 
-        That is: the slot was taken, or the compute element closed or paused meanwhile; or a round asked for it
+        That is: the slot was taken, a rule of the compute element is against it, or it was closed or paused
+        meanwhile; or a round asked for it
         so long ago that its request was given up, and later rounds have asked for all that is wanted.
 
         Raises:
@@ -86,7 +87,7 @@ class MyPilotTask(BaseTask):
             stamp = hashlib.blake2b(message.task_id.encode(), digest_size=16).hexdigest()
             submit = logic.submit_requested_pilot if LABEL_REQUESTED in message.labels else logic.submit_pilot
             return await submit(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
-        except (NoRoomError, CEDisabledError, CEPausedError) as error:
+        except (NoRoomError, SubmissionLimitError, CEDisabledError, CEPausedError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
 

@@ -13,11 +13,12 @@ from gubbins import clock
 from gubbins.exceptions import CEDisabledError, NoRoomError, UnknownCEError, VONotServedError
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
-from .compute_elements import CE_COLUMNS, ComputeElementStore, serves
+from .compute_elements import CE_COLUMNS, serves
+from .limits import LimitStore
 from .schema import MAX_REASON_CHARS, ComputeElements, PilotHistory, Pilots
 
 
-class SubmissionStore(ComputeElementStore):
+class SubmissionStore(LimitStore):
     """The table Pilots, as far as submissions go: with the capacity gate."""
 
     async def find_pilot(self, stamp: str) -> int | None:
@@ -25,19 +26,22 @@ class SubmissionStore(ComputeElementStore):
         async with self.unit():
             return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
 
-    async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
-        """Reserve a slot: create a SUBMITTED pilot of the VO and return its id. This is THE capacity gate.
+    async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None, granted: bool = False) -> int:
+        """Reserve a slot: create a SUBMITTED pilot of the VO and return its id.
 
-        The row of the compute element is locked first, so all submissions to one compute element pass here
-        one after the other, from whatever process, and none of them can count too few (P60).
+        This is THE gate of capacity and rules. The row of the compute element is locked first, so all
+        submissions to one compute element pass here one after the other, from whatever process, and none of
+        them can count too few (P60).
 
         Args:
             ce_name: where.
             vo: whose.
             stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
+            granted: a round has asked for it, and its request was struck out in this transaction.
 
         Raises:
-            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError: as they say; nothing was created.
+            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError, SubmissionLimitError: as they say;
+                nothing was created.
         """
         stamp = stamp or uuid.uuid4().hex
         now = clock.now()
@@ -53,6 +57,7 @@ class SubmissionStore(ComputeElementStore):
                 raise CEDisabledError(ce_name)
             if not serves(ce.vos, vo):
                 raise VONotServedError(ce_name, vo)
+            await self.check_limits(dict(ce._mapping), vo, granted=granted)
             taken = (
                 select(func.count())
                 .select_from(Pilots)

@@ -42,15 +42,15 @@ __all__ = [
 
 from gubbins.exceptions import PilotSubmissionError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.rules import CERules, DemandPolicy, VORules
 
 from .ce_file import CEFileError, CESpec, parse_ce_file
 from .check import transition_pilot_states
 from .compute_elements import add_ce, ban_ce, get_available_ces, get_ce, list_ces, load_ces, set_ce_enabled
 from .outputs import collect_outputs, get_pilot_output
 from .pruning import prune_pilots
-from .requests import request_pilots, submit_requested_pilot, withdraw_requests
-from .rules import CERules, DemandPolicy, VORules
-from .submission import submit_pilot
+from .requests import request_pilots, withdraw_requests
+from .submission import submit_pilot, submit_requested_pilot
 from .tracking import (
     cancel_pilot,
     count_ended_pilots,

@@ -12,9 +12,8 @@ from typing import Any
 
 from gubbins.ces import CEBackend, CEDescription, make_backend
 from gubbins.db.sql.schema import MAX_REASON_CHARS
+from gubbins.rules import rules_of
 from gubbins.text import one_line
-
-from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 

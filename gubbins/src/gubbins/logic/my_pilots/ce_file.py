@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gubbins.ces import validate_settings
 from gubbins.exceptions import CESettingsError, GubbinsError
-
-from .rules import CERules, VORules
+from gubbins.rules import CERules, VORules
 
 
 class CESpec(BaseModel):

@@ -20,12 +20,12 @@ from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.rules import CERules, rules_of
 
 from .answers import check_observations
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success
 from .outputs import ends_with_output
-from .rules import CERules, rules_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from typing import Any
 from gubbins import clock
 from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
-
-from .rules import rules_of, what_is_wrong_with_rules
+from gubbins.rules import rules_of, what_is_wrong_with_rules
 
 #: A probe that was not heard of for this many time-outs died with its worker.
 _PROBE_TIMEOUTS = 3

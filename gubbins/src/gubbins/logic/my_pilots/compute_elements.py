@@ -11,10 +11,10 @@ from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import CESettingsError, UnknownCEError
+from gubbins.rules import rules_of, what_is_wrong_with_rules
 from gubbins.text import one_line
 
 from .ce_file import CESpec
-from .rules import rules_of, what_is_wrong_with_rules
 
 
 async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:

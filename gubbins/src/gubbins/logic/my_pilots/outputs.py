@@ -22,12 +22,12 @@ from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.rules import rules_of
 from gubbins.text import one_line
 
 from .answers import check_output
 from .backends import backend_of, describe_failure
 from .circuits import note_failure
-from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 

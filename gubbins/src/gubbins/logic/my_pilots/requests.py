@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["REQUEST_LIFETIME", "request_pilots", "submit_requested_pilot", "withdraw_requests"]
+__all__ = ["REQUEST_LIFETIME", "request_pilots", "withdraw_requests"]
 
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.claims import Claim
 from gubbins.db.sql.compute_elements import serves
+from gubbins.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.rules import CERules, DemandPolicy, rules_of
 
 from .circuits import on_trial, why_no_pilots
-from .demand import Sharer, apportion, fair_part
-from .rules import CERules, DemandPolicy, rules_of
-from .submission import submit_pilot
 
 logger = logging.getLogger(__name__)
-
-REQUEST_LIFETIME = timedelta(minutes=15)
-"""A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis).
-
-Should it start after all, it finds no request, and submits nothing: what was asked for since counts.
-
-What a VO that has not asked for so long would take is not respected any more.
-"""
-
-_NO_LIMIT = 2**31 - 1
 
 
 async def request_pilots(
@@ -115,7 +104,7 @@ class _Situation:
     def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
         """How many more pilots the VO would take, whatever the others want."""
         name = ce["name"]
-        limit = _NO_LIMIT
+        limit = UNLIMITED
         if rules.max_waiting is not None:
             limit = max(0, rules.max_waiting - self.submitted[name, self.vo])
         if rules.policy is DemandPolicy.FILL:
@@ -179,19 +168,6 @@ async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, 
 
 def _rounded_up(number: float) -> int:
     return -int(-number // 1)
-
-
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
-    """Submit one pilot that `request_pilots` asked for; see `submit_pilot`, also for what is raised.
-
-    Its request is struck out; None where there is none any more, and nothing is submitted. Only what has begun
-    already (there is a pilot with this stamp, for the worker died) goes on without one.
-    """
-    begun = stamp is not None and await db.find_pilot(stamp) is not None
-    if not begun and not await db.take_requests(ce_name, vo=vo):
-        logger.info("No pilot for %s at %s: its request has been given up", vo, ce_name)
-        return None
-    return await submit_pilot(db, ce_name, vo, stamp=stamp)
 
 
 async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["submit_pilot"]
+__all__ = ["submit_pilot", "submit_requested_pilot"]
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,19 @@ from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.compute_elements import serves
-from gubbins.exceptions import CEPausedError, CERefusedError, CESettingsError, VONotServedError
+from gubbins.exceptions import (
+    CEPausedError,
+    CERefusedError,
+    CESettingsError,
+    PilotSubmissionError,
+    VONotServedError,
+)
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.rules import rules_of
 
 from .answers import check_outcome
 from .backends import backend_of, describe_failure
 from .circuits import may_submit, note_failure, note_success, why_no_pilots
-from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +36,10 @@ _GIVEN_UP = "came through after its submission had been given up, and is cancell
 async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
 
-    The slot is reserved first, in the database, and the compute element asked afterwards. If it refuses, the
-    reservation is undone as if it had never been (the refusal is noted at the compute element). If it does
-    not answer, nobody knows whether it has the pilot: the reservation stays, and the next checks find out.
+    The slot is reserved first, in the database, where capacity and rules are checked; the compute element is
+    asked afterwards. If it refuses, the reservation is undone as if it had never been (the refusal is noted at
+    the compute element). If it does not answer, nobody knows whether it has the pilot: the reservation stays,
+    and the next checks find out.
 
     Args:
         db: the database.
@@ -42,8 +50,50 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
 
     Raises:
         PilotSubmissionError: a subclass says why not: unknown, disabled or paused compute element, VO not
-            served, no room, refused.
+            served, no room, a rule, refused.
     """
+    pilot_id = await _submit(db, ce_name, vo, stamp, None)
+    assert pilot_id is not None  # only a request can be gone
+    return pilot_id
+
+
+async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
+    """Submit one pilot that `request_pilots` asked for; see `submit_pilot`, also for what is raised.
+
+    Its request is struck out in the transaction that reserves its slot: what a round has granted is nobody
+    else's in between. None where there is no request any more, and nothing is submitted. Only what has begun
+    already (there is a pilot with this stamp, for the worker died) goes on without one.
+    """
+    if stamp is not None and await db.find_pilot(stamp) is not None:
+        return await submit_pilot(db, ce_name, vo, stamp=stamp)
+    request = _Request(db, ce_name, vo)
+    try:
+        pilot_id = await _submit(db, ce_name, vo, stamp, request)
+    except PilotSubmissionError:
+        await request.strike()
+        raise
+    if pilot_id is None:
+        logger.info("No pilot for %s at %s: its request has been given up", vo, ce_name)
+    return pilot_id
+
+
+class _Request:
+    """The oldest request of a VO at a compute element: to be struck out once, whatever becomes of its pilot."""
+
+    def __init__(self, db: MyPilotDB, ce_name: str, vo: str) -> None:
+        self._db, self._ce_name, self._vo = db, ce_name, vo
+        self._struck = False
+
+    async def strike(self) -> bool:
+        """Strike it out; False: it was given up, or has been struck out here."""
+        if self._struck:
+            return False
+        found = await self._db.take_requests(self._ce_name, vo=self._vo)
+        self._struck = True
+        return bool(found)
+
+
+async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, request: _Request | None) -> int | None:
     ce = await db.get_ce(ce_name)
     if not serves(ce["vos"], vo):  # before anything of its troubles is told
         raise VONotServedError(ce_name, vo)
@@ -54,14 +104,13 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             if (reason := backend.why_not(vo)) is not None:
                 await db.record_ce_error(ce_name, reason)
                 raise CERefusedError(ce_name, reason)
-            async with db.unit():
-                begun = None if stamp is None else await db.find_pilot(stamp)
-                if begun is not None and await _is_known(db, begun):
-                    return begun
-                if ce["enabled"] and not await may_submit(db, ce):
-                    raise CEPausedError(ce_name, "another pilot finds out whether it takes them again")
-                pilot_id = begun or await db.submit_pilot(ce_name, vo=vo, stamp=stamp)
-                stamp = (await db.get_pilot(pilot_id))["stamp"]
+            stamp = stamp or uuid.uuid4().hex
+            begun = await db.find_pilot(stamp)
+            if begun is not None and await _is_known(db, begun):
+                return begun
+            pilot_id = await _reserve(db, ce, vo, stamp, begun, request)
+            if pilot_id is None:
+                return None
             pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
             try:
                 async with asyncio.timeout(rules_of(ce).timeout_seconds):
@@ -83,6 +132,31 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         if begun is None:  # else the first attempt may have been accepted: the next checks find out
             await db.release_pilots([pilot_id])
     raise CERefusedError(ce_name, reason)
+
+
+async def _reserve(
+    db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None, request: _Request | None
+) -> int | None:
+    """The id of the pilot that holds the slot; None: the request is gone. A refusal strikes it out as well."""
+
+    async def reserve() -> int:
+        if ce["enabled"] and not await may_submit(db, ce):
+            raise CEPausedError(ce["name"], "another pilot finds out whether it takes them again")
+        if begun is not None:
+            return begun
+        return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp, granted=request is not None)
+
+    async with db.unit():
+        if request is None:
+            return await reserve()
+        if not await request.strike():
+            return None
+        try:
+            async with db.conn.begin_nested():
+                return await reserve()
+        except PilotSubmissionError as error:
+            refusal = error
+    raise refusal
 
 
 async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:

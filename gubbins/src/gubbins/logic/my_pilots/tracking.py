@@ -23,10 +23,10 @@ from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.exceptions import PilotEndedError
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.rules import rules_of
 
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure
-from .rules import rules_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Sharer", "apportion", "fair_part"]
+__all__ = ["REQUEST_LIFETIME", "UNLIMITED", "Sharer", "apportion", "fair_part"]
 
 import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+
+REQUEST_LIFETIME = timedelta(minutes=15)
+"""A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis).
+
+Should it start after all, it finds no request, and submits nothing: what was asked for since counts.
+
+What a VO that has not asked for so long would take is not respected any more.
+"""
+
+UNLIMITED = 2**31 - 1
+"""So many pilots are wanted where nothing limits them."""
 
 _NEVER = datetime.min.replace(tzinfo=UTC)
 

@@ -49,7 +49,7 @@ class CERules(BaseModel):
         default=None, description="A VO has no more pilots than that waiting (SUBMITTED) here."
     )
     max_per_cycle: _Number | None = Field(
-        default=None, description="A VO submits no more pilots than that in one round."
+        default=None, description="A VO submits no more pilots than that in one round; by hand, in any 60 seconds."
     )
     trickle: _Number = Field(
         default=1,
