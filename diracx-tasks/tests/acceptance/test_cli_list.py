@@ -114,3 +114,31 @@ finally:
 
 def test_an_unknown_command_is_one_line(cli, one_line):
     one_line(cli("wrker"), 2, "'wrker'", "'worker'")
+
+
+def test_tasks_of_a_distribution_that_is_no_extension_are_left_out_with_a_warning(cli):
+    module = cli.directory / "site" / "no_extension.py"
+    module.parent.mkdir()
+    module.write_text("from diracx.tasks.plumbing import BaseTask\nclass Lost(BaseTask): ...\n")
+    about = cli.directory / "site" / "no_extension-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: no-extension\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[diracx.tasks.mine]\nLost = no_extension:Lost\n")
+    cli.environment["PYTHONPATH"] = str(module.parent)
+    result = cli("list", "--json", program=(sys.executable, "-m", "diracx.tasks"))
+    assert "mine:Lost" not in {row["name"] for row in json.loads(result.stdout)}
+    [line] = [line for line in result.stderr.splitlines() if "warning" in line]
+    for said in ("no-extension", "mine:Lost", "entry point `extension` of the group `diracx`", "--module"):
+        assert said in line
+    del cli.environment["PYTHONPATH"]
+    assert cli("list").stderr == ""
+
+
+def test_a_task_is_called_by_the_name_of_its_class_alone(cli, one_line):
+    (cli.directory / "other.py").write_text((cli.directory / "my_tasks.py").read_text())
+    cli.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
+    shown = cli("config", "show", "--task", "Greet", "--module", "my_tasks.py", "--json")
+    assert [row["task"] for row in json.loads(shown.stdout)["tasks"]] == ["my_tasks:Greet"]
+    for command in (("call", "Greet"), ("submit", "Greet"), ("config", "show", "--task", "Greet")):
+        both = cli(*command, "--module", "my_tasks.py", "--module", "other.py")
+        one_line(both, 2, "'Greet' names several tasks; write my_tasks:Greet or other:Greet")

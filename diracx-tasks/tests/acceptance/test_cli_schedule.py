@@ -97,8 +97,11 @@ def test_an_unknown_schedule_is_one_line_with_the_nearest(operated, one_line, co
     one_line(operated.mine("schedule", command, "my_tasks:Tik"), 2, "'my_tasks:Tik'", "'my_tasks:Tick'")
 
 
-def test_a_schedule_without_its_category_is_suggested_in_full(operated, one_line):
-    one_line(operated.mine("schedule", "run-now", "Tick"), 2, "no schedule 'Tick'; did you mean 'my_tasks:Tick'?")
+@pytest.mark.leaves_keys("diracx:*")
+def test_a_schedule_is_named_without_its_category_too(operated, one_line):
+    submitted = json.loads(operated.mine("schedule", "run-now", "Tick", "--json").stdout)
+    assert submitted["id"] == "my_tasks:Tick"
+    one_line(operated.mine("schedule", "run-now", "Tikc"), 2, "no schedule 'Tikc'; did you mean 'my_tasks:Tick'?")
 
 
 def test_P46_schedules_are_seen_and_paused_while_what_is_written_is_wrong(operated, server, wait_until):

@@ -20,6 +20,7 @@ from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import OPEN, DeadLetter, DeadLetterStatus, TaskDB
 from diracx.tasks.plumbing.persistence.resubmission import Fate, Resubmitter, ticket
+from diracx.tasks.plumbing.task_names import AmbiguousTaskNameError
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from sqlalchemy import update
@@ -185,6 +186,22 @@ async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskD
     assert sorted(row["task_id"] for row in await rows(db)) == sorted(f"task-{number}" for number in range(20))
 
 
+async def test_a_list_leaves_messages_attempts_and_histories_in_the_database(db: TaskDB) -> None:
+    large = letter(1, data=b"m" * 1_000_000, attempts=[{"type": "E", "traceback": "t" * 300_000}] * 3)
+    await store(db, large, letter(1, data=b"m" * 2_000_000, burial="another"), letter(2))
+    async with db:
+        first, second = await db.summaries()
+        found = await db.find_summary("task-1"), await db.find_summary(str(first["id"]))
+        assert await db.find_summary("task-3") is None
+    assert found == (first, first)
+    assert len(repr(first)) < 2_000
+    assert (first["message_bytes"], first["failed_attempts"], first["earlier_burials"]) == (2_000_000, 1, 1)
+    assert (second["failed_attempts"], second["earlier_burials"]) == (1, 0)
+    [whole, _] = await rows(db)
+    common = first.keys() & whole.keys()
+    assert {name: first[name] for name in common} == {name: whole[name] for name in common}
+
+
 async def test_filters_choose(db: TaskDB) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
     await store(
@@ -196,7 +213,12 @@ async def test_filters_choose(db: TaskDB) -> None:
         return [row["task_id"] for row in await rows(db, **where)]
 
     assert await chosen(task_name="test:Work") == ["task-1"]
-    assert await chosen(task_name="Work") == ["task-1", "task-2"], "the class alone, in every category"
+    assert await chosen(task_name="HomeWork") == ["task-3"], "the class alone"
+    with pytest.raises(AmbiguousTaskNameError, match="write other:Work or test:Work"):
+        await chosen(task_name="Work")
+    async with db:
+        with pytest.raises(AmbiguousTaskNameError):
+            await db.count(task_name="Work")
     assert await chosen(task_name="W_rk") == []
     assert await chosen(reason="poison") == ["task-2"]
     assert await chosen(status=OPEN, limit=2) == ["task-1", "task-2"]
@@ -302,7 +324,7 @@ async def test_P34_whoever_repeats_a_resubmission_that_broke_off_finishes_it(
         begun = await db.begin_resubmission([(row["id"], row["burial"]) for row in letters])
     assert set(begun) == {row["id"] for row in letters}
     if broke_off_after == "the submission":
-        await broker.resubmit([(ticket(row), resubmitter._submission(row)) for row in letters])
+        await broker.resubmit([(ticket(row), resubmitter._submission(row, row["message"])) for row in letters])
     async with db:
         assert await db.discard([(row["id"], row["burial"]) for row in letters]) == set(), "too late for that"
     verdicts = [verdict async for part in resubmitter.all({}) for verdict in part]

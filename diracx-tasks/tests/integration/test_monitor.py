@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks import monitor
+from diracx.tasks.monitor.places import read_head
 from diracx.tasks.plumbing import (
     BaseTask,
     ConcurrencyLimiter,
@@ -26,7 +27,9 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
 from diracx.tasks.plumbing.histogram import bucket_of, end_of_bucket
+from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.worker import reporter
+from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -366,11 +369,60 @@ async def test_pages_of_delayed_tasks_hold_each_of_them_once(redis: Redis, broke
     assert (await monitor.delayed(redis, "retry", 3)).items == []
 
 
+async def test_lists_read_little_of_large_messages_and_show_their_size_instead(
+    redis: Redis, broker: RedisStreamBroker
+) -> None:
+    """Measured is what the server sends: 60 rows of 1 MB each, and some small ones."""
+    large = "x" * 1_000_000
+    for number in range(20):
+        await submit_task(broker, "test:Held", [large])
+        await submit_task(broker, "test:Held", [large], run_at=datetime.now(UTC) + timedelta(hours=1))
+        message = TaskMessage(task_id=f"dead-{number}", task_name="test:Held", task_args=[large])
+        await redis.xadd(keys.DEAD_LETTERS, in_redis(DeadLetter.of_message(message, "exhausted", "no", "here")))
+    await submit_task(broker, "test:Held", ["small"])
+
+    async def sent() -> int:
+        return int((await redis.info("stats"))["total_net_output_bytes"])
+
+    before = await sent()
+    queued = (await monitor.peek(redis, "normal:medium")).items
+    delayed = (await monitor.delayed(redis)).items
+    letters = (await monitor.waiting_letters(redis)).items
+    assert await sent() - before < 61 * 70_000
+    assert [task.arguments for task in queued] == [None] * 20 + [{"0": "small"}]
+    assert {(task.attempt, task.message_bytes > 1_000_000) for task in queued[:20]} == {(1, True)}
+    assert {(task.task_name, task.arguments, task.message_bytes > 1_000_000) for task in delayed} == {
+        ("test:Held", None, True)
+    }
+    assert {(each.task_name, each.reason, each.arguments) for each in letters} == {
+        ("test:Held", "exhausted", None)
+    }
+    assert all(each.task_id and each.message_bytes > 1_000_000 for each in letters)
+
+
+@pytest.mark.parametrize("cut", range(0, 70_000, 997))
+def test_of_a_message_that_is_cut_off_no_secret_argument_is_shown(cut: int) -> None:
+    labels = {"secret": [0], "attempts": [{"type": "E", "traceback": "t" * 20_000}] * 2}
+    message = TaskMessage(
+        task_id="one",
+        task_name="test:Broken",
+        labels=labels,
+        task_args=["sesame", "x" * 20_000],
+        task_kwargs={"a": 1},
+    )
+    data = message.dumpb()
+    head = read_head(data[:cut], len(data))
+    assert "sesame" not in repr(head.arguments(None))
+    if head.message is not None and not head.whole:
+        assert (head.arguments(None), head.message.task_id) == (None, "one")
+        assert head.failed_attempts in (None, 2)
+
+
 async def test_what_is_no_task_can_be_looked_at_and_purged(redis: Redis) -> None:
     await redis.xadd("diracx:tasks:normal:small", {"data": b"\xff rubbish"})
     await redis.xadd("diracx:tasks:normal:small", {"other": b"rubbish"})
     page = await monitor.peek(redis, "normal:small")
-    assert [(task.task_id, task.arguments) for task in page.items] == [("", {}), ("", {})]
+    assert [(task.task_id, task.arguments) for task in page.items] == [("", None), ("", None)]
     assert await monitor.purge(redis, "normal:small") == 2
 
 

@@ -79,10 +79,10 @@ def show(
     """
     from ..monitor.settings import settings_records
     from .config_view import print_settings
-    from .tasks import load_registry
+    from .tasks import find_task, load_registry
 
     registry = load_registry(module)
-    names = sorted(registry) if task is None else _named(registry, task)
+    names = sorted(registry) if task is None else [find_task(registry, task)]
     config, problems, source, vos = _read(file, registry)
     fatal = [problem for problem in problems if not problem.foreign]
     if config is None or fatal:
@@ -99,21 +99,6 @@ def show(
         typer.echo(json.dumps({"source": source.name or None, "vos": vos, **found}, indent=2))
     else:
         print_settings(source, found["tasks"], found["limits"])
-
-
-def _named(registry: TaskRegistry, name: str) -> list[str]:
-    """The tasks of that name, in full or of the class.
-
-    Raises:
-        UsageProblem: when there is none; suggests the nearest.
-    """
-    from ..monitor.settings import names_of
-    from .tasks import find_task
-
-    found = names_of(registry, name)
-    if not found:
-        find_task(registry, name)
-    return found
 
 
 def _read(

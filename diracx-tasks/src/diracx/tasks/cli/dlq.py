@@ -147,7 +147,7 @@ def retry(
         from .services import tasks_config
         from .tasks import load_registry
 
-        chosen = [await _find(db, letter_id) for letter_id in choice.ids]
+        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry = load_registry(module)
         config = tasks_config()
         async with open_broker(url) as broker:
@@ -184,10 +184,10 @@ def discard(
         from ..monitor.deeds import Deeds
         from .connection import open_broker
 
-        chosen = [await _find(db, letter_id) for letter_id in choice.ids]
+        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")
-            chosen = [letter async for letter in _pages(db, where, choice.limit, without_message=True)]
+            chosen = [letter async for letter in _pages(db, where, choice.limit)]
         if not chosen:
             return [], []
         async with open_broker(url) as broker:
@@ -221,7 +221,11 @@ def export(
     async def write(db: TaskDB) -> None:
         from ..monitor.letters import letter_record
 
-        async for letter in _pages(db, where, limit):
+        async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
+            async with db:
+                letter = await db.find(summary["task_id"])
+            if letter is None:
+                continue
             sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
         sys.stdout.flush()
 
@@ -252,37 +256,40 @@ def init() -> None:
 
 
 def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:
+    from ..plumbing.task_names import AmbiguousTaskNameError
     from .services import required_task_db
 
     async def run() -> _Answer:
         async with required_task_db() as db:
-            return await use(db)
+            try:
+                return await use(db)
+            except AmbiguousTaskNameError as error:
+                raise UsageProblem(str(error)) from error
 
     return asyncio.run(run())
 
 
-async def _find(db: TaskDB, letter_id: str) -> dict[str, Any]:
+async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[str, Any]:
     async with db:
-        letter = await db.find(letter_id)
+        letter = await (db.find_summary if summary else db.find)(letter_id)
     if letter is None:
         raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
     return letter
 
 
-async def _pages(
-    db: TaskDB, where: LetterFilter, limit: int | None, *, without_message: bool = False
-) -> AsyncIterator[dict[str, Any]]:
+async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIterator[dict[str, Any]]:
+    """Dead letters as lists have them."""
     after_id, left = 0, limit
     while left is None or left > 0:
         async with db:
-            page = await db.search(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
+            page = await db.summaries(
+                **where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id
+            )
         if not page:
             return
         after_id = page[-1]["id"]
         left = None if left is None else left - len(page)
         for letter in page:
-            if without_message:
-                letter |= {"message": b"", "attempts": [], "history": []}
             yield letter
 
 

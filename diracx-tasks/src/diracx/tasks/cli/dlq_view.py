@@ -29,7 +29,7 @@ def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
     if not console.is_terminal:
         console = Console(width=_WIDTH_WITHOUT_TERMINAL)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("number", "buried (UTC)", "task", "task id", "reason", "status", "attempts", "detail"):
+    for column in ("number", "buried (UTC)", "task", "task id", "reason", "status", "attempts", "size", "detail"):
         table.add_column(column, overflow="fold", no_wrap=column in ("number", "buried (UTC)"))
     for letter in letters:
         detail = one_line(letter["detail"])
@@ -40,7 +40,8 @@ def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
             Text(letter["task_id"]),
             letter["reason"],
             str(letter["status"]).lower(),
-            str(len(letter["attempts"])),
+            str(letter["failed_attempts"]),
+            f"{letter['message_bytes'] / 1e6:,.1f} MB" if letter["message_bytes"] >= 50_000 else "",
             Text(detail if len(detail) <= _LONGEST_DETAIL else detail[:_LONGEST_DETAIL] + "…"),
         )
     if letters:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .errors import one_line
 from .options import JsonOption, ModuleOption
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ _WIDTH_WITHOUT_TERMINAL = 220
 def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None:
     """List the installed tasks, and those of the given modules.
 
+    Warns of installed distributions whose tasks are left out, as they are no extension of DiracX.
+
     Example: diracx-task-run list --module my_tasks.py
     """
+    from ..plumbing.factory import unselected_tasks
     from .tasks import load_registry
 
     rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
@@ -30,6 +34,8 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
         typer.echo(json.dumps(rows, indent=2))
     else:
         _print_table(rows)
+    for line in unselected_tasks():
+        typer.echo(f"warning: {one_line(line)}", err=True)
 
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:

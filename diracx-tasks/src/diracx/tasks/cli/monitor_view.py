@@ -64,6 +64,10 @@ def _size(number: int | None) -> str:
     return "-" if number is None else f"{number / (1 << 20):,.0f} MiB"
 
 
+def _number(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
 def _rate(per_second: float | None) -> str:
     return "-" if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
 
@@ -78,9 +82,9 @@ def _short(text: str, longest: int) -> str:
     return line if len(line) <= longest else line[:longest] + "…"
 
 
-def _arguments(arguments: dict[str, Any] | None) -> str:
+def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
     if arguments is None:
-        return "-"
+        return f"({message_bytes / 1e6:.1f} MB)" if message_bytes else "-"
     shown = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
     return _short(shown, _LONGEST_ARGUMENTS)
 
@@ -245,7 +249,7 @@ def print_running(page: Page[RunningTask]) -> None:
             str(task.attempt) + (f" (delivery {task.deliveries})" if task.deliveries > 1 else ""),
             task.vo or "-",
             task.worker,
-            _arguments(task.arguments),
+            _arguments(task.arguments, task.message_bytes),
             ", ".join(task.locks) or "-",
         )
         for task in page.items
@@ -261,8 +265,8 @@ def print_queued(page: Page[QueuedTask]) -> None:
             task.task_name or "(no task)",
             task.task_id or task.entry,
             since(task.waiting_since),
-            str(task.attempt),
-            _arguments(task.arguments),
+            _number(task.attempt),
+            _arguments(task.arguments, task.message_bytes),
         )
         for task in page.items
     ]
@@ -279,7 +283,7 @@ def print_delayed(page: Page[DelayedTask]) -> None:
             task.reason,
             f"{task.due:%Y-%m-%d %H:%M:%S}",
             task.queue,
-            _arguments(task.arguments),
+            _arguments(task.arguments, task.message_bytes),
             task.lock or _short(task.last_error or "-", _LONGEST_ERROR),
         )
         for task in page.items
@@ -326,8 +330,8 @@ def print_waiting_letters(page: Page[WaitingLetter]) -> None:
             each.task_name or "-",
             each.task_id or "-",
             each.reason,
-            str(each.failed_attempts),
-            _arguments(each.arguments),
+            _number(each.failed_attempts),
+            _arguments(each.arguments, each.message_bytes),
             _short(each.detail, _LONGEST_ARGUMENTS),
         )
         for each in page.items

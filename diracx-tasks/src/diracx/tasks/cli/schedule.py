@@ -91,14 +91,19 @@ def run_now(
     from ..plumbing.exceptions import TaskArgumentsError
     from ..plumbing.scheduler.by_hand import RunNow
     from ..plumbing.scheduler.occurrences import every_instance
+    from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     session = _Session(module, redis_url, redis_url_file)
     config = session.config
     assert config is not None
     instances = {found.id: found for found in every_instance(session.registry, config.tasks, config.vos or ())}
+    try:
+        named = resolve_task_name(id_, instances)
+    except AmbiguousTaskNameError as error:
+        raise UsageProblem(str(error)) from error
 
     async def submit(broker: RedisStreamBroker) -> RunNow:
-        if id_ not in instances:
+        if named is None:
             _chosen([id_], False, await session.states(broker.redis))
             raise CliError(
                 f"{id_} cannot be submitted here, where code and configuration do not know it; load its --module, "
@@ -106,7 +111,7 @@ def run_now(
             )
         binding = Binding(broker, session.registry, config.tasks)
         try:
-            return RunNow(await Deeds.at_command_line(broker.redis).run_now(binding, instances[id_]), True)
+            return RunNow(await Deeds.at_command_line(broker.redis).run_now(binding, instances[named]), True)
         except StillWaitingError as error:
             return RunNow(error.task_id, False)
         except (TaskArgumentsError, TypeError, ValueError) as error:
@@ -114,7 +119,7 @@ def run_now(
 
     done = session.ask(submit)
     if as_json:
-        typer.echo(json.dumps({"id": id_, "task_id": done.task_id, "submitted": done.submitted}))
+        typer.echo(json.dumps({"id": named, "task_id": done.task_id, "submitted": done.submitted}))
     elif done.submitted:
         typer.echo(done.task_id)
     if not done.submitted:
@@ -199,13 +204,16 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
     from difflib import get_close_matches
 
     from ..plumbing.scheduler.overview import matching
+    from ..plumbing.task_names import AmbiguousTaskNameError
 
     known = [state.id for state in states]
     if every:
         return known
-    found, unknown = matching(patterns, known)
+    try:
+        found, unknown = matching(patterns, known)
+    except AmbiguousTaskNameError as error:
+        raise UsageProblem(str(error)) from error
     for pattern in unknown:
-        # Many leave out the category.
         names = {id_.partition(":")[2]: id_ for id_ in known} | {id_: id_ for id_ in known}
         near = get_close_matches(pattern, names, n=1, cutoff=0.5)
         hint = (

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,14 +129,20 @@ def _where(error: BaseException) -> str:
     return ""
 
 
-def find_task(registry: TaskRegistry, name: str) -> type[BaseTask]:
-    """The class of a registry name.
+def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
+    """The registry name of a task, from that or from the name of its class alone.
 
     Raises:
-        UsageProblem: when there is none; suggests the nearest name.
+        UsageProblem: when there is none, or several; suggests what could be meant.
     """
-    if name in registry:
-        return registry[name]
+    from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
+
+    try:
+        found = resolve_task_name(name, registry)
+    except AmbiguousTaskNameError as error:
+        raise UsageProblem(str(error)) from error
+    if found is not None:
+        return found
     if suggestions := _nearest(registry, name):
         raise UsageProblem(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?")
     raise UsageProblem(
@@ -144,7 +150,7 @@ def find_task(registry: TaskRegistry, name: str) -> type[BaseTask]:
     )
 
 
-def _nearest(registry: TaskRegistry, name: str) -> list[str]:
+def _nearest(registry: Mapping[str, type[BaseTask]], name: str) -> list[str]:
     """Up to three names: those of the same class name first, then those that are spelt alike."""
     from difflib import get_close_matches
 
@@ -158,8 +164,8 @@ def _nearest(registry: TaskRegistry, name: str) -> list[str]:
     return [by_class[found] for found in get_close_matches(class_name, by_class, n=1, cutoff=0.6)]
 
 
-def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> BaseTask:
-    """The task that was asked for, its arguments checked against its class.
+def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tuple[str, BaseTask]:
+    """Registry name of the task that was asked for, and the task, its arguments checked against its class.
 
     Raises:
         UsageProblem: for an unknown name, malformed JSON, and arguments that do not fit.
@@ -167,11 +173,11 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> Base
     from ..plumbing.arguments import check_arguments
     from ..plumbing.exceptions import TaskArgumentsError
 
-    task_class = find_task(registry, name)
+    name = find_task(registry, name)
     positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'")
     named = _json("--kwargs", kwargs, dict, 'a JSON object such as \'{"name": "x"}\'')
     try:
-        return check_arguments(task_class, positional, named)
+        return name, check_arguments(registry[name], positional, named)
     except TaskArgumentsError as error:
         raise UsageProblem(f"{name}: {error}") from error
 

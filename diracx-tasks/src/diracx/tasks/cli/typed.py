@@ -47,7 +47,8 @@ class TypedTask:
 
         url = resolve_redis_url(self.redis_url, self.redis_url_file)
         registry = load_registry(self.module, only=self.name if alone else None)
-        return CheckedTask(self.name, make_task(registry, self.name, self.args, self.kwargs), registry, url)
+        name, task = make_task(registry, self.name, self.args, self.kwargs)
+        return CheckedTask(name, task, registry, url)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class CheckedTask:
     """A task whose arguments fit its class."""
 
     name: str
+    """Its registry name."""
     task: BaseTask
     registry: TaskRegistry
     url: str

@@ -158,9 +158,11 @@ def stats(
         int, typer.Option(min=0, metavar="N", help="Show the last N failures as well, with their tracebacks.")
     ] = 0,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME", help="Only this one: category:ClassName.")
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Only this one: category:ClassName, or ClassName alone."),
     ] = None,
     as_json: JsonOption = False,
+    module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
 ) -> None:
@@ -171,11 +173,20 @@ def stats(
     Example: diracx-task-run tasks stats --window day --failures 3
     """
     from .. import monitor
+    from ..plumbing.task_names import resolve_task_name
     from .monitor_view import print_failures, print_stats
+    from .tasks import find_task, load_registry
 
     async def look(redis: Redis) -> Any:
-        counted = [each for each in await monitor.stats(redis, window.value) if task in (None, each.task_name)]
-        failed = await monitor.failures(redis, failures, task_name=task) if failures else monitor.Page(items=[])
+        counted = await monitor.stats(redis, window.value)
+        name = None
+        if task is not None:
+            ended = [each.task_name for each in counted]
+            name = resolve_task_name(task, ended + await monitor.failed_task_names(redis))
+            # What has not ended lately may be installed all the same: then there is nothing to show.
+            name = name or find_task(load_registry(module), task)
+            counted = [each for each in counted if each.task_name == name]
+        failed = await monitor.failures(redis, failures, task_name=name) if failures else monitor.Page(items=[])
         return counted, failed.items
 
     counted, failed = ask(redis_url, redis_url_file, look)

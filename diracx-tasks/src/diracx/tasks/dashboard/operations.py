@@ -147,7 +147,7 @@ class Operator(Deeds):
         found: list[dict[str, Any]] = []
         async with db:
             for number in dict.fromkeys(numbers):
-                letters = await db.search(status=None, limit=1, after_id=number - 1)
+                letters = await db.summaries(limit=1, after_id=number - 1)
                 if not letters or letters[0]["id"] != number:
                     raise NotPossibleError(f"there is no dead letter {number}")
                 found += letters
@@ -159,9 +159,9 @@ class Operator(Deeds):
         after_id = 0
         while len(found) < limit:
             async with db:
-                page = await db.search(**where, limit=min(_PAGE, limit - len(found)), after_id=after_id)
+                page = await db.summaries(**where, limit=min(_PAGE, limit - len(found)), after_id=after_id)
             if not page:
                 break
             after_id = page[-1]["id"]
-            found += [letter | {"message": b"", "attempts": [], "history": []} for letter in page]
+            found += page
         return found

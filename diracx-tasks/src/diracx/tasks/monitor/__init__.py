@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..plumbing.broker.groups import list_groups as groups
 from ..plumbing.secrets import MASK
 from .actions import purge, release_lock
-from .counted import failures, history, stats
+from .counted import failed_task_names, failures, history, stats
 from .letters import waiting_letters
 from .locks import lock, locks
 from .masking import masked_arguments
@@ -59,6 +59,7 @@ __all__ = [
     "Worker",
     "as_json",
     "delayed",
+    "failed_task_names",
     "failures",
     "find_troubles",
     "groups",

@@ -9,6 +9,7 @@ import msgpack
 
 from ..plumbing.broker import keys
 from ..plumbing.histogram import end_of_bucket
+from ..plumbing.task_names import resolve_task_name
 from ..plumbing.wire import loads
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
 from .places import as_mapping, moment, place_in_stream, server_time, text
@@ -127,14 +128,31 @@ def _sum(flow: Mapping[str, int], suffix: str) -> int:
     return sum(value for name, value in flow.items() if name.endswith(suffix))
 
 
+async def failed_task_names(redis: Redis) -> list[str]:
+    """Registry names of the tasks of which failures are kept."""
+    names: set[str] = set()
+    begin = "+"
+    while True:
+        entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
+        names.update(str(loads(fields[b"data"])["task_name"]) for _, fields in entries)
+        if len(entries) < _FAILURES_READ:
+            return sorted(names)
+        begin = f"({text(entries[-1][0])}"
+
+
 async def failures(
     redis: Redis, limit: int = 100, after: str | None = None, *, task_name: str | None = None
 ) -> Page[Failure]:
     """Failed attempts, newest first. The last 500 or so are kept, for a week.
 
+    Args:
+        task_name: only of this task: `category:ClassName`, or the class name alone.
+
     Raises:
-        ValueError: when `after` is not from a page.
+        ValueError: when `after` is not from a page, or several tasks have that class name.
     """
+    if task_name is not None and ":" not in task_name:
+        task_name = resolve_task_name(task_name, await failed_task_names(redis)) or task_name
     found: list[Failure] = []
     begin = "+" if after is None else f"({place_in_stream(after)}"
     while len(found) <= limit:

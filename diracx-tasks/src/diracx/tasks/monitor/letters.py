@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import keys
+from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.secrets import mask
-from ..plumbing.wire import loads
+from ..plumbing.wire import leading_fields
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter
-from .places import Registry, moment, place_in_stream
+from .places import HEAD_BYTES, Registry, moment, place_in_stream
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -28,19 +28,20 @@ async def waiting_letters(
         ValueError: when `after` is not from a page of them.
     """
     first = "-" if after is None else f"({place_in_stream(after)}"
-    entries: Any = await redis.xrange(keys.DEAD_LETTERS, min=first, count=limit + 1)
-    letters = [_letter(entry.decode(), fields, registry) for entry, fields in entries[:limit]]
+    ranges = [(keys.DEAD_LETTERS, first, "+", limit + 1)]
+    [entries] = await scripts.stream_heads(redis, ranges, HEAD_BYTES)
+    letters = [_letter(*entry, registry) for entry in entries[:limit]]
     return Page(items=letters, after=letters[-1].entry if len(entries) > limit else None)
 
 
-def _letter(entry: str, fields: Mapping[bytes, bytes], registry: Registry | None) -> WaitingLetter:
+def _letter(entry: str, fields: Mapping[bytes, bytes], length: int, registry: Registry | None) -> WaitingLetter:
     try:
-        told = loads(fields[b"data"])
+        told, _ = leading_fields(fields[b"data"])
     except (KeyError, ValueError):
         told = {}
     message = _message(told.get("data", b""))
     name = str(told.get("task_name", ""))
-    attempts = told.get("attempts", ())
+    attempts = told.get("attempts")
     return WaitingLetter(
         entry=entry,
         buried=moment(int(entry.partition("-")[0]) / 1000),
@@ -48,8 +49,9 @@ def _letter(entry: str, fields: Mapping[bytes, bytes], registry: Registry | None
         task_name=name,
         reason=str(told.get("reason") or fields.get(b"reason", b"").decode(errors="replace")),
         detail=str(told.get("detail", "")),
-        failed_attempts=len(attempts) if isinstance(attempts, list) else 0,
+        failed_attempts=len(attempts) if isinstance(attempts, list) else None,
         arguments=None if message is None else masked_arguments((registry or {}).get(name), message),
+        message_bytes=length,
     )
 
 
@@ -61,7 +63,16 @@ def _message(data: Any) -> TaskMessage | None:
 
 
 def letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter as `dlq list --json` has it: without its message and its tracebacks."""
+    """A letter of `TaskDB.summaries` as `dlq list --json` has it: without its message and its tracebacks."""
+    return {
+        **_about(letter),
+        "failed_attempts": letter["failed_attempts"],
+        "earlier_burials": letter["earlier_burials"],
+        "message_bytes": letter["message_bytes"],
+    }
+
+
+def _about(letter: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": letter["id"],
         "task_id": letter["task_id"],
@@ -71,17 +82,13 @@ def letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
         "status": str(letter["status"]),
         "buried_at": letter["buried_at"].isoformat(),
         "changed_at": letter["changed_at"].isoformat(),
-        "failed_attempts": len(letter["attempts"]),
-        "earlier_burials": len(letter["history"]),
     }
 
 
 def letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
     """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
-    summary = letter_summary(letter)
-    del summary["failed_attempts"], summary["earlier_burials"]
     return {
-        **summary,
+        **_about(letter),
         "burial": letter["burial"],
         "attempts": letter["attempts"],
         "history": letter["history"],

@@ -115,7 +115,9 @@ class RunningTask(_Shown):
     locks: list[str] = field(default_factory=list)
     """Redis keys of the locks it holds."""
     arguments: dict[str, Any] | None = None
-    """Masked; None when the task has ended meanwhile."""
+    """Masked; None when the task has ended meanwhile, or its message has more than 64 KiB."""
+    message_bytes: int | None = None
+    """Size of its message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,11 +134,14 @@ class DelayedTask(_Shown):
     """When it was first refused by a lock."""
     lock: str | None
     """The lock that refused it (Redis key), for the reasons `lock` and `rate`."""
-    failed_attempts: int = 0
+    failed_attempts: int | None = 0
+    """None when its labels alone have more than 64 KiB."""
     last_error: str | None = None
     """Type and message of the last failed attempt."""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """Masked."""
+    arguments: dict[str, Any] | None = None
+    """Masked; None when its message has more than 64 KiB, or is none."""
+    message_bytes: int = 0
+    """Size of its message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +157,12 @@ class QueuedTask(_Shown):
     entry: str
     """Id of its stream entry."""
     waiting_since: datetime
-    attempt: int = 1
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """Masked."""
+    attempt: int | None = 1
+    """None when its labels alone have more than 64 KiB."""
+    arguments: dict[str, Any] | None = None
+    """Masked; None when its message has more than 64 KiB, or is none."""
+    message_bytes: int = 0
+    """Size of its message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,9 +267,12 @@ class WaitingLetter(_Shown):
     reason: str
     detail: str
     """One line about the last error."""
-    failed_attempts: int
+    failed_attempts: int | None
+    """None when the letter has more than 64 KiB."""
     arguments: dict[str, Any] | None
-    """By name, secret ones as `•••`; None when the message could not be read."""
+    """By name, secret ones as `•••`; None when the message could not be read, or has more than 64 KiB."""
+    message_bytes: int = 0
+    """Size of the letter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import keys
+from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.models import TaskMessage
+from ..plumbing.wire import dumps, leading_fields
+from .masking import masked_arguments
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -19,6 +23,8 @@ Registry = Mapping[str, "type[BaseTask]"]
 
 #: Entries that are read with one command.
 PAGE = 200
+#: Of each message a list reads so many bytes at most; of a larger one it shows the size in place of its arguments.
+HEAD_BYTES = 65_536
 _ENTRY = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
 _LONGEST_TOLD = 40
 
@@ -71,6 +77,55 @@ async def server_time(redis: Redis) -> float:
     return int(seconds) + int(microseconds) / 1e6
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a list reads of a message: all of a small one, the leading fields of a large one."""
+
+    message: TaskMessage | None
+    """None when it is no task message. Of one that is not whole the last fields are missing."""
+    whole: bool
+    labels_known: bool
+    bytes: int
+    """Length of the whole message."""
+
+    @property
+    def failed_attempts(self) -> int | None:
+        """None where the list did not read so far."""
+        return None if self.message is None or not self.labels_known else len(self.message.attempts)
+
+    def arguments(self, registry: Registry | None) -> dict[str, Any] | None:
+        """Masked; None where the message is too large for a list, or no message."""
+        if self.message is None or not self.whole:
+            return None
+        return masked_arguments((registry or {}).get(self.message.task_name), self.message)
+
+
+def read_head(data: bytes, length: int) -> Head:
+    """A message of which the first bytes are at hand.
+
+    Args:
+        length: of the whole.
+    """
+    whole = len(data) >= length
+    try:
+        fields, cut_off = leading_fields(data)
+        message = TaskMessage.loadb(data if whole else dumps(fields))
+    except ValueError:
+        return Head(None, whole, False, length)
+    return Head(message, whole, cut_off != "labels", length)
+
+
+async def waiting_heads(
+    redis: Redis, stream: str, after: str | None, at_most: int
+) -> list[tuple[str, dict[bytes, bytes], int]]:
+    """The same as `waiting_entries`, cut off after `HEAD_BYTES`, each with its length."""
+    begin = await _waiting_since(redis, stream, after)
+    if begin is None:
+        return []
+    [entries] = await scripts.stream_heads(redis, [(stream, f"({begin}", "+", at_most)], HEAD_BYTES)
+    return entries
+
+
 async def waiting_entries(
     redis: Redis, stream: str, after: str | None, at_most: int
 ) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -79,11 +134,20 @@ async def waiting_entries(
     Args:
         after: an entry to read on from.
     """
+    begin = await _waiting_since(redis, stream, after)
+    if begin is None:
+        return []
+    entries: Any = await redis.xrange(stream, min=f"({begin}", count=at_most)
+    return [(text(entry), fields or {}) for entry, fields in entries]
+
+
+async def _waiting_since(redis: Redis, stream: str, after: str | None) -> str | None:
+    """The entry after which those are that no worker has taken; None: there is no such stream."""
     try:
         found: Any = await redis.xinfo_groups(stream)
     except Exception as error:
         if "no such key" in str(error):
-            return []
+            return None
         raise
     begin = "0-0"
     for group in found:
@@ -91,8 +155,7 @@ async def waiting_entries(
             begin = text(group["last-delivered-id"])
     if after is not None and entry_parts(after) > entry_parts(begin):
         begin = after
-    entries: Any = await redis.xrange(stream, min=f"({begin}", count=at_most)
-    return [(text(entry), fields or {}) for entry, fields in entries]
+    return begin
 
 
 def entry_parts(entry: str) -> tuple[int, int]:

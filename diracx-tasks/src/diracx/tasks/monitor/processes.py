@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import keys
-from ..plumbing.broker.models import TaskMessage
+from ..plumbing.broker import keys, scripts
 from ..plumbing.wire import loads
-from .masking import masked_arguments
 from .models import Page, RunningTask, Worker
-from .places import Registry, moment, place_in_order, queue_of, scored, server_time, text
+from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, scored, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -89,12 +87,11 @@ async def running(
         place = place_in_order(after)
         told = [one for one in told if one[:2] > place]
     page, more = told[:limit], len(told) > limit
-    async with redis.pipeline(transaction=False) as pipe:
-        for *_, task in page:
-            pipe.execute_command("XRANGE", task["stream"], task["entry"], task["entry"])
-        entries = await pipe.execute() if page else []
+    ranges = [(task["stream"], task["entry"], task["entry"], 1) for *_, task in page]
+    entries = await scripts.stream_heads(redis, ranges, HEAD_BYTES) if page else []
     items = []
-    for (since, _, name, task), entry in zip(page, entries, strict=True):
+    for (since, _, name, task), found in zip(page, entries, strict=True):
+        heads = [read_head(fields.get(b"data", b""), length) for _, fields, length in found]
         items.append(
             RunningTask(
                 task_id=task["task_id"],
@@ -106,18 +103,8 @@ async def running(
                 since=moment(since),
                 worker=name,
                 locks=[key for key, _ in task["locks"]],
-                arguments=_arguments(entry, registry),
+                arguments=heads[0].arguments(registry) if heads else None,
+                message_bytes=heads[0].bytes if heads else None,
             )
         )
     return Page(items=items, after=f"{page[-1][0]!r} {page[-1][1]}" if more else None)
-
-
-def _arguments(entries: Any, registry: Registry | None) -> dict[str, Any] | None:
-    for _, fields in entries:
-        found = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
-        try:
-            message = TaskMessage.loadb(found[b"data"])
-        except (KeyError, ValueError):
-            return None
-        return masked_arguments((registry or {}).get(message.task_name), message)
-    return None

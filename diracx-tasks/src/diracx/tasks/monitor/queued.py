@@ -6,10 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
-from ..plumbing.broker.models import TaskMessage
-from .masking import masked_arguments
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .places import (
+    HEAD_BYTES,
     PAGE,
     Registry,
     entry_parts,
@@ -17,10 +16,11 @@ from .places import (
     place_in_order,
     place_in_stream,
     queue_of,
+    read_head,
     scored,
     streams_of_queue,
     text,
-    waiting_entries,
+    waiting_heads,
 )
 from .processes import workers
 
@@ -120,8 +120,8 @@ async def peek(
     for stream in streams:
         begin = entry if stream == where else None
         while len(found) <= limit:
-            entries = await waiting_entries(redis, stream, begin, min(PAGE, limit + 1))
-            found += [_queued(stream, entry_id, fields, registry) for entry_id, fields in entries]
+            entries = await waiting_heads(redis, stream, begin, min(PAGE, limit + 1))
+            found += [_queued(stream, *entry, registry) for entry in entries]
             if not entries:
                 break
             begin = entries[-1][0]
@@ -130,23 +130,23 @@ async def peek(
     return Page(items=page, after=last)
 
 
-def _queued(stream: str, entry: str, fields: dict[bytes, bytes], registry: Registry | None) -> QueuedTask:
+def _queued(
+    stream: str, entry: str, fields: dict[bytes, bytes], length: int, registry: Registry | None
+) -> QueuedTask:
     since_us = fields.get(b"since", b"0")
     waiting_since = int(since_us) / 1e6 if since_us != b"0" else entry_parts(entry)[0] / 1e3
-    shown: dict[str, Any] = {"task_id": "", "task_name": ""}
-    try:
-        message = TaskMessage.loadb(fields.get(b"data", b""))
-    except ValueError:
-        pass
-    else:
-        shown = {
-            "task_id": message.task_id,
-            "task_name": message.task_name,
-            "attempt": len(message.attempts) + 1,
-            "arguments": masked_arguments((registry or {}).get(message.task_name), message),
-        }
+    head = read_head(fields.get(b"data", b""), length)
+    failed = head.failed_attempts
     return QueuedTask(
-        queue=queue_of(stream), stream=stream, entry=entry, waiting_since=moment(waiting_since), **shown
+        task_id="" if head.message is None else head.message.task_id,
+        task_name="" if head.message is None else head.message.task_name,
+        queue=queue_of(stream),
+        stream=stream,
+        entry=entry,
+        waiting_since=moment(waiting_since),
+        attempt=None if failed is None else failed + 1,
+        arguments=head.arguments(registry),
+        message_bytes=length,
     )
 
 
@@ -180,7 +180,7 @@ async def delayed(
         offset += len(page)
         looked += len(page)
         ids = [text(task) for task, _ in page]
-        stored: Any = await redis.execute_command("HMGET", keys.DELAYED_DATA, *[task for task, _ in page])
+        stored = await scripts.delayed_heads(redis, ids, HEAD_BYTES)
         for task, (_, score), data in zip(ids, page, stored, strict=True):
             if not passed:
                 # Members of one score come in the order of their names.
@@ -190,7 +190,7 @@ async def delayed(
             last = f"{score!r} {task}"
             if data is None:
                 continue
-            shown = _delayed(task, score, data, registry)
+            shown = _delayed(task, score, *data, registry)
             if reason is None or shown.reason == reason:
                 found.append(shown)
                 if len(found) == limit:
@@ -198,30 +198,23 @@ async def delayed(
     return Page(items=found, after=last)
 
 
-def _delayed(task: str, due_ms: float, stored: bytes, registry: Registry | None) -> DelayedTask:
+def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Registry | None) -> DelayedTask:
     header, _, data = stored.partition(b"\n")
     parts = text(header).split(" ", _DELAYED_FIELDS - 1)
     stream, reason, since = parts[:3]
-    shown: dict[str, Any] = {"task_name": ""}
-    try:
-        message = TaskMessage.loadb(data)
-    except ValueError:
-        pass
-    else:
-        attempts = message.attempts
-        error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None
-        shown = {
-            "task_name": message.task_name,
-            "failed_attempts": len(attempts),
-            "last_error": None if error is None else error[:_LONGEST_ERROR],
-            "arguments": masked_arguments((registry or {}).get(message.task_name), message),
-        }
+    head = read_head(data, length - len(header) - 1)
+    attempts = head.message.attempts if head.failed_attempts and head.message is not None else []
+    error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None
     return DelayedTask(
         task_id=task,
+        task_name="" if head.message is None else head.message.task_name,
         queue=queue_of(stream),
         reason=cast("DelayReason", reason),
         due=moment(due_ms / 1000),
         waiting_since=None if since == "0" else moment(int(since) / 1e6),
         lock=parts[_DELAYED_FIELDS - 1] if len(parts) == _DELAYED_FIELDS else None,
-        **shown,
+        failed_attempts=head.failed_attempts,
+        last_error=None if error is None else error[:_LONGEST_ERROR],
+        arguments=head.arguments(registry),
+        message_bytes=head.bytes,
     )

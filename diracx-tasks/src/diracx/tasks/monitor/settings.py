@@ -10,11 +10,6 @@ if TYPE_CHECKING:
     from ..plumbing.config import Setting, Source, TasksConfig
 
 
-def names_of(registry: Mapping[str, type[BaseTask]], task: str | None) -> list[str]:
-    """Registry names of the tasks of that name, in full or of the class alone; None: of all."""
-    return [name for name in sorted(registry) if task is None or task in (name, name.rpartition(":")[2])]
-
-
 def settings_records(
     config: TasksConfig, registry: Mapping[str, type[BaseTask]], names: Sequence[str], vo: str | None, limits: bool
 ) -> dict[str, Any]:

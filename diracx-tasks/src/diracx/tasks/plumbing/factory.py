@@ -113,6 +113,29 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
     return registry
 
 
+def unselected_tasks() -> list[str]:
+    """One line for each installed distribution whose tasks are left out, because it is no extension of DiracX."""
+    from importlib.metadata import entry_points
+
+    from diracx.core.extensions import select_from_extension
+
+    installed = entry_points()
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for group in sorted(group for group in installed.groups if group.startswith(ENTRY_POINT_PREFIX)):
+        selected = select_from_extension(group=group)
+        for entry_point in installed.select(group=group):
+            if entry_point not in selected:
+                distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown distribution"
+                origin = f"{distribution} (module {entry_point.module.partition('.')[0]})"
+                left_out[origin].append(f"{group.removeprefix(ENTRY_POINT_PREFIX)}:{entry_point.name}")
+    return [
+        f"{origin}: {', '.join(sorted(names))} left out: DiracX takes entry points of itself and of one "
+        "extension, which names its module in the entry point `extension` of the group `diracx`; add that to the "
+        "distribution, or load the module with --module"
+        for origin, names in sorted(left_out.items())
+    ]
+
+
 def tasks_of_module(module: ModuleType) -> TaskRegistry:
     """The tasks defined in a plain module, under the category of its last name."""
     category = module.__name__.rpartition(".")[2]

@@ -56,6 +56,29 @@ def loads(data: bytes) -> Any:
         raise ValueError(f"not an encoded value: {exc or type(exc).__name__}") from exc
 
 
+def leading_fields(data: bytes) -> tuple[dict[Any, Any], Any]:
+    """The whole fields at the beginning of an encoded dictionary, and the name of the one cut off, or None.
+
+    Raises `ValueError` when it is no such beginning.
+    """
+    fields: dict[Any, Any] = {}
+    name: Any = None
+    try:
+        unpacker = msgpack.Unpacker(
+            ext_hook=_decode, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
+        )
+        unpacker.feed(data)
+        for _ in range(unpacker.read_map_header()):
+            name = unpacker.unpack()
+            fields[name] = unpacker.unpack()
+            name = None
+    except msgpack.OutOfData:
+        return fields, name
+    except Exception as exc:
+        raise ValueError(f"not an encoded dictionary: {exc or type(exc).__name__}") from exc
+    return fields, None
+
+
 def _pack(value: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb(value, default=_encode, strict_types=True)

@@ -18,12 +18,13 @@ from ..dashboard.operations import Decided, NotPossibleError
 from ..monitor import DelayReason, Window
 from ..monitor.audit import AuditEntry, read_audit
 from ..monitor.letters import letter_arguments, letter_record, letter_summary
-from ..monitor.settings import names_of, settings_records
+from ..monitor.settings import settings_records
 from ..plumbing.broker.groups import GroupStatus, read_group
 from ..plumbing.in_force import configurations_in_force
 from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
 from ..plumbing.scheduler import ScheduleState, schedules
+from ..plumbing.task_names import resolve_task_name
 from . import models
 from .asking import Reader, Writer, there
 from .responses import responses
@@ -106,7 +107,9 @@ async def get_history(reader: Reader) -> JSONResponse:
 @router.get("/failures", response_model=models.FailurePage, responses=_responses())
 async def get_failures(
     reader: Reader,
-    task_name: Annotated[str | None, Query(description="Only of this task: category:ClassName.")] = None,
+    task_name: Annotated[
+        str | None, Query(description="Only of this task: category:ClassName, or ClassName alone.")
+    ] = None,
     limit: Limit = 100,
     after: After = None,
 ) -> JSONResponse:
@@ -185,9 +188,11 @@ async def get_settings(
     async def ask() -> Any:
         system = reader.system
         settings = await system.settings()
-        names = names_of(system.registry, task_name)
-        if not names and task_name is not None:
-            raise ValueError(f"there is no task {task_name!r}")
+        names = sorted(system.registry)
+        if task_name is not None:
+            if (name := resolve_task_name(task_name, names)) is None:
+                raise ValueError(f"there is no task {task_name!r}")
+            names = [name]
         if vo is not None and vo not in settings.vos:
             raise ValueError(f"there is no VO {vo!r}")
         about = {"source": system.config_source, "vos": settings.vos, "problems": settings.problems}
@@ -244,7 +249,7 @@ async def get_dead_letters(
     async def ask() -> Any:
         db = _task_db(reader.system)
         async with db:
-            letters = await db.search(**chosen.where, limit=limit, after_id=after)
+            letters = await db.summaries(**chosen.where, limit=limit, after_id=after)
             counts = await db.count(**chosen.where)
         return {
             "items": [letter_summary(letter) for letter in letters],

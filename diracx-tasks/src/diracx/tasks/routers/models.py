@@ -121,6 +121,7 @@ class DeadLetterSummary(BaseModel):
     changed_at: datetime
     failed_attempts: int
     earlier_burials: int
+    message_bytes: int = Field(description="Size of its message.")
 
 
 class DeadLetterPage(BaseModel):

@@ -70,7 +70,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         raise NotFoundError(str(error)) from error
     async with installation.task_db as db:
         counts = await db.count(**where)
-        letters = await db.search(**where, limit=_PAGE, after_id=after)
+        letters = await db.summaries(**where, limit=_PAGE, after_id=after)
     total = sum(counts.values())
     more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
     return shown | {"letters": letters, "counts": counts, "total": total, "after": more}

@@ -308,6 +308,30 @@ async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int
     return found
 
 
+async def stream_heads(
+    redis: Redis, ranges: Sequence[tuple[str, str, str, int]], at_most: int
+) -> list[list[tuple[str, dict[bytes, bytes], int]]]:
+    """The entries of ranges of streams: id, fields cut off after `at_most` bytes, and their length in bytes.
+
+    Args:
+        ranges: stream, first and last entry as of XRANGE, and the most entries of each.
+    """
+    found, _ = await script("heads")(redis, args=[at_most, pack(ranges), pack([])])
+    return [
+        [
+            (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
+            for entry, fields, length in part
+        ]
+        for part in found
+    ]
+
+
+async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
+    """What is stored of delayed tasks: cut off after `at_most` bytes, and its length; None: it is gone."""
+    _, found = await script("heads")(redis, args=[at_most, pack([]), pack(tasks)])
+    return [None if each is None else (each[0], each[1]) for each in found]
+
+
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
     """`settle` on a blocking connection, for a worker whose event loop is blocked."""
     script("settle").run(redis, args=[consumer, "", *_told(settlements)])

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
-from sqlalchemy import ColumnElement, Select, and_, func, insert, or_, select, update
+from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
 
 from ..databases import read_committed
 from ..migrations import Migrations
+from ..task_names import resolve_task_name
 from .letter import DeadLetter, DeadLetterStatus
 from .schema import DeadLetters, TaskDBBase
 from .text import attempts_as_text, fitting, storable
@@ -21,6 +22,8 @@ from .text import attempts_as_text, fitting, storable
 #: A task that is buried again and again keeps the story of its last burials only.
 _CHAPTERS_KEPT = 20
 _AS_JSON = ("attempts", "history")
+#: What lists leave in the database: it may have megabytes.
+_BODIES = ("message", *_AS_JSON)
 _ATTRIBUTES = {column.name: attribute for attribute, column in DeadLetters.__mapper__.columns.items()}
 
 
@@ -114,7 +117,7 @@ class TaskDB(BaseSQLDB):
         limit: int = 100,
         after_id: int = 0,
     ) -> list[dict[str, Any]]:
-        """Dead letters, oldest row first, one dict for each with the columns' attribute names.
+        """Dead letters, oldest row first, one dict for each with the columns' attribute names, in full.
 
         Args:
             task_name: `category:ClassName`, or the class name alone.
@@ -122,17 +125,76 @@ class TaskDB(BaseSQLDB):
             since: buried then or later.
             before: buried earlier.
             after_id: only rows with a greater id, for paging.
+
+        Raises:
+            AmbiguousTaskNameError: when dead letters of several tasks have that class name.
         """
-        conditions = _conditions(task_name, reason, status, since, before)
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
         query = select(DeadLetters.__table__).where(DeadLetters.id > after_id, *conditions)
         return await self._rows(query.order_by(DeadLetters.id).limit(limit))
 
+    async def summaries(
+        self,
+        *,
+        task_name: str | None = None,
+        reason: str | None = None,
+        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
+        since: datetime | None = None,
+        before: datetime | None = None,
+        limit: int = 100,
+        after_id: int = 0,
+    ) -> list[dict[str, Any]]:
+        """As `search`, for lists: the message, the attempts and the history stay in the database.
+
+        In their place are `message_bytes`, `failed_attempts` and `earlier_burials`. Arguments and errors as in
+        `search`.
+        """
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
+        query = self._summary_query().where(DeadLetters.id > after_id, *conditions)
+        rows = await self.conn.execute(query.order_by(DeadLetters.id).limit(limit))
+        return [dict(row) for row in rows.mappings()]
+
+    def _summary_query(self) -> Select[Any]:
+        columns = [
+            column.label(name) for name, column in DeadLetters.__mapper__.columns.items() if name not in _BODIES
+        ]
+        return select(
+            *columns,
+            func.length(DeadLetters.message).label("message_bytes"),
+            self._array_length(DeadLetters.attempts).label("failed_attempts"),
+            self._array_length(DeadLetters.history).label("earlier_burials"),
+        )
+
+    def _array_length(self, text: Any) -> ColumnElement[int]:
+        match self.engine.dialect.name:
+            case "postgresql":
+                return func.json_array_length(cast(text, JSON))
+            case "sqlite":
+                return func.json_array_length(text)
+            case _:
+                return func.json_length(text)
+
+    async def messages(self, letters: Sequence[tuple[int, str]]) -> dict[int, bytes]:
+        """Number -> message of these letters, given by number and burial; without those that changed since."""
+        if not letters:
+            return {}
+        rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(letters)))
+        return {number: bytes(message) for number, message in rows}
+
     async def find(self, key: str) -> dict[str, Any] | None:
         """The dead letter of this task id, else of this number; None when there is none."""
-        by_task = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == fitting(key)))
-        if not by_task and key.isdecimal() and int(key) < 2**31:
-            by_task = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == int(key)))
-        return by_task[0] if by_task else None
+        found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == fitting(key)))
+        if not found and (number := _number(key)) is not None:
+            found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == number))
+        return found[0] if found else None
+
+    async def find_summary(self, key: str) -> dict[str, Any] | None:
+        """As `find`, with what `summaries` has of it."""
+        query = self._summary_query()
+        found = (await self.conn.execute(query.where(DeadLetters.task_id == fitting(key)))).mappings().first()
+        if found is None and (number := _number(key)) is not None:
+            found = (await self.conn.execute(query.where(DeadLetters.id == number))).mappings().first()
+        return None if found is None else dict(found)
 
     async def count(
         self,
@@ -143,8 +205,8 @@ class TaskDB(BaseSQLDB):
         since: datetime | None = None,
         before: datetime | None = None,
     ) -> dict[DeadLetterStatus, int]:
-        """Number of dead letters by status. Arguments as in `search`."""
-        conditions = _conditions(task_name, reason, status, since, before)
+        """Number of dead letters by status. Arguments and errors as in `search`."""
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
 
@@ -195,10 +257,25 @@ class TaskDB(BaseSQLDB):
         change = update(DeadLetters).where(these, DeadLetters.status == was)
         await self.conn.execute(change.values(status=now, changed_at=datetime.now(UTC)))
 
+    async def _full_name(self, task_name: str | None) -> str | None:
+        """The registry name, from that or from the name of the class alone."""
+        if task_name is None or ":" in task_name:
+            return task_name
+        of_class = DeadLetters.task_name.endswith(f":{task_name}", autoescape=True)
+        names = await self.conn.execute(select(DeadLetters.task_name).where(of_class).distinct())
+        return resolve_task_name(task_name, names.scalars()) or task_name
+
     async def _rows(self, query: Select[Any]) -> list[dict[str, Any]]:
         rows = (await self.conn.execute(query)).mappings()
         named = [{_ATTRIBUTES[name]: value for name, value in row.items()} for row in rows]
-        return [row | {name: json.loads(row[name]) for name in _AS_JSON} for row in named]
+        return [
+            row | {name: json.loads(row[name]) for name in _AS_JSON} | {"message_bytes": len(row["message"])}
+            for row in named
+        ]
+
+
+def _number(key: str) -> int | None:
+    return int(key) if key.isdecimal() and len(key) < 11 and int(key) < 2**31 else None
 
 
 def _these(letters: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
@@ -214,10 +291,8 @@ def _conditions(
     before: datetime | None,
 ) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
-    if task_name is not None and ":" in task_name:
+    if task_name is not None:
         conditions.append(DeadLetters.task_name == task_name)
-    elif task_name is not None:
-        conditions.append(DeadLetters.task_name.endswith(f":{task_name}", autoescape=True))
     if reason is not None:
         conditions.append(DeadLetters.reason == reason)
     if isinstance(status, DeadLetterStatus):

@@ -6,7 +6,7 @@ the row says that it is done (RESUBMITTED). Whoever repeats any of it changes no
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Letters in one round: one statement, one script.
 BATCH = 100
+#: Bytes of their messages in one round, but for a single letter that has more.
+_BATCH_BYTES = 16_000_000
 #: Begun so long ago, and not ended: the server may have forgotten by now whether it took the task.
 _FORGOTTEN_AFTER = timedelta(seconds=RESUBMITTED_TTL_SECONDS - 86400)
 #: What is not submitted again without somebody's decision: it killed its workers, and would again.
@@ -68,15 +70,15 @@ class Resubmitter:
         self._binding = Binding(broker, registry, config)
 
     async def these(self, letters: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """Submit these rows of the TaskDB again; not inside a transaction of it.
+        """Submit these rows of the TaskDB (`summaries`) again; not inside a transaction of it.
 
         Raises:
             SendTaskError: when the broker does not answer. The letters stay RESUBMITTING; repeat it.
             sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: when the database does not.
         """
         verdicts: list[Verdict] = []
-        for first in range(0, len(letters), BATCH):
-            verdicts += await self._round(letters[first : first + BATCH])
+        for batch in _batches(letters):
+            verdicts += await self._round(batch)
         return verdicts
 
     async def all(self, where: LetterFilter, *, limit: int | None = None) -> AsyncIterator[list[Verdict]]:
@@ -89,7 +91,7 @@ class Resubmitter:
         while left is None or left > 0:
             async with self._db as db:
                 size = BATCH if left is None else min(BATCH, left)
-                letters = await db.search(**wanted, limit=size, after_id=after_id)
+                letters = await db.summaries(**wanted, limit=size, after_id=after_id)
             if not letters:
                 return
             after_id = letters[-1]["id"]
@@ -109,12 +111,16 @@ class Resubmitter:
     async def _round(self, letters: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         prepared: dict[int, tuple[str, Submission]] = {}
+        burials = {letter["id"]: letter["burial"] for letter in letters}
+        async with self._db as db:
+            messages = await db.messages(list(burials.items()))
         for letter in letters:
+            if (message := messages.get(letter["id"])) is None:
+                continue  # buried again, or taken away since it was looked at: somebody else's to decide about
             try:
-                prepared[letter["id"]] = (ticket(letter), self._submission(letter))
+                prepared[letter["id"]] = (ticket(letter), self._submission(letter, message))
             except _RefusedError as refused:
                 verdicts[letter["id"]] = Verdict(letter, Fate.REFUSED, str(refused))
-        burials = {letter["id"]: letter["burial"] for letter in letters}
         async with self._db as db:
             begun = await db.begin_resubmission([(number, burials[number]) for number in prepared])
         now = datetime.now(UTC)
@@ -137,12 +143,12 @@ class Resubmitter:
                 verdicts[number] = Verdict(letter, Fate.RESUBMITTED if number in ours else Fate.ALREADY)
         return [verdicts[letter["id"]] for letter in letters]
 
-    def _submission(self, letter: Mapping[str, Any]) -> Submission:
+    def _submission(self, letter: Mapping[str, Any], stored: bytes) -> Submission:
         """The task of a letter, for the queue of its class, with no attempts behind it."""
         if letter["status"] == DeadLetterStatus.DISCARDED:
             raise _RefusedError("it was discarded")
         try:
-            message = TaskMessage.loadb(letter["message"])
+            message = TaskMessage.loadb(stored)
         except ValueError as error:
             raise _RefusedError(
                 "it cannot be read, so nobody knows what to submit; `dlq export` has it"
@@ -158,6 +164,19 @@ class Resubmitter:
             raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)
         return Submission(message, stream_of(message.task_name, task, self._binding.config))
+
+
+def _batches(letters: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    batch: list[Mapping[str, Any]] = []
+    total = 0
+    for letter in letters:
+        total += letter["message_bytes"]
+        if batch and (len(batch) == BATCH or total > _BATCH_BYTES):
+            yield batch
+            batch, total = [], letter["message_bytes"]
+        batch.append(letter)
+    if batch:
+        yield batch
 
 
 class _RefusedError(Exception):

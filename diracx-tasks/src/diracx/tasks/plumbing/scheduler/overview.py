@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
 from ..config import describe_schedule
+from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, every_instance, source_of
 
 if TYPE_CHECKING:
@@ -238,11 +239,18 @@ def _parts(id_: str) -> tuple[str, str | None, str | None]:
 
 
 def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The ids that the patterns (`*`, `?`, `[…]`) stand for, and the patterns that stand for none."""
+    """The ids that the patterns (`*`, `?`, `[…]`) stand for, and the patterns that stand for none.
+
+    An id may be given without its category, like the name of a task.
+
+    Raises:
+        AmbiguousTaskNameError: when that fits several.
+    """
     from fnmatch import fnmatchcase
 
     known = sorted(ids)
-    found = {
-        pattern: [id_ for id_ in known if id_ == pattern or fnmatchcase(id_, pattern)] for pattern in patterns
-    }
+    found: dict[str, list[str]] = {}
+    for pattern in patterns:
+        named = resolve_task_name(pattern, known)
+        found[pattern] = [named] if named is not None else [id_ for id_ in known if fnmatchcase(id_, pattern)]
     return sorted({id_ for ids_ in found.values() for id_ in ids_}), [p for p, ids_ in found.items() if not ids_]
