@@ -340,10 +340,9 @@ class BrokerMachine(RuleBasedStateMachine):
         assert task.delivery is not None
         settlement = Settlement(task.delivery, locks=task.locks)
         if how.startswith("retry"):
-            later = timedelta(milliseconds=LONG_MS if how == "retry later" else 0)
             settlement.retry = {
                 "task": task.id,
-                "due": in_ms(datetime.now(UTC) + later),
+                "delay_ms": LONG_MS if how == "retry later" else 0,
                 "stream": task.delivery.stream.removesuffix(keys.HANDOVER),
                 "data": task.message.dumpb(),
             }
@@ -449,7 +448,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert delivery.since == task.delivery.since
             group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
             self.late.append((other, Settlement(task.delivery, group=group)))
-            retry = {"task": task.id, "due": 0, "stream": task.stream, "data": b"late"}
+            retry = {"task": task.id, "delay_ms": 0, "stream": task.stream, "data": b"late"}
             self.late.append((other, Settlement(task.delivery, retry=retry)))
         self._received(worker, deliveries)
         # An audit gives a consumer that is on no list one lease to show that it lives.

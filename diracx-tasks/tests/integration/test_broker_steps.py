@@ -125,7 +125,7 @@ async def test_P25_a_retry_is_not_hastened_by_a_lock_for_which_the_task_once_wai
     granted, locks = await start(broker, delivery, [MutexLock(JOB, "x")])
     assert granted
     assert not await redis.exists(keys.WAITING_PREFIX + lock.redis_key)
-    retry = {"task": "t", "due": in_ms(datetime.now(UTC)) + LATER_MS, "stream": QUEUE, "data": delivery.data}
+    retry = {"task": "t", "delay_ms": LATER_MS, "stream": QUEUE, "data": delivery.data}
     # Even where the line still shows it.
     await redis.zadd(keys.WAITING_PREFIX + lock.redis_key, {"mutex:t": 1})
     assert await broker.settle([Settlement(delivery, locks=locks, retry=retry)]) == [True]

@@ -25,6 +25,7 @@ class RetryPolicyBase(BaseModel, ABC):
     def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:
         """Return when to run again (aware, UTC), or None to give up.
 
+        Work it out from this machine's clock: what is left until then counts as a delay by the server's clock.
         `attempt` is the number of retries already made: 0 at the first failure. `exception` is what the
         task raised.
         """

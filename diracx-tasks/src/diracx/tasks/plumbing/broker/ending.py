@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any, TypeAlias
 
 from . import keys
@@ -68,13 +67,13 @@ def collected(message: TaskMessage) -> str | None:
 
 
 def schedule_outcome(
-    message: TaskMessage, error: Told | None, seconds: float, retry_at: datetime | None = None
+    message: TaskMessage, error: Told | None, seconds: float, retry_seconds: float | None = None
 ) -> dict[str, Any] | None:
     """What is kept of how an occurrence of a schedule ended; None for any other task.
 
     Args:
         seconds: how long the last execution took.
-        retry_at: when it is tried again; None when it has ended for good.
+        retry_seconds: after how long it is tried again; None when it has ended for good.
     """
     schedule = message.labels.get(LABEL_SCHEDULE)
     if not isinstance(schedule, str):
@@ -82,8 +81,8 @@ def schedule_outcome(
     told: dict[str, Any] = {"task_id": message.task_id, "ok": error is None, "seconds": round(seconds, 3)}
     if error is not None:
         told |= {"error": error["type"], "message": error["message"][:_LONGEST_ERROR]}
-    if retry_at is not None:
-        told["retry_at"] = retry_at.isoformat()
+    if retry_seconds is not None:
+        told["retry_seconds"] = retry_seconds
     return {"id": schedule, "text": json.dumps(told)}
 
 

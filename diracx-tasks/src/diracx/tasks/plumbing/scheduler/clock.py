@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 
+#: A clock that is set back by less is waited for: what has just run does not run again.
+SET_BACK_SECONDS = 10.0
+
+
 class ServerClock:
     """Tells the server's time without asking for it each time."""
 
@@ -17,8 +21,8 @@ class ServerClock:
         """Seconds since the epoch at the server, less our monotonic clock."""
         self._uncertain = float("inf")
 
-    async def ask(self, redis: Redis) -> None:
-        """Set the clock."""
+    async def ask(self, redis: Redis) -> bool:
+        """Set the clock. Returns whether the server's was set back since the last time, by more than it may be."""
         before = time.monotonic()
         seconds, microseconds = await redis.execute_command("TIME")
         after = time.monotonic()
@@ -26,7 +30,10 @@ class ServerClock:
         uncertain = (after - before) / 2
         # An answer that took its time says less than an earlier one, unless it contradicts that.
         if uncertain <= self._uncertain or abs(ahead - self._ahead) > uncertain:
+            set_back = self._uncertain != float("inf") and self._ahead - ahead > SET_BACK_SECONDS
             self._ahead, self._uncertain = ahead, uncertain
+            return set_back
+        return False
 
     def now_ms(self) -> float:
         """Milliseconds since the epoch."""

@@ -72,6 +72,13 @@ class ScheduledTask:
         except ValueError:
             return None
 
+    def brought_back(self, due: datetime, now: datetime) -> datetime | None:
+        """The next run in place of one that was planned by a clock ahead of the present one."""
+        if not isinstance(self.rule, IntervalSeconds):
+            return self.first_run_after(now)
+        period = timedelta(seconds=self.rule.seconds)
+        return due - (due - now) // period * period  # which keeps the phase
+
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
         """The first run after `moment` that is not missed already; None when the rule has come to its end."""
         assert self.rule is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +151,10 @@ def _last_run(text: str) -> tuple[str, str, str, int]:
 def _outcome(text: str) -> Outcome:
     ended_ms, _, told = text.partition(" ")
     fields: dict[str, Any] = json.loads(told)
-    if retry_at := fields.get("retry_at"):
-        fields["retry_at"] = datetime.fromisoformat(retry_at)
+    ended, retry_seconds = _moment(int(ended_ms)), fields.get("retry_seconds")
+    retry_at = None if retry_seconds is None else ended + timedelta(seconds=retry_seconds)
     known = {name: value for name, value in fields.items() if name in Outcome.__dataclass_fields__}
-    return Outcome(ended=_moment(int(ended_ms)), **known)
+    return Outcome(ended=ended, **known, retry_at=retry_at)
 
 
 def _moment(ms: int) -> datetime:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ..endings import end
 from ..factory import TaskRegistry
 from ..patience import Pauses, is_passing
 from .agenda import Agenda, Occurrence
-from .clock import ServerClock
+from .clock import SET_BACK_SECONDS, ServerClock
 from .leadership import Leadership
 from .listening import listening
 from .occurrences import MISSED_SECONDS, ScheduledTask, every_instance
@@ -45,6 +45,8 @@ _RETRY_SECONDS = 60.0
 #: A timer that fires this much after the moment never asks too early.
 _MARGIN_SECONDS = 0.0003
 _LONGEST_PROBLEM = 500
+#: Schedules that are named in one line.
+_SHOWN = 5
 #: Instances that are looked up in the configuration between two looks at the rest of the world.
 _SMALL_PORTION = 20
 
@@ -228,7 +230,7 @@ class TaskScheduler:
         if not await self._leadership.renew():
             return False
         self._promote_at = 0.0
-        await self._clock.ask(self._broker.redis)
+        await self._ask_clock()
         self._agenda.take_up()
         if self._agenda.has_paused:
             paused = await self._broker.redis.execute_command("HKEYS", keys.PAUSED)
@@ -255,16 +257,22 @@ class TaskScheduler:
         self._broker.counts.await_occurrences({found.name for found in self._scheduled.values()})
         await self._clock.ask(redis)
         known = await redis.execute_command("HGETALL", keys.FINGERPRINTS)
+        planned, now = await self._next_runs(), datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+        latest: dict[str, datetime] = {}
+        brought_back: list[str] = []
         changed: list[dict[str, Any]] = []
         unchanged: list[str] = []
         for scheduled in list(self._scheduled.values()):
             try:
                 assert scheduled.rule is not None
                 fingerprint = scheduled.rule.fingerprint
-                if known.get(scheduled.id.encode()) == fingerprint.encode():
+                if known.get(scheduled.id.encode()) != fingerprint.encode():
+                    changed.append({"id": scheduled.id, "fingerprint": fingerprint} | self._first_run(scheduled))
+                elif (due_ms := self._brought_back(scheduled, planned.get(scheduled.id), now, latest)) is not None:
+                    changed.append({"id": scheduled.id, "fingerprint": fingerprint, "due": due_ms})
+                    brought_back.append(scheduled.id)
+                else:
                     unchanged.append(scheduled.id)
-                    continue
-                changed.append({"id": scheduled.id, "fingerprint": fingerprint} | self._first_run(scheduled))
             except Exception as error:
                 self._report(scheduled.id, error)
                 del self._scheduled[scheduled.id]
@@ -276,14 +284,50 @@ class TaskScheduler:
         off = [schedule for schedule in instances if schedule not in self._scheduled]
         if not await scripts.plan(redis, self._leadership.token, changed, unchanged, off):
             return False
-        next_runs = await redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
-        self._agenda.load(
-            (schedule.decode(), int(float(due)))
-            for schedule, due in zip(next_runs[::2], next_runs[1::2], strict=True)
-        )
+        self._agenda.load((await self._next_runs()).items())
         await self._tell_problems()
-        logger.info("%d schedules, %d of them new or changed", len(self._scheduled), len(changed))
+        if brought_back:
+            shown = ", ".join(brought_back[:_SHOWN]) + (", …" if len(brought_back) > _SHOWN else "")
+            text = (
+                "next runs later than the rules say, as after the server's clock was set back: %d planned anew: %s"
+            )
+            logger.warning(text, len(brought_back), shown)
+        new = len(changed) - len(brought_back)
+        logger.info("%d schedules, %d of them new or changed", len(self._scheduled), new)
         return True
+
+    async def _next_runs(self) -> dict[str, int]:
+        """When each schedule is due (ms), as the server has it."""
+        found = await self._broker.redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
+        return {schedule.decode(): int(float(due)) for schedule, due in zip(found[::2], found[1::2], strict=True)}
+
+    def _brought_back(
+        self, scheduled: ScheduledTask, due_ms: int | None, now: datetime, latest: dict[str, datetime]
+    ) -> int | None:
+        """When a schedule is due (ms) whose next run, or end, is later than its rule says; None: it is not.
+
+        Args:
+            latest: by fingerprint, the latest next run that a rule may have now. Many schedules share a rule.
+        """
+        assert scheduled.rule is not None
+        key = scheduled.rule.fingerprint
+        try:
+            if key not in latest:
+                # Runs that are due soon may be those that the planned one follows.
+                latest[key] = scheduled.rule.next_after(now + timedelta(seconds=SET_BACK_SECONDS))
+            if due_ms is None:
+                return in_ms(latest[key]) if scheduled.knows_its_future else None
+            if due_ms <= max(in_ms(latest[key]), in_ms(now)):
+                return None
+            run = scheduled.brought_back(datetime.fromtimestamp(due_ms / 1000, UTC), now)
+        except Exception:
+            return None  # it is at its end, or fails: which is reported when it is due
+        return None if run is None else in_ms(run)
+
+    async def _ask_clock(self) -> None:
+        """Look at the server's clock. When it was set back, the next runs are looked at again."""
+        if await self._clock.ask(self._broker.redis):
+            self._outdated = True
 
     def _first_run(self, scheduled: ScheduledTask) -> dict[str, int]:
         run = scheduled.first_run_after(datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC))
@@ -366,7 +410,7 @@ class TaskScheduler:
         for occurrence, reply in zip(sent.batch, replies, strict=True):
             await self._follow(occurrence, reply)
         if _TOO_EARLY in replies:
-            await self._clock.ask(self._broker.redis)
+            await self._ask_clock()
         return True
 
     async def _follow(self, occurrence: Occurrence, reply: int) -> None:

@@ -81,7 +81,8 @@ def _retry(execution: Execution, outcome: Failed, attempts: list[dict[str, Any]]
         return None
     return {
         "task": message.task_id,
-        "due": in_ms(again),
+        # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
+        "delay_ms": max(0, in_ms(again) - in_ms(datetime.now(UTC))),
         "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
         "data": replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts}).dumpb(),
     }
@@ -121,8 +122,7 @@ def _failed(
         _log(logging.WARNING, f"{what} failed, to be retried", execution, outcome)
         settlement.retry = retry
         settlement.group = child_lives(message)
-        due = datetime.fromtimestamp(retry["due"] / 1000, UTC)
-        settlement.outcome = schedule_outcome(message, attempts[-1], outcome.seconds, due)
+        settlement.outcome = schedule_outcome(message, attempts[-1], outcome.seconds, retry["delay_ms"] / 1000)
         return None
     _failed_with(settlement, message, settings, outcome.error, outcome.seconds, _hiding(execution))
     if not execution.blueprint.task_class.dlq_eligible:

@@ -4,7 +4,7 @@
 -- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
 --   locks   = those it holds
 --   result  = {key, value, ttl_ms}
---   retry   = {task, due, stream, data}         put aside until due (ms since the epoch)
+--   retry   = {task, delay_ms, stream, data}    put aside for so long, by the server's clock
 --   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
@@ -34,7 +34,7 @@ local function following()
     if task then redis.call('ZREM', '$CANCELLED', task) end
     remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
     if s.retry then
-      delay(s.retry.task, s.retry.due, s.retry.stream, 'retry', '0', s.retry.data)
+      delay(s.retry.task, now_us() / 1000 + s.retry.delay_ms, s.retry.stream, 'retry', '0', s.retry.data)
     end
     if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, s.requeue.deaths) end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
