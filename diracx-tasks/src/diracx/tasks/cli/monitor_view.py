@@ -227,7 +227,7 @@ def print_workers(workers: Sequence[Worker]) -> None:
             worker.name,
             worker.size or "-",
             "-" if worker.slots is None else f"{worker.slots_used} of {worker.slots}",
-            "alive" if worker.alive else "dead",
+            _worker_state(worker),
             since(worker.seen),
             since(worker.started),
             _size(worker.memory_bytes),
@@ -239,13 +239,23 @@ def print_workers(workers: Sequence[Worker]) -> None:
     _print(_table(columns, rows, right=("slots in use", "last report", "up for", "memory")), "no worker runs")
 
 
+def _worker_state(worker: Worker) -> str:
+    if not worker.alive:
+        return "dead"
+    if (blocked := worker.blocked) is None:
+        return "alive"
+    return (
+        f"blocked for {since(blocked.since)} by {blocked.task_name or 'a task'} {blocked.task_id or ''}".rstrip()
+    )
+
+
 def print_running(page: Page[RunningTask]) -> None:
     """One line for each."""
     rows = [
         (
             task.task_name,
             task.task_id,
-            since(task.since),
+            since(task.since) + (" (blocks its worker)" if task.blocks_worker else ""),
             str(task.attempt) + (f" (delivery {task.deliveries})" if task.deliveries > 1 else ""),
             task.vo or "-",
             task.worker,

@@ -104,7 +104,8 @@ def workers(
 ) -> None:
     """List the workers: size, slots in use, since when they run, when they last reported, memory.
 
-    A worker that lives and does not report has a task that blocks it. One whose lease has ended is dead.
+    One that is blocked has a task that keeps its event loop from going on; --json has its stack. One whose lease
+    has ended is dead.
 
     Example: diracx-task-run workers --json
     """

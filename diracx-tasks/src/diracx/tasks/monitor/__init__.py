@@ -11,6 +11,7 @@ from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
     DELAY_REASONS,
+    BlockedLoop,
     DelayedTask,
     DelayReason,
     Distribution,
@@ -38,6 +39,7 @@ from .troubles import Trouble, find_troubles, troubles
 __all__ = [
     "DELAY_REASONS",
     "MASK",
+    "BlockedLoop",
     "DelayReason",
     "DelayedTask",
     "Distribution",

@@ -75,6 +75,18 @@ class Queue(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockedLoop(_Shown):
+    """An event loop that a task blocks: nothing else of its worker goes on."""
+
+    since: datetime
+    task_id: str | None
+    """None where it is not known which of several tasks it is; the stack says where it is."""
+    task_name: str | None
+    stack: str
+    """Of the blocked thread, its end: as in a traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Worker(_Shown):
     """A worker process. What only a report can tell is None before the first one."""
 
@@ -95,6 +107,8 @@ class Worker(_Shown):
     """Of diracx-tasks."""
     seen: datetime | None = None
     """Its last report; workers report every 5 s."""
+    blocked: BlockedLoop | None = None
+    """What blocks its event loop; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +126,8 @@ class RunningTask(_Shown):
     """How often it was handed out: more than once means that a worker died with it."""
     since: datetime
     worker: str
+    blocks_worker: bool = False
+    """Whether it blocks the event loop of its worker."""
     locks: list[str] = field(default_factory=list)
     """Redis keys of the locks it holds."""
     arguments: dict[str, Any] | None = None

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.wire import loads
-from .models import Page, RunningTask, Worker
+from .models import BlockedLoop, Page, RunningTask, Worker
 from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, scored, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+#: A worker whose lease has ended is listed for so long after its last report.
+_HEARD_SECONDS = 120.0
 _SIZES = {"small": 0, "medium": 1, "large": 2}
 
 
@@ -30,14 +32,12 @@ async def workers(redis: Redis) -> list[Worker]:
         leases, reporting = await pipe.execute()
     lease = {text(name): score / 1000 for name, score in scored(leases)}
     seen = {text(name): score / 1000 for name, score in scored(reporting)}
-    names = sorted({*lease, *seen})
-    async with redis.pipeline(transaction=False) as pipe:
-        for name in names:
-            pipe.execute_command("HGET", keys.REPORT_PREFIX + name, "line")
-        lines = await pipe.execute() if names else []
     now = await server_time(redis)
+    names = sorted({*lease, *(name for name, at in seen.items() if at > now - _HEARD_SECONDS)})
+    reports = await _reports(redis, names, "line", "blocked")
     found = []
-    for name, line in zip(names, lines, strict=True):
+    for name in names:
+        line, blocked = reports[name]
         said: dict[str, Any] = loads(line) if line else {}
         started = said.pop("started", None)
         host, _, rest = name.partition(":")
@@ -51,19 +51,32 @@ async def workers(redis: Redis) -> list[Worker]:
                 lease_until=moment(lease[name]) if lease.get(name) else None,
                 started=None if started is None else moment(started),
                 seen=moment(seen[name]) if name in seen else None,
+                blocked=_blocked(blocked),
                 **{field: value for field, value in said.items() if field in Worker.__slots__},
             )
         )
     return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
 
 
-async def told_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each worker says that it runs."""
+async def _reports(redis: Redis, names: Sequence[str], *fields: str) -> dict[str, Any]:
+    """These fields of the report of each worker."""
     async with redis.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.execute_command("HGET", keys.REPORT_PREFIX + name, "running")
-        replies = await pipe.execute() if names else []
-    return {name: loads(reply) for name, reply in zip(names, replies, strict=True) if reply}
+            pipe.execute_command("HMGET", keys.REPORT_PREFIX + name, *fields)
+        return dict(zip(names, await pipe.execute() if names else [], strict=True))
+
+
+def _blocked(said: bytes | None) -> BlockedLoop | None:
+    if not said:
+        return None
+    fields = loads(said)
+    return BlockedLoop(**fields | {"since": moment(fields["since"])})
+
+
+async def told_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What each worker says that it runs."""
+    reports = await _reports(redis, names, "running")
+    return {name: loads(told) for name, [told] in reports.items() if told}
 
 
 async def running(
@@ -77,11 +90,13 @@ async def running(
     Raises:
         ValueError: when `after` is not from a page.
     """
+    reports = await _reports(redis, await alive_workers(redis), "running", "blocked")
     told = [
         (task["since"], task["task_id"], name, task)
-        for name, tasks in (await told_running(redis, await alive_workers(redis))).items()
-        for task in tasks
+        for name, (tasks, _) in reports.items()
+        for task in (loads(tasks) if tasks else ())
     ]
+    blocking = {loop.task_id for _, said in reports.values() if (loop := _blocked(said)) is not None}
     told.sort(key=lambda one: one[:3])
     if after is not None:
         place = place_in_order(after)
@@ -102,6 +117,7 @@ async def running(
                 deliveries=task["deliveries"],
                 since=moment(since),
                 worker=name,
+                blocks_worker=task["task_id"] in blocking,
                 locks=[key for key, _ in task["locks"]],
                 arguments=heads[0].arguments(registry) if heads else None,
                 message_bytes=heads[0].bytes if heads else None,

@@ -337,6 +337,11 @@ def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement
     script("settle").run(redis, args=[consumer, "", *_told(settlements)])
 
 
+def report_blocked(redis: SyncRedis, worker: str, blocked: bytes, running: bytes) -> None:
+    """Say what blocks the event loop of a worker (empty: nothing any more), and what it runs."""
+    script("blocked").run(redis, args=[worker, blocked, running])
+
+
 def leave_now(redis: SyncRedis, consumer: str) -> None:
     """`leave` on a blocking connection."""
     script("leave").run(redis, args=[consumer, _EVERY_STREAM])

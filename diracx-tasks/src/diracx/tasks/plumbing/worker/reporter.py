@@ -28,6 +28,8 @@ from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
 
 if TYPE_CHECKING:
+    from redis import Redis as SyncRedis
+
     from ..broker import RedisStreamBroker
     from ..broker.models import Settlement, TaskMessage
     from ..persistence import DeadLetter
@@ -122,6 +124,7 @@ class Reporter:
         self._locks: dict[str, None] = {}
         self._unsent: tuple[int, dict[str, Any]] | None = None
         self._said: tuple[bytes, bytes] = (b"", b"")
+        self._overwritten = False  # what it runs, by the watchdog
         self.timed: Callable[[str, str, float, float], None] | None = None
         """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
         self._left_out = 0
@@ -250,6 +253,8 @@ class Reporter:
             redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
         """
         line, running = dumps(self._line()), dumps(self._told_running())
+        if self._overwritten:
+            self._said, self._overwritten = (b"", b""), False
         news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
         if self._unsent is None:
             taken = self._taken()
@@ -266,6 +271,17 @@ class Reporter:
         self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
         self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+
+    def report_blocked(self, redis: SyncRedis, blocked: dict[str, Any] | None) -> None:
+        """Say what blocks the event loop, from another thread; None: nothing does any more.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        # The clock of the server is what readers go by.
+        told = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})
+        scripts.report_blocked(redis, self._broker.consumer_name, told, dumps(self._told_running()))
+        self._overwritten = blocked is not None
 
     async def leave(self) -> None:
         """Tell the last of it, and that the worker runs no more."""

@@ -22,6 +22,8 @@ class WorkerSettings(BaseModel):
     """An execution that ignores its cancellation for so long ends the process; None: it never does."""
     report_overdue_seconds: float = Field(default=10.0, gt=0)
     """An execution that ignores its cancellation for so long is reported, with or without a hard limit."""
+    report_blocked_seconds: float = Field(default=5.0, gt=0)
+    """A task that blocks the event loop for so long is reported, with the stack of its thread."""
     result_ttl_seconds: int | None = Field(default=None, ge=1)
     """Keep the results of all tasks for so long; None: only of those submitted with that label."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)

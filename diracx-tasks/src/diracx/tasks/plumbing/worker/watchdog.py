@@ -1,4 +1,5 @@
 """Executions that do not heed their cancellation: they are reported, and with a hard limit they end the process.
+So are those that block the event loop.
 
 Runs on a thread of its own, since such an execution may block the event loop.
 """
@@ -12,14 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..broker import scripts
 from ..broker.connection import sync_client
+from .blocked_loop import BlockedLoopDetector
 from .dead_letters import in_redis
 from .settlement import settle
 
 if TYPE_CHECKING:
+    from redis import Redis as SyncRedis
+
     from ..broker import RedisStreamBroker
     from .execution import Execution
     from .settings import WorkerSettings
@@ -41,6 +45,7 @@ class Watchdog:
         stop: ends the worker's intake.
         drained: returns when everything that has ended is settled.
         fall_silent: ends the renewals, before the worker leaves for good.
+        report_blocked: publishes what blocks the event loop; called from the watchdog's thread.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Watchdog:
         stop: asyncio.Event,
         drained: Callable[[], Future[None]],
         fall_silent: Callable[[], None],
+        report_blocked: Callable[[SyncRedis, dict[str, Any] | None], None],
     ) -> None:
         self._broker = broker
         self._settings = settings
@@ -61,6 +67,10 @@ class Watchdog:
         self._fall_silent = fall_silent
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
+        self._report_blocked = report_blocked
+        self._blocked_loop = BlockedLoopDetector(
+            self._loop, settings.report_blocked_seconds, running, self._publish_blocked
+        )
         self.ending = False
         """Whether it is about to end the process."""
         # It outlives the worker if it must: a loop does not close before its last task has ended.
@@ -76,7 +86,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         limit, report = self._limit_seconds, self._settings.report_overdue_seconds
-        pause = min(_LOOK_SECONDS, report / 4, *([limit / 4] if limit is not None else []))
+        blocked = self._settings.report_blocked_seconds
+        pause = min(_LOOK_SECONDS, report / 4, blocked / 4, *([limit / 4] if limit is not None else []))
         reported: set[Execution] = set()
         suspected: list[Execution] = []
         while not self._over.is_set() or (limit is not None and self._running()):
@@ -89,7 +100,12 @@ class Watchdog:
             for execution in late - reported:
                 self._report(execution, report, "its slot is lost until it ends")
             reported = late
+            self._blocked_loop.check()
             time.sleep(pause)
+
+    def _publish_blocked(self, blocked: dict[str, Any] | None) -> None:
+        with sync_client(self._broker.url, protocol=2, socket_timeout=2.0, socket_connect_timeout=2.0) as redis:
+            self._report_blocked(redis, blocked)
 
     def _ignorant(self, seconds: float) -> list[Execution]:
         """Those that should have ended longer ago than that."""

@@ -159,6 +159,7 @@ class Worker:
             stop=stop,
             drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
             fall_silent=self._keeper.fall_silent,
+            report_blocked=self.reporter.report_blocked,
         )
         watchdog.start()
         return watchdog

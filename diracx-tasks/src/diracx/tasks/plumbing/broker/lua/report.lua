@@ -7,7 +7,7 @@
 --   locks    = list of lines, `{kind} {limit} {window in µs} {key}`, of limiters and of locks that refused.
 -- Returns {now (ms), 1 if what it said before is still known}. A report that comes again adds nothing.
 -- #include _time
-local ALIVE_MS, SAID_MS, MINUTES_MS, HOURS_MS = 120000, 3600000, 4200000, 90000000
+local SAID_MS, MINUTES_MS, HOURS_MS = 3600000, 4200000, 90000000
 local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS = 500, 604800000, 1000, 86400000
 local worker, now_ms = ARGV[1], math.floor(now_us() / 1000)
 local said = '$REPORT_PREFIX' .. worker
@@ -28,8 +28,8 @@ else
   redis.call('ZADD', '$REPORTING', int(now_ms), worker)
   if new_minute then
     redis.call('PEXPIRE', said, SAID_MS)
-    redis.call('ZREMRANGEBYSCORE', '$REPORTING', '-inf', int(now_ms - ALIVE_MS))
-    redis.call('PEXPIRE', '$REPORTING', ALIVE_MS)
+    redis.call('ZREMRANGEBYSCORE', '$REPORTING', '-inf', int(now_ms - SAID_MS))
+    redis.call('PEXPIRE', '$REPORTING', SAID_MS)
   end
 end
 
