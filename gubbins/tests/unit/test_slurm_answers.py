@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_whatever_stands_in_the_fields_a_reason_is_one_short_line(fields: list[A
         assert seen.reason
         assert "\n" not in seen.reason
         assert len(seen.reason) <= 300
+
+
+def test_a_completed_job_is_read_by_name_whatever_its_directory_is_called() -> None:
+    forged = "WorkDir=/x JobId=1 Name=two JobState=FAILED ExitCode=9:9 y"
+    line = (
+        f"JobId=5 UserId=me(1) Name=one JobState=COMPLETED Partition=p {forged} DerivedExitCode=0:0 ExitCode=0:0 "
+    )
+    assert parse_completions(f"{line}\nx{line}\nJobId=6 Name=a JobState=b\n") == {
+        "one": [job("COMPLETED", "", "5")]
+    }
+
+
+def test_the_work_on_a_completed_job_grows_with_its_length_only() -> None:
+    begun = time.process_time()
+    assert parse_completions("JobId=5 " + "x Name=a JobState=b " * 100_000) == {}
+    assert time.process_time() - begun < 10  # a quadratic search takes minutes
 
 
 def test_a_queue_is_read_by_name() -> None:

@@ -17,7 +17,7 @@ from gubbins.demo.command import demo
 from gubbins.pilot_states import MyPilotStatus
 
 from .database import db_app
-from .session import CommandError, emit, in_database, recorded, table
+from .session import CommandError, echo, emit, in_database, recorded, table
 
 _HELP = """Compute elements and pilots.
 
@@ -105,7 +105,7 @@ def run() -> None:
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)
+            echo(error.format_message(), err=True)
         else:
             _complain(f"{error.format_message()} (--help shows how)")
         sys.exit(getattr(error, "exit_code", 2))
@@ -114,7 +114,7 @@ def run() -> None:
 
 def _complain(message: str) -> None:
     for line in message.splitlines():
-        print(f"gubbins: {line}", file=sys.stderr)
+        echo(f"gubbins: {line}", err=True)
 
 
 @ce_app.command("load", help=_CE_FILE_HELP)
@@ -142,7 +142,7 @@ def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJ
         emit(outcome)
     else:
         for ce_name, what in outcome.items():
-            print(f"{ce_name}: {what}")
+            echo(f"{ce_name}: {what}")
 
 
 @ce_app.command("list")
@@ -256,7 +256,7 @@ def ban_ce(
     if as_json:
         emit({"name": name, "banned": True, "changed": changed})
     else:
-        print(f"{name}: banned{'' if changed else ' already'}")
+        echo(f"{name}: banned{'' if changed else ' already'}")
 
 
 def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
@@ -272,7 +272,7 @@ def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
     if as_json:
         emit({"name": name, "enabled": enabled, "changed": changed})
     else:
-        print(f"{name}: {'enabled' if enabled else 'disabled'}{'' if changed else ' already'}")
+        echo(f"{name}: {'enabled' if enabled else 'disabled'}{'' if changed else ' already'}")
 
 
 @pilots_app.command("list")
@@ -354,7 +354,7 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
     if as_json:
         emit(pilot)
     else:
-        print(f"pilot {pilot_id}: cancellation requested at {pilot['ce_name']} (now {pilot['status']})")
+        echo(f"pilot {pilot_id}: cancellation requested at {pilot['ce_name']} (now {pilot['status']})")
 
 
 @pilots_app.command("output")
@@ -369,8 +369,8 @@ def show_output(pilot_id: PilotId, as_json: AsJson = False) -> None:
     if as_json:
         emit(output)
     else:
-        sys.stdout.write(output["stdout"])
-        sys.stderr.write(output["stderr"])
+        echo(output["stdout"], end="")
+        echo(output["stderr"], end="", err=True)
 
 
 def _me() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .session import CommandError, emit, in_database
+from .session import CommandError, echo, emit, in_database
 
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.migrations import Migrations, Move
@@ -44,7 +44,7 @@ def init_database(as_json: AsJson = False) -> None:
     if as_json:
         emit({"created": created})
     else:
-        print("Tables created." if created else "All tables exist; nothing to do.")
+        echo("Tables created." if created else "All tables exist; nothing to do.")
 
 
 @db_app.command("current")
@@ -58,9 +58,9 @@ def show_current(
         emit({"database": "MyPilotDB", **asdict(state)})
     else:
         unstamped = " (recognised by its tables)" if state.revision and not state.stamped else ""
-        print(f"MyPilotDB is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
+        echo(f"MyPilotDB is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
         for step in state.pending:
-            print(f"  to do: {step.revision} {step.what}")
+            echo(f"  to do: {step.revision} {step.what}")
     if check and state.pending:
         raise typer.Exit(1)
 
@@ -113,7 +113,7 @@ def _report(move: Move, as_json: bool) -> None:
         emit({"database": "MyPilotDB", **asdict(move)})
         return
     if move.recognised:
-        print(f"MyPilotDB had no version, and was recognised as {move.before}")
+        echo(f"MyPilotDB had no version, and was recognised as {move.before}")
     for step in move.steps:
-        print(f"  done: {step.revision} {step.what}")
-    print(f"MyPilotDB is at {move.after or 'base: it has no tables'}")
+        echo(f"  done: {step.revision} {step.what}")
+    echo(f"MyPilotDB is at {move.after or 'base: it has no tables'}")

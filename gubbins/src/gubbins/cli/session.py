@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "database_url", "emit", "in_database", "recorded", "table"]
+__all__ = ["CommandError", "database_url", "echo", "emit", "in_database", "recorded", "table"]
 
 import asyncio
 import json
@@ -106,7 +106,7 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
         raise CommandError(str(error)) from error
     if not url:
         result = in_database(work)
-        print(f"gubbins: not written to the audit log: {REDIS_URL_VARIABLE} is not set", file=sys.stderr)
+        echo(f"gubbins: not written to the audit log: {REDIS_URL_VARIABLE} is not set", err=True)
         return result
 
     async def do(db: Any) -> T:
@@ -138,6 +138,13 @@ def database_url() -> str:
     return url
 
 
+def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print text for people. What sites and users have written into it does not steer the terminal."""
+    from diracx.tasks.plumbing.printable import printable
+
+    print(printable(text), file=sys.stderr if err else sys.stdout, end=end)
+
+
 def emit(value: Any) -> None:
     """Print a result for scripts."""
     print(json.dumps(value, indent=2, default=_plain))
@@ -153,7 +160,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=Text(_cell(title), "table.title"), title_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(type(row[index]) in (int, float) for row in rows)
         shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -165,8 +172,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def _cell(value: Any) -> str:
+    from diracx.tasks.plumbing.printable import printable_line
+
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else str(value)
+    return f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else printable_line(str(value))

@@ -15,11 +15,12 @@ from .dashboard import dashboard
 from .db import app as db
 from .dev import dev
 from .dlq import app as dlq
-from .errors import CliError, mask, one_line
+from .errors import CliError, one_line
 from .groups import group
 from .in_force import in_force
 from .listing import list_tasks
 from .locks import app as locks
+from .output import echo
 from .queues import app as queues
 from .schedule import app as schedule
 from .serve import scheduler, worker
@@ -98,7 +99,7 @@ def main() -> None:
     except CliError as error:
         code = error.exit_code
         if error.detail:
-            sys.stderr.write(mask(error.detail))
+            echo(error.detail.rstrip("\n"), err=True)
         typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
     except _UsageError as error:
         code = 2
@@ -108,7 +109,7 @@ def main() -> None:
         import traceback
 
         code = 1
-        sys.stderr.write(mask(traceback.format_exc()))
+        echo(traceback.format_exc().rstrip("\n"), err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 import threading
 import traceback
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..plumbing.printable import printable
 from .errors import CliError, explained_redis
 from .options import JsonOption, LogLevel, LogLevelOption, spread
+from .output import echo_json
 from .typed import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
@@ -216,11 +217,13 @@ def to_json(value: Any) -> Any:
 def print_value(value: Any, *, as_json: bool) -> None:
     """Print what a task returned to stdout."""
     if as_json:
-        typer.echo(json.dumps(to_json(value)))
+        echo_json(to_json(value))
     elif isinstance(value, str):
-        typer.echo(value)
+        typer.echo(printable(value))
     else:
         from rich.console import Console
-        from rich.pretty import Pretty
+        from rich.highlighter import ReprHighlighter
+        from rich.pretty import pretty_repr
 
-        Console(soft_wrap=True).print(Pretty(value))
+        shown = ReprHighlighter()(printable(pretty_repr(value)))
+        Console(soft_wrap=True).print(shown)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import CliError, explained_redis
+from .errors import CliError, explained_redis, one_line
 from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..plumbing.broker.cancel import TaskPlace
@@ -34,10 +34,10 @@ def cancel(
     url = resolve_redis_url(redis_url, redis_url_file)
     found = asyncio.run(_cancel(url, list(dict.fromkeys(task_ids))))
     if as_json:
-        typer.echo(json.dumps([{"task_id": task, "found": str(place)} for task, place in found.items()]))
+        echo_json([{"task_id": task, "found": str(place)} for task, place in found.items()])
     else:
         for task, place in found.items():
-            typer.echo(f"{task}  {place}")
+            echo(f"{one_line(task)}  {place}")
     unknown = [task for task, place in found.items() if place == "unknown"]
     if unknown:
         raise CliError(

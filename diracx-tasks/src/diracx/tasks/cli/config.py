@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CliError, UsageProblem
+from .errors import CliError, UsageProblem, one_line
 from .options import JsonOption, ModuleOption
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..plumbing.config import Problem, Source, TasksConfig
@@ -49,16 +49,14 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
     lines = source.report(problems)
     if as_json:
         found = [problem_record(problem, source) for problem in problems]
-        typer.echo(json.dumps({"source": source.name or None, "valid": not lines, "problems": found}, indent=2))
+        echo_json({"source": source.name or None, "valid": not lines, "problems": found}, indent=2)
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         where = source.name or "the configuration of tasks"
         raise CliError(f"{where} has {count}", detail="".join(f"{line}\n" for line in lines))
     if not as_json:
         without = "" if vos is not None else "; VOs were not looked at, set DIRACX_CONFIG_BACKEND_URL"
-        typer.echo(
-            f"{source.name} is valid{without}" if source.name else "nothing is configured: all is as in the code"
-        )
+        echo(f"{source.name} is valid{without}" if source.name else "nothing is configured: all is as in the code")
 
 
 @app.command()
@@ -93,10 +91,10 @@ def show(
     if vo is not None and vos is not None and vo not in vos:
         raise UsageProblem(f"--vo {vo!r}: there is no such VO; there are {', '.join(vos) or 'none'}")
     for line in source.report(problems):
-        typer.echo(f"warning: {line}", err=True)
+        echo(f"warning: {one_line(line)}", err=True)
     found = settings_records(config, registry, names, vo, limits=task is None)
     if as_json:
-        typer.echo(json.dumps({"source": source.name or None, "vos": vos, **found}, indent=2))
+        echo_json({"source": source.name or None, "vos": vos, **found}, indent=2)
     else:
         print_settings(source, found["tasks"], found["limits"])
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
+from .output import show_table, styled, table
 
 if TYPE_CHECKING:
-    from ..plumbing.config import Problem, Source
+    from rich.text import Text
 
-_WIDTH_WITHOUT_TERMINAL = 160
+    from ..plumbing.config import Problem, Source
 
 
 def problem_record(problem: Problem, source: Source) -> dict[str, Any]:
@@ -28,27 +28,19 @@ def print_settings(
     source: Source, tasks: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
 ) -> None:
     """For reading: a block for each task and VO, and one for the limits of objects."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("task", "setting", "value", "from"):
-        table.add_column(column, overflow="fold")
+    rows: list[tuple[str | Text, ...]] = []
 
     def add(title: str, settings: Mapping[str, Any]) -> None:
         for number, (name, setting) in enumerate(settings.items()):
             written = setting["from"] != "code"
-            table.add_row(
-                Text("" if number else title, style="cyan"),
-                name,
-                Text(_shown(setting["value"]), style="bold" if written else ""),
-                Text(_origin(setting, source) if written else "code", style="" if written else "dim"),
+            rows.append(
+                (
+                    "" if number else title,
+                    name,
+                    styled(_shown(setting["value"]), "bold" if written else ""),
+                    styled(_origin(setting, source)) if written else styled("code", "dim"),
+                )
             )
-        table.add_section()
 
     for record in tasks:
         of_vo = f" for {record['vo']}" if record["vo"] is not None else ""
@@ -59,10 +51,8 @@ def print_settings(
         of_vo = f" for {record['vo']}" if record["vo"] is not None else ""
         of_key = record["object"] if record["key"] is None else f"{record['object']} {record['key']}"
         add(f"limits of {of_key}{of_vo}", record["settings"])
-    if tasks or limits:
-        console.print(table)
-    else:
-        typer.echo("no tasks are installed; load a file's with --module", err=True)
+    columns = ("task", "setting", "value", "from")
+    show_table(table(columns, rows, unbroken=()), "no tasks are installed; load a file's with --module")
 
 
 def _shown(value: Any) -> str:

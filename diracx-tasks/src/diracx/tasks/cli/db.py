@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -12,6 +11,7 @@ import typer
 
 from .errors import CliError
 from .options import JsonOption
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..plumbing.migrations import Migrations, Move
@@ -48,12 +48,12 @@ def current(
     """
     state = _run(lambda migrations, url: migrations.current(url))
     if as_json:
-        typer.echo(json.dumps({"database": "TaskDB", **asdict(state)}, indent=2))
+        echo_json({"database": "TaskDB", **asdict(state)}, indent=2)
     else:
         unstamped = " (recognised by its tables)" if state.revision and not state.stamped else ""
-        typer.echo(f"TaskDB is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
+        echo(f"TaskDB is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
         for step in state.pending:
-            typer.echo(f"  to do: {step.revision} {step.what}")
+            echo(f"  to do: {step.revision} {step.what}")
     if check and state.pending:
         raise typer.Exit(1)
 
@@ -92,13 +92,13 @@ def downgrade(
 
 def _report(move: Move, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"database": "TaskDB", **asdict(move)}, indent=2))
+        echo_json({"database": "TaskDB", **asdict(move)}, indent=2)
         return
     if move.recognised:
-        typer.echo(f"TaskDB had no version, and was recognised as {move.before}")
+        echo(f"TaskDB had no version, and was recognised as {move.before}")
     for step in move.steps:
-        typer.echo(f"  done: {step.revision} {step.what}")
-    typer.echo(f"TaskDB is at {move.after or 'base: it has no tables'}")
+        echo(f"  done: {step.revision} {step.what}")
+    echo(f"TaskDB is at {move.after or 'base: it has no tables'}")
 
 
 def _run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..plumbing.enums import Size
+from ..plumbing.printable import printable
 from .errors import CliError, UsageProblem
 from .options import LogLevel, LogLevelOption, ModuleOption
 
@@ -251,7 +252,7 @@ class _System:
 
         style = _COLOURS[name]
         try:
-            self._console.print(Text.assemble((f"{name:<9} │ ", style), Text.from_ansi(line)))
+            self._console.print(Text.assemble((f"{name:<9} │ ", style), printable(line)))
         except (OSError, SystemExit):  # nobody reads us any more, and Rich would leave at once
             self._console.quiet = True
             self._stop.set()

@@ -14,6 +14,7 @@ from ..plumbing.persistence.letter import DeadLetterStatus
 from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
 from .errors import CliError, UsageProblem, explained_redis
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
+from .output import echo, echo_json
 from .watching import AfterOption, ask, print_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def list_letters(
 
     letters, total = _with_db(look)
     if as_json:
-        typer.echo(json.dumps([letter_summary(letter) for letter in letters], indent=2))
+        echo_json([letter_summary(letter) for letter in letters], indent=2)
     else:
         print_table(letters, total)
 
@@ -112,11 +113,12 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
     Example: diracx-task-run dlq show 17
     """
     from ..monitor.letters import letter_record
+    from ..monitor.masking import masked_json
     from .dlq_view import print_letter
 
     letter = _with_db(lambda db: _find(db, letter_id))
     if as_json:
-        typer.echo(json.dumps(letter_record(letter), indent=2))
+        echo_json(masked_json(letter_record(letter)), indent=2)
     else:
         print_letter(letter)
 
@@ -252,7 +254,7 @@ def init() -> None:
             pass
 
     asyncio.run(create())
-    typer.echo("the table DeadLetters is there")
+    echo("the table DeadLetters is there")
 
 
 def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:

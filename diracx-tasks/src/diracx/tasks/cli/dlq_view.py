@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .errors import CliError, mask, one_line
+from ..plumbing.printable import printable_line
+from .errors import CliError, mask, one_line, shortened_line
+from .output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
     from ..plumbing.persistence.resubmission import Verdict
 
-_WIDTH_WITHOUT_TERMINAL = 220
 _LONGEST_DETAIL = 80
 #: Refusals that are told one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
@@ -21,35 +20,24 @@ _REFUSALS_SHOWN = 10
 
 def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
     """One line for each, and how many there are."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("number", "buried (UTC)", "task", "task id", "reason", "status", "attempts", "size", "detail"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("number", "buried (UTC)"))
-    for letter in letters:
-        detail = one_line(letter["detail"])
-        table.add_row(
+    rows = [
+        (
             str(letter["id"]),
             f"{letter['buried_at']:%Y-%m-%d %H:%M:%S}",
-            Text(letter["task_name"] or "-", style="cyan"),
-            Text(letter["task_id"]),
+            letter["task_name"] or "-",
+            letter["task_id"],
             letter["reason"],
             str(letter["status"]).lower(),
             str(letter["failed_attempts"]),
             f"{letter['message_bytes'] / 1e6:,.1f} MB" if letter["message_bytes"] >= 50_000 else "",
-            Text(detail if len(detail) <= _LONGEST_DETAIL else detail[:_LONGEST_DETAIL] + "…"),
+            shortened_line(letter["detail"], _LONGEST_DETAIL),
         )
-    if letters:
-        console.print(table)
-    if not letters:
-        typer.echo("no dead letters", err=True)
-    elif len(letters) < total:
-        typer.echo(f"{len(letters)} of {total}; --limit shows more", err=True)
+        for letter in letters
+    ]
+    columns = ("number", "buried (UTC)", "task", "task id", "reason", "status", "attempts", "size", "detail")
+    show_table(table(columns, rows, unbroken=columns[:2]), "no dead letters")
+    if 0 < len(letters) < total:
+        echo(f"{len(letters)} of {total}; --limit shows more", err=True)
 
 
 def print_letter(letter: Mapping[str, Any]) -> None:
@@ -73,7 +61,7 @@ def print_letter(letter: Mapping[str, Any]) -> None:
         rows |= {"args": json.dumps(message["task_args"]), "kwargs": json.dumps(message["task_kwargs"])}
         if message["labels"]:
             rows["labels"] = json.dumps(message["labels"])
-    lines = [f"{name:8} {value}" for name, value in rows.items()]
+    lines = [f"{name:8} {printable_line(str(value))}" for name, value in rows.items()]
     for number, chapter in enumerate(shown["history"], 1):
         lines += [
             "",
@@ -82,14 +70,15 @@ def print_letter(letter: Mapping[str, Any]) -> None:
         lines += _attempts(chapter["attempts"])
     if shown["history"]:
         lines += ["", "since then"]
-    typer.echo(mask("\n".join(lines + _attempts(shown["attempts"]))))
+    echo("\n".join(lines + _attempts(shown["attempts"])))
 
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for number, attempt in enumerate(attempts, 1):
         where = f"{attempt.get('started', '?')} on {attempt.get('host', '?')}"
-        lines += ["", f"attempt {number}, {where}: {attempt.get('type', '?')}: {attempt.get('message', '')}"]
+        failure = f"{attempt.get('type', '?')}: {attempt.get('message', '')}"
+        lines += ["", one_line(f"attempt {number}, {where}: {failure}")]
         lines += [f"  {line}" for line in str(attempt.get("traceback", "")).splitlines()]
     return lines
 
@@ -111,9 +100,9 @@ def report_retry(verdicts: Sequence[Verdict], as_json: bool) -> None:
         if done[Fate.ALREADY]:
             counts.append(f"{len(done[Fate.ALREADY])} had been already")
         if verdicts and len(refused) < len(verdicts):
-            typer.echo(", ".join(counts))
+            echo(", ".join(counts))
         elif not verdicts:
-            typer.echo("no dead letters", err=True)
+            echo("no dead letters", err=True)
     _tell_refusals(refused, "submitted again")
 
 
@@ -128,9 +117,9 @@ def report_discard(
     if as_json:
         _print_json(discarded=discarded, refused=refused)
     elif discarded:
-        typer.echo(f"{len(discarded)} discarded")
+        echo(f"{len(discarded)} discarded")
     elif not refused:
-        typer.echo("no dead letters", err=True)
+        echo("no dead letters", err=True)
     _tell_refusals(refused, "discarded")
 
 
@@ -142,7 +131,7 @@ def _print_json(*, refused: Sequence[tuple[Mapping[str, Any], str]], **done: Seq
     report["refused"] = [
         {"id": letter["id"], "task_id": letter["task_id"], "why": mask(why)} for letter, why in refused
     ]
-    typer.echo(json.dumps(report))
+    echo_json(report)
 
 
 def _tell_refusals(refused: Sequence[tuple[Mapping[str, Any], str]], what: str) -> None:
@@ -150,8 +139,8 @@ def _tell_refusals(refused: Sequence[tuple[Mapping[str, Any], str]], what: str) 
         return
     *others, (letter, why) = refused[:_REFUSALS_SHOWN]
     for other, why_not in others:
-        typer.secho(one_line(f"dead letter {other['id']} ({other['task_id']}): {why_not}"), err=True)
+        echo(one_line(f"dead letter {other['id']} ({other['task_id']}): {why_not}"), err=True)
     if len(refused) == 1:
         raise CliError(f"dead letter {letter['id']} ({letter['task_id']}) was not {what}: {why}")
-    typer.secho(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
+    echo(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
     raise CliError(f"{len(refused)} dead letters were not {what}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["CliError", "UsageProblem", "explained_redis", "mask", "one_line", "shortened"]
+__all__ = ["CliError", "UsageProblem", "explained_redis", "mask", "one_line", "shortened", "shortened_line"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..plumbing.printable import printable_line
 from ..plumbing.secrets import mask
 
 _LONGEST = 1000
@@ -35,9 +36,15 @@ class UsageProblem(CliError):
 
 
 def one_line(text: str) -> str:
-    """The text on one line, without passwords."""
-    line = " ".join(mask(text).split())
+    """The text on one line, not too long, without passwords and without what would steer a terminal."""
+    line = printable_line(mask(text, 8 * _LONGEST))
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
+
+
+def shortened_line(text: str, longest: int) -> str:
+    """The beginning of the text on one line, as `one_line` makes it."""
+    line = one_line(text)
+    return line if len(line) <= longest else line[:longest] + "…"
 
 
 def shortened(value: str, longest: int = 60) -> str:

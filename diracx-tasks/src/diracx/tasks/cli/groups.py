@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -11,6 +10,7 @@ import typer
 
 from .errors import CliError, explained_redis, mask, one_line
 from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -21,7 +21,6 @@ _Answer = TypeVar("_Answer")
 
 #: Children that are named; of more, there is a count.
 _SHOWN = 10
-_WIDTH_WITHOUT_TERMINAL = 160
 
 group = typer.Typer(help="Look at callback groups that have not called back.")
 
@@ -55,7 +54,7 @@ def show(
             "see `diracx-task-run group list`"
         )
     if as_json:
-        typer.echo(json.dumps(_as_json(status, children=True), indent=2))
+        echo_json(_as_json(status, children=True), indent=2)
     else:
         _print(status)
 
@@ -74,11 +73,9 @@ def list_(
 
     groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
     if as_json:
-        typer.echo(json.dumps([_as_json(status, children=False) for status in groups], indent=2))
-    elif groups:
-        _print_table(groups)
+        echo_json([_as_json(status, children=False) for status in groups], indent=2)
     else:
-        typer.echo("no callback groups", err=True)
+        _print_table(groups)
 
 
 def _ask(url: str, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
@@ -114,16 +111,16 @@ def _print(status: GroupStatus) -> None:
         ("expires", status.expires.isoformat(timespec="seconds")),
     ]
     for label, value in lines:
-        typer.echo(f"{label:<11} {value}")
-    _print_children("failed", [f"{child}  {one_line(error)}" for child, error in status.failed_children.items()])
+        echo(f"{label:<11} {one_line(value)}")
+    _print_children("failed", [f"{child}  {error}" for child, error in status.failed_children.items()])
     _print_children("pending", status.pending_children)
 
 
 def _print_children(label: str, lines: list[str]) -> None:
     for line in lines[:_SHOWN]:
-        typer.echo(f"{label:<11} {line}")
+        echo(f"{label:<11} {one_line(line)}")
     if len(lines) > _SHOWN:
-        typer.echo(f"{label:<11} and {len(lines) - _SHOWN} more; all of them with --json")
+        echo(f"{label:<11} and {len(lines) - _SHOWN} more; all of them with --json")
 
 
 def _counts(status: GroupStatus) -> str:
@@ -131,25 +128,18 @@ def _counts(status: GroupStatus) -> str:
 
 
 def _print_table(groups: list[GroupStatus]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("group", "state", "total", "succeeded", "failed", "pending", "callback", "created"):
-        table.add_column(column, no_wrap=column == "group")
-    for status in groups:
-        table.add_row(
-            Text(status.group_id, style="cyan"),
+    rows = [
+        (
+            status.group_id,
             str(status.state),
             str(status.total),
             str(status.succeeded),
             str(status.failed),
             str(status.pending),
-            Text(status.callback),
+            status.callback,
             status.created.isoformat(timespec="seconds"),
         )
-    console.print(table)
+        for status in groups
+    ]
+    columns = ("group", "state", "total", "succeeded", "failed", "pending", "callback", "created")
+    show_table(table(columns, rows), "no callback groups")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,11 +12,10 @@ import typer
 
 from .errors import explained_redis, mask
 from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .output import console, echo_json, show_table, styled, table
 
 if TYPE_CHECKING:
     from ..plumbing.in_force import InForce
-
-_WIDTH_WITHOUT_TERMINAL = 180
 
 
 def in_force(
@@ -34,7 +32,7 @@ def in_force(
     """
     entries = asyncio.run(_ask(resolve_redis_url(redis_url, redis_url_file)))
     if as_json:
-        typer.echo(json.dumps([_masked(entry.as_dict()) for entry in entries], indent=2))
+        echo_json([_masked(entry.as_dict()) for entry in entries], indent=2)
     else:
         print_in_force(entries)
     if any(entry.problems for entry in entries):
@@ -52,26 +50,18 @@ async def _ask(url: str) -> list[InForce]:
 
 def print_in_force(entries: Sequence[InForce]) -> None:
     """A table of the processes, and below it each problem once, with the processes that have it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("process", "role", "configuration", "since", "state", "from", "VOs"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("role", "configuration", "since"))
+    rows = []
     for entry in entries:
-        state = Text("in force", "green")
+        state = styled("in force", "green")
         if entry.problems:
-            state = Text(f"last good one, {_age(entry.problems_since)}", "red")
+            state = styled(f"last good one, {_age(entry.problems_since)}", "red")
         elif entry.warnings:
-            state = Text("in force, with warnings", "yellow")
+            state = styled("in force, with warnings", "yellow")
         vos = "-" if entry.vos is None else ", ".join(entry.vos) or "none"
         since = datetime.fromtimestamp(entry.since, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-        table.add_row(entry.process, entry.role, entry.digest, since, state, Text(mask(entry.source)), Text(vos))
-    console.print(table)
+        rows.append((entry.process, entry.role, entry.digest, since, state, entry.source, vos))
+    columns = ("process", "role", "configuration", "since", "state", "from", "VOs")
+    show_table(table(columns, rows, unbroken=columns[1:4]), "no worker or scheduler runs")
     for kind, style in (("problems", "red"), ("warnings", "yellow")):
         lines: dict[str, list[str]] = {}
         for entry in entries:
@@ -79,9 +69,7 @@ def print_in_force(entries: Sequence[InForce]) -> None:
                 lines.setdefault(line, []).append(entry.process)
         for line, processes in lines.items():
             where = processes[0] if len(processes) == 1 else f"{len(processes)} processes"
-            console.print(Text(f"{mask(line)} ({where})", style), soft_wrap=True)
-    if not entries:
-        typer.echo("no worker or scheduler runs", err=True)
+            console().print(styled(f"{line} ({where})", style), soft_wrap=True)
 
 
 def _age(moment: float | None) -> str:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from .errors import one_line
 from .options import JsonOption, ModuleOption
+from .output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
     from ..plumbing.base_task import BaseTask
     from ..plumbing.retry_policies import RetryPolicyBase
-
-#: Width of the table where there is no terminal to fit it into.
-_WIDTH_WITHOUT_TERMINAL = 220
 
 
 def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None:
@@ -31,11 +26,11 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
 
     rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        echo_json(rows, indent=2)
     else:
         _print_table(rows)
     for line in unselected_tasks():
-        typer.echo(f"warning: {one_line(line)}", err=True)
+        echo(f"warning: {one_line(line)}", err=True)
 
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
@@ -93,29 +88,19 @@ def _retry(policy: RetryPolicyBase) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("name", "kind", "priority", "size", "schedule", "retry", "dead letter", "arguments", "module"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for row in rows:
-        schedule = row["schedule"] or "-"
-        table.add_row(
-            Text(row["name"], style="cyan"),
+    shown = [
+        (
+            row["name"],
             row["kind"],
             row["priority"],
             row["size"],
-            Text(schedule if row["enabled"] else f"{schedule} (off)"),
-            Text(row["retry"]),
+            (row["schedule"] or "-") + ("" if row["enabled"] else " (off)"),
+            row["retry"],
             "yes" if row["dlq_eligible"] else "no",
-            Text(row["arguments"]),
-            Text(row["module"]),
+            row["arguments"],
+            row["module"],
         )
-    console.print(table)
-    if not rows:
-        typer.echo("no tasks are installed; load a file's with --module", err=True)
+        for row in rows
+    ]
+    columns = ("name", "kind", "priority", "size", "schedule", "retry", "dead letter", "arguments", "module")
+    show_table(table(columns, shown), "no tasks are installed; load a file's with --module")

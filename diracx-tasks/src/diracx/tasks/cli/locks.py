@@ -9,6 +9,7 @@ import typer
 from .confirm import confirm
 from .errors import CliError, one_line
 from .options import JsonOption, RedisUrlFileOption, RedisUrlOption
+from .output import echo
 from .watching import AfterOption, LimitOption, ask, print_json
 
 app = typer.Typer(help="Look at locks and limiters; take a lock away.", no_args_is_help=True)
@@ -93,7 +94,7 @@ def release(
         question = f"Give back {found.held} units of quota of {key}?"
     else:
         for line in map(hit, found.holders):
-            typer.echo(one_line(line), err=True)
+            echo(one_line(line), err=True)
         question = f"Take {key} away from {'it' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
     owners = None if found.kind == "rate" else [holder.owner for holder in found.holders]
@@ -103,4 +104,4 @@ def release(
     elif not done.released:
         raise CliError(f"{key} was given back meanwhile: nothing was changed")
     else:
-        typer.echo(f"{done.released} {'units of quota' if found.kind == 'rate' else 'released'}")
+        echo(f"{done.released} {'units of quota' if found.kind == 'rate' else 'released'}")

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 
+from ..plumbing.printable import printable
 from .errors import mask
 from .supervisor import own_number
 
@@ -14,7 +15,9 @@ _TALKATIVE = ("aiosqlite", "asyncio", "git", "httpcore", "httpx", "opensearch", 
 
 
 class _Readable(logging.Formatter):
-    """One line per record and its traceback below it, in UTC, never with a password."""
+    """One line per record, in UTC, never with a password. What a text continues with is indented: nothing that is
+    logged, such as a name with a line feed in it, can pass for a record.
+    """
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%d %H:%M:%S"
@@ -27,7 +30,7 @@ class _Readable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.short = record.name.rpartition(".")[2]
-        return mask(super().format(record))
+        return printable(mask(super().format(record))).replace("\n", "\n  ")
 
 
 def set_up_logging(level: str) -> None:

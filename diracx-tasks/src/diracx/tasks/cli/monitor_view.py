@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .errors import mask, one_line
+from .errors import one_line, shortened_line
+from .output import console, echo, echo_json, show_table, styled, table
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
     from ..monitor import (
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     )
     from ..monitor.audit import AuditEntry
 
-_WIDTH_WITHOUT_TERMINAL = 200
 _LONGEST_ARGUMENTS = 60
 _LONGEST_ERROR = 80
 
@@ -72,54 +70,17 @@ def _rate(per_second: float | None) -> str:
     return "-" if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
 
 
-def clean(text: str) -> str:
-    """On one line, without passwords, and without what would steer the terminal."""
-    return "".join(letter if letter.isprintable() else "�" for letter in one_line(text))
-
-
-def _short(text: str, longest: int) -> str:
-    line = clean(text)
-    return line if len(line) <= longest else line[:longest] + "…"
-
-
 def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
     if arguments is None:
         return f"({message_bytes / 1e6:.1f} MB)" if message_bytes else "-"
     shown = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
-    return _short(shown, _LONGEST_ARGUMENTS)
+    return shortened_line(shown, _LONGEST_ARGUMENTS)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(
-            column,
-            overflow="fold",
-            no_wrap=position == 0 or column in right,
-            justify="right" if column in right else "left",
-        )
-    for first, *others in rows:
-        table.add_row(Text(clean(first), style="cyan"), *(Text(clean(other)) for other in others))
-    return table
-
-
-def _print(table: Table, nothing: str, page: Page[Any] | None = None) -> None:
-    if table.row_count:
-        _console().print(table)
-    else:
-        typer.echo(nothing, err=True)
+def _print(made: Table, nothing: str, page: Page[Any] | None = None) -> None:
+    show_table(made, nothing)
     if page is not None and page.after is not None:
-        typer.echo(f"there may be more: --limit, or --after '{clean(page.after)}'", err=True)
+        echo(f"there may be more: --limit, or --after '{one_line(page.after)}'", err=True)
 
 
 # --- status -------------------------------------------------------------------------------------------------
@@ -130,20 +91,20 @@ async def show_status(look: Callable[[], Awaitable[Snapshot]], every: float | No
     if as_json:
         while True:
             seen = await look()
-            typer.echo(json.dumps(status_json(seen), indent=2 if every is None else None))
+            echo_json(status_json(seen), indent=2 if every is None else None)
             if every is None:
                 return
             await asyncio.sleep(every)
-    console = _console()
-    if every is None or not console.is_terminal:
+    shown = console()
+    if every is None or not shown.is_terminal:
         while True:
-            console.print(render_status(await look()))
+            shown.print(render_status(await look()))
             if every is None:
                 return
             await asyncio.sleep(every)
     from rich.live import Live
 
-    with Live(console=console, screen=True, auto_refresh=False) as live:
+    with Live(console=shown, screen=True, auto_refresh=False) as live:
         while True:
             live.update(render_status(await look()), refresh=True)
             await asyncio.sleep(every)
@@ -173,7 +134,7 @@ def render_status(seen: Snapshot) -> RenderableType:
     wrong = troubles(seen)
     lines: list[RenderableType] = [
         Text(f"{seen.at:%Y-%m-%d %H:%M:%S} UTC", style="bold"),
-        *([Text(f"! {clean(line)}", style="bold red") for line in wrong] or [Text("all is well", style="green")]),
+        *([styled(f"! {line}", "bold red") for line in wrong] or [styled("all is well", "green")]),
         Text(),
         _queue_table(seen.queues),
         Text(),
@@ -198,7 +159,7 @@ _WHY = {
 
 
 def _queue_table(queues: Sequence[Queue]) -> Table:
-    return _table(
+    return table(
         ("queue", "waiting", "oldest", "running", "in/s", "out/s"),
         [
             (
@@ -236,7 +197,7 @@ def print_workers(workers: Sequence[Worker]) -> None:
         for worker in workers
     ]
     columns = ("worker", "size", "slots in use", "state", "last report", "up for", "memory", "version")
-    _print(_table(columns, rows, right=("slots in use", "last report", "up for", "memory")), "no worker runs")
+    _print(table(columns, rows, right=("slots in use", "last report", "up for", "memory")), "no worker runs")
 
 
 def _worker_state(worker: Worker) -> str:
@@ -265,7 +226,7 @@ def print_running(page: Page[RunningTask]) -> None:
         for task in page.items
     ]
     columns = ("task", "task id", "for", "attempt", "VO", "worker", "arguments", "locks")
-    _print(_table(columns, rows, right=("for",)), "nothing runs (workers report every 5 s)", page)
+    _print(table(columns, rows, right=("for",)), "nothing runs (workers report every 5 s)", page)
 
 
 def print_queued(page: Page[QueuedTask]) -> None:
@@ -281,7 +242,7 @@ def print_queued(page: Page[QueuedTask]) -> None:
         for task in page.items
     ]
     columns = ("task", "task id", "waits for", "attempt", "arguments")
-    _print(_table(columns, rows, right=("waits for",)), "nothing waits", page)
+    _print(table(columns, rows, right=("waits for",)), "nothing waits", page)
 
 
 def print_delayed(page: Page[DelayedTask]) -> None:
@@ -294,12 +255,12 @@ def print_delayed(page: Page[DelayedTask]) -> None:
             f"{task.due:%Y-%m-%d %H:%M:%S}",
             task.queue,
             _arguments(task.arguments, task.message_bytes),
-            task.lock or _short(task.last_error or "-", _LONGEST_ERROR),
+            task.lock or shortened_line(task.last_error or "-", _LONGEST_ERROR),
         )
         for task in page.items
     ]
     columns = ("task", "task id", "why", "due (UTC)", "queue", "arguments", "lock, or last error")
-    _print(_table(columns, rows, right=("due (UTC)",)), "nothing is delayed", page)
+    _print(table(columns, rows, right=("due (UTC)",)), "nothing is delayed", page)
 
 
 def print_stats(stats: Sequence[TaskStats]) -> None:
@@ -319,17 +280,17 @@ def print_stats(stats: Sequence[TaskStats]) -> None:
     ]
     columns = ("task", "done", "failed", "rate", "retried", "dead")
     times = ("run p50", "p95", "p99", "queue p50", "queue p95")
-    _print(_table((*columns, *times), rows, right=(*columns[1:], *times)), "nothing has ended in this time")
+    _print(table((*columns, *times), rows, right=(*columns[1:], *times)), "nothing has ended in this time")
 
 
 def print_failures(failures: Sequence[Failure]) -> None:
     """Each with its traceback, the newest last."""
     for failure in reversed(failures):
         where = f"{failure.at:%Y-%m-%d %H:%M:%S} on {failure.worker}, attempt {failure.attempt}, {failure.outcome}"
-        typer.echo("")
-        typer.echo(clean(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
-        for line in mask(failure.traceback or f"{failure.type}: {failure.message}").splitlines():
-            typer.echo("  " + "".join(letter if letter.isprintable() else "�" for letter in line))
+        echo("")
+        echo(one_line(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
+        for line in (failure.traceback or f"{failure.type}: {failure.message}").splitlines():
+            echo(f"  {line}")
 
 
 def print_waiting_letters(page: Page[WaitingLetter]) -> None:
@@ -342,12 +303,12 @@ def print_waiting_letters(page: Page[WaitingLetter]) -> None:
             each.reason,
             _number(each.failed_attempts),
             _arguments(each.arguments, each.message_bytes),
-            _short(each.detail, _LONGEST_ARGUMENTS),
+            shortened_line(each.detail, _LONGEST_ARGUMENTS),
         )
         for each in page.items
     ]
     columns = ("buried (UTC)", "task", "task id", "reason", "attempts", "arguments", "detail")
-    _print(_table(columns, rows, right=["attempts"]), "no dead letters wait in Redis", page)
+    _print(table(columns, rows, right=["attempts"]), "no dead letters wait in Redis", page)
 
 
 def print_audit(page: Page[AuditEntry]) -> None:
@@ -358,12 +319,14 @@ def print_audit(page: Page[AuditEntry]) -> None:
             entry.who,
             entry.via,
             entry.action,
-            _short(entry.target, _LONGEST_ERROR),
-            ("failed: " if entry.ok is False else "") + _short(entry.outcome or "not known", _LONGEST_ERROR),
+            shortened_line(entry.target, _LONGEST_ERROR),
+            shortened_line(
+                ("failed: " if entry.ok is False else "") + (entry.outcome or "not known"), _LONGEST_ERROR
+            ),
         )
         for entry in page.items
     ]
-    _print(_table(("at (UTC)", "who", "via", "what", "to", "outcome"), rows), "nobody has done anything yet", page)
+    _print(table(("at (UTC)", "who", "via", "what", "to", "outcome"), rows), "nobody has done anything yet", page)
 
 
 def _quota(lock: Lock) -> str:
@@ -398,21 +361,21 @@ def print_locks(page: Page[Lock]) -> None:
         for lock in page.items
     ]
     columns = ("lock", "kind", "held", "waiting", "ends, unless renewed", "held by")
-    _print(_table(columns, rows, right=("held", "waiting")), "no locks", page)
+    _print(table(columns, rows, right=("held", "waiting")), "no locks", page)
 
 
 def print_lock(lock: Lock) -> None:
     """All about one."""
-    typer.echo(f"{'lock':<11} {clean(lock.key)}")
-    typer.echo(f"{'kind':<11} {lock.kind}")
-    typer.echo(f"{'held':<11} {_quota(lock)}")
-    typer.echo(f"{'waiting':<11} {lock.waiters}")
+    echo(f"{'lock':<11} {one_line(lock.key)}")
+    echo(f"{'kind':<11} {lock.kind}")
+    echo(f"{'held':<11} {_quota(lock)}")
+    echo(f"{'waiting':<11} {lock.waiters}")
     if lock.held:
-        typer.echo(f"{'ends':<11} {_remaining(lock.expires)}, unless it is renewed")
+        echo(f"{'ends':<11} {_remaining(lock.expires)}, unless it is renewed")
     for holder in lock.holders:
         until = "" if holder.until is None else f", until {_remaining(holder.until)}"
         where = "" if holder.worker is None else f" on {holder.worker}"
-        typer.echo(f"{'held by':<11} {clean(_holder(holder) + where)}{until}")
+        echo(f"{'held by':<11} {one_line(_holder(holder) + where)}{until}")
 
 
 def hit(holder: Holder) -> str:

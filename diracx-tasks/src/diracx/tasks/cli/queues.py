@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from .confirm import confirm
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption
+from .output import echo, echo_json
 from .watching import AfterOption, LimitOption, ask, print_json
 
 if TYPE_CHECKING:
@@ -141,6 +141,6 @@ def purge(
     if waiting:
         number = ask(redis_url, redis_url_file, lambda redis: Deeds.at_command_line(redis).purge(queue))
     if as_json:
-        typer.echo(json.dumps({"queue": queue, "cancelled": number}))
+        echo_json({"queue": queue, "cancelled": number})
     else:
-        typer.echo(f"{number} cancelled")
+        echo(f"{number} cancelled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -11,6 +10,7 @@ import typer
 
 from .errors import CliError, UsageProblem, explained_redis, one_line, shortened
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -65,11 +65,11 @@ def list_(
         wanted = set(_chosen(ids, False, states))
         states = [state for state in states if state.id in wanted]
     if as_json:
-        typer.echo(json.dumps([record(state) for state in states], indent=2))
+        echo_json([record(state) for state in states], indent=2)
     else:
         print_table(states)
     if not led:
-        typer.echo("no scheduler leads: nothing is submitted", err=True)
+        echo("no scheduler leads: nothing is submitted", err=True)
 
 
 @app.command("run-now")
@@ -119,9 +119,9 @@ def run_now(
 
     done = session.ask(submit)
     if as_json:
-        typer.echo(json.dumps({"id": named, "task_id": done.task_id, "submitted": done.submitted}))
+        echo_json({"id": named, "task_id": done.task_id, "submitted": done.submitted})
     elif done.submitted:
-        typer.echo(done.task_id)
+        echo(done.task_id)
     if not done.submitted:
         raise CliError(
             f"{id_} was not submitted: its last occurrence, task {done.task_id}, still waits for a worker"
@@ -187,12 +187,12 @@ def _switch(
 
     chosen, changed = session.ask(go)
     if as_json:
-        typer.echo(json.dumps([{"id": id_, "changed": id_ in changed} for id_ in chosen]))
+        echo_json([{"id": id_, "changed": id_ in changed} for id_ in chosen])
         return
     for id_ in chosen:
-        typer.echo(f"{id_}  {done if id_ in changed else 'no change'}")
+        echo(f"{one_line(id_)}  {done if id_ in changed else 'no change'}")
     if not chosen:
-        typer.echo("no schedules", err=True)
+        echo("no schedules", err=True)
 
 
 def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState]) -> list[str]:
@@ -251,7 +251,7 @@ class _Session:
         except CliError as error:
             if not only_redis_will_do:
                 raise
-            typer.echo(
+            echo(
                 f"{one_line(str(error))}; going on with what the scheduler has planned; "
                 "`diracx-task-run config check` has every mistake",
                 err=True,

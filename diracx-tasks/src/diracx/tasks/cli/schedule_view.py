@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .errors import mask, one_line
+from .errors import mask, shortened_line
+from .output import show_table, table
 
 if TYPE_CHECKING:
     from ..plumbing.scheduler import ScheduleState
     from ..plumbing.scheduler.overview import Outcome
 
-_WIDTH_WITHOUT_TERMINAL = 220
 _LONGEST_PROBLEM = 60
 
 
@@ -43,30 +41,20 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(states: Sequence[ScheduleState]) -> None:
     """One line for each."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not states:
-        typer.echo("no schedules", err=True)
-        return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("schedule", "state", "next run (UTC)", "last run (UTC)", "last outcome", "rule", "says"):
-        table.add_column(column, overflow="fold", no_wrap=column == "schedule")
-    for state in states:
-        table.add_row(
-            Text(state.id, style="cyan"),
-            Text(_state(state)),
+    rows = [
+        (
+            state.id,
+            _state(state),
             _time(state.next_run),
             _time(state.last_run),
-            Text(_outcome(state.outcome)),
-            Text(state.rule or "-"),
+            _outcome(state.outcome),
+            state.rule or "-",
             state.source or "-",
         )
-    console.print(table)
+        for state in states
+    ]
+    columns = ("schedule", "state", "next run (UTC)", "last run (UTC)", "last outcome", "rule", "says")
+    show_table(table(columns, rows), "no schedules")
 
 
 def _state(state: ScheduleState) -> str:
@@ -74,7 +62,7 @@ def _state(state: ScheduleState) -> str:
     if state.paused_since is not None and said != "paused":
         said += ", paused"
     if state.problem is not None:
-        said += f": {one_line(state.problem)[:_LONGEST_PROBLEM]}"
+        said += f": {shortened_line(state.problem, _LONGEST_PROBLEM)}"
     return said if state.activity is None else f"{said}, {state.activity}"
 
 

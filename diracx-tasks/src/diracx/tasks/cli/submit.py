@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ import typer
 from .call import print_value, to_json
 from .errors import CliError, UsageProblem, explained_redis
 from .options import JsonOption, spread
+from .output import echo, echo_json
 from .typed import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Submission:
                 self._report(task_id, None)
                 return
             if not self._as_json:
-                typer.echo(task_id)
+                echo(task_id)
             try:
                 with explained_redis(self._url):
                     result = await _result_of(broker.wait_result(task_id, timeout))
@@ -104,7 +104,7 @@ class _Submission:
     def _report(self, task_id: str, result: TaskResult[Any] | None) -> None:
         if not self._as_json:
             if result is None:
-                typer.echo(task_id)
+                echo(task_id)
             elif not result.is_err:
                 print_value(result.return_value, as_json=False)
             return
@@ -116,7 +116,7 @@ class _Submission:
                 "error": result.error,
                 "execution_time": result.execution_time,
             }
-        typer.echo(json.dumps(report))
+        echo_json(report)
 
 
 async def _result_of(waiting: Any) -> TaskResult[Any] | None:

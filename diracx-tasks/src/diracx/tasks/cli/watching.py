@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,6 +11,7 @@ import typer
 
 from .errors import UsageProblem, explained_redis
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .output import echo_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -60,7 +60,7 @@ def print_json(value: Any) -> None:
     from ..monitor import as_json
     from ..monitor.masking import masked_json
 
-    typer.echo(json.dumps(masked_json(as_json(value)), indent=2))
+    echo_json(masked_json(as_json(value)), indent=2)
 
 
 def status(

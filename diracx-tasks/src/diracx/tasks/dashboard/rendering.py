@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from ..monitor import as_json
-from ..plumbing.secrets import mask
+from ..plumbing.secrets import last_lines, mask
 from .guard import FORM_FIELD
 
 if TYPE_CHECKING:
@@ -199,12 +199,11 @@ def pretty(value: Any) -> str:
 
 def tail(text: Any, longest: int = 4000) -> str:
     """The end of a long text, on all its lines: of a traceback, what matters."""
-    whole = mask(str(text))
-    return whole if len(whole) <= longest else "… " + whole[-longest:]
+    whole = str(text)
+    return mask(whole) if len(whole) <= longest else f"… {mask(last_lines(whole, longest))}"
 
 
 def short(text: Any, longest: int = _LONGEST) -> str:
     """At most so many characters, on one line."""
-    # Passwords are masked first: half of one would not be known as such.
-    line = " ".join(mask(str(text)).split())
+    line = " ".join(mask(str(text), 20 * longest).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"

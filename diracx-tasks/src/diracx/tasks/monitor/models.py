@@ -16,11 +16,17 @@ LockKind = Literal["mutex", "exclusive", "shared", "concurrency", "rate"]
 Window = Literal["hour", "day"]
 
 
+#: Python refuses to write longer numbers in decimal digits, for that takes long.
+_MOST_BITS = 10_000
+
+
 def as_json(value: Any) -> Any:
     """A value of this package as JSON has it: moments are ISO 8601, what JSON does not know is text."""
     shown: Any
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
+    if value is None or isinstance(value, bool | str) or (isinstance(value, float) and isfinite(value)):
         shown = value
+    elif isinstance(value, int):
+        shown = value if value.bit_length() <= _MOST_BITS else hex(value)
     elif is_dataclass(value) and not isinstance(value, type):
         shown = {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
     elif isinstance(value, datetime):

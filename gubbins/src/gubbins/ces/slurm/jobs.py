@@ -48,7 +48,6 @@ _FAILURES = {
 # Those that say nothing, or nothing that could be changed.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
 _NUMBER = re.compile(r"[0-9]{1,18}")
-_COMPLETION = re.compile(r"^JobId=([0-9]{1,18}) .*? Name=(\S+) JobState=(\w+) .*? ExitCode=(\d+):(\d+)")
 
 
 class Job(NamedTuple):
@@ -107,8 +106,19 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
     """The jobs of each name, from the file of `jobcomp/filetxt`."""
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
-        if match := _COMPLETION.match(line):
-            number, name, state, code, _signal = match.groups()
+        # Users choose the directory, which may look like fields: the first ones are Slurm's own, and the last one.
+        before, _, ended = line.rpartition(" ExitCode=")
+        fields = {name: value for name, _, value in (word.partition("=") for word in reversed(before.split(" ")))}
+        number, name, state = (fields.get(field, "") for field in ("JobId", "Name", "JobState"))
+        code, _, signal = ended.partition(":")
+        if (
+            line.startswith("JobId=")
+            and is_job_number(number)
+            and name
+            and state
+            and is_job_number(code)
+            and signal
+        ):
             jobs[name].append(Job(number, state, code, ""))
     return jobs
 

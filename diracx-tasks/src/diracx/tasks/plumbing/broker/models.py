@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..enums import Priority, Size
 from ..exceptions import ResultIsMissingError
+from ..secrets import last_lines, mask
 from ..wire import dumps, loads
 
 if TYPE_CHECKING:
@@ -194,15 +195,17 @@ def describe_exception(
     """Type, message and (the end of) the traceback of an exception, as text.
 
     Args:
-        longest: characters of the traceback.
+        longest: characters of the traceback, and of the message.
         hide: takes out of a text what is not to be told.
     """
     import traceback
 
-    text, message = "".join(traceback.format_exception(error)), str(error)
-    if hide is not None:  # before it is cut, or half of what is to be hidden could be left
+    text, message = last_lines("".join(traceback.format_exception(error)), longest), str(error)
+    if len(message) > longest:
+        message = mask(message, longest)
+    if hide is not None:
         text, message = hide(text), hide(message)
-    return {"type": type(error).__name__, "message": message, "traceback": text[-longest:]}
+    return {"type": type(error).__name__, "message": message, "traceback": text}
 
 
 @dataclass(frozen=True, slots=True)
