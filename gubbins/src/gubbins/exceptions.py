@@ -25,6 +25,11 @@ __all__ = [
 class GubbinsError(Exception):
     """Base of the errors that a user of the pilot system can do something about."""
 
+    @property
+    def public(self) -> str:
+        """The message without what only administrators may see: what a site said about all VOs, and settings."""
+        return str(self)
+
 
 class PilotSubmissionError(GubbinsError):
     """A pilot was not submitted, and holds no slot. The subclasses say why."""
@@ -46,13 +51,25 @@ class CEDisabledError(PilotSubmissionError):
 
 
 class CEPausedError(PilotSubmissionError):
-    """The compute element failed too often of late and is left in peace for a while."""
+    """The compute element failed too often of late and is left in peace for a while.
 
-    def __init__(self, name: str, why: str) -> None:
+    Args:
+        name: the compute element.
+        why: which failures.
+        said: what the site said then, or what is wrong with the rules: for administrators.
+    """
+
+    def __init__(self, name: str, why: str, said: str = "") -> None:
         super().__init__(
-            f"compute element {name!r} is paused: {why}; `gubbins ce show {name}` says until when, "
-            f"`gubbins ce enable {name}` ends the pause"
+            f"compute element {name!r} is paused: {why}{f' ({said})' if said else ''}; `gubbins ce show {name}` "
+            f"says until when, `gubbins ce enable {name}` ends the pause"
         )
+        self._public = f"compute element {name!r} is paused: {why}"
+
+    @property
+    def public(self) -> str:
+        """See `GubbinsError`."""
+        return self._public
 
 
 class VONotServedError(PilotSubmissionError):
@@ -96,8 +113,14 @@ class SubmissionLimitError(PilotSubmissionError):
 class CERefusedError(PilotSubmissionError):
     """The compute element itself refused the pilot or could not be reached."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, *, public: str | None = None) -> None:
         super().__init__(f"compute element {name!r} refused the pilot: {reason}")
+        self._public = f"compute element {name!r} refused the pilot: {reason if public is None else public}"
+
+    @property
+    def public(self) -> str:
+        """See `GubbinsError`."""
+        return self._public
 
 
 class CEExistsError(GubbinsError):

@@ -55,7 +55,9 @@ class CERules(BaseModel):
         default=1,
         description="With `waiting_jobs`: so many pilots even without jobs, where the VO has none.",
     )
-    vos: dict[str, VORules] = Field(default={}, description="What is different for some VOs, by name.")
+    vos: dict[Annotated[str, Field(max_length=128)], VORules] = Field(
+        default={}, max_length=1_000, description="What is different for some VOs, by name."
+    )
     timeout_seconds: _Seconds = Field(default=60, description="No call waits longer for an answer.")
     unconfirmed_seconds: _Seconds = Field(
         default=600,
@@ -108,11 +110,8 @@ def rules_of(ce: Mapping[str, Any]) -> CERules:
 
 
 def what_is_wrong_with_rules(ce: Mapping[str, Any]) -> str | None:
-    """Why this compute element gets no pilots until its rules are mended; None: they are understood."""
-    problem = _read(ce["rules"])[1]
-    if problem is None:
-        return None
-    return f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"
+    """What is not understood; None: all is. Else it gets no pilots until `gubbins ce load` mends its rules."""
+    return _read(ce["rules"])[1]
 
 
 def _read(stored: Any) -> tuple[CERules, str | None]:

@@ -21,7 +21,6 @@ from gubbins.deeds import Deed
 from gubbins.exceptions import GubbinsError, UnknownCEError
 from gubbins.logic import my_pilots as logic
 
-from .pages import check_vo
 from .store import STORE
 
 _LONGEST_REASON = 500
@@ -131,7 +130,7 @@ async def _cancel(form: Form, operator: Operator) -> str:
 
     async def do() -> str:
         try:
-            check_vo(await logic.get_pilot(STORE.database(), number), operator.vo)
+            await logic.get_pilot(STORE.database(), number, operator.vo)
             pilot = await logic.cancel_pilot(STORE.database(), number, by=operator.who)
         except GubbinsError as error:
             raise NotPossibleError(str(error)) from error

@@ -48,8 +48,10 @@ async def _known_vos(installation: Installation) -> set[str]:
     return {*(await installation.settings()).vos, *await STORE.summary(None), *served}
 
 
-async def _ces(vo: str | None) -> list[dict[str, Any]]:
-    return [ce for ce in await STORE.ces() if vo is None or ce["vos"] is None or vo in ce["vos"]]
+async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
+    """Those that serve the VO, as members of their `own` may see them."""
+    served = (ce for ce in await STORE.ces() if vo is None or ce["vos"] is None or vo in ce["vos"])
+    return [logic.as_seen_by(own, ce) for ce in served]
 
 
 async def _overview(request: Request, installation: Installation) -> dict[str, Any]:
@@ -60,7 +62,7 @@ async def _overview(request: Request, installation: Installation) -> dict[str, A
         raise NotFoundError(f"{state[:40]!r} is no state of a compute element.")
     summary = await STORE.summary(request.state.principal.vo)
     course = await STORE.course(vo)
-    known = [_with_trouble(ce, course) for ce in await _ces(vo)]
+    known = [_with_trouble(ce, course) for ce in await _ces(vo, request.state.principal.vo)]
     # By name as Python sorts: databases differ, and pages go on after a name.
     ces = sorted((ce for ce in known if _is_wanted(ce, text, state)), key=lambda ce: str(ce["name"]))
     of_state = {ce["name"] for ce in ces}
@@ -140,7 +142,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status")},
         "states": _STATES,
         "vos": sorted(await STORE.summary(request.state.principal.vo)),
-        "ces": [ce["name"] for ce in await _ces(request.state.principal.vo)],
+        "ces": [ce["name"] for ce in await _ces(request.state.principal.vo, request.state.principal.vo)],
     }
 
 
@@ -157,11 +159,10 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
 async def _pilot(request: Request) -> dict[str, Any]:
     """The pilot of the address, if whoever asks may see it."""
     try:
-        pilot = await logic.get_pilot(STORE.database(), integer(request.path_params["pilot"], 1))
-        check_vo(pilot, request.state.principal.vo)
+        number = integer(request.path_params["pilot"], 1)
+        return await logic.get_pilot(STORE.database(), number, request.state.principal.vo)
     except (NotPossibleError, PilotNotFoundError) as error:
         raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
-    return pilot
 
 
 async def _output(request: Request, installation: Installation) -> dict[str, Any]:
@@ -177,16 +178,6 @@ async def _output(request: Request, installation: Installation) -> dict[str, Any
     except PilotNotFoundError as error:  # it was pruned meanwhile
         raise NotFoundError(str(error)) from error
     return {"pilot": pilot, "output": output, "problem": problem, "most": _OUTPUT_CHARS}
-
-
-def check_vo(pilot: Mapping[str, Any], vo: str | None) -> None:
-    """Of a pilot of another VO nobody learns that there is one.
-
-    Raises:
-        PilotNotFoundError: it belongs to another VO than this one (None: those of all may be seen).
-    """
-    if vo not in (None, pilot["vo"]):
-        raise PilotNotFoundError(pilot["pilot_id"])
 
 
 PAGES = [

@@ -9,7 +9,7 @@ from enum import StrEnum, auto
 from typing import Annotated, Any
 
 from diracx.core.config.schema import Config
-from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
+from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
 from diracx.tasks.routers.policies import check_vo_is_registered, forbidden
@@ -28,8 +28,9 @@ class MyPilotsAccessPolicy(BaseAccessPolicy):
     """A VO sees and touches its own pilots; management is for service administrators.
 
     * The token's VO must be in the registry. DiracX checks a token's signature, not its contents.
-    * READ and SUBMIT need NormalUser or ServiceAdministrator, MANAGE needs ServiceAdministrator.
-    * Pilots of another VO are for service administrators only.
+    * READ needs NormalUser, Operator or ServiceAdministrator; SUBMIT needs NormalUser or ServiceAdministrator;
+      MANAGE needs ServiceAdministrator.
+    * Pilots of another VO are for service administrators only. Routes answer as if they did not exist.
     """
 
     @staticmethod
@@ -62,8 +63,9 @@ class MyPilotsAccessPolicy(BaseAccessPolicy):
         is_admin = SERVICE_ADMINISTRATOR in user_info.properties
         if action is ActionType.MANAGE and not is_admin:
             raise forbidden("managing compute elements needs the property ServiceAdministrator")
-        if not is_admin and NORMAL_USER not in user_info.properties:
-            raise forbidden("pilots need the property NormalUser or ServiceAdministrator")
+        needed = (NORMAL_USER, OPERATOR) if action is ActionType.READ else (NORMAL_USER,)
+        if not is_admin and not any(each in user_info.properties for each in needed):
+            raise forbidden(f"this needs the property {' or '.join(needed)} or ServiceAdministrator")
         if vo is not None and vo != user_info.vo and not is_admin:
             raise forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
 

@@ -146,7 +146,7 @@ class CircuitPublic(BaseModel):
     )
     failures: int = Field(description="Failed calls since the last one that worked.")
     open_until: datetime | None
-    last_error: str | None
+    last_error: str | None = Field(description="For administrators; null for others.")
     last_error_at: datetime | None
 
 
@@ -185,15 +185,17 @@ class CEPublic(BaseModel):
     success_rate: float
     enabled: bool
     backend: str
-    vos: list[str] | None = Field(description="The VOs it serves; null: all.")
+    vos: list[str] | None = Field(description="The VOs it serves, as far as they are yours; null: all.")
     active: int = Field(description="Pilots of all VOs that hold a slot.")
     available_slots: int
-    last_error: str | None = Field(description="Its last complaint; null once it works again.")
+    last_error: str | None = Field(description="For administrators: its last complaint; null once it works again.")
     last_error_at: datetime | None
     banned_at: datetime | None = Field(description="Since when it is not touched at all; null: it is not banned.")
     ban_reason: str | None
     circuits: dict[str, CircuitPublic] = Field(description="By kind of call: `submit` and `status`.")
-    rules: dict[str, Any] | None = Field(description="Its rules, as far as they are not the default ones.")
+    rules: dict[str, Any] | None = Field(
+        description="Its rules for your VO, as far as they are not the default ones."
+    )
 
 
 class Summary(BaseModel):

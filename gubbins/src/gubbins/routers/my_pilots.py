@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["router"]
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
@@ -38,7 +38,7 @@ from gubbins.exceptions import (
     VONotServedError,
 )
 from gubbins.logic import my_pilots as logic
-from gubbins.logic.my_pilots import CESpec
+from gubbins.logic.my_pilots import CE_NAME, CESpec
 
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
@@ -49,7 +49,10 @@ router = DiracxRouter()
 # nothing while a compute element is being talked to.
 PilotDB = Annotated[MyPilotDB, NoTransaction()]
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
-CEName = Annotated[str, Path(description="Name of a compute element.", examples=["ce01.example.org"])]
+CEName = Annotated[
+    str,
+    Path(description="Name of a compute element.", examples=["ce01.example.org"], max_length=128, pattern=CE_NAME),
+]
 PilotId = Annotated[int, Path(description="Id of a pilot.", ge=1, le=2**63 - 1, examples=[42])]
 
 _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
@@ -79,8 +82,8 @@ _responses = partial(
 
 
 @contextlib.contextmanager
-def _as_http() -> Iterator[None]:
-    """Errors of the logic layer, as the status codes they mean."""
+def _as_http(own_vo: str | None) -> Iterator[None]:
+    """Errors of the logic layer, as the status codes they mean; all of it is for administrators (None) only."""
     try:
         yield
     except CESettingsError as error:
@@ -90,18 +93,37 @@ def _as_http() -> Iterator[None]:
         ]
         raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from error
     except GubbinsError as error:
+        message = str(error) if own_vo is None else error.public
         wait = getattr(error, "retry_after_seconds", None)
         if wait is not None:
             headers = {"Retry-After": str(wait)}
-            raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, str(error), headers) from error
-        raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), str(error)) from error
+            raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message, headers) from error
+        raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), message) from error
 
 
-def _visible_vo(user: AuthorizedUserInfo, wanted: str | None) -> str | None:
-    """Whose pilots to show: one's own VO's; administrators see every VO's (None) unless they name one."""
-    if wanted is not None:
-        return wanted
+def _own_vo(user: User) -> str | None:
     return None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+
+
+OwnVO = Annotated[str | None, Depends(_own_vo)]
+"""The VO whose things the request may be about; None: administrators, who see every VO's."""
+
+
+async def _pilot(
+    db: MyPilotDB, pilot_id: int, own_vo: str | None, check: Callable[..., Awaitable[None]]
+) -> dict[str, Any]:
+    """A pilot that the user may see.
+
+    Raises:
+        PilotNotFoundError: there is no such pilot, or the policy lets the user see none of its VO. Nothing tells
+            which.
+    """
+    pilot = await logic.get_pilot(db, pilot_id, own_vo)
+    try:
+        await check(vo=pilot["vo"])
+    except HTTPException as error:
+        raise PilotNotFoundError(pilot_id) from error
+    return pilot
 
 
 @router.post("/submit/{ce_name}", responses=_responses(404, 409, 429, 502, 503))
@@ -110,12 +132,13 @@ async def submit_pilot(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
     recorder: Recorded,
 ) -> Submission:
     """Submit one pilot of your VO to a compute element. It has to serve your VO."""
     await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
-    with _as_http():
+    with _as_http(own_vo):
         try:
             pilot_id = await recorder.perform(
                 Deed.SUBMIT_PILOT,
@@ -124,7 +147,7 @@ async def submit_pilot(
                 lambda pilot_id: f"pilot {pilot_id} of {user.vo}",
             )
         except VONotServedError:
-            if _visible_vo(user, None) is None:
+            if own_vo is None:
                 raise
             raise UnknownCEError(ce_name) from None  # others must not find out which there are
     return Submission(pilot_id=pilot_id, ce_name=ce_name, vo=user.vo)
@@ -134,12 +157,12 @@ async def submit_pilot(
 async def get_summary(
     my_pilot_db: PilotDB,
     config: ConfigReader,
-    user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> Summary:
     """Count your VO's pilots by compute element and state. Service administrators see every VO."""
     await check_permissions(action=ActionType.READ, config=config)
-    pilots = await logic.get_pilot_summary(my_pilot_db, _visible_vo(user, None))
+    pilots = await logic.get_pilot_summary(my_pilot_db, own_vo)
     totals: dict[str, int] = {}
     for states in (states for ces in pilots.values() for states in ces.values()):
         for state, count in states.items():
@@ -152,11 +175,19 @@ async def search_pilots(
     response: Response,
     my_pilot_db: PilotDB,
     config: ConfigReader,
-    user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
-    vo: Annotated[str | None, Query(description="Only this VO's; needs to be yours.", examples=["lhcb"])] = None,
+    vo: Annotated[
+        str | None, Query(description="Only this VO's; needs to be yours.", examples=["lhcb"], max_length=128)
+    ] = None,
     ce_name: Annotated[
-        str | None, Query(description="Only at this compute element.", examples=["ce01.example.org"])
+        str | None,
+        Query(
+            description="Only at this compute element.",
+            examples=["ce01.example.org"],
+            max_length=128,
+            pattern=CE_NAME,
+        ),
     ] = None,
     status: Annotated[MyPilotStatus | None, Query(description="Only in this state.")] = None,
     page: Annotated[int, Query(ge=1, le=10**9, description="Which page, from 1.")] = 1,
@@ -169,7 +200,7 @@ async def search_pilots(
     await check_permissions(action=ActionType.READ, config=config, vo=vo)
     total, found = await logic.search_pilots(
         my_pilot_db,
-        vo=_visible_vo(user, vo),
+        vo=vo if own_vo is None else own_vo,
         ce_name=ce_name,
         status=status,
         page=page,
@@ -187,14 +218,14 @@ async def get_pilot(
     pilot_id: PilotId,
     my_pilot_db: PilotDB,
     config: ConfigReader,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> PilotWithHistory:
     """Show one pilot with its history."""
-    # The first check keeps those without any rights from finding out which ids exist.
-    await check_permissions(action=ActionType.READ, config=config)
-    with _as_http():
-        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
-    await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
+    check = partial(check_permissions, action=ActionType.READ, config=config)
+    await check()
+    with _as_http(own_vo):
+        pilot = await _pilot(my_pilot_db, pilot_id, own_vo, check)
     return PilotWithHistory.model_validate(pilot)
 
 
@@ -203,13 +234,14 @@ async def get_pilot_output(
     pilot_id: PilotId,
     my_pilot_db: PilotDB,
     config: ConfigReader,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> PilotOutputPublic:
     """Show what a pilot of your VO has written: so far, or until its end and for as long as that is kept."""
-    await check_permissions(action=ActionType.READ, config=config)
-    with _as_http():
-        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
-        await check_permissions(action=ActionType.READ, config=config, vo=pilot["vo"])
+    check = partial(check_permissions, action=ActionType.READ, config=config)
+    await check()
+    with _as_http(own_vo):
+        await _pilot(my_pilot_db, pilot_id, own_vo, check)
         output = await logic.get_pilot_output(my_pilot_db, pilot_id)
     return PilotOutputPublic.model_validate(output)
 
@@ -220,6 +252,7 @@ async def cancel_pilot(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
     recorder: Recorded,
 ) -> Pilot:
@@ -227,10 +260,10 @@ async def cancel_pilot(
 
     The pilot is FAILED once its compute element has confirmed that it ended, which the next checks find out.
     """
-    await check_permissions(action=ActionType.SUBMIT, config=config)
-    with _as_http():
-        pilot = await logic.get_pilot(my_pilot_db, pilot_id)
-        await check_permissions(action=ActionType.SUBMIT, config=config, vo=pilot["vo"])
+    check = partial(check_permissions, action=ActionType.SUBMIT, config=config)
+    await check()
+    with _as_http(own_vo):
+        await _pilot(my_pilot_db, pilot_id, own_vo, check)
         pilot = await recorder.perform(
             Deed.CANCEL_PILOT,
             str(pilot_id),
@@ -244,15 +277,15 @@ async def cancel_pilot(
 async def list_ces(
     my_pilot_db: PilotDB,
     config: ConfigReader,
-    user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
     with_room: Annotated[bool, Query(description="Only the enabled ones with a free slot.")] = False,
 ) -> list[CEPublic]:
     """List the compute elements that serve your VO, with their free slots. Administrators see all."""
     await check_permissions(action=ActionType.READ, config=config)
     return [
-        CEPublic.model_validate(ce)
-        for ce in await logic.list_ces(my_pilot_db, _visible_vo(user, None))
+        CEPublic.model_validate(logic.as_seen_by(own_vo, ce))
+        for ce in await logic.list_ces(my_pilot_db, own_vo)
         if not with_room or (ce["enabled"] and ce["available_slots"])
     ]
 
@@ -262,18 +295,16 @@ async def get_ce(
     ce_name: CEName,
     my_pilot_db: PilotDB,
     config: ConfigReader,
-    user: User,
+    own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
 ) -> CEPublic:
-    """Show one compute element with its circuits and all its rules. It has to serve your VO."""
+    """Show one compute element with its circuits and all its rules. It has to serve your VO.
+
+    What the site said last, and rules of other VOs, are for administrators only.
+    """
     await check_permissions(action=ActionType.READ, config=config)
-    with _as_http():
-        ce = await logic.get_ce(my_pilot_db, ce_name)
-        vo = _visible_vo(user, None)
-        if vo is not None and ce["vos"] is not None and vo not in ce["vos"]:
-            # Others must not find out which there are.
-            raise UnknownCEError(ce_name)
-    return CEPublic.model_validate(ce)
+    with _as_http(own_vo):
+        return CEPublic.model_validate(await logic.get_ce(my_pilot_db, ce_name, own_vo))
 
 
 @router.post("/ces", status_code=201, responses=_responses(409, 503))
@@ -290,7 +321,7 @@ async def create_ce(
     `slurm`, `ssh`), are refused here: `gubbins ce load`.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
-    with _as_http():
+    with _as_http(None):
         ce = await recorder.perform(
             Deed.CREATE_CE,
             spec.name,
@@ -334,7 +365,7 @@ async def disable_ce(
 
 async def _set_enabled(my_pilot_db: MyPilotDB, recorder: Recorder, ce_name: str, enabled: bool) -> None:
     state = "open" if enabled else "closed"
-    with _as_http():
+    with _as_http(None):
         await recorder.perform(
             Deed.OPEN_CE if enabled else Deed.CLOSE_CE,
             ce_name,
@@ -358,7 +389,7 @@ async def ban_ce(
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
     reason = None if ban is None else ban.reason
-    with _as_http():
+    with _as_http(None):
         await recorder.perform(
             Deed.BAN_CE,
             ce_name,

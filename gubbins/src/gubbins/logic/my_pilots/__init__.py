@@ -7,6 +7,7 @@ uses short transactions of its own, and none is open while a compute element is 
 from __future__ import annotations
 
 __all__ = [
+    "CE_NAME",
     "CEFileError",
     "CERules",
     "CESpec",
@@ -15,6 +16,7 @@ __all__ = [
     "PilotSubmissionError",
     "VORules",
     "add_ce",
+    "as_seen_by",
     "ban_ce",
     "cancel_pilot",
     "collect_outputs",
@@ -44,9 +46,18 @@ from gubbins.exceptions import PilotSubmissionError
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.rules import CERules, DemandPolicy, VORules
 
-from .ce_file import CEFileError, CESpec, parse_ce_file
+from .ce_file import CE_NAME, CEFileError, CESpec, parse_ce_file
 from .check import transition_pilot_states
-from .compute_elements import add_ce, ban_ce, get_available_ces, get_ce, list_ces, load_ces, set_ce_enabled
+from .compute_elements import (
+    add_ce,
+    as_seen_by,
+    ban_ce,
+    get_available_ces,
+    get_ce,
+    list_ces,
+    load_ces,
+    set_ce_enabled,
+)
 from .outputs import collect_outputs, get_pilot_output
 from .pruning import prune_pilots
 from .requests import request_pilots, withdraw_requests

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CEFileError", "CESpec", "parse_ce_file"]
+__all__ = ["CE_NAME", "CEFileError", "CESpec", "parse_ce_file"]
 
 from typing import Annotated, Any
 
@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gubbins.ces import validate_settings
 from gubbins.exceptions import CESettingsError, GubbinsError
 from gubbins.rules import CERules, VORules
+
+CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
+"""What the name of a compute element looks like."""
 
 
 class CESpec(BaseModel):
@@ -37,7 +40,7 @@ class CESpec(BaseModel):
     name: Annotated[
         str,
         Field(
-            pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$",
+            pattern=CE_NAME,
             max_length=128,
             description="Unique name; letters, digits and . _ : -",
         ),
@@ -55,11 +58,11 @@ class CESpec(BaseModel):
     ] = None
     vos: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]] | None,
-        Field(min_length=1, description="The VOs it serves; left out: all."),
+        Field(min_length=1, max_length=1_000, description="The VOs it serves; left out: all."),
     ] = None
-    backend: Annotated[str, Field(description="How it is spoken to: an entry point of `gubbins.ces`.")] = (
-        "simulated"
-    )
+    backend: Annotated[
+        str, Field(max_length=64, description="How it is spoken to: an entry point of `gubbins.ces`.")
+    ] = "simulated"
     settings: Annotated[dict[str, Any], Field(description="For the back end.")] = {}
     rules: Annotated[
         CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")

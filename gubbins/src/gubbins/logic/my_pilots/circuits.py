@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["may_call", "may_submit", "note_failure", "note_success", "on_trial", "why_no_pilots"]
+__all__ = ["Obstacle", "may_call", "may_submit", "note_failure", "note_success", "on_trial", "why_no_pilots"]
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from gubbins import clock
 from gubbins.circuits import CECall, CircuitState
@@ -17,21 +17,28 @@ from gubbins.rules import rules_of, what_is_wrong_with_rules
 _PROBE_TIMEOUTS = 3
 
 
-async def why_no_pilots(db: MyPilotDB, ce: Mapping[str, Any]) -> str | None:
+class Obstacle(NamedTuple):
+    """Why a compute element gets no pilots."""
+
+    why: str
+    said: str  # what the site said, or what is wrong with the rules: for administrators
+
+
+async def why_no_pilots(db: MyPilotDB, ce: Mapping[str, Any]) -> Obstacle | None:
     """Why this compute element gets no pilots, as its rules and its circuits stand; None: it does.
 
     One whose status could not be read gets none, from the first failure on: nobody knows how full it is. But
     nobody asks one that has no pilots either: after a pause, one pilot gives the checks something to ask for.
     """
     if (problem := what_is_wrong_with_rules(ce)) is not None:
-        return problem
+        return Obstacle("its rules in the database are wrong, `gubbins ce load` mends them", problem)
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
     if status["failures"] and (_pauses(ce) or await db.holds_pilots(ce["name"])):
-        return f"its status cannot be read ({status['last_error']})"
+        return Obstacle("its status cannot be read", status["last_error"])
     if submit["state"] is CircuitState.OPEN:
-        return (
-            f"{submit['failures']} submissions in a row failed, no more until "
-            f"{submit['open_until']:%H:%M:%S} UTC ({submit['last_error']})"
+        until = f"{submit['open_until']:%H:%M:%S} UTC"
+        return Obstacle(
+            f"{submit['failures']} submissions in a row failed, no more until {until}", submit["last_error"]
         )
     return None
 

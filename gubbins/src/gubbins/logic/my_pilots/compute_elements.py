@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["add_ce", "ban_ce", "get_available_ces", "get_ce", "list_ces", "load_ces", "set_ce_enabled"]
+__all__ = [
+    "add_ce",
+    "as_seen_by",
+    "ban_ce",
+    "get_available_ces",
+    "get_ce",
+    "list_ces",
+    "load_ces",
+    "set_ce_enabled",
+]
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +20,7 @@ from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import CESettingsError, UnknownCEError
-from gubbins.rules import rules_of, what_is_wrong_with_rules
+from gubbins.rules import CERules, rules_of, what_is_wrong_with_rules
 from gubbins.text import one_line
 
 from .ce_file import CESpec
@@ -26,20 +35,30 @@ async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
 
 
 async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]:
-    """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`."""
+    """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`.
+
+    All of it, for administrators; `as_seen_by` leaves out what members of a VO may not see.
+    """
     return [_with_trouble(ce) for ce in await db.list_ces(vo=vo)]
 
 
-async def get_ce(db: MyPilotDB, name: str) -> dict[str, Any]:
+async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, Any]:
     """One compute element with its `active`, its `available_slots` and all its rules.
 
+    Args:
+        db: the database.
+        name: which.
+        vo: for members of this VO, see `as_seen_by`; None: for administrators.
+
     Raises:
-        UnknownCEError: there is none of that name.
+        UnknownCEError: there is none of that name, or none that serves the VO.
     """
-    ce = next((ce for ce in await db.list_ces(vo=None) if ce["name"] == name), None)
+    ce = next((ce for ce in await db.list_ces(vo=vo) if ce["name"] == name), None)
     if ce is None:
         raise UnknownCEError(name)
-    return {**_with_trouble(ce), "rules": rules_of(ce).model_dump(mode="json")}
+    rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
+    left_out = None if vo is None else {"vos"}
+    return {**as_seen_by(vo, _with_trouble(ce)), "rules": rules.model_dump(mode="json", exclude=left_out)}
 
 
 async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str, Any]:
@@ -126,9 +145,30 @@ async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool
     return await db.ban_ce(name, reason=None if reason is None else one_line(reason, MAX_REASON_CHARS) or None)
 
 
+def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
+    """A compute element as members of a VO that it serves may see it; `vo=None`: as administrators do.
+
+    What the site said last may be about pilots of any VO, and rules and the list of VOs name others. A VO sees
+    that there are failures, and since when; and the rules that hold for itself.
+    """
+    if vo is None:
+        return dict(ce)
+    rules = rules_of(ce).of(vo).model_dump(mode="json", exclude={"vos"})
+    default = CERules().model_dump(mode="json")
+    return {
+        **ce,
+        "vos": None if ce["vos"] is None else [vo],
+        "last_error": None,
+        "circuits": {call: {**circuit, "last_error": None} for call, circuit in ce["circuits"].items()},
+        "rules": {rule: value for rule, value in rules.items() if value != default[rule]},
+    }
+
+
 def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
     """Rules that are not understood are the first thing to know of it."""
-    return {**ce, "last_error": what_is_wrong_with_rules(ce) or ce["last_error"]}
+    if (problem := what_is_wrong_with_rules(ce)) is None:
+        return dict(ce)
+    return {**ce, "last_error": f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"}
 
 
 def _written(spec: CESpec) -> dict[str, Any]:

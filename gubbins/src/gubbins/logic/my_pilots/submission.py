@@ -97,8 +97,8 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
     ce = await db.get_ce(ce_name)
     if not serves(ce["vos"], vo):  # before anything of its troubles is told
         raise VONotServedError(ce_name, vo)
-    if ce["enabled"] and (reason := await why_no_pilots(db, ce)) is not None:
-        raise CEPausedError(ce_name, reason)
+    if ce["enabled"] and (obstacle := await why_no_pilots(db, ce)) is not None:
+        raise CEPausedError(ce_name, *obstacle)
     try:
         async with backend_of(ce) as backend:
             if (reason := backend.why_not(vo)) is not None:
@@ -125,7 +125,7 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
     except CESettingsError as error:
         reason = describe_failure(ce, error)
         await note_failure(db, ce, CECall.SUBMIT, reason)
-        raise CERefusedError(ce_name, reason) from error
+        raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
     reason = outcome.error or "no reason given"
     async with db.unit():
         await note_failure(db, ce, CECall.SUBMIT, reason)

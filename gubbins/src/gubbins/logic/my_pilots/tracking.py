@@ -21,9 +21,10 @@ from typing import Any
 from gubbins.ces import PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import PilotEndedError
+from gubbins.exceptions import PilotEndedError, PilotNotFoundError
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.rules import rules_of
+from gubbins.text import one_line
 
 from .backends import backend_of, describe_failure
 from .circuits import may_call, note_failure
@@ -69,13 +70,21 @@ async def count_steps(
     return await db.count_steps(since, now, vo=vo)
 
 
-async def get_pilot(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
+async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict[str, Any]:
     """One pilot with its `history`.
 
+    Args:
+        db: the database.
+        pilot_id: which.
+        vo: for members of this VO, who do not learn which ids other VOs have; None: for administrators.
+
     Raises:
-        PilotNotFoundError: there is no such pilot.
+        PilotNotFoundError: there is no such pilot, or it is another VO's.
     """
-    return await db.get_pilot(pilot_id)
+    pilot = await db.get_pilot(pilot_id)
+    if vo not in (None, pilot["vo"]):
+        raise PilotNotFoundError(pilot_id)
+    return pilot
 
 
 async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, Any]:
@@ -97,7 +106,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, An
         pilot = await db.get_pilot(pilot_id)
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(pilot_id, pilot["status"])
-        await db.request_cancel(pilot_id, reason=f"cancellation requested by {by}")
+        await db.request_cancel(pilot_id, reason=f"cancellation requested by {one_line(by)}")
         ce = await db.get_ce(pilot["ce_name"])
     target = PilotAtCE(
         pilot["stamp"],

@@ -1,0 +1,265 @@
+"""Each route about pilots shows each role what docs/reference/who-may-see-what.md says."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from config_repository import ConfigRepository
+from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
+from diracx_application import HOME, set_environment
+
+from gubbins import clock
+from gubbins.circuits import CECall
+from gubbins.dashboard.actions import ACTIONS
+from gubbins.dashboard.pages import PAGES
+from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.outputs import Output
+from gubbins.routers.my_pilots import router
+
+TABLE = Path(__file__).parents[3] / "docs" / "reference" / "who-may-see-what.md"
+API, BELOW = "/api/my_pilots", "/api/tasks/dashboard"
+REFUSED = "\u2013"
+VOS = ("lhcb", "dteam")
+ROLES = {
+    "anonymous": (),
+    "user": (NORMAL_USER,),
+    "operator": (OPERATOR,),
+    "administrator": (SERVICE_ADMINISTRATOR,),
+}
+SITE_SAID = "what-the-site-said"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A route, and what each role gets."""
+
+    method: str
+    path: str
+    cells: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+def rows(heading: str) -> list[Row]:
+    text = TABLE.read_text().partition(f"### {heading}")[2].partition("\n### ")[0]
+    found = []
+    for line in re.findall(r"^\| `(?:GET|POST) .*$", text, re.MULTILINE):
+        route, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        method, path = route.strip("`").split()
+        found.append(Row(method, path, dict(zip(ROLES, cells, strict=True))))
+    return found
+
+
+ROUTES, SHOWN = rows(f"HTTP below `{API}`"), rows("Pages about pilots")
+
+
+def test_every_route_about_pilots_is_in_the_table() -> None:
+    routes: Any = router.routes
+    assert sorted(map(str, ROUTES)) == sorted(
+        f"{method} {each.path}" for each in routes for method in each.methods
+    )
+    pages = [f"GET {page.path}" for page in PAGES] + [f"POST {action.path}" for action in ACTIONS]
+    assert sorted(map(str, SHOWN)) == sorted(pages)
+
+
+@dataclass(frozen=True)
+class World:
+    """Each VO has a pilot at a compute element of its own and one at one that serves both."""
+
+    app: Any
+    db: MyPilotDB
+    pilots: dict[str, int]
+    stamps: dict[str, str]
+
+    def marks(self, text: str) -> set[str]:
+        """The VOs of which something is in the text."""
+        return {vo for vo in VOS if re.search(rf"\b{vo}\b|{self.stamps[vo]}", text)}
+
+    @asynccontextmanager
+    async def user(self, role: str, vo: str) -> AsyncIterator[httpx.AsyncClient]:
+        """A client of that role, with a token for routes, and signed in to the dashboard where it is let in."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
+            if role != "anonymous":
+                token = token_of(vo, *ROLES[role])
+                client.headers["Authorization"] = f"Bearer {token}"
+                await client.post(f"{BELOW}/sign-in", data={"credential": token})
+            yield client
+
+
+def token_of(vo: str, *properties: str) -> str:
+    from diracx.core.models import AccessTokenPayload
+    from diracx.core.settings import AuthSettings
+    from diracx.logic.auth.token import create_token
+    from uuid_utils import uuid7
+
+    settings = AuthSettings()  # type: ignore[call-arg]  # from the environment
+    payload: Any = {
+        "sub": f"{vo}:someone",
+        "vo": vo,
+        "iss": settings.token_issuer,
+        "dirac_properties": list(properties),
+        "jti": str(uuid7()),
+        "preferred_username": "alice",
+        "dirac_group": "users",
+        "exp": int(time.time() + 600),
+        "dirac_policies": {},
+    }
+    return create_token(AccessTokenPayload(**payload), settings)
+
+
+@pytest.fixture
+async def world(
+    sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    from diracx.core.config import ConfigSource
+    from diracx.routers.factory import create_app
+
+    db = sqlite_db
+    await db.add_ce("shared", 9, 1.0, rules={"vos": {"lhcb": {"share": 2}, "dteam": {"share": 3}}})
+    breaker = {"failures": 9, "pause_seconds": 60, "max_pause_seconds": 60}
+    pilots, stamps = {}, {}
+    for vo in VOS:
+        await db.add_ce(f"{vo}-ce", 9, 1.0, vos=[vo])
+        pilots[vo] = await db.submit_pilot(f"{vo}-ce", vo)
+        stamps[vo] = (await db.get_pilot(pilots[vo]))["stamp"]
+        await db.request_cancel(await db.submit_pilot("shared", vo), reason=f"an error of {vo}")
+        await db.queue_outputs([pilots[vo]])
+        await db.store_outputs([Output(pilots[vo], clock.now(), f"the output of {vo}", "")])
+    await db.record_failure("shared", CECall.STATUS, SITE_SAID, **breaker)
+    set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
+    monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
+    app = create_app()
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    async with app.router.lifespan_context(app):
+        yield World(app, db, pilots, stamps)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_gets_by_http_what_the_table_says(world: World, role: str) -> None:
+    wrong = []
+    for vo in VOS:
+        for owner in VOS:
+            await world.db.set_ce_enabled(f"{owner}-ce", True)
+        async with world.user(role, vo) as client:
+            for row in ROUTES:
+                cell = row.cells[role]
+                for owner in VOS:
+                    path = row.path.format(pilot_id=world.pilots[owner], ce_name=f"{owner}-ce")
+                    body = {"name": f"{vo}.{owner}", "capacity": 1} if row.path == "/ces" else None
+                    answer = await client.request(row.method, API + path, json=body)
+                    of_one = "{" in row.path
+                    if cell == REFUSED:
+                        allowed = {401 if role == "anonymous" else 403}
+                    elif cell == "own VO" and of_one and owner != vo:
+                        allowed = {404}
+                    elif cell == "all" and row.path.startswith("/submit") and owner != vo:
+                        allowed = {403}  # pilots are submitted for the VO of the token
+                    else:
+                        allowed = {200, 201, 202, 204}
+                    told = f"{row} of {owner}, {role} of {vo}: {answer.status_code} {answer.text[:300]}"
+                    if answer.status_code not in allowed:
+                        wrong.append(told)
+                    if cell == "own VO" and (
+                        not world.marks(answer.text.replace(f"{owner}-ce", "") if 404 in allowed else answer.text)
+                        <= {vo}
+                        or SITE_SAID in answer.text
+                    ):
+                        wrong.append(f"sees another VO's, {told}")
+                    if cell == "all" and row.method == "GET" and not of_one and world.marks(answer.text) != {*VOS}:
+                        wrong.append(f"does not see all, {told}")
+                    if allowed == {404}:
+                        missing = row.path.format(pilot_id=987654321, ce_name="nowhere")
+                        unknown = await client.request(row.method, API + missing, json=body)
+                        same = unknown.text.replace("987654321", str(world.pilots[owner]))
+                        if answer.text != same.replace("nowhere", f"{owner}-ce"):
+                            wrong.append(f"tells that there is one, {told}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_each_role_gets_in_the_dashboard_what_the_table_says(
+    world: World, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diracx.tasks.dashboard import live
+    from diracx.tasks.routers import dashboard
+
+    monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 0.02)
+    monkeypatch.setattr(live, "_EVERY_SECONDS", 0.03)
+    live_pages = {page.path for page in PAGES if page.live}
+    wrong = []
+    for vo in VOS:
+        async with world.user(role, vo) as client:
+            signed_in = role in ("operator", "administrator")
+            form = re.search(r'name="form_token" value="(\w+)"', (await client.get(f"{BELOW}/pilots")).text)
+            assert (form is not None) == signed_in
+            for row in SHOWN:
+                cell = row.cells[role]
+                for owner in VOS:
+                    path = row.path.format(pilot=world.pilots[owner])
+                    if row.method == "POST":
+                        fields = {"form_token": form[1] if form else "", "confirmed": "yes", "reason": "a flood"}
+                        fields |= {"pilot": str(world.pilots[owner]), "ce": f"{owner}-ce"}
+                        answer = await client.post(BELOW + path, data=fields)
+                        if answer.status_code != (303 if cell == "all" else 403 if signed_in else 401):
+                            wrong.append(f"{row} of {owner}, {role} of {vo}: {answer.status_code}")
+                        continue
+                    hidden = cell == "own VO" and "{" in row.path and owner != vo
+                    expected = 303 if cell == REFUSED else 404 if hidden else 200
+                    for prefix in ("", "/live") if row.path in live_pages else ("",):
+                        answer = await client.get(f"{BELOW}{prefix}{path}")
+                        told = f"{prefix}{row} of {owner}, {role} of {vo}: {answer.status_code}"
+                        if answer.status_code != (200 if prefix and hidden else expected):
+                            wrong.append(told)
+                        if cell == "own VO" and not world.marks(answer.text) <= {vo}:
+                            wrong.append(f"sees another VO's, {told}")
+                        if cell == "own VO" and SITE_SAID in answer.text:
+                            wrong.append(f"sees what the site said, {told}")
+                        if cell == "all" and "{" not in row.path and world.marks(answer.text) != {*VOS}:
+                            wrong.append(f"does not see all, {told}")
+    assert not wrong, "\n".join(wrong)
+
+
+async def test_a_vo_sees_of_a_shared_compute_element_its_own_rules_and_no_words_of_the_site(world: World) -> None:
+    async with world.user("user", "lhcb") as client:
+        [listed] = [ce for ce in (await client.get(f"{API}/ces")).json() if ce["name"] == "shared"]
+        shown = (await client.get(f"{API}/ces/shared")).json()
+        refused = await client.post(f"{API}/submit/shared")
+    assert listed["rules"] == {"share": 2}
+    assert (shown["rules"]["share"], "vos" in shown["rules"]) == (2, False)
+    for ce in (listed, shown):
+        assert (ce["last_error"], ce["vos"], ce["circuits"]["status"]["last_error"]) == (None, None, None)
+        assert ce["circuits"]["status"]["failures"] == 1
+        assert ce["last_error_at"] is not None
+    assert refused.status_code == 409
+    assert "its status cannot be read" in refused.json()["detail"]
+    assert SITE_SAID not in refused.text
+    async with world.user("administrator", "lhcb") as client:
+        shown = (await client.get(f"{API}/ces/shared")).json()
+        assert SITE_SAID in (await client.post(f"{API}/submit/shared")).text
+    assert (shown["last_error"], shown["rules"]["vos"]["dteam"]["share"]) == (SITE_SAID, 3)
+
+
+async def test_what_a_policy_of_an_extension_refuses_is_answered_as_if_it_did_not_exist(world: World) -> None:
+    from diracx.tasks.routers.policies import forbidden
+
+    from gubbins.routers.access_policies import MyPilotsAccessPolicy
+
+    async def policy(vo: str | None = None, **_: Any) -> None:
+        if vo is not None:
+            raise forbidden("only for those on shift")
+
+    world.app.dependency_overrides[MyPilotsAccessPolicy.check] = lambda: policy
+    async with world.user("user", "lhcb") as client:
+        answers = [await client.get(f"{API}/pilots/{number}") for number in (world.pilots["lhcb"], 987654321)]
+    assert [answer.status_code for answer in answers] == [404, 404]
