@@ -16,6 +16,7 @@ __all__ = [
     "PilotEndedError",
     "PilotNotFoundError",
     "PilotSubmissionError",
+    "SiteBusyError",
     "SubmissionLimitError",
     "UnknownCEError",
     "VONotServedError",
@@ -143,6 +144,23 @@ class CESettingsError(GubbinsError, ValueError):
 
 class CEUnavailableError(GubbinsError):
     """A compute element could not be asked. Nothing follows from that for any pilot."""
+
+
+class SiteBusyError(GubbinsError):
+    """So many requests reach compute elements already that this one was not begun.
+
+    Args:
+        whose: `user`, `compute element` or `process`.
+        limit: as `4 at once`.
+        retry_after_seconds: when it may be possible.
+    """
+
+    def __init__(self, whose: str, limit: str, retry_after_seconds: int) -> None:
+        super().__init__(
+            f"too many requests that reach a compute element: no more than {limit} for one {whose}, "
+            f"try again in {retry_after_seconds} s"
+        )
+        self.retry_after_seconds = retry_after_seconds
 
 
 class OutputUnavailableError(GubbinsError):

@@ -20,6 +20,7 @@ from diracx.tasks.dashboard.page import (
 from gubbins.deeds import Deed
 from gubbins.exceptions import GubbinsError, UnknownCEError
 from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots.site_calls import site_calls
 
 from .store import STORE
 
@@ -131,7 +132,8 @@ async def _cancel(form: Form, operator: Operator) -> str:
     async def do() -> str:
         try:
             await logic.get_pilot(STORE.database(), number, operator.vo)
-            pilot = await logic.cancel_pilot(STORE.database(), number, by=operator.who)
+            calls = await site_calls()
+            pilot = await calls.cancel(STORE.database(), number, by=operator.who, user=operator.who)
         except GubbinsError as error:
             raise NotPossibleError(str(error)) from error
         return f"requested at {pilot['ce_name']}"

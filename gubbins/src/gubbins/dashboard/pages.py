@@ -11,8 +11,9 @@ from typing import Any
 from diracx.tasks.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
 
 from gubbins.circuits import CircuitState
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError
+from gubbins.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError
 from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots.site_calls import site_calls
 from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
 from .store import HOURS, STORE, Course
@@ -170,10 +171,11 @@ async def _output(request: Request, installation: Installation) -> dict[str, Any
     pilot = await _pilot(request)
     output, problem = None, ""
     try:
-        output = await logic.get_pilot_output(STORE.database(), pilot["pilot_id"])
+        calls, user = await site_calls(), request.state.principal.name
+        output = await calls.output(STORE.database(), pilot["pilot_id"], user=user)
     except OutputUnavailableError as error:
         problem = f"There is none: {error.reason}."
-    except CEUnavailableError as error:
+    except (CEUnavailableError, SiteBusyError) as error:
         problem = f"It cannot be had now: {error}."
     except PilotNotFoundError as error:  # it was pruned meanwhile
         raise NotFoundError(str(error)) from error

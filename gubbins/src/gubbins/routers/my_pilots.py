@@ -39,6 +39,7 @@ from gubbins.exceptions import (
 )
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CE_NAME, CESpec
+from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
 
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
@@ -109,6 +110,10 @@ OwnVO = Annotated[str | None, Depends(_own_vo)]
 """The VO whose things the request may be about; None: administrators, who see every VO's."""
 
 
+Calls = Annotated[SiteCalls, Depends(site_calls)]
+"""The way to sites: their number is limited."""
+
+
 async def _pilot(
     db: MyPilotDB, pilot_id: int, own_vo: str | None, check: Callable[..., Awaitable[None]]
 ) -> dict[str, Any]:
@@ -135,6 +140,7 @@ async def submit_pilot(
     own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
     recorder: Recorded,
+    calls: Calls,
 ) -> Submission:
     """Submit one pilot of your VO to a compute element. It has to serve your VO."""
     await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
@@ -143,7 +149,7 @@ async def submit_pilot(
             pilot_id = await recorder.perform(
                 Deed.SUBMIT_PILOT,
                 ce_name,
-                lambda: logic.submit_pilot(my_pilot_db, ce_name, user.vo),
+                lambda: calls.submit(my_pilot_db, ce_name, user.vo, user=user.sub),
                 lambda pilot_id: f"pilot {pilot_id} of {user.vo}",
             )
         except VONotServedError:
@@ -229,20 +235,22 @@ async def get_pilot(
     return PilotWithHistory.model_validate(pilot)
 
 
-@router.get("/pilots/{pilot_id}/output", responses=_responses(404, 502))
+@router.get("/pilots/{pilot_id}/output", responses=_responses(404, 429, 502))
 async def get_pilot_output(
     pilot_id: PilotId,
     my_pilot_db: PilotDB,
     config: ConfigReader,
+    user: User,
     own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
+    calls: Calls,
 ) -> PilotOutputPublic:
     """Show what a pilot of your VO has written: so far, or until its end and for as long as that is kept."""
     check = partial(check_permissions, action=ActionType.READ, config=config)
     await check()
     with _as_http(own_vo):
         await _pilot(my_pilot_db, pilot_id, own_vo, check)
-        output = await logic.get_pilot_output(my_pilot_db, pilot_id)
+        output = await calls.output(my_pilot_db, pilot_id, user=user.sub)
     return PilotOutputPublic.model_validate(output)
 
 
@@ -255,6 +263,7 @@ async def cancel_pilot(
     own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
     recorder: Recorded,
+    calls: Calls,
 ) -> Pilot:
     """Ask for the end of a pilot of your VO.
 
@@ -267,7 +276,7 @@ async def cancel_pilot(
         pilot = await recorder.perform(
             Deed.CANCEL_PILOT,
             str(pilot_id),
-            lambda: logic.cancel_pilot(my_pilot_db, pilot_id, by=user.preferred_username),
+            lambda: calls.cancel(my_pilot_db, pilot_id, by=user.preferred_username, user=user.sub),
             lambda pilot: f"requested at {pilot['ce_name']}",
         )
     return Pilot.model_validate(pilot)

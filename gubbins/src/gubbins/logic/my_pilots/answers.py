@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gubbins.ces import Observation, Observed, PilotOutput, SubmitOutcome
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS
 from gubbins.exceptions import CEUnavailableError
 from gubbins.text import one_line
@@ -52,13 +53,14 @@ def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOu
 
 
 def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:
-    """What this pilot has written.
+    """What this pilot has written, the last part of it.
 
     Raises:
         CEUnavailableError: it is not what a back end may answer.
     """
     if isinstance(answer, PilotOutput) and isinstance(answer.stdout, str) and isinstance(answer.stderr, str):
-        return answer
+        # Whatever the back end has read: the database takes no more.
+        return PilotOutput(*(each[-OUTPUT_LIMIT_BYTES:] for each in answer))
     raise _nonsense(ce, f"{_kind(answer)} in place of what pilot {stamp} has written")
 
 

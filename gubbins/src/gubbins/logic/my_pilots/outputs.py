@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["collect_outputs", "ends_with_output", "get_pilot_output"]
+__all__ = ["ask_for_output", "collect_outputs", "ends_with_output", "get_pilot_output", "stored_output"]
 
 import asyncio
 import contextlib
@@ -162,11 +162,30 @@ async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
         CEUnavailableError: the compute element has it, and cannot be asked now.
     """
     pilot = await db.get_pilot(pilot_id)
-    stored = await db.get_output(pilot_id)
-    if stored is not None:
-        if (reason := stored.pop("error")) is not None:
-            raise OutputUnavailableError(pilot["stamp"], reason)
-        return {"pilot_id": pilot_id, **stored}
+    return await stored_output(db, pilot) or await ask_for_output(db, pilot)
+
+
+async def stored_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is kept of the output of a pilot, as of `get_pilot_output`; None: nothing was fetched.
+
+    Raises:
+        OutputUnavailableError: there is none, or none any more.
+    """
+    stored = await db.get_output(pilot["pilot_id"])
+    if stored is None:
+        return None
+    if (reason := stored.pop("error")) is not None:
+        raise OutputUnavailableError(pilot["stamp"], reason)
+    return {"pilot_id": pilot["pilot_id"], **stored}
+
+
+async def ask_for_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask the compute element for the output of a pilot, as of `get_pilot_output`.
+
+    Raises:
+        OutputUnavailableError: there is none, or none any more.
+        CEUnavailableError: it cannot be asked now.
+    """
     ce = await db.get_ce(pilot["ce_name"])
     if not _may_be_asked(ce):
         raise CEUnavailableError(
@@ -191,7 +210,7 @@ async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
             f"compute element {ce['name']!r} cannot be asked: {describe_failure(ce, error)}"
         ) from error
     return {
-        "pilot_id": pilot_id,
+        "pilot_id": pilot["pilot_id"],
         "stdout": output.stdout,
         "stderr": output.stderr,
         "fetched_at": None,

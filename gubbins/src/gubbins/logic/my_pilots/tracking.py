@@ -87,7 +87,7 @@ async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict
     return pilot
 
 
-async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, Any]:
+async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool = True) -> dict[str, Any]:
     """Ask for the end of a pilot and return it as it is then.
 
     The request is recorded first and passed on at once; every check repeats it until the compute element
@@ -97,6 +97,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, An
         db: the database.
         pilot_id: which pilot.
         by: who asks, for the record.
+        pass_on: False leaves telling the compute element to the next check.
 
     Raises:
         PilotNotFoundError: there is no such pilot.
@@ -118,7 +119,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str) -> dict[str, An
         cancel_requested=True,
     )
     # One that is paused or banned hears of it from the first check that may ask it again.
-    if await may_call(db, ce, CECall.STATUS):
+    if pass_on and await may_call(db, ce, CECall.STATUS):
         try:
             async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
