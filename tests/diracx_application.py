@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,29 @@ def make_application() -> Any:
     app = create_app()
     app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
     return app
+
+
+def token_maker() -> Callable[..., str]:
+    """Makes access tokens that the application of this environment accepts."""
+    from diracx.core.models import AccessTokenPayload
+    from diracx.core.settings import AuthSettings
+    from diracx.logic.auth.token import create_token
+    from uuid_utils import uuid7
+
+    settings = AuthSettings()
+
+    def make(*properties: str, vo: str = "lhcb", seconds: float = 600) -> str:
+        payload: Any = {
+            "sub": f"{vo}:nobody",
+            "vo": vo,
+            "iss": settings.token_issuer,
+            "dirac_properties": list(properties),
+            "jti": str(uuid7()),
+            "preferred_username": "fred",
+            "dirac_group": "users",
+            "exp": int(time.time() + seconds),
+            "dirac_policies": {},
+        }
+        return create_token(AccessTokenPayload(**payload), settings)
+
+    return make

@@ -194,12 +194,12 @@ async def test_a_session_ends_with_its_token_and_leads_back_to_the_sign_in(brows
     claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
     settings = AuthSettings()
     assert 0 < claims["exp"] - time.time() <= settings.access_token_expire_minutes * 60
-    assert (await browser.get("/locks")).status_code == 200
+    assert (await browser.get("/running")).status_code == 200
     over = create_token(AccessTokenPayload(**claims | {"exp": int(time.time()) - 1}), settings)
     browser.client.cookies.clear()
     browser.client.cookies.set("tasks-dashboard-http", over)
-    assert (await browser.get("/locks")).headers["location"] == f"{BELOW}/sign-in?next=%2Flocks"
-    assert (await browser.get("/live/locks")).status_code == 303
+    assert (await browser.get("/running")).headers["location"] == f"{BELOW}/sign-in?next=%2Frunning"
+    assert (await browser.get("/live/running")).status_code == 303
 
 
 async def test_a_very_long_address_is_forgotten_and_the_sign_in_is_not(browser: Browser) -> None:

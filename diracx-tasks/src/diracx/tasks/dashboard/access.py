@@ -20,14 +20,15 @@ from starlette.requests import Request
 
 #: A session ends so long after its sign-in, whatever happens in it: a working day.
 SESSION_SECONDS = 12 * 3600
-_SESSIONS = 1000
+#: Sessions of one account: the next one ends the oldest of them, and none of another account.
+_SESSIONS = 20
 
 
 class Role(StrEnum):
     """What a principal may do."""
 
     READ = "read"
-    """Look at everything."""
+    """Look."""
     WRITE = "write"
     """And act on it."""
 
@@ -40,7 +41,7 @@ class Principal:
     """As the audit log has it."""
     role: Role
     vo: str | None
-    """Things that belong to a VO are shown only when it is this one; None: those of all. Tasks belong to none."""
+    """Things that belong to a VO are shown only when it is this one; None: those of all VOs, and those of none."""
 
 
 class Gate(Protocol):
@@ -192,11 +193,12 @@ class TokenGate:
         if not found:
             return None
         now = time.monotonic()
-        self._sessions = {key: session for key, session in self._sessions.items() if session[1] > now}
-        while len(self._sessions) >= _SESSIONS:
-            del self._sessions[next(iter(self._sessions))]
-        secret = secrets.token_urlsafe(32)
         principal = Principal(found[0].name, found[0].role, vo=None)
+        self._sessions = {key: session for key, session in self._sessions.items() if session[1] > now}
+        own = [key for key, session in self._sessions.items() if session[0] == principal]
+        for key in own[: max(0, len(own) - _SESSIONS + 1)]:
+            del self._sessions[key]
+        secret = secrets.token_urlsafe(32)
         self._sessions[digest_of(secret)] = (principal, now + SESSION_SECONDS)
         return secret
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
@@ -28,7 +29,7 @@ from .guard import Guard, cookie_name
 from .health import probe
 from .live import SHARED_SECONDS, stream
 from .operations import NotPossibleError, Operator
-from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError
+from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
 from .rendering import STATIC, environment, render, text_of
 
@@ -114,6 +115,7 @@ class DashboardApp:
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._closing = asyncio.Event()
+        self._streams: Counter[str] = Counter()
         self._templates = environment(each.templates for each in extensions if each.templates is not None)
         pages = [*PAGES, *(page for extension in extensions for page in extension.pages)]
         actions = [*ACTIONS, *(action for extension in extensions for action in extension.actions)]
@@ -195,6 +197,7 @@ class DashboardApp:
 
     def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def show(request: Request) -> Response:
+            _check_may_see(page, request)
             context = await self._loaded(page, request)
             # Who follows the page from here on must not be shown what was before it.
             self.installation.answers.put(_same(page, request, "page"), context, SHARED_SECONDS)
@@ -205,6 +208,7 @@ class DashboardApp:
 
     def _streamer(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def follow(request: Request) -> Response:
+            _check_may_see(page, request)
             secret = request.cookies.get(cookie_name(request), "")
 
             async def fragment() -> str:
@@ -234,6 +238,7 @@ class DashboardApp:
                 explained,
                 self._closing,
                 self._stream_seconds,
+                self._streams,
             )
 
         return follow
@@ -312,6 +317,15 @@ class DashboardApp:
         title = question.title if question else "Not possible"
         whole = {"title": title, "nav": "", "label": self.installation.label, "charts": None, **context}
         return self._page(request, "question.html", whole)
+
+
+def _check_may_see(page: Page, request: Request) -> None:
+    """Refuse a page about all VOs to whom one is shown, whatever is on it."""
+    if page.installation_wide and not viewer_of(request).sees(None):
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "This page is about all VOs: looking at it needs the property ServiceAdministrator.",
+        )
 
 
 class _LastingFiles(StaticFiles):

@@ -6,7 +6,7 @@ Nothing behind it has to remember any of this: a route that is added later is gu
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -43,7 +43,12 @@ FORM_FIELD = "form_token"
 CALLBACK = "/sign-in/callback"
 #: Where whoever has no session comes in.
 SIGN_IN = ("/sign-in", "/sign-in/start", CALLBACK)
-_LONGEST_FORM = 1_000_000
+#: Bytes of a form, and of one of whoever has not signed in.
+_LONGEST_FORM, _LONGEST_SIGN_IN = 1_000_000, 32_000
+#: Characters of an address and of one field: keys of locks, and tokens, are the longest.
+_LONGEST_ADDRESS = _LONGEST_FIELD = 8_000
+#: Values in a form: more dead letters than a page has.
+_MOST_FIELDS = 2_000
 
 
 def cookie_name(request: Request) -> str:
@@ -102,8 +107,8 @@ class Guard:
         request.state.secure = request.url.scheme == "https" or by_public_name
         if self._hosts is not None and called not in self._hosts:
             return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
-        if request.method not in ("GET", "HEAD", "POST"):
-            return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+        if (refusal := _about_address(request, path)) is not None:
+            return refusal
         # Pages of the same host on other ports get the cookies along, and could read what they fetch.
         if request.headers.get("sec-fetch-mode", "navigate") != "navigate" and not _from_here(request):
             return _plain(HTTPStatus.FORBIDDEN, "this is for pages of our own")
@@ -122,7 +127,7 @@ class Guard:
     async def _about_form(self, request: Request, path: str) -> Response | None:
         if not _from_here(request):
             return _plain(HTTPStatus.FORBIDDEN, "this form comes from another site")
-        form = await _read_form(request)
+        form = await _read_form(request, _LONGEST_SIGN_IN if request.state.principal is None else _LONGEST_FORM)
         if isinstance(form, Response):
             return form
         request.state.form = form
@@ -140,6 +145,16 @@ class Guard:
         return None
 
 
+def _about_address(request: Request, path: str) -> Response | None:
+    if request.method not in ("GET", "HEAD", "POST"):
+        return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+    if len(path) + len(request.url.query) > _LONGEST_ADDRESS:
+        return _plain(HTTPStatus.REQUEST_URI_TOO_LONG, "this address is too long")
+    if not _is_text([path, *request.query_params.values()]):
+        return _plain(HTTPStatus.BAD_REQUEST, "this address has characters that no text has")
+    return None
+
+
 def _called(request: Request) -> str | None:
     """The name by which we were called, without the port."""
     try:
@@ -152,19 +167,29 @@ def _is_open(path: str) -> bool:
     return path in SIGN_IN or path.startswith("/static/")
 
 
-async def _read_form(request: Request) -> dict[str, list[str]] | Response:
+def _is_text(values: Iterable[str]) -> bool:
+    """Whether databases, keys and pages can take these values: no NUL, no half of a character."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for text in values for character in text)
+
+
+async def _read_form(request: Request, longest: int) -> dict[str, list[str]] | Response:
     """The fields of a form, or what is wrong with it."""
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _LONGEST_FORM:
+        if len(body) > longest:
             return _plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this form is too long")
     form: dict[str, list[str]] = {}
     try:
-        for name, value in parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=10_000):
-            form.setdefault(name, []).append(value)
+        fields = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
     except ValueError:
         return _plain(HTTPStatus.BAD_REQUEST, "this form cannot be read")
+    if any(len(value) > _LONGEST_FIELD for _, value in fields):
+        return _plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a field of this form is too long")
+    if not _is_text(value for _, value in fields):
+        return _plain(HTTPStatus.BAD_REQUEST, "this form has characters that no text has")
+    for name, value in fields:
+        form.setdefault(name, []).append(value)
     return form
 
 

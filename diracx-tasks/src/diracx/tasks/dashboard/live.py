@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 _EVERY_SECONDS = 2.0
 #: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
 SHARED_SECONDS = 0.9 * _EVERY_SECONDS
 #: Something is sent at least so often: proxies cut off what is silent.
 _SIGN_OF_LIFE_SECONDS = 15.0
+#: Live pages of one principal. Browsers leave those that nobody sees.
+MOST_STREAMS = 40
 #: Sessions end while pages are open.
 _SESSION_CHECK_SECONDS = 15.0
 
@@ -29,6 +34,23 @@ def event(name: str, data: str) -> str:
     return f"event: {name}\n{lines}\n"
 
 
+class _Stream(StreamingResponse):
+    """One live page of a principal, counted for as long as it is open."""
+
+    def __init__(self, events: AsyncIterator[str], name: str, streams: Counter[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._name = name
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._streams[self._name] += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams[self._name] -= 1
+            self._streams += Counter()  # forgets those that have none
+
+
 def stream(
     request: Request,
     fragment: Callable[[], Awaitable[str]],
@@ -37,7 +59,8 @@ def stream(
     explained: Callable[[Exception], str],
     closing: asyncio.Event,
     longest_seconds: float,
-) -> StreamingResponse:
+    streams: Counter[str],
+) -> Response:
     """The live part of a page, as `fragment` and `charts` events, with `trouble` when it cannot be had.
 
     Args:
@@ -46,12 +69,14 @@ def stream(
         explained: what an error means, for whoever looks.
         closing: ends all streams.
         longest_seconds: ends this one; the browser begins another.
+        streams: how many each principal has open: each holds a connection, and looks every two seconds.
     """
-    return StreamingResponse(
-        _events(fragment, charts, still_allowed, explained, closing, longest_seconds),
-        media_type="text/event-stream",
-        headers={"X-Accel-Buffering": "no"},
-    )
+    name = request.state.principal.name
+    if streams[name] >= MOST_STREAMS:
+        text = f"{name} has {MOST_STREAMS} live pages open: close one"
+        return PlainTextResponse(text, HTTPStatus.TOO_MANY_REQUESTS)
+    events = _events(fragment, charts, still_allowed, explained, closing, longest_seconds)
+    return _Stream(events, name, streams)
 
 
 async def _events(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from starlette.requests import Request
 
 from ..monitor import MASK, masked_arguments
+from ..monitor.visibility import Viewer
 from ..plumbing.broker.models import TaskMessage
 from .installation import Installation
 from .operations import NotPossibleError, Operator
@@ -34,6 +35,7 @@ __all__ = [
     "UnavailableError",
     "integer",
     "masked_arguments",
+    "viewer_of",
 ]
 
 
@@ -46,6 +48,11 @@ class UnavailableError(Exception):
 
 
 Values: TypeAlias = dict[str, Any]
+
+
+def viewer_of(request: Request) -> Viewer:
+    """What the one who looks at a page sees of what belongs to a VO."""
+    return Viewer(request.state.principal.vo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class Page:
     """The heading of the navigation below which it is listed; None: it is not."""
     live: bool = True
     """Whether it follows what happens by itself."""
+    installation_wide: bool = False
+    """Whether it shows what belongs to all VOs, or to none: only principals without a VO may look at it then."""
     charts: Callable[[Request, Installation], Awaitable[Values]] | None = None
     """Name of a chart -> `{"t": seconds since the epoch, "series": [{label, values}, …]}`."""
 

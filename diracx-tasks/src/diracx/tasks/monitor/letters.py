@@ -14,9 +14,12 @@ from ..plumbing.wire import leading_fields
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter
 from .places import HEAD_BYTES, Registry, moment, place_in_stream
+from .visibility import Viewer
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+    from ..plumbing.persistence import TaskDB
 
 
 async def waiting_letters(
@@ -51,8 +54,15 @@ def _letter(entry: str, fields: Mapping[bytes, bytes], length: int, registry: Re
         detail=str(told.get("detail", "")),
         failed_attempts=len(attempts) if isinstance(attempts, list) else None,
         arguments=None if message is None else masked_arguments((registry or {}).get(name), message),
+        vo=told.get("vo"),
         message_bytes=length,
     )
+
+
+async def find_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | None:
+    """The dead letter of this task id or number; None where there is none that the viewer sees."""
+    letter = await db.find(key)
+    return letter if letter is not None and viewer.sees(letter["vo"]) else None
 
 
 def _message(data: Any) -> TaskMessage | None:
@@ -77,6 +87,7 @@ def _about(letter: Mapping[str, Any]) -> dict[str, Any]:
         "id": letter["id"],
         "task_id": letter["task_id"],
         "task_name": letter["task_name"],
+        "vo": letter["vo"],
         "reason": letter["reason"],
         "detail": mask(letter["detail"]),
         "status": str(letter["status"]),

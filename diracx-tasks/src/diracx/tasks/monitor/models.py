@@ -164,6 +164,8 @@ class DelayedTask(_Shown):
     """Masked; None when its message has more than 64 KiB, or is none."""
     message_bytes: int = 0
     """Size of its message."""
+    vo: str | None = None
+    """None where its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +187,8 @@ class QueuedTask(_Shown):
     """Masked; None when its message has more than 64 KiB, or is none."""
     message_bytes: int = 0
     """Size of its message."""
+    vo: str | None = None
+    """None where its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +299,7 @@ class WaitingLetter(_Shown):
     """By name, secret ones as `•••`; None when the message could not be read, or has more than 64 KiB."""
     message_bytes: int = 0
     """Size of the letter."""
+    vo: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

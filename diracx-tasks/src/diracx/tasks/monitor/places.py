@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
+from ..plumbing.task_vo import vo_of
 from ..plumbing.wire import dumps, leading_fields
 from .masking import masked_arguments
 
@@ -98,6 +99,12 @@ class Head:
         if self.message is None or not self.whole:
             return None
         return masked_arguments((registry or {}).get(self.message.task_name), self.message)
+
+    def vo(self, registry: Registry | None) -> str | None:
+        """The VO of the task; None: it has none, or the message is too large for a list, or no message."""
+        if self.message is None or not self.whole:
+            return None
+        return vo_of((registry or {}).get(self.message.task_name), self.message)
 
 
 def read_head(data: bytes, length: int) -> Head:

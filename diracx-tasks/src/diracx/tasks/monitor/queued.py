@@ -146,6 +146,7 @@ def _queued(
         waiting_since=moment(waiting_since),
         attempt=None if failed is None else failed + 1,
         arguments=head.arguments(registry),
+        vo=head.vo(registry),
         message_bytes=length,
     )
 
@@ -216,5 +217,6 @@ def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Reg
         failed_attempts=head.failed_attempts,
         last_error=None if error is None else error[:_LONGEST_ERROR],
         arguments=head.arguments(registry),
+        vo=head.vo(registry),
         message_bytes=head.bytes,
     )

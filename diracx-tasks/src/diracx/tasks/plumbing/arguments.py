@@ -112,7 +112,7 @@ def secret_positions(cls: type[BaseTask]) -> list[int]:
     if not cls.secret_fields:
         return []
     names = field_names(cls)
-    if _own_serialize(cls):
+    if own_serialize(cls):
         return list(range(max(64, len(names))))
     return [position for position, name in enumerate(names) if name in cls.secret_fields]
 
@@ -325,17 +325,17 @@ def _shape(cls: type[Any]) -> _Shape:
 def _work_out(cls: type[Any]) -> _Shape:
     init: Any = cls.__init__
     if hasattr(cls, "__pydantic_root_model__") and (  # every pydantic model has it, and nothing else
-        not _own_serialize(cls) or init.__module__.startswith("pydantic.")
+        not own_serialize(cls) or init.__module__.startswith("pydantic.")
     ):
         return _Shape(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
     owner = next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
-    if _own_serialize(cls) or not _generated_init(owner):
+    if own_serialize(cls) or not _generated_init(owner):
         parameters, extra = _of_init(cls)
         return _Shape(cls, parameters, model=False, extra=extra)
     return _Shape(cls, _of_dataclass(cls), model=False, extra=False)
 
 
-def _own_serialize(cls: type[Any]) -> bool:
+def own_serialize(cls: type[Any]) -> bool:
     """Whether the class overrides `serialize`."""
     function = getattr(cls, "serialize", None)
     return function is not None and getattr(function, "__module__", "") != f"{__package__}.base_task"

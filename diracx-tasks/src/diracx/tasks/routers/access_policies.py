@@ -20,15 +20,16 @@ from .policies import check_vo_is_registered, forbidden
 class ActionType(StrEnum):
     """What a request wants to do."""
 
-    READ = auto()  # look at queues, tasks and their arguments, of all VOs
-    WRITE = auto()  # cancel, purge, release, pause, retry, discard
+    READ = auto()  # look at the numbers of the installation, and at the tasks of one's own VO
+    READ_ALL = auto()  # look at the tasks of all VOs, and at what belongs to no VO
+    WRITE = auto()  # cancel, purge, release, pause, retry, discard: of all VOs
 
 
 class TasksAccessPolicy(BaseAccessPolicy):
-    """Tasks of all VOs share their queues, so there is no view of one VO alone.
+    """An operator sees the tasks of the own VO; a service administrator sees, and acts on, those of all.
 
     * The token's VO must be in the registry. DiracX checks a token's signature, not its contents.
-    * READ needs Operator or ServiceAdministrator, WRITE needs ServiceAdministrator.
+    * READ needs Operator or ServiceAdministrator, READ_ALL and WRITE need ServiceAdministrator.
     """
 
     @staticmethod
@@ -59,6 +60,8 @@ class TasksAccessPolicy(BaseAccessPolicy):
         is_admin = SERVICE_ADMINISTRATOR in user_info.properties
         if action is ActionType.WRITE and not is_admin:
             raise forbidden("acting on tasks needs the property ServiceAdministrator")
+        if action is ActionType.READ_ALL and not is_admin:
+            raise forbidden("this is about all VOs: looking at it needs the property ServiceAdministrator")
         if not is_admin and OPERATOR not in user_info.properties:
             raise forbidden("looking at tasks needs the property Operator or ServiceAdministrator")
 

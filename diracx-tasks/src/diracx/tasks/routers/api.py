@@ -17,8 +17,9 @@ from ..dashboard.installation import Installation
 from ..dashboard.operations import Decided, NotPossibleError
 from ..monitor import DelayReason, Window
 from ..monitor.audit import AuditEntry, read_audit
-from ..monitor.letters import letter_arguments, letter_record, letter_summary
+from ..monitor.letters import find_letter, letter_arguments, letter_record, letter_summary
 from ..monitor.settings import settings_records
+from ..monitor.visibility import no_such_vo
 from ..plumbing.broker.groups import GroupStatus, read_group
 from ..plumbing.in_force import configurations_in_force
 from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
@@ -26,17 +27,19 @@ from ..plumbing.persistence.db import LetterFilter
 from ..plumbing.scheduler import ScheduleState, schedules
 from ..plumbing.task_names import resolve_task_name
 from . import models
-from .asking import Reader, Writer, there
+from .asking import InstallationReader, Reader, Writer, there
 from .responses import responses
 
 router = DiracxRouter()
 
 _MOST = 1_000
+_WRONG = "what is written has mistakes: the settings before it hold; administrators see which"
 _responses = partial(responses, 503)
 
 Limit = Annotated[int, Query(ge=1, le=_MOST, description="At most so many.")]
-After = Annotated[str | None, Query(description="`after` of the page before.")]
-QueueName = Annotated[str, Path(description="`{priority}:{size}`.", examples=["normal:medium"])]
+After = Annotated[str | None, Query(max_length=400, description="`after` of the page before.")]
+QueueName = Annotated[str, Path(max_length=40, description="`{priority}:{size}`.", examples=["normal:medium"])]
+TaskName = models.TaskName
 
 
 # --- looking ------------------------------------------------------------------------------------------------
@@ -59,15 +62,15 @@ async def get_queued_tasks(
     reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None
 ) -> JSONResponse:
     """The backlog of a queue, in the order in which workers will take it."""
-    system = reader.system
-    return await reader.answer(lambda: monitor.peek(system.redis, queue, limit, after, registry=system.registry))
+    look = partial(monitor.peek, reader.system.redis, queue, registry=reader.system.registry)
+    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/running", response_model=models.RunningTaskPage, responses=_responses())
 async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """What runs, longest first, as workers reported it within the last seconds."""
-    system = reader.system
-    return await reader.answer(lambda: monitor.running(system.redis, limit, after, registry=system.registry))
+    look = partial(monitor.running, reader.system.redis, registry=reader.system.registry)
+    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/delayed", response_model=models.DelayedTaskPage, responses=_responses())
@@ -78,10 +81,8 @@ async def get_delayed_tasks(
     after: After = None,
 ) -> JSONResponse:
     """Tasks delayed until a time, for a retry, a lock or quota, in the order in which they are due."""
-    system = reader.system
-    return await reader.answer(
-        lambda: monitor.delayed(system.redis, reason, limit, after, registry=system.registry)
-    )
+    look = partial(monitor.delayed, reader.system.redis, reason, registry=reader.system.registry)
+    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/workers", response_model=list[monitor.Worker], responses=_responses())
@@ -108,24 +109,26 @@ async def get_history(reader: Reader) -> JSONResponse:
 async def get_failures(
     reader: Reader,
     task_name: Annotated[
-        str | None, Query(description="Only of this task: category:ClassName, or ClassName alone.")
+        TaskName | None, Query(description="Only of this task: category:ClassName, or ClassName alone.")
     ] = None,
     limit: Limit = 100,
     after: After = None,
 ) -> JSONResponse:
     """Failed attempts with their tracebacks, newest first. The last 500 or so are kept."""
-    return await reader.answer(lambda: monitor.failures(reader.system.redis, limit, after, task_name=task_name))
+    look = partial(monitor.failures, reader.system.redis, task_name=task_name)
+    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/locks", response_model=models.LockPage, responses=_responses())
-async def get_locks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+async def get_locks(reader: InstallationReader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """Locks that tasks hold or wait for, and limiters that were used within the last day."""
     return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
 
 
 @router.get("/locks/one", response_model=monitor.Lock, responses=_responses(404))
 async def get_lock(
-    reader: Reader, key: Annotated[str, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])]
+    reader: InstallationReader,
+    key: Annotated[models.LockKey, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])],
 ) -> JSONResponse:
     """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
 
@@ -141,19 +144,22 @@ async def get_schedules(reader: Reader) -> JSONResponse:
 
     async def ask() -> Any:
         settings = await reader.system.settings()
-        return await schedules(reader.system.redis, reader.system.registry, settings.tasks, settings.vos)
+        found = await schedules(reader.system.redis, reader.system.registry, settings.tasks, settings.vos)
+        return [state for state in found if reader.viewer.sees(state.vo)]
 
     return await reader.answer(ask)
 
 
 @router.get("/groups", response_model=list[GroupStatus], responses=_responses())
-async def get_groups(reader: Reader, limit: Limit = 100) -> JSONResponse:
+async def get_groups(reader: InstallationReader, limit: Limit = 100) -> JSONResponse:
     """Callback groups that have not called back, those that expire first first, without their children."""
     return await reader.answer(lambda: monitor.groups(reader.system.redis, limit))
 
 
 @router.get("/groups/{group_id}", response_model=GroupStatus, responses=_responses(404))
-async def get_group(reader: Reader, group_id: str) -> JSONResponse:
+async def get_group(
+    reader: InstallationReader, group_id: Annotated[str, Path(max_length=200, description="Its id.")]
+) -> JSONResponse:
     """One callback group with its children."""
 
     async def ask() -> Any:
@@ -163,7 +169,7 @@ async def get_group(reader: Reader, group_id: str) -> JSONResponse:
 
 
 @router.get("/configuration", response_model=list[models.ConfigurationInForce], responses=_responses())
-async def get_configuration_in_force(reader: Reader) -> JSONResponse:
+async def get_configuration_in_force(reader: InstallationReader) -> JSONResponse:
     """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
 
     async def ask() -> Any:
@@ -176,42 +182,62 @@ async def get_configuration_in_force(reader: Reader) -> JSONResponse:
 async def get_settings(
     reader: Reader,
     task_name: Annotated[
-        str | None, Query(description="Only this task: category:ClassName, or ClassName alone.")
+        TaskName | None, Query(description="Only this task: category:ClassName, or ClassName alone.")
     ] = None,
     vo: Annotated[
-        str | None,
-        Query(description="As they hold for this VO; else for all, and for each that has something of its own."),
+        models.VOName | None,
+        Query(
+            description="As they hold for this VO. By default for all, and for each that has something of its "
+            "own; for operators, for their VO."
+        ),
     ] = None,
 ) -> JSONResponse:
     """The value of every setting of every task that holds in the end, and where it is written."""
 
     async def ask() -> Any:
-        system = reader.system
+        system, viewer = reader.system, reader.viewer
         settings = await system.settings()
         names = sorted(system.registry)
         if task_name is not None:
             if (name := resolve_task_name(task_name, names)) is None:
                 raise ValueError(f"there is no task {task_name!r}")
             names = [name]
-        if vo is not None and vo not in settings.vos:
-            raise ValueError(f"there is no VO {vo!r}")
-        about = {"source": system.config_source, "vos": settings.vos, "problems": settings.problems}
-        return about | settings_records(settings.tasks, system.registry, names, vo, limits=task_name is None)
+        vo_shown = viewer.chosen(vo)
+        if vo_shown is not None and vo_shown not in settings.vos:
+            raise no_such_vo(vo_shown)
+        about = {
+            "source": system.config_source,
+            "vos": [known for known in settings.vos if viewer.sees(known)],
+            # They quote what is written, for whatever VO.
+            "problems": settings.problems if viewer.sees(None) else [_WRONG] * bool(settings.problems),
+        }
+        return about | settings_records(settings.tasks, system.registry, names, vo_shown, limits=task_name is None)
 
     return await reader.answer(ask)
 
 
-@router.get("/audit", response_model=list[AuditEntry], responses=_responses())
+@router.get("/audit", response_model=list[AuditEntry], responses=_responses(404))
 async def get_audit_log(
     reader: Reader,
     limit: Limit = 100,
     before: Annotated[
-        str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$", description="Only entries older than this id.")
+        str | None,
+        Query(pattern=r"^\d{1,20}-\d{1,20}$", max_length=41, description="Only entries older than this id."),
+    ] = None,
+    vo: Annotated[
+        models.VOName | None,
+        Query(
+            description="What members of this VO did. By default what administrators did; for operators, what "
+            "their VO did."
+        ),
     ] = None,
 ) -> JSONResponse:
     """Who did what by dashboard, HTTP or command line, newest first."""
 
-    return await reader.answer(lambda: read_audit(reader.system.redis, limit, before))
+    async def ask() -> Any:
+        return await read_audit(reader.system.redis, limit, before, vo=reader.viewer.chosen(vo))
+
+    return await reader.answer(ask)
 
 
 # --- dead letters -------------------------------------------------------------------------------------------
@@ -222,7 +248,7 @@ class _Filter:
 
     def __init__(
         self,
-        task_name: Annotated[str | None, Query(description="category:ClassName, or ClassName alone.")] = None,
+        task_name: Annotated[TaskName | None, Query(description="category:ClassName, or ClassName alone.")] = None,
         reason: Annotated[DeadLetterReason | None, Query(description="Why it ended here.")] = None,
         status: Annotated[DeadLetterStatus | None, Query(description="By default those that are open.")] = None,
         since: Annotated[datetime | None, Query(description="Buried then or later.")] = None,
@@ -247,13 +273,13 @@ async def get_dead_letters(
     """Dead letters, oldest first, without their messages and tracebacks."""
 
     async def ask() -> Any:
-        db = _task_db(reader.system)
-        async with db:
-            letters = await db.summaries(**chosen.where, limit=limit, after_id=after)
-            counts = await db.count(**chosen.where)
+        where: LetterFilter = {**chosen.where, "vo": reader.viewer.vo}
+        async with _task_db(reader.system) as db:
+            letters = await db.summaries(**where, limit=limit, after_id=after)
+            total = sum((await db.count(**where)).values())
         return {
             "items": [letter_summary(letter) for letter in letters],
-            "total": sum(counts.values()),
+            "total": total,
             "after": letters[-1]["id"] if len(letters) == limit else None,
         }
 
@@ -263,24 +289,22 @@ async def get_dead_letters(
 @router.get("/waiting-dead-letters", response_model=models.WaitingLetterPage, responses=_responses())
 async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """Dead letters that wait in Redis until a worker with a database takes them, oldest first."""
-    system = reader.system
-    return await reader.answer(
-        lambda: monitor.waiting_letters(system.redis, limit, after, registry=system.registry)
-    )
+    look = partial(monitor.waiting_letters, reader.system.redis, registry=reader.system.registry)
+    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/dead-letters/{key}", response_model=models.DeadLetterWithAttempts, responses=_responses(404, 409))
 async def get_dead_letter(
-    reader: Reader, key: Annotated[str, Path(description="Task id, or the number in the list.")]
+    reader: Reader, key: Annotated[str, Path(max_length=255, description="Task id, or the number in the list.")]
 ) -> JSONResponse:
     """One dead letter with its arguments (secrets masked) and all attempts."""
 
     async def ask() -> Any:
-        db = _task_db(reader.system)
-        async with db:
-            letter = there(await db.find(key), f"dead letter {key!r}")
+        system = reader.system
+        async with _task_db(system) as db:
+            letter = there(await find_letter(db, key, reader.viewer), f"dead letter {key!r}")
         shown = {name: value for name, value in letter_record(letter).items() if name not in ("message", "raw")}
-        return shown | {"arguments": letter_arguments(letter, reader.system.registry)}
+        return shown | {"arguments": letter_arguments(letter, system.registry)}
 
     return await reader.answer(ask)
 
@@ -329,7 +353,9 @@ def _decision(decided: Decided) -> dict[str, Any]:
 @router.post("/cancel", response_model=dict[str, str], responses=_responses())
 async def cancel_tasks(
     writer: Writer,
-    task_ids: Annotated[list[str], Body(embed=True, min_length=1, max_length=1000, description="Which.")],
+    task_ids: Annotated[
+        list[models.TaskId], Body(embed=True, min_length=1, max_length=1000, description="Which.")
+    ],
 ) -> JSONResponse:
     """Cancel tasks wherever they are. Answers where each was found; `unknown`: there is none, or it has ended."""
     return await writer.answer(lambda: writer.operator.cancel_tasks(task_ids))
@@ -348,12 +374,13 @@ async def purge_queue(writer: Writer, queue: QueueName) -> JSONResponse:
 @router.post("/locks/release", response_model=monitor.Released, responses=_responses(404))
 async def release_lock(
     writer: Writer,
-    key: Annotated[str, Body(description="The Redis key of the lock.")],
+    key: Annotated[models.LockKey, Body(description="The Redis key of the lock.")],
     owners: Annotated[
-        list[str] | None,
+        list[models.Owner] | None,
         Body(
+            max_length=1000,
             description="Only from these, as `GET /locks/one` tells of them; null: from all who hold it by then, "
-            "whoever they are."
+            "whoever they are.",
         ),
     ] = None,
 ) -> JSONResponse:
@@ -362,7 +389,8 @@ async def release_lock(
 
 
 ScheduleIds = Annotated[
-    list[str], Body(embed=True, min_length=1, max_length=1000, examples=[["my_pilots:MyCheckPilotsTask/lhcb"]])
+    list[models.ScheduleId],
+    Body(embed=True, min_length=1, max_length=1000, examples=[["my_pilots:MyCheckPilotsTask/lhcb"]]),
 ]
 
 
@@ -388,7 +416,7 @@ async def resume_schedules(writer: Writer, ids: ScheduleIds) -> JSONResponse:
 
 @router.post("/schedules/run-now", response_model=models.Submitted, responses=_responses(409))
 async def run_schedule_now(
-    writer: Writer, schedule_id: Annotated[str, Body(embed=True, description="Which schedule.")]
+    writer: Writer, schedule_id: Annotated[models.ScheduleId, Body(embed=True, description="Which schedule.")]
 ) -> JSONResponse:
     """Submit a schedule's task at once. The next run stays as it is."""
 

@@ -1,10 +1,11 @@
-"""Whoever asks, or acts, by HTTP: what they may, and how they are answered."""
+"""Dependencies of the routes: who may look or act, what of it, and how the answer is made."""
 
 from __future__ import annotations
 
-__all__ = ["Reader", "Writer", "there"]
+__all__ = ["InstallationReader", "Reader", "Writer", "there"]
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,7 @@ from ..dashboard.installation import Installation
 from ..dashboard.operations import NotPossibleError, Operator
 from ..monitor import as_json
 from ..monitor.masking import masked_json
+from ..monitor.visibility import Viewer
 from ..plumbing.exceptions import SendTaskError
 from ..plumbing.secrets import mask
 from .access_policies import ActionType, CheckTasksPolicyCallable
@@ -26,40 +28,60 @@ from .recording import name_of
 
 _Answer = TypeVar("_Answer")
 
-System = Annotated[Installation, Depends(installation_of_environment)]
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
 
 
-class _Reader:
-    """Somebody who may look."""
-
-    def __init__(self, system: System, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
-        self.system = system
-        self._check = check
-        self._config = config
-
-    async def answer(self, ask: Callable[[], Awaitable[Any]]) -> JSONResponse:
-        """What was asked for, as JSON without passwords."""
-        await self._check(action=ActionType.READ, config=self._config)
-        return JSONResponse(masked_json(as_json(await _asked(ask))))
-
-
-class _Writer:
-    """Somebody who may act."""
-
-    def __init__(self, system: System, user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> None:
-        self.operator = Operator(system, name_of(user), "api")
-        self._check = check
-        self._config = config
+class _Answering:
+    """Answers a request with JSON without passwords, or with the status that an error means."""
 
     async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
-        """What came of it, as JSON without passwords."""
-        await self._check(action=ActionType.WRITE, config=self._config)
+        """What `do` returns."""
         return JSONResponse(masked_json(as_json(await _asked(do))))
 
 
-Reader = Annotated[_Reader, Depends(_Reader)]
-Writer = Annotated[_Writer, Depends(_Writer)]
+@dataclass(frozen=True)
+class _Reader(_Answering):
+    """A user who may look."""
+
+    system: Installation
+    viewer: Viewer
+    """What the user sees of what belongs to a VO."""
+
+
+@dataclass(frozen=True)
+class _Writer(_Answering):
+    """A user who may act."""
+
+    operator: Operator
+
+
+async def _reader(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
+    await check(action=ActionType.READ, config=config)
+    try:
+        await check(action=ActionType.READ_ALL, config=config)
+    except HTTPException:
+        viewer = Viewer(user.vo)
+    else:
+        viewer = Viewer(None)
+    return _Reader(await installation_of_environment(), viewer)
+
+
+async def _installation_reader(check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
+    await check(action=ActionType.READ_ALL, config=config)
+    return _Reader(await installation_of_environment(), Viewer(None))
+
+
+async def _writer(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Writer:
+    await check(action=ActionType.WRITE, config=config)
+    return _Writer(Operator(await installation_of_environment(), name_of(user), "api"))
+
+
+# The policy is asked before anything of the request is looked at, or opened.
+Reader = Annotated[_Reader, Depends(_reader)]
+"""For what belongs to VOs (the route shows what `viewer` sees), and for numbers of the installation."""
+InstallationReader = Annotated[_Reader, Depends(_installation_reader)]
+"""For what belongs to no VO: whether there is such a thing is not told to others either."""
+Writer = Annotated[_Writer, Depends(_writer)]
 
 
 async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from diracx.core.config.schema import Config
-from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.core.settings import AuthSettings
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import FastAPI, HTTPException, Request
@@ -58,18 +57,24 @@ class DiracxGate:
             return None
         if (role := await role_of(user, door)) is None:
             return None
-        return Principal(name_of(user), role, None if SERVICE_ADMINISTRATOR in user.properties else user.vo)
+        sees_all = await _is_allowed(user, door, ActionType.READ_ALL)
+        return Principal(name_of(user), role, None if sees_all else user.vo)
 
     async def sign_out(self, secret: str) -> None:
         """See `Gate`. The token stays good elsewhere; the browser forgets it."""
 
 
 async def role_of(user: AuthorizedUserInfo, door: DiracxDoor) -> Role | None:
-    """What the policy lets somebody do, if anything."""
+    """What the policy lets a user do, if anything."""
     for action, role in ((ActionType.WRITE, Role.WRITE), (ActionType.READ, Role.READ)):
-        try:
-            await door.policy(POLICY, user, action=action, config=door.config)
-        except HTTPException:
-            continue
-        return role
+        if await _is_allowed(user, door, action):
+            return role
     return None
+
+
+async def _is_allowed(user: AuthorizedUserInfo, door: DiracxDoor, action: ActionType) -> bool:
+    try:
+        await door.policy(POLICY, user, action=action, config=door.config)
+    except HTTPException:
+        return False
+    return True

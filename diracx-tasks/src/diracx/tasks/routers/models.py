@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 
 from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
 from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
+
+# What comes in is short, and has no control characters: it goes into databases, keys, logs and terminals.
+_PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+TaskId = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_PRINTABLE)]
+TaskName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
+VOName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
+ScheduleId = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
+LockKey = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
+Owner = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
 
 _AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
 
@@ -114,6 +123,7 @@ class DeadLetterSummary(BaseModel):
     id: int
     task_id: str
     task_name: str
+    vo: str | None
     reason: str
     detail: str
     status: DeadLetterStatus
@@ -138,6 +148,7 @@ class DeadLetterWithAttempts(BaseModel):
     id: int
     task_id: str
     task_name: str
+    vo: str | None
     reason: str
     detail: str
     status: DeadLetterStatus
@@ -152,9 +163,11 @@ class DeadLetterWithAttempts(BaseModel):
 class LetterChoice(BaseModel):
     """Which dead letters: some by their numbers, or those that a filter lets through."""
 
-    ids: list[int] | None = Field(default=None, min_length=1, max_length=1000, description="Numbers.")
+    ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
+        default=None, min_length=1, max_length=1000, description="Numbers."
+    )
     all: bool = Field(default=False, description="All that the filter lets through, instead of `ids`.")
-    task_name: str | None = None
+    task_name: TaskName | None = None
     reason: DeadLetterReason | None = None
     since: datetime | None = None
     before: datetime | None = None

@@ -54,4 +54,14 @@ def _lines(entries: list[InForce]) -> list[tuple[str, str, int]]:
     return [(kind, line, number) for (kind, line), number in found.items()]
 
 
-PAGES = [Page("/configuration", "configuration", "Configuration", _load, section="Steering", live=False)]
+PAGES = [
+    Page(
+        "/configuration",
+        "configuration",
+        "Configuration",
+        _load,
+        section="Steering",
+        live=False,
+        installation_wide=True,
+    )
+]

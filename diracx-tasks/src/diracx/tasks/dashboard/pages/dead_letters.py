@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...monitor import waiting_letters
-from ...monitor.letters import letter_arguments
+from ...monitor.letters import find_letter, letter_arguments
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..operations import Decided
 from ..page import (
@@ -20,6 +21,7 @@ from ..page import (
     Question,
     Request,
     integer,
+    viewer_of,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +41,11 @@ _AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(day
 
 
 async def _list(request: Request, installation: Installation) -> dict[str, Any]:
-    query = request.query_params
+    query, viewer = request.query_params, viewer_of(request)
     chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
     status = query.get("status", "open")
     shown: dict[str, Any] = {
         "letters": [],
-        "counts": {},
         "total": 0,
         "chosen": chosen,
         "status": status,
@@ -58,22 +59,20 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "waiting_letters": [],
     }
     if shown["waiting"]:
-        shown["waiting_letters"] = (
-            await waiting_letters(installation.redis, _WAITING_SHOWN, registry=installation.registry)
-        ).items
+        look = partial(waiting_letters, installation.redis, registry=installation.registry)
+        shown["waiting_letters"] = (await viewer.page(look, _WAITING_SHOWN, None)).items
     if installation.task_db is None:
         return shown
     try:
-        where = _where(chosen, status)
-        after = integer(query.get("after", "0"))
+        where: LetterFilter = {**_where(chosen, status), "vo": viewer.vo}
+        after = integer(query.get("after", "0"), most=2**31 - 1)
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
     async with installation.task_db as db:
-        counts = await db.count(**where)
         letters = await db.summaries(**where, limit=_PAGE, after_id=after)
-    total = sum(counts.values())
+        total = sum((await db.count(**where)).values())
     more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
-    return shown | {"letters": letters, "counts": counts, "total": total, "after": more}
+    return shown | {"letters": letters, "total": total, "after": more}
 
 
 async def _one(request: Request, installation: Installation) -> dict[str, Any]:
@@ -81,7 +80,7 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     if installation.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
     async with installation.task_db as db:
-        letter = await db.find(key)
+        letter = await find_letter(db, key, viewer_of(request))
     if letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
     arguments = letter_arguments(letter, installation.registry)

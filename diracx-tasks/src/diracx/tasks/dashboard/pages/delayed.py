@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ... import monitor
 from ...monitor import DELAY_REASONS
-from ..page import Installation, NotFoundError, Page, Request
+from ..page import Installation, NotFoundError, Page, Request, viewer_of
 
 _PAGE = 50
 
@@ -15,13 +16,8 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     reason = request.query_params.get("reason") or None
     if reason is not None and reason not in DELAY_REASONS:
         raise NotFoundError(f"Tasks are not delayed for {reason[:40]!r}.")
-    page = await monitor.delayed(
-        installation.redis,
-        reason,
-        _PAGE,
-        request.query_params.get("after"),
-        registry=installation.registry,
-    )
+    look = partial(monitor.delayed, installation.redis, reason, registry=installation.registry)
+    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     snapshot = await installation.snapshot()
     return {"page": page, "counts": snapshot.delayed, "reason": reason, "overdue": snapshot.overdue}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ... import monitor
-from ..page import Installation, Page, Request
+from ..page import Installation, Page, Request, viewer_of
 
 #: Each has a traceback.
 _PAGE = 20
@@ -13,7 +14,8 @@ _PAGE = 20
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     task = request.query_params.get("task") or None
-    page = await monitor.failures(installation.redis, _PAGE, request.query_params.get("after"), task_name=task)
+    look = partial(monitor.failures, installation.redis, task_name=task)
+    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     return {"page": page, "task": task}
 
 

@@ -30,6 +30,6 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
 
 
 PAGES = [
-    Page("/groups", "groups", "Groups", _all, section="Steering"),
-    Page("/groups/{group}", "group", "Group", _one, nav="/groups"),
+    Page("/groups", "groups", "Groups", _all, section="Steering", installation_wide=True),
+    Page("/groups/{group}", "group", "Group", _one, nav="/groups", installation_wide=True),
 ]

@@ -60,7 +60,7 @@ async def _release(form: Form, operator: Operator) -> str:
 
 
 PAGES = [
-    Page("/locks", "locks", "Locks", _all, section="Steering"),
-    Page("/locks/one", "lock", "Lock", _one, nav="/locks"),
+    Page("/locks", "locks", "Locks", _all, section="Steering", installation_wide=True),
+    Page("/locks/one", "lock", "Lock", _one, nav="/locks", installation_wide=True),
 ]
 ACTIONS = [Action("/locks/release", _ask_release, _release)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ from ... import monitor
 from ...monitor import Point, Snapshot
 from ...plumbing.in_force import configurations_in_force
 from ..installation import Load
-from ..page import Installation, Page, Request
+from ..page import Installation, Page, Request, viewer_of
 
 _FAILURES = 6
 #: Number of a colour; the third in order would be red, which is for failures.
@@ -43,7 +44,7 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
     """What the page shows."""
     redis = installation.redis
     snapshot = await installation.snapshot()
-    failures = await monitor.failures(redis, limit=_FAILURES)
+    failures = await viewer_of(request).page(partial(monitor.failures, redis), _FAILURES, None)
     in_force = await configurations_in_force(redis)
     letters = await installation.open_letters()
     points = await installation.history()

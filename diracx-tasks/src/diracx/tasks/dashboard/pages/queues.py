@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ... import monitor
 from ...monitor.places import queue_of
 from ...plumbing.broker.keys import ALL_STREAM_NAMES
-from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+from ..page import (
+    Action,
+    Form,
+    Installation,
+    NotFoundError,
+    NotPossibleError,
+    Operator,
+    Page,
+    Question,
+    Request,
+    viewer_of,
+)
 
 _PAGE = 50
 _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
@@ -28,10 +40,9 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     found = [queue for queue in snapshot.queues if queue.name == name]
     if not found:
         raise NotFoundError(f"There is no queue {name!r}.")
+    look = partial(monitor.peek, installation.redis, name, registry=installation.registry)
     try:
-        page = await monitor.peek(
-            installation.redis, name, _PAGE, request.query_params.get("after"), registry=installation.registry
-        )
+        page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     except ValueError as error:
         raise NotFoundError(str(error)) from error
     return {"queue": found[0], "page": page, "heading": f"Queue {name}"}

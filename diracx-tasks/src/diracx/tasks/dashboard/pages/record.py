@@ -6,15 +6,22 @@ from typing import Any
 
 from ...monitor.audit import read_audit
 from ...monitor.places import place_in_stream
-from ..page import Installation, Page, Request
+from ..page import Installation, Page, Request, viewer_of
 
 _PAGE = 100
 
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    before = request.query_params.get("after")
-    entries = await read_audit(installation.redis, _PAGE, place_in_stream(before) if before else None)
-    return {"entries": entries, "after": entries[-1].id if len(entries) == _PAGE else None}
+    query = request.query_params
+    before, vo = query.get("after"), viewer_of(request).chosen(query.get("vo") or None)
+    entries = await read_audit(installation.redis, _PAGE, place_in_stream(before) if before else None, vo=vo)
+    return {
+        "entries": entries,
+        "after": entries[-1].id if len(entries) == _PAGE else None,
+        "vo": vo,
+        # Which logs there are: the administrators', and one of each VO.
+        "vos": (await installation.settings()).vos if viewer_of(request).sees(None) else (),
+    }
 
 
 PAGES = [Page("/audit", "audit", "Audit log", _load, section="Record")]

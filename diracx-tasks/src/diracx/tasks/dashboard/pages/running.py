@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ... import monitor
-from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request
+from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request, viewer_of
 
 _PAGE = 100
 
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    page = await monitor.running(
-        installation.redis, _PAGE, request.query_params.get("after"), registry=installation.registry
-    )
+    look = partial(monitor.running, installation.redis, registry=installation.registry)
+    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     snapshot = await installation.snapshot()
     return {"page": page, "total": sum(queue.running for queue in snapshot.queues)}
 

@@ -6,18 +6,31 @@ from typing import Any
 
 from ...plumbing.scheduler import schedules
 from ...plumbing.scheduler.overview import somebody_leads
-from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+from ..page import (
+    Action,
+    Form,
+    Installation,
+    NotFoundError,
+    NotPossibleError,
+    Operator,
+    Page,
+    Question,
+    Request,
+    viewer_of,
+)
 
 _PAGE = 100
 
 
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     settings = await installation.settings()
-    states = await schedules(installation.redis, installation.registry, settings.tasks, settings.vos)
+    viewer = viewer_of(request)
+    known = await schedules(installation.redis, installation.registry, settings.tasks, settings.vos)
+    states = [state for state in known if viewer.sees(state.vo)]
     wanted = request.query_params.get("vo", "")
     after = request.query_params.get("after", "")
     vos = sorted({state.vo for state in states if state.vo})
-    if wanted and wanted not in {*vos, *settings.vos}:
+    if wanted and (not viewer.sees(wanted) or wanted not in {*vos, *settings.vos}):
         raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
     chosen = [state for state in states if wanted in ("", state.vo)]
     shown = [state for state in chosen if state.id > after][:_PAGE]
@@ -28,7 +41,7 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
         "leads": await somebody_leads(installation.redis),
         "vos": vos,
         "vo": wanted,
-        "problems": settings.problems,
+        "problems": settings.problems if viewer.sees(None) else (),
     }
 
 

@@ -28,6 +28,8 @@ LABEL_CHILD_RESULTS = "child_results"
 #: Positions of the arguments that nobody is to see, for those who do not know the class.
 LABEL_SECRET = "secret"  # noqa: S105  # the name of a label
 LABEL_RESULT_TTL = "result_ttl_seconds"
+#: The VO of a task whose class has no argument `vo`: set by a submitter who knows for whom it is.
+LABEL_VO = "vo"
 #: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
 LABEL_SCHEDULE = "schedule"
 LABEL_DUE = "schedule_due_ms"

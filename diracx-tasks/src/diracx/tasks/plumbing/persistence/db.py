@@ -39,6 +39,8 @@ class LetterFilter(TypedDict, total=False):
     """Buried then or later."""
     before: datetime | None
     """Buried earlier."""
+    vo: str | None
+    """Only those of this VO; None: of all VOs, and of none."""
 
 
 class TaskDB(BaseSQLDB):
@@ -84,6 +86,7 @@ class TaskDB(BaseSQLDB):
         burial = fitting(letter.burial)
         values: dict[str, Any] = {
             "task_name": fitting(letter.task_name),
+            "vo": None if letter.vo is None else fitting(letter.vo),
             "reason": letter.reason,
             "detail": storable(letter.detail),
             "message": letter.data,
@@ -114,6 +117,7 @@ class TaskDB(BaseSQLDB):
         status: DeadLetterStatus | Collection[DeadLetterStatus] | None = DeadLetterStatus.PENDING,
         since: datetime | None = None,
         before: datetime | None = None,
+        vo: str | None = None,
         limit: int = 100,
         after_id: int = 0,
     ) -> list[dict[str, Any]]:
@@ -124,12 +128,13 @@ class TaskDB(BaseSQLDB):
             status: one or several; None for all.
             since: buried then or later.
             before: buried earlier.
+            vo: only of this VO.
             after_id: only rows with a greater id, for paging.
 
         Raises:
             AmbiguousTaskNameError: when dead letters of several tasks have that class name.
         """
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
         query = select(DeadLetters.__table__).where(DeadLetters.id > after_id, *conditions)
         return await self._rows(query.order_by(DeadLetters.id).limit(limit))
 
@@ -141,6 +146,7 @@ class TaskDB(BaseSQLDB):
         status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
         since: datetime | None = None,
         before: datetime | None = None,
+        vo: str | None = None,
         limit: int = 100,
         after_id: int = 0,
     ) -> list[dict[str, Any]]:
@@ -149,7 +155,7 @@ class TaskDB(BaseSQLDB):
         In their place are `message_bytes`, `failed_attempts` and `earlier_burials`. Arguments and errors as in
         `search`.
         """
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
         query = self._summary_query().where(DeadLetters.id > after_id, *conditions)
         rows = await self.conn.execute(query.order_by(DeadLetters.id).limit(limit))
         return [dict(row) for row in rows.mappings()]
@@ -204,9 +210,10 @@ class TaskDB(BaseSQLDB):
         status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
         since: datetime | None = None,
         before: datetime | None = None,
+        vo: str | None = None,
     ) -> dict[DeadLetterStatus, int]:
         """Number of dead letters by status. Arguments and errors as in `search`."""
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before)
+        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
 
@@ -289,6 +296,7 @@ def _conditions(
     status: DeadLetterStatus | Collection[DeadLetterStatus] | None,
     since: datetime | None,
     before: datetime | None,
+    vo: str | None,
 ) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if task_name is not None:
@@ -303,6 +311,8 @@ def _conditions(
         conditions.append(DeadLetters.buried_at >= since)
     if before is not None:
         conditions.append(DeadLetters.buried_at < before)
+    if vo is not None:
+        conditions.append(DeadLetters.vo == vo)
     return conditions
 
 

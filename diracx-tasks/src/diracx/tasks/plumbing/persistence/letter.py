@@ -49,6 +49,8 @@ class DeadLetter:
     task_id: str
     task_name: str
     """Registry name; empty when the message could not be read."""
+    vo: str | None = None
+    """The VO it belongs to; None: to none, or that cannot be told."""
     reason: str
     """A `DeadLetterReason`."""
     detail: str
@@ -62,11 +64,14 @@ class DeadLetter:
     one of the same task (it was re-submitted and failed again) opens its letter anew."""
 
     @classmethod
-    def of_message(cls, message: TaskMessage, reason: str, detail: str, burial: str) -> Self:
+    def of_message(
+        cls, message: TaskMessage, reason: str, detail: str, burial: str, vo: str | None = None
+    ) -> Self:
         """The dead letter of a readable message."""
         return cls(
             task_id=message.task_id,
             task_name=message.task_name,
+            vo=vo,
             reason=reason,
             detail=detail,
             data=message.dumpb(),

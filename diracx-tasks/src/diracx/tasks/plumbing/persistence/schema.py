@@ -46,6 +46,8 @@ class DeadLetters(TaskDBBase):
     id: Mapped[int] = mapped_column("ID", primary_key=True, autoincrement=True)
     task_id: Mapped[str] = mapped_column("TaskID", String(LONGEST_NAME), unique=True)
     task_name: Mapped[str] = mapped_column("TaskName", String(LONGEST_NAME))
+    vo: Mapped[str | None] = mapped_column("VO", String(LONGEST_NAME))
+    """The VO of the task; NULL: of none, or stored before there was this column."""
     reason: Mapped[str] = mapped_column("Reason", String(32))
     detail: Mapped[str] = mapped_column("Detail", _LONG_TEXT)
     message: Mapped[bytes] = mapped_column("Message", _LONG_BINARY)

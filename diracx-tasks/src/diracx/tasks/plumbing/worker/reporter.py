@@ -24,6 +24,7 @@ from ..broker.models import LABEL_ATTEMPTS, describe_exception
 from ..exceptions import LockLostError, TaskCancelledError
 from ..histogram import BUCKETS, bucket_of
 from ..secrets import without_secrets
+from ..task_vo import vo_of_task
 from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
 
@@ -186,7 +187,7 @@ class Reporter:
                 "at": time.time() + self._clock_ahead,
                 "task_id": message.task_id,
                 "task_name": message.task_name,
-                "vo": _vo(execution),
+                "vo": vo_of_task(execution.task, message),
                 "type": told["type"],
                 "message": told["message"][:_LONGEST_TEXT],
                 "traceback": told["traceback"],
@@ -196,7 +197,7 @@ class Reporter:
             }
         )
 
-    def rejected(self, message: TaskMessage | None, reason: str, detail: str) -> None:
+    def rejected(self, message: TaskMessage | None, reason: str, detail: str, vo: str | None = None) -> None:
         """A delivery cannot be executed, and is put with the dead letters."""
         self._stats.setdefault((REJECTED, ""), Sums()).dead += 1
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
@@ -205,7 +206,7 @@ class Reporter:
                 "at": time.time() + self._clock_ahead,
                 "task_id": "" if message is None else message.task_id,
                 "task_name": "" if message is None else message.task_name,
-                "vo": None,
+                "vo": vo,
                 "type": reason,
                 "message": detail[:_LONGEST_TEXT],
                 "traceback": "",
@@ -355,7 +356,7 @@ class Reporter:
                 {
                     "task_id": message.task_id,
                     "task_name": message.task_name,
-                    "vo": _vo(execution),
+                    "vo": vo_of_task(execution.task, message),
                     "stream": delivery.stream,
                     "entry": delivery.entry,
                     "deliveries": delivery.deaths + 1,
@@ -365,11 +366,6 @@ class Reporter:
                 }
             )
         return told
-
-
-def _vo(execution: Execution) -> str | None:
-    vo = getattr(execution.task, "vo", None)
-    return vo if isinstance(vo, str) else None
 
 
 @cache

@@ -25,6 +25,7 @@ from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedErro
 from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
 from ..secrets import without_secrets
+from ..task_vo import vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _failed(
     settlement.collected = None  # whoever takes the letter up again may want the results of its children
     final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
     where = _burial(execution.delivery)
-    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, attempts[-1]["message"], where)
+    vo = vo_of_task(execution.task, message)
+    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, attempts[-1]["message"], where, vo)
 
 
 def _log(level: int, line: str, execution: Execution, outcome: Failed) -> None:
@@ -144,7 +146,12 @@ def _log(level: int, line: str, execution: Execution, outcome: Failed) -> None:
 
 
 def reject(
-    delivery: Delivery, message: TaskMessage | None, reason: str, detail: str, settings: WorkerSettings
+    delivery: Delivery,
+    message: TaskMessage | None,
+    vo: str | None,
+    reason: str,
+    detail: str,
+    settings: WorkerSettings,
 ) -> tuple[Settlement, DeadLetter]:
     """What becomes of a delivery that cannot be executed: always a dead letter."""
     logger.error(
@@ -161,7 +168,7 @@ def reject(
     settlement = Settlement(delivery)
     _failed_with(settlement, message, settings, TaskRejectedError(f"{reason}: {detail}"))
     settlement.collected = None
-    return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery))
+    return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery), vo)
 
 
 def _burial(delivery: Delivery) -> str:
@@ -176,6 +183,7 @@ def unsettled(execution: Execution, error: Exception, settings: WorkerSettings) 
     letter = DeadLetter(
         task_id=message.task_id,
         task_name=message.task_name,
+        vo=vo_of_task(execution.task, message),
         reason=DeadLetterReason.UNSETTLED,
         detail=without_secrets(f"{type(error).__name__}: {error}", execution.task),
         data=execution.delivery.data,

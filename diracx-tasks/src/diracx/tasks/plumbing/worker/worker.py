@@ -20,6 +20,7 @@ from ..factory import TaskRegistry
 from ..patience import patiently
 from ..persistence.letter import DeadLetterReason
 from ..secrets import without_secrets_of
+from ..task_vo import vo_of
 from .announcements import Announcements
 from .blueprint import blueprints
 from .dead_letters import DeadLetterOffice
@@ -265,8 +266,9 @@ class Worker:
                 execution.cancel()
 
     def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
-        self.reporter.rejected(message, reason, detail)
-        self._bury(*reject(delivery, message, reason, detail, self._settings))
+        vo = None if message is None else vo_of(self._registry.get(message.task_name), message)
+        self.reporter.rejected(message, reason, detail, vo)
+        self._bury(*reject(delivery, message, vo, reason, detail, self._settings))
 
     # --- execution and settlement -----------------------------------------------------------------------
 

@@ -1,0 +1,44 @@
+"""The VO of a task: its argument `vo`, else its label `vo`, else none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .arguments import field_names, own_serialize
+from .broker.models import LABEL_VO
+
+if TYPE_CHECKING:
+    from .base_task import BaseTask
+    from .broker.models import TaskMessage
+
+
+def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None:
+    """The VO that a message is for, as far as it can be told without making the task.
+
+    Args:
+        task_class: None where it is not installed: then only the label can be read.
+    """
+    return _text(None if task_class is None else _argument(task_class, message)) or _text(
+        message.labels.get(LABEL_VO)
+    )
+
+
+def vo_of_task(task: BaseTask, message: TaskMessage) -> str | None:
+    """The VO of a task that has been made of a message."""
+    return _text(getattr(task, "vo", None)) or _text(message.labels.get(LABEL_VO))
+
+
+def _argument(task_class: type[BaseTask], message: TaskMessage) -> Any:
+    if "vo" in message.task_kwargs:
+        return message.task_kwargs["vo"]
+    names = field_names(task_class)
+    if "vo" not in names:
+        return getattr(task_class, "vo", None)  # all of the class are of one VO
+    # A class that makes its arguments itself does not say which is which.
+    given = () if own_serialize(task_class) else message.task_args
+    position = names.index("vo")
+    return given[position] if position < len(given) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
