@@ -87,6 +87,11 @@ def test_a_wrong_password_is_one_line_within_5_seconds_that_does_not_show_it(cli
             2,
             ["redis+sentinel://:***@one:26379", "no name of a service", "write redis+sentinel://host"],
         ),
+        ("redis://localhost?decode_responses=true", 2, ["'decode_responses', which cannot be set"]),
+        ("redis://localhost?foo=bar", 2, ["'foo', which cannot be set"]),
+        ("redis://localhost?max_connections=1", 2, ["max_connections", "at least 2"]),
+        ("rediss://localhost?ssl_ca_certs=/no/such/file", 2, ["ssl_ca_certs", "cannot be read"]),
+        ("unix://relative/socket", 2, ["unix:///path/of/socket"]),
         ("redis+sentinel://one/tasks/two?sentinel_password=sesame", 2, ["'two'", "sentinel_password=***"]),
     ],
 )

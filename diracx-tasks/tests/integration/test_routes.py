@@ -6,8 +6,10 @@ import pytest
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.tasks.jobs import DummyJobExecutorTask
 from diracx.tasks.plumbing import CallbackSpawner
+from diracx.tasks.plumbing.broker.address import AddressError
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from fastapi import FastAPI
+from diracx.tasks.routers.environment import installation_of_environment
+from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from redis import Redis
 
@@ -62,3 +64,19 @@ def test_P51_a_route_without_a_broker_says_what_to_set(
     monkeypatch.delenv("DIRACX_TASKS_REDIS_URL", raising=False)
     with client, pytest.raises(RuntimeError, match="DIRACX_TASKS_REDIS_URL"):
         client.post("/run/1")
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:sesame@localhost?decode_responses=true", "redis://:sesame@localhost/one"]
+)
+async def test_an_application_whose_variable_holds_no_address_says_so_in_one_line(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str
+) -> None:
+    monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", url)
+    with client, pytest.raises(AddressError, match=r"^DIRACX_TASKS_REDIS_URL: ") as caught:
+        client.post("/run/1")
+    with pytest.raises(HTTPException, match="correct DIRACX_TASKS_REDIS_URL") as answered:
+        await installation_of_environment()
+    assert answered.value.status_code == 503
+    assert str(caught.value) in caplog.text
+    assert "sesame" not in str(caught.value) + caplog.text + answered.value.detail

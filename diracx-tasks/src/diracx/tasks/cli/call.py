@@ -158,7 +158,7 @@ class _Run:
         stop = threading.Event()
 
         def renew() -> None:
-            with sync_client(self._url, protocol=2) as redis:
+            with sync_client(self._url) as redis:
                 while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
                     script("extend").run(redis, args=[pack(expiring)])
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .errors import CliError, UsageProblem, mask
+from .errors import CliError, UsageProblem
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="Registry name of the task: category:ClassName.")
@@ -112,16 +112,9 @@ def resolve_redis_url(option: str | None, file: str | None = None) -> str:
     path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)
     origin = "--redis-url" if option is not None else REDIS_URL_VARIABLE
     url = option if option is not None else in_environment or DEFAULT_REDIS_URL
-    problem = UsageProblem if given else CliError
-    if path:
-        origin = "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE
-        try:
-            url = read_url_file(path)
-        except AddressError as error:
-            raise problem(f"{origin}: {error}") from error
     try:
-        check_url(url)
+        if path:
+            return read_url_file(path, "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE)
+        return check_url(url, origin)
     except AddressError as error:
-        form = "redis+sentinel://host:port,host:port/service" if "+sentinel://" in url else "redis://host:port"
-        raise problem(f"{origin}: {mask(url)!r} {error}; write {form}/database, the database a number") from None
-    return url
+        raise (UsageProblem if given else CliError)(str(error)) from error

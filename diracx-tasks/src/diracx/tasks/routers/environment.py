@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -45,20 +46,45 @@ async def installation_of_environment() -> Installation:
 
 async def _open() -> Installation:
     from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.broker.connection import redis_url_from_environment
     from ..plumbing.config_source import ConfigReader
     from ..plumbing.factory import load_task_registry
     from ..plumbing.secrets import mask
 
-    url = redis_url_from_environment()
+    url = broker_url()
     if not url:
         raise HTTPException(
             HTTPStatus.SERVICE_UNAVAILABLE, f"this application knows no broker of tasks: set {REDIS_URL_VARIABLE}"
         )
     registry = load_task_registry()
-    return Installation(
-        RedisStreamBroker(url), registry, ConfigReader.of_environment(registry), await _task_db(), mask(url)
-    )
+    with _address_errors_as_503():
+        broker = RedisStreamBroker(url)
+    return Installation(broker, registry, ConfigReader.of_environment(registry), await _task_db(), mask(url))
+
+
+def broker_url() -> str | None:
+    """The address of the broker, as the environment has it; None when it names none.
+
+    Raises:
+        HTTPException: 503, when it is no address; the log says why.
+    """
+    from ..plumbing.broker.address import redis_url_from_environment
+
+    with _address_errors_as_503():
+        return redis_url_from_environment()
+
+
+@contextmanager
+def _address_errors_as_503() -> Iterator[None]:
+    from ..plumbing.broker.address import AddressError
+
+    try:
+        yield
+    except AddressError as error:
+        logger.error("%s", error)
+        raise HTTPException(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            f"the address of this application's broker of tasks cannot be used: correct {REDIS_URL_VARIABLE}",
+        ) from error
 
 
 async def _task_db() -> TaskDB | None:

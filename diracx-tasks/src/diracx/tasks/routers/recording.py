@@ -15,10 +15,9 @@ from fastapi import Depends, HTTPException
 from redis.exceptions import RedisError
 
 from ..monitor.audit import audited
-from ..plumbing.broker.connection import redis_url_from_environment
 from ..plumbing.lock_registry import register_locked_object_type
 from ..plumbing.locks import RateLimiter
-from .environment import installation_of_environment
+from .environment import broker_url, installation_of_environment
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Recorder:
                 done then.
             Exception: whatever `do` raises.
         """
-        if not redis_url_from_environment():
+        if not broker_url():
             outcome = await do()
             logger.info("%s, %s, %s: %s", self._who, action, target, told(outcome))
             return outcome

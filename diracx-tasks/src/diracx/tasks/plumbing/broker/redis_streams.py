@@ -39,8 +39,6 @@ __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_
 
 logger = logging.getLogger(__name__)
 
-#: A dead peer is noticed; the time-out is longer than any call that blocks on purpose.
-_CONNECTION: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0, "socket_keepalive": True}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
@@ -89,9 +87,11 @@ class RedisStreamBroker:
     """Messages in the streams of one Redis or Valkey server.
 
     Args:
-        url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://` address: see `connection.py`.
+        url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://` address: see `address.py`.
         worker_size: the size of the worker that fetches through this broker.
         consumer_name: name of that worker; a unique one by default.
+        max_connection_pool_size: connections for commands, at least 2; who needs one more waits for it. What waits
+            or listens has up to 4 more. By default what the URL says, else any number.
         connection_kwargs: passed to redis-py.
 
     Raises:
@@ -117,9 +117,7 @@ class RedisStreamBroker:
         self.redis: Redis = async_client(
             url,
             max_connections=max_connection_pool_size,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            **{**_CONNECTION, **connection_kwargs},
+            **{"retry": Retry(NoBackoff(), 0), **connection_kwargs},
         )
         self._submitting, self._waiting = Line(self.redis), Line(self.redis)
 

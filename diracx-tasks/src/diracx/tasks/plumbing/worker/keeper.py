@@ -93,7 +93,6 @@ class LeaseKeeper:
         self._redis = sync_client(
             url,
             retry=Retry(NoBackoff(), 0),
-            protocol=2,
             socket_connect_timeout=min(5.0, lease_seconds),
             socket_timeout=min(5.0, lease_seconds),
         )

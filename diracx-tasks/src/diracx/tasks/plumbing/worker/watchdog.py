@@ -104,7 +104,7 @@ class Watchdog:
             time.sleep(pause)
 
     def _publish_blocked(self, blocked: dict[str, Any] | None) -> None:
-        with sync_client(self._broker.url, protocol=2, socket_timeout=2.0, socket_connect_timeout=2.0) as redis:
+        with sync_client(self._broker.url, socket_timeout=2.0, socket_connect_timeout=2.0) as redis:
             self._report_blocked(redis, blocked)
 
     def _ignorant(self, seconds: float) -> list[Execution]:
