@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TypeVar
 
 import pytest
+import uvloop
 from diracx.tasks.plumbing.binding import _bound
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import embedded_redis
@@ -14,7 +16,17 @@ from machine import NotForThisMachine
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
+EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run a test under the event loops of its mark `event_loops`, the closest one; without a mark, asyncio's."""
+    mark = item.get_closest_marker("event_loops")
+    names = mark.args if mark is not None else ("asyncio",)
+    return {name: EVENT_LOOPS[name] for name in names}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -80,11 +80,41 @@ def test_dev_that_is_killed_leaves_no_process_and_no_file(dev, wait_until):
     wait_until(lambda: not list(dev.temporary.iterdir()), "no file is left")
 
 
-def test_a_worker_that_dies_is_started_again_or_ends_it_all(cli, dev, wait_until):
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in dev.children}
-    (worker,) = [pid for pid, command in commands.items() if "small" in command]
-    os.kill(worker, signal.SIGKILL)
-    # It had not yet been there for long: that is taken for a component that cannot live.
+@pytest.fixture
+def leaving_task(cli):
+    with (cli.directory / "my_tasks.py").open("a") as module:
+        module.write("""
+
+class Leave(BaseTask):
+    async def execute(self) -> int:
+        import subprocess
+        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+""")
+
+
+def test_dev_ends_while_a_process_that_a_task_started_still_holds_its_output(leaving_task, cli, dev):
+    cli.environment["DIRACX_TASKS_REDIS_URL"] = _url_of(dev)
+    submitted = cli.mine("submit", "my_tasks:Leave", "--wait", "--timeout", "20")
+    left = int(submitted.stdout.splitlines()[1])
+    try:
+        dev.process.send_signal(signal.SIGINT)
+        assert dev.ends() == 0, dev.output
+        assert "killing it" not in dev.output
+        os.kill(left, 0)  # it is still there
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+def test_a_worker_that_dies_at_its_start_ends_it_all(cli, dev, wait_until):
+    def killed() -> bool:
+        for pid in _descendants(dev.process.pid):
+            with suppress(OSError):
+                if "small" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+        return dev.process.poll() is not None
+
+    # Again and again: one that has been there for a while is started again.
+    wait_until(killed, "dev ends")
     assert dev.ends() == 1
     assert "error: small ended with exit code -9" in dev.output
     wait_until(lambda: not dev.children & _parents().keys(), "no process is left")

@@ -31,6 +31,8 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 seen: list[Any] = []
 
 

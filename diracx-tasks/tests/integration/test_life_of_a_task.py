@@ -40,6 +40,8 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 SEEN: list[Any] = []
 
 

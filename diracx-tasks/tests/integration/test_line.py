@@ -14,6 +14,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 NORMAL = "diracx:tasks:normal:medium"
 
 

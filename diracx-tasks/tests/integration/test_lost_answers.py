@@ -18,6 +18,8 @@ from diracx.tasks.plumbing.worker import Worker, announcements
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 SEEN: list[str] = []
 
 

@@ -21,6 +21,8 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 BEGUN: Counter[str] = Counter()
 ENDED: Counter[str] = Counter()
 TICKS: list[float] = []

@@ -20,6 +20,8 @@ from diracx.tasks.testing.server import ValkeyProcess, free_port
 from redis import Redis
 from redis.exceptions import RedisError
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 SERVICE = "tasks"
 BEGUN: Counter[str] = Counter()
 TICKS: list[float] = []

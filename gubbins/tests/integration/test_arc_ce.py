@@ -22,7 +22,7 @@ from gubbins.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
 # It kills a job in half a minute, and other tests may run on this machine.
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
 
 
 class _Promises(AllPromises):
@@ -108,6 +108,7 @@ async def test_a_refused_description_is_refused_with_the_words_of_the_ce(arc_sit
     assert all("nonesuch" in (outcome.error or "") for outcome in outcomes.values())
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_vo_without_a_script_gets_no_pilot_and_disturbs_no_other(arc_site: ArcSite) -> None:
     make = _Maker(arc_site, scripts={"vo": "true"}, default_script=None)
     async with make() as backend:
@@ -140,6 +141,7 @@ async def test_a_stranger_is_told_so_until_the_file_is_replaced(arc_site: ArcSit
             await backend.poll([pilot])
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path: Path) -> None:
     if not arc_site.knows_tokens:
         not_for_this_machine(
@@ -161,6 +163,7 @@ async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path:
             await backend.poll([pilot])
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_server_that_cannot_prove_who_it_is_gets_nothing(arc_site: ArcSite) -> None:
     async with _Maker(arc_site, ca=arc_site.certificate)() as backend:
         with pytest.raises(CEUnavailableError, match="certificate verify failed"):

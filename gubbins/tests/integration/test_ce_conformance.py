@@ -11,6 +11,8 @@ from gubbins.ces.local import LocalBackend, LocalSettings
 from gubbins.ces.simulated import SimulatedBackend, SimulatedSettings
 from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, Fate, MakeBackend, pilot_scripts
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 
 class TestSimulated(CEConformance):
     pause_seconds = 0

@@ -20,7 +20,7 @@ from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
 
 
 class _Promises(AllPromises):
@@ -155,6 +155,7 @@ async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTC
     await backend.cancel([pilot])
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_refusal_has_the_words_of_the_site(htcondor_site: HTCondorSite) -> None:
     rule = "SUBMIT_REQUIREMENT_NAMES = Small\nSUBMIT_REQUIREMENT_Small = RequestMemory < 64\n"
     rule += 'SUBMIT_REQUIREMENT_Small_REASON = "ask for less memory"\n'
@@ -176,6 +177,7 @@ async def test_where_there_is_room_for_some_only_those_are_submitted(htcondor_si
     assert set(await backend.poll(pilots)) == {pilot.stamp for pilot in pilots[:2]}
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_token_is_read_for_each_call_and_what_is_wrong_with_it_is_said(
     htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from gubbins.ces.local import job as job_module
 from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 Make = Callable[..., Any]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
+import pytest
 from watching import ENDED, observe, until
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.demo.slurm import SlurmSite
+
+pytestmark = pytest.mark.event_loops("uvloop")
 
 
 async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(

@@ -15,6 +15,8 @@ from gubbins.ces.ssh import SSHHost
 from gubbins.demo.slurm import SlurmSite
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
+pytestmark = pytest.mark.event_loops("uvloop")
+
 
 class TestSlurm(CERemoteConformance):
     timeout_seconds = 20.0

@@ -21,6 +21,8 @@ from gubbins.demo.slurm import SlurmSite
 from gubbins.exceptions import CEUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 
+pytestmark = pytest.mark.event_loops("uvloop")
+
 Make = Callable[..., SlurmBackend]
 QUEUE = ("squeue", "-h", "-t", "all", "-o", "%j")
 
@@ -102,6 +104,7 @@ async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
     assert (tmp_path / "starts").read_text() == "started\n"
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 @pytest.mark.parametrize("command", ["sbatch", "squeue"])
 async def test_silence_is_told_as_silence_by_whoever_notices_it_first(
     command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +192,7 @@ async def test_a_pilot_cancelled_by_the_site_says_so(make: Make, slurm_site: Slu
     assert "cancelled at the site" in str(seen.reason)
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_pilots_get_their_own_script_and_environment_and_no_secrets(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

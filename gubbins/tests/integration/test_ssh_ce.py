@@ -23,6 +23,8 @@ from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
+pytestmark = pytest.mark.event_loops("uvloop")
+
 Make = Callable[..., SSHBackend]
 
 
@@ -251,6 +253,7 @@ async def test_a_directory_without_a_process_was_never_started(
     assert (seen.state, seen.reason) == (Observed.FAILED, "the pilot process was never started")
 
 
+@pytest.mark.event_loops("asyncio", "uvloop")
 async def test_a_connection_lost_on_the_way_concludes_nothing_and_the_next_call_makes_a_new_one(
     make: Make, sshd: Sshd, tmp_path: Path
 ) -> None:

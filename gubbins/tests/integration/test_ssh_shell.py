@@ -18,6 +18,8 @@ from sites.sshd import Sshd
 from gubbins.ces.ssh import SSHError, SSHHost, SSHShell
 from gubbins.ces.ssh import connection as connection_module
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 Shell = Callable[..., SSHShell]
 
 

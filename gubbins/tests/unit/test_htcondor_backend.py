@@ -24,6 +24,8 @@ from gubbins.ces.protocol import CEDescription
 from gubbins.ces.shell import Completed, LocalShell
 from gubbins.exceptions import CEUnavailableError
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 PILOT = PilotAtCE("stamp", "vo")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,10 +14,26 @@ from watching import alive, until, written
 from gubbins.ces.shell import LocalShell
 from gubbins.exceptions import CEUnavailableError
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 
 async def test_a_command_gets_its_input_and_gives_its_output_and_exit_code() -> None:
     done = await LocalShell().run(["/bin/sh", "-c", "cat; echo no >&2; exit 4"], stdin=b"hello", timeout=10)
     assert done == (4, "hello", "no\n")
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 1_000_000])
+async def test_commands_that_do_not_read_their_input_succeed(size_bytes: int) -> None:
+    """They may have closed it before anything is written to it."""
+    for _ in range(10):
+        runs = (LocalShell().run(["/bin/true"], stdin=b"x" * size_bytes, timeout=60) for _ in range(3))
+        assert await asyncio.gather(*runs) == 3 * [(0, "", "")]
+
+
+async def test_large_input_and_output_pass_at_the_same_time() -> None:
+    data = b"0123456789abcde\n" * 200_000
+    done = await LocalShell().run(["/bin/sh", "-c", "tee /dev/stderr"], stdin=data, timeout=60)
+    assert done == (0, data.decode(), data.decode())
 
 
 async def test_output_that_is_no_text_is_no_error() -> None:
@@ -41,6 +59,20 @@ async def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -
         await LocalShell().run(["/bin/sh", "-c", script], timeout=0.5)
     assert time.monotonic() - begin < 20
     await until(lambda: not alive(int((tmp_path / "child").read_text())))
+
+
+async def test_a_command_that_hangs_is_given_up_though_a_daemon_that_it_has_started_holds_its_output(
+    tmp_path: Path,
+) -> None:
+    script = f"setsid sh -c 'echo $$ > {tmp_path}/daemon; exec sleep 300' & sleep 300"
+    call = asyncio.ensure_future(LocalShell().run(["/bin/sh", "-c", script], timeout=300))
+    await until(lambda: written(tmp_path / "daemon"))
+    try:
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(call, 60)
+    finally:
+        os.kill(int(written(tmp_path / "daemon")), signal.SIGKILL)
 
 
 async def test_a_command_whose_caller_gives_up_is_ended(tmp_path: Path) -> None:

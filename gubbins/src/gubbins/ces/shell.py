@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol, Self
 
 from gubbins.exceptions import CEUnavailableError
 
@@ -57,31 +57,80 @@ class LocalShell:
         self._environment = dict(inherited_environment() if environment is None else environment)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=self._environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise CEUnavailableError(f"{argv[0]} cannot be started: {error.strerror}") from error
-        try:
-            async with asyncio.timeout(timeout):
-                out, err = await process.communicate(stdin)
-        except BaseException as error:
-            # With all that it has started. The group is there: its leader has not been waited for, or others
-            # of it hold the pipes.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-            if isinstance(error, TimeoutError):
-                raise CEUnavailableError(f"{argv[0]} has not answered within {timeout:g} s") from error
-            raise
-        assert process.returncode is not None
-        return Completed(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+        with _Pipe() as out, _Pipe() as err:
+            try:
+                with _input(stdin) as file, out.write_end, err.write_end:
+                    process = await asyncio.create_subprocess_exec(
+                        *argv,
+                        stdin=file,
+                        stdout=out.write_end,
+                        stderr=err.write_end,
+                        env=self._environment,
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                raise CEUnavailableError(f"{argv[0]} cannot be started: {error.strerror}") from error
+            try:
+                async with asyncio.timeout(timeout):
+                    returncode, *output = await asyncio.gather(process.wait(), out.read(), err.read())
+            except BaseException as error:
+                # With all that it has started. The group is there: its leader has not been waited for, or others
+                # of it hold the pipes.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+                if isinstance(error, TimeoutError):
+                    raise CEUnavailableError(f"{argv[0]} has not answered within {timeout:g} s") from error
+                raise
+        return Completed(returncode, *(text.decode(errors="replace") for text in output))
 
     async def close(self) -> None:
         pass
+
+
+class _Pipe:
+    """Pipe for the output of a command, the same in each event loop.
+
+    The pipes of uvloop are sockets: a script could not open /dev/stderr. With pipes of asyncio, waiting for a
+    process includes waiting for them, and a daemon that the command has started may hold them for days.
+    """
+
+    def __init__(self) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(read_end, False)
+        self._read_end = os.fdopen(read_end, "rb", buffering=0)
+        self.write_end = os.fdopen(write_end, "wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._read_end.close()
+        self.write_end.close()
+
+    async def read(self) -> bytes:
+        """Read until nobody has the write end any more."""
+        loop, data, end = asyncio.get_running_loop(), bytearray(), asyncio.Event()
+
+        def read() -> None:
+            part = self._read_end.read(65536)
+            if part:
+                data.extend(part)
+            elif part is not None:  # None: nothing yet
+                end.set()
+
+        loop.add_reader(self._read_end, read)
+        try:
+            await end.wait()
+        finally:
+            loop.remove_reader(self._read_end)
+        return bytes(data)
+
+
+def _input(data: bytes) -> IO[bytes]:
+    """A file in memory for a command to read. With a pipe, a command that closes its input early would fail the
+    write, with an error that differs between event loops."""
+    file = os.fdopen(os.memfd_create("stdin"), "wb")
+    file.write(data)
+    file.seek(0)
+    return file

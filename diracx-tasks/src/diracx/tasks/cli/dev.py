@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -191,25 +192,27 @@ class _System:
         """Run a component, again when it ends by itself, until we stop."""
         while not self._stop.is_set():
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "diracx.tasks", *command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=environment,
-                limit=2**20,
-                start_new_session=True,  # Ctrl-C is for us to pass on, in our order
-            )
+            # Not a pipe of the process object: its `wait` waits for the pipe, too, which a process that a task has
+            # left behind may hold.
+            reading, writing = os.pipe()
+            with os.fdopen(writing, "wb") as output:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-m", "diracx.tasks", *command),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=asyncio.subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for us to pass on, in our order
+                )
             self._guard.tell(f"+{process.pid}")
             self._processes[name] = process
-            echoing = asyncio.create_task(self._echo(name, process))
+            echoing = asyncio.create_task(self._echo(name, reading))
             if self._stop.is_set():  # it was started while we were stopping
                 process.terminate()
             code = await process.wait()
             self._guard.tell(f"-{process.pid}")
             del self._processes[name]
-            # A process that a task left behind may keep the pipe open.
             await asyncio.wait([echoing], timeout=1)
             echoing.cancel()
             if self._stop.is_set():
@@ -218,16 +221,20 @@ class _System:
                 raise CliError(f"{name} ended with exit code {code} at its start; see its output above")
             self._say("dev", f"{name} ended with exit code {code}; starting it again")
 
-    async def _echo(self, name: str, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        while True:
-            try:
-                line = await process.stdout.readline()
-            except ValueError:  # a line longer than the limit: what follows it is read again
-                continue
-            if not line:
-                return
-            self._say(name, line.decode(errors="replace").rstrip())
+    async def _echo(self, name: str, pipe: int) -> None:
+        reader = asyncio.StreamReader(limit=2**20)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb")
+        )
+        with contextlib.closing(transport):
+            while True:
+                try:
+                    line = await reader.readline()
+                except ValueError:  # a line longer than the limit: what follows it is read again
+                    continue
+                if not line:
+                    return
+                self._say(name, line.decode(errors="replace").rstrip())
 
     async def _end(self, names: Sequence[str]) -> None:
         """SIGTERM, and SIGKILL for what does not end in its time."""

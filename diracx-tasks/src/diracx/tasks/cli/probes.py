@@ -55,8 +55,10 @@ async def probes(
         with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             async with asyncio.timeout(_ANSWER_SECONDS):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await _response(head, ready, metrics))
-                await writer.drain()
+                response = await _response(head, ready, metrics)
+                if not writer.is_closing():  # else uvloop raises a RuntimeError
+                    writer.write(response)
+                    await writer.drain()
         writer.close()
 
     try:

@@ -54,7 +54,7 @@ async def serve_supervised(ready: asyncio.Event, stop: Callable[[], None]) -> No
     is_ready = asyncio.ensure_future(ready.wait())
     try:
         await asyncio.wait({gone, is_ready}, return_when=asyncio.FIRST_COMPLETED)
-        if is_ready.done():
+        if not gone.done():
             writer.write(_READY)
         with suppress(ConnectionError):  # it had not read our word
             await gone

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .exceptions import TaskConfigError
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 PREFIX = "DIRACX_DB_URL_"
@@ -81,3 +82,26 @@ def _set_read_committed(connection: Any, _record: Any) -> None:
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
     finally:
         cursor.close()
+
+
+def report_lost_connections(engine: AsyncEngine) -> None:
+    """Report a write to a lost connection as a lost connection also under uvloop, which raises a RuntimeError.
+
+    aiomysql needs this; asyncpg notices the loss by itself.
+    """
+    if engine.dialect.name in ("mysql", "mariadb"):
+        from sqlalchemy import event
+
+        event.listen(engine.sync_engine, "handle_error", _connection_lost)
+
+
+def _connection_lost(context: ExceptionContext) -> Exception | None:
+    from sqlalchemy.exc import OperationalError
+
+    from .patience import is_write_to_closed
+
+    if not is_write_to_closed(context.original_exception):
+        return None
+    context.is_disconnect = True
+    lost = ConnectionError("the connection was lost")
+    return OperationalError(context.statement, None, lost, connection_invalidated=True)

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
-from .databases import database_urls
+from .databases import database_urls, report_lost_connections
 from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, Overrides, calls_below, family_of
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExit
             continue
         database = classes[0](db_url=url)
         await stack.enter_async_context(database.engine_context())
+        report_lost_connections(database.engine)
         overrides.update(sql_overrides(database, classes))
         databases.update(dict.fromkeys(classes, database))
     return databases

@@ -55,6 +55,14 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, ResponseError) and str(error).split(" ", 1)[0] in _PASSING_WORDS
 
 
+def is_write_to_closed(error: BaseException) -> bool:
+    """Whether uvloop refuses a write because the connection was lost.
+
+    The event loop of asyncio accepts such a write, and the next read reports the loss.
+    """
+    return isinstance(error, RuntimeError) and str(error).endswith("; the handler is closed")
+
+
 def reason(error: BaseException) -> str:
     """What the error says, for one line. The sentinels' goes on about redis-py's own objects."""
     text = str(error).rstrip(".") or type(error).__name__

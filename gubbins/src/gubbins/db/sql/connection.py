@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from diracx.db.sql.utils import BaseSQLDB, SQLDBUnavailableError
-from diracx.tasks.plumbing.databases import read_committed
+from diracx.tasks.plumbing.databases import read_committed, report_lost_connections
 from diracx.tasks.plumbing.migrations import Migrations
 from sqlalchemy import (
     ARRAY,
@@ -86,6 +86,7 @@ class PilotDBConnection(BaseSQLDB):
             # Else, on MySQL, a waiter of the row lock would count the pilots of before its wait, and two compute
             # elements deadlock on the gaps between their rows.
             read_committed(engine)
+            report_lost_connections(engine)
             if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
                 # All transactions share its one connection: they must not overlap.
                 self._turn = asyncio.Lock()
@@ -128,11 +129,13 @@ class PilotDBConnection(BaseSQLDB):
                 await stack.enter_async_context(self._transaction())
             try:
                 yield
-            except (OperationalError, ProgrammingError) as error:
-                if lacking := await self._what_is_missing():
-                    raise DatabaseNotReadyError(behind=lacking == "columns") from error
+            except DBAPIError as error:
                 if error.connection_invalidated:
                     raise SQLDBUnavailableError(f"MyPilotDB went away: {error.orig}") from error
+                if isinstance(error, OperationalError | ProgrammingError) and (
+                    lacking := await self._what_is_missing()
+                ):
+                    raise DatabaseNotReadyError(behind=lacking == "columns") from error
                 raise
 
     @contextlib.asynccontextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -17,6 +18,9 @@ from redis.asyncio.connection import (
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from ..patience import is_write_to_closed
 
 if TYPE_CHECKING:
     from .address import Address
@@ -63,12 +67,32 @@ def _pool(
     if address.service:
         sentinel_pool: Any = _LimitedSentinelPool if limit else SentinelConnectionPool
         sentinel = Sentinel(address.sentinels, sentinel_kwargs={**of_sentinels, "retry": Retry(NoBackoff(), 0)})
-        pool: ConnectionPool = sentinel_pool(address.service, sentinel, ssl=address.tls, **options, **limit)
-        return pool
+        for client in sentinel.sentinels:
+            _report_losses(client.connection_pool)
+        return _report_losses(sentinel_pool(address.service, sentinel, ssl=address.tls, **options, **limit))
     if "path" in options:
         connection_class: type[Any] = UnixDomainSocketConnection
     else:
         connection_class = SSLConnection if address.tls else Connection
-    return (BlockingConnectionPool if limit else ConnectionPool)(
-        connection_class=connection_class, **options, **limit
-    )
+    pool_class = BlockingConnectionPool if limit else ConnectionPool
+    return _report_losses(pool_class(connection_class=connection_class, **options, **limit))
+
+
+def _report_losses(pool: Any) -> ConnectionPool:
+    """Let connections that this pool makes report their loss as such under every event loop."""
+    pool.connection_class = _reporting_losses(pool.connection_class)
+    return cast(ConnectionPool, pool)
+
+
+@cache
+def _reporting_losses(connection_class: type[Any]) -> type[Any]:
+    class Reporting(connection_class):  # type: ignore[misc]  # one of redis-py's, by the address
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:
+                if is_write_to_closed(error):
+                    raise RedisConnectionError("connection lost") from error
+                raise
+
+    return Reporting

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from diracx.db.sql.utils import BaseSQLDB
 from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
 
-from ..databases import read_committed
+from ..databases import read_committed, report_lost_connections
 from ..migrations import Migrations
 from ..task_names import resolve_task_name
 from .letter import DeadLetter, DeadLetterStatus
@@ -56,6 +56,7 @@ class TaskDB(BaseSQLDB):
     async def engine_context(self) -> AsyncIterator[None]:
         """The engine, for as long as the context lasts."""
         async with super().engine_context():
+            report_lost_connections(self.engine)
             read_committed(self.engine)  # else workers that store letters of neighbouring ids deadlock
             yield
 
