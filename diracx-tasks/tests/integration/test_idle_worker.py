@@ -13,6 +13,8 @@ from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 
 async def new_calls(redis: Redis, before: dict[str, int] | None = None) -> dict[str, int]:
     """How often the server was asked for each command, inside scripts or not, since `before`."""

@@ -14,7 +14,7 @@ from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
 
 # What is in hand, or still queued, when the test ends.
-pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
+pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
 
 NORMAL, REALTIME = "diracx:tasks:normal:medium", "diracx:tasks:realtime:medium"
 

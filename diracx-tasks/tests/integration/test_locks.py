@@ -17,6 +17,8 @@ from diracx.tasks.plumbing.locks import (
 )
 from redis.asyncio import Redis
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 
 class Ten(RateLimiter):
     limit = 10

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.worker.promoter import Promoter
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
 #: So long that nothing would begin in any test, were it for the looks now and then.
 SELDOM = {"housekeeping_seconds": 3600}

@@ -24,6 +24,8 @@ from diracx.tasks.plumbing.schedules import TaskScheduleBase
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
 SEEN: list[Any] = []
 
 
