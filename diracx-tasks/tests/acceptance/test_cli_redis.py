@@ -218,3 +218,28 @@ def test_a_url_file_that_cannot_be_used_is_one_line(cli, one_line, tmp_path, opt
     result = cli.mine("submit", "my_tasks:Urgent", *options)
     one_line(result, code, *said)
     _never(result)
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_deletes_tasks_when_its_memory_is_full_is_warned_of(cli, policy):
+    """1,000 tasks that waited were gone without a word."""
+    said = f"maxmemory-policy {policy}: it deletes tasks and locks when its memory is full"
+    with embedded_redis("--maxmemory", "50mb", "--maxmemory-policy", policy) as url:
+        cli.environment["DIRACX_TASKS_REDIS_URL"] = url
+        for command in (["worker"], ["scheduler"], ["dashboard", "--port", "0"]):
+            cli.start(*command).until(said)
+        assert said in " ".join(cli("status").stdout.split())
+        cli.stop()
+        with Redis.from_url(url) as client:
+            client.execute_command("ACL", "SETUSER", "default", "-info", "-config")
+        assert cli("status").returncode == 0, "a server that does not tell is not complained of"
+        assert "maxmemory-policy" not in cli("status").stdout
+
+
+def test_a_server_that_keeps_what_it_was_given_is_not_warned_of(cli):
+    with embedded_redis("--maxmemory", "50mb", "--maxmemory-policy", "noeviction") as url:
+        cli.environment["DIRACX_TASKS_REDIS_URL"] = url
+        worker = cli.start("worker")
+        worker.until("ready: ")
+        assert "maxmemory" not in worker.output + cli("status").stdout
+        cli.stop()

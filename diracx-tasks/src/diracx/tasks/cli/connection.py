@@ -18,16 +18,20 @@ ANSWER_SECONDS = 2.0
 
 
 @asynccontextmanager
-async def open_broker(url: str, size: Size | None = None) -> AsyncIterator[RedisStreamBroker]:
+async def open_broker(
+    url: str, size: Size | None = None, *, serves: bool = False
+) -> AsyncIterator[RedisStreamBroker]:
     """A broker whose server has answered.
 
     Args:
         size: of the worker that will fetch through it.
+        serves: for a process that stays: it warns of a server that deletes tasks when its memory is full.
 
     Raises:
         CliError: when the server cannot be reached, or refuses us.
     """
     from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.broker.memory import warn_of_eviction
     from ..plumbing.enums import Size
 
     with explained_redis(url):
@@ -37,6 +41,8 @@ async def open_broker(url: str, size: Size | None = None) -> AsyncIterator[Redis
             with explained_redis(url):
                 async with asyncio.timeout(ANSWER_SECONDS):
                     await broker.startup()
+                    if serves:
+                        await warn_of_eviction(broker.redis)
         except TimeoutError:
             raise CliError(
                 f"cannot reach Redis at {mask(url)}: no answer within {ANSWER_SECONDS:g} s; check host and port "

@@ -105,7 +105,7 @@ def worker(
         from .services import check_databases, following, open_task_db, read_configuration
         from .tasks import load_registry, warn_of_ambiguous_names
 
-        async with open_broker(url, worker_size) as broker:
+        async with open_broker(url, worker_size, serves=True) as broker:
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
@@ -182,7 +182,7 @@ def scheduler(
         from .tasks import load_registry, warn_of_ambiguous_names
 
         async with AsyncExitStack() as stack:
-            broker = await stack.enter_async_context(open_broker(url))
+            broker = await stack.enter_async_context(open_broker(url, serves=True))
             task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)

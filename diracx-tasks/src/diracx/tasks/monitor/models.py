@@ -347,6 +347,8 @@ class Snapshot(_Shown):
     """Used by the server; None where its user may not ask."""
     memory_limit_bytes: int | None
     """None: no limit is set."""
+    memory_policy: str | None = None
+    """`maxmemory-policy` of the server; any but `noeviction` loses tasks. None where its user may not ask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

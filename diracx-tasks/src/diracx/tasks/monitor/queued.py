@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.memory import read_memory
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .places import (
     HEAD_BYTES,
@@ -36,7 +37,7 @@ _DELAYED_FIELDS = 5
 async def snapshot(redis: Redis) -> Snapshot:
     """Everything that can be counted. It takes no longer when more is queued."""
     found = await scripts.snapshot(redis)
-    memory = await _memory(redis)
+    memory = await read_memory(redis)
     counted = dict(zip(found["delayed"][::2], found["delayed"][1::2], strict=True))
     return Snapshot(
         at=moment(found["now"] / 1000),
@@ -51,19 +52,10 @@ async def snapshot(redis: Redis) -> Snapshot:
         scheduler_leads=found["leads"] == 1,
         groups=found["groups"],
         dead_letters_waiting=found["dead"],
-        memory_bytes=memory.get("used_memory"),
-        memory_limit_bytes=memory.get("maxmemory") or None,
+        memory_bytes=memory.used_bytes,
+        memory_limit_bytes=memory.limit_bytes,
+        memory_policy=memory.policy,
     )
-
-
-async def _memory(redis: Redis) -> dict[str, int]:
-    """Memory of the server; nothing where its user may not ask for that."""
-    from redis.exceptions import NoPermissionError
-
-    try:
-        return cast("dict[str, int]", await redis.info("memory"))
-    except NoPermissionError:
-        return {}
 
 
 async def queues(redis: Redis) -> list[Queue]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..plumbing.broker.memory import eviction_problem
 from .models import Snapshot
 
 #: A worker reports every 5 s; one that lives and has not for so long has a blocked event loop.
@@ -48,6 +49,8 @@ def _of_server(seen: Snapshot) -> Iterator[Trouble]:
     if used is not None and limit is not None and used >= _MEMORY_SHARE * limit:
         text = f"Redis uses {used / limit:.0%} of its memory: at 100 % it refuses new tasks"
         yield Trouble(text=text, about="server")
+    if problem := eviction_problem(seen.memory_policy, limit):
+        yield Trouble(text=problem, about="server", grave=limit is not None)
 
 
 def _of_scheduler(seen: Snapshot) -> Iterator[Trouble]:
