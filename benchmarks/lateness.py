@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diracx.tasks.plumbing import BaseTask, PeriodicVoAwareBaseTask, Size, schedule_many
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import LABEL_DUE
+from diracx.tasks.plumbing.broker.labels import LABEL_DUE
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.scheduler import TaskScheduler

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.plumbing.broker.models import LABEL_DUE, TaskMessage
+from diracx.tasks.plumbing.broker.labels import LABEL_DUE
+from diracx.tasks.plumbing.broker.models import TaskMessage
 from redis import Redis
 
 STREAM = "diracx:tasks:normal:medium"

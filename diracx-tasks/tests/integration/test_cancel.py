@@ -364,7 +364,8 @@ async def test_the_child_of_a_large_group_can_be_cancelled_on_its_way_to_the_que
 
 
 def _message(task_id: str) -> bytes:
-    from diracx.tasks.plumbing.broker.models import LABEL_GROUP, TaskMessage
+    from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
+    from diracx.tasks.plumbing.broker.models import TaskMessage
 
     return TaskMessage(task_id=task_id, task_name="test:Echo", labels={LABEL_GROUP: "the-group"}).dumpb()
 

@@ -21,7 +21,8 @@ from diracx.tasks.dashboard.pages.overview import load_of
 from diracx.tasks.monitor import Point
 from diracx.tasks.monitor.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.plumbing.broker.models import LABEL_SECRET, TaskMessage
+from diracx.tasks.plumbing.broker.labels import LABEL_SECRET
+from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.persistence import DeadLetter, DeadLetterReason
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 

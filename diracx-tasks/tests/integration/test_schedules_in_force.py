@@ -23,7 +23,8 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.binding import Binding
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
-from diracx.tasks.plumbing.broker.models import LABEL_DUE, LABEL_SCHEDULE, TaskMessage
+from diracx.tasks.plumbing.broker.labels import LABEL_DUE, LABEL_SCHEDULE
+from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.scheduler import ScheduleState, TaskScheduler, by_hand, schedules
 from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks

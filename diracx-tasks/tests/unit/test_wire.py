@@ -6,16 +6,17 @@ import math
 import os
 import uuid
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from zoneinfo import ZoneInfo
 
 import msgpack
 import pytest
-from diracx.tasks.plumbing.wire import dumps, loads
+from diracx.tasks.plumbing.wire import MAX_DEPTH, dumps, loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
@@ -228,11 +229,72 @@ def test_what_holds_itself_is_refused():
     loop.append(loop)
     with pytest.raises(ValueError, match=r"recursion|deep"):
         dumps(loop)
+
+
+#: One more container around what is inside it, as a value and as bytes from outside.
+AROUND: dict[str, tuple[Callable[[Any], Any], Callable[[bytes], bytes]]] = {
+    "list": (lambda value: [value], lambda data: b"\x91" + data),
+    "dict": (lambda value: {"a": value}, lambda data: b"\x81\xa1a" + data),
+    "tuple": (lambda value: (value,), lambda data: msgpack.packb(msgpack.ExtType(10, b"\x91" + data))),
+}
+
+
+@given(st.integers(1, 3 * MAX_DEPTH), st.data())
+@settings(max_examples=200, deadline=None)
+def test_containers_nest_to_one_depth_in_both_directions_whatever_they_are(depth, draw):
+    kinds = draw.draw(st.lists(st.sampled_from(sorted(AROUND)), min_size=depth, max_size=depth))
+    value, data = None, b"\xc0"
+    for kind in kinds:
+        value, data = AROUND[kind][0](value), AROUND[kind][1](data)
+    if depth <= MAX_DEPTH:
+        assert dumps(value) == data
+        assert same(loads(data), value)
+    else:
+        with pytest.raises(ValueError, match="nested more than 32 deep"):
+            dumps(value)
+        with pytest.raises(ValueError, match="nested more than 32 deep"):
+            loads(data)
+
+
+@pytest.mark.parametrize("kind", [*AROUND, "timedelta", "mixed"])
+def test_bytes_that_nest_a_hundred_thousand_deep_do_not_overflow_the_stack(kind):
+    steps = {
+        **{name: around[1] for name, around in AROUND.items()},
+        "timedelta": lambda data: msgpack.packb(msgpack.ExtType(5, data)),
+    }
+    order = [steps[kind]] if kind != "mixed" else list(steps.values())
+    data = b"\xc0"
+    for level in range(100_000 if kind in ("list", "dict") else 3_000):
+        data = order[level % len(order)](data)
+    with pytest.raises(ValueError, match="not an encoded value"):
+        loads(data)
+
+
+def test_values_that_nest_without_end_do_not_overflow_the_stack():
     tuples: Any = ()
-    for _ in range(5000):
+    mixed: Any = None
+    for _ in range(5_000):
         tuples = (tuples,)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        dumps(tuples)
+    for level in range(20_000):
+        mixed = (mixed,) if level % 500 == 0 else [mixed]
+    for value in (tuples, mixed):
+        with pytest.raises(ValueError, match=r"deep|recursion"):
+            dumps(value)
+
+
+class Hostile:
+    """A property of a model that cannot be read."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]] = Inner.__dataclass_fields__
+
+    @property
+    def path(self) -> str:
+        raise ZeroDivisionError
+
+
+def test_a_value_that_cannot_be_read_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^cannot put it on the wire: ZeroDivisionError$"):
+        dumps(Hostile())
 
 
 @given(st.binary(max_size=40))

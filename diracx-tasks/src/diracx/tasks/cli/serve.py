@@ -7,9 +7,9 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -279,9 +279,25 @@ def _serve(run: Callable[[asyncio.Event, list[Callable[[], None]]], Awaitable[No
         logger.info("stopped")
 
     with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
-        runner.run(until_signalled())
+        _run_to_its_end(runner.get_loop(), until_signalled())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Python's own end would give up the handlers above
+
+
+def _run_to_its_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
+    """Run the loop until this has ended: an event loop stops for a KeyboardInterrupt or SystemExit of anything
+    that runs in it, as of an asyncio task that a task of ours has started. Signals come in another way.
+    """
+    running = loop.create_task(main)
+    while True:
+        try:
+            return loop.run_until_complete(running)
+        except (KeyboardInterrupt, SystemExit) as error:
+            if running.done():
+                raise
+            logger.error(
+                "a part of a task raised %s outside of `execute`; the worker goes on", type(error).__name__
+            )
 
 
 def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.arguments import field_names, secret_positions
-from ..plumbing.broker.models import LABEL_SECRET
+from ..plumbing.broker.labels import LABEL_SECRET
 from ..plumbing.secrets import MASK, mask
 from .models import as_json
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 from .binding import Binding, current_binding
 from .broker import scripts
 from .broker.groups import GroupStatus, list_groups, read_group
-from .broker.models import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
+from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .child_results import asks_for_results
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from .base_task import BaseTask
 from .binding import current_broker
 from .broker.groups import read_results
-from .broker.models import LABEL_CHILD_RESULTS, TaskResult
+from .broker.labels import LABEL_CHILD_RESULTS
+from .broker.models import TaskResult
 from .current import current_message
 
 if TYPE_CHECKING:

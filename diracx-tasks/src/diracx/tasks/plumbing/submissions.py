@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .arguments import secret_positions
 from .base_task import BaseTask
 from .broker.keys import stream_name_for
-from .broker.models import LABEL_SECRET, Submission, TaskMessage, checked_labels
+from .broker.labels import LABEL_SECRET, checked_labels
+from .broker.models import Submission, TaskMessage
 from .broker.redis_streams import new_task_id
 from .telemetry import current_trace_context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .arguments import field_names, own_serialize
-from .broker.models import LABEL_VO
+from .broker.labels import LABEL_VO
 
 if TYPE_CHECKING:
     from .base_task import BaseTask
@@ -25,13 +25,25 @@ def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None
 
 def vo_of_task(task: BaseTask, message: TaskMessage) -> str | None:
     """The VO of a task that has been made of a message."""
-    return _text(getattr(task, "vo", None)) or _text(message.labels.get(LABEL_VO))
+    return _text(own_vo(task)) or _text(message.labels.get(LABEL_VO))
+
+
+def own_vo(task: BaseTask) -> str | None:
+    """The VO that a task says it is for. Never raises."""
+    try:
+        vo = getattr(task, "vo", None)
+        return str.__str__(vo) if isinstance(vo, str) else None
+    except BaseException:  # a property of the task's own
+        return None
 
 
 def _argument(task_class: type[BaseTask], message: TaskMessage) -> Any:
     if "vo" in message.task_kwargs:
         return message.task_kwargs["vo"]
-    names = field_names(task_class)
+    try:
+        names = field_names(task_class)
+    except Exception:  # the class does not say what its arguments are: no task is made of it
+        return None
     if "vo" not in names:
         return getattr(task_class, "vo", None)  # all of the class are of one VO
     # A class that makes its arguments itself does not say which is which.

@@ -12,16 +12,20 @@ value comes back as follows; Python code runs for these only.
 | dataclass instance, pydantic model | dict of its fields |
 | Path | str |
 
-Dictionary keys must be scalars. A set whose elements come back unhashable (frozen dataclasses become dicts)
-comes back as a list; `arguments.rebuild` makes it a set again where the annotation says so.
+Containers nest at most `MAX_DEPTH` deep, in both directions: what is sent can be read, and no message overflows
+the stack of the process that reads it. Dictionary keys must be scalars. A set whose elements come back unhashable
+(frozen dataclasses become dicts) comes back as a list; `arguments.rebuild` makes it a set again where the
+annotation says so.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -33,27 +37,106 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Extension codes are part of the wire format: never renumber, only add.
 _BIG_INT, _NAIVE_DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _SET, _FROZENSET, _TUPLE = range(1, 11)
 
+#: How deep containers nest at most: lists, dicts, tuples and sets, in any mix.
+MAX_DEPTH = 32
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+#: Bytes that do not begin a container or an extension, in this encoding.
+_NO_CONTAINER = bytes(byte for byte in range(256) if not (0x80 <= byte <= 0x9F or 0xC7 <= byte <= 0xDF))
+_LONGEST_REASON = 200
+#: What is decoded without C code, which takes 100 times as long.
+_CAREFUL_BYTES = 1_000_000
+
 
 def dumps(value: Any) -> bytes:
     """Encode `value`.
 
-    Raises `TypeError` naming the type that has no encoding, and `ValueError` for what is nested too deeply
-    (hundreds of levels, or a container that holds itself) or lies outside the calendar.
+    Raises `TypeError` naming the type that has no encoding, and `ValueError` for what is nested more than
+    `MAX_DEPTH` deep (as a container that holds itself), lies outside the calendar, or cannot be read.
     """
     try:
-        return _pack(value)
+        data = _pack(value)
+        if _may_be_too_deep(data):
+            _check_depth(_unpack(data))
+    except TypeError:
+        raise
     except RecursionError as exc:
-        raise ValueError("cannot put it on the wire: nested too deeply") from exc
-    except OverflowError as exc:
-        raise ValueError(f"cannot put it on the wire: {exc}") from exc
+        raise ValueError(f"cannot put it on the wire: {_TOO_DEEP}") from exc
+    except Exception as exc:  # a property of the user's own may raise anything
+        raise ValueError(f"cannot put it on the wire: {_reason(exc)}") from exc
+    return data
 
 
-def loads(data: bytes) -> Any:
-    """Decode what `dumps` made. Raises `ValueError` for anything that is not a whole encoded value."""
+def loads(data: bytes, *, careful: bool = False) -> Any:
+    """Decode what `dumps` made. Raises `ValueError` for anything that is not a whole encoded value.
+
+    Args:
+        careful: without C code, for what processes have died with; only what is short.
+    """
+    try:
+        value = _unpack_carefully(data) if careful else _unpack(data)
+        if _may_be_too_deep(data):
+            _check_depth(value)
+    except Exception as exc:
+        raise ValueError(f"not an encoded value: {_reason(exc)}") from exc
+    return value
+
+
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
+
+
+def _may_be_too_deep(data: bytes) -> bool:
+    """Whether it has enough bytes that could begin a container: much cheaper than a look at every value."""
+    return len(data) > MAX_DEPTH and len(data.translate(None, _NO_CONTAINER)) > MAX_DEPTH
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [each for each in level if type(each) in _CONTAINERS]
+        if not level:
+            return
+        level = list(chain.from_iterable([each.values() if type(each) is dict else each for each in level]))
+    raise ValueError(_TOO_DEEP)
+
+
+def _unpack_carefully(data: bytes) -> Any:
+    from msgpack import fallback
+
+    if len(data) > _CAREFUL_BYTES:
+        raise ValueError(f"{len(data)} bytes are not decoded once more")
+    _nesting.unpackb = fallback.unpackb
     try:
         return _unpack(data)
-    except Exception as exc:
-        raise ValueError(f"not an encoded value: {exc or type(exc).__name__}") from exc
+    finally:
+        del _nesting.unpackb
+
+
+class _Nesting(threading.local):
+    """How many extensions are being encoded or decoded inside each other: each takes 40 kB of the C stack."""
+
+    depth = 0
+    unpackb: Callable[..., Any] = staticmethod(msgpack.unpackb)
+
+    def call(self, function: Callable[[Any], Any], value: Any) -> Any:
+        if self.depth >= MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        self.depth += 1
+        try:
+            return function(value)
+        finally:
+            self.depth -= 1
+
+
+_nesting = _Nesting()
+
+
+def _reason(error: Exception) -> str:
+    """What the error says, for one line: it may quote all of the value."""
+    try:
+        said = str(error) or type(error).__name__
+    except Exception:
+        said = type(error).__name__
+    return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
 
 
 def leading_fields(data: bytes) -> tuple[dict[Any, Any], Any]:
@@ -89,7 +172,7 @@ def _pack(value: Any) -> bytes:
 
 
 def _unpack(data: bytes) -> Any:
-    return msgpack.unpackb(
+    return _nesting.unpackb(
         data, ext_hook=_decode, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
     )
 
@@ -99,7 +182,7 @@ def _encode(value: Any) -> Any:
     encode = _ENCODERS.get(type(value))
     if encode is None:
         encode = _encoder_for(type(value))
-    return encode(value)
+    return _nesting.call(encode, value)
 
 
 def _encoder_for(cls: type) -> Callable[[Any], Any]:
@@ -246,4 +329,4 @@ def _decode(code: int, data: bytes) -> Any:
     decode = _DECODERS.get(code)
     if decode is None:
         raise ValueError(f"unknown extension type {code}")
-    return decode(data)
+    return _nesting.call(decode, data)

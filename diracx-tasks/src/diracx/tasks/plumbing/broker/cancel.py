@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from ..error_info import describe_exception
 from ..exceptions import TaskCancelledError
 from . import keys, scripts
 from .ending import child_ended, collected, schedule_outcome, stored_result
-from .models import TaskMessage, TaskResult, describe_exception
+from .models import TaskMessage, TaskResult
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

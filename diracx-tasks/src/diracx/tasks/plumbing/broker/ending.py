@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
+from ..error_info import ErrorInfo
 from . import keys
-from .models import (
-    LABEL_CHILD_RESULTS,
-    LABEL_GROUP,
-    LABEL_GROUP_RESULTS,
-    LABEL_RESULT_TTL,
-    LABEL_SCHEDULE,
-    TaskMessage,
-    TaskResult,
-)
-
-#: What may be told of an error: its `type`, `message` and `traceback`.
-Told: TypeAlias = Mapping[str, str]
+from .labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS, LABEL_RESULT_TTL, LABEL_SCHEDULE
+from .models import TaskMessage, TaskResult
 
 #: What a group shows of a child's error.
 _LONGEST_ERROR = 500
@@ -40,7 +31,7 @@ def stored_result(
 
 
 def child_ended(
-    message: TaskMessage, error: Told | None, make: Callable[[], TaskResult[Any]]
+    message: TaskMessage, error: ErrorInfo | None, make: Callable[[], TaskResult[Any]]
 ) -> dict[str, Any] | None:
     """What its group is told of a child that has ended for good; None when it is in no group."""
     group = message.labels.get(LABEL_GROUP)
@@ -67,7 +58,7 @@ def collected(message: TaskMessage) -> str | None:
 
 
 def schedule_outcome(
-    message: TaskMessage, error: Told | None, seconds: float, retry_seconds: float | None = None
+    message: TaskMessage, error: ErrorInfo | None, seconds: float, retry_seconds: float | None = None
 ) -> dict[str, Any] | None:
     """What is kept of how an occurrence of a schedule ended; None for any other task.
 
@@ -89,6 +80,6 @@ def schedule_outcome(
 def _packed(result: TaskResult[Any]) -> bytes:
     try:
         return result.dumpb()
-    except (TypeError, ValueError) as error:
+    except BaseException as error:  # a property of the value's own may raise anything
         # The work is done and stays done; whoever waits learns why there is no value.
         return TaskResult.from_exception(error, result.execution_time).dumpb()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..enums import Priority, Size
+from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import ResultIsMissingError
-from ..secrets import last_lines, mask
 from ..wire import dumps, loads
+from .labels import LABEL_ATTEMPTS, check_labels, checked_labels
 
 if TYPE_CHECKING:
     from ..locks import LockSpec
@@ -20,36 +21,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 
 _SEQUENCE = (list, tuple)
-#: Labels with a meaning for the task system; all others are the user's own.
-LABEL_ATTEMPTS = "attempts"
-LABEL_GROUP = "group"
-LABEL_GROUP_RESULTS = "group_results"
-LABEL_CHILD_RESULTS = "child_results"
-#: Positions of the arguments that nobody is to see, for those who do not know the class.
-LABEL_SECRET = "secret"  # noqa: S105  # the name of a label
-LABEL_RESULT_TTL = "result_ttl_seconds"
-#: The VO of a task whose class has no argument `vo`: set by a submitter who knows for whom it is.
-LABEL_VO = "vo"
-#: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
-LABEL_SCHEDULE = "schedule"
-LABEL_DUE = "schedule_due_ms"
-
-
-def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The labels as they may travel.
-
-    Raises:
-        ValueError: when one that has a meaning for the task system has no meaningful value.
-    """
-    checked = dict(labels or {})
-    ttl_seconds = checked.get(LABEL_RESULT_TTL)
-    if ttl_seconds is not None and not (type(ttl_seconds) is int and ttl_seconds > 0):
-        raise ValueError(f"the label {LABEL_RESULT_TTL} must be a positive number of seconds, not {ttl_seconds!r}")
-    if LABEL_ATTEMPTS in checked:
-        raise ValueError(f"the label {LABEL_ATTEMPTS} is the task system's own")
-    if not isinstance(checked.get(LABEL_GROUP, ""), str):
-        raise ValueError(f"the label {LABEL_GROUP} must be the id of a group, not {checked[LABEL_GROUP]!r}")
-    return checked
+_LONGEST_REASON = 300
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,29 +55,36 @@ class TaskMessage:
         return dumps(fields)
 
     @classmethod
-    def loadb(cls, data: bytes) -> Self:
+    def loadb(cls, data: bytes, *, careful: bool = False) -> Self:
         """Read a stored message.
+
+        Args:
+            careful: see `wire.loads`.
 
         Raises:
             ValueError: when the bytes are no task message.
         """
         try:
-            fields = loads(data)
+            fields = loads(data, careful=careful)
             message = cls(**fields)
         except Exception as error:
-            raise ValueError(f"not a task message: {error}") from error
+            raise ValueError(f"not a task message: {cut(str(error), _LONGEST_REASON)}") from error
         if not (
             isinstance(message.task_id, str)
             and isinstance(message.task_name, str)
             and isinstance(message.labels, dict)
             and isinstance(message.task_args, _SEQUENCE)
             and isinstance(message.task_kwargs, dict)
+            and isinstance(message.trace_context, dict)
         ):
             raise ValueError("not a task message: a field has the wrong type")
+        if not all(isinstance(text, str) for pair in message.trace_context.items() for text in pair):
+            raise ValueError("not a task message: its trace context is no text")
         if message.labels:
-            if not isinstance(message.labels.get(LABEL_ATTEMPTS, []), _SEQUENCE):
-                raise ValueError("not a task message: its attempts are no list")
-            checked_labels({name: value for name, value in message.labels.items() if name != LABEL_ATTEMPTS})
+            try:
+                check_labels(message.labels)
+            except ValueError as error:
+                raise ValueError(f"not a task message: {error}") from error
         return message
 
     @property
@@ -136,24 +115,18 @@ class TaskResult(Generic[_Value]):
 
     @classmethod
     def from_exception(
-        cls,
-        exc: BaseException,
-        execution_time: float,
-        labels: dict[str, Any] | None = None,
-        *,
-        told: dict[str, str] | None = None,
+        cls, exc: BaseException, execution_time: float, labels: dict[str, Any] | None = None
     ) -> TaskResult[None]:
-        """The result of a task that finally failed.
+        """The result of a task that finally failed."""
+        return cls.from_error(describe_exception(exc), execution_time, labels)
 
-        Args:
-            told: what is told of the exception, where it is not all.
-        """
+    @classmethod
+    def from_error(
+        cls, error: ErrorInfo, execution_time: float, labels: dict[str, Any] | None = None
+    ) -> TaskResult[None]:
+        """The same, of an exception that is text already."""
         return TaskResult(
-            is_err=True,
-            return_value=None,
-            execution_time=execution_time,
-            error=describe_exception(exc) if told is None else told,
-            labels=labels or {},
+            is_err=True, return_value=None, execution_time=execution_time, error=error, labels=labels or {}
         )
 
     def raise_for_error(self) -> Self:
@@ -185,29 +158,19 @@ class TaskResult(Generic[_Value]):
 
         Raises:
             ResultIsMissingError: when there is none.
+            ValueError: when the bytes are no result.
         """
         if data is None:
             raise ResultIsMissingError("no result is stored under this id (not kept, not ready, or expired)")
-        return TaskResult(**loads(data))
-
-
-def describe_exception(
-    error: BaseException, *, longest: int = 8_000, hide: Callable[[str], str] | None = None
-) -> dict[str, str]:
-    """Type, message and (the end of) the traceback of an exception, as text.
-
-    Args:
-        longest: characters of the traceback, and of the message.
-        hide: takes out of a text what is not to be told.
-    """
-    import traceback
-
-    text, message = last_lines("".join(traceback.format_exception(error)), longest), str(error)
-    if len(message) > longest:
-        message = mask(message, longest)
-    if hide is not None:
-        text, message = hide(text), hide(message)
-    return {"type": type(error).__name__, "message": message, "traceback": text}
+        try:
+            result = TaskResult(**loads(data))
+        except TypeError as error:  # other fields, or none
+            raise ValueError("the stored result cannot be decoded: its fields are those of no result") from error
+        except ValueError as error:
+            raise ValueError(f"the stored result cannot be decoded: {error}") from error
+        if not (isinstance(result.execution_time, int | float) and isinstance(result.error, dict | None)):
+            raise ValueError("the stored result cannot be decoded: a field has the wrong type")
+        return result
 
 
 @dataclass(frozen=True, slots=True)

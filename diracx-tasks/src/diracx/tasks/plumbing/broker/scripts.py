@@ -34,7 +34,10 @@ _QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
 def pack(value: Any) -> bytes:
     """msgpack as the server's Lua understands it: raw strings only."""
-    packed: bytes = msgpack.packb(value, use_bin_type=False)
+    try:
+        packed: bytes = msgpack.packb(value, use_bin_type=False)
+    except UnicodeEncodeError:  # halves of surrogate pairs, as wire.py sends them
+        packed = msgpack.packb(value, use_bin_type=False, unicode_errors="surrogatepass")
     return packed
 
 

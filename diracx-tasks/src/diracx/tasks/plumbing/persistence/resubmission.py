@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import rebuild
 from ..binding import Binding
-from ..broker.models import LABEL_ATTEMPTS, Submission, TaskMessage
+from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.models import Submission, TaskMessage
 from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
 from ..submissions import stream_of
 from .letter import OPEN, DeadLetterReason, DeadLetterStatus

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..broker import scripts
-from ..broker.models import LABEL_SCHEDULE
+from ..broker.labels import LABEL_SCHEDULE
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

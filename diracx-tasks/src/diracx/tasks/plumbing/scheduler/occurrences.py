@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_arguments
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from ..broker.models import LABEL_DUE, LABEL_SCHEDULE
+from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.redis_streams import in_ms
 from ..config import PeriodicTaskConfig, TasksConfig
 from ..schedules import IntervalSeconds, TaskScheduleBase

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,8 @@ from ..injection import Plan, compile_plan
 from ..lock_registry import TASK
 from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter
 from ..retry_policies import ExponentialBackoff, RetryPolicyBase
+from ..sentinels import innermost
+from ..task_vo import own_vo
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
@@ -36,6 +39,7 @@ class Blueprint:
     ) -> None:
         self.name = name
         self.task_class = task_class
+        check_execute(task_class)
         if known is not None and "plan" in vars(known):
             self.plan = known.plan
         self._config = config
@@ -64,7 +68,7 @@ class Blueprint:
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""
-        return self._written_for(_vo_of(task)).override
+        return self._written_for(own_vo(task)).override
 
     def _written_for(self, vo: str | None) -> _Written:
         if vo not in self._written:
@@ -81,7 +85,7 @@ class Blueprint:
         if not (self._overridden or self._limited):
             return [lock for lock in task.execution_locks if lock.enabled] if self._declares_locks else []
         locks = list(task.execution_locks)
-        vo = _vo_of(task)
+        vo = own_vo(task)
         override = self._written_for(vo).override
         if self._limited:
             locks = [self._limit(lock, vo, override) if isinstance(lock, BaseLimiter) else lock for lock in locks]
@@ -146,9 +150,40 @@ class Blueprint:
         return self.task_class.time_limit_seconds
 
 
-def _vo_of(task: BaseTask) -> str | None:
-    vo = getattr(task, "vo", None)
-    return vo if isinstance(vo, str) else None
+def check_execute(task_class: type[BaseTask]) -> None:
+    """Check that the worker can await `execute` and cancel it.
+
+    Raises:
+        TypeError: when it is anything but a method defined by `async def`; names the class, and file and line.
+    """
+    found = inspect.getattr_static(task_class, "execute")
+    if inspect.isfunction(found) and inspect.iscoroutinefunction(innermost(found)):
+        return
+    inner = innermost(found) if inspect.isfunction(found) else found
+    what = next((words for is_a, words in _NOT_AWAITABLE if is_a(inner)), f"of type {type(found).__name__}")
+    raise TypeError(
+        f"{task_class.__module__}.{task_class.__qualname__}: `execute` is {what} ({_place(task_class, found)}); "
+        "write it as `async def execute(self, …)` that returns its value"
+    )
+
+
+_NOT_AWAITABLE: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (inspect.isasyncgenfunction, "an async generator"),
+    (inspect.isgeneratorfunction, "a generator"),
+    (inspect.isfunction, "not async"),
+)
+
+
+def _place(task_class: type[BaseTask], found: Any) -> str:
+    """File and line of something in a class body, or of the class where it has none of its own."""
+    inner = getattr(found, "fget", None) or getattr(found, "__func__", None) or found
+    code = getattr(inspect.unwrap(inner) if callable(inner) else None, "__code__", None)
+    if code is not None:
+        return f"{code.co_filename}:{code.co_firstlineno}"
+    try:
+        return f"{inspect.getsourcefile(task_class)}:{inspect.getsourcelines(task_class)[1]}"
+    except (OSError, TypeError):
+        return "its source is not at hand"
 
 
 def _fields_of(

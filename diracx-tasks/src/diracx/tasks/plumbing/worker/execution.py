@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..current import current_message
+from ..error_info import describe_exception
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
+from ..secrets import without_secrets
 from ..telemetry import execution_span, is_traced
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
@@ -90,11 +93,14 @@ class Execution:
         if self._taken_over or self._started is None:
             return None
         cause = self._cancelled_for or self._overrun() or WorkerStoppedError("ignored its cancellation")
-        return _failed(cause, time.monotonic() - self._started)
+        return self.failed(cause)
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
+        again = self._cancelled_for is not None and self.running is not None
         self._cancel(self._overrun() or WorkerStoppedError("the worker stopped before the task had ended"))
+        if again and self.running is not None:
+            self.running.cancel()
 
     def _overrun(self) -> TimeLimitExceededError | None:
         """What it is charged with when it goes on after its time limit."""
@@ -118,39 +124,43 @@ class Execution:
                 self.running.cancel()
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
-        """Resolve the dependencies, execute, commit. Never raises for what the task does."""
+        """Resolve the dependencies, execute, commit. Never raises: whatever leaves the task is its outcome."""
+        self._started = time.monotonic()
         if not is_traced(self.message):
             return await self._run(overrides)
         with execution_span(self.message, self.delivery.stream) as note_failure:
             outcome = await self._run(overrides)
             if isinstance(outcome, Failed):
-                note_failure(outcome.error)
+                note_failure(outcome.told["type"])
             return outcome
 
     async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         current_message.set(self.message)
-        self._limit = limit = self.blueprint.time_limit(self.task)
-        self._started = started = time.monotonic()
-        deadline: asyncio.Timeout | None = None
+        assert self._started is not None
+        deadline: asyncio.TimerHandle | None = None
         try:
+            self._limit = limit = self.blueprint.time_limit(self.task)
             if self._cancelled_for is not None:
                 raise asyncio.CancelledError  # before it had begun
-            if limit is None:
-                value = await self._execute(overrides)
-            else:
-                async with asyncio.timeout(limit) as deadline:
-                    value = await self._execute(overrides)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if limit is not None:
+                # Not `asyncio.timeout`: it decides by a counter that code in the task may move.
+                deadline = asyncio.get_running_loop().call_later(limit, self._exceed)
+            value = await self._execute(overrides)
+        except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._taken_over:
                 return TakenOver()
-            cause: BaseException = error
-            if isinstance(error, TimeoutError) and deadline is not None and deadline.expired():
-                cause = TimeLimitExceededError(f"took longer than its time limit of {limit} s")
-                cause.__cause__ = error
-            elif isinstance(error, asyncio.CancelledError):
-                cause = self._cancelled_for or error
-            return _failed(cause, time.monotonic() - started)
-        return Succeeded(value, time.monotonic() - started)
+            if self._cancelled_for is None:
+                return self.failed(error)
+            if not issubclass(type(error), asyncio.CancelledError) and error is not self._cancelled_for:
+                self._cancelled_for.__cause__ = error
+            return self.failed(self._cancelled_for)
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+        return Succeeded(value, time.monotonic() - self._started)
+
+    def _exceed(self) -> None:
+        self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
         if not self.blueprint.plan.parameters:
@@ -164,13 +174,21 @@ class Execution:
             return value
 
     def _raise_if_cancelled(self) -> None:
-        """A task that swallowed its cancellation must not commit: not without its lock, not after its time."""
+        """A task that swallowed its cancellation must not commit: not without its lock, not after its time.
+
+        Only what we have cancelled it for counts: `Task.cancelling()` stays above 0 when a task handles the
+        failure of a TaskGroup (Python 3.11 and 3.12).
+        """
         if self._cancelled_for is not None:
             raise self._cancelled_for
-        assert self.running is not None
-        if self.running.cancelling():
-            raise asyncio.CancelledError
 
+    @property
+    def hide(self) -> Callable[[str], str] | None:
+        """What takes the task's secrets out of a text; None where it has none."""
+        return partial(without_secrets, task=self.task) if self.blueprint.task_class.secret_fields else None
 
-def _failed(error: BaseException, seconds: float) -> Failed:
-    return Failed(error, seconds, datetime.now(UTC) - timedelta(seconds=seconds))
+    def failed(self, error: BaseException) -> Failed:
+        """The outcome of an execution that ended by this error."""
+        seconds = 0.0 if self._started is None else time.monotonic() - self._started
+        told = describe_exception(error, hide=self.hide)
+        return Failed(error, told, seconds, datetime.now(UTC) - timedelta(seconds=seconds))

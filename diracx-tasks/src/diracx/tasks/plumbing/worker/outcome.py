@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from ..error_info import ErrorInfo
+
 
 class Succeeded(NamedTuple):  # made for every task
     """`execute` returned and its transaction was committed."""
@@ -19,6 +21,8 @@ class Failed:
     """`execute`, a dependency or the commit raised; or the execution was cancelled for a reason of ours."""
 
     error: BaseException
+    told: ErrorInfo
+    """The error as text, without the task's secrets."""
     seconds: float
     started: datetime
 

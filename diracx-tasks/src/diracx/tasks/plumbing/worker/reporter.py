@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, partial
+from functools import cache
 from heapq import nsmallest
 from operator import add
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 
 from ..broker import keys, scripts
-from ..broker.models import LABEL_ATTEMPTS, describe_exception
+from ..broker.labels import LABEL_ATTEMPTS
 from ..exceptions import LockLostError, TaskCancelledError
 from ..histogram import BUCKETS, bucket_of
-from ..secrets import without_secrets
 from ..task_vo import vo_of_task
 from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
@@ -146,8 +145,8 @@ class Reporter:
             sums.taken_over += 1
             return
         seconds = outcome.seconds
-        # Its place in line for a lock, or the 13 digits (until the year 2286) of when the entry was made.
-        came = int(delivery.entry[:13]) / 1e3 if since == "0" else int(since) / 1e6
+        # Its place in line for a lock, or when the entry was made.
+        came = int(delivery.entry.partition("-")[0]) / 1e3 if since == "0" else int(since) / 1e6
         queued = max(0.0, time.time() + self._clock_ahead - seconds - came)
         sums.run += seconds
         sums.queue += queued
@@ -176,12 +175,11 @@ class Reporter:
             fate = "dead"
             sums.dead += 1
         else:
-            fate = "cancelled" if isinstance(outcome.error, TaskCancelledError) else "dropped"
-        if isinstance(outcome.error, LockLostError):
+            fate = "cancelled" if issubclass(type(outcome.error), TaskCancelledError) else "dropped"
+        if issubclass(type(outcome.error), LockLostError):
             sums.locks_lost += 1
         message = execution.message
-        hide = partial(without_secrets, task=execution.task)
-        told = describe_exception(outcome.error, longest=_LONGEST_TRACEBACK, hide=hide)
+        told = outcome.told
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
@@ -190,7 +188,7 @@ class Reporter:
                 "vo": vo_of_task(execution.task, message),
                 "type": told["type"],
                 "message": told["message"][:_LONGEST_TEXT],
-                "traceback": told["traceback"],
+                "traceback": told["traceback"][-_LONGEST_TRACEBACK:],
                 "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
                 "worker": self._broker.consumer_name,
                 "outcome": fate,

@@ -9,22 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..broker import keys
-from ..broker.ending import Told, child_ended, child_lives, collected, schedule_outcome, stored_result
-from ..broker.models import (
-    LABEL_ATTEMPTS,
-    Settlement,
-    TaskMessage,
-    TaskResult,
-    describe_exception,
-)
+from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
+from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.redis_streams import in_ms
+from ..error_info import ErrorInfo, cut, describe_exception, one_line
 from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedError, TaskRetryRequestedError
 from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
-from ..secrets import without_secrets
 from ..task_vo import vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
@@ -40,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 #: A retry that was asked for, of a task whose policy gives none, waits 1 s, 2 s, 4 s … up to this.
 _LONGEST_REQUESTED_DELAY_SECONDS = 3600
+#: Characters of the traceback of a failed attempt, as it goes with the message.
+_LONGEST_ATTEMPT_TRACEBACK = 4_000
+#: Characters of messages and tracebacks of all attempts of a message, and of an old message beyond that.
+_LONGEST_ATTEMPTS = 100_000
+_LONGEST_OLD_MESSAGE = 200
 
 
 def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> datetime | None:
@@ -48,14 +48,35 @@ def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> dat
     Args:
         attempt: number of retries already made.
     """
-    if isinstance(error, StopRetryingError):
+    requests = _requests(error)
+    if StopRetryingError in requests:
         return None
-    given = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
-    moment = policy.schedule_retry(attempt, given)
-    if moment is None and isinstance(error, TaskRetryRequestedError):
+    # By its true type: `isinstance` believes what the exception says of itself, and may raise.
+    given = error if issubclass(type(error), Exception) else RuntimeError(one_line(error))
+    moment = policy.schedule_retry(attempt, cast(Exception, given))
+    if moment is None and requests:
         delay = min(2 ** min(attempt, 12), _LONGEST_REQUESTED_DELAY_SECONDS)
         return datetime.now(UTC) + timedelta(seconds=delay)
     return moment
+
+
+def _requests(error: BaseException) -> set[type[Exception]]:
+    """What the error asks for: `StopRetryingError`, `TaskRetryRequestedError`. A group of errors asks for
+    something when all in it do, however deep they are.
+    """
+    found: set[type[Exception]] = set()
+    left = [error]
+    while left:
+        error = left.pop()
+        if issubclass(type(error), BaseExceptionGroup):
+            left += BaseExceptionGroup.exceptions.__get__(error)
+        elif issubclass(type(error), StopRetryingError):
+            found.add(StopRetryingError)
+        elif issubclass(type(error), TaskRetryRequestedError):
+            found.add(TaskRetryRequestedError)
+        else:
+            return set()
+    return found
 
 
 def settle(
@@ -74,19 +95,20 @@ def settle(
     return settlement, _failed(execution, outcome, settlement, settings)
 
 
-def _retry(execution: Execution, outcome: Failed, attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What is put aside for the next attempt, or None when there is none."""
-    message = execution.message
-    again = retry_at(execution.blueprint.retry_policy(execution.task), len(message.attempts), outcome.error)
+def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[str, Any] | None:
+    """What is put aside for the next attempt; None when there is none.
+
+    Args:
+        final: the message with this attempt.
+    """
+    attempt = len(execution.message.attempts)
+    again = retry_at(execution.blueprint.retry_policy(execution.task), attempt, outcome.error)
     if again is None:
         return None
-    return {
-        "task": message.task_id,
-        # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
-        "delay_ms": max(0, in_ms(again) - in_ms(datetime.now(UTC))),
-        "stream": execution.delivery.stream.removesuffix(keys.HANDOVER),
-        "data": replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts}).dumpb(),
-    }
+    # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
+    delay_ms = max(0, in_ms(again) - in_ms(datetime.now(UTC)))
+    stream = execution.delivery.stream.removesuffix(keys.HANDOVER)
+    return {"task": final.task_id, "delay_ms": delay_ms, "stream": stream, "data": final.dumpb()}
 
 
 def hand_back(delivery: Delivery) -> Settlement:
@@ -101,7 +123,7 @@ def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings
     logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
     settlement = Settlement(delivery, cancelled=message.task_id)
     error = TaskCancelledError("cancelled before it had begun")
-    _failed_with(settlement, message, settings, error)
+    _failed_with(settlement, message, settings, describe_exception(error))
     return settlement
 
 
@@ -109,40 +131,53 @@ def _failed(
     execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
 ) -> DeadLetter | None:
     message = execution.message
-    attempts = [*message.attempts, _attempt(outcome, execution)]
     what = f"{message.task_name} {message.task_id}"
-    if isinstance(outcome.error, TaskCancelledError):
-        _failed_with(settlement, message, settings, outcome.error, outcome.seconds)
+    if issubclass(type(outcome.error), TaskCancelledError):
+        _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
         return None
+    final = _with_attempt(execution, outcome)
     try:
-        retry = _retry(execution, outcome, attempts)
-    except Exception:
-        logger.exception("the retry policy of %s failed: no retry", what)
+        retry = _retry(execution, outcome, final)
+    except BaseException as error:  # a policy is code of the task's author, as `execute` is
+        logger.error("the retry policy of %s failed: no retry\n%s", what, describe_exception(error)["traceback"])
         retry = None
     if retry is not None:
-        _log(logging.WARNING, f"{what} failed, to be retried", execution, outcome)
+        _log(logging.WARNING, f"{what} failed, to be retried", outcome)
         settlement.retry = retry
         settlement.group = child_lives(message)
-        settlement.outcome = schedule_outcome(message, attempts[-1], outcome.seconds, retry["delay_ms"] / 1000)
+        settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, retry["delay_ms"] / 1000)
         return None
-    _failed_with(settlement, message, settings, outcome.error, outcome.seconds, _hiding(execution))
+    _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
     if not execution.blueprint.task_class.dlq_eligible:
-        _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", execution, outcome)
+        _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", outcome)
         return None
-    _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", execution, outcome)
+    _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", outcome)
     settlement.collected = None  # whoever takes the letter up again may want the results of its children
-    final = replace(message, labels={**message.labels, LABEL_ATTEMPTS: attempts})
     where = _burial(execution.delivery)
     vo = vo_of_task(execution.task, message)
-    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, attempts[-1]["message"], where, vo)
+    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, outcome.told["message"], where, vo)
 
 
-def _log(level: int, line: str, execution: Execution, outcome: Failed) -> None:
-    if not execution.blueprint.task_class.secret_fields:
-        logger.log(level, "%s", line, exc_info=outcome.error)
-        return
-    told = describe_exception(outcome.error, hide=_hiding(execution))["traceback"]
-    logger.log(level, "%s\n%s", line, told)
+def _log(level: int, line: str, outcome: Failed) -> None:
+    logger.log(level, "%s\n%s", line, outcome.told["traceback"].rstrip())
+
+
+def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
+    """The message with this attempt. As it was delivered: the task may have changed its arguments."""
+    assert execution.delivery.data is not None
+    message = TaskMessage.loadb(execution.delivery.data)
+    attempts = [*message.attempts, _attempt(outcome)]
+    return replace(message, labels={**message.labels, LABEL_ATTEMPTS: fitting_attempts(attempts)})
+
+
+def fitting_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All attempts; when they are too long together, the oldest ones without what is long in them."""
+    left, fitting = _LONGEST_ATTEMPTS, []
+    for attempt in reversed(attempts):
+        left -= len(attempt.get("message", "")) + len(attempt.get("traceback", ""))
+        shorter = {"message": cut(attempt.get("message", ""), _LONGEST_OLD_MESSAGE), "traceback": ""}
+        fitting.append(attempt if left >= 0 else {**attempt, **shorter})
+    return fitting[::-1]
 
 
 def reject(
@@ -154,6 +189,7 @@ def reject(
     settings: WorkerSettings,
 ) -> tuple[Settlement, DeadLetter]:
     """What becomes of a delivery that cannot be executed: always a dead letter."""
+    detail = cut(detail)
     logger.error(
         "%s is put with the dead letters: %s: %s",
         delivery.entry if message is None else f"{message.task_name} {message.task_id}",
@@ -166,7 +202,7 @@ def reject(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, burial=where
         )
     settlement = Settlement(delivery)
-    _failed_with(settlement, message, settings, TaskRejectedError(f"{reason}: {detail}"))
+    _failed_with(settlement, message, settings, describe_exception(TaskRejectedError(f"{reason}: {detail}")))
     settlement.collected = None
     return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery), vo)
 
@@ -176,27 +212,31 @@ def _burial(delivery: Delivery) -> str:
     return f"{delivery.stream}/{delivery.entry}"
 
 
-def unsettled(execution: Execution, error: Exception, settings: WorkerSettings) -> tuple[Settlement, DeadLetter]:
+def unsettled(
+    execution: Execution, error: BaseException, settings: WorkerSettings
+) -> tuple[Settlement, DeadLetter]:
     """What becomes of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
     message = execution.message
     assert execution.delivery.data is not None
+    told = describe_exception(error, hide=execution.hide)
     letter = DeadLetter(
         task_id=message.task_id,
         task_name=message.task_name,
         vo=vo_of_task(execution.task, message),
         reason=DeadLetterReason.UNSETTLED,
-        detail=without_secrets(f"{type(error).__name__}: {error}", execution.task),
+        detail=f"{told['type']}: {told['message']}",
         data=execution.delivery.data,
         burial=_burial(execution.delivery),
     )
     settlement = Settlement(execution.delivery, locks=execution.locks)
-    _failed_with(settlement, message, settings, error, hide=_hiding(execution))
+    _failed_with(settlement, message, settings, told)
     return settlement, letter
 
 
-def _attempt(outcome: Failed, execution: Execution) -> dict[str, Any]:
+def _attempt(outcome: Failed) -> dict[str, Any]:
     return {
-        **describe_exception(outcome.error, longest=4_000, hide=_hiding(execution)),
+        **outcome.told,
+        "traceback": outcome.told["traceback"][-_LONGEST_ATTEMPT_TRACEBACK:],
         "host": socket.gethostname(),
         "started": outcome.started,
         "ended": outcome.started + timedelta(seconds=outcome.seconds),
@@ -212,7 +252,7 @@ def _ended(
     settlement: Settlement,
     message: TaskMessage,
     settings: WorkerSettings,
-    error: Told | None,
+    error: ErrorInfo | None,
     make: Callable[[], TaskResult[Any]],
     seconds: float = 0.0,
 ) -> None:
@@ -229,23 +269,11 @@ def _failed_with(
     settlement: Settlement,
     message: TaskMessage,
     settings: WorkerSettings,
-    error: BaseException,
+    told: ErrorInfo,
     seconds: float = 0.0,
-    hide: Callable[[str], str] | None = None,
 ) -> None:
-    """What follows from its end by an error, of which nothing is told that is to be hidden."""
-    if not message.labels and settings.result_ttl_seconds is None:
-        return  # a traceback costs more than all the rest
-    told = describe_exception(error, hide=hide)
-    make = partial(TaskResult.from_exception, error, seconds, told=told)
-    _ended(settlement, message, settings, told, make, seconds)
-
-
-def _hiding(execution: Execution) -> Callable[[str], str] | None:
-    """What takes the task's secrets out of a text; None where it has none."""
-    if not execution.blueprint.task_class.secret_fields:
-        return None
-    return partial(without_secrets, task=execution.task)
+    """What follows from its end by an error."""
+    _ended(settlement, message, settings, told, partial(TaskResult.from_error, told, seconds), seconds)
 
 
 class Settler:

@@ -16,6 +16,7 @@ from ..broker.models import TaskMessage
 from ..config import TasksConfig
 from ..endings import end
 from ..enums import Priority
+from ..error_info import describe_exception
 from ..factory import TaskRegistry
 from ..patience import patiently
 from ..persistence.letter import DeadLetterReason
@@ -230,18 +231,19 @@ class Worker:
 
     def _prepare(self, delivery: Delivery) -> Execution | None:
         """From a delivery to something that can run, or to a dead letter."""
-        message: TaskMessage | None = None
+        convicted = delivery.deaths >= self._settings.max_deliveries  # looked at before the decoder is
         try:
             if delivery.data is None:
                 raise ValueError("the stream entry has no field `data`")
-            message = TaskMessage.loadb(delivery.data)
+            message = TaskMessage.loadb(delivery.data, careful=convicted)
         except ValueError as error:
-            self._reject(delivery, None, DeadLetterReason.UNPARSABLE, str(error))
+            reason = DeadLetterReason.POISON if convicted else DeadLetterReason.UNPARSABLE
+            self._reject(delivery, None, reason, str(error))
             return None
         if delivery.cancelled:
             self._settler.add(cancelled(delivery, message, self._settings))
             return None
-        if delivery.deaths >= self._settings.max_deliveries:
+        if convicted:
             detail = f"handed out {delivery.deaths} times without ever coming back"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
@@ -254,8 +256,10 @@ class Worker:
         try:
             task = blueprint.build(message)
             locks = [lock.spec() for lock in blueprint.locks(task)]
-        except Exception as error:
-            detail = without_secrets_of(f"{type(error).__name__}: {error}", blueprint.task_class, message)
+        except BaseException as error:  # `__init__` and `execution_locks` may raise anything
+            hide = partial(without_secrets_of, task_class=blueprint.task_class, message=message)
+            told = describe_exception(error, longest=0, hide=hide)
+            detail = f"{told['type']}: {told['message']}"
             self._reject(delivery, message, DeadLetterReason.ARGUMENTS, detail)
             return None
         return Execution(delivery, message, blueprint, task, locks)
@@ -281,9 +285,11 @@ class Worker:
 
     async def _run(self, execution: Execution) -> None:
         try:
-            self._told(execution, await execution.run(self._dependencies.overrides))
-        except Exception:
-            logger.critical("an execution ended in an unforeseen way", exc_info=True)
+            try:
+                outcome = await execution.run(self._dependencies.overrides)
+            except BaseException as error:  # not of the task: of what traces it
+                outcome = execution.failed(error)
+            self._told(execution, outcome)
         finally:
             self._running.discard(execution)
             self._slot_freed.set()
@@ -292,10 +298,14 @@ class Worker:
         """What follows from an outcome."""
         try:
             settlement, letter = settle(execution, outcome, self._settings)
-        except Exception as error:
-            logger.critical("the outcome of %s cannot be told", execution.message.task_id, exc_info=True)
+        except BaseException as error:
+            told = describe_exception(error, hide=execution.hide)["traceback"]
+            logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
             settlement, letter = unsettled(execution, error, self._settings)
-        self.reporter.ended(execution, outcome, settlement, letter)
+        try:
+            self.reporter.ended(execution, outcome, settlement, letter)
+        except Exception:  # it only counts
+            logger.exception("the end of %s cannot be counted", execution.message.task_id)
         if letter is None:
             self._settler.add(settlement)
         else:

@@ -1,0 +1,90 @@
+"""Labels of a message that have a meaning for the task system, and what each may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+LABEL_ATTEMPTS = "attempts"
+LABEL_GROUP = "group"
+LABEL_GROUP_RESULTS = "group_results"
+LABEL_CHILD_RESULTS = "child_results"
+#: Positions of the arguments that nobody is to see, for those who do not know the class.
+LABEL_SECRET = "secret"  # noqa: S105  # the name of a label
+LABEL_RESULT_TTL = "result_ttl_seconds"
+#: The VO of a task whose class has no argument `vo`: set by a submitter who knows for whom it is.
+LABEL_VO = "vo"
+#: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
+LABEL_SCHEDULE = "schedule"
+LABEL_DUE = "schedule_due_ms"
+
+#: A time to live that every server takes: ten years.
+LONGEST_TTL_SECONDS = 315_576_000
+_LONGEST_SHOWN = 100
+_Check = Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_attempt(value: Any) -> bool:
+    texts = ("type", "message", "traceback", "host")
+    return isinstance(value, dict) and all(isinstance(value.get(name, ""), str) for name in texts)
+
+
+def _names_group(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("group"), str) and _is_number(value.get("total"))
+
+
+def _all(check: _Check) -> _Check:
+    return lambda value: isinstance(value, list | tuple) and all(map(check, value))
+
+
+#: What each of them may hold, and in words.
+_CHECKS: Mapping[str, tuple[_Check, str]] = {
+    LABEL_ATTEMPTS: (_all(_is_attempt), "a list of failed attempts"),
+    LABEL_GROUP: (lambda value: isinstance(value, str), "the id of a group"),
+    LABEL_GROUP_RESULTS: (lambda value: isinstance(value, bool | int), "true or false"),
+    LABEL_CHILD_RESULTS: (_names_group, "the group and its number of children"),
+    LABEL_SECRET: (_all(_is_number), "a list of positions"),
+    LABEL_RESULT_TTL: (
+        lambda value: value is None or (_is_number(value) and 0 < value <= LONGEST_TTL_SECONDS),
+        f"a positive number of seconds up to {LONGEST_TTL_SECONDS} (ten years)",
+    ),
+    LABEL_SCHEDULE: (lambda value: isinstance(value, str), "the name of a schedule"),
+    LABEL_DUE: (_is_number, "a time in ms since the epoch"),
+}
+
+
+def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The labels as they may be submitted.
+
+    Raises:
+        ValueError: when one that has a meaning for the task system has no meaningful value.
+    """
+    checked = dict(labels or {})
+    if LABEL_ATTEMPTS in checked:
+        raise ValueError(f"the label {LABEL_ATTEMPTS} is the task system's own")
+    check_labels(checked)
+    return checked
+
+
+def check_labels(labels: Mapping[str, Any]) -> None:
+    """Check those of a message, whoever has made it.
+
+    Raises:
+        ValueError: names the label, its value and what it must be.
+    """
+    for name in _CHECKS.keys() & labels.keys():
+        fits, wanted = _CHECKS[name]
+        if not fits(labels[name]):
+            raise ValueError(f"the label {name} must be {wanted}, not {_shown(labels[name])}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except Exception:  # as of a number of more than 4,300 digits
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
