@@ -62,6 +62,7 @@ def test_labels_of_the_users_own_may_hold_anything() -> None:
         {"task_kwargs": [1]},
         {"task_id": b"bytes"},
         {"task_name": 3},
+        {"task_id": "half \udc80 of a pair"},
         {"further": 1},
         {"x" * 100_000: 1},
     ],

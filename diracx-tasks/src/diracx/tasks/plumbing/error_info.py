@@ -30,8 +30,9 @@ def describe_exception(
     def told(read: Callable[[], str], instead: str) -> str:
         try:
             text = str.__str__(read())
-            # Before it is cut, or half of what is to be hidden could be left.
-            return text if hide is None else str.__str__(hide(text))
+            if hide is not None:  # before it is cut, or half of what is to be hidden could be left
+                text = str.__str__(hide(text))
+            return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
         except BaseException:  # methods of the exception's own may raise anything
             return instead
 

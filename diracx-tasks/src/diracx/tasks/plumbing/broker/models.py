@@ -78,6 +78,11 @@ class TaskMessage:
             and isinstance(message.trace_context, dict)
         ):
             raise ValueError("not a task message: a field has the wrong type")
+        if not (message.task_id.isascii() and message.task_name.isascii()):
+            try:
+                f"{message.task_id}{message.task_name}".encode()
+            except UnicodeEncodeError as error:
+                raise ValueError("not a task message: its id or name is no text") from error
         if not all(isinstance(text, str) for pair in message.trace_context.items() for text in pair):
             raise ValueError("not a task message: its trace context is no text")
         if message.labels:
