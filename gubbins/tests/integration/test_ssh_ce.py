@@ -73,6 +73,8 @@ async def make(sshd: Sshd, tmp_path: Path) -> AsyncIterator[Make]:
 
     yield _make
     for pid in (tmp_path / "pilots").glob("*/pid"):
+        if not pid.is_file() or pid.stat().st_size > 512:
+            continue  # a hostile pilot's
         number = pid.read_text().split()[0]
         if number.isdecimal() and _is_wrapper(int(number), pid.parent):
             os.killpg(int(number), signal.SIGKILL)
@@ -353,3 +355,59 @@ def _is_wrapper(pid: int, directory: Path) -> bool:
         return pid > 1 and os.getpgid(pid) == pid and os.readlink(f"/proc/{pid}/cwd") == str(directory)
     except OSError:
         return False
+
+
+def _link(path: Path) -> None:
+    (path.parent.parent.parent / "secret").write_text("the owner's secret")
+    path.symlink_to(path.parent.parent.parent / "secret")
+
+
+def _endless(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+
+
+@pytest.mark.parametrize(
+    "put", [_link, os.mkfifo, Path.mkdir, _endless], ids=["link", "fifo", "directory", "endless"]
+)
+@pytest.mark.timeout(120)
+async def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
+    make: Make, tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    names = ("stdout", "stderr", "rc", "pid", "cancelled", "forgotten")
+    stamps = [f"s-{name}" for name in names]
+    for stamp, name in zip(stamps, names, strict=True):
+        job = tmp_path / "pilots" / stamp
+        job.mkdir(parents=True)
+        if name != "rc":
+            (job / "rc").write_text("3\n")
+        put(job / name)
+    backend = make(kill_after_seconds=0, command_timeout_seconds=20)
+    pilots = [PilotAtCE(stamp, "vo", status=MyPilotStatus.FAILED) for stamp in stamps]
+    seen = await backend.poll(pilots)
+    assert {stamp for stamp in stamps if seen[stamp].state is Observed.FAILED} == {*stamps} - {"s-rc"}
+    assert not any("secret" in (each.reason or "") for each in seen.values())
+    for _ in range(2):
+        await backend.cancel(pilots)
+    for pilot in pilots:
+        output = await backend.output(pilot)
+        assert "secret" not in output.stdout + output.stderr
+    await backend.forget(pilots)
+    if put is _link:
+        assert (tmp_path / "secret").read_text() == "the owner's secret"
+
+
+async def test_a_pilot_that_names_the_process_group_of_another_does_not_make_us_kill_it(
+    make: Make, tmp_path: Path
+) -> None:
+    backend, pilot = make(kill_after_seconds=0, default_script="sleep 300"), PilotAtCE("victim", "vo")
+    await backend.submit([pilot])
+    await observe(backend, pilot, Observed.RUNNING)
+    hostile = tmp_path / "pilots" / "hostile"
+    hostile.mkdir()
+    (hostile / "pid").write_text((tmp_path / "pilots" / "victim" / "pid").read_text())
+    for _ in range(3):
+        await backend.cancel([PilotAtCE("hostile", "vo")])
+    assert (await backend.poll([pilot]))["victim"].state is Observed.RUNNING
+    await backend.cancel([pilot])
+    await observe(backend, pilot, *ENDED)

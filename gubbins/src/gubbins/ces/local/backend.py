@@ -10,9 +10,9 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gubbins.ces.protocol import (
     CEBackend,
@@ -26,7 +26,9 @@ from gubbins.ces.protocol import (
 from gubbins.ces.shell import inherited_environment
 from gubbins.exceptions import OutputUnavailableError
 from gubbins.pilot_states import MyPilotStatus
+from gubbins.text import one_line
 
+from .account import Account
 from .job import LocalJob, sweep
 
 DEFAULT_SCRIPT = "sleep 1"
@@ -46,6 +48,13 @@ class LocalSettings(CESettings):
     )
     default_script: str = Field(default=DEFAULT_SCRIPT, description="For VOs that have no script of their own.")
     environment: dict[str, str] = Field(default={}, description="Added to the pilots' environment.")
+    run_as: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="User of this host that pilots run as; needs a worker that runs as root, and `directory`. "
+        "Default: the worker's own, whose files and environment they can read.",
+    )
     kill_after_seconds: float = Field(
         default=10, ge=0, allow_inf_nan=False, description="A cancelled pilot that ignores SIGTERM is killed."
     )
@@ -63,6 +72,14 @@ class LocalSettings(CESettings):
         if directory is not None and not directory.is_absolute():
             raise ValueError("must be an absolute path")
         return directory
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.run_as is not None and self.directory is None:
+            raise ValueError(
+                "run_as needs a `directory` that this user can enter: the default one is in the worker's home"
+            )
+        return self
 
 
 class LocalBackend(CEBackend[LocalSettings]):
@@ -117,6 +134,9 @@ class LocalBackend(CEBackend[LocalSettings]):
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(state) / "gubbins" / self.ce.name
 
+    def _account(self) -> Account | None:
+        return None if self.settings.run_as is None else Account.of(self.settings.run_as)
+
     def _job(self, stamp: str) -> LocalJob:
         return LocalJob(self._directory() / stamp)
 
@@ -126,13 +146,15 @@ class LocalBackend(CEBackend[LocalSettings]):
         return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
-        job = self._job(pilot.stamp)
         ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
         try:
+            account = self._account()
+            job = LocalJob(self._directory() / pilot.stamp, account)
+            own = {} if account is None else account.environment
             if job.create(self.settings.scripts.get(pilot.vo, self.settings.default_script)):
-                job.launch(inherited_environment() | self.settings.environment | ours)
-        except (OSError, subprocess.SubprocessError) as error:
-            return SubmitOutcome(error=str(error))
+                job.launch(inherited_environment() | own | self.settings.environment | ours)
+        except (OSError, LookupError, subprocess.SubprocessError) as error:
+            return SubmitOutcome(error=one_line(error))
         return SubmitOutcome(reference=self._reference(pilot))
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["LocalJob", "sweep"]
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -18,12 +19,21 @@ from pathlib import Path
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
 from gubbins.exceptions import CEUnavailableError
 
+from .account import Account
+from .files import modified_at, read_end, read_start
+
+logger = logging.getLogger(__name__)
+
 WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
 # A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
 NEVER_STARTED_SECONDS = 60
 _UNHEARD_OF_SECONDS = 30 * 24 * 3600
 _MAX_STDERR_CHARS = 200
+_MAX_STDERR_BYTES = 4096
+_MAX_CODE_BYTES = 16
+_MAX_PID_BYTES = 256
+_MAX_ENVIRON_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,17 @@ class _Process:
     start_ticks: str
     boot_id: str
 
+    def belongs_to(self, stamp: str) -> bool:
+        """Whether it was started for the pilot with this stamp, which is in the environment it was started with.
+
+        A pilot can write into its directory the numbers of any process: no other has its stamp.
+        """
+        try:
+            with Path(f"/proc/{self.pid}/environ").open("rb") as file:
+                return f"PILOT_STAMP={stamp}".encode() in file.read(_MAX_ENVIRON_BYTES).split(b"\0")
+        except OSError:
+            return False
+
     def alive(self) -> bool:
         """Whether this very process runs, in this group; another one with its number is not mistaken for it."""
         try:
@@ -41,10 +62,10 @@ class _Process:
             boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             return False
-        state, group, start_ticks = fields[0], int(fields[2]), fields[19]
+        state, group, session, start_ticks = fields[0], int(fields[2]), int(fields[3]), fields[19]
         return (
             state not in "ZX"
-            and group == self.group
+            and group == session == self.group
             and start_ticks == self.start_ticks
             and boot_id == self.boot_id
         )
@@ -55,14 +76,19 @@ class LocalJob:
     """The directory of one pilot, named after its stamp."""
 
     path: Path
+    account: Account | None = None  # of the pilot; None: the worker's own
 
     def create(self, script: str) -> bool:
         """Make the directory with the pilot script; False when it exists: the pilot was submitted before."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.account is not None:
+            self.path.parent.chmod(0o711)
         prepared = Path(tempfile.mkdtemp(prefix=".new-", dir=self.path.parent))
         try:
             text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
             (prepared / "script").write_text(text if text.endswith("\n") else f"{text}\n")
+            if self.account is not None:
+                self.account.prepare(prepared)
             prepared.rename(self.path)
         except OSError:
             shutil.rmtree(prepared, ignore_errors=True)
@@ -78,9 +104,10 @@ class LocalJob:
             OSError, subprocess.SubprocessError: it could not be started; the directory is gone again.
             CEUnavailableError: it may have been started.
         """
+        command = [] if self.account is None else self.account.command
         try:
             subprocess.run(
-                ["/bin/sh", "-c", '/bin/sh "$1" "$2" &', "launch", str(WRAPPER), str(self.path)],
+                ["/bin/sh", "-c", '/bin/sh "$@" &', "launch", str(WRAPPER), str(self.path), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -100,16 +127,14 @@ class LocalJob:
 
     def observe(self) -> Observation | None:
         """What has become of the pilot; None: there is no such directory."""
+        # In this order: it may end meanwhile, and one that writes an exit code while it runs has not ended.
+        process = self._process()
+        if process is not None and process.alive():
+            return Observation(Observed.RUNNING)
         code = self._exit_code()
-        if code is None:
-            process = self._process()
-            if process is None:
-                return self._not_started()
-            if process.alive():
-                return Observation(Observed.RUNNING)
-            # It may have written its exit code and ended since we looked for it.
-            code = self._exit_code()
-        cancelled = (self.path / "cancelled").exists()
+        if code is None and process is None:
+            return self._not_started()
+        cancelled = modified_at(self.path / "cancelled") is not None
         if code == 0:
             return Observation(Observed.DONE)
         if code is None:
@@ -122,17 +147,25 @@ class LocalJob:
 
     def cancel(self, *, kill_after_seconds: float) -> None:
         """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL)."""
-        if not self.path.is_dir() or self._exit_code() is not None:
+        if not self._is_there():
+            return
+        process = self._process()
+        alive = process is not None and process.alive()
+        if not alive and self._exit_code() is not None:
             return
         mark = self.path / "cancelled"
         with contextlib.suppress(FileExistsError):
             mark.touch(exist_ok=False)
-        process = self._process()
         # Without a process file the wrapper has yet to look for the mark.
-        if process is not None and process.alive():
-            patience_is_over = time.time() - mark.stat().st_mtime >= kill_after_seconds
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.group, signal.SIGKILL if patience_is_over else signal.SIGTERM)
+        if process is None or not alive:
+            return
+        if not process.belongs_to(self.path.name):
+            logger.warning("Pilot %s says that process %d is its own, which is not", self.path.name, process.pid)
+            return
+        asked_at = modified_at(mark) or 0.0
+        patience_is_over = time.time() - asked_at >= kill_after_seconds
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.group, signal.SIGKILL if patience_is_over else signal.SIGTERM)
 
     def output(self) -> PilotOutput:
         """What the pilot has written so far.
@@ -140,7 +173,8 @@ class LocalJob:
         Raises:
             FileNotFoundError: there is no such directory.
         """
-        self.path.stat()
+        if not self._is_there():
+            raise FileNotFoundError(self.path)
         return PilotOutput(*(self._tail(name, OUTPUT_LIMIT_BYTES) for name in ("stdout", "stderr")))
 
     def mark_forgotten(self) -> None:
@@ -154,50 +188,46 @@ class LocalJob:
 
     def wrote_before(self, name: str, timestamp: float) -> bool:
         """Whether there is such a file, and it was written before then (s since 1970)."""
-        try:
-            return (self.path / name).stat().st_mtime <= timestamp
-        except OSError:
-            return False
+        written_at = modified_at(self.path / name)
+        return written_at is not None and written_at <= timestamp
+
+    def _is_there(self) -> bool:
+        return self.path.is_dir() and not self.path.is_symlink()
 
     def _not_started(self) -> Observation | None:
-        try:
-            age_seconds = time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
+        made_at = modified_at(self.path)
+        if made_at is None:
             return None
-        if age_seconds < NEVER_STARTED_SECONDS:
+        if time.time() - made_at < NEVER_STARTED_SECONDS:
             return Observation(Observed.WAITING)
         return Observation(Observed.FAILED, "the pilot process was never started")
 
     def _exit_code(self) -> int | None:
         try:
-            return int((self.path / "rc").read_text())
-        except FileNotFoundError:
+            return int(read_start(self.path, "rc", _MAX_CODE_BYTES))
+        except OSError:
             return None
         except ValueError:
             return 1  # a full disk leaves an empty file: it ended, and not well
 
     def _process(self) -> _Process | None:
         try:
-            pid, group, start_ticks, boot_id = (self.path / "pid").read_text().split()
+            pid, group, start_ticks, boot_id = read_start(self.path, "pid", _MAX_PID_BYTES).decode().split()
             process = _Process(int(pid), int(group), start_ticks, boot_id)
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
-        # The pilot can write what it likes in there, and a signal to the groups 0 and 1 would reach far more than
-        # a pilot.
+        # A signal to the groups 0 and 1 would reach far more than a pilot.
         return process if process.pid > 1 and process.group > 1 else None
 
     def _last_line_of_stderr(self) -> str:
-        lines = self._tail("stderr", 4096).split("\n")
+        lines = self._tail("stderr", _MAX_STDERR_BYTES).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:_MAX_STDERR_CHARS]
 
     def _tail(self, name: str, limit_bytes: int) -> str:
         try:
-            with (self.path / name).open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - limit_bytes))
-                return file.read().decode(errors="replace")
+            return read_end(self.path, name, limit_bytes).decode(errors="replace")
         except OSError:
-            return ""  # the pilot has not come so far
+            return ""  # the pilot has not come so far, or has put something else there
 
 
 def sweep(directory: Path, *, keep_seconds: float) -> None:
@@ -206,6 +236,8 @@ def sweep(directory: Path, *, keep_seconds: float) -> None:
     now = time.time()
     for path in directory.glob("*/script"):
         job = LocalJob(path.parent)
+        if path.parent.is_symlink():
+            continue
         if job.wrote_before("forgotten", now - keep_seconds) or job.wrote_before(
             "rc", now - keep_seconds - _UNHEARD_OF_SECONDS
         ):

@@ -64,7 +64,9 @@ class SSHBackend(CEBackend[SSHSettings]):
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         observations = {}
         with _nothing_there_yet(pilots):
-            for word, rest in await self._bulk(_stamps(pilots), [self._enter], lambda stamp: f"observe {stamp}"):
+            for word, rest in await self._bulk(
+                _stamps(pilots), [self._enter], lambda stamp: f"observe {stamp}", files=True
+            ):
                 stamp, _, detail = rest.partition(" ")
                 try:
                     observations[stamp] = self._observation(stamp, word, detail)
@@ -75,7 +77,7 @@ class SSHBackend(CEBackend[SSHSettings]):
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         before = [self._enter, f"now=$(date +%s) patience={self.settings.kill_after_seconds}"]
         with _nothing_there_yet(pilots):
-            await self._bulk(_stamps(pilots), before, lambda stamp: f"cancel {stamp}")
+            await self._bulk(_stamps(pilots), before, lambda stamp: f"cancel {stamp}", files=True)
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         try:
@@ -138,9 +140,16 @@ class SSHBackend(CEBackend[SSHSettings]):
         return outcomes
 
     async def _bulk(
-        self, stamps: Iterable[str], before: Sequence[str], line: Callable[[str], str]
+        self,
+        stamps: Iterable[str],
+        before: Sequence[str],
+        line: Callable[[str], str],
+        *,
+        files: bool = False,
     ) -> list[tuple[str, str]]:
         """The records of remote commands with one line for each stamp; without those that can be no directory.
+
+        With `files`, the small files of all of them are looked for at first.
 
         Raises:
             Refused: nothing at all has been done.
@@ -150,7 +159,8 @@ class SSHBackend(CEBackend[SSHSettings]):
         batches = [names[start : start + PILOTS_PER_COMMAND] for start in range(0, len(names), PILOTS_PER_COMMAND)]
         records: list[tuple[str, str]] = []
         for batch in batches:
-            asked = command([*before, *map(line, batch)])
+            found = [f"find_files {' '.join(batch)}"] if files else []
+            asked = command([*before, *found, *map(line, batch)])
             answer = await self._shell.run(["/bin/sh", "-s"], stdin=asked.text)
             try:
                 records += parse(answer, asked.mark, host=self._host)

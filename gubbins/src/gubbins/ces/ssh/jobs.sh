@@ -37,7 +37,7 @@ prepare() {
 submit() {
     if why=$(mkdir "$1" 2>&1); then
         if why=$(write "$1" 2>&1); then
-            setsid /bin/sh "$1/wrapper" "$1" < /dev/null > /dev/null 2>&1 &
+            PILOT_STAMP=$1 setsid /bin/sh "$1/wrapper" "$1" < /dev/null > /dev/null 2>&1 &
         else
             rm -rf "./$1"
             say refused "$1" "$why"
@@ -56,11 +56,31 @@ write() {
         printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment"
 }
 
-# observe STAMP
+# find_files STAMP…: what the pilots have of the files that are read below, in $files: regular ones of 512 bytes at
+# most. A pilot can put anything in their place, and a shell would follow, wait, or read without end.
+files=
+find_files() {
+    files="$files $(find "$@" -maxdepth 1 -type f -size -2 \( -name pid -o -name rc -o -name cancelled \) 2> /dev/null |
+        tr '\n' ' ')"
+}
+
+is_file() {
+    case $files in
+        *" $1 "*) return 0 ;;
+    esac
+    return 1
+}
+
+# is_text FILE: a regular file, of whatever size.
+is_text() {
+    [ -f "$1" ] && ! [ -h "$1" ]
+}
+
+# observe STAMP, after find_files
 # -> prepared STAMP SECONDS | elsewhere STAMP HOST | running STAMP | restarted STAMP
 #    | ended STAMP CODE CANCELLED LAST-WORDS; CODE is - when there is none. Nothing for one that is unknown.
 observe() {
-    [ -d "$1" ] || return 0
+    is_job "$1" || return 0
     if ! has_ended "$1"; then
         if ! read_process "$1"; then
             made=$(stat -c %Y "$1") && say prepared "$1" $(($(date +%s) - made))
@@ -77,16 +97,21 @@ observe() {
             return
         fi
         # It may have written its exit code and ended since we looked for it.
+        find_files "$1"
         has_ended "$1" || code=-
     fi 2> /dev/null
-    [ -e "$1/cancelled" ] && cancelled=1 || cancelled=0
+    [ -e "$1/cancelled" ] || [ -h "$1/cancelled" ] && cancelled=1 || cancelled=0
     words=
     [ "$code" = 0 ] || last_words "$1/stderr"
     say ended "$1" "$code" "$cancelled" "$words"
 }
 
+is_job() {
+    [ -d "$1" ] && ! [ -h "$1" ]
+}
+
 has_ended() {
-    [ -e "$1/rc" ] || return 1
+    is_file "$1/rc" || return 1
     read -r code < "$1/rc"
     case $code in
         '' | *[!0-9]*) code=1 ;; # a full disk leaves an empty file: it ended, and not well
@@ -94,6 +119,7 @@ has_ended() {
 }
 
 read_process() {
+    is_file "$1/pid" || return 1
     read -r pid start boot host < "$1/pid" || return 1
     case $pid in
         '' | *[!0-9]* | 0* | 1) return 1 ;; # a signal to the groups 0 and 1 would reach far more than a pilot
@@ -143,7 +169,7 @@ find_groups() {
 # The last line of the file that is not blank, in $words.
 last_words() {
     words=
-    [ -s "$1" ] || return 0
+    is_text "$1" || return 0
     rest=$(tail -c 4096 "$1")
     while [ -n "$rest" ]; do
         words=${rest##*"$line_break"}
@@ -155,17 +181,44 @@ last_words() {
     done
 } 2> /dev/null
 
-# cancel STAMP, with $now (s since 1970) and $patience (s): SIGTERM, and when it was asked for so long ago, SIGKILL.
+# Whether something of the process group $pid was started for the pilot STAMP: the stamp is in the environment that
+# all its processes were given. The pilot can write the number of any group.
+is_group_of() {
+    ! has_stamp "/proc/$pid" "$1" || return 0
+    set +f
+    set -- "$1" /proc/[0-9]*
+    set -f
+    stamp=$1
+    shift
+    for process; do
+        read -r stat < "$process/stat" || continue
+        group=${stat##*) }
+        group=${group#* * }
+        [ "${group%% *}" = "$pid" ] || continue
+        ! has_stamp "$process" "$stamp" || return 0
+    done
+    return 1
+} 2> /dev/null
+
+has_stamp() {
+    tr '\0' '\n' < "$1/environ" | grep -qx "PILOT_STAMP=$2"
+}
+
+# cancel STAMP, after find_files, with $now (s since 1970) and $patience (s): SIGTERM, and when it was asked for so long
+# ago, SIGKILL.
 cancel() {
-    [ -d "$1" ] && ! [ -e "$1/rc" ] || return 0
-    [ -e "$1/cancelled" ] || printf '%s\n' "$now" > "$1/cancelled"
+    is_job "$1" && ! has_ended "$1" || return 0
+    since=0 # what is no file of ours tells no time: that is no reason to wait for ever
+    if ! [ -e "$1/cancelled" ] && ! [ -h "$1/cancelled" ]; then
+        since=$now
+        (set -C && printf '%s\n' "$now" > "$1/cancelled")
+    fi
     # Without a process the wrapper has yet to look for the mark.
     read_process "$1" || return 0
-    [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive || return 0
-    since=$now
-    read -r since < "$1/cancelled"
+    [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive && is_group_of "$1" || return 0
+    ! is_file "$1/cancelled" || read -r since < "$1/cancelled"
     case $since in
-        '' | *[!0-9]*) since=0 ;; # no room for the time: that is no reason to wait for ever
+        '' | *[!0-9]*) since=0 ;; # no room for the time
     esac
     if [ $((now - since)) -ge "$patience" ]; then signal=KILL; else signal=TERM; fi
     kill -s "$signal" -- "-$pid"
@@ -173,17 +226,18 @@ cancel() {
 
 # output STAMP BYTES -> stdout, stderr, each followed by a line break and the last so many bytes
 output() {
-    [ -d "$1" ] || return 0
+    is_job "$1" || return 0
     for name in stdout stderr; do
         say "$name"
         printf '\n'
-        [ ! -e "$1/$name" ] || tail -c "$2" "$1/$name"
+        ! is_text "$1/$name" || tail -c "$2" "$1/$name"
     done
 }
 
 # keep STAMP: until a sweep takes it.
 keep() {
-    [ ! -d "$1" ] || : > "$1/forgotten"
+    is_job "$1" && ! [ -e "$1/forgotten" ] && (set -C && : > "$1/forgotten") 2> /dev/null
+    return 0
 }
 
 # sweep MINUTES: remove what was marked `forgotten` so long ago, and what ended a month before that and was

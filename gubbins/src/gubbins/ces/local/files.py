@@ -1,0 +1,63 @@
+"""Files that a pilot may have written or replaced: read without following, waiting or reading for ever."""
+
+from __future__ import annotations
+
+__all__ = ["modified_at", "read_end", "read_start"]
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_start(directory: Path, name: str, limit_bytes: int) -> bytes:
+    """The first bytes of a regular file in a directory, neither of them a symbolic link.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    descriptor = _open(directory, name)
+    try:
+        return _read(descriptor, limit_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def read_end(directory: Path, name: str, limit_bytes: int) -> bytes:
+    """The last bytes; else as `read_start`."""
+    descriptor = _open(directory, name)
+    try:
+        os.lseek(descriptor, max(0, os.fstat(descriptor).st_size - limit_bytes), os.SEEK_SET)
+        return _read(descriptor, limit_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def modified_at(path: Path) -> float | None:
+    """When a file or directory was modified, in seconds since 1970; None: there is none. Follows no link."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return None
+
+
+def _open(directory: Path, name: str) -> int:
+    # Opened one after the other: the directory may be replaced in between.
+    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # A FIFO without a writer is opened at once, and refused below.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", name)
+    return descriptor
+
+
+def _read(descriptor: int, limit_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    while limit_bytes > 0 and (part := os.read(descriptor, limit_bytes)):
+        parts.append(part)
+        limit_bytes -= len(part)
+    return b"".join(parts)
