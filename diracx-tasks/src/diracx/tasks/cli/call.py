@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..plumbing.printable import printable
+from ..plumbing.secrets import without_secrets
 from .errors import CliError, explained_redis
 from .options import JsonOption, LogLevel, LogLevelOption, spread
 from .output import echo_json
@@ -112,7 +113,8 @@ class _Run:
             if self._began:
                 # The task's own exception, or what its transaction said when it was to be committed.
                 raise self._failed(self.failure or error) from error
-            raise CliError(f"{self._name} cannot begin: {type(error).__name__}: {error}") from error
+            said = without_secrets(f"{type(error).__name__}: {error}", self._task)
+            raise CliError(f"{self._name} cannot begin: {said}") from error
 
     async def _run(self) -> Any:
         from ..plumbing.factory import holding
@@ -175,8 +177,9 @@ class _Run:
         shown = error.__traceback__
         while shown is not None and shown.tb_next is not None and shown.tb_frame.f_code.co_filename == __file__:
             shown = shown.tb_next
-        detail = "".join(traceback.format_exception(type(error), error, shown))
-        return CliError(f"{self._name} failed: {type(error).__name__}: {error}", detail=detail)
+        detail = without_secrets("".join(traceback.format_exception(type(error), error, shown)), self._task)
+        said = without_secrets(f"{type(error).__name__}: {error}", self._task)
+        return CliError(f"{self._name} failed: {said}", detail=detail)
 
 
 def breakpoint_before(task: BaseTask) -> None:
@@ -184,7 +187,8 @@ def breakpoint_before(task: BaseTask) -> None:
     import pdb
 
     debugger = pdb.Pdb()
-    debugger.message(f"{task!r} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
+    shown = without_secrets(repr(task), task)
+    debugger.message(f"{shown} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
     debugger.set_trace(sys._getframe(1))
 
 

@@ -58,6 +58,9 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
+    from ..plumbing.arguments import secret_names
+    from ..plumbing.secrets import MASK
+
     try:
         parameters = inspect.signature(task_class).parameters.values()
     except (TypeError, ValueError):
@@ -70,7 +73,9 @@ def _arguments(task_class: type[BaseTask]) -> str:
         else:
             text = str(parameter.replace(default=parameter.empty))
         default = parameter.default
-        if default is not parameter.empty:
+        if default is not parameter.empty and parameter.name in secret_names(task_class):
+            text += f" = {MASK}"
+        elif default is not parameter.empty:
             text += f" = {'…' if ' at 0x' in repr(default) else repr(default)}"
         shown.append(text)
     return f"({', '.join(shown)})"

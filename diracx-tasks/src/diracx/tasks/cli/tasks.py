@@ -170,26 +170,28 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
     Raises:
         UsageProblem: for an unknown name, malformed JSON, and arguments that do not fit.
     """
-    from ..plumbing.arguments import check_arguments
+    from ..plumbing.arguments import check_arguments, secret_names
     from ..plumbing.exceptions import TaskArgumentsError
 
     name = find_task(registry, name)
-    positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'")
-    named = _json("--kwargs", kwargs, dict, 'a JSON object such as \'{"name": "x"}\'')
+    secret = bool(secret_names(registry[name]))
+    positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'", secret)
+    named = _json("--kwargs", kwargs, dict, 'a JSON object such as \'{"name": "x"}\'', secret)
     try:
         return name, check_arguments(registry[name], positional, named)
     except TaskArgumentsError as error:
         raise UsageProblem(f"{name}: {error}") from error
 
 
-def _json(option: str, text: str, shape: type, example: str) -> Any:
+def _json(option: str, text: str, shape: type, example: str, secret: bool) -> Any:
+    shown = option if secret else f"{option} {shortened(text)}"
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at character {error.pos + 1}"
-        raise UsageProblem(f"{option} {shortened(text)} is not valid JSON: {problem}; write {example}") from error
+        raise UsageProblem(f"{shown} is not valid JSON: {problem}; write {example}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageProblem(f"{option} {shortened(text)} cannot be read: {error}; write {example}") from error
+        raise UsageProblem(f"{shown} cannot be read: {error}; write {example}") from error
     if not isinstance(value, shape):
-        raise UsageProblem(f"{option} {shortened(text)} is the wrong kind of JSON; write {example}")
+        raise UsageProblem(f"{shown} is the wrong kind of JSON; write {example}")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.arguments import field_names, secret_positions
+from ..plumbing.arguments import field_names, secret_names, secret_positions
 from ..plumbing.broker.labels import LABEL_SECRET
 from ..plumbing.secrets import MASK, mask
 from .models import as_json
@@ -40,7 +40,7 @@ def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[lis
     names: frozenset[str] = frozenset()
     if task_class is not None:
         positions.update(secret_positions(task_class))
-        names = task_class.secret_fields
+        names = secret_names(task_class)
     positional = [MASK if position in positions else value for position, value in enumerate(message.task_args)]
     # Named arguments are rare (`submit_task` takes them). Where the class is not known and has secrets, all are.
     all_named = task_class is None and bool(positions)
@@ -50,8 +50,16 @@ def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[lis
 
 
 def has_secrets(message: TaskMessage) -> bool:
-    """Whether the message says that some of its arguments are secret."""
-    return LABEL_SECRET in message.labels
+    """Whether the message says that some of its arguments are secret, or has secrets among them."""
+    return LABEL_SECRET in message.labels or _holds_secret([message.task_args, message.task_kwargs])
+
+
+def _holds_secret(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_secret, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_secret, value))
+    return hasattr(value, "get_secret_value")
 
 
 def shown_labels(message: TaskMessage) -> dict[str, Any]:

@@ -8,7 +8,9 @@ What is known about a class is worked out once, at its first task. Fields of pla
 as they come off the wire; for the others a pydantic `TypeAdapter` brings back what the wire flattened (nested
 dataclasses and models, enums, paths). Python does not check a dataclass's annotations, so neither does
 `rebuild`: a value that does not fit its annotation is handed over as it is. `check_arguments`, for what
-people type, does check.
+people type, does check. What would not arrive as it is, `roundtrip` refuses before it is sent.
+
+No message about a class with secret fields shows what was given.
 """
 
 from __future__ import annotations
@@ -27,15 +29,17 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NewType,
     TypeVar,
     Union,
     get_args,
     get_origin,
     get_type_hints,
 )
+from zlib import crc32
 
 from .exceptions import TaskArgumentsError
-from .wire import dumps, loads
+from .secrets import MASK, hide
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -52,7 +56,7 @@ _PLAIN_TYPES = frozenset({str, int, float, bool, bytes, type(None), Any, object,
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
     """Return the names of the arguments of `cls`, in the order in which `serialize` gives their values."""
-    return _shape(cls).names
+    return shape_of(cls).names
 
 
 def serialize(task: Any) -> tuple[Any, ...]:
@@ -60,17 +64,25 @@ def serialize(task: Any) -> tuple[Any, ...]:
 
     Raises `TypeError` if a plain class takes a parameter that it does not keep.
     """
-    return _shape(type(task)).values(task)
+    return shape_of(type(task)).values(task)
 
 
-def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: int = 0) -> T:
     """Make the task from wire-decoded arguments.
 
-    Raises `TaskArgumentsError` if the class does not take them.
+    Args:
+        sig: the signature of the class for which `args` were made, see `signature`; 0: it is not known.
+
+    Raises `TaskArgumentsError` if the class does not take them, or has other fields in their places.
     """
-    shape = _shape(cls)
+    shape = shape_of(cls)
     task: T
     try:
+        if sig and sig != shape.signature(len(args)):
+            raise TypeError(
+                "its arguments were made by a version of the class that has other fields, or the same in another "
+                "order; run it with that version, or discard it and submit it anew"
+            )
         if shape.all_plain and not kwargs and len(args) == len(shape.names):
             task = cls(*args)
             return task
@@ -78,7 +90,7 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
         task = shape.construct({name: shape.restore(name, v) for name, v in bound.items()}, rest)
         return task
     except (TypeError, ValueError) as exc:
-        raise TaskArgumentsError(f"{shape}: {_one_line(exc)}") from exc
+        raise shape.refusal(exc, "", args, kwargs) from (None if shape.secret else exc)
 
 
 def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
@@ -88,33 +100,44 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     was given: missing, unknown or superfluous arguments, values of the wrong type, values that the class
     itself refuses and values that could not travel.
     """
-    shape = _shape(cls)
+    from .roundtrip import outgoing_arguments
+
+    shape = shape_of(cls)
     if isinstance(args, str | bytes) or not isinstance(args, Sequence):
-        raise TaskArgumentsError(f"{shape}: positional arguments must be a list, not {_shown(args)}")
+        raise TaskArgumentsError(f"{shape}: positional arguments must be a list, not {shape.shown(args)}")
     if not isinstance(kwargs, Mapping):
-        raise TaskArgumentsError(f"{shape}: keyword arguments must be a mapping, not {_shown(kwargs)}")
+        raise TaskArgumentsError(f"{shape}: keyword arguments must be a mapping, not {shape.shown(kwargs)}")
     try:
         bound, rest = shape.bind(args, kwargs)
         shape.check_complete(bound)
         task: T = shape.check(bound, rest)
-        own_serialize = getattr(task, "serialize", None)
-        loads(dumps(list(own_serialize() if own_serialize else serialize(task))))
+        outgoing_arguments(task)
     except Exception as exc:
-        raise TaskArgumentsError(f"{shape}: {_one_line(exc, 'argument ')}") from exc
+        raise shape.refusal(exc, "argument ", args, kwargs) from (None if shape.secret else exc)
     return task
 
 
+def signature(cls: type[Any], count: int) -> int:
+    """A hash of the names of the first `count` fields, which travels with their values; 0 for none."""
+    return shape_of(cls).signature(count)
+
+
+def secret_names(cls: type[BaseTask]) -> frozenset[str]:
+    """The fields that are secret: those the class declares to be, and those that hold pydantic's secrets."""
+    return shape_of(cls).secret
+
+
 def secret_positions(cls: type[BaseTask]) -> list[int]:
-    """Which of the positional arguments are secret: the fields that the class declares to be.
+    """Which of the positional arguments are secret.
 
     All that can be, where the class makes its arguments itself and none can be told from another.
     """
-    if not cls.secret_fields:
+    shape = shape_of(cls)
+    if not shape.secret:
         return []
-    names = field_names(cls)
     if own_serialize(cls):
-        return list(range(max(64, len(names))))
-    return [position for position, name in enumerate(names) if name in cls.secret_fields]
+        return list(range(max(64, len(shape.names))))
+    return sorted(shape.secret_positions)
 
 
 def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tuple[str | None, str]]:
@@ -122,14 +145,14 @@ def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tu
 
     Finds what `check_arguments` refuses, and does not stop at the first.
     """
-    shape = _shape(cls)
+    shape = shape_of(cls)
     problems: list[tuple[str | None, str]] = []
     given: dict[str, Any] = {}
     for name, value in kwargs.items():
         try:
             bound, _ = shape.bind((), {name: value})
             for parameter in bound:
-                shape.parameters[parameter].check(value)
+                shape.check_one(parameter, value)
             given |= bound
         except TypeError as exc:
             given[name] = value
@@ -148,13 +171,13 @@ def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tu
 
 def knows_vo(cls: type[BaseTask]) -> bool:
     """Whether a task of this class may belong to a VO: it takes one, or its author has written an `__init__`."""
-    shape = _shape(cls)
+    shape = shape_of(cls)
     generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names
     return "vo" in shape.names or shape.extra or hasattr(cls, "vo") or not generated
 
 
 @dataclasses.dataclass
-class _Parameter:
+class Parameter:
     """One argument of a task class."""
 
     name: str
@@ -163,10 +186,13 @@ class _Parameter:
     default: Any = _REQUIRED  # only its presence matters, and its repr in the signature
     keyword_only: bool = False
     alias: str | None = None  # the other name under which a pydantic model takes it
+    secret: bool = False
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.text}" if self.text else self.name
-        return text if self.default is _REQUIRED else f"{text} = {_shown(self.default, 30)}"
+        if self.default is _REQUIRED:
+            return text
+        return f"{text} = {MASK if self.secret else _shown(self.default, 30)}"
 
     @cached_property
     def plain(self) -> bool:
@@ -203,7 +229,7 @@ class _Parameter:
             if nested is None or not isinstance(value, dict):
                 return value
             # A nested dataclass with a value that its annotation does not allow: Python let it be made.
-            shape = _shape(nested)
+            shape = shape_of(nested)
             known = {name: shape.restore(name, value[name]) for name in shape.names if name in value}
             return shape.construct(known, {})
 
@@ -215,6 +241,8 @@ class _Parameter:
             checked = _validate_typed(self.adapter.validate_python, self.adapter.validate_json, value)
             return list(checked) if isinstance(checked, Iterator) else checked
         except Exception as exc:
+            if self.secret:
+                raise TypeError(f"argument {self.name!r}: {_reason(exc)}") from None
             raise TypeError(_one_line(exc, f"argument {self.name!r}", value)) from exc
 
 
@@ -228,10 +256,10 @@ def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., An
     return from_json(text, strict=True, by_alias=True, by_name=True)
 
 
-class _Shape:
+class Shape:
     """All that is known about the arguments of one class."""
 
-    def __init__(self, cls: type[Any], parameters: Sequence[_Parameter], *, model: bool, extra: bool) -> None:
+    def __init__(self, cls: type[Any], parameters: Sequence[Parameter], *, model: bool, extra: bool) -> None:
         self.cls = cls
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.names = tuple(self.parameters)
@@ -239,9 +267,52 @@ class _Shape:
         self.model = model  # a pydantic model: by keyword, and it validates for itself
         self.extra = extra  # takes *args or **kwargs
         self.all_plain = not model and all(p.plain and not p.keyword_only for p in parameters)
+        declared: frozenset[str] = getattr(cls, "secret_fields", frozenset())
+        self.secret = declared | {p.name for p in parameters if _holds_secret(p.annotation)}
+        self.secret_positions = frozenset(i for i, name in enumerate(self.names) if name in self.secret)
+        for parameter in parameters:
+            parameter.secret = parameter.name in self.secret
+        # Whether the arguments alone decide whether the task arrives as it is: making it changes nothing.
+        self.verbatim = own_serialize(cls) or not (
+            model or (parameters and not _generated_init(_init_owner(cls))) or hasattr(cls, "__post_init__")
+        )
+        self.plain_and_verbatim = self.verbatim and all(p.plain for p in parameters)
+        self._signature = _hash(self.names)
 
     def __str__(self) -> str:
         return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
+
+    def signature(self, count: int) -> int:
+        return self._signature if count == len(self.names) else _hash(self.names[:count])
+
+    def shown(self, value: Any) -> str:
+        """A value for a message; of a class with secrets only its type."""
+        return f"a value of type {type(value).__name__}" if self.secret else _shown(value)
+
+    def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Those of the arguments that are secret; all positional ones of a class that makes its own."""
+        if not self.secret:
+            return []
+        own = own_serialize(self.cls)
+        found = [value for position, value in enumerate(args) if own or position in self.secret_positions]
+        return found + [value for name, value in kwargs.items() if self.aliases.get(name, name) in self.secret]
+
+    def refusal(
+        self, exc: Exception, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> TaskArgumentsError:
+        """The error that says why the class does not take these values."""
+        from pydantic import ValidationError
+
+        if not self.secret:
+            return TaskArgumentsError(f"{self}: {_one_line(exc, prefix)}")
+        if isinstance(exc, ValidationError):
+            place = ".".join(str(part) for part in exc.errors(include_url=False, include_input=False)[0]["loc"])
+            return TaskArgumentsError(f"{self}: {f'argument {place!r}: ' if place else ''}{_reason(exc)}")
+        # Words of the class itself, which may quote what it was given.
+        return TaskArgumentsError(f"{self}: {hide(_one_line(exc), self.secret_values(args, kwargs))}")
+
+    def check_one(self, name: str, value: Any) -> Any:
+        return self.parameters[name].check(value)
 
     def values(self, task: Any) -> tuple[Any, ...]:
         try:
@@ -288,7 +359,7 @@ class _Shape:
         if self.model:  # as a whole, so that its own validators see what was typed
             everything = {**bound, **rest[1]}
             return _validate_typed(self.cls.model_validate, self.cls.model_validate_json, everything)
-        return self.construct({name: self.parameters[name].check(v) for name, v in bound.items()}, rest)
+        return self.construct({name: self.check_one(name, v) for name, v in bound.items()}, rest)
 
     def restore(self, name: str, value: Any) -> Any:
         return self.parameters[name].restore(value)
@@ -311,10 +382,10 @@ class _Shape:
         return self.cls(*positional, *more, **by_name, **keywords)
 
 
-_shapes: dict[type[Any], _Shape] = {}
+_shapes: dict[type[Any], Shape] = {}
 
 
-def _shape(cls: type[Any]) -> _Shape:
+def shape_of(cls: type[Any]) -> Shape:
     """Return what is known about the arguments of `cls`, worked out at the first call."""
     shape = _shapes.get(cls)
     if shape is None:
@@ -322,17 +393,16 @@ def _shape(cls: type[Any]) -> _Shape:
     return shape
 
 
-def _work_out(cls: type[Any]) -> _Shape:
+def _work_out(cls: type[Any]) -> Shape:
     init: Any = cls.__init__
     if hasattr(cls, "__pydantic_root_model__") and (  # every pydantic model has it, and nothing else
         not own_serialize(cls) or init.__module__.startswith("pydantic.")
     ):
-        return _Shape(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
-    owner = next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
-    if own_serialize(cls) or not _generated_init(owner):
+        return Shape(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
+    if own_serialize(cls) or not _generated_init(_init_owner(cls)):
         parameters, extra = _of_init(cls)
-        return _Shape(cls, parameters, model=False, extra=extra)
-    return _Shape(cls, _of_dataclass(cls), model=False, extra=False)
+        return Shape(cls, parameters, model=False, extra=extra)
+    return Shape(cls, _of_dataclass(cls), model=False, extra=False)
 
 
 def own_serialize(cls: type[Any]) -> bool:
@@ -341,13 +411,40 @@ def own_serialize(cls: type[Any]) -> bool:
     return function is not None and getattr(function, "__module__", "") != f"{__package__}.base_task"
 
 
+def _init_owner(cls: type[Any]) -> type[Any]:
+    return next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
+
+
+def _hash(names: Sequence[str]) -> int:
+    """Of the names of fields, in 32 bits; 0 for none."""
+    return crc32(",".join(names).encode())
+
+
+def _holds_secret(annotation: Any, seen: frozenset[Any] = frozenset()) -> bool:
+    """Whether values of this type hold one of pydantic's secrets, at any depth."""
+    if hasattr(annotation, "get_secret_value"):
+        return True
+    if any(_holds_secret(part, seen) for part in get_args(annotation)):
+        return True
+    cls = get_origin(annotation) or annotation
+    if not isinstance(cls, type) or cls in seen:
+        return False
+    if hasattr(cls, "__pydantic_root_model__"):
+        parts = [parameter.annotation for parameter in _of_model(cls)]
+    elif dataclasses.is_dataclass(cls):
+        parts = [parameter.annotation for parameter in _of_dataclass(cls, nested=True)]
+    else:
+        return False
+    return any(_holds_secret(part, seen | {cls}) for part in parts)
+
+
 def _generated_init(owner: type[Any]) -> bool:
     """Whether the `__init__` that `owner` defines was written by `@dataclass`."""
     parameters = vars(owner).get("__dataclass_params__")
     return parameters is not None and parameters.init
 
 
-def _of_model(cls: type[Any]) -> list[_Parameter]:
+def _of_model(cls: type[Any]) -> list[Parameter]:
     found = []
     for name, info in cls.model_fields.items():
         annotation = info.annotation
@@ -356,11 +453,11 @@ def _of_model(cls: type[Any]) -> list[_Parameter]:
         default = _REQUIRED if info.is_required() else info.default_factory or info.default
         alias = info.validation_alias or info.alias
         alias = alias if isinstance(alias, str) else None
-        found.append(_Parameter(name, annotation, _type_text(info.annotation), default, alias=alias))
+        found.append(Parameter(name, annotation, _type_text(info.annotation), default, alias=alias))
     return found
 
 
-def _of_dataclass(cls: type[Any]) -> list[_Parameter]:
+def _of_dataclass(cls: type[Any], *, nested: bool = False) -> list[Parameter]:
     found = []
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -372,10 +469,10 @@ def _of_dataclass(cls: type[Any]) -> list[_Parameter]:
             factory = field.default_factory
             default = _REQUIRED if factory is dataclasses.MISSING else factory
         keyword_only = field.kw_only is True
-        found.append(_Parameter(field.name, resolved, _type_text(field.type), default, keyword_only))
+        found.append(Parameter(field.name, resolved, _type_text(field.type), default, keyword_only))
     names = {parameter.name for parameter in found}
     for name, parameter in inspect.signature(cls).parameters.items():
-        if name not in names and parameter.default is parameter.empty:
+        if name not in names and parameter.default is parameter.empty and not nested:
             raise TypeError(f"{cls.__name__} takes {name!r} and does not keep it: override serialize()")
     return found
 
@@ -394,7 +491,7 @@ def _globals(cls: type[Any]) -> dict[str, Any]:
     return next((f.__globals__ for f in vars(cls).values() if isinstance(f, types.FunctionType)), {})
 
 
-def _of_init(cls: type[Any]) -> tuple[list[_Parameter], bool]:
+def _of_init(cls: type[Any]) -> tuple[list[Parameter], bool]:
     """Return the parameters of a hand-written `__init__`, and whether it takes `*args` or `**kwargs`."""
     function = cls.__init__
     if function is object.__init__:
@@ -407,7 +504,7 @@ def _of_init(cls: type[Any]) -> tuple[list[_Parameter], bool]:
         annotation = parameter.annotation
         has_default = parameter.default is not parameter.empty
         found.append(
-            _Parameter(
+            Parameter(
                 parameter.name,
                 _UNKNOWN
                 if annotation is parameter.empty
@@ -437,6 +534,8 @@ def _is_plain(annotation: Any) -> bool:
     """Whether values of this type are the same after the wire as before it."""
     if any(annotation is plain for plain in _PLAIN_TYPES):
         return True
+    if isinstance(annotation, NewType):
+        return _is_plain(annotation.__supertype__)
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _is_plain(inner[0])
@@ -465,6 +564,16 @@ def _shown(value: Any, width: int = 60) -> str:
     """Return a value for a message: short, on one line; a factory stands for what it makes."""
     text = "..." if callable(value) else " ".join(repr(value).split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _reason(exc: BaseException) -> str:
+    """Why a secret value is refused, without a word that may quote it."""
+    from pydantic import ValidationError
+
+    kind = (
+        exc.errors(include_url=False, include_input=False)[0]["type"] if isinstance(exc, ValidationError) else ""
+    )
+    return f"the value is not accepted ({kind or type(exc).__name__})"
 
 
 def _one_line(exc: BaseException, prefix: str = "", given: Any = _REQUIRED) -> str:

@@ -84,7 +84,7 @@ class BaseTask:
         Raises:
             RuntimeError: when no broker is bound here; the message says how to bind one.
             SendTaskError: when the broker cannot be reached.
-            TypeError: when an argument cannot travel.
+            TypeError: when an argument would not arrive equal and of the same type; names it.
             ValueError: when one of its rate limiters could never grant it.
         """
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]

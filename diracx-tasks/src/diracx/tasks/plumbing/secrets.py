@@ -26,7 +26,9 @@ _SHORTEST_PART = 4
 
 def without_secrets(text: str, task: BaseTask) -> str:
     """The text without the values of the task's secret fields."""
-    names = type(task).secret_fields
+    from .arguments import secret_names
+
+    names = secret_names(type(task))
     if not names:
         return text
     return hide(text, (getattr(task, name, getattr(task, f"_{name}", None)) for name in names))
@@ -34,14 +36,9 @@ def without_secrets(text: str, task: BaseTask) -> str:
 
 def without_secrets_of(text: str, task_class: type[BaseTask], message: TaskMessage) -> str:
     """The same, for a message of which no task can be made."""
-    if not task_class.secret_fields:
-        return text
-    from .arguments import secret_positions
+    from .arguments import shape_of
 
-    positions = set(secret_positions(task_class))
-    values = [value for position, value in enumerate(message.task_args) if position in positions]
-    values += [value for name, value in message.task_kwargs.items() if name in task_class.secret_fields]
-    return hide(text, values)
+    return hide(text, shape_of(task_class).secret_values(message.task_args, message.task_kwargs))
 
 
 def hide(text: str, secrets: Iterable[Any]) -> str:
@@ -85,6 +82,10 @@ def _forms(value: Any) -> Iterator[str]:
         yield from _parts(value.values())
     elif isinstance(value, list | tuple | set | frozenset):
         yield from _parts(value)
+    elif not isinstance(value, type) and (
+        hasattr(value, "__dataclass_fields__") or hasattr(value, "__pydantic_root_model__")
+    ):
+        yield from _parts(getattr(value, name, None) for name in getattr(value, "__annotations__", ()))
 
 
 def _parts(values: Iterable[Any]) -> Iterator[str]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .arguments import secret_positions
+from .arguments import secret_names, secret_positions, signature
 from .base_task import BaseTask
 from .broker.keys import stream_name_for
 from .broker.labels import LABEL_SECRET, checked_labels
 from .broker.models import Submission, TaskMessage
 from .broker.redis_streams import new_task_id
+from .roundtrip import outgoing_arguments
 from .telemetry import current_trace_context
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def submission_of(
 
     Raises:
         SendTaskError: when the class is not registered.
+        TypeError: when an argument would not arrive as it is.
         ValueError: when one of its rate limiters could never grant it.
     """
     task_class = type(task)
@@ -41,13 +43,15 @@ def submission_of(
                 lock.spec()
     name = registry.name_of(task_class)
     checked = checked_labels(labels) if labels else {}
-    if task_class.secret_fields:
+    if secret_names(task_class):
         checked[LABEL_SECRET] = secret_positions(task_class)
+    args = outgoing_arguments(task)
     message = TaskMessage(
         task_id=task_id or new_task_id(),
         task_name=name,
         labels=checked,
-        task_args=list(task.serialize()),
+        task_args=args,
+        sig=signature(task_class, len(args)),
         trace_context=current_trace_context(),
     )
     return Submission(message, stream_of(name, task, config), at_time)

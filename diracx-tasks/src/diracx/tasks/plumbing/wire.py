@@ -10,7 +10,8 @@ value comes back as follows; Python code runs for these only.
 | subclass of a type above (named tuple, `OrderedDict`, str subclass, …) | the type it derives from |
 | Enum member | its value |
 | dataclass instance, pydantic model | dict of its fields |
-| Path | str |
+| pydantic secret | itself, so that whoever shows it knows; any other than str and bytes as `Secret` |
+| Path, IP address or network, pydantic URL | str |
 
 Containers nest at most `MAX_DEPTH` deep, in both directions: what is sent can be read, and no message overflows
 the stack of the process that reads it. Dictionary keys must be scalars. A set whose elements come back unhashable
@@ -36,6 +37,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Extension codes are part of the wire format: never renumber, only add.
 _BIG_INT, _NAIVE_DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _SET, _FROZENSET, _TUPLE = range(1, 11)
+_SECRET = 11
 
 #: How deep containers nest at most: lists, dicts, tuples and sets, in any mix.
 MAX_DEPTH = 32
@@ -193,8 +195,10 @@ def _encoder_for(cls: type) -> Callable[[Any], Any]:
         return _encode_pydantic
     if hasattr(cls, "__dataclass_fields__"):
         return _encode_dataclass
-    if issubclass(cls, PurePath):
+    if issubclass(cls, PurePath) or any(base.__module__.startswith(_AS_TEXT) for base in cls.__mro__):
         return str
+    if hasattr(cls, "get_secret_value"):
+        return lambda value: msgpack.ExtType(_SECRET, _pack(value.get_secret_value()))
     for base, encode in _ENCODERS.items():
         if issubclass(cls, base):
             return encode
@@ -202,6 +206,19 @@ def _encoder_for(cls: type) -> Callable[[Any], Any]:
         f"cannot put a value of type {cls.__module__}.{cls.__qualname__} on the wire: pass plain data, "
         "a dataclass or a pydantic model"
     )
+
+
+#: Modules whose classes are made of their text.
+_AS_TEXT = ("ipaddress", "pydantic.networks", "pydantic_core")
+
+
+def _decode_secret(data: bytes) -> Any:
+    from pydantic import Secret, SecretBytes, SecretStr
+
+    value = _unpack(data)
+    if isinstance(value, str):
+        return SecretStr(value)
+    return SecretBytes(value) if isinstance(value, bytes) else Secret(value)
 
 
 def _final(value: Any) -> Any:
@@ -322,6 +339,7 @@ _DECODERS: dict[int, Callable[[bytes], Any]] = {
     _SET: _decode_elements(set),
     _FROZENSET: _decode_elements(frozenset),
     _TUPLE: lambda data: tuple(_unpack(data)),
+    _SECRET: _decode_secret,
 }
 
 

@@ -36,6 +36,8 @@ class TaskMessage:
     task_kwargs: dict[str, Any] = field(default_factory=dict)
     trace_context: dict[str, str] = field(default_factory=dict)
     """W3C trace headers of the submitter."""
+    sig: int = 0
+    """Hash of the names of the fields whose values are in `task_args`; 0: not known. Others pass it over."""
 
     def dumpb(self) -> bytes:
         """The message as it is stored; what is empty is left out.
@@ -48,6 +50,8 @@ class TaskMessage:
             fields["labels"] = self.labels
         if self.task_args:
             fields["task_args"] = self.task_args
+        if self.sig:
+            fields["sig"] = self.sig
         if self.task_kwargs:
             fields["task_kwargs"] = self.task_kwargs
         if self.trace_context:
@@ -66,7 +70,10 @@ class TaskMessage:
         """
         try:
             fields = loads(data, careful=careful)
-            message = cls(**fields)
+            try:
+                message = cls(**fields)
+            except TypeError:  # those of a later version are passed over
+                message = cls(**{name: value for name, value in fields.items() if name in _FIELDS})
         except Exception as error:
             raise ValueError(f"not a task message: {cut(str(error), _LONGEST_REASON)}") from error
         if not (
@@ -97,6 +104,9 @@ class TaskMessage:
         """The failed attempts so far, oldest first: type, message, traceback, host, started, ended."""
         found: list[dict[str, Any]] = self.labels.get(LABEL_ATTEMPTS, [])
         return found
+
+
+_FIELDS = frozenset(TaskMessage.__dataclass_fields__)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -160,7 +160,7 @@ class Resubmitter:
                 f"no task is registered as {message.task_name!r}; install its package, or load it with --module"
             )
         try:
-            task = rebuild(task_class, message.task_args, message.task_kwargs)
+            task = rebuild(task_class, message.task_args, message.task_kwargs, message.sig)
         except Exception as error:
             raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)

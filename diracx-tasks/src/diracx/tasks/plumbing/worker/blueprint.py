@@ -64,7 +64,7 @@ class Blueprint:
 
     def build(self, message: TaskMessage) -> BaseTask:
         """The task of a message."""
-        return rebuild(self.task_class, message.task_args, message.task_kwargs)
+        return rebuild(self.task_class, message.task_args, message.task_kwargs, message.sig)
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""

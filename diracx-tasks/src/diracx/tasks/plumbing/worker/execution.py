@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import secret_names
 from ..current import current_message
 from ..error_info import describe_exception
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
@@ -185,7 +186,7 @@ class Execution:
     @property
     def hide(self) -> Callable[[str], str] | None:
         """What takes the task's secrets out of a text; None where it has none."""
-        return partial(without_secrets, task=self.task) if self.blueprint.task_class.secret_fields else None
+        return partial(without_secrets, task=self.task) if secret_names(self.blueprint.task_class) else None
 
     def failed(self, error: BaseException) -> Failed:
         """The outcome of an execution that ended by this error."""

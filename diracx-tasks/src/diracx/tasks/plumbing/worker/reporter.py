@@ -21,8 +21,10 @@ from redis.exceptions import RedisError
 
 from ..broker import keys, scripts
 from ..broker.labels import LABEL_ATTEMPTS
+from ..error_info import cut
 from ..exceptions import LockLostError, TaskCancelledError
 from ..histogram import BUCKETS, bucket_of
+from ..secrets import last_lines
 from ..task_vo import vo_of_task
 from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
@@ -187,8 +189,8 @@ class Reporter:
                 "task_name": message.task_name,
                 "vo": vo_of_task(execution.task, message),
                 "type": told["type"],
-                "message": told["message"][:_LONGEST_TEXT],
-                "traceback": told["traceback"][-_LONGEST_TRACEBACK:],
+                "message": cut(told["message"], _LONGEST_TEXT),
+                "traceback": last_lines(told["traceback"], _LONGEST_TRACEBACK),
                 "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
                 "worker": self._broker.consumer_name,
                 "outcome": fate,

@@ -139,7 +139,8 @@ def _failed(
     try:
         retry = _retry(execution, outcome, final)
     except BaseException as error:  # a policy is code of the task's author, as `execute` is
-        logger.error("the retry policy of %s failed: no retry\n%s", what, describe_exception(error)["traceback"])
+        told = describe_exception(error, hide=execution.hide)["traceback"]
+        logger.error("the retry policy of %s failed: no retry\n%s", what, told)
         retry = None
     if retry is not None:
         _log(logging.WARNING, f"{what} failed, to be retried", outcome)

@@ -1,0 +1,201 @@
+"""What a secret field was given is in no error about it: not cut, not escaped, not encoded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal
+from urllib.parse import quote
+
+import pytest
+from diracx.tasks.cli.listing import _arguments
+from diracx.tasks.cli.tasks import make_task
+from diracx.tasks.monitor.letters import letter_record
+from diracx.tasks.monitor.masking import masked_arguments
+from diracx.tasks.plumbing.arguments import argument_problems, check_arguments, rebuild
+from diracx.tasks.plumbing.base_task import BaseTask
+from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.roundtrip import outgoing_arguments
+from diracx.tasks.plumbing.secrets import without_secrets
+from diracx.tasks.plumbing.submissions import submission_of
+from pydantic import BaseModel, SecretStr, field_validator, model_validator
+
+SECRET = "correct/horse&battery=staple+é'" + "0123456789" * 5
+
+
+class Inner(BaseModel):
+    pin: int = 0
+    key: SecretStr = SecretStr("")
+
+
+@dataclass
+class Number(BaseTask):
+    name: str
+    password: int = 1
+    secret_fields = frozenset({"password"})
+
+
+@dataclass
+class Quoting(BaseTask):
+    name: str
+    password: str = SECRET
+    secret_fields = frozenset({"password"})
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"refused {self.password!r} ({self.password[:40]}, {quote(self.password)})")
+
+
+class Model(BaseTask, BaseModel):
+    name: str
+    password: Literal["no"] | int
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"password"})
+
+
+class Validating(BaseTask, BaseModel):
+    name: str
+    password: str
+    more: int
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"password"})
+
+    @field_validator("password")
+    @classmethod
+    def refuse(cls, value: str) -> str:
+        raise ValueError(f"refused {value[:50]} {base64.b64encode(value.encode()).decode()}")
+
+
+class Together(BaseTask, BaseModel):
+    name: str
+    password: str
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"password"})
+
+    @model_validator(mode="after")
+    def refuse(self) -> Together:
+        raise ValueError(f"refused {self.password[3:]}")
+
+
+@dataclass
+class Nested(BaseTask):
+    name: str
+    password: Inner
+    secret_fields = frozenset({"password"})
+
+
+@dataclass
+class Typed(BaseTask):
+    name: str
+    password: SecretStr | int
+
+
+class Own(BaseTask):
+    secret_fields = frozenset({"password"})
+
+    def __init__(self, name: str, password: str) -> None:
+        raise ValueError(f"refused {json.dumps(password)}")
+
+    def serialize(self) -> tuple[Any, ...]:
+        return ()
+
+
+CLASSES = [Number, Quoting, Model, Validating, Together, Nested, Typed, Own]
+GIVEN = [SECRET, [SECRET], {"pin": SECRET}, {"key": [SECRET]}, [[SECRET[:30]]]]
+
+
+def checked(cls: Any, given: Any) -> None:
+    check_arguments(cls, ["me"], {"password": given, **_more(cls)})
+
+
+def typed(cls: Any, given: Any) -> None:
+    make_task(TaskRegistry({"t:T": cls}), "T", json.dumps(["me"]), json.dumps({"password": given, **_more(cls)}))
+
+
+def malformed(cls: Any, given: Any) -> None:
+    make_task(TaskRegistry({"t:T": cls}), "T", "[]", json.dumps({"password": given})[:-1])
+
+
+def in_place_of_the_name(cls: Any, given: Any) -> None:
+    check_arguments(cls, [given, given, given, given, given], {})
+
+
+def built(cls: Any, given: Any) -> None:
+    rebuild(cls, ["me", given, *_more(cls).values()], {})
+
+
+def incomplete(cls: Any, given: Any) -> None:
+    rebuild(cls, [], {"password": given})
+
+
+def configured(cls: Any, given: Any) -> None:
+    problems = argument_problems(cls, {"name": "me", "password": given, **_more(cls)})
+    raise ValueError(str(problems))
+
+
+def _more(cls: Any) -> dict[str, Any]:
+    return {"more": "x"} if cls is Validating else {}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+@pytest.mark.parametrize("use", [checked, typed, malformed, in_place_of_the_name, built, incomplete, configured])
+def test_no_error_about_arguments_shows_a_secret(use: Callable[[Any, Any], None], cls: Any, given: Any) -> None:
+    try:
+        use(cls, given)
+    except Exception as error:
+        told = str(error) + "".join(traceback.format_exception(error))
+        _assert_hidden(told)
+        assert "argu•" not in told or cls is Own  # all of whose arguments may be secret
+
+
+def _assert_hidden(text: str) -> None:
+    data = SECRET.encode()
+    encodings = [base64.b64encode(data[skipped:]).decode() for skipped in range(3)]
+    for form in (SECRET, json.dumps(SECRET), repr(SECRET), quote(SECRET), data.hex(), *encodings):
+        for start in range(len(form) - 8):
+            assert form[start : start + 8] not in text, text
+
+
+def test_an_argument_that_does_not_travel_is_refused_without_being_shown() -> None:
+    for task in (Number("me", [SECRET, object()]), Nested("me", {"pin": {object(): SECRET}})):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="'password'") as caught:
+            outgoing_arguments(task)
+        _assert_hidden("".join(traceback.format_exception(caught.value)))
+
+
+def test_an_error_of_the_task_is_told_without_its_secrets_even_where_pydantic_has_cut_them() -> None:
+    task = Typed("me", SecretStr(SECRET))
+    try:
+        Inner(pin=f"{SECRET}", key="x")
+    except ValueError as error:
+        told = describe_exception(error, hide=lambda text: without_secrets(text, task))
+    assert "•••" in told["message"]
+    _assert_hidden(told["message"] + told["traceback"])
+
+
+def test_a_default_that_is_secret_is_in_no_signature() -> None:
+    assert _arguments(Quoting) == "(name: str, password: str = •••)"
+
+
+def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
+    message = submission_of(Typed("me", SecretStr(SECRET)), TaskRegistry({"t:T": Typed})).message
+    there = TaskMessage.loadb(message.dumpb())
+    assert there.task_args[1] == SecretStr(SECRET)
+    for cls in (Typed, None):
+        shown = masked_arguments(cls, there)
+        assert "me" in shown.values()
+        _assert_hidden(json.dumps(shown))
+    there.labels.clear()  # as of a task that was submitted without its class
+    letter = {
+        **dict.fromkeys(("id", "task_id", "task_name", "reason", "detail", "status", "burial"), ""),
+        **dict.fromkeys(("buried_at", "changed_at"), datetime.now(UTC)),
+        "attempts": [],
+        "history": [],
+        **dict.fromkeys(("failed_attempts", "earlier_burials", "message_bytes"), 0),
+        "message": there.dumpb(),
+    }
+    record = letter_record(letter)
+    assert record["raw"] is None
+    _assert_hidden(json.dumps(record))
