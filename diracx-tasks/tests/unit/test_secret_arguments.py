@@ -189,7 +189,7 @@ def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
         _assert_hidden(json.dumps(shown))
     there.labels.clear()  # as of a task that was submitted without its class
     letter = {
-        **dict.fromkeys(("id", "task_id", "task_name", "reason", "detail", "status", "burial"), ""),
+        **dict.fromkeys(("id", "task_id", "task_name", "vo", "reason", "detail", "status", "burial"), ""),
         **dict.fromkeys(("buried_at", "changed_at"), datetime.now(UTC)),
         "attempts": [],
         "history": [],
