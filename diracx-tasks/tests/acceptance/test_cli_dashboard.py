@@ -131,7 +131,7 @@ def test_without_its_server_the_dashboard_lives_and_is_not_ready(serving: Servin
         deadline = time.monotonic() + 60
         while (answer := client.get("/readyz")).status_code == 200:  # as of the last second
             assert time.monotonic() < deadline
-        assert (answer.status_code, answer.text) == (503, "not ready\n")
+        assert (answer.status_code, answer.text) == (503, "not ready\ncritical server_away\n")
         assert client.get("/healthz").status_code == 200
 
 

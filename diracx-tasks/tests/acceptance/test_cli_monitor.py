@@ -56,12 +56,65 @@ def test_an_empty_system_is_shown_and_all_is_well(served: Cli) -> None:
     assert "all is well" in status.stdout
     assert "realtime:small" in status.stdout
     seen = shown(served("status", "--json"))
-    assert (seen["troubles"], seen["workers"], len(seen["queues"])) == ([], [], 9)
+    assert (seen["alerts"], seen["severity"], seen["workers"], len(seen["queues"])) == ([], "ok", [], 9)
     assert len(shown(served("queue", "list", "--json"))) == 9
     assert shown(served("workers", "--json")) == []
     assert shown(served("running", "--json")) == {"items": [], "after": None}
     assert shown(served("locks", "list", "--json")) == {"items": [], "after": None}
     assert shown(served("tasks", "stats", "--json")) == {"stats": [], "failures": []}
+
+
+@pytest.mark.leaves_keys("diracx:*")
+def test_check_exits_as_nagios_has_it_and_names_what_is_wrong(
+    served: Cli, redis_url: str, initialised_task_db: str
+) -> None:
+    def checked(code: int, *said: str) -> None:
+        result = served("status", "--check")
+        assert (result.returncode, result.stderr) == (code, ""), result.stdout
+        for text in said:
+            assert text in result.stdout
+
+    served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    checked(0, "OK - all health checks are well")
+    served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{served.directory}/none/task.db"
+    checked(3, "UNKNOWN - the database of dead letters cannot be looked at")
+    served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
+    with SyncRedis.from_url(redis_url) as redis:
+        redis.xadd("diracx:tasks:dead-letters", {"data": b"x"})
+        checked(1, "WARNING - 1 dead letter waits in Redis")
+        served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
+        checked(
+            2, "CRITICAL - normal:medium: 1 task waits, and no worker", "(and 1 more)", "WARNING: 1 dead letter"
+        )
+        seen = json.loads(served("status", "--check", "--json").stdout)
+        assert [alert["check"] for alert in seen["alerts"]] == ["queue_without_worker", "dead_letters_waiting"]
+        assert all(alert["since"] and alert["remedy"] for alert in seen["alerts"])
+    served.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
+    checked(2, "CRITICAL - Redis does not answer", "127.0.0.1:1")
+    served.environment["DIRACX_TASKS_REDIS_URL"] = "http://127.0.0.1:1"
+    checked(3, "UNKNOWN - ")
+    served.environment["DIRACX_TASKS_REDIS_URL"] = redis_url
+    served.environment["DIRACX_TASKS_HEALTH_WAIT_SECONDS"] = "long"
+    checked(3, "UNKNOWN - DIRACX_TASKS_HEALTH_WAIT_SECONDS='long'")
+
+
+@pytest.mark.leaves_keys("diracx:*")
+def test_a_class_is_looked_at_by_its_short_name(served: Cli, wait_until: Callable[..., None]) -> None:
+    served.start("worker", "--module", "my_tasks.py").until("ready")
+    served.mine("submit", "my_tasks:Fail", "--wait")
+    name = "my_tasks:Fail"
+
+    def counted() -> bool:
+        told = shown(served("tasks", "stats", "--json"))
+        return [each["task_name"] for each in told["stats"]] == [name]
+
+    wait_until(counted, "it is counted")
+    told = shown(served("tasks", "stats", "--task", "Fail", "--failures", "3", "--json"))
+    assert [each["failed"] for each in told["stats"]] == [1]
+    assert [each["task_name"] for each in told["failures"]] == [name]
+    unknown = served("tasks", "stats", "--task", "Fial", "--module", "my_tasks.py")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "unknown task 'Fial'; did you mean 'my_tasks:Fail'?" in unknown.stderr
 
 
 def test_watch_shows_it_again_and_again(served: Cli, wait_until: Callable[..., None]) -> None:

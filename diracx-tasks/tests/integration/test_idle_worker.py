@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks import monitor
-from diracx.tasks.monitor.troubles import SILENT_SECONDS
+from diracx.tasks.monitor.health import HealthThresholds
 from diracx.tasks.plumbing.broker import RedisStreamBroker, scripts
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.reporter import Reporter
@@ -53,7 +53,7 @@ async def test_every_other_report_is_left_out_while_there_is_nothing_new(
     finally:
         await broker.shutdown()
     # One that does not get through is not missed: the next comes in time.
-    assert (reporter._LEFT_OUT + 2) * reporter.REPORT_SECONDS < SILENT_SECONDS
+    assert HealthThresholds().silent_seconds > (reporter._LEFT_OUT + 2) * reporter.REPORT_SECONDS
 
 
 async def test_a_report_of_nothing_new_asks_the_server_for_four_commands(redis: Redis) -> None:

@@ -225,12 +225,12 @@ async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> In
     from ..dashboard.installation import Installation
     from ..plumbing.config_source import ConfigReader
     from .connection import open_broker
-    from .services import open_task_db
+    from .services import unchecked_task_db
     from .tasks import load_registry
 
     broker = await stack.enter_async_context(open_broker(url, serves=True))
     registry = load_registry(module)
-    task_db = await stack.enter_async_context(open_task_db())
+    task_db = await stack.enter_async_context(unchecked_task_db())
     return Installation(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,7 +13,10 @@ from .errors import CliError
 from .probes import probes
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from ..monitor.families import Family, Histogram
+    from ..monitor.health import Health
     from ..plumbing.persistence import TaskDB
     from ..plumbing.worker.reporter import Reporter
 
@@ -50,6 +53,7 @@ async def measured(
     ready: Callable[[], bool],
     collect: Callable[[], Awaitable[Measured]],
     reporter: Reporter | None = None,
+    alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
     """Tell what is collected inside the block, to whoever wants it.
 
@@ -63,7 +67,7 @@ async def measured(
         return as_text(await collect())
 
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(probes(host, port, ready, text))
+        await stack.enter_async_context(probes(host, port, ready, text, alerts))
         if is_collected():
             from ..monitor.exporting import exported
 
@@ -72,23 +76,40 @@ async def measured(
 
 
 @asynccontextmanager
-async def costly_sources(port: int | None) -> AsyncIterator[Callable[[], Awaitable[Measured]]]:
-    """What is measured in databases: dead letters, and what other distributions add. Nothing where nobody asks."""
+async def costly_sources(
+    port: int | None, redis: Redis
+) -> AsyncIterator[tuple[Callable[[], Awaitable[Measured]], Callable[[], Awaitable[Health | None]]]]:
+    """What is measured in databases, and what the health checks find. Nothing where nobody asks.
+
+    Raises:
+        CliError: a threshold of the health checks is wrong.
+    """
     if port is None and not is_collected():
 
         async def nothing() -> Measured:
             return []
 
-        yield nothing
-        return
-    from ..monitor.sources import sources
+        async def nobody() -> None:
+            return None
 
-    async with _task_db() as task_db, sources(task_db) as found:
+        yield nothing, nobody
+        return
+    from ..monitor.health import health_checks
+    from ..monitor.sources import sources
+    from ..plumbing.exceptions import TaskConfigError
+
+    async with AsyncExitStack() as stack:
+        task_db = await stack.enter_async_context(_task_db())
+        found = await stack.enter_async_context(sources(task_db))
+        try:
+            checks = await stack.enter_async_context(health_checks(redis, task_db))
+        except TaskConfigError as error:
+            raise CliError(str(error)) from error
 
         async def ask() -> Measured:
             return [*await found.families()]
 
-        yield ask
+        yield ask, checks.run
 
 
 @asynccontextmanager

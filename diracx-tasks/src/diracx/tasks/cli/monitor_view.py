@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Worker,
     )
     from ..monitor.audit import AuditEntry
+    from ..monitor.health import Health
 
 _LONGEST_ARGUMENTS = 60
 _LONGEST_ERROR = 80
@@ -71,8 +72,10 @@ def _rate(per_second: float | None) -> str:
 
 
 def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
+    from ..monitor.places import HEAD_BYTES
+
     if arguments is None:
-        return f"({message_bytes / 1e6:.1f} MB)" if message_bytes else "-"
+        return "-" if message_bytes is None or message_bytes <= HEAD_BYTES else f"({message_bytes / 1e6:.1f} MB)"
     shown = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
     return shortened_line(shown, _LONGEST_ARGUMENTS)
 
@@ -86,8 +89,8 @@ def _print(made: Table, nothing: str, page: Page[Any] | None = None) -> None:
 # --- status -------------------------------------------------------------------------------------------------
 
 
-async def show_status(look: Callable[[], Awaitable[Snapshot]], every: float | None, as_json: bool) -> None:
-    """Show a snapshot, or (`every` so many seconds) one after another."""
+async def show_status(look: Callable[[], Awaitable[Health]], every: float | None, as_json: bool) -> None:
+    """Show how the system is, once or (`every` so many seconds) again and again."""
     if as_json:
         while True:
             seen = await look()
@@ -110,32 +113,54 @@ async def show_status(look: Callable[[], Awaitable[Snapshot]], every: float | No
             await asyncio.sleep(every)
 
 
-def status_json(seen: Snapshot) -> dict[str, Any]:
-    """A snapshot with the lines about what is wrong."""
-    from ..monitor import troubles
+def status_json(health: Health) -> dict[str, Any]:
+    """As `status --json` has it."""
     from ..monitor.masking import masked_json
 
-    shown: dict[str, Any] = masked_json({**seen.as_json(), "troubles": troubles(seen)})
+    shown: dict[str, Any] = masked_json(health.as_json())
     return shown
 
 
-def render_status(seen: Snapshot) -> RenderableType:
+def render_status(health: Health) -> RenderableType:
     """A page: what is wrong, and what there is."""
     from rich.console import Group
     from rich.text import Text
 
-    from ..monitor import troubles
+    seen = health.snapshot
+    now = datetime.now(UTC) if seen is None else seen.at
+    lines: list[RenderableType] = [Text(f"{now:%Y-%m-%d %H:%M:%S} UTC", style="bold")]
+    for alert in health.alerts:
+        lasts = "" if alert.since is None else f" for {age((now - alert.since).total_seconds())}"
+        lines.append(styled(f"! {alert.summary}", _STYLES[alert.severity]))
+        lines.append(Text(f"  {alert.severity}{lasts}: {one_line(alert.remedy)}"))
+    if not health.alerts:
+        lines.append(Text("all is well" + (", as far as is looked at" if health.unchecked else ""), style="green"))
+    lines += [styled(f"not looked at: {each}", "dim") for each in health.unchecked]
+    if seen is not None:
+        lines += [Text(), *_figures(seen)]
+    return Group(*lines)
+
+
+_STYLES = {"critical": "bold red", "warning": "bold yellow", "unknown": "bold magenta"}
+
+
+def check_lines(health: Health) -> list[str]:
+    """As Nagios wants it: the state and the worst alert on the first line, then all of them."""
+    alerts = [f"{alert.severity.upper()}: {one_line(alert.summary)}" for alert in health.alerts]
+    worst = one_line(health.alerts[0].summary) if health.alerts else "all health checks are well"
+    more = f" (and {len(alerts) - 1} more)" if len(alerts) > 1 else ""
+    return [f"{health.severity.upper()} - {worst}{more}", *alerts[: len(alerts) if more else 0]]
+
+
+def _figures(seen: Snapshot) -> list[RenderableType]:
+    from rich.text import Text
 
     alive = [worker for worker in seen.workers if worker.alive]
     slots = sum(worker.slots or 0 for worker in alive)
     used = sum(worker.slots_used or 0 for worker in alive)
     limit = "" if seen.memory_limit_bytes is None else f" of {_size(seen.memory_limit_bytes)}"
     delayed = ", ".join(f"{number} {_WHY[reason]}" for reason, number in seen.delayed.items() if number)
-    wrong = troubles(seen)
-    lines: list[RenderableType] = [
-        Text(f"{seen.at:%Y-%m-%d %H:%M:%S} UTC", style="bold"),
-        *([styled(f"! {line}", "bold red") for line in wrong] or [styled("all is well", "green")]),
-        Text(),
+    return [
         _queue_table(seen.queues),
         Text(),
         Text(f"workers      {len(alive)}, {used} of {slots} slots in use"),
@@ -144,7 +169,6 @@ def render_status(seen: Snapshot) -> RenderableType:
         Text(f"groups       {seen.groups} have not called back"),
         Text(f"Redis        {_size(seen.memory_bytes)}{limit}"),
     ]
-    return Group(*lines)
 
 
 _WHY = {

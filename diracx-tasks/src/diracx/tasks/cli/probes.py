@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
@@ -39,9 +39,17 @@ _TEXT = "text/plain; charset=utf-8"
 
 @asynccontextmanager
 async def probes(
-    host: str, port: int | None, ready: Callable[[], bool], metrics: Callable[[], Awaitable[str]]
+    host: str,
+    port: int | None,
+    ready: Callable[[], bool],
+    metrics: Callable[[], Awaitable[str]],
+    alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
     """Answer inside the block; do nothing without a port.
+
+    Args:
+        alerts: lines that `/readyz` adds: it answers 200 all the same, as they are no reason to leave the process
+            alone.
 
     Raises:
         CliError: when the port cannot be had.
@@ -55,7 +63,7 @@ async def probes(
         with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             async with asyncio.timeout(_ANSWER_SECONDS):
                 head = await reader.readuntil(b"\r\n\r\n")
-                response = await _response(head, ready, metrics)
+                response = await _response(head, ready, metrics, alerts)
                 if not writer.is_closing():  # else uvloop raises a RuntimeError
                     writer.write(response)
                     await writer.drain()
@@ -74,7 +82,12 @@ async def probes(
         server.close()
 
 
-async def _response(head: bytes, ready: Callable[[], bool], metrics: Callable[[], Awaitable[str]]) -> bytes:
+async def _response(
+    head: bytes,
+    ready: Callable[[], bool],
+    metrics: Callable[[], Awaitable[str]],
+    alerts: Callable[[], Sequence[str]],
+) -> bytes:
     from ..monitor.families import CONTENT_TYPE
 
     method, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
@@ -85,6 +98,7 @@ async def _response(head: bytes, ready: Callable[[], bool], metrics: Callable[[]
     elif path == "/readyz":
         if not ready():
             status, body = "503 Service Unavailable", "not ready\n"
+        body = "\n".join([body.rstrip(), *alerts(), ""])
     elif path == "/metrics":
         try:
             kind, body = CONTENT_TYPE, await metrics()

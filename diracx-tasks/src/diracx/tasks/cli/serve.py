@@ -204,21 +204,24 @@ def scheduler(
             def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
                 serving.reconfigure(tasks, vos or ())
 
-            asked = await stack.enter_async_context(costly_sources(metrics_port))
+            asked, look = await stack.enter_async_context(costly_sources(metrics_port, broker.redis))
+
+            alerts: list[str] = []  # as of the last time that somebody asked for metrics
 
             async def counted() -> Measured:
-                from ..monitor import snapshot
                 from ..monitor.metrics import scheduler_metrics
 
-                if not serving.leads.is_set():
-                    return scheduler_metrics(None, broker.counts)
-                told = await asked()
-                return scheduler_metrics(await snapshot(broker.redis), broker.counts) + told
+                health = await look() if serving.leads.is_set() else None
+                alerts[:] = [] if health is None else health.names()
+                told = await asked() if health is not None else []
+                return scheduler_metrics(health, broker.counts) + told
 
             def is_ready() -> bool:
                 return serving.ready.is_set() and not stop.is_set()
 
-            await stack.enter_async_context(measured(metrics_host, metrics_port, is_ready, counted))
+            await stack.enter_async_context(
+                measured(metrics_host, metrics_port, is_ready, counted, alerts=lambda: alerts)
+            )
             await stack.enter_async_context(following(config, registry, broker, "scheduler", follow))
             logger.info("ready: schedules on %s", mask(url))
             with explained_redis(url):

@@ -72,6 +72,20 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
 
 
 @asynccontextmanager
+async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
+    """The database of dead letters, whether it answers or not; None where none is configured.
+
+    Raises:
+        CliError: when its URL cannot be used.
+    """
+    if not _database_urls("TaskDB").get("TaskDB"):
+        yield None
+        return
+    async with AsyncExitStack() as stack:
+        yield await _opened(stack, "TaskDB", _database_classes("TaskDB")[0], task_db_url())
+
+
+@asynccontextmanager
 async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
     """The database of dead letters.
 
@@ -141,14 +155,7 @@ async def _checked(
     variable = f"DIRACX_DB_URL_{name.upper()}"
     migrations: Migrations | None = getattr(database_class, "migrations", None)
     async with AsyncExitStack() as stack:
-        try:
-            database = database_class(db_url=url)
-            await stack.enter_async_context(database.engine_context())
-        except Exception as error:
-            # The error of a bad URL shows it in full.
-            raise CliError(
-                f"{variable} cannot be used ({type(error).__name__}); check its dialect, driver and address"
-            ) from error
+        database = await _opened(stack, name, database_class, url)
         before = set(threading.enumerate())
         try:
             if create and migrations is not None:
@@ -180,6 +187,19 @@ async def _checked(
                 f"the database {name} is not initialised ({problem}); run {init} with the same {variable}"
             )
         yield database
+
+
+async def _opened(stack: AsyncExitStack, name: str, database_class: type[Any], url: str) -> Any:
+    try:
+        database = database_class(db_url=url)
+        await stack.enter_async_context(database.engine_context())
+    except Exception as error:
+        # The error of a bad URL shows it in full.
+        raise CliError(
+            f"DIRACX_DB_URL_{name.upper()} cannot be used ({type(error).__name__}); check its dialect, driver and "
+            "address"
+        ) from error
+    return database
 
 
 def _what_is_missing(connection: Connection, metadata: MetaData) -> str:

@@ -1,20 +1,24 @@
-"""`status`, `workers`, `running` and `tasks stats`: what goes on."""
+"""`status`, `workers`, `running` and `tasks stats`: how it is, and what goes on."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .errors import UsageProblem, explained_redis
+from .errors import CliError, UsageProblem, explained_redis, one_line
 from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import echo_json
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+    from ..monitor.health import Health
+    from ..plumbing.broker import RedisStreamBroker
 
 _Answer = TypeVar("_Answer")
 
@@ -68,33 +72,85 @@ def status(
         bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C; with --json, a line each time.")
     ] = False,
     every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="With --watch: how often.")] = 2.0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Exit as Nagios has it: 0 ok, 1 warning, 2 critical, 3 unknown; prints what is wrong."
+        ),
+    ] = False,
     as_json: JsonOption = False,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
 ) -> None:
-    """Show how the system is: what somebody should look at, the queues, workers, what is delayed.
+    """Show how the system is: what the health checks found, the queues, workers, what is delayed.
 
-    Costs the server less than a submission, however much is queued. Exits with 0 even when something is wrong.
+    Costs the server little, however much is queued. Databases are those of DIRACX_DB_URL_<NAME>. Exits with 0 even
+    when something is wrong, but for --check.
 
-    Example: diracx-task-run status --watch
+    Example: diracx-task-run status --check
     """
+    if check:
+        raise typer.Exit(_check(redis_url, redis_url_file, as_json))
     from .connection import open_broker
     from .monitor_view import show_status
 
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def show() -> None:
-        from ..monitor import snapshot
-
-        async with open_broker(url) as broker:
-            with explained_redis(url):
-                await show_status(lambda: snapshot(broker.redis), every if watch else None, as_json)
+        async with open_broker(url) as broker, _health(broker) as look:
+            await show_status(look, every if watch else None, as_json)
 
     try:
         asyncio.run(show())
     except KeyboardInterrupt:
         if not watch:
             raise
+
+
+def _check(redis_url: str | None, redis_url_file: str | None, as_json: bool) -> int:
+    from ..plumbing.broker import RedisStreamBroker
+    from .monitor_view import check_lines, status_json
+
+    async def look() -> Health:
+        # Not tried before: that the server does not answer is for the checks to say.
+        broker = RedisStreamBroker(resolve_redis_url(redis_url, redis_url_file))
+        try:
+            async with _health(broker) as run:
+                return await run()
+        finally:
+            await broker.shutdown()
+
+    try:
+        health = asyncio.run(look())
+    except (CliError, ValueError) as error:
+        echo(f"UNKNOWN - {one_line(str(error))}")
+        return 3
+    if as_json:
+        echo_json(status_json(health), indent=2)
+    else:
+        for line in check_lines(health):
+            echo(line)
+    return health.severity.exit_code
+
+
+@asynccontextmanager
+async def _health(broker: RedisStreamBroker) -> AsyncIterator[Callable[[], Awaitable[Health]]]:
+    """What makes the health checks: of this server, and of the databases of the environment.
+
+    Raises:
+        CliError: a variable of a database or a threshold is wrong.
+    """
+    from ..monitor.health import health_checks
+    from ..plumbing.exceptions import TaskConfigError
+    from .services import unchecked_task_db
+
+    async with AsyncExitStack() as stack:
+        task_db = await stack.enter_async_context(unchecked_task_db())
+        try:
+            checks = await stack.enter_async_context(health_checks(broker.redis, task_db))
+        except TaskConfigError as error:
+            raise CliError(str(error)) from error
+        yield checks.run
 
 
 def workers(

@@ -58,6 +58,7 @@ ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
 _SAID = "tasks-dashboard-said"
 #: Probes do not wait longer.
 _READY_SECONDS = 2.0
+_ALERTS_SECONDS = 0.5
 _SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
 
 
@@ -125,16 +126,16 @@ class DashboardApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            if (probed := await probe(scope, self._is_ready)) is not None:
+            if (probed := await probe(scope, self._readiness)) is not None:
                 await probed(scope, receive, send)
                 return
             await self.open()
         await self._app(scope, receive, send)
 
-    async def _is_ready(self) -> bool:
-        """Whether it is open and its server answers, which is asked once however many want to know."""
+    async def _readiness(self) -> tuple[bool, list[str]]:
+        """Whether it is open and its server answers; and the alerts, by name alone: whoever asks has no token."""
         if self._closing.is_set():
-            return False
+            return False, []
         try:
             await self.open()
             redis = self.installation.redis
@@ -142,8 +143,13 @@ class DashboardApp:
                 await self.installation.answers.get("ready", lambda: redis.execute_command("PING"), 1.0)
         except Exception:
             logger.debug("not ready", exc_info=True)
-            return False
-        return True
+            return False, ["critical server_away"]
+        try:
+            async with asyncio.timeout(_ALERTS_SECONDS):
+                return True, (await self.installation.health()).names()
+        except Exception:  # a database that is slow must not make the dashboard count as not ready
+            logger.debug("no alerts", exc_info=True)
+            return True, []
 
     async def open(self) -> None:
         """Open what the pages need, if that has not been done."""
@@ -162,8 +168,10 @@ class DashboardApp:
         self._closing.set()
 
     async def aclose(self) -> None:
-        """Close what was opened for extensions."""
+        """Close what was opened for extensions and health checks."""
         self.end_streams()
+        if self._installation is not None:
+            await self._installation.aclose()
         await self._stack.aclose()
 
     def _routes(self, pages: Sequence[Page], actions: Sequence[Action]) -> FastAPI:

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-async def probe(scope: Scope, is_ready: Callable[[], Awaitable[bool]]) -> Response | None:
-    """The answer to `/healthz` and `/readyz`; None to all else."""
+async def probe(scope: Scope, readiness: Callable[[], Awaitable[tuple[bool, list[str]]]]) -> Response | None:
+    """The answer to `/healthz` and `/readyz`; None to all else.
+
+    Args:
+        readiness: whether the dashboard can do its work, and lines that anybody may see.
+    """
     path = path_below(scope)
     if path not in ("/healthz", "/readyz"):
         return None
     if scope["method"] not in ("GET", "HEAD"):
         return PlainTextResponse("only GET and HEAD\n", HTTPStatus.METHOD_NOT_ALLOWED, _HEADERS)
-    if path == "/readyz" and not await is_ready():
-        return PlainTextResponse("not ready\n", HTTPStatus.SERVICE_UNAVAILABLE, _HEADERS)
-    return PlainTextResponse("ok\n", HTTPStatus.OK, _HEADERS)
+    if path == "/healthz":
+        return PlainTextResponse("ok\n", HTTPStatus.OK, _HEADERS)
+    ready, lines = await readiness()
+    text = "\n".join(["ok" if ready else "not ready", *lines, ""])
+    return PlainTextResponse(text, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, _HEADERS)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import monitor
+from ..monitor.health import health_checks
 from ..plumbing.config import TasksConfig
 from ..plumbing.config_source import Reading, in_thread
-from ..plumbing.persistence import OPEN
 from .sharing import Shared
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from ..monitor import Point, Snapshot
+    from ..monitor.health import Health, HealthChecks
     from ..plumbing.base_task import BaseTask
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.config_source import ConfigReader
@@ -83,6 +85,9 @@ class Installation:
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
         self._reading = asyncio.Lock()
+        self._opening = asyncio.Lock()
+        self._checks: HealthChecks | None = None
+        self._stack = AsyncExitStack()
         self.answers = Shared()
         """What those who look at the same time share."""
 
@@ -109,6 +114,21 @@ class Installation:
                 self._read_at = time.monotonic()
             return self._settings
 
+    async def health(self) -> Health:
+        """What the health checks found, as of some seconds ago at most; nothing is raised when a server is away.
+
+        Raises:
+            TaskConfigError: a threshold in the environment is wrong.
+        """
+        async with self._opening:
+            if self._checks is None:
+                self._checks = await self._stack.enter_async_context(health_checks(self.redis, self.task_db))
+        return await self.answers.get("health", self._checks.run, _SLOW_SECONDS)
+
+    async def aclose(self) -> None:
+        """Close what the health checks have opened."""
+        await self._stack.aclose()
+
     async def snapshot(self) -> Snapshot:
         """The whole system, as it was at most a second ago.
 
@@ -132,21 +152,6 @@ class Installation:
             redis.exceptions.RedisError: when the server does not answer.
         """
         return await self.answers.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
-
-    async def open_letters(self) -> int | None:
-        """How many dead letters are to be decided about; None without a database.
-
-        Raises:
-            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: when it does not answer.
-        """
-        if (db := self.task_db) is None:
-            return None
-
-        async def count() -> int:
-            async with db:
-                return sum((await db.count(status=OPEN)).values())
-
-        return await self.answers.get("open letters", count, _SLOW_SECONDS)
 
 
 def _settings(reading: Reading, before: Settings) -> Settings:

@@ -34,7 +34,6 @@ from .models import (
 )
 from .processes import running, workers
 from .queued import delayed, peek, queues, snapshot
-from .troubles import Trouble, find_troubles, troubles
 
 __all__ = [
     "DELAY_REASONS",
@@ -55,7 +54,6 @@ __all__ = [
     "RunningTask",
     "Snapshot",
     "TaskStats",
-    "Trouble",
     "WaitingLetter",
     "Window",
     "Worker",
@@ -63,7 +61,6 @@ __all__ = [
     "delayed",
     "failed_task_names",
     "failures",
-    "find_troubles",
     "groups",
     "history",
     "lock",
@@ -76,7 +73,6 @@ __all__ = [
     "running",
     "snapshot",
     "stats",
-    "troubles",
     "waiting_letters",
     "workers",
 ]

@@ -12,6 +12,7 @@ from .places import queue_of
 if TYPE_CHECKING:
     from ..plumbing.broker.counts import Counts
     from ..plumbing.worker.reporter import Reporter
+    from .health import Health
     from .models import Snapshot
     from .places import Registry
 
@@ -133,14 +134,14 @@ def _submitted(counts: Counts) -> list[Family | Histogram]:
     ]
 
 
-def scheduler_metrics(seen: Snapshot | None, counts: Counts) -> list[Family | Histogram]:
+def scheduler_metrics(health: Health | None, counts: Counts) -> list[Family | Histogram]:
     """What a scheduler has counted; of the leading one also what is to be said of the whole system.
 
     Args:
-        seen: the whole system; None from one that stands by.
+        health: of the whole system; None from one that stands by.
     """
     families: list[Family | Histogram] = [
-        Family("scheduler_leader", "gauge", "1 if this scheduler leads.", [({}, 0 if seen is None else 1)]),
+        Family("scheduler_leader", "gauge", "1 if this scheduler leads.", [({}, 0 if health is None else 1)]),
         Family(
             "scheduler_periodic_submissions_total",
             "counter",
@@ -152,7 +153,39 @@ def scheduler_metrics(seen: Snapshot | None, counts: Counts) -> list[Family | Hi
         ),
         *_submitted(counts),
     ]
-    return families if seen is None else families + _whole_system(seen)
+    if health is not None:
+        families += health_metrics(health)
+        if health.snapshot is not None:
+            families += _whole_system(health.snapshot)
+    return families
+
+
+def health_metrics(health: Health) -> list[Family | Histogram]:
+    """What the health checks found: what alert rules go by."""
+    alerts = [
+        ({"check": alert.check, "severity": str(alert.severity), "subject": alert.subject}, alert)
+        for alert in health.alerts
+    ]
+    return [
+        Family(
+            "health_status",
+            "gauge",
+            "The worst severity: 0 ok, 1 warning, 2 critical, 3 unknown.",
+            [({}, health.severity.exit_code)],
+        ),
+        Family(
+            "health_alerts",
+            "gauge",
+            "How many tasks, workers, ... each alert of the health checks is about.",
+            [(labels, alert.count) for labels, alert in alerts],
+        ),
+        Family(
+            "health_alert_since_seconds",
+            "gauge",
+            "Since when each alert is so, as seconds since the epoch.",
+            [(labels, alert.since.timestamp()) for labels, alert in alerts if alert.since is not None],
+        ),
+    ]
 
 
 def _whole_system(seen: Snapshot) -> list[Family | Histogram]:

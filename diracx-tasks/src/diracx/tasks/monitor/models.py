@@ -40,7 +40,7 @@ def as_json(value: Any) -> Any:
     return shown
 
 
-class _Shown:
+class Shown:
     """What can be shown."""
 
     __slots__ = ()
@@ -52,7 +52,7 @@ class _Shown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Page(_Shown, Generic[_Item]):
+class Page(Shown, Generic[_Item]):
     """A part of a list."""
 
     items: list[_Item]
@@ -61,7 +61,7 @@ class Page(_Shown, Generic[_Item]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queue(_Shown):
+class Queue(Shown):
     """One of the nine queues."""
 
     name: str
@@ -81,7 +81,7 @@ class Queue(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockedLoop(_Shown):
+class BlockedLoop(Shown):
     """An event loop that a task blocks: nothing else of its worker goes on."""
 
     since: datetime
@@ -93,7 +93,7 @@ class BlockedLoop(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker(_Shown):
+class Worker(Shown):
     """A worker process. What only a report can tell is None before the first one."""
 
     name: str
@@ -118,7 +118,7 @@ class Worker(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunningTask(_Shown):
+class RunningTask(Shown):
     """An execution, as its worker reported it within the last seconds."""
 
     task_id: str
@@ -143,7 +143,7 @@ class RunningTask(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DelayedTask(_Shown):
+class DelayedTask(Shown):
     """A task that is delayed: until a time, for a retry, or because a lock is not to be had."""
 
     task_id: str
@@ -169,7 +169,7 @@ class DelayedTask(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedTask(_Shown):
+class QueuedTask(Shown):
     """A task that waits for a worker."""
 
     task_id: str
@@ -192,7 +192,7 @@ class QueuedTask(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder(_Shown):
+class Holder(Shown):
     """Whoever holds a lock."""
 
     owner: str
@@ -207,7 +207,7 @@ class Holder(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lock(_Shown):
+class Lock(Shown):
     """A lock or limiter, and who has to do with it."""
 
     key: str
@@ -229,7 +229,7 @@ class Lock(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distribution(_Shown):
+class Distribution(Shown):
     """Times, from a histogram of logarithmic buckets: a percentile is at most 19 % too high."""
 
     count: int
@@ -240,7 +240,7 @@ class Distribution(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskStats(_Shown):
+class TaskStats(Shown):
     """How a class of tasks did over the last hour or day."""
 
     task_name: str
@@ -261,7 +261,7 @@ class TaskStats(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure(_Shown):
+class Failure(Shown):
     """A failed attempt."""
 
     id: str
@@ -281,7 +281,7 @@ class Failure(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingLetter(_Shown):
+class WaitingLetter(Shown):
     """A dead letter that waits in Redis until a worker with a database takes it."""
 
     entry: str
@@ -303,7 +303,7 @@ class WaitingLetter(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point(_Shown):
+class Point(Shown):
     """A minute of the past hour, over all queues."""
 
     at: datetime
@@ -317,7 +317,7 @@ class Point(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot(_Shown):
+class Snapshot(Shown):
     """The whole system at one moment."""
 
     at: datetime
@@ -341,8 +341,12 @@ class Snapshot(_Shown):
     """Whether there is a leading scheduler."""
     groups: int
     """Callback groups that have not called back."""
+    groups_stuck: int
+    """Those of which no child has ended for a day, or that have failed without a callback for that."""
     dead_letters_waiting: int
     """Dead letters in Redis, that wait for a worker with a database."""
+    dead_letters_waiting_since: datetime | None
+    """When the first of them came."""
     memory_bytes: int | None
     """Used by the server; None where its user may not ask."""
     memory_limit_bytes: int | None
@@ -352,7 +356,7 @@ class Snapshot(_Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Released(_Shown):
+class Released(Shown):
     """What `release_lock` did."""
 
     key: str

@@ -5,11 +5,11 @@ docs/reference/who-may-see-what.md is the table that this enforces.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from .models import Page
+from .models import Page, Snapshot, Worker
 
 #: Pages that are read to fill one page of a VO: a small VO must not make the server read a long queue to its end.
 _PAGES_READ = 20
@@ -43,6 +43,21 @@ class Viewer:
         if vo is not None and not self.sees(vo):
             raise no_such_vo(vo)
         return self.vo if vo is None else vo
+
+    def workers(self, workers: Sequence[Worker]) -> list[Worker]:
+        """Workers; to the viewer of one VO without the task that blocks one."""
+        if self.vo is None:
+            return list(workers)
+        return [
+            worker
+            if worker.blocked is None
+            else replace(worker, blocked=replace(worker.blocked, task_id=None, task_name=None, stack=""))
+            for worker in workers
+        ]
+
+    def snapshot(self, seen: Snapshot) -> Snapshot:
+        """The numbers of the installation, with its workers likewise."""
+        return replace(seen, workers=self.workers(seen.workers))
 
     async def page(
         self, look: Callable[[int, str | None], Awaitable[Page[_Item]]], limit: int, after: str | None

@@ -48,7 +48,22 @@ TaskName = models.TaskName
 @router.get("/summary", response_model=monitor.Snapshot, responses=_responses())
 async def get_summary(reader: Reader) -> JSONResponse:
     """The whole system at one moment: queues, workers, and what is to be counted."""
-    return await reader.answer(reader.system.snapshot)
+
+    async def ask() -> Any:
+        return reader.viewer.snapshot(await reader.system.snapshot())
+
+    return await reader.answer(ask)
+
+
+@router.get("/health", response_model=models.HealthReport, responses=_responses())
+async def get_health(reader: Reader) -> JSONResponse:
+    """What the health checks found: alerts, the worst first, and what is not looked at."""
+
+    async def ask() -> Any:
+        health = (await reader.system.health()).for_viewer(reader.viewer)
+        return {"severity": health.severity, "alerts": health.alerts, "unchecked": health.unchecked}
+
+    return await reader.answer(ask)
 
 
 @router.get("/queues", response_model=list[monitor.Queue], responses=_responses())
@@ -88,7 +103,11 @@ async def get_delayed_tasks(
 @router.get("/workers", response_model=list[monitor.Worker], responses=_responses())
 async def get_workers(reader: Reader) -> JSONResponse:
     """All workers that live, or were heard of within the last minute."""
-    return await reader.answer(lambda: monitor.workers(reader.system.redis))
+
+    async def ask() -> Any:
+        return reader.viewer.workers(await monitor.workers(reader.system.redis))
+
+    return await reader.answer(ask)
 
 
 @router.get("/stats", response_model=list[monitor.TaskStats], responses=_responses())

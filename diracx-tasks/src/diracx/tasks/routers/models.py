@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, StringConstraints
 
 from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
+from ..monitor.health import Alert, Severity
 from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ..plumbing.persistence.db import LetterFilter
 
@@ -78,6 +79,14 @@ class ConfigurationInForce(BaseModel):
     warnings: list[str]
     process: str
     seen: datetime
+
+
+class HealthReport(BaseModel):
+    """What the health checks found."""
+
+    severity: Severity
+    alerts: list[Alert]
+    unchecked: list[str] = Field(description="What is not looked at from here, and why.")
 
 
 class SettingInForce(BaseModel):

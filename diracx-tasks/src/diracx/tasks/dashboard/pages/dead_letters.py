@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from diracx.db.exceptions import DBUnavailableError
+from sqlalchemy.exc import SQLAlchemyError
+
 from ...monitor import waiting_letters
+from ...monitor.health.runner import database_error
 from ...monitor.letters import find_letter, letter_arguments
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..operations import Decided
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
     from ...plumbing.persistence.db import LetterFilter
 
 _PAGE = 50
+#: A database that is cut off says nothing at all.
+_ANSWER_SECONDS = 5.0
 #: What one click may decide about: a browser waits for the answer.
 _MOST = 10_000
 #: Those in Redis that are listed.
@@ -55,6 +62,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "configured": installation.task_db is not None,
         "most": _MOST,
         "after": None,
+        "away": None,
         "waiting": (await installation.snapshot()).dead_letters_waiting,
         "waiting_letters": [],
     }
@@ -68,9 +76,12 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         after = integer(query.get("after", "0"), most=2**31 - 1)
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
-    async with installation.task_db as db:
-        letters = await db.summaries(**where, limit=_PAGE, after_id=after)
-        total = sum((await db.count(**where)).values())
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS), installation.task_db as db:
+            letters = await db.summaries(**where, limit=_PAGE, after_id=after)
+            total = sum((await db.count(**where)).values())
+    except (SQLAlchemyError, DBUnavailableError, OSError, TimeoutError) as error:
+        return shown | {"away": database_error(error)}
     more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
     return shown | {"letters": letters, "total": total, "after": more}
 

@@ -2,71 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
+from redis.exceptions import RedisError
+
 from ... import monitor
-from ...monitor import Point, Snapshot
-from ...plumbing.in_force import configurations_in_force
+from ...monitor import Point
+from ...monitor.health.runner import DEAD_LETTERS
 from ..installation import Load
 from ..page import Installation, Page, Request, viewer_of
 
 _FAILURES = 6
 #: Number of a colour; the third in order would be red, which is for failures.
 _VIOLET = 5
-#: Where there is more about a trouble.
-_PATHS = {
-    "server": "/",
-    "schedules": "/schedules",
-    "delayed": "/delayed",
-    "queue": "/queues",
-    "workers": "/workers",
-    "dead letters": "/dead-letters",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something an operator should know."""
-
-    grave: bool
-    text: str
-    path: str
-    """The page where there is more about it."""
-    verbatim: bool = False
-    """Whether it begins with a name, which is written as it is."""
 
 
 async def load(request: Request, installation: Installation) -> dict[str, Any]:
-    """What the page shows."""
-    redis = installation.redis
-    snapshot = await installation.snapshot()
-    failures = await viewer_of(request).page(partial(monitor.failures, redis), _FAILURES, None)
-    in_force = await configurations_in_force(redis)
-    letters = await installation.open_letters()
-    points = await installation.history()
-    digests = {entry.digest for entry in in_force}
-    wrong = [entry for entry in in_force if entry.problems]
-    findings = list(_findings(snapshot, letters))
-    if wrong:
-        findings.append(
-            Finding(
-                True,
-                _count(len(wrong), "process goes", "processes go")
-                + " on with an earlier configuration: what is written now is wrong",
-                "/configuration",
-            )
-        )
-    elif len(digests) > 1:
-        findings.append(Finding(False, f"{len(digests)} different configurations are in force", "/configuration"))
-    return {
+    """What the page shows, as far as it can be had: the alerts say what cannot."""
+    viewer, whole = viewer_of(request), await installation.health()
+    health = whole.for_viewer(viewer)
+    shown: dict[str, Any] = {"health": health, "snapshot": None, "sizes": ("small", "medium", "large")}
+    try:
+        snapshot = await installation.snapshot()
+        points = await installation.history()
+        failures = await viewer.page(partial(monitor.failures, installation.redis), _FAILURES, None)
+    except (RedisError, OSError):
+        return shown
+    letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
+    away = installation.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
+    return shown | {
         "snapshot": snapshot,
-        "findings": sorted(findings, key=lambda finding: not finding.grave),
         "failures": failures.items,
-        "letters": letters,
+        "letters": None if away else sum(letters),
+        "no_letters": "no database here" if installation.task_db is None else "database away",
         "waiting": sum(queue.backlog for queue in snapshot.queues),
         "running": sum(queue.running for queue in snapshot.queues),
         "slots": sum(worker.slots or 0 for worker in snapshot.workers if worker.alive),
@@ -74,7 +45,6 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
         "alive": sum(worker.alive for worker in snapshot.workers),
         "done_hour": sum(point.done for point in points),
         "failed_hour": sum(point.failed for point in points),
-        "sizes": ("small", "medium", "large"),
         "matrix": {(queue.priority, queue.size): queue for queue in snapshot.queues},
         "priorities": list(dict.fromkeys(queue.priority for queue in snapshot.queues)),
     }
@@ -82,8 +52,11 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
 
 async def charts(request: Request, installation: Installation) -> dict[str, Any]:
     """The past hour by the minute, and what of it was seen."""
-    points = await installation.history()
-    await installation.snapshot()
+    try:
+        points = await installation.history()
+        await installation.snapshot()
+    except (RedisError, OSError):
+        return {"throughput": {"t": [], "series": []}, "load": {"t": [], "series": []}}
     return {"throughput": throughput(points), "load": load_of(points, installation.loads)}
 
 
@@ -124,19 +97,6 @@ def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
             for column, label, colour in ((1, "waiting", 1), (2, "running", 2), (3, "both", _VIOLET))
         ],
     }
-
-
-def _findings(snapshot: Snapshot, letters: int | None) -> Iterator[Finding]:
-    for trouble in monitor.find_troubles(snapshot):
-        path = f"/queues/{trouble.queue}" if trouble.queue else _PATHS[trouble.about]
-        yield Finding(trouble.grave, trouble.text, path, verbatim=trouble.queue is not None)
-    if letters:
-        text = f"{_count(letters, 'dead letter is', 'dead letters are')} to be decided about"
-        yield Finding(False, text, "/dead-letters")
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}".replace(",", "\u202f")
 
 
 PAGES = [Page("/", "overview", "Overview", load, section="Now", charts=charts)]

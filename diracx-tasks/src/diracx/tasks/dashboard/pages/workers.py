@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..page import Installation, Page, Request
+from ..page import Installation, Page, Request, viewer_of
 
 #: A page has no more; the lost ones come first.
 _MOST = 150
@@ -13,7 +13,7 @@ _MOST = 150
 async def _load(request: Request, installation: Installation) -> dict[str, Any]:
     snapshot = await installation.snapshot()
     return {
-        "workers": sorted(snapshot.workers, key=lambda worker: worker.alive)[:_MOST],
+        "workers": sorted(viewer_of(request).workers(snapshot.workers), key=lambda worker: worker.alive)[:_MOST],
         "hidden": max(0, len(snapshot.workers) - _MOST),
         "scheduler_leads": snapshot.scheduler_leads,
         "hosts": len({worker.host for worker in snapshot.workers if worker.alive}),

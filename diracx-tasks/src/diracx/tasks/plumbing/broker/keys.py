@@ -87,6 +87,8 @@ HOUR_PREFIX = "diracx:monitor:hour:"
 FLOW_PREFIX = "diracx:monitor:flow:"
 #: Stream, with a time to live: failed attempts, the last 500 or so.
 FAILURES = "diracx:monitor:failures"
+#: Hash, with a time to live: "{health check} {subject}" -> "{since} {last noticed}" (ms) of what is wrong.
+ALERTS = "diracx:monitor:alerts"
 #: Sorted set, with a time to live: limiters, and locks that have refused a task -> when (ms).
 LOCKS_SEEN = "diracx:monitor:locks"
 

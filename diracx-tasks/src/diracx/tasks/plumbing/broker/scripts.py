@@ -311,6 +311,11 @@ async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int
     return found
 
 
+async def note_alerts(redis: Redis, checks: Sequence[str], alerts: Sequence[str]) -> list[int]:
+    """Note what health checks found. Returns since when each alert is noticed (ms). See lua/alerts.lua."""
+    return [int(since) for since in await script("alerts")(redis, args=[pack(checks), pack(alerts)])]
+
+
 async def stream_heads(
     redis: Redis, ranges: Sequence[tuple[str, str, str, int]], at_most: int
 ) -> list[list[tuple[str, dict[bytes, bytes], int]]]:

@@ -15,7 +15,7 @@ from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or
 from ..databases import read_committed, report_lost_connections
 from ..migrations import Migrations
 from ..task_names import resolve_task_name
-from .letter import DeadLetter, DeadLetterStatus
+from .letter import OPEN, DeadLetter, DeadLetterStatus
 from .schema import DeadLetters, TaskDBBase
 from .text import attempts_as_text, fitting, storable
 
@@ -217,6 +217,12 @@ class TaskDB(BaseSQLDB):
         conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
+
+    async def count_open(self) -> tuple[int, datetime | None]:
+        """Number of dead letters to be decided about, and when the first of them was stored."""
+        query = select(func.count(), func.min(DeadLetters.buried_at)).where(DeadLetters.status.in_(OPEN))
+        number, first = (await self.conn.execute(query)).one()
+        return number, first
 
     async def count_by_task(self) -> dict[tuple[str, DeadLetterStatus], int]:
         """Number of dead letters by name of the task and status."""

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 #: Between two reports.
 REPORT_SECONDS = 5.0
 #: Reports that are left out, one after the other, when they would say nothing but that the worker is there. Others
-#: count it as silent after `monitor.troubles.SILENT_SECONDS`.
+#: count it as silent after `HealthThresholds.silent_seconds`.
 _LEFT_OUT = 1
 #: Running tasks that are told of; the longest-running ones.
 RUNNING_TOLD = 200
@@ -352,6 +352,7 @@ class Reporter:
         for execution in nsmallest(RUNNING_TOLD, self._running, key=lambda each: each.started or now):
             delivery, message = execution.delivery, execution.message
             locks = execution.locks[:_LOCKS_PER_TASK]
+            overdue = execution.should_have_ended_at()
             told.append(
                 {
                     "task_id": message.task_id,
@@ -361,6 +362,7 @@ class Reporter:
                     "entry": delivery.entry,
                     "deliveries": delivery.deaths + 1,
                     "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
+                    **({} if overdue is None else {"overdue_since": round(ahead + overdue, 3)}),
                     "since": round(ahead + (now if execution.started is None else execution.started), 3),
                     "locks": [[lock["key"], lock["owner"]] for lock in locks],
                 }

@@ -8,7 +8,9 @@
 --              and what has ended since; absent when nobody reports
 --   delayed  = {reason, number, …};  overdue = delayed tasks that are more than 10 s late
 --   schedules, late (of the first 1,000 that are due and not paused), leads (1: somebody does), groups, dead;
---   schedule_lateness, delayed_lateness: how late the latest one is (ms).
+--   schedule_lateness, delayed_lateness: how late the latest one is (ms);
+--   groups_stuck: groups that have shown no sign of life for a day, or failed;  dead_since: when the first of the
+--   dead letters came (ms), absent without one.
 -- #flags no-writes
 -- #include _time
 local MINUTES, LATE_MS, SCHEDULES = 5, 10000, 1000
@@ -90,5 +92,9 @@ local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
 if first then found.delayed_lateness = math.max(0, math.floor(now_ms - tonumber(first))) end
 found.leads = redis.call('EXISTS', '$LEADER')
 found.groups = redis.call('ZCARD', '$GROUPS')
+-- A sign of life keeps a group for 7 days, and one that is being submitted for 10 minutes: see _groups.lua.
+found.groups_stuck = redis.call('ZCOUNT', '$GROUPS', int(now_ms + 600000), int(now_ms + 518400000))
 found.dead = redis.call('XLEN', '$DEAD_LETTERS')
+local letter = redis.call('XRANGE', '$DEAD_LETTERS', '-', '+', 'COUNT', 1)[1]
+if letter then found.dead_since = tonumber(string.match(letter[1], '^%d+')) end
 return cmsgpack.pack(found)

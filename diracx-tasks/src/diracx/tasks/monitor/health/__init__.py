@@ -1,0 +1,18 @@
+"""Health checks: one list for `status`, the dashboard, `/readyz`, metrics and alert rules."""
+
+from __future__ import annotations
+
+from .alerts import Alert, Health, Severity
+from .runner import ENTRY_POINT_GROUP, HealthChecks, HealthSource, health_checks
+from .thresholds import HealthThresholds
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Alert",
+    "Health",
+    "HealthChecks",
+    "HealthSource",
+    "HealthThresholds",
+    "Severity",
+    "health_checks",
+]

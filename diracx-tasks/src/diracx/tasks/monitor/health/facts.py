@@ -1,0 +1,110 @@
+"""Reads what health checks judge: a fixed number of round trips, however much is queued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ...plumbing.broker import keys
+from ...plumbing.in_force import InForce, configurations_in_force
+from ...plumbing.worker.reporter import REJECTED
+from ..counted import failures, stats
+from ..models import Failure, Snapshot, TaskStats
+from ..places import as_mapping, moment, text
+from ..processes import told_running
+from ..queued import snapshot
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: Locks of long-running tasks that are looked at.
+_LOCKS = 200
+_FAILURES = 100
+_PROBLEM_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """A lock that a task holds and others wait for."""
+
+    key: str
+    task_id: str
+    task_name: str
+    since: datetime
+    """When its task began."""
+    waiters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The whole system at one moment, as far as the server knows it."""
+
+    seen: Snapshot
+    stats: list[TaskStats]
+    """Of the past hour."""
+    configurations: list[InForce]
+    running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Worker, and what it says of a task that it runs."""
+    contended: list[Contended] = field(default_factory=list)
+    rejected: list[Failure] = field(default_factory=list)
+    """Messages of the past hour that could not be executed, the newest first."""
+    schedule_problems: dict[str, str] = field(default_factory=dict)
+    """Schedule -> why it cannot be submitted."""
+    evicted_keys: int = 0
+    """Since the start of the server; 0 where its user may not ask."""
+
+
+async def read_facts(redis: Redis) -> Facts:
+    """All facts.
+
+    Raises:
+        redis.exceptions.RedisError: when the server does not answer, or refuses.
+    """
+    seen = await snapshot(redis)
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.execute_command("HGETALL", keys.PROBLEMS)
+        pipe.info("stats")
+        problems, counters = await pipe.execute(raise_on_error=False)
+    if isinstance(problems, Exception):
+        raise problems
+    alive = [worker.name for worker in seen.workers if worker.alive]
+    running = [(name, task) for name, tasks in (await told_running(redis, alive)).items() for task in tasks]
+    counted = await stats(redis, "hour")
+    rejected = next((each.dead for each in counted if each.task_name == REJECTED), 0)
+    return Facts(
+        seen=seen,
+        stats=[each for each in counted if each.task_name != REJECTED],
+        configurations=await configurations_in_force(redis),
+        running=running,
+        contended=await _contended(redis, running),
+        rejected=await _rejected(redis, seen) if rejected else [],
+        schedule_problems={
+            text(schedule): text(problem)[:_PROBLEM_LENGTH] for schedule, problem in as_mapping(problems).items()
+        },
+        evicted_keys=int(counters.get("evicted_keys", 0)) if isinstance(counters, dict) else 0,
+    )
+
+
+async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) -> list[Contended]:
+    holders = sorted(
+        ((task["since"], key, task) for _, task in running for key, _ in task["locks"]),
+        key=lambda held: (held[0], held[1]),
+    )[:_LOCKS]
+    async with redis.pipeline(transaction=False) as pipe:
+        for _, key, _ in holders:
+            pipe.zcard(keys.WAITING_PREFIX + key)
+        waiting = await pipe.execute() if holders else []
+    return [
+        Contended(key, task["task_id"], task["task_name"], moment(since), waiters)
+        for (since, key, task), waiters in zip(holders, waiting, strict=True)
+        if waiters
+    ]
+
+
+async def _rejected(redis: Redis, seen: Snapshot) -> list[Failure]:
+    from ...plumbing.persistence.letter import DeadLetterReason
+
+    reasons = {str(reason) for reason in DeadLetterReason}
+    latest = (await failures(redis, limit=_FAILURES)).items
+    return [each for each in latest if each.type in reasons and (seen.at - each.at).total_seconds() < 3600]

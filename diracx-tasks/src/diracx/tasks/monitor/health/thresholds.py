@@ -1,0 +1,62 @@
+"""From which values on a health check raises an alert."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...plumbing.exceptions import TaskConfigError
+
+PREFIX = "DIRACX_TASKS_HEALTH_"
+
+
+class HealthThresholds(BaseModel):
+    """Each is set by an environment variable `DIRACX_TASKS_HEALTH_` and its name in capitals."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_warning_share: float = Field(default=0.8, gt=0, le=1)
+    """Share of `maxmemory` in use: warning."""
+    memory_critical_share: float = Field(default=0.9, gt=0, le=1)
+    """The same: critical."""
+    late_seconds: float = Field(default=30.0, gt=0)
+    """Schedules and delayed tasks that are overdue by more."""
+    wait_seconds: float = Field(default=600.0, gt=0)
+    """The first task of a queue waits for longer; of background queues anything goes."""
+    growing_backlog: int = Field(default=1_000, ge=1)
+    """Tasks that wait in a queue while more come in than go out."""
+    silent_seconds: float = Field(default=20.0, gt=0)
+    """A worker that lives and has not reported for longer; workers report every 5 or 10 s."""
+    overdue_task_seconds: float = Field(default=10.0, gt=0)
+    """A task goes on for longer after its time limit or its cancellation."""
+    deliveries: int = Field(default=3, ge=2)
+    """A running task was handed out so often: workers have died with it."""
+    failure_warning_share: float = Field(default=0.5, gt=0, le=1)
+    """Attempts of a class of tasks that failed within the past hour: warning."""
+    failure_critical_share: float = Field(default=0.9, gt=0, le=1)
+    """The same: critical."""
+    failure_attempts: int = Field(default=5, ge=1)
+    """With fewer attempts within the past hour nothing is said about a class."""
+    lock_held_seconds: float = Field(default=600.0, gt=0)
+    """A task holds a lock for longer while others wait for it."""
+    configuration_seconds: float = Field(default=60.0, gt=0)
+    """Processes go by different configurations for longer."""
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Those of the environment, else the defaults.
+
+        Raises:
+            TaskConfigError: naming the variable, its value and what is wrong.
+        """
+        environment = os.environ if environment is None else environment
+        given = {name: text for name in cls.model_fields if (text := environment.get(PREFIX + name.upper()))}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise TaskConfigError(f"{PREFIX}{name.upper()}={given[name]!r}: {first['msg']}") from error

@@ -1,0 +1,20 @@
+-- Since when alerts are so whose data do not say it: whoever makes the health checks notes what they find.
+-- KEYS: none. ARGV: the health checks that were made (msgpack list), the alerts they found (msgpack list of
+--   `{check} {subject}`).
+-- Returns for each alert since when it is noticed (ms). What was not noticed for a quarter of an hour begins anew, and
+-- alerts of checks that were not made are left as they are: others make them.
+-- #include _time
+local FORGOTTEN_MS, KEPT_MS = 900000, 86400000
+local now_ms, made, found, current = math.floor(now_us() / 1000), {}, {}, {}
+for _, check in ipairs(cmsgpack.unpack(ARGV[1])) do made[check] = true end
+for position, alert in ipairs(cmsgpack.unpack(ARGV[2])) do
+  local since, last = string.match(redis.call('HGET', '$ALERTS', alert) or '', '^(%d+) (%d+)$')
+  if not since or now_ms - tonumber(last) > FORGOTTEN_MS then since = int(now_ms) end
+  redis.call('HSET', '$ALERTS', alert, since .. ' ' .. int(now_ms))
+  redis.call('PEXPIRE', '$ALERTS', KEPT_MS)
+  found[position], current[alert] = tonumber(since), true
+end
+for _, alert in ipairs(redis.call('HKEYS', '$ALERTS')) do
+  if not current[alert] and made[string.match(alert, '^%S+')] then redis.call('HDEL', '$ALERTS', alert) end
+end
+return found

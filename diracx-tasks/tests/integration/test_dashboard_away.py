@@ -1,0 +1,111 @@
+"""Pages show what they can while a server or a database is away, and say what they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx
+import pytest
+from dashboard_world import WRITER
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.app import create_app
+from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.monitor.health import Alert, Health, Severity
+from diracx.tasks.monitor.visibility import Viewer
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
+from diracx.tasks.plumbing.worker.dead_letters import in_redis
+from redis.asyncio import Redis
+
+NOBODY = "127.0.0.1:1"
+DATABASES = [
+    f"mysql+aiomysql://tasks:sesame@{NOBODY}/tasks",
+    f"postgresql+asyncpg://tasks:sesame@{NOBODY}/tasks",
+    "sqlite+aiosqlite:////nowhere/at/all.db",
+]
+pytestmark = pytest.mark.leaves_keys("diracx:*")
+
+
+@asynccontextmanager
+async def dashboard(redis_url: str, task_db_url: str | None) -> AsyncIterator[httpx.AsyncClient]:
+    async with AsyncExitStack() as stack:
+        broker = RedisStreamBroker(redis_url)
+        stack.push_async_callback(broker.shutdown)
+        task_db = None if task_db_url is None else TaskDB(task_db_url)
+        if task_db is not None:
+            await stack.enter_async_context(task_db.engine_context())
+        installation = Installation(broker, TaskRegistry(), ConfigReader(), task_db, "test")
+
+        async def this() -> Installation:
+            return installation
+
+        gate = TokenGate([Account("wilma", Role.WRITE, digest_of(WRITER))], "")
+        app = create_app(this, gate, hosts={"localhost"}, extensions=[])
+        stack.push_async_callback(app.aclose)
+        transport = httpx.ASGITransport(app)
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(transport=transport, base_url="http://localhost:8790")
+        )
+        await client.post("/sign-in", data={"credential": WRITER})
+        yield client
+
+
+@pytest.mark.parametrize("url", DATABASES, ids=lambda url: url.partition("+")[0])
+async def test_without_the_database_of_dead_letters_the_rest_is_shown(
+    redis: Redis, redis_url: str, url: str
+) -> None:
+    letter = DeadLetter(task_id="in-redis", task_name="test:Copy", reason="exhausted", detail="", data=b"")
+    await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
+    async with dashboard(redis_url, url) as client:
+        overview = await client.get("/")
+        assert overview.status_code == 200
+        for said in ("The database of dead letters cannot be looked at", "1 dead letter waits in Redis", "Queues"):
+            assert said in overview.text
+        assert "sesame" not in overview.text
+        letters = await client.get("/dead-letters")
+        assert letters.status_code == 200
+        for said in ("The database of dead letters cannot be asked", "in-redis"):
+            assert said in letters.text
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.text) == (200, "ok\nunknown source_away\nwarning dead_letters_waiting\n")
+
+
+async def test_without_its_server_the_overview_says_so() -> None:
+    async with dashboard(f"redis://{NOBODY}", None) as client:
+        overview = await client.get("/")
+        assert overview.status_code == 200
+        assert "Redis does not answer" in overview.text
+        assert "All is well" not in overview.text
+        assert "DIRACX_DB_URL_TASKDB is not set here" in overview.text
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.text) == (503, "not ready\ncritical server_away\n")
+
+
+def test_a_viewer_of_one_vo_learns_that_something_is_wrong_and_not_with_what() -> None:
+    def alert(check: str, subject: str, public: bool = False) -> Alert:
+        return Alert(
+            check=check,
+            severity=Severity.CRITICAL,
+            summary=f"{subject} is wrong",
+            remedy=f"see {subject}",
+            subject=subject,
+            public=public,
+        )
+
+    health = Health(
+        severity=Severity.CRITICAL,
+        alerts=[
+            alert("tasks_overdue", "t1"),
+            alert("tasks_overdue", "t2"),
+            alert("backlog", "queue", public=True),
+        ],
+        unchecked=["pilots"],
+    )
+    assert health.for_viewer(Viewer(None)) == health
+    shown = health.for_viewer(Viewer("lhcb"))
+    assert {(each.check, each.count) for each in shown.alerts} == {("tasks_overdue", 2), ("backlog", 1)}
+    assert "t1" not in repr(shown)
+    assert "Tasks go on after their time limit" in repr(shown)

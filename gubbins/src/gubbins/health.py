@@ -1,0 +1,101 @@
+"""Health checks of compute elements among those of the task system (entry point `diracx.tasks_health`)."""
+
+from __future__ import annotations
+
+__all__ = ["find_alerts", "source"]
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+from diracx.tasks.monitor.health import Alert, Severity
+
+from gubbins import clock
+from gubbins.circuits import CircuitState
+from gubbins.db import URL_VARIABLE
+from gubbins.pilot_states import MyPilotStatus
+
+#: Pilots that ended within the past hour before anything is said about how.
+_LEAST_ENDED = 5
+_WARNING_SHARE = 0.5
+_CRITICAL_SHARE = 0.9
+
+
+@asynccontextmanager
+async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Alert]]] | str]:
+    """What makes the checks, from the database of the environment; a line that says why where there is none."""
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        yield f"compute elements and pilots: {URL_VARIABLE} is not set here"
+        return
+    # Whoever has no such database does not wait for what comes with it.
+    from gubbins.db.sql import MyPilotDB
+    from gubbins.logic import my_pilots as logic
+
+    database = MyPilotDB(url)
+    async with database.engine_context():
+
+        async def ask() -> list[Alert]:
+            ended = await logic.count_ended_pilots(database, clock.now() - timedelta(hours=1))
+            return find_alerts(await logic.list_ces(database), ended)
+
+        yield ask
+
+
+def find_alerts(ces: Sequence[Mapping[str, Any]], ended: Mapping[str, Mapping[str, int]]) -> list[Alert]:
+    """What is wrong with compute elements.
+
+    Args:
+        ces: all of them, as `list_ces` has them.
+        ended: compute element -> state -> pilots that ended so within the past hour.
+    """
+    return [
+        alert for ce in ces for alert in (*_banned(ce), *_circuits(ce), *_failing(ce, ended.get(ce["name"], {})))
+    ]
+
+
+def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
+    if ce["banned_at"] is not None:
+        yield Alert(
+            check="ce_banned",
+            severity=Severity.WARNING,
+            summary=f"{ce['name']} is banned, with {ce['active']} pilots that nobody looks after: "
+            f"{ce['ban_reason'] or 'no reason was given'}",
+            remedy=f"when the reason is gone: `gubbins ce enable {ce['name']}`",
+            count=max(1, ce["active"]),
+            subject=ce["name"],
+            since=ce["banned_at"],
+            path="/pilots?state=banned",
+        )
+
+
+def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
+    """Of a banned one nobody asks anything: its circuits say nothing new."""
+    for call, circuit in ce["circuits"].items() if ce["banned_at"] is None else ():
+        if circuit["state"] != CircuitState.CLOSED:
+            yield Alert(
+                check="ce_circuit_open",
+                severity=Severity.CRITICAL,
+                summary=f"{ce['name']}: {circuit['failures']} {call} calls in a row have failed: "
+                f"{circuit['last_error']}",
+                remedy=f"mend it, then `gubbins ce enable {ce['name']}`; it is tried again by itself, too",
+                count=circuit["failures"],
+                subject=f"{ce['name']} {call}",
+                path="/pilots?state=failing",
+            )
+
+
+def _failing(ce: Mapping[str, Any], ended: Mapping[str, int]) -> Iterator[Alert]:
+    total, failed = sum(ended.values()), ended.get(MyPilotStatus.FAILED, 0)
+    if total >= _LEAST_ENDED and failed >= _WARNING_SHARE * total:
+        yield Alert(
+            check="ce_pilots_failing",
+            severity=Severity.CRITICAL if failed >= _CRITICAL_SHARE * total else Severity.WARNING,
+            summary=f"{ce['name']}: {failed:,} of {total:,} pilots that ended within the past hour have failed",
+            remedy=f"look at them; drain it meanwhile: `gubbins ce disable {ce['name']}`",
+            count=failed,
+            subject=ce["name"],
+            path=f"/pilots?ce={ce['name']}",
+        )

@@ -1,0 +1,68 @@
+"""Compute elements among the health checks of the task system."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from diracx.tasks.monitor.health import ENTRY_POINT_GROUP, Severity
+
+from gubbins import health
+from gubbins.circuits import CECall
+from gubbins.db import URL_VARIABLE
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+from gubbins.pilot_states import MyPilotStatus
+
+
+async def test_bans_circuits_and_failing_pilots_raise_alerts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
+    database = MyPilotDB(url)
+    async with database.engine_context():
+        async with database.engine.begin() as connection:
+            await connection.run_sync(database.metadata.create_all)
+        async with database:
+            for name in ("banned", "broken", "failing", "good", "closed", "few"):
+                await database.add_ce(name, 20, 1.0, enabled=name != "closed")
+        monkeypatch.setenv(URL_VARIABLE, url)
+        async with health.source() as ask:
+            assert callable(ask)
+            assert await ask() == [], "before that all is well"
+            for name in ("banned", "broken"):
+                await database.record_failure(
+                    name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
+                )
+            await logic.ban_ce(database, "banned", reason="flood")
+            ended = {"failing": (6, 2), "good": (1, 7), "few": (4, 0)}
+            for name, (failed, done) in ended.items():
+                for number in range(failed + done):
+                    pilot = await database.submit_pilot(name, "lhcb")
+                    last = MyPilotStatus.FAILED if number < failed else MyPilotStatus.DONE
+                    for step in (MyPilotStatus.RUNNING, last):
+                        await database.update_pilot_status(pilot, step)
+            alerts = await ask()
+    found = {(alert.check, alert.subject): alert for alert in alerts}
+    assert {where: (alert.severity, alert.count) for where, alert in found.items()} == {
+        ("ce_banned", "banned"): (Severity.WARNING, 1),
+        ("ce_circuit_open", "broken submit"): (Severity.CRITICAL, 1),
+        ("ce_pilots_failing", "failing"): (Severity.WARNING, 6),
+    }
+    assert "flood" in found["ce_banned", "banned"].summary
+    assert found["ce_banned", "banned"].since is not None
+    assert "down" in found["ce_circuit_open", "broken submit"].summary
+    assert "6 of 8" in found["ce_pilots_failing", "failing"].summary
+
+
+async def test_without_a_database_of_pilots_it_is_said_that_they_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    async with health.source() as ask:
+        assert ask == f"compute elements and pilots: {URL_VARIABLE} is not set here"
+
+
+def test_the_task_system_finds_these_checks() -> None:
+    assert "gubbins.health:source" in {entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
