@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -178,11 +179,16 @@ def _plain(ad: classad2.ClassAd, name: str) -> str | int | None:
 
 def _tail(path: Path, limit_bytes: int) -> str | None:
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - limit_bytes))
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
+        # A pilot may have put a link or a FIFO in its place.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
         return None
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        file.seek(max(0, found.st_size - limit_bytes))
+        return file.read(limit_bytes).decode(errors="replace")
 
 
 if __name__ == "__main__":

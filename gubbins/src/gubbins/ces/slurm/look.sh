@@ -5,14 +5,24 @@
 # For each directory that exists: stamp|job number|exit code|cancelled or not (1 or nothing)|last words, if it failed.
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
-while read -r stamp; do
-    [ -d "$stamp" ] || continue
+stamps=$(cat)
+# What a pilot has put in place of small files: this shell would follow it, wait for it, or read it without end.
+bad=" $(printf '%s\n' "$stamps" | xargs sh -c '[ $# = 0 ] ||
+    find "$@" -maxdepth 1 \( -name id -o -name rc \) \( ! -type f -o -size +1 \)' sh 2> /dev/null | tr '\n' ' ')"
+is_file() {
+    case $bad in
+        *" $1 "*) return 1 ;;
+    esac
+    [ -e "$1" ]
+}
+for stamp in $stamps; do
+    [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
     id='' rc='' cancelled='' words=''
-    [ ! -e "$stamp/id" ] || read -r id < "$stamp/id"
+    ! is_file "$stamp/id" || read -r id < "$stamp/id"
     [ ! -e "$stamp/cancelled" ] || cancelled=1
     # A full disk leaves an empty file: it ended, and not well.
-    if [ -e "$stamp/rc" ]; then read -r rc < "$stamp/rc" || rc=1; fi
-    if [ "${rc:-1}" != 0 ] && [ -s "$stamp/stderr" ]; then
+    if is_file "$stamp/rc"; then read -r rc < "$stamp/rc" || rc=1; fi
+    if [ "${rc:-1}" != 0 ] && [ -f "$stamp/stderr" ] && ! [ -h "$stamp/stderr" ]; then
         # The pilot's own, not what Slurm says below them.
         words=$(tail -c 4096 "$stamp/stderr" | tr '\000\r' '\n\n' \
             | grep -av -e '^slurmstepd' -e '^[[:space:]]*$' | tail -n 1)

@@ -5,5 +5,6 @@
 # Exit code 66: there is no such directory.
 [ -e "$1" ] || exit 66
 cd "$1" || exit 73
-cd "$2" 2>/dev/null || exit 66
-[ ! -e "$3" ] || exec tail -c "$4" "$3"
+[ ! -h "$2" ] && cd "$2" 2>/dev/null || exit 66
+# No link, and nothing that is waited for.
+if [ -f "$3" ] && [ ! -h "$3" ]; then exec tail -c "$4" "$3"; fi

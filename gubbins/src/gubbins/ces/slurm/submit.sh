@@ -14,7 +14,7 @@ exec 9> "$stamp/lock" || exit 73
 flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }
 
 known() {
-    [ -s "$stamp/id" ] && exec cat "$stamp/id"
+    [ -f "$stamp/id" ] && [ ! -h "$stamp/id" ] && [ -s "$stamp/id" ] && exec head -c 64 "$stamp/id"
 }
 note() {
     printf '%s\n' "$1" > "$stamp/id.new" && mv "$stamp/id.new" "$stamp/id" || exit 73

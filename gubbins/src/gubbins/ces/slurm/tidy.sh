@@ -7,10 +7,10 @@
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
 while read -r what stamp; do
-    [ -d "$stamp" ] || continue
+    [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
     case $what in
         remove) rm -rf -- "./$stamp" ;;
-        *) [ -e "$stamp/$what" ] || : > "$stamp/$what" ;;
+        *) [ -e "$stamp/$what" ] || (set -C && : > "$stamp/$what") 2> /dev/null ;;
     esac
 done
 [ -n "$2" ] || exit 0
