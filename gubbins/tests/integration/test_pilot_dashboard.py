@@ -182,7 +182,7 @@ async def test_what_a_pilot_has_written_is_shown_in_part_and_harmless(
     now = datetime.now(UTC)
     await db.update_pilot_status(1, MyPilotStatus.RUNNING)
     await db.update_pilot_status(1, MyPilotStatus.DONE)
-    much = "the beginning\n" + HOSTILE * 20_000 + "\0\x1b[31mthe end, https://user:hunter2@se.example.org/"
+    much = "the beginning\n" + HOSTILE * 20_000 + "\n\0\x1b[31mthe end, https://user:hunter2@se.example.org/"
     await db.queue_outputs([1])
     await db.store_outputs([Output(1, now + timedelta(days=1), much, "")])
     assert "/pilots/1/output" in (await client.get("/pilots/1")).text

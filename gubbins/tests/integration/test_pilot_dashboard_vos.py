@@ -14,6 +14,7 @@ from config_repository import ConfigRepository
 from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.dashboard.operations import NotPossibleError, Operator
 from diracx.tasks.dashboard.page import Form
+from diracx.tasks.monitor.audit import read_audit
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.store import STORE
@@ -185,7 +186,11 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
                 await do[f"/pilots/ce/{deed}"](Form({"ce": ["shared-ce"], "reason": ["flood"]}), operator)
         assert (await sqlite_db.get_pilot(pilots["dteam"]))["cancel_requested_at"] is None
         assert (await sqlite_db.get_ce("shared-ce"))["enabled"]
+        # Only what was done is in an audit log, and in that of the VO.
+        assert await read_audit(broker.redis) == await read_audit(broker.redis, vo="lhcb") == []
         assert "requested" in await do["/pilots/cancel"](Form({"pilot": [str(pilots["lhcb"])]}), operator)
+        assert await read_audit(broker.redis) == []
+        assert [entry.action for entry in await read_audit(broker.redis, vo="lhcb")] == ["cancel pilot"]
     finally:
         STORE.use(None)
         await broker.shutdown()

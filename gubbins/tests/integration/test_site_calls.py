@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from gubbins import dashboard, routers
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, PilotOutput
 from gubbins.db.sql import MyPilotDB
@@ -122,3 +125,10 @@ async def test_few_outputs_are_held_in_memory(sqlite_db: MyPilotDB, site: Any) -
         pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
         await calls.output(sqlite_db, pilot, user=f"user {number}")
     assert len(calls._outputs) <= 16
+
+
+def test_routes_and_pages_reach_sites_through_the_limits_alone() -> None:
+    reaching = re.compile(r"logic\.(submit\w*pilot|cancel_pilot|get_pilot_output|collect_outputs|transition\w+)\b")
+    for package in (dashboard, routers):
+        for file in Path(package.__file__ or "").parent.glob("*.py"):
+            assert not reaching.search(file.read_text()), file

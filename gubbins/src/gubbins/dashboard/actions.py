@@ -18,20 +18,22 @@ from diracx.tasks.dashboard.page import (
 )
 
 from gubbins.deeds import Deed
-from gubbins.exceptions import GubbinsError, UnknownCEError
+from gubbins.exceptions import GubbinsError, PilotEndedError, UnknownCEError
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
+from gubbins.pilot_states import ACTIVE
 
 from .store import STORE
 
 _LONGEST_REASON = 500
+_LONGEST_NAME = 128
 
 
 async def _ce(form: Form) -> dict[str, Any]:
     name = form.one("ce")
     found = [ce for ce in await STORE.ces() if ce["name"] == name]
     if not found:
-        raise NotPossibleError(str(UnknownCEError(name)))
+        raise NotPossibleError(str(UnknownCEError(name[:_LONGEST_NAME])))
     return found[0]
 
 
@@ -104,15 +106,12 @@ async def _ban(form: Form, operator: Operator) -> str:
 
 
 async def _perform(operator: Operator, deed: Deed, name: str, do: Callable[[], Awaitable[str]]) -> str:
-    async def checked() -> str:
-        if operator.vo is not None:
-            raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
-        try:
-            return await do()
-        except UnknownCEError as error:
-            raise NotPossibleError(str(error)) from error
-
-    return await operator.perform(deed, name, checked)
+    # Checked before: what is refused is no action, and not in the audit log.
+    if operator.vo is not None:
+        raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
+    if name not in {ce["name"] for ce in await STORE.ces()}:
+        raise NotPossibleError(UnknownCEError(name[:_LONGEST_NAME]).public)
+    return await operator.perform(deed, name, do)
 
 
 async def _ask_cancel(form: Form, installation: Installation) -> Question:
@@ -129,9 +128,15 @@ async def _ask_cancel(form: Form, installation: Installation) -> Question:
 async def _cancel(form: Form, operator: Operator) -> str:
     number = integer(form.one("pilot"), 1)
 
+    try:
+        pilot = await logic.get_pilot(STORE.database(), number, operator.vo)
+        if pilot["status"] not in ACTIVE:
+            raise PilotEndedError(number, pilot["status"])
+    except GubbinsError as error:
+        raise NotPossibleError(str(error)) from error
+
     async def do() -> str:
         try:
-            await logic.get_pilot(STORE.database(), number, operator.vo)
             calls = await site_calls()
             pilot = await calls.cancel(STORE.database(), number, by=operator.who, user=operator.who)
         except GubbinsError as error:
@@ -142,8 +147,8 @@ async def _cancel(form: Form, operator: Operator) -> str:
 
 
 ACTIONS = [
-    Action("/pilots/ce/close", _ask_close, _close),
-    Action("/pilots/ce/open", _ask_open, _open),
-    Action("/pilots/ce/ban", _ask_ban, _ban),
+    Action("/pilots/ce/close", _ask_close, _close, installation_wide=True),
+    Action("/pilots/ce/open", _ask_open, _open, installation_wide=True),
+    Action("/pilots/ce/ban", _ask_ban, _ban, installation_wide=True),
     Action("/pilots/cancel", _ask_cancel, _cancel),
 ]

@@ -284,6 +284,7 @@ class DashboardApp:
 
     def _actor(self, action: Action) -> Callable[[Request], Awaitable[Response]]:
         async def act(request: Request) -> Response:
+            _check_may_see(action, request)
             form = Form(request.state.form)
             if form.one("confirmed") != "yes":
                 return await self._ask(request, action, form)
@@ -327,12 +328,12 @@ class DashboardApp:
         return self._page(request, "question.html", whole)
 
 
-def _check_may_see(page: Page, request: Request) -> None:
-    """Refuse a page about all VOs to whom one is shown, whatever is on it."""
-    if page.installation_wide and not viewer_of(request).sees(None):
+def _check_may_see(what: Page | Action, request: Request) -> None:
+    """Refuse a page or an action about all VOs to a principal of one VO, whatever is on it."""
+    if what.installation_wide and not viewer_of(request).sees(None):
         raise HTTPException(
             HTTPStatus.FORBIDDEN,
-            "This page is about all VOs: looking at it needs the property ServiceAdministrator.",
+            "This is about all VOs: it needs the property ServiceAdministrator.",
         )
 
 

@@ -40,13 +40,13 @@ class Operator(Deeds):
     Args:
         who: as the audit log has it.
         via: `dashboard` or `api`.
-        vo: things that belong to another VO are not theirs to touch; None: all are.
+        vo: things that belong to another VO are not theirs to touch, and this VO's audit log has what is done;
+            None: all are.
     """
 
     def __init__(self, installation: Installation, who: str, via: str, vo: str | None = None) -> None:
-        super().__init__(installation.redis, who, via)
+        super().__init__(installation.redis, who, via, vo)
         self.installation = installation
-        self.vo = vo
 
     async def cancel_tasks(self, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
         """Cancel tasks wherever they are. Returns where each was found."""

@@ -150,6 +150,8 @@ class Action:
 
     Raises `NotPossibleError`.
     """
+    installation_wide: bool = False
+    """Whether it is about all VOs: only principals without a VO are asked about it then, and may do it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

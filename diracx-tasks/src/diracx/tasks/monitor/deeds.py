@@ -40,12 +40,14 @@ class Deeds:
         redis: the server of the tasks, where the audit log is.
         who: as the audit log has it.
         via: `dashboard`, `api` or `cli`.
+        vo: whose audit log has it, for a member of a VO; None: that of the administrators.
     """
 
-    def __init__(self, redis: Redis, who: str, via: str) -> None:
+    def __init__(self, redis: Redis, who: str, via: str, vo: str | None = None) -> None:
         self.redis = redis
         self.who = who
         self.via = via
+        self.vo = vo
 
     @classmethod
     def at_command_line(cls, redis: Redis) -> Deeds:
@@ -60,7 +62,7 @@ class Deeds:
         told: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
         """Do something else. Arguments as of `audited`."""
-        return await audited(self.redis, self.who, self.via, action, target, do, told)
+        return await audited(self.redis, self.who, self.via, action, target, do, told, vo=self.vo)
 
     async def cancel(self, broker: RedisStreamBroker, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
         """Cancel tasks wherever they are. Returns where each was found."""
