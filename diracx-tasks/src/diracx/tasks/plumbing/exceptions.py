@@ -53,6 +53,10 @@ class SendTaskError(Exception):
     """A task could not be handed to the broker."""
 
 
+class DuplicateTaskIdError(SendTaskError):
+    """A task was given an id that belongs to another one."""
+
+
 class ResultIsMissingError(Exception):
     """The result was never kept, or its time to live has passed."""
 

@@ -272,8 +272,12 @@ async def submit_task(
 ) -> str:
     """Submit a task by its registry name, without its class. Returns its id.
 
+    Args:
+        task_id: the id, instead of a new one. One id is one task, as long as it waits.
+
     Raises:
         SendTaskError: when the broker cannot be reached.
+        DuplicateTaskIdError: when it is not due yet, and another task with this id waits.
     """
     from .keys import stream_name_for
     from .redis_streams import new_task_id

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from ..enums import Size
-from ..exceptions import SendTaskError
+from ..exceptions import DuplicateTaskIdError, SendTaskError
 from . import keys, scripts
 from .connection import async_client
 from .counts import Counts
@@ -155,9 +156,12 @@ class RedisStreamBroker:
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
+            DuplicateTaskIdError: when two have one id (nothing is sent then), or one that is not due yet has that
+                of another task that waits (nothing of its batch is sent).
             TypeError: when an argument cannot travel; nothing is sent then.
         """
         packed = [(submission, submission.message.dumpb()) for submission in submissions]
+        _check_ids(submissions)
         try:
             if len(packed) == 1 and packed[0][0].at_time is None:
                 submission, data = packed[0]
@@ -178,7 +182,12 @@ class RedisStreamBroker:
             ]
             later.sort(key=lambda message: message[1])  # the server tells of each that is earlier than all before
             for first in range(0, len(later), DELAY_BATCH):
-                await scripts.delay(self.redis, later[first : first + DELAY_BATCH])
+                taken = await scripts.delay(self.redis, later[first : first + DELAY_BATCH])
+                if taken is not None:
+                    name = taken.decode(errors="replace")
+                    raise DuplicateTaskIdError(
+                        f"task id {name!r} belongs to a task that waits: leave it out, or cancel that task first"
+                    )
         except RedisError as error:
             names = {submission.message.task_name for submission in submissions}
             raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error
@@ -205,6 +214,7 @@ class RedisStreamBroker:
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
+        _check_ids(children)
         packed = [
             {"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.message.dumpb()} for c in children
         ]
@@ -433,6 +443,14 @@ class RedisStreamBroker:
                     message = await pubsub.get_message(timeout=1.0)
                     if message is None or message["type"] == "message":
                         break
+
+
+def _check_ids(submissions: Sequence[Submission]) -> None:
+    """Raises `DuplicateTaskIdError` when two of them have the same id."""
+    ids = [submission.message.task_id for submission in submissions]
+    if len(set(ids)) < len(ids):
+        [(twice, _)] = Counter(ids).most_common(1)
+        raise DuplicateTaskIdError(f"two tasks have the id {twice!r}: nothing is submitted; leave the ids out")
 
 
 def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -> Delivery:

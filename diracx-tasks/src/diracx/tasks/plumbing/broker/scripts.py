@@ -107,12 +107,15 @@ async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
     await script("submit")(redis, [stream], messages)
 
 
-async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes]]) -> None:
+async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes]]) -> bytes | None:
     """Put messages aside: all of them or none.
 
     Each is given by task id, when it is due (ms since the epoch, the server's clock), stream, reason and data.
+
+    Returns the first id under which something else waits already; None: they are put aside.
     """
-    await script("delay")(redis, args=[part for message in messages for part in message])
+    reply: Any = await script("delay")(redis, args=[part for message in messages for part in message])
+    return None if reply == 1 else reply
 
 
 async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0) -> Any:

@@ -38,11 +38,17 @@ end
 
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
 -- `lock`: the key of the lock that refused it, if one did; only those who look want to know.
+-- The same message takes its own place; another one that was given the same id is kept beside it.
 local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   local header = stream .. ' ' .. reason .. ' ' .. since
   if lock or (deaths and deaths > 0) then header = header .. ' ' .. (deaths or 0) end
   if lock then header = header .. ' ' .. string.gsub(lock, '\n', ' ') end
-  take_delayed(task)
+  local stored = redis.call('HGET', '$DELAYED_DATA', task)
+  if stored and string.sub(stored, string.find(stored, '\n', 1, true) + 1) ~= data then
+    task = task .. ' ' .. redis.sha1hex(data)
+    stored = true
+  end
+  if stored then take_delayed(task) end
   if redis.call('EXISTS', '$DELAYED_DATA') == 0 then redis.call('DEL', '$DELAYED_REASONS') end
   count_reason(reason, 1)
   redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)

@@ -1,6 +1,16 @@
 -- Put messages aside until they are due: all of them or none.
 -- KEYS: none. ARGV: for each of them task id, due (ms since the epoch), stream, reason, message.
+-- Returns 1, or the first task id under which something else waits already: then nothing is put aside. What waits
+-- there just so was sent before, and its answer was lost.
 -- #include _time _queue
+for i = 1, #ARGV, 5 do
+  local task, due, stream, reason, data = unpack(ARGV, i, i + 4)
+  local stored = redis.call('HGET', '$DELAYED_DATA', task)
+  if stored and (stored ~= stream .. ' ' .. reason .. ' 0\n' .. data
+    or tonumber(redis.call('ZSCORE', '$DELAYED', task)) ~= tonumber(due)) then
+    return task
+  end
+end
 for i = 1, #ARGV, 5 do
   delay(ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2], ARGV[i + 3], '0', ARGV[i + 4])
 end
