@@ -6,6 +6,7 @@ from pathlib import Path
 
 import accounts
 import downloads
+import fenced
 import groups
 import injected
 import limits
@@ -87,6 +88,20 @@ async def test_locks_and_limits() -> None:
         ]
         results = [await system.result(task_id) for task_id in ids]
         assert not any(result.is_err for result in results)
+
+
+async def test_a_row_refuses_a_writer_that_has_lost_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with fenced.database() as connection:
+        await connection.run_sync(fenced.metadata.create_all)
+        await connection.execute(fenced.reports.insert().values(name="weekly"))
+    async with TaskSystem([fenced.Publish]) as system:
+        for _ in range(2):
+            assert (await system.result(await fenced.Publish("weekly").schedule())).return_value is True
+    async with fenced.database() as connection:
+        assert not await fenced.write(connection, "weekly", "late", token=1)
 
 
 async def test_a_lock_on_a_bare_connection() -> None:

@@ -60,6 +60,13 @@ class Blocks(BaseTask):
         return "kept"
 
 
+class MarksOnce(Marks):
+    """Must not begin twice."""
+
+    at_most_once = True
+    dlq_eligible = True
+
+
 class Kills(BaseTask):
     """Takes its worker with it."""
 
@@ -82,7 +89,7 @@ class Notes(BaseTask):
         return os.getpid()
 
 
-TASKS = [Marks, Blocks, Kills, Notes]
+TASKS = [Marks, MarksOnce, Blocks, Kills, Notes]
 
 
 class PausesOnce(Worker):

@@ -75,19 +75,16 @@ class Task:
     """What it holds, by the model."""
     deaths: int = 0
     """How many workers have died with it since its last retry."""
+    survived: set[int] = field(default_factory=set)
+    """Deliveries of its entry whose worker has come back after others had taken the task over."""
     ended: int = 0
 
 
 def _is_suspect(task: Task, more: int) -> bool:
     """One that is convicted is none any more: it will not run again."""
     assert task.delivery is not None
-    delivery = replace(task.delivery, deliveries=task.delivery.deliveries + more)
+    delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more)
     return is_suspect(delivery, MAX_DELIVERIES)
-
-
-def _deaths(task: Task, more: int) -> int:
-    assert task.delivery is not None
-    return task.delivery.deaths + more
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -312,7 +309,7 @@ class BrokerMachine(RuleBasedStateMachine):
             "retry_ms": LONG_MS,
         }
         turns = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
-        [reply] = self.run(self.brokers[task.worker].start([wanted]))
+        [reply], _ = self.run(self.brokers[task.worker].start([wanted]))
         if reply[0] == 1:
             assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
             task.place, task.locks = "running", locks
@@ -321,9 +318,10 @@ class BrokerMachine(RuleBasedStateMachine):
             # A turn may have ended between our look and the script's.
             assert turns or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
             task.place, task.delivery, task.stream = "parked", None, wanted["handover"]
+            task.survived.clear()
             self.may_wake = True  # a turn that it had is passed on
         if twice:  # the answer was lost: asking again says the same, or that there is nothing to ask for
-            [again] = self.run(self.brokers[task.worker].start([wanted]))
+            [again], _ = self.run(self.brokers[task.worker].start([wanted]))
             assert again[0] == (1 if reply[0] == 1 else -1)
 
     def _turn_of(self, lock: dict[str, Any]) -> str | None:
@@ -357,6 +355,7 @@ class BrokerMachine(RuleBasedStateMachine):
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True
         task.deaths = 0
+        task.survived.clear()
         if task.place == "gone":
             task.ended += 1
             self._child_ended(task)
@@ -379,11 +378,18 @@ class BrokerMachine(RuleBasedStateMachine):
         assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
         self.late.append((task.worker, settlement))
         task.place, task.delivery, task.worker = "queued", None, ""
+        task.survived.clear()
 
     def settle_too_late(self, pick: int) -> None:
-        """P5: what was taken over, or settled before, cannot be settled."""
+        """P5: what was taken over, or settled before, cannot be settled. P9: but its worker has not died of it."""
         worker, settlement = self.late[pick % len(self.late)]
         assert self.run(self.brokers[worker].settle([settlement])) == [False]
+        late = settlement.delivery
+        for task in self._in("reserved", "running"):
+            now = task.delivery
+            if now and (now.stream, now.entry) == (late.stream, late.entry) and late.deliveries < now.deliveries:
+                task.deaths -= late.deliveries not in task.survived
+                task.survived.add(late.deliveries)
 
     # --- deaths ---------------------------------------------------------------------------------------------
 
@@ -424,13 +430,13 @@ class BrokerMachine(RuleBasedStateMachine):
         # P9: no worker has a message that several workers have died with, and another one beside it.
         mine = self._in("reserved", "running", worker=worker)
         suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
-        convicted = [task for task in orphans.values() if _deaths(task, 1) >= MAX_DELIVERIES]
+        convicted = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
         will_run = [each for each in deliveries if each.deaths < MAX_DELIVERIES]
         if any(is_suspect(each, MAX_DELIVERIES) for each in will_run):
             assert len(will_run) == 1
-            assert all(_deaths(task, 0) >= MAX_DELIVERIES for task in mine)
+            assert all(task.deaths >= MAX_DELIVERIES for task in mine)
         assert not (will_run and any(_is_suspect(task, 0) for task in mine))
         assert len(deliveries) >= min(free, len(convicted))
         if not suspects and not any(_is_suspect(task, 0) for task in mine) and not made_room:
@@ -633,6 +639,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""
                 task.deaths += 1
+                task.survived.clear()
             self.may_wake = True
             assert self.run(third.leave()) is True
         finally:

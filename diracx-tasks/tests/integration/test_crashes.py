@@ -20,7 +20,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
 sys.path.insert(0, str(Path(__file__).parent))
-from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks, Notes
+from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks, MarksOnce, Notes
 
 # Workers that are killed leave their names, and the queue's group their consumers, until somebody buries them.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
@@ -79,6 +79,27 @@ async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
         await until(lambda: _is(redis.zcard(keys.ALIVE), 1))
         [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
         assert group["consumers"] <= 1, "P3: the dead worker's consumer is gone"
+
+
+async def test_a_task_that_must_not_begin_twice_has_failed_when_its_worker_dies(
+    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+) -> None:
+    process = worker()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        task_id = await MarksOnce("once").schedule()
+    await until(lambda: redis.exists("started:once"))
+    process.kill()
+    process.wait()
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
+        result = await system.result(task_id, timeout=60)
+        assert result.error is not None
+        assert "at most once" in result.error["message"]
+        await system.drain()
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+        assert letter["reason"] == "exhausted"
+    assert await redis.llen("started:once") == 1
 
 
 async def test_P21_a_dead_workers_reader_counts_come_back(

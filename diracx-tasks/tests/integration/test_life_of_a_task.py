@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -121,9 +122,9 @@ async def test_P3_finished_tasks_leave_nothing_but_their_results(redis_url: str,
         await system.drain()
     assert len(SEEN) == 200
     # The fixture looks for keys and consumers without a time to live; here, that there is nothing else either.
-    # The epoch, and what the workers reported, do not grow with the number of tasks, and have a time to live.
+    # The epoch, the last fencing token, and what the workers reported, do not grow with the number of tasks.
     left = {key for key in await redis.keys("*") if not key.startswith(b"diracx:monitor:")}
-    assert left - {keys.EPOCH.encode()} == {b"diracx:tasks:normal:medium"}
+    assert left - {keys.EPOCH.encode(), keys.FENCE.encode()} == {b"diracx:tasks:normal:medium"}
     assert len(await redis.keys("diracx:monitor:*")) <= 8
     assert await redis.xlen("diracx:tasks:normal:medium") == 0
     [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
@@ -436,20 +437,18 @@ async def test_P24_a_task_that_swallows_its_cancellation_has_not_succeeded(redis
 
         async def execute(self) -> str:
             SEEN.append(1)
-            try:
+            if len(SEEN) == 2:
+                return "the second time"
+            with suppress(asyncio.CancelledError):
                 await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                return "fine"
-            return "never"
+            return "the first time"
 
     async with TaskSystem([Stubborn], redis_url=redis_url) as system:
         task_id = await Stubborn().schedule()
         while not SEEN:
             await asyncio.sleep(0.005)
-        await redis.set("lock:mutex:job:stubborn", "somebody else", px=60_000)
-        result = await system.result(task_id)
-        assert result.error is not None
-        assert result.error["type"] == "LockLostError"
+        await redis.set("lock:mutex:job:stubborn", "somebody else", px=1_000)
+        assert (await system.result(task_id)).return_value == "the second time"
 
 
 # --- locks -----------------------------------------------------------------------------------------------
@@ -548,7 +547,9 @@ async def test_P23_refused_lock_spends_no_quota(redis_url: str, redis: Redis) ->
     assert await redis.zcard("limiter:rate:job:quota") == 1
 
 
-async def test_P24_an_execution_that_loses_its_lock_is_cancelled(redis_url: str, redis: Redis) -> None:
+async def test_P24_an_execution_that_loses_its_lock_is_cancelled_and_started_again_whatever_its_policy(
+    redis_url: str, redis: Redis
+) -> None:
     class Holder(BaseTask):
         @property
         def execution_locks(self) -> list[BaseLock]:
@@ -556,17 +557,67 @@ async def test_P24_an_execution_that_loses_its_lock_is_cancelled(redis_url: str,
 
         async def execute(self) -> None:
             SEEN.append(1)
-            await asyncio.Event().wait()
+            if len(SEEN) == 1:
+                await asyncio.Event().wait()
 
     async with TaskSystem([Holder], redis_url=redis_url) as system:
         task_id = await Holder().schedule()
         while not SEEN:
             await asyncio.sleep(0.005)
-        await redis.set("lock:mutex:job:lost", "somebody else", px=60_000)
+        await redis.set("lock:mutex:job:lost", "somebody else", px=1_000)
+        while not await redis.exists(keys.DELAYED):
+            await asyncio.sleep(0.005)
+        assert SEEN == [1], "it waits for its turn, as anybody does"
+        assert not (await system.result(task_id)).is_err
+        assert SEEN == [1, 1]
+
+
+async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_url: str, redis: Redis) -> None:
+    class Unlucky(BaseTask):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "unlucky", ttl_ms=300)]
+
+        async def execute(self) -> None:
+            await redis.set("lock:mutex:job:unlucky", "somebody else", px=100)
+            await asyncio.Event().wait()
+
+    async with TaskSystem([Unlucky], redis_url=redis_url) as system:
+        result = await system.result(await Unlucky().schedule())
+        assert result.error is not None
+        assert result.error["type"] == "LockLostError"
+        await system.drain()
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+    assert letter["reason"] == "interrupted"
+    assert [attempt["interrupted"] for attempt in letter["attempts"]] == [True, True, True]
+
+
+async def test_a_task_that_must_not_begin_twice_fails_when_it_is_interrupted(redis_url: str, redis: Redis) -> None:
+    class Once(BaseTask):
+        at_most_once = True
+        retry_policy = ExponentialBackoff(base_delay_seconds=1, max_retries=3)
+
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "once", ttl_ms=300)]
+
+        async def execute(self) -> None:
+            SEEN.append(1)
+            await asyncio.Event().wait()
+
+    async with TaskSystem([Once], redis_url=redis_url) as system:
+        task_id = await Once().schedule()
+        while not SEEN:
+            await asyncio.sleep(0.005)
+        await redis.set("lock:mutex:job:once", "somebody else", px=100)
         result = await system.result(task_id)
         assert result.error is not None
         assert result.error["type"] == "LockLostError"
-        assert "lock:mutex:job:lost" in result.error["message"]
+        assert "lock:mutex:job:once" in result.error["message"]
+        await system.drain()
+    assert SEEN == [1]
 
 
 async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, redis: Redis) -> None:
@@ -616,7 +667,7 @@ async def test_P26_a_task_that_could_never_be_granted_is_refused_when_submitted(
     async with TaskSystem([Greedy], redis_url=redis_url, workers=0):
         with pytest.raises(ValueError, match=r"n_items=3 .* limit is 2"):
             await Greedy().schedule()
-    assert await redis.keys("*") == []
+    assert await redis.keys("diracx:tasks:*:*") == []
 
 
 async def test_a_refused_rate_limit_makes_the_task_wait_until_quota_returns(redis_url: str) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cancellation import TaskPlace, cancel_task, cancel_tasks
     from .child_results import ChildResults
     from .config import PeriodicTaskConfig, TaskOverride, TasksConfig
+    from .current import held_locks
     from .depends import (
         AvailableSecurityProperties,
         CallbackSpawner,
@@ -58,6 +59,7 @@ _MODULES = {
     "cancellation": ("TaskPlace", "cancel_task", "cancel_tasks"),
     "child_results": ("ChildResults",),
     "config": ("PeriodicTaskConfig", "TaskOverride", "TasksConfig"),
+    "current": ("held_locks",),
     "depends": (
         "AvailableSecurityProperties",
         "CallbackSpawner",
@@ -148,6 +150,7 @@ __all__ = [
     "cancel_tasks",
     "find_missing_overrides",
     "fire_callback",
+    "held_locks",
     "load_task_registry",
     "register_locked_object_type",
     "schedule_many",

@@ -43,6 +43,8 @@ class BaseTask:
     """Whether the task is kept in the dead-letter queue when it finally failed."""
     time_limit_seconds: ClassVar[float | None] = None
     """An execution that takes longer is cancelled and counts as failed. None: no limit."""
+    at_most_once: ClassVar[bool] = False
+    """Whether it must not begin twice: it has no retries, and fails if its lease, a lock or its worker is lost."""
     secret_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields whose values are shown to nobody: command line, dashboard and failures have `•••` in their place."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
 
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from .current import current_locks
 from .exceptions import SendTaskError, UnableToAcquireLockError
 from .locks import BaseLimiter, BaseLock
 
@@ -166,13 +168,20 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
 
     wanted = [lock for lock in locks if lock.enabled]
     specs = [lock.spec() for lock in wanted]
-    if specs and not await scripts.acquire(redis, specs):
+    asked_at = asyncio.get_running_loop().time()
+    token = await scripts.acquire(redis, specs) if specs else None
+    if specs and token is None:
         names = ", ".join(lock.redis_key for lock in wanted)
         raise UnableToAcquireLockError(f"held by somebody else: {names}")
+    for lock in wanted:
+        lock.token = token
+    before = current_locks.get()
+    current_locks.set(wanted)
     try:
-        async with keep_renewed(redis, specs):
+        async with keep_renewed(redis, specs, asked_at):
             yield
     finally:
+        current_locks.set(before)
         if specs:
             try:
                 await scripts.release(redis, specs)

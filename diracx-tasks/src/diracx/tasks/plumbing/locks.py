@@ -31,6 +31,10 @@ class BaseLock(ABC):
         self.key = key
         self.extra_keys = extra_keys
         self._owner_id = urandom(16).hex()
+        self.token: int | None = None
+        """The fencing token of the last grant; None before. Of two grants of anything, the later has the greater
+        token, so that whatever a lock protects can refuse a holder that has lost it: see `held_locks`.
+        """
 
     @property
     def redis_key(self) -> str:
@@ -54,7 +58,12 @@ class BaseLock(ABC):
         """Take the lock if it can be had now. True when it was granted."""
         from .broker import scripts
 
-        return not self.enabled or await scripts.acquire(redis, [self.spec()])
+        if not self.enabled:
+            return True
+        token = await scripts.acquire(redis, [self.spec()])
+        if token is not None:
+            self.token = token
+        return token is not None
 
     async def release(self, redis: Redis) -> None:
         """Give the lock back. Nothing happens when it is not held by this instance."""

@@ -27,11 +27,16 @@ TURN_PREFIX = "diracx:tasks:turn:"
 ALIVE = "diracx:tasks:alive"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
+#: Set, with a time to live: "{stream} {entry} {deliveries}" of what was taken over from workers that lived.
+SURVIVED = "diracx:tasks:survived"
 #: String per size of worker (its first stream): the worker that makes room for a suspect; lives a moment.
 ROOM_PREFIX = "diracx:tasks:room:"
 
 #: Hash: process -> "{seen (ms)} {JSON}": the configuration it runs with. Goes with the last process.
 CONFIG_IN_FORCE = "diracx:tasks:config-in-force"
+
+#: String, with a time to live: the fencing token that was given last.
+FENCE = "diracx:tasks:fence"
 
 #: String: which life of the data this is. Another value, or none: the data were lost (FLUSHALL, a restart).
 EPOCH = "diracx:tasks:epoch"

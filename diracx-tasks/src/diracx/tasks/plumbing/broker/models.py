@@ -215,11 +215,18 @@ class Delivery:
     """When it first began to wait for a lock (µs since the epoch), or 0."""
     earlier_deaths: int = 0
     """How many workers died with it before it was parked or handed back: entries before this one."""
+    survived: int = 0
+    """How many of the workers that lost this entry live after all."""
 
     @property
     def deaths(self) -> int:
         """How many workers died with it since it was submitted or last retried."""
-        return self.earlier_deaths + self.deliveries - 1
+        return self.earlier_deaths + self.deliveries - 1 - self.survived
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether another worker had it before, and may have begun it."""
+        return self.earlier_deaths + self.deliveries > 1
 
     cancelled: bool = False
     """Whether it was cancelled before it got here."""

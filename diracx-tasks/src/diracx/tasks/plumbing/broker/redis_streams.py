@@ -385,10 +385,13 @@ class RedisStreamBroker:
 
         return await cancel(self, task_ids, result_ttl_seconds)
 
-    async def start(self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0) -> list[list[int]]:
-        """Take the locks of each delivery or park it. See lua/start.lua for both lists."""
-        replies = await scripts.start(self.redis, self.consumer_name, deliveries, int(lease_seconds * 1000))
-        return [[int(number) for number in reply] for reply in replies]
+    async def start(
+        self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0
+    ) -> tuple[list[list[int]], int]:
+        """Take the locks of each delivery or park it. See `scripts.start` for what is returned."""
+        lease_ms = int(lease_seconds * 1000)
+        replies, token = await scripts.start(self.redis, self.consumer_name, deliveries, lease_ms)
+        return [[int(number) for number in reply] for reply in replies], token
 
     async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | None]:
         """End deliveries.
@@ -464,6 +467,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         raw=data if data is not None else msgpack.packb(fields),
         since=_text(values.get(b"since", b"0")),
         earlier_deaths=int(values.get(b"deaths", 0)),
+        survived=int(values.get(b"survived", 0)),
     )
 
 

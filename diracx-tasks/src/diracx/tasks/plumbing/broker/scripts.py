@@ -86,10 +86,10 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> bool:
-    """Take all the locks, or none of them."""
-    reply = await script("acquire")(redis, args=[pack(locks)])
-    return bool(reply[0] == 1)
+async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:
+    """Take all the locks, or none of them. Returns their fencing token, or None."""
+    granted, token, *_ = await script("acquire")(redis, args=[pack(locks)])
+    return int(token) if granted == 1 else None
 
 
 async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
@@ -151,9 +151,16 @@ def waiting(streams: Sequence[str], last_ids: Sequence[str], wait_ms: int) -> li
     return ["XREAD", "COUNT", 1, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *last_ids]
 
 
-async def start(redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0) -> Any:
-    """Take the locks of each delivery or park it. See lua/start.lua for the reply."""
-    return await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
+async def start(
+    redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0
+) -> tuple[list[list[Any]], int]:
+    """Take the locks of each delivery or park it. See lua/start.lua for the replies.
+
+    Returns:
+        The replies, and the fencing token of the first delivery: each of the others has the next one.
+    """
+    *replies, token = await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
+    return replies, int(token)
 
 
 async def settle(

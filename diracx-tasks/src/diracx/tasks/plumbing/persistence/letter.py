@@ -18,6 +18,8 @@ class DeadLetterReason(StrEnum):
     """It failed for good, and its class is `dlq_eligible`."""
     POISON = "poison"
     """Delivered too often: every worker that took it died with it."""
+    INTERRUPTED = "interrupted"
+    """It was cut off too often: its lease, a lock or its worker was lost each time."""
     UNKNOWN_TASK = "unknown task"
     """No task of its name is registered."""
     UNPARSABLE = "unparsable"

@@ -52,7 +52,7 @@ class Leadership:
         """Take the lead if it is free, or still ours."""
         redis = self._broker.redis
         self._renewed()
-        return await scripts.acquire(redis, [self._lease]) or (await scripts.extend(redis, [self._lease]))[0]
+        return bool(await scripts.acquire(redis, [self._lease])) or (await scripts.extend(redis, [self._lease]))[0]
 
     async def renew(self) -> bool:
         """Keep the lead. False: it is lost."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from copy import copy
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import secret_names
-from ..current import current_message
+from ..current import current_locks, current_message
 from ..error_info import describe_exception
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
@@ -23,7 +25,7 @@ from .outcome import Failed, Outcome, Succeeded, TakenOver
 if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker.models import Delivery, TaskMessage
-    from ..locks import LockSpec
+    from ..locks import BaseLock, LockSpec
     from .blueprint import Blueprint
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,15 @@ class Execution:
     __slots__ = (
         "_cancelled_for",
         "_condemned_at",
+        "_held",
+        "_interrupted",
         "_limit",
         "_started",
         "_taken_over",
         "blueprint",
         "delivery",
         "locks",
+        "locks_expire_at",
         "message",
         "running",
         "task",
@@ -52,19 +57,30 @@ class Execution:
         message: TaskMessage,
         blueprint: Blueprint,
         task: BaseTask,
-        locks: Sequence[LockSpec],
+        locks: Sequence[BaseLock],
     ) -> None:
         self.delivery = delivery
         self.message = message
         self.blueprint = blueprint
         self.task = task
-        self.locks = locks
+        self.locks: Sequence[LockSpec] = [lock.spec() for lock in locks]
+        self._held = locks
+        self.locks_expire_at = math.inf
+        """When (`time.monotonic`) they may be another's; moved by the keeper with each renewal."""
         self.running: asyncio.Task[None] | None = None  # what runs it
         self._cancelled_for: Exception | None = None
+        self._interrupted = False
         self._taken_over = False
         self._started: float | None = None
         self._limit: float | None = None
         self._condemned_at: float | None = None
+
+    def grant(self, token: int) -> None:
+        """Its locks are granted, with this fencing token."""
+        # Of its own: a class may share its lock objects between tasks.
+        self._held = [copy(lock) for lock in self._held]
+        for lock in self._held:
+            lock.token = token
 
     @property
     def started(self) -> float | None:
@@ -75,7 +91,7 @@ class Execution:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
         logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)
         self._taken_over = taken_over
-        self._cancel(LockLostError(what))
+        self._interrupt(LockLostError(what))
 
     def condemn(self) -> None:
         """Note, from whatever thread, that it is to be cancelled: the event loop may be blocked."""
@@ -93,13 +109,18 @@ class Execution:
         """How it has ended when the process ends before it does; None when it is not ours to judge."""
         if self._taken_over or self._started is None:
             return None
-        cause = self._cancelled_for or self._overrun() or WorkerStoppedError("ignored its cancellation")
-        return self.failed(cause)
+        if self._cancelled_for is None:
+            self.stop()
+        assert self._cancelled_for is not None
+        return self.failed(self._cancelled_for)
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
         again = self._cancelled_for is not None and self.running is not None
-        self._cancel(self._overrun() or WorkerStoppedError("the worker stopped before the task had ended"))
+        if overrun := self._overrun():
+            self._cancel(overrun)
+        else:
+            self._interrupt(WorkerStoppedError("the worker stopped before the task had ended"))
         if again and self.running is not None:
             self.running.cancel()
 
@@ -114,6 +135,11 @@ class Execution:
         if self._cancelled_for is None:
             logger.warning("%s %s is cancelled on request", self.message.task_name, self.message.task_id)
         self._cancel(TaskCancelledError("cancelled while it was running"))
+
+    def _interrupt(self, reason: Exception) -> None:
+        """Cancel it for what is no failure of its own."""
+        self._interrupted = self._interrupted or self._cancelled_for is None
+        self._cancel(reason)
 
     def _cancel(self, reason: Exception) -> None:
         if self._cancelled_for is None:
@@ -137,6 +163,8 @@ class Execution:
 
     async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         current_message.set(self.message)
+        if self._held:
+            current_locks.set(self._held)
         assert self._started is not None
         deadline: asyncio.TimerHandle | None = None
         try:
@@ -180,6 +208,8 @@ class Execution:
         Only what we have cancelled it for counts: `Task.cancelling()` stays above 0 when a task handles the
         failure of a TaskGroup (Python 3.11 and 3.12).
         """
+        if time.monotonic() >= self.locks_expire_at:  # the process was paused, or the event loop blocked
+            self._interrupt(LockLostError("its locks could not be renewed in time, and may be another's"))
         if self._cancelled_for is not None:
             raise self._cancelled_for
 
@@ -192,4 +222,5 @@ class Execution:
         """The outcome of an execution that ended by this error."""
         seconds = 0.0 if self._started is None else time.monotonic() - self._started
         told = describe_exception(error, hide=self.hide)
-        return Failed(error, told, seconds, datetime.now(UTC) - timedelta(seconds=seconds))
+        interrupted = self._interrupted and error is self._cancelled_for
+        return Failed(error, told, seconds, datetime.now(UTC) - timedelta(seconds=seconds), interrupted)

@@ -1,13 +1,19 @@
-"""The lease keeper: renews all that a worker holds, from a thread of its own.
+"""The lease keeper: renews all that a worker holds, and cancels what holds locks before they can be another's.
 
 A task that blocks the event loop must not lose its lease or its locks, so the keeper shares nothing with
 the loop: its own thread, its own connection. What could not be renewed is reported back to the loop.
+
+A second thread is the timer of the leases. It never waits for a socket, so a renewal that hangs does not hold it
+back: an execution with locks is cancelled at the end of its lease, or of its shortest lock, less a margin, counted
+from the moment before the last renewal that the server confirmed was sent. Whoever takes over waits for the whole
+lease. Two owners of one lock would need monotonic clocks that differ by more than the margin in one lease.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -31,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
+#: The part of a lease, or of a lock's time to live, that is left for the cancellation to take effect.
+SAFETY_MARGIN = 0.1
 
 
 class Hold(Protocol):
@@ -44,6 +52,9 @@ class Hold(Protocol):
     def locks(self) -> Sequence[LockSpec]:
         """The locks."""
 
+    locks_expire_at: float
+    """When (`time.monotonic`) its locks may be another's; set by the keeper, infinity without locks."""
+
     def lose(self, what: str, taken_over: bool) -> None:
         """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
 
@@ -54,12 +65,13 @@ class Hold(Protocol):
         """Called at once, in the keeper's thread, before either of the others."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Rest:
     """A hold of something that is over and only has to be settled: there is nothing to cancel any more."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
+    locks_expire_at: float = math.inf
 
     def lose(self, what: str, taken_over: bool) -> None:
         """The settlement will be refused, which is enough."""
@@ -77,6 +89,7 @@ class _WithoutLocks:
     def __init__(self, hold: Hold) -> None:
         self.delivery = hold.delivery
         self.locks: Sequence[LockSpec] = ()
+        self.locks_expire_at = math.inf
         self.lose, self.cancel, self.condemn = hold.lose, hold.cancel, hold.condemn
 
 
@@ -101,6 +114,8 @@ class LeaseKeeper:
         self._loop = loop
         self._holds: dict[tuple[str, str], Hold] = {}
         self._mutex = threading.Lock()
+        self._timer_set = threading.Condition(self._mutex)
+        self._timer_at = math.inf
         self._renewing = threading.Lock()
         self.epoch = ""
         """The life of the server's data in which everything was renewed last."""
@@ -111,16 +126,21 @@ class LeaseKeeper:
         self._revived_at = float("-inf")
         """When a lease was renewed that may have ended before."""
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
+        self._timer = threading.Thread(target=self._run_timer, name="diracx-lease-timer", daemon=True)
 
     async def __aenter__(self) -> LeaseKeeper:
         await self.renew()
         self._thread.start()
+        self._timer.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stop = True
         self._look.set()
+        with self._timer_set:
+            self._timer_set.notify()
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._timer.join)
         self._redis.close()
 
     def fall_silent(self) -> None:
@@ -143,18 +163,35 @@ class LeaseKeeper:
         """
         return self.overdue or self._revived_at >= moment
 
-    def add(self, holds: Iterable[Hold]) -> None:
-        """Keep these renewed from now on."""
+    def add(self, holds: Iterable[Hold], granted_at: float = math.inf) -> None:
+        """Keep these renewed from now on.
+
+        Args:
+            granted_at: a moment (`time.monotonic`) before the server granted their locks.
+        """
         with self._mutex:
             for hold in holds:
                 self._holds[hold.delivery.stream, hold.delivery.entry] = hold
                 if hold.locks:
-                    self._look_in_time(hold.locks)
+                    ttl_seconds = self._ttl_seconds(hold.locks)
+                    self._look_in_time(ttl_seconds)
+                    self._expire(hold, min(self._renewed_at + self._lease_seconds, granted_at + ttl_seconds))
 
-    def _look_in_time(self, locks: Sequence[LockSpec]) -> None:
-        shortest = min((lock["ttl_ms"] for lock in locks if "ttl_ms" in lock), default=None)
-        if shortest is not None and shortest / 3000 < self._interval:
-            self._interval = shortest / 3000
+    def _expire(self, hold: Hold, end: float) -> None:
+        """The locks of the hold may be another's from `end` (`time.monotonic`) on."""
+        ttl_seconds = min(self._lease_seconds, self._ttl_seconds(hold.locks))
+        hold.locks_expire_at = end - SAFETY_MARGIN * ttl_seconds
+        if hold.locks_expire_at < self._timer_at:
+            self._timer_set.notify()
+
+    @staticmethod
+    def _ttl_seconds(locks: Sequence[LockSpec]) -> float:
+        """After so long without a renewal the server drops the first of them."""
+        return min((lock["ttl_ms"] / 1000 for lock in locks if "ttl_ms" in lock), default=math.inf)
+
+    def _look_in_time(self, ttl_seconds: float) -> None:
+        if ttl_seconds / 3 < self._interval:
+            self._interval = ttl_seconds / 3
             self._look.set()
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
@@ -182,9 +219,21 @@ class LeaseKeeper:
                     break
                 except Exception as error:
                     logger.warning("cannot renew the lease of %s: %s", self._consumer, error)
-                    self._give_up_expired_locks()
                     self._look.wait(_RETRY_SECONDS)
                     self._look.clear()
+
+    def _run_timer(self) -> None:
+        while not self._stop:
+            with self._timer_set:
+                now = time.monotonic()
+                expired = [hold for hold in self._holds.values() if hold.locks_expire_at <= now]
+                if not expired and not self._stop:
+                    # With nothing to watch, for as long as a lock that comes next lasts, so that few set it anew.
+                    longest = (1 - SAFETY_MARGIN) * self._lease_seconds
+                    self._timer_at = min([now + longest, *(hold.locks_expire_at for hold in self._holds.values())])
+                    self._timer_set.wait(self._timer_at - now)
+            for hold in expired:
+                self._report(hold, "its locks could not be renewed in time, and may be another's soon")
 
     async def renew(self) -> None:
         """Renew everything now, from the event loop.
@@ -219,6 +268,10 @@ class LeaseKeeper:
         if time.monotonic() - self._renewed_at >= self._lease_seconds:
             self._revived_at = time.monotonic()
         self._renewed_at = started
+        with self._mutex:
+            for hold in holds:
+                if hold.locks and hold.locks_expire_at > time.monotonic():
+                    self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
         if self.epoch not in ("", epoch):
             logger.warning("the server has lost its data; %d running tasks go on", len(holds))
         self.epoch = epoch
@@ -229,16 +282,6 @@ class LeaseKeeper:
         for position in lost_locks:
             hold, lock = locks[position]
             self._report(hold, f"the lock {lock['key']} could not be renewed")
-
-    def _give_up_expired_locks(self) -> None:
-        """While the server cannot be reached, a lock counts as lost when its time is up."""
-        silent_ms = (time.monotonic() - self._renewed_at) * 1000
-        with self._mutex:
-            holds = list(self._holds.values())
-        for hold in holds:
-            for lock in hold.locks:
-                if lock.get("ttl_ms", silent_ms + 1) <= silent_ms:
-                    self._report(hold, f"the lock {lock['key']} could not be renewed in time")
 
     def _report(self, hold: Hold, what: str, *, taken_over: bool = False) -> None:
         with self._mutex:
@@ -254,8 +297,11 @@ class LeaseKeeper:
 
 
 @asynccontextmanager
-async def keep_renewed(redis: Redis, locks: Sequence[LockSpec]) -> AsyncIterator[None]:
+async def keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float) -> AsyncIterator[None]:
     """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
+
+    Args:
+        asked_at: a moment (of the event loop's clock) before the server granted them.
 
     Raises:
         LockLostError: when a lock could not be renewed.
@@ -268,21 +314,23 @@ async def keep_renewed(redis: Redis, locks: Sequence[LockSpec]) -> AsyncIterator
     assert block is not None
     lost: list[str] = []
 
+    loop = asyncio.get_running_loop()
     shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
 
     async def renew() -> None:
-        renewed_at = time.monotonic()
+        granted_at = asked_at
         while not lost:
-            await asyncio.sleep(shortest_seconds / 3)
-            started = time.monotonic()
+            expires_at = granted_at + (1 - SAFETY_MARGIN) * shortest_seconds
+            await asyncio.sleep(min(shortest_seconds / 3, expires_at - loop.time()))
             try:
-                kept = await scripts.extend(redis, expiring)
-            except RedisError as error:
-                logger.warning("cannot renew locks: %s", error)
-                silent_ms = (time.monotonic() - renewed_at) * 1000
-                kept = [lock["ttl_ms"] > silent_ms for lock in expiring]
+                async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
+                    started = loop.time()
+                    kept = await scripts.extend(redis, expiring)
+            except (RedisError, TimeoutError) as error:
+                logger.warning("cannot renew locks: %s", error or "no answer in time")
+                kept = [loop.time() < expires_at] * len(expiring)
             else:
-                renewed_at = started
+                granted_at = started
             lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
         block.cancel()
 

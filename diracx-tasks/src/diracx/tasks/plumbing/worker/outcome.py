@@ -25,6 +25,8 @@ class Failed:
     """The error as text, without the task's secrets."""
     seconds: float
     started: datetime
+    interrupted: bool = False
+    """It did not fail by itself: its lease, a lock or its worker was lost."""
 
 
 @dataclass(frozen=True, slots=True)

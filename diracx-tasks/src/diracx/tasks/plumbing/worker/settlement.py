@@ -17,7 +17,13 @@ from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.redis_streams import in_ms
 from ..error_info import ErrorInfo, cut, describe_exception, one_line
-from ..exceptions import StopRetryingError, TaskCancelledError, TaskRejectedError, TaskRetryRequestedError
+from ..exceptions import (
+    StopRetryingError,
+    TaskCancelledError,
+    TaskRejectedError,
+    TaskRetryRequestedError,
+    WorkerStoppedError,
+)
 from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of_task
@@ -101,7 +107,7 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
     Args:
         final: the message with this attempt.
     """
-    attempt = len(execution.message.attempts)
+    attempt = sum(not each.get("interrupted") for each in execution.message.attempts)
     again = retry_at(execution.blueprint.retry_policy(execution.task), attempt, outcome.error)
     if again is None:
         return None
@@ -111,10 +117,14 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
     return {"task": final.task_id, "delay_ms": delay_ms, "stream": stream, "data": final.dumpb()}
 
 
-def hand_back(delivery: Delivery) -> Settlement:
-    """A delivery that was not begun, for another worker to start at once."""
+def hand_back(delivery: Delivery, data: bytes | None = None) -> Settlement:
+    """A delivery that was not begun, for another worker to start at once.
+
+    Args:
+        data: the message, if it is another one by now.
+    """
     stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
-    again = {"stream": stream, "data": delivery.data, "since": delivery.since, "deaths": delivery.deaths}
+    again = {"stream": stream, "data": delivery.data if data is None else data, "since": delivery.since}
     return Settlement(delivery, requeue=again)
 
 
@@ -136,8 +146,11 @@ def _failed(
         _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
         return None
     final = _with_attempt(execution, outcome)
+    at_most_once = execution.blueprint.task_class.at_most_once
+    if outcome.interrupted and not at_most_once:
+        return _interrupted(execution, outcome, settlement, final, settings)
     try:
-        retry = _retry(execution, outcome, final)
+        retry = None if at_most_once else _retry(execution, outcome, final)
     except BaseException as error:  # a policy is code of the task's author, as `execute` is
         told = describe_exception(error, hide=execution.hide)["traceback"]
         logger.error("the retry policy of %s failed: no retry\n%s", what, told)
@@ -157,6 +170,44 @@ def _failed(
     where = _burial(execution.delivery)
     vo = vo_of_task(execution.task, message)
     return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, outcome.told["message"], where, vo)
+
+
+def _interrupted(
+    execution: Execution, outcome: Failed, settlement: Settlement, final: TaskMessage, settings: WorkerSettings
+) -> DeadLetter | None:
+    """It starts again at once, as after a crash, and not for ever."""
+    message, delivery = execution.message, execution.delivery
+    what = f"{message.task_name} {message.task_id}"
+    times = sum(bool(each.get("interrupted")) for each in final.attempts)
+    if times < settings.max_deliveries:
+        _log(logging.WARNING, f"{what} was interrupted, and starts again", outcome)
+        settlement.requeue = hand_back(delivery, final.dumpb()).requeue
+        settlement.group = child_lives(message)
+        settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, 0.0)
+        return None
+    detail = f"interrupted {times} times, the last time by {outcome.told['type']}: {outcome.told['message']}"
+    _log(logging.ERROR, f"{what} goes to the dead letters: {detail}", outcome)
+    _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
+    settlement.collected = None
+    return DeadLetter.of_message(final, DeadLetterReason.INTERRUPTED, detail, _burial(delivery))
+
+
+def begun_before(
+    delivery: Delivery, message: TaskMessage, dlq_eligible: bool, settings: WorkerSettings
+) -> tuple[Settlement, DeadLetter | None]:
+    """What becomes of a delivery of a task that may have begun elsewhere and must not begin twice."""
+    told = describe_exception(
+        WorkerStoppedError("the worker that had it was lost, and the task may begin at most once (at_most_once)")
+    )
+    logger.error("%s %s has failed: %s", message.task_name, message.task_id, told["message"])
+    settlement = Settlement(delivery)
+    _failed_with(settlement, message, settings, told)
+    if not dlq_eligible:
+        return settlement, None
+    settlement.collected = None
+    return settlement, DeadLetter.of_message(
+        message, DeadLetterReason.EXHAUSTED, told["message"], _burial(delivery)
+    )
 
 
 def _log(level: int, line: str, outcome: Failed) -> None:
@@ -241,6 +292,7 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
         "host": socket.gethostname(),
         "started": outcome.started,
         "ended": outcome.started + timedelta(seconds=outcome.seconds),
+        **({"interrupted": True} if outcome.interrupted else {}),
     }
 
 

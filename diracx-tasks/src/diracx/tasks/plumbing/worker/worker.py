@@ -32,7 +32,7 @@ from .keeper import LeaseKeeper, Rest
 from .promoter import Promoter
 from .reporter import Reporter
 from .settings import WorkerSettings
-from .settlement import Settler, cancelled, hand_back, reject, settle, unsettled
+from .settlement import Settler, begun_before, cancelled, hand_back, reject, settle, unsettled
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class Worker:
             self._asked_at, self._fetched_at = intake.asked_at, called_at
             if stop.is_set():
                 for delivery in deliveries:
-                    self._settler.add(hand_back(delivery))
+                    if self._prepare(delivery):  # what must not begin is not handed to others either
+                        self._settler.add(hand_back(delivery))
                 break
             await self._begin(deliveries, stop)
 
@@ -199,19 +200,29 @@ class Worker:
         lapsed = self._keeper.lapsed_since(self._fetched_at)
         asked = [execution for execution in executions if execution.locks or lapsed]
         refused: set[Execution] = set()
+        granted_at = time.monotonic()
         if asked:
             wanted = [self._with_locks(execution) for execution in asked]
-            start = partial(self._broker.start, wanted, lease_seconds=self._settings.lease_seconds)
+
+            async def start() -> tuple[list[list[int]], int]:
+                nonlocal granted_at
+                granted_at = time.monotonic()
+                return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
+
             try:
-                replies = await patiently(start, "take locks", stop=stop)
+                replies, token = await patiently(start, "take locks", stop=stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
-            refused = {execution for execution, reply in zip(asked, replies, strict=True) if reply[0] != 1}
+            for position, (execution, reply) in enumerate(zip(asked, replies, strict=True)):
+                if reply[0] != 1:
+                    refused.add(execution)
+                elif execution.locks:
+                    execution.grant(token + position)
             self.reporter.asked_for_locks(asked, replies)
         granted = [execution for execution in executions if execution not in refused] if refused else executions
-        self._keeper.add(granted)
+        self._keeper.add(granted, granted_at)
         for execution in granted:
             self._spawn(execution)
 
@@ -244,25 +255,31 @@ class Worker:
             self._settler.add(cancelled(delivery, message, self._settings))
             return None
         if convicted:
-            detail = f"handed out {delivery.deaths} times without ever coming back"
+            detail = f"{delivery.deaths} workers have vanished while they had it"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
+        return self._build(delivery, message)
+
+    def _build(self, delivery: Delivery, message: TaskMessage) -> Execution | None:
         blueprint = self._blueprints.get(message.task_name)
         if blueprint is None:
             self._reject(
                 delivery, message, DeadLetterReason.UNKNOWN_TASK, f"no task is registered as {message.task_name!r}"
             )
             return None
+        if blueprint.task_class.at_most_once and delivery.redelivered:
+            ended = begun_before(delivery, message, blueprint.task_class.dlq_eligible, self._settings)
+            self._end(*ended)
+            return None
         try:
             task = blueprint.build(message)
-            locks = [lock.spec() for lock in blueprint.locks(task)]
+            return Execution(delivery, message, blueprint, task, blueprint.locks(task))
         except BaseException as error:  # `__init__` and `execution_locks` may raise anything
             hide = partial(without_secrets_of, task_class=blueprint.task_class, message=message)
             told = describe_exception(error, longest=0, hide=hide)
             detail = f"{told['type']}: {told['message']}"
             self._reject(delivery, message, DeadLetterReason.ARGUMENTS, detail)
             return None
-        return Execution(delivery, message, blueprint, task, locks)
 
     def _cancel(self, task_id: str) -> None:
         for execution in self._running:
@@ -306,6 +323,9 @@ class Worker:
             self.reporter.ended(execution, outcome, settlement, letter)
         except Exception:  # it only counts
             logger.exception("the end of %s cannot be counted", execution.message.task_id)
+        self._end(settlement, letter)
+
+    def _end(self, settlement: Settlement, letter: DeadLetter | None) -> None:
         if letter is None:
             self._settler.add(settlement)
         else:

@@ -1,9 +1,22 @@
 -- Who lives. `$ALIVE` is a sorted set: worker -> when its lease ends (ms).
 
+-- The worker lives for another `lease_ms`. Where no lease at all is left, it was the server that was away, and nobody
+-- could renew: then all get another term, but for those that have signed off (0).
+local function heartbeat(consumer, lease_ms, now)
+  local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2]
+  local ends = int(now / 1000 + lease_ms)
+  if newest and tonumber(newest) <= now / 1000 then
+    for _, worker in ipairs(redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf')) do
+      redis.call('ZADD', '$ALIVE', ends, worker)
+    end
+  end
+  redis.call('ZADD', '$ALIVE', ends, consumer)
+end
+
 -- A worker that asks for work lives, even before its keeper has had the time to say so: after a long pause it would
 -- else count as dead, and what it is given now be taken over at once. `lease_ms` 0: it is no worker with a lease.
 local function sign_on(consumer, lease_ms, now)
   if lease_ms > 0 and tonumber(redis.call('ZSCORE', '$ALIVE', consumer) or 0) <= now / 1000 then
-    redis.call('ZADD', '$ALIVE', int(now / 1000 + lease_ms), consumer)
+    heartbeat(consumer, lease_ms, now)
   end
 end

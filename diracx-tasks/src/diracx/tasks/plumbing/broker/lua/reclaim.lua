@@ -11,7 +11,7 @@
 -- lease ends, if it is not renewed before; 1 if the caller is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
--- #include _time _alive _locks _queue _wake _cancel
+-- #include _time _alive _locks _queue _wake _cancel _redelivery
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEFT_OVER_MS = 1000 -- somebody may have room by then
@@ -24,7 +24,7 @@ sign_on(consumer, tonumber(ARGV[5]), now_us())
 -- What a message is that was handed out so often. Deaths under earlier entries are noted in the entry.
 local function verdict(stream, entry, deliveries)
   local there = redis.call('XRANGE', stream, entry, entry)[1]
-  local deaths = deliveries - 1 + (there and tonumber(field_of(there[2], 'deaths')) or 0)
+  local deaths = deaths_of(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
   return deaths >= max_deliveries and 'convicted' or deaths >= suspect_from and 'suspect' or 'ordinary'
 end
 
@@ -83,7 +83,7 @@ for _, worker in ipairs(dead) do
         local claimed = may_take(stream, p[1], tonumber(p[4]) + 1)
           and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
         if claimed[1] then
-          hand_out(messages, position, claimed[1], tonumber(p[4]) + 1, marks)
+          hand_out(messages, position, with_survivals(stream, claimed[1], p[4] + 1), p[4] + 1, marks)
           free = free - 1
         end
       end

@@ -5,7 +5,7 @@
 -- Another epoch means that the server has lost its data. What this worker runs is then known to nobody else:
 -- it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
 -- #flags allow-oom
--- #include _time _pending _locks _queue _cancel
+-- #include _time _alive _pending _locks _queue _cancel _redelivery
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
 local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
 local epoch = redis.call('GETEX', '$EPOCH', 'PX', EPOCH_MS)
@@ -14,7 +14,7 @@ if not epoch then
   redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
 end
 local data_lost = ARGV[5] ~= '' and ARGV[5] ~= epoch
-redis.call('ZADD', '$ALIVE', int(now / 1000 + tonumber(ARGV[2])), consumer)
+heartbeat(consumer, tonumber(ARGV[2]), now)
 local lost_entries, lost_locks, cancelled, entries = {}, {}, {}, cmsgpack.unpack(ARGV[3])
 local marks = entries[1] and any_cancelled()
 for position, e in ipairs(entries) do
@@ -25,6 +25,7 @@ for position, e in ipairs(entries) do
   elseif data_lost then
     redis.call('HSET', held, orphan(e.stream, e.entry), '')
   elseif not owns(e.stream, consumer, e.entry, e.deliveries) then
+    note_survivor(e.stream, e.entry, e.deliveries)
     lost_entries[#lost_entries + 1] = position
   end
 end

@@ -5,7 +5,7 @@
 --   locks   = those it holds
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, delay_ms, stream, data}    put aside for so long, by the server's clock
---   requeue = {stream, data, since, deaths}     handed back, to start elsewhere at once
+--   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
 --   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
@@ -25,18 +25,21 @@ local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 -- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
 -- collect them: that is most of what a plain settlement would cost.
 local function following()
-  -- #include _time _locks _queue _wake _groups _cancel _schedules
-  local function follow(stream, entry, s)
-    local looked = s.cancelled or (marks and not (s.retry or s.requeue))
+  -- #include _time _locks _queue _wake _groups _cancel _schedules _redelivery
+  local function follow(stream, entry, deliveries, s)
+    local looked = s.cancelled or s.requeue or (marks and not s.retry)
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
-    local task = there and task_of(data_of(there[2]))
+    local task = there and not s.requeue and task_of(data_of(there[2]))
     local woken = there and field_of(there[2], 'woken')
     if task then redis.call('ZREM', '$CANCELLED', task) end
     remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
     if s.retry then
       delay(s.retry.task, now_us() / 1000 + s.retry.delay_ms, s.retry.stream, 'retry', '0', s.retry.data)
     end
-    if s.requeue then enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, s.requeue.deaths) end
+    if s.requeue then
+      local noted = there and field_of(there[2], 'deaths')
+      enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, deaths_of(stream, entry, deliveries, noted))
+    end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
     if s.group then child_done(s.group) end
     if s.collected then forget_results(s.collected) end
@@ -54,6 +57,11 @@ local function following()
   return follow, unlock
 end
 
+local function survived(stream, entry, deliveries)
+  -- #include _time _redelivery
+  note_survivor(stream, entry, deliveries)
+end
+
 local follow, unlock
 for at = 1, #places, 3 do
   local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
@@ -65,7 +73,7 @@ for at = 1, #places, 3 do
   if ours then
     pending[stream][entry] = nil -- whoever says it twice is refused the second time
     if follow and (s or marks) then
-      follow(stream, entry, s or {})
+      follow(stream, entry, places[at + 2], s or {})
     else
       ended[stream] = ended[stream] or {}
       table.insert(ended[stream], entry)
@@ -73,6 +81,7 @@ for at = 1, #places, 3 do
   else
     unsettled[#unsettled + 1] = position
     unsettled[#unsettled + 1] = data_lost and -1 or 0
+    if not data_lost then survived(stream, entry, places[at + 2]) end
   end
   if s and s.locks and not data_lost then unlock(s.locks) end
 end

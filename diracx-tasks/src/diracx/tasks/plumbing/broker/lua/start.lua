@@ -2,9 +2,10 @@
 -- KEYS: none. ARGV: consumer, deliveries (msgpack list of
 --   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}), the consumer's lease (ms) or 0.
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
--- {-1} no longer ours. Refusal and parking are one step: a lock that is given back in between cannot be missed.
+-- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
+-- Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _alive _pending _locks _queue _wake
+-- #include _time _alive _pending _locks _queue _wake _cancel _redelivery _fencing
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of whoever happened to ask first.
@@ -37,11 +38,7 @@ for position, d in ipairs(deliveries) do
       replies[position] = {1}
     else
       local fields = redis.call('XRANGE', d.stream, d.entry, d.entry)[1][2]
-      local data, deaths = nil, d.deliveries - 1
-      for field = 1, #fields, 2 do
-        if fields[field] == 'data' then data = fields[field + 1] end
-        if fields[field] == 'deaths' then deaths = deaths + tonumber(fields[field + 1]) end
-      end
+      local data, deaths = data_of(fields), deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
       local lock, again = d.locks[refusing], nil
       local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
       redis.call('ZADD', waiting, int(place), waiter)
@@ -65,4 +62,5 @@ for position, d in ipairs(deliveries) do
   end
 end
 if lines[1] then redis.call('HSET', ledger, unpack(lines)) end
+replies[#deliveries + 1] = lines[1] and take_tokens(#deliveries, now) or 0
 return replies

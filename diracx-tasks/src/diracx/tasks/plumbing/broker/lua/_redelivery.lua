@@ -1,0 +1,36 @@
+-- How often the workers of a message have vanished with it. `$SURVIVED` is a set, "{stream} {entry} {deliveries}":
+-- deliveries that were taken over from workers which lived, as it turned out. It is empty nearly always.
+local SURVIVED_MS = 86400000 -- longer than any worker is silent and comes back
+
+-- The worker of that delivery has come back: if others have the message now, it has not died of it.
+local function note_survivor(stream, entry, deliveries)
+  local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
+  if not pending.err and pending[1] and tonumber(pending[1][4]) > deliveries then
+    redis.call('SADD', '$SURVIVED', stream .. ' ' .. entry .. ' ' .. int(deliveries))
+    redis.call('PEXPIRE', '$SURVIVED', SURVIVED_MS)
+  end
+end
+
+local function survivals(stream, entry, deliveries)
+  local found = 0
+  if deliveries < 2 or redis.call('EXISTS', '$SURVIVED') == 0 then return found end
+  for earlier = 1, deliveries - 1 do
+    found = found + redis.call('SISMEMBER', '$SURVIVED', stream .. ' ' .. entry .. ' ' .. int(earlier))
+  end
+  return found
+end
+
+-- The entry as it is handed out again: with a field that says so, if it has survivors.
+local function with_survivals(stream, entry, deliveries)
+  local found = survivals(stream, entry[1], deliveries)
+  if found > 0 then
+    entry[2][#entry[2] + 1] = 'survived'
+    entry[2][#entry[2] + 1] = int(found)
+  end
+  return entry
+end
+
+-- `noted`: the deaths under earlier entries, from the field `deaths` of the entry, or nil.
+local function deaths_of(stream, entry, deliveries, noted)
+  return deliveries - 1 - survivals(stream, entry, deliveries) + (tonumber(noted) or 0)
+end

@@ -1,0 +1,151 @@
+"""No two holders of a lock at a time, whatever the network, the process or the event loop does.
+
+A witness outside Redis judges: each execution writes to a file for as long as it works, on the one monotonic clock
+of this machine. Two holders may overlap by no more than it takes to cancel an execution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from diracx.tasks.testing import TaskSystem
+from network import Network
+from redis.asyncio import Redis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exclusive_tasks import BlocksUnderLock, WorksUnderLock
+
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:rw:*")
+
+LEASE_SECONDS = 2.0
+#: Between two notes of a task, and what a busy machine adds to it.
+SCHEDULING_DELAY_SECONDS = 0.3
+
+
+class Workers:
+    """Worker processes, each behind a network of its own."""
+
+    def __init__(self, redis_url: str, directory: Path) -> None:
+        self._redis_url = redis_url
+        self.witness = directory / "witness"
+        self.networks: list[Network] = []
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, lease_seconds: float = LEASE_SECONDS, loop: str = "asyncio") -> int:
+        """Start one, wait until it is ready, and return its position."""
+        self.networks.append(Network(self._redis_url))
+        self.networks[-1].start()
+        script = str(Path(__file__).with_name("exclusive_tasks.py"))
+        process = subprocess.Popen(
+            [sys.executable, script, self.networks[-1].url, str(lease_seconds), loop],
+            env={**os.environ, "TEST_WITNESS": str(self.witness), "TEST_REDIS_URL": self._redis_url},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return len(self.processes) - 1
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for between in self.networks:
+            between.stop()
+
+    def notes(self) -> dict[int, list[float]]:
+        """Worker's pid -> when (monotonic) it worked under the lock."""
+        found: dict[int, list[float]] = {}
+        if self.witness.exists():
+            for line in self.witness.read_text().splitlines():
+                pid, moment = line.split()
+                found.setdefault(int(pid), []).append(float(moment))
+        return found
+
+    def overlap_seconds(self) -> float:
+        """The longest time for which two workers worked under the lock side by side."""
+        spans = sorted((min(moments), max(moments)) for moments in self.notes().values())
+        return max((first[1] - second[0] for first, second in pairwise(spans)), default=0.0)
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
+    started = Workers(redis_url, tmp_path)
+    yield started
+    started.stop()
+
+
+async def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def submit(redis_url: str, task: WorksUnderLock | BlocksUnderLock) -> None:
+    async with TaskSystem([type(task)], redis_url=redis_url, workers=0, scheduler=False, task_db_url=None):
+        await task.schedule()
+
+
+@pytest.mark.parametrize(
+    ("lock", "held"),
+    [
+        ("mutex", ("to_server", "to_client")),
+        ("short mutex", ("to_client",)),
+        ("writer", ("to_server",)),
+        ("reader", ("to_client",)),
+        ("slot", ("to_server", "to_client")),
+    ],
+)
+async def test_a_worker_that_is_cut_off_stops_before_another_holds_its_lock(
+    workers: Workers, redis_url: str, lock: str, held: tuple[str, ...]
+) -> None:
+    """The connections stay open and say nothing, so that a renewal hangs and raises nothing."""
+    first = workers.start(loop="uvloop" if len(held) == 1 else "asyncio")
+    await submit(redis_url, WorksUnderLock(lock, 8.0))
+    await until(workers.notes, "the task works")
+    workers.start()
+    workers.networks[first].hold(*held)
+    await until(lambda: len(workers.notes()) == 2, "the task is started again")
+    assert workers.overlap_seconds() < SCHEDULING_DELAY_SECONDS
+
+
+async def test_a_worker_that_was_paused_does_not_go_on_under_a_lock_that_is_anothers(
+    workers: Workers, redis_url: str
+) -> None:
+    first = workers.start()
+    await submit(redis_url, WorksUnderLock("mutex", 8.0))
+    await until(workers.notes, "the task works")
+    workers.start()
+    workers.processes[first].send_signal(signal.SIGSTOP)
+    await until(lambda: len(workers.notes()) == 2, "the task is started again")
+    before = len(workers.notes()[workers.processes[first].pid])
+    workers.processes[first].send_signal(signal.SIGCONT)
+    await until(lambda: len(workers.notes()[workers.processes[1].pid]) > 20, "the second worker works on")
+    # It is in the middle of a step when it goes on: that one may end.
+    assert len(workers.notes()[workers.processes[first].pid]) - before <= SCHEDULING_DELAY_SECONDS / 0.02
+
+
+async def test_what_blocked_the_event_loop_beyond_its_lease_commits_nothing(
+    workers: Workers, redis_url: str, redis: Redis
+) -> None:
+    """The cancellation cannot reach a blocked loop; but what the task then returns does not count."""
+    first = workers.start()
+    await submit(redis_url, BlocksUnderLock("mutex", 4.0))
+    await until(workers.notes, "the task works")
+    workers.networks[first].hold()
+    await until(lambda: len(workers.notes()[workers.processes[first].pid]) == 2, "it has been blocked to its end")
+    workers.networks[first].release()
+    await until(lambda: workers.processes[first].poll() is None and workers.notes(), "the worker lives")
+    workers.start()
+    await until(lambda: sum(map(len, workers.notes().values())) >= 3, "the task is started again, here or there")

@@ -1,0 +1,121 @@
+"""Leases: who counts as dead, and what that means for the tasks it had."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.lock_registry import JOB
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+
+QUEUE = "diracx:tasks:normal:medium"
+LEASE_MS = 30_000
+ENDED = 1
+"""A lease (ms since the epoch) that has ended long ago."""
+
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
+
+
+@pytest.fixture
+async def workers(redis_url: str) -> AsyncIterator[tuple[RedisStreamBroker, RedisStreamBroker]]:
+    pair = (
+        RedisStreamBroker(redis_url, consumer_name="first"),
+        RedisStreamBroker(redis_url, consumer_name="second"),
+    )
+    yield pair
+    for broker in pair:
+        await broker.shutdown()
+
+
+def renew(broker: RedisStreamBroker, *deliveries: object) -> list[int]:
+    entries = [{name: getattr(d, name) for name in ("stream", "entry", "deliveries")} for d in deliveries]
+    with SyncRedis.from_url(broker.url) as redis:
+        return scripts.renew(redis, broker.consumer_name, LEASE_MS, entries, [])[0]
+
+
+async def submit(broker: RedisStreamBroker) -> None:
+    await broker.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), QUEUE)])
+
+
+@pytest.mark.parametrize("comes_back", ["by a renewal", "by a settlement", "by both, twice"])
+async def test_P9_a_worker_that_comes_back_has_not_died_of_its_task(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, comes_back: str
+) -> None:
+    """Two healthy workers whose network is cut in turn: nobody has died, and the task is no poison."""
+    owner, other = workers
+    await submit(owner)
+    [delivery], _ = await owner.fetch(1)
+    for _ in range(5):
+        renew(other)
+        await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+        [taken], *_ = await other.reclaim(1, max_deliveries=3)
+        assert taken.deaths == 1
+        for _ in range(2 if "twice" in comes_back else 1):
+            if "settlement" not in comes_back:
+                assert renew(owner, delivery) == [0], "the task is not its own any more"
+            if "renewal" not in comes_back:
+                assert await owner.settle([Settlement(delivery)]) == [False]
+        owner, other, delivery = other, owner, taken
+
+
+async def test_P9_workers_that_stay_away_have_died(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
+) -> None:
+    owner, other = workers
+    await submit(owner)
+    [delivery], _ = await owner.fetch(1)
+    for deaths in range(1, 4):
+        renew(other)
+        await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+        [delivery], *_ = await other.reclaim(1, max_deliveries=3)
+        assert delivery.deaths == deaths
+        owner, other = other, owner
+
+
+@pytest.mark.parametrize("first_call", ["a renewal", "a fetch", "a look for dead workers"])
+async def test_when_all_leases_have_ended_the_server_was_away_and_nobody_is_dead(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, first_call: str
+) -> None:
+    first, second = workers
+    await submit(first)
+    [delivery], _ = await first.fetch(1)
+    await redis.zadd(keys.ALIVE, {first.consumer_name: ENDED, second.consumer_name: ENDED + 1, "third": ENDED})
+    if first_call == "a renewal":
+        renew(second)
+    elif first_call == "a fetch":
+        await second.fetch(1, lease_seconds=LEASE_MS / 1000)
+    assert (await second.reclaim(1))[0] == []
+    assert await first.settle([Settlement(delivery)]) == [True], "it goes on, and has run once"
+    now_ms = int((await redis.time())[0]) * 1000
+    assert await redis.zcount(keys.ALIVE, now_ms, "+inf") == 3
+
+
+async def test_a_worker_that_has_signed_off_gets_no_other_term(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
+) -> None:
+    first, second = workers
+    await submit(first)
+    await first.fetch(1)
+    assert not await first.leave(), "it still holds a message"
+    renew(second)
+    assert len((await second.reclaim(1))[0]) == 1
+
+
+@pytest.mark.leaves_keys("lock:*")
+async def test_fencing_tokens_rise_with_every_grant_even_after_a_loss_of_all_data(redis: Redis) -> None:
+    tokens = []
+    for round_ in range(4):
+        lock = MutexLock(JOB, "x")
+        assert lock.token is None
+        assert await lock.acquire(redis)
+        assert not await MutexLock(JOB, "x").acquire(redis)
+        tokens.append(lock.token)
+        await lock.release(redis)
+        if round_ == 1:
+            await redis.flushall()
+    assert None not in tokens
+    assert tokens == sorted(set(tokens)), "each is greater than the one before"
