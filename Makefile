@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
+.PHONY: help install test servers demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ pictures: $(STAMP) ## take the pictures of the dashboard in docs/images again (n
 
 chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises are kept; ARGS="--seconds 120 --seed 1 --json"
 	@$(BIN)/python -m chaos $(ARGS)
+
+model: $(STAMP) ## search every state of the delivery protocol for one that breaks a promise; ARGS="--disturbances 2"
+	$(BIN)/python -m model $(ARGS)
 
 bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,80 @@
+"""The server: put into a state, asked to do one step, and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diracx.tasks.plumbing.broker import keys, scripts
+from redis import Redis
+
+#: What is no part of a state: it only says when something was.
+_LEFT_OUT = {keys.FENCE, keys.EPOCH, keys.DELAYED_REASONS, keys.WAKE_SCHEDULER}
+#: All keys: name, dump, content. Points in time that decide nothing are left out.
+_SNAPSHOT = """
+local found = {redis.call('TIME')[1]}
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local kind, content = redis.call('TYPE', key).ok, nil
+  if kind == 'string' then content = redis.call('GET', key)
+  elseif kind == 'hash' then content = redis.call('HGETALL', key)
+  elseif kind == 'set' then content = redis.call('SMEMBERS', key); table.sort(content)
+  elseif kind == 'zset' then content = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+  elseif kind == 'stream' then
+    local pending = redis.pcall('XPENDING', key, ARGV[1], '-', '+', 100)
+    local owners = {}
+    for _, p in ipairs(pending.err and {} or pending) do owners[#owners + 1] = {p[1], p[2], p[4]} end
+    content = {redis.call('XRANGE', key, '-', '+'), owners}
+  end
+  found[#found + 1] = {key, redis.call('DUMP', key), content}
+end
+return found
+"""
+
+
+class Server:
+    """One server, whose data are replaced again and again."""
+
+    def __init__(self, url: str) -> None:
+        self.redis = Redis.from_url(url)
+        self._snapshot = self.redis.register_script(_SNAPSHOT)
+
+    def restore(self, dumps: Sequence[tuple[bytes, bytes]]) -> None:
+        """Let the data be those of a snapshot. Nothing expires by itself: the search decides when time passes."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.flushall()
+            for name, dump in dumps:
+                pipe.restore(name, 0, dump)
+            pipe.execute()
+
+    def read(self) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+        """The dumps to restore, and the content to compare."""
+        dumps, content = [], []
+        seconds, *found = self._snapshot(args=[keys.GROUP])
+        now = int(seconds) * 1000
+        for name, dump, value in sorted(found):
+            dumps.append((name, dump))
+            if name.decode() not in _LEFT_OUT:
+                content.append((name.decode(), _comparable(name.decode(), value, now)))
+        return dumps, content
+
+    def end_leases(self, *workers: str) -> None:
+        """Their leases end."""
+        self.redis.zadd(keys.ALIVE, dict.fromkeys(workers, 1), xx=True)
+
+    def end_timer(self, task: str) -> None:
+        """A delayed task is due, and is moved."""
+        self.redis.zadd(keys.DELAYED, {task: 0}, xx=True)
+        script = scripts.script("promote")
+        self.redis.execute_command("EVAL", script.source, 0, 500)
+
+
+def _comparable(key: str, value: Any, now_ms: int) -> Any:
+    """The content without what decides nothing: a list of parts whose order says nothing, or one value."""
+    if key in keys.EVERY_STREAM:
+        return tuple(value)
+    if key == keys.DELAYED:
+        return value[::2]
+    if not isinstance(value, list) or key == keys.SURVIVED:
+        return value
+    pairs = list(zip(value[::2], value[1::2], strict=True))
+    return [(worker, int(ends) > now_ms) for worker, ends in pairs] if key == keys.ALIVE else pairs
