@@ -18,7 +18,7 @@ from gubbins.db import URL_VARIABLE
 from gubbins.pilot_states import MyPilotStatus
 
 #: Pilots that ended within the past hour before anything is said about how.
-_LEAST_ENDED = 5
+_LEAST_ENDED = 4
 _WARNING_SHARE = 0.5
 _CRITICAL_SHARE = 0.9
 

@@ -36,7 +36,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
                     name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
                 )
             await logic.ban_ce(database, "banned", reason="flood")
-            ended = {"failing": (6, 2), "good": (1, 7), "few": (4, 0)}
+            ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0)}
             for name, (failed, done) in ended.items():
                 for number in range(failed + done):
                     pilot = await database.submit_pilot(name, "lhcb")

@@ -130,7 +130,8 @@ def render_status(health: Health) -> RenderableType:
     now = datetime.now(UTC) if seen is None else seen.at
     lines: list[RenderableType] = [Text(f"{now:%Y-%m-%d %H:%M:%S} UTC", style="bold")]
     for alert in health.alerts:
-        lasts = "" if alert.since is None else f" for {age((now - alert.since).total_seconds())}"
+        seconds = 0.0 if alert.since is None else (now - alert.since).total_seconds()
+        lasts = f" for {age(seconds)}" if seconds >= 1 else ""
         lines.append(styled(f"! {alert.summary}", _STYLES[alert.severity]))
         lines.append(Text(f"  {alert.severity}{lasts}: {one_line(alert.remedy)}"))
     if not health.alerts:

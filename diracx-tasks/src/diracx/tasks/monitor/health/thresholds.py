@@ -38,7 +38,7 @@ class HealthThresholds(BaseModel):
     """Attempts of a class of tasks that failed within the past hour: warning."""
     failure_critical_share: float = Field(default=0.9, gt=0, le=1)
     """The same: critical."""
-    failure_attempts: int = Field(default=5, ge=1)
+    failure_attempts: int = Field(default=3, ge=1)
     """With fewer attempts within the past hour nothing is said about a class."""
     lock_held_seconds: float = Field(default=600.0, gt=0)
     """A task holds a lock for longer while others wait for it."""
