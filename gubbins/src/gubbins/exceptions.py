@@ -23,6 +23,10 @@ __all__ = [
 ]
 
 
+#: Characters of a name that an error repeats: no name that exists is longer.
+_NAME = 128
+
+
 class GubbinsError(Exception):
     """Base of the errors that a user of the pilot system can do something about."""
 
@@ -40,7 +44,7 @@ class UnknownCEError(PilotSubmissionError):
     """There is no compute element of that name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"unknown compute element {name!r}: `gubbins ce list` shows those that exist")
+        super().__init__(f"unknown compute element {name[:_NAME]!r}: `gubbins ce list` shows those that exist")
         self.name = name
 
 
@@ -77,7 +81,7 @@ class VONotServedError(PilotSubmissionError):
     """The compute element lists the VOs it serves, and this one is not among them."""
 
     def __init__(self, name: str, vo: str) -> None:
-        super().__init__(f"compute element {name!r} does not serve VO {vo!r}")
+        super().__init__(f"compute element {name!r} does not serve VO {vo[:_NAME]!r}")
 
 
 class NoRoomError(PilotSubmissionError):

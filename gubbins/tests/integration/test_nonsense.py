@@ -249,3 +249,19 @@ async def test_what_goes_wrong_when_a_connection_is_given_back_does_not_hide_why
     scripted.observations["ce"] = ConnectionError("no route to host")
     await logic.transition_pilot_states(sqlite_db, "lhcb")
     assert (await trouble(sqlite_db, CECall.STATUS, "ce"))[2] == "no route to host"
+
+
+async def test_why_the_settings_give_a_vo_no_pilots_is_kept_as_one_line_of_limited_length(
+    db: MyPilotDB, scripted: Any, install_backend: Any
+) -> None:
+    class Unwilling(scripted):  # type: ignore[misc]  # a class that a fixture made
+        def why_not(self, vo: str) -> str:
+            return f"no token\0 of {vo}:\n\ud800" + "x" * 100_000
+
+    install_backend("unwilling", Unwilling)
+    await db.add_ce("ce", 9, 1.0, backend="unwilling")
+    with pytest.raises(CERefusedError, match="no token of lhcb: x"):
+        await logic.submit_pilot(db, "ce", "lhcb")
+    said = (await db.get_ce("ce"))["last_error"]
+    assert said.startswith("no token of lhcb: x")
+    assert len(said) <= 1024

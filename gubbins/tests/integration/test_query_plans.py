@@ -89,8 +89,12 @@ async def many(db: MyPilotDB) -> MyPilotDB:
     """
     now = datetime.now(UTC)
     ce = {"capacity": 10_000, "success_rate": 1.0, "created_at": now, "updated_at": now}
+    rules = {"ce9": {"max_waiting": PILOTS, "max_per_cycle": PILOTS}}
+    names = [f"ce{n}" for n in range(CES)]
     async with db.unit():
-        await db.conn.execute(insert(ComputeElements), [{"name": f"ce{n}"} | ce for n in range(CES)])
+        await db.conn.execute(
+            insert(ComputeElements), [{"name": name, "rules": rules.get(name)} | ce for name in names]
+        )
         for number in range(20):
             await db.add_requests(f"ce{number}", vo="vo1", count=50)
     dialect = db.engine.dialect.name.replace("mariadb", "mysql")
@@ -139,6 +143,7 @@ def wholes(readings: list[Reading]) -> list[str]:
 
 HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "submit": lambda db: db.submit_pilot("ce7", "vo1"),
+    "submit where rules limit it": lambda db: db.submit_pilot("ce9", "vo1"),
     "the active pilots of a VO": lambda db: db.get_active_pilots(vo="vo1"),
     "list compute elements": lambda db: db.list_ces(vo=None),
     "request": lambda db: logic.request_pilots(db, "vo1", vos=[f"vo{n}" for n in range(VOS)]),

@@ -150,3 +150,14 @@ async def test_a_refused_request_is_struck_out_and_holds_no_slot(db: MyPilotDB) 
     with pytest.raises(SubmissionLimitError):
         await logic.submit_requested_pilot(db, "ce", "lhcb")
     assert await logic.submit_requested_pilot(db, "ce", "lhcb") is None
+
+
+async def test_names_that_no_vo_and_no_compute_element_can_have_are_refused_and_not_repeated(
+    db: MyPilotDB,
+) -> None:
+    await db.add_ce("ce", 4, 1.0)
+    for ce_name, vo in (("ce", "x" * 40_000), ("ce", ""), ("x" * 40_000, "lhcb"), ("x" * 40_000, "x" * 40_000)):
+        with pytest.raises(PilotSubmissionError) as refusal:
+            await logic.submit_pilot(db, ce_name, vo)
+        assert len(str(refusal.value)) < 500
+    assert not await held(db)

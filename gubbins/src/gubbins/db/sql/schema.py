@@ -79,7 +79,8 @@ def _from_text(value: str | None) -> datetime | None:
 # SQLite gives out ids by itself only in a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
 _CEName = String(128)
-_VO = String(128)
+MAX_VO_CHARS = 128
+_VO = String(MAX_VO_CHARS)
 MAX_REASON_CHARS = 1024
 MAX_REFERENCE_CHARS = 255
 _Reason = String(MAX_REASON_CHARS)

@@ -15,7 +15,7 @@ from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
 from .compute_elements import CE_COLUMNS, serves
 from .limits import LimitStore
-from .schema import MAX_REASON_CHARS, ComputeElements, PilotHistory, Pilots
+from .schema import MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistory, Pilots
 
 
 class SubmissionStore(LimitStore):
@@ -55,7 +55,8 @@ class SubmissionStore(LimitStore):
             ).one()
             if not ce.enabled:
                 raise CEDisabledError(ce_name)
-            if not serves(ce.vos, vo):
+            # SQLite would keep a name of any length.
+            if not serves(ce.vos, vo) or not 0 < len(vo) <= MAX_VO_CHARS:
                 raise VONotServedError(ce_name, vo)
             await self.check_limits(dict(ce._mapping), vo, granted=granted)
             taken = (

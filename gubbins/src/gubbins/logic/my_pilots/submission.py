@@ -14,6 +14,7 @@ from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.compute_elements import serves
+from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.exceptions import (
     CEPausedError,
     CERefusedError,
@@ -23,6 +24,7 @@ from gubbins.exceptions import (
 )
 from gubbins.pilot_states import MyPilotStatus
 from gubbins.rules import rules_of
+from gubbins.text import one_line
 
 from .answers import check_outcome
 from .backends import backend_of, describe_failure
@@ -102,6 +104,7 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
     try:
         async with backend_of(ce) as backend:
             if (reason := backend.why_not(vo)) is not None:
+                reason = one_line(reason, MAX_REASON_CHARS)
                 await db.record_ce_error(ce_name, reason)
                 raise CERefusedError(ce_name, reason)
             stamp = stamp or uuid.uuid4().hex
