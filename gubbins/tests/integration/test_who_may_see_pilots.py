@@ -250,6 +250,13 @@ async def test_a_vo_sees_of_a_shared_compute_element_its_own_rules_and_no_words_
     assert (shown["last_error"], shown["rules"]["vos"]["dteam"]["share"]) == (SITE_SAID, 3)
 
 
+async def test_a_list_of_another_vo_is_refused_whether_there_is_such_a_vo_or_not(world: World) -> None:
+    async with world.user("user", "lhcb") as client:
+        answers = [await client.get(f"{API}/pilots", params={"vo": vo}) for vo in ("dteam", "nowhere")]
+    assert [answer.status_code for answer in answers] == [403, 403]
+    assert answers[0].text == answers[1].text
+
+
 async def test_what_a_policy_of_an_extension_refuses_is_answered_as_if_it_did_not_exist(world: World) -> None:
     from diracx.tasks.routers.policies import forbidden
 
