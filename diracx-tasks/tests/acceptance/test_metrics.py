@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -96,12 +97,18 @@ def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_
     stream = '{stream="diracx:tasks:normal:medium",priority="normal",size="medium"}'
     assert found[f"task_stream_lag{stream}"] == 1
     assert found["delayed_tasks_pending"] == 0
+    without_worker = '{check="queue_without_worker",severity="critical",subject="normal:medium"}'
+    assert (found["health_status"], found[f"health_alerts{without_worker}"]) == (2, 1)
+    assert 0 < time.time() - found[f"health_alert_since_seconds{without_worker}"] < 60
+    assert get(first, "/readyz") == (200, "ok\ncritical queue_without_worker\n")
     served.start("scheduler", "--metrics-port", str(second))
     wait_until(lambda: get(second, "/readyz")[0] == 200, "the second is ready")
     assert samples(get(second, "/metrics")[1]) == {"scheduler_leader": 0}
     worker = served.start("worker", "--module", "my_tasks.py")
     worker.until("ready")
     wait_until(lambda: samples(get(first, "/metrics")[1])[f"task_stream_length{stream}"] == 0, "it is done")
+    wait_until(lambda: samples(get(first, "/metrics")[1])["health_status"] == 0, "all is well")
+    assert get(first, "/readyz") == (200, "ok\n")
 
 
 def test_a_port_that_is_taken_is_one_line(served: Cli, wait_until: Callable[..., None]) -> None:

@@ -245,6 +245,7 @@ def test_every_check_and_every_limit_is_in_the_reference() -> None:
     others = (
         "dead_letters_open",
         "server_away",
+        "server_unreadable",
         "source_away",
         "ce_banned",
         "ce_circuit_open",
@@ -322,6 +323,13 @@ async def test_a_server_that_is_away_is_an_alert_with_its_reason() -> None:
     [alert] = health.alerts
     assert (alert.check, alert.severity) == ("server_away", Severity.CRITICAL)
     assert "127.0.0.1:1" in alert.summary
+
+
+async def test_what_cannot_be_read_in_redis_is_an_alert_and_no_traceback(redis: Redis) -> None:
+    await redis.hset(keys.CONFIG_IN_FORCE, "somebody", "rubbish")
+    health = await HealthChecks(redis).run()
+    [alert] = health.alerts
+    assert (alert.check, alert.severity) == ("server_unreadable", Severity.UNKNOWN)
 
 
 async def test_dead_letters_are_counted_and_a_database_that_is_away_hides_nothing_else(

@@ -18,7 +18,7 @@ from ...plumbing.patience import reason
 from ..places import moment
 from .alerts import Alert, Health, Severity, counted, worst
 from .checks import CHECKS, find_alerts
-from .facts import read_facts
+from .facts import Facts, read_facts
 from .thresholds import HealthThresholds
 
 if TYPE_CHECKING:
@@ -65,13 +65,17 @@ class HealthChecks:
     async def run(self) -> Health:
         """Make all checks. What cannot be looked at is an alert; nothing is raised."""
         alerts = [alert for part in await asyncio.gather(*map(self._ask, self._asks)) for alert in part]
-        facts, error = None, None
+        facts: Facts | None = None
+        error: Exception | None = None
         try:
             async with asyncio.timeout(_SERVER_SECONDS):
                 facts = await read_facts(self._redis)
         except (RedisError, OSError, TimeoutError) as raised:
             error = raised
             alerts.append(_server_away(raised))
+        except Exception as raised:
+            error = raised
+            alerts.append(_unreadable(raised))
         if facts is not None:
             alerts = await self._since(find_alerts(facts, self._limits) + alerts)
         alerts.sort(key=lambda alert: -alert.severity.rank)
@@ -100,7 +104,13 @@ class HealthChecks:
     async def _since(self, alerts: list[Alert]) -> list[Alert]:
         """Since when each is so: by its data, else since it was first noticed by anybody."""
         unknown = [alert for alert in alerts if alert.since is None]
-        looked_at = [*CHECKS, "server_away", "source_away", *{alert.check for alert in alerts}]
+        looked_at = [
+            *CHECKS,
+            "server_away",
+            "server_unreadable",
+            "source_away",
+            *{alert.check for alert in alerts},
+        ]
         try:
             noticed = await scripts.note_alerts(
                 self._redis, looked_at, [f"{alert.check} {alert.subject}" for alert in unknown]
@@ -122,6 +132,16 @@ def _server_away(error: Exception) -> Alert:
         remedy="give its user the rights on diracx:*"
         if refused
         else "start it, or see what the network does; workers wait",
+    )
+
+
+def _unreadable(error: Exception) -> Alert:
+    logger.error("the health checks cannot read what is in Redis", exc_info=error)
+    return Alert(
+        check="server_unreadable",
+        severity=Severity.UNKNOWN,
+        summary=f"what is in Redis cannot be read: {type(error).__name__}: {error}"[:300],
+        remedy="something else writes to the keys diracx:*, or another version does: the log has the traceback",
     )
 
 
