@@ -44,8 +44,8 @@ class CircuitStore(PilotDBConnection):
         Of a half-open circuit one caller at a time gets True: the others have to wait for what it finds out,
         or for `probe_seconds`, after which it is taken for dead.
         """
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             await self.lock_ces([ce_name])
             claimed = await self.conn.execute(
                 update(CECircuits)

@@ -30,8 +30,8 @@ class ClaimStore(CircuitStore):
 
     async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
         """Note that `count` `MyPilotTask`s of the VO are on their way to the compute element."""
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             if count > 0:
                 row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
                 await self.conn.execute(insert(PilotRequests), [row] * count)

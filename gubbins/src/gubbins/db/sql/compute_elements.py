@@ -59,7 +59,6 @@ class ComputeElementStore(ClaimStore):
             ValueError: a number is out of range.
         """
         _check_range(capacity, success_rate)
-        now = clock.now()
         values = {
             "name": name,
             "capacity": capacity,
@@ -69,13 +68,13 @@ class ComputeElementStore(ClaimStore):
             "settings": settings or {},
             "vos": None if vos is None else list(vos),
             "rules": dict(rules) if rules else None,
-            "created_at": now,
-            "updated_at": now,
         }
         async with self.unit():
+            now = clock.now()
+            row = {**values, "created_at": now, "updated_at": now}
             try:
                 async with self.conn.begin_nested():
-                    await self.conn.execute(insert(ComputeElements).values(values))
+                    await self.conn.execute(insert(ComputeElements).values(row))
             except IntegrityError as error:
                 raise CEExistsError(name) from error
 
@@ -155,8 +154,8 @@ class ComputeElementStore(ClaimStore):
         Raises:
             UnknownCEError: there is none of that name.
         """
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             if not await self.lock_ces([name]):
                 raise UnknownCEError(name)
             banned = await self.conn.execute(

@@ -33,6 +33,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.sql.selectable import Subquery
 
+from gubbins import clock
+
 from .schema import ComputeElements, MyPilotDBBase, Pilots
 from .staging import staged
 
@@ -86,6 +88,7 @@ class PilotDBConnection(BaseSQLDB):
             # Else, on MySQL, a waiter of the row lock would count the pilots of before its wait, and two compute
             # elements deadlock on the gaps between their rows.
             read_committed(engine)
+            clock.follow(engine)
             report_lost_connections(engine)
             if engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:"):
                 # All transactions share its one connection: they must not overlap.

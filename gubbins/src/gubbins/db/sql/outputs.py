@@ -81,8 +81,8 @@ class OutputStore(PilotDBConnection):
         """Keep what was fetched."""
         # Before the transaction, and beside the event loop: these may be a hundred megabytes.
         rows = await asyncio.to_thread(_rows, outputs)
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             if rows:
                 statement = (
                     update(PilotOutputs.__table__)  # type: ignore[arg-type]  # a Table, whatever mypy sees
@@ -120,10 +120,11 @@ class OutputStore(PilotDBConnection):
 
     async def prune_outputs(self) -> int:
         """Forget outputs whose time is over, some of them; return how many."""
-        expired = select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now()).limit(_PRUNED_AT_ONCE)
         # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
         async with self.unit():
-            ids = (await self.conn.execute(expired)).scalars().all()
+            expired = PilotOutputs.expires_at < clock.now()
+            found = await self.conn.execute(select(PilotOutputs.pilot_id).where(expired).limit(_PRUNED_AT_ONCE))
+            ids = found.scalars().all()
         if not ids:
             return 0
         async with self.unit():

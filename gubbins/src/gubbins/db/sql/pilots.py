@@ -62,8 +62,8 @@ class PilotStore(SubmissionStore):
         Raises:
             PilotNotFoundError: there is no such pilot, or it has ended.
         """
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             noted = await self.conn.execute(
                 update(Pilots)
                 .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))

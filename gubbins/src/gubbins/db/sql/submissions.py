@@ -44,8 +44,8 @@ class SubmissionStore(LimitStore):
                 nothing was created.
         """
         stamp = stamp or uuid.uuid4().hex
-        now = clock.now()
         async with self.unit():
+            now = clock.now()
             if not await self.lock_ces([ce_name]):
                 raise UnknownCEError(ce_name)
             ce = (
@@ -164,9 +164,9 @@ class SubmissionStore(LimitStore):
         Returns:
             How many slots are taken now.
         """
-        now = clock.now()
         reason = reason[:MAX_REASON_CHARS]
         async with self.unit():
+            now = clock.now()
             await self.lock_ces([ce_name])
             await self.conn.execute(
                 insert(Pilots).values(

@@ -50,12 +50,12 @@ class TransitionStore(PilotDBConnection):
         status = MyPilotStatus(status)
         mine = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
         before = PREDECESSOR.get(status)
-        now = clock.now()
         reason = None if reason is None else reason[:MAX_REASON_CHARS]
         # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
         async with self.unit():
             ce_name = (await self.conn.execute(select(Pilots.ce_name).where(*mine))).scalar_one_or_none()
         async with self.unit():
+            now = clock.now()
             if ce_name is not None:
                 await self.lock_ces([ce_name])
             if before is not None:
@@ -88,9 +88,9 @@ class TransitionStore(PilotDBConnection):
             How many entered each state. A pilot that is not in the state before (somebody else was faster)
             is left as it is and not counted.
         """
-        now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
         async with self.unit():
+            now = clock.now()
             for status in _ORDER:
                 rows = [
                     (id, None if reason is None else reason[:MAX_REASON_CHARS])

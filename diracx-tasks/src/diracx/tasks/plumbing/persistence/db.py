@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
 from diracx.db.sql.utils import BaseSQLDB
 from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
 
+from ..database_clock import DatabaseClock
 from ..databases import read_committed, report_lost_connections
 from ..migrations import Migrations
 from ..task_names import resolve_task_name
@@ -52,10 +53,15 @@ class TaskDB(BaseSQLDB):
     metadata = TaskDBBase.metadata
     migrations = Migrations("TaskDB", metadata, Path(__file__).parent / "migrations", "diracx-task-run db")
 
+    def __init__(self, db_url: str) -> None:
+        super().__init__(db_url)
+        self.clock = DatabaseClock()
+
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
         """The engine, for as long as the context lasts."""
         async with super().engine_context():
+            self.clock.follow(self.engine)
             report_lost_connections(self.engine)
             read_committed(self.engine)  # else workers that store letters of neighbouring ids deadlock
             yield
@@ -82,7 +88,7 @@ class TaskDB(BaseSQLDB):
         A task that was buried before and has run since keeps its row: what was known then moves to its
         history, and the letter is pending again.
         """
-        now = datetime.now(UTC)
+        now = self.clock.now()
         task_id = fitting(letter.task_id)
         burial = fitting(letter.burial)
         values: dict[str, Any] = {
@@ -269,7 +275,7 @@ class TaskDB(BaseSQLDB):
 
     async def _decide(self, these: ColumnElement[bool], was: DeadLetterStatus, now: DeadLetterStatus) -> None:
         change = update(DeadLetters).where(these, DeadLetters.status == was)
-        await self.conn.execute(change.values(status=now, changed_at=datetime.now(UTC)))
+        await self.conn.execute(change.values(status=now, changed_at=self.clock.now()))
 
     async def _full_name(self, task_name: str | None) -> str | None:
         """The registry name, from that or from the name of the class alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ class Resubmitter:
                 verdicts[letter["id"]] = Verdict(letter, Fate.REFUSED, str(refused))
         async with self._db as db:
             begun = await db.begin_resubmission([(number, burials[number]) for number in prepared])
-        now = datetime.now(UTC)
+        now = self._db.clock.now()
         forgotten = {number for number, since in begun.items() if now - since > _FORGOTTEN_AFTER}
         taken = [number for number in prepared if number in begun and number not in forgotten]
         if taken:

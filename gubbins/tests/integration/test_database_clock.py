@@ -1,0 +1,70 @@
+"""Machines with wrong clocks that share a database: its clock is everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any
+
+import pytest
+from diracx.tasks.plumbing import database_clock
+from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.persistence.letter import DeadLetter
+
+from gubbins import clock
+from gubbins.db.sql import MyPilotDB
+
+SOON = timedelta(seconds=30)
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, ahead_seconds: float) -> None:
+    """Let the clock of this machine be wrong, as far as the databases' clients can see."""
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=ahead_seconds)
+
+    monkeypatch.setattr(database_clock, "datetime", Wrong)
+    monkeypatch.setattr(clock, "_database", database_clock.DatabaseClock())
+
+
+def about_now(moment: datetime) -> bool:
+    return abs(moment - datetime.now(UTC)) < SOON
+
+
+@pytest.mark.parametrize("ahead_seconds", [-600, 600])
+@pytest.mark.parametrize("server", ["mariadb", "postgresql"])
+async def test_what_a_machine_with_a_wrong_clock_writes_has_the_time_of_the_database(
+    server: str,
+    ahead_seconds: float,
+    empty_database: Callable[[str], Awaitable[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pilots, letters = MyPilotDB(await empty_database(server)), TaskDB(await empty_database(server))
+    for database in (pilots, letters):
+        async with database.engine_context():
+            await database.migrations.create(database.engine)
+    set_clock(monkeypatch, ahead_seconds)
+    assert not about_now(clock.now())
+    async with pilots.engine_context(), letters.engine_context():
+        await pilots.add_ce("ce", capacity=1, success_rate=1.0)  # the first thing that this process does
+        [ce] = await pilots.get_ces()
+        assert about_now(ce["created_at"])
+        assert about_now(clock.now()), "and so has everything that is compared with it"
+        letter = DeadLetter(task_id="t", task_name="a:B", reason="exhausted", detail="", data=b"", burial="s/1-1")
+        async with letters as db:
+            await db.insert(letter)
+        async with letters as db:
+            [stored] = await db.search()
+        assert about_now(stored["buried_at"])
+
+
+async def test_clocks_that_agree_within_a_second_are_left_alone(
+    empty_database: Callable[[str], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, 0.3)
+    pilots = MyPilotDB(await empty_database("postgresql"))
+    async with pilots.engine_context():
+        await pilots.create_tables()
+    assert clock._database._ahead == timedelta(0)
