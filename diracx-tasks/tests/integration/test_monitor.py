@@ -398,6 +398,9 @@ async def test_lists_read_little_of_large_messages_and_show_their_size_instead(
         ("test:Held", "exhausted", None)
     }
     assert all(each.task_id and each.message_bytes > 1_000_000 for each in letters)
+    before = await sent()
+    assert await monitor.purge(redis, "normal:medium") == 21
+    assert await sent() - before < 22 * 70_000
 
 
 @pytest.mark.parametrize("cut", range(0, 70_000, 997))

@@ -9,7 +9,7 @@ from ..plumbing.broker import scripts
 from ..plumbing.broker.cancel import cancel_waiting
 from .locks import lock
 from .models import Lock, Released
-from .places import PAGE, entry_parts, streams_of_queue, text, waiting_entries
+from .places import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -31,13 +31,24 @@ async def purge(redis: Redis, queue: str) -> int:
             continue
         last, after = entry_parts(text(newest[0][0])), None
         while entries := [
-            (entry, fields.get(b"data", b""))
-            for entry, fields in await waiting_entries(redis, stream, after, PAGE)
+            (entry, await _without_arguments(redis, stream, entry, fields.get(b"data", b""), length))
+            for entry, fields, length in await waiting_heads(redis, stream, after, PAGE)
             if entry_parts(entry) <= last
         ]:
             number += await cancel_waiting(redis, stream, entries)
             after = entries[-1][0]
     return number
+
+
+async def _without_arguments(redis: Redis, stream: str, entry: str, data: bytes, length: int) -> bytes:
+    """A message, of which a large one is needed only as far as its labels go."""
+    head = read_head(data, length)
+    if head.message is None or head.whole:
+        return data
+    if head.labels_known:
+        return head.message.dumpb()
+    found: Any = await redis.xrange(stream, entry, entry)
+    return bytes(found[0][1][b"data"]) if found else data
 
 
 async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = None) -> Released:

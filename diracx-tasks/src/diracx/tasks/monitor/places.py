@@ -125,18 +125,7 @@ def read_head(data: bytes, length: int) -> Head:
 async def waiting_heads(
     redis: Redis, stream: str, after: str | None, at_most: int
 ) -> list[tuple[str, dict[bytes, bytes], int]]:
-    """The same as `waiting_entries`, cut off after `HEAD_BYTES`, each with its length."""
-    begin = await _waiting_since(redis, stream, after)
-    if begin is None:
-        return []
-    [entries] = await scripts.stream_heads(redis, [(stream, f"({begin}", "+", at_most)], HEAD_BYTES)
-    return entries
-
-
-async def waiting_entries(
-    redis: Redis, stream: str, after: str | None, at_most: int
-) -> list[tuple[str, dict[bytes, bytes]]]:
-    """Entries of a stream that no worker has taken, in their order.
+    """Entries of a stream that no worker has taken, in their order: cut off after `HEAD_BYTES`, with their length.
 
     Args:
         after: an entry to read on from.
@@ -144,8 +133,8 @@ async def waiting_entries(
     begin = await _waiting_since(redis, stream, after)
     if begin is None:
         return []
-    entries: Any = await redis.xrange(stream, min=f"({begin}", count=at_most)
-    return [(text(entry), fields or {}) for entry, fields in entries]
+    [entries] = await scripts.stream_heads(redis, [(stream, f"({begin}", "+", at_most)], HEAD_BYTES)
+    return entries
 
 
 async def _waiting_since(redis: Redis, stream: str, after: str | None) -> str | None:
