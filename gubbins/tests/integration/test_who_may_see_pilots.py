@@ -244,6 +244,8 @@ async def test_a_vo_sees_of_a_shared_compute_element_its_own_rules_and_no_words_
     assert refused.status_code == 409
     assert "its status cannot be read" in refused.json()["detail"]
     assert SITE_SAID not in refused.text
+    async with world.user("operator", "lhcb") as client:
+        assert "the text is for administrators" in (await client.get(f"{BELOW}/pilots")).text
     async with world.user("administrator", "lhcb") as client:
         shown = (await client.get(f"{API}/ces/shared")).json()
         assert SITE_SAID in (await client.post(f"{API}/submit/shared")).text

@@ -8,7 +8,7 @@
 # the same number.
 cd "$1" || exit 1
 shift
-umask 077
+[ $# = 0 ] || umask 077 # the other user's files, and what it writes here, are nobody else's
 # A cancellation signals the whole group. The wrapper stays to write the exit code; the pilot gets the default
 # action, for a trap is not inherited.
 trap : HUP INT TERM

@@ -122,6 +122,8 @@ class PilotStore(SubmissionStore):
             where.append(Pilots.status == status)
         async with self.unit():
             total = (await self.conn.execute(select(func.count()).select_from(Pilots).where(*where))).scalar_one()
+            if (page - 1) * per_page >= total:
+                return int(total), []  # else all would be read, to be skipped
             rows = await self.conn.execute(
                 select(*_COLUMNS)
                 .where(*where)
