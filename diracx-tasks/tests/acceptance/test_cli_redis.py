@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import socket
+import ssl
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +247,45 @@ def test_a_server_that_keeps_what_it_was_given_is_not_warned_of(cli):
         worker.until("ready: ")
         assert "maxmemory" not in worker.output + cli("status").stdout
         cli.stop()
+
+
+@pytest.fixture
+def tls_port(tmp_path):
+    """A server that is Redis no more than by its port: its certificate is looked at first."""
+    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*request, *files, *names], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with suppress(OSError):
+                        context.wrap_socket(connection, server_side=True).close()
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(("host", "option"), [("localhost", ""), ("127.0.0.1", "?ssl_ca_certs={}/certificate")])
+def test_a_certificate_that_is_not_trusted_is_one_line_with_the_way_out(
+    cli, one_line, tls_port, tmp_path, host, option
+):
+    url = f"rediss://:sesame@{host}:{tls_port}{option.format(tmp_path)}"
+    for command in COMMANDS:
+        result = cli.mine(*command, "--redis-url", url)
+        one_line(
+            result,
+            1,
+            "cannot reach",
+            "CERTIFICATE_VERIFY_FAILED",
+            "ssl_ca_certs=FILE",
+            f"rediss://:***@{host}:{tls_port}",
+        )
+        _never(result)

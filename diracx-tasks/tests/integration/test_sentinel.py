@@ -141,10 +141,15 @@ async def until(condition: Callable[[], object | Awaitable[object]], what: str, 
         await asyncio.sleep(0.02)
 
 
-async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(installation: Installation) -> None:
+@pytest.mark.parametrize("options", ["", "?max_connections=2"])
+async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(
+    installation: Installation, options: str
+) -> None:
     await until(installation.is_complete, "the sentinels know each other")
     settings = {"lease_seconds": 30.0}
-    async with TaskSystem([Waits, Ticks], redis_url=installation.url, concurrency=3, settings=settings) as system:
+    async with TaskSystem(
+        [Waits, Ticks], redis_url=installation.url + options, concurrency=3, settings=settings
+    ) as system:
         # Six run, the others are queued: all of them are on both servers.
         ids = [await Waits(f"number {number}").schedule() for number in range(10)]
         await until(lambda: BEGUN.total() == 6, "all slots are in use")

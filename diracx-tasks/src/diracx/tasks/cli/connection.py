@@ -31,6 +31,7 @@ async def open_broker(
         CliError: when the server cannot be reached, or refuses us.
     """
     from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.broker.address import parsed
     from ..plumbing.broker.memory import warn_of_eviction
     from ..plumbing.enums import Size
 
@@ -46,7 +47,7 @@ async def open_broker(
         except TimeoutError:
             raise CliError(
                 f"cannot reach Redis at {mask(url)}: no answer within {ANSWER_SECONDS:g} s; check host and port "
-                "in --redis-url or DIRACX_TASKS_REDIS_URL"
+                f"{'and that it speaks TLS, ' if parsed(url).tls else ''}in --redis-url or DIRACX_TASKS_REDIS_URL"
             ) from None
         yield broker
     finally:

@@ -102,11 +102,14 @@ def _about_redis(error: BaseException, url: str) -> str:
     if "DB index" in text:
         return f"{where} has no such database: {text}; correct the number at the end of the URL"
     if isinstance(error, ConnectionError | TimeoutError):
-        way_out = (
-            "check the sentinels' hosts and ports, and the name of the service"
-            if isinstance(error, NO_PRIMARY)
-            else "start it, or name another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
-            "brings its own)"
-        )
+        if isinstance(error, NO_PRIMARY):
+            way_out = "check the sentinels' hosts and ports, and the name of the service"
+        elif "CERTIFICATE_VERIFY_FAILED" in text:
+            way_out = "name its CA with ?ssl_ca_certs=FILE, and the host as its certificate does"
+        else:
+            way_out = (
+                "start it, or name another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
+                "brings its own)"
+            )
         return f"cannot reach {where}: {text}; {way_out}"
     return f"{where} refuses: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"
