@@ -122,8 +122,8 @@ def _check(redis_url: str | None, redis_url_file: str | None, as_json: bool) -> 
 
     try:
         health = asyncio.run(look())
-    except (CliError, ValueError) as error:
-        echo(f"UNKNOWN - {one_line(str(error))}")
+    except Exception as error:  # any other exit code would say something about the system
+        echo(f"UNKNOWN - {one_line(str(error)) or type(error).__name__}")
         return 3
     if as_json:
         echo_json(status_json(health), indent=2)

@@ -124,7 +124,9 @@ class HealthChecks:
 
 def _server_away(error: Exception) -> Alert:
     refused = isinstance(error, AuthenticationError | NoPermissionError)
-    said = reason(error) if isinstance(error, RedisError) else str(error) or "it does not answer"
+    said = (
+        reason(error) if isinstance(error, RedisError) else str(error) or f"no answer within {_SERVER_SECONDS:g} s"
+    )
     return Alert(
         check="server_away",
         severity=Severity.UNKNOWN if refused else Severity.CRITICAL,
