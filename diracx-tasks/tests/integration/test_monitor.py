@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks import monitor
+from diracx.tasks.monitor.health import HealthChecks
 from diracx.tasks.monitor.places import read_head
 from diracx.tasks.plumbing import (
     BaseTask,
@@ -401,6 +402,21 @@ async def test_lists_read_little_of_large_messages_and_show_their_size_instead(
     before = await sent()
     assert await monitor.purge(redis, "normal:medium") == 21
     assert await sent() - before < 22 * 70_000
+
+
+async def test_a_name_of_a_megabyte_makes_no_list_long(redis: Redis, redis_url: str) -> None:
+    async with TaskSystem([Held], redis_url=redis_url, workers=1) as system:
+        await submit_task(system.broker, "x" * 1_000_000, task_id="t")
+
+        async def told() -> bool:
+            return bool((await monitor.failures(redis)).items)
+
+        await until(told)
+        [failure] = (await monitor.failures(redis)).items
+        assert len(repr(failure)) < 5_000
+        health = await HealthChecks(redis).run()
+    assert any(alert.check == "messages_rejected" for alert in health.alerts)
+    assert len(repr(health.alerts)) < 5_000
 
 
 @pytest.mark.parametrize("cut", range(0, 70_000, 997))

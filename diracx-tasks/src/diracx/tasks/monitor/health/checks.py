@@ -19,6 +19,8 @@ Check: TypeAlias = "Callable[[Facts, HealthThresholds], Iterator[Alert]]"
 
 #: What comes into a queue that grows, by what goes out: a balance that wavers is no growth.
 _GROWING = 1.1
+#: What comes in messages may have names of any length.
+_LONGEST_NAME = 100
 #: Alerts of one check that are listed one by one.
 LISTED = 20
 
@@ -271,7 +273,7 @@ def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
     """Messages came within the past hour that no worker could execute."""
     for reason in dict.fromkeys(each.type for each in facts.rejected):
         these = [each for each in facts.rejected if each.type == reason]
-        names = list(dict.fromkeys(each.task_name or "no task" for each in these))
+        names = list(dict.fromkeys(each.task_name[:_LONGEST_NAME] or "no task" for each in these))
         which = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         yield Alert(
             check="messages_rejected",

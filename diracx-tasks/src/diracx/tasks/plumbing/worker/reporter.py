@@ -204,8 +204,8 @@ class Reporter:
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
-                "task_id": "" if message is None else message.task_id,
-                "task_name": "" if message is None else message.task_name,
+                "task_id": "" if message is None else message.task_id[:_LONGEST_TEXT],
+                "task_name": "" if message is None else message.task_name[:_LONGEST_TEXT],
                 "vo": vo,
                 "type": reason,
                 "message": detail[:_LONGEST_TEXT],
