@@ -104,7 +104,7 @@ async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
 
 async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
     """Put messages into a stream: all of them or none."""
-    await script("submit")(redis, [stream], messages)
+    await script("submit")(redis, args=[stream, *messages])
 
 
 async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes]]) -> bytes | None:
