@@ -33,7 +33,7 @@ from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
-from diracx.tasks.testing.server import ValkeyProcess
+from diracx.tasks.testing.server import ValkeyProcess, free_port
 from redis import Redis
 from redis.exceptions import ResponseError
 
@@ -51,15 +51,19 @@ BASIC = {
     *("quit", "select", "unsubscribe", "unwatch"),
 }
 
+#: Scripts that take an accident, or a caller outside of tasks and routes.
+RARELY = {"blocked", "extend", "fire", "recover", "acquire", "release"}
+
 TASKS = """
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from diracx.tasks.plumbing import (
-    BaseTask, CallbackSpawner, ChildResults, ConcurrencyLimiter, ExclusiveRWLock, ExponentialBackoff, IntervalSeconds,
-    LockedObjectType, MutexLock, PeriodicBaseTask, RateLimiter, SharedRWLock,
+    BaseTask, CallbackSpawner, ChildResults, ConcurrencyLimiter, ExclusiveRWLock, ExponentialBackoff,
+    IntervalSeconds, LockedObjectType, MutexLock, PeriodicBaseTask, RateLimiter, SharedRWLock, schedule_many,
 )
 
 TASK = LockedObjectType("task")
@@ -122,6 +126,8 @@ class Locked(BaseTask):
 @dataclass
 class Spawn(BaseTask):
     async def execute(self, spawn: CallbackSpawner):
+        await schedule_many([Quick(number) for number in range(3)])
+        await Quick(1).schedule(at_time=datetime.now(UTC) + timedelta(seconds=1))
         return await spawn([Quick(number) for number in range(3)], Quick(99))
 
 
@@ -426,6 +432,7 @@ class Roles:
         self.server = server
         self.cli = cli
         self.db_url = db_url
+        self.ports: list[int] = []
         self.tasks = load_tasks(cli.directory / "acl_tasks.py")
         found = [
             each for each in vars(self.tasks).values() if isinstance(each, type) and issubclass(each, BaseTask)
@@ -442,9 +449,14 @@ class Roles:
         finally:
             self.cli.environment = before
 
+    def port(self) -> str:
+        """A port for metrics, of which all are asked for at the end."""
+        self.ports.append(free_port())
+        return str(self.ports[-1])
+
     def worker(self, **environment: str) -> Background:
         options = ("--worker-size", "medium", "--lease-seconds", "2", "--max-concurrent-tasks", "20")
-        made = self.start("worker", "worker", *options, **environment)
+        made = self.start("worker", "worker", *options, "--metrics-port", self.port(), **environment)
         made.until("ready")
         return made
 
@@ -494,6 +506,7 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
     async with db.engine_context(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "token"})
         queued = await world.tasks.Quick(1).schedule(at_time=datetime.now(UTC) + timedelta(hours=1))
+        await schedule_many([world.tasks.Quick(number) for number in range(3)])
         group = await spawn_with_callback([world.tasks.Held()], world.tasks.Collect())
         values = {"queue": "normal:medium", "group": group, "letter": "1"}
         for page in PAGES:
@@ -546,7 +559,7 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
 
         await until(lambda: run(1))
         doomed.process.kill()
-        worker, scheduler = world.worker(), world.start("scheduler", "scheduler")
+        worker, scheduler = world.worker(), world.start("scheduler", "scheduler", "--metrics-port", world.port())
         scheduler.until("leading")
         await submit(world, submitter)
         await until(lambda: run(2))  # taken over from the one that was killed
@@ -567,6 +580,10 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
         await until(waits_for_lock)
         async with bound(world, dashboard):
             await look_and_act(world, dashboard, slow[:1])
+    async with httpx.AsyncClient() as client:
+        for port in world.ports[1:]:
+            for path in ("metrics", "readyz"):
+                assert (await client.get(f"http://127.0.0.1:{port}/{path}")).status_code == 200
     for command in (second, worker, scheduler):
         command.process.terminate()
         assert command.ends() == 0, command.output
@@ -580,6 +597,8 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
     assert not denied
     for role in ROLES:
         assert seen.scripts[role] <= scripts_of(role), role
+        unseen = scripts_of(role) - seen.scripts[role] - RARELY
+        assert not unseen, f"{role} does not run {sorted(unseen)}"
         in_scripts = {command for name in scripts_of(role) for command in commands_in(name)}
         needless = allowed(role) - in_scripts - seen.sent[role] - BASIC
         assert not needless, f"{role}.acl allows what nothing needs: {sorted(needless)}"

@@ -214,3 +214,55 @@ async def test_a_session_that_was_ended_is_over(app: Any) -> None:
 async def test_a_huge_form_is_not_read(app: Any) -> None:
     async with signed_in(app) as client:
         assert (await client.post("/paint", content=b"x" * 1_100_000)).status_code == 413
+
+
+def every_route(app: Any) -> list[tuple[str, str]]:
+    """Method and path of all that the dashboard has, with something in the place of each placeholder."""
+    found = [("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/nothing"), ("GET", "/static/dashboard.js")]
+    for route in app._app._app.routes:
+        path = re.sub(r"\{\w+\}", "normal:small", route.path)
+        found += [(method, path) for method in getattr(route, "methods", None) or ()]
+    assert ("POST", "/paint") in found
+    assert ("GET", "/live/queues/normal:small") in found
+    return found
+
+
+async def test_every_route_has_the_headers_that_keep_it_safe_for_whoever_asks(
+    app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_stream_seconds", 0.0)
+    async with browser(app) as nobody, signed_in(app) as wilma:
+        for client in (nobody, wilma):
+            for method, path in every_route(app):
+                if path == "/sign-out":
+                    continue
+                answer = await client.request(method, path)
+                assert answer.headers["x-content-type-options"] == "nosniff", path
+                if path in ("/healthz", "/readyz"):
+                    continue
+                assert "default-src 'none'" in answer.headers["content-security-policy"], path
+                assert "frame-ancestors 'none'" in answer.headers["content-security-policy"], path
+                for name in ("x-frame-options", "referrer-policy", "cross-origin-opener-policy"):
+                    assert name in answer.headers, f"{path} {name}"
+                if not path.startswith("/static"):
+                    assert answer.headers["cache-control"] == "no-store", path
+                for cookie in answer.headers.get_list("set-cookie"):
+                    assert {"httponly", "samesite=strict"} <= set(cookie.lower().split("; ")), path
+
+
+async def test_every_action_wants_a_form_of_this_session_from_a_page_of_this_site(app: Any, redis: Redis) -> None:
+    async with signed_in(app) as wilma:
+        token = await form_token(wilma)
+        for method, path in every_route(app):
+            if method != "POST" or path == "/sign-in":
+                continue
+            for data, headers in (
+                ({}, {}),
+                ({"form_token": "0" * 64}, {}),
+                ({"form_token": token}, {"origin": "https://evil.example"}),
+                ({"form_token": token}, {"sec-fetch-site": "cross-site"}),
+                ({"form_token": token}, {"sec-fetch-site": "same-site"}),
+            ):
+                answer = await wilma.post(path, data={**data, "confirmed": "yes"}, headers=headers)
+                assert answer.status_code == 403, f"{path} {data} {headers}"
+    assert await read_audit(redis) == []

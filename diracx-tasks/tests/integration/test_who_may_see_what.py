@@ -452,6 +452,15 @@ async def test_each_role_sees_in_the_dashboard_what_the_table_says(site: Site) -
     assert not wrong, "\n".join(wrong)
 
 
+async def test_what_anyone_may_see_tells_nothing_of_any_vo(site: Site) -> None:
+    async with site.user("anonymous") as client:
+        for row in PAGES:
+            if row.method == "GET" and row.cells["anonymous"] == "anyone":
+                answer = await client.get(f"{BELOW}{row.path}")
+                assert not re.search(rf"\b({'|'.join(VOS)})\b", answer.text) or row.path == "/sign-in", row
+                assert not marks_in(answer.text), row
+
+
 async def test_each_role_does_in_the_dashboard_what_the_table_says(site: Site) -> None:
     for role in ("anonymous", *ROLES):
         async with site.user(role) as client:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["router"]
 
-from datetime import datetime
 from functools import partial
 from typing import Annotated, Any
 
@@ -28,9 +27,10 @@ from ..plumbing.scheduler import ScheduleState, schedules
 from ..plumbing.task_names import resolve_task_name
 from . import models
 from .asking import InstallationReader, Reader, Writer, there
-from .responses import responses
+from .responses import QuietRoute, responses
 
 router = DiracxRouter()
+router.route_class = QuietRoute
 
 _MOST = 1_000
 _WRONG = "what is written has mistakes: the settings before it hold; administrators see which"
@@ -270,8 +270,8 @@ class _Filter:
         task_name: Annotated[TaskName | None, Query(description="category:ClassName, or ClassName alone.")] = None,
         reason: Annotated[DeadLetterReason | None, Query(description="Why it ended here.")] = None,
         status: Annotated[DeadLetterStatus | None, Query(description="By default those that are open.")] = None,
-        since: Annotated[datetime | None, Query(description="Buried then or later.")] = None,
-        before: Annotated[datetime | None, Query(description="Buried earlier.")] = None,
+        since: Annotated[models.Moment | None, Query(description="Buried then or later.")] = None,
+        before: Annotated[models.Moment | None, Query(description="Buried earlier.")] = None,
     ) -> None:
         self.where: LetterFilter = {
             "task_name": task_name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
 from ..monitor.health import Alert, Severity
@@ -20,6 +20,16 @@ VOName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
 ScheduleId = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
 LockKey = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
 Owner = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
+
+
+def _usable(moment: datetime) -> datetime:
+    # In UTC it must still be one that Python and every database know.
+    if not 1970 <= moment.year <= 9998:
+        raise ValueError("it must be between the years 1970 and 9998")
+    return moment
+
+
+Moment = Annotated[datetime, AfterValidator(_usable)]
 
 _AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
 
@@ -178,8 +188,8 @@ class LetterChoice(BaseModel):
     all: bool = Field(default=False, description="All that the filter lets through, instead of `ids`.")
     task_name: TaskName | None = None
     reason: DeadLetterReason | None = None
-    since: datetime | None = None
-    before: datetime | None = None
+    since: Moment | None = None
+    before: Moment | None = None
     limit: int = Field(default=1000, ge=1, le=10_000, description="At most so many by filter.")
 
     def where(self, status: Any) -> LetterFilter:

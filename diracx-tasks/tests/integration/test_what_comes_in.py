@@ -1,0 +1,232 @@
+"""Whatever comes in by HTTP or a form is bounded, and nothing that comes in breaks a route or a page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from config_repository import ConfigRepository
+from dashboard_world import READER, WRITER, World, small_world
+from diracx.tasks.dashboard import access, live
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.pages import ACTIONS, PAGES
+from diracx_application import HOME, make_application, set_environment, token_maker
+
+HOSTILE = [
+    *("", " ", "x" * 20_000, "\0", "\ud800", "💩", "9" * 400, "-1", "nan", "1e400", "../../etc/passwd", "%00"),
+    *("' OR 1=1 --", "{{7*7}}", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1-1", "99999999999-9"),
+]
+HOSTILE_JSON = [*HOSTILE, None, True, -1, 10**400, 2**31, 1e308, [], {}, [[]], ["x"] * 2_000, {"a": {"b": []}}]
+
+
+@pytest.fixture
+async def world(redis_url: str) -> AsyncIterator[World]:
+    async with small_world(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+async def client(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> AsyncIterator[httpx.AsyncClient]:
+    """An administrator of a DiracX application that looks at the small world."""
+    from diracx.tasks.routers import environment
+
+    repository = ConfigRepository(tmp_path / "config", vos=["lhcb"])
+    set_environment(monkeypatch, tmp_path, redis_url, repository.url)
+
+    async def this() -> Any:
+        return world.installation
+
+    monkeypatch.setattr(environment, "_open", this)
+    app = make_application()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {token_maker()('ServiceAdministrator')}"}
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url=HOME, headers=headers) as made,
+    ):
+        yield made
+
+
+async def schema_of(client: httpx.AsyncClient) -> dict[str, Any]:
+    found: dict[str, Any] = (await client.get("/api/openapi.json")).json()
+    found["paths"] = {path: each for path, each in found["paths"].items() if path.startswith("/api/tasks/")}
+    assert len(found["paths"]) > 20
+    return found
+
+
+def unbounded(schema: dict[str, Any], whole: dict[str, Any], place: str) -> Iterator[str]:
+    """Where a value may be as long, or as large, as one likes."""
+    if "$ref" in schema:
+        schema = whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for part in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
+        yield from unbounded(part, whole, place)
+    if "enum" in schema or "const" in schema:
+        return
+    match schema.get("type"):
+        case "string" if "maxLength" not in schema and schema.get("format") != "date-time":
+            yield f"{place}: a text without a longest length"
+        case "integer" | "number" if "maximum" not in schema or "minimum" not in schema:
+            yield f"{place}: a number without a range"
+        case "array":
+            if "maxItems" not in schema:
+                yield f"{place}: a list without a longest length"
+            yield from unbounded(schema["items"], whole, f"{place}[]")
+        case "object":
+            for name, each in schema.get("properties", {}).items():
+                yield from unbounded(each, whole, f"{place}.{name}")
+
+
+async def test_every_parameter_and_body_of_every_route_is_bounded(client: httpx.AsyncClient) -> None:
+    whole = await schema_of(client)
+    found = []
+    for path, methods in whole["paths"].items():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", ()):
+                found += unbounded(parameter["schema"], whole, f"{method} {path} {parameter['name']}")
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                found += unbounded(content["schema"], whole, f"{method} {path} body")
+    assert not found, "\n".join(found)
+
+
+def quoted(text: str) -> str:
+    return quote(text.encode("utf-8", "surrogatepass"), safe="")
+
+
+async def test_no_parameter_breaks_a_route(client: httpx.AsyncClient) -> None:
+    broken = []
+    for path, methods in (await schema_of(client))["paths"].items():
+        for parameter in methods.get("get", {}).get("parameters", ()):
+            for value in HOSTILE:
+                if parameter["in"] == "path":
+                    address = re.sub(r"\{\w+\}", quoted(value) or "%20", path)
+                else:
+                    address = f"{re.sub(r'{.*}', 'normal:small', path)}?{parameter['name']}={quoted(value)}"
+                answer = await client.get(address)
+                if answer.status_code >= 500:
+                    broken.append(f"{answer.status_code} {address[:200]}: {answer.text[:200]}")
+    assert not broken, "\n".join(broken)
+
+
+async def test_no_body_breaks_a_route(client: httpx.AsyncClient) -> None:
+    whole = await schema_of(client)
+    broken = []
+    for path, methods in whole["paths"].items():
+        for content in methods.get("post", {}).get("requestBody", {}).get("content", {}).values():
+            schema = content["schema"]
+            schema = (
+                whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+            )
+            bodies: list[Any] = [*HOSTILE_JSON]
+            for name in schema["properties"]:
+                bodies += [{name: value} for value in HOSTILE_JSON] + [{name: [value]} for value in HOSTILE_JSON]
+            for body in bodies:
+                text = json.dumps(body)  # halves of characters as JSON has them
+                answer = await client.post(path, content=text, headers={"content-type": "application/json"})
+                if answer.status_code >= 500:
+                    broken.append(f"{answer.status_code} {path} {text[:100]}: {answer.text[:200]}")
+    assert not broken, "\n".join(broken)
+
+
+# --- the dashboard ----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def signed_in(world: World, token: str = WRITER) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(world.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as made:
+        assert (await made.post("/sign-in", data={"credential": token})).status_code == 303
+        yield made
+
+
+async def test_no_address_and_no_form_breaks_a_page(world: World) -> None:
+    broken = []
+    async with signed_in(world) as client:
+        form = re.search(r'name="form_token" value="(\w+)"', (await client.get("/queues")).text)
+        assert form
+        for page in PAGES:
+            for value in HOSTILE:
+                addresses = [re.sub(r"\{\w+\}", quoted(value) or "%20", page.path)]
+                plain = re.sub(r"\{\w+\}", "normal:small", page.path)
+                addresses += [
+                    f"{plain}?{name}={quoted(value)}" for name in ("after", "vo", "task", "key", "reason")
+                ]
+                for address in addresses:
+                    answer = await client.get(address)
+                    if answer.status_code >= 500:
+                        broken.append(f"{answer.status_code} {address[:200]}")
+        for action in ACTIONS:
+            for value in HOSTILE:
+                for confirmed in ("", "yes"):
+                    names = ("task", "queue", "schedule", "key", "letter", "next", "scope", "since", "owner")
+                    fields = {"form_token": form[1], "confirmed": confirmed, **dict.fromkeys(names, value)}
+                    body = "&".join(f"{name}={quoted(text)}" for name, text in fields.items())
+                    headers = {"content-type": "application/x-www-form-urlencoded"}
+                    answer = await client.post(action.path, content=body, headers=headers)
+                    if answer.status_code >= 500:
+                        broken.append(f"{answer.status_code} POST {action.path} {value[:50]!r}")
+    assert not broken, "\n".join(broken)
+
+
+async def test_long_addresses_and_forms_are_refused_before_they_are_kept(world: World) -> None:
+    transport = httpx.ASGITransport(world.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as nobody:
+        assert (await nobody.get("/sign-in?next=/" + "x" * 10_000)).status_code == 414
+        assert (await nobody.post("/sign-in", content=b"x=" + b"x" * 40_000)).status_code == 413
+        assert (await nobody.get("/sign-in?next=%00")).status_code == 400
+    async with signed_in(world) as client:
+        for body, status in ((b"task=" + b"x" * 10_000, 413), (b"task=%00", 400), (b"a=1&" * 3_000, 400)):
+            assert (await client.post("/tasks/cancel", content=body)).status_code == status
+
+
+async def test_sessions_of_one_account_end_none_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_SESSIONS", 3)
+    request: Any = None
+    gate = TokenGate(
+        [Account("wilma", Role.WRITE, digest_of(WRITER)), Account("rita", Role.READ, digest_of(READER))], "ask"
+    )
+    kept = await gate.sign_in(request, WRITER)
+    readers = [await gate.sign_in(request, READER) for _ in range(20)]
+    assert kept is not None
+    assert await gate.principal(request, kept) is not None
+    alive = [secret for secret in readers if secret and await gate.principal(request, secret)]
+    assert alive == readers[-3:]
+
+
+async def test_live_pages_of_one_user_are_bounded_and_closing_one_makes_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST_STREAMS", 2)
+    async with signed_in(world) as writer, signed_in(world, READER) as reader:
+
+        def follow(client: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(client.get("/live/queues"))
+
+        streams: Callable[[], int] = lambda: world.app._streams["wilma"]  # noqa: E731
+        open_ = [follow(writer), follow(writer)]
+        async with asyncio.timeout(20):
+            while streams() < 2:
+                await asyncio.sleep(0.01)
+            assert (await writer.get("/live/queues")).status_code == 429
+            other = follow(reader)
+            while world.app._streams["rita"] < 1:
+                await asyncio.sleep(0.01)
+            open_[0].cancel()
+            while streams() == 2:
+                await asyncio.sleep(0.01)
+            again = follow(writer)
+            while streams() < 2:
+                await asyncio.sleep(0.01)
+        world.app.end_streams()
+        for task in (open_[1], other, again):
+            assert (await task).status_code == 200
+    assert not +world.app._streams
