@@ -478,6 +478,7 @@ async def submit(world: Roles, submitter: RedisStreamBroker) -> None:
         await tasks.Quick(1).schedule(labels=labels),
         await tasks.Quick(2).schedule(labels=labels, at_time=soon),
         await tasks.Fail().schedule(labels=labels),
+        await tasks.Fail().schedule(labels=labels),
         await tasks.Flaky().schedule(labels=labels),
         await tasks.Spawn().schedule(labels=labels),
         *await schedule_many([tasks.Quick(number) for number in range(3)], labels=labels),
@@ -580,11 +581,15 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
         await until(waits_for_lock)
         async with bound(world, dashboard):
             await look_and_act(world, dashboard, slow[:1])
+        another = world.start(
+            *("scheduler", "scheduler", "--resubmit-dead-letters"), DIRACX_DB_URL_TASKDB=initialised_task_db
+        )
+        another.until("submitted again")
     async with httpx.AsyncClient() as client:
         for port in world.ports[1:]:
             for path in ("metrics", "readyz"):
                 assert (await client.get(f"http://127.0.0.1:{port}/{path}")).status_code == 200
-    for command in (second, worker, scheduler):
+    for command in (second, worker, scheduler, another):
         command.process.terminate()
         assert command.ends() == 0, command.output
         assert "NOPERM" not in command.output
