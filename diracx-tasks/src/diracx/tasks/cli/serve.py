@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..plumbing.broker.sizes import MAX_BYTES
 from ..plumbing.endings import end
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
@@ -62,6 +63,10 @@ def worker(
         int | None,
         typer.Option(min=1, metavar="SECONDS", help="Keep all results so long, not only those asked for."),
     ] = None,
+    max_result_bytes: Annotated[
+        int,
+        typer.Option(min=100_000, metavar="BYTES", help="Of a larger result, only that is kept that it was."),
+    ] = MAX_BYTES,
     processes: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Run N such workers, and start again what dies: one for each core."),
@@ -94,6 +99,7 @@ def worker(
         grace_seconds=grace,
         hard_limit_seconds=hard_limit,
         result_ttl_seconds=result_ttl,
+        max_result_bytes=max_result_bytes,
     )
     url = resolve_redis_url(redis_url, redis_url_file)
 

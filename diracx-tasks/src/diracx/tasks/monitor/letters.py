@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
+from ..plumbing.broker.stored import UNDECODABLE
 from ..plumbing.secrets import mask
 from ..plumbing.wire import leading_fields
 from .masking import has_secrets, masked, masked_arguments, shown_labels
-from .models import Page, WaitingLetter
+from .models import Page, WaitingLetter, as_json
 from .places import HEAD_BYTES, Registry, moment, place_in_stream
 from .visibility import Viewer
 
@@ -43,18 +45,18 @@ def _letter(entry: str, fields: Mapping[bytes, bytes], length: int, registry: Re
     except (KeyError, ValueError):
         told = {}
     message = _message(told.get("data", b""))
-    name = str(told.get("task_name", ""))
+    name = _text(told.get("task_name"))
     attempts = told.get("attempts")
     return WaitingLetter(
         entry=entry,
         buried=moment(int(entry.partition("-")[0]) / 1000),
-        task_id=str(told.get("task_id", "")),
+        task_id=_text(told.get("task_id") or fields.get(b"task")),
         task_name=name,
-        reason=str(told.get("reason") or fields.get(b"reason", b"").decode(errors="replace")),
-        detail=str(told.get("detail", "")),
+        reason=_text(told.get("reason") or fields.get(b"reason")),
+        detail=_text(told.get("detail") if told else UNDECODABLE),
         failed_attempts=len(attempts) if isinstance(attempts, list) else None,
         arguments=None if message is None else masked_arguments((registry or {}).get(name), message),
-        vo=told.get("vo"),
+        vo=_text(told.get("vo")) or None,
         message_bytes=length,
     )
 
@@ -63,6 +65,11 @@ async def find_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | 
     """The dead letter of this task id or number; None where there is none that the viewer sees."""
     letter = await db.find(key)
     return letter if letter is not None and viewer.sees(letter["vo"]) else None
+
+
+def _text(value: Any) -> str:
+    """A field of a letter that anybody may have written."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
 
 def _message(data: Any) -> TaskMessage | None:
@@ -118,7 +125,9 @@ def _told(data: bytes) -> dict[str, Any]:
     args, kwargs = masked(None, message)
     # Its failed attempts are in `attempts`, once.
     shown = {**asdict(message), "task_args": args, "task_kwargs": kwargs, "labels": shown_labels(message)}
-    message_shown = to_jsonable_python(shown, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+    with suppress(Exception):  # as for text that is no UTF-8: as_json takes everything
+        shown = to_jsonable_python(shown, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
+    message_shown = as_json(shown)
     return {"message": message_shown, "raw": None if has_secrets(message) else raw}
 
 

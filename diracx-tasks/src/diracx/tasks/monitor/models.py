@@ -7,6 +7,8 @@ from datetime import datetime
 from math import isfinite
 from typing import Any, Generic, Literal, TypeVar
 
+from ..plumbing.broker.stored import printable
+
 _Item = TypeVar("_Item")
 
 #: Why a task is not in its queue.
@@ -23,8 +25,10 @@ _MOST_BITS = 10_000
 def as_json(value: Any) -> Any:
     """A value of this package as JSON has it: moments are ISO 8601, what JSON does not know is text."""
     shown: Any
-    if value is None or isinstance(value, bool | str) or (isinstance(value, float) and isfinite(value)):
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and isfinite(value)):
         shown = value
+    elif isinstance(value, str):
+        shown = printable(value)
     elif isinstance(value, int):
         shown = value if value.bit_length() <= _MOST_BITS else hex(value)
     elif is_dataclass(value) and not isinstance(value, type):
@@ -32,7 +36,7 @@ def as_json(value: Any) -> Any:
     elif isinstance(value, datetime):
         shown = value.isoformat(timespec="milliseconds")
     elif isinstance(value, dict):
-        shown = {str(name): as_json(each) for name, each in value.items()}
+        shown = {str(as_json(name)): as_json(each) for name, each in value.items()}
     elif isinstance(value, list | tuple | set | frozenset):
         shown = [as_json(each) for each in value]
     else:

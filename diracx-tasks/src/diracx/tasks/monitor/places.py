@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
+from ..plumbing.broker.stored import UNDECODABLE, moment_of, text_of
 from ..plumbing.task_vo import vo_of
 from ..plumbing.wire import dumps, leading_fields
 from .masking import masked_arguments
@@ -50,12 +51,12 @@ def streams_of_queue(queue: str) -> list[str]:
 
 def moment(seconds: float) -> datetime:
     """A moment from seconds since the epoch."""
-    return datetime.fromtimestamp(seconds, UTC)
+    return moment_of(seconds)
 
 
 def text(value: Any) -> str:
     """What the server says, as text."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return text_of(value)
 
 
 def as_mapping(reply: Any) -> dict[Any, Any]:
@@ -88,6 +89,11 @@ class Head:
     labels_known: bool
     bytes: int
     """Length of the whole message."""
+
+    @property
+    def task_name(self) -> str:
+        """Says so where it cannot be decoded."""
+        return UNDECODABLE if self.message is None else self.message.task_name
 
     @property
     def failed_attempts(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.memory import read_memory
+from ..plumbing.broker.stored import number_of
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .places import (
     HEAD_BYTES,
@@ -127,13 +128,13 @@ async def peek(
 def _queued(
     stream: str, entry: str, fields: dict[bytes, bytes], length: int, registry: Registry | None
 ) -> QueuedTask:
-    since_us = fields.get(b"since", b"0")
-    waiting_since = int(since_us) / 1e6 if since_us != b"0" else entry_parts(entry)[0] / 1e3
+    since_us = number_of(fields.get(b"since"))
+    waiting_since = since_us / 1e6 if since_us else entry_parts(entry)[0] / 1e3
     head = read_head(fields.get(b"data", b""), length)
     failed = head.failed_attempts
     return QueuedTask(
         task_id="" if head.message is None else head.message.task_id,
-        task_name="" if head.message is None else head.message.task_name,
+        task_name=head.task_name,
         queue=queue_of(stream),
         stream=stream,
         entry=entry,
@@ -196,17 +197,18 @@ async def delayed(
 def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Registry | None) -> DelayedTask:
     header, _, data = stored.partition(b"\n")
     parts = text(header).split(" ", _DELAYED_FIELDS - 1)
-    stream, reason, since = parts[:3]
+    stream, reason, since = [*parts, "", "", ""][:3]
+    waiting_since_us = number_of(since)
     head = read_head(data, length - len(header) - 1)
     attempts = head.message.attempts if head.failed_attempts and head.message is not None else []
     error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None
     return DelayedTask(
         task_id=task,
-        task_name="" if head.message is None else head.message.task_name,
+        task_name=head.task_name,
         queue=queue_of(stream),
         reason=cast("DelayReason", reason),
         due=moment(due_ms / 1000),
-        waiting_since=None if since == "0" else moment(int(since) / 1e6),
+        waiting_since=moment(waiting_since_us / 1e6) if waiting_since_us else None,
         lock=parts[_DELAYED_FIELDS - 1] if len(parts) == _DELAYED_FIELDS else None,
         failed_attempts=head.failed_attempts,
         last_error=None if error is None else error[:_LONGEST_ERROR],

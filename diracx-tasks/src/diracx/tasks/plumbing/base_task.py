@@ -87,7 +87,8 @@ class BaseTask:
             RuntimeError: when no broker is bound here; the message says how to bind one.
             SendTaskError: when the broker cannot be reached.
             TypeError: when an argument would not arrive equal and of the same type; names it.
-            ValueError: when one of its rate limiters could never grant it.
+            TaskTooLargeError: when its message is too large; a SendTaskError.
+            ValueError: when one of its rate limiters could never grant it, or a label means nothing.
         """
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]
 

@@ -55,6 +55,7 @@ async def spawn_with_callback(
         SendTaskError: when the broker cannot be reached. Nothing was submitted then, unless it was only the
             last answer that got lost.
         TypeError: when an argument of one of the tasks cannot travel; nothing was submitted.
+        TaskTooLargeError: when the message of one of them is too large; nothing was submitted.
     """
     if ttl_seconds <= 0:
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
@@ -80,7 +81,7 @@ def _stored(binding: Binding, role: str, task: BaseTask, group_id: str, total: i
     labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
     submission = binding.submission(task, labels=labels)
     stored: dict[str, Any] = {
-        role: submission.message.dumpb(),
+        role: submission.dumpb(),
         f"{role}_name": submission.message.task_name,
         f"{role}_stream": submission.stream,
     }

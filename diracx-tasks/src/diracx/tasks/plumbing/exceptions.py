@@ -57,6 +57,14 @@ class DuplicateTaskIdError(SendTaskError):
     """A task was given an id that belongs to another one."""
 
 
+class TaskTooLargeError(SendTaskError):
+    """The message of a task is larger than may be submitted: pass where its data are instead."""
+
+
+class ResultTooLargeError(Exception):
+    """What a task returned is too large to be kept: its result says so. The task itself has succeeded."""
+
+
 class ResultIsMissingError(Exception):
     """The result was never kept, or its time to live has passed."""
 

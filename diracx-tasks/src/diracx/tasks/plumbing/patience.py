@@ -14,6 +14,7 @@ from redis.exceptions import (
     AuthorizationError,
     ClusterDownError,
     MasterDownError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -53,6 +54,13 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, _PASSING):
         return True
     return isinstance(error, ResponseError) and str(error).split(" ", 1)[0] in _PASSING_WORDS
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether somebody may well repair what the server refuses, as a key of another type than it should be. For
+    what a process does all the time, and must not end for.
+    """
+    return is_passing(error) or (isinstance(error, ResponseError) and not isinstance(error, NoPermissionError))
 
 
 def is_write_to_closed(error: BaseException) -> bool:

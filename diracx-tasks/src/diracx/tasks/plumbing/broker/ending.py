@@ -7,33 +7,46 @@ from collections.abc import Callable
 from typing import Any
 
 from ..error_info import ErrorInfo
+from ..exceptions import ResultTooLargeError
 from . import keys
 from .labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS, LABEL_RESULT_TTL, LABEL_SCHEDULE
 from .models import TaskMessage, TaskResult
+from .sizes import MAX_BYTES
 
 #: What a group shows of a child's error.
 _LONGEST_ERROR = 500
 
 
 def stored_result(
-    message: TaskMessage, ttl_seconds: float | None, make: Callable[[], TaskResult[Any]]
+    message: TaskMessage,
+    ttl_seconds: float | None,
+    make: Callable[[], TaskResult[Any]],
+    longest: int = MAX_BYTES,
 ) -> dict[str, Any] | None:
     """The result as scripts store it; None when nobody wants it.
 
     Args:
         ttl_seconds: how long it is kept where the task's own label says nothing; None: not at all.
+        longest: bytes; of what is larger, only that is kept that it was.
     """
     ttl_seconds = message.labels.get(LABEL_RESULT_TTL, ttl_seconds)
     if ttl_seconds is None:
         return None
     ttl_ms = int(ttl_seconds * 1000)
-    return {"key": keys.RESULT_PREFIX + message.task_id, "value": _packed(make()), "ttl_ms": ttl_ms}
+    return {"key": keys.RESULT_PREFIX + message.task_id, "value": _packed(make(), longest), "ttl_ms": ttl_ms}
 
 
 def child_ended(
-    message: TaskMessage, error: ErrorInfo | None, make: Callable[[], TaskResult[Any]]
+    message: TaskMessage,
+    error: ErrorInfo | None,
+    make: Callable[[], TaskResult[Any]],
+    longest: int = MAX_BYTES,
 ) -> dict[str, Any] | None:
-    """What its group is told of a child that has ended for good; None when it is in no group."""
+    """What its group is told of a child that has ended for good; None when it is in no group.
+
+    Args:
+        longest: as for `stored_result`.
+    """
     group = message.labels.get(LABEL_GROUP)
     if group is None:
         return None
@@ -41,7 +54,7 @@ def child_ended(
     if error is not None:
         told["error"] = f"{error['type']}: {error['message']}"[:_LONGEST_ERROR]
     if message.labels.get(LABEL_GROUP_RESULTS):
-        told["result"] = _packed(make())
+        told["result"] = _packed(make(), longest)
     return told
 
 
@@ -77,9 +90,15 @@ def schedule_outcome(
     return {"id": schedule, "text": json.dumps(told)}
 
 
-def _packed(result: TaskResult[Any]) -> bytes:
+def _packed(result: TaskResult[Any], longest: int) -> bytes:
     try:
-        return result.dumpb()
+        data = result.dumpb()
+        if len(data) <= longest:
+            return data
+        raise ResultTooLargeError(
+            f"the result has {len(data)} bytes, more than {longest}: it is not kept; return where the data are, "
+            "or raise max_result_bytes"
+        )
     except BaseException as error:  # a property of the value's own may raise anything
         # The work is done and stays done; whoever waits learns why there is no value.
         return TaskResult.from_exception(error, result.execution_time).dumpb()

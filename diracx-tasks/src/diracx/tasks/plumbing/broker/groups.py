@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ResultIsMissingError
 from . import keys
 from .models import TaskResult
+from .stored import UNDECODABLE, moment_of, number_of, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,8 +66,8 @@ async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
     failed: Any = await redis.execute_command("HGETALL", f"{key}:failed")
     pairs = zip(failed[::2], failed[1::2], strict=True) if isinstance(failed, list) else failed.items()
     [status] = statuses
-    status.pending_children.extend(sorted(child.decode() for child in pending))
-    status.failed_children.update({child.decode(): error.decode(errors="replace") for child, error in pairs})
+    status.pending_children.extend(sorted(text_of(child) for child in pending))
+    status.failed_children.update({text_of(child): text_of(error) for child, error in pairs})
     return status
 
 
@@ -78,7 +79,7 @@ async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatu
     """
     last = -1 if limit is None else max(0, limit - 1)
     members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, last)
-    statuses = await _read(redis, [member.decode() for member in members])
+    statuses = await _read(redis, [text_of(member) for member in members])
     return sorted(statuses, key=lambda status: status.created)
 
 
@@ -97,7 +98,7 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
         values, pending, failed, expires = replies[4 * position : 4 * position + 4]
         if values[0] is None or expires is None:
             continue
-        total, submitting = int(values[0]), values[1] is not None
+        total, submitting = number_of(values[0]), values[1] is not None
         if submitting:
             state, pending = GroupState.SUBMITTING, total
         else:
@@ -107,13 +108,13 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
                 group_id=group_id,
                 state=state,
                 total=total,
-                succeeded=total - pending - failed,
+                succeeded=max(0, total - pending - failed),
                 pending=pending,
                 failed=failed,
-                callback=values[3].decode(),
-                on_failure=None if values[4] is None else values[4].decode(),
-                created=datetime.fromtimestamp(int(values[2]) / 1000, UTC),
-                expires=datetime.fromtimestamp(float(expires) / 1000, UTC),
+                callback=UNDECODABLE if values[3] is None else text_of(values[3]),
+                on_failure=None if values[4] is None else text_of(values[4]),
+                created=moment_of(number_of(values[2]) / 1000),
+                expires=moment_of(float(expires) / 1000),
             )
         )
     return statuses

@@ -13,6 +13,7 @@ from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import ResultIsMissingError
 from ..wire import dumps, loads
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels
+from .sizes import checked_size
 
 if TYPE_CHECKING:
     from ..locks import LockSpec
@@ -197,6 +198,15 @@ class Submission:
     at_time: datetime | None = None
     """Not before this moment; None for now."""
 
+    def dumpb(self) -> bytes:
+        """The message as it is sent.
+
+        Raises:
+            TypeError: when an argument or a label has a type that cannot travel.
+            TaskTooLargeError: when it is too large.
+        """
+        return checked_size(self.message.dumpb(), self.message.task_name)
+
 
 @dataclass(slots=True)  # frozen would cost more than everything else that is done to make one
 class Delivery:
@@ -259,6 +269,14 @@ class Settlement:
         """What is set, for lua/settle.lua; of most tasks nothing is."""
         values = _what_follows(self)
         return {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
+
+    def bytes(self) -> int:
+        """About how much has to be sent."""
+        if not (self.result or self.retry or self.requeue or self.group or self.dead):  # nearly always
+            return 100
+        parts = (self.result, self.retry, self.requeue, self.group, self.dead)
+        values = [value for part in parts if part for value in part.values()]
+        return 100 + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
 _FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled")

@@ -19,11 +19,16 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 from ..patience import is_write_to_closed
 
 if TYPE_CHECKING:
     from .address import Address
+
+
+#: The server closes the connection after a command that it cannot read, as one that is too large for it.
+_CLOSES = "Protocol error"
 
 
 class _LimitedSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
@@ -93,6 +98,14 @@ def _reporting_losses(connection_class: type[Any]) -> type[Any]:
             except RuntimeError as error:
                 if is_write_to_closed(error):
                     raise RedisConnectionError("connection lost") from error
+                raise
+
+        async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().read_response(*args, **kwargs)
+            except ResponseError as error:
+                if str(error).startswith(_CLOSES):
+                    await self.disconnect(nowait=True)  # or the next command would be lost
                 raise
 
     return Reporting

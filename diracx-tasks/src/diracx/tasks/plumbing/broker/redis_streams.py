@@ -30,6 +30,8 @@ from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
+from .sizes import ALWAYS_TAKEN_BYTES, in_calls
+from .stored import number_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -159,8 +161,9 @@ class RedisStreamBroker:
             DuplicateTaskIdError: when two have one id (nothing is sent then), or one that is not due yet has that
                 of another task that waits (nothing of its batch is sent).
             TypeError: when an argument cannot travel; nothing is sent then.
+            TaskTooLargeError: when a message is too large; nothing is sent then.
         """
-        packed = [(submission, submission.message.dumpb()) for submission in submissions]
+        packed = [(submission, submission.dumpb()) for submission in submissions]
         _check_ids(submissions)
         try:
             if len(packed) == 1 and packed[0][0].at_time is None:
@@ -173,16 +176,16 @@ class RedisStreamBroker:
                 if submission.at_time is None:
                     now.setdefault(submission.stream, []).append(data)
             for stream, messages in now.items():
-                for first in range(0, len(messages), SUBMIT_BATCH):
-                    await scripts.submit(self.redis, stream, messages[first : first + SUBMIT_BATCH])
+                for portion in in_calls(messages, SUBMIT_BATCH, len):
+                    await scripts.submit(self.redis, stream, portion)
             later = [
                 (each.message.task_id, in_ms(each.at_time), each.stream, "at_time", data)
                 for each, data in packed
                 if each.at_time is not None
             ]
             later.sort(key=lambda message: message[1])  # the server tells of each that is earlier than all before
-            for first in range(0, len(later), DELAY_BATCH):
-                taken = await scripts.delay(self.redis, later[first : first + DELAY_BATCH])
+            for delayed in in_calls(later, DELAY_BATCH, lambda message: len(message[-1])):
+                taken = await scripts.delay(self.redis, delayed)
                 if taken is not None:
                     name = taken.decode(errors="replace")
                     raise DuplicateTaskIdError(
@@ -190,7 +193,10 @@ class RedisStreamBroker:
                     )
         except RedisError as error:
             names = {submission.message.task_name for submission in submissions}
-            raise SendTaskError(f"cannot submit {', '.join(sorted(names))}: {error}") from error
+            largest = max(len(data) for _, data in packed)
+            raise SendTaskError(
+                f"cannot submit {', '.join(sorted(names))}: {error}{_about_size(largest)}"
+            ) from error
         self.counts.note_submitted(submissions)
 
     async def _add(self, stream: str, data: bytes) -> None:
@@ -215,21 +221,20 @@ class RedisStreamBroker:
             SendTaskError: when the server could not be reached or refused.
         """
         _check_ids(children)
-        packed = [
-            {"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.message.dumpb()} for c in children
-        ]
+        packed = [{"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.dumpb()} for c in children]
         first_fields: dict[str, Any] | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
         reply = 0
         try:
-            for first in range(0, max(1, len(packed)), GROUP_BATCH):
-                last = first + GROUP_BATCH >= len(packed)
-                batch = packed[first : first + GROUP_BATCH]
-                reply = await scripts.group(self.redis, group_id, first_fields, batch, last)
+            portions = list(in_calls(packed, GROUP_BATCH, lambda child: len(child["staged"]))) or [[]]
+            for position, portion in enumerate(portions, start=1):
+                last = position == len(portions)
+                reply = await scripts.group(self.redis, group_id, first_fields, portion, last)
                 first_fields = None
                 if reply < 0:
                     raise SendTaskError(f"cannot submit group {group_id}: the server has lost its beginning")
         except RedisError as error:
-            raise SendTaskError(f"cannot submit group {group_id}: {error}") from error
+            largest = max((len(child["staged"]) for child in packed), default=0)
+            raise SendTaskError(f"cannot submit group {group_id}: {error}{_about_size(largest)}") from error
         self.counts.note_submitted(children)
         if reply == 2:
             try:
@@ -250,8 +255,10 @@ class RedisStreamBroker:
             {"ticket": ticket, "stream": submission.stream, "data": submission.message.dumpb()}
             for ticket, submission in tickets
         ]
+        done: list[bool] = []
         try:
-            done = await scripts.resubmit(self.redis, letters, RESUBMITTED_TTL_SECONDS * 1000)
+            for portion in in_calls(letters, len(letters), lambda letter: len(letter["data"])):
+                done += await scripts.resubmit(self.redis, portion, RESUBMITTED_TTL_SECONDS * 1000)
         except RedisError as error:
             raise SendTaskError(f"cannot submit {len(letters)} dead letters again: {error}") from error
         self.counts.note_submitted(submission for (_, submission), new in zip(tickets, done, strict=True) if new)
@@ -393,18 +400,18 @@ class RedisStreamBroker:
         replies, token = await scripts.start(self.redis, self.consumer_name, deliveries, lease_ms)
         return [[int(number) for number in reply] for reply in replies], token
 
-    async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | None]:
+    async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | str | None]:
         """End deliveries.
 
         Args:
             epoch: see `scripts.settle`.
 
         Returns:
-            Which settlements were accepted. False: it had been taken over; None: the server has lost its data.
+            Which settlements were accepted. False: it had been taken over; None: the server has lost its data;
+            a text: what of it the server has refused.
         """
-        accepted: list[bool | None] = []
-        for first in range(0, len(settlements), SETTLE_BATCH):
-            batch = settlements[first : first + SETTLE_BATCH]
+        accepted: list[bool | str | None] = []
+        for batch in in_calls(settlements, SETTLE_BATCH, Settlement.bytes):
             accepted += await scripts.settle(self.redis, self.consumer_name, batch, epoch)
         return accepted
 
@@ -465,10 +472,17 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         times,
         data,
         raw=data if data is not None else msgpack.packb(fields),
-        since=_text(values.get(b"since", b"0")),
-        earlier_deaths=int(values.get(b"deaths", 0)),
-        survived=int(values.get(b"survived", 0)),
+        since=str(number_of(values.get(b"since"))),
+        earlier_deaths=number_of(values.get(b"deaths")),
+        survived=number_of(values.get(b"survived")),
     )
+
+
+def _about_size(largest: int) -> str:
+    """What may be wrong with a large message, where the server does not say it: it closes the connection."""
+    if largest < ALWAYS_TAKEN_BYTES:
+        return ""
+    return f" (the largest message has {largest} bytes; the server's proto-max-bulk-len is its limit)"
 
 
 def _text(value: bytes | str) -> str:

@@ -41,6 +41,15 @@ def pack(value: Any) -> bytes:
     return packed
 
 
+def can_be_packed(value: Any) -> bool:
+    """Whether a value, as a lock of the user's own kind, can be sent to the server."""
+    try:
+        pack(value)
+    except Exception:
+        return False
+    return True
+
+
 class Script:
     """One Lua file, with its includes and key names filled in."""
 
@@ -165,19 +174,20 @@ async def start(
 
 async def settle(
     redis: Redis, consumer: str, settlements: Sequence[Settlement], epoch: str = ""
-) -> list[bool | None]:
+) -> list[bool | str | None]:
     """Tell the broker how executions ended.
 
     Args:
         epoch: the life of the server's data in which the worker last renewed what it holds.
 
     Returns:
-        Which settlements were accepted; None: the server has lost its data since, renew and ask again.
+        Which settlements were accepted; None: the server has lost its data since, renew and ask again; a text:
+        what of it the server has refused.
     """
     unsettled = await script("settle")(redis, args=[consumer, epoch, *_told(settlements)])
-    accepted: list[bool | None] = [True] * len(settlements)
+    accepted: list[bool | str | None] = [True] * len(settlements)
     for position, why in zip(unsettled[::2], unsettled[1::2], strict=True):
-        accepted[position - 1] = None if why == -1 else False
+        accepted[position - 1] = why.decode(errors="replace") if isinstance(why, bytes) else None if why else False
     return accepted
 
 

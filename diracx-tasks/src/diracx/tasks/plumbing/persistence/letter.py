@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
+
+from ..broker.keys import DEAD_LETTERS
+from ..wire import loads
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
@@ -64,6 +68,25 @@ class DeadLetter:
     burial: str = field(default_factory=lambda: uuid4().hex)
     """The delivery that ended here, as `{stream}/{entry}`. Storing one burial again changes nothing; another
     one of the same task (it was re-submitted and failed again) opens its letter anew."""
+
+    @classmethod
+    def of_entry(cls, entry: str, fields: Mapping[bytes, bytes]) -> Self:
+        """A letter that waits in Redis, or what a script has found that nobody can read (lua/_queue.lua).
+
+        Raises:
+            Exception: when it is neither.
+        """
+        data = fields[b"data"]
+        if b"task" not in fields:
+            return cls(**loads(data))
+        return cls(
+            task_id=fields[b"task"].decode(errors="replace"),
+            task_name="",
+            reason=DeadLetterReason.UNPARSABLE,
+            detail="cannot be decoded",
+            data=data,
+            burial=f"{DEAD_LETTERS}/{entry}",
+        )
 
     @classmethod
     def of_message(

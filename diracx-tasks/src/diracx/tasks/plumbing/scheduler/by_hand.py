@@ -35,7 +35,7 @@ async def run_now(binding: Binding, scheduled: ScheduledTask) -> RunNow:
     submission = binding.submission(scheduled.build(), labels={LABEL_SCHEDULE: scheduled.id})
     message = submission.message
     waiting = await scripts.run_now(
-        binding.broker.redis, scheduled.id, submission.stream, message.task_id, message.dumpb()
+        binding.broker.redis, scheduled.id, submission.stream, message.task_id, submission.dumpb()
     )
     return RunNow(waiting or message.task_id, waiting is None)
 

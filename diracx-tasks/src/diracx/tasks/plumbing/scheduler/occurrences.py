@@ -110,7 +110,7 @@ class ScheduledTask:
             "due": due_ms,
             "stream": submission.stream,
             "task": message.task_id,
-            "data": message.dumpb(),
+            "data": submission.dumpb(),
         }
 
     def following(self, due_ms: int, now_ms: float) -> dict[str, int]:

@@ -14,7 +14,7 @@ from redis.exceptions import WatchError
 from ..broker import keys
 from ..patience import patiently
 from ..persistence.letter import DeadLetter
-from ..wire import dumps, loads
+from ..wire import dumps
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -69,7 +69,7 @@ class DeadLetterOffice:
             for entry, fields in entries:
                 after = f"({entry.decode()}"
                 try:
-                    await self._insert(DeadLetter(**loads(fields[b"data"])))
+                    await self._insert(DeadLetter.of_entry(entry.decode(), fields))
                 except Exception:
                     logger.exception("the dead letter %s stays in Redis", entry.decode())
                     continue

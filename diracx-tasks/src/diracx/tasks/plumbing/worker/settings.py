@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..broker.sizes import MAX_BYTES
+
 
 class WorkerSettings(BaseModel):
     """How a worker works. All times are in seconds."""
@@ -26,6 +28,8 @@ class WorkerSettings(BaseModel):
     """A task that blocks the event loop for so long is reported, with the stack of its thread."""
     result_ttl_seconds: int | None = Field(default=None, ge=1)
     """Keep the results of all tasks for so long; None: only of those submitted with that label."""
+    max_result_bytes: int = Field(default=MAX_BYTES, ge=100_000)
+    """Of a result that is larger, only that is kept that it was; the task has succeeded all the same."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
     """A task that waits for a lock looks again after so long, should it never be woken."""
     housekeeping_seconds: float = Field(default=10.0, gt=0)

@@ -1,8 +1,7 @@
-"""Settlement: what the broker is told about each outcome, and the pipeline it is told through."""
+"""Settlement: what the broker is told about each outcome."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -24,17 +23,14 @@ from ..exceptions import (
     TaskRetryRequestedError,
     WorkerStoppedError,
 )
-from ..patience import patiently
 from ..persistence.letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
-    from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
-    from .keeper import LeaseKeeper
     from .settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -312,8 +308,9 @@ def _ended(
     """What follows from the end of a task, however it ended."""
     if not _is_awaited(message, settings):
         return
-    settlement.result = stored_result(message, settings.result_ttl_seconds, make)
-    settlement.group = child_ended(message, error, make)
+    longest = settings.max_result_bytes
+    settlement.result = stored_result(message, settings.result_ttl_seconds, make, longest)
+    settlement.group = child_ended(message, error, make, longest)
     settlement.collected = collected(message)
     settlement.outcome = schedule_outcome(message, error, seconds)
 
@@ -327,77 +324,3 @@ def _failed_with(
 ) -> None:
     """What follows from its end by an error."""
     _ended(settlement, message, settings, told, partial(TaskResult.from_error, told, seconds), seconds)
-
-
-class Settler:
-    """Sends settlements. Those that come together share a round trip; none is lost while the server is away.
-
-    Args:
-        settled: is told of those that have been sent and are held no more.
-    """
-
-    def __init__(
-        self, broker: RedisStreamBroker, keeper: LeaseKeeper, settled: Callable[[Sequence[Delivery]], None]
-    ) -> None:
-        self._broker = broker
-        self._keeper = keeper
-        self._settled = settled
-        self._waiting: list[Settlement] = []
-        self._work = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def add(self, settlement: Settlement) -> None:
-        """To be sent with the next batch."""
-        if not self._waiting:
-            self._idle.clear()
-            self._work.set()
-        self._waiting.append(settlement)
-
-    async def run(self) -> None:
-        """Send what there is, for ever."""
-        while True:
-            await self._work.wait()
-            # What ends in the same round of the event loop goes together; and the question for new messages,
-            # which is quickly answered, goes first.
-            await asyncio.sleep(0)
-            self._work.clear()
-            batch, self._waiting = self._waiting, []
-            try:
-                accepted = await self._send(batch)
-            except Exception:
-                # One of them is not acceptable to the server; the others must not suffer for it.
-                accepted = [await self._send_alone(settlement) for settlement in batch]
-            deliveries = [settlement.delivery for settlement in batch]
-            self._keeper.forget(deliveries)
-            self._settled(deliveries)
-            if not all(accepted):
-                for settlement, ours in zip(batch, accepted, strict=True):
-                    if not ours:
-                        logger.warning("%s was not ours to settle any more", settlement.delivery.entry)
-            if not self._waiting:
-                self._idle.set()
-
-    async def _send(self, batch: Sequence[Settlement]) -> list[bool]:
-        replies = await patiently(partial(self._broker.settle, batch, self._keeper.epoch), "settle tasks")
-        answers = [bool(ours) for ours in replies]
-        if None in replies:  # the server has lost its data: it must learn first what we hold
-            await patiently(self._keeper.renew, "renew the lease")
-            unknown = [position for position, ours in enumerate(replies) if ours is None]
-            again = await self._send([batch[position] for position in unknown])
-            for position, ours in zip(unknown, again, strict=True):
-                answers[position] = ours
-        return answers
-
-    async def _send_alone(self, settlement: Settlement) -> bool:
-        try:
-            [ours] = await self._send([settlement])
-        except Exception:
-            entry = settlement.delivery.entry
-            logger.critical("what follows on %s is refused by the server and left out", entry, exc_info=True)
-            [ours] = await self._send([Settlement(settlement.delivery, locks=settlement.locks)])
-        return ours
-
-    async def drained(self) -> None:
-        """Return when everything that was added has been sent."""
-        await self._idle.wait()

@@ -10,15 +10,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from ..binding import Binding, bound_by
-from ..broker import keys
+from ..broker import keys, scripts
 from ..broker.models import TaskMessage
 from ..config import TasksConfig
 from ..endings import end
 from ..enums import Priority
-from ..error_info import describe_exception
+from ..error_info import describe_exception, one_line
 from ..factory import TaskRegistry
-from ..patience import patiently
+from ..patience import is_passing, may_pass, patiently
 from ..persistence.letter import DeadLetterReason
 from ..secrets import without_secrets_of
 from ..task_vo import vo_of
@@ -32,7 +34,8 @@ from .keeper import LeaseKeeper, Rest
 from .promoter import Promoter
 from .reporter import Reporter
 from .settings import WorkerSettings
-from .settlement import Settler, begun_before, cancelled, hand_back, reject, settle, unsettled
+from .settlement import begun_before, cancelled, hand_back, reject, settle, unsettled
+from .settler import Settler
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
     from ..injection import Plan
+    from ..locks import LockSpec
     from ..persistence import DeadLetter, TaskDB
     from .outcome import Outcome
 
@@ -139,7 +143,10 @@ class Worker:
                 reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
-                    await self._letters.adopt()
+                    try:
+                        await self._letters.adopt()
+                    except ResponseError as error:  # as of a key of another type: a later start will
+                        logger.error("the dead letters in Redis (%s) cannot be read: %s", keys.DEAD_LETTERS, error)
                     await self._announcements.listening.wait()
                     self.ready.set()
                     await _or_die_with({settling, promoting}, self._take_in(intake, stop))
@@ -177,7 +184,9 @@ class Worker:
                 continue
             called_at = time.monotonic()
             try:
-                deliveries = await patiently(partial(intake.next, free), "fetch tasks", stop=stop)
+                deliveries = await patiently(
+                    partial(intake.next, free), "fetch tasks", stop=stop, passing=may_pass
+                )
             except Exception:
                 if not stop.is_set():
                     raise
@@ -202,29 +211,56 @@ class Worker:
         refused: set[Execution] = set()
         granted_at = time.monotonic()
         if asked:
-            wanted = [self._with_locks(execution) for execution in asked]
-
-            async def start() -> tuple[list[list[int]], int]:
-                nonlocal granted_at
-                granted_at = time.monotonic()
-                return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
-
             try:
-                replies, token = await patiently(start, "take locks", stop=stop)
+                answers, granted_at = await self._start(asked, stop)
             except Exception:
                 if not stop.is_set():
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
-            for position, (execution, reply) in enumerate(zip(asked, replies, strict=True)):
+            for execution, (reply, token) in zip(asked, answers, strict=True):
                 if reply[0] != 1:
                     refused.add(execution)
                 elif execution.locks:
-                    execution.grant(token + position)
-            self.reporter.asked_for_locks(asked, replies)
+                    execution.grant(token)
+            self.reporter.asked_for_locks(asked, [reply for reply, _ in answers])
         granted = [execution for execution in executions if execution not in refused] if refused else executions
         self._keeper.add(granted, granted_at)
         for execution in granted:
             self._spawn(execution)
+
+    async def _start(
+        self, asked: Sequence[Execution], stop: asyncio.Event
+    ) -> tuple[list[tuple[list[int], int]], float]:
+        """Ask for the locks of each. What the server refuses for one of them makes it a dead letter, and no other.
+
+        Returns:
+            The reply and the fencing token of each, and the moment before they were granted (`time.monotonic`).
+
+        Raises:
+            Exception: when the worker is stopped while the server is away.
+        """
+        wanted = [self._with_locks(execution) for execution in asked]
+        granted_at = time.monotonic()
+
+        async def start() -> tuple[list[list[int]], int]:
+            nonlocal granted_at
+            granted_at = time.monotonic()
+            return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
+
+        try:
+            replies, first = await patiently(start, "take locks", stop=stop)
+            return [(reply, token) for token, reply in enumerate(replies, start=first)], granted_at
+        except Exception as error:
+            if is_passing(error):  # we stop
+                raise
+            if len(asked) > 1:
+                apart = [await self._start([execution], stop) for execution in asked]
+                return [answer for answers, _ in apart for answer in answers], granted_at
+            [execution] = asked
+            detail = f"its locks cannot be taken: {one_line(error)}"
+            locks = execution.locks if scripts.can_be_packed(execution.locks) else ()
+            self._reject(execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, locks)
+            return [([-1], 0)], granted_at
 
     def _with_locks(self, execution: Execution) -> dict[str, Any]:
         delivery = execution.delivery
@@ -286,10 +322,19 @@ class Worker:
             if execution.message.task_id == task_id:
                 execution.cancel()
 
-    def _reject(self, delivery: Delivery, message: TaskMessage | None, reason: str, detail: str) -> None:
+    def _reject(
+        self,
+        delivery: Delivery,
+        message: TaskMessage | None,
+        reason: str,
+        detail: str,
+        locks: Sequence[LockSpec] = (),
+    ) -> None:
         vo = None if message is None else vo_of(self._registry.get(message.task_name), message)
         self.reporter.rejected(message, reason, detail, vo)
-        self._bury(*reject(delivery, message, vo, reason, detail, self._settings))
+        settlement, letter = reject(delivery, message, vo, reason, detail, self._settings)
+        settlement.locks = locks  # it may have some of them
+        self._bury(settlement, letter)
 
     # --- execution and settlement -----------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 -- have failed and why, and where a callback asks for them `:children` (in their order) and `:results`.
 -- A set, not a counter: a child that ends twice is subtracted once.
 local LIVING_MS = 604800000 -- 7 days: no queue is longer than that, and nothing stays for ever
+local LONGEST_MS = 315576000000 -- ten years
 
 -- The group and all that belongs to it live for another `ms`.
 local function remember(group, ms)
@@ -17,7 +18,7 @@ end
 
 -- A group that has not ended lives as long as its children may take, whatever its own time to live.
 local function living_ms(ttl_ms)
-  return math.max(tonumber(ttl_ms), LIVING_MS)
+  return math.min(math.max(tonumber(ttl_ms) or 0, LIVING_MS), LONGEST_MS)
 end
 
 local function keep_alive(group, ttl_ms)
@@ -41,10 +42,12 @@ local function fire(group, forced)
   local stored = redis.call('HMGET', key, which .. '_stream', which, which .. '_results', 'ttl_ms')
   if not stored[1] then return 0 end
   if failed and which == 'callback' and not forced then
-    remember(group, tonumber(stored[4]))
+    remember(group, math.min(tonumber(stored[4]) or LIVING_MS, LONGEST_MS))
     return 0
   end
-  enqueue(stored[1], stored[2])
+  if not (is_stream(stored[1]) and stored[2] and pcall(enqueue, stored[1], stored[2])) then
+    bury(group, stored[2] or '')
+  end
   redis.call('DEL', key, key .. ':pending', key .. ':failed')
   redis.call('ZREM', '$GROUPS', group)
   if stored[3] then
@@ -89,13 +92,13 @@ local function release_staged(at_most)
   while moved < at_most do
     local group = redis.call('LINDEX', '$STAGED', 0)
     if not group then break end
-    local staged = redis.call('LPOP', '$GROUPS_PREFIX' .. group .. ':staged', at_most - moved)
-    if not staged then
+    local staged = redis.pcall('LPOP', '$GROUPS_PREFIX' .. group .. ':staged', at_most - moved)
+    if not staged or staged.err then
       redis.call('LPOP', '$STAGED')
     else
       for _, child in ipairs(staged) do
-        local header_end = string.find(child, '\n', 1, true)
-        enqueue(string.sub(child, 1, header_end - 1), string.sub(child, header_end + 1))
+        local stream, data = head_of(child)
+        if not (is_stream(stream) and pcall(enqueue, stream, data)) then bury(group, child) end
       end
       moved = moved + #staged
     end

@@ -16,6 +16,27 @@ local function enqueue(stream, data, since, deaths, woken)
   return redis.call('XADD', stream, '*', unpack(fields))
 end
 
+local PRIORITIES = {realtime = true, normal = true, background = true}
+local SIZES = {small = true, medium = true, large = true}
+
+-- Whether it is the name of one of our streams: what comes from outside could name any key.
+local function is_stream(name)
+  local priority, size, rest = string.match(name or '', '^diracx:tasks:(%l+):(%l+)(.*)$')
+  return PRIORITIES[priority] and SIZES[size] and (rest == '' or rest == '$HANDOVER')
+end
+
+-- The first line, and what comes after it; nothing after it where there is no end of a line.
+local function head_of(stored)
+  local header_end = string.find(stored, '\n', 1, true)
+  if not header_end then return '' end
+  return string.sub(stored, 1, header_end - 1), string.sub(stored, header_end + 1)
+end
+
+-- What lies in one of our places and cannot be put into a stream ends here, with all its bytes.
+local function bury(task, stored)
+  redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', 'unparsable', 'task', task, 'data', stored)
+end
+
 -- How many are in the delayed set for each reason, for those who look.
 local function count_reason(reason, change)
   if redis.call('HINCRBY', '$DELAYED_REASONS', reason, change) <= 0 then
@@ -23,17 +44,22 @@ local function count_reason(reason, change)
   end
 end
 
--- Take the message of a delayed task away: stream, reason, since, deaths, message; nothing when it is not there.
+-- What is stored of a delayed task: stream, reason, since, deaths, message; nothing where it cannot be read.
+local function parts_of(stored)
+  local header, data = head_of(stored)
+  local stream, reason, since, deaths = string.match(header, '^(%S+) ([%l_]+) (%d+) ?(%d*)')
+  if is_stream(stream) then return stream, reason, since, tonumber(deaths), data end
+end
+
+-- Take the message of a delayed task away: what is stored, and its parts; nothing when it is not there.
 local function take_delayed(task)
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
   redis.call('ZREM', '$DELAYED', task)
   if not stored then return nil end
   redis.call('HDEL', '$DELAYED_DATA', task)
-  local header_end = string.find(stored, '\n', 1, true)
-  local stream, reason, since, deaths =
-    string.match(string.sub(stored, 1, header_end - 1), '^(%S+) (%S+) (%S+) ?(%d*)')
-  count_reason(reason, -1)
-  return stream, reason, since, tonumber(deaths), string.sub(stored, header_end + 1)
+  local stream, reason, since, deaths, data = parts_of(stored)
+  if stream then count_reason(reason, -1) end
+  return stored, stream, since, deaths, data
 end
 
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
@@ -69,10 +95,12 @@ local function waits_for_a_lock(task)
 end
 
 -- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
--- False when the task is no longer there.
+-- False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or its stream
+-- refuses it (its key is none of a stream, or has had the last possible id).
 local function undelay(task, woken)
-  local stream, _, since, deaths, data = take_delayed(task)
-  if not stream then return false end
-  enqueue(stream, data, since, deaths, woken)
-  return true
+  local stored, stream, since, deaths, data = take_delayed(task)
+  if not stored then return false end
+  if stream and pcall(enqueue, stream, data, since, deaths, woken) then return true end
+  bury(task, stored)
+  return false
 end

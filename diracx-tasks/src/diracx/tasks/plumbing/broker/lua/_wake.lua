@@ -35,9 +35,12 @@ end
 local function release_all(locks)
   local released = 0
   for _, lock in ipairs(locks) do
-    if kinds[lock.kind].release(lock) then
+    -- Where a key is not of the type that it should be, there is no lock of ours, and the others are given back.
+    local kind = kinds[lock.kind]
+    local looked, held = pcall(kind and kind.release, lock)
+    if looked and held then
       released = released + 1
-      wake(lock)
+      pcall(wake, lock) -- else whoever waits looks again by its timer
     end
   end
   return released

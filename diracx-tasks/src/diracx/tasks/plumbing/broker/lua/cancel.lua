@@ -37,15 +37,18 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
   if t.waiting and not there then
     replies[position] = {'', ''}
   elseif stored and not t.waiting then
-    local header_end = string.find(stored, '\n', 1, true)
-    local reason = string.match(string.sub(stored, 1, header_end - 1), '^%S+ (%S+)')
-    if t.known then
+    local stream, reason, _, _, data = parts_of(stored)
+    if not stream then -- nobody waits for what cannot be read
+      take_delayed(t.task)
+      bury(t.task, stored)
+      replies[position] = {'', ''}
+    elseif t.known then
       take_delayed(t.task)
       finish(t)
       replies[position] = {reason, ''}
     else
       mark(t.task)
-      replies[position] = {reason, string.sub(stored, header_end + 1)}
+      replies[position] = {reason, data}
     end
   elseif there then
     local pending = redis.pcall('XPENDING', t.stream, '$GROUP', t.entry, t.entry, 1)

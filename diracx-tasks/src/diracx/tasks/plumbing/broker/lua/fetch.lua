@@ -26,9 +26,11 @@ for position, stream in ipairs(KEYS) do
     reply = redis.pcall('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
   end
   if reply and reply.err then
-    if not string.find(reply.err, 'NOGROUP', 1, true) then return reply end
+    local no_group = string.find(reply.err, 'NOGROUP', 1, true)
+    -- A key of another type has no messages, and those of the other streams must not wait for it.
+    if not no_group and not string.find(reply.err, 'WRONGTYPE', 1, true) then return reply end
     reply = false
-    if redis.call('EXISTS', stream) == 1 then
+    if no_group and redis.call('EXISTS', stream) == 1 then
       redis.call('XGROUP', 'CREATE', stream, '$GROUP', '0')
       reply = redis.call('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
     end
@@ -43,8 +45,8 @@ if #messages == 0 then
   for position, stream in ipairs(KEYS) do
     last_ids[position] = '0-0'
     if redis.call('EXISTS', stream) == 1 then
-      local info = redis.call('XINFO', 'STREAM', stream)
-      for field = 1, #info, 2 do
+      local info = redis.pcall('XINFO', 'STREAM', stream)
+      for field = 1, info.err and 0 or #info, 2 do
         if info[field] == 'last-generated-id' then last_ids[position] = info[field + 1] end
       end
     end

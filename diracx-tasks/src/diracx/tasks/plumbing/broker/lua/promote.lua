@@ -7,8 +7,10 @@
 -- #include _time _queue _groups
 if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
+local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
 local function first_due()
-  return tonumber(redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2])
+  local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
+  return first and math.max(0, math.min(tonumber(first), now + LONGEST_MS))
 end
 local next_due, moved = first_due(), 0
 if next_due and next_due <= now then

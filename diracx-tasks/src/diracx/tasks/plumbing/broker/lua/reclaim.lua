@@ -72,9 +72,9 @@ end
 local dead = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', int(now_us() / 1000))
 for _, worker in ipairs(dead) do
   if worker ~= consumer then
-    local locks = locks_in('$HELD_PREFIX' .. worker)
+    local looked, locks = pcall(locks_in, '$HELD_PREFIX' .. worker)
     redis.call('DEL', '$HELD_PREFIX' .. worker)
-    release_all(locks)
+    if looked then release_all(locks) end
     for position, stream in ipairs(KEYS) do
       -- All of them: those that may be taken can stand behind suspects that may not.
       local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, worker) or {}

@@ -12,7 +12,9 @@
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker with a database takes it).
 -- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
--- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again).
+-- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again); or, as text,
+-- what of that which follows was refused: the rest was done. What has to be kept and cannot be (retry, requeue, dead)
+-- leaves the entry where it is, which is then not settled: the text begins with `kept`.
 -- #flags allow-oom
 -- #include _pending
 local consumer, unsettled = ARGV[1], {}
@@ -26,13 +28,13 @@ local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 -- collect them: that is most of what a plain settlement would cost.
 local function following()
   -- #include _time _locks _queue _wake _groups _cancel _schedules _redelivery
-  local function follow(stream, entry, deliveries, s)
-    local looked = s.cancelled or s.requeue or (marks and not s.retry)
-    local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
-    local task = there and not s.requeue and task_of(data_of(there[2]))
-    local woken = there and field_of(there[2], 'woken')
-    if task then redis.call('ZREM', '$CANCELLED', task) end
-    remove(stream, entry) -- first of all: should the rest go wrong, it must not be done twice
+  -- One step that fails, as for a key of another type, must not keep the others from being done.
+  local function try(refused, step, ...)
+    local done, why = pcall(step, ...)
+    if not done then refused[#refused + 1] = type(why) == 'table' and why.err or tostring(why) end
+    return done
+  end
+  local function keep(stream, entry, deliveries, s, there)
     if s.retry then
       delay(s.retry.task, now_us() / 1000 + s.retry.delay_ms, s.retry.stream, 'retry', '0', s.retry.data)
     end
@@ -41,14 +43,26 @@ local function following()
       enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, deaths_of(stream, entry, deliveries, noted))
     end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
-    if s.group then child_done(s.group) end
-    if s.collected then forget_results(s.collected) end
-    if s.outcome then note_outcome(s.outcome) end
-    if s.cancelled and woken then hand_on(woken, s.cancelled) end
-    if s.result then
-      redis.call('SET', s.result.key, s.result.value, 'PX', s.result.ttl_ms)
-      redis.call('PUBLISH', s.result.key, '')
-    end
+  end
+  local function store(result)
+    redis.call('SET', result.key, result.value, 'PX', result.ttl_ms)
+    redis.call('PUBLISH', result.key, '')
+  end
+  local function follow(stream, entry, deliveries, s)
+    local refused = {}
+    local looked = s.cancelled or s.requeue or (marks and not s.retry)
+    local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
+    local task = there and not s.requeue and task_of(data_of(there[2]))
+    local woken = there and field_of(there[2], 'woken')
+    if not try(refused, keep, stream, entry, deliveries, s, there) then return 'kept: ' .. refused[1] end
+    remove(stream, entry) -- before the rest: should that go wrong, it must not be done twice
+    if task then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
+    if s.group then try(refused, child_done, s.group) end
+    if s.collected then try(refused, forget_results, s.collected) end
+    if s.outcome then try(refused, note_outcome, s.outcome) end
+    if s.cancelled and woken then try(refused, hand_on, woken, s.cancelled) end
+    if s.result then try(refused, store, s.result) end
+    return refused[1] and table.concat(refused, '; ')
   end
   local function unlock(locks)
     release_all(locks)
@@ -73,7 +87,11 @@ for at = 1, #places, 3 do
   if ours then
     pending[stream][entry] = nil -- whoever says it twice is refused the second time
     if follow and (s or marks) then
-      follow(stream, entry, places[at + 2], s or {})
+      local refused = follow(stream, entry, places[at + 2], s or {})
+      if refused then
+        unsettled[#unsettled + 1] = position
+        unsettled[#unsettled + 1] = refused
+      end
     else
       ended[stream] = ended[stream] or {}
       table.insert(ended[stream], entry)

@@ -37,8 +37,9 @@ for position, d in ipairs(deliveries) do
       end
       replies[position] = {1}
     else
-      local fields = redis.call('XRANGE', d.stream, d.entry, d.entry)[1][2]
-      local data, deaths = data_of(fields), deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
+      local there = redis.call('XRANGE', d.stream, d.entry, d.entry)[1]
+      local fields = there and there[2] or {}
+      local data, deaths = data_of(fields) or '', deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
       local lock, again = d.locks[refusing], nil
       local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
       redis.call('ZADD', waiting, int(place), waiter)

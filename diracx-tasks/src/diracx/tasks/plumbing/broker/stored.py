@@ -1,0 +1,35 @@
+"""Numbers, moments and texts as the server has them: whoever wrote them, reading them never fails."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+#: What is shown in place of what cannot be read.
+UNDECODABLE = "(cannot be decoded)"
+#: Digits of a time in µs, until long after the calendar's end.
+_LONGEST_NUMBER = 18
+#: The last whole second of the calendar (s since the epoch).
+_LAST_SECOND = 253_402_300_799
+
+
+def number_of(value: bytes | str | None) -> int:
+    """A number that a script has written; 0 for anything else."""
+    return int(value) if value is not None and len(value) <= _LONGEST_NUMBER and value.isdigit() else 0
+
+
+def moment_of(seconds: float) -> datetime:
+    """The moment so many seconds after the epoch; one within the calendar, whatever the number is."""
+    if not seconds > 0:  # and not a number
+        seconds = 0
+    return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC)
+
+
+def text_of(value: Any) -> str:
+    """What the server says, as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def printable(text: str) -> str:
+    """The text as every encoding takes it: halves of surrogate pairs are written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,160 @@
+"""The pipeline through which the broker is told what becomes of deliveries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from ..broker.models import Settlement, TaskResult
+from ..broker.sizes import ALWAYS_TAKEN_BYTES
+from ..error_info import one_line
+from ..exceptions import ResultTooLargeError
+from ..patience import is_passing, patiently
+
+if TYPE_CHECKING:
+    from ..broker import RedisStreamBroker
+    from ..broker.models import Delivery
+    from .keeper import LeaseKeeper
+
+logger = logging.getLogger(__name__)
+
+#: A large call counts as refused when the server, which answers others, has closed the connection so often for it.
+_TRIES = 3
+
+
+class Settler:
+    """Sends settlements. Those that come together share a round trip; none is lost while the server is away.
+
+    What the server refuses of one of them, by an error or (what is too large for it) by closing the connection,
+    holds up no other.
+
+    Args:
+        settled: is told of those that have been sent and are held no more.
+    """
+
+    def __init__(
+        self, broker: RedisStreamBroker, keeper: LeaseKeeper, settled: Callable[[Sequence[Delivery]], None]
+    ) -> None:
+        self._broker = broker
+        self._keeper = keeper
+        self._settled = settled
+        self._waiting: list[Settlement] = []
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, settlement: Settlement) -> None:
+        """To be sent with the next batch."""
+        if not self._waiting:
+            self._idle.clear()
+            self._work.set()
+        self._waiting.append(settlement)
+
+    async def run(self) -> None:
+        """Send what there is, for ever."""
+        while True:
+            await self._work.wait()
+            # What ends in the same round of the event loop goes together; and the question for new messages,
+            # which is quickly answered, goes first.
+            await asyncio.sleep(0)
+            self._work.clear()
+            batch, self._waiting = self._waiting, []
+            try:
+                accepted = await self._send(batch)
+            except Exception:
+                # One of them is not acceptable to the server; the others must not suffer for it.
+                accepted = [await self._send_alone(settlement) for settlement in batch]
+            deliveries = [settlement.delivery for settlement in batch]
+            self._keeper.forget(deliveries)
+            self._settled(deliveries)
+            for settlement, answer in zip(batch, accepted, strict=True):
+                if answer is not True:
+                    _report(settlement, answer)
+            if not self._waiting:
+                self._idle.set()
+
+    async def _send(self, batch: Sequence[Settlement]) -> list[bool | str]:
+        """Which were accepted; a text: what of it was refused.
+
+        Raises:
+            Exception: when the server refuses the call.
+        """
+        replies = await self._ask(batch)
+        answers = [False if reply is None else reply for reply in replies]
+        if None in replies:  # the server has lost its data: it must learn first what we hold
+            await patiently(self._keeper.renew, "renew the lease")
+            unknown = [position for position, ours in enumerate(replies) if ours is None]
+            again = await self._send([batch[position] for position in unknown])
+            for position, ours in zip(unknown, again, strict=True):
+                answers[position] = ours
+        return answers
+
+    async def _ask(self, batch: Sequence[Settlement]) -> list[bool | str | None]:
+        call = partial(self._broker.settle, batch, self._keeper.epoch)
+        for _ in range(_TRIES - 1):
+            try:
+                return await patiently(call, "settle tasks", passing=partial(_passing, batch))
+            except RedisConnectionError as error:
+                if not is_passing(error):
+                    raise
+                await patiently(self._broker.redis.ping, "settle tasks")
+        return await patiently(call, "settle tasks", passing=partial(_passing, batch))
+
+    async def _send_alone(self, settlement: Settlement) -> bool | str:
+        try:
+            [answer] = await self._send([settlement])
+        except Exception as error:
+            refused = one_line(error)
+        else:
+            return answer
+        # What keeps the task (or its letter) is not left out: without it, the entry stays where it is.
+        kept = settlement.requeue or settlement.dead
+        for smaller in (_without_value(settlement, refused), Settlement(settlement.delivery, settlement.locks)):
+            try:
+                if not kept:
+                    await self._send([smaller])
+                    return refused
+            except Exception as error:
+                refused = f"{refused}; {one_line(error)}"
+        return f"kept: {refused}"
+
+    async def drained(self) -> None:
+        """Return when everything that was added has been sent."""
+        await self._idle.wait()
+
+
+def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
+    """Whether to repeat the call: a server closes the connection when a call is too large for it."""
+    if isinstance(error, RedisConnectionError) and sum(map(Settlement.bytes, batch)) > ALWAYS_TAKEN_BYTES:
+        return False
+    return is_passing(error)
+
+
+def _without_value(settlement: Settlement, refused: str) -> Settlement:
+    """The same with an error in place of the result, and of a retry."""
+    error = ResultTooLargeError(f"the server refuses what follows on the task: {refused}")
+    value = TaskResult.from_exception(error, 0.0).dumpb()
+    result, group = settlement.result, settlement.group
+    if result is not None:
+        result = {**result, "value": value}
+    if group is not None and "result" in group:
+        group = {**group, "result": value}
+    if settlement.retry is not None and group is not None:
+        group = {**group, "child": settlement.retry["task"], "error": one_line(error)[:500]}
+    return replace(settlement, result=result, group=group, retry=None)
+
+
+def _report(settlement: Settlement, answer: bool | str) -> None:
+    entry = settlement.delivery.entry
+    if answer is False:
+        logger.warning("%s was not ours to settle any more", entry)
+    elif isinstance(answer, str) and answer.startswith("kept"):
+        logger.critical("%s is not settled, for the server refuses what must be %s", entry, answer)
+    else:
+        logger.critical("what follows on %s is refused by the server and left out: %s", entry, answer)
