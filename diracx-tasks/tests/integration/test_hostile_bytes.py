@@ -19,7 +19,7 @@ from diracx.tasks.dashboard.app import create_app
 from diracx.tasks.dashboard.installation import Installation
 from diracx.tasks.dashboard.pages import PAGES
 from diracx.tasks.monitor.letters import letter_record
-from diracx.tasks.plumbing import BaseTask, MutexLock, schedule_many
+from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_many
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
 from diracx.tasks.plumbing.broker.models import TaskMessage
@@ -266,5 +266,53 @@ async def test_any_bytes_end_and_nobody_dies_of_them(redis_url: str, redis: Redi
             await read()
             assert (await system.result(await Locked("after").schedule())).return_value is None
         assert not [key async for key in redis.scan_iter("lock:*")]
+    finally:
+        await redis.flushall()
+
+
+#: Keys of ours that somebody has made of another type, and whether honest tasks go on meanwhile.
+IN_THE_WAY = {
+    "diracx:tasks:realtime:medium": True,
+    "diracx:tasks:normal:medium:handover": True,
+    keys.DELAYED: True,
+    keys.DELAYED_DATA: True,
+    keys.DELAYED_REASONS: True,
+    keys.STAGED: True,
+    keys.GROUPS: True,
+    keys.DEAD_LETTERS: True,
+    keys.CANCELLED: True,
+    keys.LEADER: True,
+    "lock:mutex:job:'in the way'": True,
+    "diracx:tasks:waiting:lock:mutex:job:'in the way'": True,
+    keys.ALIVE: False,
+    "diracx:tasks:normal:medium": False,
+}
+
+
+@pytest.mark.parametrize("key", IN_THE_WAY)
+async def test_a_key_of_another_type_ends_no_process_and_what_does_not_need_it_goes_on(
+    redis_url: str, redis: Redis, key: str
+) -> None:
+    settings = {"lease_seconds": 3.0, "lock_retry_seconds": 0.2}
+    try:
+        async with TaskSystem(TASKS, redis_url=redis_url, workers=2, settings=settings) as system:
+            await system.result(await Echo("before").schedule())
+            await redis.delete(key)
+            if key.startswith(("lock", keys.LEADER)):
+                await redis.rpush(key, "in the way")
+            else:
+                await redis.set(key, "in the way")
+            if IN_THE_WAY[key]:
+                for _ in range(3):
+                    await system.result(await Echo("meanwhile").schedule())
+                await Locked("in the way").schedule()
+                await system.result(await Locked("elsewhere").schedule())
+            else:
+                with pytest.raises((SendTaskError, TimeoutError)):
+                    await system.result(await Echo("not yet").schedule(), timeout=1.0)
+            await redis.delete(key)
+            await system.result(await Echo("after").schedule())
+            await system.drain()
+        assert not [lock async for lock in redis.scan_iter("lock:*")]
     finally:
         await redis.flushall()

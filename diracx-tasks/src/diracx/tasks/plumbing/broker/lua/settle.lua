@@ -20,7 +20,7 @@
 local consumer, unsettled = ARGV[1], {}
 local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
 local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
-local marks = redis.call('EXISTS', '$CANCELLED') == 1
+local marks = redis.call('TYPE', '$CANCELLED').ok == 'zset'
 local pending = all_pending_of(consumer, places, 3)
 local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 
