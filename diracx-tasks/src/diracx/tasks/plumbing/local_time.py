@@ -2,7 +2,8 @@
 
 A wall time that the clocks skip is taken as if they had not been set forward yet (RFC 5545, 3.3.5): it runs once,
 and no day is left out. One that comes twice runs the first time only, unless the rule has a rhythm: then it goes
-on, and what runs every hour or more often never pauses for longer than on other days.
+on, and what runs round the clock never pauses for longer than on other days. For that it may run once between its
+wall times.
 """
 
 from __future__ import annotations
@@ -38,11 +39,16 @@ def next_in_zone(
         if change is None:
             return min(known, default=None)
         jump = _offset(zone, change) - offset
-        while candidate is not None and change <= candidate < change - jump:
-            if candidate.astimezone(zone).hour in rhythm_hours:
-                break
-            candidate = after(candidate, offset)
-        if candidate is not None and candidate < change + abs(jump):
+        until: datetime | None = change
+        if jump > timedelta(0):
+            until = change + jump  # what is skipped comes as much later
+        elif rhythm_hours:
+            until = after(change - _MOMENT, offset + jump)  # goes on until the new time has taken over
+            while candidate and until and change <= candidate < until:
+                if candidate.astimezone(zone).hour in rhythm_hours:
+                    break
+                candidate = after(candidate, offset)
+        if candidate and candidate < (until or change):
             found = min(candidate, found or candidate)
         begin = change if rhythm_hours else max(change, change - jump)
         offset += jump
