@@ -71,7 +71,7 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
     """Make the task from wire-decoded arguments.
 
     Args:
-        sig: the signature of the class for which `args` were made, see `signature`; 0: it is not known.
+        sig: the signature of the class for which `args` were made, see `Shape.signature`; 0: it is not known.
 
     Raises `TaskArgumentsError` if the class does not take them, or has other fields in their places.
     """
@@ -117,11 +117,6 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     return task
 
 
-def signature(cls: type[Any], count: int) -> int:
-    """A hash of the names of the first `count` fields, which travels with their values; 0 for none."""
-    return shape_of(cls).signature(count)
-
-
 def secret_names(cls: type[BaseTask]) -> frozenset[str]:
     """The fields that are secret: those the class declares to be, and those that hold pydantic's secrets."""
     return shape_of(cls).secret
@@ -135,7 +130,7 @@ def secret_positions(cls: type[BaseTask]) -> list[int]:
     shape = shape_of(cls)
     if not shape.secret:
         return []
-    if own_serialize(cls):
+    if shape.own_serialize:
         return list(range(max(64, len(shape.names))))
     return sorted(shape.secret_positions)
 
@@ -273,8 +268,13 @@ class Shape:
         for parameter in parameters:
             parameter.secret = parameter.name in self.secret
         # Whether the arguments alone decide whether the task arrives as it is: making it changes nothing.
-        self.verbatim = own_serialize(cls) or not (
+        self.own_serialize = own_serialize(cls)
+        self.verbatim = self.own_serialize or not (
             model or (parameters and not _generated_init(_init_owner(cls))) or hasattr(cls, "__post_init__")
+        )
+        # Whether a task may be more than its arguments.
+        self.holds_more = extra or any(
+            (*getattr(cls, "__private_attributes__", ()), *(f for f in _dataclass_fields(cls) if not f.init))
         )
         self.plain_and_verbatim = self.verbatim and all(p.plain for p in parameters)
         self._signature = _hash(self.names)
@@ -283,6 +283,7 @@ class Shape:
         return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
 
     def signature(self, count: int) -> int:
+        """A hash of the names of the first `count` fields, which travels with their values; 0 for none."""
         return self._signature if count == len(self.names) else _hash(self.names[:count])
 
     def shown(self, value: Any) -> str:
@@ -293,8 +294,8 @@ class Shape:
         """Those of the arguments that are secret; all positional ones of a class that makes its own."""
         if not self.secret:
             return []
-        own = own_serialize(self.cls)
-        found = [value for position, value in enumerate(args) if own or position in self.secret_positions]
+        every = self.own_serialize
+        found = [value for position, value in enumerate(args) if every or position in self.secret_positions]
         return found + [value for name, value in kwargs.items() if self.aliases.get(name, name) in self.secret]
 
     def refusal(
@@ -413,6 +414,10 @@ def own_serialize(cls: type[Any]) -> bool:
 
 def _init_owner(cls: type[Any]) -> type[Any]:
     return next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
+
+
+def _dataclass_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def _hash(names: Sequence[str]) -> int:
@@ -557,7 +562,7 @@ def _nested_dataclass(annotation: Any) -> type[Any] | None:
 def _type_text(annotation: Any) -> str:
     """Return the annotation as a reader knows it: without the modules."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"(?:[\w<>]+\.)+", "", text)
+    return re.sub(r"(?<![\w<>])(?:[\w<>]+\.)+", "", text)
 
 
 def _shown(value: Any, width: int = 60) -> str:

@@ -17,20 +17,21 @@ from uuid import UUID
 from .arguments import Parameter, Shape, rebuild, shape_of
 from .wire import dumps, loads
 
-_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+#: Of these, `==` and the type say all; of floats, they do not.
+_EXACT = frozenset({type(None), bool, int, str, bytes})
+_SCALARS = _EXACT | {float}
 _ATOMS = _SCALARS | {date, timedelta, Decimal, UUID}
 _WAY_OUT = "annotate it with its class, tell the classes of a union apart by a Literal field, or pass plain data"
 
 
-def outgoing_arguments(task: Any) -> list[Any]:
+def outgoing_arguments(task: Any, shape: Shape | None = None) -> list[Any]:
     """The arguments of a task, as they are sent.
 
     Raises:
         TypeError: when one of them would not arrive equal and of the same type; names it.
     """
-    shape = shape_of(type(task))
-    serialize = getattr(task, "serialize", None)
-    args = list(shape.values(task) if serialize is None else serialize())
+    shape = shape or shape_of(type(task))
+    args = list(task.serialize() if shape.own_serialize else shape.values(task))
     if not (shape.plain_and_verbatim and _SCALARS.issuperset(map(type, args))):
         _check(shape, task, args)
     return args
@@ -60,12 +61,15 @@ def _check(shape: Shape, task: Any, args: list[Any]) -> None:
     try:
         again: Any = rebuild(type(task), arrived, {})
         there = list(shape.values(again))
-    except (TypeError, ValueError) as exc:
+    except Exception as exc:
         raise TypeError(f"cannot be made again from its arguments: {exc}") from (None if shape.secret else exc)
-    for name, value, each in zip(names, args, there, strict=False):
-        if not same(value, each):
-            raise _changed(task, name, value, each)
-    if _has_parts(task) and not same(task, again):
+    if not (
+        args == there and _EXACT.issuperset(types := list(map(type, args))) and types == list(map(type, there))
+    ):
+        for name, value, each in zip(names, args, there, strict=False):
+            if not same(value, each):
+                raise _changed(task, name, value, each)
+    if shape.holds_more and not same(task, again):
         raise TypeError(
             f"{type(task).__name__} would not arrive as it is: something besides its arguments is lost, such as "
             "private attributes or fields without `init`; make it an argument, or override serialize()"
@@ -98,7 +102,7 @@ def _arrives_whole(value: Any) -> bool:
 
 
 def _all_whole(values: Any) -> bool:
-    return _ATOMS.issuperset(map(type, values)) or all(map(_arrives_whole, values))
+    return set(map(type, values)) <= _ATOMS or all(map(_arrives_whole, values))
 
 
 def same(one: Any, other: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .arguments import secret_names, secret_positions, signature
+from .arguments import secret_positions, shape_of
 from .base_task import BaseTask
 from .broker.keys import stream_name_for
 from .broker.labels import LABEL_SECRET, checked_labels
@@ -43,15 +43,16 @@ def submission_of(
                 lock.spec()
     name = registry.name_of(task_class)
     checked = checked_labels(labels) if labels else {}
-    if secret_names(task_class):
+    shape = shape_of(task_class)
+    if shape.secret:
         checked[LABEL_SECRET] = secret_positions(task_class)
-    args = outgoing_arguments(task)
+    args = outgoing_arguments(task, shape)
     message = TaskMessage(
         task_id=task_id or new_task_id(),
         task_name=name,
         labels=checked,
         task_args=args,
-        sig=signature(task_class, len(args)),
+        sig=shape.signature(len(args)),
         trace_context=current_trace_context(),
     )
     return Submission(message, stream_of(name, task, config), at_time)

@@ -1,0 +1,17 @@
+"""No regular expression takes more than linear time, whatever text it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from all_patterns import assert_linear, patterns_of
+
+import gubbins
+
+PATTERNS = patterns_of(Path(gubbins.__file__).parent)
+
+
+@pytest.mark.parametrize("where", PATTERNS)
+def test_a_pattern_takes_linear_time(where: str) -> None:
+    assert_linear(*PATTERNS[where])
