@@ -6,18 +6,25 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test servers demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
+.PHONY: help install test unit servers versions demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: $(STAMP) ## make .venv with both distributions (editable) and all extras
+install: $(STAMP) ## make .venv with both distributions (editable) and all extras; PYTHON=python3.13 for another Python
 
-$(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.txt constraints.txt
+# The venv is made anew when it is not complete, its Python is gone, or PYTHON names another one.
+WHICH := 'import sys; print(sys.version, sys.base_prefix)'
+WANTED := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+STALE := $(shell test -e $(STAMP) && there=$$($(BIN)/python -c $(WHICH)) && wanted=$$($(WANTED) -c $(WHICH)) \
+	&& test "$$there" = "$$wanted" || echo stale)
+.PHONY: stale
+
+$(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.txt constraints.txt $(STALE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@command -v git >/dev/null || { echo "git is needed: DiracX keeps its configuration in a git repository" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(STALE),$(PYTHON) -m venv --clear $(VENV))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable 'diracx-tasks[dashboard,embedded,fast,migrations,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
@@ -25,23 +32,14 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
 	$(BIN)/python -m pytest -n 3 $(ARGS)
 
+unit: $(STAMP) ## run the unit tests alone, which need no servers
+	$(BIN)/python -m pytest -n 2 diracx-tasks/tests/unit gubbins/tests/unit $(ARGS)
+
 servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing
-	@$(PYTHON) tests/sites/htcondor_root.py
-	@missing=; \
-	command -v mariadbd >/dev/null || missing=mariadb-server; \
-	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
-	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$$missing chromium"; \
-	command -v slurmctld >/dev/null || missing="$$missing slurm-wlm slurmctld slurmd slurm-client munge"; \
-	command -v slurmdbd >/dev/null || missing="$$missing slurmdbd slurm-wlm-mysql-plugin"; \
-	command -v promtool >/dev/null || missing="$$missing prometheus"; \
-	test -x /usr/sbin/sshd || missing="$$missing openssh-server"; \
-	command -v arcctl >/dev/null || missing="$$missing nordugrid-arc-arex nordugrid-arc-arcctl-service nordugrid-arc-client nordugrid-arc-plugins-arcrest nordugrid-arc-test-utils"; \
-	if [ -z "$$missing" ]; then exit 0; fi; \
-	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-		echo "not installed, for this is not root on Debian: $$missing" >&2; exit 0; \
-	fi; \
-	test -e /usr/sbin/policy-rc.d || { printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; }; \
-	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+	@$(PYTHON) tests/servers.py install
+
+versions: $(STAMP) ## print the versions of all that the tests run
+	@$(BIN)/python tests/servers.py versions
 
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/gubbins demo $(ARGS)
@@ -93,5 +91,5 @@ vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named her
 		&& cp -- * "$(CURDIR)/$(VENDORED)/"
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* site .bench .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import servers
 from diracx.tasks.dashboard.app import DashboardApp
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.async_playwright", reason="pip install axe-playwright-python")
+try:
+    CHROMIUM: str | None = servers.chromium()
+except servers.MissingError:
+    CHROMIUM = None
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: `make servers`")
 playwright.expect.set_options(timeout=20_000)  # on a busy machine, too
 expect = playwright.expect

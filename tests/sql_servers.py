@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from free_ports import free_port
+import servers
+from diracx.tasks.testing.server import free_port
 
 _QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 _SECONDS = 60
@@ -180,9 +181,8 @@ def _directory() -> Iterator[Path]:
 def mariadb_server() -> Iterator[SqlServer]:
     """MariaDB."""
     pytest.importorskip("aiomysql")
-    for program in ("mariadbd", "mariadb-install-db"):
-        if shutil.which(program) is None:
-            pytest.skip(f"MariaDB is not installed: there is no program {program}")
+    if (reason := servers.obstacle("MariaDB")) is not None:
+        pytest.skip(reason)
     with _directory() as data:
         yield from _running(MariaDb(data))
 
@@ -191,12 +191,10 @@ def mariadb_server() -> Iterator[SqlServer]:
 def postgresql_server() -> Iterator[SqlServer]:
     """PostgreSQL."""
     pytest.importorskip("asyncpg")
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: path.parts[-3].zfill(4))
-    initdb = shutil.which("initdb") or (installed[-1] if installed else None)
-    if initdb is None:
-        pytest.skip("PostgreSQL is not installed: there is no program initdb")
+    if (reason := servers.obstacle("PostgreSQL")) is not None:
+        pytest.skip(reason)
     with _directory() as data:
-        yield from _running(PostgreSql(Path(initdb).resolve().parent, data))
+        yield from _running(PostgreSql(servers.postgresql(), data))
 
 
 def _running(server: SqlServer) -> Iterator[SqlServer]:

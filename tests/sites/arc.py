@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -19,14 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from free_ports import free_port
+import servers
+from diracx.tasks.testing.server import free_port
 
 from .token_issuer import TokenIssuer
 
 _SECONDS = 110  # it takes five, unless the machine is busy
+_START_SECONDS = 20  # after which one that has not written its process id is started again
+_PARTS = {"arex.pid": "arc-arex-start", "ws.pid": "arc-arex-ws-start"}
 _SHARE = Path("/usr/share/arc")
 _HOST_CAS = "/etc/grid-security/certificates"
-_PROGRAMS = ("arcctl", "arched", "arcproxy", "openssl")
 # How long the state of a job may be old: the default of 60 s would be waited for by every test.
 _INFORMATION_SECONDS = 3
 
@@ -167,24 +168,32 @@ class ArcSite:
         return done.stdout
 
     def start(self) -> None:
-        """Start what does not run of it; return when it answers."""
-        for pid_file, script in (("arex.pid", "arc-arex-start"), ("ws.pid", "arc-arex-ws-start")):
-            if self._pid(pid_file) is None:
-                with (self.directory / "log" / f"{script}.out").open("ab") as log:
-                    subprocess.run(
-                        [*self._namespace, "/bin/bash", self.directory / script],
-                        check=False,
-                        env=self._environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                        timeout=_SECONDS,
-                    )
+        """Start what does not run of it, again if it dies at its start; return when it answers."""
         deadline = time.monotonic() + _SECONDS
-        while not self._answers():
+        started = dict.fromkeys(_PARTS, float("-inf"))
+        while True:
+            dead = [pid_file for pid_file in _PARTS if self._pid(pid_file) is None]
+            if not dead and self._answers():
+                return
             assert time.monotonic() < deadline, f"A-REX does not answer:\n{self._last_words()}"
+            for pid_file in dead:
+                if time.monotonic() - started[pid_file] > _START_SECONDS:  # else it may not have come to its file
+                    started[pid_file] = time.monotonic()
+                    self._launch(_PARTS[pid_file])
             time.sleep(0.05)
+
+    def _launch(self, script: str) -> None:
+        with (self.directory / "log" / f"{script}.out").open("ab") as log:
+            subprocess.run(
+                [*self._namespace, "/bin/bash", self.directory / script],
+                check=False,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                timeout=_SECONDS,
+            )
 
     def stop(self) -> None:
         """End all of it, and its jobs."""
@@ -250,7 +259,9 @@ class ArcSite:
             return False
 
     def _last_words(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-1500:] for path in (self.directory / "log").iterdir())
+        # Beside the logs lies a directory in which the daemons leave what is left of them when they crash.
+        logs = sorted(path for path in (self.directory / "log").rglob("*") if path.suffix in (".log", ".out"))
+        return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
 
 
 def _alive(pid: int) -> bool:
@@ -263,11 +274,8 @@ def _alive(pid: int) -> bool:
 @pytest.fixture(scope="session")
 def arc_site() -> Iterator[ArcSite]:
     """An ARC CE that runs jobs as processes of this host."""
-    for program in _PROGRAMS:
-        if shutil.which(program) is None:
-            pytest.skip(f"NorduGrid ARC is not installed: there is no program {program}")
-    if not Path(_HOST_CAS).is_dir():
-        pytest.skip(f"NorduGrid ARC is not installed: there is no {_HOST_CAS}")
+    if (obstacle := servers.obstacle("ARC")) is not None:
+        pytest.skip(obstacle)
     if os.geteuid() != 0:
         pytest.skip("an ARC CE runs jobs for others: it must be started by root")
     # Not below pytest's own directory, which is closed to the user of the jobs.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from free_ports import free_port
+from diracx.tasks.testing.server import free_port
 from machine import not_for_this_machine
 
 from .htcondor_root import ROOT, ForbiddenError, ObstacleError, check

@@ -7,20 +7,19 @@ keeps accounts in MariaDB. Where Slurm is not installed, their tests are skipped
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from diracx.tasks.testing.server import free_port
 from sql_servers import SqlServer
 
 from gubbins.demo.slurm import SlurmSite
 
 MIN_JOB_AGE = 5
-_MYSQL_PLUGIN = "accounting_storage_mysql.so"
 
 
 class AccountingSlurmSite(SlurmSite):
@@ -68,11 +67,8 @@ def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[SlurmSite]:
     """Slurm with accounts."""
     if (obstacle := SlurmSite.obstacle()) is not None:
         pytest.skip(obstacle)
-    for program in ("slurmdbd", "sacct", "sacctmgr"):
-        if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/bin") is None:
-            pytest.skip(f"Slurm's accounting is not installed: no program {program} (`make servers` installs it)")
-    if not any(Path("/usr").glob(f"lib*/**/{_MYSQL_PLUGIN}")):
-        pytest.skip(f"Slurm's accounting is not installed: no {_MYSQL_PLUGIN} (`make servers` installs it)")
+    if (obstacle := servers.obstacle("slurmdbd")) is not None:
+        pytest.skip(obstacle)
     with _directory() as directory:
         yield from _running(AccountingSlurmSite(directory, mariadb_server, cpus=4, min_job_age=MIN_JOB_AGE))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from free_ports import free_port
+from diracx.tasks.testing.server import free_port
 
 _SECONDS = 30
 _CONFIG = """\

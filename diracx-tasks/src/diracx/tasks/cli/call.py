@@ -186,7 +186,12 @@ def breakpoint_before(task: BaseTask) -> None:
     """Stop in pdb; `s` through the return and into `execute`, or set a breakpoint there."""
     import pdb
 
-    debugger = pdb.Pdb()
+    class LineDebugger(pdb.Pdb):
+        def set_stepinstr(self) -> None:
+            """Stop at the next line. `set_trace` of Python 3.13 asks for the next instruction: ours."""
+            self.set_step()
+
+    debugger = LineDebugger()
     shown = without_secrets(repr(task), task)
     debugger.message(f"{shown} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
     debugger.set_trace(sys._getframe(1))

@@ -4,10 +4,12 @@
 @exports@
 export PILOT_STAMP="$1"
 chmod 700 pilot || exit 1
+# HTCondor asks this shell alone to end, which it may do at any time.
+child= asked=
+trap 'asked=1; test -z "$child" || kill -TERM "$child" 2> /dev/null' HUP INT TERM
 ./pilot > pilot.stdout 2> pilot.stderr < /dev/null &
 child=$!
-# HTCondor asks this shell alone to end.
-trap 'kill -TERM "$child" 2> /dev/null' HUP INT TERM
+test -z "$asked" || kill -TERM "$child" 2> /dev/null
 wait "$child"
 code=$?
 # A signal ends the first wait, not the pilot.

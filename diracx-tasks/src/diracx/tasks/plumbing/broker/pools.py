@@ -93,9 +93,13 @@ def _report_losses(pool: Any) -> ConnectionPool:
 def _reporting_losses(connection_class: type[Any]) -> type[Any]:
     class Reporting(connection_class):  # type: ignore[misc]  # one of redis-py's, by the address
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            # asyncio of Python 3.12 and 3.13.0 would watch for a lost connection, under the number of the next.
+            if self._writer is not None and self._writer.is_closing():
+                await self.disconnect(nowait=True)
+                raise RedisConnectionError("connection lost")
             try:
                 await super().send_packed_command(command, check_health)
-            except RuntimeError as error:
+            except RuntimeError as error:  # of uvloop, lost since
                 if is_write_to_closed(error):
                     raise RedisConnectionError("connection lost") from error
                 raise

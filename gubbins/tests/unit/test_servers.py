@@ -1,0 +1,121 @@
+"""What `make servers` takes for installed, and what it does where something is missing or only half there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import servers
+from sites import htcondor_root
+
+Program = Callable[..., Path]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Puts shell scripts into an otherwise empty PATH: `program("name", "echo 1.0")`."""
+    monkeypatch.setattr(servers, "_PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(servers, "_POSTGRESQL", tmp_path / "postgresql")
+
+    def write(name: str, script: str, directory: str = "bin") -> Path:
+        path = tmp_path / directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def test_a_server_of_which_only_a_part_is_there_is_not_taken_for_installed(
+    program: Program, tmp_path: Path
+) -> None:
+    program("postgres", "echo postgres 17")
+    with pytest.raises(servers.MissingError):
+        servers.postgresql()
+    (tmp_path / "bin/initdb").symlink_to(tmp_path / "removed/initdb")  # of a version that was removed
+    with pytest.raises(servers.MissingError):
+        servers.postgresql()
+    program("initdb", "echo initdb 17", "postgresql/17/bin")
+    with pytest.raises(servers.MissingError):
+        servers.postgresql()
+    program("postgres", "echo 'cannot open shared object file' >&2; exit 127", "postgresql/17/bin")
+    with pytest.raises(servers.MissingError):
+        servers.postgresql()
+
+
+def test_the_newest_whole_server_is_used_whatever_lies_in_the_path(program: Program, tmp_path: Path) -> None:
+    program("postgres", "echo shim")
+    for version in ("9.6", "15", "17"):
+        for name in ("initdb", "postgres"):
+            if (version, name) != ("17", "postgres"):
+                program(name, f"echo {name} {version}", f"postgresql/{version}/bin")
+    assert servers.postgresql() == tmp_path / "postgresql/15/bin"
+    shutil.rmtree(tmp_path / "postgresql")
+    program("initdb", "echo initdb 16")
+    assert servers.postgresql() == tmp_path / "bin"
+
+
+def test_a_chromium_of_any_name_is_used_if_it_starts(program: Program) -> None:
+    with pytest.raises(servers.MissingError):
+        servers.chromium()
+    program("chromium-browser", "echo 'install the snap' >&2; exit 1")
+    with pytest.raises(servers.MissingError):
+        servers.chromium()
+    chrome = program("google-chrome-stable", "echo Google Chrome 156")
+    assert servers.chromium() == str(chrome)
+
+
+@pytest.mark.parametrize(
+    "update", ["", "echo 'E: the lists have expired' >&2; exit 100"], ids=["fresh", "old lists"]
+)
+def test_what_can_be_installed_is_installed_whatever_cannot(
+    program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    update: str,
+) -> None:
+    def tool(name: str) -> servers.Tool:
+        return servers.Tool(name, f"{name}-package", lambda: servers._output(servers._program(name), "--version"))
+
+    program("there", "echo 1.0")
+    monkeypatch.setattr(servers, "TOOLS", [tool("there"), tool("withdrawn"), tool("offered")])
+    monkeypatch.setattr(servers, "_NO_DAEMONS", tmp_path / "policy-rc.d")
+    monkeypatch.setattr(servers, "_LOCK", tmp_path / "lock")
+    monkeypatch.setattr(servers.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(htcondor_root, "main", lambda: None)
+    offered = program("offered", "echo 2.0", "new")
+    apt_get = program(
+        "apt-get",
+        f"""echo "$*" >> {tmp_path}/calls
+case "$*" in
+*update*) {update or ":"} ;;
+*withdrawn*) echo "E: Unable to locate package withdrawn-package" >&2; exit 100 ;;
+*offered*) test -e {tmp_path}/policy-rc.d && cp {offered} {tmp_path}/bin ;;
+esac""",
+    )
+    monkeypatch.setenv("PATH", str(apt_get.parent), prepend=":")
+    servers.install()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "update" in calls[0]
+    assert not [call for call in calls if "there-package" in call]
+    assert (servers.obstacle("offered"), servers.obstacle("there")) == (None, None)
+    said = capsys.readouterr().err
+    assert "withdrawn is not installed: E: Unable to locate package withdrawn-package" in said
+    assert ("the lists have expired" in said) == bool(update)
+    assert not (tmp_path / "policy-rc.d").exists()
+
+
+def test_a_machine_that_has_everything_is_left_alone(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "TOOLS", [servers.Tool("there", "there-package", lambda: "1.0")])
+    monkeypatch.setattr(htcondor_root, "ROOT", tmp_path)
+    monkeypatch.setattr(htcondor_root, "main", lambda: None)
+    apt_get = program("apt-get", f"echo called > {tmp_path}/called")
+    monkeypatch.setenv("PATH", str(apt_get.parent), prepend=":")
+    servers.install()
+    assert not (tmp_path / "called").exists()
