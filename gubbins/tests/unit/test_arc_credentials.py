@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,42 @@ def test_a_file_without_a_token_is_not_sent(tmp_path: Path, content: bytes) -> N
     (tmp_path / "token").write_bytes(content)
     with pytest.raises(CredentialsError, match="token"):
         read_identity(arc_settings(token=str(tmp_path / "token")))
+
+
+def test_a_ca_without_all_that_rfc_5280_wants_is_trusted_by_every_python(tmp_path: Path) -> None:
+    """Such are CAs of grids, which know no key identifiers; Python 3.13 began to refuse them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    ca, host = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("CA", "localhost"))
+    now = datetime.now(tz=UTC)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    parts = []
+    for subject, extension in ((ca, x509.BasicConstraints(ca=True, path_length=None)), (host, names)):
+        certificate = x509.CertificateBuilder(
+            ca, subject, key.public_key(), len(parts) + 1, now, now + timedelta(1)
+        )
+        signed = certificate.add_extension(extension, critical=False).sign(key, hashes.SHA256())
+        parts.append(signed.public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "ca.pem").write_bytes(parts[0])
+    (tmp_path / "host.pem").write_bytes(parts[1] + secret)
+    (tmp_path / "token").write_text("x")
+    client = read_identity(arc_settings(token=str(tmp_path / "token"), ca=str(tmp_path / "ca.pem"))).context
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "host.pem")
+    assert handshake(client, server) == "TLSv1.3"
+
+
+def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> str | None:
+    """The protocol that both have agreed upon."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return ends[0].version()
