@@ -130,7 +130,7 @@ async def simulate(world: World, minutes: int, at_most_seconds: float) -> Run:
             async with _timed(took, "prune"):
                 pruned = await logic.prune_pilots(db, keep=timedelta(days=25), at_most=20_000)
             illegal = await logic.count_illegal_histories(db)
-            async with db.unit():
+            async with db:
                 pages = (await db.conn.exec_driver_sql("PRAGMA page_count")).scalar_one()
                 size = (await db.conn.exec_driver_sql("PRAGMA page_size")).scalar_one()
             return Run(world, cycles, took["fill"], pages * size / 1e6, pruned / took["prune"], illegal)
@@ -200,7 +200,7 @@ async def _active(db: MyPilotDB) -> Counter[tuple[str, str]]:
     """Who holds how many slots, by compute element and VO."""
     columns = (Pilots.ce_name, Pilots.vo)
     counted = select(*columns, func.count()).where(Pilots.status.in_(ACTIVE)).group_by(*columns)
-    async with db.unit():
+    async with db:
         return Counter({(ce, vo): number for ce, vo, number in await db.conn.execute(counted)})
 
 

@@ -58,7 +58,7 @@ async def fill(db: MyPilotDB, world: World, now: datetime) -> None:
     }
     active = round(world.active * (1 - world.free))
     numbers = {"vos": world.vos, "ces": world.ces, "now": now.strftime("%Y-%m-%d %H:%M:%S")}
-    async with db.unit():
+    async with db:
         await db.conn.execute(insert(ComputeElements), [{"name": f"ce{n:03}"} | ce for n in range(world.ces)])
         ended = "datetime(:now, '-30 days', (n * 2591000.0 / :rows) || ' seconds')"
         await db.conn.execute(

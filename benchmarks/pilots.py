@@ -71,7 +71,7 @@ async def _fill(db: MyPilotDB, pilots: int, moving: float) -> None:
     now = datetime.now(UTC)
     long_ago = now - timedelta(hours=1)
     half_an_hour = {"queue_seconds": 1800, "run_seconds": 1800}
-    async with db.unit():
+    async with db:
         for number in range(CES):
             await db.add_ce(f"ce{number:02}", pilots, 0.8, settings=half_an_hour)
         rows = []

@@ -84,8 +84,12 @@ class SqlServer:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    async def create_database(self) -> str:
-        """URL of a new, empty database."""
+    async def create_database(self, options: str = "") -> str:
+        """URL of a new, empty database.
+
+        Args:
+            options: how else than by default, as `CREATE DATABASE` wants it.
+        """
         from sqlalchemy import text
         from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -96,7 +100,7 @@ class SqlServer:
         while True:  # it may take connections before it takes statements
             try:
                 async with engine.connect() as connection:
-                    await connection.execute(text(f"CREATE DATABASE {name}"))
+                    await connection.execute(text(f"CREATE DATABASE {name} {options}"))
                 break
             except Exception:
                 if time.monotonic() > deadline:
@@ -220,13 +224,35 @@ def stoppable() -> Iterator[Callable[[SqlServer], SqlServer]]:
 
 
 @pytest.fixture
-def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Awaitable[str]]:
-    """`await empty_database("sqlite" | "mariadb" | "postgresql")` is the URL of a new database."""
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Awaitable[str]]:
+    """`await empty_database("sqlite" | "mariadb" | "postgresql")` is the URL of a new database.
 
-    async def create(kind: str) -> str:
+    A second argument are options of `CREATE DATABASE`.
+    """
+
+    async def create(kind: str, options: str = "") -> str:
         if kind == "sqlite":
             return f"sqlite+aiosqlite:///{tmp_path}/{os.urandom(4).hex()}.db"
         server: SqlServer = request.getfixturevalue(f"{kind}_server")
-        return await server.create_database()
+        return await server.create_database(options)
 
     return create
+
+
+#: Kind of server, options of CREATE DATABASE, end of the URL.
+_DATABASES = {
+    "sqlite": ("sqlite", "", ""),
+    "mariadb": ("mariadb", "", ""),
+    "mariadb latin1": ("mariadb", "CHARACTER SET latin1 COLLATE latin1_swedish_ci", ""),
+    "mariadb latin1 client": ("mariadb", "CHARACTER SET latin1", "?charset=latin1"),
+    "postgresql": ("postgresql", "", ""),
+}
+
+
+@pytest.fixture(params=_DATABASES)
+async def any_database(request: pytest.FixtureRequest, empty_database: Callable[..., Awaitable[str]]) -> str:
+    """URL of an empty database of each kind, and of those whose default character set knows few characters."""
+    kind, options, end = _DATABASES[request.param]
+    if kind != "sqlite":
+        request.getfixturevalue(f"{kind}_server")
+    return await empty_database(kind, options) + end

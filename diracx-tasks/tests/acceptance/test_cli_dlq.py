@@ -15,8 +15,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from database_troubles import PASSWORD
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.persistence import TaskDB
 from redis import Redis
 
 FLAKY = """
@@ -330,12 +332,35 @@ def test_a_database_that_is_missing_empty_or_down_is_one_line(served, one_line, 
     assert "sesame" not in one_line(served("dlq", *command), 1, "not a valid database URL")
 
 
+COMMANDS = (
+    *("dlq list", "dlq show 1", "dlq retry 1", "dlq discard 1", "dlq export", "dlq init"),
+    *("db current", "db upgrade", "db downgrade base --yes", "worker --worker-size small"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_in_one_line_that_its_database_is_none(served, one_line, tmp_path, command):
+    (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{tmp_path}/another"
+    one_line(served(*command.split()), 1, "is no SQLite database", "DIRACX_DB_URL_TASKDB")
+
+
+@pytest.mark.parametrize("command", ["dlq list", "dlq init", "db current", "db upgrade"])
+def test_every_trouble_of_the_database_is_one_line(served, one_line, troubled_database, command):
+    troubled = asyncio.run(troubled_database(TaskDB.migrations))
+    served.environment["DIRACX_DB_URL_TASKDB"] = troubled.url
+    answer = served(*command.split())
+    if command != "dlq list" and answer.returncode == 0:
+        return  # it is there to mend this one
+    assert PASSWORD not in one_line(answer, 1, *troubled.says)
+
+
 def test_a_table_of_another_version_is_named(served, one_line, tmp_path):
     path = tmp_path / "old.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE DeadLetters (ID INTEGER PRIMARY KEY, TaskID TEXT)")
     served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{path}"
-    one_line(served("dlq", "list"), 1, "DeadLetters has no column", "Burial")
+    one_line(served("dlq", "list"), 1, "no column", "Burial in DeadLetters", "diracx-task-run db upgrade")
 
 
 def test_a_broker_that_is_down_leaves_letters_as_they_were(dlq, one_line):

@@ -84,6 +84,24 @@ async def test_a_token_that_has_expired_or_is_of_an_unknown_vo_is_good_for_nothi
             assert answer.status_code == status, f"{path}: {answer.text}"
 
 
+async def test_dead_letters_whose_database_is_away_are_503(
+    client: httpx.AsyncClient, token: Token, world: World, tmp_path: Path
+) -> None:
+    from diracx.tasks.plumbing.persistence import TaskDB
+
+    (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    world.installation.task_db = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/another")
+    asked = [("GET", path, None) for path in READS if path.startswith("dead-letters")]
+    asked += [("POST", path, body) for path, body in WRITES.items() if path.startswith("dead-letters")]
+    async with world.installation.task_db.engine_context():
+        for method, path, body in asked:
+            address, headers = f"/api/tasks/{path}", bearer(token("ServiceAdministrator"))
+            answer = await client.request(method, address, json=body, headers=headers)
+            assert answer.status_code == 503, (path, answer.text)
+            assert "is no SQLite database" in answer.json()["detail"]
+            assert "DIRACX_DB_URL_TASKDB" in answer.json()["detail"]
+
+
 async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
     for path in ("running", "delayed", "failures", "queues/normal:small", "dead-letters/waiting"):
         for after in ("x", "nan", "1-x", "99999999999999999999-1"):

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from database_troubles import PASSWORD, Troubled
 from diracx.tasks.monitor.audit import AuditEntry, read_audit, user_at_host
 from redis.asyncio import Redis
 from warm_commands import WarmCommands
+
+from gubbins.db.sql import MyPilotDB
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
@@ -208,6 +211,29 @@ def test_database_trouble_is_one_line_with_the_way_out(run: Run) -> None:
     down = run("db", "init", url="mysql+aiomysql://u:secret@127.0.0.1:1/x")
     refused(down, 1, "DIRACX_DB_URL_MYPILOTDB")
     assert "secret" not in down.stderr
+
+
+COMMANDS = (
+    *("ce list", "ce show a", "ce enable a", "ce disable a", "ce ban a", "pilots list", "pilots summary"),
+    *("pilots show 1", "pilots cancel 1", "pilots output 1", "db init", "db current", "db upgrade"),
+    *("db downgrade base --yes", f"ce load {EXAMPLE}"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_in_one_line_that_its_database_is_none(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    refused(run(*command.split(), url=f"sqlite+aiosqlite:///{tmp_path}/another"), 1, "is no SQLite database")
+
+
+@pytest.mark.parametrize("command", ["ce list", "db current", "db upgrade"])
+def test_every_trouble_of_a_database_is_one_line(run: Run, troubled_database: Troubled, command: str) -> None:
+    troubled = asyncio.run(troubled_database(MyPilotDB.migrations))
+    answer = run(*command.split(), url=troubled.url)
+    if command.startswith("db") and answer.returncode == 0:
+        return  # it is there to mend this one
+    refused(answer, 1, *troubled.says)
+    assert PASSWORD not in answer.stderr
 
 
 def test_db_upgrade_and_downgrade_say_what_they_did(run: Run) -> None:

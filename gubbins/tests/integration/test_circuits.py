@@ -193,7 +193,7 @@ async def test_a_ce_whose_rules_in_the_database_are_wrong_gets_no_pilots_and_sto
         scripted.submissions[name] = SubmitOutcome(reference="job.1")
         scripted.observations[name] = Observation(Observed.RUNNING)
         await logic.submit_pilot(db, name, "lhcb")
-    async with db.unit():
+    async with db:
         row = update(ComputeElements).where(ComputeElements.name == "ce")
         await db.conn.execute(row.values(rules=rules))
     assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 2}

@@ -29,7 +29,7 @@ def _pilot(ce: str, vo: str, status: str, *ago: timedelta | None) -> dict[str, A
 async def _course(db: MyPilotDB, pilots: list[dict[str, Any]], vo: str | None) -> Course:
     for name in {pilot["ce_name"] for pilot in pilots}:
         await db.add_ce(name, 100_000, 1.0)
-    async with db.unit():
+    async with db:
         await db.conn.execute(insert(Pilots), pilots)
     store = PilotStore()
     store.use(db)

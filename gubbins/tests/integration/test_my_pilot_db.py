@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from diracx.db.sql.utils import SQLDBUnavailableError
+from diracx.tasks.plumbing.sql.errors import DatabaseError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.connection import DatabaseNotReadyError
 from gubbins.exceptions import (
     CEDisabledError,
     CEExistsError,
@@ -252,7 +252,7 @@ async def test_each_of_many_that_start_at_once_strikes_out_one_request(db: MyPil
 
     async def ask(vo: str) -> None:
         for _ in range(5):
-            async with db.unit():
+            async with db:
                 await db.pending_requests(since=now - timedelta(minutes=1))
                 for name in names:
                     await db.add_requests(name, vo=vo, count=1)
@@ -270,7 +270,7 @@ async def test_each_of_many_that_start_at_once_strikes_out_one_request(db: MyPil
 async def test_uninitialised_database_says_how_to_initialise_it(db_url: str) -> None:
     db = MyPilotDB(db_url)
     async with db.engine_context():
-        with pytest.raises(DatabaseNotReadyError, match="gubbins db init"):
+        with pytest.raises(DatabaseError, match="gubbins db init"):
             await db.list_ces(vo=None)
         assert await db.create_tables()
         assert not await db.create_tables()
@@ -296,7 +296,7 @@ async def test_a_round_locks_compute_elements_in_the_order_of_the_checks(
         await database.create_tables()
         for name in ("a", "B"):  # a locale may have them so, as the table has; Python has not
             await database.add_ce(name, 1, 1.0)
-        async with database.unit():
+        async with database:
             await database.record_ce_error("B", "first")
             # In a context of its own, or it would be of this transaction.
             counting = database.pending_requests(since=datetime.now(UTC))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -146,7 +148,7 @@ def test_a_rule_that_is_against_a_submission_is_named_with_its_number(client: An
         assert (0 < int(refused.headers.get("Retry-After", 0)) <= 60) is (status == 429)
 
 
-ROUTES = [
+ROUTES: list[tuple[str, str, Any]] = [
     ("POST", "/submit/ce", None),
     ("GET", "/summary", None),
     ("GET", "/pilots", None),
@@ -368,3 +370,35 @@ def test_routes_run_in_the_client_factory_of_diracx(client_factory: Any) -> None
         assert user.post(f"{API}/submit/ce").status_code == 409
         assert user.post(f"{API}/submit/unknown").status_code == 404
         assert user.get(f"{API}/summary").json()["totals"] == {"SUBMITTED": 1}
+
+
+def _spoil(path: Path) -> None:
+    """The file of the database is another file."""
+    for end in ("-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+
+
+def _empty(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            if not name.startswith("sqlite_"):
+                connection.execute(f'DROP TABLE "{name}"')
+        connection.commit()
+
+
+@pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("harm", "says"), [(_empty, "is not initialised"), (_spoil, "is no SQLite database")], ids=["empty", "spoilt"]
+)
+def test_a_database_that_cannot_be_used_is_503_with_the_way_out(
+    client: Any, app: Any, as_: As, api_db_url: str, harm: Callable[[Path], None], says: str, redis_url: str
+) -> None:
+    client.portal.call(_database(app).engine.dispose)
+    harm(Path(api_db_url.partition("///")[2]))
+    for method, path, body in ROUTES:
+        answer = client.request(method, f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
+        assert answer.status_code == 503, (path, answer.text)
+        assert says in answer.json()["detail"], path
+        assert "DIRACX_DB_URL_MYPILOTDB" in answer.json()["detail"]
+        assert int(answer.headers["Retry-After"]) > 0

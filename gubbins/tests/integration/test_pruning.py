@@ -27,7 +27,7 @@ async def aged(db: MyPilotDB) -> MyPilotDB:
         await db.advance_pilots({MyPilotStatus.RUNNING: [(id, None) for id in range(1, 10)]}, vo=vo)
         await db.advance_pilots({MyPilotStatus.DONE: [(id, None) for id in range(1, 5)]}, vo=vo)
         await db.advance_pilots({MyPilotStatus.FAILED: [(id, None) for id in range(5, 9)]}, vo=vo)
-    async with db.unit():
+    async with db:
         await db.conn.execute(update(Pilots).values(submitted_at=NOW - timedelta(days=365)))
         for id in range(1, 9):
             ended = NOW - timedelta(days=90 - 10 * id)
@@ -36,14 +36,14 @@ async def aged(db: MyPilotDB) -> MyPilotDB:
 
 
 async def left(db: MyPilotDB) -> list[int]:
-    async with db.unit():
+    async with db:
         return list((await db.conn.execute(select(Pilots.id).order_by(Pilots.id))).scalars())
 
 
 async def test_only_what_ended_long_ago_is_forgotten_and_its_history_with_it(aged: MyPilotDB) -> None:
     assert await MyPrunePilotsTask(keep_days=35).execute(my_pilot_db=aged) == 5
     assert await left(aged) == [6, 7, 8, 9, 10]
-    async with aged.unit():
+    async with aged:
         steps = select(PilotHistory.pilot_id, func.count()).group_by(PilotHistory.pilot_id)
         assert dict((await aged.conn.execute(steps)).all()) == {6: 3, 7: 3, 8: 3, 9: 2, 10: 1}
     assert await aged.count_illegal_histories() == 0

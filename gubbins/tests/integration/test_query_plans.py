@@ -91,7 +91,7 @@ async def many(db: MyPilotDB) -> MyPilotDB:
     ce = {"capacity": 10_000, "success_rate": 1.0, "created_at": now, "updated_at": now}
     rules = {"ce9": {"max_waiting": PILOTS, "max_per_cycle": PILOTS}}
     names = [f"ce{n}" for n in range(CES)]
-    async with db.unit():
+    async with db:
         await db.conn.execute(
             insert(ComputeElements), [{"name": name, "rules": rules.get(name)} | ce for name in names]
         )

@@ -25,7 +25,7 @@ async def test_a_reset_connection_makes_the_database_unavailable_until_the_next_
         db = MyPilotDB(url.set(port=port).render_as_string(hide_password=False))
 
         async def use(pauses: int | None = None) -> None:
-            async with db.unit():
+            async with db:
                 await db.conn.execute(text("SELECT 1"))
                 if pauses is not None:
                     proxy.reset()

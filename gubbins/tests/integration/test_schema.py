@@ -63,7 +63,7 @@ async def test_a_database_of_an_older_version_says_so(
 ) -> None:
     import sqlite3
 
-    from gubbins.db.sql.connection import DatabaseNotReadyError
+    from diracx.tasks.plumbing.sql.errors import DatabaseError
 
     url = await empty_database("sqlite")
     await MyPilotDB.migrations.upgrade(url)
@@ -71,7 +71,7 @@ async def test_a_database_of_an_older_version_says_so(
         connection.execute("ALTER TABLE Pilots DROP COLUMN MissingSince")
     db = MyPilotDB(url)
     async with db.engine_context():
-        with pytest.raises(DatabaseNotReadyError, match="gubbins db upgrade"):
+        with pytest.raises(DatabaseError, match="gubbins db upgrade"):
             await db.get_active_pilots(vo="lhcb")
 
 

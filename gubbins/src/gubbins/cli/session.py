@@ -6,7 +6,6 @@ __all__ = ["CommandError", "database_url", "echo", "emit", "in_database", "recor
 
 import asyncio
 import json
-import logging
 import os
 import sys
 import threading
@@ -37,16 +36,14 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     Raises:
         CommandError: it is not named, cannot be reached, has no tables, or the work was refused.
     """
-    from diracx.db.sql.utils import SQLDBUnavailableError
     from diracx.tasks.plumbing.migrations import MigrationError
-    from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
+    from diracx.tasks.plumbing.sql.errors import DatabaseError, describe
+    from sqlalchemy.exc import SQLAlchemyError
 
     from gubbins.db.sql import MyPilotDB
     from gubbins.exceptions import GubbinsError
 
     url = database_url()
-    # Its warning comes with a traceback; the error below says the same in one line.
-    logging.getLogger("diracx.db").setLevel(logging.CRITICAL)
 
     async def connected() -> T:
         db = MyPilotDB(url)
@@ -54,7 +51,7 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         try:
             async with db.engine_context():
                 return await work(db)
-        except SQLDBUnavailableError:
+        except DatabaseError:
             # The thread of a SQLite file that could not be opened reports its end to this event loop, and
             # prints a traceback if the loop is gone by then.
             for thread in set(threading.enumerate()) - others:
@@ -65,22 +62,14 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         return asyncio.run(connected())
     except (GubbinsError, MigrationError) as error:
         raise CommandError(str(error)) from error
-    except SQLDBUnavailableError as error:
-        cause = error.__cause__ or error
-        reason = one_line(getattr(cause, "orig", None) or cause)
-        if "initialised" in str(error):
-            raise CommandError(str(error)) from error
-        raise CommandError(
-            f"cannot use the database in {URL_VARIABLE}: {reason}; is it running, and the URL right?"
-        ) from error
-    except (ArgumentError, InvalidRequestError, ModuleNotFoundError) as error:
-        raise CommandError(f"{URL_VARIABLE} is not a usable database URL: {one_line(error)}") from error
-    except DBAPIError as error:
-        raise CommandError(f"the database refused: {one_line(error.orig or error)}") from error
-    except OSError as error:  # what drivers raise when nobody answers
-        raise CommandError(
-            f"cannot use the database in {URL_VARIABLE}: {one_line(error)}; is it running, and the URL right?"
-        ) from error
+    except DatabaseError as error:
+        raise CommandError(error.detail) from error
+    except (SQLAlchemyError, ModuleNotFoundError) as error:
+        if (told := describe("MyPilotDB", error)) is not None:
+            raise CommandError(str(told)) from error
+        # Without the statement.
+        words = one_line(getattr(error, "orig", None) or error)
+        raise CommandError(f"the database refuses this: {words}") from error
 
 
 def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:

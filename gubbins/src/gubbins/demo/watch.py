@@ -30,9 +30,12 @@ class Watch:
 
     async def look(self) -> None:
         """One consistent look, in one transaction."""
-        async with self.db.unit():
+
+        async def look() -> None:
             self.summary = await logic.get_pilot_summary(self.db)
             self.ces = await logic.list_ces(self.db)
+
+        await self.db.run(look)
         for ce in self.ces:
             active = sum(ces.get(ce["name"], {}).get(s, 0) for ces in self.summary.values() for s in ACTIVE)
             self.max_active_seen[ce["name"]] = max(active, self.max_active_seen.get(ce["name"], 0))

@@ -14,6 +14,7 @@ from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from diracx.tasks.routers.databases import database_errors
 from diracx.tasks.routers.policies import ConfigReader
 from diracx.tasks.routers.recording import Recorded, Recorder
 from diracx.tasks.routers.responses import responses
@@ -44,7 +45,7 @@ from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
-router = DiracxRouter()
+router = DiracxRouter(dependencies=[Depends(database_errors)])
 
 # Without a transaction around the request: the logic layer commits before the answer leaves, and holds
 # nothing while a compute element is being talked to.
@@ -77,7 +78,7 @@ _responses = partial(
         409: "Not possible as things are: no room, disabled, paused, ended or existing already",
         429: "Too many; `Retry-After` says when to come back",
         502: "The compute element refused, or did not answer",
-        503: "It cannot be written to the audit log, and was not done",
+        503: "The database, or the audit log, cannot be used, and nothing was done",
     },
 )
 

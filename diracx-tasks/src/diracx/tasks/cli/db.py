@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .errors import CliError
+from .errors import explained_database
 from .options import JsonOption
 from .output import echo, echo_json
 
@@ -102,21 +102,13 @@ def _report(move: Move, as_json: bool) -> None:
 
 
 def _run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from ..plumbing.migrations import MigrationError
     from ..plumbing.persistence import TaskDB
-    from .services import TASK_DB_VARIABLE, task_db_url
+    from .services import task_db_url
 
     url = task_db_url()
 
     async def migrate() -> _Answer:
         return await work(TaskDB.migrations, url)
 
-    try:
+    with explained_database("TaskDB"):
         return asyncio.run(migrate())
-    except MigrationError as error:
-        raise CliError(str(error)) from error
-    except (SQLAlchemyError, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        raise CliError(f"the database TaskDB failed: {cause}; check {TASK_DB_VARIABLE}") from error

@@ -60,8 +60,7 @@ def list_letters(
     where = filters.letters(status)
 
     async def look(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
-        async with db:
-            counts = await db.count(**where)
+        counts = await db.count(**where)
         letters = [letter async for letter in _pages(db, where, limit)]
         return letters, sum(counts.values())
 
@@ -224,8 +223,7 @@ def export(
         from ..monitor.letters import letter_record
 
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
-            async with db:
-                letter = await db.find(summary["task_id"])
+            letter = await db.find(summary["task_id"])
             if letter is None:
                 continue
             sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
@@ -272,8 +270,7 @@ def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_A
 
 
 async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[str, Any]:
-    async with db:
-        letter = await (db.find_summary if summary else db.find)(letter_id)
+    letter = await (db.find_summary if summary else db.find)(letter_id)
     if letter is None:
         raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
     return letter
@@ -283,10 +280,7 @@ async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIte
     """Dead letters as lists have them."""
     after_id, left = 0, limit
     while left is None or left > 0:
-        async with db:
-            page = await db.summaries(
-                **where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id
-            )
+        page = await db.summaries(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
         if not page:
             return
         after_id = page[-1]["id"]
@@ -304,8 +298,7 @@ async def _confirmed(db: TaskDB, where: LetterFilter, choice: Choice, question: 
     """
     if choice.yes:
         return
-    async with db:
-        total = sum((await db.count(**where)).values())
+    total = sum((await db.count(**where)).values())
     total = total if choice.limit is None else min(total, choice.limit)
     if total == 0:
         return

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["CliError", "UsageProblem", "explained_redis", "mask", "one_line", "shortened", "shortened_line"]
+__all__ = [
+    "CliError",
+    "UsageProblem",
+    "explained_database",
+    "explained_redis",
+    "mask",
+    "one_line",
+    "shortened",
+    "shortened_line",
+]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +83,31 @@ def explained_redis(url: str) -> Iterator[None]:
         raise CliError(str(error)) from error
     except RedisError as error:
         raise CliError(_about_redis(error, url)) from error
+
+
+@contextmanager
+def explained_database(name: str) -> Iterator[None]:
+    """Turn what an SQL database does wrong inside the block into one line.
+
+    Raises:
+        CliError: in place of every error that comes from a database.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ..plumbing.migrations import MigrationError
+    from ..plumbing.sql.errors import DatabaseError, describe
+
+    try:
+        yield
+    except DatabaseError as error:
+        raise CliError(error.detail) from error
+    except MigrationError as error:
+        raise CliError(str(error)) from error
+    except SQLAlchemyError as error:
+        if (told := describe(name, error)) is not None:
+            raise CliError(str(told)) from error
+        # Without the statement.
+        raise CliError(f"the database {name} refuses this: {getattr(error, 'orig', None) or error}") from error
 
 
 def _about_redis(error: BaseException, url: str) -> str:

@@ -11,12 +11,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import CliError
+from .errors import CliError, explained_database
 
 if TYPE_CHECKING:
     from diracx.core.config import Config
     from diracx.db.sql.utils import BaseSQLDB
-    from sqlalchemy import Connection, MetaData
 
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.config import TasksConfig
@@ -96,17 +95,9 @@ async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
         CliError: when it is not configured, does not answer or has no tables; and when it fails inside the block.
     """
     url = task_db_url()
-    from diracx.db.exceptions import DBUnavailableError
-    from sqlalchemy.exc import SQLAlchemyError
-
     async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
-        try:
+        with explained_database("TaskDB"):
             yield database
-        except (SQLAlchemyError, DBUnavailableError) as error:
-            cause = getattr(error, "orig", None) or error.__cause__ or error
-            raise CliError(
-                f"the database TaskDB failed: {cause}; check {TASK_DB_VARIABLE}, and repeat: it does no harm"
-            ) from error
 
 
 def task_db_url() -> str:
@@ -150,42 +141,28 @@ async def _checked(
     name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
 ) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
-    from ..plumbing.migrations import MigrationError, Migrations
+    from ..plumbing.migrations import Migrations
+    from ..plumbing.sql.errors import explained
+    from ..plumbing.sql.session import not_ready
 
-    variable = f"DIRACX_DB_URL_{name.upper()}"
     migrations: Migrations | None = getattr(database_class, "migrations", None)
     async with AsyncExitStack() as stack:
         database = await _opened(stack, name, database_class, url)
         before = set(threading.enumerate())
         try:
-            if create and migrations is not None:
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    await migrations.create(database.engine)
-            async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
-                problem = await connection.run_sync(_what_is_missing, database.metadata)
-        except TimeoutError as error:
-            raise CliError(
-                f"the database {name} does not answer within {_ANSWER_SECONDS:g} s; check {variable}"
-            ) from error
-        except MigrationError as error:
-            raise CliError(str(error)) from error
-        except Exception as error:
+            with explained_database(name), explained(name):
+                if create and migrations is not None:
+                    async with asyncio.timeout(_ANSWER_SECONDS):
+                        await migrations.create(database.engine)
+                async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
+                    if (lacks := await connection.run_sync(not_ready, database_class, name)) is not None:
+                        raise lacks
+        except CliError:
             # The thread of an aiosqlite connection that failed still has a last word for this event loop.
             for thread in set(threading.enumerate()) - before:
                 if not thread.name.startswith("asyncio_"):  # those of the loop itself stay
                     await asyncio.to_thread(thread.join, 1.0)
-            cause = getattr(error, "orig", None) or error  # without the SQL statement
-            raise CliError(f"cannot reach the database {name}: {cause}; check {variable}") from error
-        if problem and "column" in problem and migrations is not None:
-            raise CliError(
-                f"the database {name} is of another version ({problem}): `{migrations.command} upgrade` with the "
-                f"same {variable}"
-            )
-        if problem:
-            init = "`python -m diracx.db init-sql`" + (" or `diracx-task-run dlq init`" * (name == "TaskDB"))
-            raise CliError(
-                f"the database {name} is not initialised ({problem}); run {init} with the same {variable}"
-            )
+            raise
         yield database
 
 
@@ -200,23 +177,6 @@ async def _opened(stack: AsyncExitStack, name: str, database_class: type[Any], u
             "address"
         ) from error
     return database
-
-
-def _what_is_missing(connection: Connection, metadata: MetaData) -> str:
-    """Which tables are not there, or lack columns; empty when all is well."""
-    from sqlalchemy import inspect
-
-    inspector = inspect(connection)
-    there = {table.casefold(): table for table in inspector.get_table_names()}
-    missing = sorted(table for table in metadata.tables if table.casefold() not in there)
-    if missing:
-        return f"no table {', '.join(missing)}"
-    for name, table in metadata.tables.items():
-        columns = {column["name"].casefold() for column in inspector.get_columns(there[name.casefold()])}
-        lacking = sorted(column.name for column in table.columns if column.name.casefold() not in columns)
-        if lacking:
-            return f"the table {name} has no column {', '.join(lacking)}"
-    return ""
 
 
 # --- configuration ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from ..plumbing.exceptions import SendTaskError
 from ..plumbing.secrets import mask
+from ..plumbing.sql.errors import DatabaseError
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
 from .health import probe
@@ -362,6 +363,9 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
             found = 503, f"The server of the tasks does not answer: {error}"
         case NotReadyError():
             found = 503, "The configuration of DiracX is being read; load this page again in some seconds."
+        case DatabaseError():
+            logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
+            found = 503, f"{str(error)[0].upper()}{str(error)[1:]}."
         case SQLAlchemyError() | DBUnavailableError():
             found = 503, f"The database does not answer: {getattr(error, 'orig', None) or error}"
         case _:

@@ -145,12 +145,11 @@ class Operator(Deeds):
     async def _letters(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         db = self._task_db()
         found: list[dict[str, Any]] = []
-        async with db:
-            for number in dict.fromkeys(numbers):
-                letters = await db.summaries(limit=1, after_id=number - 1)
-                if not letters or letters[0]["id"] != number:
-                    raise NotPossibleError(f"there is no dead letter {number}")
-                found += letters
+        for number in dict.fromkeys(numbers):
+            letters = await db.summaries(limit=1, after_id=number - 1)
+            if not letters or letters[0]["id"] != number:
+                raise NotPossibleError(f"there is no dead letter {number}")
+            found += letters
         return found
 
     async def _search(self, where: LetterFilter, limit: int) -> list[dict[str, Any]]:
@@ -158,8 +157,7 @@ class Operator(Deeds):
         found: list[dict[str, Any]] = []
         after_id = 0
         while len(found) < limit:
-            async with db:
-                page = await db.summaries(**where, limit=min(_PAGE, limit - len(found)), after_id=after_id)
+            page = await db.summaries(**where, limit=min(_PAGE, limit - len(found)), after_id=after_id)
             if not page:
                 break
             after_id = page[-1]["id"]

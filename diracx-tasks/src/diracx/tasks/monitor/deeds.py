@@ -142,7 +142,7 @@ class Deeds:
 
         Raises:
             SendTaskError: the broker does not answer; see `Resubmitter.these`.
-            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: the database does not.
+            diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not.
         """
         from ..plumbing.persistence.resubmission import Fate
 
@@ -173,8 +173,7 @@ class Deeds:
             gone: set[int] = set()
             for first in range(0, len(letters), _LETTERS):
                 part = letters[first : first + _LETTERS]
-                async with db:
-                    gone |= await db.discard([(letter["id"], letter["burial"]) for letter in part])
+                gone |= await db.discard([(letter["id"], letter["burial"]) for letter in part])
             return gone
 
         def told(gone: set[int]) -> str:

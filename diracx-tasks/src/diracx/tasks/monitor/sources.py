@@ -91,8 +91,7 @@ async def sources(task_db: TaskDB | None) -> AsyncIterator[Sources]:
 
 def _letters_of(db: TaskDB) -> Ask:
     async def ask() -> list[Family]:
-        async with db:
-            counts = await db.count_by_task()
+        counts = await db.count_by_task()
         samples = [
             ({"task_name": name, "status": str(status)}, number) for (name, status), number in counts.items()
         ]

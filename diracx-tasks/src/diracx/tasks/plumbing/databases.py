@@ -1,4 +1,4 @@
-"""SQL databases: which there are (`DIRACX_DB_URL_<NAME>`), and how MySQL is told to lock.
+"""SQL databases: which there are (`DIRACX_DB_URL_<NAME>`).
 
 `database_urls` is in place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not
 say which of the variables is wrong.
@@ -7,7 +7,7 @@ say which of the variables is wrong.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .exceptions import TaskConfigError
 
@@ -60,28 +60,6 @@ def _is_valid(url: str) -> bool:
         return make_url(url).drivername in _DRIVERS
     except (ArgumentError, ValueError):
         return False
-
-
-def read_committed(engine: AsyncEngine) -> None:
-    """Let each new connection to MySQL or MariaDB read what others have committed meanwhile.
-
-    With REPEATABLE READ, the default there, gaps between rows are locked, and whoever waited for a row goes on to
-    read what was there before the wait. Other databases are left alone.
-    """
-    if engine.dialect.name in ("mysql", "mariadb"):
-        from sqlalchemy import event
-
-        event.listen(engine.sync_engine, "connect", _set_read_committed)
-
-
-def _set_read_committed(connection: Any, _record: Any) -> None:
-    """Not by the engine's option `isolation_level`, which is set anew at each checkout. When the server has gone
-    meanwhile, that fails at a place where the pool loses its slot, and after a few of these it has none left."""
-    cursor = connection.cursor()
-    try:
-        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
-    finally:
-        cursor.close()
 
 
 def report_lost_connections(engine: AsyncEngine) -> None:

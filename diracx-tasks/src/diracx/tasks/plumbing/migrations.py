@@ -91,8 +91,9 @@ class Migrations:
 
         Raises:
             MigrationError: its tables are none that any revision makes, or it is newer than the software.
+            DatabaseError: it cannot be used.
         """
-        async with _connection(url) as connection:
+        async with self._connection(url) as connection:
             return await connection.run_sync(self._state)
 
     async def upgrade(self, url: str, to: str = HEAD) -> Move:
@@ -120,13 +121,18 @@ class Migrations:
 
         Raises:
             MigrationError: there are tables, of an older revision or of something else.
+            DatabaseError: it cannot be used.
         """
-        async with engine.begin() as connection:
-            return await connection.run_sync(self._create)
+        from .sql.errors import explained
+
+        with explained(self.database):
+            async with engine.begin() as connection:
+                return await connection.run_sync(self._create)
 
     # --- on a connection ------------------------------------------------------------------------------------
 
     def _create(self, connection: Connection) -> bool:
+        _check_encoding(connection)
         there = _Tables(connection)
         if there.none_of([*self.metadata.tables, self.version_table]):
             self.metadata.create_all(connection)
@@ -190,13 +196,22 @@ class Migrations:
             found = script.revision
         return found
 
+    @contextlib.asynccontextmanager
+    async def _connection(self, url: str) -> AsyncIterator[AsyncConnection]:
+        from .sql.errors import explained
+
+        with explained(self.database):
+            async with _connection(url) as connection:
+                yield connection
+
     async def _move(self, url: str, to: str, *, forward: bool) -> Move:
-        async with _connection(url) as connection, _exclusive(connection, self.version_table):
+        async with self._connection(url) as connection, _exclusive(connection, self.version_table):
             return await connection.run_sync(lambda sync: self._run(sync, to, forward))
 
     def _run(self, connection: Connection, to: str, forward: bool) -> Move:
         from alembic import command
 
+        _check_encoding(connection)
         scripts = self._scripts()
         before = self._state(connection)
         order = [script.revision for script in _from_oldest(scripts)]
@@ -367,6 +382,17 @@ async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[No
         await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({zlib.crc32(name.encode())})")
     yield
     await connection.commit()
+
+
+def _check_encoding(connection: Connection) -> None:
+    """On PostgreSQL it belongs to the whole database, and no table can have another."""
+    if connection.dialect.name == "postgresql":
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        if encoding != "UTF8":
+            raise MigrationError(
+                f"the encoding of this PostgreSQL database is {encoding}, which cannot hold every text: "
+                "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one"
+            )
 
 
 def _check_foreign_keys(connection: Connection) -> None:

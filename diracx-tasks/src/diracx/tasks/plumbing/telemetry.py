@@ -19,6 +19,8 @@ TASKS_SUBMITTED = "tasks_submitted_total"
 RELOAD_FAILURES = "diracx.tasks.config.reload_failures"
 #: Gauge: 1 while what is written is in force, 0 while an earlier configuration is.
 CONFIG_IS_CURRENT = "diracx.tasks.config.current"
+#: Counter: SQL transactions that the server ended because of others, and that were run again.
+DATABASE_CONFLICTS = "diracx.tasks.database.conflicts"
 
 
 def current_trace_context() -> dict[str, str]:
@@ -100,6 +102,22 @@ def _submissions() -> Any:
 
     meter = metrics.get_meter(METER)
     return meter.create_counter(TASKS_SUBMITTED, description="Tasks that were submitted.")
+
+
+def count_conflict(database: str) -> None:
+    """A transaction was ended by a deadlock or the like, and is run again. Prometheus knows it with the suffix
+    `_total`."""
+    if "opentelemetry.metrics" in sys.modules:
+        _conflicts().add(1, {"database": database})
+
+
+@cache
+def _conflicts() -> Any:
+    from opentelemetry import metrics
+
+    return metrics.get_meter(METER).create_counter(
+        DATABASE_CONFLICTS, unit="{transaction}", description="SQL transactions that were run again."
+    )
 
 
 def count_reload_failure() -> None:

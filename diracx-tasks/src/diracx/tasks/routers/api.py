@@ -27,9 +27,10 @@ from ..plumbing.scheduler import ScheduleState, schedules
 from ..plumbing.task_names import resolve_task_name
 from . import models
 from .asking import InstallationReader, Reader, Writer, there
+from .databases import database_errors
 from .responses import QuietRoute, responses
 
-router = DiracxRouter()
+router = DiracxRouter(dependencies=[Depends(database_errors)])
 router.route_class = QuietRoute
 
 _MOST = 1_000
@@ -292,10 +293,10 @@ async def get_dead_letters(
     """Dead letters, oldest first, without their messages and tracebacks."""
 
     async def ask() -> Any:
+        db = _task_db(reader.system)
         where: LetterFilter = {**chosen.where, "vo": reader.viewer.vo}
-        async with _task_db(reader.system) as db:
-            letters = await db.summaries(**where, limit=limit, after_id=after)
-            total = sum((await db.count(**where)).values())
+        letters = await db.summaries(**where, limit=limit, after_id=after)
+        total = sum((await db.count(**where)).values())
         return {
             "items": [letter_summary(letter) for letter in letters],
             "total": total,
@@ -320,8 +321,7 @@ async def get_dead_letter(
 
     async def ask() -> Any:
         system = reader.system
-        async with _task_db(system) as db:
-            letter = there(await find_letter(db, key, reader.viewer), f"dead letter {key!r}")
+        letter = there(await find_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
         shown = {name: value for name, value in letter_record(letter).items() if name not in ("message", "raw")}
         return shown | {"arguments": letter_arguments(letter, system.registry)}
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, insert, or_, select, update
 
 from gubbins import clock
@@ -29,41 +30,42 @@ MAX_DOUBLINGS = 32
 class CircuitStore(PilotDBConnection):
     """The table CECircuits."""
 
+    @transaction
     async def get_circuits(self, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
         """The circuits (of one compute element, or of all) that have seen a failure since the last success."""
         statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
         if ce_name is not None:
             statement = statement.where(CECircuits.ce_name == ce_name)
-        async with self.unit():
-            rows = await self.conn.execute(statement)
-            return {(row[0], row[1]): Circuit(*row[2:]) for row in rows}
+        rows = await self.conn.execute(statement)
+        return {(row[0], row[1]): Circuit(*row[2:]) for row in rows}
 
+    @transaction
     async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
         """Whether such a call may be made now.
 
         Of a half-open circuit one caller at a time gets True: the others have to wait for what it finds out,
         or for `probe_seconds`, after which it is taken for dead.
         """
-        async with self.unit():
-            now = clock.now()
-            await self.lock_ces([ce_name])
-            claimed = await self.conn.execute(
-                update(CECircuits)
-                .where(
-                    CECircuits.ce_name == ce_name,
-                    CECircuits.call == call,
-                    CECircuits.open_until <= now,
-                    or_(CECircuits.probe_until.is_(None), CECircuits.probe_until <= now),
-                )
-                .values(probe_until=now + timedelta(seconds=probe_seconds))
+        now = clock.now()
+        await self.lock_ces([ce_name])
+        claimed = await self.conn.execute(
+            update(CECircuits)
+            .where(
+                CECircuits.ce_name == ce_name,
+                CECircuits.call == call,
+                CECircuits.open_until <= now,
+                or_(CECircuits.probe_until.is_(None), CECircuits.probe_until <= now),
             )
-            if claimed.rowcount:
-                return True
-            open_until = await self.conn.execute(
-                select(CECircuits.open_until).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
-            )
-            return open_until.scalar_one_or_none() is None
+            .values(probe_until=now + timedelta(seconds=probe_seconds))
+        )
+        if claimed.rowcount:
+            return True
+        open_until = await self.conn.execute(
+            select(CECircuits.open_until).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
+        )
+        return open_until.scalar_one_or_none() is None
 
+    @transaction
     async def record_failure(
         self,
         ce_name: str,
@@ -81,46 +83,43 @@ class CircuitStore(PilotDBConnection):
         """
         now = clock.now()
         message = message[:MAX_REASON_CHARS]
-        async with self.unit():
-            # One after the other, and for the compute element to exist until this is written.
-            known = await self.conn.execute(
-                update(ComputeElements)
-                .where(ComputeElements.name == ce_name)
-                .values(last_error=message, last_error_at=now)
-            )
-            if not known.rowcount:
-                return Circuit()
-            where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
-            row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
-            before = Circuit() if row is None else Circuit(*row)
-            after = _failed(before, message, now, failures, pause_seconds, max_pause_seconds)
-            values = {
-                "failures": after.failures,
-                "open_until": after.open_until,
-                "probe_until": after.probe_until,
-                "last_error": message,
-                "last_error_at": now,
-            }
-            if row is None:
-                await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, **values))
-            else:
-                await self.conn.execute(update(CECircuits).where(*where).values(**values))
-            return after
+        # One after the other, and for the compute element to exist until this is written.
+        known = await self.conn.execute(
+            update(ComputeElements)
+            .where(ComputeElements.name == ce_name)
+            .values(last_error=message, last_error_at=now)
+        )
+        if not known.rowcount:
+            return Circuit()
+        where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
+        row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
+        before = Circuit() if row is None else Circuit(*row)
+        after = _failed(before, message, now, failures, pause_seconds, max_pause_seconds)
+        values = {
+            "failures": after.failures,
+            "open_until": after.open_until,
+            "probe_until": after.probe_until,
+            "last_error": message,
+            "last_error_at": now,
+        }
+        if row is None:
+            await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, **values))
+        else:
+            await self.conn.execute(update(CECircuits).where(*where).values(**values))
+        return after
 
+    @transaction
     async def record_success(self, ce_name: str, call: CECall) -> None:
         """Note that a call worked: its circuit is closed, and what it complained about is over."""
-        async with self.unit():
-            await self.lock_ces([ce_name])
-            await self.conn.execute(
-                delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
-            )
-            await self._restore_last_error(ce_name)
+        await self.lock_ces([ce_name])
+        await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call))
+        await self._restore_last_error(ce_name)
 
+    @transaction
     async def reset_circuits(self, ce_names: Sequence[str]) -> None:
         """Close all circuits of these compute elements: whatever was wrong is said to be mended."""
-        async with self.unit():
-            if ce_names:
-                await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name.in_(ce_names)))
+        if ce_names:
+            await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name.in_(ce_names)))
 
     async def _restore_last_error(self, ce_name: str) -> None:
         """The last error of a compute element is that of the circuits which still have one."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, func, insert, select
 
 from gubbins import clock
@@ -28,14 +29,15 @@ class Claim(NamedTuple):
 class ClaimStore(CircuitStore):
     """The tables PilotRequests and PilotClaims."""
 
+    @transaction
     async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
         """Note that `count` `MyPilotTask`s of the VO are on their way to the compute element."""
-        async with self.unit():
-            now = clock.now()
-            if count > 0:
-                row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
-                await self.conn.execute(insert(PilotRequests), [row] * count)
+        now = clock.now()
+        if count > 0:
+            row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
+            await self.conn.execute(insert(PilotRequests), [row] * count)
 
+    @transaction
     async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> int:
         """Strike out the oldest requests, for their tasks have started; return how many there were to do so."""
         oldest = (
@@ -44,30 +46,30 @@ class ClaimStore(CircuitStore):
             .order_by(PilotRequests.id)
             .limit(count)
         )
-        async with self.unit():
-            # Two that start at once would choose the same request, or on MariaDB deadlock over it.
-            await self.lock_ces([ce_name])
-            ids = (await self.conn.execute(oldest)).scalars().all()
-            if ids:
-                await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
-            return len(ids)
+        # Two that start at once would choose the same request, or on MariaDB deadlock over it.
+        await self.lock_ces([ce_name])
+        ids = (await self.conn.execute(oldest)).scalars().all()
+        if ids:
+            await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
+        return len(ids)
 
+    @transaction
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
         """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.
 
         Until the transaction ends, no other transaction gets past this line: whoever adds requests after
         counting them counts all of them.
         """
-        async with self.unit():
-            await self.lock_ces()
-            await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
-            rows = await self.conn.execute(
-                select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(
-                    PilotRequests.ce_name, PilotRequests.vo
-                )
+        await self.lock_ces()
+        await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
+        rows = await self.conn.execute(
+            select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(
+                PilotRequests.ce_name, PilotRequests.vo
             )
-            return {(ce_name, vo): count for ce_name, vo, count in rows}
+        )
+        return {(ce_name, vo): count for ce_name, vo, count in rows}
 
+    @transaction
     async def count_slots(self) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
         """Who holds slots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}; absent means none."""
         statement = (
@@ -76,34 +78,31 @@ class ClaimStore(CircuitStore):
             .group_by(Pilots.ce_name, Pilots.vo, Pilots.status)
         )
         slots: dict[tuple[str, str], dict[MyPilotStatus, int]] = {}
-        async with self.unit():
-            for ce_name, vo, status, count in await self.conn.execute(statement):
-                slots.setdefault((ce_name, vo), {})[status] = count
+        for ce_name, vo, status, count in await self.conn.execute(statement):
+            slots.setdefault((ce_name, vo), {})[status] = count
         return slots
 
+    @transaction
     async def get_claims(self) -> dict[tuple[str, str], Claim]:
         """What each VO would have taken when it last asked, by (compute element, VO)."""
-        async with self.unit():
-            rows = await self.conn.execute(
-                select(
-                    PilotClaims.ce_name,
-                    PilotClaims.vo,
-                    PilotClaims.wanted,
-                    PilotClaims.asked_at,
-                    PilotClaims.granted_at,
-                )
+        rows = await self.conn.execute(
+            select(
+                PilotClaims.ce_name,
+                PilotClaims.vo,
+                PilotClaims.wanted,
+                PilotClaims.asked_at,
+                PilotClaims.granted_at,
             )
-            return {(row[0], row[1]): Claim(*row[2:]) for row in rows}
+        )
+        return {(row[0], row[1]): Claim(*row[2:]) for row in rows}
 
+    @transaction
     async def put_claims(self, vo: str, claims: Mapping[str, Claim]) -> None:
         """Note what the VO would take at these compute elements, in place of what it wanted before."""
         if not claims:
             return
-        async with self.unit():
-            await self.conn.execute(
-                delete(PilotClaims).where(PilotClaims.vo == vo, PilotClaims.ce_name.in_(claims))
-            )
-            await self.conn.execute(
-                insert(PilotClaims),
-                [{"ce_name": name, "vo": vo, **claim._asdict()} for name, claim in claims.items()],
-            )
+        await self.conn.execute(delete(PilotClaims).where(PilotClaims.vo == vo, PilotClaims.ce_name.in_(claims)))
+        await self.conn.execute(
+            insert(PilotClaims),
+            [{"ce_name": name, "vo": vo, **claim._asdict()} for name, claim in claims.items()],
+        )

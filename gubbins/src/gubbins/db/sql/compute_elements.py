@@ -7,6 +7,7 @@ __all__ = ["CE_COLUMNS", "ComputeElementStore", "serves"]
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -30,6 +31,7 @@ def serves(vos: Sequence[str] | None, vo: str) -> bool:
 class ComputeElementStore(ClaimStore):
     """The table ComputeElements."""
 
+    @transaction
     async def add_ce(
         self,
         name: str,
@@ -59,6 +61,7 @@ class ComputeElementStore(ClaimStore):
             ValueError: a number is out of range.
         """
         _check_range(capacity, success_rate)
+        now = clock.now()
         values = {
             "name": name,
             "capacity": capacity,
@@ -68,16 +71,19 @@ class ComputeElementStore(ClaimStore):
             "settings": settings or {},
             "vos": None if vos is None else list(vos),
             "rules": dict(rules) if rules else None,
+            "created_at": now,
+            "updated_at": now,
         }
-        async with self.unit():
-            now = clock.now()
-            row = {**values, "created_at": now, "updated_at": now}
-            try:
-                async with self.conn.begin_nested():
-                    await self.conn.execute(insert(ComputeElements).values(row))
-            except IntegrityError as error:
-                raise CEExistsError(name) from error
+        # An UPDATE first: SQLite would end its transaction with a savepoint that it begins with.
+        if await self.lock_ces([name]):
+            raise CEExistsError(name)
+        try:
+            async with self.conn.begin_nested():
+                await self.conn.execute(insert(ComputeElements).values(values))
+        except IntegrityError as error:
+            raise CEExistsError(name) from error
 
+    @transaction
     async def set_ce(
         self,
         name: str,
@@ -108,22 +114,20 @@ class ComputeElementStore(ClaimStore):
             wanted["enabled"] = enabled
         if enabled:
             wanted |= {"banned_at": None, "ban_reason": None}
-        async with self.unit():
-            if not await self.lock_ces([name]):
-                wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
-                await self.add_ce(name, **({"enabled": True} | wanted))
-                return "created"
-            present = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one()
-            if all(getattr(present, field) == value for field, value in wanted.items()):
-                return "unchanged"
-            await self.conn.execute(
-                update(ComputeElements)
-                .where(ComputeElements.name == name)
-                .values(**wanted, updated_at=clock.now())
-            )
-            await self.reset_circuits([name])
-            return "updated"
+        if not await self.lock_ces([name]):
+            wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
+            await self.add_ce(name, **({"enabled": True} | wanted))
+            return "created"
+        present = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one()
+        if all(getattr(present, field) == value for field, value in wanted.items()):
+            return "unchanged"
+        await self.conn.execute(
+            update(ComputeElements).where(ComputeElements.name == name).values(**wanted, updated_at=clock.now())
+        )
+        await self.reset_circuits([name])
+        return "updated"
 
+    @transaction
     async def set_ce_enabled(self, name: str, enabled: bool) -> bool:
         """Open or close a compute element for new pilots; True when that changed something.
 
@@ -132,63 +136,63 @@ class ComputeElementStore(ClaimStore):
         Raises:
             UnknownCEError: there is none of that name.
         """
-        async with self.unit():
-            if not await self.lock_ces([name]):
-                raise UnknownCEError(name)
-            changed = await self.conn.execute(
-                update(ComputeElements)
-                .where(
-                    ComputeElements.name == name,
-                    or_(ComputeElements.enabled.is_not(enabled), ComputeElements.banned_at.is_not(None)),
-                )
-                .values(enabled=enabled, banned_at=None, ban_reason=None, updated_at=clock.now())
+        if not await self.lock_ces([name]):
+            raise UnknownCEError(name)
+        changed = await self.conn.execute(
+            update(ComputeElements)
+            .where(
+                ComputeElements.name == name,
+                or_(ComputeElements.enabled.is_not(enabled), ComputeElements.banned_at.is_not(None)),
             )
-            if enabled:
-                await self.reset_circuits([name])
-                await self._restore_last_error(name)
-            return bool(changed.rowcount)
+            .values(enabled=enabled, banned_at=None, ban_reason=None, updated_at=clock.now())
+        )
+        if enabled:
+            await self.reset_circuits([name])
+            await self._restore_last_error(name)
+        return bool(changed.rowcount)
 
+    @transaction
     async def ban_ce(self, name: str, *, reason: str | None) -> bool:
         """Leave a compute element alone altogether; True when it was not banned before.
 
         Raises:
             UnknownCEError: there is none of that name.
         """
-        async with self.unit():
-            now = clock.now()
-            if not await self.lock_ces([name]):
-                raise UnknownCEError(name)
-            banned = await self.conn.execute(
-                update(ComputeElements)
-                .where(ComputeElements.name == name, ComputeElements.banned_at.is_(None))
-                .values(banned_at=now, enabled=False, updated_at=now)
-            )
-            await self.conn.execute(
-                update(ComputeElements)
-                .where(ComputeElements.name == name)
-                .values(ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
-            )
-            return bool(banned.rowcount)
+        now = clock.now()
+        if not await self.lock_ces([name]):
+            raise UnknownCEError(name)
+        banned = await self.conn.execute(
+            update(ComputeElements)
+            .where(ComputeElements.name == name, ComputeElements.banned_at.is_(None))
+            .values(banned_at=now, enabled=False, updated_at=now)
+        )
+        await self.conn.execute(
+            update(ComputeElements)
+            .where(ComputeElements.name == name)
+            .values(ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
+        )
+        return bool(banned.rowcount)
 
+    @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
         """One compute element, all its fields, with its `circuits`.
 
         Raises:
             UnknownCEError: there is none of that name.
         """
-        async with self.unit():
-            row = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one_or_none()
-            if row is None:
-                raise UnknownCEError(name)
-            return {**row._mapping, "circuits": _circuits_of(name, await self.get_circuits(name))}
+        row = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one_or_none()
+        if row is None:
+            raise UnknownCEError(name)
+        return {**row._mapping, "circuits": _circuits_of(row.name, await self.get_circuits(name))}
 
+    @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
         """Every compute element, by name: all its fields, with its `circuits`."""
-        async with self.unit():
-            rows = (await self.conn.execute(select(*CE_COLUMNS).order_by(ComputeElements.name))).all()
-            circuits = await self.get_circuits()
+        rows = (await self.conn.execute(select(*CE_COLUMNS).order_by(ComputeElements.name))).all()
+        circuits = await self.get_circuits()
         return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
 
+    @transaction
     async def list_ces(self, *, vo: str | None) -> list[dict[str, Any]]:
         """Every compute element that serves the VO (None: every one), by name.
 
@@ -203,9 +207,8 @@ class ComputeElementStore(ClaimStore):
             .scalar_subquery()
         )
         statement = select(ComputeElements.name, taken)
-        async with self.unit():
-            ces = await self.get_ces()
-            active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}
+        ces = await self.get_ces()
+        active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}
         return [
             # Never below zero: a capacity may be lowered while more pilots are on their way.
             {
@@ -217,16 +220,16 @@ class ComputeElementStore(ClaimStore):
             if vo is None or serves(ce["vos"], vo)
         ]
 
+    @transaction
     async def holds_pilots(self, name: str, *, lock: bool = False) -> bool:
         """Whether any slot of the compute element is taken, by whatever VO.
 
         With `lock`, nobody else reserves one there until the transaction ends.
         """
         taken = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
-        async with self.unit():
-            if lock:
-                await self.lock_ces([name])
-            return (await self.conn.execute(taken)).scalar_one_or_none() is not None
+        if lock:
+            await self.lock_ces([name])
+        return (await self.conn.execute(taken)).scalar_one_or_none() is not None
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
         """The enabled compute elements that serve the VO and have a free slot.
@@ -247,18 +250,18 @@ class ComputeElementStore(ClaimStore):
         """
         return float((await self.get_ce(ce_name))["success_rate"])
 
+    @transaction
     async def record_ce_error(self, name: str, message: str | None) -> None:
         """Remember what the compute element last complained about; None: it is well again."""
-        async with self.unit():
-            statement = update(ComputeElements).where(ComputeElements.name == name)
-            if message is None:
-                # Touches the row only when there is something to clear.
-                statement = statement.where(ComputeElements.last_error.is_not(None)).values(
-                    last_error=None, last_error_at=None
-                )
-            else:
-                statement = statement.values(last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
-            await self.conn.execute(statement)
+        statement = update(ComputeElements).where(ComputeElements.name == name)
+        if message is None:
+            # Touches the row only when there is something to clear.
+            statement = statement.where(ComputeElements.last_error.is_not(None)).values(
+                last_error=None, last_error_at=None
+            )
+        else:
+            statement = statement.values(last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
+        await self.conn.execute(statement)
 
 
 def _circuits_of(name: str, circuits: Mapping[tuple[str, CECall], Circuit]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
 
 from gubbins.pilot_states import MyPilotStatus
@@ -27,16 +28,17 @@ _COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
 class CourseStore(PilotDBConnection):
     """Counts of what happened since some moment, which read the pilots since then and no others."""
 
+    @transaction
     async def count_ended_pilots(self, since: datetime, *, vo: str | None) -> dict[str, dict[str, int]]:
         """How many ended since then, as {compute element: {state: number}}; `vo=None`: of every VO."""
         where = [Pilots.ended_at >= since, *_of(vo)]
         counted: Select[Any] = select(_CE, *_COUNTED).where(*where).group_by(text("ce"), Pilots.status)
         ended: dict[str, dict[str, int]] = {}
-        async with self.unit():
-            for ce_name, status, count in await self.conn.execute(_by_end(counted)):
-                ended.setdefault(ce_name, {})[str(status)] = count
+        for ce_name, status, count in await self.conn.execute(_by_end(counted)):
+            ended.setdefault(ce_name, {})[str(status)] = count
         return ended
 
+    @transaction
     async def count_steps(
         self, since: datetime, now: datetime, *, vo: str | None
     ) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
@@ -62,17 +64,16 @@ class CourseStore(PilotDBConnection):
         counted = _by_end(select(submitted, started, ended, *_COUNTED).group_by(*groups))
         active: Counter[MyPilotStatus] = Counter()
         entered: dict[MyPilotStatus, Counter[int]] = {status: Counter() for status in MyPilotStatus}
-        async with self.unit():
-            # Whoever took a step since then is active, or has ended since then.
-            for alive in (False, True):
-                these = Pilots.ended_at.is_(None) if alive else Pilots.ended_at >= since
-                for *quarters, status, count in await self.conn.execute(counted.where(these, *_of(vo))):
-                    if alive:
-                        active[status] += count
-                    steps = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING, status)
-                    for step, quarter in zip(steps, quarters, strict=True):
-                        if quarter is not None:
-                            entered[step][max(0, int(quarter))] += count
+        # Whoever took a step since then is active, or has ended since then.
+        for alive in (False, True):
+            these = Pilots.ended_at.is_(None) if alive else Pilots.ended_at >= since
+            for *quarters, status, count in await self.conn.execute(counted.where(these, *_of(vo))):
+                if alive:
+                    active[status] += count
+                steps = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING, status)
+                for step, quarter in zip(steps, quarters, strict=True):
+                    if quarter is not None:
+                        entered[step][max(0, int(quarter))] += count
         return active, entered
 
     def _quarters(self, moment: Any, name: str, since: datetime, now: datetime) -> Label[Any]:

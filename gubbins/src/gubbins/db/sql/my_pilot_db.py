@@ -15,5 +15,6 @@ class MyPilotDB(TransitionStore, PilotStore, CourseStore, OutputStore, PruningSt
     """Compute elements, pilots, their history and their output.
 
     Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short
-    transaction of its own: `async with db.unit():` groups several calls into one.
+    transaction of its own, which is repeated when a deadlock ends it; `await db.run(work)` groups several calls
+    into one such transaction.
     """

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, select, update
 
 from gubbins import clock
@@ -33,27 +34,28 @@ class Output(NamedTuple):
 class OutputStore(PilotDBConnection):
     """The table PilotOutputs."""
 
+    @transaction
     async def queue_outputs(self, pilot_ids: Sequence[int]) -> None:
         """Note that the output of these pilots is to be fetched."""
-        async with self.unit():
-            if not pilot_ids:
-                return
-            these = await self._staged([(id, None) for id in pilot_ids])
-            await self.conn.execute(
-                insert(PilotOutputs).from_select(
-                    ["pilot_id", "vo", "ce_name"],
-                    select(Pilots.id, Pilots.vo, Pilots.ce_name)
-                    .join(these, self._are(these))
-                    .where(~exists().where(self._are(these, PilotOutputs.pilot_id))),
-                )
+        if not pilot_ids:
+            return
+        these = await self._staged([(id, None) for id in pilot_ids])
+        await self.conn.execute(
+            insert(PilotOutputs).from_select(
+                ["pilot_id", "vo", "ce_name"],
+                select(Pilots.id, Pilots.vo, Pilots.ce_name)
+                .join(these, self._are(these))
+                .where(~exists().where(self._are(these, PilotOutputs.pilot_id))),
             )
+        )
 
+    @transaction
     async def ces_with_queued_outputs(self, *, vo: str) -> set[str]:
         """Names of the compute elements where output of the VO's pilots is to be fetched."""
         queued = exists().where(_queued(vo, ComputeElements.name))
-        async with self.unit():
-            return set((await self.conn.execute(select(ComputeElements.name).where(queued))).scalars())
+        return set((await self.conn.execute(select(ComputeElements.name).where(queued))).scalars())
 
+    @transaction
     async def queued_outputs(self, *, vo: str, ce_name: str, limit: int) -> Sequence[Any]:
         """The VO's pilots whose output is to be fetched from a compute element, oldest first.
 
@@ -74,29 +76,31 @@ class OutputStore(PilotDBConnection):
             .order_by(PilotOutputs.pilot_id)
             .limit(limit)
         )
-        async with self.unit():
-            return (await self.conn.execute(statement)).all()
+        return (await self.conn.execute(statement)).all()
 
     async def store_outputs(self, outputs: Collection[Output]) -> None:
         """Keep what was fetched."""
         # Before the transaction, and beside the event loop: these may be a hundred megabytes.
         rows = await asyncio.to_thread(_rows, outputs)
-        async with self.unit():
-            now = clock.now()
-            if rows:
-                statement = (
-                    update(PilotOutputs.__table__)  # type: ignore[arg-type]  # a Table, whatever mypy sees
-                    .where(PilotOutputs.pilot_id == bindparam("id"))
-                    .values(
-                        fetched_at=now,
-                        expires_at=bindparam("until"),
-                        out=bindparam("o"),
-                        err=bindparam("e"),
-                        error=bindparam("why"),
-                    )
-                )
-                await self.conn.execute(statement, rows)
+        if rows:
+            await self._store(rows)
 
+    @transaction
+    async def _store(self, rows: Sequence[dict[str, Any]]) -> None:
+        statement = (
+            update(PilotOutputs.__table__)  # type: ignore[arg-type]  # a Table, whatever mypy sees
+            .where(PilotOutputs.pilot_id == bindparam("id"))
+            .values(
+                fetched_at=clock.now(),
+                expires_at=bindparam("until"),
+                out=bindparam("o"),
+                err=bindparam("e"),
+                error=bindparam("why"),
+            )
+        )
+        await self.conn.execute(statement, rows)
+
+    @transaction
     async def get_output(self, pilot_id: int) -> dict[str, Any] | None:
         """`stdout`, `stderr`, `error`, `fetched_at`, `expires_at` of a pilot; None: nothing was fetched."""
         statement = select(
@@ -106,8 +110,7 @@ class OutputStore(PilotDBConnection):
             PilotOutputs.fetched_at,
             PilotOutputs.expires_at,
         ).where(PilotOutputs.pilot_id == pilot_id, PilotOutputs.fetched_at.is_not(None))
-        async with self.unit():
-            row = (await self.conn.execute(statement)).one_or_none()
+        row = (await self.conn.execute(statement)).one_or_none()
         if row is None:
             return None
         return {
@@ -120,16 +123,14 @@ class OutputStore(PilotDBConnection):
 
     async def prune_outputs(self) -> int:
         """Forget outputs whose time is over, some of them; return how many."""
-        # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
-        async with self.unit():
-            expired = PilotOutputs.expires_at < clock.now()
-            found = await self.conn.execute(select(PilotOutputs.pilot_id).where(expired).limit(_PRUNED_AT_ONCE))
-            ids = found.scalars().all()
-        if not ids:
-            return 0
-        async with self.unit():
-            pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(ids)))
-            return int(pruned.rowcount)
+        expired = select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now())
+        ids = [row[0] for row in await self._rows(expired.limit(_PRUNED_AT_ONCE))]
+        return await self._delete_outputs(ids) if ids else 0
+
+    @transaction
+    async def _delete_outputs(self, pilot_ids: Sequence[int]) -> int:
+        pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(pilot_ids)))
+        return int(pruned.rowcount)
 
 
 def _queued(vo: str, ce_name: Any) -> ColumnElement[bool]:

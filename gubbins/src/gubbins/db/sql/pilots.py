@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Row, func, select, update
 
 from gubbins import clock
@@ -49,52 +50,53 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
 class PilotStore(SubmissionStore):
     """The table Pilots."""
 
+    @transaction
     async def set_pilots_missing(self, pilot_ids: Sequence[int], since: datetime | None) -> None:
         """Note since when the compute element does not know these pilots; None: it knows them again."""
-        async with self.unit():
-            if pilot_ids:
-                these = await self._staged([(id, None) for id in pilot_ids])
-                await self.conn.execute(update(Pilots).where(self._are(these)).values(missing_since=since))
+        if pilot_ids:
+            these = await self._staged([(id, None) for id in pilot_ids])
+            await self.conn.execute(update(Pilots).where(self._are(these)).values(missing_since=since))
 
+    @transaction
     async def request_cancel(self, pilot_id: int, *, reason: str) -> None:
         """Note that an active pilot is to be ended; its state changes when the compute element says so.
 
         Raises:
             PilotNotFoundError: there is no such pilot, or it has ended.
         """
-        async with self.unit():
-            now = clock.now()
-            noted = await self.conn.execute(
-                update(Pilots)
-                .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))
-                .values(
-                    cancel_requested_at=func.coalesce(Pilots.cancel_requested_at, now),
-                    last_error=reason[:MAX_REASON_CHARS],
-                )
+        now = clock.now()
+        noted = await self.conn.execute(
+            update(Pilots)
+            .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))
+            .values(
+                cancel_requested_at=func.coalesce(Pilots.cancel_requested_at, now),
+                last_error=reason[:MAX_REASON_CHARS],
             )
-            if not noted.rowcount:
-                raise PilotNotFoundError(pilot_id)
+        )
+        if not noted.rowcount:
+            raise PilotNotFoundError(pilot_id)
 
+    @transaction
     async def get_active_pilots(self, *, vo: str) -> Sequence[Row[Any]]:
         """All pilots of the VO that hold a slot, in one statement.
 
         Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, missing_since,
         cancel_requested_at`: no more than a check needs, for there may be very many.
         """
-        async with self.unit():
-            return (
-                await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))
-            ).all()
+        return (
+            await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))
+        ).all()
 
+    @transaction
     async def get_pilots_by_status(self, status: MyPilotStatus, vo: str | None) -> list[dict[str, Any]]:
         """All pilots in a state, oldest first; `vo=None`: of every VO."""
         where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
         if vo is not None:
             where.append(Pilots.vo == vo)
-        async with self.unit():
-            rows = (await self.conn.execute(select(*_COLUMNS).where(*where).order_by(Pilots.id))).all()
+        rows = (await self.conn.execute(select(*_COLUMNS).where(*where).order_by(Pilots.id))).all()
         return [_as_dict(row) for row in rows]
 
+    @transaction
     async def search_pilots(
         self,
         *,
@@ -120,42 +122,42 @@ class PilotStore(SubmissionStore):
             where.append(Pilots.ce_name == ce_name)
         if status is not None:
             where.append(Pilots.status == status)
-        async with self.unit():
-            total = (await self.conn.execute(select(func.count()).select_from(Pilots).where(*where))).scalar_one()
-            if (page - 1) * per_page >= total:
-                return int(total), []  # else all would be read, to be skipped
-            rows = await self.conn.execute(
-                select(*_COLUMNS)
-                .where(*where)
-                .order_by(Pilots.id.desc())
-                .limit(per_page)
-                .offset((page - 1) * per_page)
-            )
-            return int(total), [_as_dict(row) for row in rows]
+        total = (await self.conn.execute(select(func.count()).select_from(Pilots).where(*where))).scalar_one()
+        if (page - 1) * per_page >= total:
+            return int(total), []  # else all would be read, to be skipped
+        rows = await self.conn.execute(
+            select(*_COLUMNS)
+            .where(*where)
+            .order_by(Pilots.id.desc())
+            .limit(per_page)
+            .offset((page - 1) * per_page)
+        )
+        return int(total), [_as_dict(row) for row in rows]
 
+    @transaction
     async def get_pilot(self, pilot_id: int) -> dict[str, Any]:
         """One pilot with its `history`, oldest step first.
 
         Raises:
             PilotNotFoundError: there is no such pilot.
         """
-        async with self.unit():
-            row = (await self.conn.execute(select(*_COLUMNS).where(Pilots.id == pilot_id))).one_or_none()
-            if row is None:
-                raise PilotNotFoundError(pilot_id)
-            steps = (
-                await self.conn.execute(
-                    select(PilotHistory.status, PilotHistory.at, PilotHistory.reason).where(
-                        PilotHistory.pilot_id == pilot_id
-                    )
+        row = (await self.conn.execute(select(*_COLUMNS).where(Pilots.id == pilot_id))).one_or_none()
+        if row is None:
+            raise PilotNotFoundError(pilot_id)
+        steps = (
+            await self.conn.execute(
+                select(PilotHistory.status, PilotHistory.at, PilotHistory.reason).where(
+                    PilotHistory.pilot_id == pilot_id
                 )
-            ).all()
+            )
+        ).all()
         # States are declared in the order of a life, which also tells apart steps of one instant.
         order = list(MyPilotStatus)
         steps = sorted(steps, key=lambda step: order.index(step[0]))
         history = [{"status": status, "at": at, "reason": reason} for status, at, reason in steps]
         return {**_as_dict(row), "history": history}
 
+    @transaction
     async def get_pilot_summary(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
         """How many pilots there are, as {VO: {compute element: {state: number}}}; absent means none."""
         statement = (
@@ -166,7 +168,6 @@ class PilotStore(SubmissionStore):
         if vo is not None:
             statement = statement.where(Pilots.vo == vo)
         summary: dict[str, dict[str, dict[str, int]]] = {}
-        async with self.unit():
-            for vo_name, ce_name, status, count in await self.conn.execute(statement):
-                summary.setdefault(vo_name, {}).setdefault(ce_name, {})[str(status)] = count
+        for vo_name, ce_name, status, count in await self.conn.execute(statement):
+            summary.setdefault(vo_name, {}).setdefault(ce_name, {})[str(status)] = count
         return summary

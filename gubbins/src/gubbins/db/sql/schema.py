@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, cast
 
+from diracx.tasks.plumbing.sql.types import UTF8, AnyName, AnyText
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -78,14 +79,12 @@ def _from_text(value: str | None) -> datetime | None:
 
 # SQLite gives out ids by itself only in a column of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
-_CEName = String(128)
+_CEName = AnyName(128)
 MAX_VO_CHARS = 128
-_VO = String(MAX_VO_CHARS)
+_VO = AnyName(MAX_VO_CHARS)
 MAX_REASON_CHARS = 1024
 MAX_REFERENCE_CHARS = 255
-_Reason = String(MAX_REASON_CHARS)
-# Sites say what they like, and names that differ in case only are two: neither is MySQL's default.
-_ANY_TEXT = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+_Reason = AnyText(MAX_REASON_CHARS)
 # MySQL's plain BLOB ends at 64 kB.
 _Compressed = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
@@ -103,7 +102,7 @@ class ComputeElements(MyPilotDBBase):
     """A site where pilots can be submitted."""
 
     __tablename__ = "ComputeElements"
-    __table_args__ = _ANY_TEXT
+    __table_args__ = UTF8
 
     name: Mapped[str] = mapped_column("Name", _CEName, primary_key=True, key="name")
     # Slots: at most this many pilots of all VOs together are SUBMITTED or RUNNING.
@@ -117,7 +116,7 @@ class ComputeElements(MyPilotDBBase):
     )
     enabled: Mapped[bool] = mapped_column("Enabled", Boolean, default=True, key="enabled")
     # Name of an entry point in the group `gubbins.ces`, and what it was told.
-    backend: Mapped[str] = mapped_column("Backend", String(64), default="simulated", key="backend")
+    backend: Mapped[str] = mapped_column("Backend", AnyName(64), default="simulated", key="backend")
     settings: Mapped[dict[str, Any]] = mapped_column("Settings", JSON, default=dict, key="settings")
     # The VOs it serves; NULL: all.
     vos: Mapped[list[str] | None] = mapped_column("VOs", JSON(none_as_null=True), key="vos")
@@ -142,7 +141,7 @@ class CECircuits(MyPilotDBBase):
     """The circuit breaker of one kind of call to a compute element; no row: the last such call went well."""
 
     __tablename__ = "CECircuits"
-    __table_args__ = _ANY_TEXT
+    __table_args__ = UTF8
 
     ce_name: Mapped[str] = mapped_column(
         "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
@@ -184,7 +183,7 @@ class Pilots(MyPilotDBBase):
     # Our name for the pilot, known to the CE; makes a repeated submission recognisable.
     stamp: Mapped[str] = mapped_column("Stamp", String(32), unique=True, key="stamp")
     # The CE's name for it; NULL until the CE has confirmed the submission.
-    reference: Mapped[str | None] = mapped_column("Reference", String(MAX_REFERENCE_CHARS), key="reference")
+    reference: Mapped[str | None] = mapped_column("Reference", AnyText(MAX_REFERENCE_CHARS), key="reference")
     submitted_at: Mapped[datetime] = mapped_column("SubmittedAt", UTCDateTime, key="submitted_at")
     started_at: Mapped[datetime | None] = mapped_column("StartedAt", UTCDateTime, key="started_at")
     ended_at: Mapped[datetime | None] = mapped_column("EndedAt", UTCDateTime, key="ended_at")
@@ -207,7 +206,7 @@ class Pilots(MyPilotDBBase):
         Index("idx_pilots_vo_id", "vo", "id"),
         # Those to forget.
         Index("idx_pilots_ended", "ended_at"),
-        _ANY_TEXT,
+        UTF8,
     )
 
 
@@ -215,7 +214,7 @@ class PilotHistory(MyPilotDBBase):
     """Every state a pilot entered, once: the state machine has no cycles, so that is the key."""
 
     __tablename__ = "PilotHistory"
-    __table_args__ = _ANY_TEXT
+    __table_args__ = UTF8
 
     pilot_id: Mapped[int] = mapped_column(
         "PilotID",
@@ -245,7 +244,7 @@ class PilotRequests(MyPilotDBBase):
     __table_args__ = (
         Index("idx_requests_ce_vo", "ce_name", "vo"),
         Index("idx_requests_at", "requested_at"),
-        _ANY_TEXT,
+        UTF8,
     )
 
 
@@ -253,7 +252,7 @@ class PilotClaims(MyPilotDBBase):
     """How many pilots a VO would have had at a compute element when it last asked: what a fair share respects."""
 
     __tablename__ = "PilotClaims"
-    __table_args__ = _ANY_TEXT
+    __table_args__ = UTF8
 
     ce_name: Mapped[str] = mapped_column(
         "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
@@ -296,5 +295,5 @@ class PilotOutputs(MyPilotDBBase):
         # What is still to be fetched, oldest first.
         Index("idx_outputs_queue", "vo", "ce_name", "fetched_at", "pilot_id"),
         Index("idx_outputs_expires", "expires_at"),
-        _ANY_TEXT,
+        UTF8,
     )

@@ -12,8 +12,11 @@ __all__ = ["staged"]
 import json
 from collections.abc import Iterable
 
+from diracx.tasks.plumbing.sql.types import storable
 from sqlalchemy import BigInteger, String, bindparam, text
 from sqlalchemy.sql.selectable import Subquery
+
+from .schema import MAX_REASON_CHARS
 
 _READERS = {
     # LIMIT -1 keeps SQLite from merging this into the statement around it, where it would read the whole list
@@ -26,9 +29,10 @@ _READERS = {
         "SELECT CAST(value ->> 0 AS BIGINT) AS id, value ->> 1 AS reason "
         "FROM json_array_elements(CAST(:staged AS JSON)) AS pair(value)"
     ),
+    # Else its text is in the character set of the database.
     "mysql": (
-        "SELECT pair.id, pair.reason FROM JSON_TABLE(:staged, '$[*]' "
-        "COLUMNS (id BIGINT PATH '$[0]', reason TEXT PATH '$[1]')) AS pair"
+        "SELECT pair.id, pair.reason FROM JSON_TABLE(:staged, '$[*]' COLUMNS (id BIGINT PATH '$[0]', "
+        "reason TEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$[1]')) AS pair"
     ),
 }
 _READERS["mariadb"] = _READERS["mysql"]
@@ -39,6 +43,8 @@ def staged(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
 
     `dialect` is SQLAlchemy's name of it. A row without a reason yields NULL.
     """
-    payload = json.dumps([(id,) if reason is None else (id, reason) for id, reason in rows])
+    payload = json.dumps(
+        [(id,) if reason is None else (id, storable(reason, MAX_REASON_CHARS)) for id, reason in rows]
+    )
     statement = text(_READERS[dialect]).bindparams(bindparam("staged", payload, String))
     return statement.columns(id=BigInteger, reason=String).subquery("staged_rows")

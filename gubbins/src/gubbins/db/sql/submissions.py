@@ -7,6 +7,7 @@ __all__ = ["SubmissionStore"]
 import uuid
 from collections.abc import Sequence
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, func, insert, literal, select, update
 
 from gubbins import clock
@@ -21,11 +22,12 @@ from .schema import MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistor
 class SubmissionStore(LimitStore):
     """The table Pilots, as far as submissions go: with the capacity gate."""
 
+    @transaction
     async def find_pilot(self, stamp: str) -> int | None:
         """The id of the pilot with this stamp; None: there is none."""
-        async with self.unit():
-            return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
+        return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
 
+    @transaction
     async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None, granted: bool = False) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id.
 
@@ -44,51 +46,49 @@ class SubmissionStore(LimitStore):
                 nothing was created.
         """
         stamp = stamp or uuid.uuid4().hex
-        async with self.unit():
-            now = clock.now()
-            if not await self.lock_ces([ce_name]):
-                raise UnknownCEError(ce_name)
-            ce = (
-                await self.conn.execute(
-                    select(*CE_COLUMNS).where(ComputeElements.name == ce_name).with_for_update()
-                )
-            ).one()
-            if not ce.enabled:
-                raise CEDisabledError(ce_name)
-            # SQLite would keep a name of any length.
-            if not serves(ce.vos, vo) or not 0 < len(vo) <= MAX_VO_CHARS:
-                raise VONotServedError(ce_name, vo)
-            await self.check_limits(dict(ce._mapping), vo, granted=granted)
-            taken = (
-                select(func.count())
-                .select_from(Pilots)
-                .where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
-                .scalar_subquery()
+        now = clock.now()
+        if not await self.lock_ces([ce_name]):
+            raise UnknownCEError(ce_name)
+        ce = (
+            await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == ce_name).with_for_update())
+        ).one()
+        if not ce.enabled:
+            raise CEDisabledError(ce_name)
+        # SQLite would keep a name of any length.
+        if not serves(ce.vos, vo) or not 0 < len(vo) <= MAX_VO_CHARS:
+            raise VONotServedError(ce_name, vo)
+        await self.check_limits(dict(ce._mapping), vo, granted=granted)
+        taken = (
+            select(func.count())
+            .select_from(Pilots)
+            .where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
+            .scalar_subquery()
+        )
+        # Counting and inserting in one statement, although the lock is held: the count is then never
+        # older than the insert, under any isolation level of a transaction the caller has opened.
+        reserved = await self.conn.execute(
+            insert(Pilots).from_select(
+                ["vo", "ce_name", "status", "stamp", "submitted_at", "last_update"],
+                select(
+                    literal(vo, Pilots.vo.type),
+                    ComputeElements.name,
+                    literal(MyPilotStatus.SUBMITTED, Pilots.status.type),
+                    literal(stamp, Pilots.stamp.type),
+                    literal(now, Pilots.submitted_at.type),
+                    literal(now, Pilots.last_update.type),
+                ).where(ComputeElements.name == ce_name, taken < ComputeElements.capacity),
+                include_defaults=False,
             )
-            # Counting and inserting in one statement, although the lock is held: the count is then never
-            # older than the insert, under any isolation level of a transaction the caller has opened.
-            reserved = await self.conn.execute(
-                insert(Pilots).from_select(
-                    ["vo", "ce_name", "status", "stamp", "submitted_at", "last_update"],
-                    select(
-                        literal(vo),
-                        ComputeElements.name,
-                        literal(MyPilotStatus.SUBMITTED, Pilots.status.type),
-                        literal(stamp),
-                        literal(now, Pilots.submitted_at.type),
-                        literal(now, Pilots.last_update.type),
-                    ).where(ComputeElements.name == ce_name, taken < ComputeElements.capacity),
-                    include_defaults=False,
-                )
-            )
-            if not reserved.rowcount:
-                raise NoRoomError(ce_name, ce.capacity)
-            pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
-            await self.conn.execute(
-                insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now)
-            )
-            return int(pilot_id)
+        )
+        if not reserved.rowcount:
+            raise NoRoomError(ce_name, ce.capacity)
+        pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
+        await self.conn.execute(
+            insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now)
+        )
+        return int(pilot_id)
 
+    @transaction
     async def confirm_submission(self, pilot_id: int, stamp: str, reference: str) -> tuple[int, str] | None:
         """Note the compute element's own name of the pilot with this stamp, unless it has one.
 
@@ -105,49 +105,49 @@ class SubmissionStore(LimitStore):
             .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
             .values(reference=reference, missing_since=None)
         )
-        async with self.unit():
-            if (await self.conn.execute(noting.where(Pilots.id == pilot_id))).rowcount:
-                return pilot_id, reference
-            await self.conn.execute(noting)
-            found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
-            row = (await self.conn.execute(found)).one_or_none()
-            return None if row is None else (row[0], str(row[1]))
+        if (await self.conn.execute(noting.where(Pilots.id == pilot_id))).rowcount:
+            return pilot_id, reference
+        await self.conn.execute(noting)
+        found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
+        row = (await self.conn.execute(found)).one_or_none()
+        return None if row is None else (row[0], str(row[1]))
 
+    @transaction
     async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
         """Note the compute element's own names of pilots (id, reference), and return how many there are."""
-        async with self.unit():
-            if not references:
-                return 0
-            if len(references) == 1:  # a join may read, and lock, other pilots of a small table
-                [(id, name)] = references
-                one = update(Pilots).where(Pilots.id == id).values(reference=name, missing_since=None)
-                return int((await self.conn.execute(one)).rowcount)
-            these = await self._staged(references)
-            confirmed = await self.conn.execute(
-                update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
-            )
-            return int(confirmed.rowcount)
+        if not references:
+            return 0
+        if len(references) == 1:  # a join may read, and lock, other pilots of a small table
+            [(id, name)] = references
+            one = update(Pilots).where(Pilots.id == id).values(reference=name, missing_since=None)
+            return int((await self.conn.execute(one)).rowcount)
+        these = await self._staged(references)
+        confirmed = await self.conn.execute(
+            update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
+        )
+        return int(confirmed.rowcount)
 
+    @transaction
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
         """Undo reservations that never became pilots, and return how many were undone.
 
         Only SUBMITTED pilots whose submission was not confirmed: a pilot that existed is never forgotten.
         """
-        async with self.unit():
-            if not pilot_ids:
-                return 0
-            these = await self._staged([(id, None) for id in pilot_ids])
-            # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
-            joins = self.conn.dialect.name != "sqlite"
-            released = await self.conn.execute(
-                delete(Pilots).where(
-                    self._are(these) if joins else Pilots.id.in_(select(these.c.id)),
-                    Pilots.status == MyPilotStatus.SUBMITTED,
-                    Pilots.reference.is_(None),
-                )
+        if not pilot_ids:
+            return 0
+        these = await self._staged([(id, None) for id in pilot_ids])
+        # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
+        joins = self.conn.dialect.name != "sqlite"
+        released = await self.conn.execute(
+            delete(Pilots).where(
+                self._are(these) if joins else Pilots.id.in_(select(these.c.id)),
+                Pilots.status == MyPilotStatus.SUBMITTED,
+                Pilots.reference.is_(None),
             )
-            return int(released.rowcount)
+        )
+        return int(released.rowcount)
 
+    @transaction
     async def restore_pilot(self, ce_name: str, vo: str, *, stamp: str, reference: str, reason: str) -> int:
         """Take up a pilot whose reservation was undone and that came through all the same, to be ended.
 
@@ -164,28 +164,25 @@ class SubmissionStore(LimitStore):
         Returns:
             How many slots are taken now.
         """
+        now = clock.now()
         reason = reason[:MAX_REASON_CHARS]
-        async with self.unit():
-            now = clock.now()
-            await self.lock_ces([ce_name])
-            await self.conn.execute(
-                insert(Pilots).values(
-                    vo=vo,
-                    ce_name=ce_name,
-                    status=MyPilotStatus.SUBMITTED,
-                    stamp=stamp,
-                    reference=reference,
-                    submitted_at=now,
-                    last_update=now,
-                    cancel_requested_at=now,
-                    last_error=reason,
-                )
+        await self.lock_ces([ce_name])
+        await self.conn.execute(
+            insert(Pilots).values(
+                vo=vo,
+                ce_name=ce_name,
+                status=MyPilotStatus.SUBMITTED,
+                stamp=stamp,
+                reference=reference,
+                submitted_at=now,
+                last_update=now,
+                cancel_requested_at=now,
+                last_error=reason,
             )
-            pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
-            await self.conn.execute(
-                insert(PilotHistory).values(
-                    pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now, reason=reason
-                )
-            )
-            taken = select(func.count()).where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
-            return int((await self.conn.execute(taken)).scalar_one())
+        )
+        pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
+        await self.conn.execute(
+            insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now, reason=reason)
+        )
+        taken = select(func.count()).where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
+        return int((await self.conn.execute(taken)).scalar_one())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 __all__ = ["TransitionStore"]
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
+from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import and_, case, exists, func, insert, literal, not_, or_, select, update
 
 from gubbins import clock
@@ -51,13 +52,11 @@ class TransitionStore(PilotDBConnection):
         mine = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
         before = PREDECESSOR.get(status)
         reason = None if reason is None else reason[:MAX_REASON_CHARS]
-        # Not in the same transaction: on SQLite, one that begins by reading may be refused the right to write.
-        async with self.unit():
-            ce_name = (await self.conn.execute(select(Pilots.ce_name).where(*mine))).scalar_one_or_none()
-        async with self.unit():
+        ce_names = [row[0] for row in await self._rows(select(Pilots.ce_name).where(*mine))]
+
+        async def move() -> MyPilotStatus:
             now = clock.now()
-            if ce_name is not None:
-                await self.lock_ces([ce_name])
+            await self.lock_ces(ce_names)
             if before is not None:
                 changes = _entering(status, now)
                 if reason is not None:
@@ -75,8 +74,11 @@ class TransitionStore(PilotDBConnection):
                 raise PilotNotFoundError(pilot_id)
             raise IllegalTransitionError(pilot_id, current, status)
 
+        return await self.run(move)
+
+    @transaction
     async def advance_pilots(
-        self, moves: Mapping[MyPilotStatus, Iterable[tuple[int, str | None]]], *, vo: str
+        self, moves: Mapping[MyPilotStatus, Collection[tuple[int, str | None]]], *, vo: str
     ) -> dict[MyPilotStatus, int]:
         """Move any number of pilots one step each, in two statements per state entered (P62).
 
@@ -88,16 +90,14 @@ class TransitionStore(PilotDBConnection):
             How many entered each state. A pilot that is not in the state before (somebody else was faster)
             is left as it is and not counted.
         """
+        now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
-        async with self.unit():
-            now = clock.now()
-            for status in _ORDER:
-                rows = [
-                    (id, None if reason is None else reason[:MAX_REASON_CHARS])
-                    for id, reason in moves.get(status, ())
-                ]
-                if rows:
-                    counts[status] = await self._advance(rows, status, vo, now)
+        for status in _ORDER:
+            rows = [
+                (id, None if reason is None else reason[:MAX_REASON_CHARS]) for id, reason in moves.get(status, ())
+            ]
+            if rows:
+                counts[status] = await self._advance(rows, status, vo, now)
         return counts
 
     async def _advance(
@@ -130,6 +130,7 @@ class TransitionStore(PilotDBConnection):
         )
         return int(recorded.rowcount)
 
+    @transaction
     async def count_illegal_histories(self) -> int:
         """How many pilots came to where they are by any other way than the state machine's arrows.
 
@@ -151,10 +152,7 @@ class TransitionStore(PilotDBConnection):
             .group_by(Pilots.id, Pilots.status)
             .having(not_(legal))
         )
-        async with self.unit():
-            return int(
-                (await self.conn.execute(select(func.count()).select_from(illegal.subquery()))).scalar_one()
-            )
+        return int((await self.conn.execute(select(func.count()).select_from(illegal.subquery()))).scalar_one())
 
 
 def _path_to(status: MyPilotStatus) -> set[MyPilotStatus]:

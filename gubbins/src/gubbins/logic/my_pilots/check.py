@@ -123,7 +123,8 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
             answered, _ = await asyncio.wait(asked, timeout=PROMPT_SECONDS)
             if answered:
                 questions = {task: asked.pop(task) for task in answered}
-                findings = await _note(db, vo, questions, counts)
+                findings, entered = await _note(db, vo, questions)
+                counts.update(entered)
                 ces = {question.ce["name"]: question.ce for question in questions.values()}
                 tidying += [asyncio.create_task(_forget(ces[name], e)) for name, e in findings.ended.items()]
             if time.monotonic() >= again_at and not first.isdisjoint(asked):
@@ -172,8 +173,12 @@ async def _ask(question: _Question) -> _Answer:
         return _Answer(check_observations(ce, answer, (pilot.stamp for pilot in described)), complaint)
 
 
-async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilotStatus]) -> _Findings:
-    """Write down, in one transaction, what these compute elements have answered."""
+async def _note(db: MyPilotDB, vo: str, answered: _Asked) -> tuple[_Findings, dict[MyPilotStatus, int]]:
+    """Write down, in one transaction, what these compute elements have answered.
+
+    Returns:
+        That, and how many pilots entered each state.
+    """
     findings = _Findings()
     failures: dict[str, str] = {}
     complaints: dict[str, str | None] = {}
@@ -192,15 +197,15 @@ async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilo
             answer = task.result()
             complaints[name] = answer.complaint
             _judge(question, answer.observations, now, findings)
-    async with db.unit():
+
+    async def write() -> tuple[dict[MyPilotStatus, int], int]:
         await db.lock_ces(ces)
-        counts.update(await db.advance_pilots(findings.moves, vo=vo))
+        entered = await db.advance_pilots(findings.moves, vo=vo)
         await db.queue_outputs(findings.outputs)
         await db.confirm_pilots(findings.confirmed)
         await db.set_pilots_missing(findings.gone_missing, now)
         await db.set_pilots_missing(findings.found_again, None)
-        if await db.release_pilots(findings.never_submitted):
-            logger.warning("Undid submissions of %s that were never confirmed: %s", vo, findings.never_submitted)
+        released = await db.release_pilots(findings.never_submitted)
         for name in sorted({*failures, *complaints}):
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
@@ -209,7 +214,12 @@ async def _note(db: MyPilotDB, vo: str, answered: _Asked, counts: Counter[MyPilo
             await note_success(db, ces[name], CECall.STATUS)
             if (complaint := complaints[name]) is not None:
                 await db.record_ce_error(name, complaint)
-    return findings
+        return entered, released
+
+    entered, released = await db.run(write)
+    if released:
+        logger.warning("Undid submissions of %s that were never confirmed: %s", vo, findings.never_submitted)
+    return findings, entered
 
 
 def _judge(

@@ -85,7 +85,8 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
             ]
         )
     validate_settings(spec.backend, spec.settings)
-    async with db.unit():
+
+    async def add() -> dict[str, Any]:
         await db.add_ce(
             spec.name,
             spec.capacity,
@@ -98,13 +99,16 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
         )
         return await db.get_ce(spec.name)
 
+    return await db.run(add)
+
 
 async def load_ces(
     db: MyPilotDB, specs: Sequence[CESpec]
 ) -> dict[str, Literal["created", "updated", "unchanged"]]:
     """Make the compute elements be as specified: all of them or, on any error, none. Others are left alone."""
-    async with db.unit():
-        changes = {
+
+    async def load() -> dict[str, Literal["created", "updated", "unchanged"]]:
+        return {
             spec.name: await db.set_ce(
                 spec.name,
                 capacity=spec.capacity,
@@ -118,6 +122,8 @@ async def load_ces(
             # By name, as everybody locks them.
             for spec in sorted(specs, key=lambda spec: spec.name)
         }
+
+    changes = await db.run(load)
     return {spec.name: changes[spec.name] for spec in specs}
 
 

@@ -66,7 +66,7 @@ async def request_pilots(
     if waiting_jobs is not None and any(each.policy is DemandPolicy.WAITING_JOBS for each in rules.values()):
         jobs = await waiting_jobs()
 
-    async with db.unit():
+    async def ask() -> dict[str, int]:
         situation = await _look(db, vo, vos, ces)
         budget = 0 if jobs is None else jobs - situation.waiting
         wanted = {name: situation.wanted(ces[name], rules[name], budget) for name in ces}
@@ -84,7 +84,9 @@ async def request_pilots(
         asked = {name: count for name, count in asked.items() if count > 0}
         for name, count in asked.items():
             await db.add_requests(name, vo=vo, count=count)
-    return asked
+        return asked
+
+    return await db.run(ask)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
@@ -68,31 +69,23 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
     """
     if stamp is not None and await db.find_pilot(stamp) is not None:
         return await submit_pilot(db, ce_name, vo, stamp=stamp)
-    request = _Request(db, ce_name, vo)
+    request = _Request()
     try:
         pilot_id = await _submit(db, ce_name, vo, stamp, request)
     except PilotSubmissionError:
-        await request.strike()
+        if not request.struck:
+            await db.take_requests(ce_name, vo=vo)
         raise
     if pilot_id is None:
         logger.info("No pilot for %s at %s: its request has been given up", vo, ce_name)
     return pilot_id
 
 
+@dataclass
 class _Request:
     """The oldest request of a VO at a compute element: to be struck out once, whatever becomes of its pilot."""
 
-    def __init__(self, db: MyPilotDB, ce_name: str, vo: str) -> None:
-        self._db, self._ce_name, self._vo = db, ce_name, vo
-        self._struck = False
-
-    async def strike(self) -> bool:
-        """Strike it out; False: it was given up, or has been struck out here."""
-        if self._struck:
-            return False
-        found = await self._db.take_requests(self._ce_name, vo=self._vo)
-        self._struck = True
-        return bool(found)
+    struck: bool = False
 
 
 async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, request: _Request | None) -> int | None:
@@ -130,10 +123,13 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
         await note_failure(db, ce, CECall.SUBMIT, reason)
         raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
     reason = outcome.error or "no reason given"
-    async with db.unit():
+
+    async def give_up() -> None:
         await note_failure(db, ce, CECall.SUBMIT, reason)
         if begun is None:  # else the first attempt may have been accepted: the next checks find out
             await db.release_pilots([pilot_id])
+
+    await db.run(give_up)
     raise CERefusedError(ce_name, reason)
 
 
@@ -149,17 +145,22 @@ async def _reserve(
             return begun
         return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp, granted=request is not None)
 
-    async with db.unit():
-        if request is None:
-            return await reserve()
-        if not await request.strike():
-            return None
+    async def reserve_for_request() -> tuple[int | None, PilotSubmissionError | None]:
+        if not await db.take_requests(ce["name"], vo=vo):
+            return None, None
         try:
             async with db.conn.begin_nested():
-                return await reserve()
-        except PilotSubmissionError as error:
-            refusal = error
-    raise refusal
+                return await reserve(), None
+        except PilotSubmissionError as refusal:
+            return None, refusal
+
+    if request is None:
+        return await db.run(reserve)
+    pilot_id, refusal = await db.run(reserve_for_request)
+    request.struck = True  # only now: what a deadlock ends is run again
+    if refusal is not None:
+        raise refusal
+    return pilot_id
 
 
 async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
@@ -177,17 +178,22 @@ async def _confirm(
         CERefusedError: nobody waits for it any more; it is cancelled.
     """
     name, reference = ce["name"], str(pilot.reference)
-    async with db.unit():
+
+    async def confirm() -> tuple[tuple[int, str] | None, int]:
         await note_success(db, ce, CECall.SUBMIT)
         confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
-        if confirmed is None:
-            # This worker stood still for so long that a check has undone the reservation. It is real, and takes
-            # a slot, whatever the capacity: the checks follow it, and ask for its end until it is gone.
-            taken = await db.restore_pilot(
-                name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_GIVEN_UP
-            )
-            over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
-            logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _GIVEN_UP, over)
+        if confirmed is not None:
+            return confirmed, 0
+        # This worker stood still for so long that a check has undone the reservation. It is real, and takes
+        # a slot, whatever the capacity: the checks follow it, and ask for its end until it is gone.
+        return None, await db.restore_pilot(
+            name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_GIVEN_UP
+        )
+
+    confirmed, taken = await db.run(confirm)
+    if confirmed is None:
+        over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
+        logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _GIVEN_UP, over)
     if confirmed is not None and confirmed[1] == reference:
         logger.debug("Submitted pilot %d of %s to %s", confirmed[0], pilot.vo, name)
         return confirmed[0]

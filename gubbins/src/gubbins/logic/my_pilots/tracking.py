@@ -103,12 +103,15 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
         PilotNotFoundError: there is no such pilot.
         PilotEndedError: it has ended already.
     """
-    async with db.unit():
+
+    async def request() -> tuple[dict[str, Any], dict[str, Any]]:
         pilot = await db.get_pilot(pilot_id)
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(pilot_id, pilot["status"])
         await db.request_cancel(pilot_id, reason=f"cancellation requested by {one_line(by)}")
-        ce = await db.get_ce(pilot["ce_name"])
+        return pilot, await db.get_ce(pilot["ce_name"])
+
+    pilot, ce = await db.run(request)
     target = PilotAtCE(
         pilot["stamp"],
         pilot["vo"],

@@ -77,9 +77,9 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
     try:
-        async with asyncio.timeout(_ANSWER_SECONDS), installation.task_db as db:
-            letters = await db.summaries(**where, limit=_PAGE, after_id=after)
-            total = sum((await db.count(**where)).values())
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            letters = await installation.task_db.summaries(**where, limit=_PAGE, after_id=after)
+            total = sum((await installation.task_db.count(**where)).values())
     except (SQLAlchemyError, DBUnavailableError, OSError, TimeoutError) as error:
         return shown | {"away": database_error(error)}
     more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
@@ -90,8 +90,7 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     key = request.path_params["letter"]
     if installation.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
-    async with installation.task_db as db:
-        letter = await find_letter(db, key, viewer_of(request))
+    letter = await find_letter(installation.task_db, key, viewer_of(request))
     if letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
     arguments = letter_arguments(letter, installation.registry)
@@ -130,8 +129,7 @@ async def _asked(form: Form, installation: Installation, status: str) -> tuple[i
     numbers, where = _of_form(form, status)
     if numbers is not None:
         return len(numbers), [f"number {number}" for number in numbers]
-    async with installation.task_db as db:
-        total = sum((await db.count(**where)).values())
+    total = sum((await installation.task_db.count(**where)).values())
     if not total:
         raise NotPossibleError("There are no such dead letters.")
     said = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]

@@ -209,8 +209,7 @@ def _failing(error: Exception) -> Ask:
 
 def _open_letters(db: TaskDB) -> Ask:
     async def ask() -> list[Alert]:
-        async with db:
-            number, since = await db.count_open()
+        number, since = await db.count_open()
         if not number:
             return []
         return [

@@ -9,19 +9,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
-from diracx.db.sql.utils import BaseSQLDB
 from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
 
 from ..database_clock import DatabaseClock
-from ..databases import read_committed, report_lost_connections
 from ..migrations import Migrations
+from ..sql.session import Database, transaction
+from ..sql.types import fitting, storable
 from ..task_names import resolve_task_name
 from .letter import OPEN, DeadLetter, DeadLetterStatus
-from .schema import DeadLetters, TaskDBBase
-from .text import attempts_as_text, fitting, storable
+from .schema import LONGEST_NAME, DeadLetters, TaskDBBase
+from .text import attempts_as_text, history_as_text
 
 #: A task that is buried again and again keeps the story of its last burials only.
 _CHAPTERS_KEPT = 20
+_LONGEST_DETAIL = 10_000
 _AS_JSON = ("attempts", "history")
 #: What lists leave in the database: it may have megabytes.
 _BODIES = ("message", *_AS_JSON)
@@ -44,13 +45,15 @@ class LetterFilter(TypedDict, total=False):
     """Only those of this VO; None: of all VOs, and of none."""
 
 
-class TaskDB(BaseSQLDB):
+class TaskDB(Database):
     """Dead letters. `async with db:` is one transaction, as in every DiracX database.
 
+    Each method joins the transaction of its caller, or is one of its own that is repeated after a deadlock.
     SQLite, MySQL or MariaDB, and PostgreSQL (`postgresql+asyncpg://`).
     """
 
     metadata = TaskDBBase.metadata
+    init_command = "diracx-task-run dlq init"
     migrations = Migrations("TaskDB", metadata, Path(__file__).parent / "migrations", "diracx-task-run db")
 
     def __init__(self, db_url: str) -> None:
@@ -62,26 +65,11 @@ class TaskDB(BaseSQLDB):
         """The engine, for as long as the context lasts."""
         async with super().engine_context():
             self.clock.follow(self.engine)
-            report_lost_connections(self.engine)
-            read_committed(self.engine)  # else workers that store letters of neighbouring ids deadlock
             yield
-
-    async def __aexit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
-        # BaseSQLDB 0.7 keeps its connection when the commit fails, and would never open another.
-        connection = self.conn
-        try:
-            if exc_type is None:
-                try:
-                    await connection.commit()
-                except BaseException:
-                    await connection.invalidate()
-                    raise
-        finally:
-            self._conn.set(None)
-            await connection.close()
 
     # --- burying ----------------------------------------------------------------------------------------
 
+    @transaction
     async def insert(self, letter: DeadLetter) -> None:
         """Store a dead letter. Storing the same burial again changes nothing: safe to repeat.
 
@@ -89,13 +77,13 @@ class TaskDB(BaseSQLDB):
         history, and the letter is pending again.
         """
         now = self.clock.now()
-        task_id = fitting(letter.task_id)
-        burial = fitting(letter.burial)
+        task_id = letter.task_id
+        burial = fitting(letter.burial, LONGEST_NAME)
         values: dict[str, Any] = {
-            "task_name": fitting(letter.task_name),
-            "vo": None if letter.vo is None else fitting(letter.vo),
+            "task_name": letter.task_name,
+            "vo": letter.vo,
             "reason": letter.reason,
-            "detail": storable(letter.detail),
+            "detail": storable(letter.detail, _LONGEST_DETAIL),
             "message": letter.data,
             "attempts": attempts_as_text(letter.attempts),
             "burial": burial,
@@ -111,11 +99,12 @@ class TaskDB(BaseSQLDB):
             return
         [row] = await self._rows(select(DeadLetters.__table__).where(mine))
         if row["burial"] != burial:
-            chapters = [*row["history"], _chapter(row)][-_CHAPTERS_KEPT:]
-            await self.conn.execute(update(DeadLetters).where(mine).values(history=json.dumps(chapters), **values))
+            history = history_as_text([*row["history"], _chapter(row)][-_CHAPTERS_KEPT:])
+            await self.conn.execute(update(DeadLetters).where(mine).values(history=history, **values))
 
     # --- reading ----------------------------------------------------------------------------------------
 
+    @transaction
     async def search(
         self,
         *,
@@ -145,6 +134,7 @@ class TaskDB(BaseSQLDB):
         query = select(DeadLetters.__table__).where(DeadLetters.id > after_id, *conditions)
         return await self._rows(query.order_by(DeadLetters.id).limit(limit))
 
+    @transaction
     async def summaries(
         self,
         *,
@@ -187,6 +177,7 @@ class TaskDB(BaseSQLDB):
             case _:
                 return func.json_length(text)
 
+    @transaction
     async def messages(self, letters: Sequence[tuple[int, str]]) -> dict[int, bytes]:
         """Number -> message of these letters, given by number and burial; without those that changed since."""
         if not letters:
@@ -194,21 +185,24 @@ class TaskDB(BaseSQLDB):
         rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(letters)))
         return {number: bytes(message) for number, message in rows}
 
+    @transaction
     async def find(self, key: str) -> dict[str, Any] | None:
         """The dead letter of this task id, else of this number; None when there is none."""
-        found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == fitting(key)))
+        found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == key))
         if not found and (number := _number(key)) is not None:
             found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == number))
         return found[0] if found else None
 
+    @transaction
     async def find_summary(self, key: str) -> dict[str, Any] | None:
         """As `find`, with what `summaries` has of it."""
         query = self._summary_query()
-        found = (await self.conn.execute(query.where(DeadLetters.task_id == fitting(key)))).mappings().first()
+        found = (await self.conn.execute(query.where(DeadLetters.task_id == key))).mappings().first()
         if found is None and (number := _number(key)) is not None:
             found = (await self.conn.execute(query.where(DeadLetters.id == number))).mappings().first()
         return None if found is None else dict(found)
 
+    @transaction
     async def count(
         self,
         *,
@@ -224,12 +218,14 @@ class TaskDB(BaseSQLDB):
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
 
+    @transaction
     async def count_open(self) -> tuple[int, datetime | None]:
         """Number of dead letters to be decided about, and when the first of them was stored."""
         query = select(func.count(), func.min(DeadLetters.buried_at)).where(DeadLetters.status.in_(OPEN))
         number, first = (await self.conn.execute(query)).one()
         return number, first
 
+    @transaction
     async def count_by_task(self) -> dict[tuple[str, DeadLetterStatus], int]:
         """Number of dead letters by name of the task and status."""
         which = DeadLetters.task_name, DeadLetters.status
@@ -238,6 +234,7 @@ class TaskDB(BaseSQLDB):
 
     # --- deciding ---------------------------------------------------------------------------------------
 
+    @transaction
     async def begin_resubmission(self, letters: Sequence[tuple[int, str]]) -> dict[int, datetime]:
         """Mark pending letters as being re-submitted: the first of three steps.
 
@@ -255,11 +252,13 @@ class TaskDB(BaseSQLDB):
         begun = query.where(these, DeadLetters.status == DeadLetterStatus.RESUBMITTING)
         return dict((await self.conn.execute(begun)).all())
 
+    @transaction
     async def end_resubmission(self, letters: Sequence[tuple[int, str]]) -> None:
         """Note that letters were submitted: the last step. What has been buried again meanwhile stays pending."""
         if letters:
             await self._decide(_these(letters), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
 
+    @transaction
     async def discard(self, letters: Sequence[tuple[int, str]]) -> set[int]:
         """Decide that pending letters will not be submitted again. Returns the ids of all that are discarded now.
 

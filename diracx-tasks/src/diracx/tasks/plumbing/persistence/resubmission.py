@@ -75,7 +75,7 @@ class Resubmitter:
 
         Raises:
             SendTaskError: when the broker does not answer. The letters stay RESUBMITTING; repeat it.
-            sqlalchemy.exc.SQLAlchemyError, diracx.db.exceptions.DBUnavailableError: when the database does not.
+            diracx.tasks.plumbing.sql.errors.DatabaseError: when the database does not.
         """
         verdicts: list[Verdict] = []
         for batch in _batches(letters):
@@ -90,9 +90,8 @@ class Resubmitter:
         wanted: LetterFilter = {"status": OPEN, **where}
         after_id, left = 0, limit
         while left is None or left > 0:
-            async with self._db as db:
-                size = BATCH if left is None else min(BATCH, left)
-                letters = await db.summaries(**wanted, limit=size, after_id=after_id)
+            size = BATCH if left is None else min(BATCH, left)
+            letters = await self._db.summaries(**wanted, limit=size, after_id=after_id)
             if not letters:
                 return
             after_id = letters[-1]["id"]
@@ -113,8 +112,7 @@ class Resubmitter:
         verdicts: dict[int, Verdict] = {}
         prepared: dict[int, tuple[str, Submission]] = {}
         burials = {letter["id"]: letter["burial"] for letter in letters}
-        async with self._db as db:
-            messages = await db.messages(list(burials.items()))
+        messages = await self._db.messages(list(burials.items()))
         for letter in letters:
             if (message := messages.get(letter["id"])) is None:
                 continue  # buried again, or taken away since it was looked at: somebody else's to decide about
@@ -122,15 +120,13 @@ class Resubmitter:
                 prepared[letter["id"]] = (ticket(letter), self._submission(letter, message))
             except _RefusedError as refused:
                 verdicts[letter["id"]] = Verdict(letter, Fate.REFUSED, str(refused))
-        async with self._db as db:
-            begun = await db.begin_resubmission([(number, burials[number]) for number in prepared])
+        begun = await self._db.begin_resubmission([(number, burials[number]) for number in prepared])
         now = self._db.clock.now()
         forgotten = {number for number, since in begun.items() if now - since > _FORGOTTEN_AFTER}
         taken = [number for number in prepared if number in begun and number not in forgotten]
         if taken:
             submitted = await self._broker.resubmit([prepared[number] for number in taken])
-            async with self._db as db:
-                await db.end_resubmission([(number, burials[number]) for number in taken])
+            await self._db.end_resubmission([(number, burials[number]) for number in taken])
         else:
             submitted = []
         ours = {number for number, first in zip(taken, submitted, strict=True) if first}

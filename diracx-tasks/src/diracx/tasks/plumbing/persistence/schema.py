@@ -5,14 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Enum, Index, LargeBinary, String, Text, TypeDecorator
+from sqlalchemy import DateTime, Dialect, Enum, Index, LargeBinary, TypeDecorator
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from ..sql.types import UTF8, AnyLongText, AnyName, AnyText
 from .letter import DeadLetterStatus
 
-# MySQL's BLOB and TEXT end at 64 KiB.
-_LONG_TEXT = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+# MySQL's BLOB ends at 64 KiB.
 _LONG_BINARY = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 LONGEST_NAME = 255
 
@@ -44,16 +44,16 @@ class DeadLetters(TaskDBBase):
     __tablename__ = "DeadLetters"
 
     id: Mapped[int] = mapped_column("ID", primary_key=True, autoincrement=True)
-    task_id: Mapped[str] = mapped_column("TaskID", String(LONGEST_NAME), unique=True)
-    task_name: Mapped[str] = mapped_column("TaskName", String(LONGEST_NAME))
-    vo: Mapped[str | None] = mapped_column("VO", String(LONGEST_NAME))
+    task_id: Mapped[str] = mapped_column("TaskID", AnyName(LONGEST_NAME), unique=True)
+    task_name: Mapped[str] = mapped_column("TaskName", AnyName(LONGEST_NAME))
+    vo: Mapped[str | None] = mapped_column("VO", AnyName(LONGEST_NAME))
     """The VO of the task; NULL: of none, or stored before there was this column."""
-    reason: Mapped[str] = mapped_column("Reason", String(32))
-    detail: Mapped[str] = mapped_column("Detail", _LONG_TEXT)
+    reason: Mapped[str] = mapped_column("Reason", AnyText(32))
+    detail: Mapped[str] = mapped_column("Detail", AnyLongText())
     message: Mapped[bytes] = mapped_column("Message", _LONG_BINARY)
-    attempts: Mapped[str] = mapped_column("Attempts", _LONG_TEXT)
-    burial: Mapped[str] = mapped_column("Burial", String(LONGEST_NAME))
-    history: Mapped[str] = mapped_column("History", _LONG_TEXT)
+    attempts: Mapped[str] = mapped_column("Attempts", AnyLongText())
+    burial: Mapped[str] = mapped_column("Burial", AnyName(LONGEST_NAME))
+    history: Mapped[str] = mapped_column("History", AnyLongText())
     """Earlier burials of the same task, as JSON."""
     status: Mapped[DeadLetterStatus] = mapped_column(
         "Status", Enum(DeadLetterStatus, native_enum=False, length=16), default=DeadLetterStatus.PENDING
@@ -65,6 +65,5 @@ class DeadLetters(TaskDBBase):
     __table_args__ = (
         Index("ix_DeadLetters_Status_BuriedAt", "Status", "BuriedAt"),
         Index("ix_DeadLetters_TaskName", "TaskName"),
-        # Any text must fit, and ids that differ in case only are two ids: neither is MySQL's default.
-        {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"},
+        UTF8,
     )

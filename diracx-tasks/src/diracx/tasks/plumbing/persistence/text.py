@@ -1,31 +1,12 @@
-"""Text that every database takes. A letter that SQL refuses for its spelling would never be stored."""
+"""The failed attempts of a dead letter as text that every database takes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
-from .schema import LONGEST_NAME
-
-_LONGEST_DETAIL = 10_000
-#: Characters of all attempts of a letter; servers refuse statements of 16 MB.
+#: Characters of all attempts of a letter, and of its history; servers refuse statements of 16 MB.
 _LONGEST_ATTEMPTS = 4_000_000
-
-
-def storable(text: str, longest: int = _LONGEST_DETAIL) -> str:
-    """The text without what PostgreSQL (NUL) or any encoding (half of a surrogate pair) refuses."""
-    clean = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
-    return clean if len(clean) <= longest else clean[:longest] + "…"
-
-
-def fitting(name: str) -> str:
-    """A name that fits its column; one that is too long ends in its hash, so that two of them stay two."""
-    clean = storable(name, longest=10**9)
-    if len(clean) <= LONGEST_NAME:
-        return clean
-    digest = hashlib.sha256(clean.encode()).hexdigest()
-    return f"{clean[: LONGEST_NAME - len(digest) - 1]}~{digest}"
 
 
 def attempts_as_text(attempts: Any) -> str:
@@ -54,3 +35,13 @@ def attempts_as_text(attempts: Any) -> str:
         total -= lengths[first]
         first += 1
     return json.dumps(kept[first:])
+
+
+def history_as_text(burials: list[dict[str, Any]]) -> str:
+    """Earlier burials as JSON. When they are too long, the oldest lose their attempts."""
+    total = 0
+    for burial in reversed(burials):
+        total += len(json.dumps(burial))
+        if total > _LONGEST_ATTEMPTS:
+            burial["attempts"] = []
+    return json.dumps(burials)

@@ -1,0 +1,1 @@
+"""SQL databases: sessions and transactions, portable column types, classified errors."""

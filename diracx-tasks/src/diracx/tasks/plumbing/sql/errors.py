@@ -1,0 +1,208 @@
+"""Classify errors of SQL databases: repeat the transaction, wait, mend the set-up, or give up the row.
+
+The codes are those of the manuals of MySQL, MariaDB, PostgreSQL (appendix A) and SQLite (`rescode.html`).
+"""
+
+from __future__ import annotations
+
+__all__ = ["DatabaseError", "Trouble", "classify", "describe", "explained", "is_cut_off"]
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from diracx.db.exceptions import DBUnavailableError
+from diracx.db.sql.utils import SQLDBUnavailableError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    NotSupportedError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
+
+from ..secrets import mask
+
+
+class Trouble(StrEnum):
+    """What mends an error of a database."""
+
+    CONFLICT = "conflict"
+    """Running the whole transaction again: deadlock, lock wait, serialisation failure, busy SQLite file."""
+    AWAY = "away"
+    """Waiting: the server does not answer, or cannot work at present (starting, read-only, full)."""
+    SETUP = "setup"
+    """An operator: credentials, rights, unknown database, unusable file."""
+    NOT_READY = "not ready"
+    """An operator: tables or columns are missing."""
+    REFUSED = "refused"
+    """Nothing: the database does not take this statement or this row."""
+
+
+class DatabaseError(SQLDBUnavailableError):
+    """A database cannot be used at present; one line that says why, and the way out.
+
+    DiracX answers it with 503. The driver's own words, which may tell users and hosts, are its `__cause__`.
+
+    Args:
+        message: without secrets.
+        trouble: what mends it.
+    """
+
+    def __init__(self, message: str, trouble: Trouble) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+    @property
+    def detail(self) -> str:
+        """The line with the driver's own words, for operators."""
+        cause = self.__cause__
+        if cause is None or isinstance(cause, TimeoutError):
+            return str(self)
+        words = " ".join(mask(str(_original(cause)) or type(cause).__name__).split())[:300]
+        return f"{self} (it says: {words})"
+
+
+_MYSQL = {
+    # 1305: the savepoint went with the transaction that a deadlock has ended. 1020, 3101: snapshot isolation
+    # of MariaDB, group replication.
+    Trouble.CONFLICT: {1020, 1205, 1213, 1305, 1412, 3101},
+    Trouble.SETUP: {1044, 1045, 1049, 1142, 1143, 1227, 1251, 1524, 1698, 2059},
+    Trouble.NOT_READY: {1054, 1146},
+    Trouble.REFUSED: {1048, 1062, 1064, 1071, 1118, 1153, 1162, 1300, 1301, 1366, 1406, 1451, 1452, 4025},
+}
+_POSTGRESQL = {
+    Trouble.CONFLICT: ("40", "55P03"),
+    Trouble.NOT_READY: ("42P01", "42703"),
+    Trouble.SETUP: ("28", "3D", "3F", "42501"),
+    Trouble.AWAY: ("08", "25006", "53", "57", "58"),
+    Trouble.REFUSED: ("0A", "21", "22", "23", "42", "54"),
+}
+_SQLITE = {
+    Trouble.CONFLICT: {5, 6},  # BUSY, LOCKED
+    Trouble.SETUP: {3, 8, 11, 14, 23, 26},  # PERM, READONLY, CORRUPT, CANTOPEN, AUTH, NOTADB
+    Trouble.AWAY: {7, 9, 10, 13},  # NOMEM, INTERRUPT, IOERR, FULL
+    Trouble.REFUSED: {18, 19, 20, 25},  # TOOBIG, CONSTRAINT, MISMATCH, RANGE
+}
+_SQLITE_LACKS = ("no such table", "no such column", "has no column named")
+
+_SAYS = {
+    Trouble.CONFLICT: "the database {0} is busy: others stood in the way of this transaction each time; repeat it",
+    Trouble.AWAY: "cannot reach the database {0}: check that it runs, and {1}",
+    Trouble.SETUP: "the database {0} cannot be used: check user, password, name and rights in {1}",
+    Trouble.NOT_READY: "the database {0} lacks a table or a column: create or upgrade its tables, or correct {1}",
+}
+_SAYS_OF_CODE: dict[int | str | None, str] = {
+    **dict.fromkeys((1049, "3D000"), "the database {0} does not exist on its server: create it, or correct {1}"),
+    **dict.fromkeys(
+        (1045, 1698, "28P01", "28000"), "the database {0} refuses the user or the password: correct {1}"
+    ),
+    8: "the file of the database {0} cannot be written: check its rights, and {1}",
+    11: "the file of the database {0} is damaged: restore it from a backup, or correct {1}",
+    14: "the file of the database {0} cannot be opened: check its directory and its rights, and {1}",
+    26: "the file of the database {0} is no SQLite database: correct {1}",
+}
+
+
+_UNUSABLE_URL = (ArgumentError, InvalidRequestError, ModuleNotFoundError)
+
+
+def classify(error: BaseException) -> Trouble | None:
+    """What mends the error; None: it does not come from a database."""
+    if isinstance(error, DatabaseError):
+        return error.trouble
+    if isinstance(error, DBUnavailableError):
+        return Trouble.AWAY if error.__cause__ is None else classify(error.__cause__) or Trouble.AWAY
+    if isinstance(error, OSError | EOFError):
+        return Trouble.AWAY
+    code = _code(error)
+    if isinstance(code, str):
+        kinds = (kind for kind, prefixes in _POSTGRESQL.items() if code.startswith(prefixes))
+        return next(kinds, Trouble.AWAY)
+    if code is not None and (found := _by_number(_original(error), code)) is not None:
+        return found
+    return _by_class(error)
+
+
+def is_cut_off(error: BaseException) -> bool:
+    """Whether the connection was lost: the server is away, or has closed it because of what it was sent."""
+    if isinstance(error, DatabaseError) and error.__cause__ is not None:
+        error = error.__cause__
+    lost = isinstance(error, OSError | EOFError) or getattr(error, "connection_invalidated", False)
+    return lost or _code(error) in (2006, 2013)
+
+
+def _by_number(original: BaseException, code: int) -> Trouble | None:
+    if not hasattr(original, "sqlite_errorcode"):
+        return next((kind for kind, codes in _MYSQL.items() if code in codes), None)
+    if str(original).startswith("no such table") or any(words in str(original) for words in _SQLITE_LACKS):
+        return Trouble.NOT_READY
+    return next((kind for kind, codes in _SQLITE.items() if code in codes), Trouble.REFUSED)
+
+
+def _by_class(error: BaseException) -> Trouble | None:
+    if isinstance(error, _UNUSABLE_URL):
+        return Trouble.SETUP
+    if not isinstance(error, SQLAlchemyError):
+        # asyncpg's errors before there is a connection.
+        return Trouble.AWAY if type(error).__module__.startswith("asyncpg.") else None
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return Trouble.AWAY
+    if isinstance(error, DataError | IntegrityError | NotSupportedError | ProgrammingError):
+        return Trouble.REFUSED
+    # asyncpg could not encode a value.
+    return Trouble.REFUSED if isinstance(_original(error).__cause__, ValueError) else Trouble.AWAY
+
+
+def _original(error: BaseException) -> Any:
+    return getattr(error, "orig", None) or error
+
+
+def _code(error: BaseException) -> int | str | None:
+    """SQLSTATE on PostgreSQL; on the others the number, of SQLite the primary one."""
+    original = _original(error)
+    if type(original).__module__.startswith("pymysql"):
+        number = original.args[0] if original.args else None
+        return number if isinstance(number, int) else None
+    if isinstance(state := getattr(original, "sqlstate", None), str):
+        return state
+    if isinstance(number := getattr(original, "sqlite_errorcode", None), int):
+        return number & 0xFF
+    return None
+
+
+def describe(database: str, error: BaseException) -> DatabaseError | None:
+    """The error for a user of this database (`TaskDB`), to be raised from the given one.
+
+    None: it says nothing about the database, but about what was asked of it.
+    """
+    trouble = classify(error)
+    if trouble is None or trouble is Trouble.REFUSED:
+        return None
+    if isinstance(error, DatabaseError):
+        return error
+    says = _SAYS[trouble]
+    if trouble is Trouble.SETUP:
+        says = _SAYS_OF_CODE.get(_code(error), says)
+    if isinstance(error, _UNUSABLE_URL):
+        says = "the database {0} has no usable URL: correct {1}"
+    return DatabaseError(says.format(database, f"DIRACX_DB_URL_{database.upper()}"), trouble)
+
+
+@contextmanager
+def explained(database: str) -> Iterator[None]:
+    """Turn what goes wrong with the database inside the block, and nothing else is in it, into one line.
+
+    Raises:
+        DatabaseError: in place of every error that says something about the database itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (told := describe(database, error)) is None or told is error:
+            raise
+        raise told from error

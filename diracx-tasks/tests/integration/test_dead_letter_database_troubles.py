@@ -1,0 +1,68 @@
+"""A database of dead letters that cannot be used is named in one line, with the way out, to all who ask for it."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import httpx
+import pytest
+from database_troubles import PASSWORD, Troubled
+from diracx.tasks.dashboard import create_app
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.plumbing.broker import RedisStreamBroker
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.sql.errors import DatabaseError
+from diracx.tasks.routers.databases import database_errors
+from fastapi import Depends, FastAPI
+
+
+async def test_it_is_said_in_one_line(troubled_database: Troubled) -> None:
+    troubled = await troubled_database(TaskDB.migrations)
+    db = TaskDB(troubled.url)
+    async with db.engine_context():
+        with pytest.raises(DatabaseError) as caught:
+            await db.search()
+    for line in (str(caught.value), caught.value.detail):
+        assert len(line.splitlines()) == 1
+        assert PASSWORD not in line
+        for words in troubled.says:
+            assert words in line
+
+
+async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redis_url: str) -> None:
+    troubled = await troubled_database(TaskDB.migrations)
+    broker, db = RedisStreamBroker(redis_url), TaskDB(troubled.url)
+
+    async def installation() -> Installation:
+        return Installation(broker, TaskRegistry.of({}), ConfigReader(), db)
+
+    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
+    app = create_app(installation, gate, extensions=[])
+    api = FastAPI(dependencies=[Depends(database_errors)])
+
+    @api.get("/letters")
+    async def letters() -> Any:
+        return await db.search()
+
+    def check(answer: httpx.Response) -> None:
+        assert answer.status_code == 503, answer.text
+        text = html.unescape(answer.text)
+        assert PASSWORD not in text
+        for words in troubled.says:
+            assert words.casefold() in text.casefold()
+
+    async with (
+        db.engine_context(),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as pages,
+        httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as routes,
+    ):
+        await pages.post("/sign-in", data={"credential": "the-token-of-wilma"})
+        for page in ("/dead-letters/1",):
+            check(await pages.get(page))
+        check(await routes.get("/letters"))
+    await app.aclose()
+    await broker.shutdown()

@@ -1,0 +1,62 @@
+"""A database of pilots that cannot be used is named in one line, with the way out, to whoever asks for it."""
+
+from __future__ import annotations
+
+import html
+from functools import partial
+
+import httpx
+import pytest
+from database_troubles import PASSWORD, Troubled
+from diracx.tasks.dashboard import create_app
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.installation import Installation
+from diracx.tasks.plumbing.broker import RedisStreamBroker
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.sql.errors import DatabaseError
+
+from gubbins.dashboard import extension
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+
+
+async def test_it_is_said_in_one_line(troubled_database: Troubled) -> None:
+    troubled = await troubled_database(MyPilotDB.migrations)
+    db = MyPilotDB(troubled.url)
+    async with db.engine_context():
+        for ask in (partial(logic.get_pilot, pilot_id=1), logic.list_ces):
+            with pytest.raises(DatabaseError) as caught:
+                await ask(db)
+            for line in (str(caught.value), caught.value.detail):
+                assert len(line.splitlines()) == 1
+                assert PASSWORD not in line
+                for words in troubled.says:
+                    assert words in line
+
+
+async def test_the_dashboard_answers_503(
+    troubled_database: Troubled, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troubled = await troubled_database(MyPilotDB.migrations)
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", troubled.url)
+    broker = RedisStreamBroker(redis_url)
+
+    async def installation() -> Installation:
+        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+
+    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
+    app = create_app(installation, gate, extensions=[extension()])
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
+        for page in ("/pilots", "/pilots?vo=lhcb", "/pilots/list", "/pilots/1", "/pilots/1/output"):
+            answer = await client.get(page)
+            assert answer.status_code == 503, (page, answer.text)
+            text = html.unescape(answer.text)
+            assert PASSWORD not in text
+            for words in troubled.says:
+                assert words.casefold() in text.casefold(), (page, text)
+        assert (await client.get("/queues")).status_code == 200  # the others go on
+    await app.aclose()
+    await broker.shutdown()
