@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from diracx.tasks.plumbing.migrations import Migrations
-from free_ports import free_port
+from diracx.tasks.testing.server import free_port
 from sqlalchemy.engine import make_url
 
 PASSWORD = "sesame"  # must not be told
