@@ -30,6 +30,8 @@ from fastapi import Depends
 from redis.asyncio import Redis
 
 SEEN: list[Any] = []
+
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 RUNS: list[str] = []
 SUBMITTED: set[str] = set()
 

@@ -18,6 +18,8 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
 SEEN: list[Any] = []
+
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 MIB = 1024 * 1024
 
 
