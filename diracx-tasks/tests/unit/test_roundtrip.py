@@ -17,12 +17,14 @@ from zoneinfo import ZoneInfo
 
 import msgpack
 import pytest
+from diracx.tasks.monitor.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.submissions import submission_of
+from diracx.tasks.plumbing.task_vo import vo_of
 from diracx.tasks.plumbing.worker.blueprint import Blueprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -481,6 +483,13 @@ def sent(task: Any) -> bytes:
 def test_a_message_for_another_version_of_a_class_is_refused(fields: tuple[str, ...]) -> None:
     with pytest.raises(TaskArgumentsError):
         received(sent(version("a", "b")("1", "2")), version(*fields))
+
+
+def test_a_message_for_another_version_is_shown_by_position_and_of_no_vo() -> None:
+    message = TaskMessage.loadb(sent(version("vo", "a")("lhcb", "1")))
+    same, other = version("vo", "a"), version("a", "vo")
+    assert (vo_of(same, message), masked_arguments(same, message)) == ("lhcb", {"vo": "lhcb", "a": "1"})
+    assert (vo_of(other, message), masked_arguments(other, message)) == (None, {"0": "lhcb", "1": "1"})
 
 
 def test_fields_with_defaults_may_be_added_at_the_end() -> None:

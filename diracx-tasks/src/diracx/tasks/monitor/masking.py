@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.arguments import field_names, secret_names, secret_positions
+from ..plumbing.arguments import field_names, is_made_for, secret_names, secret_positions
 from ..plumbing.broker.labels import LABEL_SECRET
 from ..plumbing.secrets import MASK, mask
 from .models import as_json
@@ -18,13 +18,14 @@ _OWN_LABELS = frozenset({"attempts", LABEL_SECRET})
 
 
 def masked_arguments(task_class: type[BaseTask] | None, message: TaskMessage) -> dict[str, Any]:
-    """The arguments by name (by position, from `0`, where the class is not known), secret ones as `•••`.
+    """The arguments by name, secret ones as `•••`.
 
+    By position, from `0`, where the class is not known or has other fields now.
     Secret is what the class names in `secret_fields`, or what the message says, which was submitted where the
     class was known.
     """
     positional, named = masked(task_class, message)
-    names = () if task_class is None else field_names(task_class)
+    names = field_names(task_class) if task_class is not None and is_made_for(task_class, message) else ()
     shown = {
         names[position] if position < len(names) else str(position): value
         for position, value in enumerate(positional)

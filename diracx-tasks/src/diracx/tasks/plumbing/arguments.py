@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
     from .base_task import BaseTask
+    from .broker.models import TaskMessage
 
 T = TypeVar("T", bound="BaseTask")
 
@@ -115,6 +116,11 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     except Exception as exc:
         raise shape.refusal(exc, "argument ", args, kwargs) from (None if shape.secret else exc)
     return task
+
+
+def is_made_for(cls: type[Any], message: TaskMessage) -> bool:
+    """Whether the positional arguments of a message are of the fields that the class has now, if it says so."""
+    return not message.sig or message.sig == shape_of(cls).signature(len(message.task_args))
 
 
 def secret_names(cls: type[BaseTask]) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import field_names, own_serialize
+from .arguments import field_names, is_made_for, own_serialize
 from .broker.labels import LABEL_VO
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def _argument(task_class: type[BaseTask], message: TaskMessage) -> Any:
         return None
     if "vo" not in names:
         return getattr(task_class, "vo", None)  # all of the class are of one VO
-    # A class that makes its arguments itself does not say which is which.
-    given = () if own_serialize(task_class) else message.task_args
+    # A class that makes its arguments itself does not say which is which, nor do those of another version.
+    unknown = own_serialize(task_class) or not is_made_for(task_class, message)
+    given = () if unknown else message.task_args
     position = names.index("vo")
     return given[position] if position < len(given) else None
 

@@ -49,10 +49,10 @@ class TaskMessage:
         fields: dict[str, Any] = {"task_id": self.task_id, "task_name": self.task_name}  # the id must be the first
         if self.labels:
             fields["labels"] = self.labels
+        if self.sig:  # before the arguments: who reads a beginning only, must know whose they are
+            fields["sig"] = self.sig
         if self.task_args:
             fields["task_args"] = self.task_args
-        if self.sig:
-            fields["sig"] = self.sig
         if self.task_kwargs:
             fields["task_kwargs"] = self.task_kwargs
         if self.trace_context:
