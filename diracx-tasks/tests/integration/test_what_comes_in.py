@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
@@ -19,12 +17,7 @@ from diracx.tasks.dashboard import access, live
 from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
 from diracx.tasks.dashboard.pages import ACTIONS, PAGES
 from diracx_application import HOME, make_application, set_environment, token_maker
-
-HOSTILE = [
-    *("", " ", "x" * 20_000, "\0", "\ud800", "💩", "9" * 400, "-1", "nan", "1e400", "../../etc/passwd", "%00"),
-    *("' OR 1=1 --", "{{7*7}}", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1-1", "99999999999-9"),
-]
-HOSTILE_JSON = [*HOSTILE, None, True, -1, 10**400, 2**31, 1e308, [], {}, [[]], ["x"] * 2_000, {"a": {"b": []}}]
+from hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in
 
 
 @pytest.fixture
@@ -64,76 +57,26 @@ async def schema_of(client: httpx.AsyncClient) -> dict[str, Any]:
     return found
 
 
-def unbounded(schema: dict[str, Any], whole: dict[str, Any], place: str) -> Iterator[str]:
-    """Where a value may be as long, or as large, as one likes."""
-    if "$ref" in schema:
-        schema = whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-    for part in (*schema.get("anyOf", ()), *schema.get("allOf", ())):
-        yield from unbounded(part, whole, place)
-    if "enum" in schema or "const" in schema:
-        return
-    match schema.get("type"):
-        case "string" if "maxLength" not in schema and schema.get("format") != "date-time":
-            yield f"{place}: a text without a longest length"
-        case "integer" | "number" if "maximum" not in schema or "minimum" not in schema:
-            yield f"{place}: a number without a range"
-        case "array":
-            if "maxItems" not in schema:
-                yield f"{place}: a list without a longest length"
-            yield from unbounded(schema["items"], whole, f"{place}[]")
-        case "object":
-            for name, each in schema.get("properties", {}).items():
-                yield from unbounded(each, whole, f"{place}.{name}")
-
-
 async def test_every_parameter_and_body_of_every_route_is_bounded(client: httpx.AsyncClient) -> None:
-    whole = await schema_of(client)
-    found = []
-    for path, methods in whole["paths"].items():
-        for method, operation in methods.items():
-            for parameter in operation.get("parameters", ()):
-                found += unbounded(parameter["schema"], whole, f"{method} {path} {parameter['name']}")
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                found += unbounded(content["schema"], whole, f"{method} {path} body")
+    found = list(unbounded_in(await schema_of(client)))
     assert not found, "\n".join(found)
-
-
-def quoted(text: str) -> str:
-    return quote(text.encode("utf-8", "surrogatepass"), safe="")
 
 
 async def test_no_parameter_breaks_a_route(client: httpx.AsyncClient) -> None:
     broken = []
-    for path, methods in (await schema_of(client))["paths"].items():
-        for parameter in methods.get("get", {}).get("parameters", ()):
-            for value in HOSTILE:
-                if parameter["in"] == "path":
-                    address = re.sub(r"\{\w+\}", quoted(value) or "%20", path)
-                else:
-                    address = f"{re.sub(r'{.*}', 'normal:small', path)}?{parameter['name']}={quoted(value)}"
-                answer = await client.get(address)
-                if answer.status_code >= 500:
-                    broken.append(f"{answer.status_code} {address[:200]}: {answer.text[:200]}")
+    for address in hostile_addresses(await schema_of(client), queue="normal:small"):
+        answer = await client.get(address)
+        if answer.status_code >= 500:
+            broken.append(f"{answer.status_code} {address[:200]}: {answer.text[:200]}")
     assert not broken, "\n".join(broken)
 
 
 async def test_no_body_breaks_a_route(client: httpx.AsyncClient) -> None:
-    whole = await schema_of(client)
     broken = []
-    for path, methods in whole["paths"].items():
-        for content in methods.get("post", {}).get("requestBody", {}).get("content", {}).values():
-            schema = content["schema"]
-            schema = (
-                whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
-            )
-            bodies: list[Any] = [*HOSTILE_JSON]
-            for name in schema["properties"]:
-                bodies += [{name: value} for value in HOSTILE_JSON] + [{name: [value]} for value in HOSTILE_JSON]
-            for body in bodies:
-                text = json.dumps(body)  # halves of characters as JSON has them
-                answer = await client.post(path, content=text, headers={"content-type": "application/json"})
-                if answer.status_code >= 500:
-                    broken.append(f"{answer.status_code} {path} {text[:100]}: {answer.text[:200]}")
+    for address, body in hostile_bodies(await schema_of(client), queue="normal:small"):
+        answer = await client.post(address, content=body, headers={"content-type": "application/json"})
+        if answer.status_code >= 500:
+            broken.append(f"{answer.status_code} {address} {body[:100]}: {answer.text[:200]}")
     assert not broken, "\n".join(broken)
 
 

@@ -17,6 +17,7 @@ import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.tasks.monitor.audit import AuditEntry, read_audit
 from diracx.tasks.routers import environment
+from hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 from redis.asyncio import Redis
 
 from gubbins.circuits import CECall
@@ -402,3 +403,30 @@ def test_a_database_that_cannot_be_used_is_503_with_the_way_out(
         assert says in answer.json()["detail"], path
         assert "DIRACX_DB_URL_MYPILOTDB" in answer.json()["detail"]
         assert int(answer.headers["Retry-After"]) > 0
+
+
+def _schema(client: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = client.get("/api/openapi.json").json()
+    whole["paths"] = {path: each for path, each in whole["paths"].items() if path.startswith(API)}
+    return whole
+
+
+@pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
+def test_nothing_that_comes_in_breaks_a_route_whatever_it_is(app: Any, client: Any, as_: As) -> None:
+    from fastapi.testclient import TestClient
+
+    quiet = TestClient(app, raise_server_exceptions=False)
+    quiet.portal = client.portal
+    headers = as_("lhcb", SERVICE_ADMINISTRATOR) | {"content-type": "application/json"}
+    answers = {address: quiet.get(address, headers=headers) for address in hostile_addresses(_schema(client))}
+    for address, body in hostile_bodies(_schema(client), ce_name="ce"):
+        answers[f"{address} {body}"] = quiet.post(address, content=body, headers=headers)
+    broken = [what[:200] for what, answer in answers.items() if answer.status_code in (500, 503)]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
+def test_every_parameter_and_body_of_every_route_about_pilots_is_bounded(client: Any) -> None:
+    # Rules are an administrator's, and `gubbins.rules` checks them.
+    found = [place for place in unbounded_in(_schema(client)) if "body.rules." not in place]
+    assert not found, "\n".join(found)

@@ -17,7 +17,7 @@ from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_t
 from diracx.tasks.routers.databases import database_errors
 from diracx.tasks.routers.policies import ConfigReader
 from diracx.tasks.routers.recording import Recorded, Recorder
-from diracx.tasks.routers.responses import responses
+from diracx.tasks.routers.responses import QuietRoute, responses
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -46,6 +46,7 @@ from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
+router.route_class = QuietRoute
 
 # Without a transaction around the request: the logic layer commits before the answer leaves, and holds
 # nothing while a compute element is being talked to.
