@@ -12,6 +12,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from diracx.tasks.monitor import stats
 from diracx.tasks.monitor.health import Alert, Health, HealthChecks, HealthThresholds, Severity, health_checks
 from diracx.tasks.monitor.health.checks import CHECKS
 from diracx.tasks.monitor.health.runner import DEAD_LETTERS
@@ -323,6 +324,13 @@ async def test_a_server_that_is_away_is_an_alert_with_its_reason() -> None:
     [alert] = health.alerts
     assert (alert.check, alert.severity) == ("server_away", Severity.CRITICAL)
     assert "127.0.0.1:1" in alert.summary
+
+
+async def test_tasks_that_waited_for_no_time_at_all_can_be_counted(redis: Redis) -> None:
+    await ended(redis, "test:Copy", done=2, r0=2, q0=2)
+    [each] = await stats(redis)
+    assert (each.run.mean_seconds, each.queue.mean_seconds) == (0, 0)
+    assert (await HealthChecks(redis).run()).alerts == []
 
 
 async def test_what_cannot_be_read_in_redis_is_an_alert_and_no_traceback(redis: Redis) -> None:

@@ -90,7 +90,7 @@ def _distribution(sums: Mapping[str, float], letter: str, total: str) -> Distrib
 
     return Distribution(
         count=count,
-        mean_seconds=sums[total] / count if count else None,
+        mean_seconds=sums.get(total, 0.0) / count if count else None,  # what is 0 is not told
         p50_seconds=percentile(0.5),
         p95_seconds=percentile(0.95),
         p99_seconds=percentile(0.99),
