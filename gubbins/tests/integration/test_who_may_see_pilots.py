@@ -14,6 +14,7 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
+from diracx.tasks.routers.bounded import MAX_BODY_BYTES
 from diracx_application import HOME, set_environment
 
 from gubbins import clock
@@ -272,3 +273,20 @@ async def test_what_a_policy_of_an_extension_refuses_is_answered_as_if_it_did_no
     async with world.user("user", "lhcb") as client:
         answers = [await client.get(f"{API}/pilots/{number}") for number in (world.pilots["lhcb"], 987654321)]
     assert [answer.status_code for answer in answers] == [404, 404]
+
+
+@pytest.mark.parametrize("role", ["anonymous", "user", "administrator"])
+async def test_a_body_that_is_too_long_is_refused_before_it_is_read(world: World, role: str) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 100 * MAX_BODY_BYTES:
+            sent += 100_000
+            yield b" " * 100_000
+
+    async with world.user(role, "lhcb") as client:
+        headers = {"Content-Type": "application/json"}
+        answer = await client.post(f"{API}/ces", content=endless(), headers=headers)
+    assert answer.status_code == 413, answer.text
+    assert sent < 2 * MAX_BODY_BYTES

@@ -14,10 +14,11 @@ from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
+from diracx.tasks.routers.bounded import BoundedRoute
 from diracx.tasks.routers.databases import database_errors
 from diracx.tasks.routers.policies import ConfigReader
 from diracx.tasks.routers.recording import Recorded, Recorder
-from diracx.tasks.routers.responses import QuietRoute, responses
+from diracx.tasks.routers.responses import responses
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -46,7 +47,7 @@ from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
-router.route_class = QuietRoute
+router.route_class = BoundedRoute
 
 # Without a transaction around the request: the logic layer commits before the answer leaves, and holds
 # nothing while a compute element is being talked to.

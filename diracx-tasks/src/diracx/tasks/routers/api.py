@@ -27,11 +27,12 @@ from ..plumbing.scheduler import ScheduleState, schedules
 from ..plumbing.task_names import resolve_task_name
 from . import models
 from .asking import InstallationReader, Reader, Writer, there
+from .bounded import BoundedRoute
 from .databases import database_errors
-from .responses import QuietRoute, responses
+from .responses import responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
-router.route_class = QuietRoute
+router.route_class = BoundedRoute
 
 _MOST = 1_000
 _WRONG = "what is written has mistakes: the settings before it hold; administrators see which"
