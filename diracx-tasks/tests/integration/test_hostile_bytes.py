@@ -196,6 +196,17 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
         await redis.xadd(keys.DEAD_LETTERS, rng.choice([{"data": made.message()}, {"x": b"\xff"}]))
         child = TaskMessage(task_id="child", task_name="test:Echo", labels={LABEL_GROUP: group})
         await redis.xadd(STREAMS[0], {"data": child.dumpb()})
+        await redis.set(f"{keys.GROUPS_PREFIX}s{position}", "no group")
+        child = TaskMessage(
+            task_id=f"child {position}", task_name="test:Echo", labels={LABEL_GROUP: f"s{position}"}
+        )
+        await redis.xadd(STREAMS[0], {"data": child.dumpb()})
+    handover = STREAMS[2]
+    await redis.delete(handover)
+    for entry in ("1-1", "9999999999999-1", "18446744073709551615-18446744073709551615"):
+        await redis.xadd(handover, made.entry(), id=entry)  # type: ignore[arg-type]  # bytes are names, too
+    await redis.hset(keys.DELAYED_DATA, "full", f"{handover} retry 0\nno room there".encode())
+    await redis.zadd(keys.DELAYED, {"full": 0.0})
     await redis.rpush(keys.STAGED, "no group", "g0")
     await redis.rpush(f"{keys.GROUPS_PREFIX}g0:staged", b"no line", b"elsewhere\nx", b"\xff\n\xff")
 

@@ -91,6 +91,27 @@ async def test_a_result_that_the_server_refuses_is_an_error_and_its_neighbours_a
     assert [[refused, None, None, None, refused, None]] == SEEN
 
 
+@dataclass
+class FailsOnce(BaseTask):
+    data: bytes
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.01, max_retries=1)
+
+    async def execute(self) -> str:
+        SEEN.append("ran")
+        if len(SEEN) == 1:
+            raise ValueError("x" * 100_000)
+        return "done"
+
+
+@pytest.mark.usefixtures("small_server")
+async def test_a_retry_that_the_server_refuses_for_its_attempts_goes_without_what_is_long_in_them(
+    redis_url: str,
+) -> None:
+    async with TaskSystem([FailsOnce], redis_url=redis_url, workers=1) as system:
+        task_id = await FailsOnce(b"x" * (MIB - 1_500)).schedule()
+        assert (await system.result(task_id)).return_value == "done"
+
+
 class FailsAtLength(BaseTask):
     retry_policy = ExponentialBackoff(base_delay_seconds=0.3, max_retries=2)
     dlq_eligible = True

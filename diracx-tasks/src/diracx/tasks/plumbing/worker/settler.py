@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from ..broker.models import Settlement, TaskResult
+from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
 from ..error_info import one_line
 from ..exceptions import ResultTooLargeError
@@ -113,13 +114,14 @@ class Settler:
             refused = one_line(error)
         else:
             return answer
+        smaller = [_without_value(settlement, refused)]
         # What keeps the task (or its letter) is not left out: without it, the entry stays where it is.
-        kept = settlement.requeue or settlement.dead
-        for smaller in (_without_value(settlement, refused), Settlement(settlement.delivery, settlement.locks)):
+        if not (settlement.retry or settlement.requeue or settlement.dead):
+            smaller.append(Settlement(settlement.delivery, settlement.locks))
+        for each in smaller:
             try:
-                if not kept:
-                    await self._send([smaller])
-                    return refused
+                await self._send([each])
+                return refused
             except Exception as error:
                 refused = f"{refused}; {one_line(error)}"
         return f"kept: {refused}"
@@ -137,7 +139,7 @@ def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
 
 
 def _without_value(settlement: Settlement, refused: str) -> Settlement:
-    """The same with an error in place of the result, and of a retry."""
+    """The same with an error in place of the result, and without what is long in the attempts of a retry."""
     error = ResultTooLargeError(f"the server refuses what follows on the task: {refused}")
     value = TaskResult.from_exception(error, 0.0).dumpb()
     result, group = settlement.result, settlement.group
@@ -145,9 +147,15 @@ def _without_value(settlement: Settlement, refused: str) -> Settlement:
         result = {**result, "value": value}
     if group is not None and "result" in group:
         group = {**group, "result": value}
-    if settlement.retry is not None and group is not None:
-        group = {**group, "child": settlement.retry["task"], "error": one_line(error)[:500]}
-    return replace(settlement, result=result, group=group, retry=None)
+    retry = settlement.retry
+    if retry is not None:
+        message = TaskMessage.loadb(retry["data"])
+        attempts = [
+            {**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts
+        ]
+        labels = {**message.labels, LABEL_ATTEMPTS: attempts}
+        retry = {**retry, "data": replace(message, labels=labels).dumpb()}
+    return replace(settlement, result=result, group=group, retry=retry)
 
 
 def _report(settlement: Settlement, answer: bool | str) -> None:

@@ -5,8 +5,10 @@
 local function still_waits(last)
   if not last then return false end
   local stream, entry, task = string.match(last, '^(%S+) (%S+) (%S+)')
+  if not stream then return false end
   if redis.call('HEXISTS', '$DELAYED_DATA', task) == 1 then return true end
-  if #redis.call('XRANGE', stream, entry, entry) == 0 then return false end
+  local found = redis.pcall('XRANGE', stream, entry, entry)
+  if found.err or #found == 0 then return false end
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
   return pending.err ~= nil or #pending == 0
 end

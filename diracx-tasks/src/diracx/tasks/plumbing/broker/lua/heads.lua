@@ -9,7 +9,8 @@ for position, range in ipairs(cmsgpack.unpack(ARGV[2])) do
   local found, first = {}, range[2]
   -- One by one: a page of large messages at once would take the memory that it is to save.
   while #found < range[4] do
-    local entry = redis.call('XRANGE', range[1], first, range[3], 'COUNT', 1)[1]
+    local entries = redis.pcall('XRANGE', range[1], first, range[3], 'COUNT', 1)
+    local entry = not entries.err and entries[1] -- nothing comes after the last of all ids
     if not entry then break end
     local fields, bytes = entry[2], 0
     for field = 2, #fields, 2 do

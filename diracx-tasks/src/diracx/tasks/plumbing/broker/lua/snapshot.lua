@@ -19,10 +19,11 @@ local found = {now = now_ms, queues = {}}
 
 -- The entry that the next fetch gets: when did it begin to wait?
 local function first_waiting(stream, after)
-  local entry = redis.call('XRANGE', stream, after == '0-0' and '-' or '(' .. after, '+', 'COUNT', 1)[1]
+  local entries = redis.pcall('XRANGE', stream, after == '0-0' and '-' or '(' .. after, '+', 'COUNT', 1)
+  local entry = not entries.err and entries[1] -- nothing comes after the last of all ids
   if not entry then return nil end
   for field = 1, #entry[2], 2 do
-    if entry[2][field] == 'since' then return tonumber(entry[2][field + 1]) end
+    if entry[2][field] == 'since' then return tonumber(string.match(entry[2][field + 1], '^%d+$')) end
   end
   return tonumber(string.match(entry[1], '^%d+')) * 1000
 end
