@@ -153,3 +153,23 @@ async def test_an_error_of_the_work_itself_is_not_repeated(task_db: TaskDB, conf
     with pytest.raises(ValueError, match="of its own"):
         await task_db.run(work)
     assert (tries, conflicts, await details(task_db)) == (1, [], ["", ""])
+
+
+def test_what_is_run_again_is_counted_by_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opentelemetry import metrics
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    monkeypatch.setattr(metrics, "get_meter", MeterProvider([reader]).get_meter)
+    telemetry._conflicts.cache_clear()
+    for database in ("TaskDB", "MyPilotDB", "TaskDB"):
+        telemetry.count_conflict(database)
+    telemetry._conflicts.cache_clear()
+    data: Any = reader.get_metrics_data()
+    [metric] = data.resource_metrics[0].scope_metrics[0].metrics
+    assert metric.name == telemetry.DATABASE_CONFLICTS
+    assert {point.attributes["database"]: point.value for point in metric.data.data_points} == {
+        "TaskDB": 2,
+        "MyPilotDB": 1,
+    }
