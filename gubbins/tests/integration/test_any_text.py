@@ -10,13 +10,13 @@ import pytest
 from diracx.tasks.plumbing.migrations import MigrationError
 from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, fitting, storable
 from hostile_text import NAMES, TEXTS
-from sqlalchemy import Enum, String
+from sqlalchemy import Enum, String, insert
 
 from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.claims import Claim
 from gubbins.db.sql.outputs import Output
-from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS, MAX_VO_CHARS
+from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS, MAX_VO_CHARS, Pilots
 
 S = MyPilotStatus
 #: No pilot is submitted for a VO with a longer one.
@@ -110,6 +110,22 @@ async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB)
         assert (total, found["vo"], found["ce_name"]) == (1, fitting(name, 128), fitting(name, 128))
         assert (await db.get_ce(name))["circuits"][CECall.SUBMIT]["failures"] == 1
         assert await db.take_requests(name, vo=name, count=9) == 1
+
+
+async def test_long_reasons_of_many_pilots_fit_the_packets_of_the_server(
+    mariadb_server: Any, empty_database: Any
+) -> None:
+    db = MyPilotDB(await empty_database("mariadb"))
+    reason, number = "🚀" * MAX_REASON_CHARS, 1500  # 21 MB in one statement, of which the server takes 16
+    async with db.engine_context():
+        await db.create_tables()
+        await db.add_ce("ce", number, 1.0)
+        pilot = {"vo": "lhcb", "ce_name": "ce", "submitted_at": NOW, "last_update": NOW}
+        async with db:
+            await db.conn.execute(insert(Pilots), [{**pilot, "stamp": f"{n:032x}"} for n in range(number)])
+        moves = {S.RUNNING: [(row.pilot_id, reason) for row in await db.get_active_pilots(vo="lhcb")]}
+        assert await db.advance_pilots(moves, vo="lhcb") == {S.RUNNING: number}
+        assert (await db.get_pilot(moves[S.RUNNING][-1][0]))["last_error"] == reason
 
 
 async def test_a_postgresql_database_that_cannot_hold_every_text_is_refused_at_once(

@@ -7,10 +7,10 @@ function of its own; this module is the only place that knows which.
 
 from __future__ import annotations
 
-__all__ = ["staged"]
+__all__ = ["portions", "staged"]
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from diracx.tasks.plumbing.sql.types import storable
 from sqlalchemy import BigInteger, String, bindparam, text
@@ -36,6 +36,27 @@ _READERS = {
     ),
 }
 _READERS["mariadb"] = _READERS["mysql"]
+
+
+#: Servers refuse packets of 16 MB by default.
+_LARGEST_PAYLOAD_BYTES = 4 << 20
+
+
+def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
+    """These rows in lists that fit a packet: all in one, unless 100,000 of them have long reasons."""
+    portion: list[tuple[int, str | None]] = []
+    size = 0
+    for row in rows:
+        reason = row[1]
+        # In ASCII a character takes 12 bytes at most, and drivers escape each backslash.
+        bytes_ = 24 + (0 if reason is None else len(reason) * (2 if reason.isascii() else 14))
+        if portion and size + bytes_ > _LARGEST_PAYLOAD_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(row)
+        size += bytes_
+    if portion:
+        yield portion
 
 
 def staged(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:

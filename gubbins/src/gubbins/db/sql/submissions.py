@@ -17,6 +17,7 @@ from gubbins.pilot_states import ACTIVE, MyPilotStatus
 from .compute_elements import CE_COLUMNS, serves
 from .limits import LimitStore
 from .schema import MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistory, Pilots
+from .staging import portions
 
 
 class SubmissionStore(LimitStore):
@@ -121,11 +122,14 @@ class SubmissionStore(LimitStore):
             [(id, name)] = references
             one = update(Pilots).where(Pilots.id == id).values(reference=name, missing_since=None)
             return int((await self.conn.execute(one)).rowcount)
-        these = await self._staged(references)
-        confirmed = await self.conn.execute(
-            update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
-        )
-        return int(confirmed.rowcount)
+        count = 0
+        for portion in portions(references):
+            these = await self._staged(portion)
+            confirmed = await self.conn.execute(
+                update(Pilots).where(self._are(these)).values(reference=these.c.reason, missing_since=None)
+            )
+            count += int(confirmed.rowcount)
+        return count
 
     @transaction
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from gubbins.pilot_states import PREDECESSOR, MyPilotStatus
 
 from .connection import PilotDBConnection
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
+from .staging import portions
 
 # Ends before starts: a pilot named in both groups by mistake still makes one step only (P61).
 _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
@@ -97,7 +98,9 @@ class TransitionStore(PilotDBConnection):
                 (id, None if reason is None else reason[:MAX_REASON_CHARS]) for id, reason in moves.get(status, ())
             ]
             if rows:
-                counts[status] = await self._advance(rows, status, vo, now)
+                counts[status] = 0
+            for portion in portions(rows):
+                counts[status] += await self._advance(portion, status, vo, now)
         return counts
 
     async def _advance(
