@@ -510,4 +510,5 @@ async def test_a_group_nobody_can_submit_leaves_nothing(redis_url: str, redis: R
             await spawn_with_callback([Child(1), Child(object())], Callback())  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="ttl_seconds must be positive, not 0"):
             await spawn_with_callback([Child(1)], Callback(), ttl_seconds=0)
-    assert await redis.keys("*") == []
+    assert await redis.keys("diracx:groups*") == []
+    assert await redis.keys("diracx:tasks:*:*") == []

@@ -63,8 +63,6 @@ def test_labels_of_the_users_own_may_hold_anything() -> None:
         {"task_id": b"bytes"},
         {"task_name": 3},
         {"task_id": "half \udc80 of a pair"},
-        {"further": 1},
-        {"x" * 100_000: 1},
     ],
 )
 def test_a_message_with_a_field_of_the_wrong_kind_is_refused_in_one_line(fields: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ class TaskRejectedError(Exception):
     """The task could not be executed at all and was put with the dead letters: the result says why."""
 
 
+class NewerMessageError(ValueError):
+    """A message has a format that only a later version of this software knows."""
+
+
 class StopRetryingError(Exception):
     """Raise it (or a subclass) in a task to end its retries at once."""
 

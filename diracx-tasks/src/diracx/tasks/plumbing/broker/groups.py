@@ -71,6 +71,20 @@ async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
     return status
 
 
+async def group_of(redis: Redis, child: bytes) -> str | None:
+    """The group that waits for this task; None when none does. Looks through all groups."""
+    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, -1)
+    for first in range(0, len(members), _RESULTS_BATCH):
+        batch: list[str] = [member.decode() for member in members[first : first + _RESULTS_BATCH]]
+        async with redis.pipeline(transaction=False) as pipe:
+            for group in batch:
+                pipe.execute_command("SISMEMBER", f"{keys.GROUPS_PREFIX}{group}:pending", child)
+            for group, waits in zip(batch, await pipe.execute(), strict=True):
+                if waits:
+                    return group
+    return None
+
+
 async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatus]:
     """All groups that have not called back, oldest first.
 

@@ -47,6 +47,8 @@ RESULT_PREFIX = "diracx:results:"
 GROUPS = "diracx:groups"
 #: Per callback group a hash, and beside it `:pending`, `:failed`, `:children`, `:results`, `:staged`.
 GROUPS_PREFIX = "diracx:groups:"
+#: String, with a time to live: the server whose groups were audited last.
+GROUPS_AUDITED = "diracx:tasks:groups-audited"
 #: List: complete callback groups whose children are on their way from `:staged` into their streams.
 STAGED = "diracx:tasks:staged"
 #: Sorted set: cancelled task -> until when its mark is kept (ms). Also the channel that announces it.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..enums import Priority, Size
 from ..error_info import ErrorInfo, cut, describe_exception
-from ..exceptions import ResultIsMissingError
+from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..wire import dumps, loads
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels
 from .sizes import checked_size
@@ -23,6 +23,11 @@ _Value = TypeVar("_Value")
 
 _SEQUENCE = (list, tuple)
 _LONGEST_REASON = 300
+
+
+#: Of messages. One that older versions cannot execute says so by a greater number in its field `format`, and is
+#: still a msgpack map that begins with the task's id.
+FORMAT = 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,6 +44,8 @@ class TaskMessage:
     """W3C trace headers of the submitter."""
     sig: int = 0
     """Hash of the names of the fields whose values are in `task_args`; 0: not known. Others pass it over."""
+    later_fields: dict[str, Any] | None = field(default=None, init=False)
+    """What a later version has added: carried along, for those who know it."""
 
     def dumpb(self) -> bytes:
         """The message as it is stored; what is empty is left out.
@@ -57,6 +64,8 @@ class TaskMessage:
             fields["task_kwargs"] = self.task_kwargs
         if self.trace_context:
             fields["trace_context"] = self.trace_context
+        if self.later_fields:
+            fields |= self.later_fields
         return dumps(fields)
 
     @classmethod
@@ -67,14 +76,21 @@ class TaskMessage:
             careful: see `wire.loads`.
 
         Raises:
+            NewerMessageError: when it is for a later version; a ValueError.
             ValueError: when the bytes are no task message.
         """
         try:
             fields = loads(data, careful=careful)
+            if type(number := fields.get("format")) is int and number > FORMAT:
+                raise NewerMessageError(f"its format is {number}, and this version knows up to {FORMAT}")
             try:
                 message = cls(**fields)
-            except TypeError:  # those of a later version are passed over
-                message = cls(**{name: value for name, value in fields.items() if name in _FIELDS})
+            except TypeError:  # those of a later version are carried along
+                later = {name: fields.pop(name) for name in list(fields) if name not in _FIELDS}
+                message = cls(**fields)
+                message.later_fields = later
+        except NewerMessageError:
+            raise
         except Exception as error:
             raise ValueError(f"not a task message: {cut(str(error), _LONGEST_REASON)}") from error
         if not (
@@ -107,7 +123,21 @@ class TaskMessage:
         return found
 
 
-_FIELDS = frozenset(TaskMessage.__dataclass_fields__)
+_FIELDS = frozenset(name for name, each in TaskMessage.__dataclass_fields__.items() if each.init)
+_HEAD = b"\xa7task_id"
+_FIXED_TEXT, _TEXT_8 = range(0xA0, 0xC0), 0xD9
+
+
+def id_at_head(data: bytes) -> bytes | None:
+    """The task id of a message that may be unreadable otherwise; None when it is not where we write it.
+
+    As `task_of` in lua/_cancel.lua does it.
+    """
+    if data[1:9] != _HEAD or len(data) < 11:
+        return None
+    if data[9] in _FIXED_TEXT:
+        return data[10 : 10 + data[9] - 0xA0]
+    return data[11 : 11 + data[10]] if data[9] == _TEXT_8 else None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -261,6 +261,17 @@ async def find(
     return last.decode(), [(task.decode(), entry.decode(), message) for task, entry, message in found]
 
 
+async def task_ids(redis: Redis, stream: str, begin: str, at_most: int) -> list[bytes]:
+    """The ids of the tasks in a part of a stream, behind the last entry looked at. See lua/task_ids.lua."""
+    found: list[bytes] = await script("task_ids")(redis, [stream], [begin, at_most])
+    return found
+
+
+async def fail_children(redis: Redis, group_id: str, error: str, children: Sequence[bytes]) -> int:
+    """Fail children of a group. Returns how many were still waited for."""
+    return int(await script("fail_children")(redis, args=[group_id, error, *children]))
+
+
 async def fire(redis: Redis, group_id: str) -> bool:
     """Fire a group's callback now. False when there is nothing to fire (any more)."""
     return bool(await script("fire")(redis, args=[group_id]) == 1)

@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from ..binding import Binding
 from ..broker import keys, scripts
+from ..broker.group_audit import audit_for_ever
 from ..broker.redis_streams import PROMOTE_BATCH, in_ms
 from ..config import TasksConfig
 from ..endings import end
@@ -170,23 +171,30 @@ class TaskScheduler:
                 hearing.add_done_callback(lambda _: self._alarm.set())
             self._promote_at = 0.0
             self._outdated = True
-            while not stop.is_set():
-                self._alarm.clear()
-                self._check(hearing)
-                if self._leadership.renewal_due and not await self._renew():
+            auditing = asyncio.create_task(audit_for_ever(self._broker.redis))
+            try:
+                await self._schedule(stop, hearing)
+            finally:
+                await end(auditing)
+
+    async def _schedule(self, stop: asyncio.Event, hearing: asyncio.Task[None] | None) -> None:
+        while not stop.is_set():
+            self._alarm.clear()
+            self._check(hearing)
+            if self._leadership.renewal_due and not await self._renew():
+                break
+            if self._outdated or self._plan_again_at <= time.monotonic():
+                if not await self._plan():
                     break
-                if self._outdated or self._plan_again_at <= time.monotonic():
-                    if not await self._plan():
-                        break
-                    self.leads.set()
-                    self.ready.set()
-                if not await self._submit_due():
-                    break
-                await self._promote_due()
-                self._works()
-                await self._until(min(self._leadership.renew_at, self._promote_at, self._next_at()))
-            else:
-                return
+                self.leads.set()
+                self.ready.set()
+            if not await self._submit_due():
+                break
+            await self._promote_due()
+            self._works()
+            await self._until(min(self._leadership.renew_at, self._promote_at, self._next_at()))
+        else:
+            return
         logger.warning("lost the lead")
 
     # --- waiting ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..broker import keys
 from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
 from ..broker.labels import LABEL_ATTEMPTS
-from ..broker.models import Settlement, TaskMessage, TaskResult
+from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head
 from ..broker.redis_streams import in_ms
 from ..error_info import ErrorInfo, cut, describe_exception, one_line
 from ..exceptions import (
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: A retry that was asked for, of a task whose policy gives none, waits 1 s, 2 s, 4 s … up to this.
 _LONGEST_REQUESTED_DELAY_SECONDS = 3600
+#: A message for workers of a later version comes again after so long.
+_NEWER_DELAY_MS = 10_000
 #: Characters of the traceback of a failed attempt, as it goes with the message.
 _LONGEST_ATTEMPT_TRACEBACK = 4_000
 #: Characters of messages and tracebacks of all attempts of a message, and of an old message beyond that.
@@ -122,6 +124,16 @@ def hand_back(delivery: Delivery, data: bytes | None = None) -> Settlement:
     stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
     again = {"stream": stream, "data": delivery.data if data is None else data, "since": delivery.since}
     return Settlement(delivery, requeue=again)
+
+
+def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
+    """A delivery for workers of a later version: it comes again a little later, until one of them takes it."""
+    assert delivery.data is not None
+    task = (id_at_head(delivery.data) or delivery.entry.encode()).decode(errors="replace")
+    logger.warning("%s is left to workers of a later version: %s", task, error)
+    stream = delivery.stream.removesuffix(keys.HANDOVER)
+    again = {"task": task, "delay_ms": _NEWER_DELAY_MS, "stream": stream, "data": delivery.data}
+    return Settlement(delivery, retry=again)
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:

@@ -14,11 +14,13 @@ from redis.exceptions import ResponseError
 
 from ..binding import Binding, bound_by
 from ..broker import keys, scripts
-from ..broker.models import TaskMessage
+from ..broker.groups import group_of
+from ..broker.models import TaskMessage, id_at_head
 from ..config import TasksConfig
 from ..endings import end
 from ..enums import Priority
 from ..error_info import describe_exception, one_line
+from ..exceptions import NewerMessageError
 from ..factory import TaskRegistry
 from ..patience import is_passing, may_pass, patiently
 from ..persistence.letter import DeadLetterReason
@@ -34,7 +36,7 @@ from .keeper import LeaseKeeper, Rest
 from .promoter import Promoter
 from .reporter import Reporter
 from .settings import WorkerSettings
-from .settlement import begun_before, cancelled, hand_back, reject, settle, unsettled
+from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reject, settle, unsettled
 from .settler import Settler
 from .watchdog import Watchdog
 
@@ -283,6 +285,9 @@ class Worker:
             if delivery.data is None:
                 raise ValueError("the stream entry has no field `data`")
             message = TaskMessage.loadb(delivery.data, careful=convicted)
+        except NewerMessageError as error:
+            self._settler.add(leave_to_newer(delivery, error))
+            return None
         except ValueError as error:
             reason = DeadLetterReason.POISON if convicted else DeadLetterReason.UNPARSABLE
             self._reject(delivery, None, reason, str(error))
@@ -383,6 +388,11 @@ class Worker:
         burial.add_done_callback(self._burials.discard)
 
     async def _store(self, settlement: Settlement, letter: DeadLetter) -> None:
+        if not letter.task_name and (child := id_at_head(letter.data)):
+            group = await patiently(partial(group_of, self._broker.redis, child), "look for the group of a child")
+            if group is not None:
+                error = f"{letter.reason}: {letter.detail}"
+                settlement.group = {"id": group, "child": child, "error": error.replace("\n", " ")}
         self._settler.add(await self._letters.bury(letter, settlement))
 
     # --- beginning and end ------------------------------------------------------------------------------

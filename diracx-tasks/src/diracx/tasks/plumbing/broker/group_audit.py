@@ -1,0 +1,130 @@
+"""Finds children of groups that the server has lost, and fails them, so that their group ends.
+
+A server that restarts, or a replica that takes over, may lack the last writes. A group of which a child is lost
+would wait for it until it is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError, ResponseError
+
+from . import keys, scripts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from redis.asyncio import Redis
+
+logger = logging.getLogger(__name__)
+
+#: How often the leading scheduler looks whether there is a reason for an audit.
+LOOK_SECONDS = 15.0
+#: An audit without a reason, since the last one.
+AUDIT_SECONDS = 86_400
+#: A child that moves while we look for it is behind us; in each of so many rounds it is not.
+_ROUNDS = 3
+_ENTRIES = 1000
+_CHILDREN = 200
+_ERROR = "LostByServer: it is in no place any more; the server has lost it"
+
+
+async def audit_for_ever(redis: Redis) -> None:
+    """Audit whenever there is a reason. Goes on when the server is away."""
+    while True:
+        try:
+            await audit_if_due(redis)
+        except (RedisError, OSError) as error:
+            logger.warning("cannot look for lost children of groups: %s", error)
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def audit_if_due(redis: Redis) -> int | None:
+    """Audit if the server is another one than at the last audit, or that is a day ago.
+
+    Returns:
+        How many children were failed; None without an audit.
+    """
+    server = await _identity(redis)
+    audited: Any = await redis.get(keys.GROUPS_AUDITED)
+    if audited == server:
+        return None
+    failed = await fail_lost_children(redis)
+    await redis.set(keys.GROUPS_AUDITED, server, ex=AUDIT_SECONDS)
+    return failed
+
+
+async def _identity(redis: Redis) -> bytes:
+    """Another one after each restart and each change of the primary."""
+    try:
+        server, replication = await redis.info("server"), await redis.info("replication")
+    except ResponseError:  # we may not ask: then once a day
+        return b"unknown"
+    return f"{server.get('run_id')} {replication.get('master_replid')}".encode()
+
+
+async def fail_lost_children(redis: Redis) -> int:
+    """Fail the children that are in no stream and not delayed, although their group waits for them.
+
+    Returns:
+        How many there were.
+    """
+    missing = await _awaited_children(redis)
+    for _ in range(_ROUNDS):
+        if not missing:
+            return 0
+        await _find_delayed(redis, missing)
+        await _find_queued(redis, missing)
+        await _find_delayed(redis, missing)
+    groups: dict[str, list[bytes]] = {}
+    for child, group in missing.items():
+        groups.setdefault(group, []).append(child)
+    failed = 0
+    for group, children in groups.items():
+        for batch in _batches(children):
+            failed += await scripts.fail_children(redis, group, _ERROR, batch)
+        logger.error("group %s waited for %d children that the server has lost: they failed", group, len(children))
+    return failed
+
+
+async def _awaited_children(redis: Redis) -> dict[bytes, str]:
+    """Child -> group of all that complete groups wait for."""
+    found: dict[bytes, str] = {}
+    groups: Any = await redis.zrange(keys.GROUPS, 0, -1)
+    for member in groups:
+        group = member.decode()
+        key = keys.GROUPS_PREFIX + group
+        if await redis.hexists(key, "submitting") or await redis.exists(f"{key}:staged"):
+            continue
+        async for child in redis.sscan_iter(f"{key}:pending", count=_ENTRIES):
+            found[child] = group
+    return found
+
+
+async def _find_delayed(redis: Redis, missing: dict[bytes, str]) -> None:
+    for batch in _batches(list(missing)):
+        async with redis.pipeline(transaction=False) as pipe:
+            for child in batch:
+                pipe.execute_command("HEXISTS", keys.DELAYED_DATA, child)
+            for child, delayed in zip(batch, await pipe.execute(), strict=True):
+                if delayed:
+                    del missing[child]
+
+
+async def _find_queued(redis: Redis, missing: dict[bytes, str]) -> None:
+    for stream in keys.EVERY_STREAM:
+        begin = "-"
+        while missing:
+            last, *tasks = await scripts.task_ids(redis, stream, begin, _ENTRIES)
+            if not last:
+                break
+            for task in tasks:
+                missing.pop(task, None)
+            begin = f"({last.decode()}"
+
+
+def _batches(children: list[Any]) -> Iterable[list[Any]]:
+    return (children[first : first + _CHILDREN] for first in range(0, len(children), _CHILDREN))

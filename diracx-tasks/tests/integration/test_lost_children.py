@@ -1,0 +1,144 @@
+"""A group ends, whatever the server has lost and whatever cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import msgpack
+import pytest
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, spawn_with_callback
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.group_audit import audit_if_due, fail_lost_children
+from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+QUEUE = "diracx:tasks:normal:medium"
+ENDED: list[str] = []
+
+
+@dataclass
+class Child(BaseTask):
+    what: str
+
+    retry_policy = ExponentialBackoff(base_delay_seconds=3600, max_retries=1)
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "held")] if self.what == "parked" else []
+
+    async def execute(self) -> None:
+        if self.what == "retrying":
+            raise ValueError("the first time")
+        if self.what == "running":
+            await asyncio.Event().wait()
+
+
+class Succeeded(BaseTask):
+    async def execute(self) -> None:
+        ENDED.append("callback")
+
+
+class Failed(BaseTask):
+    async def execute(self) -> None:
+        ENDED.append("on_failure")
+
+
+TASKS = [Child, Succeeded, Failed]
+
+
+@pytest.fixture(autouse=True)
+def nothing_has_ended() -> None:
+    ENDED.clear()
+
+
+async def entries(redis: Redis) -> dict[str, bytes]:
+    """Task id -> entry of what is in the queue."""
+    return {TaskMessage.loadb(fields[b"data"]).task_id: entry for entry, fields in await redis.xrange(QUEUE)}
+
+
+async def test_the_child_that_the_server_has_lost_has_failed_and_ends_its_group(
+    redis_url: str, redis: Redis
+) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
+        await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
+        lost = next(iter((await entries(redis)).values()))
+        await redis.xdel(QUEUE, lost)
+        assert await fail_lost_children(redis) == 1
+        assert await fail_lost_children(redis) == 0
+    async with TaskSystem(TASKS, redis_url=redis_url) as system:
+        await system.drain()
+    assert ENDED == ["on_failure"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium:handover")
+async def test_a_child_that_is_anywhere_is_not_lost(redis_url: str, redis: Redis) -> None:
+    held = MutexLock(JOB, "held")
+    assert await held.acquire(redis)
+    async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False, settings={"grace_seconds": 0.1}) as system:
+        children = [Child(what) for what in ("retrying", "parked", "running", "done")]
+        await spawn_with_callback(children, Succeeded())
+        [group] = await redis.zrange(keys.GROUPS, 0, -1)
+        while await redis.scard(f"{keys.GROUPS_PREFIX}{group.decode()}:pending") > 3:
+            await asyncio.sleep(0.01)
+        while await redis.hlen(keys.DELAYED_DATA) < 2:
+            await asyncio.sleep(0.01)
+        assert await fail_lost_children(redis) == 0
+        await held.release(redis)
+        await redis.flushall()
+        assert system is not None
+
+
+@pytest.mark.leaves_keys("diracx:*")
+async def test_a_child_that_waits_in_a_long_queue_is_not_lost(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False):
+        for _ in range(1200):
+            await redis.xadd(QUEUE, {"data": b"something else"})
+        await spawn_with_callback([Child("done")], Succeeded())
+        await Child("later").schedule(at_time=datetime.now(UTC) + timedelta(hours=1))
+        assert await fail_lost_children(redis) == 0
+
+
+async def test_groups_are_audited_when_the_server_is_another_one_and_once_a_day(redis: Redis) -> None:
+    assert await audit_if_due(redis) == 0
+    assert await audit_if_due(redis) is None
+    await redis.set(keys.GROUPS_AUDITED, "another server", ex=60)
+    assert await audit_if_due(redis) == 0
+    assert 0 < await redis.ttl(keys.GROUPS_AUDITED) <= 86_400
+
+
+async def test_a_child_that_cannot_be_read_ends_its_group(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False):
+        await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
+        [(child, entry), _] = (await entries(redis)).items()
+        await redis.xdel(QUEUE, entry)
+        await redis.xadd(QUEUE, {"data": msgpack.packb({"task_id": child, "task_name": 7})})
+    async with TaskSystem(TASKS, redis_url=redis_url) as system:
+        await system.drain()
+    assert ENDED == ["on_failure"]
+
+
+async def test_a_message_of_a_later_version_comes_again_and_is_not_buried(redis_url: str, redis: Redis) -> None:
+    newer = msgpack.packb(
+        {"task_id": "new", "task_name": "test:Child", "format": 2, "task_args": {"what": "done"}}
+    )
+    async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False) as system:
+        await redis.xadd(QUEUE, {"data": newer})
+        while not await redis.hexists(keys.DELAYED_DATA, "new"):
+            await asyncio.sleep(0.01)
+        assert (await redis.hget(keys.DELAYED_DATA, "new")).endswith(newer)
+        assert system.task_db is not None
+        async with system.task_db as db:
+            assert await db.search() == []
+        await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
+
+
+async def test_what_a_later_version_has_added_is_carried_along() -> None:
+    fields = {"task_id": "t", "task_name": "test:Child", "deadline": 5, "later_fields": {"x": 1}}
+    message = TaskMessage.loadb(msgpack.packb(fields))
+    assert message.later_fields == {"deadline": 5, "later_fields": {"x": 1}}
+    assert msgpack.unpackb(message.dumpb()) == fields
