@@ -52,7 +52,7 @@ BASIC = {
 }
 
 #: Scripts that take an accident, or a caller outside of tasks and routes.
-RARELY = {"blocked", "extend", "fire", "recover", "acquire", "release"}
+RARELY = {"blocked", "extend", "fail_children", "fire", "recover", "acquire", "release"}
 
 TASKS = """
 from __future__ import annotations
