@@ -18,9 +18,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
@@ -28,16 +25,14 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
-    Literal,
-    NewType,
     TypeVar,
-    Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 from zlib import crc32
 
+from .annotations import UNKNOWN, annotates, globals_of, is_plain, nested_dataclass, resolve
+from .argument_texts import REQUIRED, one_line, reason, shown, type_text
 from .exceptions import TaskArgumentsError
 from .secrets import MASK, hide
 
@@ -48,11 +43,6 @@ if TYPE_CHECKING:
     from .broker.models import TaskMessage
 
 T = TypeVar("T", bound="BaseTask")
-
-_UNKNOWN: Any = object()  # the annotation of a parameter that has none, or one that cannot be resolved
-_REQUIRED: Any = object()  # the default of a parameter that has none
-
-_PLAIN_TYPES = frozenset({str, int, float, bool, bytes, type(None), Any, object, list, dict})
 
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
@@ -182,28 +172,28 @@ class Parameter:
     """One argument of a task class."""
 
     name: str
-    annotation: Any  # with its Annotated metadata; _UNKNOWN if there is none
+    annotation: Any  # with its Annotated metadata; UNKNOWN if there is none
     text: str  # the annotation as a reader knows it; empty if there is none
-    default: Any = _REQUIRED  # only its presence matters, and its repr in the signature
+    default: Any = REQUIRED  # only its presence matters, and its repr in the signature
     keyword_only: bool = False
     alias: str | None = None  # the other name under which a pydantic model takes it
     secret: bool = False
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.text}" if self.text else self.name
-        if self.default is _REQUIRED:
+        if self.default is REQUIRED:
             return text
-        return f"{text} = {MASK if self.secret else _shown(self.default, 30)}"
+        return f"{text} = {MASK if self.secret else shown(self.default, 30)}"
 
     @cached_property
     def plain(self) -> bool:
         """Whether the wire gives the value back as it was, so that there is nothing to restore."""
-        return self.annotation is _UNKNOWN or _is_plain(self.annotation)
+        return self.annotation is UNKNOWN or is_plain(self.annotation)
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any] | None:
         """The pydantic adapter of the annotation; None if pydantic can make nothing of it."""
-        if self.annotation is _UNKNOWN:
+        if self.annotation is UNKNOWN:
             return None
         from pydantic import ConfigDict, TypeAdapter
 
@@ -226,7 +216,7 @@ class Parameter:
             # pydantic makes an Iterable[...] a generator, which could be read only once.
             return list(restored) if isinstance(restored, Iterator) else restored
         except Exception:
-            nested = _nested_dataclass(self.annotation)
+            nested = nested_dataclass(self.annotation)
             if nested is None or not isinstance(value, dict):
                 return value
             # A nested dataclass with a value that its annotation does not allow: Python let it be made.
@@ -243,8 +233,8 @@ class Parameter:
             return list(checked) if isinstance(checked, Iterator) else checked
         except Exception as exc:
             if self.secret:
-                raise TypeError(f"argument {self.name!r}: {_reason(exc)}") from None
-            raise TypeError(_one_line(exc, f"argument {self.name!r}", value)) from exc
+                raise TypeError(f"argument {self.name!r}: {reason(exc)}") from None
+            raise TypeError(one_line(exc, f"argument {self.name!r}", value)) from exc
 
 
 def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., Any], value: Any) -> Any:
@@ -294,7 +284,7 @@ class Shape:
 
     def shown(self, value: Any) -> str:
         """A value for a message; of a class with secrets only its type."""
-        return f"a value of type {type(value).__name__}" if self.secret else _shown(value)
+        return f"a value of type {type(value).__name__}" if self.secret else shown(value)
 
     def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Those of the arguments that are secret; all positional ones of a class that makes its own."""
@@ -311,12 +301,12 @@ class Shape:
         from pydantic import ValidationError
 
         if not self.secret:
-            return TaskArgumentsError(f"{self}: {_one_line(exc, prefix)}")
+            return TaskArgumentsError(f"{self}: {one_line(exc, prefix)}")
         if isinstance(exc, ValidationError):
             place = ".".join(str(part) for part in exc.errors(include_url=False, include_input=False)[0]["loc"])
-            return TaskArgumentsError(f"{self}: {f'argument {place!r}: ' if place else ''}{_reason(exc)}")
+            return TaskArgumentsError(f"{self}: {f'argument {place!r}: ' if place else ''}{reason(exc)}")
         # Words of the class itself, which may quote what it was given.
-        return TaskArgumentsError(f"{self}: {hide(_one_line(exc), self.secret_values(args, kwargs))}")
+        return TaskArgumentsError(f"{self}: {hide(one_line(exc), self.secret_values(args, kwargs))}")
 
     def check_one(self, name: str, value: Any) -> Any:
         return self.parameters[name].check(value)
@@ -356,7 +346,7 @@ class Shape:
         return bound, (tuple(args[len(self.names) :]), rest)
 
     def check_complete(self, bound: Mapping[str, Any]) -> None:
-        missing = [p.name for p in self.parameters.values() if p.default is _REQUIRED and p.name not in bound]
+        missing = [p.name for p in self.parameters.values() if p.default is REQUIRED and p.name not in bound]
         if missing:
             plural = "s" if len(missing) > 1 else ""
             raise TypeError(f"missing argument{plural} {', '.join(map(repr, missing))}")
@@ -461,10 +451,10 @@ def _of_model(cls: type[Any]) -> list[Parameter]:
         annotation = info.annotation
         for extra in info.metadata:
             annotation = Annotated[annotation, extra]
-        default = _REQUIRED if info.is_required() else info.default_factory or info.default
+        default = REQUIRED if info.is_required() else info.default_factory or info.default
         alias = info.validation_alias or info.alias
         alias = alias if isinstance(alias, str) else None
-        found.append(Parameter(name, annotation, _type_text(info.annotation), default, alias=alias))
+        found.append(Parameter(name, annotation, type_text(info.annotation), default, alias=alias))
     return found
 
 
@@ -473,33 +463,19 @@ def _of_dataclass(cls: type[Any], *, nested: bool = False) -> list[Parameter]:
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        owner = next((b for b in cls.__mro__ if _annotates(b, field.name)), cls)
-        resolved = _resolve(field.type, _globals(owner), dict(vars(owner)))
+        owner = next((b for b in cls.__mro__ if annotates(b, field.name)), cls)
+        resolved = resolve(field.type, globals_of(owner), dict(vars(owner)))
         default = field.default
         if default is dataclasses.MISSING:
             factory = field.default_factory
-            default = _REQUIRED if factory is dataclasses.MISSING else factory
+            default = REQUIRED if factory is dataclasses.MISSING else factory
         keyword_only = field.kw_only is True
-        found.append(Parameter(field.name, resolved, _type_text(field.type), default, keyword_only))
+        found.append(Parameter(field.name, resolved, type_text(field.type), default, keyword_only))
     names = {parameter.name for parameter in found}
     for name, parameter in inspect.signature(cls).parameters.items():
         if name not in names and parameter.default is parameter.empty and not nested:
             raise TypeError(f"{cls.__name__} takes {name!r} and does not keep it: override serialize()")
     return found
-
-
-def _annotates(cls: type[Any], name: str) -> bool:
-    try:
-        return name in inspect.get_annotations(cls)
-    except NameError:  # Python 3.14 evaluates them here
-        return False
-
-
-def _globals(cls: type[Any]) -> dict[str, Any]:
-    """Return the names that the module of `cls` knows, also if it was loaded without `sys.modules`."""
-    if cls.__module__ in sys.modules:
-        return vars(sys.modules[cls.__module__])
-    return next((f.__globals__ for f in vars(cls).values() if isinstance(f, types.FunctionType)), {})
 
 
 def _of_init(cls: type[Any]) -> tuple[list[Parameter], bool]:
@@ -517,92 +493,12 @@ def _of_init(cls: type[Any]) -> tuple[list[Parameter], bool]:
         found.append(
             Parameter(
                 parameter.name,
-                _UNKNOWN
+                UNKNOWN
                 if annotation is parameter.empty
-                else _resolve(annotation, getattr(function, "__globals__", {}), {}),
-                "" if annotation is parameter.empty else _type_text(annotation),
-                parameter.default if has_default else _REQUIRED,
+                else resolve(annotation, getattr(function, "__globals__", {}), {}),
+                "" if annotation is parameter.empty else type_text(annotation),
+                parameter.default if has_default else REQUIRED,
                 parameter.kind is parameter.KEYWORD_ONLY,
             )
         )
     return found, extra
-
-
-def _resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str, Any]) -> Any:
-    """Return the annotation with every string in it looked up, or `_UNKNOWN`."""
-
-    def probe() -> None: ...
-
-    probe.__annotations__ = {"value": annotation}
-    try:
-        return get_type_hints(probe, global_names, local_names, include_extras=True)["value"]
-    except Exception:
-        # A name of a function's locals, or one imported for type checkers only.
-        return _UNKNOWN
-
-
-def _is_plain(annotation: Any) -> bool:
-    """Whether values of this type are the same after the wire as before it."""
-    if any(annotation is plain for plain in _PLAIN_TYPES):
-        return True
-    if isinstance(annotation, NewType):
-        return _is_plain(annotation.__supertype__)
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _is_plain(inner[0])
-    if origin is Literal:
-        return all(type(value) in _PLAIN_TYPES for value in inner)
-    if origin in (list, dict, Union, types.UnionType):
-        return all(map(_is_plain, inner))
-    return False
-
-
-def _nested_dataclass(annotation: Any) -> type[Any] | None:
-    """Return the dataclass that `annotation` names, alone or with None."""
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        found = [_nested_dataclass(part) for part in get_args(annotation)]
-        return next((cls for cls in found if cls is not None), None)
-    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
-
-
-def _type_text(annotation: Any) -> str:
-    """Return the annotation as a reader knows it: without the modules."""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"(?<![\w<>])(?:[\w<>]+\.)+", "", text)
-
-
-def _shown(value: Any, width: int = 60) -> str:
-    """Return a value for a message: short, on one line; a factory stands for what it makes."""
-    text = "..." if callable(value) else " ".join(repr(value).split())
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def _reason(exc: BaseException) -> str:
-    """Why a secret value is refused, without a word that may quote it."""
-    from pydantic import ValidationError
-
-    kind = (
-        exc.errors(include_url=False, include_input=False)[0]["type"] if isinstance(exc, ValidationError) else ""
-    )
-    return f"the value is not accepted ({kind or type(exc).__name__})"
-
-
-def _one_line(exc: BaseException, prefix: str = "", given: Any = _REQUIRED) -> str:
-    """Return what an exception says, on one line; of what pydantic objects to, the first thing.
-
-    `prefix` goes before the place in which pydantic found it.
-    """
-    from pydantic import ValidationError
-
-    if isinstance(exc, ValidationError):
-        error = exc.errors(include_url=False)[0]
-        place = [str(part) for part in error["loc"]]
-        if prefix.endswith(" ") and place:
-            where = f"{prefix}{'.'.join(place)!r}: "
-        else:
-            where = ".".join([prefix, *place]).strip(". ")
-            where = f"{where}: " if where else ""
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{where}{message[:1].lower()}{message[1:]}, given {_shown(error['input'])}"
-    text = " ".join(str(exc).split()) or type(exc).__name__
-    return text if given is _REQUIRED else f"{prefix}: {text}, given {_shown(given)}"

@@ -81,7 +81,7 @@ def _source(name: str) -> str:
         source,
         flags=re.MULTILINE,
     )
-    text = re.sub(r"^\s*--.*\n", "", text, flags=re.MULTILINE)  # comments are for us, and half of what is sent
+    text = re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)  # comments are for us, and half of what is sent
     constants = keys.script_constants()
     text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], text)
     # The server wants flags in the first line. allow-oom: what ends tasks, or keeps what they hold, must get

@@ -1,0 +1,52 @@
+"""Arguments of tasks, their types and what is wrong with them, as text for a message: short, and on one line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+REQUIRED: Any = object()  # the default of a parameter that has none
+
+
+def type_text(annotation: Any) -> str:
+    """Return the annotation as a reader knows it: without the modules."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"(?<![\w<>])(?:[\w<>]+\.)+", "", text)
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """Return a value for a message: short, on one line; a factory stands for what it makes."""
+    text = "..." if callable(value) else " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def reason(exc: BaseException) -> str:
+    """Why a secret value is refused, without a word that may quote it."""
+    from pydantic import ValidationError
+
+    kind = (
+        exc.errors(include_url=False, include_input=False)[0]["type"] if isinstance(exc, ValidationError) else ""
+    )
+    return f"the value is not accepted ({kind or type(exc).__name__})"
+
+
+def one_line(exc: BaseException, prefix: str = "", given: Any = REQUIRED) -> str:
+    """Return what an exception says, on one line; of what pydantic objects to, the first thing.
+
+    `prefix` goes before the place in which pydantic found it.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(exc, ValidationError):
+        error = exc.errors(include_url=False)[0]
+        place = [str(part) for part in error["loc"]]
+        if prefix.endswith(" ") and place:
+            where = f"{prefix}{'.'.join(place)!r}: "
+        else:
+            where = ".".join([prefix, *place]).strip(". ")
+            where = f"{where}: " if where else ""
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}{message[:1].lower()}{message[1:]}, given {shown(error['input'])}"
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    return text if given is REQUIRED else f"{prefix}: {text}, given {shown(given)}"
