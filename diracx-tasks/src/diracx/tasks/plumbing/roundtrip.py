@@ -63,9 +63,8 @@ def _check(shape: Shape, task: Any, args: list[Any]) -> None:
         there = list(shape.values(again))
     except Exception as exc:
         raise TypeError(f"cannot be made again from its arguments: {exc}") from (None if shape.secret else exc)
-    if not (
-        args == there and _EXACT.issuperset(types := list(map(type, args))) and types == list(map(type, there))
-    ):
+    types = [*map(type, args)]
+    if not (_EXACT.issuperset(types) and types == [*map(type, there)] and args == there):
         for name, value, each in zip(names, args, there, strict=False):
             if not same(value, each):
                 raise _changed(task, name, value, each)
