@@ -1,4 +1,4 @@
-"""What is asked all the time reads no more than it must, with 1,000,000 pilots of which few are active.
+"""What is asked all the time reads no more than it must, with many pilots of which few are active.
 
 The servers are asked how they would answer the very statements that the database class sends.
 """
@@ -21,7 +21,7 @@ from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import ComputeElements, PilotHistory, PilotOutputs, Pilots
 from gubbins.logic import my_pilots as logic
 
-PILOTS = 1_000_000
+PILOTS = 250_000
 CES, VOS = 200, 10
 #: Each tenth is active; of the others each fifth has failed.
 STATUS = "CASE WHEN n % 10 = 0 THEN CASE WHEN n % 20 = 0 THEN 'RUNNING' ELSE 'SUBMITTED' END "
@@ -68,7 +68,7 @@ def _fill(dialect: str, quote: Callable[[str], str]) -> str:
     return statement.replace("%", "%%") if dialect == "mysql" else statement
 
 
-#: Nobody looks whether each of a million rows is allowed.
+#: Nobody looks whether each of so many rows is allowed.
 TRUSTING = {
     "sqlite": ("PRAGMA foreign_keys=OFF", "PRAGMA foreign_keys=ON"),
     "postgresql": ("SET session_replication_role = replica", "RESET session_replication_role"),
@@ -83,7 +83,7 @@ STATISTICS = {
 
 @pytest.fixture
 async def many(db: MyPilotDB) -> MyPilotDB:
-    """1,000,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics.
+    """250,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics.
 
     The output of each third that ended is kept; that of each 97th is still to be fetched.
     """

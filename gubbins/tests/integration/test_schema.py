@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
@@ -67,7 +68,7 @@ async def test_a_database_of_an_older_version_says_so(
 
     url = await empty_database("sqlite")
     await MyPilotDB.migrations.upgrade(url)
-    with sqlite3.connect(url.partition("///")[2]) as connection:
+    with closing(sqlite3.connect(url.partition("///")[2])) as connection, connection:
         connection.execute("ALTER TABLE Pilots DROP COLUMN MissingSince")
     db = MyPilotDB(url)
     async with db.engine_context():
