@@ -167,9 +167,9 @@ async def suspects(redis_url: str, redis: Redis, *names: str) -> None:
     first, second = (RedisStreamBroker(redis_url, consumer_name=name) for name in ("first", "second"))
     await first.submit([submission(name) for name in names])
     assert len((await first.fetch(len(names)))[0]) == len(names)
-    await redis.zadd(keys.ALIVE, {"first": 1})
+    await redis.zadd(keys.ALIVE, {"first": 0})
     assert len((await second.reclaim(len(names)))[0]) == len(names)
-    await redis.zadd(keys.ALIVE, {"second": 1})
+    await redis.zadd(keys.ALIVE, {"second": 0})
     for each in (first, second):
         await each.shutdown()
 
@@ -256,7 +256,7 @@ async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_conv
                 assert name_of(each) != "innocent" or each.deaths < 3
                 innocent, convicted = innocent or name_of(each) == "innocent", convicted + (each.deaths >= 3)
             await hands.settle()
-        await redis.zadd(keys.ALIVE, {f"{worker}": 1})
+        await redis.zadd(keys.ALIVE, {f"{worker}": 0})
         await hands.broker.shutdown()
     await broker.shutdown()
 
