@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, cast
 
 import pytest
 from diracx.tasks.plumbing import (
@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.error_info import describe_exception
 from diracx.tasks.plumbing.exceptions import TaskCancelledError
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.locks import BaseLock, LockSpec
 from diracx.tasks.plumbing.worker.settlement import fitting_attempts, retry_at
 from diracx.tasks.testing import TaskSystem
 from fastapi import Depends
@@ -237,6 +237,9 @@ async def test_whatever_code_of_a_task_raises_is_told_and_nothing_stays(
             task = object.__new__(task_class)
             vars(task).update(what=what, where=place)
             await spawn_with_callback([task], Note(f"{what}: succeeded"), on_failure=Note(f"{what}: failed"))
+        async with asyncio.timeout(60):
+            while len(SEEN) < len(RAISED):  # a retry that is not due yet does not keep `drain` waiting
+                await system._unless_dead(asyncio.sleep(0.02))
         await system.drain()
         assert sorted(SEEN) == sorted(f"{what}: {expected}" for what in RAISED)
     assert not [key async for key in redis.scan_iter("lock:*")]
@@ -431,3 +434,52 @@ async def test_a_retry_has_the_arguments_of_the_submission_whatever_the_task_did
     async with TaskSystem([Mutates], redis_url=redis_url, workers=1) as system:
         await system.result(await Mutates([1]).schedule())
     assert SEEN == [[1], [1]]
+
+
+class OddLock(MutexLock):
+    odd: ClassVar[dict[str, Any]]
+
+    def spec(self) -> LockSpec:
+        return cast(LockSpec, {**super().spec(), **self.odd})
+
+
+class Odd(BaseTask):
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "even"), OddLock(JOB, "odd")] if SUBMITTED else []
+
+    def serialize(self) -> tuple[Any, ...]:
+        SUBMITTED.add("odd")
+        return ()
+
+    async def execute(self) -> None:
+        raise AssertionError("must not run")
+
+
+@pytest.mark.parametrize(
+    "odd", [{"kind": "nonsense"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}]
+)
+async def test_a_lock_of_the_authors_own_that_nobody_understands_is_told_and_nothing_stays(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(OddLock, "odd", odd, raising=False)
+    async with TaskSystem([Odd, Note], redis_url=redis_url, workers=1) as system:
+        result = await system.result(await Odd().schedule())
+        assert result.error is not None
+        assert result.error["type"] == "TaskRejectedError"
+        assert (await system.result(await Note("after").schedule())).return_value == "after"
+        await system.drain()
+    assert not [key async for key in redis.scan_iter("lock:*")]
+
+
+async def test_a_time_limit_that_is_no_number_is_the_outcome(redis_url: str) -> None:
+    class Unlimited(BaseTask):
+        time_limit_seconds = cast(float, "an hour")
+
+        async def execute(self) -> None:
+            raise AssertionError("must not run")
+
+    async with TaskSystem([Unlimited], redis_url=redis_url, workers=1) as system:
+        result = await system.result(await Unlimited().schedule())
+    assert result.error is not None
+    assert result.error["type"] == "TypeError"

@@ -31,6 +31,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
+
+
+def _checked_spec(lock: BaseLock) -> LockSpec:
+    """The lock as the scripts understand it, whoever has written its class.
+
+    Raises:
+        TypeError: when they would not.
+    """
+    spec = lock.spec()
+    ttl_ms = spec.get("ttl_ms", 1)
+    texts = isinstance(spec["key"], str) and isinstance(spec["owner"], str)
+    if not (texts and spec["kind"] in _KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
+        raise TypeError(f"the lock {type(lock).__name__} has no meaningful spec(): {spec!r:.200}")
+    return spec
+
+
 class Execution:
     """A task that may run now."""
 
@@ -63,7 +80,7 @@ class Execution:
         self.message = message
         self.blueprint = blueprint
         self.task = task
-        self.locks: Sequence[LockSpec] = [lock.spec() for lock in locks]
+        self.locks: Sequence[LockSpec] = [_checked_spec(lock) for lock in locks]
         self._held = locks
         self.locks_expire_at = math.inf
         """When (`time.monotonic`) they may be another's; moved by the keeper with each renewal."""
@@ -168,12 +185,13 @@ class Execution:
         assert self._started is not None
         deadline: asyncio.TimerHandle | None = None
         try:
-            self._limit = limit = self.blueprint.time_limit(self.task)
+            limit = self.blueprint.time_limit(self.task)
             if self._cancelled_for is not None:
                 raise asyncio.CancelledError  # before it had begun
             if limit is not None:
                 # Not `asyncio.timeout`: it decides by a counter that code in the task may move.
                 deadline = asyncio.get_running_loop().call_later(limit, self._exceed)
+                self._limit = limit
             value = await self._execute(overrides)
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._taken_over:

@@ -117,7 +117,7 @@ class Settler:
         smaller = [_without_value(settlement, refused)]
         # What keeps the task (or its letter) is not left out: without it, the entry stays where it is.
         if not (settlement.retry or settlement.requeue or settlement.dead):
-            smaller.append(Settlement(settlement.delivery, settlement.locks))
+            smaller += [Settlement(settlement.delivery, settlement.locks), Settlement(settlement.delivery)]
         for each in smaller:
             try:
                 await self._send([each])
