@@ -34,7 +34,8 @@ def test_a_stopped_worker_lets_its_tasks_end(served, tmp_path, wait_until, numbe
     assert "finished" in waiting.output
 
 
-def test_a_second_signal_cancels_what_runs(served, tmp_path, wait_until):
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium:handover")
+def test_a_second_signal_interrupts_what_runs_and_it_starts_again_elsewhere(served, tmp_path, wait_until):
     worker = served.start("worker", "--module", "my_tasks.py", "--grace", "600")
     worker.until("ready")
     begun = tmp_path / "begun"
@@ -45,10 +46,13 @@ def test_a_second_signal_cancels_what_runs(served, tmp_path, wait_until):
     wait_until(begun.exists, "the task runs")
     worker.process.terminate()
     worker.until("SIGTERM: stopping")
+    begun.unlink()
     worker.process.terminate()
     assert worker.ends() == 0, worker.output
-    assert waiting.ends() == 1
-    assert "WorkerStoppedError" in waiting.output
+    assert "was interrupted, and starts again" in worker.output
+    served.start("worker", "--module", "my_tasks.py", "--grace", "0").until("ready")
+    wait_until(begun.exists, "the task runs again")
+    assert waiting.process.poll() is None
 
 
 @pytest.mark.parametrize("command", ["worker", "scheduler"])

@@ -42,8 +42,9 @@ _SECRET = 11
 #: How deep containers nest at most: lists, dicts, tuples and sets, in any mix.
 MAX_DEPTH = 32
 _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
-#: Bytes that do not begin a container or an extension, in this encoding.
-_NO_CONTAINER = bytes(byte for byte in range(256) if not (0x80 <= byte <= 0x9F or 0xC7 <= byte <= 0xDF))
+#: Bytes that begin a container or an extension in msgpack (numbers and text lie between them), and all others.
+_BEGINS = {*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)}
+_NO_CONTAINER = bytes(set(range(256)) - _BEGINS)
 _LONGEST_REASON = 200
 #: What is decoded without C code, which takes 100 times as long.
 _CAREFUL_BYTES = 1_000_000
