@@ -79,8 +79,8 @@ def test_a_database_that_is_not_configured_is_one_line(served, one_line):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("sqlite+aiosqlite:///{}/empty.db", ["TaskDB", "not initialised", "python -m diracx.db init-sql"]),
-        ("sqlite+aiosqlite:///{}/nowhere/at.db", ["TaskDB", "cannot reach", "DIRACX_DB_URL_TASKDB"]),
+        ("sqlite+aiosqlite:///{}/empty.db", ["TaskDB", "not initialised", "diracx-task-run dlq init"]),
+        ("sqlite+aiosqlite:///{}/nowhere/at.db", ["TaskDB", "cannot be opened", "DIRACX_DB_URL_TASKDB"]),
         ("mysql+aiomysql://user:sesame@127.0.0.1:1/tasks", ["TaskDB", "cannot reach", "DIRACX_DB_URL_TASKDB"]),
         ("no database at all:sesame@", ["DIRACX_DB_URL_TASKDB", "valid database URL"]),
     ],

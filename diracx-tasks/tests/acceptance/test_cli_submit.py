@@ -41,7 +41,7 @@ def test_P1_submit_routes_by_the_class(served, server):
         (["my_tasks:Greet", "--args", '{"name": "x"}'], ["--args", "JSON list"]),
         (["my_tasks:Greet", "--kwargs", "[]"], ["--kwargs", "JSON object"]),
         (["my_tasks:Gret", "--args", '["x"]'], ["'my_tasks:Gret'", "did you mean 'my_tasks:Greet'"]),
-        (["Greet", "--args", '["x"]'], ["'Greet'", "did you mean 'my_tasks:Greet'"]),
+        (["Gret", "--args", '["x"]'], ["'Gret'", "did you mean"]),
         (["nothing:LikeIt"], ["'nothing:LikeIt'", "diracx-task-run list"]),
         (["my_tasks:Urgent", "--at", "tomorrow"], ["--at", "'tomorrow'", "2030-01-31T12:00:00+01:00"]),
         (["my_tasks:Urgent", "--timeout", "3"], ["--timeout", "--wait"]),

@@ -252,7 +252,9 @@ async def test_the_database_of_the_environment_stays_open(
     gc.collect()
     for _ in range(20):
         await asyncio.sleep(0)
-    assert await found.open_letters() == 0
+    assert found.task_db is not None
+    async with found.task_db as db:
+        assert await db.search() == []
     await environment._left_open.pop(asyncio.get_running_loop()).aclose()
     await found.broker.shutdown()
 
