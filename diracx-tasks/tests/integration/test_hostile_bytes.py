@@ -201,6 +201,9 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
             task_id=f"child {position}", task_name="test:Echo", labels={LABEL_GROUP: f"s{position}"}
         )
         await redis.xadd(STREAMS[0], {"data": child.dumpb()})
+    await redis.zadd(keys.GROUPS, {b"\xff\xfe": 1e13, "odd": 1e13})
+    await redis.set(f"{keys.GROUPS_PREFIX}odd:pending", "no children")
+    await redis.xadd(STREAMS[0], {"data": msgpack.packb({"task_id": "child of nobody", "task_name": 7})})
     handover = STREAMS[2]
     await redis.delete(handover)
     for entry in ("1-1", "9999999999999-1", "18446744073709551615-18446744073709551615"):
@@ -293,11 +296,18 @@ IN_THE_WAY = {
     keys.DEAD_LETTERS: True,
     keys.CANCELLED: True,
     keys.LEADER: True,
+    keys.EPOCH: True,
+    keys.FENCE: True,
+    "diracx:tasks:turn:lock:mutex:job:'in the way'": True,
     "lock:mutex:job:'in the way'": True,
     "diracx:tasks:waiting:lock:mutex:job:'in the way'": True,
     keys.ALIVE: False,
     "diracx:tasks:normal:medium": False,
 }
+
+
+#: Of these, the right type is a string.
+STRINGS = ("lock", keys.LEADER, keys.EPOCH, keys.FENCE, keys.TURN_PREFIX)
 
 
 @pytest.mark.parametrize("key", IN_THE_WAY)
@@ -309,7 +319,7 @@ async def test_a_key_of_another_type_ends_no_process_and_what_does_not_need_it_g
         async with TaskSystem(TASKS, redis_url=redis_url, workers=2, settings=settings) as system:
             await system.result(await Echo("before").schedule())
             await redis.delete(key)
-            if key.startswith(("lock", keys.LEADER)):
+            if key.startswith(STRINGS):
                 await redis.rpush(key, "in the way")
             else:
                 await redis.set(key, "in the way")
@@ -327,3 +337,21 @@ async def test_a_key_of_another_type_ends_no_process_and_what_does_not_need_it_g
         assert not [lock async for lock in redis.scan_iter("lock:*")]
     finally:
         await redis.flushall()
+
+
+@pytest.mark.parametrize("stored", [b"no line", b"", b"\n", b"elsewhere retry 0\nx"])
+async def test_a_task_waits_whatever_lies_under_its_id_already(
+    redis_url: str, redis: Redis, stored: bytes
+) -> None:
+    lock = MutexLock(JOB, "'free soon'")
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings={"lock_retry_seconds": 0.2}) as system:
+        assert await lock.acquire(redis)
+        await redis.hset(keys.DELAYED_DATA, "mine", stored)
+        message = TaskMessage(task_id="mine", task_name="test:Locked", task_args=["free soon"])
+        await redis.xadd(STREAMS[0], {"data": message.dumpb()})
+        async with asyncio.timeout(30):
+            while await redis.zcard(keys.DELAYED) == 0:
+                await system._unless_dead(asyncio.sleep(0.02))
+        await lock.release(redis)
+        assert not (await system.result("mine")).is_err
+        await redis.delete(keys.DELAYED_DATA)

@@ -68,6 +68,9 @@ async def test_the_child_that_the_server_has_lost_has_failed_and_ends_its_group(
         await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
         lost = next(iter((await entries(redis)).values()))
         await redis.xdel(QUEUE, lost)
+        # What nobody can read beside it does not matter.
+        await redis.zadd(keys.GROUPS, {b"\xff": 1, "odd": 2})
+        await redis.set(f"{keys.GROUPS_PREFIX}odd", "no hash", ex=60)
         assert await fail_lost_children(redis) == 1
         assert await fail_lost_children(redis) == 0
     async with TaskSystem(TASKS, redis_url=redis_url) as system:

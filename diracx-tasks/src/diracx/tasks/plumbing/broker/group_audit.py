@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError, ResponseError
 
 from . import keys, scripts
+from .stored import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,8 +85,12 @@ async def fail_lost_children(redis: Redis) -> int:
         groups.setdefault(group, []).append(child)
     failed = 0
     for group, children in groups.items():
-        for batch in _batches(children):
-            failed += await scripts.fail_children(redis, group, _ERROR, batch)
+        try:
+            for batch in _batches(children):
+                failed += await scripts.fail_children(redis, group, _ERROR, batch)
+        except ResponseError as error:
+            logger.error("cannot fail the lost children of group %r: %s", group, error)
+            continue
         logger.error("group %s waited for %d children that the server has lost: they failed", group, len(children))
     return failed
 
@@ -94,13 +99,15 @@ async def _awaited_children(redis: Redis) -> dict[bytes, str]:
     """Child -> group of all that complete groups wait for."""
     found: dict[bytes, str] = {}
     groups: Any = await redis.zrange(keys.GROUPS, 0, -1)
-    for member in groups:
-        group = member.decode()
+    for group in map(text_of, groups):
         key = keys.GROUPS_PREFIX + group
-        if await redis.hexists(key, "submitting") or await redis.exists(f"{key}:staged"):
-            continue
-        async for child in redis.sscan_iter(f"{key}:pending", count=_ENTRIES):
-            found[child] = group
+        try:
+            if await redis.hexists(key, "submitting") or await redis.exists(f"{key}:staged"):
+                continue
+            async for child in redis.sscan_iter(f"{key}:pending", count=_ENTRIES):
+                found[child] = group
+        except ResponseError as error:  # as for a key of another type: it must not keep the others from ending
+            logger.warning("cannot look for lost children of group %r: %s", group, error)
     return found
 
 

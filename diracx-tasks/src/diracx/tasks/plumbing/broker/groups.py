@@ -7,6 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ResponseError
+
 from ..exceptions import ResultIsMissingError
 from . import keys
 from .models import TaskResult
@@ -75,12 +77,12 @@ async def group_of(redis: Redis, child: bytes) -> str | None:
     """The group that waits for this task; None when none does. Looks through all groups."""
     members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, -1)
     for first in range(0, len(members), _RESULTS_BATCH):
-        batch: list[str] = [member.decode() for member in members[first : first + _RESULTS_BATCH]]
+        batch = [text_of(member) for member in members[first : first + _RESULTS_BATCH]]
         async with redis.pipeline(transaction=False) as pipe:
             for group in batch:
                 pipe.execute_command("SISMEMBER", f"{keys.GROUPS_PREFIX}{group}:pending", child)
-            for group, waits in zip(batch, await pipe.execute(), strict=True):
-                if waits:
+            for group, waits in zip(batch, await pipe.execute(raise_on_error=False), strict=True):
+                if waits == 1:  # and no error: the key of another group may be of another type
                     return group
     return None
 
@@ -106,10 +108,16 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
             pipe.execute_command("SCARD", f"{key}:pending")
             pipe.execute_command("HLEN", f"{key}:failed")
             pipe.execute_command("ZSCORE", keys.GROUPS, group_id)
-        replies = await pipe.execute()
+        replies = await pipe.execute(raise_on_error=False)
     statuses = []
     for position, group_id in enumerate(group_ids):
-        values, pending, failed, expires = replies[4 * position : 4 * position + 4]
+        answers = replies[4 * position : 4 * position + 4]
+        refused = [answer for answer in answers if isinstance(answer, ResponseError)]
+        if refused and str(refused[0]).startswith("WRONGTYPE"):  # no group, and it must not hide the others
+            continue
+        if refused:
+            raise refused[0]
+        values, pending, failed, expires = answers
         if values[0] is None or expires is None:
             continue
         total, submitting = number_of(values[0]), values[1] is not None

@@ -4,7 +4,8 @@ local FENCE_MS = 86400000 -- a clock that is set back by more would be seen by e
 
 -- So many tokens for the caller: the first of them.
 local function take_tokens(number, now)
-  local first = math.max(tonumber(redis.call('GET', '$FENCE') or 0), now) + 1
+  local last = redis.pcall('GET', '$FENCE')
+  local first = math.max(type(last) == 'string' and tonumber(last) or 0, now) + 1
   redis.call('SET', '$FENCE', int(first + number - 1), 'PX', FENCE_MS)
   return first
 end

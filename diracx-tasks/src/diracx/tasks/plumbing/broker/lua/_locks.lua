@@ -134,7 +134,8 @@ kinds.concurrency = {
 
 -- Whose turn it is to take a lock, "{place in line}:{task}", if it is anybody's.
 local function turn_of(lock)
-  local place, task = string.match(redis.call('GET', '$TURN_PREFIX' .. lock.key) or '', '^(%d+):(.*)$')
+  local turn = redis.pcall('GET', '$TURN_PREFIX' .. lock.key)
+  local place, task = string.match(type(turn) == 'string' and turn or '', '^(%d+):(.*)$')
   return task, tonumber(place)
 end
 

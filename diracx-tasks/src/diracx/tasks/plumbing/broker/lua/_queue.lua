@@ -70,7 +70,7 @@ local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   if lock or (deaths and deaths > 0) then header = header .. ' ' .. (deaths or 0) end
   if lock then header = header .. ' ' .. string.gsub(lock, '\n', ' ') end
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
-  if stored and string.sub(stored, string.find(stored, '\n', 1, true) + 1) ~= data then
+  if stored and select(2, head_of(stored)) ~= data then
     task = task .. ' ' .. redis.sha1hex(data)
     stored = true
   end

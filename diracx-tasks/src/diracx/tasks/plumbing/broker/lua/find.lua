@@ -5,7 +5,8 @@
 -- #include _cancel
 local wanted, found, last = {}, {}, ''
 for _, task in ipairs(cmsgpack.unpack(ARGV[3])) do wanted[task] = true end
-for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])) do
+local entries = redis.pcall('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
+for _, entry in ipairs(entries.err and {} or entries) do -- nothing comes after the last of all ids
   local data = data_of(entry[2])
   local task = task_of(data)
   if task and wanted[task] then found[#found + 1] = {task, entry[1], data} end

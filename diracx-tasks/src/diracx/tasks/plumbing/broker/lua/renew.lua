@@ -8,8 +8,8 @@
 -- #include _time _alive _pending _locks _queue _cancel _redelivery
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
 local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
-local epoch = redis.call('GETEX', '$EPOCH', 'PX', EPOCH_MS)
-if not epoch then
+local epoch = redis.pcall('GETEX', '$EPOCH', 'PX', EPOCH_MS)
+if type(epoch) ~= 'string' then
   epoch = consumer .. ' ' .. int(now)
   redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
 end

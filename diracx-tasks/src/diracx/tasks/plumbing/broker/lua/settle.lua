@@ -18,7 +18,7 @@
 -- #flags allow-oom
 -- #include _pending
 local consumer, unsettled = ARGV[1], {}
-local data_lost = ARGV[2] ~= '' and redis.call('GET', '$EPOCH') ~= ARGV[2]
+local data_lost = ARGV[2] ~= '' and redis.pcall('GET', '$EPOCH') ~= ARGV[2]
 local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
 local marks = redis.call('TYPE', '$CANCELLED').ok == 'zset'
 local pending = all_pending_of(consumer, places, 3)

@@ -3,7 +3,8 @@
 -- Returns the last entry looked at, or '' when there are no more, then the ids.
 -- #include _cancel
 local found, last = {''}, ''
-for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])) do
+local entries = redis.pcall('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
+for _, entry in ipairs(entries.err and {} or entries) do -- nothing comes after the last of all ids
   found[#found + 1] = task_of(data_of(entry[2]))
   last = entry[1]
 end
