@@ -577,6 +577,8 @@ async def test_P24_an_execution_that_loses_its_lock_is_cancelled_and_started_aga
 
 async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_url: str, redis: Redis) -> None:
     class Unlucky(BaseTask):
+        vo = "lhcb"
+
         @property
         def execution_locks(self) -> list[BaseLock]:
             return [MutexLock(JOB, "unlucky", ttl_ms=300)]
@@ -594,7 +596,7 @@ async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_
         assert system.task_db is not None
         async with system.task_db as db:
             [letter] = await db.search()
-    assert letter["reason"] == "interrupted"
+    assert (letter["reason"], letter["vo"]) == ("interrupted", "lhcb")
     assert [attempt["interrupted"] for attempt in letter["attempts"]] == [True, True, True]
 
 
@@ -622,6 +624,30 @@ async def test_a_task_that_must_not_begin_twice_fails_when_it_is_interrupted(red
         assert "lock:mutex:job:once" in result.error["message"]
         await system.drain()
     assert SEEN == [1]
+
+
+async def test_a_task_that_must_not_begin_twice_fails_when_its_worker_was_lost(
+    redis_url: str, redis: Redis
+) -> None:
+    class Once(BaseTask):
+        at_most_once = True
+        dlq_eligible = True
+        vo = "lhcb"
+
+        async def execute(self) -> None:
+            SEEN.append(1)
+
+    async with TaskSystem([Once], redis_url=redis_url) as system:
+        message = TaskMessage(task_id="once", task_name="test:Once")
+        await redis.xadd("diracx:tasks:normal:medium", {"data": message.dumpb(), "deaths": "1"})
+        result = await system.result("once")
+        assert result.error is not None
+        assert result.error["type"] == "WorkerStoppedError"
+        await system.drain()
+        assert system.task_db is not None
+        async with system.task_db as db:
+            [letter] = await db.search()
+    assert (letter["reason"], letter["vo"], SEEN) == ("exhausted", "lhcb", [])
 
 
 async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, redis: Redis) -> None:

@@ -442,6 +442,9 @@ class OddLock(MutexLock):
     def spec(self) -> LockSpec:
         return cast(LockSpec, {**super().spec(), **self.odd})
 
+    def __copy__(self) -> OddLock:
+        raise Panic
+
 
 class Odd(BaseTask):
     @property
@@ -457,7 +460,7 @@ class Odd(BaseTask):
 
 
 @pytest.mark.parametrize(
-    "odd", [{"kind": "nonsense"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}]
+    "odd", [{"kind": "nonsense"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}, {}]
 )
 async def test_a_lock_of_the_authors_own_that_nobody_understands_is_told_and_nothing_stays(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]

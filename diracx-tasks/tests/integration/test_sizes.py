@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgpack
 import pytest
-from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, SendTaskError, schedule_many, spawn_with_callback
+from diracx.tasks.plumbing import (
+    BaseTask,
+    ExponentialBackoff,
+    MutexLock,
+    SendTaskError,
+    schedule_many,
+    spawn_with_callback,
+)
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.sizes import MAX_BYTES, MAX_MESSAGE_BYTES_VARIABLE, in_calls
 from diracx.tasks.plumbing.exceptions import TaskConfigError, TaskTooLargeError
 from diracx.tasks.plumbing.injected import ChildResults
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -110,6 +120,47 @@ async def test_a_retry_that_the_server_refuses_for_its_attempts_goes_without_wha
     async with TaskSystem([FailsOnce], redis_url=redis_url, workers=1) as system:
         task_id = await FailsOnce(b"x" * (MIB - 1_500)).schedule()
         assert (await system.result(task_id)).return_value == "done"
+
+
+@pytest.mark.usefixtures("small_server")
+async def test_an_interrupted_task_starts_again_although_the_server_refuses_what_is_long_in_its_attempts(
+    redis_url: str, redis: Redis
+) -> None:
+    @dataclass
+    class LosesItsLockOnce(BaseTask):
+        data: bytes
+
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "lost", ttl_ms=300)]
+
+        async def execute(self) -> str:
+            SEEN.append("ran")
+            if len(SEEN) == 1:
+                await asyncio.Event().wait()
+            return "done"
+
+    async with TaskSystem([LosesItsLockOnce], redis_url=redis_url, workers=1) as system:
+        task_id = await LosesItsLockOnce(b"x" * (MIB - 1_500)).schedule()
+        while not SEEN:
+            await system._unless_dead(asyncio.sleep(0.01))
+        await redis.delete("lock:mutex:job:lost")
+        assert (await system.result(task_id)).return_value == "done"
+
+
+@pytest.mark.usefixtures("small_server")
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium", keys.ALIVE)
+async def test_a_message_for_a_later_version_that_the_server_does_not_put_aside_ends_no_worker(
+    redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"task_id": "newer", "task_name": "test:Takes", "format": 2, "task_args": [b"x" * (MIB - 100)]}
+    async with TaskSystem([Takes], redis_url=redis_url, workers=1) as system:
+        await redis.xadd("diracx:tasks:normal:medium", {"data": msgpack.packb(fields)})
+        async with asyncio.timeout(30):
+            while "is not settled" not in caplog.text:
+                await system._unless_dead(asyncio.sleep(0.02))
+        await system.result(await Takes(b"x").schedule())
+    await redis.delete("diracx:tasks:normal:medium", keys.ALIVE)
 
 
 class FailsAtLength(BaseTask):

@@ -24,10 +24,11 @@ from ..exceptions import (
     WorkerStoppedError,
 )
 from ..persistence.letter import DeadLetter, DeadLetterReason
-from ..task_vo import vo_of_task
+from ..task_vo import vo_of, vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
+    from ..base_task import BaseTask
     from ..broker.models import Delivery
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
@@ -197,11 +198,12 @@ def _interrupted(
     _log(logging.ERROR, f"{what} goes to the dead letters: {detail}", outcome)
     _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
     settlement.collected = None
-    return DeadLetter.of_message(final, DeadLetterReason.INTERRUPTED, detail, _burial(delivery))
+    vo = vo_of_task(execution.task, message)
+    return DeadLetter.of_message(final, DeadLetterReason.INTERRUPTED, detail, _burial(delivery), vo)
 
 
 def begun_before(
-    delivery: Delivery, message: TaskMessage, dlq_eligible: bool, settings: WorkerSettings
+    delivery: Delivery, message: TaskMessage, task_class: type[BaseTask], settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter | None]:
     """What becomes of a delivery of a task that may have begun elsewhere and must not begin twice."""
     told = describe_exception(
@@ -210,12 +212,11 @@ def begun_before(
     logger.error("%s %s has failed: %s", message.task_name, message.task_id, told["message"])
     settlement = Settlement(delivery)
     _failed_with(settlement, message, settings, told)
-    if not dlq_eligible:
+    if not task_class.dlq_eligible:
         return settlement, None
     settlement.collected = None
-    return settlement, DeadLetter.of_message(
-        message, DeadLetterReason.EXHAUSTED, told["message"], _burial(delivery)
-    )
+    where, vo = _burial(delivery), vo_of(task_class, message)
+    return settlement, DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
 
 
 def _log(level: int, line: str, outcome: Failed) -> None:

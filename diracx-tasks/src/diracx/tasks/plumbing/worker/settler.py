@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from ..broker import scripts
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
@@ -21,6 +22,7 @@ from ..patience import is_passing, patiently
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
+    from ..locks import LockSpec
     from .keeper import LeaseKeeper
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,16 @@ class Settler:
                 return refused
             except Exception as error:
                 refused = f"{refused}; {one_line(error)}"
+        await self._release(settlement.locks)
         return f"kept: {refused}"
+
+    async def _release(self, locks: Sequence[LockSpec]) -> None:
+        """Give back the locks of what does not run any more, although it cannot be settled."""
+        if locks:
+            try:
+                await patiently(partial(scripts.release, self._broker.redis, locks), "give locks back")
+            except Exception as error:
+                logger.error("cannot give locks back: %s", one_line(error))
 
     async def drained(self) -> None:
         """Return when everything that was added has been sent."""
@@ -139,7 +150,7 @@ def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
 
 
 def _without_value(settlement: Settlement, refused: str) -> Settlement:
-    """The same with an error in place of the result, and without what is long in the attempts of a retry."""
+    """The same with an error in place of the result, and with short attempts of what runs again."""
     error = ResultTooLargeError(f"the server refuses what follows on the task: {refused}")
     value = TaskResult.from_exception(error, 0.0).dumpb()
     result, group = settlement.result, settlement.group
@@ -147,15 +158,20 @@ def _without_value(settlement: Settlement, refused: str) -> Settlement:
         result = {**result, "value": value}
     if group is not None and "result" in group:
         group = {**group, "result": value}
-    retry = settlement.retry
-    if retry is not None:
-        message = TaskMessage.loadb(retry["data"])
-        attempts = [
-            {**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts
-        ]
-        labels = {**message.labels, LABEL_ATTEMPTS: attempts}
-        retry = {**retry, "data": replace(message, labels=labels).dumpb()}
-    return replace(settlement, result=result, group=group, retry=retry)
+    retry, requeue = map(_with_short_attempts, (settlement.retry, settlement.requeue))
+    return replace(settlement, result=result, group=group, retry=retry, requeue=requeue)
+
+
+def _with_short_attempts(again: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if again is None:
+        return None
+    try:
+        message = TaskMessage.loadb(again["data"])
+    except ValueError:  # it is for a later version
+        return again
+    attempts = [{**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts]
+    labels = {**message.labels, LABEL_ATTEMPTS: attempts} if attempts else message.labels
+    return {**again, "data": replace(message, labels=labels).dumpb()}
 
 
 def _report(settlement: Settlement, answer: bool | str) -> None:

@@ -220,10 +220,8 @@ class Worker:
                     raise
                 return  # stopped while the server is away; what we reserved is reclaimed from us
             for execution, (reply, token) in zip(asked, answers, strict=True):
-                if reply[0] != 1:
+                if reply[0] != 1 or (execution.locks and not self._grant(execution, token)):
                     refused.add(execution)
-                elif execution.locks:
-                    execution.grant(token)
             self.reporter.asked_for_locks(asked, [reply for reply, _ in answers])
         granted = [execution for execution in executions if execution not in refused] if refused else executions
         self._keeper.add(granted, granted_at)
@@ -263,6 +261,17 @@ class Worker:
             locks = execution.locks if scripts.can_be_packed(execution.locks) else ()
             self._reject(execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, locks)
             return [([-1], 0)], granted_at
+
+    def _grant(self, execution: Execution, token: int) -> bool:
+        try:
+            execution.grant(token)
+        except BaseException as error:  # the lock may be of a class of the author's own
+            detail = f"its locks cannot be granted: {one_line(error)}"
+            self._reject(
+                execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, execution.locks
+            )
+            return False
+        return True
 
     def _with_locks(self, execution: Execution) -> dict[str, Any]:
         delivery = execution.delivery
@@ -309,8 +318,7 @@ class Worker:
             )
             return None
         if blueprint.task_class.at_most_once and delivery.redelivered:
-            ended = begun_before(delivery, message, blueprint.task_class.dlq_eligible, self._settings)
-            self._end(*ended)
+            self._end(*begun_before(delivery, message, blueprint.task_class, self._settings))
             return None
         try:
             task = blueprint.build(message)
@@ -389,10 +397,14 @@ class Worker:
 
     async def _store(self, settlement: Settlement, letter: DeadLetter) -> None:
         if not letter.task_name and (child := id_at_head(letter.data)):
-            group = await patiently(partial(group_of, self._broker.redis, child), "look for the group of a child")
+            try:
+                group = await patiently(partial(group_of, self._broker.redis, child), "find the group of a child")
+            except ResponseError as error:  # as of a key of another type: the letter must not wait for it
+                logger.error("cannot look for the group of %r: %s", child, error)
+                group = None
             if group is not None:
-                error = f"{letter.reason}: {letter.detail}"
-                settlement.group = {"id": group, "child": child, "error": error.replace("\n", " ")}
+                told = f"{letter.reason}: {letter.detail}"
+                settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
         self._settler.add(await self._letters.bury(letter, settlement))
 
     # --- beginning and end ------------------------------------------------------------------------------
