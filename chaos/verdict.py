@@ -9,8 +9,9 @@ What is counted:
 - The *lawful time* of an execution ends with it, or with the death of its process, or where a pause beyond the
   lease begins. What a worker does after such a pause, until its keeper cancels it, nobody can prevent from outside
   the process; it is *late work*, and counted on its own. Its settlement is refused.
+- An execution is *interrupted* when it was cancelled and its worker stopped soon after: it starts again.
 - *Executed more than once* counts executions beyond the expected number (1; failing ones 3; those that fail once
-  2). Each must be explained by a disturbed execution of the same task.
+  2). Each must be explained by a disturbed or interrupted execution of the same task.
 - A *violation of mutual exclusion* is a pair of executions whose lawful times overlap although they share a mutex,
   or one writes what the other reads or writes. Executions that began disturbed have no lawful time.
 - The *concurrency limit* is broken by each execution that begins while `limit` others are in their lawful time.
@@ -35,6 +36,7 @@ from .witness import Run, Testimony
 
 SETTLE_SECONDS = 1.0
 AWAKENING_SECONDS = 1.0
+STOP_SECONDS = 5.0
 RATE_SLACK_SECONDS = 1.0
 #: A process that is younger may still be starting.
 START_SECONDS = 8.0
@@ -67,6 +69,7 @@ class Verdict:
         for pid, at in testimony.suicides.items():
             self._deaths[pid] = min(at, self._deaths.get(pid, at))
         self._suicides = testimony.suicides
+        self._stops = history.ended
         # From two thirds of a lease on, a pause may cost it: the last renewal was up to a third before.
         self._pauses = {
             pid: [(begin, end) for begin, end in pauses if end - begin > lease * 0.6]
@@ -88,6 +91,11 @@ class Verdict:
         if run.pid in self._violent and self._deaths[run.pid] <= end:
             moments.append(self._deaths[run.pid])
         return min(moments, default=None)
+
+    def _interrupted(self, run: Run) -> bool:
+        """Whether its worker stopped, and its grace period was over before the execution was."""
+        ended, code = self._stops.get(run.pid, (0.0, -1))
+        return run.how == "CancelledError" and code == 0 and 0 <= ended - (run.end or 0) <= STOP_SECONDS
 
     def _lawful_end(self, run: Run) -> float:
         end = run.end if run.end is not None else self._deaths.get(run.pid, float("inf"))
@@ -165,11 +173,13 @@ class Verdict:
                 continue
             expected = _EXPECTED_RUNS.get(kind, 1)
             repeated += max(0, len(runs) - expected)
-            undisturbed = [run for run in runs if self._disturbed_at(run) is None]
+            undisturbed = [run for run in runs if self._disturbed_at(run) is None and not self._interrupted(run)]
             if len(undisturbed) > expected or (kind == "Failing" and len(runs) < expected):
                 how = ", ".join(f"{r.start:.3f}-{r.end or 0:.3f} {r.pid} {r.how}" for r in runs)
                 unexplained.append(f"{kind} {n}: {how}")
-        yield Promise("executed more than once", repeated, None, "their worker had died or was paused with them")
+        yield Promise(
+            "executed more than once", repeated, None, "their worker had died, stopped or was paused with them"
+        )
         yield self._count("executed more than once without a reason", unexplained)
         late = [
             run.end - over
