@@ -485,6 +485,60 @@ def test_a_message_for_another_version_of_a_class_is_refused(fields: tuple[str, 
         received(sent(version("a", "b")("1", "2")), version(*fields))
 
 
+def with_named_tuple(fields: list[Any], around: Any, defaults: int) -> Any:
+    """A class with one argument, in which a named tuple has these fields, the last of them with defaults."""
+    point = collections.namedtuple("Point", fields, defaults=[""] * defaults)  # made by the test
+    point.__annotations__ = dict.fromkeys(fields, str)
+    cls = dataclasses.make_dataclass("Task", [("value", around(point))], bases=(BaseTask,))
+    return cls, point
+
+
+AROUND: list[Any] = [
+    (lambda cls: cls, lambda value: value),
+    (lambda cls: list[cls], lambda value: [value]),
+    (lambda cls: dict[str, cls | None], lambda value: {"a": value}),
+    (lambda cls: Box[cls], Box),
+    (lambda cls: create_model("Model", inner=(cls, ...)), None),
+]
+
+
+@pytest.mark.parametrize(("around", "put"), AROUND)
+@pytest.mark.parametrize(
+    ("fields", "arrives"),
+    [("ab", True), ("abc", True), ("abcd", True), ("ba", False), ("xab", False), ("acb", False), ("a", False)],
+)
+def test_a_named_tuple_of_another_version_arrives_with_its_values_in_their_places_or_is_refused(
+    around: Any, put: Any, fields: str, arrives: bool
+) -> None:
+    old, point = with_named_tuple(["a", "b"], around, 0)
+    new, _ = with_named_tuple(list(fields), around, max(0, len(fields) - 2))
+    model = dataclasses.fields(old)[0].type
+    data = sent(old(put(point("1", "2")) if put else model(inner=point("1", "2"))))
+    if arrives:
+        assert "'1'" in repr(received(data, new))
+    else:
+        with pytest.raises(TaskArgumentsError, match="other fields, or the same in another order"):
+            received(data, new)
+
+
+class TakesAnything(BaseTask):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+class TakesMore(BaseTask):
+    def __init__(self, number: int, **more: Any) -> None:
+        self.number, self.more = number, more
+
+
+def test_what_a_class_takes_beside_its_named_arguments_is_not_lost_in_silence() -> None:
+    assert arrived(TakesMore(1)).number == 1
+    assert arrived(TakesAnything()).args == ()
+    for task in (TakesMore(1, further=2), TakesAnything(1), TakesAnything(further=2)):
+        with pytest.raises(TypeError, match="something besides its arguments is lost"):
+            arrived(task)
+
+
 def test_a_message_for_another_version_is_shown_by_position_and_of_no_vo() -> None:
     message = TaskMessage.loadb(sent(version("vo", "a")("lhcb", "1")))
     same, other = version("vo", "a"), version("a", "vo")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, NewType
 from urllib.parse import quote
 
 import pytest
@@ -16,7 +16,7 @@ from diracx.tasks.cli.listing import _arguments
 from diracx.tasks.cli.tasks import make_task
 from diracx.tasks.monitor.letters import letter_record
 from diracx.tasks.monitor.masking import masked_arguments
-from diracx.tasks.plumbing.arguments import argument_problems, check_arguments, rebuild
+from diracx.tasks.plumbing.arguments import argument_problems, check_arguments, rebuild, secret_names
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
 from diracx.tasks.plumbing.factory import TaskRegistry
@@ -177,6 +177,25 @@ def test_an_error_of_the_task_is_told_without_its_secrets_even_where_pydantic_ha
 
 def test_a_default_that_is_secret_is_in_no_signature() -> None:
     assert _arguments(Quoting) == "(name: str, password: str = •••)"
+
+
+class Login(NamedTuple):
+    user: str
+    password: SecretStr
+
+
+Password = NewType("Password", SecretStr)
+
+
+@dataclass
+class Wrapped(BaseTask):
+    login: Login
+    passwords: list[Password]
+    name: str = ""
+
+
+def test_a_pydantic_secret_makes_the_argument_secret_that_holds_it_in_whatever_wrapping() -> None:
+    assert secret_names(Wrapped) == {"login", "passwords"}
 
 
 def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import sys
 import types
+from collections.abc import Iterable
+from itertools import product
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 UNKNOWN: Any = object()  # the annotation of a parameter that has none, or one that cannot be resolved
@@ -62,3 +64,21 @@ def nested_dataclass(annotation: Any) -> type[Any] | None:
         found = [nested_dataclass(part) for part in get_args(annotation)]
         return next((cls for cls in found if cls is not None), None)
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+
+
+def is_named_tuple(cls: type[Any]) -> bool:
+    return issubclass(cls, tuple) and hasattr(cls, "_fields")
+
+
+def layouts(name: str, classes: Iterable[type[Any]]) -> list[str]:
+    """How a field is written in a signature: its name, and the fields of each named tuple in it.
+
+    The values of a named tuple travel without their names. The first layout is today's; the others are those from
+    before fields with defaults were added to a named tuple.
+    """
+    versions = []
+    for cls in classes:
+        if is_named_tuple(cls):
+            required = len(cls._fields) - len(cls._field_defaults)
+            versions.append([cls._fields[:number] for number in range(len(cls._fields), required - 1, -1)])
+    return [name + "".join(f"({' '.join(fields)})" for fields in each) for each in product(*versions)]

@@ -21,17 +21,28 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import islice, product
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    NewType,
     TypeVar,
     get_args,
     get_origin,
 )
 from zlib import crc32
 
-from .annotations import UNKNOWN, annotates, globals_of, is_plain, nested_dataclass, resolve
+from .annotations import (
+    UNKNOWN,
+    annotates,
+    globals_of,
+    is_named_tuple,
+    is_plain,
+    layouts,
+    nested_dataclass,
+    resolve,
+)
 from .argument_texts import REQUIRED, one_line, reason, shown, type_text
 from .exceptions import TaskArgumentsError
 from .secrets import MASK, hide
@@ -69,7 +80,7 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
     shape = shape_of(cls)
     task: T
     try:
-        if sig and sig != shape.signature(len(args)):
+        if sig and not shape.has_signature(sig, len(args)):
             raise TypeError(
                 "its arguments were made by a version of the class that has other fields, or the same in another "
                 "order; run it with that version, or discard it and submit it anew"
@@ -110,7 +121,7 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def is_made_for(cls: type[Any], message: TaskMessage) -> bool:
     """Whether the positional arguments of a message are of the fields that the class has now, if it says so."""
-    return not message.sig or message.sig == shape_of(cls).signature(len(message.task_args))
+    return not message.sig or shape_of(cls).has_signature(message.sig, len(message.task_args))
 
 
 def secret_names(cls: type[BaseTask]) -> frozenset[str]:
@@ -259,28 +270,43 @@ class Shape:
         self.extra = extra  # takes *args or **kwargs
         self.all_plain = not model and all(p.plain and not p.keyword_only for p in parameters)
         declared: frozenset[str] = getattr(cls, "secret_fields", frozenset())
-        self.secret = declared | {p.name for p in parameters if _holds_secret(p.annotation)}
+        classes = {p.name: list(_classes_in(p.annotation, set())) for p in parameters}
+        self.secret = declared | {
+            name for name, found in classes.items() if any(hasattr(cls, "get_secret_value") for cls in found)
+        }
         self.secret_positions = frozenset(i for i, name in enumerate(self.names) if name in self.secret)
         for parameter in parameters:
             parameter.secret = parameter.name in self.secret
         # Whether the arguments alone decide whether the task arrives as it is: making it changes nothing.
         self.own_serialize = own_serialize(cls)
         self.verbatim = self.own_serialize or not (
-            model or (parameters and not _generated_init(_init_owner(cls))) or hasattr(cls, "__post_init__")
+            model
+            or ((parameters or extra) and not _generated_init(_init_owner(cls)))
+            or hasattr(cls, "__post_init__")
         )
         # Whether a task may be more than its arguments.
         self.holds_more = extra or any(
             (*getattr(cls, "__private_attributes__", ()), *(f for f in _dataclass_fields(cls) if not f.init))
         )
         self.plain_and_verbatim = self.verbatim and all(p.plain for p in parameters)
-        self._signature = _hash(self.names)
+        self._layouts = [layouts(name, found) for name, found in classes.items()]
+        self._signature = _hash([each[0] for each in self._layouts])
 
     def __str__(self) -> str:
         return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
 
     def signature(self, count: int) -> int:
-        """A hash of the names of the first `count` fields, which travels with their values; 0 for none."""
-        return self._signature if count == len(self.names) else _hash(self.names[:count])
+        """A hash of the layouts of the first `count` fields, which travels with their values; 0 for none."""
+        if count == len(self.names):
+            return self._signature
+        return _hash([each[0] for each in self._layouts[:count]])
+
+    def has_signature(self, sig: int, count: int) -> bool:
+        """Whether it is theirs, or was before fields with defaults were added to their named tuples."""
+        if sig == self.signature(count):
+            return True
+        earlier = islice(product(*self._layouts[:count]), _MOST_LAYOUTS)
+        return any(sig == _hash(each) for each in earlier)
 
     def shown(self, value: Any) -> str:
         """A value for a message; of a class with secrets only its type."""
@@ -416,27 +442,35 @@ def _dataclass_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
-def _hash(names: Sequence[str]) -> int:
-    """Of the names of fields, in 32 bits; 0 for none."""
-    return crc32(",".join(names).encode())
+#: Combinations of layouts that are tried for a message of another version.
+_MOST_LAYOUTS = 1000
 
 
-def _holds_secret(annotation: Any, seen: frozenset[Any] = frozenset()) -> bool:
-    """Whether values of this type hold one of pydantic's secrets, at any depth."""
-    if hasattr(annotation, "get_secret_value"):
-        return True
-    if any(_holds_secret(part, seen) for part in get_args(annotation)):
-        return True
+def _hash(layouts: Sequence[str]) -> int:
+    """Of the layouts of fields, in 32 bits; 0 for none."""
+    return crc32(",".join(layouts).encode())
+
+
+def _classes_in(annotation: Any, seen: set[Any]) -> Iterator[type[Any]]:
+    """The classes that values of this type are made of, at any depth, each of them once."""
+    if isinstance(annotation, NewType):
+        annotation = annotation.__supertype__
+    for part in get_args(annotation):
+        yield from _classes_in(part, seen)
     cls = get_origin(annotation) or annotation
     if not isinstance(cls, type) or cls in seen:
-        return False
+        return
+    seen.add(cls)
+    yield cls
+    parts: list[Any] = []
     if hasattr(cls, "__pydantic_root_model__"):
         parts = [parameter.annotation for parameter in _of_model(cls)]
     elif dataclasses.is_dataclass(cls):
         parts = [parameter.annotation for parameter in _of_dataclass(cls, nested=True)]
-    else:
-        return False
-    return any(_holds_secret(part, seen | {cls}) for part in parts)
+    elif is_named_tuple(cls):
+        parts = [resolve(each, globals_of(cls), {}) for each in vars(cls).get("__annotations__", {}).values()]
+    for part in parts:
+        yield from _classes_in(part, seen)
 
 
 def _generated_init(owner: type[Any]) -> bool:

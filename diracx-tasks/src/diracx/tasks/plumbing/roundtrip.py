@@ -68,7 +68,7 @@ def _check(shape: Shape, task: Any, args: list[Any]) -> None:
         for name, value, each in zip(names, args, there, strict=False):
             if not same(value, each):
                 raise _changed(task, name, value, each)
-    if shape.holds_more and not same(task, again):
+    if shape.holds_more and not same(_state(task), _state(again)):
         raise TypeError(
             f"{type(task).__name__} would not arrive as it is: something besides its arguments is lost, such as "
             "private attributes or fields without `init`; make it an argument, or override serialize()"
@@ -127,6 +127,11 @@ def _comparable(value: Any) -> tuple[Any, ...]:
     elif _has_parts(value):
         content = None
     return type(value), content, *(_comparable(getattr(value, name, None)) for name in _part_names(value))
+
+
+def _state(task: Any) -> Any:
+    """What `same` can compare: a class with an `__init__` of its own says nothing about equality."""
+    return task if _has_parts(task) else vars(task)
 
 
 def _has_parts(value: Any) -> bool:
