@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 from collections.abc import Callable
 from urllib.parse import parse_qs, quote, urlsplit
@@ -103,6 +105,23 @@ def _seconds(work: Callable[[str], str], text: str) -> float:
     return time.process_time() - begun
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_secret_of_bytes_is_hidden_however_it_is_written(kind: type[bytes | bytearray]) -> None:
+    key = bytes(range(255, 159, -3))  # no text in any encoding
+    for shown in (
+        key.hex(),
+        base64.b64encode(key).decode(),
+        base64.urlsafe_b64encode(b"user:" + key).decode()[8:],
+        quote(key),
+        quote(key).lower(),
+        repr(key),
+    ):
+        hidden = hide(f"refused {shown} at the door", [kind(key)])
+        kept = hidden.removeprefix("refused ").removesuffix(" at the door")
+        assert MASK in kept
+        assert len(kept) < 12, f"{shown} is shown as {hidden}"
+
+
 def test_a_secret_is_hidden_in_parts_and_encoded() -> None:
     secret = "correct-horse-battery-staple/with?odd&chars=é" * 2
     for shown in (
@@ -110,10 +129,13 @@ def test_a_secret_is_hidden_in_parts_and_encoded() -> None:
         f"{secret[:25]}...{secret[-25:]}",
         quote(secret),
         quote(secret, safe=""),
+        quote(secret, safe="").lower(),
         repr(secret),
+        ascii(secret),
+        repr(secret.encode()),
         secret.encode().hex(),
-        __import__("base64").b64encode(f"user:{secret}".encode()).decode(),
-        __import__("json").dumps({"password": secret}),
+        base64.b64encode(f"user:{secret}".encode()).decode(),
+        json.dumps({"password": secret}),
     ):
         hidden = hide(f"refused {shown} at the door", [secret])
         assert hidden.startswith("refused ")

@@ -19,6 +19,7 @@ from diracx.tasks.monitor.masking import masked_arguments
 from diracx.tasks.plumbing.arguments import argument_problems, check_arguments, rebuild, secret_names
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
+from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.roundtrip import outgoing_arguments
 from diracx.tasks.plumbing.secrets import without_secrets
@@ -99,6 +100,26 @@ class Own(BaseTask):
 
     def serialize(self) -> tuple[Any, ...]:
         return ()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+def test_secret_fields_may_be_any_collection_of_names(kind: Any) -> None:
+    @dataclass
+    class Login(BaseTask):
+        password: str
+        secret_fields = kind(["password"])
+
+    with pytest.raises(TaskArgumentsError) as caught:
+        check_arguments(Login, [[SECRET]], {})
+    assert SECRET[:6] not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["password", 5, None, ["password", 5]])
+def test_secret_fields_that_name_nothing_are_refused_with_the_class(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"test_secret_arguments\..*Login: secret_fields is .* no set of names"):
+
+        class Login(BaseTask):
+            secret_fields = wrong
 
 
 CLASSES = [Number, Quoting, Model, Validating, Together, Nested, Typed, Own]

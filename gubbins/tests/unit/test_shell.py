@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from watching import alive, until, written
 
+from gubbins.ces import shell
 from gubbins.ces.shell import LocalShell
 from gubbins.exceptions import CEUnavailableError
 
@@ -34,6 +35,17 @@ async def test_large_input_and_output_pass_at_the_same_time() -> None:
     data = b"0123456789abcde\n" * 200_000
     done = await LocalShell().run(["/bin/sh", "-c", "tee /dev/stderr"], stdin=data, timeout=60)
     assert done == (0, data.decode(), data.decode())
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+async def test_a_command_that_writes_without_end_is_ended_with_its_children(
+    stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "MAX_ANSWER_BYTES", 1_000_000)
+    script = f"sleep 300 & echo $! > {tmp_path}/child; exec cat /dev/zero > /dev/{stream}"
+    with pytest.raises(CEUnavailableError, match="/bin/sh: an answer of more than 1000000 bytes"):
+        await LocalShell().run(["/bin/sh", "-c", script], timeout=300)
+    await until(lambda: not alive(int(written(tmp_path / "child"))))
 
 
 async def test_output_that_is_no_text_is_no_error() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Completed", "LocalShell", "Shell", "inherited_environment"]
+__all__ = ["MAX_ANSWER_BYTES", "Completed", "LocalShell", "Shell", "inherited_environment"]
 
 import asyncio
 import contextlib
@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Protocol, Self
 
 from gubbins.exceptions import CEUnavailableError
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""More than any honest answer has, on stdout or stderr."""
 
 # Not everything: the worker's environment holds the passwords of its databases.
 _INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER")
@@ -37,7 +40,8 @@ class Shell(Protocol):
         """Run a command to its end, whatever its exit code; `timeout` in seconds.
 
         Raises:
-            CEUnavailableError: it could not be started, or has not ended in time.
+            CEUnavailableError: it could not be started, has not ended in time, or writes more than
+                `MAX_ANSWER_BYTES`.
         """
         ...
 
@@ -71,8 +75,9 @@ class LocalShell:
             except OSError as error:
                 raise CEUnavailableError(f"{argv[0]} cannot be started: {error.strerror}") from error
             try:
-                async with asyncio.timeout(timeout):
-                    returncode, *output = await asyncio.gather(process.wait(), out.read(), err.read())
+                async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
+                    ended = group.create_task(process.wait())
+                    output = [group.create_task(pipe.read()) for pipe in (out, err)]
             except BaseException as error:
                 # With all that it has started. The group is there: its leader has not been waited for, or others
                 # of it hold the pipes.
@@ -81,8 +86,10 @@ class LocalShell:
                 await process.wait()
                 if isinstance(error, TimeoutError):
                     raise CEUnavailableError(f"{argv[0]} has not answered within {timeout:g} s") from error
+                if isinstance(error, ExceptionGroup):
+                    raise CEUnavailableError(f"{argv[0]}: {error.exceptions[0]}") from error
                 raise
-        return Completed(returncode, *(text.decode(errors="replace") for text in output))
+        return Completed(ended.result(), *(text.result().decode(errors="replace") for text in output))
 
     async def close(self) -> None:
         pass
@@ -109,13 +116,19 @@ class _Pipe:
         self.write_end.close()
 
     async def read(self) -> bytes:
-        """Read until nobody has the write end any more."""
+        """Read until nobody has the write end any more.
+
+        Raises:
+            ValueError: there is more than `MAX_ANSWER_BYTES`.
+        """
         loop, data, end = asyncio.get_running_loop(), bytearray(), asyncio.Event()
 
         def read() -> None:
             part = self._read_end.read(65536)
             if part:
                 data.extend(part)
+                if len(data) > MAX_ANSWER_BYTES:
+                    end.set()
             elif part is not None:  # None: nothing yet
                 end.set()
 
@@ -124,6 +137,8 @@ class _Pipe:
             await end.wait()
         finally:
             loop.remove_reader(self._read_end)
+        if len(data) > MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
         return bytes(data)
 
 

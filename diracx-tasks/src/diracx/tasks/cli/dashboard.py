@@ -129,6 +129,8 @@ def dashboard(
                     return installation
 
                 app = create_app(this, gate, hosts=names.union(public_names))
+                await app.open()
+                stack.push_async_callback(app.aclose)
                 typer.echo(f"{address}sign-in?token={token}" if token else address)
                 if not loopback and not tls:
                     typer.echo(_WITHOUT_TLS.format(host=host), err=True)
@@ -261,6 +263,7 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: LogLevel, t
         access_log=False,  # the printed address has the token in it
         proxy_headers=False,
         server_header=False,
+        lifespan="off",  # a signal during it would be a traceback
         timeout_graceful_shutdown=_STOP_SECONDS,
         **tls,
     )

@@ -50,6 +50,13 @@ class BaseTask:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        secret: Any = cls.secret_fields
+        if not isinstance(secret, list | tuple | set | frozenset) or not all(isinstance(n, str) for n in secret):
+            raise TypeError(
+                f"{cls.__module__}.{cls.__qualname__}: secret_fields is {secret!r}, and no set of names; write "
+                'frozenset({"password"})'
+            )
+        type.__setattr__(cls, "secret_fields", frozenset(secret))
         # A pydantic task takes its fields by keyword even where a base of ours brings an __init__.
         for base in cls.__mro__:
             if "__pydantic_base_init__" in dir(vars(base).get("__init__")) and "__init__" not in vars(cls):

@@ -75,9 +75,10 @@ def _forms(value: Any) -> Iterator[str]:
         return
     yield str(value)
     yield repr(value)
-    if isinstance(value, bytes):
-        yield repr(value)[2:-1]
+    if isinstance(value, bytes | bytearray):
+        yield repr(bytes(value))[2:-1]
         yield value.decode(errors="replace")
+        yield from _encoded_bytes(bytes(value))
     elif isinstance(value, Mapping):
         yield from _parts(value.values())
     elif isinstance(value, list | tuple | set | frozenset):
@@ -96,10 +97,16 @@ def _parts(values: Iterable[Any]) -> Iterator[str]:
 def _encoded(text: str) -> Iterator[str]:
     """The text as URLs, JSON, HTML, Python literals, base64 and hexadecimal have it."""
     data = text.encode(errors="surrogatepass")
-    yield from (quote(data), quote(data, safe=""), quote_plus(data))
     yield json.dumps(text)[1:-1]
-    yield repr(text)[1:-1]
+    yield from (repr(text)[1:-1], ascii(text)[1:-1], repr(data)[2:-1])
     yield html.escape(text)
+    yield from _encoded_bytes(data)
+
+
+def _encoded_bytes(data: bytes) -> Iterator[str]:
+    """The bytes as URLs, base64 and hexadecimal have them."""
+    for url in (quote(data), quote(data, safe=""), quote_plus(data)):
+        yield from (url, re.sub("%..", lambda found: found[0].lower(), url))
     yield from (data.hex(), data.hex().upper())
     for skipped in range(3):  # what stands before it moves it by so many bytes
         whole = data[skipped : skipped + (len(data) - skipped) // 3 * 3]

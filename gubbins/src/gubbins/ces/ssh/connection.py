@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gubbins.ces.shell import Completed
+from gubbins.ces.shell import MAX_ANSWER_BYTES, Completed
 from gubbins.exceptions import CEUnavailableError
 from gubbins.text import one_line
 
@@ -19,9 +19,6 @@ from .settings import SSHHost
 
 if TYPE_CHECKING:
     import asyncssh
-
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""More than any honest answer has."""
 
 _KEEPALIVE_SECONDS = 10
 _SESSION_SECONDS = 0.1  # before a host that had no session left is asked again
