@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from diracx.tasks.plumbing.databases import join_threads
 from diracx.tasks.plumbing.migrations import Migrations
 from diracx.tasks.testing.server import free_port
 from sqlalchemy.engine import make_url
@@ -71,9 +73,16 @@ def _changed(kind: str, **changes: str) -> Make:
     return make
 
 
-def _down(scheme: str) -> Make:
+def _down(scheme: str, host: str = "127.0.0.1") -> Make:
     async def make(*_: object) -> str:
-        return f"{scheme}://pilots:{PASSWORD}@127.0.0.1:{free_port()}/pilots"
+        return f"{scheme}://pilots:{PASSWORD}@{host}:{free_port()}/pilots"
+
+    return make
+
+
+def _url(scheme: str, rest: str) -> Make:
+    async def make(*_: object) -> str:
+        return f"{scheme}://pilots:{PASSWORD}@{rest}"
 
     return make
 
@@ -94,18 +103,27 @@ _TROUBLES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "postgresql: no such database": (_changed("postgresql", database="nothing"), ("does not exist",)),
     "postgresql: no tables": (_without_tables("postgresql"), _INIT),
 }
+_UNUSABLE = {
+    "a port out of range": "127.0.0.1:99999/pilots",
+    "an unknown option": "127.0.0.1:1/pilots?foo=bar",
+    "a host that is no name": "a..b/pilots",
+}
+for _kind, _scheme in (("mariadb", "mysql+aiomysql"), ("postgresql", "postgresql+asyncpg")):
+    _TROUBLES[f"{_kind}: down, by name"] = (_down(_scheme, "localhost"), ("cannot reach",))
+    for _what, _rest in _UNUSABLE.items():
+        _TROUBLES[f"{_kind}: {_what}"] = (_url(_scheme, _rest), ("no usable URL", "correct"))
 SQLITE_TROUBLES = [name for name in _TROUBLES if name.startswith("sqlite")]
 
 Troubled = Callable[[Migrations], Awaitable[TroubledDatabase]]
 
 
 @pytest.fixture(params=_TROUBLES)
-def troubled_database(
+async def troubled_database(
     request: pytest.FixtureRequest, empty_database: Callable[..., Awaitable[str]], tmp_path: Path
-) -> Troubled:
+) -> AsyncIterator[Troubled]:
     """`await troubled_database(Class.migrations)` is a database of that class that cannot be used."""
     kind = request.param.partition(":")[0]
-    if kind != "sqlite" and "down" not in request.param:
+    if request.param.endswith(("user", "password", "database", "tables", "version")) and kind != "sqlite":
         request.getfixturevalue(f"{kind}_server")
     make, says = _TROUBLES[request.param]
 
@@ -113,4 +131,6 @@ def troubled_database(
         variable = (f"DIRACX_DB_URL_{migrations.database.upper()}",)
         return TroubledDatabase(await make(migrations, tmp_path, empty_database), says + variable)
 
-    return troubled
+    before = set(threading.enumerate())
+    yield troubled
+    await join_threads(before)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CONNECT_SECONDS = 10
+
 
 class CommandError(Exception):
     """The command did not work: one line (or several, one per mistake) for stderr, and an exit code."""
@@ -36,8 +38,9 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     Raises:
         CommandError: it is not named, cannot be reached, has no tables, or the work was refused.
     """
+    from diracx.tasks.plumbing.databases import join_threads
     from diracx.tasks.plumbing.migrations import MigrationError
-    from diracx.tasks.plumbing.sql.errors import DatabaseError, describe
+    from diracx.tasks.plumbing.sql.errors import DatabaseError, connecting, describe
     from sqlalchemy.exc import SQLAlchemyError
 
     from gubbins.db.sql import MyPilotDB
@@ -50,12 +53,12 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         others = set(threading.enumerate())
         try:
             async with db.engine_context():
+                with connecting(db.name):
+                    async with asyncio.timeout(_CONNECT_SECONDS), db.engine.connect():
+                        pass
                 return await work(db)
         except DatabaseError:
-            # The thread of a SQLite file that could not be opened reports its end to this event loop, and
-            # prints a traceback if the loop is gone by then.
-            for thread in set(threading.enumerate()) - others:
-                await asyncio.to_thread(thread.join, 1)
+            await join_threads(others)
             raise
 
     try:

@@ -141,8 +141,9 @@ async def _checked(
     name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
 ) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
+    from ..plumbing.databases import join_threads
     from ..plumbing.migrations import Migrations
-    from ..plumbing.sql.errors import explained
+    from ..plumbing.sql.errors import connecting, explained
     from ..plumbing.sql.session import not_ready
 
     migrations: Migrations | None = getattr(database_class, "migrations", None)
@@ -151,6 +152,9 @@ async def _checked(
         before = set(threading.enumerate())
         try:
             with explained_database(name), explained(name):
+                with connecting(name):
+                    async with asyncio.timeout(_ANSWER_SECONDS), database.engine.connect():
+                        pass
                 if create and migrations is not None:
                     async with asyncio.timeout(_ANSWER_SECONDS):
                         await migrations.create(database.engine)
@@ -158,10 +162,7 @@ async def _checked(
                     if (lacks := await connection.run_sync(not_ready, database_class, name)) is not None:
                         raise lacks
         except CliError:
-            # The thread of an aiosqlite connection that failed still has a last word for this event loop.
-            for thread in set(threading.enumerate()) - before:
-                if not thread.name.startswith("asyncio_"):  # those of the loop itself stay
-                    await asyncio.to_thread(thread.join, 1.0)
+            await join_threads(before)
             raise
         yield database
 

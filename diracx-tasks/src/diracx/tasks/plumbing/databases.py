@@ -6,7 +6,10 @@ say which of the variables is wrong.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .exceptions import TaskConfigError
@@ -50,6 +53,17 @@ def database_urls(only: str | None = None) -> dict[str, str]:
                 "sqlite+aiosqlite:////var/lib/tasks.db"
             )
     return urls
+
+
+async def join_threads(before: Collection[threading.Thread]) -> None:
+    """Wait for the threads of SQLite connections that failed: each still has a last word for this event loop.
+
+    Args:
+        before: the threads that were there before these connections.
+    """
+    for thread in {*threading.enumerate()}.difference(before):
+        if not thread.name.startswith("asyncio_"):  # those of the loop itself stay
+            await asyncio.to_thread(thread.join, 1.0)
 
 
 def _is_valid(url: str) -> bool:

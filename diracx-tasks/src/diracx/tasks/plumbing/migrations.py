@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["MigrationError", "Migrations", "Move", "State", "Step", "run_env"]
 
+import asyncio
 import contextlib
 import zlib
 from collections.abc import AsyncIterator, Iterable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 BASE = "base"
 HEAD = "head"
 _LOCK_SECONDS = 60
+_CONNECT_SECONDS = 10
 #: Where a change of the schema commits what was done before it, and cannot be undone.
 _WITHOUT_TRANSACTIONS = ("mysql", "mariadb")
 
@@ -201,7 +203,7 @@ class Migrations:
         from .sql.errors import explained
 
         with explained(self.database):
-            async with _connection(url) as connection:
+            async with _connection(url, self.database) as connection:
                 yield connection
 
     async def _move(self, url: str, to: str, *, forward: bool) -> Move:
@@ -347,18 +349,24 @@ class _Tables:
 
 
 @contextlib.asynccontextmanager
-async def _connection(url: str) -> AsyncIterator[AsyncConnection]:
+async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]:
     """A connection of its own: on SQLite it does not enforce foreign keys, without which a table that is replaced
     by its copy would take the rows of others with it."""
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
-    engine = create_async_engine(url, poolclass=NullPool)
+    from .sql.errors import connecting, unusable_url
+
     try:
-        async with engine.connect() as connection:
-            yield connection
-    finally:
-        await engine.dispose()
+        engine = create_async_engine(url, poolclass=NullPool)
+    except Exception:
+        raise unusable_url(database) from None  # the error of a bad URL shows parts of it
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(engine.dispose)
+        with connecting(database):
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                connection = await stack.enter_async_context(engine.connect())
+        yield connection
 
 
 @contextlib.asynccontextmanager

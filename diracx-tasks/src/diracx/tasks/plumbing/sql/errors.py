@@ -5,7 +5,16 @@ The codes are those of the manuals of MySQL, MariaDB, PostgreSQL (appendix A) an
 
 from __future__ import annotations
 
-__all__ = ["DatabaseError", "Trouble", "classify", "describe", "explained", "is_cut_off"]
+__all__ = [
+    "DatabaseError",
+    "Trouble",
+    "classify",
+    "connecting",
+    "describe",
+    "explained",
+    "is_cut_off",
+    "unusable_url",
+]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,8 +198,19 @@ def describe(database: str, error: BaseException) -> DatabaseError | None:
     if trouble is Trouble.SETUP:
         says = _SAYS_OF_CODE.get(_code(error), says)
     if isinstance(error, _UNUSABLE_URL):
-        says = "the database {0} has no usable URL: correct {1}"
-    return DatabaseError(says.format(database, f"DIRACX_DB_URL_{database.upper()}"), trouble)
+        return unusable_url(database)
+    return DatabaseError(says.format(database, _variable(database)), trouble)
+
+
+def unusable_url(database: str) -> DatabaseError:
+    """The error for a URL of which the driver can make no connection."""
+    return DatabaseError(
+        f"the database {database} has no usable URL: correct {_variable(database)}", Trouble.SETUP
+    )
+
+
+def _variable(database: str) -> str:
+    return f"DIRACX_DB_URL_{database.upper()}"
 
 
 @contextmanager
@@ -206,3 +226,18 @@ def explained(database: str) -> Iterator[None]:
         if (told := describe(database, error)) is None or told is error:
             raise
         raise told from error
+
+
+@contextmanager
+def connecting(database: str) -> Iterator[None]:
+    """The same for a block that opens a connection: whatever else drivers raise there, a URL has led to.
+
+    Raises:
+        DatabaseError: in place of every error.
+    """
+    try:
+        yield
+    except DatabaseError:
+        raise
+    except Exception as error:
+        raise (describe(database, error) or unusable_url(database)) from error

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from .. import telemetry
 from ..databases import report_lost_connections
 from ..patience import Pauses
-from .errors import DatabaseError, Trouble, describe
+from .errors import DatabaseError, Trouble, connecting, describe, unusable_url
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -70,8 +70,16 @@ class Database(BaseSQLDB):
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
-        """The engine, for as long as the context lasts."""
-        async with super().engine_context():
+        """The engine, for as long as the context lasts.
+
+        Raises:
+            DatabaseError: no engine can be made of the URL.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(super().engine_context())
+            except Exception:
+                raise unusable_url(self.name) from None  # the error of a bad URL shows parts of it
             prepare(self.engine)
             if self.engine.dialect.name == "sqlite" and self.engine.url.database in (None, "", ":memory:"):
                 # All transactions share its one connection: they must not overlap.
@@ -117,11 +125,10 @@ class Database(BaseSQLDB):
             await self._turn.acquire()
         try:
             # Not by BaseSQLDB, which logs a traceback.
-            self._conn.set(await self.engine.connect())
-        except BaseException as error:
+            with connecting(self.name):
+                self._conn.set(await self.engine.connect())
+        except BaseException:
             self._end_turn()
-            if (told := describe(self.name, error)) is not None:
-                raise told from error
             raise
         return self
 
