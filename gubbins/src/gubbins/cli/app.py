@@ -87,7 +87,10 @@ app.command("demo")(demo)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 CEName = Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")]
-PilotId = Annotated[int, typer.Argument(help="Id of the pilot, as in `gubbins pilots list`.", metavar="ID")]
+PilotId = Annotated[
+    int,
+    typer.Argument(help="Id of the pilot, as in `gubbins pilots list`.", metavar="ID", min=1, max=2**63 - 1),
+]
 OfVO = Annotated[str | None, typer.Option("--vo", help="Only this VO's.")]
 
 

@@ -71,12 +71,15 @@ def explained_redis(url: str) -> Iterator[None]:
     from redis.exceptions import RedisError
 
     from ..plumbing.broker.address import AddressError
+    from ..plumbing.broker.stored import UnreadableKeyError
     from ..plumbing.exceptions import SendTaskError
 
     try:
         yield
     except AddressError as error:
         raise CliError(f"{error}; correct --redis-url or DIRACX_TASKS_REDIS_URL") from error
+    except UnreadableKeyError as error:
+        raise CliError(str(error)) from error
     except SendTaskError as error:
         if isinstance(error.__cause__, RedisError):
             raise CliError(_about_redis(error.__cause__, url)) from error

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from ..plumbing.broker.stored import UnreadableKeyError
 from ..plumbing.exceptions import SendTaskError
 from ..plumbing.secrets import mask
 from ..plumbing.sql.errors import DatabaseError
@@ -46,6 +47,7 @@ _FORESEEN: tuple[type[Exception], ...] = (
     NotFoundError,
     NotPossibleError,
     UnavailableError,
+    UnreadableKeyError,
     SendTaskError,
     RedisError,
     SQLAlchemyError,
@@ -357,7 +359,7 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
             found = 404, str(error)
         case NotPossibleError():
             found = 409, str(error)
-        case UnavailableError() | SendTaskError():
+        case UnavailableError() | UnreadableKeyError() | SendTaskError():
             found = 503, str(error)
         case RedisError():
             found = 503, f"The server of the tasks does not answer: {error}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from ..plumbing.broker import keys
+from ..plumbing.broker.stored import reading
 from ..plumbing.histogram import end_of_bucket
 from ..plumbing.task_names import resolve_task_name
 from ..plumbing.wire import loads
@@ -51,10 +52,13 @@ async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, f
         for bucket in buckets:
             pipe.execute_command("HGETALL", f"{prefix}{bucket}")
         replies = await pipe.execute()
-    return {
-        bucket: {text(name): msgpack.unpackb(packed) for name, packed in as_mapping(reply).items()}
-        for bucket, reply in zip(buckets, replies, strict=True)
-    }
+    found = {}
+    for bucket, reply in zip(buckets, replies, strict=True):
+        with reading(f"{prefix}{bucket}"):
+            found[bucket] = {
+                text(name): dict(msgpack.unpackb(packed)) for name, packed in as_mapping(reply).items()
+            }
+    return found
 
 
 def _stats(name: str, sums: Mapping[str, float]) -> TaskStats:
@@ -134,7 +138,8 @@ async def failed_task_names(redis: Redis) -> list[str]:
     begin = "+"
     while True:
         entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
-        names.update(str(loads(fields[b"data"])["task_name"]) for _, fields in entries)
+        with reading(keys.FAILURES):
+            names.update(str(loads(fields[b"data"])["task_name"]) for _, fields in entries)
         if len(entries) < _FAILURES_READ:
             return sorted(names)
         begin = f"({text(entries[-1][0])}"
@@ -158,9 +163,10 @@ async def failures(
     while len(found) <= limit:
         entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
         for entry, fields in entries:
-            failure = loads(fields[b"data"])
-            if task_name is None or failure["task_name"] == task_name:
-                found.append(Failure(**{**failure, "id": text(entry), "at": moment(failure["at"])}))
+            with reading(keys.FAILURES):
+                failure = loads(fields[b"data"])
+                if task_name is None or failure["task_name"] == task_name:
+                    found.append(Failure(**{**failure, "id": text(entry), "at": moment(failure["at"])}))
             begin = f"({text(entry)}"
         if len(entries) < _FAILURES_READ:
             break

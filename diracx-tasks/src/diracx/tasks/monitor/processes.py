@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.stored import reading
 from ..plumbing.wire import loads
 from .models import BlockedLoop, Page, RunningTask, Worker
 from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, scored, server_time, text
@@ -38,23 +39,24 @@ async def workers(redis: Redis) -> list[Worker]:
     found = []
     for name in names:
         line, blocked = reports[name]
-        said: dict[str, Any] = loads(line) if line else {}
-        started = said.pop("started", None)
         host, _, rest = name.partition(":")
         pid = rest.partition(":")[0]
-        found.append(
-            Worker(
-                name=name,
-                host=host,
-                pid=int(pid) if pid.isdigit() else 0,
-                alive=lease.get(name, 0.0) > now,
-                lease_until=moment(lease[name]) if lease.get(name) else None,
-                started=None if started is None else moment(started),
-                seen=moment(seen[name]) if name in seen else None,
-                blocked=_blocked(blocked),
-                **{field: value for field, value in said.items() if field in Worker.__slots__},
+        with reading(keys.REPORT_PREFIX + name):
+            said: dict[str, Any] = loads(line) if line else {}
+            started = said.pop("started", None)
+            found.append(
+                Worker(
+                    name=name,
+                    host=host,
+                    pid=int(pid) if pid.isdecimal() and pid.isascii() else 0,
+                    alive=lease.get(name, 0.0) > now,
+                    lease_until=moment(lease[name]) if lease.get(name) else None,
+                    started=None if started is None else moment(started),
+                    seen=moment(seen[name]) if name in seen else None,
+                    blocked=_blocked(blocked),
+                    **{field: value for field, value in said.items() if field in Worker.__slots__},
+                )
             )
-        )
     return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
 
 
@@ -91,12 +93,12 @@ async def running(
         ValueError: when `after` is not from a page.
     """
     reports = await _reports(redis, await alive_workers(redis), "running", "blocked")
-    told = [
-        (task["since"], task["task_id"], name, task)
-        for name, (tasks, _) in reports.items()
-        for task in (loads(tasks) if tasks else ())
-    ]
-    blocking = {loop.task_id for _, said in reports.values() if (loop := _blocked(said)) is not None}
+    told, blocking = [], set()
+    for name, (tasks, blocked) in reports.items():
+        with reading(keys.REPORT_PREFIX + name):
+            told += [(task["since"], task["task_id"], name, task) for task in (loads(tasks) if tasks else ())]
+            if (loop := _blocked(blocked)) is not None:
+                blocking.add(loop.task_id)
     told.sort(key=lambda one: one[:3])
     if after is not None:
         place = place_in_order(after)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from .broker import keys, scripts
+from .broker.stored import reading
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -121,24 +122,26 @@ async def configurations_in_force(redis: Redis) -> list[InForce]:
 
     Raises:
         redis.exceptions.RedisError: when the server does not answer.
+        UnreadableKeyError: when something else was written there.
     """
     seconds, microseconds = await redis.execute_command("TIME")
     now = int(seconds) + int(microseconds) / 1e6
     said = await redis.execute_command("HGETALL", keys.CONFIG_IN_FORCE)
     pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
     found = []
-    for process, value in pairs:
-        seen_ms, _, text = _text(value).partition(" ")
-        seen = int(seen_ms) / 1000
-        if now - seen > COUNTS_SECONDS:
-            continue
-        content = json.loads(text)
-        for name in ("problems", "warnings", "vos"):
-            if content.get(name) is not None:
-                content[name] = tuple(content[name])
-        known = {name: value for name, value in content.items() if name in InForce.__slots__}
-        found.append(InForce(**known | {"process": _text(process), "seen": seen}))
-    return sorted(found, key=lambda entry: (entry.role, entry.process))
+    with reading(keys.CONFIG_IN_FORCE):
+        for process, value in pairs:
+            seen_ms, _, text = _text(value).partition(" ")
+            seen = int(seen_ms) / 1000
+            if now - seen > COUNTS_SECONDS:
+                continue
+            content = json.loads(text)
+            for name in ("problems", "warnings", "vos"):
+                if content.get(name) is not None:
+                    content[name] = tuple(content[name])
+            known = {name: value for name, value in content.items() if name in InForce.__slots__}
+            found.append(InForce(**known | {"process": _text(process), "seen": seen}))
+        return sorted(found, key=lambda entry: (entry.role, entry.process))
 
 
 def _text(value: bytes | str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from ...plumbing.broker import scripts
+from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.patience import reason
 from ..places import moment
 from .alerts import Alert, Health, Severity, counted, worst
@@ -138,12 +139,15 @@ def _server_away(error: Exception) -> Alert:
 
 
 def _unreadable(error: Exception) -> Alert:
-    logger.error("the health checks cannot read what is in Redis", exc_info=error)
+    known = isinstance(error, UnreadableKeyError)
+    logger.log(logging.DEBUG if known else logging.ERROR, "the health checks cannot read Redis", exc_info=error)
     return Alert(
         check="server_unreadable",
         severity=Severity.UNKNOWN,
-        summary=f"what is in Redis cannot be read: {type(error).__name__}: {error}"[:300],
-        remedy="something else writes to the keys diracx:*, or another version does: the log has the traceback",
+        summary=f"what is in Redis cannot be read: {error if known else f'{type(error).__name__}: {error}'}"[:300],
+        remedy="install the same version everywhere, or delete the key, which is written anew"
+        if known
+        else "something else writes to the keys diracx:*, or another version does: the log has the traceback",
     )
 
 

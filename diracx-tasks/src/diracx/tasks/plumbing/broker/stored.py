@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +13,26 @@ UNDECODABLE = "(cannot be decoded)"
 _LONGEST_NUMBER = 18
 #: The last whole second of the calendar (s since the epoch).
 _LAST_SECOND = 253_402_300_799
+
+
+class UnreadableKeyError(ValueError):
+    """A key holds what this version of the task system has not written. The message names it."""
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """Name the key in whatever goes wrong while what it holds is taken apart.
+
+    Raises:
+        UnreadableKeyError: in place of the error of a decoder, or of a field that is missing or of another type.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnreadableKeyError(
+            f"the key {key!r} holds what this version cannot read ({type(error).__name__}): another version of "
+            "the task system, or something else, writes to it"
+        ) from error
 
 
 def number_of(value: bytes | str | None) -> int:

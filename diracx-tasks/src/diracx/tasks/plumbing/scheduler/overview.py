@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
+from ..broker.stored import reading
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, every_instance, source_of
@@ -129,14 +130,14 @@ async def _read(redis: Redis) -> _Stored:
     fingerprints, last_runs, outcomes, paused, problems = (
         {_text(name): _text(value) for name, value in each.items()} for each in found
     )
-    return _Stored(
-        {_text(name): int(due) for name, due in ranked},
-        fingerprints,
-        {id_: _last_run(text) for id_, text in last_runs.items()},
-        {id_: _outcome(text) for id_, text in outcomes.items()},
-        {id_: int(since) for id_, since in paused.items()},
-        problems,
-    )
+    next_runs = {_text(name): int(due) for name, due in ranked}
+    with reading(keys.LAST_RUNS):
+        last = {id_: _last_run(text) for id_, text in last_runs.items()}
+    with reading(keys.OUTCOMES):
+        ended = {id_: _outcome(text) for id_, text in outcomes.items()}
+    with reading(keys.PAUSED):
+        since = {id_: int(text) for id_, text in paused.items()}
+    return _Stored(next_runs, fingerprints, last, ended, since, problems)
 
 
 def _text(value: bytes | str) -> str:
