@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import html
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 from diracx.tasks.cli.errors import CliError, explained_redis
+from diracx.tasks.dashboard import create_app
+from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.dashboard.installation import Installation
 from diracx.tasks.monitor import failures, running, stats, workers
 from diracx.tasks.monitor.health import HealthChecks
-from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
+from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.in_force import configurations_in_force
 from diracx.tasks.plumbing.scheduler.overview import schedules
 from diracx.tasks.plumbing.wire import dumps
 from redis.asyncio import Redis
 
+_PAGES = ("/workers", "/running", "/tasks", "/failures", "/schedules", "/configuration")
 _WORKER = "host:1:ab"
 _REPORT = keys.REPORT_PREFIX + _WORKER
-_NOW_MS = int(time.time() * 1000)
-_OTHER_FIELDS = json.dumps({"of": "a later version"})
+_OTHER_FIELDS = '{now} {{"of": "a later version"}}'
 
 
 def _listed(redis: Redis) -> Awaitable[Any]:
@@ -30,8 +36,11 @@ def _listed(redis: Redis) -> Awaitable[Any]:
 
 
 async def _write(redis: Redis, key: str, field: str, value: bytes | str) -> None:
-    await redis.zadd(keys.REPORTING, {_WORKER: _NOW_MS})
-    await redis.zadd(keys.ALIVE, {_WORKER: _NOW_MS + 60_000})
+    now = int(time.time() * 1000)
+    await redis.zadd(keys.REPORTING, {_WORKER: now})
+    await redis.zadd(keys.ALIVE, {_WORKER: now + 60_000})
+    if isinstance(value, str):
+        value = value.format(now=now)
     if key == keys.FAILURES:
         await redis.xadd(key, {"data": value})
     else:
@@ -46,10 +55,10 @@ READERS: list[tuple[str, str, bytes | str, Callable[[Redis], Awaitable[Any]]]] =
     (_REPORT, "running", dumps([{"of": "a later version"}]), running),
     (keys.MINUTE_PREFIX + "{minute}", "test:Task", b"rubbish", stats),
     (keys.FAILURES, "", dumps({"of": "a later version"}), failures),
-    (keys.OUTCOMES, "test:Task", f"{_NOW_MS} {_OTHER_FIELDS}", _listed),
+    (keys.OUTCOMES, "test:Task", _OTHER_FIELDS, _listed),
     (keys.LAST_RUNS, "test:Task", "rubbish", _listed),
     (keys.PAUSED, "test:Task", "rubbish", _listed),
-    (keys.CONFIG_IN_FORCE, "p", f"{_NOW_MS} {_OTHER_FIELDS}", configurations_in_force),
+    (keys.CONFIG_IN_FORCE, "p", _OTHER_FIELDS, configurations_in_force),
 ]
 
 
@@ -78,3 +87,27 @@ async def test_the_health_checks_name_the_key(redis: Redis, caplog: pytest.LogCa
     assert "traceback" not in alert.remedy
     assert caplog.text == ""
     await redis.delete(keys.REPORTING, keys.ALIVE, _REPORT)
+
+
+@pytest.mark.leaves_keys("diracx:*")
+@pytest.mark.parametrize(("key", "field", "value", "read"), READERS)
+async def test_the_overview_is_there_and_pages_name_the_key(
+    key: str, field: str, value: bytes | str, read: object, redis: Redis, redis_url: str
+) -> None:
+    key = key.format(minute=int(time.time() // 60))
+    await _write(redis, key, field, value)
+    broker = RedisStreamBroker(redis_url)
+
+    async def installation() -> Installation:
+        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+
+    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
+    app = create_app(installation, gate, extensions=[])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
+        answers = [await client.get(page) for page in ("/", *_PAGES)]
+    await app.aclose()
+    await broker.shutdown()
+    assert answers[0].status_code == 200
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert any(key in html.unescape(answer.text) for answer in answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -11,7 +12,9 @@ from redis.exceptions import RedisError
 
 from ... import monitor
 from ...monitor import Point
-from ...monitor.health.runner import DEAD_LETTERS
+from ...monitor.health.alerts import worst
+from ...monitor.health.runner import DEAD_LETTERS, unreadable
+from ...plumbing.broker.stored import UnreadableKeyError
 from ..installation import Load
 from ..page import Installation, Page, Request, viewer_of
 
@@ -31,6 +34,10 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
         failures = await viewer.page(partial(monitor.failures, installation.redis), _FAILURES, None)
     except (RedisError, OSError):
         return shown
+    except UnreadableKeyError as error:
+        others = (alert for alert in health.alerts if alert.check != "server_unreadable")
+        alerts = sorted([unreadable(error), *others], key=lambda alert: -alert.severity.rank)
+        return shown | {"health": replace(health, alerts=alerts, severity=worst(alerts))}
     letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
     away = installation.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
     return shown | {
@@ -55,7 +62,7 @@ async def charts(request: Request, installation: Installation) -> dict[str, Any]
     try:
         points = await installation.history()
         await installation.snapshot()
-    except (RedisError, OSError):
+    except (RedisError, OSError, UnreadableKeyError):
         return {"throughput": {"t": [], "series": []}, "load": {"t": [], "series": []}}
     return {"throughput": throughput(points), "load": load_of(points, installation.loads)}
 

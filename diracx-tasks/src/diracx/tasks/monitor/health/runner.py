@@ -76,7 +76,7 @@ class HealthChecks:
             alerts.append(_server_away(raised))
         except Exception as raised:
             error = raised
-            alerts.append(_unreadable(raised))
+            alerts.append(unreadable(raised))
         if facts is not None:
             alerts = await self._since(find_alerts(facts, self._limits) + alerts)
         alerts.sort(key=lambda alert: -alert.severity.rank)
@@ -138,7 +138,8 @@ def _server_away(error: Exception) -> Alert:
     )
 
 
-def _unreadable(error: Exception) -> Alert:
+def unreadable(error: Exception) -> Alert:
+    """The alert for what another version, or something else, has written to Redis."""
     known = isinstance(error, UnreadableKeyError)
     logger.log(logging.DEBUG if known else logging.ERROR, "the health checks cannot read Redis", exc_info=error)
     return Alert(
