@@ -333,6 +333,11 @@ async def test_tasks_that_waited_for_no_time_at_all_can_be_counted(redis: Redis)
     assert (await HealthChecks(redis).run()).alerts == []
 
 
+def test_an_alert_is_one_line_of_printable_text_whatever_it_tells_of() -> None:
+    alert = Alert(check="x", severity=Severity.WARNING, summary="a\x1b[31m\r\nb\u202ec\u2028d", remedy="none")
+    assert alert.summary == "a�[31m b�c d"
+
+
 async def test_what_cannot_be_read_in_redis_is_an_alert_and_no_traceback(redis: Redis) -> None:
     await redis.hset(keys.CONFIG_IN_FORCE, "somebody", "rubbish")
     health = await HealthChecks(redis).run()

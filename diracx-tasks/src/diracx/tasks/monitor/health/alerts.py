@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from ...plumbing.printable import printable_line
 from ..models import Shown, Snapshot
 from ..visibility import Viewer
 
@@ -57,6 +58,10 @@ class Alert(Shown):
     """Whether whoever may see the numbers of the installation may see it whole: it names no task, lock or site."""
     path: str = "/"
     """The page of the dashboard that has more about it."""
+
+    def __post_init__(self) -> None:
+        # Names and errors come from anywhere, and an alert goes to terminals, pages, logs and mails.
+        object.__setattr__(self, "summary", printable_line(self.summary))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
