@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -355,3 +356,27 @@ async def test_a_task_waits_whatever_lies_under_its_id_already(
         await lock.release(redis)
         assert not (await system.result("mine")).is_err
         await redis.delete(keys.DELAYED_DATA)
+
+
+async def test_a_task_whose_group_is_of_another_type_can_be_cancelled_and_tells_who_waits(
+    redis_url: str, redis: Redis
+) -> None:
+    await redis.rpush(f"{keys.GROUPS_PREFIX}odd", "no group")
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
+        message = TaskMessage(task_id="child", task_name="test:Echo", labels={LABEL_GROUP: "odd"})
+        await redis.xadd(STREAMS[0], {"data": message.dumpb()})
+        assert await system.cancel("child") == "queued"
+        error = (await system.result("child")).error
+    assert error is not None
+    assert error["type"] == "TaskCancelledError"
+    await redis.delete(f"{keys.GROUPS_PREFIX}odd")
+
+
+async def test_a_scheduler_starts_whatever_is_in_its_keys(redis_url: str, redis: Redis) -> None:
+    hashes = (keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS, keys.FINGERPRINTS, keys.PAUSED)
+    await redis.zadd(keys.NEXT_RUNS, {b"\xff\xfe": 5e15, "late": float("inf"), "early": float("-inf")})
+    for key in hashes:
+        await redis.hset(key, b"\xff\xfe", b"\xff\xfe")
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=1) as system:
+        await system.result(await Echo("after").schedule(at_time=datetime.now(UTC) + timedelta(seconds=0.2)))
+    await redis.delete(*hashes)

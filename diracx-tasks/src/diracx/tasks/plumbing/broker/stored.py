@@ -47,6 +47,11 @@ def moment_of(seconds: float) -> datetime:
     return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC)
 
 
+def ms_of(score: bytes | str) -> int:
+    """A score of a sorted set that is a time (ms since the epoch); one within the calendar, infinity included."""
+    return int(max(0.0, min(float(score), _LAST_SECOND * 1000)))
+
+
 def text_of(value: Any) -> str:
     """What the server says, as text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -17,6 +17,7 @@ from ..binding import Binding
 from ..broker import keys, scripts
 from ..broker.group_audit import audit_for_ever
 from ..broker.redis_streams import PROMOTE_BATCH, in_ms
+from ..broker.stored import ms_of, text_of
 from ..config import TasksConfig
 from ..endings import end
 from ..factory import TaskRegistry
@@ -242,7 +243,7 @@ class TaskScheduler:
         self._agenda.take_up()
         if self._agenda.has_paused:
             paused = await self._broker.redis.execute_command("HKEYS", keys.PAUSED)
-            self._agenda.go_on(schedule.decode() for schedule in paused)
+            self._agenda.go_on(map(text_of, paused))
         return True
 
     def _set_up_agenda(self) -> None:
@@ -307,7 +308,7 @@ class TaskScheduler:
     async def _next_runs(self) -> dict[str, int]:
         """When each schedule is due (ms), as the server has it."""
         found = await self._broker.redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
-        return {schedule.decode(): int(float(due)) for schedule, due in zip(found[::2], found[1::2], strict=True)}
+        return {text_of(schedule): ms_of(due) for schedule, due in zip(found[::2], found[1::2], strict=True)}
 
     def _brought_back(
         self, scheduled: ScheduledTask, due_ms: int | None, now: datetime, latest: dict[str, datetime]
@@ -435,7 +436,7 @@ class TaskScheduler:
             return self._put_aside(schedule, f"the server does not let it into {occurrence['stream']}")
         elif reply == _NOT_DUE:  # somebody else has changed it
             stored = await self._broker.redis.execute_command("ZSCORE", keys.NEXT_RUNS, schedule)
-            following = None if stored is None else int(float(stored))
+            following = None if stored is None else ms_of(stored)
         else:
             self._problems.pop(schedule, None)
             following = occurrence.get("next")

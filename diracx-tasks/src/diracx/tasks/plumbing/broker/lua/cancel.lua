@@ -20,11 +20,12 @@ local function mark(task)
   redis.call('PUBLISH', '$CANCELLED', task)
 end
 
+-- What follows for others. A key of another type keeps neither the rest nor other tasks from their end.
 local function finish(t)
   redis.call('ZREM', '$CANCELLED', t.task)
-  if t.group then child_done(t.group) end
-  if t.collected then forget_results(t.collected) end
-  if t.outcome then note_outcome(t.outcome) end
+  if t.group then pcall(child_done, t.group) end
+  if t.collected then pcall(forget_results, t.collected) end
+  if t.outcome then pcall(note_outcome, t.outcome) end
   if t.result then
     redis.call('SET', t.result.key, t.result.value, 'PX', t.result.ttl_ms)
     redis.call('PUBLISH', t.result.key, '')
