@@ -79,6 +79,12 @@ async def test_a_key_that_cannot_be_read_is_named_in_one_line(
         await read(redis)
 
 
+async def test_next_runs_at_the_ends_of_time_are_listed(redis: Redis) -> None:
+    await redis.zadd(keys.NEXT_RUNS, {"never": float("inf"), "always": float("-inf"), "far": 5e15})
+    assert [state.id for state in await _listed(redis)] == ["always", "far", "never"]
+    await redis.delete(keys.NEXT_RUNS)
+
+
 async def test_the_health_checks_name_the_key(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
     await _write(redis, _REPORT, "line", b"rubbish")
     [alert] = (await HealthChecks(redis).run()).alerts

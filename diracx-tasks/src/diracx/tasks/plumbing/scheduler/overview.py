@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
-from ..broker.stored import reading
+from ..broker.stored import ms_of, reading
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, every_instance, source_of
@@ -130,7 +130,7 @@ async def _read(redis: Redis) -> _Stored:
     fingerprints, last_runs, outcomes, paused, problems = (
         {_text(name): _text(value) for name, value in each.items()} for each in found
     )
-    next_runs = {_text(name): int(due) for name, due in ranked}
+    next_runs = {_text(name): ms_of(due) for name, due in ranked}
     with reading(keys.LAST_RUNS):
         last = {id_: _last_run(text) for id_, text in last_runs.items()}
     with reading(keys.OUTCOMES):
