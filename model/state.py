@@ -57,7 +57,7 @@ class State:
     settled: tuple[int, ...]
     """How often each task has been settled as done."""
     begun: tuple[int, ...]
-    """How often each task has begun."""
+    """How often each task has begun; 2 for more than once."""
     disturbed: tuple[str, ...] = ()
     """The disturbances so far."""
 

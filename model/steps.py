@@ -174,7 +174,7 @@ class Steps:
 
     def _begun(self, state: State, which: int, held: Held, locked: bool = False) -> State:
         position = self._ids.index(held.task)
-        begun = tuple(n + (i == position) for i, n in enumerate(state.begun))
+        begun = tuple(min(n + (i == position), 2) for i, n in enumerate(state.begun))
         worker = state.workers[which]
         in_hand = tuple(
             replace(held, phase="running", locked=locked)
