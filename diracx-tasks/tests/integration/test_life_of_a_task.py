@@ -331,6 +331,23 @@ async def test_a_task_that_ignores_its_time_limit_is_reported_once(
         assert "0.1 s" in line
 
 
+async def test_a_cancellation_that_a_library_swallowed_comes_again(redis_url: str) -> None:
+    """As `asyncio.wait_for` of Python 3.11 does when what it waits for ends at the same moment."""
+
+    class Swallows(BaseTask):
+        time_limit_seconds = 0.05
+
+        async def execute(self) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await asyncio.Event().wait()
+
+    async with TaskSystem([Swallows], redis_url=redis_url, settings={"report_overdue_seconds": 0.1}) as system:
+        result = await system.result(await Swallows().schedule())
+        assert result.error is not None
+        assert result.error["type"] == TimeLimitExceededError.__name__
+
+
 async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
     redis_url: str, redis: Redis
 ) -> None:

@@ -133,12 +133,15 @@ class Execution:
 
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
-        again = self._cancelled_for is not None and self.running is not None
+        self.cancel_again()
         if overrun := self._overrun():
             self._cancel(overrun)
         else:
             self._interrupt(WorkerStoppedError("the worker stopped before the task had ended"))
-        if again and self.running is not None:
+
+    def cancel_again(self) -> None:
+        """Repeat its cancellation, if there was one: `asyncio.wait_for` of Python 3.11 may have swallowed it."""
+        if self._cancelled_for is not None and self.running is not None:
             self.running.cancel()
 
     def _overrun(self) -> TimeLimitExceededError | None:

@@ -23,7 +23,7 @@ class WorkerSettings(BaseModel):
     hard_limit_seconds: float | None = Field(default=None, gt=0)
     """An execution that ignores its cancellation for so long ends the process; None: it never does."""
     report_overdue_seconds: float = Field(default=10.0, gt=0)
-    """An execution that ignores its cancellation for so long is reported, with or without a hard limit."""
+    """An execution that ignores its cancellation for so long is reported and cancelled once more."""
     report_blocked_seconds: float = Field(default=5.0, gt=0)
     """A task that blocks the event loop for so long is reported, with the stack of its thread."""
     result_ttl_seconds: int | None = Field(default=None, ge=1)

@@ -98,7 +98,8 @@ class Watchdog:
                     self._end(ignorant, limit)
             late = set(self._ignorant(report))
             for execution in late - reported:
-                self._report(execution, report, "its slot is lost until it ends")
+                self._report(execution, report, "it is cancelled once more, and its slot is lost until it ends")
+                self._loop.call_soon_threadsafe(execution.cancel_again)
             reported = late
             self._blocked_loop.check()
             time.sleep(pause)
