@@ -65,3 +65,7 @@ class Line:
         """Close the connection; the next call opens one."""
         if self._connection is not None:
             await self._connection.disconnect(nowait=True)
+            # Both event loops close a transport in their next round. Nothing may be asked before that: the server
+            # could still do what was sent here, and nobody would hear of it.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
