@@ -83,7 +83,7 @@ class Task:
 def _is_suspect(task: Task, more: int) -> bool:
     """One that is convicted is none any more: it will not run again."""
     assert task.delivery is not None
-    delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more)
+    delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more, survived=0)
     return is_suspect(delivery, MAX_DELIVERIES)
 
 
