@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count vendor clean
+.PHONY: help install test unit servers versions demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count bench-size vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ bench-pilots: $(STAMP) ## 200 CEs, 10 VOs, 100,000 active pilots in simulated ti
 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
+
+bench-size: $(STAMP) ## the slowest single call when there is very much of something; ARGS="--scale 0.01 --json"
+	$(BIN)/python -m benchmarks.size $(ARGS)
 
 # What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository, and
 # SHA256SUMS beside them says what they have to be. For other versions, change both.
