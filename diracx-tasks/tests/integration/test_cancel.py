@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 
+import msgpack
 import pytest
 from diracx.tasks.plumbing import (
     BaseTask,
@@ -24,10 +25,11 @@ from diracx.tasks.plumbing import (
     spawn_with_callback,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
-from diracx.tasks.plumbing.broker.cancel import FIND_BATCH
+from diracx.tasks.plumbing.broker.cancel import CANCEL_BATCH, FIND_BATCH
 from diracx.tasks.plumbing.broker.models import Settlement, submit_task
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker.announcements import Announcements
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -413,6 +415,97 @@ async def test_many_are_looked_for_together_in_small_steps(redis_url: str, redis
         assert await redis.xlen("diracx:tasks:normal:medium") == number - len(wanted)
         assert not await redis.exists(keys.CANCELLED)
     await redis.delete("diracx:tasks:normal:medium")
+
+
+async def test_of_many_that_are_cancelled_only_those_that_run_are_announced_and_to_their_worker_only(
+    redis_url: str, redis: Redis
+) -> None:
+    settings = {"lease_seconds": 600}  # who only renewed his leases would hear of it after 200 s
+    async with TaskSystem(
+        [Hangs, Echo], redis_url=redis_url, workers=2, concurrency=300, settings=settings
+    ) as system:
+        running = set(await schedule_many([Hangs() for _ in range(500)]))
+        await until(lambda: len(seen) == 500)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        delayed = await schedule_many([Echo(number) for number in range(1000)], at_time=later)
+        unknown = [f"unknown {number}" for number in range(2000)]
+        async with redis.pubsub() as listener:
+            await listener.psubscribe(keys.CANCELLED + "*")
+            places = await system.broker.cancel([*unknown, *delayed, *running], result_ttl_seconds=60)
+            await listener.ping()
+            messages = []
+            while (message := await listener.get_message(timeout=30)) and message["type"] != "pong":
+                messages += [message] if message["type"] == "pmessage" else []
+        for task_id in running:
+            await failed_as_cancelled(system, task_id)
+        await nothing_is_left(system)
+    assert {task for task, place in places.items() if place is TaskPlace.RUNNING} == running
+    announced = [(message["channel"], task) for message in messages for task in msgpack.unpackb(message["data"])]
+    assert sorted(task for _, task in announced) == sorted(running), "each once, and no other"
+    assert len({channel for channel, _ in announced}) == 2
+    assert len(messages) <= 2 * (len(running) / CANCEL_BATCH + 1)
+
+
+async def test_what_a_cancellation_sends_grows_no_faster_than_the_number_of_tasks(
+    redis_url: str, redis: Redis
+) -> None:
+    """However long the queue is that is looked through."""
+    number = 3000
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        await schedule_many([Echo(0)] * (5 * FIND_BATCH))
+        before = await redis.info("stats")
+        await cancel_tasks([f"unknown {number}" for number in range(number)])
+        after = await redis.info("stats")
+    sent = after["total_net_input_bytes"] - before["total_net_input_bytes"]
+    assert sent < 500 * number
+    await redis.delete("diracx:tasks:normal:medium")
+
+
+async def test_any_number_of_cancelled_tasks_is_noted_in_one_pass(redis_url: str) -> None:
+    """Ids that an older release announces one by one, as those that come in batches."""
+
+    class Counted(dict[str, float]):
+        looked_at = 0
+
+        def __getitem__(self, key: str) -> float:
+            Counted.looked_at += 1
+            return super().__getitem__(key)
+
+        def items(self) -> Any:
+            Counted.looked_at += len(self)
+            return super().items()
+
+    broker = RedisStreamBroker(redis_url)
+    told: list[str] = []
+    announcements = Announcements(broker, told.extend, lambda _: None)
+    announcements._heard = Counted()
+    ids = [f"task {number}" for number in range(20_000)]
+    for first in range(0, 10_000, CANCEL_BATCH):
+        announcements._hear(ids[first : first + CANCEL_BATCH])
+    for task_id in ids[10_000:]:
+        announcements._hear([task_id])
+    assert told == ids
+    assert Counted.looked_at < 2 * len(ids)
+    assert all(announcements.heard_since(0.0, task_id) for task_id in ids)
+    await broker.shutdown()
+
+
+async def test_what_runs_on_after_the_server_lost_its_data_can_be_cancelled(redis_url: str, redis: Redis) -> None:
+    settings = {"lease_seconds": 0.6}
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=2, settings=settings) as system:
+        task_id = await Hangs().schedule()
+        await until(lambda: "begun" in seen)
+        await redis.flushall()
+        await until(lambda: _is_noted(redis))
+        assert await system.cancel(task_id) is TaskPlace.UNKNOWN
+        await until(lambda: "cancelled" in seen)
+        await nothing_is_left(system)
+
+
+async def _is_noted(redis: Redis) -> bool:
+    ledgers = await redis.keys(keys.HELD_PREFIX + "*")
+    fields = [field for ledger in ledgers for field in await redis.hkeys(ledger)]
+    return any(field.startswith(b"entry:") for field in fields)
 
 
 async def test_workers_that_have_nothing_to_cancel_ask_for_nothing_more(redis_url: str, redis: Redis) -> None:

@@ -1,8 +1,9 @@
 """Cancelling tasks, wherever they are: queued, delayed, waiting for a lock, or running.
 
-First each task is marked, which takes effect for what runs, or is about to: workers are told at once, and find
-the mark with whatever they take in. Then its place is looked for. The delayed set knows tasks by their id; the
-streams do not, and are gone through in small parts, so that a queue of a million tasks holds up nobody.
+First each task is marked, which takes effect for what is about to run: workers find the mark with whatever they
+take in. Then its place is looked for. The delayed set knows tasks by their id; the streams do not, and are gone
+through in small parts, so that a queue of a million tasks holds up nobody. What runs is found at their heads, and
+the worker that runs it is told.
 """
 
 from __future__ import annotations
@@ -102,11 +103,8 @@ class _Search:
         """Go through all streams, side by side, from where the last look ended: what runs is at their heads."""
         unread = list(self._begin)
         while unread and self.missing:
-            await self._notice_what_ended()
             for stream in list(unread):
-                last, found = await scripts.find(
-                    self._broker.redis, stream, self._begin[stream], FIND_BATCH, list(self.missing)
-                )
+                last, found = await scripts.find(self._broker.redis, stream, self._begin[stream], FIND_BATCH)
                 if last:
                     self._begin[stream] = f"({last}"
                 else:
@@ -115,30 +113,41 @@ class _Search:
                     [
                         {**self._known(task, message), "stream": stream, "entry": entry}
                         for task, entry, message in found
+                        if task in self.missing  # and not somebody else's
                     ]
                 )
 
-    async def _notice_what_ended(self) -> None:
-        """A mark that is gone was taken away by the worker that settled the task, while we looked for it."""
-        tasks = list(self.missing)
-        marks: Any = await self._broker.redis.execute_command("ZMSCORE", keys.CANCELLED, *tasks)
-        self._were_running([task for task, mark in zip(tasks, marks, strict=True) if mark is None])
-
     async def unmark(self) -> None:
-        """What was found nowhere needs no mark."""
-        if not self.missing:
-            return
+        """What was found nowhere needs no mark. One that is gone was taken away when the task was settled."""
         tasks = list(self.missing)
-        async with self._broker.redis.pipeline(transaction=False) as pipe:
-            for task in tasks:
-                pipe.execute_command("ZREM", keys.CANCELLED, task)
-            removed = await pipe.execute()
-        self._were_running([task for task, mark in zip(tasks, removed, strict=True) if not mark])
+        if not tasks:
+            return
+        await self._announce_to_workers_after_data_loss(tasks)
+        for first in range(0, len(tasks), FIND_BATCH):
+            batch = tasks[first : first + FIND_BATCH]
+            async with self._broker.redis.pipeline(transaction=False) as pipe:
+                for task in batch:
+                    pipe.zrem(keys.CANCELLED, task)
+                removed = await pipe.execute()
+            for task, was_marked in zip(batch, removed, strict=True):
+                if not was_marked:
+                    self.found[task] = TaskPlace.RUNNING
+                    del self.missing[task]
 
-    def _were_running(self, tasks: Sequence[str]) -> None:
-        for task in tasks:
-            self.found[task] = TaskPlace.RUNNING
-            del self.missing[task]
+    async def _announce_to_workers_after_data_loss(self, tasks: Sequence[str]) -> None:
+        """What runs on after a loss of the server's data is in no stream, but its worker has noted its entry."""
+        redis = self._broker.redis
+        alive: Any = await redis.zrange(keys.ALIVE, 0, -1)
+        workers = [worker.decode(errors="replace") for worker in alive]
+        async with redis.pipeline(transaction=False) as pipe:
+            for worker in workers:
+                pipe.hkeys(keys.HELD_PREFIX + worker)
+            held = await pipe.execute(raise_on_error=False)
+        for worker, noted in zip(workers, held, strict=True):
+            if not isinstance(noted, Exception) and any(each.startswith(b"entry:") for each in noted):
+                for first in range(0, len(tasks), CANCEL_BATCH):
+                    announced = scripts.pack(tasks[first : first + CANCEL_BATCH])
+                    await redis.publish(keys.CANCELLED_CHANNEL_PREFIX + worker, announced)
 
     def _known(self, task: str, data: bytes) -> dict[str, Any]:
         return {"task": task, "known": 1, "marked": 1, **_what_follows(data, self._ttl_seconds)}

@@ -51,8 +51,10 @@ GROUPS_PREFIX = "diracx:groups:"
 GROUPS_AUDITED = "diracx:tasks:groups-audited"
 #: List: complete callback groups whose children are on their way from `:staged` into their streams.
 STAGED = "diracx:tasks:staged"
-#: Sorted set: cancelled task -> until when its mark is kept (ms). Also the channel that announces it.
+#: Sorted set: cancelled task -> until when its mark is kept (ms). Also a channel: the id of one that is cancelled.
 CANCELLED = "diracx:tasks:cancelled"
+#: Channel per worker, no key: ids of tasks that it runs and that are cancelled (msgpack list).
+CANCELLED_CHANNEL_PREFIX = "diracx:tasks:cancelled:"
 #: Stream: dead letters that wait for a worker with a dead-letter database.
 DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.

@@ -253,11 +253,9 @@ async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[Mapping[str, Any]])
     return [(place.decode(), message) for place, message in replies]
 
 
-async def find(
-    redis: Redis, stream: str, begin: str, at_most: int, tasks: Sequence[str]
-) -> tuple[str, list[tuple[str, str, bytes]]]:
-    """Look for tasks in a part of a stream: the last entry looked at, and task, entry and message of each."""
-    last, found = await script("find")(redis, [stream], [begin, at_most, pack(tasks)])
+async def find(redis: Redis, stream: str, begin: str, at_most: int) -> tuple[str, list[tuple[str, str, bytes]]]:
+    """Look for marked tasks in a part of a stream: the last entry looked at; task, entry and message of each."""
+    last, found = await script("find")(redis, [stream], [begin, at_most])
     return last.decode(), [(task.decode(), entry.decode(), message) for task, entry, message in found]
 
 

@@ -1,5 +1,5 @@
 """Hears of cancelled tasks the moment they are, and of delayed ones that no scheduler sees to: one connection that
-waits on two channels and costs a PING a minute.
+waits on three channels and costs a PING a minute.
 
 A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them
 with what it takes in, and the lease keeper with what runs. What is delayed is looked at now and then.
@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
+
+import msgpack
 
 from ..broker import keys
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CANCELLED = keys.CANCELLED.encode()
+_CANCELLED, _WAKE = keys.CANCELLED.encode(), keys.WAKE_WORKERS.encode()
 
 #: A task that was announced may just be on its way to us; so long is remembered that it was.
 _REMEMBERED_SECONDS = 60.0
@@ -36,17 +38,17 @@ class Announcements:
     """Tasks that were announced as cancelled, or as delayed.
 
     Args:
-        cancel: called with the id of each that is cancelled.
+        cancel: called with the ids of those that are cancelled.
         due: called with the milliseconds until one is due that nobody sees to.
     """
 
     def __init__(
-        self, broker: RedisStreamBroker, cancel: Callable[[str], None], due: Callable[[bytes], None]
+        self, broker: RedisStreamBroker, cancel: Callable[[Collection[str]], None], due: Callable[[bytes], None]
     ) -> None:
         self._broker = broker
         self._cancel = cancel
         self._due = due
-        self._heard: dict[str, float] = {}
+        self._heard: dict[str, float] = {}  # the earliest first
         self.listening = asyncio.Event()
         """Set once the first subscription stands, or has failed."""
 
@@ -56,11 +58,12 @@ class Announcements:
 
     async def run(self) -> None:
         """Listen, for ever."""
+        ours = keys.CANCELLED_CHANNEL_PREFIX + self._broker.consumer_name
         failed = False
         while True:
             try:
                 async with self._broker.redis.pubsub() as pubsub:
-                    await pubsub.subscribe(keys.CANCELLED, keys.WAKE_WORKERS)
+                    await pubsub.subscribe(ours, keys.CANCELLED, keys.WAKE_WORKERS)
                     self.listening.set()
                     self._due(b"0")  # what was said before, we have not heard
                     failed = False
@@ -72,10 +75,13 @@ class Announcements:
                             if message is None:
                                 raise ConnectionError("the server does not answer")
                         if message["type"] == "message":
-                            if message["channel"] == _CANCELLED:
-                                self._hear(message["data"].decode())
+                            data = message["data"]
+                            if message["channel"] == _WAKE:
+                                self._due(data)
+                            elif message["channel"] == _CANCELLED:
+                                self._hear([data.decode()])
                             else:
-                                self._due(message["data"])
+                                self._hear(msgpack.unpackb(data, unicode_errors="surrogatepass"))
             except Exception as error:  # whatever it is: without us, all is found a little later
                 self.listening.set()
                 if not failed:
@@ -87,9 +93,11 @@ class Announcements:
                 failed = True
                 await asyncio.sleep(_RETRY_SECONDS)
 
-    def _hear(self, task_id: str) -> None:
+    def _hear(self, task_ids: Collection[str]) -> None:
         now = time.monotonic()
-        for old in [task for task, heard in self._heard.items() if heard < now - _REMEMBERED_SECONDS]:
-            del self._heard[old]
-        self._heard[task_id] = now
-        self._cancel(task_id)
+        while self._heard and self._heard[earliest := next(iter(self._heard))] < now - _REMEMBERED_SECONDS:
+            del self._heard[earliest]
+        for task_id in task_ids:
+            self._heard.pop(task_id, None)
+            self._heard[task_id] = now
+        self._cancel(task_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -330,9 +330,9 @@ class Worker:
             self._reject(delivery, message, DeadLetterReason.ARGUMENTS, detail)
             return None
 
-    def _cancel(self, task_id: str) -> None:
+    def _cancel(self, task_ids: Collection[str]) -> None:
         for execution in self._running:
-            if execution.message.task_id == task_id:
+            if execution.message.task_id in task_ids:
                 execution.cancel()
 
     def _reject(

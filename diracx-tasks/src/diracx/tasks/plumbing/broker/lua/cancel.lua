@@ -1,7 +1,7 @@
 -- Cancel tasks. What waits in the delayed set, or is queued at the given place, is gone with this step, and its
--- group and whoever waits for its result are told; what runs is announced to the workers, and a mark stays
--- for those that hear of it in another way (fetch.lua, reclaim.lua, recover.lua, renew.lua), until the task
--- has ended or the mark's time is over.
+-- group and whoever waits for its result are told; what runs is announced to the worker that runs it, all in one
+-- message, and a mark stays for those that hear of it in another way (fetch.lua, reclaim.lua, recover.lua, renew.lua),
+-- until the task has ended or the mark's time is over.
 -- KEYS: none. ARGV: time a mark is kept (ms), tasks (msgpack list of {task} with any of
 --   marked = 1, when we have marked it before; no mark then means that the worker that had it has settled it
 --   known  = 1, once its message was looked at, and then:
@@ -11,13 +11,11 @@
 -- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
 -- #include _time _locks _queue _wake _groups _cancel _schedules
-local replies, now_ms, keep_ms = {}, now_us() / 1000, tonumber(ARGV[1])
+local replies, running, now_ms, keep_ms = {}, {}, now_us() / 1000, tonumber(ARGV[1])
+redis.call('ZREMRANGEBYSCORE', '$CANCELLED', '-inf', int(now_ms))
 
 local function mark(task)
-  redis.call('ZREMRANGEBYSCORE', '$CANCELLED', '-inf', int(now_ms))
   redis.call('ZADD', '$CANCELLED', int(now_ms + keep_ms), task)
-  redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))
-  redis.call('PUBLISH', '$CANCELLED', task)
 end
 
 -- What follows for others. A key of another type keeps neither the rest nor other tasks from their end.
@@ -63,6 +61,9 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       replies[position] = {'', ''}
     else
       mark(t.task)
+      local worker = pending[1][2]
+      running[worker] = running[worker] or {}
+      table.insert(running[worker], t.task)
       replies[position] = {'running', ''}
     end
   elseif t.marked == 1 and not redis.call('ZSCORE', '$CANCELLED', t.task) then
@@ -71,5 +72,9 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     mark(t.task)
     replies[position] = {'', ''}
   end
+end
+redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))
+for worker, tasks in pairs(running) do
+  redis.call('PUBLISH', '$CANCELLED_CHANNEL_PREFIX' .. worker, cmsgpack.pack(tasks))
 end
 return replies
