@@ -119,7 +119,7 @@ class _Run:
     async def _run(self) -> Any:
         from ..plumbing.factory import holding
         from ..plumbing.injection import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
-        from ..plumbing.locks import BaseLimiter
+        from ..plumbing.locks import BaseLimiter, lock_specs
         from .services import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
@@ -133,7 +133,7 @@ class _Run:
             locks = [lock for lock in self._task.execution_locks if not isinstance(lock, BaseLimiter)]
             async with holding(locks, broker.redis), AsyncExitStack() as inner:
                 dependencies = await resolve(plan, overrides, inner)
-                with self._patient_locks([lock.spec() for lock in locks]):
+                with self._patient_locks(lock_specs(locks)):
                     return await self._execute(dependencies)
 
     async def _execute(self, dependencies: dict[str, Any]) -> Any:

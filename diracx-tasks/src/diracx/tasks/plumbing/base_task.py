@@ -95,7 +95,7 @@ class BaseTask:
             SendTaskError: when the broker cannot be reached.
             TypeError: when an argument would not arrive equal and of the same type; names it.
             TaskTooLargeError: when its message is too large; a SendTaskError.
-            ValueError: when one of its rate limiters could never grant it, or a label means nothing.
+            ValueError: when its locks could never be granted or are too many, or a label means nothing.
         """
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]
 

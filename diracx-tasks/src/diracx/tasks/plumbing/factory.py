@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from .current import current_locks
 from .exceptions import SendTaskError, UnableToAcquireLockError
-from .locks import BaseLimiter, BaseLock
+from .locks import BaseLimiter, BaseLock, lock_specs
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -167,11 +167,11 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
     from .worker.keeper import keep_renewed
 
     wanted = [lock for lock in locks if lock.enabled]
-    specs = [lock.spec() for lock in wanted]
+    specs = lock_specs(wanted)
     asked_at = asyncio.get_running_loop().time()
     token = await scripts.acquire(redis, specs) if specs else None
     if specs and token is None:
-        names = ", ".join(lock.redis_key for lock in wanted)
+        names = ", ".join(spec["key"] for spec in specs)
         raise UnableToAcquireLockError(f"held by somebody else: {names}")
     for lock in wanted:
         lock.token = token

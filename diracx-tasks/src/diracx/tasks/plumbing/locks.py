@@ -8,6 +8,8 @@ Contract: the seed's lock reference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from operator import add
 from os import urandom
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
 
 #: A lock as the scripts understand it: kind, key, owner and the numbers of its kind.
 LockSpec = dict[str, Any]
+#: Locks of one task. Each is taken, renewed and given back in one step on the server.
+MAX_LOCKS = 1_000
+#: Ten years: no lock lives longer, and no window is wider.
+_LONGEST_MS = 315_576_000_000
+_KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
+#: What two locks of one kind on one key ask for together, number by number.
+_MERGED: dict[str, Callable[[Any, Any], Any]] = {"ttl_ms": max, "limit": min, "n_items": add}
 
 
 class BaseLock(ABC):
@@ -213,3 +222,61 @@ class ConcurrencyLimiter(BaseLimiter):
         if self.limit < 1:
             raise ValueError(f"{self.redis_key} has a limit of {self.limit}: it could never be granted")
         return {"limit": self.limit, "ttl_ms": self.ttl_ms}
+
+
+def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
+    """The enabled ones of a task's locks as the scripts understand them, each key once.
+
+    Of two locks of one kind on one key, the longer time to live and the lower limit count, and the units of
+    both are spent. A writer's lock is a reader's as well.
+
+    Raises:
+        TypeError: when the class of a lock makes nothing that the scripts understand.
+        ValueError: when they could never be granted together, or are more than `MAX_LOCKS`; names the key.
+    """
+    specs: dict[str, LockSpec] = {}
+    for lock in locks:
+        if not lock.enabled:
+            continue
+        spec = _checked_spec(lock)
+        key = spec["key"]
+        specs[key] = _merged(specs[key], spec) if key in specs else spec
+        if len(specs) > MAX_LOCKS:
+            raise ValueError(f"more than {MAX_LOCKS} locks: lock something larger, or split the task")
+    return list(specs.values())
+
+
+def _checked_spec(lock: BaseLock) -> LockSpec:
+    """The lock as the scripts understand it, whoever has written its class."""
+    spec = lock.spec()
+    texts = isinstance(spec["key"], str) and isinstance(spec["owner"], str)
+    ttl_ms, window_us = spec.get("ttl_ms", 1), spec.get("window_us", 1)
+    if not (texts and spec["kind"] in _KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
+        raise TypeError(f"the lock {type(lock).__name__} has no meaningful spec(): {spec!r:.200}")
+    if not (ttl_ms <= _LONGEST_MS and ttl_ms == int(ttl_ms)):
+        raise ValueError(f"{spec['key']}: ttl_ms must be whole milliseconds up to {_LONGEST_MS}, not {ttl_ms!r}")
+    if not 0 < window_us <= _LONGEST_MS * 1000:
+        raise ValueError(f"{spec['key']}: window_seconds must be from 1e-6 to {_LONGEST_MS // 1000}")
+    return spec
+
+
+def _merged(one: LockSpec, other: LockSpec) -> LockSpec:
+    """What two locks of one task on one key are together."""
+    key, kinds = one["key"], {one["kind"], other["kind"]}
+    if kinds == {"shared", "exclusive"}:
+        return one if one["kind"] == "exclusive" else other
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{key} is declared as {' and as '.join(sorted(kinds))}: give one of the locks another key"
+        )
+    if kinds == {"rate"} and any(one[number] != other[number] for number in ("limit", "window_us")):
+        raise ValueError(f"{key} is declared with two rates: give one of the limiters another key")
+    merged = one | {
+        number: merge(one[number], other[number]) for number, merge in _MERGED.items() if number in one
+    }
+    if "n_items" in merged and merged["n_items"] > merged["limit"]:
+        raise ValueError(
+            f"{key} is declared more than once, with n_items={merged['n_items']} in all but its limit is "
+            f"{merged['limit']}: it could never be granted"
+        )
+    return merged

@@ -12,6 +12,7 @@ from .broker.keys import stream_name_for
 from .broker.labels import LABEL_SECRET, checked_labels
 from .broker.models import Submission, TaskMessage
 from .broker.redis_streams import new_task_id
+from .locks import lock_specs
 from .roundtrip import outgoing_arguments
 from .telemetry import current_trace_context
 
@@ -34,13 +35,14 @@ def submission_of(
     Raises:
         SendTaskError: when the class is not registered.
         TypeError: when an argument would not arrive as it is.
-        ValueError: when one of its rate limiters could never grant it.
+        ValueError: when its locks could never be granted, or are too many.
     """
     task_class = type(task)
     if task_class.execution_locks is not BaseTask.execution_locks:  # those every task has need no look
-        for lock in task.execution_locks:
-            if lock.enabled:
-                lock.spec()
+        try:
+            lock_specs(task.execution_locks)
+        except ValueError as error:
+            raise ValueError(f"the locks of {task_class.__name__} could never be granted: {error}") from error
     name = registry.name_of(task_class)
     checked = checked_labels(labels) if labels else {}
     shape = shape_of(task_class)

@@ -13,7 +13,7 @@ from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..wire import dumps, loads
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels
-from .sizes import checked_size
+from .sizes import LOCK_BYTES, checked_size
 
 if TYPE_CHECKING:
     from ..locks import LockSpec
@@ -301,12 +301,13 @@ class Settlement:
         return {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
 
     def bytes(self) -> int:
-        """About how much has to be sent."""
+        """About how much has to be sent, or keeps the server busy for as long."""
+        size = 100 + LOCK_BYTES * len(self.locks)
         if not (self.result or self.retry or self.requeue or self.group or self.dead):  # nearly always
-            return 100
+            return size
         parts = (self.result, self.retry, self.requeue, self.group, self.dead)
         values = [value for part in parts if part for value in part.values()]
-        return 100 + sum(len(value) for value in values if isinstance(value, str | bytes))
+        return size + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
 _FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled")

@@ -118,9 +118,10 @@ class Blueprint:
             if not here:
                 here = [len(locks)]
                 locks.append(kind(TASK, self.task_class.__name__))
-            default = locks[here[0]]
-            assert isinstance(default, BaseLimiter)
-            locks[here[0]] = _limited(default, numbers, vo if own else None)
+            for index in here:
+                default = locks[index]
+                assert isinstance(default, BaseLimiter)
+                locks[index] = _limited(default, numbers, vo if own else None)
 
     def _is_default(self, lock: BaseLock, kind: type[RateLimiter] | type[ConcurrencyLimiter]) -> bool:
         """Whether it is the limiter that counts all tasks of the class."""

@@ -18,6 +18,7 @@ from ..current import current_locks, current_message
 from ..error_info import describe_exception
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection import resolve
+from ..locks import lock_specs
 from ..secrets import without_secrets
 from ..telemetry import execution_span, is_traced
 from .outcome import Failed, Outcome, Succeeded, TakenOver
@@ -29,23 +30,6 @@ if TYPE_CHECKING:
     from .blueprint import Blueprint
 
 logger = logging.getLogger(__name__)
-
-
-_KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
-
-
-def _checked_spec(lock: BaseLock) -> LockSpec:
-    """The lock as the scripts understand it, whoever has written its class.
-
-    Raises:
-        TypeError: when they would not.
-    """
-    spec = lock.spec()
-    ttl_ms = spec.get("ttl_ms", 1)
-    texts = isinstance(spec["key"], str) and isinstance(spec["owner"], str)
-    if not (texts and spec["kind"] in _KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
-        raise TypeError(f"the lock {type(lock).__name__} has no meaningful spec(): {spec!r:.200}")
-    return spec
 
 
 class Execution:
@@ -80,7 +64,7 @@ class Execution:
         self.message = message
         self.blueprint = blueprint
         self.task = task
-        self.locks: Sequence[LockSpec] = [_checked_spec(lock) for lock in locks]
+        self.locks: Sequence[LockSpec] = lock_specs(locks) if locks else ()
         self._held = locks
         self.locks_expire_at = math.inf
         """When (`time.monotonic`) they may be another's; moved by the keeper with each renewal."""

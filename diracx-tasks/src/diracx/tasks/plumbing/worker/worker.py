@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ..binding import Binding, bound_by
 from ..broker import keys, scripts
 from ..broker.groups import group_of
 from ..broker.models import TaskMessage, id_at_head
+from ..broker.sizes import LOCK_BYTES, in_calls
 from ..config import TasksConfig
 from ..endings import end
 from ..enums import Priority
@@ -211,10 +213,14 @@ class Worker:
         lapsed = self._keeper.lapsed_since(self._fetched_at)
         asked = [execution for execution in executions if execution.locks or lapsed]
         refused: set[Execution] = set()
-        granted_at = time.monotonic()
+        granted_at = math.inf
         if asked:
+            answers = []
             try:
-                answers, granted_at = await self._start(asked, stop)
+                for some in in_calls(asked, len(asked), lambda each: LOCK_BYTES * len(each.locks)):
+                    portion, asked_at = await self._start(some, stop)
+                    answers += portion
+                    granted_at = min(granted_at, asked_at)
             except Exception:
                 if not stop.is_set():
                     raise

@@ -65,6 +65,7 @@ end
 -- grants leave the window in the order in which they came, and their successors one window later.
 local function quota_returns(lock, ahead)
   local size = redis.call('ZCARD', lock.key)
+  if size == 0 then return now_us() + lock.window_us end -- nothing is known of it
   local first_total, first_units = grant(redis.call('ZRANGE', lock.key, 0, 0)[1])
   local before = first_total - first_units
   local used = grant(redis.call('ZRANGE', lock.key, -1, -1)[1]) - before
@@ -139,7 +140,17 @@ local function turn_of(lock)
   return task, tonumber(place)
 end
 
--- All of the locks or none of them: a refusal gives back what was taken before it, quota included.
+local function take(lock, now)
+  return kinds[lock.kind].take(lock, now)
+end
+
+local function undo(lock)
+  local kind = kinds[lock.kind]
+  if kind then pcall(kind.undo or kind.release, lock) end
+end
+
+-- All of the locks or none of them: a refusal gives back what was taken before it, quota included, and so does a
+-- lock that cannot be taken at all, as one whose key is of another type: that is an error.
 -- `task` and its `place` in line are nil for a lock that is taken outside the task system.
 -- A turn keeps others from a lock, but not those who would stand before its owner in line: two tasks that want
 -- the same two locks, each with the turn of one of them, would else refuse each other for ever.
@@ -150,21 +161,18 @@ local function take_all(locks, now, task, place)
     local owner, owners_place
     if task then owner, owners_place = turn_of(lock) end
     if owner then turns[#turns + 1] = '$TURN_PREFIX' .. lock.key end
-    local granted, again = false, nil
+    local looked, granted, again = true, false, nil
     if not owner or owner == task or place < owners_place then
-      granted, again = kinds[lock.kind].take(lock, now)
+      looked, granted, again = pcall(take, lock, now)
     end
     -- A worker that lost the connection while it asked, asks again: what it got then is still its own, whoever's
     -- turn it is now.
     if not granted and task and lock.kind ~= 'rate' then granted = kinds[lock.kind].keep(lock, now) end
-    if not granted then
-      for taken = position - 1, 1, -1 do
-        local kind = kinds[locks[taken].kind]
-        local undo = kind.undo or kind.release
-        undo(locks[taken])
-      end
+    if not looked or not granted then
+      for taken = looked and position - 1 or position, 1, -1 do undo(locks[taken]) end
+      if not looked then error(type(granted) == 'table' and granted or {err = granted}) end
       -- And so may be what comes behind: nobody else would ever give it back.
-      for behind = position + 1, task and #locks or 0 do kinds[locks[behind].kind].release(locks[behind]) end
+      for behind = position + 1, task and #locks or 0 do undo(locks[behind]) end
       return false, position, again
     end
   end

@@ -33,9 +33,10 @@ for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   local kind = kinds[lock.kind]
   local looked, ours = pcall(kind.keep, lock, now)
   ours = looked and ours -- a key of another type is no lock of ours
-  if not ours and data_lost and kind.take(lock, now) then
-    ours = true
+  if not ours and data_lost then
     redis.call('HSET', held, ledger_line(lock))
+    looked, ours = pcall(kind.take, lock, now)
+    ours = looked and ours
   end
   if not ours then lost_locks[#lost_locks + 1] = position end
 end

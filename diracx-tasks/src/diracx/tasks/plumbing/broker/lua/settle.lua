@@ -27,7 +27,7 @@ local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
 -- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
 -- collect them: that is most of what a plain settlement would cost.
 local function following()
-  -- #include _time _locks _queue _wake _groups _cancel _schedules _redelivery
+  -- #include _time _parts _locks _queue _wake _groups _cancel _schedules _redelivery
   -- One step that fails, as for a key of another type, must not keep the others from being done.
   local function try(refused, step, ...)
     local done, why = pcall(step, ...)
@@ -68,7 +68,7 @@ local function following()
     release_all(locks)
     for _, lock in ipairs(locks) do lines[#lines + 1] = ledger_line(lock) end
   end
-  return follow, unlock
+  return follow, unlock, in_parts
 end
 
 local function survived(stream, entry, deliveries)
@@ -76,14 +76,14 @@ local function survived(stream, entry, deliveries)
   note_survivor(stream, entry, deliveries)
 end
 
-local follow, unlock
+local follow, unlock, in_parts
 for at = 1, #places, 3 do
   local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
   local s = follows[position]
   -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
   local ours = not data_lost and (pending[stream][entry] == places[at + 2]
     or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
-  if (s or marks) and not follow then follow, unlock = following() end
+  if (s or marks) and not follow then follow, unlock, in_parts = following() end
   if ours then
     pending[stream][entry] = nil -- whoever says it twice is refused the second time
     if follow and (s or marks) then
@@ -103,9 +103,12 @@ for at = 1, #places, 3 do
   end
   if s and s.locks and not data_lost then unlock(s.locks) end
 end
-if lines[1] then redis.call('HDEL', ledger, unpack(lines)) end
+if lines[1] then in_parts(lines, function(...) redis.call('HDEL', ledger, ...) end) end
 for stream, entries in pairs(ended) do
-  redis.call('XACK', stream, '$GROUP', unpack(entries))
-  redis.call('XDEL', stream, unpack(entries))
+  for from = 1, #entries, 1000 do -- as in _parts.lua
+    local to = math.min(from + 999, #entries)
+    redis.call('XACK', stream, '$GROUP', unpack(entries, from, to))
+    redis.call('XDEL', stream, unpack(entries, from, to))
+  end
 end
 return unsettled

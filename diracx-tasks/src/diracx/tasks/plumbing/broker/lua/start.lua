@@ -5,7 +5,7 @@
 -- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
 -- Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _alive _pending _locks _queue _wake _cancel _redelivery _fencing
+-- #include _time _alive _pending _parts _locks _queue _wake _cancel _redelivery _fencing
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of whoever happened to ask first.
@@ -14,13 +14,20 @@ local function queued_at(entry)
   return int(tonumber(ms) * 1000 + math.min(tonumber(sequence), 999))
 end
 
-local consumer, now, replies, lines = ARGV[1], now_us(), {}, {}
+local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
 local ledger = '$HELD_PREFIX' .. consumer
 sign_on(consumer, tonumber(ARGV[3]), now)
 local deliveries = cmsgpack.unpack(ARGV[2])
 local places = {}
 for _, d in ipairs(deliveries) do places[#places + 1], places[#places + 2] = d.stream, d.entry end
 local pending = all_pending_of(consumer, places, 2)
+-- What is noted and not held does no harm. What is held and not noted nobody would give back.
+for _, d in ipairs(deliveries) do
+  for _, lock in ipairs(pending[d.stream][d.entry] == d.deliveries and d.locks or {}) do
+    lines[#lines + 1], lines[#lines + 2] = ledger_line(lock)
+  end
+end
+in_parts(lines, function(...) redis.call('HSET', ledger, ...) end)
 for position, d in ipairs(deliveries) do
   if pending[d.stream][d.entry] ~= d.deliveries then
     replies[position] = {-1}
@@ -30,10 +37,10 @@ for position, d in ipairs(deliveries) do
     local place = d.rank * MAX_PRIORITY_SPAN + tonumber(since)
     local granted, refusing = take_all(d.locks, now, d.task, place)
     if granted then
+      any_granted = any_granted or d.locks[1] ~= nil
       for _, lock in ipairs(d.locks) do
         -- Its timer may have brought it here: then it still stands in line.
         if d.since ~= '0' then redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task) end
-        lines[#lines + 1], lines[#lines + 2] = ledger_line(lock)
       end
       replies[position] = {1}
     else
@@ -54,14 +61,12 @@ for position, d in ipairs(deliveries) do
       remove(d.stream, d.entry)
       delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths, lock.key)
       pass_on(d.locks, refusing, d.task)
-      -- It may have got them in a call whose answer was lost.
       local given_up = {}
       for _, each in ipairs(d.locks) do given_up[#given_up + 1] = ledger_line(each) end
-      redis.call('HDEL', ledger, unpack(given_up))
+      in_parts(given_up, function(...) redis.call('HDEL', ledger, ...) end)
       replies[position] = {0, refusing, int(math.ceil(due))}
     end
   end
 end
-if lines[1] then redis.call('HSET', ledger, unpack(lines)) end
-replies[#deliveries + 1] = lines[1] and take_tokens(#deliveries, now) or 0
+replies[#deliveries + 1] = any_granted and take_tokens(#deliveries, now) or 0
 return replies
