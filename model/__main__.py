@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
-from diracx.tasks.testing import embedded_redis
+from .rules import KINDS, Rules
 
 _EPILOG = """\
-Two workers, three tasks (two of which want the same mutex), one real server with the real scripts. Every order of
-fetch, reclaim, recover, start, settle and renew is tried, with up to N disturbances wherever they can happen: a
-worker dies, is paused or cut off, an answer is lost, the server is away for longer than all leases. In every state
-each task is in one place or has been settled once, a lock has one holder that acts, no worker that has come back
-counts as dead, and what needs no lock has begun once if nothing but the server was away.
+Two workers, three tasks (two want the same mutex), for each process one real server with the real scripts.
+Every order of fetch, reclaim, recover, start, settle and renew is tried, with up to N disturbances wherever they
+can happen: a worker dies, is paused or cut off, an answer is lost, the server is away for longer than all leases.
+In every state each task is in one place or has been settled once, a lock has one holder that acts, no worker that
+has come back counts as dead, what needs no lock has begun once if nothing but the server was away, and something
+can still happen until all is settled.
 
 Assumed: the clocks of workers and server run at the same rate to within a tenth; a worker that goes on after a
-pause looks at its lease before it does anything else; the server does each script whole, and loses nothing.
+pause looks at its lease before it does anything else; the server does each script whole, and loses nothing. When
+no disturbance is left, what a healthy worker does with a task without a lock, or with one that it has lost,
+concerns nobody else, and is done at once.
+
+--without-lease-timer and --without-another-term take away a part of the protocol: then a violation must be found.
 
 Exit code: 0 when all of that holds, 1 when not (the steps that lead there are printed), 3 when time was too short.
 """
@@ -29,22 +35,34 @@ def main() -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--disturbances", type=int, default=2, metavar="N", help="at most so many (default 2)")
+    parser.add_argument("--disturbances", type=int, default=1, metavar="N", help="at most so many (default 1)")
+    parser.add_argument(
+        "--only", choices=KINDS, default="", metavar="KIND", help=f"of one kind: {', '.join(KINDS)}"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="give up after so long (default 600)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: as many as processors)")
     parser.add_argument(
         "--without-lease-timer", action="store_true", help="as if locks were given up with a renewal only"
     )
+    parser.add_argument(
+        "--without-another-term",
+        action="store_true",
+        help="as if a server that was away took all workers for dead",
+    )
     arguments = parser.parse_args()
     from .search import Found, search
-    from .steps import Rules
 
     def progress(found: Found) -> None:
         print(f"{found.states} states, {found.steps} steps", file=sys.stderr, flush=True)
 
-    rules = Rules(lease_timer=not arguments.without_lease_timer, disturbances=arguments.disturbances)
+    rules = Rules(
+        lease_timer=not arguments.without_lease_timer,
+        another_term=not arguments.without_another_term,
+        disturbances=arguments.disturbances,
+        only=arguments.only,
+    )
     started = time.monotonic()
-    with embedded_redis() as url:
-        found = search(url, rules, seconds=arguments.seconds, progress=progress)
+    found = search(rules, processes=arguments.processes, seconds=arguments.seconds, progress=progress)
     print(f"{found.states} states, {found.steps} steps in {time.monotonic() - started:.0f} s")
     if found.violation is not None:
         print(f"VIOLATED: {found.violation}")

@@ -1,18 +1,26 @@
-"""Visits every state that can be reached, breadth first, and looks whether what must hold does."""
+"""Visits every state that can be reached, breadth first, and looks whether what must hold does.
+
+The states of one distance from the first are shared out among processes, each with a server of its own.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.testing import embedded_redis
 
 from .server import Server
-from .state import NAMES, State, canonical
-from .steps import TASKS, Rules, Steps, Violation
+from .state import NAMES, TASKS, State, canonical, task_of
+from .steps import Rules, Steps, Violation
+
+_BATCH = 50
 
 
 @dataclass
@@ -26,95 +34,166 @@ class Found:
     complete: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Visited:
+    """A state with the data of its server."""
+
+    name: str
+    state: State
+    dumps: Sequence[tuple[bytes, bytes]]
+    content: Sequence[tuple[str, Any]]
+
+
+@dataclass
+class Expanded:
+    """What can come after one state."""
+
+    name: str
+    steps: int = 0
+    after: list[tuple[str, Visited]] = field(default_factory=list)
+    """Steps, and the states that they lead to."""
+    violation: tuple[str, str] | None = None
+    """The step, and what does not hold after it."""
+
+
+class _Expander:
+    """Makes all steps from a state. One for each process."""
+
+    _of_this_process: _Expander
+
+    def __init__(self, urls: Any, rules: Rules) -> None:
+        url = urls.get()
+        self._rules = rules
+        self._server = Server(url)
+        self._steps = Steps(url, self._server, rules)
+
+    @classmethod
+    def start(cls, urls: Any, rules: Rules) -> None:
+        cls._of_this_process = cls(urls, rules)
+
+    @classmethod
+    def first(cls) -> Visited:
+        self = cls._of_this_process
+        return _visited(self._steps.begin(), *self._server.read())
+
+    @classmethod
+    def expand(cls, states: list[Visited]) -> list[Expanded]:
+        return [cls._of_this_process._expand(each) for each in states]
+
+    def _expand(self, origin: Visited) -> Expanded:
+        found = Expanded(origin.name)
+        for label, step in self._steps.possible(origin.state, origin.content):
+            found.steps += 1
+            try:
+                for visited in self._after(origin, step):
+                    _check(visited)
+                    if visited.name != origin.name:
+                        found.after.append((label, visited))
+            except Violation as violation:
+                found.violation = label, str(violation)
+                return found
+        runs = any(worker.process == "runs" for worker in origin.state.workers)
+        if not found.after and runs and min(origin.state.settled) == 0:
+            found.violation = "", "nothing moves, and not everything is settled"
+        return found
+
+    def _after(self, origin: Visited, step: list[State] | Callable[[], list[State]]) -> Iterator[Visited]:
+        if isinstance(step, list):
+            yield from (_visited(state, origin.dumps, origin.content) for state in step)
+        else:
+            self._server.restore(origin.dumps)
+            states = step()
+            absent = [name for name, w in zip(NAMES, states[0].workers, strict=True) if w.lease == "ended"]
+            if absent and not self._rules.another_term:
+                self._server.end_leases(*absent)
+            data = self._server.read()
+            yield from (_visited(state, *data) for state in states)
+
+
+def _visited(state: State, dumps: Sequence[tuple[bytes, bytes]], content: Sequence[tuple[str, Any]]) -> Visited:
+    return Visited(canonical(state, content), state, dumps, content)
+
+
 def search(
-    url: str, rules: Rules, *, seconds: float = 600.0, progress: Callable[[Found], None] | None = None
+    rules: Rules, *, processes: int, seconds: float = 600.0, progress: Callable[[Found], None] | None = None
 ) -> Found:
     """Visit all states with at most so many disturbances, or those that can be visited in the time."""
-    server = Server(url)
-    steps = Steps(url, server, rules)
-    found = Found()
-    ends = time.monotonic() + seconds
-    try:
-        first = steps.begin()
-        dumps, content = server.read()
-        name = canonical(first, content)
-        origin: dict[str, tuple[str, str]] = {name: ("", "")}
-        queue = deque([(first, dumps, content, name)])
-        while queue and found.violation is None:
-            if time.monotonic() > ends:
-                found.complete = False
-                break
-            state, dumps, content, name = queue.popleft()
-            found.states += 1
-            if progress is not None and found.states % 1000 == 0:
-                progress(found)
-            moves = False
-            for label, step in steps.possible(state, content):
-                found.steps += 1
-                try:
-                    if isinstance(step, list):
-                        after, dumps_after, content_after = step, dumps, content
-                    else:
-                        server.restore(dumps)
-                        after = step()
-                        dumps_after, content_after = server.read()
-                    for each in after:
-                        _check(each, content_after)
-                        name_after = canonical(each, content_after)
-                        moves = moves or name_after != name
-                        if name_after not in origin:
-                            origin[name_after] = name, label
-                            queue.append((each, dumps_after, content_after, name_after))
-                except Violation as violation:
-                    found.violation = str(violation)
-                    found.trace = [*_way_to(name, origin), label]
+    found, ends = Found(), time.monotonic() + seconds
+    with ExitStack() as stack:
+        context = get_context("spawn")
+        urls = context.Queue()
+        for _ in range(processes):
+            urls.put(stack.enter_context(embedded_redis()))
+        pool = stack.enter_context(
+            ProcessPoolExecutor(processes, context, initializer=_Expander.start, initargs=(urls, rules))
+        )
+        first = pool.submit(_Expander.first).result()
+        origins = {first.name: ("", "")}
+        level = [first]
+        while level and found.violation is None and found.complete:
+            batches = [level[at : at + _BATCH] for at in range(0, len(level), _BATCH)]
+            level = []
+            for expanded in pool.map(_Expander.expand, batches):
+                _take_up(expanded, found, origins, level)
+                if found.violation is not None or time.monotonic() > ends:
+                    found.complete = False
+                    pool.shutdown(wait=True, cancel_futures=True)
                     break
-            if not moves and any(w.process == "runs" for w in state.workers) and min(state.settled) == 0:
-                found.violation = "nothing moves, and not everything is settled"
-                found.trace = _way_to(name, origin)
-    finally:
-        steps.close()
-        server.redis.flushall()
-        server.redis.close()
+            if progress is not None:
+                progress(found)
     return found
 
 
-def _way_to(name: str, origin: dict[str, tuple[str, str]]) -> list[str]:
+def _take_up(
+    expanded: list[Expanded], found: Found, origins: dict[str, tuple[str, str]], level: list[Visited]
+) -> None:
+    for each in expanded:
+        found.states += 1
+        found.steps += each.steps
+        for label, visited in each.after:
+            if visited.name not in origins:
+                origins[visited.name] = each.name, label
+                level.append(visited)
+        if each.violation is not None and found.violation is None:
+            label, found.violation = each.violation
+            found.trace = [*_way_to(each.name, origins), *filter(None, [label])]
+
+
+def _way_to(name: str, origins: dict[str, tuple[str, str]]) -> list[str]:
     labels = []
-    while origin[name][0]:
-        name, label = origin[name]
+    while origins[name][0]:
+        name, label = origins[name]
         labels.append(label)
     return labels[::-1]
 
 
-def _check(state: State, content: Sequence[tuple[str, Any]]) -> None:
+def _check(visited: Visited) -> None:
     """What must hold in every state.
 
     Raises:
         Violation: what does not, in words.
     """
-    places = dict.fromkeys(TASKS, 0)
-    for name, value in content:
-        if name == keys.DELAYED:
-            for task in value:
+    state, places = visited.state, dict.fromkeys(TASKS, 0)
+    for name, value in visited.content:
+        if name == keys.DELAYED_DATA:
+            for task, _ in value:
                 places[task.decode()] += 1
         elif name in keys.EVERY_STREAM:
             for _, fields in value[0]:
-                task = next(task for task in TASKS if task.encode() in fields[fields.index(b"data") + 1])
-                places[task] += 1
+                places[task_of(fields)] += 1
     for task, settled in zip(TASKS, state.settled, strict=True):
         if places[task] + settled != 1:
             raise Violation(f"{task} is in {places[task]} places and was settled {settled} times")
     for key in set(TASKS.values()) - {""}:
         holders = [
-            f"{task} at {NAMES[which]}"
-            for which, worker in enumerate(state.workers)
-            if worker.process == "runs"
-            for task in [held.task for held in worker.held if held.locked and TASKS[held.task] == key]
+            f"{held.task} at {name}"
+            for name, worker in zip(NAMES, state.workers, strict=True)
+            for held in worker.held
+            if worker.process == "runs" and held.locked and TASKS[held.task] == key
         ]
         if len(holders) > 1:
             raise Violation(f"{key} has two holders that act: {' and '.join(holders)}")
-    if set(state.disturbed) <= {"the server is away", "an answer is lost"}:
+    if not state.excused:
         for task, begun in zip(TASKS, state.begun, strict=True):
             if not TASKS[task] and begun > 1:
                 raise Violation(f"{task} has begun {begun} times, and no worker has died or was cut off")

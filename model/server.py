@@ -15,6 +15,7 @@ _SNAPSHOT = """
 local found = {redis.call('TIME')[1]}
 for _, key in ipairs(redis.call('KEYS', '*')) do
   local kind, content = redis.call('TYPE', key).ok, nil
+  redis.call('PERSIST', key)
   if kind == 'string' then content = redis.call('GET', key)
   elseif kind == 'hash' then content = redis.call('HGETALL', key)
   elseif kind == 'set' then content = redis.call('SMEMBERS', key); table.sort(content)
@@ -37,17 +38,22 @@ class Server:
     def __init__(self, url: str) -> None:
         self.redis = Redis.from_url(url)
         self._snapshot = self.redis.register_script(_SNAPSHOT)
+        self._dumps: dict[bytes, bytes] = {}
 
     def restore(self, dumps: Sequence[tuple[bytes, bytes]]) -> None:
-        """Let the data be those of a snapshot. Nothing expires by itself: the search decides when time passes."""
+        """Let the data be those of a snapshot, by changing what differs from the one read last."""
+        wanted = dict(dumps)
         with self.redis.pipeline(transaction=False) as pipe:
-            pipe.flushall()
+            if gone := self._dumps.keys() - wanted.keys():
+                pipe.delete(*gone)
             for name, dump in dumps:
-                pipe.restore(name, 0, dump)
+                if self._dumps.get(name) != dump:
+                    pipe.restore(name, 0, dump, replace=True)
             pipe.execute()
+        self._dumps = wanted
 
     def read(self) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
-        """The dumps to restore, and the content to compare."""
+        """The dumps to restore, and the content to compare. No key expires: the search decides what time does."""
         dumps, content = [], []
         seconds, *found = self._snapshot(args=[keys.GROUP])
         now = int(seconds) * 1000
@@ -55,6 +61,7 @@ class Server:
             dumps.append((name, dump))
             if name.decode() not in _LEFT_OUT:
                 content.append((name.decode(), _comparable(name.decode(), value, now)))
+        self._dumps = dict(dumps)
         return dumps, content
 
     def end_leases(self, *workers: str) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Points in time (ms or µs since the epoch) and ids of stream entries, in whatever text they stand.
+from diracx.tasks.plumbing.broker import keys
+
 NAMES = ("worker-a", "worker-b")
-_NAME = re.compile("|".join(NAMES))
+#: Task -> the lock it needs. The first two want the same.
+TASKS: dict[str, str] = {"t0": "lock:mutex:job:x", "t1": "lock:mutex:job:x", "t2": ""}
+#: What can be exchanged for each other: both workers, and both tasks that want the lock.
+_ALIKE = (dict(zip(NAMES, reversed(NAMES), strict=True)), {"t0": "t1", "t1": "t0"})
+_NAME = re.compile(r"worker-[ab]|t[01]")
+#: Points in time (ms or µs since the epoch) and ids of stream entries, in whatever text they stand.
 _MOMENT = re.compile(r"\d{13,17}(?:-\d+)?")
+#: Where the delivery is of which an owner of a lock is made.
+_OWNER = re.compile(r"(\d+)/(\d{13}-\d+)")
+#: After these alone, what needs no lock must have begun once.
+_HARMLESS = frozenset({"the server is away", "an answer is lost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,9 @@ class WorkerState:
         return self.process == "runs" and self.connected
 
 
+HEALTHY = WorkerState()
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """Everything that decides what can happen next."""
@@ -57,35 +70,93 @@ class State:
     settled: tuple[int, ...]
     """How often each task has been settled as done."""
     begun: tuple[int, ...]
-    """How often each task has begun; 2 for more than once."""
+    """How often each task has begun; 2 for more than once. It decides nothing, but is judged: see `excused`."""
     disturbed: tuple[str, ...] = ()
     """The disturbances so far."""
+
+    @property
+    def excused(self) -> bool:
+        """Whether a worker was disturbed, so that a task may have begun twice."""
+        return not _HARMLESS.issuperset(self.disturbed)
+
+
+def owner_of(worker: str, held: Held) -> str:
+    """The owner of the task's lock: another one for each delivery."""
+    return f"{worker} {held.task} {keys.EVERY_STREAM.index(held.stream)}/{held.entry} {held.deliveries}"
+
+
+def task_of(fields: Sequence[bytes]) -> str:
+    """The task of a stream entry."""
+    data = fields[fields.index(b"data") + 1]
+    return next(task for task in TASKS if task.encode() in data)
 
 
 def canonical(state: State, content: Sequence[tuple[str, Any]]) -> str:
     """A name for the state: two states of one name have the same future.
 
-    Moments are replaced by their order. Both workers are alike: of a state and the one with the workers exchanged,
-    the name is that of the smaller.
+    Moments are replaced by their order, those left out that nothing is compared with. Workers are alike, and so
+    are tasks that want one lock: of all states that come of exchanging them, the name is that of the smallest.
     """
-    pieces = [repr(("worker", name, worker)) for name, worker in zip(NAMES, state.workers, strict=True)]
-    pieces += [repr((key, part)) for key, value in content for part in (value if type(value) is list else [value])]
-    rest = repr((state.settled, state.begun, state.disturbed))
-    one, other = (
-        "\n".join([*sorted(pieces), rest]),
-        "\n".join([*sorted(map(_exchanged, pieces)), _exchanged(rest)]),
-    )
-    return min(_without_moments(one), _without_moments(other))
+    text = "\n".join(_pieces(state, content))
+    moments = sorted({_order(moment) for moment in _MOMENT.findall(text)})
+    rank = {moment: f"m{position}" for position, moment in enumerate(moments)}
+    text = _MOMENT.sub(lambda found: rank[_order(found[0])], text)
+    workers, tasks = _ALIKE
+    return min(_exchanged(text, other) for other in ({}, workers, tasks, workers | tasks))
 
 
-def _exchanged(text: str) -> str:
-    return _NAME.sub(lambda found: NAMES[1 - NAMES.index(found[0])], text)
+def _exchanged(text: str, other: dict[str, str]) -> str:
+    return "\n".join(sorted(_NAME.sub(lambda found: other.get(found[0], found[0]), text).split("\n")))
 
 
-def _without_moments(text: str) -> str:
-    moments = sorted({_order(found) for found in _MOMENT.findall(text)})
-    rank = {moment: position for position, moment in enumerate(moments)}
-    return _MOMENT.sub(lambda found: f"t{rank[_order(found[0])]}", text)
+def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
+    """Lines whose order says nothing."""
+    names: dict[tuple[str, str], str] = {}
+    for key, value in content:
+        if key in keys.EVERY_STREAM:
+            yield f"{key} {_stream(key, value, names)}"
+    owners = ""
+    for key, value in content:
+        if key == keys.SURVIVED:
+            members = [member.decode().split(" ") for member in value]
+            yield from (f"{key} {names[s, entry]} {n}" for s, entry, n in members if (s, entry) in names)
+        elif key not in keys.EVERY_STREAM:
+            for part in value if isinstance(value, list) else [value]:
+                line = _OWNER.sub(lambda found: names.get(_place(found), found[0]), repr(part))
+                owners += line
+                yield f"{key} {line}"
+    for name, worker in zip(NAMES, state.workers, strict=True):
+        yield f"{name} {worker.process} {worker.connected} {worker.lease} {worker.answer_lost}"
+        for held in worker.held:
+            at = names.get((held.stream, held.entry))
+            if at is not None:
+                at = f"{at} {held.deliveries} {held.since}"
+            elif (owner := owner_of(name, held)) in owners:
+                at = owner
+            else:  # it can only be refused
+                at = "gone"
+            yield f"{name} {held.task} {held.phase} {held.locked} {held.ask} {at}"
+    for task, settled, begun in zip(TASKS, state.settled, state.begun, strict=True):
+        yield f"{task} {settled} {0 if TASKS[task] or state.excused else begun}"
+    yield f"{len(state.disturbed)} {state.excused}"
+
+
+def _stream(key: str, value: Any, names: dict[tuple[str, str], str]) -> str:
+    """Its entries in their order, each called by its task. The id is a moment where it is the place in line."""
+    entries, pending = value
+    found = []
+    for entry_id, fields in entries:
+        entry, task = entry_id.decode(), task_of(fields)
+        is_place = TASKS[task] and b"since" not in fields
+        names[key, entry] = f"{key} {task} {entry if is_place else ''}"
+        rest = [field for field in fields if b"task_id" not in field]
+        owners = [(worker, deliveries) for each, worker, deliveries in pending if each == entry_id]
+        found.append((names[key, entry], rest, owners))
+    return repr(found)
+
+
+def _place(owner: re.Match[str]) -> tuple[str, str]:
+    return keys.EVERY_STREAM[int(owner[1])], owner[2]
 
 
 def _order(text: str) -> int:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
 from diracx.tasks.plumbing.worker.settlement import hand_back
 
+from .rules import Rules
 from .server import Server
-from .state import NAMES, Held, State, WorkerState
+from .state import HEALTHY, NAMES, TASKS, Held, State, WorkerState, owner_of
 
-#: Task -> the lock it needs. The first two want the same.
-TASKS: dict[str, str] = {"t0": "lock:mutex:job:x", "t1": "lock:mutex:job:x", "t2": ""}
 _SLOTS = 2
 _LEASE_SECONDS = 1000.0
 _MAX_DELIVERIES = 10
@@ -27,15 +26,6 @@ _MAX_DELIVERIES = 10
 Step = tuple[str, list[State] | Callable[[], list[State]]]
 """What it is, and the states after it (two where an answer may be lost): known at once if the server has no part
 in it, else found by a call to the server, which must be in the state before it."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What of the protocol is in force. Without one of these the search must find a violation."""
-
-    lease_timer: bool = True
-    """A worker ends what holds a lock before its lease does."""
-    disturbances: int = 2
 
 
 class Steps:
@@ -76,12 +66,18 @@ class Steps:
         return State((WorkerState(), WorkerState()), nothing, nothing)
 
     def possible(self, state: State, content: Sequence[tuple[str, Any]]) -> Iterator[Step]:
-        """All steps that can happen in this state."""
+        """All steps that can happen in this state; of those that disturb nobody, in whatever order, the first."""
+        data = dict(content)
+        if len(state.disturbed) == self._rules.disturbances:
+            for which, worker in enumerate(state.workers):
+                for held in worker.held if worker == replace(HEALTHY, held=worker.held) else ():
+                    if _is_independent(NAMES[which], held, data):
+                        yield from self._of_held(state, which, held)
+                        return
         for which in range(len(NAMES)):
             yield from self._of_worker(state, which)
-        yield from self._of_time(state, dict(content))
-        if len(state.disturbed) < self._rules.disturbances:
-            yield from self._disturbances(state)
+        yield from self._of_time(state, data)
+        yield from self._disturbances(state)
 
     # --- a worker -------------------------------------------------------------------------------------------
 
@@ -99,7 +95,7 @@ class Steps:
         if not worker.connected:
             return
         if worker.lease != "valid":
-            yield f"{name} renews", lambda: [self._renew(state, which)]
+            yield f"{name} renews", lambda: self._renew(state, which)
         if worker.answer_lost:
             yield f"{name} recovers", lambda: self._take(state, which, "recover")
         elif len(worker.held) < _SLOTS:
@@ -138,7 +134,7 @@ class Steps:
         # A call for work is a sign of life: what it gives cannot be taken over at once.
         lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "recover" else worker
         found = [self._with(state, which, replace(lives, held=(*worker.held, *taken), answer_lost=False))]
-        if taken and verb != "recover" and len(state.disturbed) < self._rules.disturbances:
+        if taken and verb != "recover" and self._may(state, "an answer is lost"):
             lost = self._with(state, which, replace(lives, answer_lost=True))
             found.append(self._disturbed(lost, "an answer is lost"))
         return found
@@ -168,7 +164,7 @@ class Steps:
             found = [self._begun(state, which, replace(held, ask=False), locked=bool(lock))]
         else:
             found = [self._instead(state, which, held)]
-        if len(state.disturbed) < self._rules.disturbances:
+        if self._may(state, "an answer is lost"):
             found.append(self._disturbed(state, "an answer is lost"))
         return found
 
@@ -199,12 +195,12 @@ class Steps:
             settled = tuple(n + (i == position) for i, n in enumerate(state.settled))
             after = replace(state, settled=settled)
         found = [self._instead(after, which, held)]
-        if len(state.disturbed) < self._rules.disturbances:
+        if self._may(state, "an answer is lost"):
             again = held if held.phase == "cut off" else replace(held, phase="ended", locked=False)
             found.append(self._disturbed(self._instead(after, which, held, again), "an answer is lost"))
         return found
 
-    def _renew(self, state: State, which: int) -> State:
+    def _renew(self, state: State, which: int) -> list[State]:
         worker = state.workers[which]
         entries = [{"stream": h.stream, "entry": h.entry, "deliveries": h.deliveries} for h in worker.held]
         locked = [h for h in worker.held if h.locked]
@@ -219,12 +215,17 @@ class Steps:
                 continue
             after = replace(held, phase="cut off", locked=False) if held in without else held
             kept.append(replace(after, ask=True) if held.phase == "reserved" else after)
-        return self._with(state, which, replace(worker, lease="valid", held=tuple(kept)))
+        found = [self._with(state, which, replace(worker, lease="valid", held=tuple(kept)))]
+        if self._may(state, "an answer is lost"):
+            # It does not know that it has renewed, and its lease begins anew for the server.
+            lost = self._with(state, which, replace(worker, lease="expired"))
+            found.append(self._disturbed(lost, "an answer is lost"))
+        return found
 
     @staticmethod
     def _lock(which: int, held: Held) -> list[dict[str, Any]]:
         key = TASKS[held.task]
-        owner = f"{NAMES[which]} {held.task} {held.deliveries}"
+        owner = owner_of(NAMES[which], held)
         return [{"kind": "mutex", "key": key, "owner": owner, "ttl_ms": 10_000_000}] if key else []
 
     # --- time -----------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Steps:
             if worker.lease == "valid":
                 expired = self._timed(replace(worker, lease="expired"))
                 yield f"the timer of {name} fires", [self._with(state, which, expired)]
-            elif worker.lease == "expired":
+            elif worker.lease == "expired" or (name.encode(), True) in content[keys.ALIVE]:
                 yield f"the lease of {name} ends", lambda which=which: [self._lease_ends(state, which)]
         for task, key in TASKS.items():
             if key and task.encode() in content.get(keys.DELAYED, ()):
@@ -281,12 +282,16 @@ class Steps:
                     ("is paused", replace(worker, process="paused")),
                     ("is cut off", replace(worker, connected=False)),
                 ):
-                    if what == "is cut off" and not worker.connected:
+                    if not self._may(state, what) or (what == "is cut off" and not worker.connected):
                         continue
                     changed = self._disturbed(self._with(state, which, after), f"{name} {what}")
                     yield f"{name} {what}", [changed]
-        if all(worker.may_call and worker.lease == "valid" for worker in state.workers):
+        healthy = all(worker.may_call and worker.lease == "valid" for worker in state.workers)
+        if healthy and self._may(state, "the server is away"):
             yield "the server is away for longer than a lease", lambda: [self._away(state)]
+
+    def _may(self, state: State, what: str) -> bool:
+        return len(state.disturbed) < self._rules.disturbances and self._rules.only in ("", what)
 
     def _away(self, state: State) -> State:
         self._server.end_leases(*NAMES)
@@ -312,6 +317,15 @@ class Steps:
     @staticmethod
     def _disturbed(state: State, what: str) -> State:
         return replace(state, disturbed=tuple(sorted((*state.disturbed, what))))
+
+
+def _is_independent(worker: str, held: Held, data: dict[str, Any]) -> bool:
+    """Whether it concerns nobody else: it has no lock and its worker will stay healthy, or it was lost."""
+    if not TASKS[held.task] and not held.ask:
+        return True
+    entries, _ = data.get(held.stream, ((), ()))
+    is_gone = held.entry.encode() not in [entry for entry, _ in entries]
+    return is_gone and data.get(TASKS[held.task]) != owner_of(worker, held).encode()
 
 
 class Violation(Exception):

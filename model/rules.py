@@ -1,0 +1,21 @@
+"""What of the protocol is in force, and how much is disturbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Without one of the first two the search must find a violation."""
+
+    lease_timer: bool = True
+    """A worker ends what holds a lock before its lease does."""
+    another_term: bool = True
+    """A server that was away gives every lease another term."""
+    disturbances: int = 1
+    only: str = ""
+    """One kind of disturbance; all of them by default."""
+
+
+KINDS = ("dies", "is paused", "is cut off", "an answer is lost", "the server is away")
