@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo chaos model lint docs pictures bench bench-peers bench-pilots bench-count bench-size vendor clean
+.PHONY: help install test unit servers versions demo chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-count bench-size vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -56,8 +56,11 @@ docs: $(STAMP) ## build the documentation into site/; a warning is an error
 pictures: $(STAMP) ## take the pictures of the dashboard in docs/images again (needs Chromium)
 	$(BIN)/python tests/dashboard_pictures.py docs/images
 
-chaos: $(STAMP) ## kill, pause and cut off real processes, see if all promises are kept; ARGS="--seconds 120 --seed 1 --json"
+chaos: $(STAMP) ## disturb a real system, see if all promises are kept; ARGS="--profile all --seconds 60", ARGS=--help
 	@$(BIN)/python -m chaos $(ARGS)
+
+chaos-figures: $(STAMP) ## chaos with every profile and 5 seeds (hours), written to benchmarks/RESULTS.md; ARGS=--help
+	@$(BIN)/python -m chaos.figures $(ARGS)
 
 model: $(STAMP) ## search every state of the delivery protocol for one that breaks a promise; ARGS="--disturbances 2"
 	$(BIN)/python -m model $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m chaos`: run the storm, print the verdict."""
+"""Disturb a real system at random and judge whether every promise was kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,14 +15,37 @@ from typing import Any
 from . import plan as plans
 
 _EPILOG = """\
-What happens: a real Valkey server, N workers (every second one of size small) and 2 schedulers are started through
-our own command line. Tasks are submitted all the time: quick, slow, failing, locked, reading and writing, limited,
-grouped, delayed, and such that kill their worker. Meanwhile processes are killed, paused beyond their lease, and
-restarted, and their connections cut. Then all is left alone until it comes to rest, stopped, and judged (see
-chaos/verdict.py for what exactly is counted). The seed decides what is submitted and disturbed, and when.
+profiles:
+  processes  workers and schedulers are killed, paused beyond their lease and restarted, connections killed
+  net        each worker, scheduler and the submitter has a proxy of its own, which is held (one way or both,
+             for up to 3 leases), delayed by up to 2 s, cut (also within a reply) and half-closed
+  server     the Redis server is killed and started again, paused for longer than the lease, restarted; with
+             --redis everysec also a power cut, which takes what was not synced to the disk yet
+  sentinel   the same with a primary, a replica and three sentinels: each outage is a failover
+  sql        the server of the dead letters (MariaDB) is killed, paused, held and cut off
+  all        everything at once, with failovers
+
+configurations of Redis (--redis):
+  none, rdb (a snapshot every 5 s), everysec and always (append-only file), sentinel, sentinel-min-replicas
+
+A run starts the servers, N workers (every second one of size small) and 2 schedulers through our own command
+line. Of four workers, two are of a newer version, which is simulated: they know a message format that the others
+leave to them. Tasks are submitted all the time: quick, slow, failing, at most once, grouped, delayed, limited,
+with locks for shorter and for longer than a lease, shared and exclusive, and such that kill their worker.
+Meanwhile the system is disturbed. Then it is left alone until it comes to rest, stopped, and judged
+(chaos/verdict.py says what exactly is counted). The seed decides what is submitted and disturbed, and when.
+
+examples:
+  make chaos ARGS="--profile net --seconds 60 --seed 7"
+  make chaos ARGS="--profile server --redis everysec --json"
+  make chaos ARGS="--profile all --plan"
 
 Exit code: 0 when every promise was kept, 1 when one was broken (files are kept, and named), 2 for wrong usage.
 """
+
+#: Tasks for each 120 s of the storm.
+_TASKS = {"processes": 20_000}
+_FEWER_TASKS = 8_000
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,9 +55,16 @@ def _arguments() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--profile", choices=plans.PROFILES, default="processes", help="what is disturbed (default processes)"
+    )
+    parser.add_argument(
+        "--redis", choices=plans.CONFIGURATIONS, help="configuration of Redis (default: the profile's)"
+    )
+    parser.add_argument("--database", choices=plans.DATABASES, help="of the dead letters (default: the profile's)")
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the storm (default 120)")
     parser.add_argument("--seed", type=int, default=1, help="of the plan (default 1)")
-    parser.add_argument("--tasks", type=int, help="number of tasks (default 20,000 for each 120 s)")
+    parser.add_argument("--tasks", type=int, help="number of tasks (default: enough to keep the workers busy)")
     parser.add_argument("--workers", type=int, default=4, help="worker processes, at least 2 (default 4)")
     parser.add_argument("--schedulers", type=int, default=2, help="scheduler processes (default 2)")
     parser.add_argument("--lease", type=float, default=2.0, help="lease of the workers in seconds (default 2)")
@@ -46,10 +77,22 @@ def _arguments() -> argparse.Namespace:
     for name, least in (("seconds", 5), ("workers", 2), ("schedulers", 1), ("lease", 1), ("slots", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(arguments, name):g}")
+    _, redis, database = plans.PROFILES[arguments.profile]
+    arguments.redis = arguments.redis or redis
+    arguments.database = arguments.database or database
+    if arguments.profile == "sentinel" and not arguments.redis.startswith("sentinel"):
+        parser.error(f"--redis must be sentinel or sentinel-min-replicas with this profile, not {arguments.redis}")
+    if arguments.profile == "sql" and arguments.database == "sqlite":
+        parser.error("--database must be mariadb or postgresql with this profile: SQLite has no server to disturb")
     if arguments.tasks is None:
-        arguments.tasks = round(20_000 * arguments.seconds / 120)
+        arguments.tasks = round(_TASKS.get(arguments.profile, _FEWER_TASKS) * arguments.seconds / 120)
     elif arguments.tasks < 200:
         parser.error(f"--tasks must be at least 200, or some kinds would be missing, not {arguments.tasks}")
+    if not arguments.plan:
+        from .databases import obstacle
+
+        if (reason := obstacle(arguments.database)) is not None:
+            parser.error(reason)
     return arguments
 
 
@@ -57,42 +100,47 @@ def main() -> int:
     arguments = _arguments()
     plan = plans.make(
         seed=arguments.seed,
+        profile=arguments.profile,
         seconds=arguments.seconds,
         number=arguments.tasks,
         workers=arguments.workers,
-        schedulers=arguments.schedulers,
         lease=arguments.lease,
     )
     if arguments.plan:
         for d in plan.disturbances:
-            print(f"{d.at:8.3f} s  {d.what:22} {d.which}" + (f"  {d.seconds:.2f} s" if "pause" in d.what else ""))
+            print(f"{d.at:8.3f} s  {d.what:22} {d.which:4}" + (f"  {d.seconds:.2f} s" if d.seconds else ""))
         return 0
     # Only now: these import the task system.
-    from .drive import Driver, keep, say
-    from .verdict import Verdict
+    from .drive import Driver, Settings, keep, say
+    from .verdict import Verdict, as_json
     from .witness import read
 
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
-    driver = Driver(
-        plan,
+    settings = Settings(
+        profile=arguments.profile,
+        redis=arguments.redis,
+        database=arguments.database,
         workers=arguments.workers,
         schedulers=arguments.schedulers,
         lease=arguments.lease,
         slots=arguments.slots,
-        directory=directory,
         patience=arguments.patience,
     )
-    observed = asyncio.run(driver.run())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended, as with Ctrl-C
+    observed = asyncio.run(Driver(plan, settings, directory).run())
     verdict = Verdict(plan, observed, read(directory / "witness"), arguments.lease)
     promises = verdict.promises()
     broken = [promise.name for promise in promises if promise.kept is False]
     if arguments.json:
-        values: dict[str, Any] = {promise.name: promise.value for promise in promises}
-        print(json.dumps({"seed": arguments.seed, **values, "broken": broken, "details": verdict.details}))
+        values: dict[str, Any] = {promise.name: as_json(promise.value) for promise in promises}
+        notes = {promise.name: promise.note for promise in promises if promise.note}
+        which = {"profile": settings.profile, "redis": settings.redis, "database": settings.database}
+        head = {**which, "seed": arguments.seed, "seconds": arguments.seconds}
+        print(json.dumps({**head, **values, "broken": broken, "details": verdict.details, "notes": notes}))
     else:
         marks = {True: "kept", False: "BROKEN", None: ""}
         for promise in promises:
-            print(f"{promise.name:52} {promise.value!s:>10}  {marks[promise.kept]:6} {promise.note}".rstrip())
+            print(f"{promise.name:60} {promise.value!s:>18}  {marks[promise.kept]:6} {promise.note}".rstrip())
         print("\n".join(verdict.details))
     if broken or arguments.keep:
         keep(observed, directory / "observed.json")

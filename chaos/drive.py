@@ -1,4 +1,4 @@
-"""The run: start everything, submit, disturb, wait until all is quiet again, stop."""
+"""The run: start everything, submit, disturb, wait until all is at rest, stop."""
 
 from __future__ import annotations
 
@@ -7,34 +7,57 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diracx.tasks.plumbing import PeriodicBaseTask, PeriodicVoAwareBaseTask
 from diracx.tasks.plumbing.binding import Binding, bound_to
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
 from diracx.tasks.plumbing.config import CONFIG_PATH_VARIABLE, TasksConfig
+from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.factory import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.persistence import TaskDB
-from diracx.tasks.testing.server import ValkeyProcess
+from redis.exceptions import RedisError
 
-from . import tasks, witness
-from .plan import Disturbance, Plan, Planned
+from . import redis_servers, tasks, witness
+from .databases import Database
+from .links import Link
+from .plan import PROFILES, Disturbance, Plan, Planned
 from .processes import History, Supervised
+from .redis_servers import Outage
 from .remains import everything, leftovers
 
-#: Name of our own connections, which are left alone: a submission without an answer may have arrived or not.
+#: Name of the connection that watches; no disturbance meets it but those of the server itself.
 _OURS = "chaos-driver"
+#: Name of the place that submits.
+SUBMITTER = "submitter"
 _TICK_SECONDS = 0.05
 #: More than the default of 3: here workers die every few seconds, and innocent tasks with them.
 MAX_DELIVERIES = 5
 #: Younger connections are left alone: a process that starts may give up at once, by promise.
 _GROWN_UP_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is started."""
+
+    profile: str
+    redis: str
+    database: str
+    workers: int
+    schedulers: int
+    lease: float
+    slots: int
+    patience: float
 
 
 @dataclass
@@ -44,6 +67,9 @@ class Observed:
     history: History
     started: float
     """When the submissions began (monotonic)."""
+    outages: list[Outage] = field(default_factory=list)
+    settled: float = 0.0
+    """When the last disturbance was over (monotonic)."""
     rested: float | None = None
     """When everything had come to rest; None: it never did."""
     left: dict[str, int] = field(default_factory=dict)
@@ -54,6 +80,8 @@ class Observed:
     """Delayed task -> not before (monotonic)."""
     submitted: dict[int, str] = field(default_factory=dict)
     """Number -> kind."""
+    acknowledged: dict[int, float] = field(default_factory=dict)
+    """Number -> when its submission was confirmed (monotonic). One that was not may have arrived or not."""
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Callback -> its children."""
     letters: list[dict[str, Any]] = field(default_factory=list)
@@ -62,7 +90,7 @@ class Observed:
     exit_codes: dict[str, int] = field(default_factory=dict)
     """Of the processes that were stopped at the end."""
     cut_connections: int = 0
-    done: dict[str, int] = field(default_factory=dict)
+    done: Counter[str] = field(default_factory=Counter)
     """Disturbance -> how often."""
 
 
@@ -71,84 +99,97 @@ def say(text: str) -> None:
 
 
 class Driver:
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        workers: int,
-        schedulers: int,
-        lease: float,
-        slots: int,
-        directory: Path,
-        patience: float,
-    ) -> None:
-        self._plan = plan
-        self._directory = directory
-        self._patience = patience
-        self._server = ValkeyProcess(directory)
+    def __init__(self, plan: Plan, settings: Settings, directory: Path) -> None:
+        self._plan, self._settings, self._directory = plan, settings, directory
         self._history = History()
-        self._numbers = (workers, schedulers, lease, slots)
+        self._redis = redis_servers.make(settings.redis, directory)
+        self._database = Database(settings.database, directory, self._history)
         self._workers: list[Supervised] = []
         self._schedulers: list[Supervised] = []
+        self._links: dict[str, Link] = {}
+        self._led_to = ""
         self._stopping = False
 
     async def run(self) -> Observed:
-        self._server.start()
-        broker = RedisStreamBroker(self._server.url, client_name=_OURS)
-        database_url = f"sqlite+aiosqlite:///{self._directory}/taskdb.sqlite"
-        database = TaskDB(database_url)
+        watching: RedisStreamBroker | None = None
         try:
+            await self._redis.start()
+            await self._database.start()
+            database = TaskDB(self._database.own_url)
+            watching = RedisStreamBroker(self._redis.url, client_name=_OURS)
             async with database.engine_context():
                 async with database.engine.begin() as connection:
                     await connection.run_sync(database.metadata.create_all)
-                self._prepare(database_url)
+                self._prepare()
                 supervising = asyncio.create_task(self._supervise())
-                with bound_to(broker, tasks_of_module(tasks), TasksConfig()):
-                    observed = await self._disturbed(broker)
+                observed = await self._disturbed(watching)
                 self._stopping = True
                 await supervising
                 await asyncio.to_thread(self._stop, observed)
                 observed.letters = await self._letters(database)
-                observed.leftover_keys = await leftovers(broker.redis)
+                observed.leftover_keys = await leftovers(watching.redis)
             return observed
         finally:
             for process in [*self._workers, *self._schedulers]:
                 process.kill()
                 process.wait_end(5)
-            await broker.shutdown()
-            self._server.stop()
+            if watching is not None:
+                await watching.shutdown()
+            for link in self._links.values():
+                link.stop()
+            self._redis.stop()
+            await asyncio.to_thread(self._database.stop)
 
     # --- processes ------------------------------------------------------------------------------------------
 
-    def _prepare(self, database_url: str) -> None:
-        workers, schedulers, lease, slots = self._numbers
+    def _prepare(self) -> None:
+        settings = self._settings
         testimony = self._directory / "witness"
         testimony.mkdir()
         configuration = self._directory / "tasks.yaml"
-        configuration.write_text(json.dumps({"common": _not_ours()}))
+        configuration.write_text(json.dumps({"common": _without_installed_schedules()}))
         environment = {
             CONFIG_PATH_VARIABLE: str(configuration),
-            "DIRACX_TASKS_REDIS_URL": self._server.url,
-            "DIRACX_DB_URL_TASKDB": database_url,
+            "DIRACX_DB_URL_TASKDB": self._database.url,
             witness.VARIABLE: str(testimony),
         }
         common = ["--module", tasks.__name__, "--log-level", "warning"]
 
-        def place(name: str, arguments: list[str]) -> Supervised:
-            return Supervised(name, [*arguments, *common], environment, self._directory, self._history)
+        def place(name: str, arguments: list[str], **more: str) -> Supervised:
+            own = environment | {"DIRACX_TASKS_REDIS_URL": self._url_for(name)} | more
+            return Supervised(name, [*arguments, *common], own, self._directory, self._history)
 
-        for number in range(workers):
-            options = ["--lease-seconds", str(lease), "--max-concurrent-tasks", str(slots), "--grace", "5"]
-            options += ["--max-deliveries", str(MAX_DELIVERIES)]
+        options = ["--lease-seconds", str(settings.lease), "--max-concurrent-tasks", str(settings.slots)]
+        options += ["--grace", "5", "--max-deliveries", str(MAX_DELIVERIES)]
+        for number in range(settings.workers):
             size = ("medium", "small")[number % 2]
-            self._workers.append(place(f"worker-{number}", ["worker", "--worker-size", size, *options]))
-        for number in range(schedulers):
+            # Two versions at once: of four workers the last two know messages that the others leave to them.
+            newer = {tasks.NEWER_VARIABLE: "1"} if number in (2, 3) and settings.workers >= 4 else {}
+            arguments = ["worker", "--worker-size", size, *options]
+            self._workers.append(place(f"worker-{number}", arguments, **newer))
+        for number in range(settings.schedulers):
             self._schedulers.append(place(f"scheduler-{number}", ["scheduler"]))
+
+    def _url_for(self, name: str) -> str:
+        """Through a link of its own, if links are disturbed."""
+        if "net" not in PROFILES[self._settings.profile][0]:
+            return self._redis.url
+        self._led_to = self._redis.primary_url
+        self._links[name] = Link(name, self._led_to, self._history)
+        return self._links[name].url
 
     async def _supervise(self) -> None:
         while not self._stopping:
             for process in [*self._workers, *self._schedulers]:
                 process.look()
+            for link in self._links.values():
+                link.look()
+            if self._links and self._led_to != self._redis.primary_url:  # after a failover
+                self._led_to = self._redis.primary_url
+                for link in self._links.values():
+                    link.lead_to(self._led_to)
+            self._database.look()
+            self._redis.look()
             await asyncio.sleep(_TICK_SECONDS)
 
     def _stop(self, observed: Observed) -> None:
@@ -164,22 +205,27 @@ class Driver:
 
     # --- the storm ------------------------------------------------------------------------------------------
 
-    async def _disturbed(self, broker: RedisStreamBroker) -> Observed:
+    async def _disturbed(self, watching: RedisStreamBroker) -> Observed:
         workers = len(self._workers)
         deadline = time.monotonic() + 60
-        while await broker.redis.zcard(keys.ALIVE) < workers:
+        while await watching.redis.zcard(keys.ALIVE) < workers:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the workers do not start; see {self._directory}/worker-*.log")
             await asyncio.sleep(_TICK_SECONDS)
-        observed = Observed(self._history, time.monotonic())
-        say(
-            f"{self._plan.tasks} tasks and {len(self._plan.disturbances)} disturbances in {self._plan.seconds:g} s"
-        )
-        async with asyncio.TaskGroup() as together:
-            together.create_task(self._submit(observed, broker))
-            together.create_task(self._disturb(observed, broker))
-            progress = together.create_task(self._report(observed, broker))
-            together.create_task(self._rest(observed, broker, progress))
+        observed = Observed(self._history, time.monotonic(), self._redis.outages)
+        disturbances = len(self._plan.disturbances)
+        say(f"{self._plan.tasks} tasks and {disturbances} disturbances in {self._plan.seconds:g} s")
+        submitting = RedisStreamBroker(self._url_for(SUBMITTER), client_name=_OURS)
+        try:
+            async with asyncio.TaskGroup() as together:
+                storm = [
+                    together.create_task(self._submit(observed, submitting)),
+                    together.create_task(self._disturb(observed, watching)),
+                ]
+                progress = together.create_task(self._report(observed, watching))
+                together.create_task(self._rest(observed, watching, storm, progress))
+        finally:
+            await submitting.shutdown()
         return observed
 
     async def _submit(self, observed: Observed, broker: RedisStreamBroker) -> None:
@@ -187,49 +233,102 @@ class Driver:
         waiting = list(reversed(self._plan.submissions))
         while waiting:
             now = time.monotonic() - observed.started
-            batch = []
+            submissions: list[Submission] = []
+            numbers: list[int] = []
             while waiting and waiting[-1].at <= now:
-                batch.append(waiting.pop())
-            submissions = []
-            for planned in batch:
+                planned = waiting.pop()
                 if planned.children:
-                    await self._submit_group(observed, planned)
+                    await self._submit_group(observed, binding, planned)
                     continue
-                task = getattr(tasks, planned.kind)(*planned.arguments)
-                at_time = None
-                if planned.delay:
-                    at_time = datetime.now(UTC) + timedelta(seconds=planned.delay)
-                    observed.due[planned.arguments[0]] = time.monotonic() + planned.delay
-                submissions.append(binding.submission(task, at_time=at_time))
-                observed.submitted[planned.arguments[0]] = planned.kind
+                submissions.append(self._submission(observed, binding, planned))
+                numbers.append(planned.arguments[0])
             if submissions:
-                await broker.submit(submissions)
+                await self._send(observed, broker, numbers, partial(broker.submit, submissions))
             await asyncio.sleep(_TICK_SECONDS)
 
-    async def _submit_group(self, observed: Observed, planned: Planned) -> None:
+    @staticmethod
+    def _submission(observed: Observed, binding: Binding, planned: Planned) -> Submission:
+        n = planned.arguments[0]
+        at_time = None
+        if planned.delay:
+            at_time = datetime.now(UTC) + timedelta(seconds=planned.delay)
+            observed.due[n] = time.monotonic() + planned.delay
+        observed.submitted[n] = planned.kind
+        submission = binding.submission(getattr(tasks, planned.kind)(*planned.arguments), at_time=at_time)
+        if planned.kind == "Newer":
+            submission.message.later_fields = {"format": tasks.NEWER_FORMAT}
+        return submission
+
+    async def _submit_group(self, observed: Observed, binding: Binding, planned: Planned) -> None:
         [callback] = planned.arguments
-        children = [tasks.Child(n) for n in planned.children]
-        await spawn_with_callback(
-            children, tasks.GroupDone(callback), on_failure=tasks.GroupFailed(callback), ttl_seconds=3600
-        )
         observed.groups[callback] = planned.children
         observed.submitted |= dict.fromkeys(planned.children, "Child") | {callback: "GroupDone"}
 
-    async def _disturb(self, observed: Observed, broker: RedisStreamBroker) -> None:
+        async def spawn() -> None:
+            with bound_to(binding.broker, binding.registry, binding.config):
+                await spawn_with_callback(
+                    [tasks.Child(n) for n in planned.children],
+                    tasks.GroupDone(callback),
+                    on_failure=tasks.GroupFailed(callback),
+                    ttl_seconds=3600,
+                )
+
+        await self._send(observed, binding.broker, [*planned.children, callback], spawn)
+
+    @staticmethod
+    async def _send(
+        observed: Observed,
+        broker: RedisStreamBroker,
+        numbers: Sequence[int],
+        call: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Submit once. What has no answer is not repeated; then wait until the server answers again."""
+        try:
+            await call()
+        except SendTaskError:
+            while True:
+                try:
+                    await broker.redis.ping()
+                    return
+                except (RedisError, OSError):
+                    await asyncio.sleep(_TICK_SECONDS)
+        observed.acknowledged |= dict.fromkeys(numbers, time.monotonic())
+
+    async def _disturb(self, observed: Observed, watching: RedisStreamBroker) -> None:
         rng = random.Random(len(self._plan.disturbances))
         for disturbance in self._plan.disturbances:
             await asyncio.sleep(max(0.0, observed.started + disturbance.at - time.monotonic()))
             what = disturbance.what
-            if what.startswith("cut"):
+            if what.endswith("connections"):
                 how_many = disturbance.which if "some" in what else None
-                observed.cut_connections += await self._cut(broker, rng, how_many)
+                cut = await self._cut(watching, rng, how_many)
+                observed.cut_connections += cut
+                struck = cut > 0
+            elif "database" in what:
+                struck = self._database.strike(disturbance)
+            elif " link" in what:
+                struck = self._strike_link(disturbance)
+            elif what.startswith("power cut") or "server" in what:
+                struck = self._redis.strike(disturbance)
             else:
-                places = self._schedulers if "scheduler" in what else self._workers
-                if not self._strike(disturbance, places):
-                    continue
-            observed.done[what] = observed.done.get(what, 0) + 1
+                struck = self._strike(disturbance, self._schedulers if "scheduler" in what else self._workers)
+            observed.done[what] += struck
         for process in [*self._workers, *self._schedulers]:
             process.resume()
+        for link in self._links.values():
+            link.look(end=True)
+        await self._database.settle()
+        await self._redis.settle()
+
+    def _strike_link(self, disturbance: Disturbance) -> bool:
+        """At the planned victim, or at the next one that is not disturbed already."""
+        links = list(self._links.values())
+        for offset in range(len(links)):
+            link = links[(disturbance.which + offset) % len(links)]
+            if not link.disturbed:
+                link.strike(disturbance)
+                return True
+        return False
 
     @staticmethod
     def _strike(disturbance: Disturbance, places: Sequence[Supervised]) -> bool:
@@ -249,26 +348,38 @@ class Driver:
 
     @staticmethod
     async def _cut(broker: RedisStreamBroker, rng: random.Random, how_many: int | None) -> int:
+        try:
+            listed = await broker.redis.client_list()
+        except RedisError:  # the server is away, and so are its connections
+            return 0
         clients = [
             client["id"]
-            for client in await broker.redis.client_list()
-            if client["name"] != _OURS and int(client["age"]) >= _GROWN_UP_SECONDS
+            for client in listed
+            if client["name"] != _OURS
+            and int(client["age"]) >= _GROWN_UP_SECONDS
+            and not {"S", "M"} & set(client["flags"])  # replication
         ]
         victims = clients if how_many is None else rng.sample(clients, min(how_many, len(clients)))
+        killed = 0
         for victim in victims:
-            await broker.redis.execute_command("CLIENT", "KILL", "ID", victim)
-        return len(victims)
+            with suppress(RedisError):  # it is gone already
+                await broker.redis.execute_command("CLIENT", "KILL", "ID", victim)
+                killed += 1
+        return killed
 
     # --- the end --------------------------------------------------------------------------------------------
 
     async def _left(self, broker: RedisStreamBroker) -> dict[str, int]:
         """What keeps the system from being at rest."""
-        async with broker.redis.pipeline(transaction=True) as pipe:
-            for stream in keys.EVERY_STREAM:
-                pipe.xlen(stream)
-            pipe.zcard(keys.DELAYED)
-            pipe.zcard(keys.ALIVE)
-            *lengths, delayed, alive = await pipe.execute()
+        try:
+            async with broker.redis.pipeline(transaction=True) as pipe:
+                for stream in keys.EVERY_STREAM:
+                    pipe.xlen(stream)
+                pipe.zcard(keys.DELAYED)
+                pipe.zcard(keys.ALIVE)
+                *lengths, delayed, alive = await pipe.execute()
+        except (RedisError, OSError):
+            return {"server away": 1}
         left = {stream: length for stream, length in zip(keys.EVERY_STREAM, lengths, strict=True) if length}
         if delayed:
             left[keys.DELAYED] = delayed
@@ -276,14 +387,20 @@ class Driver:
             left[keys.ALIVE] = alive
         return left
 
-    async def _rest(self, observed: Observed, broker: RedisStreamBroker, progress: asyncio.Task[None]) -> None:
-        end = observed.started + self._plan.seconds
-        await asyncio.sleep(max(0.0, end - time.monotonic()))
+    async def _rest(
+        self,
+        observed: Observed,
+        watching: RedisStreamBroker,
+        storm: Sequence[asyncio.Task[None]],
+        progress: asyncio.Task[None],
+    ) -> None:
+        await asyncio.wait(storm)
+        observed.settled = end = time.monotonic()
         quiet_since: float | None = None
-        while time.monotonic() < end + self._patience:
-            left = await self._left(broker)
+        while time.monotonic() < end + self._settings.patience:
+            left = await self._left(watching)
             # An occurrence of the schedule may just pass through.
-            if len(observed.submitted) == self._plan.tasks and not left:
+            if not left:
                 quiet_since = quiet_since or time.monotonic()
                 if time.monotonic() - quiet_since > 0.2:
                     observed.rested = quiet_since
@@ -293,7 +410,7 @@ class Driver:
                 observed.left = left
             await asyncio.sleep(_TICK_SECONDS)
         else:
-            observed.remains = await everything(broker.redis)
+            observed.remains = await everything(watching.redis)
         progress.cancel()
 
     async def _report(self, observed: Observed, broker: RedisStreamBroker) -> None:
@@ -325,7 +442,7 @@ class Driver:
                 letters.append({"n": n, "kind": kind, "reason": row["reason"], "detail": row["detail"]})
 
 
-def _not_ours() -> dict[str, Any]:
+def _without_installed_schedules() -> dict[str, Any]:
     """Switches off what is installed and runs by the clock: what fails here is put aside, and there is no rest."""
     by_the_clock = PeriodicBaseTask | PeriodicVoAwareBaseTask
     installed = load_task_registry()
@@ -341,6 +458,10 @@ def keep(observed: Observed, path: Path) -> None:
                 "killed": observed.history.killed,
                 "pauses": observed.history.pauses,
                 "ended": observed.history.ended,
+                "places": observed.history.names,
+                "cut off": observed.history.cut_off,
+                "outages": [vars(outage) for outage in observed.outages],
+                "acknowledged": observed.acknowledged,
                 "letters": observed.letters,
                 "left": observed.left,
                 "leftover keys": observed.leftover_keys,

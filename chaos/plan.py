@@ -1,4 +1,4 @@
-"""What will be submitted and what will go wrong, and when: all of it from the seed, before anything starts."""
+"""What is submitted and what is disturbed, and when: all of it from the seed, before anything starts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _SHARES = {
     "Slow": 40,
     "Flaky": 20,
     "Failing": 10,
+    "Once": 30,
+    "Newer": 20,
     "Locked": 60,
     "LockedSmall": 40,
     "LockedTwice": 20,
@@ -22,20 +24,80 @@ _SHARES = {
     "Limited": 40,
     "Later": 50,
 }
+#: Of those that hold their lock for longer than a lease: one for so many seconds of the storm, of each kind.
+_LONG_EVERY_SECONDS = 3.0
 _GROUPED = 150
 _GROUP_SIZE = 10
-#: Share of each disturbance, in per cent.
-_DISTURBANCES = {
-    "kill worker": 26,
-    "pause worker": 16,
-    "pause worker briefly": 12,
-    "restart worker": 12,
-    "kill scheduler": 8,
-    "pause scheduler": 6,
-    "restart scheduler": 4,
-    "cut some connections": 12,
-    "cut all connections": 4,
+
+#: Of the Redis servers (`redis_servers.py`), and of the dead letters (`databases.py`).
+CONFIGURATIONS = ("none", "rdb", "everysec", "always", "sentinel", "sentinel-min-replicas")
+DATABASES = ("sqlite", "mariadb", "postgresql")
+#: Profile -> families of disturbances, and the servers that it runs on unless told otherwise.
+PROFILES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "processes": (("processes",), "none", "sqlite"),
+    "net": (("net",), "none", "sqlite"),
+    "server": (("server",), "always", "sqlite"),
+    "sentinel": (("server",), "sentinel-min-replicas", "sqlite"),
+    "sql": (("sql",), "none", "mariadb"),
+    "all": (("processes", "net", "server", "sql"), "sentinel-min-replicas", "mariadb"),
 }
+#: Family -> least and greatest pause between two disturbances in seconds, and the weight of each.
+_FAMILIES: dict[str, tuple[tuple[float, float], dict[str, int]]] = {
+    "processes": (
+        (0.6, 2.6),
+        {
+            "kill worker": 26,
+            "pause worker": 16,
+            "pause worker briefly": 12,
+            "restart worker": 12,
+            "kill scheduler": 8,
+            "pause scheduler": 6,
+            "restart scheduler": 4,
+            "cut some connections": 12,
+            "cut all connections": 4,
+        },
+    ),
+    "net": (
+        (0.6, 2.6),
+        {
+            "hold link": 24,
+            "hold link to_server": 14,
+            "hold link to_client": 14,
+            "hold link briefly": 12,
+            "delay link": 12,
+            "cut link": 8,
+            "cut link in a reply": 10,
+            "half-close link": 6,
+        },
+    ),
+    "server": (
+        (5.0, 9.0),
+        {"kill server": 40, "pause server": 30, "pause server briefly": 10, "restart server": 10, "power cut": 10},
+    ),
+    "sql": (
+        (2.0, 4.0),
+        {"kill database": 25, "pause database": 25, "hold database link": 25, "cut database link": 25},
+    ),
+}
+#: How long a disturbance takes, in leases.
+_LEASES = {
+    "pause worker": (1.3, 2.0),
+    "pause scheduler": (1.3, 2.0),
+    "pause worker briefly": (0.05, 0.2),
+    "hold link": (1.2, 3.0),
+    "hold link to_server": (1.2, 3.0),
+    "hold link to_client": (1.2, 3.0),
+    "hold link briefly": (0.05, 0.2),
+    "delay link": (0.5, 2.0),
+    "kill server": (0.1, 1.5),
+    "power cut": (0.1, 0.5),
+    "pause server": (1.3, 2.0),
+    "pause server briefly": (0.05, 0.3),
+    "kill database": (0.1, 1.5),
+    "pause database": (0.5, 2.0),
+    "hold database link": (0.5, 2.0),
+}
+LONGEST_DELAY_SECONDS = 2.0
 _QUIET_SECONDS = 0.5
 
 
@@ -48,7 +110,7 @@ class Planned:
     kind: str
     arguments: tuple[Any, ...]
     delay: float = 0.0
-    """Seconds for which it is put aside."""
+    """Seconds for which it is put off."""
     children: tuple[int, ...] = ()
     """Numbers of the tasks in its group; `arguments` are those of the callback then."""
 
@@ -58,9 +120,11 @@ class Disturbance:
     at: float
     what: str
     which: int
-    """Index of the victim, or how many connections."""
+    """Picks the victim among those there are; or how many connections are cut."""
     seconds: float
-    """How long a pause takes."""
+    """How long it takes; 0: it is over at once."""
+    delay_seconds: float = 0.0
+    """By how much a delayed link is delayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +139,14 @@ class Plan:
         return sum(len(planned.children) + 1 for planned in self.submissions)
 
 
-def make(*, seed: int, seconds: float, number: int, workers: int, schedulers: int, lease: float) -> Plan:
+def make(*, seed: int, profile: str, seconds: float, number: int, workers: int, lease: float) -> Plan:
     """The same arguments give the same plan."""
     rng = random.Random(seed)
     kinds = [kind for kind, share in _SHARES.items() for _ in range(number * share // 1000)]
+    if workers < 4:  # there is no worker of a newer version
+        kinds = [kind for kind in kinds if kind != "Newer"]
     kinds += ["Rated"] * min(number * 40 // 1000, int(seconds * tasks.RATE / tasks.RATE_SECONDS * 0.7))
+    kinds += ["LockedLong", "ReadsLong"] * max(2, int(seconds / _LONG_EVERY_SECONDS))
     killers = max(1, int(seconds / 60))
     kinds += ["Kills"] * killers + ["KillsLocked"] * killers
     groups = number * _GROUPED // 1000 // _GROUP_SIZE
@@ -96,6 +163,10 @@ def make(*, seed: int, seconds: float, number: int, workers: int, schedulers: in
         arguments: tuple[Any, ...] = (n,)
         if kind == "Slow":
             arguments = (n, round(rng.uniform(0.2, 1.5), 3))
+        elif kind in ("LockedLong", "ReadsLong"):
+            # Beside shorter ones for the same keys.
+            key = "chaos-rw-0" if kind == "ReadsLong" else "chaos-0"
+            arguments = (n, key, round(lease * rng.uniform(1.1, 2.0), 3))
         elif kind.startswith(("Locked", "KillsLocked")):
             first, second = rng.sample(range(10), 2)
             arguments = (n, f"chaos-{first}+chaos-{second}" if kind == "LockedTwice" else f"chaos-{first}")
@@ -107,21 +178,26 @@ def make(*, seed: int, seconds: float, number: int, workers: int, schedulers: in
             children = tuple(next(numbers) for _ in range(_GROUP_SIZE))
         submissions.append(Planned(at, kind, arguments, delay, children))
     submissions.sort(key=lambda planned: planned.at)
-    return Plan(submissions, _disturbances(rng, seconds, workers, schedulers, lease), seconds)
+    families = PROFILES[profile][0]
+    disturbances = [
+        each for family in families for each in _disturbances(rng, family, seconds, lease, len(families))
+    ]
+    return Plan(submissions, sorted(disturbances, key=lambda each: each.at), seconds)
 
 
 def _disturbances(
-    rng: random.Random, seconds: float, workers: int, schedulers: int, lease: float
+    rng: random.Random, family: str, seconds: float, lease: float, families: int
 ) -> list[Disturbance]:
+    """The more families there are, the rarer are the disturbances of each."""
+    (least, greatest), weights = _FAMILIES[family]
+    stretch = families**0.5
     found = []
-    at = 1.0
+    at = 1.0 + rng.uniform(0, least)
     while at < seconds - _QUIET_SECONDS:
-        what = rng.choices([*_DISTURBANCES], weights=[*_DISTURBANCES.values()])[0]
-        which = rng.randrange(schedulers if "scheduler" in what else workers)
-        if what == "cut some connections":
-            which = rng.randint(1, 6)
-        # Past the lease, so that others take over; or too short to be noticed by anybody.
-        pause = lease * (rng.uniform(0.05, 0.2) if "briefly" in what else rng.uniform(1.3, 2.0))
-        found.append(Disturbance(round(at, 3), what, which, round(pause, 3)))
-        at += rng.uniform(0.6, 2.6)
+        what = rng.choices([*weights], weights=[*weights.values()])[0]
+        which = rng.randint(1, 6) if what == "cut some connections" else rng.randrange(1000)
+        length = lease * rng.uniform(*_LEASES.get(what, (0.0, 0.0)))
+        delay = rng.uniform(0, LONGEST_DELAY_SECONDS) if what == "delay link" else 0.0
+        found.append(Disturbance(round(at, 3), what, which, round(length, 3), round(delay, 3)))
+        at += rng.uniform(least, greatest) * stretch
     return found

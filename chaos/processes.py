@@ -1,4 +1,4 @@
-"""The processes under fire: our own command line, started again whenever it ends, as a supervisor would."""
+"""The processes that are disturbed: our own command line, started again when it ends, as a supervisor would."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class History:
     ended: dict[int, tuple[float, int]] = field(default_factory=dict)
     """pid -> when it was found ended, exit code."""
     started: dict[int, float] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    """pid -> the place it was started in."""
+    cut_off: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Name of a place -> when its link was held or delayed."""
     stopped: dict[int, float] = field(default_factory=dict)
     """Those that got a SIGTERM."""
 
@@ -69,6 +73,7 @@ class Supervised:
                     start_new_session=True,
                 )
             self._history.started[self._process.pid] = now
+            self._history.names[self._process.pid] = self.name
 
     def kill(self) -> None:
         if self._process is not None:

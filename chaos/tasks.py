@@ -21,10 +21,18 @@ from diracx.tasks.plumbing import (
     SharedRWLock,
     Size,
 )
+from diracx.tasks.plumbing.broker import models
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 
 from .witness import VARIABLE, Witnessed, next_run, note
+
+#: Set for workers of a newer version, which is simulated: they know the message format after today's, which others
+#: leave to them; their code is the same.
+NEWER_VARIABLE = "CHAOS_NEWER"
+NEWER_FORMAT = models.FORMAT + 1
+if os.environ.get(NEWER_VARIABLE):
+    models.FORMAT = NEWER_FORMAT
 
 #: At most so many `Limited` at a time.
 CONCURRENCY = 4
@@ -94,6 +102,23 @@ class Flaky(Witnessed):
 
 
 @dataclass
+class Newer(Flaky):
+    """Only workers of a newer version can read its message."""
+
+
+@dataclass
+class Once(Witnessed):
+    """Must not begin twice: what its worker's death ends is a dead letter."""
+
+    n: int
+    at_most_once = True
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(0.05)
+
+
+@dataclass
 class Failing(Witnessed):
     """Never succeeds."""
 
@@ -143,6 +168,17 @@ class LockedTwice(Witnessed):
 
 
 @dataclass
+class LockedLong(Locked):
+    """Keeps its lock for longer than a lease."""
+
+    seconds: float
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(self.seconds)
+
+
+@dataclass
 class Reads(Witnessed):
     n: int
     key: str
@@ -154,6 +190,17 @@ class Reads(Witnessed):
     async def execute(self) -> None:
         with self.at_work():
             await asyncio.sleep(0.02)
+
+
+@dataclass
+class ReadsLong(Reads):
+    """Shares its lock for longer than a lease."""
+
+    seconds: float
+
+    async def execute(self) -> None:
+        with self.at_work():
+            await asyncio.sleep(self.seconds)
 
 
 @dataclass
@@ -229,6 +276,7 @@ class Kills(Witnessed):
 class KillsLocked(Kills):
     """The same, while others wait for its lock."""
 
+    size = Size.SMALL
     key: str = ""
 
     @property

@@ -1,51 +1,46 @@
-"""Was every promise kept? Judged by what the tasks say they did (`witness.py`) and what was done to processes.
+"""Was every promise kept? Judged by what the tasks say they did (`witness.py`) and what was done to the system.
 
 What is counted:
 
-- An execution is *disturbed* when its process was killed (by us, or by a task) or paused beyond the lease while
-  the worker held the task: from its start to `SETTLE_SECONDS` after its end (the settlement may have been on its
-  way). An execution that begins within `AWAKENING_SECONDS` of the end of such a pause is disturbed as well: the
-  worker had begun it before and did not know yet what it had lost.
-- The *lawful time* of an execution ends with it, or with the death of its process, or where a pause beyond the
-  lease begins. What a worker does after such a pause, until its keeper cancels it, nobody can prevent from outside
-  the process; it is *late work*, and counted on its own. Its settlement is refused.
-- An execution is *interrupted* when it was cancelled and its worker stopped soon after: it starts again.
+- *Lost*: a task whose submission was acknowledged, and which neither succeeded nor became a dead letter. What was
+  acknowledged while the configuration may lose what is written (`redis_servers.Outage`) is counted on its own. A
+  submission without an answer may have arrived or not; if it has, all other promises hold for it.
 - *Executed more than once* counts executions beyond the expected number (1; failing ones 3; those that fail once
-  2). Each must be explained by a disturbed or interrupted execution of the same task.
-- A *violation of mutual exclusion* is a pair of executions whose lawful times overlap although they share a mutex,
-  or one writes what the other reads or writes. Executions that began disturbed have no lawful time.
-- The *concurrency limit* is broken by each execution that begins while `limit` others are in their lawful time.
+  2), by what disturbed the one before (`executions.py`). Beyond what nothing disturbed, none is allowed.
+- *Overlaps* of executions that exclude each other are judged by time alone (`exclusion.py`).
+- The *concurrency limit* is broken by each execution that begins while `limit` others are active.
 - The *rate limit* is broken by each execution beyond `limit` in any window. A grant is given by the server
-  a little before the execution begins, so windows are taken `RATE_SLACK_SECONDS` shorter than the limiter's.
+  a little before the execution begins, so windows are taken `RATE_SLACK_SECONDS` shorter than the limiter's; those
+  that began late, by a pause or on a slow link, are left out.
 """
 
 from __future__ import annotations
 
 import signal
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from . import executions as by
 from . import tasks
-from .drive import Observed
+from .drive import MAX_DELIVERIES, Observed
+from .exclusion import AWAKENING_SECONDS, overlaps
+from .executions import Executions
 from .plan import Plan
+from .recovery import recovery
 from .witness import Run, Testimony
 
-SETTLE_SECONDS = 1.0
-AWAKENING_SECONDS = 1.0
-STOP_SECONDS = 5.0
 RATE_SLACK_SECONDS = 1.0
 #: A process that is younger may still be starting.
 START_SECONDS = 8.0
 #: Clocks of server and witness differ by less.
 _CLOCK_SECONDS = 0.01
 
-_EXPECTED_RUNS = {"Failing": tasks.FAILURES, "Flaky": 2}
+_EXPECTED_RUNS = {"Failing": tasks.FAILURES, "Flaky": 2, "Newer": 2}
 _KILLERS = ("Kills", "KillsLocked")
-_WITHOUT_LOCKS = ("Quick", "Urgent", "Slow", "Child")
+_LOCKING = ("Locked", "LockedSmall", "LockedTwice", "LockedLong", "KillsLocked", "Reads", "ReadsLong", "Writes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,67 +57,34 @@ class Promise:
 class Verdict:
     def __init__(self, plan: Plan, observed: Observed, testimony: Testimony, lease: float) -> None:
         self._plan, self._observed, self._lease = plan, observed, lease
+        self._executions = Executions(observed, testimony, lease)
+        self._suicides = testimony.suicides
         self._runs = [run for run in testimony.runs if run.kind != "Beat"]
         self._beats = [run for run in testimony.runs if run.kind == "Beat"]
-        history = observed.history
-        self._deaths = {**{pid: at for pid, (at, _) in history.ended.items()}, **history.killed}
-        for pid, at in testimony.suicides.items():
-            self._deaths[pid] = min(at, self._deaths.get(pid, at))
-        self._suicides = testimony.suicides
-        self._stops = history.ended
-        # From two thirds of a lease on, a pause may cost it: the last renewal was up to a third before.
-        self._pauses = {
-            pid: [(begin, end) for begin, end in pauses if end - begin > lease * 0.6]
-            for pid, pauses in history.pauses.items()
-        }
-        self._violent = {*history.killed, *testimony.suicides}
         self._by_task: dict[int, list[Run]] = defaultdict(list)
         for run in self._runs:
             self._by_task[run.n].append(run)
         self._arguments = {planned.arguments[0]: planned.arguments for planned in plan.submissions}
+        self._letters: dict[int, set[str]] = defaultdict(set)
+        for letter in observed.letters:
+            self._letters[letter["n"]].add(letter["reason"])
         self.details: list[str] = []
 
-    # --- one execution --------------------------------------------------------------------------------------
-
-    def _disturbed_at(self, run: Run) -> float | None:
-        """When it was disturbed, if it was."""
-        end = float("inf") if run.end is None else run.end + SETTLE_SECONDS
-        moments = [begin for begin, over in self._pauses.get(run.pid, ()) if _meets(run, begin, over, end)]
-        if run.pid in self._violent and self._deaths[run.pid] <= end:
-            moments.append(self._deaths[run.pid])
-        return min(moments, default=None)
-
-    def _interrupted(self, run: Run) -> bool:
-        """Whether its worker stopped, and its grace period was over before the execution was."""
-        ended, code = self._stops.get(run.pid, (0.0, -1))
-        return run.how == "CancelledError" and code == 0 and 0 <= ended - (run.end or 0) <= STOP_SECONDS
-
-    def _lawful_end(self, run: Run) -> float:
-        end = run.end if run.end is not None else self._deaths.get(run.pid, float("inf"))
-        for begin, over in self._pauses.get(run.pid, ()):
-            if begin <= run.start <= over + AWAKENING_SECONDS:
-                return run.start
-            if run.start < begin < end:
-                end = begin
-        return end
-
-    # --- promises -------------------------------------------------------------------------------------------
-
     def promises(self) -> list[Promise]:
-        rest = self._observed.rested
+        rest, observed = self._observed.rested, self._observed
         return [
-            Promise("tasks submitted", len(self._observed.submitted), None, "callbacks of groups included"),
+            Promise("tasks submitted", len(observed.submitted), None, "callbacks of groups included"),
             Promise("executions", len(self._runs)),
             *self._disturbances(),
             Promise(
                 "came to rest",
-                None if rest is None else round(rest - self._observed.started - self._plan.seconds, 1),
+                None if rest is None else round(rest - observed.settled, 1),
                 rest is not None,
-                "s after the last disturbance" if rest is not None else f"left: {self._observed.left}",
+                "s after the last disturbance" if rest is not None else f"left: {observed.left}",
             ),
-            *self._executed(),
+            *self._lost(),
             *self._repeated(),
-            self._exclusion(),
+            *self._exclusion(),
             self._concurrency(),
             self._rate(),
             *self._groups(),
@@ -131,9 +93,9 @@ class Verdict:
             *self._dead_letters(),
             Promise(
                 "Redis keys left over",
-                len(self._observed.leftover_keys),
-                not self._observed.leftover_keys,
-                ", ".join(self._observed.leftover_keys[:5]),
+                len(observed.leftover_keys),
+                not observed.leftover_keys,
+                ", ".join(observed.leftover_keys[:5]),
             ),
             *self._process_ends(),
             *self._recovery(),
@@ -147,101 +109,134 @@ class Verdict:
     def _disturbances(self) -> Iterable[Promise]:
         done = self._observed.done
         yield Promise(
-            "disturbances", sum(done.values()), None, ", ".join(f"{k} {v}" for k, v in sorted(done.items()))
+            "disturbances", sum(done.values()), None, ", ".join(f"{k} {v}" for k, v in sorted(done.items()) if v)
         )
         yield Promise("workers killed by a task", len(self._suicides))
-        yield Promise("connections cut", self._observed.cut_connections)
+        away = [outage.end - outage.begin for outage in self._observed.outages]
+        yield Promise("server away, s", round(sum(away), 1), None, f"{len(away)} outages")
 
-    def _executed(self) -> Iterable[Promise]:
-        submitted = self._observed.submitted
-        never = [f"{kind} {n}" for n, kind in submitted.items() if n not in self._by_task]
-        share = 100 * (1 - len(never) / max(1, len(submitted)))
-        yield Promise("executed at least once, %", round(share, 3), not never)
-        self.details += [f"never executed: {text}" for text in never[:10]]
-        unfinished = [
-            f"{kind} {n}: {[run.how for run in self._by_task.get(n, ())]}"
-            for n, kind in submitted.items()
-            if kind not in (*_KILLERS, "Failing") and not any(run.how == "ok" for run in self._by_task.get(n, ()))
-        ]
-        yield self._count("never finished", unfinished, "but for those that are made to fail or kill")
+    # --- lost, and executed twice ---------------------------------------------------------------------------
+
+    def _finished(self, n: int) -> bool:
+        return bool(self._letters[n]) or any(run.how == "ok" for run in self._by_task.get(n, ()))
+
+    def _lost(self) -> Iterable[Promise]:
+        acknowledged = self._observed.acknowledged
+        unanswered = [n for n in self._observed.submitted if n not in acknowledged]
+        arrived = sum(n in self._by_task for n in unanswered)
+        yield Promise("submissions without an answer", len(unanswered), None, f"{arrived} of them had arrived")
+        lost, with_data, ages = [], 0, [0.0]
+        for n, at in acknowledged.items():
+            if self._finished(n):
+                continue
+            before = [o for o in self._observed.outages if o.lost_from <= at <= o.lost_until]
+            if before:
+                with_data += 1
+                ages.append(before[0].begin - at)
+            else:
+                how = [run.how or "died" for run in self._by_task.get(n, ())]
+                lost.append(f"{self._observed.submitted[n]} {n}, executions: {how or 'none'}")
+        yield self._count("acknowledged tasks lost", lost)
+        yield Promise(
+            "acknowledged tasks lost with the server's data",
+            with_data,
+            None,
+            f"acknowledged at most {max(ages):.2f} s before the outage" if with_data else "",
+        )
 
     def _repeated(self) -> Iterable[Promise]:
-        repeated, unexplained = 0, []
+        reasons: Counter[str] = Counter()
+        unexplained, twice = [], []
         for n, runs in self._by_task.items():
             kind = runs[0].kind
             if kind in _KILLERS:
                 continue
             expected = _EXPECTED_RUNS.get(kind, 1)
-            repeated += max(0, len(runs) - expected)
-            undisturbed = [run for run in runs if self._disturbed_at(run) is None and not self._interrupted(run)]
-            if len(undisturbed) > expected or (kind == "Failing" and len(runs) < expected):
-                how = ", ".join(f"{r.start:.3f}-{r.end or 0:.3f} {r.pid} {r.how}" for r in runs)
+            disturbed = [self._executions.first_disturbance(run) for run in runs]
+            how = ", ".join(f"{r.start:.3f}-{r.end or 0:.3f} {r.pid} {r.how}" for r in runs)
+            gave_up_early = "exhausted" in self._letters[n] and len(runs) < _EXPECTED_RUNS.get(kind, 0)
+            if disturbed.count(None) > expected or gave_up_early:
                 unexplained.append(f"{kind} {n}: {how}")
-        yield Promise(
-            "executed more than once", repeated, None, "their worker had died, stopped or was paused with them"
-        )
+            again = [each[1] for each in disturbed[:-1] if each is not None]
+            reasons.update(again[: max(0, len(runs) - expected)])
+            if kind == "Once" and any(
+                by.DATA_LOST not in {reason for _, reason in self._executions.disturbances(run)}
+                for run, _ in pairwise(runs)
+            ):
+                twice.append(f"{n}: {how}")
+        yield Promise("executed more than once", reasons.total())
+        for reason in by.REASONS:
+            yield Promise(f"— {reason}", reasons[reason])
         yield self._count("executed more than once without a reason", unexplained)
-        late = [
-            run.end - over
-            for run in self._runs
-            for begin, over in self._pauses.get(run.pid, ())
-            if run.end is not None and run.start < begin and run.end > over
-        ]
-        longest = max(late, default=0.0)
-        yield Promise("late work", len(late), None, f"ended at most {longest:.2f} s after its worker awoke")
+        yield self._count("at-most-once tasks that began twice", twice)
 
-    def _exclusion(self) -> Promise:
-        holds: dict[str, list[tuple[float, float, bool, Run]]] = defaultdict(list)
-        for run in self._runs:
-            arguments = self._arguments.get(run.n, ())
-            if len(arguments) == 2 and run.kind != "Slow" and (end := self._lawful_end(run)) > run.start:
-                for key in arguments[1].split("+"):
-                    holds[key].append((run.start, end, run.kind == "Reads", run))
-        found = []
-        for key, intervals in holds.items():
-            intervals.sort(key=lambda interval: interval[0])
-            open_: list[tuple[float, float, bool, Run]] = []
-            for interval in intervals:
-                open_ = [other for other in open_ if other[1] > interval[0]]
-                found += [
-                    f"{key}: {other[3].kind} {other[3].n} and {interval[3].kind} {interval[3].n}, "
-                    f"{other[1] - interval[0]:.4f} s"
-                    for other in open_
-                    if not (other[2] and interval[2])
-                ]
-                open_.append(interval)
-        return self._count("mutual-exclusion violations", found)
+    # --- locks and limits -----------------------------------------------------------------------------------
+
+    def _exclusion(self) -> Iterable[Promise]:
+        holds = [
+            (run, self._arguments[run.n][1].split("+"))
+            for run in self._runs
+            if run.kind in _LOCKING and run.n in self._arguments
+        ]
+        found = overlaps(self._executions, holds, self._lease)
+        yield self._count("overlaps of executions that exclude each other", found.proper)
+        longest = max(found.awakening, default=0.0)
+        yield Promise(
+            "— after a stopped process went on (SIGCONT)",
+            len(found.awakening),
+            longest <= AWAKENING_SECONDS,
+            f"at most {longest * 1000:.0f} ms of {AWAKENING_SECONDS * 1000:.0f}",
+        )
+        longest = max(found.data_lost, default=0.0)
+        yield Promise(
+            "— after the server had lost the lock",
+            len(found.data_lost),
+            None,
+            f"at most {longest:.2f} s" if longest else "",
+        )
 
     def _concurrency(self) -> Promise:
         open_: list[float] = []
         found, most = [], 0
-        for run in (run for run in self._runs if run.kind == "Limited"):
-            if (end := self._lawful_end(run)) <= run.start:
+        spans = [
+            (start, end, run.n)
+            for run in self._runs
+            if run.kind == "Limited"
+            for start, end, late in self._executions.active(run)
+            if not late
+        ]
+        for start, end, n in sorted(spans):
+            open_ = [*(other for other in open_ if other > start), end]
+            if self._executions.may_be_forgotten(start, start, self._lease):
                 continue
-            open_ = [*(other for other in open_ if other > run.start), end]
             most = max(most, len(open_))
             if len(open_) > tasks.CONCURRENCY:
-                found.append(f"{run.n} as number {len(open_)}")
+                found.append(f"{n} as number {len(open_)}")
         return self._count("concurrency limit broken", found, f"at most {most} of {tasks.CONCURRENCY} at a time")
 
     def _rate(self) -> Promise:
-        starts = [run.start for run in self._runs if run.kind == "Rated" and self._lawful_end(run) > run.start]
+        rated = [run for run in self._runs if run.kind == "Rated"]
+        starts = [run.start for run in rated if not self._executions.was_late(run)]
         window = tasks.RATE_SECONDS - RATE_SLACK_SECONDS
         first, found, most = 0, [], 0
         for last, start in enumerate(starts):
             while start - starts[first] > window:
                 first += 1
+            if self._executions.may_be_forgotten(starts[first], start, tasks.RATE_SECONDS):
+                continue
             most = max(most, last - first + 1)
             if last - first + 1 > tasks.RATE:
                 found.append(f"{last - first + 1} in {window:g} s")
         return self._count("rate limit broken", found, f"at most {most} of {tasks.RATE} in {window:g} s")
 
+    # --- groups, times, dead letters ------------------------------------------------------------------------
+
     def _groups(self) -> Iterable[Promise]:
         fired, wrong = 0, []
         for callback, children in self._observed.groups.items():
             runs = self._by_task.get(callback, [])
-            fired += any(run.kind == "GroupDone" for run in runs)
-            if len([run for run in runs if self._disturbed_at(run) is None]) > 1:
+            fired += bool(runs)
+            if len([run for run in runs if self._executions.first_disturbance(run) is None]) > 1:
                 wrong.append(f"{callback} fired more than once")
             if any(run.kind == "GroupFailed" for run in runs):
                 wrong.append(f"{callback} fired as failed")
@@ -249,10 +244,17 @@ class Verdict:
                 done = [run.end for run in self._by_task.get(child, ()) if run.how == "ok" and run.end is not None]
                 if runs and (not done or min(done) > runs[0].start):
                     wrong.append(f"{callback} fired before its child {child} had ended")
-        groups = len(self._observed.groups)
-        share = 100 * fired / groups if groups else 100.0
-        yield Promise("callbacks fired, %", round(share, 3), fired == groups, f"{groups} groups")
-        yield self._count("callbacks fired twice, early or as failed", wrong)
+            begun = sum(child in self._by_task for child in children)
+            if callback not in self._observed.acknowledged and begun > 0 and not runs and not self._data_lost():
+                wrong.append(
+                    f"{callback} never fired, though {begun} of its children had arrived without an answer"
+                )
+        yield Promise("callbacks fired", fired, None, f"of {len(self._observed.groups)} groups")
+        yield self._count("callbacks fired twice, early or as failed, or not", wrong)
+
+    def _data_lost(self) -> int:
+        """How often data may have been lost."""
+        return sum(outage.lost_from <= outage.lost_until for outage in self._observed.outages)
 
     def _early(self) -> Promise:
         early = [
@@ -266,8 +268,8 @@ class Verdict:
         if not self._beats:
             return Promise("occurrences of the periodic task", 0, False)
         span = self._beats[-1].start - self._beats[0].start
-        most = int(span / tasks.BEAT_SECONDS) + 2
-        undisturbed = [run for run in self._beats if self._disturbed_at(run) is None]
+        most = int(span / tasks.BEAT_SECONDS) + 2 + self._data_lost()
+        undisturbed = [run for run in self._beats if self._executions.first_disturbance(run) is None]
         return Promise(
             "occurrences of the periodic task",
             len(self._beats),
@@ -276,27 +278,48 @@ class Verdict:
         )
 
     def _dead_letters(self) -> Iterable[Promise]:
-        found = Counter((letter["n"], letter["reason"]) for letter in self._observed.letters)
+        """Those of tasks that were begun; what never began and has none is lost."""
         expected = {
             (n, "exhausted" if kind == "Failing" else "poison")
             for n, kind in self._observed.submitted.items()
             if kind in (*_KILLERS, "Failing")
         }
+        found = {(n, reason) for n, reasons in self._letters.items() for reason in reasons}
+        missing = [
+            f"{n} {reason}"
+            for n, reason in expected - found
+            if n in self._by_task and not self._acknowledged_in_vain(n)
+        ]
         yield Promise("dead letters", len(found), None, f"{len(expected)} expected")
-        yield self._count("dead letters missing", [f"{n} {reason}" for n, reason in expected - set(found)])
+        yield self._count("dead letters missing", missing)
         others = [
             f"{letter['kind']} {letter['n']} {letter['reason']}: {letter['detail']}"
             for letter in self._observed.letters
-            if (letter["n"], letter["reason"]) not in expected
+            if (letter["n"], letter["reason"]) not in expected and not self._was_due(letter)
         ]
         yield self._count("dead letters that nobody expected", others)
 
+    def _acknowledged_in_vain(self, n: int) -> bool:
+        at = self._observed.acknowledged.get(n)
+        return any(
+            at is None or outage.lost_from <= at <= outage.lost_until
+            for outage in self._observed.outages
+            if outage.lost_from <= outage.lost_until
+        )
+
+    def _was_due(self, letter: dict[str, Any]) -> bool:
+        """Was it disturbed as often as its class, or the worker, allows?"""
+        runs = self._by_task.get(letter["n"], ())
+        disturbed = sum(self._executions.first_disturbance(run) is not None for run in runs)
+        if letter["kind"] == "Once" and letter["reason"] == "exhausted":
+            return disturbed == len(runs)  # nobody knows, when it was given to a worker and never began
+        return letter["reason"] == "interrupted" and disturbed >= MAX_DELIVERIES
+
     def _process_ends(self) -> Iterable[Promise]:
-        history = self._observed.history
         crashed = [
-            f"{pid} with {code}"
-            for pid, (_, code) in history.ended.items()
-            if pid not in self._violent
+            f"{self._observed.history.names.get(pid, '')} {pid} with {code}"
+            for pid, (_, code) in self._observed.history.ended.items()
+            if pid not in self._executions.violent
             and code != 0
             and not (code in (1, -signal.SIGTERM) and self._was_young(pid))
         ]
@@ -309,22 +332,16 @@ class Verdict:
         return at - history.started[pid] < START_SECONDS
 
     def _recovery(self) -> Iterable[Promise]:
-        waits = []
-        for runs in self._by_task.values():
-            for run, following in pairwise(runs):
-                at = self._disturbed_at(run)
-                if run.kind in _WITHOUT_LOCKS and at is not None and run.end is None:
-                    waits.append(following.start - at)
-        if waits:
-            p50, longest = statistics.median(waits), max(waits)
+        found = recovery(self._executions, self._observed, self._by_task.values(), self._runs)
+        for case, waits in found.items():
             yield Promise(
-                "recovery of a dead worker's tasks, p50 s", round(p50, 2), None, f"lease {self._lease:g} s"
-            )
-            yield Promise(
-                "recovery of a dead worker's tasks, max s", round(longest, 2), None, f"{len(waits)} tasks"
+                f"recovery, {case}: p50 / p99 / max s",
+                waits,
+                None,
+                f"{waits.number} times; lease {self._lease:g} s",
             )
 
 
-def _meets(run: Run, begin: float, over: float, end: float) -> bool:
-    """Does a pause meet the time for which the worker held the task?"""
-    return run.start <= over + AWAKENING_SECONDS and begin <= end
+def as_json(value: Any) -> Any:
+    """A value of a promise, for a JSON document."""
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value

@@ -20,12 +20,12 @@ class Network:
 
     def __init__(self, server_url: str) -> None:
         parts = urlsplit(server_url)
-        self._server = parts.hostname, parts.port
+        self._server = server_url
         self._parts = parts
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._flows: dict[Direction, asyncio.Event] = {direction: asyncio.Event() for direction in DIRECTIONS}
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: dict[Direction, set[asyncio.StreamWriter]] = {direction: set() for direction in DIRECTIONS}
         self._cut_after: int | None = None
         self.delay_seconds = 0.0
         """Each piece of data arrives so much later."""
@@ -53,6 +53,15 @@ class Network:
         for direction in DIRECTIONS:
             self._loop.call_soon_threadsafe(self._flows[direction].set)
 
+    def lead_to(self, server_url: str) -> None:
+        """Break all connections and pass new ones to another server, as a load balancer after a failover."""
+        self._server = server_url
+        self.cut()
+
+    def half_close(self, direction: Direction) -> None:
+        """End what flows that way, as a peer that shuts its sending half; the other way stays open."""
+        self._loop.call_soon_threadsafe(self._end, direction)
+
     def cut(self, after_bytes: int | None = None) -> None:
         """Break all connections: at once, or in the middle of the next reply, after so many bytes of it."""
         self._cut_after = after_bytes
@@ -74,21 +83,34 @@ class Network:
             task.cancel()
 
     def _break_all(self) -> None:
-        for writer in self._writers:
+        for writer in set().union(*self._writers.values()):
             writer.transport.abort()
+
+    def _end(self, direction: Direction) -> None:
+        for writer in self._writers[direction]:
+            with suppress(OSError, RuntimeError):  # it is closed already
+                writer.write_eof()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.CancelledError):
             await self._flows["to_server"].wait()
-            from_server, to_server = await asyncio.open_connection(*self._server)
-            self._writers |= {writer, to_server}
+            server = urlsplit(self._server)
+            try:
+                from_server, to_server = await asyncio.open_connection(server.hostname, server.port)
+            except OSError:
+                writer.transport.abort()
+                return
+            pair = dict(zip(DIRECTIONS, (to_server, writer), strict=True))
+            for direction, end in pair.items():
+                self._writers[direction].add(end)
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._pass(reader, to_server, "to_server"))
                 both.create_task(self._pass(from_server, writer, "to_client"))
-            self._writers -= {writer, to_server}
+            for direction, end in pair.items():
+                self._writers[direction].discard(end)
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, direction: Direction) -> None:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # RuntimeError: half-closed, and cannot be written to
             while data := await source.read(65536):
                 await asyncio.sleep(self.delay_seconds)
                 await self._flows[direction].wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,37 @@ import pytest
 sys.path.append(str(Path(__file__).parents[3]))
 from chaos import plan as plans
 from chaos.drive import Observed
-from chaos.plan import Plan, Planned
+from chaos.plan import PROFILES, Plan, Planned
 from chaos.processes import History
+from chaos.redis_servers import Outage
 from chaos.verdict import Verdict
 from chaos.witness import Run
 from chaos.witness import Testimony as Told  # pytest takes a name that begins with Test for a test
 
 LEASE = 2.0
+OVERLAPS = "overlaps of executions that exclude each other"
+AWAKENED = "— after a stopped process went on (SIGCONT)"
+TWICE = "executed more than once without a reason"
+
+
+def verdict_of(runs: list[Run], history: History | None = None, **observed: Any) -> Verdict:
+    """Two tasks with one mutex."""
+    plan = Plan([Planned(0, "Locked", (1, "k")), Planned(0, "Locked", (2, "k"))], [], 10)
+    known: dict[str, Any] = {"submitted": {1: "Locked", 2: "Locked"}, "acknowledged": {1: 0.5, 2: 0.5}}
+    seen = Observed(history or History(), 0.0, rested=11.0, **known | observed)
+    beats = [Run("Beat", 0, 9, 1.0, 1.0, "ok")]
+    return Verdict(plan, seen, Told([*runs, *beats]), LEASE)
 
 
 def promises(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
-    """Two tasks with one mutex; what is not kept, by name."""
-    plan = Plan([Planned(0, "Locked", (1, "k")), Planned(0, "Locked", (2, "k"))], [], 10)
-    seen = Observed(history or History(), 0.0, rested=11.0, submitted={1: "Locked", 2: "Locked"}, **observed)
-    beats = [Run("Beat", 0, 9, 1.0, 1.0, "ok")]
-    verdict = Verdict(plan, seen, Told([*runs, *beats]), LEASE)
-    return {promise.name: promise.value for promise in verdict.promises() if promise.kept is False}
+    """What is not kept, by name."""
+    found = verdict_of(runs, history, **observed).promises()
+    return {promise.name: promise.value for promise in found if promise.kept is False}
+
+
+def told(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
+    """Everything, by name."""
+    return {each.name: each.value for each in verdict_of(runs, history, **observed).promises()}
 
 
 def run(n: int, start: float, end: float | None, pid: int = 7, how: str = "ok") -> Run:
@@ -35,11 +51,21 @@ def run(n: int, start: float, end: float | None, pid: int = 7, how: str = "ok") 
 
 def test_the_seed_decides_the_plan() -> None:
     def make(seed: int) -> Plan:
-        return plans.make(seed=seed, seconds=20, number=1000, workers=4, schedulers=2, lease=LEASE)
+        return plans.make(seed=seed, profile="all", seconds=20, number=1000, workers=4, lease=LEASE)
 
     assert make(1) == make(1)
     assert make(1) != make(2)
-    assert {planned.kind for planned in make(1).submissions} >= {"Kills", "KillsLocked", "Rated", "GroupDone"}
+    assert {planned.kind for planned in make(1).submissions} >= {
+        *("Kills", "KillsLocked", "Rated", "GroupDone", "Once", "Newer", "LockedLong", "ReadsLong", "Writes")
+    }
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_disturbs_what_it_names(profile: str) -> None:
+    plan = plans.make(seed=1, profile=profile, seconds=120, number=1000, workers=4, lease=LEASE)
+    words = {"processes": "worker", "net": "link", "server": "server", "sql": "database"}
+    disturbed = {family for family, word in words.items() if any(word in d.what for d in plan.disturbances)}
+    assert disturbed >= set(PROFILES[profile][0])
 
 
 def test_all_kept() -> None:
@@ -49,10 +75,10 @@ def test_all_kept() -> None:
 @pytest.mark.parametrize(
     ("runs", "broken"),
     [
-        ([run(1, 1, 2), run(2, 1.5, 3)], "mutual-exclusion violations"),
-        ([run(1, 1, 2), run(2, 2.1, 3), run(2, 4, 5)], "executed more than once without a reason"),
-        ([run(1, 1, 2)], "executed at least once, %"),
-        ([run(1, 1, 2), run(2, 3, 4, how="RuntimeError")], "never finished"),
+        ([run(1, 1, 2), run(2, 1.5, 3)], OVERLAPS),
+        ([run(1, 1, 2), run(2, 2.1, 3), run(2, 4, 5)], TWICE),
+        ([run(1, 1, 2)], "acknowledged tasks lost"),
+        ([run(1, 1, 2), run(2, 3, 4, how="RuntimeError")], "acknowledged tasks lost"),
     ],
 )
 def test_a_broken_promise_is_seen(runs: list[Run], broken: str) -> None:
@@ -63,16 +89,44 @@ def test_the_death_of_its_worker_explains_a_second_execution_and_ends_the_first(
     killed = History(killed={7: 1.5}, ended={7: (1.6, -9)})
     runs = [run(1, 1, None), run(2, 4, 5, pid=8), run(1, 6, 7, pid=8)]
     assert promises(runs, killed) == {}
-    assert "mutual-exclusion violations" in promises([run(1, 1, None), run(2, 1.4, 1.6, pid=8)], killed)
+    assert told(runs, killed)["— its worker was killed"] == 1
+    assert OVERLAPS in promises([run(1, 1, None), run(2, 1.4, 1.6, pid=8)], killed)
 
 
-def test_only_a_pause_beyond_the_lease_is_an_excuse() -> None:
-    runs = [run(1, 1, 6, how="CancelledError"), run(2, 4, 4.5, pid=8), run(1, 5, 5.5, pid=8)]
+def test_only_a_pause_beyond_the_lease_is_a_reason_for_a_second_execution() -> None:
+    runs = [run(1, 1, 6, how="CancelledError"), run(2, 4, 4.5, pid=8), run(1, 6.1, 6.5, pid=8)]
     assert promises(runs, History(pauses={7: [(1.5, 5.9)]})) == {}
-    assert set(promises(runs, History(pauses={7: [(1.5, 1.7)]}))) == {
-        "mutual-exclusion violations",
-        "executed more than once without a reason",
-    }
+    assert set(promises(runs, History(pauses={7: [(1.5, 1.7)]}))) == {OVERLAPS, TWICE}
+
+
+@pytest.mark.parametrize(("goes_on_seconds", "kept"), [(0.2, True), (0.3, False)])
+def test_an_awakened_process_may_go_on_for_a_moment_only(goes_on_seconds: float, kept: bool) -> None:
+    runs = [run(1, 1, 5 + goes_on_seconds, how="CancelledError"), run(2, 4, 6, pid=8), run(1, 6.1, 6.5, pid=8)]
+    found = verdict_of(runs, History(pauses={7: [(1.5, 5.0)]})).promises()
+    assert {each.name: each.kept for each in found}[AWAKENED] is kept
+    assert {each.name: each.kept for each in found}[OVERLAPS] is True
+
+
+def test_nothing_excuses_an_overlap_of_a_worker_that_was_cut_off_or_whose_server_was_away() -> None:
+    runs = [run(1, 1, 6, how="CancelledError"), run(2, 5.9, 6.5, pid=8), run(1, 7, 7.5, pid=8)]
+    cut_off = History(names={7: "worker-0"}, cut_off={"worker-0": [(1.5, 5.9)]})
+    assert set(promises(runs, cut_off)) == {OVERLAPS}
+    assert set(promises(runs, outages=[Outage("pause server", 1.5, 5.5)])) == {OVERLAPS}
+
+
+def test_what_was_acknowledged_just_before_the_server_lost_data_is_counted_on_its_own() -> None:
+    outage = Outage("kill server", 1.0, 2.0, lost_from=0.4, lost_until=2.0)
+    assert promises([run(1, 3, 4)], outages=[outage]) == {}
+    assert told([run(1, 3, 4)], outages=[outage])["acknowledged tasks lost with the server's data"] == 1
+    earlier = {1: 0.3, 2: 0.3}
+    assert promises([run(1, 3, 4)], outages=[outage], acknowledged=earlier) == {"acknowledged tasks lost": 1}
+    everything = Outage("kill server", 1.0, 2.0, lost_from=-math.inf, lost_until=2.0)
+    assert promises([run(1, 3, 4)], outages=[everything], acknowledged=earlier) == {}
+
+
+def test_a_submission_without_an_answer_may_have_arrived_or_not() -> None:
+    assert promises([run(1, 1, 2)], acknowledged={1: 0.5}) == {}
+    assert promises([run(1, 1, 2), run(2, 3, 4)], acknowledged={1: 0.5}) == {}
 
 
 def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:

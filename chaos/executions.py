@@ -1,0 +1,116 @@
+"""One execution: what disturbed it, and when its process was really able to run it.
+
+An execution is *disturbed* by what happened while its worker had the task: from its start to `SETTLE_SECONDS`
+after its end, for its settlement may have been on its way. An execution that begins within `AFTER_SECONDS` of the
+end of a disturbance is disturbed as well: the worker had been given it before, and did not know yet what it had
+lost. Shorter pauses, holds and outages than `SERIOUS` of a lease disturb nothing: the last renewal was at most a
+third of a lease before, and one that failed is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from .drive import Observed
+from .witness import Run, Testimony
+
+SETTLE_SECONDS = 1.0
+AFTER_SECONDS = 1.0
+STOP_SECONDS = 5.0
+SERIOUS = 0.6
+
+KILLED = "its worker was killed"
+BESIDE_POISON = "its worker was killed by a poison task"
+PAUSED = "its worker was paused"
+CUT_OFF = "its worker was cut off"
+SERVER_AWAY = "the server was away"
+DATA_LOST = "the server lost data"
+STOPPED = "its worker was stopped"
+REASONS = (KILLED, BESIDE_POISON, PAUSED, CUT_OFF, SERVER_AWAY, DATA_LOST, STOPPED)
+
+
+class Executions:
+    """Explains executions by what was done to processes, links and servers."""
+
+    def __init__(self, observed: Observed, testimony: Testimony, lease: float) -> None:
+        history = observed.history
+        self._history = history
+        self._suicides = testimony.suicides
+        self._outages = observed.outages
+        self._serious_seconds = SERIOUS * lease
+        self.deaths = {**{pid: at for pid, (at, _) in history.ended.items()}, **history.killed}
+        for pid, at in testimony.suicides.items():
+            self.deaths[pid] = min(at, self.deaths.get(pid, at))
+        self.violent = {*history.killed, *testimony.suicides}
+
+    def disturbances(self, run: Run) -> Iterator[tuple[float, str]]:
+        """When and by what it was disturbed."""
+        until = float("inf") if run.end is None else run.end + SETTLE_SECONDS
+
+        def meets(begin: float, over: float) -> bool:
+            return run.start <= over + AFTER_SECONDS and begin <= until
+
+        if run.pid in self.violent and self.deaths[run.pid] <= until:
+            yield self.deaths[run.pid], BESIDE_POISON if run.pid in self._suicides else KILLED
+        for begin, over in self.pauses(run.pid):
+            if meets(begin, over):
+                yield begin, PAUSED
+        for begin, over in self.cut_off(run.pid):
+            if meets(begin, over):
+                yield begin, CUT_OFF
+        for outage in self._outages:
+            if outage.end - outage.begin > self._serious_seconds and meets(outage.begin, outage.end):
+                yield outage.begin, SERVER_AWAY
+            if meets(outage.forgets_from, outage.lost_until):
+                yield max(run.start, outage.forgets_from), DATA_LOST
+        ended, code = self._history.ended.get(run.pid, (0.0, -1))
+        if run.how == "CancelledError" and code == 0 and 0 <= ended - (run.end or 0) <= STOP_SECONDS:
+            yield run.end or run.start, STOPPED
+
+    def first_disturbance(self, run: Run) -> tuple[float, str] | None:
+        """The one that began first; None: nothing disturbed it."""
+        return min(self.disturbances(run), default=None)
+
+    def pauses(self, pid: int) -> list[tuple[float, float]]:
+        """The serious ones."""
+        return self._serious(self._history.pauses.get(pid, ()))
+
+    def cut_off(self, pid: int) -> list[tuple[float, float]]:
+        """When its link let nothing through in time."""
+        return self._serious(self._history.cut_off.get(self._history.names.get(pid, ""), ()))
+
+    def _serious(self, found: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(begin, over) for begin, over in found if over - begin > self._serious_seconds]
+
+    def end(self, run: Run) -> float:
+        """Its end, or that of its process."""
+        return run.end if run.end is not None else self.deaths.get(run.pid, float("inf"))
+
+    def active(self, run: Run) -> Iterator[tuple[float, float, bool]]:
+        """From when to when its process was able to run it, and whether that was after a serious pause.
+
+        While a process is stopped nothing can run in it; after that, it needs a moment to cancel what it has lost.
+        """
+        start, end, late = run.start, self.end(run), False
+        for begin, over in sorted(self._history.pauses.get(run.pid, ())):
+            serious = over - begin > self._serious_seconds
+            if over <= start:
+                late = late or (serious and start - over <= AFTER_SECONDS)
+            elif begin < end:
+                if begin > start:
+                    yield start, begin, late
+                start, late = over, late or serious
+        if start < end:
+            yield start, end, late
+
+    def was_late(self, run: Run) -> bool:
+        """Whether it may have begun later than the server allowed it to: by a pause, its link, or the server."""
+        spans = [*self.pauses(run.pid), *self.cut_off(run.pid)]
+        spans += [(outage.begin, outage.end) for outage in self._outages]
+        return any(begin <= run.start <= over + AFTER_SECONDS for begin, over in spans)
+
+    def may_be_forgotten(self, start: float, end: float, for_seconds: float) -> bool:
+        """Whether the server may have forgotten, between these moments, what it keeps for so long."""
+        return any(
+            outage.forgets_from <= end and start <= outage.lost_until + for_seconds for outage in self._outages
+        )

@@ -1,0 +1,61 @@
+"""How long tasks waited for another worker after something had happened to theirs, by case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from . import executions as by
+from .drive import Observed
+from .executions import Executions
+from .witness import Run
+
+#: Kinds that wait for nothing but a worker.
+_WITHOUT_LOCKS = ("Quick", "Urgent", "Slow", "Child")
+_CASES = {
+    by.KILLED: "worker killed",
+    by.BESIDE_POISON: "worker killed by a poison task",
+    by.PAUSED: "worker paused",
+    by.CUT_OFF: "worker cut off",
+}
+_SERVER_AWAY = "server away"
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Seconds from the disturbance (of an outage of the server: from its end) to the next execution."""
+
+    p50: float
+    p99: float
+    max: float
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.p50:g} / {self.p99:g} / {self.max:g}"
+
+
+def recovery(
+    executions: Executions, observed: Observed, runs_of_tasks: Iterable[list[Run]], runs: list[Run]
+) -> dict[str, Waits]:
+    """Case -> how long tasks waited; cases that did not happen are left out."""
+    waits: dict[str, list[float]] = {case: [] for case in (*_CASES.values(), _SERVER_AWAY)}
+    for tries in runs_of_tasks:
+        for run, following in pairwise(tries):
+            disturbance = executions.first_disturbance(run)
+            if run.kind not in _WITHOUT_LOCKS or disturbance is None or disturbance[1] not in _CASES:
+                continue
+            if following.start > disturbance[0]:
+                waits[_CASES[disturbance[1]]].append(following.start - disturbance[0])
+    for outage in observed.outages:
+        first = min((run.start for run in runs if run.start > outage.end), default=None)
+        if first is not None:
+            waits[_SERVER_AWAY].append(first - outage.end)
+    return {case: _summary(sorted(each)) for case, each in waits.items() if each}
+
+
+def _summary(waits: list[float]) -> Waits:
+    def at(share: float) -> float:
+        return round(waits[min(len(waits) - 1, int(share * len(waits)))], 2)
+
+    return Waits(at(0.5), at(0.99), at(1), len(waits))

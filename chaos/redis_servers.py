@@ -1,0 +1,306 @@
+"""The Redis side: one server, or a primary and its replica watched by three sentinels, and how they are disturbed.
+
+Each outage is noted with the time for which the configuration may have lost what was written (`Outage`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diracx.tasks.testing.server import ValkeyProcess, free_port
+from redis import Redis
+from redis.exceptions import RedisError
+
+from .plan import Disturbance
+
+SERVICE = "tasks"
+#: A snapshot is taken so often in the configuration `rdb`: often, for storms are short.
+SNAPSHOT_SECONDS = 5
+_AOF = ("--appendonly", "yes", "--appendfsync")
+#: Configuration -> options of its servers.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "rdb": ("--save", f"{SNAPSHOT_SECONDS} 1"),
+    "everysec": (*_AOF, "everysec"),
+    "always": (*_AOF, "always"),
+    "sentinel": (*_AOF, "everysec"),
+    "sentinel-min-replicas": (
+        *(*_AOF, "everysec"),
+        *("--min-replicas-to-write", "1", "--min-replicas-max-lag", "2"),
+    ),
+}
+#: Configuration -> how long before its end a server that is killed may have written what is lost.
+_LOST_SECONDS = {
+    "none": math.inf,
+    "rdb": SNAPSHOT_SECONDS + 2.0,  # and the time that a snapshot takes
+    "everysec": 2.0,  # a write waits so long at most while an fsync is under way
+    "sentinel": 1.0,
+    "sentinel-min-replicas": 1.0,
+}
+#: What the file system had not been told to write to the disk is lost with the power: with `everysec`, one second.
+_NOT_SYNCED_SECONDS = 1.0
+_DOWN_AFTER_MS = 500
+_PATIENCE_SECONDS = 60.0
+_TICK_SECONDS = 0.05
+
+
+@dataclass
+class Outage:
+    """Times are in seconds on the monotonic clock."""
+
+    what: str
+    begin: float
+    end: float = math.inf
+    """When it answered again (or the promoted replica did)."""
+    lost_from: float = math.inf
+    """What was written from then on may be lost; infinity: nothing may."""
+    lost_until: float = -math.inf
+
+    @property
+    def forgets_from(self) -> float:
+        """What happened from then on may be forgotten while what was before is known. Where all is lost, nothing
+        of what was before is known.
+        """
+        return self.begin if self.lost_from == -math.inf else self.lost_from
+
+
+class Single:
+    """One server, with or without persistence. It comes back by itself, as under a supervisor."""
+
+    def __init__(self, configuration: str, directory: Path) -> None:
+        self.configuration = configuration
+        self._directory = directory
+        self._server = ValkeyProcess(directory, options=_OPTIONS[configuration])
+        self.outages: list[Outage] = []
+        self._busy: asyncio.Task[None] | None = None
+        self._sizes: deque[tuple[float, Path, int]] = deque(maxlen=100)
+
+    @property
+    def url(self) -> str:
+        """For clients."""
+        return self._server.url
+
+    @property
+    def primary_url(self) -> str:
+        """Where the primary is at the moment; behind this, links are put."""
+        return self._server.url
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._server.start)
+
+    def look(self) -> None:
+        """Note how much of the append-only file there is, for a power cut."""
+        for path in self._directory.glob("appendonlydir/*.incr.aof"):
+            self._sizes.append((time.monotonic(), path, path.stat().st_size))
+
+    def strike(self, disturbance: Disturbance) -> bool:
+        """Begin the disturbance, unless one is under way or this configuration does not know it."""
+        if disturbance.what == "power cut" and self.configuration != "everysec":
+            return False
+        if self._busy is not None and not self._busy.done():
+            return False
+        self._busy = asyncio.create_task(self._disturb(disturbance))
+        return True
+
+    async def settle(self) -> None:
+        """Let every disturbance end."""
+        if self._busy is not None:
+            await self._busy
+
+    async def _disturb(self, disturbance: Disturbance) -> None:
+        outage = Outage(disturbance.what, time.monotonic())
+        if disturbance.what.startswith("pause"):
+            self.outages.append(outage)
+            await _paused(self._server, disturbance.seconds)
+        else:
+            kept = disturbance.what == "restart server" and self.configuration != "none"
+            if not kept and (lost := _LOST_SECONDS.get(self.configuration)) is not None:
+                outage.lost_from = outage.begin - lost
+            self.outages.append(outage)
+            (self._server.stop if kept else self._server.kill)()
+            if disturbance.what == "power cut":
+                self._lose_what_is_not_synced(outage.begin)
+            await asyncio.sleep(disturbance.seconds)
+            await asyncio.to_thread(self._server.start)
+        outage.end = outage.lost_until = time.monotonic()
+
+    def _lose_what_is_not_synced(self, at: float) -> None:
+        old = [(path, size) for when, path, size in self._sizes if when <= at - _NOT_SYNCED_SECONDS]
+        if old and old[-1][0].exists():
+            os.truncate(*old[-1])
+
+    def stop(self) -> None:
+        if self._busy is not None:
+            self._busy.cancel()
+        self._server.kill()
+
+
+class Sentinels:
+    """A primary, its replica, and three sentinels of which two must agree."""
+
+    def __init__(self, configuration: str, directory: Path) -> None:
+        self.configuration = configuration
+        self._directory = directory
+        self._servers = [self._server(directory / name) for name in ("redis-a", "redis-b")]
+        self._primary = 0
+        self._sentinels: list[subprocess.Popen[bytes]] = []
+        self._places: list[str] = []
+        self.outages: list[Outage] = []
+        self._busy: asyncio.Task[None] | None = None
+
+    def _server(self, directory: Path) -> ValkeyProcess:
+        directory.mkdir()
+        return ValkeyProcess(directory, options=("--repl-diskless-sync-delay", "0", *_OPTIONS[self.configuration]))
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://{','.join(self._places)}/{SERVICE}"
+
+    @property
+    def primary_url(self) -> str:
+        return self._servers[self._primary].url
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await asyncio.to_thread(server.start)
+        await self._follow(1, 0)
+        self._start_sentinels()
+        await _until(self._is_complete, "the sentinels know both servers and each other")
+
+    def _start_sentinels(self) -> None:
+        for number in range(3):
+            home = self._directory / f"sentinel-{number}"
+            home.mkdir()
+            port = free_port()
+            (home / "sentinel.conf").write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {home}\n"
+                f"sentinel monitor {SERVICE} 127.0.0.1 {self._servers[0].port} 2\n"
+                f"sentinel down-after-milliseconds {SERVICE} {_DOWN_AFTER_MS}\n"
+                f"sentinel failover-timeout {SERVICE} 3000\n"
+            )
+            command = [self._servers[0].binary, str(home / "sentinel.conf"), "--sentinel"]
+            with (home / "log").open("wb") as log:
+                self._sentinels.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+            self._places.append(f"127.0.0.1:{port}")
+
+    def look(self) -> None:
+        """There is nothing to note."""
+
+    def strike(self, disturbance: Disturbance) -> bool:
+        """Begin the disturbance of the primary, unless the last one is not got over yet."""
+        if disturbance.what == "power cut" or (self._busy is not None and not self._busy.done()):
+            return False
+        self._busy = asyncio.create_task(self._disturb(disturbance))
+        return True
+
+    async def settle(self) -> None:
+        """Let every disturbance end."""
+        if self._busy is not None:
+            await self._busy
+
+    async def _disturb(self, disturbance: Disturbance) -> None:
+        await _until(self._is_complete, "primary and replica are one again")
+        old, new = self._primary, 1 - self._primary
+        outage = Outage(disturbance.what, time.monotonic())
+        self.outages.append(outage)
+        if disturbance.what.endswith("briefly"):
+            # Too short for the sentinels to notice.
+            await _paused(self._servers[old], min(disturbance.seconds, _DOWN_AFTER_MS / 2000))
+            outage.end = time.monotonic()
+            return
+        outage.lost_from = outage.begin - _LOST_SECONDS[self.configuration]
+        pausing = None
+        if disturbance.what.startswith("pause"):
+            pausing = asyncio.create_task(_paused(self._servers[old], disturbance.seconds))
+        elif disturbance.what.startswith("kill"):
+            self._servers[old].kill()
+        else:  # planned, as for maintenance
+            await asyncio.to_thread(self._ask_sentinel, "failover")
+        await _until(lambda: self._role(new) == "master", "the replica is promoted")
+        self._primary = new
+        outage.end = time.monotonic()
+        if pausing is not None:
+            await pausing
+        elif disturbance.what.startswith("kill"):
+            # A supervisor would start it at once; here only when it cannot be the primary any more.
+            await asyncio.to_thread(self._servers[old].start)
+            await self._follow(old, new)
+        # Until then it may accept what nobody will ever see.
+        await _until(lambda: self._role(old) == "slave", "the old primary has become a replica")
+        outage.lost_until = time.monotonic()
+
+    async def _follow(self, replica: int, primary: int) -> None:
+        def tell() -> None:
+            with Redis.from_url(self._servers[replica].url) as client:
+                client.replicaof("127.0.0.1", self._servers[primary].port)
+
+        await asyncio.to_thread(tell)
+
+    def _ask_sentinel(self, what: str) -> None:
+        with Redis.from_url(f"redis://{self._places[0]}") as sentinel:
+            sentinel.execute_command("SENTINEL", what, SERVICE)
+
+    def _role(self, number: int) -> str:
+        with Redis.from_url(self._servers[number].url, socket_timeout=1) as client:
+            return str(client.info("replication")["role"])
+
+    def _is_complete(self) -> bool:
+        with Redis.from_url(self.primary_url, socket_timeout=1) as client:
+            replicas = client.info("replication")
+        if replicas.get("slave0", {}).get("state") != "online":
+            return False
+        known = []
+        for place in self._places:
+            with Redis.from_url(f"redis://{place}", socket_timeout=1) as sentinel:
+                known.append(sentinel.sentinel_master(SERVICE))
+        port = self._servers[self._primary].port
+        return all(
+            (state["port"], state["num-slaves"], state["num-other-sentinels"]) == (port, 1, 2)
+            and state["flags"] == "master"
+            for state in known
+        )
+
+    def stop(self) -> None:
+        if self._busy is not None:
+            self._busy.cancel()
+        for process in self._sentinels:
+            process.kill()
+            process.wait()
+        for server in self._servers:
+            server.kill()
+
+
+def make(configuration: str, directory: Path) -> Single | Sentinels:
+    """The servers of a configuration; not started yet."""
+    return (Sentinels if configuration.startswith("sentinel") else Single)(configuration, directory)
+
+
+async def _paused(server: ValkeyProcess, seconds: float) -> None:
+    pid = server.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def _until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            if await asyncio.to_thread(condition):
+                return
+        except RedisError:
+            pass
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not within {_PATIENCE_SECONDS:g} s: {what}")
+        await asyncio.sleep(_TICK_SECONDS)
