@@ -39,9 +39,11 @@ from .remains import everything, leftovers
 _OURS = "chaos-driver"
 #: Name of the place that submits.
 SUBMITTER = "submitter"
+#: A client that does not wait for long, so that there are submissions without an answer.
+_SUBMITTER_OPTIONS = "socket_timeout=2"
 _TICK_SECONDS = 0.05
 #: More than the default of 3: here workers die every few seconds, and innocent tasks with them.
-MAX_DELIVERIES = 5
+MAX_DELIVERIES = 4
 #: Younger connections are left alone: a process that starts may give up at once, by promise.
 _GROWN_UP_SECONDS = 5
 
@@ -215,7 +217,7 @@ class Driver:
         observed = Observed(self._history, time.monotonic(), self._redis.outages)
         disturbances = len(self._plan.disturbances)
         say(f"{self._plan.tasks} tasks and {disturbances} disturbances in {self._plan.seconds:g} s")
-        submitting = RedisStreamBroker(self._url_for(SUBMITTER), client_name=_OURS)
+        submitting = RedisStreamBroker(f"{self._url_for(SUBMITTER)}?{_SUBMITTER_OPTIONS}", client_name=_OURS)
         try:
             async with asyncio.TaskGroup() as together:
                 storm = [
@@ -282,13 +284,13 @@ class Driver:
         numbers: Sequence[int],
         call: Callable[[], Awaitable[None]],
     ) -> None:
-        """Submit once. What has no answer is not repeated; then wait until the server answers again."""
+        """Submit once. What has no answer is not repeated; then wait until the server accepts writes again."""
         try:
             await call()
         except SendTaskError:
             while True:
                 try:
-                    await broker.redis.ping()
+                    await broker.redis.set("chaos:probe", 1, px=1)
                     return
                 except (RedisError, OSError):
                     await asyncio.sleep(_TICK_SECONDS)
