@@ -84,10 +84,12 @@ def _source(name: str) -> str:
     text = re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)  # comments are for us, and half of what is sent
     constants = keys.script_constants()
     text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], text)
-    # The server wants flags in the first line. allow-oom: what ends tasks, or keeps what they hold, must get
-    # through when memory is short; on the whole it frees some.
+    # The server wants flags in the first line. A script with that line and without allow-oom is refused as a whole
+    # when memory is short; one without that line only if its first write is one that may be refused.
+    # allow-oom: what ends tasks, or keeps what they hold, must get through; on the whole it frees some.
     flags = re.search(r"^-- #flags (.+)$", source, re.MULTILINE)
-    return f"#!lua flags={flags[1]}\n{text}" if flags else text
+    first_line = f"#!lua flags={flags[1]}" if flags else "#!lua"
+    return f"{first_line}\n{text}"
 
 
 @cache

@@ -3,6 +3,7 @@
 --   `{check} {subject}`).
 -- Returns for each alert since when it is noticed (ms). What was not noticed for a quarter of an hour begins anew, and
 -- alerts of checks that were not made are left as they are: others make them.
+-- #flags allow-oom
 -- #include _time
 local FORGOTTEN_MS, KEPT_MS = 900000, 86400000
 local now_ms, made, found, current = math.floor(now_us() / 1000), {}, {}, {}

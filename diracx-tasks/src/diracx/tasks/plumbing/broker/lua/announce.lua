@@ -2,6 +2,7 @@
 -- KEYS: none. ARGV: process, what it says or '', how long an entry counts (ms), whether to remove those of
 --   processes that have been silent for longer (1 or 0).
 -- Returns nothing. The key outlives the last process that removed the silent by twice that time.
+-- #flags allow-oom
 -- #include _time
 local now_ms, new = math.floor(now_us() / 1000), 0
 if ARGV[2] == '' then

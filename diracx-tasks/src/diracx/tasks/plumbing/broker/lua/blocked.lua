@@ -1,6 +1,7 @@
 -- What a worker whose event loop is blocked has its watchdog say: what blocks it, and what else it runs.
 -- KEYS: none. ARGV: worker, what blocks it (msgpack) or '' when nothing does any more, what it runs (msgpack).
 -- Returns nothing.
+-- #flags allow-oom
 -- #include _time
 local SAID_MS = 3600000
 local said, now_ms = '$REPORT_PREFIX' .. ARGV[1], math.floor(now_us() / 1000)

@@ -10,6 +10,7 @@
 --   waiting = 1, if it is to be cancelled only as long as it waits there).
 -- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
+-- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel _schedules
 local replies, running, now_ms, keep_ms = {}, {}, now_us() / 1000, tonumber(ARGV[1])
 redis.call('ZREMRANGEBYSCORE', '$CANCELLED', '-inf', int(now_ms))

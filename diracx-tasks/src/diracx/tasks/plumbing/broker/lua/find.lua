@@ -1,6 +1,7 @@
 -- Look for cancelled tasks in a part of a stream: those that have a mark. Changes nothing.
 -- KEYS: the stream. ARGV: where to begin (`-`, or `(` and an entry), the most entries to look at.
 -- Returns {the last entry looked at, or '' when there are no more; list of {task, entry, message}}.
+-- #flags no-writes
 -- #include _cancel
 local found, tasks, places, last = {}, {}, {}, ''
 local entries = redis.pcall('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])

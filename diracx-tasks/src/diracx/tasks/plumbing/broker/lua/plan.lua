@@ -3,6 +3,7 @@
 --   time the rule has come to its end), ids of those that are unchanged, ids of those that are switched off.
 -- What is unchanged keeps its next run. What is switched off has none, and its history is kept. Everything else is
 -- forgotten, but for the pauses. Returns 1, or 0 when somebody else leads.
+-- #flags allow-oom
 -- #include _time
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return 0 end
 local on, known = {}, {}

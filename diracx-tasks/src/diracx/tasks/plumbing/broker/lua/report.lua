@@ -6,6 +6,7 @@
 --   failures = list of msgpack strings                 into the stream of failures
 --   locks    = list of lines, `{kind} {limit} {window in µs} {key}`, of limiters and of locks that refused.
 -- Returns {now (ms), 1 if what it said before is still known}. A report that comes again adds nothing.
+-- #flags allow-oom
 -- #include _time
 local SAID_MS, MINUTES_MS, HOURS_MS = 3600000, 4200000, 90000000
 local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS = 500, 604800000, 1000, 86400000

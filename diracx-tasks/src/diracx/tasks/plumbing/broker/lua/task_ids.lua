@@ -1,6 +1,7 @@
 -- The ids of the tasks in a part of a stream. Changes nothing.
 -- KEYS: the stream. ARGV: where to begin (`-`, or `(` and an entry), the most entries to look at.
 -- Returns the last entry looked at, or '' when there are no more, then the ids.
+-- #flags no-writes
 -- #include _cancel
 local found, last = {''}, ''
 local entries = redis.pcall('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
