@@ -433,19 +433,25 @@ class BrokerMachine(RuleBasedStateMachine):
         convicted = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
-        will_run = [each for each in deliveries if each.deaths < MAX_DELIVERIES]
+        fresh = [each for each in deliveries if each.deliveries == 1]
+        taken = [each for each in deliveries if each.deliveries > 1]
+        will_run = [each for each in taken if each.deaths < MAX_DELIVERIES]
         if any(is_suspect(each, MAX_DELIVERIES) for each in will_run):
             assert len(will_run) == 1
             assert all(task.deaths >= MAX_DELIVERIES for task in mine)
         assert not (will_run and any(_is_suspect(task, 0) for task in mine))
         assert len(deliveries) >= min(free, len(convicted))
         if not suspects and not any(_is_suspect(task, 0) for task in mine) and not made_room:
-            assert len(deliveries) == min(free, len(orphans))
+            assert len(taken) == min(free - len(fresh), len(orphans))
+        order = [STREAMS.index(each.stream) for each in deliveries]
+        assert convicted or order == sorted(order), "urgent first"
+        left = [STREAMS.index(task.delivery.stream) for task in orphans.values() if task.delivery]
+        assert all(STREAMS.index(each.stream) < max(left) for each in fresh), "they are for a fetch"
         for task in orphans.values():
             if task.locks:
                 self.may_wake = True
             task.locks = []
-        for delivery in deliveries:
+        for delivery in taken:
             assert delivery.data is not None
             task = orphans[TaskMessage.loadb(delivery.data).task_id]
             assert task.delivery is not None
@@ -458,7 +464,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.late.append((other, Settlement(task.delivery, retry=retry)))
         self._received(worker, deliveries)
         # An audit gives a consumer that is on no list one lease to show that it lives.
-        if dead and not audit and len(deliveries) == len(orphans):
+        if dead and not audit and len(taken) == len(orphans):
             assert self.sync.zscore(keys.ALIVE, other) is None, "buried, and still on the list"
             assert not self.sync.exists(keys.HELD_PREFIX + other)
 

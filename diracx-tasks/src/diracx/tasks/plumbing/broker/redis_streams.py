@@ -305,7 +305,7 @@ class RedisStreamBroker:
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
     ) -> tuple[list[Delivery], float, bool]:
-        """Bury dead workers and take over up to `free` of the messages they held.
+        """Take over up to `free` messages of dead workers, and take what is new in more urgent queues.
 
         Args:
             audit: also look for consumers that are on no list of living workers.
@@ -315,8 +315,9 @@ class RedisStreamBroker:
                 nothing else, so that the guilty one dies alone. Such a worker must not fetch.
 
         Returns:
-            The deliveries; in how many seconds to look again: when the next lease ends; and whether the worker is
-            to make room for a suspect: to fetch nothing until it holds nothing, and then to look again.
+            The deliveries; in how many seconds to look again: when the next lease ends, or with the next free slot
+            (0) where the slots were too few; and whether the worker is to make room for a suspect: to fetch
+            nothing until it holds nothing, and then to look again.
         """
         lease_ms = int(lease_seconds * 1000)
         messages, again_ms, make_room = await scripts.reclaim(
@@ -330,7 +331,7 @@ class RedisStreamBroker:
             max_deliveries,
         )
         deliveries = self._deliveries(messages)
-        self.counts.note_reclaimed(deliveries)
+        self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
         return deliveries, again_ms / 1000, bool(make_room)
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:

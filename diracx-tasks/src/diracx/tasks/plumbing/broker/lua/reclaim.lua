@@ -7,15 +7,18 @@
 -- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
 -- the next death is its own. One that is convicted is no suspect: it will not run again, only be rejected.
 -- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
--- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): when the next
--- lease ends, if it is not renewed before; 1 if the caller is to make room}.
+-- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
+-- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
+-- free slot (0) where the slots were too few, within a second while a suspect waits, and else when the next lease ends,
+-- if it is not renewed before; 1 if the caller is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel _redelivery
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local every_stream, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local LEFT_OVER_MS = 1000 -- somebody may have room by then
-local again_ms
+local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
+local PORTION = 100
+local slots_too_few, suspect_waits, urgent_seen = false, false, 0
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local suspect_left = false
@@ -44,8 +47,7 @@ local function found_in_hand()
 end
 
 local in_hand, looked = nil, false
-local function may_take(stream, entry, deliveries)
-  local what = verdict(stream, entry, deliveries)
+local function may_take(what)
   if what == 'convicted' then return true end
   if not looked then in_hand, looked = found_in_hand(), true end
   if in_hand == 'suspect' then return false end
@@ -59,6 +61,45 @@ local function may_take(stream, entry, deliveries)
   return true
 end
 
+-- What is new in the streams before this one.
+local function take_more_urgent(position)
+  while free > 0 and urgent_seen < position - 1 do
+    urgent_seen = urgent_seen + 1
+    local reply = redis.pcall(
+      'XREADGROUP', 'GROUP', '$GROUP', consumer, 'COUNT', free, 'STREAMS', KEYS[urgent_seen], '>')
+    for _, entry in ipairs(reply and not reply.err and reply[1][2] or {}) do
+      hand_out(messages, urgent_seen, entry, 1, marks)
+      free = free - 1
+    end
+  end
+end
+
+-- What a dead worker has left in one stream, as far as the caller has slots for it.
+local function take_over(position, stream, worker)
+  local from, pending = '-', nil
+  repeat -- to the end: what may be taken can stand behind suspects that may not
+    pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
+    for _, p in ipairs(pending.err and {} or pending) do
+      local what = free > 0 and verdict(stream, p[1], tonumber(p[4]) + 1)
+      if what and not may_take(what) then
+        suspect_waits = true
+      else
+        if what == 'ordinary' then take_more_urgent(position) end
+        if free <= 0 then
+          slots_too_few = true
+          return
+        end
+        local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1])
+        if claimed[1] then
+          hand_out(messages, position, with_survivals(stream, claimed[1], p[4] + 1), p[4] + 1, marks)
+          free = free - 1
+        end
+      end
+      from = '(' .. p[1]
+    end
+  until #pending < PORTION
+end
+
 if ARGV[3] == '1' then
   for _, stream in ipairs(every_stream) do
     local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, '$GROUP')
@@ -70,37 +111,32 @@ if ARGV[3] == '1' then
   end
 end
 local dead = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', int(now_us() / 1000))
-for _, worker in ipairs(dead) do
-  if worker ~= consumer then
+for position = #dead, 1, -1 do
+  local worker = dead[position]
+  if worker == consumer then
+    table.remove(dead, position)
+  else
     local looked, locks = pcall(locks_in, '$HELD_PREFIX' .. worker)
     redis.call('DEL', '$HELD_PREFIX' .. worker)
     if looked then release_all(locks) end
-    for position, stream in ipairs(KEYS) do
-      -- All of them: those that may be taken can stand behind suspects that may not.
-      local pending = free > 0 and redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, worker) or {}
-      for _, p in ipairs(pending.err and {} or pending) do
-        if free <= 0 then break end
-        local claimed = may_take(stream, p[1], tonumber(p[4]) + 1)
-          and redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1]) or {}
-        if claimed[1] then
-          hand_out(messages, position, with_survivals(stream, claimed[1], p[4] + 1), p[4] + 1, marks)
-          free = free - 1
-        end
-      end
-    end
-    local clean = true
-    for _, stream in ipairs(every_stream) do
-      local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, worker)
-      if not pending.err then
-        if pending[1] then
-          clean = false
-        else
-          redis.call('XGROUP', 'DELCONSUMER', stream, '$GROUP', worker)
-        end
-      end
-    end
-    if clean then redis.call('ZREM', '$ALIVE', worker) else again_ms = LEFT_OVER_MS end
   end
+end
+for position, stream in ipairs(KEYS) do
+  for _, worker in ipairs(dead) do take_over(position, stream, worker) end
+end
+for _, worker in ipairs(slots_too_few and {} or dead) do
+  local clean = true
+  for _, stream in ipairs(every_stream) do
+    local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, worker)
+    if not pending.err then
+      if pending[1] then
+        clean = false
+      else
+        redis.call('XGROUP', 'DELCONSUMER', stream, '$GROUP', worker)
+      end
+    end
+  end
+  if clean then redis.call('ZREM', '$ALIVE', worker) end
 end
 if suspect_left and (not room_for or room_for == consumer) then
   redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
@@ -109,9 +145,11 @@ elseif room_for == consumer then
   redis.call('DEL', room)
   room_for = nil
 end
-if not again_ms then
+local again_ms = 0
+if not slots_too_few then
   local now_ms = math.floor(now_us() / 1000)
   local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', now_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[5])
+  if suspect_waits then again_ms = math.min(again_ms, LEFT_OVER_MS) end
 end
 return {messages, again_ms, room_for == consumer and 1 or 0}
