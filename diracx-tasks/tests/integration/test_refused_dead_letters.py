@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from diracx.tasks.plumbing import BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
-from diracx.tasks.plumbing.worker.dead_letters import DeadLetterOffice
+from diracx.tasks.plumbing.worker.dead_letters import DeadLetterStore, in_redis
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 MIB = 1 << 20
@@ -107,15 +108,27 @@ async def test_a_letter_that_the_database_refuses_waits_in_redis_until_it_is_tak
     db, broker = TaskDB(url), RedisStreamBroker(redis_url)
     async with db.engine_context():
         await redis.xadd(keys.DEAD_LETTERS, _waiting_letter("fine"))
-        assert await DeadLetterOffice(broker, db).adopt() == 1
+        await import_once(broker, db)
+        assert len(await db.search()) == 2
         assert len(await waiting(redis)) == 1
     await broker.shutdown()
 
 
-def _waiting_letter(detail: str) -> Any:
-    from diracx.tasks.plumbing.worker.dead_letters import in_redis
+async def import_once(broker: RedisStreamBroker, db: TaskDB) -> None:
+    store = DeadLetterStore(broker, db, lambda settlement: None)
+    running = asyncio.create_task(store.run())
+    async with asyncio.timeout(30):
+        await store._caught_up.wait()
+    running.cancel()
+    await asyncio.wait([running])
 
-    return in_redis(DeadLetter(task_id="another", task_name="test:Doomed", reason="x", detail=detail, data=b"?"))
+
+def _letter(detail: str, task_id: str) -> DeadLetter:
+    return DeadLetter(task_id=task_id, task_name="test:Doomed", reason="x", detail=detail, data=b"?")
+
+
+def _waiting_letter(detail: str, task_id: str = "another") -> Any:
+    return in_redis(_letter(detail, task_id))
 
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
@@ -126,10 +139,53 @@ async def test_letters_stay_in_redis_and_are_not_tried_one_by_one_while_the_data
         await redis.xadd(keys.DEAD_LETTERS, _waiting_letter(str(number)))
     db, broker = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/no/directory.db"), RedisStreamBroker(redis_url)
     async with db.engine_context():
-        with caplog.at_level(logging.ERROR):
-            assert await DeadLetterOffice(broker, db).adopt() == 0
+        with caplog.at_level(logging.WARNING):
+            await import_once(broker, db)
     await broker.shutdown()
-    [record] = [record for record in caplog.records if "stays in Redis" in record.getMessage()]
+    [record] = [record for record in caplog.records if "cannot store" in record.getMessage()]
     assert record.exc_info is None
     assert "cannot be opened" in record.getMessage()
     assert len(await waiting(redis)) == 5
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "mariadb", "postgresql"])
+async def db(request: pytest.FixtureRequest, empty_database: Any) -> AsyncIterator[TaskDB]:
+    if request.param != "sqlite":
+        request.getfixturevalue(f"{request.param}_server")
+    found = TaskDB(await empty_database(request.param))
+    async with found.engine_context():
+        async with found.engine.begin() as connection:
+            await connection.run_sync(found.metadata.create_all)
+        yield found
+
+
+@pytest.mark.leaves_keys(keys.DEAD_LETTERS)
+async def test_one_refused_dead_letter_of_a_batch_does_not_keep_the_others_out(
+    db: TaskDB, redis_url: str, redis: Redis
+) -> None:
+    await picky(db)
+    refused = {7, 8, 61, 99, 130}
+    for number in range(150):
+        detail = WORDS if number in refused else "fine"
+        await redis.xadd(keys.DEAD_LETTERS, _waiting_letter(detail, f"task-{number}"))
+    commits: list[Any] = []
+    event.listen(db.engine.sync_engine, "commit", commits.append)
+    broker = RedisStreamBroker(redis_url)
+    await import_once(broker, db)
+    await broker.shutdown()
+    assert {row["task_id"] for row in await db.summaries(limit=1000)} == {
+        f"task-{number}" for number in set(range(150)) - refused
+    }
+    left = [DeadLetter.of_entry(entry.decode(), fields) for entry, fields in await redis.xrange(keys.DEAD_LETTERS)]
+    assert {each.task_id for each in left} == {f"task-{number}" for number in refused}
+    assert len(commits) < 75, "the others go in batches"
+
+
+async def test_a_batch_that_breaks_off_stores_nothing(db: TaskDB) -> None:
+    await picky(db)
+    with pytest.raises(Exception, match=r"(?i)refused|constraint"):
+        await db.insert_all([_letter("fine", "one"), _letter(WORDS, "two")])
+    assert await db.search() == []

@@ -316,8 +316,8 @@ def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
             public=True,
             severity=Severity.WARNING,
             summary=f"{letters} in Redis: no worker has stored them in the database",
-            remedy="`diracx-task-run dlq waiting` has them; start a worker with DIRACX_DB_URL_TASKDB, or see why "
-            "that database does not answer",
+            remedy="`diracx-task-run dlq waiting` has them; workers with DIRACX_DB_URL_TASKDB import them: see "
+            "that one runs, that this database answers, and whether the log says that it refuses them",
             count=seen.dead_letters_waiting,
             since=seen.dead_letters_waiting_since,
             path="/dead-letters",

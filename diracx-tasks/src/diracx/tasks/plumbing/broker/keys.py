@@ -55,8 +55,10 @@ STAGED = "diracx:tasks:staged"
 CANCELLED = "diracx:tasks:cancelled"
 #: Channel per worker, no key: ids of tasks that it runs and that are cancelled (msgpack list).
 CANCELLED_CHANNEL_PREFIX = "diracx:tasks:cancelled:"
-#: Stream: dead letters that wait for a worker with a dead-letter database.
+#: Stream: dead letters that wait for a worker to import them into the database.
 DEAD_LETTERS = "diracx:tasks:dead-letters"
+#: String, with a time to live: the worker that imports these into the database.
+IMPORTER = "diracx:tasks:importer"
 #: String per burial of a task, with a time to live: this dead letter has been submitted again.
 RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 

@@ -130,6 +130,19 @@ async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes
     return None if reply == 1 else reply
 
 
+async def dead_letters(
+    redis: Redis, worker: str, first: str, *, lease_ms: int, at_most: int, at_most_bytes: int
+) -> list[tuple[str, dict[bytes, bytes]]]:
+    """Dead letters that wait in Redis: entry and fields of each. None while another worker imports them.
+
+    Args:
+        first: where to begin, as of XRANGE.
+        lease_ms: how long no other worker gets any.
+    """
+    reply: Any = await script("dead_letters")(redis, args=[worker, lease_ms, first, at_most, at_most_bytes])
+    return [(entry.decode(), dict(zip(parts[::2], parts[1::2], strict=True))) for entry, parts in reply]
+
+
 async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0) -> Any:
     """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
     return await script("fetch")(redis, streams, [consumer, free, lease_ms])

@@ -70,37 +70,54 @@ class TaskDB(Database):
     # --- burying ----------------------------------------------------------------------------------------
 
     @transaction
+    async def insert_all(self, letters: Sequence[DeadLetter]) -> None:
+        """Store dead letters: all of them or, on any error, none. Each as by `insert`."""
+        ids = {letter.task_id for letter in letters}
+        if await self._lock(DeadLetters.task_id.in_(ids)) == 0 and len(ids) == len(letters):
+            rows = [{"task_id": letter.task_id, "history": "[]", **self._values(letter)} for letter in letters]
+            # With several rows, SQLAlchemy knows columns by their own names only.
+            named = [{column: row[name] for column, name in _ATTRIBUTES.items() if name in row} for row in rows]
+            await self.conn.execute(insert(DeadLetters), named)
+            return
+        for letter in letters:
+            await self.insert(letter)
+
+    @transaction
     async def insert(self, letter: DeadLetter) -> None:
         """Store a dead letter. Storing the same burial again changes nothing: safe to repeat.
 
         A task that was buried before and has run since keeps its row: what was known then moves to its
         history, and the letter is pending again.
         """
+        values = self._values(letter)
+        mine = DeadLetters.task_id == letter.task_id
+        if await self._lock(mine) == 0:
+            await self.conn.execute(insert(DeadLetters).values(task_id=letter.task_id, history="[]", **values))
+            return
+        [row] = await self._rows(select(DeadLetters.__table__).where(mine))
+        if values["burial"] not in (row["burial"], *(chapter["burial"] for chapter in row["history"])):
+            history = history_as_text([*row["history"], _chapter(row)][-_CHAPTERS_KEPT:])
+            await self.conn.execute(update(DeadLetters).where(mine).values(history=history, **values))
+
+    async def _lock(self, rows: ColumnElement[bool]) -> int:
+        """Lock rows before they are read, on SQLite the database: then what is read is not stale. How many."""
+        locked = await self.conn.execute(update(DeadLetters).where(rows).values(task_id=DeadLetters.task_id))
+        return locked.rowcount
+
+    def _values(self, letter: DeadLetter) -> dict[str, Any]:
         now = self.clock.now()
-        task_id = letter.task_id
-        burial = fitting(letter.burial, LONGEST_NAME)
-        values: dict[str, Any] = {
+        return {
             "task_name": letter.task_name,
             "vo": letter.vo,
             "reason": letter.reason,
             "detail": storable(letter.detail, _LONGEST_DETAIL),
             "message": letter.data,
             "attempts": attempts_as_text(letter.attempts),
-            "burial": burial,
+            "burial": fitting(letter.burial, LONGEST_NAME),
             "status": DeadLetterStatus.PENDING,
             "buried_at": now,
             "changed_at": now,
         }
-        mine = DeadLetters.task_id == task_id
-        # The row is locked before it is read, on SQLite the database: what is read cannot be stale.
-        locked = await self.conn.execute(update(DeadLetters).where(mine).values(task_id=DeadLetters.task_id))
-        if locked.rowcount == 0:
-            await self.conn.execute(insert(DeadLetters).values(task_id=task_id, history="[]", **values))
-            return
-        [row] = await self._rows(select(DeadLetters.__table__).where(mine))
-        if row["burial"] != burial:
-            history = history_as_text([*row["history"], _chapter(row)][-_CHAPTERS_KEPT:])
-            await self.conn.execute(update(DeadLetters).where(mine).values(history=history, **values))
 
     # --- reading ----------------------------------------------------------------------------------------
 

@@ -1,18 +1,20 @@
-"""Where dead letters go: into SQL before the broker is told, or into a stream until there is a database."""
+"""Stores dead letters before the broker is told: in SQL, in batches, or in Redis while there is no database."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from redis.exceptions import WatchError
-
-from ..broker import keys
-from ..patience import patiently
+from ..broker import keys, scripts
+from ..broker.sizes import CALL_BYTES, in_calls
+from ..error_info import one_line
+from ..patience import Pauses, is_passing
 from ..persistence.letter import DeadLetter
 from ..wire import dumps
 
@@ -23,86 +25,271 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Dead letters in one transaction. What is larger than `CALL_BYTES` together is parted.
 _BATCH = 100
+#: How many wait in memory for the database, with their tasks unacknowledged and their locks held; and how long.
+_MAX_QUEUED = 1_000
+_MAX_QUEUED_BYTES = 16 * 1024 * 1024
+_MAX_SECONDS = 30.0
+#: A database that is cut off says nothing at all; then a new connection must be tried some time.
 _ANSWER_SECONDS = 10.0
-
-
 #: So often the database refuses a letter, or closes the connection on it and answers others, until it is believed.
 _REFUSALS = 3
+#: How often to look for dead letters in Redis, and how often to try again those that the database has refused.
+_IMPORT_SECONDS = 10.0
+_RETRY_REFUSED_SECONDS = 3600.0
+#: No other worker imports for so long after the last batch was read: longer than a batch may take.
+_IMPORT_LEASE_MS = 15_000
+#: How long a worker that starts waits for the first import.
+_START_SECONDS = 2.0
 
 
 class _RefusedError(Exception):
-    """The database takes other statements, and not this letter."""
+    """The database takes other statements, and not this dead letter."""
+
+
+class _Queued(NamedTuple):
+    letter: DeadLetter
+    settlement: Settlement
+    since: float  # time.monotonic()
 
 
 def in_redis(letter: DeadLetter) -> dict[str, Any]:
-    """The letter as settle.lua keeps it until a worker with a database starts."""
+    """The dead letter as settle.lua keeps it until a worker imports it into the database."""
     return {"reason": letter.reason, "data": dumps(asdict(letter))}
 
 
-class DeadLetterOffice:
-    """Takes dead letters of one worker."""
+class DeadLetterStore:
+    """Stores the dead letters of one worker, and imports those that wait in Redis.
 
-    def __init__(self, broker: RedisStreamBroker, db: TaskDB | None) -> None:
+    While the database is away, one loop tries again, with one statement at a time. The queue in memory is bounded
+    by number, bytes and age: what is beyond goes to Redis in the same step that acknowledges its task.
+
+    Args:
+        settle: sends the settlement of a task whose dead letter is stored, or goes with it.
+    """
+
+    def __init__(self, broker: RedisStreamBroker, db: TaskDB | None, settle: Callable[[Settlement], None]) -> None:
         self._broker = broker
         self._db = db
+        self._settle = settle
+        self._queue: deque[_Queued] = deque()
+        self._queued_bytes = 0
+        self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = db is None
+        self._failing_since: float | None = None
+        self._diverting = False
+        self._batch = _BATCH
+        self._refusals = 0
+        self._after = "-"
+        self._began_at = self._import_at = time.monotonic()
+        self._caught_up = asyncio.Event()
+        self._imported = 0
+        self._complaint = ""
 
-    async def bury(self, letter: DeadLetter, settlement: Settlement) -> Settlement:
-        """Store the letter for good; return the settlement that may be sent after that.
+    def add(self, letter: DeadLetter, settlement: Settlement) -> None:
+        """Store the dead letter, then settle its task."""
+        queued = _Queued(letter, settlement, time.monotonic())
+        if self._closed:
+            self._send_to_redis(queued)
+        elif self._is_full(len(letter.data)) or self._away_for_long():
+            self._divert(queued)
+        else:
+            self._queue.append(queued)
+            self._queued_bytes += len(letter.data)
+            self._arrived.set()
+            self._idle.clear()
 
-        As long as the database is away, or is to be mended by an operator, the task stays unacknowledged in this
-        worker's hands. A letter that the database refuses (it is too large, say) waits in Redis.
-        """
-        if self._db is not None:
-            attempt = partial(self._store, letter, [])
+    def _is_full(self, more_bytes: int) -> bool:
+        too_large = self._queued_bytes + more_bytes > _MAX_QUEUED_BYTES
+        return len(self._queue) >= _MAX_QUEUED or (too_large and bool(self._queue))
+
+    def _away_for_long(self) -> bool:
+        return self._failing_since is not None and time.monotonic() - self._failing_since > _MAX_SECONDS
+
+    async def run(self) -> None:
+        """Store what comes, and import what waits in Redis, for ever."""
+        pauses = Pauses()
+        while self._db is not None:
+            await self._work()
+            began_at = time.monotonic()
             try:
-                await patiently(attempt, "store a dead letter", passing=_concerns_database)
-                return settlement
+                if self._failing_since is not None:
+                    await self._probe()
+                await (self._store_next() if self._queue else self._import_next())
             except Exception as error:
-                logger.error(
-                    "the database refuses the dead letter of task %s (%d bytes): it waits in Redis, and `dlq "
-                    "waiting` shows it: %s",
-                    letter.task_id,
-                    len(letter.data),
-                    _in_short(error),
-                )
-        settlement.dead = in_redis(letter)
-        return settlement
+                if self._failing_since is None:
+                    self._failing_since = began_at
+                    logger.warning("cannot store a dead letter: %s; trying again until it works", _in_short(error))
+                self._caught_up.set()
+                self._idle.set()
+                self._divert_old()
+                await asyncio.sleep(pauses.next())
+            else:
+                if self._failing_since is not None:
+                    logger.warning("can store a dead letter again")
+                self._failing_since = None
+                if self._diverting and not self._queue:
+                    self._diverting, self._import_at = False, began_at
+                self._divert_old()
+                pauses.succeeded()
 
-    async def _store(self, letter: DeadLetter, refusals: list[Exception]) -> None:
+    async def started(self) -> None:
+        """Return when what waited in Redis is imported, or that takes longer than a start should."""
+        if self._db is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._caught_up.wait(), _START_SECONDS)
+
+    async def close(self, seconds: float) -> None:
+        """Let a database that answers store what is queued, within that time. All else goes to Redis."""
+        if self._failing_since is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
+        self._closed = True
+        while self._queue:
+            self._send_to_redis(self._pop())
+
+    async def _work(self) -> None:
+        """Return when there is something to do."""
+        self._arrived.clear()
+        if self._queue or self._failing_since is not None:
+            return
+        self._idle.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._import_at - time.monotonic())):
+                await self._arrived.wait()
+
+    # --- the queue --------------------------------------------------------------------------------------
+
+    async def _store_next(self) -> None:
+        batch = next(in_calls(self._queue, self._batch, lambda queued: len(queued.letter.data)))
         try:
-            await self._insert(letter)
+            if not await self._stored([queued.letter for queued in batch]):
+                return
+        except _RefusedError as error:
+            letter = batch[0].letter
+            logger.error(
+                "the database refuses the dead letter of task %s (%d bytes): it waits in Redis, and `dlq "
+                "waiting` shows it: %s",
+                letter.task_id,
+                len(letter.data),
+                error,
+            )
+            finish = self._send_to_redis
+        else:
+            finish = self._settle_stored
+        for queued in batch:
+            if self._queue and self._queue[0] is queued:  # else it went to Redis meanwhile, for we stop
+                finish(self._pop())
+
+    def _pop(self) -> _Queued:
+        queued = self._queue.popleft()
+        self._queued_bytes -= len(queued.letter.data)
+        return queued
+
+    def _settle_stored(self, queued: _Queued) -> None:
+        self._settle(queued.settlement)
+
+    def _divert_old(self) -> None:
+        while self._queue and time.monotonic() - self._queue[0].since > _MAX_SECONDS:
+            self._divert(self._pop())
+
+    def _divert(self, queued: _Queued) -> None:
+        if not self._diverting:
+            self._diverting = True
+            logger.warning(
+                "the database does not take dead letters as fast as they come: what is more than %d, %d bytes or "
+                "%g s waits in Redis, and `dlq waiting` shows it",
+                *(_MAX_QUEUED, _MAX_QUEUED_BYTES, _MAX_SECONDS),
+            )
+        self._send_to_redis(queued)
+
+    def _send_to_redis(self, queued: _Queued) -> None:
+        queued.settlement.dead = in_redis(queued.letter)
+        self._settle(queued.settlement)
+
+    # --- what waits in Redis ----------------------------------------------------------------------------
+
+    async def _import_next(self) -> None:
+        now = time.monotonic()
+        if now - self._began_at > _RETRY_REFUSED_SECONDS:
+            self._after, self._began_at = "-", now
+        if await self._import_batch():
+            return
+        if self._imported:
+            logger.info("imported %d dead letters from Redis into the database", self._imported)
+        self._imported = 0
+        self._import_at = now + _IMPORT_SECONDS
+        self._caught_up.set()
+
+    async def _import_batch(self) -> bool:
+        """Whether there was something to import."""
+        try:
+            entries = await scripts.dead_letters(
+                self._broker.redis,
+                self._broker.consumer_name,
+                self._after,
+                lease_ms=_IMPORT_LEASE_MS,
+                at_most=self._batch,
+                at_most_bytes=CALL_BYTES,
+            )
+        except Exception as error:  # also of a key of another type: somebody may mend that
+            self._complain(error)
+            return False
+        letters = {entry: letter for entry, fields in entries if (letter := _readable(entry, fields))}
+        try:
+            if letters and not await self._stored(list(letters.values())):
+                return True
+        except _RefusedError as error:
+            logger.error("the dead letter %s stays in Redis: %s", *letters, error)
+            letters = {}
+        if entries:
+            # Those that stay, because they cannot be read or are refused, are passed over from now on.
+            self._after = f"({entries[-1][0]}"
+        if letters:
+            try:
+                await self._broker.redis.execute_command("XDEL", keys.DEAD_LETTERS, *letters)
+            except Exception as error:
+                self._complain(error)
+                self._after = "-"  # importing them again changes nothing
+            else:
+                self._imported += len(letters)
+        return bool(entries)
+
+    def _complain(self, error: Exception) -> None:
+        line = "" if is_passing(error) else one_line(error)  # that Redis is away, others say
+        if line and line != self._complaint:
+            logger.error("the dead letters in Redis (%s) cannot be read: %s", keys.DEAD_LETTERS, line)
+        self._complaint = line
+
+    # --- the database -----------------------------------------------------------------------------------
+
+    async def _stored(self, letters: Sequence[DeadLetter]) -> bool:
+        """Store these in one transaction. False: there is one among them to be found, by fewer at a time.
+
+        Raises:
+            _RefusedError: the database refuses this only one.
+            Exception: the database is away, or to be mended by an operator.
+        """
+        assert self._db is not None
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await self._db.insert_all(letters)
         except Exception as error:
             if not await self._is_refusal(error):
                 raise
-            refusals.append(error)
-            if len(refusals) == _REFUSALS:
-                raise _RefusedError(_in_short(error)) from error
-            raise
-
-    async def adopt(self) -> int:
-        """Move letters that waited for a database into ours. Returns how many."""
-        moved, after = 0, "-"
-        while self._db is not None:
-            entries: Any = await self._broker.redis.xrange(keys.DEAD_LETTERS, min=after, count=_BATCH)
-            for entry, fields in entries:
-                after = f"({entry.decode()}"
-                try:
-                    await self._insert(DeadLetter.of_entry(entry.decode(), fields))
-                except Exception as error:
-                    logger.error("the dead letter %s stays in Redis: %s", entry.decode(), _in_short(error))
-                    if not _concerns_database(error) or await self._is_refusal(error):
-                        continue
-                    entries = []  # the others would not fare better
-                    break
-                await self._broker.redis.execute_command("XDEL", keys.DEAD_LETTERS, entry)
-                moved += 1
-            if not entries:
-                break
-        if moved:
-            await self._forget_empty_stream()
-            logger.info("took %d dead letters from Redis into the database", moved)
-        return moved
+            if len(letters) > 1:
+                self._batch = len(letters) // 2
+                return False
+            self._refusals += 1
+            if self._refusals < _REFUSALS:
+                return False
+            self._refusals = 0
+            raise _RefusedError(_in_short(error)) from error
+        self._batch, self._refusals = min(2 * self._batch, _BATCH), 0
+        return True
 
     async def _is_refusal(self, error: Exception) -> bool:
         """Whether the database refuses what it was sent, and is not away.
@@ -111,46 +298,32 @@ class DeadLetterOffice:
         """
         from ..sql.errors import Trouble, classify, is_cut_off
 
-        return classify(error) is Trouble.REFUSED or (is_cut_off(error) and await self._answers())
+        if classify(error) in (Trouble.REFUSED, None):
+            return True
+        if is_cut_off(error):
+            with suppress(Exception):
+                await self._probe()
+                return True
+        return False
 
-    async def _answers(self) -> bool:
+    async def _probe(self) -> None:
+        """Raises: when the database does not answer."""
         assert self._db is not None
-        try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                await self._db.find("")
-        except Exception:
-            return False
-        return True
-
-    async def _forget_empty_stream(self) -> None:
-        """Delete the stream unless a worker without a database has put something there meanwhile."""
-        async with self._broker.redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(keys.DEAD_LETTERS)
-            if await pipe.xlen(keys.DEAD_LETTERS) == 0:
-                pipe.multi()
-                pipe.delete(keys.DEAD_LETTERS)
-                with suppress(WatchError):
-                    await pipe.execute()
-
-    async def _insert(self, letter: DeadLetter) -> None:
-        assert self._db is not None
-        # A server that is cut off says nothing at all; then a new connection must be tried some time.
         async with asyncio.timeout(_ANSWER_SECONDS):
-            await self._db.insert(letter)
+            await self._db.find("")
 
 
-# Only where there is a database is SQLAlchemy worth its import.
-
-
-def _concerns_database(error: BaseException) -> bool:
-    from ..sql.errors import classify
-
-    return classify(error) is not None
+def _readable(entry: str, fields: dict[bytes, bytes]) -> DeadLetter | None:
+    try:
+        return DeadLetter.of_entry(entry, fields)
+    except Exception as error:
+        logger.error("the dead letter %s stays in Redis: %s", entry, one_line(error))
+        return None
 
 
 def _in_short(error: BaseException) -> str:
     """Without the statement and its parameters, of which some are secret."""
-    from ..sql.errors import DatabaseError
+    from ..sql.errors import DatabaseError  # only where there is a database is SQLAlchemy worth its import
 
     words = getattr(error, "orig", None) or (error.detail if isinstance(error, DatabaseError) else error)
     return f"{type(error).__name__}: {' '.join(str(words).split())[:300]}"

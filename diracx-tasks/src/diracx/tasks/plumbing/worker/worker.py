@@ -30,7 +30,7 @@ from ..secrets import without_secrets_of
 from ..task_vo import vo_of
 from .announcements import Announcements
 from .blueprint import blueprints
-from .dead_letters import DeadLetterOffice
+from .dead_letters import DeadLetterStore
 from .dependencies import Dependencies, Overrides
 from .execution import Execution
 from .intake import Intake
@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 _RANK = {priority: rank for rank, priority in enumerate(Priority)}
 #: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end.
 _LAST_WORDS_SECONDS = 5.0
+#: How much of that the database has to store dead letters, before they go to Redis.
+_DATABASE_SECONDS = 2.0
 
 
 class Worker:
@@ -86,9 +88,9 @@ class Worker:
         self._binding = Binding(broker, self._registry, config or TasksConfig())
         self._blueprints = blueprints(self._registry, config or TasksConfig())
         self._dependencies = Dependencies(self._blueprints, overrides or {})
-        self._letters = DeadLetterOffice(broker, task_db)
+        self._task_db = task_db
         self._running: set[Execution] = set()
-        self._burials: set[asyncio.Task[None]] = set()
+        self._group_searches: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
         self._announcements = Announcements(broker, self._cancel, self._promoter.hear)
@@ -140,17 +142,16 @@ class Worker:
         ):
             intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
             self._settler = Settler(self._broker, self._keeper, intake.settled)
+            self._dead_letters = DeadLetterStore(self._broker, self._task_db, self._settler.add)
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
+                storing = asyncio.create_task(self._dead_letters.run())
                 listening = asyncio.create_task(self._announcements.run())
                 promoting = asyncio.create_task(self._promoter.run())
                 reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
-                    try:
-                        await self._letters.adopt()
-                    except ResponseError as error:  # as of a key of another type: a later start will
-                        logger.error("the dead letters in Redis (%s) cannot be read: %s", keys.DEAD_LETTERS, error)
+                    await self._dead_letters.started()
                     await self._announcements.listening.wait()
                     self.ready.set()
                     await _or_die_with({settling, promoting}, self._take_in(intake, stop))
@@ -159,7 +160,7 @@ class Worker:
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
-                    await end(settling, listening, promoting, reporting)
+                    await end(settling, storing, listening, promoting, reporting)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
@@ -170,7 +171,7 @@ class Worker:
             self._settings,
             running=lambda: list(self._running),
             stop=stop,
-            drained=lambda: asyncio.run_coroutine_threadsafe(self._settler.drained(), loop),
+            drained=lambda: asyncio.run_coroutine_threadsafe(self._flush(), loop),
             fall_silent=self._keeper.fall_silent,
             report_blocked=self.reporter.report_blocked,
         )
@@ -397,21 +398,24 @@ class Worker:
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
         self._keeper.add([Rest(settlement.delivery, settlement.locks)])
-        burial = asyncio.create_task(self._store(settlement, letter))
-        self._burials.add(burial)
-        burial.add_done_callback(self._burials.discard)
+        if letter.task_name or not (child := id_at_head(letter.data)):
+            self._dead_letters.add(letter, settlement)
+            return
+        search = asyncio.create_task(self._store_child(settlement, letter, child))
+        self._group_searches.add(search)
+        search.add_done_callback(self._group_searches.discard)
 
-    async def _store(self, settlement: Settlement, letter: DeadLetter) -> None:
-        if not letter.task_name and (child := id_at_head(letter.data)):
-            try:
-                group = await patiently(partial(group_of, self._broker.redis, child), "find the group of a child")
-            except ResponseError as error:  # as of a key of another type: the letter must not wait for it
-                logger.error("cannot look for the group of %r: %s", child, error)
-                group = None
-            if group is not None:
-                told = f"{letter.reason}: {letter.detail}"
-                settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
-        self._settler.add(await self._letters.bury(letter, settlement))
+    async def _store_child(self, settlement: Settlement, letter: DeadLetter, child: bytes) -> None:
+        """Store the dead letter of what cannot be read, and may be the child of a group."""
+        try:
+            group = await patiently(partial(group_of, self._broker.redis, child), "find the group of a child")
+        except ResponseError as error:  # as of a key of another type: the letter must not wait for it
+            logger.error("cannot look for the group of %r: %s", child, error)
+            group = None
+        if group is not None:
+            told = f"{letter.reason}: {letter.detail}"
+            settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
+        self._dead_letters.add(letter, settlement)
 
     # --- beginning and end ------------------------------------------------------------------------------
 
@@ -428,13 +432,18 @@ class Worker:
             await asyncio.wait(self._tasks(), timeout=patience)
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                if self._burials:
-                    await asyncio.wait(self._burials)
-                await self._settler.drained()
+                await self._flush()
         except TimeoutError:
             logger.warning("stopping without the last settlements: others will run these tasks again")
-        for left in [*self._tasks(), *self._burials]:
+        for left in [*self._tasks(), *self._group_searches]:
             left.cancel()
+
+    async def _flush(self) -> None:
+        """Store all dead letters and send all settlements."""
+        if self._group_searches:
+            await asyncio.wait(self._group_searches)
+        await self._dead_letters.close(_DATABASE_SECONDS)
+        await self._settler.drained()
 
     async def _leave(self) -> None:
         try:

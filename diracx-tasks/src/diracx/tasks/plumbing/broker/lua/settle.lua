@@ -10,7 +10,7 @@
 --   collected = group id                        its callback has ended and needs the results no more
 --   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
 --   outcome = {id, text}                        how an occurrence of a schedule ended
---   dead    = {reason, data}                    kept until a worker with a database takes it).
+--   dead    = {reason, data}                    kept until a worker imports it into a database).
 -- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
 -- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again); or, as text,
 -- what of that which follows was refused: the rest was done. What has to be kept and cannot be (retry, requeue, dead)

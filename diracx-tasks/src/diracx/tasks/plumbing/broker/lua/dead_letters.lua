@@ -1,0 +1,23 @@
+-- Read dead letters that wait in Redis for a database, for one worker at a time: all workers look for them.
+-- KEYS: none. ARGV: worker, how long no other reads after this (ms), first entry as of XRANGE, the most entries, the
+-- most bytes (but for what is larger alone).
+-- Returns entries as XRANGE does; none: there are none, or another worker imports them.
+-- #flags allow-oom
+local importer = redis.call('GET', '$IMPORTER')
+if importer and importer ~= ARGV[1] then return {} end
+local first, found, bytes = ARGV[3], {}, 0
+while #found < tonumber(ARGV[4]) do
+  local entry = redis.call('XRANGE', '$DEAD_LETTERS', first, '+', 'COUNT', 1)[1]
+  if not entry then break end
+  for _, part in ipairs(entry[2]) do bytes = bytes + #part end
+  if found[1] and bytes > tonumber(ARGV[5]) then break end
+  found[#found + 1] = entry
+  first = '(' .. entry[1]
+end
+if found[1] then
+  redis.call('SET', '$IMPORTER', ARGV[1], 'PX', ARGV[2])
+else
+  if importer then redis.call('DEL', '$IMPORTER') end
+  if redis.call('XLEN', '$DEAD_LETTERS') == 0 then redis.call('DEL', '$DEAD_LETTERS') end
+end
+return found
