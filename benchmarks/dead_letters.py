@@ -28,6 +28,7 @@ from diracx.tasks.testing.server import free_port
 
 #: After the burst, other tasks are looked at for so long: time-outs of the database are shorter.
 _AFTER_SECONDS = 25.0
+_STREAM = keys.stream_name_for("normal", "medium")
 _PAUSE_SECONDS = 0.01
 
 latencies: list[float] = []
@@ -129,8 +130,11 @@ async def burst(failures: int, state: str) -> Burst:
             await _look(process.pid, 2.0)
             before = rss_mb(process.pid)
             submitting = asyncio.create_task(schedule_many([Failing(number) for number in range(failures)]))
-            most = await _look(process.pid, _AFTER_SECONDS + failures / 1000)
+            most = 0.0
+            while not submitting.done() or (await redis.xinfo_groups(_STREAM))[0]["lag"]:
+                most = max(most, await _look(process.pid, 1.0))
             await submitting
+            most = max(most, await _look(process.pid, _AFTER_SECONDS))
             waiting = await redis.xlen(keys.DEAD_LETTERS)
             assert process.stdin is not None
             assert process.stdout is not None

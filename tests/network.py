@@ -27,7 +27,6 @@ class Network:
         self._flows: dict[Direction, asyncio.Event] = {direction: asyncio.Event() for direction in DIRECTIONS}
         self._writers: dict[Direction, set[asyncio.StreamWriter]] = {direction: set() for direction in DIRECTIONS}
         self._cut_after: int | None = None
-        self._refusing = False
         self.delay_seconds = 0.0
         """Each piece of data arrives so much later."""
         self.url = ""
@@ -49,14 +48,8 @@ class Network:
         for direction in directions or DIRECTIONS:
             self._loop.call_soon_threadsafe(self._flows[direction].clear)
 
-    def refuse(self) -> None:
-        """Break all connections, and each new one at once, from now on."""
-        self._refusing = True
-        self.cut()
-
     def release(self) -> None:
         """Pass everything, also what was held."""
-        self._refusing = False
         for direction in DIRECTIONS:
             self._loop.call_soon_threadsafe(self._flows[direction].set)
 
@@ -101,9 +94,6 @@ class Network:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.CancelledError):
             await self._flows["to_server"].wait()
-            if self._refusing:
-                writer.transport.abort()
-                return
             server = urlsplit(self._server)
             try:
                 from_server, to_server = await asyncio.open_connection(server.hostname, server.port)

@@ -425,3 +425,37 @@ def test_db_upgrade_recognises_what_was_made_without_a_version(served, one_line,
     assert served("db", "current", "--check").returncode == 1
     assert served("db", "upgrade").returncode == 0
     assert served("dlq", "list").returncode == 0
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["database up", "database away"])
+async def test_P12_a_killed_worker_loses_no_dead_letter_and_doubles_none(
+    served, tmp_path, redis_url, wait_until, empty_database, mariadb_server, stoppable, away
+):
+    server = stoppable(mariadb_server)
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    served.environment["DIRACX_DB_URL_TASKDB"] = url = await empty_database("mariadb")
+    served("dlq", "init")
+    arguments = ("worker", "--module", "flaky.py", "--lease-seconds", "2", "--max-concurrent-tasks", "500")
+    worker = served.start(*arguments)
+    worker.until("ready")
+    if away:
+        server.kill()
+    ids = {f"task-{number}" for number in range(1500)}
+    messages = [TaskMessage(task_id=each, task_name="flaky:Flaky", task_args=["there"]) for each in ids]
+    with Redis.from_url(redis_url) as redis:
+        for message in messages:
+            redis.xadd(STREAM, {"data": message.dumpb()})
+        if away:
+            wait_until(lambda: redis.xlen(keys.DEAD_LETTERS) > 0, "what is too much goes to Redis")
+        else:
+            wait_until(lambda: redis.xlen(STREAM) < 1500, "the first are stored")
+        worker.process.kill()
+        server.start()
+        served.start(*arguments)
+        wait_until(lambda: redis.xlen(STREAM) == redis.xlen(keys.DEAD_LETTERS) == 0, "all are stored")
+    db = TaskDB(url)
+    async with db.engine_context():
+        rows = await db.summaries(limit=10_000)
+    assert {row["task_id"] for row in rows} == ids
+    assert len(rows) == len(ids)
+    assert all(row["earlier_burials"] == 0 for row in rows)

@@ -171,7 +171,7 @@ async def test_P12_storing_a_burial_again_changes_nothing_and_a_new_one_opens_th
     assert two["history"] == []
 
 
-async def test_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
+async def test_P12_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
     await db.insert_all([letter(1), letter(2), letter(3)])
     first = await db.search(limit=100)
     await db.insert_all([letter(3), letter(4), letter(5), letter(4), letter(1, burial="again")])
@@ -181,7 +181,6 @@ async def test_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
     assert (rows["task-1"]["burial"], len(rows["task-1"]["history"])) == ("again", 1)
     await db.insert_all([letter(1)])
     assert await db.search(limit=100) == list(rows.values()), "an earlier delivery comes late, and opens nothing"
-    await db.insert_all([])
 
 
 async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskDB, db_url: str) -> None:

@@ -65,6 +65,7 @@ class Database:
     """A database whose server can be reached through a network of its own."""
 
     url: str
+    server_url: str
     network: Network
     trouble: str
 
@@ -74,10 +75,11 @@ class Database:
         if self.trouble == "hanging":
             self.network.hold()
         else:
-            self.network.refuse()
+            self.network.lead_to("tcp://127.0.0.1:1")
         try:
             yield
         finally:
+            self.network.lead_to(self.server_url)
             self.network.release()
 
 
@@ -88,7 +90,7 @@ async def database(request: pytest.FixtureRequest, empty_database: Any) -> Async
     network = Network(server.url)
     network.start()
     url = make_url(await empty_database(kind)).set(port=make_url(network.url).port)
-    yield Database(url.render_as_string(hide_password=False), network, trouble)
+    yield Database(url.render_as_string(hide_password=False), server.url, network, trouble)
     network.stop()
 
 

@@ -219,7 +219,7 @@ class DeadLetterStore:
         if await self._import_batch():
             return
         if self._imported:
-            logger.info("imported %d dead letters from Redis into the database", self._imported)
+            logger.info("took %d dead letters from Redis into the database", self._imported)
         self._imported = 0
         self._import_at = now + _IMPORT_SECONDS
         self._caught_up.set()
