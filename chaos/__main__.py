@@ -21,7 +21,7 @@ profiles:
              for up to 3 leases), delayed by up to 2 s, cut (also within a reply) and half-closed
   server     the Redis server is killed and started again, paused for longer than the lease, restarted; with
              --redis everysec also a power cut, which takes what was not synced to the disk yet
-  sentinel   the same with a primary, a replica and three sentinels: each outage is a failover
+  sentinel   the same with a primary, two replicas and three sentinels: each outage is a failover
   sql        the server of the dead letters (MariaDB) is killed, paused, held and cut off
   all        everything at once, with failovers
 

@@ -8,8 +8,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -117,19 +117,18 @@ class Driver:
         try:
             await self._redis.start()
             await self._database.start()
-            database = TaskDB(self._database.own_url)
             watching = RedisStreamBroker(self._redis.url, client_name=_OURS)
-            async with database.engine_context():
-                async with database.engine.begin() as connection:
-                    await connection.run_sync(database.metadata.create_all)
-                self._prepare()
-                supervising = asyncio.create_task(self._supervise())
-                observed = await self._disturbed(watching)
-                self._stopping = True
-                await supervising
-                await asyncio.to_thread(self._stop, observed)
+            async with self._task_db() as database, database.engine.begin() as connection:
+                await connection.run_sync(database.metadata.create_all)
+            self._prepare()
+            supervising = asyncio.create_task(self._supervise())
+            observed = await self._disturbed(watching)
+            self._stopping = True
+            await supervising
+            await asyncio.to_thread(self._stop, observed)
+            async with self._task_db() as database:
                 observed.letters = await self._letters(database)
-                observed.leftover_keys = await leftovers(watching.redis)
+            observed.leftover_keys = await leftovers(watching.redis)
             return observed
         finally:
             for process in [*self._workers, *self._schedulers]:
@@ -141,6 +140,12 @@ class Driver:
                 link.stop()
             self._redis.stop()
             await asyncio.to_thread(self._database.stop)
+
+    @asynccontextmanager
+    async def _task_db(self) -> AsyncIterator[TaskDB]:
+        database = TaskDB(self._database.own_url)
+        async with database.engine_context():
+            yield database
 
     # --- processes ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The Redis side: one server, or a primary and its replica watched by three sentinels, and how they are disturbed.
+"""The Redis side: one server, or a primary and two replicas watched by three sentinels, and how it is disturbed.
 
 Each outage is noted with the time for which the configuration may have lost what was written (`Outage`).
 """
@@ -145,12 +145,12 @@ class Single:
 
 
 class Sentinels:
-    """A primary, its replica, and three sentinels of which two must agree."""
+    """A primary, two replicas, and three sentinels of which two must agree."""
 
     def __init__(self, configuration: str, directory: Path) -> None:
         self.configuration = configuration
         self._directory = directory
-        self._servers = [self._server(directory / name) for name in ("redis-a", "redis-b")]
+        self._servers = [self._server(directory / name) for name in ("redis-a", "redis-b", "redis-c")]
         self._primary = 0
         self._sentinels: list[subprocess.Popen[bytes]] = []
         self._places: list[str] = []
@@ -172,9 +172,10 @@ class Sentinels:
     async def start(self) -> None:
         for server in self._servers:
             await asyncio.to_thread(server.start)
-        await self._follow(1, 0)
+        for replica in (1, 2):
+            await self._follow(replica, 0)
         self._start_sentinels()
-        await _until(self._is_complete, "the sentinels know both servers and each other")
+        await _until(self._is_complete, "the sentinels know all servers and each other")
 
     def _start_sentinels(self) -> None:
         for number in range(3):
@@ -208,8 +209,8 @@ class Sentinels:
             await self._busy
 
     async def _disturb(self, disturbance: Disturbance) -> None:
-        await _until(self._is_complete, "primary and replica are one again")
-        old, new = self._primary, 1 - self._primary
+        await _until(self._is_complete, "all replicas follow the primary again")
+        old = self._primary
         outage = Outage(disturbance.what, time.monotonic())
         self.outages.append(outage)
         if disturbance.what.endswith("briefly"):
@@ -225,15 +226,14 @@ class Sentinels:
             self._servers[old].kill()
         else:  # planned, as for maintenance
             await asyncio.to_thread(self._ask_sentinel, "failover")
-        await _until(lambda: self._role(new) == "master", "the replica is promoted")
-        self._primary = new
+        await _until(lambda: self._promoted(old), "a replica is promoted")
         outage.end = time.monotonic()
         if pausing is not None:
             await pausing
         elif disturbance.what.startswith("kill"):
             # A supervisor would start it at once; here only when it cannot be the primary any more.
             await asyncio.to_thread(self._servers[old].start)
-            await self._follow(old, new)
+            await self._follow(old, self._primary)
         # Until then it may accept what nobody will ever see.
         await _until(lambda: self._role(old) == "slave", "the old primary has become a replica")
         outage.lost_until = time.monotonic()
@@ -249,6 +249,13 @@ class Sentinels:
         with Redis.from_url(f"redis://{self._places[0]}") as sentinel:
             sentinel.execute_command("SENTINEL", what, SERVICE)
 
+    def _promoted(self, old: int) -> bool:
+        for number in range(len(self._servers)):
+            if number != old and self._role(number) == "master":
+                self._primary = number
+                return True
+        return False
+
     def _role(self, number: int) -> str:
         with Redis.from_url(self._servers[number].url, socket_timeout=1) as client:
             return str(client.info("replication")["role"])
@@ -256,7 +263,7 @@ class Sentinels:
     def _is_complete(self) -> bool:
         with Redis.from_url(self.primary_url, socket_timeout=1) as client:
             replicas = client.info("replication")
-        if replicas.get("slave0", {}).get("state") != "online":
+        if [replicas.get(f"slave{number}", {}).get("state") for number in range(2)] != ["online"] * 2:
             return False
         known = []
         for place in self._places:
@@ -264,7 +271,7 @@ class Sentinels:
                 known.append(sentinel.sentinel_master(SERVICE))
         port = self._servers[self._primary].port
         return all(
-            (state["port"], state["num-slaves"], state["num-other-sentinels"]) == (port, 1, 2)
+            (state["port"], state["num-slaves"], state["num-other-sentinels"]) == (port, 2, 2)
             and state["flags"] == "master"
             for state in known
         )

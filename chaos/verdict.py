@@ -33,8 +33,8 @@ from .recovery import recovery
 from .witness import Run, Testimony
 
 RATE_SLACK_SECONDS = 1.0
-#: A process that is younger may still be starting.
-START_SECONDS = 8.0
+#: A process that is younger may still be starting: on a busy machine that takes seconds.
+START_SECONDS = 10.0
 #: Clocks of server and witness differ by less.
 _CLOCK_SECONDS = 0.01
 
@@ -328,8 +328,12 @@ class Verdict:
     def _was_young(self, pid: int) -> bool:
         """Was it cut off or told to stop while it started? Then it gives up, and its supervisor tries again."""
         history = self._observed.history
+        started = history.started[pid]
         at = min(history.stopped.get(pid, float("inf")), history.ended[pid][0])
-        return at - history.started[pid] < START_SECONDS
+        away = [(outage.begin, max(outage.end, outage.lost_until)) for outage in self._observed.outages]
+        away += self._executions.cut_off(pid)
+        meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in away)
+        return at - started < START_SECONDS + meanwhile
 
     def _recovery(self) -> Iterable[Promise]:
         found = recovery(self._executions, self._observed, self._by_task.values(), self._runs)
