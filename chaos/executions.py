@@ -9,6 +9,7 @@ third of a lease before, and one that failed is tried again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from .drive import Observed
@@ -61,7 +62,7 @@ class Executions:
         for outage in self._outages:
             if outage.end - outage.begin > self._serious_seconds and meets(outage.begin, outage.end):
                 yield outage.begin, SERVER_AWAY
-            if meets(outage.forgets_from, outage.lost_until):
+            if outage.lost_from < math.inf and meets(outage.forgets_from, outage.over):
                 yield max(run.start, outage.forgets_from), DATA_LOST
         ended, code = self._history.ended.get(run.pid, (0.0, -1))
         if run.how == "CancelledError" and code == 0 and 0 <= ended - (run.end or 0) <= STOP_SECONDS:

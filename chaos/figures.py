@@ -96,9 +96,9 @@ def row(case: Case, runs: list[dict[str, Any]]) -> str:
         and total[name]
     ]
     unexplained = total["executed more than once without a reason"]
-    data_note = [found["notes"].get("acknowledged tasks lost with the server's data", "") for found in good]
-    oldest = max((float(note.split()[3]) for note in data_note if note), default=0.0)
     with_data = total["acknowledged tasks lost with the server's data"]
+    first = min((found.get("— the first was acknowledged", 0.0) for found in good), default=0.0)
+    last = max((found.get("— the last was acknowledged", 0.0) for found in good), default=0.0)
     recovery = []
     for name in dict.fromkeys(name for found in good for name in found if name.startswith("recovery, ")):
         each = [found[name] for found in good if name in found]
@@ -109,7 +109,7 @@ def row(case: Case, runs: list[dict[str, Any]]) -> str:
         f"{len(good)} of {len(runs)}",
         f"{total['tasks submitted']:,}",
         str(total["acknowledged tasks lost"]),
-        f"{with_data}, at most {oldest:.1f} s old" if with_data else "0",
+        f"{with_data}, acknowledged {first:+.1f} to {last:+.1f} s" if with_data else "0",
         "; ".join(reasons) or "0",
         str(unexplained),
         str(total["overlaps of executions that exclude each other"]),
@@ -133,11 +133,11 @@ def report(results: dict[Case, list[dict[str, Any]]], seconds: float) -> str:
 
 Measured by `make chaos-figures` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
 Storms of {seconds:g} s, leases of 2 s, sums over all seeds; `chaos/verdict.py` says what is counted. *Lost with
-the server's data* are acknowledged tasks that the configuration could not keep, with their greatest age when the
-server was disturbed. *After SIGCONT* are overlaps of at most 250 ms by a process that had been stopped, *lock
-lost* those of a server that had lost the lock. Recovery: the median of the runs' p50 / the greatest p99 in
-seconds from the disturbance (of the server: from its end) to the next execution. The raw figures of each run are
-in `benchmarks/chaos/`.
+the server's data* are acknowledged tasks that the configuration could not keep, with when they were
+acknowledged, counted from the disturbance of the server. *After SIGCONT* are overlaps of at most 250 ms by a
+process that had been stopped, *lock lost* those of a server that had lost the lock. Recovery: the median of the
+runs' p50 / the greatest p99 in seconds from the disturbance (of the server: from its end) to the next execution.
+The raw figures of each run are in `benchmarks/chaos/`.
 
 | case | runs | tasks | lost | lost with the server's data | executed again, by reason | without a reason \
 | overlaps | after SIGCONT | lock lost | recovery p50 / p99 s | runs that broke a promise |

@@ -25,6 +25,8 @@ from .plan import Disturbance
 SERVICE = "tasks"
 #: A snapshot is taken so often in the configuration `rdb`: often, for storms are short.
 SNAPSHOT_SECONDS = 5
+#: A primary that has not heard from a replica for so long refuses writes; it is measured in whole seconds.
+_MAX_LAG_SECONDS = 2
 _AOF = ("--appendonly", "yes", "--appendfsync")
 #: Configuration -> options of its servers.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -35,7 +37,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "sentinel": (*_AOF, "everysec"),
     "sentinel-min-replicas": (
         *(*_AOF, "everysec"),
-        *("--min-replicas-to-write", "1", "--min-replicas-max-lag", "2"),
+        *("--min-replicas-to-write", "1", "--min-replicas-max-lag", str(_MAX_LAG_SECONDS)),
     ),
 }
 #: Configuration -> how long before its end a server that is killed may have written what is lost.
@@ -64,6 +66,8 @@ class Outage:
     lost_from: float = math.inf
     """What was written from then on may be lost; infinity: nothing may."""
     lost_until: float = -math.inf
+    over: float = math.inf
+    """When no client could talk to a server any more that had been replaced."""
 
     @property
     def forgets_from(self) -> float:
@@ -131,7 +135,7 @@ class Single:
                 self._lose_what_is_not_synced(outage.begin)
             await asyncio.sleep(disturbance.seconds)
             await asyncio.to_thread(self._server.start)
-        outage.end = outage.lost_until = time.monotonic()
+        outage.end = outage.lost_until = outage.over = time.monotonic()
 
     def _lose_what_is_not_synced(self, at: float) -> None:
         old = [(path, size) for when, path, size in self._sizes if when <= at - _NOT_SYNCED_SECONDS]
@@ -216,7 +220,7 @@ class Sentinels:
         if disturbance.what.endswith("briefly"):
             # Too short for the sentinels to notice.
             await _paused(self._servers[old], min(disturbance.seconds, _DOWN_AFTER_MS / 2000))
-            outage.end = time.monotonic()
+            outage.end = outage.over = time.monotonic()
             return
         outage.lost_from = outage.begin - _LOST_SECONDS[self.configuration]
         pausing = None
@@ -236,7 +240,9 @@ class Sentinels:
             await self._follow(old, self._primary)
         # Until then it may accept what nobody will ever see.
         await _until(lambda: self._role(old) == "slave", "the old primary has become a replica")
-        outage.lost_until = time.monotonic()
+        outage.over = outage.lost_until = time.monotonic()
+        if self.configuration == "sentinel-min-replicas":
+            outage.lost_until = min(outage.over, outage.end + _MAX_LAG_SECONDS + 1.0)
 
     async def _follow(self, replica: int, primary: int) -> None:
         def tell() -> None:

@@ -125,24 +125,22 @@ class Verdict:
         unanswered = [n for n in self._observed.submitted if n not in acknowledged]
         arrived = sum(n in self._by_task for n in unanswered)
         yield Promise("submissions without an answer", len(unanswered), None, f"{arrived} of them had arrived")
-        lost, with_data, ages = [], 0, [0.0]
+        lost, ages = [], []
         for n, at in acknowledged.items():
             if self._finished(n):
                 continue
             before = [o for o in self._observed.outages if o.lost_from <= at <= o.lost_until]
             if before:
-                with_data += 1
-                ages.append(before[0].begin - at)
+                ages.append(at - before[0].begin)
             else:
                 how = [run.how or "died" for run in self._by_task.get(n, ())]
                 lost.append(f"{self._observed.submitted[n]} {n}, executions: {how or 'none'}")
         yield self._count("acknowledged tasks lost", lost)
-        yield Promise(
-            "acknowledged tasks lost with the server's data",
-            with_data,
-            None,
-            f"acknowledged at most {max(ages):.2f} s before the outage" if with_data else "",
-        )
+        yield Promise("acknowledged tasks lost with the server's data", len(ages))
+        if ages:
+            since = "s since the server was disturbed"
+            yield Promise("— the first was acknowledged", round(min(ages), 2), None, since)
+            yield Promise("— the last was acknowledged", round(max(ages), 2), None, since)
 
     def _repeated(self) -> Iterable[Promise]:
         reasons: Counter[str] = Counter()
@@ -330,7 +328,7 @@ class Verdict:
         history = self._observed.history
         started = history.started[pid]
         at = min(history.stopped.get(pid, float("inf")), history.ended[pid][0])
-        away = [(outage.begin, max(outage.end, outage.lost_until)) for outage in self._observed.outages]
+        away = [(outage.begin, outage.over) for outage in self._observed.outages]
         away += self._executions.cut_off(pid)
         meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in away)
         return at - started < START_SECONDS + meanwhile

@@ -111,16 +111,16 @@ def test_nothing_excuses_an_overlap_of_a_worker_that_was_cut_off_or_whose_server
     runs = [run(1, 1, 6, how="CancelledError"), run(2, 5.9, 6.5, pid=8), run(1, 7, 7.5, pid=8)]
     cut_off = History(names={7: "worker-0"}, cut_off={"worker-0": [(1.5, 5.9)]})
     assert set(promises(runs, cut_off)) == {OVERLAPS}
-    assert set(promises(runs, outages=[Outage("pause server", 1.5, 5.5)])) == {OVERLAPS}
+    assert set(promises(runs, outages=[Outage("pause server", 1.5, 5.5, over=5.5)])) == {OVERLAPS}
 
 
 def test_what_was_acknowledged_just_before_the_server_lost_data_is_counted_on_its_own() -> None:
-    outage = Outage("kill server", 1.0, 2.0, lost_from=0.4, lost_until=2.0)
+    outage = Outage("kill server", 1.0, 2.0, lost_from=0.4, lost_until=2.0, over=2.0)
     assert promises([run(1, 3, 4)], outages=[outage]) == {}
     assert told([run(1, 3, 4)], outages=[outage])["acknowledged tasks lost with the server's data"] == 1
     earlier = {1: 0.3, 2: 0.3}
     assert promises([run(1, 3, 4)], outages=[outage], acknowledged=earlier) == {"acknowledged tasks lost": 1}
-    everything = Outage("kill server", 1.0, 2.0, lost_from=-math.inf, lost_until=2.0)
+    everything = Outage("kill server", 1.0, 2.0, -math.inf, lost_until=2.0, over=2.0)
     assert promises([run(1, 3, 4)], outages=[everything], acknowledged=earlier) == {}
 
 

@@ -53,7 +53,9 @@ def is_passing(error: BaseException) -> bool:
         return False
     if isinstance(error, _PASSING):
         return True
-    return isinstance(error, ResponseError) and str(error).split(" ", 1)[0] in _PASSING_WORDS
+    # Of a command in a pipeline, redis-py gives the words as a tuple at the end of its own.
+    words = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"")
+    return isinstance(error, ResponseError) and words.split(" ", 1)[0] in _PASSING_WORDS
 
 
 def may_pass(error: BaseException) -> bool:
