@@ -198,7 +198,7 @@ def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Reg
     header, _, data = stored.partition(b"\n")
     parts = text(header).split(" ", _DELAYED_FIELDS - 1)
     stream, reason, since = [*parts, "", "", ""][:3]
-    waiting_since_us = number_of(since)
+    waiting_since_us = number_of(since.partition("@")[0])  # behind it: which occurrence of a schedule it is
     head = read_head(data, length - len(header) - 1)
     attempts = head.message.attempts if head.failed_attempts and head.message is not None else []
     error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None

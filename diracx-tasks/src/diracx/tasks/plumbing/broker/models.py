@@ -255,6 +255,8 @@ class Delivery:
     """When it first began to wait for a lock (µs since the epoch), or 0."""
     earlier_deaths: int = 0
     """How many workers died with it before it was parked or handed back: entries before this one."""
+    occurrence: str | None = None
+    """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
     survived: int = 0
     """How many of the workers that lost this entry live after all."""
 

@@ -476,6 +476,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         since=str(number_of(values.get(b"since"))),
         earlier_deaths=number_of(values.get(b"deaths")),
         survived=number_of(values.get(b"survived")),
+        occurrence=_text(values[b"occurrence"]) if b"occurrence" in values else None,
     )
 
 

@@ -112,8 +112,16 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
         return None
     # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
     delay_ms = max(0, in_ms(again) - in_ms(datetime.now(UTC)))
-    stream = execution.delivery.stream.removesuffix(keys.HANDOVER)
-    return {"task": final.task_id, "delay_ms": delay_ms, "stream": stream, "data": final.dumpb()}
+    return defer(execution.delivery, final.task_id, delay_ms, final.dumpb())
+
+
+def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> dict[str, Any]:
+    """What lua/settle.lua needs to put a message into the delayed set for so long, by the server's clock."""
+    stream = delivery.stream.removesuffix(keys.HANDOVER)
+    again: dict[str, Any] = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
+    if delivery.occurrence is not None:
+        again["occurrence"] = delivery.occurrence
+    return again
 
 
 def hand_back(delivery: Delivery, data: bytes | None = None) -> Settlement:
@@ -132,9 +140,7 @@ def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
     assert delivery.data is not None
     task = (id_at_head(delivery.data) or delivery.entry.encode()).decode(errors="replace")
     logger.warning("%s is left to workers of a later version: %s", task, error)
-    stream = delivery.stream.removesuffix(keys.HANDOVER)
-    again = {"task": task, "delay_ms": _NEWER_DELAY_MS, "stream": stream, "data": delivery.data}
-    return Settlement(delivery, retry=again)
+    return Settlement(delivery, retry=defer(delivery, task, _NEWER_DELAY_MS, delivery.data))
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:

@@ -1,10 +1,36 @@
 -- Where a message can be: in a stream, or in the delayed set. These are the only ways between them.
 
+-- An occurrence of a schedule is `{since}@{schedule and task, in hexadecimal}` wherever it goes, and has its own field
+-- `occurrence` in a stream: so its schedule knows where it waits, and nobody else looks.
+local function in_hex(text)
+  return (string.gsub(text, '.', function(byte) return string.format('%02x', string.byte(byte)) end))
+end
+
+local function with_occurrence(since, occurrence)
+  return occurrence and since .. '@' .. occurrence or since
+end
+
+-- The last occurrence of a schedule waits under another entry now.
+local function note_moved(occurrence, stream, entry)
+  local text = string.gsub(occurrence, '%x%x', function(byte) return string.char(tonumber(byte, 16)) end)
+  local schedule, task = string.match(text, '^(.*) (%S+)$')
+  local last = schedule and redis.pcall('HGET', '$LAST_RUNS', schedule)
+  local known, due = string.match(type(last) == 'string' and last or '', '^%S+ %S+ (%S+) (%d+)$')
+  if known == task then redis.pcall('HSET', '$LAST_RUNS', schedule, table.concat({stream, entry, task, due}, ' ')) end
+end
+
 -- `deaths`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
 -- `woken`: the key of the lock that was handed to it, if one was.
 local function enqueue(stream, data, since, deaths, woken)
-  local fields = {'data', data}
-  if since and since ~= '0' then fields[3], fields[4] = 'since', since end
+  local fields, occurrence = {'data', data}, nil
+  if since and since ~= '0' then
+    since, occurrence = string.match(since, '^(%d+)@?(%x*)$')
+    if since ~= '0' then fields[3], fields[4] = 'since', since end
+    if occurrence ~= '' then
+      fields[#fields + 1] = 'occurrence'
+      fields[#fields + 1] = occurrence
+    end
+  end
   if deaths and tonumber(deaths) > 0 then
     fields[#fields + 1] = 'deaths'
     fields[#fields + 1] = deaths
@@ -13,7 +39,9 @@ local function enqueue(stream, data, since, deaths, woken)
     fields[#fields + 1] = 'woken'
     fields[#fields + 1] = woken
   end
-  return redis.call('XADD', stream, '*', unpack(fields))
+  local entry = redis.call('XADD', stream, '*', unpack(fields))
+  if occurrence and occurrence ~= '' then note_moved(occurrence, stream, entry) end
+  return entry
 end
 
 local PRIORITIES = {realtime = true, normal = true, background = true}
@@ -47,7 +75,7 @@ end
 -- What is stored of a delayed task: stream, reason, since, deaths, message; nothing where it cannot be read.
 local function parts_of(stored)
   local header, data = head_of(stored)
-  local stream, reason, since, deaths = string.match(header, '^(%S+) ([%l_]+) (%d+) ?(%d*)')
+  local stream, reason, since, deaths = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*)')
   if is_stream(stream) then return stream, reason, since, tonumber(deaths), data end
 end
 

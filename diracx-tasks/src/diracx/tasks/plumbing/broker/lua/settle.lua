@@ -4,7 +4,7 @@
 -- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
 --   locks   = those it holds
 --   result  = {key, value, ttl_ms}
---   retry   = {task, delay_ms, stream, data}    put aside for so long, by the server's clock
+--   retry   = {task, delay_ms, stream, data, occurrence}    put aside for so long, by the server's clock
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
@@ -36,11 +36,13 @@ local function following()
   end
   local function keep(stream, entry, deliveries, s, there)
     if s.retry then
-      delay(s.retry.task, now_us() / 1000 + s.retry.delay_ms, s.retry.stream, 'retry', '0', s.retry.data)
+      local due = now_us() / 1000 + s.retry.delay_ms
+      delay(s.retry.task, due, s.retry.stream, 'retry', with_occurrence('0', s.retry.occurrence), s.retry.data)
     end
     if s.requeue then
       local noted = there and field_of(there[2], 'deaths')
-      enqueue(s.requeue.stream, s.requeue.data, s.requeue.since, deaths_of(stream, entry, deliveries, noted))
+      local since = with_occurrence(s.requeue.since, there and field_of(there[2], 'occurrence'))
+      enqueue(s.requeue.stream, s.requeue.data, since, deaths_of(stream, entry, deliveries, noted))
     end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
   end

@@ -59,6 +59,7 @@ for position, d in ipairs(deliveries) do
       local due = again / 1000
       redis.call('PEXPIRE', waiting, int(due - now / 1000 + 2 * d.retry_ms))
       remove(d.stream, d.entry)
+      since = with_occurrence(since, field_of(fields, 'occurrence'))
       delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths, lock.key)
       pass_on(d.locks, refusing, d.task)
       local given_up = {}
