@@ -161,6 +161,9 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "heads": lambda s: scripts.delayed_heads(s.redis, ["later"], 10),
     "snapshot": lambda s: scripts.snapshot(s.redis),
     "inspect": lambda s: scripts.inspect(s.redis, [{"kind": "mutex", "key": s.lock.redis_key}], 1),
+    "dead_letters": lambda s: scripts.dead_letters(
+        s.redis, "w", "-", lease_ms=1000, at_most=1, at_most_bytes=1000
+    ),
     "leave": lambda s: s.broker.leave(),
 }
 
@@ -178,6 +181,7 @@ async def scene(redis: Redis, redis_url: str) -> AsyncIterator[Scene]:
     await redis.set(keys.LEADER, "leader", px=60_000)
     await redis.zadd(keys.NEXT_RUNS, {"due": 1})
     await redis.hset(keys.FINGERPRINTS, "due", "x")
+    await redis.xadd(keys.DEAD_LETTERS, {"reason": "unparsable", "data": "x"})
     yield Scene(redis, broker, sync, delivery)
     await broker.shutdown()
     sync.close()
