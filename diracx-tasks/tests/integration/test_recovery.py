@@ -157,3 +157,12 @@ async def test_P9_a_lease_that_ends_sooner_is_looked_at_when_it_ends_although_a_
     await worker("ends soon", 0.5)
     _, again_seconds, _ = await looks.reclaim(1, lease_seconds=600)
     assert again_seconds <= 0.502
+
+
+async def test_P9_a_worker_with_many_slots_takes_over_in_portions_and_waits_for_no_clock_in_between(
+    worker: Worker, redis: Redis
+) -> None:
+    """While it begins one portion, others may take the next one; and no step holds the server up for long."""
+    await die_with(redis, await worker("1"), *(str(number) for number in range(120)))
+    intake = Intake(await worker("2"), WorkerSettings(), asyncio.Event(), list, lambda: True)
+    assert [len(await intake.next(1000)) for _ in range(3)] == [50, 50, 20]

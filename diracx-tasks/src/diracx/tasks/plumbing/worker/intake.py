@@ -195,7 +195,10 @@ class Intake:
         if audit:
             self._audit_at = now + _AUDIT_LEASES * lease_seconds
         deliveries, again_seconds, self._makes_room = await self._broker.reclaim(
-            free, audit=audit, lease_seconds=lease_seconds, max_deliveries=self._settings.max_deliveries
+            min(free, _BATCH),
+            audit=audit,
+            lease_seconds=lease_seconds,
+            max_deliveries=self._settings.max_deliveries,
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
