@@ -85,6 +85,19 @@ class World:
                 await pipe.execute()
         await pipe.execute()
 
+    async def fill(self, step: str, items: int) -> None:
+        """Run a step of Lua on the server for each message: it knows `id`, `data` and `n`."""
+        before, after = _message(0).dumpb().split(b"0" * 32)
+        source = f"""
+            for n = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+                local id = string.format('%032x', n)
+                local data = ARGV[3] .. id .. ARGV[4]
+                {step}
+            end"""
+        for first in range(0, items, 5000):
+            last = min(first + 5000, items) - 1
+            await self.redis.execute_command("EVAL", source, 0, first, last, before, after)
+
     async def now_ms(self) -> int:
         seconds, microseconds = await self.redis.time()
         return int(seconds * 1000 + microseconds // 1000)
@@ -120,18 +133,15 @@ async def _start(world: World, deliveries: Sequence[Delivery], lock_of: Callable
 
 
 async def _queue(world: World, items: int) -> None:
-    await world.pipeline(("XADD", _QUEUE, "*", "data", _message(number).dumpb()) for number in range(items))
+    await world.fill(f"redis.call('XADD', '{_QUEUE}', '*', 'data', data)", items)
 
 
 async def _delayed(world: World) -> None:
-    def commands() -> Iterable[Sequence[Any]]:
-        for number in range(world.items):
-            message = _message(number)
-            stored = f"{_QUEUE} at_time 0\n".encode() + message.dumpb()
-            yield ("HSET", keys.DELAYED_DATA, message.task_id, stored)
-            yield ("ZADD", keys.DELAYED, number, message.task_id)
-
-    await world.pipeline(commands())
+    await world.fill(
+        f"redis.call('HSET', '{keys.DELAYED_DATA}', id, '{_QUEUE} at_time 0\\n' .. data) "
+        f"redis.call('ZADD', '{keys.DELAYED}', n, id)",
+        world.items,
+    )
     await world.redis.hset(keys.DELAYED_REASONS, "at_time", world.items)
 
 
@@ -337,9 +347,7 @@ async def _use_marks(world: World) -> None:
 
 async def _workers(world: World, ends: int, streams: Sequence[str], leftover: str | None) -> None:
     if leftover:
-        await world.pipeline(
-            ("XADD", leftover, "*", "data", _message(number).dumpb()) for number in range(world.items)
-        )
+        await world.fill(f"redis.call('XADD', '{leftover}', '*', 'data', data)", world.items)
     for stream in streams:
         await world.pipeline([("XGROUP", "CREATE", stream, keys.GROUP, "0", "MKSTREAM")])
         await world.pipeline(

@@ -84,4 +84,9 @@ def _comparable(key: str, value: Any, now_ms: int) -> Any:
     if not isinstance(value, list) or key == keys.SURVIVED:
         return value
     pairs = list(zip(value[::2], value[1::2], strict=True))
-    return [(worker, int(ends) > now_ms) for worker, ends in pairs] if key == keys.ALIVE else pairs
+    if key != keys.ALIVE:
+        return pairs
+    return [
+        (worker, "lives" if int(ends) > now_ms else "dead" if int(ends) >= 0 else "buried")
+        for worker, ends in pairs
+    ]

@@ -127,7 +127,8 @@ class BrokerMachine(RuleBasedStateMachine):
         ]
 
     def _is_dead(self, worker: str) -> bool:
-        return self.sync.zscore(keys.ALIVE, worker) in (None, 0)  # off the list: buried
+        ends = self.sync.zscore(keys.ALIVE, worker)
+        return ends is None or ends <= 0  # off the list, or below zero: buried
 
     def _living(self, *places: str) -> list[str]:
         """Workers that live and, if places are given, hold a task there."""

@@ -293,7 +293,7 @@ async def test_an_occurrence_is_submitted_by_the_leader_when_it_is_due_and_once(
         )
         assert await redis.xlen(STREAM) == 1
         assert await redis.zscore(keys.NEXT_RUNS, "paused") == dues["paused"]
-        assert await scripts.plan(redis, "old", [], [], []) is False
+        assert await scripts.plan(redis, "old", [{"id": "paused", "forgotten": 1}]) is False
         assert await redis.zcard(keys.NEXT_RUNS) == 5
     finally:
         await redis.delete(keys.LEADER, STREAM)

@@ -67,7 +67,7 @@ async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = No
     if found is None:
         return Released(key=key, released=0)
     if found.kind == "rate":
-        deleted = await redis.delete(key)
+        deleted = await redis.unlink(key)
         return Released(key=key, released=found.held if deleted else 0)
     hit = [holder for holder in found.holders if owners is None or holder.owner in owners]
     released = await scripts.release(redis, [_spec(found, holder.owner) for holder in hit]) if hit else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.stored import SCANNED
 from .models import Holder, Lock, LockKind, Page
-from .places import as_mapping, moment, server_time, text
+from .places import moment, server_time, text
 from .processes import alive_workers, told_running
 
 if TYPE_CHECKING:
@@ -68,18 +69,20 @@ async def _seen(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
 
 async def _owners(redis: Redis) -> dict[tuple[str, str], tuple[str, int | None]]:
     """Who holds locks for tasks: owner and key -> worker and limit."""
-    names = await alive_workers(redis)
-    async with redis.pipeline(transaction=False) as pipe:
-        for name in names:
-            pipe.execute_command("HGETALL", keys.HELD_PREFIX + name)
-        ledgers = await pipe.execute() if names else []
+    cursors = dict.fromkeys(await alive_workers(redis), 0)
     found: dict[tuple[str, str], tuple[str, int | None]] = {}
-    for name, ledger in zip(names, ledgers, strict=True):
-        for line, what in as_mapping(ledger).items():
-            owner, _, key = text(line).partition(":")
-            _, _, limit = text(what).partition(" ")
-            if owner != "entry" and _kind(key) is not None:
-                found[owner, key] = (name, int(limit) if limit.isdigit() else None)
+    while cursors:
+        async with redis.pipeline(transaction=False) as pipe:
+            for name, cursor in cursors.items():
+                pipe.hscan(keys.HELD_PREFIX + name, cursor, count=SCANNED)
+            ledgers = dict(zip(cursors, await pipe.execute(), strict=True))
+        for name, (_, lines) in ledgers.items():
+            for line, what in lines.items():
+                owner, _, key = text(line).partition(":")
+                _, _, limit = text(what).partition(" ")
+                if owner != "entry" and _kind(key) is not None:
+                    found[owner, key] = (name, int(limit) if limit.isdigit() else None)
+        cursors = {name: cursor for name, (cursor, _) in ledgers.items() if cursor}
     return found
 
 

@@ -6,33 +6,35 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import keys, scripts
-from ..plumbing.broker.stored import reading
+from ..plumbing.broker.stored import SCANNED, reading
 from ..plumbing.wire import loads
 from .models import BlockedLoop, Page, RunningTask, Worker
-from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, scored, server_time, text
+from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 #: A worker whose lease has ended is listed for so long after its last report.
 _HEARD_SECONDS = 120.0
+#: What is below zero in the list of workers, by which: see lua/reclaim.lua.
+_SIZE_MS = 1e13
 _SIZES = {"small": 0, "medium": 1, "large": 2}
 
 
 async def alive_workers(redis: Redis) -> list[str]:
     """Names of the workers whose lease has not been ended."""
-    names: Any = await redis.zrange(keys.ALIVE, 0, -1)
-    return [text(name) for name in names]
+    return sorted(await _moments(redis, keys.ALIVE))
+
+
+async def _moments(redis: Redis, key: str) -> dict[str, float]:
+    """The members of a sorted set, each with its moment (ms)."""
+    return {text(name): float(score) async for name, score in redis.zscan_iter(key, count=SCANNED)}
 
 
 async def workers(redis: Redis) -> list[Worker]:
     """All workers that live or were heard of within the last two minutes, by size and name."""
-    async with redis.pipeline(transaction=False) as pipe:
-        pipe.execute_command("ZRANGE", keys.ALIVE, 0, -1, "WITHSCORES")
-        pipe.execute_command("ZRANGE", keys.REPORTING, 0, -1, "WITHSCORES")
-        leases, reporting = await pipe.execute()
-    lease = {text(name): score / 1000 for name, score in scored(leases)}
-    seen = {text(name): score / 1000 for name, score in scored(reporting)}
+    lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await _moments(redis, keys.ALIVE)).items()}
+    seen = {name: at_ms / 1000 for name, at_ms in (await _moments(redis, keys.REPORTING)).items()}
     now = await server_time(redis)
     names = sorted({*lease, *(name for name, at in seen.items() if at > now - _HEARD_SECONDS)})
     reports = await _reports(redis, names, "line", "blocked")

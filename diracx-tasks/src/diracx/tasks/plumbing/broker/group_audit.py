@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError, ResponseError
 
 from . import keys, scripts
-from .stored import text_of
+from .groups import group_ids
+from .stored import SCANNED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,13 +99,12 @@ async def fail_lost_children(redis: Redis) -> int:
 async def _awaited_children(redis: Redis) -> dict[bytes, str]:
     """Child -> group of all that complete groups wait for."""
     found: dict[bytes, str] = {}
-    groups: Any = await redis.zrange(keys.GROUPS, 0, -1)
-    for group in map(text_of, groups):
+    for group in await group_ids(redis):
         key = keys.GROUPS_PREFIX + group
         try:
             if await redis.hexists(key, "submitting") or await redis.exists(f"{key}:staged"):
                 continue
-            async for child in redis.sscan_iter(f"{key}:pending", count=_ENTRIES):
+            async for child in redis.sscan_iter(f"{key}:pending", count=SCANNED):
                 found[child] = group
         except ResponseError as error:  # as for a key of another type: it must not keep the others from ending
             logger.warning("cannot look for lost children of group %r: %s", group, error)

@@ -12,15 +12,15 @@ from redis.exceptions import ResponseError
 from ..exceptions import ResultIsMissingError
 from . import keys
 from .models import TaskResult
-from .stored import UNDECODABLE, moment_of, number_of, text_of
+from .stored import SCANNED, UNDECODABLE, moment_of, number_of, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from redis.asyncio import Redis
 
-#: Results fetched with one command.
-_RESULTS_BATCH = 500
+#: Groups that are read in one transaction.
+_GROUPS_BATCH = 100
 
 
 class GroupState(StrEnum):
@@ -64,20 +64,23 @@ async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
     statuses = await _read(redis, [group_id])
     if not statuses:
         return None
-    pending: Any = await redis.execute_command("SMEMBERS", f"{key}:pending")
-    failed: Any = await redis.execute_command("HGETALL", f"{key}:failed")
-    pairs = zip(failed[::2], failed[1::2], strict=True) if isinstance(failed, list) else failed.items()
     [status] = statuses
-    status.pending_children.extend(sorted(text_of(child) for child in pending))
-    status.failed_children.update({text_of(child): text_of(error) for child, error in pairs})
+    pending = {text_of(child) async for child in redis.sscan_iter(f"{key}:pending", count=SCANNED)}
+    status.pending_children.extend(sorted(pending))
+    async for child, error in redis.hscan_iter(f"{key}:failed", count=SCANNED):
+        status.failed_children[text_of(child)] = text_of(error)
     return status
+
+
+async def group_ids(redis: Redis) -> list[str]:
+    """All groups, those that expire first at the beginning."""
+    found = {text_of(group): expires async for group, expires in redis.zscan_iter(keys.GROUPS, count=SCANNED)}
+    return sorted(found, key=lambda group: found[group])
 
 
 async def group_of(redis: Redis, child: bytes) -> str | None:
     """The group that waits for this task; None when none does. Looks through all groups."""
-    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, -1)
-    for first in range(0, len(members), _RESULTS_BATCH):
-        batch = [text_of(member) for member in members[first : first + _RESULTS_BATCH]]
+    for batch in _batches(await group_ids(redis), _GROUPS_BATCH):
         async with redis.pipeline(transaction=False) as pipe:
             for group in batch:
                 pipe.execute_command("SISMEMBER", f"{keys.GROUPS_PREFIX}{group}:pending", child)
@@ -93,10 +96,18 @@ async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatu
     Args:
         limit: only so many, those that expire first.
     """
-    last = -1 if limit is None else max(0, limit - 1)
-    members: Any = await redis.execute_command("ZRANGE", keys.GROUPS, 0, last)
-    statuses = await _read(redis, [text_of(member) for member in members])
+    if limit is None:
+        listed = await group_ids(redis)
+    else:
+        listed = [text_of(group) for group in await redis.zrange(keys.GROUPS, 0, max(0, limit - 1))]
+    statuses: list[GroupStatus] = []
+    for batch in _batches(listed, _GROUPS_BATCH):
+        statuses += await _read(redis, batch)
     return sorted(statuses, key=lambda status: status.created)
+
+
+def _batches(items: list[str], size: int) -> Iterator[list[str]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
@@ -152,12 +163,16 @@ async def read_results(redis: Redis, group_id: str, total: int) -> dict[str, Tas
         ResultIsMissingError: when the results were not kept, or have expired.
     """
     key = keys.GROUPS_PREFIX + group_id
-    children: Any = await redis.execute_command("LRANGE", f"{key}:children", 0, -1)
+    children: list[bytes] = []
+    while part := await redis.execute_command(
+        "LRANGE", f"{key}:children", len(children), len(children) + SCANNED - 1
+    ):
+        children += part
     if len(children) != total:
         raise ResultIsMissingError(f"the results of the children of group {group_id} are not kept any more")
     results = {}
-    for first in range(0, total, _RESULTS_BATCH):
-        batch = children[first : first + _RESULTS_BATCH]
+    for first in range(0, total, SCANNED):
+        batch = children[first : first + SCANNED]
         stored: Any = await redis.execute_command("HMGET", f"{key}:results", *batch)
         for child, data in zip(batch, stored, strict=True):
             if data is not None:

@@ -23,8 +23,11 @@ WAITING_PREFIX = "diracx:tasks:waiting:"
 #: String per lock: the task that was woken for it and may take it before others; lives a moment.
 TURN_PREFIX = "diracx:tasks:turn:"
 
-#: Sorted set: worker -> when its lease ends (ms since the epoch).
+#: Sorted set: worker -> when its lease ends (ms since the epoch). One that is buried and has left messages -> when
+#: they were last looked at, less 10^13 ms times the number of their size.
 ALIVE = "diracx:tasks:alive"
+#: String, with a time to live: the worker that looked last for consumers that are on no list.
+AUDITOR = "diracx:tasks:auditor"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
 #: Set, with a time to live: "{stream} {entry} {deliveries}" of what was taken over from workers that lived.

@@ -13,6 +13,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from uuid import uuid4
 import msgpack
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
@@ -31,7 +32,7 @@ from .keys import ALL_STREAM_NAMES, stream_name_for
 from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 from .sizes import ALWAYS_TAKEN_BYTES, in_calls
-from .stored import number_of
+from .stored import SCANNED, number_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -52,6 +53,8 @@ DELAY_BATCH = 100
 GROUP_BATCH = 500
 #: So many workers have died with a message that may be what killed them.
 _SUSPECT_FROM = 2
+#: How often consumers are looked for that are on no list: only a list that was lost has left some.
+AUDIT_LEASES = 4
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
@@ -308,7 +311,7 @@ class RedisStreamBroker:
         """Take over up to `free` messages of dead workers, and take what is new in more urgent queues.
 
         Args:
-            audit: also look for consumers that are on no list of living workers.
+            audit: also look for consumers that are on no list, unless another worker has just done so.
             lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
             max_deliveries: a message that so many workers have died with will not run again. One that nearly
                 as many have died with may be what they died of: such a suspect is given to a worker that holds
@@ -320,12 +323,14 @@ class RedisStreamBroker:
             nothing until it holds nothing, and then to look again.
         """
         lease_ms = int(lease_seconds * 1000)
+        if audit:
+            with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
+                await self._audit(lease_ms)
         messages, again_ms, make_room = await scripts.reclaim(
             self.redis,
             self.streams,
             self.consumer_name,
             free,
-            audit,
             lease_ms,
             _suspect_from(max_deliveries),
             max_deliveries,
@@ -333,6 +338,22 @@ class RedisStreamBroker:
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
         return deliveries, again_ms / 1000, bool(make_room)
+
+    async def _audit(self, lease_ms: int) -> None:
+        """Enter consumers that are on no list of workers, as after a loss of data: one worker does it for all."""
+        kept_ms = max(1, (AUDIT_LEASES - 1) * lease_ms)  # over when this worker comes again
+        if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=kept_ms):
+            return
+        seconds, microseconds = await self.redis.time()
+        ends_ms = seconds * 1000 + microseconds // 1000 + lease_ms
+        for stream in keys.EVERY_STREAM:
+            try:
+                consumers = await self.redis.xinfo_consumers(stream, keys.GROUP)
+            except ResponseError:  # no stream, or no worker has ever asked for what is in it
+                continue
+            for first in range(0, len(consumers), SCANNED):
+                names = [consumer["name"] for consumer in consumers[first : first + SCANNED]]
+                await self.redis.zadd(keys.ALIVE, dict.fromkeys(names, ends_ms), nx=True)
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 from redis.exceptions import NoScriptError
 
+from ..enums import Size
 from . import keys
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Everything a script may need to know about all streams.
 _EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
+#: The same, size by size.
+_STREAMS_BY_SIZE = msgpack.packb([keys.streams_of(size) for size in Size])
 #: The nine queues.
 _QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
@@ -224,13 +227,12 @@ async def reclaim(
     streams: Sequence[str],
     consumer: str,
     free: int,
-    audit: bool,
     lease_ms: int,
     suspect_from: int,
     max_deliveries: int,
 ) -> Any:
     """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
-    args = [consumer, free, int(audit), _EVERY_STREAM, lease_ms, suspect_from, max_deliveries]
+    args = [consumer, free, _STREAMS_BY_SIZE, lease_ms, suspect_from, max_deliveries]
     return await script("reclaim")(redis, streams, args)
 
 
@@ -295,16 +297,9 @@ async def resubmit(redis: Redis, letters: Sequence[Mapping[str, Any]], ttl_ms: i
     return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]
 
 
-async def plan(
-    redis: Redis,
-    token: str,
-    changed: Sequence[Mapping[str, Any]],
-    unchanged: Sequence[str],
-    switched_off: Sequence[str],
-) -> bool:
-    """Bring the set of schedules up to date. False when somebody else leads."""
-    args = [token, pack(changed), pack(unchanged), pack(switched_off)]
-    return bool(await script("plan")(redis, args=args) == 1)
+async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
+    """Bring schedules up to date, see lua/plan.lua. False when somebody else leads."""
+    return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)
 
 
 async def occur(redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]) -> list[int] | None:

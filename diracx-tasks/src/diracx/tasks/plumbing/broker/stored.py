@@ -9,6 +9,8 @@ from typing import Any
 
 #: What is shown in place of what cannot be read.
 UNDECODABLE = "(cannot be decoded)"
+#: Fields or members that one command reads, however many there are: well below a ms of the server's time.
+SCANNED = 500
 #: Digits of a time in µs, until long after the calendar's end.
 _LONGEST_NUMBER = 18
 #: The last whole second of the calendar (s since the epoch).

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..broker import keys
-from ..broker.stored import ms_of, reading
+from ..broker.stored import SCANNED, ms_of, reading
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, every_instance, source_of
@@ -121,16 +121,14 @@ class _Stored:
 
 
 async def _read(redis: Redis) -> _Stored:
+    """Key by key and part by part: however many schedules there are, no call takes long."""
     hashes = (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PAUSED, keys.PROBLEMS)
-    async with redis.pipeline(transaction=True) as pipe:
-        pipe.zrange(keys.NEXT_RUNS, 0, -1, withscores=True)
-        for key in hashes:
-            pipe.hgetall(key)
-        ranked, *found = await pipe.execute()
-    fingerprints, last_runs, outcomes, paused, problems = (
-        {_text(name): _text(value) for name, value in each.items()} for each in found
-    )
-    next_runs = {_text(name): ms_of(due) for name, due in ranked}
+    fingerprints, last_runs, outcomes, paused, problems = [
+        {_text(name): _text(value) async for name, value in redis.hscan_iter(key, count=SCANNED)} for key in hashes
+    ]
+    # After the fingerprints: what is planned meanwhile must not look as if it had no run left.
+    ranked = redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
+    next_runs = {_text(name): ms_of(str(due)) async for name, due in ranked}
     with reading(keys.LAST_RUNS):
         last = {id_: _last_run(text) for id_, text in last_runs.items()}
     with reading(keys.OUTCOMES):

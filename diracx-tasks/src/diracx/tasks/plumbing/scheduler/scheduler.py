@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
@@ -17,7 +17,7 @@ from ..binding import Binding
 from ..broker import keys, scripts
 from ..broker.group_audit import audit_for_ever
 from ..broker.redis_streams import PROMOTE_BATCH, in_ms
-from ..broker.stored import ms_of, text_of
+from ..broker.stored import SCANNED, ms_of, text_of
 from ..config import TasksConfig
 from ..endings import end
 from ..factory import TaskRegistry
@@ -29,6 +29,8 @@ from .listening import listening
 from .occurrences import MISSED_SECONDS, ScheduledTask, every_instance
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: Occurrences submitted by one script call: 2 ms of the server's time.
 OCCUR_BATCH = 250
+#: Schedules that one script call brings up to date: 1 ms of the server's time.
+PLAN_BATCH = 250
 #: A portion of preparing what comes next; so long may something else have to wait.
 _PORTION_SECONDS = 0.003
 #: So long before something is due nothing is begun any more that could make it late.
@@ -54,6 +58,11 @@ _SMALL_PORTION = 20
 
 #: Replies of lua/occur.lua that mean that its schedule is still, or no more, as we believed.
 _NOT_DUE, _SUBMITTED, _TOO_EARLY, _PAUSED, _REFUSED = 0, 1, 3, 4, 6
+
+
+def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
+    """Each field of a hash and its value, at least once. However many there are, no call takes long."""
+    return redis.hscan_iter(key, count=SCANNED)
 
 
 @dataclass(frozen=True)
@@ -265,12 +274,11 @@ class TaskScheduler:
         self._scheduled = {found.id: found for found in instances.values() if found.enabled}
         self._broker.counts.await_occurrences({found.name for found in self._scheduled.values()})
         await self._clock.ask(redis)
-        known = await redis.execute_command("HGETALL", keys.FINGERPRINTS)
+        known = {name: found async for name, found in _fields(redis, keys.FINGERPRINTS)}
         planned, now = await self._next_runs(), datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
         latest: dict[str, datetime] = {}
         brought_back: list[str] = []
         changed: list[dict[str, Any]] = []
-        unchanged: list[str] = []
         for scheduled in list(self._scheduled.values()):
             try:
                 assert scheduled.rule is not None
@@ -280,8 +288,6 @@ class TaskScheduler:
                 elif (due_ms := self._brought_back(scheduled, planned.get(scheduled.id), now, latest)) is not None:
                     changed.append({"id": scheduled.id, "fingerprint": fingerprint, "due": due_ms})
                     brought_back.append(scheduled.id)
-                else:
-                    unchanged.append(scheduled.id)
             except Exception as error:
                 self._report(scheduled.id, error)
                 del self._scheduled[scheduled.id]
@@ -290,9 +296,14 @@ class TaskScheduler:
             if self._leadership.renewal_due and not await self._leadership.renew():
                 return False
             await self._promote_due()
-        off = [schedule for schedule in instances if schedule not in self._scheduled]
-        if not await scripts.plan(redis, self._leadership.token, changed, unchanged, off):
-            return False
+        steps = [*changed, *await self._no_more_scheduled(instances)]
+        # In parts: should we end between them, whoever leads next plans anew.
+        for first in range(0, max(1, len(steps)), PLAN_BATCH):
+            if self._leadership.renewal_due and not await self._leadership.renew():
+                return False
+            if not await scripts.plan(redis, self._leadership.token, steps[first : first + PLAN_BATCH]):
+                return False
+            await self._promote_due()
         self._agenda.load((await self._next_runs()).items())
         await self._tell_problems()
         if brought_back:
@@ -305,10 +316,21 @@ class TaskScheduler:
         logger.info("%d schedules, %d of them new or changed", len(self._scheduled), new)
         return True
 
+    async def _no_more_scheduled(self, instances: Collection[str]) -> list[dict[str, Any]]:
+        """What lua/plan.lua is to do with all that the server knows, and that is switched off or there no more."""
+        stored: set[bytes] = {
+            name async for name, _ in self._broker.redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
+        }
+        for key in (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS):
+            stored |= {name async for name, _ in _fields(self._broker.redis, key)}
+        stored -= {schedule.encode() for schedule in self._scheduled}
+        there = {schedule.encode() for schedule in instances}
+        return [{"id": schedule} if schedule in there else {"id": schedule, "forgotten": 1} for schedule in stored]
+
     async def _next_runs(self) -> dict[str, int]:
         """When each schedule is due (ms), as the server has it."""
-        found = await self._broker.redis.execute_command("ZRANGE", keys.NEXT_RUNS, 0, -1, "WITHSCORES")
-        return {text_of(schedule): ms_of(due) for schedule, due in zip(found[::2], found[1::2], strict=True)}
+        found = self._broker.redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
+        return {text_of(schedule): ms_of(str(due)) async for schedule, due in found}
 
     def _brought_back(
         self, scheduled: ScheduledTask, due_ms: int | None, now: datetime, latest: dict[str, datetime]
@@ -477,10 +499,11 @@ class TaskScheduler:
         """Let everybody see what cannot be submitted."""
         if self._problems == self._told:
             return
-        told = self._problems.copy()
-        async with self._broker.redis.pipeline(transaction=True) as pipe:
-            pipe.delete(keys.PROBLEMS)
-            if told:
-                pipe.execute_command("HSET", keys.PROBLEMS, *chain.from_iterable(told.items()))
+        told = list(self._problems.items())
+        async with self._broker.redis.pipeline(transaction=False) as pipe:
+            pipe.execute_command("UNLINK", keys.PROBLEMS)
+            for first in range(0, len(told), PLAN_BATCH):
+                part = told[first : first + PLAN_BATCH]
+                pipe.execute_command("HSET", keys.PROBLEMS, *chain.from_iterable(part))
             await pipe.execute()
-        self._told = told
+        self._told = dict(told)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from ..broker.redis_streams import is_suspect
+from ..broker.redis_streams import AUDIT_LEASES, is_suspect
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 _Answer = TypeVar("_Answer")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
-
-#: How often a worker looks for consumers that are on no list: only a list that was lost has left some.
-_AUDIT_LEASES = 4
-
 
 _LONGEST_WAIT_SECONDS = 20.0
 #: The part of the time after which a connection counts as dead that a wait may take.
@@ -193,7 +189,7 @@ class Intake:
         lease_seconds = self._settings.lease_seconds
         audit = now >= self._audit_at
         if audit:
-            self._audit_at = now + _AUDIT_LEASES * lease_seconds
+            self._audit_at = now + AUDIT_LEASES * lease_seconds
         deliveries, again_seconds, self._makes_room = await self._broker.reclaim(
             min(free, _BATCH),
             audit=audit,

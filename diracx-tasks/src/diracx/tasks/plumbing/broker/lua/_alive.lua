@@ -6,8 +6,14 @@ local function heartbeat(consumer, lease_ms, now)
   local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2]
   local ends = int(now / 1000 + lease_ms)
   if newest and tonumber(newest) <= now / 1000 then
-    for _, worker in ipairs(redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf')) do
-      redis.call('ZADD', '$ALIVE', ends, worker)
+    local ended = redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf')
+    for from = 1, #ended, 1000 do
+      local renewed = {}
+      for at = from, math.min(from + 999, #ended) do
+        renewed[#renewed + 1] = ends
+        renewed[#renewed + 1] = ended[at]
+      end
+      redis.call('ZADD', '$ALIVE', unpack(renewed))
     end
   end
   redis.call('ZADD', '$ALIVE', ends, consumer)

@@ -12,7 +12,7 @@ local function remember(group, ms)
     redis.call('PEXPIRE', key .. part, int(ms))
   end
   redis.call('ZADD', '$GROUPS', int(now_ms + ms), group)
-  redis.call('ZREMRANGEBYSCORE', '$GROUPS', '-inf', int(now_ms))
+  trim('$GROUPS', int(now_ms))
   if redis.call('PTTL', '$GROUPS') < ms then redis.call('PEXPIRE', '$GROUPS', int(ms)) end
 end
 
@@ -28,7 +28,7 @@ end
 
 local function forget_results(group)
   local key = '$GROUPS_PREFIX' .. group
-  redis.call('DEL', key .. ':children', key .. ':results')
+  redis.call('UNLINK', key .. ':children', key .. ':results')
 end
 
 -- Submit the callback, or what was given for the case of failure; the group ends with that. Returns 1, or 0
@@ -48,7 +48,7 @@ local function fire(group, forced)
   if not (is_stream(stored[1]) and stored[2] and pcall(enqueue, stored[1], stored[2])) then
     bury(group, stored[2] or '')
   end
-  redis.call('DEL', key, key .. ':pending', key .. ':failed')
+  redis.call('UNLINK', key, key .. ':pending', key .. ':failed')
   redis.call('ZREM', '$GROUPS', group)
   if stored[3] then
     for _, part in ipairs({':children', ':results'}) do

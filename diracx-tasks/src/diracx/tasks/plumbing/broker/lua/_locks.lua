@@ -192,9 +192,9 @@ local function ledger_line(lock)
   return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit or '')
 end
 
--- The locks in a ledger, which has other lines as well (see orphan() in _pending.lua).
-local function locks_in(ledger)
-  local lines, locks = redis.call('HGETALL', ledger), {}
+-- The locks in lines of a ledger, which has other ones as well (see orphan() in _pending.lua).
+local function locks_in(lines)
+  local locks = {}
   for line = 1, #lines, 2 do
     local kind, limit = string.match(lines[line + 1], '^(%a+) (%d*)$')
     local owner, key = string.match(lines[line], '^([^:]*):(.*)$')

@@ -13,3 +13,11 @@ end
 local function int(number)
   return string.format('%.0f', number)
 end
+
+-- Remove the members of a sorted set whose score is `up_to` at most, as of what has expired: so many at a time, the
+-- rest with the next calls.
+local AT_ONCE = 500
+local function trim(key, up_to)
+  local expired = redis.call('ZCOUNT', key, '-inf', up_to)
+  if expired > 0 then redis.call('ZREMRANGEBYRANK', key, 0, math.min(expired, AT_ONCE) - 1) end
+end

@@ -13,7 +13,7 @@
 -- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel _schedules
 local replies, running, now_ms, keep_ms = {}, {}, now_us() / 1000, tonumber(ARGV[1])
-redis.call('ZREMRANGEBYSCORE', '$CANCELLED', '-inf', int(now_ms))
+trim('$CANCELLED', int(now_ms))
 
 local function mark(task)
   redis.call('ZADD', '$CANCELLED', int(now_ms + keep_ms), task)

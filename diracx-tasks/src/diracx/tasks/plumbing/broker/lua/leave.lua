@@ -16,8 +16,8 @@ for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
 end
 if clean then
   redis.call('ZREM', '$ALIVE', ARGV[1])
-  local locks = locks_in('$HELD_PREFIX' .. ARGV[1])
-  redis.call('DEL', '$HELD_PREFIX' .. ARGV[1])
+  local locks = locks_in(redis.call('HGETALL', '$HELD_PREFIX' .. ARGV[1]))
+  redis.call('UNLINK', '$HELD_PREFIX' .. ARGV[1])
   release_all(locks)
 else
   redis.call('ZADD', '$ALIVE', 0, ARGV[1])

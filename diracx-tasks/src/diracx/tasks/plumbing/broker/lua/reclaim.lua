@@ -1,7 +1,6 @@
--- Bury dead workers and take over what they were running.
+-- Bury dead workers and take over what they were running, a part at a time.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
---   1 to look for consumers that are on no list (a registry lost with FLUSHALL), every stream (msgpack list),
---   lease (ms): how long such a consumer may still be silent, and how long the caller lives from now,
+--   the streams of each size (msgpack list of lists), lease (ms): how long the caller lives from now,
 --   the number of deaths that makes a message a suspect, the number that convicts it.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
@@ -9,20 +8,25 @@
 -- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
 -- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
 -- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
--- free slot (0) where the slots were too few, within a second while a suspect waits, and else when the next lease ends,
--- if it is not renewed before; 1 if the caller is to make room}.
+-- free slot (0) where the slots were too few or there is more to do, within a second while a suspect waits, and else
+-- when the next lease ends, if it is not renewed before; 1 if the caller is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
+-- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when somebody
+-- last looked at it.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel _redelivery
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
-local every_stream, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
-local PORTION = 100
+local SIZE_MS = 1e13 -- between two sizes, more than any time
+local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
+local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at
 local slots_too_few, suspect_waits, urgent_seen = false, false, 0
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local suspect_left = false
-sign_on(consumer, tonumber(ARGV[5]), now_us())
+sign_on(consumer, tonumber(ARGV[4]), now_us())
+local now_ms = math.floor(now_us() / 1000)
 
 -- What a message is that was handed out so often. Deaths under earlier entries are noted in the entry.
 local function verdict(stream, entry, deliveries)
@@ -77,9 +81,10 @@ end
 -- What a dead worker has left in one stream, as far as the caller has slots for it.
 local function take_over(position, stream, worker)
   local from, pending = '-', nil
-  repeat -- to the end: what may be taken can stand behind suspects that may not
+  while looks_left > 0 do -- to the end: what may be taken can stand behind suspects that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
     for _, p in ipairs(pending.err and {} or pending) do
+      looks_left = looks_left - 1
       local what = free > 0 and verdict(stream, p[1], tonumber(p[4]) + 1)
       if what and not may_take(what) then
         suspect_waits = true
@@ -97,47 +102,72 @@ local function take_over(position, stream, worker)
       end
       from = '(' .. p[1]
     end
-  until #pending < PORTION
+    if #pending < PORTION then return end
+  end
 end
 
-if ARGV[3] == '1' then
-  for _, stream in ipairs(every_stream) do
-    local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, '$GROUP')
-    if not consumers.err then
-      for _, info in ipairs(consumers) do
-        redis.call('ZADD', '$ALIVE', 'NX', int(now_us() / 1000 + tonumber(ARGV[5])), info[2])
+-- Give back the locks of a dead worker. False when there are more than this call may give back.
+local function unlock(worker)
+  local held = '$HELD_PREFIX' .. worker
+  local lines = locks_left > 0 and redis.pcall('HRANDFIELD', held, locks_left, 'WITHVALUES') or {}
+  if lines.err then -- it is no ledger
+    redis.call('UNLINK', held)
+  elseif lines[1] then
+    local fields = {}
+    for line = 1, #lines, 2 do fields[#fields + 1] = lines[line] end
+    redis.call('HDEL', held, unpack(fields))
+    release_all(locks_in(lines))
+    locks_left = locks_left - #fields
+  end
+  return redis.call('EXISTS', held) == 0
+end
+
+-- The consumers of a dead worker go; it stays on the list as long as messages are left, for a size that has some.
+local function clear(worker)
+  local left
+  for size, streams in ipairs(sizes) do
+    for _, stream in ipairs(streams) do
+      local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, worker)
+      if not pending.err then
+        if pending[1] then
+          left = left or size
+        else
+          redis.call('XGROUP', 'DELCONSUMER', stream, '$GROUP', worker)
+        end
       end
     end
   end
-end
-local dead = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', int(now_us() / 1000))
-for position = #dead, 1, -1 do
-  local worker = dead[position]
-  if worker == consumer then
-    table.remove(dead, position)
+  if left then
+    redis.call('ZADD', '$ALIVE', int(now_ms - left * SIZE_MS), worker)
   else
-    local looked, locks = pcall(locks_in, '$HELD_PREFIX' .. worker)
-    redis.call('DEL', '$HELD_PREFIX' .. worker)
-    if looked then release_all(locks) end
+    redis.call('ZREM', '$ALIVE', worker)
+  end
+end
+
+local mine
+for size, streams in ipairs(sizes) do
+  if streams[1] == KEYS[1] then mine = size end
+end
+local dead = redis.call('ZRANGEBYSCORE', '$ALIVE', 0, int(now_ms), 'LIMIT', 0, DEAD)
+local left = redis.call(
+  'ZRANGEBYSCORE', '$ALIVE', int(-mine * SIZE_MS), int(-mine * SIZE_MS + SIZE_MS - 1), 'LIMIT', 0, DEAD)
+local earlier, more = #left, #dead == DEAD
+for _, worker in ipairs(dead) do
+  if worker ~= consumer then
+    if not unlock(worker) then
+      more = true
+      break
+    end
+    left[#left + 1] = worker
   end
 end
 for position, stream in ipairs(KEYS) do
-  for _, worker in ipairs(dead) do take_over(position, stream, worker) end
+  for _, worker in ipairs(left) do take_over(position, stream, worker) end
 end
-for _, worker in ipairs(slots_too_few and {} or dead) do
-  local clean = true
-  for _, stream in ipairs(every_stream) do
-    local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, worker)
-    if not pending.err then
-      if pending[1] then
-        clean = false
-      else
-        redis.call('XGROUP', 'DELCONSUMER', stream, '$GROUP', worker)
-      end
-    end
-  end
-  if clean then redis.call('ZREM', '$ALIVE', worker) end
+for position, worker in ipairs(left) do
+  if position > earlier or not slots_too_few then clear(worker) end
 end
+more = more or slots_too_few or (messages[1] and (earlier == DEAD or looks_left <= 0))
 if suspect_left and (not room_for or room_for == consumer) then
   redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
   room_for = consumer
@@ -146,10 +176,9 @@ elseif room_for == consumer then
   room_for = nil
 end
 local again_ms = 0
-if not slots_too_few then
-  local now_ms = math.floor(now_us() / 1000)
-  local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', now_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
-  again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[5])
+if not more then
+  local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', int(now_ms), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[4])
   if suspect_waits then again_ms = math.min(again_ms, LEFT_OVER_MS) end
 end
 return {messages, again_ms, room_for == consumer and 1 or 0}

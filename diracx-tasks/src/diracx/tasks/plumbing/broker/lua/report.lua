@@ -29,7 +29,7 @@ else
   redis.call('ZADD', '$REPORTING', int(now_ms), worker)
   if new_minute then
     redis.call('PEXPIRE', said, SAID_MS)
-    redis.call('ZREMRANGEBYSCORE', '$REPORTING', '-inf', int(now_ms - SAID_MS))
+    trim('$REPORTING', int(now_ms - SAID_MS))
     redis.call('PEXPIRE', '$REPORTING', SAID_MS)
   end
 end
@@ -80,7 +80,7 @@ if ARGV[5] ~= '' and not repeated then
   if added.failures then redis.call('PEXPIRE', '$FAILURES', FAILURES_MS) end
   for _, line in ipairs(added.locks or {}) do redis.call('ZADD', '$LOCKS_SEEN', int(now_ms), line) end
   if added.locks then
-    redis.call('ZREMRANGEBYSCORE', '$LOCKS_SEEN', '-inf', int(now_ms - LOCKS_MS))
+    trim('$LOCKS_SEEN', int(now_ms - LOCKS_MS))
     redis.call('ZREMRANGEBYRANK', '$LOCKS_SEEN', 0, -LOCKS - 1)
     redis.call('PEXPIRE', '$LOCKS_SEEN', LOCKS_MS)
   end

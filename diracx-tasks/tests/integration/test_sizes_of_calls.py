@@ -1,0 +1,30 @@
+"""No call does more work when there is more of something. `make bench-size` shows the times at full size."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.size import STATES, State, most_work
+
+#: More than any call takes at once: twice as many must make no difference.
+ITEMS = 600
+SLACK = 5
+#: What grows with the number of workers, once and by a µs for each (ADR 67), and what is not in parts yet.
+GROWS = {
+    "workers after the server was away",
+    "locks released together",
+    "grants within a rate limiter's window",
+    "grants that have left the window",
+    "expired slots of a concurrency limiter",
+}
+
+
+@pytest.mark.leaves_keys("*")
+@pytest.mark.parametrize(
+    "state", [state for state in STATES if state.name not in GROWS], ids=lambda state: state.name
+)
+async def test_one_call_does_no_more_when_there_is_twice_as_much(state: State, redis_url: str, redis) -> None:
+    fewer, _ = await most_work(state, ITEMS, redis_url)
+    await redis.flushall()
+    more, call = await most_work(state, 2 * ITEMS, redis_url)
+    assert more <= fewer + SLACK, f"{call}: {fewer} steps with {ITEMS}, {more} with twice as many"
