@@ -412,6 +412,13 @@ def test_each_role_is_refused_what_is_not_its_own_by_a_script_too(server: Server
     assert not done
 
 
+@pytest.mark.parametrize("category", ["admin", "dangerous"])
+def test_no_role_needs_the_commands_that_managed_servers_keep_to_themselves(server: Server, category: str) -> None:
+    kept = {command.lower().replace("|", " ") for command in server.admin.acl_cat(category)}
+    for role in ROLES:
+        assert {command.replace("|", " ") for command in allowed(role)} & kept <= {"info"}
+
+
 # --- the whole work of all roles --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from diracx.tasks.monitor.health.runner import DEAD_LETTERS
 from diracx.tasks.monitor.metrics import health_metrics
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import submit_task
+from diracx.tasks.plumbing.broker.server_check import EMBEDDED
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.plumbing.in_force import Announcer, InForce
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
@@ -29,6 +31,7 @@ from redis.asyncio import Redis
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
 WORKER = "wn1.example.org:7:aa"
+REPLICAS: list[asyncio.StreamWriter] = []
 
 
 @pytest.fixture
@@ -192,6 +195,25 @@ async def evicting(redis: Redis) -> None:
     await redis.config_set("maxmemory-policy", "allkeys-lru")
 
 
+async def not_persistent(redis: Redis) -> None:
+    await redis.config_set("availability-zone", "")  # or it says that it loses data on purpose
+
+
+async def replicated(redis: Redis) -> None:
+    at = redis.connection_pool.connection_kwargs
+    _, writer = await asyncio.open_connection(at["host"], at["port"])
+    writer.write(b"SYNC\r\n")
+    REPLICAS.append(writer)
+    async with asyncio.timeout(30):
+        while (await redis.info("replication"))["connected_slaves"] != 1:
+            await asyncio.sleep(0.01)
+
+
+async def demoted(redis: Redis) -> None:
+    await redis.config_set("replica-read-only", "no")
+    await redis.replicaof("127.0.0.1", "1")
+
+
 STATES: dict[str, tuple[Callable[[Redis], Awaitable[None]], str, Severity, int, float | None, str]] = {
     # state: (how to get there, check, severity, how many, since how many seconds ago, what is said)
     "no worker": (no_worker, "queue_without_worker", Severity.CRITICAL, 3, 300, "no worker of size medium runs"),
@@ -230,6 +252,16 @@ STATES: dict[str, tuple[Callable[[Redis], Awaitable[None]], str, Severity, int, 
     ),
     "two configurations": (two_configurations, "configuration", Severity.WARNING, 2, 300, "2 different"),
     "memory": (memory_short, "memory", Severity.CRITICAL, 1, None, "% of its memory"),
+    "no persistence": (
+        not_persistent,
+        "persistence",
+        Severity.WARNING,
+        1,
+        None,
+        "keeps no append-only file: its restart loses accepted tasks",
+    ),
+    "replica": (replicated, "replication", Severity.WARNING, 1, None, "min-replicas-to-write or"),
+    "demoted": (demoted, "server_unusable", Severity.CRITICAL, 1, None, "is a replica, which takes no writes"),
     "eviction": (evicting, "eviction", Severity.CRITICAL, 1, None, "maxmemory-policy allkeys-lru"),
 }
 
@@ -239,6 +271,11 @@ async def _limits_of_the_server(redis: Redis) -> AsyncIterator[None]:
     yield
     await redis.config_set("maxmemory", 0)
     await redis.config_set("maxmemory-policy", "noeviction")
+    await redis.config_set("availability-zone", EMBEDDED)
+    await redis.config_set("replica-read-only", "yes")
+    await redis.replicaof("NO", "ONE")
+    while REPLICAS:
+        REPLICAS.pop().close()
 
 
 def test_every_check_and_every_limit_is_in_the_reference() -> None:

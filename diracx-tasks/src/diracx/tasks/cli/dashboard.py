@@ -225,12 +225,13 @@ def _listening(host: str, port: int) -> socket.socket:
 
 async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> Installation:
     from ..dashboard.installation import Installation
+    from ..plumbing.broker.server_check import Role
     from ..plumbing.config_source import ConfigReader
     from .connection import open_broker
     from .services import unchecked_task_db
     from .tasks import load_registry
 
-    broker = await stack.enter_async_context(open_broker(url, serves=True))
+    broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     registry = load_registry(module)
     task_db = await stack.enter_async_context(unchecked_task_db())
     return Installation(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))

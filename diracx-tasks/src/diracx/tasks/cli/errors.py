@@ -71,6 +71,7 @@ def explained_redis(url: str) -> Iterator[None]:
     from redis.exceptions import RedisError
 
     from ..plumbing.broker.address import AddressError
+    from ..plumbing.broker.server_check import UnusableServerError
     from ..plumbing.broker.stored import UnreadableKeyError
     from ..plumbing.exceptions import SendTaskError
 
@@ -78,7 +79,7 @@ def explained_redis(url: str) -> Iterator[None]:
         yield
     except AddressError as error:
         raise CliError(f"{error}; correct --redis-url or DIRACX_TASKS_REDIS_URL") from error
-    except UnreadableKeyError as error:
+    except (UnreadableKeyError, UnusableServerError) as error:
         raise CliError(str(error)) from error
     except SendTaskError as error:
         if isinstance(error.__cause__, RedisError):

@@ -106,12 +106,13 @@ def worker(
     set_up_telemetry("tasks-worker")
 
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
+        from ..plumbing.broker.server_check import Role
         from ..plumbing.worker import Worker
         from .connection import open_broker
         from .services import check_databases, following, open_task_db, read_configuration
         from .tasks import load_registry, warn_of_ambiguous_names
 
-        async with open_broker(url, worker_size, serves=True) as broker:
+        async with open_broker(url, worker_size, role=Role.WORKER) as broker:
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
@@ -181,6 +182,7 @@ def scheduler(
 
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
         from ..plumbing.base_task import PeriodicVoAwareBaseTask
+        from ..plumbing.broker.server_check import Role
         from ..plumbing.persistence.resubmission import Resubmitter
         from ..plumbing.scheduler import TaskScheduler
         from .connection import open_broker
@@ -188,7 +190,7 @@ def scheduler(
         from .tasks import load_registry, warn_of_ambiguous_names
 
         async with AsyncExitStack() as stack:
-            broker = await stack.enter_async_context(open_broker(url, serves=True))
+            broker = await stack.enter_async_context(open_broker(url, role=Role.SCHEDULER))
             task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
             registry = load_registry(module)
             warn_of_ambiguous_names(registry)

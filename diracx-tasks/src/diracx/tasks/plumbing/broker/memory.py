@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-
-logger = logging.getLogger(__name__)
 
 #: The only policy that keeps what it was given; with any other the server deletes tasks and locks to make room.
 SAFE_POLICY = "noeviction"
@@ -55,14 +52,3 @@ def eviction_problem(policy: str | None, limit_bytes: int | None) -> str | None:
         f"Redis has maxmemory-policy {policy}: it deletes tasks and locks {when}, and says nothing; "
         f"set maxmemory-policy {SAFE_POLICY}"
     )
-
-
-async def warn_of_eviction(redis: Redis) -> None:
-    """Log a warning when the server may delete what it was given.
-
-    Raises:
-        redis.exceptions.RedisError: when the server does not answer.
-    """
-    memory = await read_memory(redis)
-    if problem := eviction_problem(memory.policy, memory.limit_bytes):
-        logger.warning("%s", problem)

@@ -25,12 +25,14 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
+from ..secrets import mask
 from . import keys, scripts
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
+from .server_check import UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, in_calls
 from .stored import SCANNED, number_of
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from .cancel import TaskPlace
+    from .server_check import Role
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
 
@@ -133,15 +136,18 @@ class RedisStreamBroker:
         seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")
         return seconds or float("inf")
 
-    async def startup(self) -> None:
-        """Check that the server answers.
+    async def startup(self, role: Role | None = None) -> None:
+        """Check that the server answers, and that the task system can work on it.
+
+        Args:
+            role: for which its user must have the rights.
 
         Raises:
-            redis.exceptions.RedisError: when it does not.
+            UnusableServerError: when it cannot.
+            redis.exceptions.RedisError: when the server does not answer.
         """
-        [answer] = await self._submitting.ask(("PING",))
-        if isinstance(answer, Exception):
-            raise answer
+        if problem := obstacle(await read_server(self.redis, role, settings=False)):
+            raise UnusableServerError(f"Redis at {mask(self.url)} {problem}")
 
     async def shutdown(self) -> None:
         """Close all connections."""

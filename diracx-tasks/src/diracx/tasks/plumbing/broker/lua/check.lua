@@ -1,0 +1,12 @@
+-- Which commands the caller may not send; also whether scripts may touch keys that they do not declare. Changes nothing.
+-- KEYS: none. ARGV: commands with their arguments, separated by spaces.
+-- Returns those that are not allowed to the caller, or that the server does not have.
+local refused = {}
+for _, command in ipairs(redis.acl_check_cmd and ARGV or {}) do
+  local words = {}
+  for word in string.gmatch(command, '%S+') do words[#words + 1] = word end
+  local known, allowed = pcall(redis.acl_check_cmd, unpack(words))
+  if not (known and allowed) then refused[#refused + 1] = command end
+end
+if #refused == 0 or refused[1] ~= ARGV[1] then redis.call('EXISTS', '$DELAYED') end
+return refused
