@@ -12,7 +12,6 @@ SLACK = 5
 #: What grows with the number of workers, once and by a µs for each (ADR 67), and what is not in parts yet.
 GROWS = {
     "workers after the server was away",
-    "locks released together",
     "grants within a rate limiter's window",
     "grants that have left the window",
     "expired slots of a concurrency limiter",

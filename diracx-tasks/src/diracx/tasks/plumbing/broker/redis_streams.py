@@ -350,16 +350,19 @@ class RedisStreamBroker:
         kept_ms = max(1, (AUDIT_LEASES - 1) * lease_ms)  # over when this worker comes again
         if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=kept_ms):
             return
-        seconds, microseconds = await self.redis.time()
-        ends_ms = seconds * 1000 + microseconds // 1000 + lease_ms
-        for stream in keys.EVERY_STREAM:
-            try:
-                consumers = await self.redis.xinfo_consumers(stream, keys.GROUP)
-            except ResponseError:  # no stream, or no worker has ever asked for what is in it
-                continue
-            for first in range(0, len(consumers), SCANNED):
-                names = [consumer["name"] for consumer in consumers[first : first + SCANNED]]
-                await self.redis.zadd(keys.ALIVE, dict.fromkeys(names, ends_ms), nx=True)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for stream in keys.EVERY_STREAM:
+                pipe.xinfo_consumers(stream, keys.GROUP)
+            (seconds, microseconds), *found = await pipe.execute(raise_on_error=False)
+            ends_ms = seconds * 1000 + microseconds // 1000 + lease_ms
+            for consumers in found:
+                if isinstance(consumers, ResponseError):  # no stream, or nobody has ever asked for what is in it
+                    continue
+                for first in range(0, len(consumers), SCANNED):
+                    names = [consumer["name"] for consumer in consumers[first : first + SCANNED]]
+                    pipe.zadd(keys.ALIVE, dict.fromkeys(names, ends_ms), nx=True)
+            await pipe.execute()
 
     async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.

@@ -18,6 +18,7 @@ from redis.exceptions import NoScriptError
 
 from ..enums import Size
 from . import keys
+from .sizes import in_calls
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .line import Line
     from .models import Settlement
 
+#: Locks that one script call gives back: 1 ms of the server's time.
+RELEASE_BATCH = 250
 #: Everything a script may need to know about all streams.
 _EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
 #: The same, size by size.
@@ -108,8 +111,11 @@ async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:
 
 
 async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
-    """Give the locks back and wake the tasks that wait for them. Returns how many were still held."""
-    return int(await script("release")(redis, args=[pack(locks)]))
+    """Give the locks back, some in each call, and wake who waits for them. Returns how many were still held."""
+    held = 0
+    for part in in_calls(locks, RELEASE_BATCH, lambda _: 0):
+        held += int(await script("release")(redis, args=[pack(part)]))
+    return held
 
 
 async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
