@@ -1,7 +1,7 @@
 """What many failures at once cost other tasks and the memory of their worker, with the database up or away.
 
-As a module it is such a worker, given the URLs of Redis and of the database. It ends with its input, and prints
-the latencies in seconds.
+`make bench-dead-letters` writes its section of RESULTS.md. Given the URLs of Redis and of the database, the module
+is such a worker: it ends with its input, and prints the latencies in seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from diracx.tasks.plumbing import BaseTask, Priority, schedule_many
@@ -25,6 +26,8 @@ from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from diracx.tasks.testing.server import free_port
+
+from .results import machine, write_section
 
 #: After the burst, other tasks are looked at for so long: time-outs of the database are shorter.
 _AFTER_SECONDS = 25.0
@@ -160,5 +163,34 @@ def rss_mb(pid: int) -> float:
     return pages * 4096 / 1e6
 
 
+async def report() -> str:
+    """The section of RESULTS.md."""
+    rows = []
+    for failures in (5_000, 20_000):
+        for state in ("up", "refusing", "hanging"):
+            found = await burst(failures, state)
+            rows.append(
+                f"| {failures:,} | {state} | {found.p50_ms:.1f} / {found.p99_ms:.1f} / {found.longest_ms:.0f} ms "
+                f"| {found.rss_before_mb:.0f} → {found.rss_most_mb:.0f} MB | {found.waiting:,} |"
+            )
+            print(rows[-1], flush=True)
+    table = "\n".join(rows)
+    return f"""## Many failures at once
+
+Measured by `make bench-dead-letters` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. One worker process with
+20 slots runs tasks that become dead letters as fast as it can, and another task of higher priority every
+{_PAUSE_SECONDS * 1000:.0f} ms, also for {_AFTER_SECONDS:.0f} s after the last failure. The database is SQLite
+(up), a closed port (refusing), or a port that takes connections and says nothing (hanging). Absolute figures of a
+shared machine vary.
+
+| failures | database | latency of other tasks, p50 / p99 / longest | memory of the worker | waiting in Redis |
+|---|---|---|---|---|
+{table}
+"""
+
+
 if __name__ == "__main__":
-    asyncio.run(work(*sys.argv[1:]))
+    if len(sys.argv) > 1:
+        asyncio.run(work(*sys.argv[1:]))
+    else:
+        write_section("make bench-dead-letters", asyncio.run(report()))

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..broker import keys, scripts
@@ -56,7 +55,7 @@ class _Queued(NamedTuple):
 
 def in_redis(letter: DeadLetter) -> dict[str, Any]:
     """The dead letter as settle.lua keeps it until a worker imports it into the database."""
-    return {"reason": letter.reason, "data": dumps(asdict(letter))}
+    return {"reason": letter.reason, "data": dumps({name: getattr(letter, name) for name in DeadLetter.__slots__})}
 
 
 class DeadLetterStore:
