@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from .conftest import eventually
 
 FILES = Path(__file__).parents[3] / "deploy" / "redis"
 SERVICE = "tasks"
+PASSWORD = "correct-horse"
 DELAY = timedelta(seconds=3)
 
 
@@ -40,11 +42,29 @@ class Add(BaseTask):
 
 
 def deployed(name: str, directory: Path, *options: str, primary: int = 6379) -> ValkeyProcess:
-    """A process that goes by a copy of that file, as an operator has one on each machine."""
+    """A process that goes by a copy of that file, as an operator has one on each machine: with users."""
     directory.mkdir()
+    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    users = [(FILES / f"acl/{user}.acl").read_text() for user in ("default", "replication", "sentinel")]
+    acl = directory / "users.acl"
+    acl.write_text("".join(users).replace("SHA256-OF-THE-PASSWORD", digest) + "user test on nopass ~* &* +@all\n")
+    text = (FILES / name).read_text()
+    for written, meant in (
+        (" 127.0.0.1 6379 ", f" 127.0.0.1 {primary} "),
+        ("# aclfile /etc/valkey/users.acl", f"aclfile {acl}"),
+        ("# masteruser", "masteruser"),
+        ("# masterauth", "masterauth"),
+        ("# sentinel auth", "sentinel auth"),
+        (" PASSWORD", f" {PASSWORD}"),
+    ):
+        text = text.replace(written, meant)
     copy = directory / Path(name).name
-    copy.write_text((FILES / name).read_text().replace(" 127.0.0.1 6379 ", f" 127.0.0.1 {primary} "))
+    copy.write_text(text)
     return ValkeyProcess(directory, config=copy, options=options)
+
+
+def as_test(server: ValkeyProcess) -> str:
+    return server.url.replace("//", "//test:any@")
 
 
 class Replicated:
@@ -65,7 +85,9 @@ class Replicated:
         ]
         for process in (*self.replicas, *self.sentinels):
             process.start()
-        self.url = f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in self.sentinels)}/{SERVICE}"
+        self.url = (
+            f"redis+sentinel://test:any@{','.join(f'127.0.0.1:{each.port}' for each in self.sentinels)}/{SERVICE}"
+        )
         eventually(self.is_complete, "the Sentinels know each other and both replicas")
 
     def is_complete(self) -> bool:
@@ -79,7 +101,7 @@ class Replicated:
     def good_replicas(self, server: ValkeyProcess) -> int | None:
         """Replicas that a primary has heard of in time; None of a server that is no primary."""
         try:
-            with Redis.from_url(server.url) as client:
+            with Redis.from_url(as_test(server)) as client:
                 found = client.info("replication")
         except RedisError:  # a server that is promoted drops its clients
             return None
@@ -114,12 +136,12 @@ async def findings(system: TaskSystem, caplog: pytest.LogCaptureFixture) -> list
 async def test_a_single_server_has_no_finding_and_loses_nothing_when_it_is_killed(
     single: ValkeyProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with TaskSystem([Add], redis_url=single.url, workers=0, scheduler=False) as system:
+    async with TaskSystem([Add], redis_url=as_test(single), workers=0, scheduler=False) as system:
         assert await findings(system, caplog) == []
         ids = [await Add(number).schedule() for number in range(20)]
     single.kill()
     single.start()
-    async with TaskSystem([Add], redis_url=single.url) as system:
+    async with TaskSystem([Add], redis_url=as_test(single)) as system:
         results = [await system.result(task_id) for task_id in ids]
     assert [result.return_value for result in results] == [number + 1 for number in range(20)]
 
@@ -130,7 +152,7 @@ async def test_a_failover_loses_nothing_that_was_replicated_and_workers_go_on(
     async with TaskSystem([Add], redis_url=replicated.url) as system:
         assert await findings(system, caplog) == []
         waiting = [await Add(number).schedule(at_time=datetime.now(UTC) + DELAY) for number in range(20)]
-        with Redis.from_url(replicated.primary.url) as primary:
+        with Redis.from_url(as_test(replicated.primary)) as primary:
             assert primary.wait(2, 30_000) == 2
         replicated.primary.kill()
 
