@@ -68,18 +68,20 @@ class Server:
         """Their leases end."""
         self.redis.zadd(keys.ALIVE, dict.fromkeys(workers, 1), xx=True)
 
-    def end_timer(self, task: str) -> None:
-        """A delayed task is due, and is moved."""
-        self.redis.zadd(keys.DELAYED, {task: 0}, xx=True)
-        script = scripts.script("promote")
-        self.redis.execute_command("EVAL", script.source, 0, 500)
+    def end_timer(self, timers: str, name: str) -> None:
+        """A delayed task is due, and is moved; or a line, and is looked at. No other is."""
+        for line in self.redis.zrange(keys.LINES, 0, -1):
+            self.redis.zadd(keys.LINES, {line: "inf"})
+        self.redis.zadd(timers, {name: 0}, xx=True)
+        for step in ("promote", "lines"):
+            self.redis.execute_command("EVAL", scripts.script(step).source, 0, 500)
 
 
 def _comparable(key: str, value: Any, now_ms: int) -> Any:
     """The content without what decides nothing: a list of parts whose order says nothing, or one value."""
     if key in keys.EVERY_STREAM:
         return tuple(value)
-    if key == keys.DELAYED:
+    if key in (keys.DELAYED, keys.LINES):
         return value[::2]
     if not isinstance(value, list) or key == keys.SURVIVED:
         return value

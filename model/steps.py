@@ -129,7 +129,7 @@ class Steps:
         for each in deliveries:
             assert each.data is not None
             task = TaskMessage.loadb(each.data).task_id
-            taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since))
+            taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since, each.woken))
             self._check_deaths(state, which, each)
         # A call for work is a sign of life: what it gives cannot be taken over at once.
         lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "recover" else worker
@@ -158,6 +158,7 @@ class Steps:
             "since": held.since,
             "locks": lock,
             "retry_ms": 10_000_000,
+            "woken": held.woken,
         }
         [reply], _ = self._call(self._brokers[which].start([wanted], lease_seconds=_LEASE_SECONDS))
         if reply[0] == 1:
@@ -182,7 +183,7 @@ class Steps:
         return self._with(after, which, self._timed(replace(worker, held=in_hand)))
 
     def _settle(self, state: State, which: int, held: Held) -> list[State]:
-        delivery = Delivery(held.stream, held.entry, held.deliveries, b"", b"", since=held.since)
+        delivery = Delivery(held.stream, held.entry, held.deliveries, b"", b"", since=held.since, woken=held.woken)
         if held.phase == "cut off":
             delivery.data = TaskMessage(task_id=held.task, task_name="model:Task").dumpb()
             settlement = replace(hand_back(delivery), locks=self._lock(which, held))
@@ -244,8 +245,10 @@ class Steps:
                 yield f"the lease of {name} ends", lambda which=which: [self._lease_ends(state, which)]
         for task, key in TASKS.items():
             if key and task.encode() in content.get(keys.DELAYED, ()):
-                yield f"the timer of {task} ends", lambda task=task: self._timer_ends(state, task)
+                yield f"the timer of {task} ends", lambda task=task: self._timer_ends(state, keys.DELAYED, task)
         for key in set(TASKS.values()) - {""}:
+            if key.encode() in content.get(keys.LINES, ()):
+                yield "the line is looked at", lambda key=key: self._timer_ends(state, keys.LINES, key)
             turn = keys.TURN_PREFIX + key
             if turn in content:
                 yield "the grant ends", lambda turn=turn: self._grant_ends(state, turn)
@@ -263,8 +266,8 @@ class Steps:
         held = tuple(replace(h, ask=True) if h.phase == "reserved" else h for h in worker.held)
         return self._with(state, which, replace(worker, lease="ended", held=held))
 
-    def _timer_ends(self, state: State, task: str) -> list[State]:
-        self._server.end_timer(task)
+    def _timer_ends(self, state: State, timers: str, name: str) -> list[State]:
+        self._server.end_timer(timers, name)
         return [state]
 
     def _grant_ends(self, state: State, turn: str) -> list[State]:

@@ -308,8 +308,10 @@ class BrokerMachine(RuleBasedStateMachine):
             "since": delivery.since,
             "locks": locks,
             "retry_ms": LONG_MS,
+            "woken": delivery.woken,
         }
-        turns = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
+        others = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
+        others += [lock["key"] for lock in locks if self.sync.exists(keys.WAITING_PREFIX + lock["key"])]
         [reply], _ = self.run(self.brokers[task.worker].start([wanted]))
         if reply[0] == 1:
             assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
@@ -317,7 +319,7 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             assert reply[0] == 0
             # A turn may have ended between our look and the script's.
-            assert turns or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
+            assert others or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
             task.place, task.delivery, task.stream = "parked", None, wanted["handover"]
             task.survived.clear()
             self.may_wake = True  # a turn that it had is passed on
@@ -497,6 +499,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for task_id in due:
             assert self.tasks[task_id].place in ("delayed", "parked")
             self.tasks[task_id].place = "queued"
+        self.may_wake = True  # the timer has looked at lines
 
     # --- what must always hold ------------------------------------------------------------------------------
 

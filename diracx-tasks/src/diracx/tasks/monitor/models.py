@@ -155,7 +155,7 @@ class DelayedTask(Shown):
     queue: str
     reason: DelayReason
     due: datetime
-    """When it is looked at again; a lock that is given back brings it sooner."""
+    """When it is looked at again, or the line of its lock; a lock that is given back brings it sooner."""
     waiting_since: datetime | None
     """When it was first refused by a lock."""
     lock: str | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
@@ -172,7 +173,7 @@ async def delayed(
         wanted = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, PAGE, "WITHSCORES")
         page = scored(await redis.execute_command(*wanted))
         if not page:
-            return Page(items=found)
+            return Page(items=await _with_lines(redis, found))
         offset += len(page)
         looked += len(page)
         ids = [text(task) for task, _ in page]
@@ -191,7 +192,19 @@ async def delayed(
                 found.append(shown)
                 if len(found) == limit:
                     break
-    return Page(items=found, after=last)
+    return Page(items=await _with_lines(redis, found), after=last)
+
+
+async def _with_lines(redis: Redis, tasks: list[DelayedTask]) -> list[DelayedTask]:
+    """What waits for a lock is due when its line is looked at."""
+    locks = sorted({task.lock for task in tasks if task.lock})
+    if not locks:
+        return tasks
+    looks = dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
+    return [
+        task if (due := looks.get(task.lock or "")) is None else replace(task, due=moment(float(due) / 1000))
+        for task in tasks
+    ]
 
 
 def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Registry | None) -> DelayedTask:

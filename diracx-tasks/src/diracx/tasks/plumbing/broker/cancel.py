@@ -65,7 +65,7 @@ async def cancel(
     """See `RedisStreamBroker.cancel`."""
     search = _Search(broker, task_ids, result_ttl_seconds)
     try:
-        await broker.promote()  # the children of a group may be between two places
+        await broker.promote(lines=False)  # the children of a group may be between two places
         for turn in range(_ROUNDS):
             await search.ask([{"task": task, "marked": turn} for task in search.missing])
             await search.look_into_streams()

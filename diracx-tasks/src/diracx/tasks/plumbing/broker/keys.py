@@ -12,14 +12,16 @@ from ..enums import Priority, Size
 #: Consumer group of all workers, on every stream.
 GROUP = "diracx:tasks:workers"
 
-#: Sorted set: task id -> due time (ms since the epoch). Retries, `at_time`, tasks waiting for a lock.
+#: Sorted set: task id -> due time (ms since the epoch). Retries, `at_time`; tasks waiting for a lock, a day ahead.
 DELAYED = "diracx:tasks:delayed"
 #: Hash: task id -> "{stream} {reason} {since} {deaths} {lock}\n{message}" of each member of DELAYED.
 DELAYED_DATA = "diracx:tasks:delayed:data"
 #: Hash: why tasks are in DELAYED (`at_time`, `retry`, `lock`, `rate`) -> how many of them.
 DELAYED_REASONS = "diracx:tasks:delayed:reasons"
-#: Sorted set per lock: tasks waiting for it, by priority and then by the time they began to wait.
+#: Sorted set per lock: tasks waiting for it, by priority and then by the time of their submission.
 WAITING_PREFIX = "diracx:tasks:waiting:"
+#: Sorted set: key of a lock that tasks wait for -> when to look whether it can be had (ms since the epoch).
+LINES = "diracx:tasks:lines"
 #: String per lock: the task that was woken for it and may take it before others; lives a moment.
 TURN_PREFIX = "diracx:tasks:turn:"
 

@@ -259,6 +259,8 @@ class Delivery:
     """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
     survived: int = 0
     """How many of the workers that lost this entry live after all."""
+    woken: bytes | None = None
+    """The key of the lock for which it was granted the turn, after it had waited."""
 
     @property
     def deaths(self) -> int:
@@ -294,13 +296,14 @@ class Settlement:
     """The group whose children's results are needed no more: its callback has ended."""
     outcome: Mapping[str, Any] | None = None
     """What is kept of an occurrence of a schedule: see `ending.schedule_outcome`."""
-    cancelled: str | None = None
-    """The task's id, when it ends without having begun because somebody cancelled it."""
 
     def follows(self) -> dict[str, Any]:
         """What is set, for lua/settle.lua; of most tasks nothing is."""
         values = _what_follows(self)
-        return {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
+        found = {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
+        if self.delivery.woken and not self.requeue:
+            found["woken"] = self.delivery.woken
+        return found
 
     def bytes(self) -> int:
         """About how much has to be sent, or keeps the server busy for as long."""
@@ -312,7 +315,7 @@ class Settlement:
         return size + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
-_FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome", "cancelled")
+_FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome")
 _what_follows = attrgetter(*_FOLLOWS)
 
 

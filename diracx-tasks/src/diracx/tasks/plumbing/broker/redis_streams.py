@@ -47,6 +47,8 @@ __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_
 logger = logging.getLogger(__name__)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: Lines of locks that one script call looks at.
+LINES_BATCH = 50
 #: Tasks promoted by one script call: a few ms of the server's time.
 PROMOTE_BATCH = 500
 #: Messages submitted by one script call.
@@ -247,7 +249,7 @@ class RedisStreamBroker:
         self.counts.note_submitted(children)
         if reply == 2:
             try:
-                await self.promote()
+                await self.promote(lines=False)
             except RedisError as error:
                 logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
 
@@ -389,8 +391,11 @@ class RedisStreamBroker:
             deliveries.append(delivery)
         return deliveries
 
-    async def promote(self) -> int | None:
+    async def promote(self, *, lines: bool = True) -> int | None:
         """Move everything that is due into its stream, and the children of complete groups.
+
+        Args:
+            lines: whether to look also at the lines of locks that are due.
 
         Returns:
             In how many milliseconds to look again: when the next one is due, and not before the lead of a
@@ -402,7 +407,9 @@ class RedisStreamBroker:
             if moved < PROMOTE_BATCH:
                 if next_due is None:
                     return None
-                return max(0, leads_ms + 1 if leads_ms else 0, next_due - now)
+                if next_due > now or not lines:
+                    return max(0, leads_ms + 1 if leads_ms else 0, next_due - now)
+                await scripts.lines(self.redis, LINES_BATCH)
             await asyncio.sleep(0)
 
     # --- running and ending -----------------------------------------------------------------------------
@@ -507,6 +514,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         earlier_deaths=number_of(values.get(b"deaths")),
         survived=number_of(values.get(b"survived")),
         occurrence=_text(values[b"occurrence"]) if b"occurrence" in values else None,
+        woken=values.get(b"woken"),
     )
 
 

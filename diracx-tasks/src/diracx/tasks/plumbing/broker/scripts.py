@@ -253,6 +253,11 @@ async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int
     return int(moved), None if int(next_due) < 0 else int(next_due), int(now), int(leads_ms)
 
 
+async def lines(redis: Redis, at_most: int) -> None:
+    """Look at the lines of locks that are due."""
+    await script("lines")(redis, args=[at_most])
+
+
 async def leave(redis: Redis, consumer: str) -> bool:
     """Take a worker off every list. False when it still holds messages, which others will reclaim."""
     return bool(await script("leave")(redis, args=[consumer, _EVERY_STREAM]) == 1)

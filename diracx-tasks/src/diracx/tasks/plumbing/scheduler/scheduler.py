@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from ..binding import Binding
 from ..broker import keys, scripts
 from ..broker.group_audit import audit_for_ever
-from ..broker.redis_streams import PROMOTE_BATCH, in_ms
+from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH, in_ms
 from ..broker.stored import SCANNED, ms_of, text_of
 from ..config import TasksConfig
 from ..endings import end
@@ -370,14 +370,17 @@ class TaskScheduler:
     # --- what is due ------------------------------------------------------------------------------------
 
     async def _promote_due(self) -> None:
-        """Promote a batch of delayed tasks if some are due, and note when the next is."""
+        """Promote a batch of delayed tasks or look at lines of locks if some are due; note when the next is."""
         asked = time.monotonic()
         if self._promote_at > asked and not self._earlier:
             return
         self._earlier = False  # what is heard from now on, the answer may not know of
-        moved, next_due, *_ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
+        moved, next_due, now, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
         self._broker.counts.promoted += moved
-        if moved == PROMOTE_BATCH:
+        lines_are_due = moved < PROMOTE_BATCH and next_due is not None and next_due <= now
+        if lines_are_due:
+            await scripts.lines(self._broker.redis, LINES_BATCH)
+        if moved == PROMOTE_BATCH or lines_are_due:
             self._promote_at = 0.0
         elif next_due is None:
             self._promote_at = float("inf")

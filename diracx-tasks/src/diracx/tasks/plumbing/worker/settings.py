@@ -31,6 +31,6 @@ class WorkerSettings(BaseModel):
     max_result_bytes: int = Field(default=MAX_BYTES, ge=100_000)
     """Of a result that is larger, only that is kept that it was; the task has succeeded all the same."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
-    """A task that waits for a lock looks again after so long, should it never be woken."""
+    """How long the first in line for a lock waits at most, should nobody give the lock back."""
     housekeeping_seconds: float = Field(default=10.0, gt=0)
     """How often it looks for delayed tasks that no scheduler has promoted."""

@@ -146,7 +146,7 @@ def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
     """What becomes of a delivery that was cancelled before it was begun."""
     logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
-    settlement = Settlement(delivery, cancelled=message.task_id)
+    settlement = Settlement(delivery)
     error = TaskCancelledError("cancelled before it had begun")
     _failed_with(settlement, message, settings, describe_exception(error))
     return settlement

@@ -212,7 +212,7 @@ class Worker:
             await self._dependencies.load(self._blueprints)
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
         lapsed = self._keeper.lapsed_since(self._fetched_at)
-        asked = [execution for execution in executions if execution.locks or lapsed]
+        asked = [execution for execution in executions if execution.locks or execution.delivery.woken or lapsed]
         refused: set[Execution] = set()
         granted_at = math.inf
         if asked:
@@ -292,6 +292,7 @@ class Worker:
             "since": delivery.since,
             "locks": execution.locks,
             "retry_ms": int(self._settings.lock_retry_seconds * 1000),
+            "woken": delivery.woken,
         }
 
     def _prepare(self, delivery: Delivery) -> Execution | None:

@@ -61,18 +61,12 @@ local function grant(member)
   return tonumber(total), tonumber(units)
 end
 
--- When quota returns for a refused lock (µs), if `ahead` units are to be granted to others before: the
--- grants leave the window in the order in which they came, and their successors one window later.
-local function quota_returns(lock, ahead)
-  local size = redis.call('ZCARD', lock.key)
-  if size == 0 then return now_us() + lock.window_us end -- nothing is known of it
-  local first_total, first_units = grant(redis.call('ZRANGE', lock.key, 0, 0)[1])
-  local before = first_total - first_units
-  local used = grant(redis.call('ZRANGE', lock.key, -1, -1)[1]) - before
-  local must_leave = used + ahead + lock.n_items - lock.limit
-  local windows = math.floor((must_leave - 1) / used)
-  local leave = before + must_leave - windows * used
-  local low, high = 0, size - 1
+-- When quota returns for a refused lock (µs): the grants leave the window in the order in which they came.
+local function quota_returns(lock)
+  local newest = redis.call('ZRANGE', lock.key, -1, -1)[1]
+  if not newest then return now_us() + lock.window_us end -- it asks for more than the limit
+  local leave = grant(newest) + lock.n_items - lock.limit
+  local low, high = 0, redis.call('ZCARD', lock.key) - 1
   while low < high do
     local middle = math.floor((low + high) / 2)
     if grant(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
@@ -82,31 +76,32 @@ local function quota_returns(lock, ahead)
     end
   end
   local last = redis.call('ZRANGE', lock.key, low, low, 'WITHSCORES')
-  return tonumber(last[2]) + (windows + 1) * lock.window_us + 1
+  return tonumber(last[2]) + lock.window_us + 1
+end
+
+-- The units inside the window that ends now, the total ever granted, and now, by this limiter's clock.
+local function spent(lock, now)
+  local newest = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
+  -- A clock that was set back must not make old grants younger than new ones.
+  if newest[2] and tonumber(newest[2]) > now then now = tonumber(newest[2]) end
+  -- A grant exactly one window old still counts: both ends of a window belong to it.
+  redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', '(' .. int(now - lock.window_us))
+  local oldest = redis.call('ZRANGE', lock.key, 0, 0)[1]
+  if not oldest then return 0, 0, now end
+  local total, first_total, first_units = grant(newest[1]), grant(oldest)
+  return total - first_total + first_units, total, now
 end
 
 kinds.rate = {
   take = function(lock, now)
-    local newest = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
-    -- A clock that was set back must not make old grants younger than new ones.
-    if newest[2] and tonumber(newest[2]) > now then now = tonumber(newest[2]) end
-    -- A grant exactly one window old still counts: both ends of a window belong to it.
-    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', '(' .. int(now - lock.window_us))
-    local used, total, before = 0, 0, 0
-    local oldest = redis.call('ZRANGE', lock.key, 0, 0)[1]
-    if oldest then
-      local first_total, first_units = grant(oldest)
-      total = grant(newest[1])
-      before = first_total - first_units
-      used = total - before
-    end
+    local used, total, now = spent(lock, now)
     if used + lock.n_items <= lock.limit then
       lock.member = string.format('%016.0f:%d:%s', total + lock.n_items, lock.n_items, lock.owner)
       redis.call('ZADD', lock.key, int(now), lock.member)
       redis.call('PEXPIRE', lock.key, int(math.ceil(lock.window_us / 1000) + 1000))
       return true
     end
-    return false, quota_returns(lock, 0)
+    return false, quota_returns(lock)
   end,
   undo = function(lock) redis.call('ZREM', lock.key, lock.member) end,
   release = function() return false end, -- quota is never given back
@@ -149,22 +144,34 @@ local function undo(lock)
   if kind then pcall(kind.undo or kind.release, lock) end
 end
 
+-- Who is to have the lock before a task: 'turn' (it is reserved), 'line' (somebody waits), or nobody.
+-- Those that would stand before all of these need not wait: two tasks that want the same two locks, each with the
+-- turn of one of them, would else refuse each other for ever. Readers join readers, whoever waits.
+local function goes_before(lock, task, place)
+  local turns_task, turns_place = turn_of(lock)
+  if turns_task == task then return nil end
+  if turns_task and turns_place < place then return 'turn' end
+  local first = redis.pcall('ZRANGE', '$WAITING_PREFIX' .. lock.key, 0, 0, 'WITHSCORES')
+  if not first[2] or tonumber(first[2]) >= place then return nil end
+  return not (lock.kind == 'shared' and redis.call('EXISTS', lock.key) == 1) and 'line' or nil
+end
+
 -- All of the locks or none of them: a refusal gives back what was taken before it, quota included, and so does a
 -- lock that cannot be taken at all, as one whose key is of another type: that is an error.
 -- `task` and its `place` in line are nil for a lock that is taken outside the task system.
--- A turn keeps others from a lock, but not those who would stand before its owner in line: two tasks that want
--- the same two locks, each with the turn of one of them, would else refuse each other for ever.
--- Returns true, or false, the position of the refusing lock, and when to try again (µs, or nil).
+-- Returns true and the locks for which others wait too, or false, the position of the refusing lock, when to try
+-- again (µs, or nil), and who goes before if that is why.
 local function take_all(locks, now, task, place)
-  local turns = {}
+  local wanted, turns = {}, {}
   for position, lock in ipairs(locks) do
-    local owner, owners_place
-    if task then owner, owners_place = turn_of(lock) end
-    if owner then turns[#turns + 1] = '$TURN_PREFIX' .. lock.key end
-    local looked, granted, again = true, false, nil
-    if not owner or owner == task or place < owners_place then
-      looked, granted, again = pcall(take, lock, now)
+    local turn, before = '$TURN_PREFIX' .. lock.key, nil
+    if task and redis.call('EXISTS', turn, '$WAITING_PREFIX' .. lock.key) > 0 then
+      before = goes_before(lock, task, place)
+      wanted[#wanted + 1] = lock
+      if lock.kind == 'mutex' or lock.kind == 'exclusive' or turn_of(lock) == task then turns[#turns + 1] = turn end
     end
+    local looked, granted, again = true, false, nil
+    if not before then looked, granted, again = pcall(take, lock, now) end
     -- A worker that lost the connection while it asked, asks again: what it got then is still its own, whoever's
     -- turn it is now.
     if not granted and task and lock.kind ~= 'rate' then granted = kinds[lock.kind].keep(lock, now) end
@@ -173,18 +180,25 @@ local function take_all(locks, now, task, place)
       if not looked then error(type(granted) == 'table' and granted or {err = granted}) end
       -- And so may be what comes behind: nobody else would ever give it back.
       for behind = position + 1, task and #locks or 0 do undo(locks[behind]) end
-      return false, position, again
+      return false, position, again, before
     end
   end
   for _, turn in ipairs(turns) do redis.call('DEL', turn) end
-  return true
+  return true, wanted
 end
 
--- When a refused task should look again by itself (ms from now): a hand-over normally comes sooner.
+-- When the timer should look at a refusing lock again (ms from now): when it can be had at the latest, if that is soon.
 local function look_again_in(lock, at_most_ms)
-  local left = (lock.kind == 'mutex' or lock.kind == 'exclusive') and redis.call('PTTL', lock.key) or -1
-  if left >= 0 and left < at_most_ms then return left + 1 end
-  return at_most_ms
+  local left = -1
+  if lock.kind == 'concurrency' then
+    local first = redis.call('ZRANGE', lock.key, 0, 0, 'WITHSCORES')[2]
+    left = first and (tonumber(first) - now_us()) / 1000 or -1
+  elseif lock.kind ~= 'rate' then
+    left = redis.call('PTTL', lock.key)
+  elseif lock.limit then
+    left = (quota_returns(lock) - now_us()) / 1000
+  end
+  return left >= 0 and math.min(left + 1, at_most_ms) or at_most_ms
 end
 
 -- A worker's ledger holds what is needed to give its locks back should it die: "{owner}:{key}" -> "{kind} {limit}".

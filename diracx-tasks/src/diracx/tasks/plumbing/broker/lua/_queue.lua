@@ -72,31 +72,67 @@ local function count_reason(reason, change)
   end
 end
 
--- What is stored of a delayed task: stream, reason, since, deaths, message; nothing where it cannot be read.
+-- What is stored of a delayed task: stream, reason, since, deaths, message, and the key of the lock that it waits for
+-- or nil; nothing where it cannot be read.
 local function parts_of(stored)
   local header, data = head_of(stored)
-  local stream, reason, since, deaths = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*)')
-  if is_stream(stream) then return stream, reason, since, tonumber(deaths), data end
+  local stream, reason, since, deaths, lock = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*) ?(.*)$')
+  if is_stream(stream) then return stream, reason, since, tonumber(deaths), data, lock ~= '' and lock or nil end
 end
 
--- Take the message of a delayed task away: what is stored, and its parts; nothing when it is not there.
-local function take_delayed(task)
-  local stored = redis.call('HGET', '$DELAYED_DATA', task)
+-- The key of a lock as it stands in one line.
+local function as_noted(lock)
+  return (string.gsub(lock, '\n', ' '))
+end
+
+-- Take the message of a delayed task away, and the task out of the line in which it stands: what is stored, and its
+-- parts; nothing when it is not there. The last is the key of the lock, if others wait for it.
+local function take_delayed(task, stored)
+  stored = stored or redis.call('HGET', '$DELAYED_DATA', task)
   redis.call('ZREM', '$DELAYED', task)
   if not stored then return nil end
   redis.call('HDEL', '$DELAYED_DATA', task)
-  local stream, reason, since, deaths, data = parts_of(stored)
+  local stream, reason, since, deaths, data, lock = parts_of(stored)
   if stream then count_reason(reason, -1) end
-  return stored, stream, since, deaths, data
+  if lock then
+    local waiters = {}
+    for position, kind in ipairs({'mutex', 'exclusive', 'shared', 'rate', 'concurrency'}) do
+      waiters[position] = kind .. ':' .. task
+    end
+    redis.pcall('ZREM', '$WAITING_PREFIX' .. lock, unpack(waiters))
+    if redis.pcall('EXISTS', '$WAITING_PREFIX' .. lock) == 0 then
+      redis.pcall('ZREM', '$LINES', lock)
+      lock = nil
+    end
+  end
+  return stored, stream, since, deaths, data, lock
+end
+
+-- Something is due before all else. Who may not publish, is heard within the next look. What no scheduler hears, the
+-- workers do themselves.
+local looking = false
+local function announce_due(due_ms)
+  if not looking and redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed') == 0 then
+    redis.pcall('PUBLISH', '$WAKE_WORKERS', int(math.max(0, math.ceil(due_ms - now_us() / 1000))))
+  end
+end
+
+-- When the timer looks at a line next; `at_first`: only if it has no timer yet.
+local function look_at(lock, due_ms, at_first)
+  local before = tonumber(redis.pcall('ZSCORE', '$LINES', lock) or nil)
+  if before and at_first then return end
+  redis.pcall('ZADD', '$LINES', string.format('%.3f', due_ms), lock)
+  if (not before or due_ms < before) and redis.pcall('ZRANGE', '$LINES', 0, 0)[1] == lock then announce_due(due_ms) end
 end
 
 -- Into the delayed set. The message itself is never looked into, here or when it comes back.
--- `lock`: the key of the lock that refused it, if one did; only those who look want to know.
+-- `lock`: the key of the lock that refused it, if one did.
 -- The same message takes its own place; another one that was given the same id is kept beside it.
+-- Returns the name under which it is kept.
 local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   local header = stream .. ' ' .. reason .. ' ' .. since
   if lock or (deaths and deaths > 0) then header = header .. ' ' .. (deaths or 0) end
-  if lock then header = header .. ' ' .. string.gsub(lock, '\n', ' ') end
+  if lock then header = header .. ' ' .. as_noted(lock) end
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
   if stored and select(2, head_of(stored)) ~= data then
     task = task .. ' ' .. redis.sha1hex(data)
@@ -107,26 +143,16 @@ local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   count_reason(reason, 1)
   redis.call('HSET', '$DELAYED_DATA', task, header .. '\n' .. data)
   redis.call('ZADD', '$DELAYED', string.format('%.3f', due_ms), task)
-  if redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then
-    -- Who may not publish, is heard within the next look. What no scheduler hears, the workers do themselves.
-    if redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed') == 0 then
-      redis.pcall('PUBLISH', '$WAKE_WORKERS', int(math.max(0, math.ceil(due_ms - now_us() / 1000))))
-    end
-  end
-end
-
--- Is it parked behind a lock, and not put aside for another reason? Who has left a line by its timer may still
--- be found in it, and must not be woken from its retry.
-local function waits_for_a_lock(task)
-  local stored = redis.call('HGET', '$DELAYED_DATA', task)
-  return stored and string.match(stored, '^%S+ (%S+) ') == 'lock'
+  if not lock and redis.call('ZRANGE', '$DELAYED', 0, 0)[1] == task then announce_due(due_ms) end
+  return task
 end
 
 -- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
 -- False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or its stream
 -- refuses it (its key is none of a stream, or has had the last possible id).
-local function undelay(task, woken)
-  local stored, stream, since, deaths, data = take_delayed(task)
+local function undelay(task, woken, stored)
+  local stream, since, deaths, data
+  stored, stream, since, deaths, data = take_delayed(task, stored)
   if not stored then return false end
   if stream and pcall(enqueue, stream, data, since, deaths, woken) then return true end
   bury(task, stored)

@@ -1,37 +1,72 @@
--- Hand a lock that can be had to whoever waits for it: first come, first served within a priority.
--- Waiters are "{kind of lock}:{task}". Readers that wait side by side are woken together.
-local TURN_MS = 1000
+-- Lines: who waits for a lock, first come, first served within a priority. Waiters are "{kind of lock}:{task}", and have
+-- no timer of their own: the line has one, in `$LINES`. Each grant of a turn is charged to what made it possible: a lock
+-- that was given back, a task that was granted one and left room for others, a newcomer, or the timer. So a line in
+-- which nothing moves costs nothing.
+-- Who is granted a turn asks for its locks as anybody does. A turn is reserved for a moment, and a lock that is not
+-- asked for in that time is granted to the next. Of several that are granted side by side, the last has the turn.
+local TURN_MS, LOOK_MS, CROWD, BYTES = 1000, 10000, 500, 8192
+local work_left = 100 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
 
-local function can_be_had(kind, lock)
-  if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 end
+-- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
+local function room_for(kind, lock)
+  if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 and math.huge or 0 end
+  if (kind == 'concurrency' or kind == 'rate') and not lock.limit then return 1 end
   if kind == 'concurrency' then
     redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now_us()))
-    return not lock.limit or redis.call('ZCARD', lock.key) < lock.limit
+    return lock.limit - redis.call('ZCARD', lock.key)
   end
-  return redis.call('EXISTS', lock.key) == 0
+  if kind == 'rate' then
+    return math.floor((lock.limit - spent(lock, now_us())) / lock.n_items)
+  end
+  return redis.call('EXISTS', lock.key) == 0 and 1 or 0
 end
 
-local function wake(lock)
-  if lock.kind == 'rate' then return end -- its waiters know when their quota returns
-  local waiting, turn, readers_woken = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key, false
-  while true do
-    local first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
-    local head = first[1]
-    if not head or redis.call('EXISTS', turn) == 1 then return end
-    local kind, task = string.match(head, '^(%a+):(.*)$')
-    if not can_be_had(kind, lock) or (kind == 'exclusive' and readers_woken) then return end
-    redis.call('ZREM', waiting, head)
-    if waits_for_a_lock(task) and undelay(task, lock.key) then
-      if kind == 'mutex' or kind == 'exclusive' then
-        redis.call('SET', turn, int(tonumber(first[2])) .. ':' .. task, 'PX', TURN_MS)
-      end
-      if kind ~= 'shared' then return end
-      readers_woken = true
+-- Messages of this stream that no worker has taken yet. While workers are behind, timers send them nothing more.
+local function is_crowded(stream)
+  local length = redis.call('XLEN', stream)
+  if length < CROWD then return false end
+  local pending = redis.pcall('XPENDING', stream, '$GROUP')
+  return length - (pending.err and 0 or pending[1]) >= CROWD
+end
+
+-- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
+-- more), 'asked' (by somebody who must wait) or 'timer'.
+local function grant_next(lock, why)
+  local waiting, turn = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key
+  local first, room, last = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES'), nil, nil
+  if not first[1] then return end
+  local reserved = redis.call('GET', turn)
+  -- Only slots are given back while others are on their way to take some.
+  if reserved and not (why == 'released' and lock.kind == 'concurrency') then return end
+  while first[1] do
+    local kind, task = string.match(first[1], '^(%a+):(.*)$')
+    room = room or room_for(kind, lock)
+    if reserved or why == 'asked' then room = math.min(room, 1) end
+    if room < 1 or (last and kind == 'exclusive') then break end
+    if work_left <= 0 then return look_at(lock.key, now_us() / 1000 + (last and TURN_MS + 1 or 0)) end
+    local stored = redis.call('HGET', '$DELAYED_DATA', task or '')
+    local stream, _, _, _, _, waits_for = parts_of(stored or '')
+    work_left = work_left - 1 - #(stored or '') / BYTES
+    if not stream or waits_for ~= as_noted(lock.key) then
+      redis.call('ZREM', waiting, first[1]) -- whoever this was, waits here no more
+    elseif why == 'timer' and is_crowded(stream) then
+      return look_at(lock.key, now_us() / 1000 + TURN_MS)
+    elseif undelay(task, lock.key, stored) then
+      last, room = int(tonumber(first[2])) .. ':' .. task, room - 1
+      redis.call('SET', turn, last, 'PX', TURN_MS)
     end
+    first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
+  end
+  if not first[1] then
+    redis.pcall('ZREM', '$LINES', lock.key)
+  elseif last then
+    look_at(lock.key, now_us() / 1000 + TURN_MS + 1)
+  elseif why == 'granted' then
+    look_at(lock.key, now_us() / 1000 + look_again_in(lock, LOOK_MS))
   end
 end
 
--- Give locks back and wake those who wait for them. Returns how many were still held.
+-- Give locks back and grant the turn to those who wait for them. Returns how many were still held.
 local function release_all(locks)
   local released = 0
   for _, lock in ipairs(locks) do
@@ -40,24 +75,14 @@ local function release_all(locks)
     local looked, held = pcall(kind and kind.release, lock)
     if looked and held then
       released = released + 1
-      pcall(wake, lock) -- else whoever waits looks again by its timer
+      pcall(grant_next, lock, 'released') -- else whoever waits is found by the timer
     end
   end
   return released
 end
 
--- A task that was refused by one of its locks may have been woken for another: the next in line must not
--- wait for it.
-local function pass_on(locks, refusing, task)
-  for position, lock in ipairs(locks) do
-    if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. lock.key) end
-    if position ~= refusing then wake(lock) end
-  end
-end
-
--- A task that was woken for a lock is gone from the queue without having asked for it: the next one, please.
-local function hand_on(key, task)
-  local lock = {key = key}
-  if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. key) end
-  wake(lock)
+-- A task that had the turn for a lock does not take it: the next one, please.
+local function give_up_turn(lock, task)
+  if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. lock.key) end
+  pcall(grant_next, lock, 'asked')
 end

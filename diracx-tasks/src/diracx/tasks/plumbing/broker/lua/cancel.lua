@@ -43,7 +43,8 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       bury(t.task, stored)
       replies[position] = {'', ''}
     elseif t.known then
-      take_delayed(t.task)
+      local lock = select(6, take_delayed(t.task))
+      if lock then look_at(lock, now_ms) end -- those behind it may be of another kind
       finish(t)
       replies[position] = {reason, ''}
     else
@@ -56,7 +57,7 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       redis.call('XDEL', t.stream, t.entry)
       finish(t)
       local woken = field_of(there[2], 'woken')
-      if woken then hand_on(woken, t.task) end
+      if woken then give_up_turn({key = woken}, t.task) end
       replies[position] = {'queued', ''}
     elseif t.waiting then
       replies[position] = {'', ''}

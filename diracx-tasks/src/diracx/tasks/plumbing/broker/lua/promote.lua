@@ -2,7 +2,8 @@
 -- Messages are not decoded.
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others).
 -- Returns {number moved, when the next is due in ms or -1, now in ms, how long the leading scheduler leads if it does
--- not renew (ms), 0 when none does}, the last two 0 when there is nothing at all.
+-- not renew (ms), 0 when none does}, the last two 0 when there is nothing at all. If less than the most was moved, and
+-- the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
 -- #include _time _queue _groups
 if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
@@ -19,5 +20,7 @@ if next_due and next_due <= now then
   moved, next_due = #due, first_due()
 end
 moved = moved + release_staged(at_most - moved)
+local line_due = redis.pcall('ZRANGE', '$LINES', 0, 0, 'WITHSCORES')[2]
+if line_due then next_due = math.min(next_due or math.huge, tonumber(line_due)) end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
 return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER'))}

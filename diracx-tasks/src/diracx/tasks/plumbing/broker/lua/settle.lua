@@ -8,7 +8,7 @@
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   collected = group id                        its callback has ended and needs the results no more
---   cancelled = task                            it was cancelled unbegun: the lock it was woken for goes to the next
+--   woken   = lock                              it had the turn for it: the next has it, unless it took the lock
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker imports it into a database).
 -- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
@@ -40,9 +40,10 @@ local function following()
       delay(s.retry.task, due, s.retry.stream, 'retry', with_occurrence('0', s.retry.occurrence), s.retry.data)
     end
     if s.requeue then
-      local noted = there and field_of(there[2], 'deaths')
-      local since = with_occurrence(s.requeue.since, there and field_of(there[2], 'occurrence'))
-      enqueue(s.requeue.stream, s.requeue.data, since, deaths_of(stream, entry, deliveries, noted))
+      local fields = there and there[2] or {}
+      local since = with_occurrence(s.requeue.since, field_of(fields, 'occurrence'))
+      local deaths = deaths_of(stream, entry, deliveries, field_of(fields, 'deaths'))
+      enqueue(s.requeue.stream, s.requeue.data, since, deaths, field_of(fields, 'woken'))
     end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
   end
@@ -52,17 +53,19 @@ local function following()
   end
   local function follow(stream, entry, deliveries, s)
     local refused = {}
-    local looked = s.cancelled or s.requeue or (marks and not s.retry)
+    for _, lock in ipairs(s.locks or {}) do
+      if lock.key == s.woken then s.woken = nil end
+    end
+    local looked = s.woken or s.requeue or (marks and not s.retry)
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
     local task = there and not s.requeue and task_of(data_of(there[2]))
-    local woken = there and field_of(there[2], 'woken')
     if not try(refused, keep, stream, entry, deliveries, s, there) then return 'kept: ' .. refused[1] end
     remove(stream, entry) -- before the rest: should that go wrong, it must not be done twice
-    if task then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
+    if task and marks and not s.retry then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
     if s.group then try(refused, child_done, s.group) end
     if s.collected then try(refused, forget_results, s.collected) end
     if s.outcome then try(refused, note_outcome, s.outcome) end
-    if s.cancelled and woken then try(refused, hand_on, woken, s.cancelled) end
+    if s.woken then try(refused, give_up_turn, {key = s.woken}, task) end
     if s.result then try(refused, store, s.result) end
     return refused[1] and table.concat(refused, '; ')
   end

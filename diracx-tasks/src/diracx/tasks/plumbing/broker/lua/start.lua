@@ -1,17 +1,58 @@
 -- For each delivery: take all the locks of its task, or park it until they can be had.
 -- KEYS: none. ARGV: consumer, deliveries (msgpack list of
---   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms}), the consumer's lease (ms) or 0.
--- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, due in ms} parked;
+--   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms, woken}), the consumer's lease (ms) or 0;
+--   `woken`: the lock for which it was granted the turn, if it was.
+-- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, when its line is looked at if
+-- nothing is given back before (ms)} parked;
 -- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
 -- Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
 -- #include _time _alive _pending _parts _locks _queue _wake _cancel _redelivery _fencing
+local PARKED_MS = 86400000 -- the line brings a task back; should that be lost, its own timer does
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of whoever happened to ask first.
 local function queued_at(entry)
   local ms, sequence = string.match(entry, '^(%d+)-(%d+)$')
   return int(tonumber(ms) * 1000 + math.min(tonumber(sequence), 999))
+end
+
+-- Out of its stream, into the line of the lock that refuses it. Returns when the timer looks at that.
+local function park(d, since, place, lock, before)
+  local there = redis.call('XRANGE', d.stream, d.entry, d.entry)[1]
+  local fields = there and there[2] or {}
+  local data, deaths = data_of(fields) or '', deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
+  local now_ms, reason = now_us() / 1000, lock.kind == 'rate' and 'rate' or 'lock'
+  remove(d.stream, d.entry)
+  since = with_occurrence(since, field_of(fields, 'occurrence'))
+  local name = delay(d.task, now_ms + PARKED_MS, d.handover, reason, since, data, deaths, lock.key)
+  local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. name
+  redis.call('ZADD', waiting, int(place), waiter)
+  local due = now_ms + (before and TURN_MS + 1 or look_again_in(lock, d.retry_ms))
+  look_at(lock.key, due, before or redis.call('ZRANGE', waiting, 0, 0)[1] ~= waiter)
+  return int(math.ceil(due))
+end
+
+-- A refused task leaves its other locks, and the turns that it was granted, to the next. Somebody new who must wait may
+-- have another limit than those before it: the first of them is to ask.
+local function leave_to_others(d, refusing, before)
+  for position, lock in ipairs(d.locks) do
+    local behind = position == refusing and before == 'line'
+    local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
+    if behind and d.since == '0' then
+      grant_next(lock, 'asked')
+    elseif not behind and (turn_of(lock) == d.task or lock.key == d.woken or position ~= refusing and not limits) then
+      give_up_turn(lock, d.task)
+    end
+  end
+end
+
+-- It was granted the turn for a lock that it does not want any more.
+local function leave_unwanted(d)
+  for _, lock in ipairs(d.locks) do
+    if lock.key == d.woken then return end
+  end
+  give_up_turn({key = d.woken}, d.task)
 end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
@@ -35,38 +76,22 @@ for position, d in ipairs(deliveries) do
     local since = d.since
     if since == '0' then since = queued_at(d.entry) end
     local place = d.rank * MAX_PRIORITY_SPAN + tonumber(since)
-    local granted, refusing = take_all(d.locks, now, d.task, place)
+    local granted, refusing, _, before = take_all(d.locks, now, d.task, place)
     if granted then
       any_granted = any_granted or d.locks[1] ~= nil
-      for _, lock in ipairs(d.locks) do
-        -- Its timer may have brought it here: then it still stands in line.
-        if d.since ~= '0' then redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task) end
+      for _, lock in ipairs(refusing) do
+        if lock.kind ~= 'mutex' and lock.kind ~= 'exclusive' then grant_next(lock, 'granted') end
       end
       replies[position] = {1}
     else
-      local there = redis.call('XRANGE', d.stream, d.entry, d.entry)[1]
-      local fields = there and there[2] or {}
-      local data, deaths = data_of(fields) or '', deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
-      local lock, again = d.locks[refusing], nil
-      local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. d.task
-      redis.call('ZADD', waiting, int(place), waiter)
-      if lock.kind == 'rate' then
-        local ahead = redis.call('ZRANK', waiting, waiter)
-        again = quota_returns(lock, ahead * lock.n_items) + ahead -- a µs apart, to stay in line
-      else
-        again = now + look_again_in(lock, d.retry_ms) * 1000
-      end
-      local due = again / 1000
-      redis.call('PEXPIRE', waiting, int(due - now / 1000 + 2 * d.retry_ms))
-      remove(d.stream, d.entry)
-      since = with_occurrence(since, field_of(fields, 'occurrence'))
-      delay(d.task, due, d.handover, lock.kind == 'rate' and 'rate' or 'lock', since, data, deaths, lock.key)
-      pass_on(d.locks, refusing, d.task)
+      local due = park(d, since, place, d.locks[refusing], before)
+      leave_to_others(d, refusing, before)
       local given_up = {}
       for _, each in ipairs(d.locks) do given_up[#given_up + 1] = ledger_line(each) end
       in_parts(given_up, function(...) redis.call('HDEL', ledger, ...) end)
-      replies[position] = {0, refusing, int(math.ceil(due))}
+      replies[position] = {0, refusing, due}
     end
+    if d.woken then leave_unwanted(d) end
   end
 end
 replies[#deliveries + 1] = any_granted and take_tokens(#deliveries, now) or 0

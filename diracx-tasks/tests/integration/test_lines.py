@@ -1,0 +1,494 @@
+"""Lines of tasks that wait for a lock: nobody polls, nobody is forgotten, and no step does unbounded work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from diracx.tasks.plumbing import (
+    BaseTask,
+    ConcurrencyLimiter,
+    ExclusiveRWLock,
+    MutexLock,
+    RateLimiter,
+    SharedRWLock,
+)
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker.cancel import cancel
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.redis_streams import in_ms
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+
+QUEUE = "diracx:tasks:normal:medium"
+BATCH = 500
+#: Commands that one script may send, whatever the size of a line.
+BOUNDED = 2_500
+
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:*", "limiter:*")
+
+
+class Slots(ConcurrencyLimiter):
+    limit = 1
+    ttl_ms = 600_000
+
+
+class Quota(RateLimiter):
+    limit = 1
+    window_seconds = 600.0
+
+
+def mutex() -> BaseLock:
+    return MutexLock(JOB, "x", ttl_ms=600_000)
+
+
+def reads() -> BaseLock:
+    return SharedRWLock(JOB, "x")
+
+
+def writes() -> BaseLock:
+    return ExclusiveRWLock(JOB, "x", ttl_ms=600_000)
+
+
+def slot(limit: int = 1) -> BaseLock:
+    lock = Slots(JOB, "x")
+    lock.limit = limit
+    return lock
+
+
+def quota(limit: int = 1) -> BaseLock:
+    lock = Quota(JOB, "x")
+    lock.limit = limit
+    return lock
+
+
+@dataclass
+class Running:
+    delivery: Delivery
+    locks: Sequence[Any]
+
+
+@dataclass
+class Worker:
+    """A worker as the broker sees it; `step` does what a worker does with what it is given."""
+
+    broker: RedisStreamBroker
+    redis: Redis
+    began: list[str] = field(default_factory=list)
+    running: dict[str, Running] = field(default_factory=dict)
+
+    async def submit(self, *names: str, priority: str = "normal") -> None:
+        stream = f"diracx:tasks:{priority}:medium"
+        await self.broker.submit(
+            [Submission(TaskMessage(task_id=name, task_name="test:Task"), stream) for name in names]
+        )
+
+    async def start(self, deliveries: Sequence[Delivery], needs: Callable[[], Sequence[BaseLock]]) -> int:
+        wanted = [
+            {
+                "stream": each.stream,
+                "entry": each.entry,
+                "deliveries": each.deliveries,
+                "task": name_of(each),
+                "rank": ["realtime", "normal", "background"].index(each.priority),
+                "handover": each.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+                "since": each.since,
+                "locks": [lock.spec() for lock in needs()],
+                "retry_ms": 600_000,
+                "woken": each.woken,
+            }
+            for each in deliveries
+        ]
+        replies, _ = await self.broker.start(wanted)
+        for each, asked, reply in zip(deliveries, wanted, replies, strict=True):
+            if reply[0] == 1:
+                self.began.append(name_of(each))
+                self.running[name_of(each)] = Running(each, asked["locks"])
+        return sum(reply[0] == 1 for reply in replies)
+
+    async def step(self, needs: Callable[[], Sequence[BaseLock]]) -> int:
+        """Take what there is; returns how many began."""
+        deliveries, _ = await self.broker.fetch(BATCH)
+        return await self.start(deliveries, needs)
+
+    async def all_steps(self, needs: Callable[[], Sequence[BaseLock]]) -> None:
+        while (deliveries := (await self.broker.fetch(BATCH))[0]) and await self.start(deliveries, needs):
+            pass
+
+    async def end(self, name: str) -> None:
+        ended = self.running.pop(name)
+        assert await self.broker.settle([Settlement(ended.delivery, locks=ended.locks)]) == [True]
+
+    async def park(self, number: int, lock: Callable[[], BaseLock], prefix: str = "t") -> list[str]:
+        """So many tasks in line for a lock that somebody else holds."""
+        names = [f"{prefix}{position:06}" for position in range(number)]
+        for at in range(0, number, BATCH):
+            await self.submit(*names[at : at + BATCH])
+            assert await self.step(lambda: [lock()]) == 0
+        return names
+
+    async def granted(self) -> list[str]:
+        """Those that were granted a turn and have not asked yet."""
+        return [
+            TaskMessage.loadb(fields[b"data"]).task_id
+            for _, fields in await self.redis.xrange(QUEUE + ":handover")
+        ]
+
+    async def look(self, lock: BaseLock) -> None:
+        """The timer of the line ends."""
+        assert await self.redis.zadd(keys.LINES, {lock.redis_key: 0}, xx=True, ch=True) == 1
+        await self.broker.promote()
+
+
+def name_of(delivery: Delivery) -> str:
+    assert delivery.data is not None
+    return TaskMessage.loadb(delivery.data).task_id
+
+
+@pytest.fixture
+async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
+    broker = RedisStreamBroker(redis_url, consumer_name="a")
+    await redis.zadd(keys.ALIVE, {"a": in_ms(datetime.now(UTC)) + 600_000})
+    yield Worker(broker, redis)
+    await broker.shutdown()
+
+
+async def line_of(redis: Redis, lock: BaseLock) -> list[str]:
+    waiting = await redis.zrange(keys.WAITING_PREFIX + lock.redis_key, 0, -1)
+    return [member.decode().partition(":")[2] for member in waiting]
+
+
+class Counted:
+    """The commands that the server has run within, those in scripts included."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def _sum(self) -> int:
+        stats: dict[str, Any] = await self._redis.info("commandstats")
+        return sum(each["calls"] for name, each in stats.items() if name not in ("cmdstat_info", "cmdstat_time"))
+
+    async def __aenter__(self) -> Counted:
+        self._before = await self._sum()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.commands = await self._sum() - self._before
+
+
+# --- who leaves a line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", [mutex, writes, slot, quota])
+async def test_who_is_cancelled_is_taken_out_of_its_line(
+    worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
+) -> None:
+    assert await lock().acquire(redis)
+    first, second, third = await worker.park(3, lock)
+    await cancel(worker.broker, [first, second], None)
+    assert await line_of(redis, lock()) == [third]
+    await cancel(worker.broker, [third], None)
+    assert not await redis.exists(keys.WAITING_PREFIX + lock().redis_key, keys.LINES, keys.DELAYED)
+
+
+async def test_readers_begin_when_the_writer_before_them_is_cancelled(worker: Worker, redis: Redis) -> None:
+    assert await writes().acquire(redis)
+    await worker.submit("writes")
+    assert await worker.step(lambda: [writes()]) == 0
+    await worker.park(2, reads)
+    await redis.delete(reads().redis_key)
+    assert await reads().acquire(redis)
+    await cancel(worker.broker, ["writes"], None)
+    await worker.broker.promote()  # at once: the line is due
+    assert await worker.step(lambda: [reads()]) + await worker.step(lambda: [reads()]) == 2
+
+
+async def test_a_line_lives_as_long_as_somebody_stands_in_it(worker: Worker, redis: Redis) -> None:
+    assert await quota().acquire(redis)
+    await worker.park(3, quota)
+    await worker.submit("urgent", priority="realtime")
+    assert await worker.step(lambda: [quota()]) == 0
+    assert await line_of(redis, quota()) == ["urgent", "t000000", "t000001", "t000002"]
+    assert await redis.ttl(keys.WAITING_PREFIX + quota().redis_key) == -1
+
+
+# --- every end hands on -------------------------------------------------------------------------------------
+
+ENDS: dict[str, Callable[[Delivery], Settlement]] = {
+    "rejected": lambda d: Settlement(d, dead={"reason": "unknown_task", "data": b"a letter"}),
+    "rejected, the letter in the database": Settlement,
+    "cancelled": lambda d: Settlement(d, result={"key": "diracx:results:t", "value": b"", "ttl_ms": 1000}),
+    "a child of a group": lambda d: Settlement(d, group={"id": "g", "child": "t000000", "error": "rejected"}),
+    "to be tried later": lambda d: Settlement(
+        d, retry={"task": "t000000", "delay_ms": 600_000, "stream": QUEUE, "data": d.data}
+    ),
+    "with another lock only": lambda d: Settlement(d, locks=[MutexLock(JOB, "other").spec()]),
+}
+
+
+@pytest.mark.parametrize("lock", [mutex, slot, writes])
+@pytest.mark.parametrize("end", ENDS)
+async def test_who_is_granted_the_turn_and_ends_without_the_lock_hands_it_on(
+    worker: Worker, redis: Redis, end: str, lock: Callable[[], BaseLock]
+) -> None:
+    holder = lock()
+    assert await holder.acquire(redis)
+    first, second = await worker.park(2, lock)
+    await holder.release(redis)
+    [delivery], _ = await worker.broker.fetch(BATCH)
+    assert (name_of(delivery), await line_of(redis, lock())) == (first, [second])
+    assert await worker.broker.settle([ENDS[end](delivery)]) == [True]
+    assert await worker.granted() == [second]
+
+
+async def test_who_hands_a_task_back_keeps_its_turn_with_it(worker: Worker, redis: Redis) -> None:
+    holder = mutex()
+    assert await holder.acquire(redis)
+    first, second = await worker.park(2, mutex)
+    await holder.release(redis)
+    [delivery], _ = await worker.broker.fetch(BATCH)
+    assert await worker.broker.settle([hand_back(delivery)]) == [True]
+    [again], _ = await worker.broker.fetch(BATCH)
+    assert (name_of(again), again.woken) == (first, mutex().redis_key.encode())
+    assert await worker.broker.settle([Settlement(again)]) == [True]
+    assert await worker.granted() == [second]
+
+
+@pytest.mark.parametrize("lock", [mutex, slot, quota])
+async def test_a_line_whose_tasks_need_the_lock_no_more_drains_at_once(
+    worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
+) -> None:
+    assert await lock().acquire(redis)
+    names = await worker.park(50, lock)
+    await redis.delete(lock().redis_key)
+    await worker.look(lock())
+    await worker.all_steps(list)
+    assert worker.began == names
+
+
+async def test_a_worker_asks_also_for_a_task_that_needs_its_lock_no_more(redis_url: str, redis: Redis) -> None:
+    needed, hold = [True], asyncio.Event()
+    begun: list[int] = []
+
+    @dataclass
+    class Needs(BaseTask):
+        number: int
+
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [mutex()] if needed else []
+
+        async def execute(self) -> None:
+            begun.append(self.number)
+            await hold.wait()
+
+    holder = mutex()
+    assert await holder.acquire(redis)
+    async with TaskSystem([Needs], redis_url=redis_url, settings={"lock_retry_seconds": 600.0}) as system:
+        for number in range(5):
+            await Needs(number).schedule()
+        while await redis.zcard(keys.DELAYED) < 5:
+            await asyncio.sleep(0.005)
+        needed.clear()
+        before = await redis.info("commandstats")
+        await holder.release(redis)
+        async with asyncio.timeout(30):
+            while len(begun) < 5:
+                await asyncio.sleep(0.005)
+        turns_timed_out = (await redis.info("commandstats"))["cmdstat_pttl"]["calls"] - before.get(
+            "cmdstat_pttl", {"calls": 0}
+        )["calls"]
+        assert turns_timed_out < 20, "each waited for the turn of the one before to end"
+        hold.set()
+        await system.drain()
+
+
+async def test_a_turn_whose_worker_has_died_goes_to_the_next(worker: Worker, redis: Redis) -> None:
+    holder = mutex()
+    assert await holder.acquire(redis)
+    _, second = await worker.park(2, mutex)
+    await holder.release(redis)
+    [_], _ = await worker.broker.fetch(BATCH)  # and its worker is killed
+    due_ms = await redis.zscore(keys.LINES, mutex().redis_key)
+    seconds, us = await redis.time()
+    assert due_ms is not None
+    assert due_ms - (seconds * 1000 + us / 1000) < 1_100
+    await redis.delete(keys.TURN_PREFIX + mutex().redis_key)  # a second later
+    await worker.look(mutex())
+    assert [name_of(each) for each in (await worker.broker.fetch(BATCH))[0]] == [second]
+
+
+# --- what waiting costs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", [mutex, writes, slot, quota])
+async def test_a_hand_over_costs_the_same_whatever_the_length_of_the_line(
+    worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
+) -> None:
+    costs = []
+    for length in (20, 2_000):
+        await redis.flushall()
+        await worker.submit("holder")
+        assert await worker.step(lambda: [lock()]) == 1
+        await worker.park(length, lock)
+        counted = Counted(redis)
+        async with counted:
+            for _ in range(10):
+                await worker.end(worker.began[-1])
+                if lock is quota:
+                    await redis.delete(quota().redis_key)
+                    await worker.look(quota())
+                assert await worker.step(lambda: [lock()]) == 1
+        costs.append(counted.commands)
+    assert costs[1] <= costs[0] + 5, "a ZADD more or less, where the timer was earlier"
+    assert costs[0] < 10 * 100
+
+
+async def test_a_line_in_which_nothing_moves_costs_nothing(worker: Worker, redis: Redis) -> None:
+    assert await mutex().acquire(redis)
+    await worker.park(1_000, mutex)
+    await redis.zadd(keys.LINES, {mutex().redis_key: 0})
+    counted = Counted(redis)
+    async with counted:
+        for _ in range(10):
+            again_ms = await worker.broker.promote()
+    assert again_ms is not None
+    assert again_ms > 9_000, "looked at again by one timer for all"
+    assert counted.commands < 100
+    assert await worker.granted() == []
+
+
+@pytest.mark.parametrize("gone", ["cancelled by others", "readers"])
+async def test_a_release_does_bounded_work_and_the_rest_is_carried_on(
+    worker: Worker, redis: Redis, gone: str
+) -> None:
+    holder = writes()
+    assert await holder.acquire(redis)
+    names = await worker.park(1_000, reads if gone == "readers" else writes)
+    if gone != "readers":
+        await redis.hdel(keys.DELAYED_DATA, *names[:-1])
+        await redis.zrem(keys.DELAYED, *names[:-1])
+    counted = Counted(redis)
+    async with counted:
+        await holder.release(redis)
+    assert counted.commands < BOUNDED
+    assert len(await worker.granted()) <= 100
+    async with asyncio.timeout(60):
+        while len(worker.began) < (1_000 if gone == "readers" else 1):
+            async with counted:
+                await worker.broker.promote()
+                await worker.step(lambda: [reads() if gone == "readers" else writes()])
+    assert worker.began == (names if gone == "readers" else names[-1:])
+
+
+async def test_one_call_that_gives_back_many_locks_does_bounded_work(worker: Worker, redis: Redis) -> None:
+    locks = [MutexLock(JOB, f"m{number}", ttl_ms=600_000) for number in range(400)]
+    await worker.submit(*(f"holds{number}" for number in range(400)))
+    given = iter(locks)
+    deliveries, _ = await worker.broker.fetch(BATCH)
+    for delivery in deliveries:
+        assert await worker.start([delivery], lambda: [next(given)]) == 1
+    wanted = iter([MutexLock(JOB, f"m{number}", ttl_ms=600_000) for number in range(400)])
+    await worker.submit(*(f"waits{number}" for number in range(400)))
+    for delivery in (await worker.broker.fetch(BATCH))[0]:
+        assert await worker.start([delivery], lambda: [next(wanted)]) == 0
+    settlements = [Settlement(each.delivery, locks=each.locks) for each in worker.running.values()]
+    assert await scripts.settle(redis, "a", settlements) == [True] * 400
+    assert len(await worker.granted()) <= 100
+    async with asyncio.timeout(60):
+        while len(await worker.granted()) < 400:
+            await worker.broker.promote()
+
+
+# --- limits that change, and who goes first -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", [slot, quota])
+async def test_a_limit_that_is_lifted_lets_the_whole_line_go_and_nobody_overtakes(
+    worker: Worker, redis: Redis, lock: Callable[[int], BaseLock]
+) -> None:
+    assert await lock(1).acquire(redis)
+    names = await worker.park(49, lambda: lock(1))
+    await worker.submit("newcomer")
+    await worker.step(lambda: [lock(100)])
+    assert worker.began == [], "it stands behind those that came before"
+    await worker.all_steps(lambda: [lock(100)])
+    assert worker.began == [*names, "newcomer"]
+
+
+@pytest.mark.parametrize("lock", [slot, quota])
+async def test_a_limit_that_is_lifted_is_noticed_without_newcomers(
+    worker: Worker, redis: Redis, lock: Callable[[int], BaseLock]
+) -> None:
+    assert await lock(1).acquire(redis)
+    names = await worker.park(49, lambda: lock(1))
+    await worker.look(lock(1))
+    await worker.all_steps(lambda: [lock(100)])
+    assert worker.began == names
+
+
+async def test_a_limit_that_is_lowered_holds_and_each_release_costs_one_look(worker: Worker, redis: Redis) -> None:
+    await worker.submit(*"abcd")
+    assert await worker.step(lambda: [slot(4)]) == 4
+    names = await worker.park(5, lambda: slot(1))
+    for name in "abc":
+        await worker.end(name)
+        await worker.all_steps(lambda: [slot(1)])
+    assert worker.began == [*"abcd"]
+    await worker.end("d")
+    await worker.all_steps(lambda: [slot(1)])
+    assert worker.began == [*"abcd", names[0]]
+    assert await line_of(redis, slot()) == names[1:]
+
+
+@pytest.mark.parametrize("lock", [mutex, writes, slot, quota])
+async def test_newcomers_do_not_overtake_a_line_for_a_lock_that_is_free(
+    worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
+) -> None:
+    assert await lock().acquire(redis)
+    first, second = await worker.park(2, lock)
+    await redis.delete(lock().redis_key)  # it has expired, and the timer has not looked yet
+    await worker.submit("newcomer")
+    assert await worker.step(lambda: [lock()]) == 0
+    assert await worker.step(lambda: [lock()]) == 1
+    assert worker.began == [first]
+    assert await line_of(redis, lock()) == [second, "newcomer"]
+
+
+async def test_limiters_of_tasks_that_know_different_limits_come_to_rest(worker: Worker, redis: Redis) -> None:
+    """Each would let the other go, and be refused itself: that must not go on for ever."""
+    limits = {"strict": 1, "lax": 10}
+    assert await slot().acquire(redis)
+    for name in ("strict", "lax"):
+        await worker.submit(name)
+        deliveries, _ = await worker.broker.fetch(BATCH)
+        await worker.start(deliveries, lambda name=name: [slot(limits[name])])  # type: ignore[misc]
+    for _ in range(10):
+        deliveries, _ = await worker.broker.fetch(BATCH)
+        for each in deliveries:
+            await worker.start([each], lambda each=each: [slot(limits[name_of(each)])])  # type: ignore[misc]
+    assert await worker.granted() == []
+
+
+# --- data of earlier versions -------------------------------------------------------------------------------
+
+
+async def test_tasks_that_an_earlier_version_has_parked_wait_on_in_line(worker: Worker, redis: Redis) -> None:
+    assert await mutex().acquire(redis)
+    names = await worker.park(3, mutex)
+    await redis.pexpire(keys.WAITING_PREFIX + mutex().redis_key, 20_000)
+    await redis.delete(keys.LINES)
+    await redis.zadd(keys.DELAYED, dict.fromkeys(names, 0))
+    await worker.broker.promote()
+    assert await worker.step(lambda: [mutex()]) == 0
+    assert await line_of(redis, mutex()) == names
+    await worker.look(mutex())
+    assert await redis.ttl(keys.WAITING_PREFIX + mutex().redis_key) == -1
+    assert await redis.zscore(keys.LINES, mutex().redis_key) is not None
