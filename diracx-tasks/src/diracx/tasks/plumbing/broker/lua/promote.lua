@@ -9,18 +9,18 @@
 if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
-local function first_due()
-  local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
+local function first_due(timers)
+  local first = redis.call('ZRANGE', timers, 0, 0, 'WITHSCORES')[2]
   return first and math.max(0, math.min(tonumber(first), now + LONGEST_MS))
 end
-local next_due, moved = first_due(), 0
+local next_due, moved = first_due('$DELAYED'), 0
 if next_due and next_due <= now then
   local due = redis.call('ZRANGEBYSCORE', '$DELAYED', '-inf', string.format('%.3f', now), 'LIMIT', 0, at_most)
   for _, task in ipairs(due) do undelay(task) end
-  moved, next_due = #due, first_due()
+  moved, next_due = #due, first_due('$DELAYED')
 end
 moved = moved + release_staged(at_most - moved)
-local line_due = redis.pcall('ZRANGE', '$LINES', 0, 0, 'WITHSCORES')[2]
-if line_due then next_due = math.min(next_due or math.huge, tonumber(line_due)) end
+local readable, line_due = pcall(first_due, '$LINES')
+if readable and line_due and (not next_due or line_due < next_due) then next_due = line_due end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
 return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER'))}
