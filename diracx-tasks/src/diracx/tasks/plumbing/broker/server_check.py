@@ -72,9 +72,16 @@ class Role(Enum):
         f"XGROUP CREATE {_STREAM} {keys.GROUP} 0",
         f"XDEL {_STREAM} 1-1",
         f"ZADD {keys.ALIVE} 1 x",
+        f"ZADD {keys.LINES} 1 x",
         f"SUBSCRIBE {keys.CANCELLED}",
     )
-    SCHEDULER = (*SUBMITTER, f"SET {keys.LEADER} x", f"ZADD {keys.NEXT_RUNS} 1 x", f"SUBSCRIBE {keys.LEADER}")
+    SCHEDULER = (
+        *SUBMITTER,
+        f"ZADD {keys.LINES} 1 x",
+        f"SET {keys.LEADER} x",
+        f"ZADD {keys.NEXT_RUNS} 1 x",
+        f"SUBSCRIBE {keys.LEADER}",
+    )
     DASHBOARD = (
         f"XADD {_STREAM} * data x",
         f"XRANGE {_STREAM} - +",
