@@ -147,7 +147,9 @@ def make(*, seed: int, profile: str, seconds: float, number: int, workers: int, 
         kinds = [kind for kind in kinds if kind != "Newer"]
     kinds += ["Rated"] * min(number * 40 // 1000, int(seconds * tasks.RATE / tasks.RATE_SECONDS * 0.7))
     kinds += ["LockedLong", "ReadsLong"] * max(2, int(seconds / _LONG_EVERY_SECONDS))
-    killers = max(1, int(seconds / 60))
+    families = PROFILES[profile][0]
+    # Elsewhere the deaths of workers would hide what is to be seen.
+    killers = max(1, int(seconds / 60)) if "processes" in families else 0
     kinds += ["Kills"] * killers + ["KillsLocked"] * killers
     groups = number * _GROUPED // 1000 // _GROUP_SIZE
     kinds += ["GroupDone"] * groups
@@ -178,7 +180,6 @@ def make(*, seed: int, profile: str, seconds: float, number: int, workers: int, 
             children = tuple(next(numbers) for _ in range(_GROUP_SIZE))
         submissions.append(Planned(at, kind, arguments, delay, children))
     submissions.sort(key=lambda planned: planned.at)
-    families = PROFILES[profile][0]
     disturbances = [
         each for family in families for each in _disturbances(rng, family, seconds, lease, len(families))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,11 +21,15 @@ _CASES = {
     by.CUT_OFF: "worker cut off",
 }
 _SERVER_AWAY = "server away"
+#: A worker must outlive the outage by so much to tell how long it took.
+_ALIVE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """Seconds from the disturbance (of an outage of the server: from its end) to the next execution."""
+    """Seconds from the disturbance to the next execution; of the server: from its return to the next one by a worker
+    that has outlived the outage.
+    """
 
     p50: float
     p99: float
@@ -48,7 +53,12 @@ def recovery(
             if following.start > disturbance[0]:
                 waits[_CASES[disturbance[1]]].append(following.start - disturbance[0])
     for outage in observed.outages:
-        first = min((run.start for run in runs if run.start > outage.end), default=None)
+        lived = {
+            run.pid
+            for run in runs
+            if run.start < outage.begin and executions.deaths.get(run.pid, math.inf) > outage.end + _ALIVE_SECONDS
+        }
+        first = min((run.start for run in runs if run.pid in lived and run.start > outage.end), default=None)
         if first is not None:
             waits[_SERVER_AWAY].append(first - outage.end)
     return {case: _summary(sorted(each)) for case, each in waits.items() if each}
