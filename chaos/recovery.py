@@ -27,8 +27,8 @@ _ALIVE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """Seconds from the disturbance to the next execution; of the server: from its return to the next one by a worker
-    that has outlived the outage.
+    """Seconds from the disturbance to the next execution; of the server: from its return to the next one by a
+    worker that has outlived the outage.
     """
 
     p50: float

@@ -22,8 +22,9 @@ async def leftovers(redis: Redis) -> list[str]:
         if name in keys.EVERY_STREAM:
             has_group = bool(await redis.xinfo_groups(name))
             consumers = await redis.xinfo_consumers(name, keys.GROUP) if has_group else []
-            if await redis.xlen(name) or consumers:
-                found.append(name)
+            if (length := await redis.xlen(name)) or consumers:
+                names = ", ".join(_text(consumer["name"]) for consumer in consumers)
+                found.append(f"{name} ({length} entries; consumers: {names or 'none'})")
         elif name not in _FURNITURE and await redis.ttl(name) == -1:
             found.append(name)
     return found
