@@ -39,6 +39,7 @@ from .stored import SCANNED, number_of
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+    from ..locks import LockSpec
     from .cancel import TaskPlace
     from .server_check import Role
 
@@ -366,14 +367,18 @@ class RedisStreamBroker:
                     pipe.zadd(keys.ALIVE, dict.fromkeys(names, ends_ms), nx=True)
             await pipe.execute()
 
-    async def recover(self, known: Iterable[tuple[str, str]]) -> list[Delivery]:
+    async def recover(
+        self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None
+    ) -> list[Delivery]:
         """What was reserved for us in a call whose answer was lost.
 
         Args:
             known: stream and entry of what is in our hands.
+            locks: those that are in our hands; any other that the server takes for ours is given back.
         """
         held = [f"{stream} {entry}" for stream, entry in known]
-        messages = await scripts.recover(self.redis, self.streams, self.consumer_name, held)
+        lines = None if locks is None else [f"{lock['owner']}:{lock['key']}" for lock in locks]
+        messages = await scripts.recover(self.redis, self.streams, self.consumer_name, held, lines)
         return self._deliveries(messages)
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:

@@ -242,9 +242,11 @@ async def reclaim(
     return await script("reclaim")(redis, streams, args)
 
 
-async def recover(redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str]) -> Any:
+async def recover(
+    redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[str] | None
+) -> Any:
     """What the worker reserved without hearing of it. See lua/recover.lua."""
-    return await script("recover")(redis, streams, [consumer, pack(known)])
+    return await script("recover")(redis, streams, [consumer, pack(known), pack(locks)])
 
 
 async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int]:

@@ -12,6 +12,7 @@ from ..broker.redis_streams import AUDIT_LEASES, is_suspect
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery
+    from ..locks import LockSpec
     from .settings import WorkerSettings
 
 
@@ -35,6 +36,7 @@ class Intake:
     Args:
         held: stream and entry of what the worker has in hand.
         is_idle: whether nothing runs, so that whatever comes can begin at once.
+        held_locks: the locks of what it has in hand; None keeps whatever the server takes for ours.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Intake:
         stop: asyncio.Event,
         held: Callable[[], Iterable[tuple[str, str]]],
         is_idle: Callable[[], bool],
+        held_locks: Callable[[], Iterable[LockSpec] | None] = lambda: None,
     ) -> None:
         self._broker = broker
         self._held = held
+        self._held_locks = held_locks
         self._is_idle = is_idle
         self._answer_lost = False
         self._stop = stop
@@ -172,7 +176,7 @@ class Intake:
             self._wait.reschedule(0)
 
     async def _recover(self) -> list[Delivery]:
-        return self._watched(await self._broker.recover(self._held()))
+        return self._watched(await self._broker.recover(self._held(), self._held_locks()))
 
     def _watched(self, deliveries: _Deliveries) -> _Deliveries:
         """These, with the suspects among them noted."""

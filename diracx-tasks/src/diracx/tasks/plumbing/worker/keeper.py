@@ -89,6 +89,7 @@ class _WithoutLocks:
     def __init__(self, hold: Hold) -> None:
         self.delivery = hold.delivery
         self.locks: Sequence[LockSpec] = ()
+        self.lost_locks = hold.locks
         self.locks_expire_at = math.inf
         self.lose, self.cancel, self.condemn = hold.lose, hold.cancel, hold.condemn
 
@@ -208,6 +209,14 @@ class LeaseKeeper:
         """Stream and entry of everything that is kept renewed."""
         with self._mutex:
             return list(self._holds)
+
+    def held_locks(self) -> list[LockSpec]:
+        """The locks of what is kept renewed, and lost ones as well until their execution gives them back."""
+        with self._mutex:
+            holds = list(self._holds.values())
+        return [
+            lock for hold in holds for lock in (hold.lost_locks if isinstance(hold, _WithoutLocks) else hold.locks)
+        ]
 
     def _run(self) -> None:
         while not self._stop:

@@ -140,7 +140,10 @@ class Worker:
             LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
             self._dependencies.open(),
         ):
-            intake = Intake(self._broker, self._settings, stop, self._keeper.held, lambda: not self._running)
+            keeper = self._keeper
+            intake = Intake(
+                self._broker, self._settings, stop, keeper.held, lambda: not self._running, keeper.held_locks
+            )
             self._settler = Settler(self._broker, self._keeper, intake.settled)
             self._dead_letters = DeadLetterStore(self._broker, self._task_db, self._settler.add)
             with bound_by(lambda: self._binding):
