@@ -15,7 +15,7 @@ _SHARES = {
     "Flaky": 20,
     "Failing": 10,
     "Once": 30,
-    "Newer": 20,
+    "Newer": 10,
     "Locked": 60,
     "LockedSmall": 40,
     "LockedTwice": 20,
@@ -26,6 +26,9 @@ _SHARES = {
 }
 #: Of those that hold their lock for longer than a lease: one for so many seconds of the storm, of each kind.
 _LONG_EVERY_SECONDS = 3.0
+#: Part of the storm in which they are submitted. A killer needs several deaths to be found out; a newer one comes
+#: again after a while, until one of the right workers takes it.
+_UNTIL = {"Kills": 0.3, "KillsLocked": 0.3, "Newer": 0.3}
 _GROUPED = 150
 _GROUP_SIZE = 10
 
@@ -158,8 +161,7 @@ def make(*, seed: int, profile: str, seconds: float, number: int, workers: int, 
     submissions = []
     numbers = iter(range(1, 10 * number))
     for kind in kinds:
-        # Killers come early: each needs several deaths to be found out.
-        at = rng.uniform(0, seconds * (0.3 if kind.startswith("Kills") else 0.9))
+        at = rng.uniform(0, seconds * _UNTIL.get(kind, 0.9))
         n, delay = next(numbers), 0.0
         children: tuple[int, ...] = ()
         arguments: tuple[Any, ...] = (n,)

@@ -38,7 +38,7 @@ START_SECONDS = 10.0
 #: Clocks of server and witness differ by less.
 _CLOCK_SECONDS = 0.01
 
-_EXPECTED_RUNS = {"Failing": tasks.FAILURES, "Flaky": 2, "Newer": 2}
+_EXPECTED_RUNS = {"Failing": tasks.FAILURES, "Flaky": 2}
 _KILLERS = ("Kills", "KillsLocked")
 _LOCKING = ("Locked", "LockedSmall", "LockedTwice", "LockedLong", "KillsLocked", "Reads", "ReadsLong", "Writes")
 

@@ -18,7 +18,8 @@ for position, stream in ipairs(KEYS) do
 end
 local said, ours, unknown, lines = cmsgpack.unpack(ARGV[3]), {}, {}, {}
 for _, line in ipairs(said or {}) do ours[line] = true end
-for _, lock in ipairs(said and locks_in('$HELD_PREFIX' .. consumer) or {}) do
+local ledger = said and redis.pcall('HGETALL', '$HELD_PREFIX' .. consumer) or {}
+for _, lock in ipairs(ledger.err and {} or locks_in(ledger)) do
   local line = ledger_line(lock)
   if not ours[line] then
     unknown[#unknown + 1], lines[#lines + 1] = lock, line
