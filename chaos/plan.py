@@ -15,7 +15,7 @@ _SHARES = {
     "Flaky": 20,
     "Failing": 10,
     "Once": 30,
-    "Newer": 10,
+    "Newer": 5,
     "Locked": 60,
     "LockedSmall": 40,
     "LockedTwice": 20,
