@@ -12,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[3]))
 from chaos import plan as plans
 from chaos.drive import Observed
+from chaos.figures import Case, report
 from chaos.plan import PROFILES, Plan, Planned
 from chaos.processes import History
 from chaos.redis_servers import Outage
@@ -141,3 +142,12 @@ def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
         "Redis keys left over",
         "processes that ended by themselves or stopped badly",
     }
+
+
+def test_a_run_that_failed_is_told_in_the_figures_and_ends_nothing() -> None:
+    case = Case("sql", "none")
+    good = {"seed": 1, "broken": [], "tasks submitted": 1200, "acknowledged tasks lost": 0, "notes": {}}
+    failed = {"seed": 2, "failed": "did not end"}
+    text = report({case: [good, failed]}, 120)
+    assert "| sql on none | 1 of 2 | 1,200 | 0 |" in text
+    assert "- sql on none, seed 2: did not end" in text
