@@ -5,7 +5,7 @@
 -- Who is granted a turn asks for its locks as anybody does. A turn is reserved for a moment, and a lock that is not
 -- asked for in that time is granted to the next. Of several that are granted side by side, the last has the turn.
 local TURN_MS, LOOK_MS, CROWD, BYTES = 1000, 10000, 500, 8192
-local work_left = 100 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
+local work_left = 50 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
 local function room_for(kind, lock)

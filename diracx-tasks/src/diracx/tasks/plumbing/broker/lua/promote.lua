@@ -6,7 +6,7 @@
 -- the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
 -- #include _time _queue _groups
-if redis.call('EXISTS', '$DELAYED', '$STAGED') == 0 then return {0, '-1', '0', 0} end
+if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0} end
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
 local function first_due(timers)
