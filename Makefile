@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-dead-letters bench-count bench-size vendor clean
+.PHONY: help install test unit servers versions demo chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-dead-letters bench-count bench-size bench-idle vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -79,6 +79,9 @@ bench-dead-letters: $(STAMP) ## thousands of failures at once, with the database
 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
+
+bench-idle: $(STAMP) ## what waiting workers cost the server, and how soon one begins; ARGS="--workers 8 --dry-run"
+	$(BIN)/python -m benchmarks.idle $(ARGS)
 
 bench-size: $(STAMP) ## the slowest single call when there is very much of something; ARGS="--scale 0.01 --json"
 	$(BIN)/python -m benchmarks.size $(ARGS)

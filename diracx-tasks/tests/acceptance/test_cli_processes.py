@@ -6,6 +6,8 @@ import os
 import signal
 
 import pytest
+from diracx.tasks.plumbing.broker.models import TaskMessage
+from redis import Redis
 
 _LOOK = """
 import os
@@ -43,7 +45,7 @@ def children_of(process):
         return [int(pid) for pid in children.read().split()]
 
 
-@pytest.mark.leaves_keys("diracx:tasks:alive")  # nobody has buried the victim yet
+@pytest.mark.leaves_keys("diracx:tasks:*")  # nobody has buried the victim yet
 def test_they_write_one_log_what_dies_is_started_again_and_a_signal_stops_them_all(two, served, wait_until):
     assert {line.split("[")[1][0] for line in two.output.splitlines() if "ready: medium" in line} == {"1", "2"}
     victim, other = children_of(two.process)
@@ -92,3 +94,33 @@ def test_one_that_cannot_start_does_not_stop_those_that_work(served, wait_until)
     broken.unlink()
     wait_until(lambda: supervisor.output.count("ready: medium tasks") == 2, "it could in the end")
     assert "stopping" not in supervisor.output
+
+
+@pytest.mark.leaves_keys("diracx:tasks:alive")
+def test_each_task_wakes_one_of_the_processes_that_wait(two, served, wait_until, redis_url):
+    def calls(redis):
+        stats = redis.info("commandstats")
+        return {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
+
+    with Redis.from_url(redis_url) as redis:
+
+        def all_wait():
+            return sum(client["cmd"] == "xreadgroup" for client in redis.client_list()) == 2
+
+        def run(tasks):
+            for _ in range(tasks):
+                redis.xadd("diracx:tasks:normal:medium", {"data": message.dumpb()})
+                wait_until(lambda: not redis.xlen("diracx:tasks:normal:medium"), "it is settled")
+                wait_until(all_wait, "both wait")
+
+        name = "my_tasks:Greet"
+        message = TaskMessage(task_id="greet", task_name=name, task_args=["you"])
+        wait_until(all_wait, "both wait")
+        run(4)  # the server knows all scripts from here on
+        before = calls(redis)
+        run(20)
+        after = calls(redis)
+    asked = {name: after[name] - before.get(name, 0) for name in after}
+    assert asked["xreadgroup"] <= 22, "one call of one worker for each; and a wait may have ended meanwhile"
+    assert asked.get("xread", 0) == 0
+    assert asked["xack"] == 20

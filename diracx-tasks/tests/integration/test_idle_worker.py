@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from diracx.tasks import monitor
 from diracx.tasks.monitor.health import HealthThresholds
+from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, scripts
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -79,6 +82,53 @@ async def test_what_a_report_lost_with_the_data_of_the_server_is_asked_for_again
     assert await redis.pttl("diracx:monitor:reporting") > 0
     assert await redis.pttl("diracx:monitor:worker:host:1:x") > 0
     assert [worker.name for worker in await monitor.workers(redis)] == ["host:1:x"]
+
+
+class Rings(BaseTask):
+    """Says that it runs."""
+
+    rung: asyncio.Event
+
+    async def execute(self) -> None:
+        Rings.rung.set()
+
+
+class Takes(Rings):
+    """Takes so long that its worker waits for more beside it."""
+
+    async def execute(self) -> None:
+        Rings.rung.set()
+        await asyncio.sleep(0.05)
+
+
+async def waiting(redis: Redis) -> int:
+    return sum(client["cmd"] == "xreadgroup" for client in await redis.client_list())
+
+
+@pytest.mark.parametrize(("task", "most"), [(Rings, 9.5), (Takes, 13)])
+async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, task: type[Rings], most: float
+) -> None:
+    monkeypatch.setattr(reporter, "REPORT_SECONDS", 600.0)
+    settings = {"housekeeping_seconds": 600.0, "lease_seconds": 600.0, "result_ttl_seconds": None}
+    async with TaskSystem(
+        [task], redis_url=redis_url, workers=8, scheduler=False, task_db_url=None, settings=settings
+    ):
+
+        async def runs(tasks: int) -> None:
+            for _ in range(tasks):
+                Rings.rung = asyncio.Event()
+                await task().schedule()
+                await Rings.rung.wait()
+                while await redis.xlen("diracx:tasks:normal:medium") or await waiting(redis) < 8:
+                    await asyncio.sleep(0.005)
+
+        await runs(9)  # the server knows all scripts from here on
+        before = await new_calls(redis)
+        await runs(20)
+        asked = await new_calls(redis, before)
+    ours = {name: calls for name, calls in asked.items() if name not in ("info", "xlen", "client|list")}
+    assert sum(ours.values()) <= 20 * most, ours
 
 
 async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing(redis: Redis) -> None:

@@ -125,8 +125,8 @@ async def test_P3_finished_tasks_leave_nothing_but_their_results(redis_url: str,
     # The fixture looks for keys and consumers without a time to live; here, that there is nothing else either.
     # The epoch, the last fencing token, and what the workers reported, do not grow with the number of tasks.
     left = {key for key in await redis.keys("*") if not key.startswith(b"diracx:monitor:")}
-    assert left - {keys.EPOCH.encode(), keys.FENCE.encode(), keys.GROUPS_AUDITED.encode()} == {
-        b"diracx:tasks:normal:medium"
+    assert left - {key.encode() for key in (keys.EPOCH, keys.FENCE, keys.GROUPS_AUDITED, keys.AUDITOR)} == {
+        stream.encode() for stream in keys.streams_of(Size.MEDIUM)
     }
     assert len(await redis.keys("diracx:monitor:*")) <= 8
     assert await redis.xlen("diracx:tasks:normal:medium") == 0

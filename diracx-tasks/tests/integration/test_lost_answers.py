@@ -130,7 +130,7 @@ async def behind_a_lossy_proxy(
 async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
-        while not any(client["cmd"] == "xread" for client in await system.broker.redis.client_list()):
+        while not any(client["cmd"] == "xreadgroup" for client in await system.broker.redis.client_list()):
             await asyncio.sleep(0.005)
         # The worker waits now, and the answer that wakes it hands the message over.
         proxy.lose(1, b"once-and-only-once")

@@ -21,6 +21,7 @@ class Line:
     """
 
     def __init__(self, redis: Redis) -> None:
+        self._redis = redis
         self._pool: Any = redis.connection_pool
         self._connection: Any = None
         self.busy = False
@@ -60,6 +61,19 @@ class Line:
             await self.close()  # or others would get what is still answered
             raise
         return answers
+
+    async def execute_command(self, *command: Any) -> Any:
+        """The answer to one command, as the client gives it. Others go by the pool while this is in use.
+
+        Raises:
+            redis.exceptions.RedisError: when the server refuses, or does not answer.
+        """
+        if self.busy:
+            return await self._redis.execute_command(*command)
+        [answer] = await self.ask(command)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def close(self) -> None:
         """Close the connection; the next call opens one."""

@@ -278,41 +278,53 @@ class RedisStreamBroker:
 
     # --- fetching ---------------------------------------------------------------------------------------
 
-    async def fetch(self, free: int, *, lease_seconds: float = 0) -> tuple[list[Delivery], list[str]]:
+    async def fetch(
+        self, free: int, *, lease_seconds: float = 0, last_ids: Sequence[str] = ()
+    ) -> tuple[list[Delivery], list[str]]:
         """Reserve up to `free` messages, most urgent first.
 
         Args:
             lease_seconds: the lease of the worker, which begins with this call if it has ended before.
+            last_ids: of each stream, an id up to which all has been delivered.
 
         Returns:
             The deliveries, and when there are none the last id of each stream, to wait from.
         """
         lease_ms = int(lease_seconds * 1000)
-        messages, last_ids = await scripts.fetch(self.redis, self.streams, self.consumer_name, free, lease_ms)
-        return self._deliveries(messages), [_text(last_id) for last_id in last_ids]
+        messages, new_ids = await scripts.fetch(
+            self._waiting, self.streams, self.consumer_name, free, lease_ms, last_ids
+        )
+        if messages:
+            return self._deliveries(messages), []
+        now_last = [_text(last_id) for last_id in new_ids] or list(last_ids)
+        return [], [now or before for now, before in zip(now_last, last_ids or now_last, strict=True)]
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
         """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
         command = scripts.waiting(self.streams, last_ids, int(timeout * 1000))
-        return bool(await self.redis.execute_command(*command))
+        return bool(await self._waiting.execute_command(*command))
 
-    async def fetch_next(
-        self, free: int, last_ids: list[str], timeout: float, *, lease_seconds: float = 0
-    ) -> tuple[list[Delivery], list[str]]:
-        """`wait` and `fetch` in one round trip: the server has both, and reserves the moment something comes.
+    async def reserve_next(self, at_most: int, timeout: float) -> tuple[list[Delivery], bool]:
+        """Wait for up to `timeout` seconds for messages and reserve up to `at_most` of the stream that has some.
 
-        For one caller at a time.
+        No other worker is woken for them. If several streams have some, it is as many of each, most urgent first.
+
+        Returns:
+            The deliveries; and whether there are cancelled tasks, so that what was reserved has to be looked at:
+            `recover` does.
+
+        Raises:
+            redis.exceptions.ResponseError: a stream or its group is missing; `fetch` makes them.
         """
-        messages, now_last = await scripts.fetch_next(
-            self._waiting,
-            self.streams,
-            self.consumer_name,
-            free,
-            int(lease_seconds * 1000),
-            last_ids,
-            int(timeout * 1000),
+        reply, marks = await scripts.reserve_next(
+            self._waiting, self.streams, self.consumer_name, at_most, int(timeout * 1000)
         )
-        return self._deliveries(messages), [_text(last_id) for last_id in now_last] or last_ids
+        messages: list[Any] = []
+        for stream, entries in reply or []:
+            for entry, fields in entries:
+                data = fields[1] if len(fields) == 2 and fields[0] == b"data" else fields
+                messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
+        return self._deliveries(messages), marks and bool(messages)
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
@@ -336,7 +348,7 @@ class RedisStreamBroker:
             with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
                 await self._audit(lease_ms)
         messages, again_ms, make_room = await scripts.reclaim(
-            self.redis,
+            self._waiting,
             self.streams,
             self.consumer_name,
             free,
@@ -378,7 +390,7 @@ class RedisStreamBroker:
         """
         held = [f"{stream} {entry}" for stream, entry in known]
         lines = None if locks is None else [f"{lock['owner']}:{lock['key']}" for lock in locks]
-        messages = await scripts.recover(self.redis, self.streams, self.consumer_name, held, lines)
+        messages = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, lines)
         return self._deliveries(messages)
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:

@@ -64,7 +64,9 @@ class Script:
         self.source = _source(name)
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
-    async def __call__(self, redis: Redis, script_keys: Sequence[str] = (), args: Sequence[Any] = ()) -> Any:
+    async def __call__(
+        self, redis: Redis | Line, script_keys: Sequence[str] = (), args: Sequence[Any] = ()
+    ) -> Any:
         try:
             return await redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
         except NoScriptError:
@@ -152,32 +154,34 @@ async def dead_letters(
     return [(entry.decode(), dict(zip(parts[::2], parts[1::2], strict=True))) for entry, parts in reply]
 
 
-async def fetch(redis: Redis, streams: Sequence[str], consumer: str, free: int, lease_ms: int = 0) -> Any:
-    """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
-    return await script("fetch")(redis, streams, [consumer, free, lease_ms])
-
-
-async def fetch_next(
-    line: Line,
+async def fetch(
+    redis: Redis | Line,
     streams: Sequence[str],
     consumer: str,
     free: int,
-    lease_ms: int,
-    last_ids: Sequence[str],
-    wait_ms: int,
+    lease_ms: int = 0,
+    last_ids: Sequence[str] = (),
 ) -> Any:
-    """Wait for something after `last_ids`, then `fetch`: the server has both, and does one after the other."""
-    fetching = script("fetch")
-    args = [consumer, free, lease_ms, *last_ids]
-    fetch_then = ("EVALSHA", fetching.sha, len(streams), *streams, *args)
-    waited, reply = await line.ask(waiting(streams, last_ids, wait_ms), fetch_then)
-    if isinstance(waited, Exception):
-        raise waited
-    if isinstance(reply, NoScriptError):
-        [reply] = await line.ask(("EVAL", fetching.source, len(streams), *streams, *args))
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
+    """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
+    return await script("fetch")(redis, streams, [consumer, free, lease_ms, *last_ids])
+
+
+async def reserve_next(
+    line: Line, streams: Sequence[str], consumer: str, at_most: int, wait_ms: int
+) -> tuple[Any, bool]:
+    """Wait until there is a message and reserve up to `at_most` of each stream, which wakes no other worker.
+
+    Returns:
+        The reply of `XREADGROUP`, and whether there are marks of cancelled tasks.
+    """
+    anything = [">"] * len(streams)
+    group = ("XREADGROUP", "GROUP", keys.GROUP, consumer, "COUNT", at_most)
+    wait = (*group, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *anything)
+    reply, marks = await line.ask(wait, ("EXISTS", keys.CANCELLED))
+    for answer in (reply, marks):
+        if isinstance(answer, Exception):
+            raise answer
+    return reply, bool(marks)
 
 
 def waiting(streams: Sequence[str], last_ids: Sequence[str], wait_ms: int) -> list[Any]:
@@ -229,7 +233,7 @@ def _told(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]:
 
 
 async def reclaim(
-    redis: Redis,
+    redis: Redis | Line,
     streams: Sequence[str],
     consumer: str,
     free: int,
@@ -243,7 +247,7 @@ async def reclaim(
 
 
 async def recover(
-    redis: Redis, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[str] | None
+    redis: Redis | Line, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[str] | None
 ) -> Any:
     """What the worker reserved without hearing of it. See lua/recover.lua."""
     return await script("recover")(redis, streams, [consumer, pack(known), pack(locks)])

@@ -7,7 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from redis.exceptions import ResponseError
+
 from ..broker.redis_streams import AUDIT_LEASES, is_suspect
+from .settlement import hand_back
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -20,11 +23,12 @@ _Answer = TypeVar("_Answer")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 _LONGEST_WAIT_SECONDS = 20.0
+_SHORTEST_WAIT_SECONDS = 0.05
 #: The part of the time after which a connection counts as dead that a wait may take.
 _PART_OF_PATIENCE = 2 / 3
 #: Messages in one call: while they begin, the server has the next ones ready.
 _BATCH = 50
-#: Messages that an idle worker takes the moment they come; the others stay for whoever asks first.
+#: Messages that an idle worker takes the moment they come; the others stay for the next that asks.
 _AT_ONCE = 10
 #: What was reserved while we waited was so short a time before its answer is read.
 _ANSWER_SECONDS = 1.0
@@ -62,7 +66,7 @@ class Intake:
         self._makes_room = False
         """Whether we take nothing until our hands are empty, so that a suspect finds them so."""
         self._last_ids: list[str] | None = None
-        """Of each stream, an entry after which there may be something new; None before the first look."""
+        """Of each stream, an entry up to which all has been delivered; None: to look into all of them."""
         self._all_seen = False
         """Whether there was nothing after those."""
         self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
@@ -80,15 +84,22 @@ class Intake:
         if self._suspects:
             self._let_go(self._suspects.difference(self._held()))  # it may have been parked
         if self._answer_lost and (recovered := await self._recover()):
-            return recovered
+            return await self._as_many_as(free, recovered)
         self._answer_lost = True
         try:
-            deliveries = await self._look(free)
+            deliveries = await self._as_many_as(free, await self._look(free))
         except BaseException:
-            self._all_seen = False  # another server may answer next time
+            self._last_ids = None  # another server may answer next time
             raise
         self._answer_lost = False
         return deliveries
+
+    async def _as_many_as(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
+        """The first of them; the others are handed back, but for those that cannot run anyway."""
+        others = [delivery for delivery in deliveries[free:] if delivery.data is not None]
+        if others:
+            await self._broker.settle([hand_back(delivery) for delivery in others])
+        return [delivery for delivery in deliveries if delivery not in others]
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
         """These were settled: look at once for a suspect, if it is one's turn now."""
@@ -113,44 +124,74 @@ class Intake:
             await asyncio.sleep(0)
             await self._unless_stopped(asyncio.sleep(self._timeout()))
             return []
-        lease_seconds = self._settings.lease_seconds
         if self._last_ids is None or not self._all_seen:
-            asked = min(free, _BATCH)
-            deliveries, last_ids = await self._broker.fetch(asked, lease_seconds=lease_seconds)
-            self._note(deliveries, last_ids, asked)
+            deliveries = await self._fetch(min(free, _BATCH))
             if deliveries:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        timeout = self._timeout()
-        if not self._is_idle():
-            # A task may block the event loop: nothing must be given to a worker that cannot start it.
-            if await self._unless_stopped(self._broker.wait(self._last_ids, timeout)):
-                self._all_seen = False
-            return []
-        asked = min(free, _AT_ONCE)
+        if self._is_idle():
+            return await self._reserve_next(free)
+        if await self._unless_stopped(self._news(self._last_ids)):
+            self._all_seen = False
+        return []
+
+    async def _news(self, last_ids: Sequence[str]) -> bool:
+        """Whether something comes while we run something: a task may block the event loop, so it is not reserved.
+
+        All that wait so are woken. One that is idle by then must not wait so for much longer than its tasks took.
+        """
+        began = now = time.monotonic()
+        end = began + self._timeout()
+        while now < end and not self._is_idle():
+            timeout = max(_SHORTEST_WAIT_SECONDS, 2 * (now - began))
+            if await self._broker.wait(last_ids, min(timeout, end - now)):
+                return True
+            now = time.monotonic()
+        return False
+
+    async def _fetch(self, asked: int) -> list[Delivery]:
+        deliveries, last_ids = await self._broker.fetch(
+            asked, lease_seconds=self._settings.lease_seconds, last_ids=self._last_ids or ()
+        )
+        self._note(deliveries)
+        self._all_seen = len(deliveries) < asked
+        if not deliveries:
+            self._last_ids = last_ids
+        return deliveries
+
+    async def _reserve_next(self, free: int) -> list[Delivery]:
+        """What comes next, and goes to no other worker."""
         # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
-        timeout = min(timeout, lease_seconds / 3)
-        waiting = self._broker.fetch_next(asked, self._last_ids, timeout, lease_seconds=lease_seconds)
-        found = await self._unless_stopped(waiting)
+        timeout = min(self._timeout(), self._settings.lease_seconds / 3)
+        asked = min(free, _AT_ONCE)
+        try:
+            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout))
+        except ResponseError as error:
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            self._last_ids = None  # the streams are gone: a fetch makes them anew
+            return []
         if found is None:
             return await self._recover()
+        deliveries, may_be_cancelled = found
+        if not deliveries:
+            return []
         self.asked_at = max(self.asked_at, time.monotonic() - _ANSWER_SECONDS)
-        self._note(*found, asked)
-        return found[0]
+        # With fewer slots than streams, look before the next wait: it may be given one of each.
+        self._all_seen = len(deliveries) < asked and free >= len(self._broker.streams)
+        self._note(deliveries)
+        return await self._recover() if may_be_cancelled else deliveries
 
     def _timeout(self) -> float:
         """How long to wait (s) before others' leases are looked at again."""
         return min(max(self._reclaim_at - time.monotonic(), 0.001), self._longest_wait)
 
-    def _note(self, deliveries: Sequence[Delivery], last_ids: list[str], asked: int) -> None:
-        """From where to wait, if that was all there is."""
+    def _note(self, deliveries: Sequence[Delivery]) -> None:
+        """From where to wait."""
         if any(delivery.earlier_deaths for delivery in deliveries):
             self._watched(deliveries)
-        self._all_seen = len(deliveries) < asked
-        if not deliveries:
-            self._last_ids = last_ids
-        elif self._last_ids is not None:
+        if self._last_ids is not None:
             for delivery in deliveries:
                 self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
 
@@ -202,5 +243,5 @@ class Intake:
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
-            self._all_seen = False  # now and then, whatever was seen before
+            self._last_ids = None  # now and then, whatever was seen before
         return self._watched(deliveries)

@@ -1,10 +1,10 @@
 -- Reserve as many messages as there are free slots, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
---   the consumer's lease (ms), 0 if it has none; and an id for each stream, if there was nothing up to those.
+--   the consumer's lease (ms), 0 if it has none; and an id for each stream, if all up to those has been delivered.
 -- Returns {messages (see hand_out() in _cancel.lua), last ids}: the last ids are given only when there was nothing,
--- as the place from which to wait for something new; and not when the given ones still hold.
--- A stream that has messages but no group (written before any worker, or after FLUSHALL) gets its
--- group here, from the very first entry.
+-- as the place from which to wait for something new; '' for a stream of which the given one still holds.
+-- A stream without a group (new, written before any worker, or after FLUSHALL) gets it here, from the very first entry:
+-- who waits for messages of a group needs both.
 -- #flags allow-oom
 -- #include _time _alive _cancel
 local news
@@ -17,8 +17,7 @@ if ARGV[4] then
   news = {}
   for _, each in ipairs(found) do news[each[1]] = true end
 end
-local messages, free, marks = {}, tonumber(ARGV[2]), any_cancelled()
-sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
+local messages, free, marks = {}, tonumber(ARGV[2]), nil
 for position, stream in ipairs(KEYS) do
   if free <= 0 then break end
   local reply = not news or news[stream]
@@ -30,10 +29,14 @@ for position, stream in ipairs(KEYS) do
     -- A key of another type has no messages, and those of the other streams must not wait for it.
     if not no_group and not string.find(reply.err, 'WRONGTYPE', 1, true) then return reply end
     reply = false
-    if no_group and redis.call('EXISTS', stream) == 1 then
-      redis.call('XGROUP', 'CREATE', stream, '$GROUP', '0')
+    if no_group then
+      redis.call('XGROUP', 'CREATE', stream, '$GROUP', '0', 'MKSTREAM')
       reply = redis.call('XREADGROUP', 'GROUP', '$GROUP', ARGV[1], 'COUNT', free, 'STREAMS', stream, '>')
     end
+  end
+  if reply and #messages == 0 then
+    marks = any_cancelled()
+    sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
   end
   for _, entry in ipairs(reply and reply[1][2] or {}) do
     hand_out(messages, position, entry, 1, marks)
@@ -43,9 +46,10 @@ end
 local last_ids = {}
 if #messages == 0 then
   for position, stream in ipairs(KEYS) do
-    last_ids[position] = '0-0'
-    if redis.call('EXISTS', stream) == 1 then
+    last_ids[position] = ''
+    if not news or news[stream] then
       local info = redis.pcall('XINFO', 'STREAM', stream)
+      if info.err then last_ids[position] = '0-0' end
       for field = 1, info.err and 0 or #info, 2 do
         if info[field] == 'last-generated-id' then last_ids[position] = info[field + 1] end
       end

@@ -22,7 +22,7 @@ local data_lost = ARGV[2] ~= '' and redis.pcall('GET', '$EPOCH') ~= ARGV[2]
 local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
 local marks = redis.call('TYPE', '$CANCELLED').ok == 'zset'
 local pending = all_pending_of(consumer, places, 3)
-local orphaned, ended, lines = redis.call('EXISTS', ledger) == 1, {}, {}
+local ended, lines = {}, {}
 
 -- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
 -- collect them: that is most of what a plain settlement would cost.
@@ -87,7 +87,7 @@ for at = 1, #places, 3 do
   local s = follows[position]
   -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
   local ours = not data_lost and (pending[stream][entry] == places[at + 2]
-    or orphaned and redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
+    or redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
   if (s or marks) and not follow then follow, unlock, in_parts = following() end
   if ours then
     pending[stream][entry] = nil -- whoever says it twice is refused the second time
