@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+from diracx.tasks.plumbing.broker import scripts
 from diracx.tasks.plumbing.lock_registry import JOB, TASK, LockedObjectType
 from diracx.tasks.plumbing.locks import (
     BaseLock,
@@ -200,3 +201,46 @@ async def test_mutual_exclusion_under_contention(redis: Redis) -> None:
 
     await asyncio.gather(*(contend() for _ in range(25)))
     assert most == 1
+
+
+class Many(RateLimiter):
+    limit = 1_500
+    window_seconds = 60.0
+
+
+async def test_a_long_log_of_grants_stays_short_and_its_count_exact(redis: Redis) -> None:
+    held = MutexLock(JOB, "held")
+    assert await held.acquire(redis)
+    key = Many(JOB, "many").redis_key
+    for _ in range(Many.limit - 1):
+        assert await Many(JOB, "many").acquire(redis)
+    log = await redis.zrange(key, 0, -1, withscores=True)
+    thousandths = (log[-1][1] - log[0][1]) / (Many.window_seconds * 1000)
+    assert len(log) <= 1000 + thousandths + 2
+    refused = [Many(JOB, "many").spec(), MutexLock(JOB, "held").spec()]
+    for _ in range(3):
+        assert await scripts.acquire(redis, refused) is None
+    assert await redis.zrange(key, 0, -1, withscores=True) == log, "what was merged is parted again"
+    assert await Many(JOB, "many").acquire(redis)
+    assert not await Many(JOB, "many").acquire(redis)
+    await held.release(redis)
+
+
+async def test_what_has_expired_counts_for_nothing_while_it_is_still_there(redis: Redis) -> None:
+    quota, slots = Many(JOB, "x"), Two(JOB, "x")
+    await redis.zadd(quota.redis_key, {f"{number:016}:1:old": number for number in range(1, 9999)})
+    await redis.zadd(slots.redis_key, {f"old-{number}": number for number in range(1, 9999)})
+    late = Two(JOB, "x")
+    await redis.zadd(slots.redis_key, {late.spec()["owner"]: 9999})
+    for _ in range(2):
+        assert await Two(JOB, "x").acquire(redis)
+    assert not await Two(JOB, "x").acquire(redis)
+    assert not await late.acquire(redis), "its slot has expired, too"
+    assert await redis.zcard(slots.redis_key) > 2
+    for _ in range(2):
+        assert await Many(JOB, "x").acquire(redis)
+    assert await redis.zcard(quota.redis_key) > 2
+    [[spent, *_]] = await scripts.inspect(
+        redis, [{"key": quota.redis_key, "kind": "rate", "window_us": 60_000_000}], 1
+    )
+    assert spent == 2

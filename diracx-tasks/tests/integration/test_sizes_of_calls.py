@@ -9,12 +9,9 @@ from benchmarks.size import STATES, State, most_work
 #: More than any call takes at once: twice as many must make no difference.
 ITEMS = 600
 SLACK = 5
-#: What grows with the number of workers, once and by a µs for each (ADR 67), and what is not in parts yet.
+#: What grows with the number of workers, once and by a µs for each (ADR 67).
 GROWS = {
     "workers after the server was away",
-    "grants within a rate limiter's window",
-    "grants that have left the window",
-    "expired slots of a concurrency limiter",
 }
 
 

@@ -89,7 +89,8 @@ def _source(name: str) -> str:
         source,
         flags=re.MULTILINE,
     )
-    text = re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)  # comments are for us, and half of what is sent
+    # Comments and indents are for us, and more than half of what is sent.
+    text = re.sub(r"^ *(--.*\n)?|\n+(?=\n)| +-- .*$", "", text, flags=re.MULTILINE)
     constants = keys.script_constants()
     text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], text)
     # The server wants flags in the first line. A script with that line and without allow-oom is refused as a whole

@@ -56,6 +56,8 @@ kinds.shared = {
 
 -- A sliding-window log that never scans: each grant is a member "{units granted so far}:{units}:{owner}"
 -- scored with its time, so the units inside the window are a difference of two running totals.
+-- A long log has one member for all grants of a thousandth of the window, with the time of the last of them.
+local LONG_LOG = 1000
 local function grant(member)
   local total, units = string.match(member, '^(%d+):(%d+):')
   return tonumber(total), tonumber(units)
@@ -85,33 +87,51 @@ local function spent(lock, now)
   -- A clock that was set back must not make old grants younger than new ones.
   if newest[2] and tonumber(newest[2]) > now then now = tonumber(newest[2]) end
   -- A grant exactly one window old still counts: both ends of a window belong to it.
-  redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', '(' .. int(now - lock.window_us))
-  local oldest = redis.call('ZRANGE', lock.key, 0, 0)[1]
-  if not oldest then return 0, 0, now end
+  local from = int(now - lock.window_us)
+  trim(lock.key, '(' .. from)
+  local oldest = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'LIMIT', 0, 1)[1]
+  if not oldest then return 0, newest[1] and grant(newest[1]) or 0, now, {} end
   local total, first_total, first_units = grant(newest[1]), grant(oldest)
-  return total - first_total + first_units, total, now
+  return total - first_total + first_units, total, now, newest
+end
+
+-- The last grant, if the next one is to be merged into it.
+local function mergeable(lock, now, newest)
+  local part_us = lock.window_us / LONG_LOG
+  if not newest[2] or math.floor(newest[2] / part_us) ~= math.floor(now / part_us) then return nil end
+  return redis.call('ZCARD', lock.key) >= LONG_LOG and newest
 end
 
 kinds.rate = {
   take = function(lock, now)
-    local used, total, now = spent(lock, now)
+    local used, total, now, newest = spent(lock, now)
     if used + lock.n_items <= lock.limit then
-      lock.member = string.format('%016.0f:%d:%s', total + lock.n_items, lock.n_items, lock.owner)
+      local units = lock.n_items
+      lock.merged = mergeable(lock, now, newest)
+      if lock.merged then
+        units = units + select(2, grant(newest[1]))
+        redis.call('ZREM', lock.key, newest[1])
+      end
+      lock.member = string.format('%016.0f:%.0f:%s', total + lock.n_items, units, lock.owner)
       redis.call('ZADD', lock.key, int(now), lock.member)
       redis.call('PEXPIRE', lock.key, int(math.ceil(lock.window_us / 1000) + 1000))
       return true
     end
     return false, quota_returns(lock)
   end,
-  undo = function(lock) redis.call('ZREM', lock.key, lock.member) end,
+  undo = function(lock)
+    redis.call('ZREM', lock.key, lock.member)
+    if lock.merged then redis.call('ZADD', lock.key, lock.merged[2], lock.merged[1]) end
+  end,
   release = function() return false end, -- quota is never given back
   keep = function() return true end,
 }
 
 kinds.concurrency = {
   take = function(lock, now)
-    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now))
-    if not redis.call('ZSCORE', lock.key, lock.owner) and redis.call('ZCARD', lock.key) >= lock.limit then
+    trim(lock.key, int(now))
+    local from, expires = '(' .. int(now), redis.call('ZSCORE', lock.key, lock.owner)
+    if tonumber(expires or 0) <= now and redis.call('ZCOUNT', lock.key, from, '+inf') >= lock.limit then
       return false
     end
     redis.call('ZADD', lock.key, int(now + lock.ttl_ms * 1000), lock.owner)

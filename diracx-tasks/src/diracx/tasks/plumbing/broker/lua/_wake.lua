@@ -12,8 +12,7 @@ local function room_for(kind, lock)
   if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 and math.huge or 0 end
   if (kind == 'concurrency' or kind == 'rate') and not lock.limit then return 1 end
   if kind == 'concurrency' then
-    redis.call('ZREMRANGEBYSCORE', lock.key, '-inf', int(now_us()))
-    return lock.limit - redis.call('ZCARD', lock.key)
+    return lock.limit - redis.call('ZCOUNT', lock.key, '(' .. int(now_us()), '+inf')
   end
   if kind == 'rate' then
     return math.floor((lock.limit - spent(lock, now_us())) / lock.n_items)
