@@ -12,7 +12,7 @@
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
 -- #flags allow-oom
 -- #include _time _locks _queue _wake _groups _cancel _schedules
-local replies, running, now_ms, keep_ms = {}, {}, now_us() / 1000, tonumber(ARGV[1])
+local replies, running, lines, now_ms, keep_ms = {}, {}, {}, now_us() / 1000, tonumber(ARGV[1])
 trim('$CANCELLED', int(now_ms))
 
 local function mark(task)
@@ -43,8 +43,8 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       bury(t.task, stored)
       replies[position] = {'', ''}
     elseif t.known then
-      local lock = select(6, take_delayed(t.task))
-      if lock then look_at(lock, now_ms) end -- those behind it may be of another kind
+      local lock = select(6, take_delayed(t.task, stored))
+      if lock then lines[lock] = true end
       finish(t)
       replies[position] = {reason, ''}
     else
@@ -75,6 +75,7 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     replies[position] = {'', ''}
   end
 end
+for lock in pairs(lines) do look_at(lock, now_ms) end -- those behind may be of another kind
 redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))
 for worker, tasks in pairs(running) do
   redis.call('PUBLISH', '$CANCELLED_CHANNEL_PREFIX' .. worker, cmsgpack.pack(tasks))
