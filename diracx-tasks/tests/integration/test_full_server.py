@@ -21,6 +21,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.server_check import Role
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
 from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
@@ -152,7 +153,7 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "find": lambda s: scripts.script("find")(s.redis, [QUEUE], ["-", 10]),
     "task_ids": lambda s: scripts.task_ids(s.redis, QUEUE, "-", 10),
     "fail_children": lambda s: scripts.fail_children(s.redis, "waits", "lost", [b"child"]),
-    "plan": lambda s: scripts.plan(s.redis, "leader", [], ["due"], []),
+    "plan": lambda s: scripts.plan(s.redis, "leader", [{"id": "due", "fingerprint": "new", "due": 2}]),
     "pause": lambda s: scripts.pause(s.redis, ["due"], True),
     "report": lambda s: scripts.report(s.redis, "w", 1, b"", b"", {}, True),
     "blocked": lambda s: in_thread(lambda: scripts.report_blocked(s.sync, "w", b"", b"")),
@@ -165,6 +166,8 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
         s.redis, "w", "-", lease_ms=1000, at_most=1, at_most_bytes=1000
     ),
     "leave": lambda s: s.broker.leave(),
+    "check": lambda s: s.broker.startup(Role.WORKER),
+    "lines": lambda s: scripts.lines(s.redis, 10),
 }
 
 
