@@ -139,12 +139,11 @@ async def counted(redis: Redis, tasks: int) -> AsyncIterator[list[Counts]]:
 
 async def one_by_one(tasks: int) -> Counts:
     """`schedule()`, each awaited."""
-    async with (
-        TaskSystem([NoOp], workers=0, scheduler=False) as system,
-        counted(system.broker.redis, tasks) as found,
-    ):
-        for number in range(tasks):
-            await NoOp(number).schedule()
+    async with TaskSystem([NoOp], workers=0, scheduler=False) as system:
+        await NoOp(-1).schedule()  # the connection stands
+        async with counted(system.broker.redis, tasks) as found:
+            for number in range(tasks):
+                await NoOp(number).schedule()
     return found[0]
 
 

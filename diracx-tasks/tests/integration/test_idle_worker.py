@@ -10,7 +10,8 @@ from diracx.tasks import monitor
 from diracx.tasks.monitor.health import HealthThresholds
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, scripts
-from diracx.tasks.plumbing.worker import reporter
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.worker import Worker, reporter
 from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
@@ -129,6 +130,25 @@ async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it
         asked = await new_calls(redis, before)
     ours = {name: calls for name, calls in asked.items() if name not in ("info", "xlen", "client|list")}
     assert sum(ours.values()) <= 20 * most, ours
+
+
+async def test_an_idle_worker_has_four_connections_however_many_it_has_needed(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waits for messages, one listens to channels, one renews the lease, one is for commands."""
+    monkeypatch.setattr(reporter, "REPORT_SECONDS", 0.05)
+    broker, stop = RedisStreamBroker(redis_url), asyncio.Event()
+    before = len(await redis.client_list())
+    worker = Worker(broker, TaskRegistry({}))
+    running = asyncio.create_task(worker.run(stop))
+    await worker.ready.wait()
+    await asyncio.gather(*(broker.redis.ping() for _ in range(20)))
+    async with asyncio.timeout(60):
+        while len(await redis.client_list()) - before != 4 or not await waiting(redis):
+            await asyncio.sleep(0.01)
+    stop.set()
+    await running
+    await broker.shutdown()
 
 
 async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing(redis: Redis) -> None:

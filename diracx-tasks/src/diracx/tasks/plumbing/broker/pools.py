@@ -66,6 +66,14 @@ def client_of(
     )
 
 
+async def close_spare(redis: Redis, keep: int = 1) -> None:
+    """Close the connections for commands that nobody uses, but for `keep`. The pool itself never closes any."""
+    pool: Any = redis.connection_pool
+    unused = [connection for connection in pool._available_connections if connection.is_connected]
+    for connection in unused[: len(unused) - keep]:  # the last is used next
+        await connection.disconnect(nowait=True)  # which waits for nothing, so none is taken meanwhile
+
+
 def _pool(
     address: Address, options: Mapping[str, Any], of_sentinels: Mapping[str, Any], **limit: Any
 ) -> ConnectionPool:

@@ -151,6 +151,13 @@ class RedisStreamBroker:
         """
         if problem := obstacle(await read_server(self.redis, role, settings=False)):
             raise UnusableServerError(f"Redis at {mask(self.url)} {problem}")
+        await self.close_spare_connections(keep=0)  # it may be long until the next is needed
+
+    async def close_spare_connections(self, keep: int = 1) -> None:
+        """Close what was opened for many calls at a time, in a process with nothing to do."""
+        from .pools import close_spare
+
+        await close_spare(self.redis, keep)
 
     async def shutdown(self) -> None:
         """Close all connections."""

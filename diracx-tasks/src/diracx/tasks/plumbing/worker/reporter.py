@@ -237,6 +237,8 @@ class Reporter:
         while True:
             try:
                 await self.report(if_new=True)
+                if not self._running:
+                    await self._broker.close_spare_connections()
             except RedisError as error:
                 logger.debug("a report did not get through: %s", error)
             except Exception:

@@ -62,9 +62,8 @@ local function add_up(bucket, lives_ms, stats)
     local stored = redis.call('HGET', bucket, name)
     local sums = stored and cmsgpack.unpack(stored) or {}
     for counter, number in pairs(counters) do sums[counter] = (sums[counter] or 0) + number end
-    redis.call('HSET', bucket, name, cmsgpack.pack(sums))
+    if redis.call('HSET', bucket, name, cmsgpack.pack(sums)) == 1 then redis.call('PEXPIRE', bucket, lives_ms) end
   end
-  redis.call('PEXPIRE', bucket, lives_ms)
 end
 
 if ARGV[5] ~= '' and not repeated then
