@@ -435,7 +435,7 @@ STATES = [
 @asynccontextmanager
 async def _worker(url: str) -> AsyncIterator[RedisStreamBroker]:
     broker = RedisStreamBroker(url)
-    await broker.fetch(0, lease_seconds=600)
+    await broker.reclaim(0, lease_seconds=600)  # so it lives
     try:
         yield broker
     finally:
