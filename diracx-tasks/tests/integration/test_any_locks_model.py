@@ -1,0 +1,431 @@
+"""Tasks with any mix of locks, in any order of steps, against a model of who may hold what, on a real server.
+
+What is checked: two never hold what excludes them; whoever waits and could run now is served in line; everything
+that was submitted ends within a bounded number of rounds; and a server on which all has ended is empty.
+`test_broker_model.py` knows where each task is; this one knows only that it is somewhere, and has any locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from diracx.tasks.plumbing import (
+    BaseLock,
+    BaseTask,
+    ConcurrencyLimiter,
+    ExclusiveRWLock,
+    MutexLock,
+    RateLimiter,
+    SharedRWLock,
+)
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.cancel import TaskPlace
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
+from diracx.tasks.plumbing.enums import Priority
+from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import MAX_LOCKS, LockSpec, lock_specs
+from diracx.tasks.plumbing.submissions import submission_of
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.plumbing.worker.settlement import cancelled, defer, hand_back
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from redis import Redis as SyncRedis
+
+WORKERS = ("a", "b")
+#: Nothing expires and no timer fires while an example runs: the rules decide when time passes.
+LONG_MS = 600_000
+SHORTEST_MS, LONGEST_MS = 1, 315_576_000_000
+KEYS = ("x", "y")
+#: What the operator allows now, of slots and of units in any ten minutes; None: as much as one likes.
+LIMITS: dict[str, int | None] = {}
+
+Wish = tuple[str, str, int]
+
+
+def made(wish: Wish) -> Iterator[BaseLock]:
+    """The locks of one wish: what, on which key, and its number."""
+    what, key, number = wish
+    if what == "mutex":
+        yield MutexLock(JOB, key, ttl_ms=number)
+    elif what == "write":
+        yield ExclusiveRWLock(JOB, key, ttl_ms=number)
+    elif what == "read":
+        yield SharedRWLock(JOB, key)
+    elif what == "slot":
+        slot = ConcurrencyLimiter(JOB, key, ttl_ms=number)
+        slot.limit = LIMITS[f"slot {key}"]
+        yield slot
+    elif what == "rate":
+        rate = RateLimiter(JOB, key, n_items=number)
+        rate.limit, rate.window_seconds = LIMITS[f"rate {key}"], LONG_MS / 1000
+        yield rate
+    elif what == "many mutexes":
+        yield from (MutexLock(JOB, key, n, ttl_ms=LONG_MS) for n in range(number))
+    elif what == "many readers":
+        yield from (SharedRWLock(JOB, key, n) for n in range(number))
+    elif what == "one mutex many times":
+        yield from (MutexLock(JOB, key, ttl_ms=LONG_MS) for _ in range(number))
+
+
+@dataclass
+class Wants(BaseTask):
+    wishes: list[Any]
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [lock for wish in self.wishes for lock in made(tuple(wish))]
+
+    async def execute(self) -> None:
+        """Never called: the rules are the workers."""
+
+
+REGISTRY = TaskRegistry.of({"model:Wants": Wants})
+
+_key, _ttl_ms = st.sampled_from(KEYS), st.sampled_from([LONG_MS, LONG_MS, SHORTEST_MS, LONGEST_MS])
+_single = st.one_of(
+    st.tuples(st.sampled_from(["mutex", "mutex", "write", "slot"]), _key, _ttl_ms),
+    st.tuples(st.just("read"), _key, st.just(0)),
+    st.tuples(st.just("rate"), _key, st.integers(1, 2)),
+)
+_many = st.tuples(
+    st.sampled_from(["many mutexes", "many readers", "one mutex many times"]),
+    _key,
+    st.sampled_from([100, MAX_LOCKS - 4, MAX_LOCKS + 1, 5 * MAX_LOCKS]),
+)
+WISHES = st.one_of(
+    st.lists(_single, max_size=4), st.lists(_single, max_size=4), st.tuples(_many, _single).map(list)
+)
+
+
+@dataclass(eq=False)
+class Task:
+    """What the model knows of one task."""
+
+    message: TaskMessage
+    order: tuple[int, int]
+    """Its place among all: rank of its priority, number of its submission."""
+    place: str = "waiting"
+    """waiting (queued, parked, put aside), reserved, running or gone."""
+    plain: bool = True
+    """It has kept its place in line: nobody died with it, and it was not run before."""
+    worker: str = ""
+    delivery: Delivery | None = None
+    specs: list[LockSpec] = field(default_factory=list)
+    marked: bool = False
+    """It is to be cancelled by whoever has it."""
+
+
+class LocksMachine(RuleBasedStateMachine):
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.sync = SyncRedis.from_url(self.url)
+        self.sync.flushall()
+        self.brokers = {name: RedisStreamBroker(self.url, consumer_name=name) for name in WORKERS}
+        self.tasks: dict[str, Task] = {}
+        self.foreign: list[BaseLock] = []
+        """Held by somebody who is no task."""
+        self.units: Counter[str] = Counter()
+        """Key of a rate limiter -> units that were granted."""
+        LIMITS.update({f"{what} {key}": 2 for what in ("slot", "rate") for key in KEYS})
+        for worker in WORKERS:
+            self._lives(worker)
+
+    def run(self, call: Any) -> Any:
+        async def awaited() -> Any:
+            return await call
+
+        return self.runner.run(awaited())
+
+    def _in(self, place: str, worker: str | None = None) -> list[Task]:
+        return [t for t in self.tasks.values() if t.place == place and worker in (None, t.worker)]
+
+    def _lives(self, worker: str) -> None:
+        self.sync.zadd(keys.ALIVE, {worker: 2**45})
+
+    # --- into the system ------------------------------------------------------------------------------------
+
+    @rule(wishes=WISHES, priority=st.sampled_from(list(Priority)))
+    def submit(self, wishes: list[Wish], priority: Priority) -> None:
+        task = Wants(wishes)
+        if self._is_refused(wishes):
+            with pytest.raises(ValueError, match="Wants"):
+                submission_of(task, REGISTRY)
+            return
+        submission = replace(submission_of(task, REGISTRY), stream=f"diracx:tasks:{priority}:medium")
+        self.run(self.brokers["a"].submit([submission]))
+        order = (list(Priority).index(priority), len(self.tasks))
+        self.tasks[submission.message.task_id] = Task(submission.message, order)
+
+    def _is_refused(self, wishes: list[Wish]) -> bool:
+        units: Counter[str] = Counter()
+        wanted = set()
+        for what, key, number in wishes:
+            kind = {"write": "rw", "read": "rw", "many readers": "rw", "slot": "slot", "rate": "rate"}.get(
+                what, "mutex"
+            )
+            if LIMITS.get(f"{what} {key}", 0) is None:
+                continue
+            if what == "rate":
+                units[key] += number
+            wanted |= (
+                {(kind, key, n) for n in range(number)}
+                if what in ("many mutexes", "many readers")
+                else {(kind, key, -1)}
+            )
+        return len(wanted) > MAX_LOCKS or any(n > (LIMITS[f"rate {key}"] or n) for key, n in units.items())
+
+    # --- to a worker ----------------------------------------------------------------------------------------
+
+    @rule(worker=st.sampled_from(WORKERS), free=st.integers(1, 5))
+    def work(self, worker: str, free: int) -> None:
+        deliveries, _ = self.run(self.brokers[worker].fetch(free, lease_seconds=LONG_MS))
+        self._start(self._received(worker, deliveries))
+
+    def _received(self, worker: str, deliveries: list[Delivery]) -> list[Task]:
+        received = []
+        for delivery in deliveries:
+            assert delivery.data is not None
+            task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
+            assert task.place == "waiting"
+            task.place, task.worker, task.delivery = "reserved", worker, delivery
+            if delivery.cancelled:
+                self._settle(task, cancelled(delivery, task.message, WorkerSettings()))
+            else:
+                received.append(task)
+        return received
+
+    def _start(self, tasks: list[Task]) -> None:
+        """Ask for the locks of all of them in one call, as a worker does."""
+        asked: list[tuple[Task, dict[str, Any]]] = []
+        for task in tasks:
+            delivery = task.delivery
+            assert delivery is not None
+            try:
+                specs = lock_specs(Wants(*task.message.task_args).execution_locks)
+            except ValueError:  # its limit was lowered: a dead letter
+                self._settle(task, Settlement(delivery))
+                continue
+            wanted = {
+                "stream": delivery.stream,
+                "entry": delivery.entry,
+                "deliveries": delivery.deliveries,
+                "task": task.message.task_id,
+                "rank": task.order[0],
+                "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+                "since": delivery.since,
+                "locks": specs,
+                "retry_ms": LONG_MS,
+                "woken": delivery.woken,
+            }
+            asked.append((task, wanted))
+        if not asked:
+            return
+        replies, _ = self.run(self.brokers[asked[0][0].worker].start([wanted for _, wanted in asked]))
+        for (task, wanted), reply in zip(asked, replies, strict=True):
+            if reply[0] == 1:
+                self._granted(task, wanted["locks"])
+            else:
+                assert reply[0] == 0
+                task.place, task.delivery = "waiting", None
+
+    def _granted(self, task: Task, specs: list[LockSpec]) -> None:
+        if self._waits_in_line(task):
+            same = [t for t in self._in("waiting") if t.message.task_args == task.message.task_args and t.plain]
+            parked = [t for t in same if self.sync.hexists(keys.DELAYED_DATA, t.message.task_id)]
+            assert all(task.order < each.order for each in parked), "granted before one that came first, and waits"
+        for spec in specs:
+            self._check_exclusion(spec)
+            if spec["kind"] == "rate":
+                self.units[spec["key"]] += spec["n_items"]
+        task.place, task.specs = "running", specs
+
+    @staticmethod
+    def _waits_in_line(task: Task) -> bool:
+        """Whether the order of submission decides: it wants one lock, and has never been out of its line."""
+        [wishes] = task.message.task_args
+        return task.plain and len(wishes) == 1 and wishes[0][0] in ("mutex", "write")
+
+    def _check_exclusion(self, spec: LockSpec) -> None:
+        key, kind = spec["key"], spec["kind"]
+        lasting = [
+            each["kind"]
+            for task in self._in("running")
+            for each in task.specs
+            if each["key"] == key and each.get("ttl_ms", LONG_MS) >= LONG_MS
+        ]
+        lasting += [lock.spec()["kind"] for lock in self.foreign if lock.redis_key == key]
+        may = {
+            "mutex": not lasting,
+            "exclusive": not lasting,
+            "shared": "exclusive" not in lasting,
+            "concurrency": len(lasting) < spec.get("limit", 0),
+            "rate": self.units[key] + spec.get("n_items", 0) <= spec.get("limit", 0),
+        }
+        assert may[kind], f"{key} was granted beside {lasting}"
+
+    # --- out again ------------------------------------------------------------------------------------------
+
+    def _settle(self, task: Task, settlement: Settlement, place: str = "gone") -> None:
+        settlement.locks = task.specs
+        assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
+        task.place, task.specs, task.delivery, task.worker = place, [], None, ""
+
+    @precondition(lambda self: self._in("running"))
+    @rule(data=st.data(), how=st.sampled_from(["done", "done", "done", "retry", "retry later", "hand back"]))
+    def end(self, data: st.DataObject, how: str) -> None:
+        running = self._in("running")
+        self._end(running[data.draw(st.integers(0, len(running) - 1))], how)
+
+    def _end(self, task: Task, how: str = "done") -> None:
+        assert task.delivery is not None
+        if how == "done" or task.marked:
+            return self._settle(task, Settlement(task.delivery))
+        task.plain = False
+        if how == "hand back":
+            return self._settle(task, hand_back(task.delivery), "waiting")
+        delay_ms = LONG_MS if how == "retry later" else 0
+        again = defer(task.delivery, task.message.task_id, delay_ms, task.message.dumpb())
+        self._settle(task, Settlement(task.delivery, retry=again), "waiting")
+
+    @precondition(lambda self: any(task.place != "gone" for task in self.tasks.values()))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        there = [task for task in self.tasks.values() if task.place != "gone"]
+        task = there[data.draw(st.integers(0, len(there) - 1))]
+        [place] = self.run(self.brokers["a"].cancel([task.message.task_id])).values()
+        if place == TaskPlace.RUNNING:
+            assert task.place in ("reserved", "running")
+            task.marked = True
+        else:
+            assert place != TaskPlace.UNKNOWN
+            assert task.place == "waiting", f"{place}, and it is {task.place}"
+            task.place = "gone"
+
+    # --- deaths ---------------------------------------------------------------------------------------------
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def kill(self, worker: str) -> None:
+        self.sync.zadd(keys.ALIVE, {worker: 1})
+        [other] = set(WORKERS) - {worker}
+        self._lives(other)
+        self._reclaim(other)
+        self._lives(worker)
+
+    def _reclaim(self, worker: str) -> None:
+        """The other one is dead. Its locks are given back in parts, and then its messages are taken over."""
+        [other] = set(WORKERS) - {worker}
+        orphans = self._in("running", other) + self._in("reserved", other)
+        for task in orphans:
+            task.specs, task.plain, task.place, task.worker = [], False, "waiting", ""
+        for _ in range(20):
+            # Who has died with it once is rejected at once, and not kept from others: here it runs again.
+            deliveries, *_ = self.run(self.brokers[worker].reclaim(1000, max_deliveries=1))
+            self._start(self._received(worker, deliveries))
+            if self.sync.zscore(keys.ALIVE, other) is None:
+                break
+        assert self.sync.zscore(keys.ALIVE, other) is None, "a dead worker is never buried"
+
+    # --- others, and time -----------------------------------------------------------------------------------
+
+    @rule(what=st.sampled_from(["slot", "rate"]), key=_key, limit=st.sampled_from([None, 1, 2, 3, 4]))
+    def set_limit(self, what: str, key: str, limit: int | None) -> None:
+        LIMITS[f"{what} {key}"] = limit
+
+    @rule(wish=st.tuples(st.sampled_from(["mutex", "write", "read", "slot"]), _key, st.just(LONG_MS)))
+    def hold_outside_tasks(self, wish: Wish) -> None:
+        [lock] = made(wish)
+        spec = lock.spec() if lock.enabled else None
+        if spec is not None and self.run(lock.acquire(self.brokers["a"].redis)):
+            self._check_exclusion(spec)
+            self.foreign.append(lock)
+
+    @precondition(lambda self: self.foreign)
+    @rule()
+    def release_outside_tasks(self) -> None:
+        self.run(self.foreign.pop(0).release(self.brokers["a"].redis))
+
+    @rule()
+    def time_passes(self) -> None:
+        """The timers of all that is put aside run out, of the lines of locks as well, and nobody's turn lasts."""
+        for timers in (keys.DELAYED, keys.LINES):
+            for name in self.sync.zrange(timers, 0, -1):
+                self.sync.zadd(timers, {name: 1})
+        for turn in self.sync.keys(keys.TURN_PREFIX + "*"):
+            self.sync.delete(turn)
+        self.run(self.brokers["a"].promote())
+
+    # --- what must always hold ------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_is_held_by_nobody(self) -> None:
+        owners = {spec["owner"] for task in self._in("running") for spec in task.specs}
+        owners |= {lock.spec()["owner"] for lock in self.foreign if lock.enabled}
+        mutexes, others = self.sync.keys("lock:mutex:*"), self.sync.keys("lock:rw:*")
+        held = {owner.decode() for owner in (self.sync.mget(mutexes) if mutexes else ()) if owner}
+        pipe = self.sync.pipeline()
+        for key in others:
+            pipe.hgetall(key)
+        for fields in pipe.execute():
+            held |= {name.decode().removeprefix("reader:") for name in fields if name.startswith(b"reader:")}
+            held |= {owner.decode() for name, owner in fields.items() if name == b"writer"}
+        assert held <= owners, "a lock is held by nobody"
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        try:
+            self._drain()
+            assert all(task.place == "gone" for task in self.tasks.values()), "a task never ends"
+            self.nothing_is_held_by_nobody()
+            for worker in WORKERS:
+                assert self.run(self.brokers[worker].leave()) is True
+            left = {key.decode() for key in self.sync.scan_iter() if self.sync.ttl(key) < 0}
+            assert left <= set(keys.EVERY_STREAM), "left behind"
+            assert not any(self.sync.xlen(stream) for stream in keys.EVERY_STREAM)
+        finally:
+            self.sync.flushall()
+            for broker in self.brokers.values():
+                self.run(broker.shutdown())
+            self.sync.close()
+            self.runner.close()
+
+    def _drain(self) -> None:
+        """Limits are lifted, nobody else holds anything, a worker dies: the rest ends, within so many rounds."""
+        LIMITS.update(dict.fromkeys(LIMITS, None))
+        while self.foreign:
+            self.release_outside_tasks()
+        self.kill("b")
+        for _ in range(2 * len(self.tasks) + 4):
+            for task in self._in("running"):
+                self._end(task)
+            if not self._in("waiting"):
+                break
+            before = len(self._in("running"))
+            self.work("a", 1000)
+            if len(self._in("running")) == before:
+                self.time_passes()
+
+
+@pytest.mark.timeout(600)  # thousands of steps: a busy machine takes its time
+def test_tasks_with_any_locks_exclude_each_other_and_all_end(redis_url: str) -> None:
+    LocksMachine.url = redis_url
+    run_state_machine_as_test(
+        LocksMachine,
+        settings=settings(
+            max_examples=30,
+            phases=[Phase.generate],  # to make a failing example smaller takes minutes
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        ),
+    )
