@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import time
 from dataclasses import dataclass
 
 import diracx.tasks.plumbing as plumbing
@@ -81,6 +82,17 @@ async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_noticed
 
     with pytest.raises(LockLostError, match="lock:mutex:job:renewed"):
         await lose()
+
+
+async def test_a_block_that_blocked_the_event_loop_for_longer_than_its_lock_lives_does_not_end_well(
+    redis: Redis,
+) -> None:
+    """Nothing can cancel it, so its end must say that another may have had the lock."""
+    with pytest.raises(LockLostError, match="lock:mutex:job:blocked"):
+        async with holding([MutexLock(JOB, "blocked", ttl_ms=200)], redis):
+            ends = time.monotonic() + 0.2
+            while time.monotonic() < ends:
+                time.sleep(0.01)
 
 
 def test_installed_tasks_are_found_under_category_and_class_name() -> None:

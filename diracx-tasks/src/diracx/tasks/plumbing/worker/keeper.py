@@ -325,11 +325,12 @@ async def keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float)
 
     loop = asyncio.get_running_loop()
     shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
+    term_seconds = (1 - SAFETY_MARGIN) * shortest_seconds
+    expires_at = asked_at + term_seconds
 
     async def renew() -> None:
-        granted_at = asked_at
+        nonlocal expires_at
         while not lost:
-            expires_at = granted_at + (1 - SAFETY_MARGIN) * shortest_seconds
             await asyncio.sleep(min(shortest_seconds / 3, expires_at - loop.time()))
             try:
                 async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
@@ -339,13 +340,16 @@ async def keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float)
                 logger.warning("cannot renew locks: %s", error or "no answer in time")
                 kept = [loop.time() < expires_at] * len(expiring)
             else:
-                granted_at = started
+                expires_at = started + term_seconds
             lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
         block.cancel()
 
     renewal = asyncio.create_task(renew())
     try:
         yield
+        if loop.time() >= expires_at:  # the event loop was blocked, and nothing could cancel the block
+            names = ", ".join(lock["key"] for lock in expiring)
+            raise LockLostError(f"could not be renewed in time, and may be another's: {names}")
     except asyncio.CancelledError:
         if not lost:
             raise
