@@ -94,6 +94,22 @@ async def test_when_all_leases_have_ended_the_server_was_away_and_nobody_is_dead
     assert await redis.zcount(keys.ALIVE, now_ms, "+inf") == 3
 
 
+@pytest.mark.parametrize(("part_left", "dead"), [(0.33, False), (0.6, True)])
+async def test_a_server_that_was_away_until_some_leases_had_ended_takes_nobody_for_dead(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, part_left: float, dead: bool
+) -> None:
+    """Workers renew every third of a lease. What is left of the newest one tells whether any of them could."""
+    first, second = workers
+    await submit(first)
+    [delivery], _ = await first.fetch(1)
+    now_ms = int((await redis.time())[0]) * 1000
+    ends = {first.consumer_name: now_ms - 1000, second.consumer_name: now_ms + part_left * LEASE_MS}
+    await redis.zadd(keys.ALIVE, ends)
+    taken, *_ = await second.reclaim(1, lease_seconds=LEASE_MS / 1000)
+    assert [message.entry for message in taken] == ([delivery.entry] if dead else [])
+    assert await first.settle([Settlement(delivery)]) == [not dead]
+
+
 async def test_a_worker_that_has_signed_off_gets_no_other_term(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
 ) -> None:

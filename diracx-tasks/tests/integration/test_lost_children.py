@@ -12,6 +12,7 @@ from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, spawn
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.group_audit import audit_if_due, fail_lost_children
 from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.exceptions import NewerMessageError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
@@ -138,6 +139,24 @@ async def test_a_message_of_a_later_version_comes_again_and_is_not_buried(redis_
         async with system.task_db as db:
             assert await db.search() == []
         await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"task_args": [msgpack.ExtType(99, b"a type that came later")], "format": 2},
+        {"format": 2, "later": msgpack.ExtType(99, b"")},
+        {"format": 3, "task_name": 7, "labels": "of another type"},
+    ],
+)
+def test_a_message_of_a_later_version_that_cannot_be_decoded_is_known_as_such(added: dict[str, object]) -> None:
+    data = msgpack.packb({"task_id": "new", "task_name": "test:Child", **added})
+    with pytest.raises(NewerMessageError, match="its format is"):
+        TaskMessage.loadb(data)
+    for broken in (data[:-1], data + b"x"):  # else nobody would ever take it
+        with pytest.raises(ValueError, match="not a task message") as caught:
+            TaskMessage.loadb(broken)
+        assert not isinstance(caught.value, NewerMessageError)
 
 
 async def test_what_a_later_version_has_added_is_carried_along() -> None:

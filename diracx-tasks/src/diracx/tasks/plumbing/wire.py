@@ -35,7 +35,8 @@ import msgpack
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# Extension codes are part of the wire format: never renumber, only add.
+# Extension codes are part of the wire format: never renumber, only add. A message with a
+# code that older versions do not know has a greater format: see `FORMAT` of broker/models.py.
 _BIG_INT, _NAIVE_DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _SET, _FROZENSET, _TUPLE = range(1, 11)
 _SECRET = 11
 

@@ -8,6 +8,8 @@ from datetime import datetime
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+import msgpack
+
 from ..enums import Priority, Size
 from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import NewerMessageError, ResultIsMissingError
@@ -25,8 +27,8 @@ _SEQUENCE = (list, tuple)
 _LONGEST_REASON = 300
 
 
-#: Of messages. One that older versions cannot execute says so by a greater number in its field `format`, and is
-#: still a msgpack map that begins with the task's id.
+#: Of messages. One that older versions cannot execute, or not decode, says so by a greater number in its field
+#: `format`, and is still a msgpack map that begins with the task's id.
 FORMAT = 1
 
 
@@ -80,9 +82,13 @@ class TaskMessage:
             ValueError: when the bytes are no task message.
         """
         try:
-            fields = loads(data, careful=careful)
-            if type(number := fields.get("format")) is int and number > FORMAT:
-                raise NewerMessageError(f"its format is {number}, and this version knows up to {FORMAT}")
+            try:
+                fields = loads(data, careful=careful)
+            except ValueError:
+                if not careful:
+                    _refuse_newer(_format_of(data))  # it may have values of a type that came later
+                raise
+            _refuse_newer(fields.get("format"))
             try:
                 message = cls(**fields)
             except TypeError:  # those of a later version are carried along
@@ -121,6 +127,26 @@ class TaskMessage:
         """The failed attempts so far, oldest first: type, message, traceback, host, started, ended."""
         found: list[dict[str, Any]] = self.labels.get(LABEL_ATTEMPTS, [])
         return found
+
+
+def _refuse_newer(number: Any) -> None:
+    if type(number) is int and number > FORMAT:
+        raise NewerMessageError(f"its format is {number}, and this version knows up to {FORMAT}")
+
+
+def _format_of(data: bytes) -> Any:
+    """The field `format` of a whole message, without decoding other values; None where there is none."""
+    unpacker, number = msgpack.Unpacker(strict_map_key=False), None
+    unpacker.feed(data)
+    try:
+        for _ in range(unpacker.read_map_header()):
+            if unpacker.unpack() == "format":
+                number = unpacker.unpack()
+            else:
+                unpacker.skip()
+    except Exception:  # msgpack has no common class of its errors
+        return None
+    return number if unpacker.tell() == len(data) else None
 
 
 _FIELDS = frozenset(name for name, each in TaskMessage.__dataclass_fields__.items() if each.init)
