@@ -51,6 +51,13 @@ def test_labels_of_the_users_own_may_hold_anything() -> None:
     assert TaskMessage.loadb(dumps({"task_id": "t", "task_name": "n", "labels": given})).labels == given
 
 
+@pytest.mark.parametrize("labels", [{"priority": "urgent"}, {"size": 12}, {"priority": None}, {"size": ["small"]}])
+def test_a_label_that_names_no_queue_is_refused_and_what_there_is_is_told(labels: dict[str, Any]) -> None:
+    [name] = labels
+    with pytest.raises(ValueError, match=rf"^the label {name} must be \w+, \w+, \w+, not "):
+        checked_labels(labels)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

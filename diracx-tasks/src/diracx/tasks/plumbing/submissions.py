@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import secret_positions, shape_of
 from .base_task import BaseTask
-from .broker.keys import stream_name_for
-from .broker.labels import LABEL_SECRET, checked_labels
+from .broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
 from .broker.models import Submission, TaskMessage
 from .broker.redis_streams import new_task_id
 from .locks import lock_specs
 from .roundtrip import outgoing_arguments
-from .telemetry import current_trace_context
 
 if TYPE_CHECKING:
     from .config import TasksConfig
@@ -30,7 +28,7 @@ def submission_of(
     labels: Mapping[str, Any] | None = None,
     task_id: str | None = None,
 ) -> Submission:
-    """The task as a message for the queue of its class, or of the priority that the operator has set.
+    """The task as a message for its queue: see `stream_of`.
 
     Raises:
         SendTaskError: when the class is not registered.
@@ -55,15 +53,25 @@ def submission_of(
         labels=checked,
         task_args=args,
         sig=shape.signature(len(args)),
-        trace_context=current_trace_context(),
     )
-    return Submission(message, stream_of(name, task, config), at_time)
+    return Submission(message, stream_of(name, task, config, checked), at_time)
 
 
-def stream_of(name: str, task: BaseTask, config: TasksConfig | None) -> str:
-    """The queue of a task: its class's, unless the operator has set another priority."""
-    priority = type(task).priority
+def stream_of(name: str, task: BaseTask, config: TasksConfig | None, labels: Mapping[str, Any]) -> str:
+    """The queue of a task: by the operator's priority, else by its class, else by its labels.
+
+    Raises:
+        ValueError: when a label that counts names no queue.
+    """
+    task_class = type(task)
+    priority = None if LABEL_PRIORITY in labels and not _declares(task_class, "priority") else task_class.priority
+    size = None if LABEL_SIZE in labels and not _declares(task_class, "size") else task_class.size
     if config is not None and (config.common or config.vo_overrides):
         vo = getattr(task, "vo", None)
         priority = config.get_override(name, vo if isinstance(vo, str) else None).priority or priority
-    return stream_name_for(priority, type(task).size)
+    return stream_of_labels(labels, priority, size)
+
+
+def _declares(task_class: type[BaseTask], name: str) -> bool:
+    """Whether the class or a base of it sets this, and not `BaseTask` alone."""
+    return any(name in vars(each) for each in task_class.__mro__ if each is not BaseTask)

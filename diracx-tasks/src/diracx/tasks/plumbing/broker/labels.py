@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..enums import Priority, Size
+from .keys import stream_name_for
+
 LABEL_ATTEMPTS = "attempts"
 LABEL_GROUP = "group"
 LABEL_GROUP_RESULTS = "group_results"
@@ -17,6 +20,10 @@ LABEL_VO = "vo"
 #: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
 LABEL_SCHEDULE = "schedule"
 LABEL_DUE = "schedule_due_ms"
+
+#: Route a message, as in DiracX's own task system, where its class does not say otherwise.
+LABEL_PRIORITY = "priority"
+LABEL_SIZE = "size"
 
 #: A time to live that every server takes: ten years.
 LONGEST_TTL_SECONDS = 315_576_000
@@ -67,7 +74,29 @@ def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
     if LABEL_ATTEMPTS in checked:
         raise ValueError(f"the label {LABEL_ATTEMPTS} is the task system's own")
     check_labels(checked)
+    stream_of_labels(checked)
     return checked
+
+
+def stream_of_labels(
+    labels: Mapping[str, Any], priority: Priority | str | None = None, size: Size | str | None = None
+) -> str:
+    """The stream for a message: what is given goes before its labels `priority` and `size`.
+
+    Raises:
+        ValueError: names the label, its value and what it must be.
+    """
+    return stream_name_for(
+        priority or _routing(labels, LABEL_PRIORITY, Priority.NORMAL),
+        size or _routing(labels, LABEL_SIZE, Size.MEDIUM),
+    )
+
+
+def _routing(labels: Mapping[str, Any], name: str, default: Priority | Size) -> str:
+    value, possible = labels.get(name, default), [str(each) for each in type(default)]
+    if value not in possible:
+        raise ValueError(f"the label {name} must be {', '.join(possible)}, not {_shown(value)}")
+    return str(value)
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ..enums import Priority, Size
 from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..wire import dumps, loads
-from .labels import LABEL_ATTEMPTS, check_labels, checked_labels
+from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
 from .sizes import LOCK_BYTES, checked_size
 
 if TYPE_CHECKING:
@@ -302,6 +302,11 @@ class Delivery:
     """Whether it was cancelled before it got here."""
 
     @property
+    def queued_at(self) -> float:
+        """When it came, or began to wait for a lock: seconds since the epoch, by the server's clock."""
+        return int(self.since) / 1e6 if self.since != "0" else int(self.entry.partition("-")[0]) / 1e3
+
+    @property
     def priority(self) -> Priority:
         """Taken from the name of the stream."""
         return Priority(self.stream.split(":")[2])
@@ -354,19 +359,20 @@ async def submit_task(
     labels: Mapping[str, Any] | None = None,
     task_id: str | None = None,
     run_at: datetime | None = None,
-    priority: Priority | str = Priority.NORMAL,
-    size: Size | str = Size.MEDIUM,
+    priority: Priority | str | None = None,
+    size: Size | str | None = None,
 ) -> str:
     """Submit a task by its registry name, without its class. Returns its id.
 
     Args:
+        priority: else the label of this name, else normal.
+        size: else the label of this name, else medium.
         task_id: the id, instead of a new one. One id is one task, as long as it waits.
 
     Raises:
         SendTaskError: when the broker cannot be reached.
         DuplicateTaskIdError: when it is not due yet, and another task with this id waits.
     """
-    from .keys import stream_name_for
     from .redis_streams import new_task_id
 
     message = TaskMessage(
@@ -376,5 +382,5 @@ async def submit_task(
         task_args=list(task_args),
         task_kwargs=dict(task_kwargs or {}),
     )
-    await broker.submit([Submission(message, stream_name_for(priority, size), run_at)])
+    await broker.submit([Submission(message, stream_of_labels(message.labels, priority, size), run_at)])
     return message.task_id

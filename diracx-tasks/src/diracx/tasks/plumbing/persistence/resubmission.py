@@ -160,7 +160,11 @@ class Resubmitter:
         except Exception as error:
             raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)
-        return Submission(message, stream_of(message.task_name, task, self._binding.config))
+        try:
+            stream = stream_of(message.task_name, task, self._binding.config, message.labels)
+        except ValueError as error:
+            raise _RefusedError(str(error)) from error
+        return Submission(message, stream)
 
 
 def _batches(letters: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
