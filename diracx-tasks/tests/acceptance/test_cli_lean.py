@@ -12,8 +12,8 @@ import sys
 from diracx.tasks.plumbing import BaseTask
 
 HEAVY = {
-    "sqlalchemy", "fastapi", "starlette", "httpx", "aiohttp", "opensearchpy", "git", "yaml", "rich",
-    "diracx.db", "diracx.logic", "diracx.routers", "diracx.core.config", "diracx.core.settings", "gubbins.db",
+    "sqlalchemy", "fastapi", "starlette", "aiohttp", "opensearchpy",
+    "diracx.db", "diracx.logic", "diracx.routers", "gubbins.db",
 }
 
 

@@ -47,7 +47,8 @@ def children_of(process):
 
 @pytest.mark.leaves_keys("diracx:tasks:*")  # nobody has buried the victim yet
 def test_they_write_one_log_what_dies_is_started_again_and_a_signal_stops_them_all(two, served, wait_until):
-    assert {line.split("[")[1][0] for line in two.output.splitlines() if "ready: medium" in line} == {"1", "2"}
+    ready = [line for line in two.output.splitlines() if "ready: medium" in line]
+    assert {line.rpartition("[worker.process=")[2] for line in ready} == {"1]", "2]"}
     victim, other = children_of(two.process)
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: two.output.count("ready: medium tasks") == 3, "another worker is ready")
@@ -62,7 +63,7 @@ def test_they_write_one_log_what_dies_is_started_again_and_a_signal_stops_them_a
 
 def test_workers_stop_when_their_supervisor_was_killed(two, wait_until):
     two.process.kill()
-    wait_until(lambda: two.output.count("stopped\n") == 2, "all workers have stopped")
+    wait_until(lambda: two.output.count(" stopped [worker.process=") == 2, "all workers have stopped")
     assert two.output.count("the supervisor is gone") == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -226,12 +227,9 @@ def collector() -> Iterator[_Collector]:
         thread.join()
 
 
-@pytest.mark.parametrize("role", ["worker", "scheduler"])
-@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # of the scheduler alone nobody takes anything
-def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
-    served: Cli, collector: _Collector, wait_until: Callable[..., None], role: str
-) -> None:
-    served.environment |= {
+def _to(collector: _Collector) -> dict[str, str]:
+    """Variables of a process that sends everything to the collector at once."""
+    return {
         "DIRACX_OTEL_ENABLED": "true",
         "DIRACX_OTEL_PROTOCOL": "http",
         "DIRACX_OTEL_HTTP_ENDPOINT": f"http://127.0.0.1:{collector.server_address[1]}",
@@ -240,6 +238,14 @@ def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
         "OTEL_BLRP_SCHEDULE_DELAY": "100",
         "NO_PROXY": "127.0.0.1",
     }
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # of the scheduler alone nobody takes anything
+def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
+    served: Cli, collector: _Collector, wait_until: Callable[..., None], role: str
+) -> None:
+    served.environment |= _to(collector)
     process = served.start(role, "--module", "my_tasks.py")
     if role == "scheduler":
         wait_until(lambda: "task_stream_lag" in collector.metrics, "the whole system is told of")
@@ -249,12 +255,127 @@ def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
         process.until("ready")
         served.mine("submit", "my_tasks:Spawn")
         wait_until(lambda: "tasks_completed_total" in collector.metrics, "a task is counted")
-        wait_until(lambda: len(collector.spans) >= 4, "all tasks are traced")
-        [parent] = [span for span in collector.spans if span.name == "my_tasks:Spawn"]
-        children = [span for span in collector.spans if span.name == "my_tasks:Greet"]
-        assert {span.trace_id for span in children} == {parent.trace_id}
         wait_until(lambda: collector.logs, "something is logged")
     assert collector.components == {f"tasks-{role}"}
+
+
+_TRACED = """
+import logging
+
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, Priority, Size, spawn_with_callback
+from diracx.tasks.plumbing.persistence import TaskDB
+
+
+class Child(BaseTask):
+    async def execute(self, db: TaskDB):
+        return len(await db.search())
+
+
+class Root(BaseTask):
+    priority = Priority.REALTIME
+    dlq_eligible = True
+    retry_policy = ExponentialBackoff(base_delay_seconds=0, max_retries=1)
+
+    async def execute(self):
+        await Child().schedule()
+        logging.getLogger("diracx.mine").info("traced")
+        raise ValueError("broken by redis://u:sesame@host/1")
+"""
+
+
+def _plain(attributes: Any) -> dict[str, Any]:
+    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in attributes}
+
+
+@pytest.mark.leaves_keys("diracx:tasks:delayed:reasons")
+def test_spans_have_the_names_links_and_attributes_of_the_published_package(
+    served: Cli, collector: _Collector, wait_until: Callable[..., None]
+) -> None:
+    (served.directory / "traced.py").write_text(_TRACED)
+    served.environment |= {
+        **_to(collector),
+        "DIRACX_LOG_FORMAT": "json",
+        "DIRACX_DB_URL_TASKDB": f"sqlite+aiosqlite:///{served.directory}/tasks.db",
+    }
+    assert served("dlq", "init").returncode == 0
+    worker = served.start("worker", "--module", "traced.py")
+    worker.until("ready")
+    done = served("submit", "traced:Root", "--module", "traced.py", "--json")
+    task_id = json.loads(done.stdout)["task_id"]
+
+    def named(name: str) -> list[Any]:
+        return sorted((s for s in collector.spans if s.name == name), key=lambda s: s.start_time_unix_nano)
+
+    wait_until(lambda: len(named("task.process traced:Child")) == 2, "both children are traced")
+    wait_until(lambda: len(named("task.process traced:Root")) == 2, "both attempts are traced")
+    first, second = named("task.process traced:Root")
+    assert (first.kind, first.parent_span_id, list(first.links)) == (
+        5,
+        b"",
+        [],
+    )  # a consumer, of an untraced submitter
+    assert [link.span_id for link in second.links] == [first.span_id]
+    assert second.trace_id != first.trace_id
+    told = [_plain(span.attributes) for span in (first, second)]
+    for number, attributes in enumerate(told):
+        assert 0 <= attributes.pop("task.queue_wait_s") < 60
+        assert re.fullmatch(r"\d+-\d+", attributes.pop("messaging.message.id"))
+        assert attributes == {
+            "task.name": "traced:Root",
+            "task.id": task_id,
+            "task.priority": "realtime",
+            "task.size": "medium",
+            "task.retry_count": number,
+            "task.reclaimed": False,
+            "messaging.destination.name": "diracx:tasks:realtime:medium",
+        }
+    [retried], [given_up] = first.events, second.events
+    assert (retried.name, given_up.name) == ("task.retry_scheduled", "task.given_up")
+    assert {"task.retry.reason": "error", "task.retry.attempt": 1}.items() <= _plain(retried.attributes).items()
+    assert _plain(given_up.attributes) == {"task.action": "dlq"}
+
+    executed = named("task.execute traced:Root")
+    assert [span.parent_span_id for span in executed] == [first.span_id, second.span_id]
+    for number, span in enumerate(executed):
+        attributes = _plain(span.attributes)
+        assert 0 < attributes.pop("task.duration_ms") < 60_000
+        assert attributes == {
+            "task.name": "traced:Root",
+            "task.id": task_id,
+            "task.priority": "realtime",
+            "task.size": "medium",
+            "task.retry_count": number,
+            "task.status": "error",
+            "error.type": "ValueError",
+        }
+        assert (span.status.code, span.status.message) == (2, "ValueError: broken by redis://u:***@host/1")
+        [raised] = span.events
+        assert raised.name == "exception"
+        assert "Traceback" in _plain(raised.attributes)["exception.stacktrace"]
+
+    submitted = named("task.submit traced:Child")
+    assert [span.parent_span_id for span in submitted] == [span.span_id for span in executed]
+    assert {span.kind for span in submitted} == {4}  # a producer
+    attributes = _plain(submitted[0].attributes)
+    child_id = attributes.pop("task.id")
+    assert attributes == {
+        "task.name": "traced:Child",
+        "task.priority": "normal",
+        "task.size": "medium",
+        "task.delayed": False,
+    }
+    processed = {_plain(span.attributes)["task.id"]: span for span in named("task.process traced:Child")}
+    [link] = processed[child_id].links
+    assert (link.trace_id, link.span_id) == (submitted[0].trace_id, submitted[0].span_id)
+    [child] = [s for s in named("task.execute traced:Child") if s.parent_span_id == processed[child_id].span_id]
+    assert _plain(child.attributes)["task.status"] == "ok"
+    statements = [span for span in collector.spans if span.parent_span_id == child.span_id]
+    assert any("db.system.name" in _plain(span.attributes) for span in statements), "SQL is traced, too"
+    wait_until(lambda: any(name.startswith("db.client.") for name in collector.metrics), "SQL is measured, too")
+
+    [logged, _] = [json.loads(line) for line in worker.output.splitlines() if '"traced"' in line]
+    assert (logged["trace_id"], logged["span_id"]) == (executed[0].trace_id.hex(), executed[0].span_id.hex())
+    assert "sesame" not in str(collector.spans)
 
 
 def test_telemetry_that_cannot_be_set_up_is_one_line(served: Cli, one_line: Callable[..., str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import unicodedata
 
 import pytest
-from diracx.tasks.cli.logs import _Readable
+from diracx.core.logs import JSONFormatter, TextFormatter
+from diracx.tasks.cli.logs import _Safe
 from diracx.tasks.cli.output import console, echo, table
 from diracx.tasks.plumbing.printable import printable, printable_line
 from hypothesis import given
@@ -53,7 +55,7 @@ def test_the_output_of_commands_is_printable_and_markup_in_it_has_no_effect(
 def test_nothing_that_is_logged_can_pass_for_a_record_of_its_own() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Readable())
+    handler.setFormatter(_Safe(TextFormatter(), is_json=False))
     logger = logging.Logger("worker")  # of its own: nothing else is to see it
     logger.addHandler(handler)
     forged = "x\n2026-11-28 12:00:00.000Z INFO     worker: all is well"
@@ -67,3 +69,16 @@ def test_nothing_that_is_logged_can_pass_for_a_record_of_its_own() -> None:
     records = [line for line in others if not line.startswith("  ")]
     assert [line.rpartition(": ")[2] for line in records] == ["failed�task"]
     assert stream.getvalue().replace("\n", "").isprintable()
+
+
+@given(anything)
+def test_a_json_record_is_one_line_whose_texts_are_printable_and_have_no_password(text: str) -> None:
+    record = logging.LogRecord("worker", logging.INFO, "", 0, "%s redis://u:sesame@host", (text,), None)
+    record.__dict__["found"] = {"urls": ["redis://u:sesame@host", text]}
+    line = _Safe(JSONFormatter(), is_json=True).format(record)
+    assert len(line.splitlines()) == 1
+    told = json.loads(line)
+    assert told["found"]["urls"][0] == "redis://u:***@host"
+    for shown in (told["body"], *told["found"]["urls"]):
+        assert printable(shown) == shown
+    assert "sesame" not in line

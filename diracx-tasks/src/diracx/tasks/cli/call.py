@@ -17,7 +17,7 @@ import typer
 from ..plumbing.printable import printable
 from ..plumbing.secrets import without_secrets
 from .errors import CliError, explained_redis
-from .options import JsonOption, LogLevel, LogLevelOption, spread
+from .options import JsonOption, LogLevelOption, spread
 from .output import echo_json
 from .typed import CheckedTask, TypedTask
 
@@ -44,7 +44,7 @@ def call(
         ),
     ] = Debugger.NONE,
     as_json: JsonOption = False,
-    log_level: LogLevelOption = LogLevel.INFO,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run a task in this process and print what it returns.
 
@@ -52,10 +52,12 @@ def call(
 
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
-    from .logs import set_up_logging
+    from .logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
-    run = _Run(typed.checked(), debugger)
+    checked = typed.checked()
+    set_task_log_level(checked.registry)
+    run = _Run(checked, debugger)
     # With --json, stdout is for the value alone; pdb needs it for itself.
     aside = as_json and debugger is Debugger.NONE
     try:

@@ -74,7 +74,7 @@ def dashboard(
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
-    log_level: LogLevelOption = LogLevel.WARNING,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Serve the dashboard until SIGTERM or Ctrl-C: what goes on, and buttons to steer it.
 
@@ -104,7 +104,7 @@ def dashboard(
         )
     if (tls_certificate is None) != (tls_key is None):
         raise UsageProblem("--tls-certificate and --tls-key go together")
-    set_up_logging(log_level)
+    level = set_up_logging(log_level, LogLevel.WARNING)
     url = resolve_redis_url(redis_url, redis_url_file)
     gate, token = _gate(accounts, read_only)
     names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
@@ -134,7 +134,7 @@ def dashboard(
                 typer.echo(f"{address}sign-in?token={token}" if token else address)
                 if not loopback and not tls:
                     typer.echo(_WITHOUT_TLS.format(host=host), err=True)
-                await _serve(app, listening, log_level, tls)
+                await _serve(app, listening, level, tls)
 
         asyncio.run(run())
 
@@ -237,7 +237,7 @@ async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> In
     return Installation(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
 
 
-async def _serve(app: DashboardApp, listening: socket.socket, level: LogLevel, tls: dict[str, Any]) -> None:
+async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: dict[str, Any]) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -260,7 +260,7 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: LogLevel, t
     config = uvicorn.Config(
         app,
         log_config=None,
-        log_level=str(level),
+        log_level=level,
         access_log=False,  # the printed address has the token in it
         proxy_headers=False,
         server_header=False,

@@ -43,7 +43,7 @@ def dev(
     max_concurrent_tasks: Annotated[
         int, typer.Option(min=1, help="How many tasks each worker runs at a time.")
     ] = 10,
-    log_level: LogLevelOption = LogLevel.INFO,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run an embedded Valkey, the scheduler and one worker per size in this terminal. Ctrl-C stops it all.
 
@@ -59,9 +59,7 @@ def dev(
     load_registry(module)
     if port is not None:
         _check_free(port)
-    system = _System(
-        Console(highlight=False, soft_wrap=True), module or (), port, max_concurrent_tasks, log_level.value
-    )
+    system = _System(Console(highlight=False, soft_wrap=True), module or (), port, max_concurrent_tasks, log_level)
     asyncio.run(system.run())
 
 
@@ -104,13 +102,18 @@ class _System:
     """The components, in the order in which they are started; they are stopped in the same order."""
 
     def __init__(
-        self, console: Console, modules: Sequence[str], port: int | None, max_concurrent_tasks: int, log_level: str
+        self,
+        console: Console,
+        modules: Sequence[str],
+        port: int | None,
+        max_concurrent_tasks: int,
+        log_level: LogLevel | None,
     ) -> None:
         self._console = console
         self._modules = modules
         self._port = port
-        self._log_level = log_level
-        common = [part for module in modules for part in ("--module", module)] + ["--log-level", log_level]
+        common = [part for module in modules for part in ("--module", module)]
+        common += [] if log_level is None else ["--log-level", log_level]
         slots = ["--max-concurrent-tasks", str(max_concurrent_tasks), "--grace", f"{_GRACE_SECONDS:g}"]
         self._commands = {"scheduler": ["scheduler", *common]} | {
             size.value: ["worker", "--worker-size", size.value, *slots, *common] for size in Size

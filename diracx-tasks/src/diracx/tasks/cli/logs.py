@@ -1,44 +1,82 @@
-"""Logging as people read it in a terminal: time, level, who, what."""
+"""Logging of commands: that of DiracX (`DIRACX_LOG_...`), without passwords or forged records."""
 
 from __future__ import annotations
 
+import json
 import logging
-import sys
-import time
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..plumbing.printable import printable
-from .errors import mask
+from ..plumbing.secrets import mask
+from .errors import CliError
+from .options import LogLevel
 from .supervisor import own_number
 
-#: Libraries that talk more than an operator wants to hear.
-_TALKATIVE = ("aiosqlite", "asyncio", "git", "httpcore", "httpx", "opensearch", "sh", "sqlalchemy", "urllib3")
+if TYPE_CHECKING:
+    from ..plumbing.base_task import BaseTask
 
 
-class _Readable(logging.Formatter):
-    """One line per record, in UTC, never with a password. What a text continues with is indented: nothing that is
-    logged, such as a name with a line feed in it, can pass for a record.
+class _Safe(logging.Formatter):
+    """What another formatter makes, without passwords of URLs and without what would steer a terminal. What a text
+    continues with is indented: nothing that is logged, such as a name with a line feed, can pass for a record.
     """
 
-    converter = staticmethod(time.gmtime)
-    default_time_format = "%Y-%m-%d %H:%M:%S"
-    default_msec_format = "%s.%03dZ"
-
-    def __init__(self) -> None:
-        number = own_number()
-        process = f"[{number}] " if number else ""
-        super().__init__(f"%(asctime)s %(levelname)-8s {process}%(short)s: %(message)s")
+    def __init__(self, inner: logging.Formatter, is_json: bool) -> None:
+        super().__init__()
+        self._inner, self._is_json = inner, is_json
 
     def format(self, record: logging.LogRecord) -> str:
-        record.short = record.name.rpartition(".")[2]
-        return printable(mask(super().format(record))).replace("\n", "\n  ")
+        text = self._inner.format(record)
+        if self._is_json:
+            return json.dumps(_safe(json.loads(text)), ensure_ascii=False)
+        return _safe(text).replace("\n", "\n  ")  # type: ignore[no-any-return]  # a text of a text
 
 
-def set_up_logging(level: str) -> None:
-    """Log to stderr what is at least of this level."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Readable())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    if level != "debug":
-        for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(logging.WARNING)
+def _safe(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(mask(value))
+    if isinstance(value, dict):
+        return {_safe(name): _safe(each) for name, each in value.items()}
+    return [_safe(each) for each in value] if isinstance(value, list) else value
+
+
+def set_up_logging(level: LogLevel | None, default: LogLevel = LogLevel.INFO) -> int:
+    """Log to stderr as `DIRACX_LOG_FORMAT`, `DIRACX_LOG_LEVEL` and `DIRACX_LOG_LIBRARIES_LEVEL` say.
+
+    Args:
+        level: of DiracX and of tasks, whatever the environment says.
+        default: this level where neither says one.
+
+    Returns:
+        The level in force.
+
+    Raises:
+        CliError: when the environment has no such level or format.
+    """
+    from diracx.core.logs import configure_logging, set_log_context
+    from diracx.core.settings import LoggingSettings
+    from pydantic import ValidationError
+
+    given = level or (None if os.environ.get("DIRACX_LOG_LEVEL") else default)
+    try:
+        settings = LoggingSettings() if given is None else LoggingSettings(level=given)
+    except ValidationError as error:
+        found = error.errors()[0]
+        variable = f"DIRACX_LOG_{str(found['loc'][0]).upper()}"
+        raise CliError(f"{variable} is {found['input']!r}: {found['msg']}; correct or unset it") from error
+    handler = configure_logging(settings)
+    assert handler.formatter is not None
+    handler.setFormatter(_Safe(handler.formatter, settings.format == "json"))
     logging.captureWarnings(True)
+    if (number := own_number()) is not None:
+        set_log_context(**{"worker.process": number})
+    return logging.getLevelNamesMapping()[settings.level]
+
+
+def set_task_log_level(registry: Mapping[str, type[BaseTask]]) -> None:
+    """Log what the packages of tasks log from the level of DiracX on, and not from that of libraries."""
+    level = logging.getLogger("diracx").level
+    for package in {task_class.__module__.partition(".")[0] for task_class in registry.values()}:
+        logging.getLogger(package).setLevel(level)

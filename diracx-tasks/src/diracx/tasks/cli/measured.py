@@ -28,7 +28,8 @@ TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 
 
 def set_up_telemetry(component: str) -> None:
-    """Send metrics, traces and logs to the collector of DiracX's settings (`DIRACX_OTEL_…`), where they say so.
+    """Send metrics, traces and logs to the collector of DiracX's settings (`DIRACX_OTEL_…`), where they say so,
+    SQL statements included.
 
     Raises:
         CliError: when they do, and it is not possible.
@@ -38,7 +39,10 @@ def set_up_telemetry(component: str) -> None:
     try:
         from diracx.core.otel import configure_otel
 
-        configure_otel(component)
+        if (providers := configure_otel(component)) is not None:
+            from diracx.db.sql import instrument_sqlalchemy
+
+            instrument_sqlalchemy(providers.tracer_provider, providers.meter_provider)
     except (ImportError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise CliError(

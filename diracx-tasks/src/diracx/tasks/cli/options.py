@@ -60,7 +60,15 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="Least level of what is logged.")]
+LogLevelOption = Annotated[
+    LogLevel | None,
+    typer.Option(
+        "--log-level",
+        help="Least level of what DiracX and tasks log; else DIRACX_LOG_LEVEL. That of libraries is "
+        "DIRACX_LOG_LIBRARIES_LEVEL; DIRACX_LOG_FORMAT=json logs JSON.",
+        show_default=False,
+    ),
+]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

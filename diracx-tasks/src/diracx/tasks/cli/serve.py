@@ -19,7 +19,6 @@ from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
 from .measured import Measured, costly_sources, measured, set_up_telemetry
 from .options import (
-    LogLevel,
     LogLevelOption,
     ModuleOption,
     RedisUrlFileOption,
@@ -76,7 +75,7 @@ def worker(
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
-    log_level: LogLevelOption = LogLevel.INFO,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run tasks of one size until SIGTERM or Ctrl-C; a second one cancels what still runs.
 
@@ -87,7 +86,7 @@ def worker(
     Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
     """
     from ..plumbing.worker.settings import WorkerSettings
-    from .logs import set_up_logging
+    from .logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     if processes > 1 and not is_supervised():
@@ -114,6 +113,7 @@ def worker(
 
         async with open_broker(url, worker_size, role=Role.WORKER) as broker:
             registry = load_registry(module)
+            set_task_log_level(registry)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
             async with open_task_db() as task_db:
@@ -165,7 +165,7 @@ def scheduler(
     module: ModuleOption = None,
     redis_url: RedisUrlOption = None,
     redis_url_file: RedisUrlFileOption = None,
-    log_level: LogLevelOption = LogLevel.INFO,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Submit periodic tasks when they are due, until SIGTERM or Ctrl-C. Any number may run; one leads.
 
@@ -173,7 +173,7 @@ def scheduler(
 
     Example: diracx-task-run scheduler --redis-url redis://localhost
     """
-    from .logs import set_up_logging
+    from .logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     url = resolve_redis_url(redis_url, redis_url_file)
@@ -193,6 +193,7 @@ def scheduler(
             broker = await stack.enter_async_context(open_broker(url, role=Role.SCHEDULER))
             task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
             registry = load_registry(module)
+            set_task_log_level(registry)
             warn_of_ambiguous_names(registry)
             config = read_configuration(registry)
             if config.vos is None:

@@ -16,6 +16,7 @@ from .broker import scripts
 from .broker.groups import GroupStatus, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .child_results import asks_for_results
+from .spans import submission_spans
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -80,11 +81,12 @@ def _stored(binding: Binding, role: str, task: BaseTask, group_id: str, total: i
     asks = asks_for_results(type(task))
     labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
     submission = binding.submission(task, labels=labels)
-    stored: dict[str, Any] = {
-        role: submission.dumpb(),
-        f"{role}_name": submission.message.task_name,
-        f"{role}_stream": submission.stream,
-    }
+    with submission_spans([submission]):
+        stored: dict[str, Any] = {
+            role: submission.dumpb(),
+            f"{role}_name": submission.message.task_name,
+            f"{role}_stream": submission.stream,
+        }
     return stored | ({f"{role}_results": 1} if asks else {})
 
 

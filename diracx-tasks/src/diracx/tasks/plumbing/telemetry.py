@@ -1,15 +1,10 @@
-"""Traces: a task carries the trace of whoever submitted it. Metrics: what cannot be counted from outside."""
+"""Metrics: what cannot be counted from outside."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .broker.models import TaskMessage
+from typing import Any
 
 #: Who measures, as OpenTelemetry knows it.
 METER = "diracx.tasks"
@@ -21,59 +16,6 @@ RELOAD_FAILURES = "diracx.tasks.config.reload_failures"
 CONFIG_IS_CURRENT = "diracx.tasks.config.current"
 #: Counter: SQL transactions that the server ended because of others, and that were run again.
 DATABASE_CONFLICTS = "diracx.tasks.database.conflicts"
-
-
-def current_trace_context() -> dict[str, str]:
-    """W3C trace headers of the current span, empty when nothing is traced.
-
-    A process that never imported OpenTelemetry has no span, and need not import it for that.
-    """
-    if "opentelemetry.trace" not in sys.modules:
-        return {}
-    from opentelemetry import propagate, trace
-
-    if not trace.get_current_span().get_span_context().is_valid:
-        return {}
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier
-
-
-def is_traced(message: TaskMessage) -> bool:
-    """Whether the execution of a task belongs to a trace, or begins one."""
-    return bool(message.trace_context) or "opentelemetry.sdk.trace" in sys.modules
-
-
-@contextmanager
-def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[str], None]]:
-    """The span of an execution, a child of the span in which the task was submitted. What the task submits belongs
-    to it in turn. Without OpenTelemetry's SDK nothing is recorded, and the trace of the submitter is passed on.
-
-    Yields what notes that the execution failed, by the type of its error.
-    """
-    from opentelemetry import propagate, trace
-
-    attributes: dict[str, str | int] = {
-        "messaging.system": "redis",
-        "messaging.operation.type": "process",
-        "messaging.destination.name": stream,
-        "messaging.message.id": message.task_id,
-        "diracx.task.name": message.task_name,
-        "diracx.task.attempt": len(message.attempts) + 1,
-    }
-    with trace.get_tracer("diracx.tasks").start_as_current_span(
-        message.task_name,
-        context=propagate.extract(message.trace_context),
-        kind=trace.SpanKind.CONSUMER,
-        attributes=attributes,
-    ) as span:
-
-        def failed(error_type: str) -> None:
-            # Not its message, which may hold what is nobody's business.
-            span.set_attribute("error.type", error_type)
-            span.set_status(trace.StatusCode.ERROR)
-
-        yield failed
 
 
 def is_collected() -> bool:

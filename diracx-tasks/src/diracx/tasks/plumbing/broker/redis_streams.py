@@ -26,10 +26,12 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
 from ..secrets import mask
+from ..spans import submission_spans
 from . import keys, scripts
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
+from .labels import stream_of_labels
 from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 from .server_check import UnusableServerError, obstacle, read_server
@@ -168,8 +170,8 @@ class RedisStreamBroker:
     # --- submitting -------------------------------------------------------------------------------------
 
     async def enqueue(self, message: TaskMessage, stream: str | None = None) -> None:
-        """Submit one message, by default to the normal queue of this broker's size."""
-        await self.submit([Submission(message, stream or stream_name_for("normal", self.worker_size))])
+        """Submit one message, by default to the queue of its labels `priority` and `size`: else normal, medium."""
+        await self.submit([Submission(message, stream or stream_of_labels(message.labels))])
 
     async def submit(self, submissions: Sequence[Submission]) -> None:
         """Submit messages: one round trip for each queue and each `SUBMIT_BATCH` of them, and for each
@@ -182,13 +184,17 @@ class RedisStreamBroker:
             TypeError: when an argument cannot travel; nothing is sent then.
             TaskTooLargeError: when a message is too large; nothing is sent then.
         """
+        with submission_spans(submissions):
+            await self._submit(submissions)
+        self.counts.note_submitted(submissions)
+
+    async def _submit(self, submissions: Sequence[Submission]) -> None:
         packed = [(submission, submission.dumpb()) for submission in submissions]
         _check_ids(submissions)
         try:
             if len(packed) == 1 and packed[0][0].at_time is None:
                 submission, data = packed[0]
                 await self._add(submission.stream, data)
-                self.counts.note_submitted(submissions)
                 return
             now: dict[str, list[bytes]] = {}
             for submission, data in packed:
@@ -216,7 +222,6 @@ class RedisStreamBroker:
             raise SendTaskError(
                 f"cannot submit {', '.join(sorted(names))}: {error}{_about_size(largest)}"
             ) from error
-        self.counts.note_submitted(submissions)
 
     async def _add(self, stream: str, data: bytes) -> None:
         command = ("XADD", stream, "*", "data", data)
@@ -239,6 +244,18 @@ class RedisStreamBroker:
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
+        with submission_spans(children):
+            reply = await self._submit_group(group_id, children, fields, ttl_seconds)
+        self.counts.note_submitted(children)
+        if reply == 2:
+            try:
+                await self.promote(lines=False)
+            except RedisError as error:
+                logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
+
+    async def _submit_group(
+        self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
+    ) -> int:
         _check_ids(children)
         packed = [{"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.dumpb()} for c in children]
         first_fields: dict[str, Any] | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
@@ -254,12 +271,7 @@ class RedisStreamBroker:
         except RedisError as error:
             largest = max((len(child["staged"]) for child in packed), default=0)
             raise SendTaskError(f"cannot submit group {group_id}: {error}{_about_size(largest)}") from error
-        self.counts.note_submitted(children)
-        if reply == 2:
-            try:
-                await self.promote(lines=False)
-            except RedisError as error:
-                logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
+        return reply
 
     async def resubmit(self, tickets: Sequence[tuple[str, Submission]]) -> list[bool]:
         """Submit dead letters again, each ticket once in `RESUBMITTED_TTL_SECONDS`. Safe to repeat.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..broker import scripts
 from ..broker.labels import LABEL_SCHEDULE
+from ..spans import submission_spans
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -34,9 +35,10 @@ async def run_now(binding: Binding, scheduled: ScheduledTask) -> RunNow:
     """
     submission = binding.submission(scheduled.build(), labels={LABEL_SCHEDULE: scheduled.id})
     message = submission.message
-    waiting = await scripts.run_now(
-        binding.broker.redis, scheduled.id, submission.stream, message.task_id, submission.dumpb()
-    )
+    with submission_spans([submission]):
+        waiting = await scripts.run_now(
+            binding.broker.redis, scheduled.id, submission.stream, message.task_id, submission.dumpb()
+        )
     return RunNow(waiting or message.task_id, waiting is None)
 
 

@@ -14,6 +14,7 @@ from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.redis_streams import in_ms
 from ..config import PeriodicTaskConfig, TasksConfig
 from ..schedules import IntervalSeconds, TaskScheduleBase
+from ..spans import submission_spans
 
 if TYPE_CHECKING:
     from ..binding import Binding
@@ -104,14 +105,14 @@ class ScheduledTask:
             Exception: whatever the task's class does wrong.
         """
         submission = binding.submission(self.build(), labels={LABEL_SCHEDULE: self.id, LABEL_DUE: due_ms})
-        message = submission.message
-        return {
-            "id": self.id,
-            "due": due_ms,
-            "stream": submission.stream,
-            "task": message.task_id,
-            "data": submission.dumpb(),
-        }
+        with submission_spans([submission]):
+            return {
+                "id": self.id,
+                "due": due_ms,
+                "stream": submission.stream,
+                "task": submission.message.task_id,
+                "data": submission.dumpb(),
+            }
 
     def following(self, due_ms: int, now_ms: float) -> dict[str, int]:
         """`next`: when it is due after the run of `due_ms`, and after now; nothing when that was the last run.

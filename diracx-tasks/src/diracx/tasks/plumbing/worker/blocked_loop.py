@@ -102,6 +102,7 @@ class BlockedLoopDetector:
             which,
             self._seconds,
             blocked["stack"],
+            extra={f"task.{name}": blocked[f"task_{name}"] for name in ("name", "id") if blocked["task_id"]},
         )
 
     def _try_publish(self, blocked: dict[str, Any] | None) -> bool:

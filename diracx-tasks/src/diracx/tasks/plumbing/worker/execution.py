@@ -20,7 +20,7 @@ from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededErr
 from ..injection import resolve
 from ..locks import lock_specs
 from ..secrets import without_secrets
-from ..telemetry import execution_span, is_traced
+from ..spans import execution_span, is_traced, task_attributes
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Execution:
 
     def lose(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
-        logger.warning("%s %s is cancelled: %s", self.message.task_name, self.message.task_id, what)
+        which = task_attributes(self.message)
+        logger.warning("%s %s is cancelled: %s", *which.values(), what, extra=which)
         self._taken_over = taken_over
         self._interrupt(LockLostError(what))
 
@@ -137,7 +138,8 @@ class Execution:
     def cancel(self) -> None:
         """Cancel it because somebody asked for that."""
         if self._cancelled_for is None:
-            logger.warning("%s %s is cancelled on request", self.message.task_name, self.message.task_id)
+            which = task_attributes(self.message)
+            logger.warning("%s %s is cancelled on request", *which.values(), extra=which)
         self._cancel(TaskCancelledError("cancelled while it was running"))
 
     def _interrupt(self, reason: Exception) -> None:
@@ -157,12 +159,11 @@ class Execution:
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
         """Resolve the dependencies, execute, commit. Never raises: whatever leaves the task is its outcome."""
         self._started = time.monotonic()
-        if not is_traced(self.message):
+        if not is_traced():
             return await self._run(overrides)
-        with execution_span(self.message, self.delivery.stream) as note_failure:
+        with execution_span(self.message, self.delivery.stream) as ended:
             outcome = await self._run(overrides)
-            if isinstance(outcome, Failed):
-                note_failure(outcome.told["type"])
+            ended(outcome)
             return outcome
 
     async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:

@@ -138,7 +138,7 @@ class Reporter:
     ) -> None:
         """An execution has ended."""
         delivery = execution.delivery
-        stream, since = delivery.stream, delivery.since
+        stream = delivery.stream
         which = (execution.blueprint.name, stream)
         sums = self._stats.get(which)
         if sums is None:
@@ -147,9 +147,7 @@ class Reporter:
             sums.taken_over += 1
             return
         seconds = outcome.seconds
-        # Its place in line for a lock, or when the entry was made.
-        came = int(delivery.entry.partition("-")[0]) / 1e3 if since == "0" else int(since) / 1e6
-        queued = max(0.0, time.time() + self._clock_ahead - seconds - came)
+        queued = max(0.0, time.time() + self._clock_ahead - seconds - delivery.queued_at)
         sums.run += seconds
         sums.queue += queued
         sums.run_times[bucket_of(seconds)] += 1

@@ -24,6 +24,7 @@ from ..exceptions import (
     WorkerStoppedError,
 )
 from ..persistence.letter import DeadLetter, DeadLetterReason
+from ..spans import task_attributes
 from ..task_vo import vo_of, vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
@@ -145,7 +146,8 @@ def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
     """What becomes of a delivery that was cancelled before it was begun."""
-    logger.warning("%s %s is cancelled before it has begun", message.task_name, message.task_id)
+    which = task_attributes(message)
+    logger.warning("%s %s is cancelled before it has begun", *which.values(), extra=which)
     settlement = Settlement(delivery)
     error = TaskCancelledError("cancelled before it had begun")
     _failed_with(settlement, message, settings, describe_exception(error))
@@ -215,7 +217,8 @@ def begun_before(
     told = describe_exception(
         WorkerStoppedError("the worker that had it was lost, and the task may begin at most once (at_most_once)")
     )
-    logger.error("%s %s has failed: %s", message.task_name, message.task_id, told["message"])
+    which = task_attributes(message)
+    logger.error("%s %s has failed: %s", *which.values(), told["message"], extra=which)
     settlement = Settlement(delivery)
     _failed_with(settlement, message, settings, told)
     if not task_class.dlq_eligible:
@@ -234,7 +237,8 @@ def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
     assert execution.delivery.data is not None
     message = TaskMessage.loadb(execution.delivery.data)
     attempts = [*message.attempts, _attempt(outcome)]
-    return replace(message, labels={**message.labels, LABEL_ATTEMPTS: fitting_attempts(attempts)})
+    labels = {**message.labels, LABEL_ATTEMPTS: fitting_attempts(attempts)}
+    return replace(message, labels=labels, trace_context=execution.message.trace_context)
 
 
 def fitting_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -262,6 +266,7 @@ def reject(
         delivery.entry if message is None else f"{message.task_name} {message.task_id}",
         reason,
         detail,
+        extra=None if message is None else task_attributes(message),
     )
     if message is None:
         where = _burial(delivery)

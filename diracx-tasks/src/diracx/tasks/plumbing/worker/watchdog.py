@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..broker import scripts
 from ..broker.connection import sync_client
+from ..spans import task_attributes
 from .blocked_loop import BlockedLoopDetector
 from .dead_letters import in_redis
 from .settlement import settle
@@ -114,8 +115,10 @@ class Watchdog:
         return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
 
     def _report(self, execution: Execution, seconds: float, then: str) -> None:
-        task = f"{execution.message.task_name} {execution.message.task_id}"
-        logger.error("%s ignores its cancellation for more than %g s: %s", task, seconds, then)
+        which = task_attributes(execution.message)
+        logger.error(
+            "%s %s ignores its cancellation for more than %g s: %s", *which.values(), seconds, then, extra=which
+        )
 
     def _end(self, ignorant: list[Execution], limit: float) -> None:
         self.ending = True

@@ -27,6 +27,7 @@ from ..factory import TaskRegistry
 from ..patience import is_passing, may_pass, patiently
 from ..persistence.letter import DeadLetterReason
 from ..secrets import without_secrets_of
+from ..spans import note_settlement, processing_span, set_task_log_context
 from ..task_vo import vo_of
 from .announcements import Announcements
 from .blueprint import blueprints
@@ -35,6 +36,7 @@ from .dependencies import Dependencies, Overrides
 from .execution import Execution
 from .intake import Intake
 from .keeper import LeaseKeeper, Rest
+from .outcome import Failed
 from .promoter import Promoter
 from .reporter import Reporter
 from .settings import WorkerSettings
@@ -370,12 +372,16 @@ class Worker:
         execution.running = self._loop.create_task(self._run(execution))
 
     async def _run(self, execution: Execution) -> None:
+        set_task_log_context(execution.message)
+        outcome: Outcome | None = None
         try:
-            try:
+            with processing_span(execution.message, execution.delivery):
                 outcome = await execution.run(self._dependencies.overrides)
-            except BaseException as error:  # not of the task: of what traces it
-                outcome = execution.failed(error)
-            self._told(execution, outcome)
+                self._told(execution, outcome)
+        except BaseException as error:  # not of the task: of what traces it
+            if outcome is not None:
+                raise
+            self._told(execution, execution.failed(error))
         finally:
             self._running.discard(execution)
             self._slot_freed.set()
@@ -388,6 +394,8 @@ class Worker:
             told = describe_exception(error, hide=execution.hide)["traceback"]
             logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
             settlement, letter = unsettled(execution, error, self._settings)
+        if isinstance(outcome, Failed):
+            note_settlement(execution.message, settlement, letter)
         try:
             self.reporter.ended(execution, outcome, settlement, letter)
         except Exception:  # it only counts
