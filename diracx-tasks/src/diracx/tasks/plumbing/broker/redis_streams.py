@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Lines of locks that one script call looks at.
 LINES_BATCH = 50
-#: Tasks promoted by one script call: about a ms of the server's time.
-PROMOTE_BATCH = 250
+#: Tasks promoted by one script call: 1 ms of the server's time, with a million of them.
+PROMOTE_BATCH = 100
 #: Messages submitted by one script call.
 SUBMIT_BATCH = 500
 DELAY_BATCH = 100
