@@ -36,6 +36,7 @@ class Child(BaseTask):
         if self.what == "retrying":
             raise ValueError("the first time")
         if self.what == "running":
+            ENDED.append("not yet")
             await asyncio.Event().wait()
 
 
@@ -157,6 +158,26 @@ def test_a_message_of_a_later_version_that_cannot_be_decoded_is_known_as_such(ad
         with pytest.raises(ValueError, match="not a task message") as caught:
             TaskMessage.loadb(broken)
         assert not isinstance(caught.value, NewerMessageError)
+
+
+@pytest.mark.parametrize("what", ["retrying", "running"])
+async def test_what_a_later_version_has_added_goes_with_a_task_that_starts_again(
+    redis_url: str, redis: Redis, what: str
+) -> None:
+    """After a failure, and after an interruption at the end of a worker's grace period."""
+    fields = {"task_id": "t", "task_name": "test:Child", "task_args": [what], "deadline": 5}
+    await redis.xadd(QUEUE, {"data": msgpack.packb(fields)})
+    async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False, settings={"grace_seconds": 0.1}):
+        while not (ENDED or await redis.hexists(keys.DELAYED_DATA, "t")):
+            await asyncio.sleep(0.01)
+    if what == "retrying":
+        stored = (await redis.hget(keys.DELAYED_DATA, "t")).split(b"\n", 1)[1]
+    else:
+        [(_, entry)] = await redis.xrange(f"{QUEUE}:handover")
+        stored = entry[b"data"]
+    message = TaskMessage.loadb(stored)
+    assert (len(message.attempts), message.later_fields) == (1, {"deadline": 5})
+    await redis.flushall()
 
 
 async def test_what_a_later_version_has_added_is_carried_along() -> None:

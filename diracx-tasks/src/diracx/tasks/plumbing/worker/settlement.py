@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -237,8 +236,10 @@ def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
     assert execution.delivery.data is not None
     message = TaskMessage.loadb(execution.delivery.data)
     attempts = [*message.attempts, _attempt(outcome)]
-    labels = {**message.labels, LABEL_ATTEMPTS: fitting_attempts(attempts)}
-    return replace(message, labels=labels, trace_context=execution.message.trace_context)
+    # Not by `dataclasses.replace`, which leaves out the fields of a later version.
+    message.labels[LABEL_ATTEMPTS] = fitting_attempts(attempts)
+    message.trace_context = execution.message.trace_context
+    return message
 
 
 def fitting_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

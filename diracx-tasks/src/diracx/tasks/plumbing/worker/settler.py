@@ -170,8 +170,9 @@ def _with_short_attempts(again: Mapping[str, Any] | None) -> Mapping[str, Any] |
     except ValueError:  # it is for a later version
         return again
     attempts = [{**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts]
-    labels = {**message.labels, LABEL_ATTEMPTS: attempts} if attempts else message.labels
-    return {**again, "data": replace(message, labels=labels).dumpb()}
+    if attempts:
+        message.labels[LABEL_ATTEMPTS] = attempts
+    return {**again, "data": message.dumpb()}
 
 
 def _report(settlement: Settlement, answer: bool | str) -> None:
