@@ -409,6 +409,30 @@ async def test_one_call_that_gives_back_many_locks_does_bounded_work(worker: Wor
             await worker.broker.promote()
 
 
+async def test_thousands_of_locks_that_a_worker_does_not_know_are_given_back_part_by_part(
+    worker: Worker, redis: Redis
+) -> None:
+    held = keys.HELD_PREFIX + "a"
+
+    async def hold(number: int) -> None:
+        locks = [f"lock:mutex:job:{name}" for name in range(number)]
+        await redis.mset(dict.fromkeys(locks, "o"))
+        await redis.hset(held, mapping={f"o:{lock}": "mutex " for lock in locks})
+
+    await hold(9_000)
+    assert await worker.broker.recover([], []) == []
+    assert not await redis.exists(held)
+    await hold(1_000)
+    async with Counted(redis) as leaving:
+        assert not await worker.broker.leave(), "others give them back, as those of the dead"
+    assert leaving.commands < BOUNDED
+    reclaiming = RedisStreamBroker(worker.broker.url, consumer_name="b")
+    for _ in range(6):
+        await reclaiming.reclaim(1)
+    await reclaiming.shutdown()
+    assert not await redis.keys("lock:mutex:*")
+
+
 # --- limits that change, and who goes first -----------------------------------------------------------------
 
 
@@ -462,6 +486,31 @@ async def test_newcomers_do_not_overtake_a_line_for_a_lock_that_is_free(
     assert await worker.step(lambda: [lock()]) == 1
     assert worker.began == [first]
     assert await line_of(redis, lock()) == [second, "newcomer"]
+
+
+async def test_readers_behind_a_writer_join_the_readers_that_newcomers_join(worker: Worker, redis: Redis) -> None:
+    async def begins(name: str, lock: Callable[[], BaseLock]) -> int:
+        await worker.submit(name)
+        return await worker.step(lambda: [lock()])
+
+    assert await begins("writer", writes) == 1
+    for name, lock in [("reader", reads), ("next writer", writes), ("last reader", reads)]:
+        assert await begins(name, lock) == 0
+    await worker.end("writer")
+    assert await worker.step(lambda: [reads()]) == 1
+    due = await redis.zscore(keys.LINES, reads().redis_key)
+    assert await begins("newcomer", reads) == 1
+    assert await redis.zscore(keys.LINES, reads().redis_key) == due, "newcomers do not put the timer off"
+    await worker.end("reader")
+
+    await worker.look(reads())
+    assert await worker.step(lambda: [reads()]) == 1
+    assert worker.began == ["writer", "reader", "newcomer", "last reader"]
+    assert await line_of(redis, reads()) == ["next writer"]
+    await worker.end("newcomer")
+    assert await worker.granted() == ["last reader"], "it holds the lock"
+    await worker.end("last reader")
+    assert await worker.granted() == ["next writer"]
 
 
 async def test_limiters_of_tasks_that_know_different_limits_come_to_rest(worker: Worker, redis: Redis) -> None:

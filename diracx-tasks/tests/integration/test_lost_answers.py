@@ -17,6 +17,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker import Worker, announcements
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -38,14 +39,17 @@ class Marked(BaseTask):
 
 class LossyProxy:
     """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
-    after `fall_silent()` passes nothing on by the connections that there are, and leaves them open.
+    after `fall_silent()` passes nothing on by the connections that there are, and leaves them open;
+    `forget()` closes those, and does not tell the server.
     """
 
     def __init__(self, url: str) -> None:
         self._target = urlsplit(url)
         self._needle = b""
         self._countdown = 0
-        self._connections = self._silent = 0
+        self._connections = self._silent = self._forgotten = 0
+        self._clients: list[asyncio.StreamWriter] = []
+        self._over = asyncio.Event()
         self.lost = asyncio.Event()
 
     def lose(self, nth: int, needle: bytes) -> None:
@@ -55,6 +59,11 @@ class LossyProxy:
 
     def fall_silent(self) -> None:
         self._silent = self._connections
+
+    def forget(self) -> None:
+        self._forgotten = self._connections
+        for client in self._clients:
+            client.transport.abort()
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
@@ -73,12 +82,14 @@ class LossyProxy:
             yield f"redis://127.0.0.1:{port}"
         finally:
             server.close()
+            self._over.set()
             if connections:
                 await asyncio.wait(connections)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Both ways, until either side closes."""
         self._connections += 1
+        self._clients.append(writer)
         number = self._connections
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
         ways = [
@@ -89,6 +100,8 @@ class LossyProxy:
         for way in ways:
             way.cancel()
         writer.close()
+        if number <= self._forgotten:
+            await self._over.wait()
         server_writer.close()
 
     async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
@@ -110,14 +123,14 @@ class LossyProxy:
 
 @asynccontextmanager
 async def behind_a_lossy_proxy(
-    task: type[BaseTask], redis_url: str
+    task: type[BaseTask], redis_url: str, **settings: float
 ) -> AsyncIterator[tuple[LossyProxy, TaskSystem]]:
     """A worker that reaches its server through the proxy only; who submits goes there directly."""
     proxy, stop = LossyProxy(redis_url), asyncio.Event()
     async with proxy.serve() as lossy_url, TaskSystem([task], redis_url=redis_url, workers=0) as system:
         broker = RedisStreamBroker(lossy_url)
         registry = TaskRegistry({f"test:{task.__name__}": task})
-        worker = Worker(broker, registry, settings=WorkerSettings(result_ttl_seconds=60))
+        worker = Worker(broker, registry, settings=WorkerSettings(result_ttl_seconds=60, **settings))
         running = asyncio.create_task(worker.run(stop))
         await worker.ready.wait()
         yield proxy, system
@@ -141,6 +154,26 @@ async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once
         for text in ("afterwards", "and again"):
             await system.result(await Marked(text).schedule(), timeout=60)
     assert SEEN == ["once-and-only-once", "afterwards", "and again"]
+
+
+async def test_P6_what_the_server_gives_to_a_connection_that_is_gone_is_executed(
+    redis_url: str, redis: Redis
+) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Marked, redis_url, lease_seconds=3) as (proxy, system):
+
+        async def waits(number: int) -> None:
+            while sum(client["cmd"] == "xreadgroup" for client in await redis.client_list()) < number:
+                await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(20):
+            await waits(1)
+            proxy.forget()
+            await waits(2)
+            submitted = [await Marked(text).schedule() for text in ("a", "b")]
+            for task_id in submitted:
+                await system.result(task_id)
+    assert sorted(SEEN) == ["a", "b"]
 
 
 async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(redis_url: str) -> None:

@@ -409,7 +409,9 @@ class RedisStreamBroker:
         """
         held = [f"{stream} {entry}" for stream, entry in known]
         lines = None if locks is None else [f"{lock['owner']}:{lock['key']}" for lock in locks]
-        messages = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, lines)
+        messages = None
+        while messages is None:
+            messages = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, lines)
         return self._deliveries(messages)
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:

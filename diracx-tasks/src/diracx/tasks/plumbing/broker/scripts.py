@@ -250,7 +250,7 @@ async def reclaim(
 async def recover(
     redis: Redis | Line, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[str] | None
 ) -> Any:
-    """What the worker reserved without hearing of it. See lua/recover.lua."""
+    """What the worker reserved without hearing of it; None: ask again. See lua/recover.lua."""
     return await script("recover")(redis, streams, [consumer, pack(known), pack(locks)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -70,8 +71,12 @@ class Intake:
         self._all_seen = False
         """Whether there was nothing after those."""
         self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
+        # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
+        self._longest_reservation = min(self._longest_wait, settings.lease_seconds / 3)
         self._reclaim_at = 0.0
         self._audit_at = 0.0
+        self._recover_at = math.inf
+        """When a wait that we have left is over on the server as well, which may not know that nobody listens."""
         self.asked_at = 0.0
         """What was returned last was reserved after this moment (`time.monotonic`)."""
 
@@ -83,6 +88,8 @@ class Intake:
         self.asked_at = time.monotonic()
         if self._suspects:
             self._let_go(self._suspects.difference(self._held()))  # it may have been parked
+        if self._recover_at <= self.asked_at:
+            self._recover_at, self._answer_lost = math.inf, True
         if self._answer_lost and (recovered := await self._recover()):
             return await self._as_many_as(free, recovered)
         self._answer_lost = True
@@ -90,6 +97,7 @@ class Intake:
             deliveries = await self._as_many_as(free, await self._look(free))
         except BaseException:
             self._last_ids = None  # another server may answer next time
+            self._leave_wait()
             raise
         self._answer_lost = False
         return deliveries
@@ -162,8 +170,7 @@ class Intake:
 
     async def _reserve_next(self, free: int) -> list[Delivery]:
         """What comes next, and goes to no other worker."""
-        # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
-        timeout = min(self._timeout(), self._settings.lease_seconds / 3)
+        timeout = min(self._timeout(), self._longest_reservation)
         asked = min(free, _AT_ONCE)
         try:
             found = await self._unless_stopped(self._broker.reserve_next(asked, timeout))
@@ -173,6 +180,7 @@ class Intake:
             self._last_ids = None  # the streams are gone: a fetch makes them anew
             return []
         if found is None:
+            self._leave_wait()
             return await self._recover()
         deliveries, may_be_cancelled = found
         if not deliveries:
@@ -184,8 +192,12 @@ class Intake:
         return await self._recover() if may_be_cancelled else deliveries
 
     def _timeout(self) -> float:
-        """How long to wait (s) before others' leases are looked at again."""
-        return min(max(self._reclaim_at - time.monotonic(), 0.001), self._longest_wait)
+        """How long to wait (s) before others' leases, or what a wait that we left was given, are looked at."""
+        return min(max(min(self._reclaim_at, self._recover_at) - time.monotonic(), 0.001), self._longest_wait)
+
+    def _leave_wait(self) -> None:
+        # A proxy between us may keep the server's connection open when ours is gone.
+        self._recover_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
 
     def _note(self, deliveries: Sequence[Delivery]) -> None:
         """From where to wait."""

@@ -28,6 +28,30 @@ local function is_crowded(stream)
   return length - (pending.err and 0 or pending[1]) >= CROWD
 end
 
+-- Grant the turn to one who waits. Returns whether it has it; nil while workers are behind.
+local function grant_turn(lock, waiter, why)
+  local task = string.match(waiter, '^%a+:(.*)$')
+  local stored = redis.call('HGET', '$DELAYED_DATA', task or '')
+  local stream, _, _, _, _, waits_for = parts_of(stored or '')
+  work_left = work_left - 1 - #(stored or '') / BYTES
+  if not stream or waits_for ~= as_noted(lock.key) then
+    redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, waiter) -- whoever this was, waits here no more
+    return false
+  end
+  if why == 'timer' and is_crowded(stream) then return nil end
+  return undelay(task, lock.key, stored)
+end
+
+-- Readers that wait behind writers join the readers that have the lock, as newcomers do: else these would pass them
+-- by for ever. The timer sees to it, among the first in line.
+local function let_readers_join(lock)
+  if redis.call('EXISTS', lock.key) == 0 or room_for('shared', lock) < 1 then return end
+  for _, waiter in ipairs(redis.call('ZRANGE', '$WAITING_PREFIX' .. lock.key, 0, CROWD - 1)) do
+    if work_left <= 0 then return look_at(lock.key, now_us() / 1000 + TURN_MS) end
+    if string.find(waiter, 'shared:', 1, true) == 1 and grant_turn(lock, waiter, 'timer') == nil then return end
+  end
+end
+
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
 -- more), 'asked' (by somebody who must wait) or 'timer'.
 local function grant_next(lock, why)
@@ -41,16 +65,14 @@ local function grant_next(lock, why)
     local kind, task = string.match(first[1], '^(%a+):(.*)$')
     room = room or room_for(kind, lock)
     if reserved or why == 'asked' then room = math.min(room, 1) end
-    if room < 1 or (last and kind == 'exclusive') then break end
+    if room < 1 or (last and kind == 'exclusive') then
+      if why == 'timer' and kind == 'exclusive' then let_readers_join(lock) end
+      break
+    end
     if work_left <= 0 then return look_at(lock.key, now_us() / 1000 + (last and TURN_MS + 1 or 0)) end
-    local stored = redis.call('HGET', '$DELAYED_DATA', task or '')
-    local stream, _, _, _, _, waits_for = parts_of(stored or '')
-    work_left = work_left - 1 - #(stored or '') / BYTES
-    if not stream or waits_for ~= as_noted(lock.key) then
-      redis.call('ZREM', waiting, first[1]) -- whoever this was, waits here no more
-    elseif why == 'timer' and is_crowded(stream) then
-      return look_at(lock.key, now_us() / 1000 + TURN_MS)
-    elseif undelay(task, lock.key, stored) then
+    local granted = grant_turn(lock, first[1], why)
+    if granted == nil then return look_at(lock.key, now_us() / 1000 + TURN_MS) end
+    if granted then
       last, room = int(tonumber(first[2])) .. ':' .. task, room - 1
       redis.call('SET', turn, last, 'PX', TURN_MS)
     end
@@ -60,7 +82,7 @@ local function grant_next(lock, why)
     redis.pcall('ZREM', '$LINES', lock.key)
   elseif last then
     look_at(lock.key, now_us() / 1000 + TURN_MS + 1)
-  elseif why == 'granted' then
+  elseif why == 'granted' and lock.limit then
     look_at(lock.key, now_us() / 1000 + look_again_in(lock, LOOK_MS))
   end
 end

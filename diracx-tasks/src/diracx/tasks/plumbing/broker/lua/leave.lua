@@ -3,7 +3,10 @@
 -- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing of it is left.
 -- #flags allow-oom
 -- #include _time _locks _queue _wake
-local clean = true
+local MOST = 200 -- locks that one call gives back: more are left to others, as those of the dead are
+local held = '$HELD_PREFIX' .. ARGV[1]
+local locks = locks_in(redis.call('HGETALL', held))
+local clean = #locks <= MOST
 for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
   local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, ARGV[1])
   if not pending.err then
@@ -16,8 +19,7 @@ for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
 end
 if clean then
   redis.call('ZREM', '$ALIVE', ARGV[1])
-  local locks = locks_in(redis.call('HGETALL', '$HELD_PREFIX' .. ARGV[1]))
-  redis.call('UNLINK', '$HELD_PREFIX' .. ARGV[1])
+  redis.call('UNLINK', held)
   release_all(locks)
 else
   redis.call('ZADD', '$ALIVE', 0, ARGV[1])
