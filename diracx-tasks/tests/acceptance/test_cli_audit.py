@@ -39,7 +39,7 @@ def test_every_deed_at_the_command_line_is_in_the_audit_log_with_user_and_host(
 
     asyncio.run(bury())
     mine = ("--module", "my_tasks.py")
-    task = done(served, "submit", "my_tasks:Greet", "--args", '["you"]', *mine)
+    task = done(served, "submit", "my_tasks:Greet", "--args", '["you"]', *mine).split()[-1]
     done(served, "cancel", task)
     done(served, "schedule", "pause", "my_tasks:Tick", *mine)
     done(served, "schedule", "resume", "my_tasks:Tick", *mine)

@@ -58,7 +58,7 @@ def test_a_blocked_worker_stays_named_with_its_task_and_the_stack_until_it_goes_
 ) -> None:
     until = served.directory / "until"
     args = json.dumps([str(until)])
-    task_id = served("submit", task, "--args", args, "--module", "blocking.py").stdout.strip()
+    task_id = served("submit", task, "--args", args, "--module", "blocking.py").stdout.split()[-1]
 
     def blocked() -> bool:
         [found] = json.loads(served("workers", "--json").stdout)

@@ -17,8 +17,8 @@ def server(redis_url: str) -> Iterator[Redis]:
 
 
 def test_cancel_takes_back_what_is_queued_or_delayed(served, server, one_line):
-    queued = served.mine("submit", "my_tasks:Urgent").stdout.strip()
-    delayed = served.mine("submit", "my_tasks:Urgent", "--at", "2130-01-31T12:00:00+01:00").stdout.strip()
+    queued = served.mine("submit", "my_tasks:Urgent").stdout.split()[-1]
+    delayed = served.mine("submit", "my_tasks:Urgent", "--at", "2130-01-31T12:00:00+01:00").stdout.split()[-1]
     result = served("cancel", queued, delayed)
     assert result.returncode == 0
     assert result.stdout.splitlines() == [f"{queued}  queued", f"{delayed}  delayed"]
@@ -38,7 +38,7 @@ def test_cancel_ends_what_runs_and_whoever_waits_for_it_learns_why(served, serve
         "submit", "my_tasks:Slow", "--args", arguments, "--wait", "--timeout", "30", "--module", "my_tasks.py"
     )
     wait_until(begun.exists, "the task runs")
-    task_id = waiting.output.splitlines()[0]
+    task_id = waiting.output.split()[5]
     result = served("cancel", task_id, "--json")
     assert result.returncode == 0
     assert json.loads(result.stdout) == [{"task_id": task_id, "found": "running"}]

@@ -83,7 +83,7 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
     worker.until("ready")
     file = tmp_path / "there"
     args = json.dumps([str(file)])
-    task_id = dlq("submit", "flaky:Flaky", "--args", args, "--module", "flaky.py").stdout.strip()
+    task_id = dlq("submit", "flaky:Flaky", "--args", args, "--module", "flaky.py").stdout.split()[-1]
     wait_until(lambda: listed(dlq), "the letter is there")
 
     [letter] = listed(dlq, "--task", "Flaky", "--reason", "exhausted", "--since", "1h")
@@ -382,7 +382,7 @@ async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, req
     assert [letter["task_id"] for letter in listed(served, "--since", "1h")] == ["task-0", "task-1"]
     assert retry(served, "--all", "--yes").stdout == "2 submitted again\n"
     # A worker whose tasks want that database (`CountLetters`) takes it as well.
-    assert served.mine("call", "my_tasks:CountLetters").stdout.strip() == "0"
+    assert served.mine("call", "my_tasks:CountLetters").stdout == "Result: 0\n"
     served.start("worker", "--module", "my_tasks.py").until("ready")
     with Redis.from_url(redis_url) as redis:
         assert redis.exists(f"{keys.RESUBMITTED_PREFIX}task-0@{STREAM}/0")
@@ -398,7 +398,7 @@ async def test_P12_a_letter_survives_a_database_that_is_down(
     worker = served.start("worker", "--module", "flaky.py", "--module", "my_tasks.py")
     worker.until("ready")
     server.kill()
-    task_id = served("submit", "flaky:Flaky", "--args", '["x"]', "--module", "flaky.py").stdout.strip()
+    task_id = served("submit", "flaky:Flaky", "--args", '["x"]', "--module", "flaky.py").stdout.split()[-1]
     worker.until("cannot store a dead letter")
     assert "Hello you" in served.mine("submit", "my_tasks:Greet", "--args", '["you"]', "--wait").stdout
     down = served("dlq", "list")

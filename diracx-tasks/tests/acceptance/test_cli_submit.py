@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from redis import Redis
@@ -19,7 +20,7 @@ def test_submit_prints_the_id(served, server):
     result = served.mine("submit", "my_tasks:Greet", "--args", '["x"]')
     assert result.returncode == 0
     assert result.stderr == ""
-    assert len(result.stdout.strip()) == 32
+    assert re.fullmatch(r"Submitted task 'my_tasks:Greet' with ID: [0-9a-f]{32}\n", result.stdout)
     assert server.xlen("diracx:tasks:normal:medium") == 1
 
 
@@ -40,9 +41,6 @@ def test_P1_submit_routes_by_the_class(served, server):
         (["my_tasks:Greet", "--args", '["x"'], ["--args", '["x"', "not valid JSON", "JSON list"]),
         (["my_tasks:Greet", "--args", '{"name": "x"}'], ["--args", "JSON list"]),
         (["my_tasks:Greet", "--kwargs", "[]"], ["--kwargs", "JSON object"]),
-        (["my_tasks:Gret", "--args", '["x"]'], ["'my_tasks:Gret'", "did you mean 'my_tasks:Greet'"]),
-        (["Gret", "--args", '["x"]'], ["'Gret'", "did you mean"]),
-        (["nothing:LikeIt"], ["'nothing:LikeIt'", "diracx-task-run list"]),
         (["my_tasks:Urgent", "--at", "tomorrow"], ["--at", "'tomorrow'", "2030-01-31T12:00:00+01:00"]),
         (["my_tasks:Urgent", "--timeout", "3"], ["--timeout", "--wait"]),
         (["my_tasks:Urgent", "--prio", "3"], ["--prio", "submit --help"]),
@@ -55,11 +53,33 @@ def test_P52_what_is_wrong_is_refused_in_one_line_and_nothing_is_sent(served, se
     assert server.dbsize() == 0
 
 
+@pytest.mark.parametrize("command", ["call", "submit"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("my_tasks:Gret", "did you mean 'my_tasks:Greet'?"),
+        ("Gret", "did you mean 'my_tasks:Greet'?"),
+        ("nothing:LikeIt", "--module"),
+        ("my_tasks:Greet\n", "did you mean 'my_tasks:Greet'?"),
+    ],
+)
+def test_an_unknown_task_lists_those_there_are_and_ends_with_1(served, server, command, name, said):
+    result = served.mine(command, name)
+    *known, error = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert error.startswith("error: unknown task ")
+    assert said in error
+    assert known[0] == "known tasks:"
+    assert {"  my_tasks:Greet", "  my_tasks:Urgent", "  jobs:DummyJobExecutorTask"} < set(known)
+    assert known[1:] == sorted(known[1:])
+    assert server.dbsize() == 0
+
+
 def test_submit_at_a_later_time_waits_there(served, server):
     result = served.mine("submit", "my_tasks:Urgent", "--at", "2130-01-31T12:00:00+01:00")
     assert result.returncode == 0
     assert server.zrange("diracx:tasks:delayed", 0, -1, withscores=True) == [
-        (result.stdout.strip(), 5051761200000.0)
+        (result.stdout.split()[-1], 5051761200000.0)
     ]
 
 
@@ -67,8 +87,8 @@ def test_waiting_for_a_task_prints_its_value_or_its_error(served, server, one_li
     served.start("worker", "--module", "my_tasks.py").until("ready")
     greeted = served.mine("submit", "my_tasks:Greet", "--args", '["x", 2]', "--wait", "--timeout", "20")
     assert greeted.returncode == 0
-    assert greeted.stdout.splitlines()[1:] == ["Hello x Hello x"]
-    assert 0 < server.ttl(f"diracx:results:{greeted.stdout.splitlines()[0]}") <= 3600
+    assert greeted.stdout.splitlines()[1:] == ["Result: Hello x Hello x"]
+    assert 0 < server.ttl(f"diracx:results:{greeted.stdout.split()[5]}") <= 3600
 
     failed = served.mine("submit", "my_tasks:Fail", "--wait", "--timeout", "20", "--json")
     line = one_line(failed, 1, "my_tasks:Fail", "ValueError: broken by redis://u:***@host/1")

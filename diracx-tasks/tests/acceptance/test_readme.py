@@ -27,4 +27,4 @@ def test_first_task_runs_as_the_readme_says(cli, tmp_path):
     dev.until("ready: medium")
     result = cli(*submit)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[1] == "Hello world"
+    assert result.stdout.splitlines()[1] == "Result: Hello world"

@@ -226,15 +226,8 @@ def to_json(value: Any) -> Any:
 
 
 def print_value(value: Any, *, as_json: bool) -> None:
-    """Print what a task returned to stdout."""
+    """Print what a task returned to stdout: JSON, or the line that scripts know from the published package."""
     if as_json:
         echo_json(to_json(value))
-    elif isinstance(value, str):
-        typer.echo(printable(value))
     else:
-        from rich.console import Console
-        from rich.highlighter import ReprHighlighter
-        from rich.pretty import pretty_repr
-
-        shown = ReprHighlighter()(printable(pretty_repr(value)))
-        Console(soft_wrap=True).print(shown)
+        typer.echo(f"Result: {printable(str(value))}")

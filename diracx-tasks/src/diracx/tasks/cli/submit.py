@@ -78,7 +78,7 @@ class _Submission:
                 self._report(task_id, None)
                 return
             if not self._as_json:
-                echo(task_id)
+                self._say_submitted(task_id)
             try:
                 with explained_redis(self._url):
                     result = await _result_of(broker.wait_result(task_id, timeout))
@@ -97,6 +97,10 @@ class _Submission:
             what = f"{failure.get('type', 'Exception')}: {failure.get('message', '')}"
             raise CliError(f"{self._name} {task_id} failed: {what}")
 
+    def _say_submitted(self, task_id: str) -> None:
+        # Scripts know this line from the published package.
+        echo(f"Submitted task {self._name!r} with ID: {task_id}")
+
     def _report_unfinished(self, task_id: str) -> None:
         if self._as_json:
             self._report(task_id, None)
@@ -104,7 +108,7 @@ class _Submission:
     def _report(self, task_id: str, result: TaskResult[Any] | None) -> None:
         if not self._as_json:
             if result is None:
-                echo(task_id)
+                self._say_submitted(task_id)
             elif not result.is_err:
                 print_value(result.return_value, as_json=False)
             return

@@ -133,7 +133,8 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
     """The registry name of a task, from that or from the name of its class alone.
 
     Raises:
-        UsageProblem: when there is none, or several; suggests what could be meant.
+        CliError: when there is none; lists those there are, and suggests what could be meant.
+        UsageProblem: when there are several.
     """
     from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
@@ -143,11 +144,10 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
         raise UsageProblem(str(error)) from error
     if found is not None:
         return found
+    known = "\n".join(["known tasks:", *(f"  {each}" for each in sorted(registry))])
     if suggestions := _nearest(registry, name):
-        raise UsageProblem(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?")
-    raise UsageProblem(
-        f"unknown task {name!r}; `diracx-task-run list` shows what there is, --module loads a file's tasks"
-    )
+        raise CliError(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?", detail=known)
+    raise CliError(f"unknown task {name!r}; --module loads a file's tasks", detail=known)
 
 
 def _nearest(registry: Mapping[str, type[BaseTask]], name: str) -> list[str]:
@@ -168,7 +168,8 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
     """Registry name of the task that was asked for, and the task, its arguments checked against its class.
 
     Raises:
-        UsageProblem: for an unknown name, malformed JSON, and arguments that do not fit.
+        CliError: for an unknown name.
+        UsageProblem: for malformed JSON, and arguments that do not fit.
     """
     from ..plumbing.arguments import check_arguments, secret_names
     from ..plumbing.exceptions import TaskArgumentsError
