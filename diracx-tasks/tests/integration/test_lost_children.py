@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import msgpack
 import pytest
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, spawn_with_callback
-from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker import keys, scripts
 from diracx.tasks.plumbing.broker.group_audit import audit_if_due, fail_lost_children
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.exceptions import NewerMessageError
@@ -140,6 +141,21 @@ async def test_a_message_of_a_later_version_comes_again_and_is_not_buried(redis_
         async with system.task_db as db:
             assert await db.search() == []
         await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
+
+
+async def test_a_child_of_a_later_version_that_is_cancelled_ends_its_group(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
+        await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
+        [(queued, entry), (delayed, other)] = (await entries(redis)).items()
+        await redis.xdel(QUEUE, entry, other)
+        newer = {task: msgpack.packb({"task_id": task, "format": 2}) for task in (queued, delayed)}
+        await redis.xadd(QUEUE, {"data": newer[queued]})
+        later = int(time.time() + 3600) * 1000
+        await scripts.delay(redis, [(delayed, later, QUEUE, "retry", newer[delayed])])
+        await system.broker.cancel([queued, delayed])
+    async with TaskSystem(TASKS, redis_url=redis_url) as system:
+        await system.drain()
+    assert ENDED == ["on_failure"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ..error_info import describe_exception
 from ..exceptions import TaskCancelledError
 from . import keys, scripts
 from .ending import child_ended, collected, schedule_outcome, stored_result
+from .groups import group_of
 from .models import TaskMessage, TaskResult
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ FIND_BATCH = 1000
 CANCEL_BATCH = 200
 #: A task that moved while we looked for it is behind us once; more often is bad luck, and the mark is there.
 _ROUNDS = 3
+_CANCELLED = "cancelled before it had begun"
 
 
 class TaskPlace(StrEnum):
@@ -93,7 +95,7 @@ class _Search:
             for asked, (place, message) in zip(batch, replies, strict=True):
                 task = asked["task"]
                 if message:
-                    again.append(self._known(task, message))
+                    again.append(await self._known(task, message))
                 elif place:
                     self.found[task] = _PLACES[place]
                     self.missing.pop(task, None)
@@ -111,7 +113,7 @@ class _Search:
                     unread.remove(stream)
                 await self.ask(
                     [
-                        {**self._known(task, message), "stream": stream, "entry": entry}
+                        {**await self._known(task, message), "stream": stream, "entry": entry}
                         for task, entry, message in found
                         if task in self.missing  # and not somebody else's
                     ]
@@ -149,8 +151,12 @@ class _Search:
                     announced = scripts.pack(tasks[first : first + CANCEL_BATCH])
                     await redis.publish(keys.CANCELLED_CHANNEL_PREFIX + worker, announced)
 
-    def _known(self, task: str, data: bytes) -> dict[str, Any]:
-        return {"task": task, "known": 1, "marked": 1, **_what_follows(data, self._ttl_seconds)}
+    async def _known(self, task: str, data: bytes) -> dict[str, Any]:
+        following = _what_follows(data, self._ttl_seconds)
+        if following is None and (group := await group_of(self._broker.redis, task.encode())):
+            error = f"{TaskCancelledError.__name__}: {_CANCELLED}"
+            following = {"group": {"id": group, "child": task, "error": error}}
+        return {"task": task, "known": 1, "marked": 1, **(following or {})}
 
 
 async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str, bytes]]) -> int:
@@ -171,18 +177,21 @@ async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str,
             except ValueError:
                 task = ""
             where = {"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1}
-            wanted.append({**where, **_what_follows(data, None)})
+            wanted.append({**where, **(_what_follows(data, None) or {})})
         places += await scripts.cancel(redis, MARK_SECONDS * 1000, wanted)
     return sum(place == "queued" for place, _ in places)
 
 
-def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any]:
-    """What follows from the end of a task that is cancelled before it began: see lua/cancel.lua."""
+def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any] | None:
+    """What follows from the end of a task that is cancelled before it began: see lua/cancel.lua.
+
+    None when it cannot be read, as one of a later version.
+    """
     try:
         message = TaskMessage.loadb(data)
     except ValueError:
-        return {}  # nobody waits for what cannot be read
-    error = TaskCancelledError("cancelled before it had begun")
+        return None
+    error = TaskCancelledError(_CANCELLED)
     told = describe_exception(error)
     result = stored_result(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
     group = child_ended(message, told, lambda: TaskResult.from_exception(error, 0.0))
