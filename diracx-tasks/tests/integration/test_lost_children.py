@@ -128,6 +128,37 @@ async def test_a_child_that_cannot_be_read_ends_its_group(redis_url: str, redis:
     assert ENDED == ["on_failure"]
 
 
+async def test_a_child_of_which_no_byte_can_be_read_ends_its_group_with_an_audit_that_begins_soon(
+    redis_url: str, redis: Redis
+) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False):
+        await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
+        await audit_if_due(redis)
+        [(_, entry), _] = (await entries(redis)).items()
+        await redis.xdel(QUEUE, entry)
+        await redis.xadd(QUEUE, {"data": b"\xc1"})
+    async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False) as system:
+        await system.drain()
+        assert await audit_if_due(redis) == 1
+        await system.drain()
+    assert ENDED == ["on_failure"]
+
+
+@pytest.mark.leaves_keys("diracx:*")
+async def test_a_delayed_child_that_cannot_be_put_into_a_stream_ends_its_group(
+    redis_url: str, redis: Redis
+) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
+        await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
+        await audit_if_due(redis)
+        [(child, entry), _] = (await entries(redis)).items()
+        await redis.xdel(QUEUE, entry)
+        await redis.hset(keys.DELAYED_DATA, child, "no header")
+        await redis.zadd(keys.DELAYED, {child: 1})
+        await system.broker.promote()
+        assert await audit_if_due(redis) == 1
+
+
 async def test_a_message_of_a_later_version_comes_again_and_is_not_buried(redis_url: str, redis: Redis) -> None:
     newer = msgpack.packb(
         {"task_id": "new", "task_name": "test:Child", "format": 2, "task_args": {"what": "done"}}

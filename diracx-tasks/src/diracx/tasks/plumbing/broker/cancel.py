@@ -16,7 +16,7 @@ from ..error_info import describe_exception
 from ..exceptions import TaskCancelledError
 from . import keys, scripts
 from .ending import child_ended, collected, schedule_outcome, stored_result
-from .groups import group_of
+from .groups import ask_for_audit, group_of
 from .models import TaskMessage, TaskResult
 
 if TYPE_CHECKING:
@@ -168,17 +168,19 @@ async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str,
     Returns:
         How many still waited.
     """
-    places = []
+    places, unreadable = [], False
     for first in range(0, len(entries), CANCEL_BATCH):
         wanted = []
         for entry, data in entries[first : first + CANCEL_BATCH]:
             try:
                 task = TaskMessage.loadb(data).task_id
             except ValueError:
-                task = ""
+                task, unreadable = "", True
             where = {"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1}
             wanted.append({**where, **(_what_follows(data, None) or {})})
         places += await scripts.cancel(redis, MARK_SECONDS * 1000, wanted)
+    if unreadable:
+        await ask_for_audit(redis)
     return sum(place == "queued" for place, _ in places)
 
 

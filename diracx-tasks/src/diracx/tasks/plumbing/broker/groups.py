@@ -90,6 +90,11 @@ async def group_of(redis: Redis, child: bytes) -> str | None:
     return None
 
 
+async def ask_for_audit(redis: Redis) -> None:
+    """A message is gone that cannot be read: the leading scheduler soon looks for a group that waits for it."""
+    await redis.delete(keys.GROUPS_AUDITED)
+
+
 async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatus]:
     """All groups that have not called back, oldest first.
 

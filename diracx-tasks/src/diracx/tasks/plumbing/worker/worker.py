@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 
 from ..binding import Binding, bound_by
 from ..broker import keys, scripts
-from ..broker.groups import group_of
+from ..broker.groups import ask_for_audit, group_of
 from ..broker.models import TaskMessage, id_at_head
 from ..broker.sizes import LOCK_BYTES, in_calls
 from ..config import TasksConfig
@@ -410,20 +410,23 @@ class Worker:
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
         self._keeper.add([Rest(settlement.delivery, settlement.locks)])
-        if letter.task_name or not (child := id_at_head(letter.data)):
+        if letter.task_name:
             self._dead_letters.add(letter, settlement)
             return
-        search = asyncio.create_task(self._store_child(settlement, letter, child))
+        search = asyncio.create_task(self._store_child(settlement, letter, id_at_head(letter.data)))
         self._group_searches.add(search)
         search.add_done_callback(self._group_searches.discard)
 
-    async def _store_child(self, settlement: Settlement, letter: DeadLetter, child: bytes) -> None:
+    async def _store_child(self, settlement: Settlement, letter: DeadLetter, child: bytes | None) -> None:
         """Store the dead letter of what cannot be read, and may be the child of a group."""
+        find = (
+            partial(group_of, self._broker.redis, child) if child else partial(ask_for_audit, self._broker.redis)
+        )
+        group: str | None = None
         try:
-            group = await patiently(partial(group_of, self._broker.redis, child), "find the group of a child")
+            group = await patiently(find, "find the group of a child")
         except ResponseError as error:  # as of a key of another type: the letter must not wait for it
             logger.error("cannot look for the group of %r: %s", child, error)
-            group = None
         if group is not None:
             told = f"{letter.reason}: {letter.detail}"
             settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}

@@ -60,9 +60,11 @@ local function head_of(stored)
   return string.sub(stored, 1, header_end - 1), string.sub(stored, header_end + 1)
 end
 
--- What lies in one of our places and cannot be put into a stream ends here, with all its bytes.
+-- What lies in one of our places and cannot be put into a stream ends here, with all its bytes. A group that waits for
+-- it is found by the next audit, which begins soon.
 local function bury(task, stored)
   redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', 'unparsable', 'task', task, 'data', stored)
+  redis.pcall('DEL', '$GROUPS_AUDITED')
 end
 
 -- How many are in the delayed set for each reason, for those who look.
