@@ -531,6 +531,32 @@ async def test_limiters_of_tasks_that_know_different_limits_come_to_rest(worker:
 # --- data of earlier versions -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lock", [mutex, reads, slot])
+@pytest.mark.parametrize("key", [keys.WAITING_PREFIX, keys.TURN_PREFIX, keys.LINES])
+async def test_a_key_of_another_type_in_the_place_of_a_line_delays_its_tasks_at_most(
+    worker: Worker, redis: Redis, key: str, lock: Callable[[], BaseLock]
+) -> None:
+    holds = writes if lock is reads else lock
+    await worker.submit("first")
+    assert await worker.step(lambda: [holds()]) == 1
+    await redis.rpush(key if key == keys.LINES else key + lock().redis_key, "something else")
+    await worker.submit("second")
+    assert await worker.step(lambda: [lock()]) == 0
+    await worker.end("first")
+    if not await worker.granted():
+        due = await redis.zscore(keys.DELAYED, "second")
+        if key == keys.TURN_PREFIX:
+            await redis.delete(key + lock().redis_key)
+            await worker.look(lock())
+        else:
+            assert due < in_ms(datetime.now(UTC)) + 700_000, "it asks again by itself"
+            await redis.zadd(keys.DELAYED, {"second": 0})
+            await worker.broker.promote()
+    assert await worker.step(lambda: [lock()]) == 1
+    await worker.submit("third")
+    assert await worker.step(lambda: [lock()]) == (lock is reads)
+
+
 async def test_tasks_that_an_earlier_version_has_parked_wait_on_in_line(worker: Worker, redis: Redis) -> None:
     assert await mutex().acquire(redis)
     names = await worker.park(3, mutex)

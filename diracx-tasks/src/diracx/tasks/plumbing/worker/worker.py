@@ -24,7 +24,7 @@ from ..enums import Priority
 from ..error_info import describe_exception, one_line
 from ..exceptions import NewerMessageError
 from ..factory import TaskRegistry
-from ..patience import is_passing, may_pass, patiently
+from ..patience import is_passing, may_pass, patiently, reason
 from ..persistence.letter import DeadLetterReason
 from ..secrets import without_secrets_of
 from ..spans import note_settlement, processing_span, set_task_log_context
@@ -463,10 +463,10 @@ class Worker:
     async def _leave(self) -> None:
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                await self._broker.leave()
+                await patiently(self._broker.leave, "sign off")
                 await self.reporter.leave()
         except Exception as error:
-            logger.warning("could not sign off: %s; the lease will end by itself", error)
+            logger.warning("could not sign off: %s; the lease will end by itself", reason(error))
 
 
 async def _first_of(*events: asyncio.Event) -> None:

@@ -56,9 +56,9 @@ end
 -- more), 'asked' (by somebody who must wait) or 'timer'.
 local function grant_next(lock, why)
   local waiting, turn = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key
-  local first, room, last = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES'), nil, nil
-  if not first[1] then return end
-  local reserved = redis.call('GET', turn)
+  local first, room, last = redis.pcall('ZRANGE', waiting, 0, 0, 'WITHSCORES'), nil, nil
+  if not first[1] then return end -- nobody, or no line: its key is of another type
+  local reserved = redis.pcall('GET', turn)
   -- Only slots are given back while others are on their way to take some.
   if reserved and not (why == 'released' and lock.kind == 'concurrency') then return end
   while first[1] do

@@ -27,9 +27,12 @@ local function park(d, since, place, lock, before)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
   local name = delay(d.task, now_ms + PARKED_MS, d.handover, reason, since, data, deaths, lock.key)
   local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. name
-  redis.call('ZADD', waiting, int(place), waiter)
+  -- No line where its key is of another type: the task asks again by itself.
+  if type(redis.pcall('ZADD', waiting, int(place), waiter)) == 'table' then
+    redis.call('ZADD', '$DELAYED', int(now_ms + d.retry_ms), name)
+  end
   local due = now_ms + (before and TURN_MS + 1 or look_again_in(lock, d.retry_ms))
-  look_at(lock.key, due, before or redis.call('ZRANGE', waiting, 0, 0)[1] ~= waiter)
+  look_at(lock.key, due, before or redis.pcall('ZRANGE', waiting, 0, 0)[1] ~= waiter)
   return int(math.ceil(due))
 end
 
