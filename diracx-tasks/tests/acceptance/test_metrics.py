@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from diracx.tasks.plumbing import BaseTask
+from diracx.tasks.plumbing.base_task import schedule_many
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import free_port
 
@@ -63,7 +64,7 @@ def test_a_worker_serves_what_it_counted_and_whether_it_is_ready(
         which = f'task_name="my_tasks:Fail",priority="{priority}",size="medium"'
         assert at_first[f'tasks_given_up_total{{{which},action="dlq"}}'] == 0
         assert at_first[f"task_leases_lost_total{{{which}}}"] == 0
-    for reason in ("unknown task", "unparsable", "arguments", "poison"):
+    for reason in ("unknown_task", "unparsable", "arguments", "poison"):
         assert at_first[f'task_messages_rejected_total{{reason="{reason}"}}'] == 0
     served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
     served.mine("submit", "my_tasks:Fail")
@@ -130,52 +131,48 @@ class Grandchild(BaseTask):
 @dataclass
 class Parent(BaseTask):
     fails: bool = False
+    password: str = "sesame-open"  # to be looked for
+
+    secret_fields = frozenset({"password"})
 
     async def execute(self) -> str:
         if self.fails:
-            raise ValueError("sesame")
+            raise ValueError(f"refused: {self.password}")
         return await Grandchild().schedule()
 
 
-@pytest.fixture(scope="module")
-def spans() -> Iterator[object]:
+async def test_each_task_is_a_trace_of_its_own_that_is_linked_to_its_submission(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
-    yield exporter
-    provider.shutdown()
-
-
-async def test_a_trace_runs_from_the_submission_through_the_task_to_its_children(
-    redis_url: str, spans: object
-) -> None:
-    from opentelemetry import trace
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-    assert isinstance(spans, InMemorySpanExporter)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)  # those of other tests go on without
     async with TaskSystem([Parent, Grandchild], redis_url=redis_url) as system:
         with trace.get_tracer("test").start_as_current_span("request"):
-            done = await Parent().schedule()
-            failed = await Parent(fails=True).schedule()
+            done, failed = await schedule_many([Parent(), Parent(fails=True)])
         child = (await system.result(done)).return_value
         assert (await system.result(failed)).is_err
         await system.result(child)
         await system.drain()
+    provider.shutdown()
     found = {
-        (span.attributes or {}).get("messaging.message.id", span.name): span for span in spans.get_finished_spans()
+        (s.name.partition(" ")[0], (s.attributes or {}).get("task.id")): s for s in exporter.get_finished_spans()
     }
-    request, parent, grandchild = found["request"], found[done], found[child]
-    assert parent.parent is not None
-    assert grandchild.parent is not None
-    assert parent.parent.span_id == request.context.span_id
-    assert grandchild.parent.span_id == parent.context.span_id
-    assert grandchild.context.trace_id == request.context.trace_id
-    assert grandchild.name == "test:Grandchild"
-    assert (found[failed].attributes or {})["error.type"] == "ValueError"
-    assert "sesame" not in found[failed].to_json()
+    request = found["request", None]
+    for task_id, submitter in ((done, request), (failed, request), (child, found["task.execute", done])):
+        submitted, processed = found["task.submit", task_id], found["task.process", task_id]
+        assert submitted.parent is not None
+        assert submitted.parent.span_id == submitter.context.span_id
+        assert processed.parent is None
+        assert [link.context.span_id for link in processed.links] == [submitted.context.span_id]
+        executed = found["task.execute", task_id]
+        assert executed.parent is not None
+        assert executed.parent.span_id == processed.context.span_id
+    assert len({span.context.trace_id for span in found.values()}) == 4, "the request and three tasks"
+    assert found["task.execute", failed].status.description == "ValueError: refused: •••"
+    assert not [span for span in found.values() if "sesame" in span.to_json()]

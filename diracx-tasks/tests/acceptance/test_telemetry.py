@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.testing.server import free_port
 from redis import Redis as RedisClient
 
@@ -119,6 +120,131 @@ def test_a_worker_tells_opentelemetry_and_prometheus_the_same(
     assert told[f"tasks_completed_total{{{labels}}}"] == 3
     assert told[f'tasks_submitted_total{{{labels},delayed="false"}}'] == 3
     assert named(text) >= _PUBLISHED_BY_WORKERS
+
+
+_WORKLOAD = """
+import asyncio
+from dataclasses import dataclass
+
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, LockedObjectType, MutexLock
+
+
+@dataclass
+class Sleep(BaseTask):
+    seconds: float
+
+    async def execute(self):
+        await asyncio.sleep(self.seconds)
+
+
+class Fails(BaseTask):
+    async def execute(self):
+        await asyncio.sleep(0.2)
+        raise ValueError("no")
+
+
+class Retried(BaseTask):
+    dlq_eligible = True
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.1, max_retries=1)
+
+    async def execute(self):
+        raise ValueError("no")
+
+
+class Spawns(BaseTask):
+    async def execute(self):
+        for _ in range(5):
+            await Sleep(0.0).schedule()
+
+
+class Locked(BaseTask):
+    @property
+    def execution_locks(self):
+        return [MutexLock(LockedObjectType("task"), "Locked")]
+
+    async def execute(self):
+        await asyncio.sleep(1)
+
+
+class Both(BaseTask):
+    async def execute(self):
+        await Locked().schedule()
+        await Locked().schedule()
+"""
+
+
+@pytest.mark.leaves_keys("diracx:tasks:dead-letters")
+def test_values_mean_what_they_mean_in_the_published_package(
+    served: Cli, redis_url: str, wait_until: Callable[..., None]
+) -> None:
+    """The figures are those that version 0.7.0 exported of the same tasks, but for the wait of `Locked`."""
+    (served.directory / "load.py").write_text(_WORKLOAD + _SDK)
+    with_sdk(served)
+    with RedisClient.from_url(redis_url) as client:
+        client.xadd("diracx:tasks:normal:medium", {"data": b"no message"})
+        client.xadd(
+            "diracx:tasks:normal:medium", {"data": TaskMessage(task_id="g", task_name="load:Gone").dumpb()}
+        )
+    for seconds in ("0.5", "1.0", "0.1"):
+        served("submit", "load:Sleep", "--args", f"[{seconds}]", "--module", "load.py")
+    for name in ("Fails", "Fails", "Retried", "Spawns", "Both"):
+        served("submit", f"load:{name}", "--module", "load.py")
+    worker = served.start("worker", "--module", "load.py")
+
+    def values(metric: str, *more: str) -> dict[Any, float]:
+        """By name of the task and these attributes; of histograms, how many."""
+        queue = {"priority": "normal", "size": "medium"}
+        found: dict[Any, float] = {}
+        for point in exported(served.directory, worker.process.pid).get(metric, []):
+            attributes = dict(point["attributes"])
+            name = attributes.get("task_name", "").removeprefix("load:")
+            which = (name, *(attributes[each] for each in more)) if more else name
+            if queue.items() <= attributes.items() or not name:
+                found[which] = point["count"] if "count" in point else point["value"]
+        return {which: value for which, value in found.items() if value}
+
+    completed = {"Sleep": 8, "Spawns": 1, "Both": 1, "Locked": 2}
+    wait_until(lambda: values("tasks_completed_total") == completed, "what succeeds has been counted")
+    wait_until(lambda: values("tasks_failed_total") == {"Fails": 2, "Retried": 2}, "so has what fails")
+    executions = completed | {"Fails": 2, "Retried": 2}
+    assert values("task_duration_seconds") == values("task_queue_wait_seconds") == executions
+    wait_until(
+        lambda: values("tasks_given_up_total", "action") == {("Fails", "discarded"): 2, ("Retried", "dlq"): 1},
+        "what is given up has been counted",
+    )
+    retried = {("Retried", "error"): 1, ("Locked", "lock_contention"): 1}
+    assert values("tasks_retried_total", "reason") == retried
+    assert values("tasks_submitted_total", "delayed") == {("Sleep", False): 5, ("Locked", False): 2}
+    assert values("task_messages_rejected_total", "reason") == {("", "unparsable"): 1, ("", "unknown_task"): 1}
+    assert values("worker_max_concurrent_tasks", "worker_size") == {("", "medium"): 10}
+    sums = {
+        point["attributes"]["task_name"]: point["sum"]
+        for point in exported(served.directory, worker.process.pid)["task_duration_seconds"]
+    }
+    for name, least in {"load:Sleep": 1.6, "load:Fails": 0.4, "load:Locked": 2.0}.items():
+        assert least <= sums[name] < least + 30, "seconds"
+    wait_until(lambda: values("tasks_in_progress") == {}, "nothing runs any more")
+    told = exported(served.directory, worker.process.pid)["tasks_in_progress"]
+    assert {point["attributes"]["task_name"].removeprefix("load:") for point in told} >= set(executions)
+
+
+@pytest.mark.leaves_keys("diracx:tasks:normal:*")  # it waits there
+def test_what_a_stopped_worker_hands_back_is_not_given_up(served: Cli, wait_until: Callable[..., None]) -> None:
+    with_sdk(served)
+    worker = served.start("worker", "--module", "my_tasks.py", "--grace", "0")
+    begun = served.directory / "begun"
+    served.mine("submit", "my_tasks:Slow", "--args", json.dumps([str(begun), 60]))
+    wait_until(begun.exists, "it runs")
+    worker.process.terminate()
+    assert worker.ends() == 0, worker.output
+    told = exported(served.directory, worker.process.pid)
+
+    def value(metric: str, **attributes: str) -> float:
+        wanted = {"task_name": "my_tasks:Slow", **attributes}
+        return sum(each["value"] for each in told[metric] if wanted.items() <= each["attributes"].items())
+
+    assert value("tasks_retried_total", reason="error") == 1
+    assert value("tasks_given_up_total") == 0
 
 
 @pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # nobody works

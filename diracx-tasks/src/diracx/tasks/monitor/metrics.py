@@ -42,7 +42,9 @@ def worker_metrics(
     # The others are those of tasks that were executed.
     reasons = [each for each in DeadLetterReason if each not in ("exhausted", "unsettled")]
     rejected = {str(reason): 0 for reason in reasons} | reporter.rejected_totals()
-    running = [({"task_name": n, **_of_stream(s)}, number) for (n, s), number in reporter.in_progress().items()]
+    # What has ended is told of as 0: a collector shows the last value of what is not told of any more.
+    in_progress = dict.fromkeys(known, 0) | reporter.in_progress()
+    running = [({"task_name": n, **_of_stream(s)}, number) for (n, s), number in in_progress.items()]
     return [
         Family(
             "tasks_completed_total",
@@ -59,7 +61,7 @@ def worker_metrics(
         Family(
             "tasks_retried_total",
             "counter",
-            "Executions put off: failed and to be retried, or without a lock.",
+            "Executions put off: failed or interrupted, and to start again; or without a lock.",
             [({**labels, "reason": "error"}, each.retried) for labels, each in totals]
             + [({**labels, "reason": "lock_contention"}, each.lock_waits) for labels, each in totals],
         ),
@@ -89,7 +91,7 @@ def worker_metrics(
             "task_messages_rejected_total",
             "counter",
             "Messages that could not be executed, and are with the dead letters.",
-            [({"reason": reason}, number) for reason, number in rejected.items()],
+            [({"reason": reason.replace(" ", "_")}, number) for reason, number in rejected.items()],
         ),
         Family(
             "task_messages_reclaimed_total",

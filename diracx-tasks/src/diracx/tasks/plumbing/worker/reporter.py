@@ -168,7 +168,7 @@ class Reporter:
         letter: DeadLetter | None,
         sums: Sums,
     ) -> None:
-        if settlement.retry is not None:
+        if settlement.retry is not None or settlement.requeue is not None:  # the latter was interrupted
             fate = "retried"
             sums.retried += 1
         elif letter is not None:
