@@ -142,3 +142,11 @@ def test_a_task_is_called_by_the_name_of_its_class_alone(cli, one_line):
     for command in (("call", "Greet"), ("submit", "Greet"), ("config", "show", "--task", "Greet")):
         both = cli(*command, "--module", "my_tasks.py", "--module", "other.py")
         one_line(both, 2, "'Greet' names several tasks; write my_tasks:Greet or other:Greet")
+
+
+@pytest.mark.parametrize("group", ["locks", "schedule", "queue", "config", "dlq"])
+def test_a_group_of_commands_alone_shows_its_help_and_no_error(group: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", "diracx.tasks", group], capture_output=True, text=True)
+    assert shown.returncode == 2
+    assert "Usage: " in shown.stdout + shown.stderr
+    assert "error" not in shown.stderr

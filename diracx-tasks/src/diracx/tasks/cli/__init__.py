@@ -103,7 +103,8 @@ def main() -> None:
         typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
     except _UsageError as error:
         code = 2
-        typer.secho(f"error: {one_line(_usage_problem(error))}", fg="red", err=True)
+        if error.format_message():  # else nothing was asked for, and the help is shown
+            typer.secho(f"error: {one_line(_usage_problem(error))}", fg="red", err=True)
     except Exception:
         # A bug of ours: whoever reports it needs the traceback, and nobody needs the passwords in it.
         import traceback
