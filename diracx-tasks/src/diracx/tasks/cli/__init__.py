@@ -103,8 +103,8 @@ def main() -> None:
         typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
     except _UsageError as error:
         code = 2
-        if error.format_message():  # else nothing was asked for, and the help is shown
-            typer.secho(f"error: {one_line(_usage_problem(error))}", fg="red", err=True)
+        if problem := _usage_problem(error):
+            typer.secho(f"error: {one_line(problem)}", fg="red", err=True)
     except Exception:
         # A bug of ours: whoever reports it needs the traceback, and nobody needs the passwords in it.
         import traceback
@@ -115,8 +115,13 @@ def main() -> None:
 
 
 def _usage_problem(error: Any) -> str:
-    """What Typer found wrong, with the value, which it does not always name, and where to read on."""
+    """What Typer found wrong, with the value, which it does not always name, and where to read on.
+
+    Nothing where no command of a group was named: Typer has shown its help.
+    """
     problem = error.format_message().replace("Value error, ", "").rstrip(".?")
+    if not problem:
+        return ""
     found: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, from which it made its message
     value = repr(found[0]["input"]) if found else ""
     if value not in problem:
