@@ -227,7 +227,7 @@ def test_P43_a_VO_that_comes_or_goes_is_followed_within_10_seconds(live, tmp_pat
         assert scheduler.output.count("the DiracX configuration cannot be read") >= 1
 
 
-@pytest.mark.leaves_keys("diracx:tasks:alive")
+@pytest.mark.leaves_keys("diracx:tasks:*")
 def test_a_process_that_was_killed_is_shown_no_longer_than_a_minute(live, tmp_path, redis_url):
     limit(tmp_path, 1)
     worker = start(live, "worker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -94,6 +95,7 @@ def _root(
 
 def main() -> None:
     """The command line. Exits with 0, with 2 when the command line is wrong, and with 1 for all the rest."""
+    threading.excepthook = _report_unless_late
     try:
         code = app(standalone_mode=False)
     except CliError as error:
@@ -112,6 +114,12 @@ def main() -> None:
         code = 1
         echo(traceback.format_exc().rstrip("\n"), err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_unless_late(error: threading.ExceptHookArgs) -> None:
+    """Say nothing of a thread of aiosqlite that answers after its command has failed and nobody waits any more."""
+    if str(error.exc_value) != "Event loop is closed":
+        threading.__excepthook__(error)
 
 
 def _usage_problem(error: Any) -> str:
