@@ -59,7 +59,7 @@ def test_dev_runs_tasks_and_one_ctrl_c_ends_it_all_in_order(cli, dev, wait_until
     for name, value in (("my_tasks:Urgent", "{'urgent': [1, 2]}"), ("my_tasks:Greet", "Hello x")):
         args = ["--args", '["x"]'] if name.endswith("Greet") else []
         result = cli.mine("submit", name, *args, "--wait", "--timeout", "20")
-        assert result.stdout.splitlines()[1] == value
+        assert result.stdout.splitlines()[1] == f"Result: {value}"
     dev.until("medium    │ tick\n")
 
     dev.process.send_signal(signal.SIGINT)
@@ -95,7 +95,7 @@ class Leave(BaseTask):
 def test_dev_ends_while_a_process_that_a_task_started_still_holds_its_output(leaving_task, cli, dev):
     cli.environment["DIRACX_TASKS_REDIS_URL"] = _url_of(dev)
     submitted = cli.mine("submit", "my_tasks:Leave", "--wait", "--timeout", "20")
-    left = int(submitted.stdout.splitlines()[1])
+    left = int(submitted.stdout.split()[-1])
     try:
         dev.process.send_signal(signal.SIGINT)
         assert dev.ends() == 0, dev.output
