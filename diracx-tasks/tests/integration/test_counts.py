@@ -16,14 +16,14 @@ MOST = {
     "enqueue one by one": (1.01, 1.0, 160, 30),
     "enqueue in bulk": (0.01, 1.0, 140, 5),
     "enqueue in bulk, delayed": (0.02, 7.5, 260, 5),
-    "drain": (0.1, 1.0, 185, 140),
-    "drain, one mutex per task": (0.13, 8.5, 620, 150),
+    "drain": (0.1, 1.0, 195, 140),
+    "drain, one mutex per task": (0.13, 8.5, 640, 150),
     "drain, results kept": (0.1, 5.1, 345, 140),
     "drain, delayed": (0.15, 2.5, 190, 350),
     "drain, failed once": (0.25, 17.5, 1300, 1500),
     "drain, a callback group": (0.13, 7.5, 280, 210),
     "drain, one mutex for all": (5.2, 80, 3800, 12000),
-    "one at a time": (4.1, 21, 1600, 450),
+    "one at a time": (4.1, 13, 1600, 450),
 }
 
 
