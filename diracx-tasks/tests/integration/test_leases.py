@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
-from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing import BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+
+BEGUN: list[int] = []
+
+
+@dataclass
+class Locked(BaseTask):
+    number: int
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.number)]
+
+    async def execute(self) -> None:
+        BEGUN.append(self.number)
+        await asyncio.sleep(0.1)
+
 
 QUEUE = "diracx:tasks:normal:medium"
 LEASE_MS = 30_000
@@ -135,3 +157,30 @@ async def test_fencing_tokens_rise_with_every_grant_even_after_a_loss_of_all_dat
             await redis.flushall()
     assert None not in tokens
     assert tokens == sorted(set(tokens)), "each is greater than the one before"
+
+
+@pytest.mark.event_loops("asyncio", "uvloop")
+async def test_what_needs_locks_begins_after_a_renewal_that_is_late_and_is_not_cut_off(
+    redis_url: str, redis: Redis
+) -> None:
+    """After a failover the keeper may still wait for the old server, while the worker already asks the new one."""
+    BEGUN.clear()
+    settings = WorkerSettings(lease_seconds=1.0, max_deliveries=3, result_ttl_seconds=60)
+    broker, stop = RedisStreamBroker(redis_url), asyncio.Event()
+    worker = Worker(broker, TaskRegistry({"test:Locked": Locked}), settings=settings)
+    running = asyncio.create_task(worker.run(stop))
+    await worker.ready.wait()
+    keeper = worker._keeper
+    with keeper._renewing:  # no renewal comes through
+        while not keeper.overdue:
+            await asyncio.sleep(0.01)
+        await broker.submit(
+            [Submission(TaskMessage(task_id="late", task_name="test:Locked", task_args=[1]), QUEUE)]
+        )
+        await asyncio.sleep(0.5)
+        assert BEGUN == []
+    result = await broker.wait_result("late", timeout=20)
+    assert (result.is_err, BEGUN) == (False, [1])
+    stop.set()
+    await running
+    await broker.shutdown()

@@ -158,6 +158,11 @@ class LeaseKeeper:
         """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
+    @property
+    def late(self) -> bool:
+        """Whether a renewal is missing: what takes locks now might soon be cut off. Renew first."""
+        return time.monotonic() - self._renewed_at >= self._lease_seconds / 2
+
     def lapsed_since(self, moment: float) -> bool:
         """Whether the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
         were given then may have been taken over.
