@@ -78,7 +78,6 @@ class Later(Quick):
 class Slow(Witnessed):
     n: int
     seconds: float
-    priority = Priority.BACKGROUND
 
     async def execute(self) -> None:
         with self.at_work():
@@ -90,6 +89,7 @@ class Flaky(Witnessed):
     """Fails once."""
 
     n: int
+    priority = Priority.BACKGROUND
 
     async def execute(self) -> None:
         with self.at_work():
