@@ -245,11 +245,11 @@ class Sentinels:
             outage.lost_until = min(outage.over, outage.end + _MAX_LAG_SECONDS + 1.0)
 
     async def _follow(self, replica: int, primary: int) -> None:
-        def tell() -> None:
-            with Redis.from_url(self._servers[replica].url) as client:
-                client.replicaof("127.0.0.1", self._servers[primary].port)
+        def told() -> bool:
+            with Redis.from_url(self._servers[replica].url, socket_timeout=1) as client:
+                return bool(client.replicaof("127.0.0.1", self._servers[primary].port))
 
-        await asyncio.to_thread(tell)
+        await _until(told, "a server that has started is told to follow the primary")  # it may load its data first
 
     def _ask_sentinel(self, what: str) -> None:
         with Redis.from_url(f"redis://{self._places[0]}") as sentinel:
