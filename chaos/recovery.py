@@ -14,9 +14,11 @@ from .witness import Run
 
 #: Kinds that wait for nothing but a worker.
 _WITHOUT_LOCKS = ("Quick", "Urgent", "Slow", "Child")
+#: Each death costs a lease, and suspects run one after another.
+BESIDE_POISON = "worker killed by a poison task"
 _CASES = {
     by.KILLED: "worker killed",
-    by.BESIDE_POISON: "worker killed by a poison task",
+    by.BESIDE_POISON: BESIDE_POISON,
     by.PAUSED: "worker paused",
     by.CUT_OFF: "worker cut off",
 }
