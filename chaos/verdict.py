@@ -27,7 +27,7 @@ from typing import Any
 
 from . import executions as by
 from . import tasks
-from .drive import MAX_DELIVERIES, Observed
+from .drive import Observed
 from .exclusion import AWAKENING_SECONDS, overlaps
 from .executions import Executions
 from .plan import Plan
@@ -310,12 +310,10 @@ class Verdict:
         )
 
     def _was_due(self, letter: dict[str, Any]) -> bool:
-        """Was it disturbed as often as its class, or the worker, allows?"""
+        """Was it interrupted, whenever it had begun, by a disturbance? It may not have begun each time."""
         runs = self._by_task.get(letter["n"], ())
-        disturbed = sum(self._executions.first_disturbance(run) is not None for run in runs)
-        if letter["kind"] == "Once" and letter["reason"] == "exhausted":
-            return disturbed == len(runs)  # nobody knows, when it was given to a worker and never began
-        return letter["reason"] == "interrupted" and disturbed >= MAX_DELIVERIES
+        told = letter["reason"] == "interrupted" or (letter["kind"], letter["reason"]) == ("Once", "exhausted")
+        return told and all(self._executions.first_disturbance(run) is not None for run in runs)
 
     def _process_ends(self) -> Iterable[Promise]:
         crashed = [
