@@ -163,7 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each case (default 5)")
     parser.add_argument("--seconds", type=float, default=120.0, help="length of each storm (default 120)")
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="runs at a time (default 1)")
+    parser.add_argument("--jobs", type=int, choices=(1, 2, 3), default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the section, leave RESULTS.md as it is")
     arguments = parser.parse_args()
     RAW.mkdir(exist_ok=True)

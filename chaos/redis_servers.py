@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -213,7 +214,11 @@ class Sentinels:
             await self._busy
 
     async def _disturb(self, disturbance: Disturbance) -> None:
-        await _until(self._is_complete, "all replicas follow the primary again")
+        try:
+            await _until(self._is_complete, "all replicas follow the primary again")
+        except RuntimeError as error:
+            print(f"no {disturbance.what}: {error}", file=sys.stderr, flush=True)
+            return
         old = self._primary
         outage = Outage(disturbance.what, time.monotonic())
         self.outages.append(outage)

@@ -7,8 +7,8 @@ What is counted:
   submission without an answer may have arrived or not; if it has, all other promises hold for it.
 - *Executed more than once* counts executions beyond the expected number (1; failing ones 3; those that fail once
   2), by what disturbed the one before (`executions.py`). Beyond what nothing disturbed, none is allowed.
-- *Recovery* is judged by its median, for a single task may wait behind others: a lease and a second from the death
-  or cut, or from the return of the server. Beside a poison task it is told only.
+- *Recovery* is judged where only processes are disturbed, and by its median, for a single task may wait behind
+  others: a lease and a second. Beside a poison task it is told only, for each death costs a lease.
 - *Overlaps* of executions that exclude each other are judged by time alone (`exclusion.py`).
 - The *concurrency limit* is broken by each execution that begins while `limit` others are active.
 - The *rate limit* is broken by each execution beyond `limit` in any window. A grant is given by the server
@@ -337,11 +337,15 @@ class Verdict:
 
     def _recovery(self) -> Iterable[Promise]:
         found = recovery(self._executions, self._observed, self._by_task.values(), self._runs)
+        of_others = ("link", "server", "database", "power")
+        alone = not any(other in each.what for each in self._plan.disturbances for other in of_others)
         for case, waits in found.items():
             yield Promise(
                 f"recovery, {case}: p50 / p99 / max s",
                 waits,
-                None if case == BESIDE_POISON or waits.number < _FEW_WAITS else waits.p50 <= self._lease + 1.0,
+                waits.p50 <= self._lease + 1.0
+                if alone and case != BESIDE_POISON and waits.number >= _FEW_WAITS
+                else None,
                 f"{waits.number} times; lease {self._lease:g} s",
             )
 
