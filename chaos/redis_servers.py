@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 from redis import Redis
@@ -237,6 +238,7 @@ class Sentinels:
             await asyncio.to_thread(self._ask_sentinel, "failover")
         await _until(lambda: self._promoted(old), "a replica is promoted")
         outage.end = time.monotonic()
+        moving = asyncio.create_task(self._moved(old))
         if pausing is not None:
             await pausing
         elif disturbance.what.startswith("kill"):
@@ -247,7 +249,20 @@ class Sentinels:
         await _until(lambda: self._role(old) == "slave", "the old primary has become a replica")
         outage.over = outage.lost_until = time.monotonic()
         if self.configuration == "sentinel-min-replicas":
-            outage.lost_until = min(outage.over, outage.end + _MAX_LAG_SECONDS + 1.0)
+            # The other replica counts for the old primary until it follows the new one.
+            outage.lost_until = min(outage.over, await moving + _MAX_LAG_SECONDS + 1.0)
+        moving.cancel()
+
+    async def _moved(self, old: int) -> float:
+        """When the replicas but for the old primary followed the new one."""
+        others = [number for number in range(len(self._servers)) if number not in (old, self._primary)]
+        port = self._servers[self._primary].port
+
+        def all_follow() -> bool:
+            return all(self._replication(number).get("master_port") == port for number in others)
+
+        await _until(all_follow, "the other replicas follow the new primary")
+        return time.monotonic()
 
     async def _follow(self, replica: int, primary: int) -> None:
         def told() -> bool:
@@ -267,9 +282,13 @@ class Sentinels:
                 return True
         return False
 
-    def _role(self, number: int) -> str:
+    def _replication(self, number: int) -> dict[str, Any]:
         with Redis.from_url(self._servers[number].url, socket_timeout=1) as client:
-            return str(client.info("replication")["role"])
+            found: dict[str, Any] = client.info("replication")
+            return found
+
+    def _role(self, number: int) -> str:
+        return str(self._replication(number)["role"])
 
     def _is_complete(self) -> bool:
         with Redis.from_url(self.primary_url, socket_timeout=1) as client:
