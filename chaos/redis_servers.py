@@ -52,7 +52,8 @@ _LOST_SECONDS = {
 }
 #: What the file system had not been told to write to the disk is lost with the power: with `everysec`, one second.
 _NOT_SYNCED_SECONDS = 1.0
-_DOWN_AFTER_MS = 500
+#: Shorter than any pause that is to be noticed; longer than a busy machine stands still.
+_DOWN_AFTER_MS = 2000
 _PATIENCE_SECONDS = 60.0
 _TICK_SECONDS = 0.05
 
