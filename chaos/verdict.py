@@ -310,10 +310,13 @@ class Verdict:
         )
 
     def _was_due(self, letter: dict[str, Any]) -> bool:
-        """Was it interrupted, whenever it had begun, by a disturbance? It may not have begun each time."""
+        """Was it cut off, whenever it had begun, by a disturbance? It may not have begun each time."""
         runs = self._by_task.get(letter["n"], ())
-        told = letter["reason"] == "interrupted" or (letter["kind"], letter["reason"]) == ("Once", "exhausted")
-        return told and all(self._executions.first_disturbance(run) is not None for run in runs)
+        causes = [found and found[1] for found in map(self._executions.first_disturbance, runs)]
+        if letter["reason"] == "poison":  # it was unlucky: all of its workers were killed
+            return bool(causes) and set(causes) <= {by.KILLED, by.BESIDE_POISON}
+        cut_off = letter["reason"] == "interrupted" or (letter["kind"], letter["reason"]) == ("Once", "exhausted")
+        return cut_off and None not in causes
 
     def _process_ends(self) -> Iterable[Promise]:
         crashed = [
