@@ -368,3 +368,18 @@ async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_conv
 def name_of(delivery: Delivery) -> str:
     assert delivery.data is not None
     return TaskMessage.loadb(delivery.data).task_id
+
+
+async def test_what_is_ours_and_unknown_to_us_is_asked_for_when_a_failover_ends_the_wait(
+    broker: RedisStreamBroker, redis_url: str, redis: Redis
+) -> None:
+    """The new primary may have lost that we have settled it."""
+    await broker.submit([submission("settled and lost")])
+    same = RedisStreamBroker(redis_url, consumer_name=broker.consumer_name)
+    assert len((await same.fetch(1, lease_seconds=30))[0]) == 1
+    await same.shutdown()
+    asked = asyncio.create_task(intake_of(broker).next(10))
+    await waits(redis)
+    [waiting] = [client["id"] for client in await redis.client_list() if client["cmd"] == "xreadgroup"]
+    await redis.execute_command("CLIENT", "UNBLOCK", waiting, "ERROR")  # as a primary does that becomes a replica
+    assert [name_of(each) for each in await asked] == ["settled and lost"]

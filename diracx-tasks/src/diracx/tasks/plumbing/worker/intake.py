@@ -177,8 +177,10 @@ class Intake:
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
-            self._last_ids = None  # the streams are gone: a fetch makes them anew
-            return []
+            # The streams are gone, and a fetch makes them anew; or the server is the primary no more, and what we
+            # have settled there lately may be ours again on the next one.
+            self._last_ids = None
+            return await self._recover()
         if found is None:
             self._leave_wait()
             return await self._recover()

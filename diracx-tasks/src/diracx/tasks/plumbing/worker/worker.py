@@ -256,9 +256,8 @@ class Worker:
 
         async def start() -> tuple[list[list[int]], int]:
             nonlocal granted_at
-            if (
-                self._keeper.late
-            ):  # as after a failover, when the keeper still waits for the server that was replaced
+            # After a failover the keeper may still wait for the server that was replaced.
+            if self._keeper.late:
                 await self._keeper.renew()
             granted_at = time.monotonic()
             return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
