@@ -88,7 +88,7 @@ bench-size: $(STAMP) ## the slowest single call when there is very much of somet
 
 # What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository, and
 # SHA256SUMS beside them says what they have to be. For other versions, change both.
-VENDORED := diracx-tasks/src/diracx/tasks/dashboard/static/vendor
+VENDORED := diracx-tasks/src/diracx/tasks/web/dashboard/static/vendor
 vendor: ## fetch the dashboard's htmx and uPlot again, of the versions named here, and verify them (needs npm)
 	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" \
 		&& npm pack --silent htmx.org@2.0.11 uplot@1.6.32 >/dev/null \

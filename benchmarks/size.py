@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any
 
-from diracx.tasks import monitor
+from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing import ConcurrencyLimiter, MutexLock, PeriodicVoAwareBaseTask, RateLimiter
 from diracx.tasks.plumbing.broker import RedisStreamBroker, groups, keys, scripts
 from diracx.tasks.plumbing.broker.group_audit import fail_lost_children

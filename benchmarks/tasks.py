@@ -158,7 +158,7 @@ async def bytes_per_task(tasks: int = 20_000) -> tuple[float, float]:
 
 async def snapshot_time(tasks: int = 1_000_000, rounds: int = 5) -> float:
     """Seconds that a snapshot takes with so many tasks queued: the median."""
-    from diracx.tasks.monitor import snapshot
+    from diracx.tasks.operations import snapshot
     from diracx.tasks.plumbing.broker.models import TaskMessage
 
     async with TaskSystem([NoOp], workers=0, scheduler=False) as system:

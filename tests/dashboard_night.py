@@ -16,8 +16,6 @@ from unittest.mock import patch
 import msgpack
 import yaml
 from dashboard_world import until
-from diracx.tasks.dashboard.installation import Installation, Load
-from diracx.tasks.dashboard.operations import Operator
 from diracx.tasks.plumbing import (
     BaseLock,
     BaseTask,
@@ -39,6 +37,8 @@ from diracx.tasks.plumbing.histogram import bucket_of
 from diracx.tasks.plumbing.in_force import Announcer, InForce, digest
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
+from diracx.tasks.web.dashboard.installation import Installation, Load
+from diracx.tasks.web.dashboard.operations import Operator
 from redis.asyncio import Redis
 
 from gubbins import clock

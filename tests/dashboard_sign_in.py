@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from config_repository import ConfigRepository
-from diracx.tasks.dashboard.installation import Installation
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.web.dashboard.installation import Installation
 from diracx_application import HOME, make_application, set_environment
 from sites.identity_provider import CLIENT_ID, IdentityProvider
 
@@ -47,7 +47,7 @@ async def application(
 ) -> AsyncIterator[Any]:
     """The application and its provider, both at work."""
     from diracx.db.sql import AuthDB
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     broker = RedisStreamBroker(redis_url)
 

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
-from diracx.tasks import monitor
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.app import DashboardApp, create_app
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.dashboard.page import Extension
+from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing import (
     BaseLock,
     BaseTask,
@@ -32,6 +28,10 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.app import DashboardApp, create_app
+from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web.dashboard.page import Extension
 from redis.asyncio import Redis
 
 #: What somebody who wants to run code in an operator's browser would submit.

@@ -43,7 +43,7 @@ def make_application() -> Any:
     """The application of that environment."""
     from diracx.core.config import ConfigSource
     from diracx.routers.factory import create_app
-    from diracx.tasks.routers import api, dashboard
+    from diracx.tasks.web.api import api, dashboard
 
     assert {api.__name__, dashboard.__name__}
     app = create_app()

@@ -103,7 +103,7 @@ def test_what_cannot_be_written_down_is_not_done(served: Cli, redis_url: str) ->
 async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_written(
     redis_url: str, caplog: pytest.LogCaptureFixture, problem: Exception | None
 ) -> None:
-    from diracx.tasks.monitor.audit import audited, read_audit
+    from diracx.tasks.operations.audit import audited, read_audit
     from redis.asyncio import Redis
 
     async with Redis.from_url(redis_url) as server:
@@ -132,7 +132,7 @@ async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_writ
 
 @pytest.mark.parametrize("number", [1, 2, 1000])
 def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
-    from diracx.tasks.monitor.audit import listed
+    from diracx.tasks.operations.audit import listed
 
     ids = [f"{each:032x}" for each in range(number)]
     text = listed(ids)
@@ -141,7 +141,7 @@ def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
 
 
 async def test_what_is_too_long_for_the_audit_log_is_cut_and_says_so(redis_url: str) -> None:
-    from diracx.tasks.monitor.audit import audited, listed, read_audit
+    from diracx.tasks.operations.audit import audited, listed, read_audit
     from redis.asyncio import Redis
 
     async def nothing() -> str:

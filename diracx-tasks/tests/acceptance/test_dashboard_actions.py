@@ -9,10 +9,10 @@ from urllib.parse import quote
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from dashboard_world import HOSTILE, READER, WRITER, World, small_world, until
-from diracx.tasks import monitor
-from diracx.tasks.dashboard.pages import ACTIONS, PAGES
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from redis.asyncio import Redis
 
 pytestmark = needs_chromium

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from dashboard_world import WRITER, Urgent, World, small_world, until
-from diracx.tasks import monitor
-from diracx.tasks.dashboard.pages import PAGES
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
+from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
 
 pytestmark = needs_chromium

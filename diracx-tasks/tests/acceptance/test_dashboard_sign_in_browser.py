@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, new_tab, served
 from dashboard_sign_in import BELOW, CALLBACK, application
-from diracx.tasks.routers import dashboard
+from diracx.tasks.web.api import dashboard
 
 pytestmark = needs_chromium
 

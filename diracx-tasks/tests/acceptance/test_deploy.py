@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "prometheus/alerts.yml"
 _SOURCES = (
-    "diracx-tasks/src/diracx/tasks/monitor/metrics.py",
-    "diracx-tasks/src/diracx/tasks/monitor/sources.py",
+    "diracx-tasks/src/diracx/tasks/operations/metrics.py",
+    "diracx-tasks/src/diracx/tasks/operations/sources.py",
     "gubbins/src/gubbins/metrics.py",
 )
 

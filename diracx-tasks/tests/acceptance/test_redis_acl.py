@@ -19,12 +19,8 @@ from typing import Any
 import httpx
 import pytest
 from dashboard_world import until
-from diracx.tasks import monitor
-from diracx.tasks.dashboard import create_app
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.dashboard.pages import PAGES
-from diracx.tasks.monitor.audit import audited, read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing import BaseTask, schedule_many, spawn_with_callback
 from diracx.tasks.plumbing.binding import Binding, bound_by
 from diracx.tasks.plumbing.broker import RedisStreamBroker
@@ -34,6 +30,10 @@ from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.testing.server import ValkeyProcess, free_port
+from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web.dashboard.pages import PAGES
 from redis import Redis
 from redis.exceptions import ResponseError
 
@@ -504,7 +504,7 @@ async def submit(world: Roles, submitter: RedisStreamBroker) -> None:
 
 async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str]) -> None:
     """All pages of the dashboard, and all that can be done there and by HTTP."""
-    from diracx.tasks.routers.recording import _USER, UserActionRate
+    from diracx.tasks.web.api.recording import _USER, UserActionRate
 
     db = TaskDB(world.db_url)
 

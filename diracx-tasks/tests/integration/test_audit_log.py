@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.routers.utils.users import AuthorizedUserInfo
-from diracx.tasks.monitor import audit
-from diracx.tasks.monitor.audit import audited, read_audit
+from diracx.tasks.operations import audit
+from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.routers import environment
-from diracx.tasks.routers.recording import Recorder, UserActionRate
+from diracx.tasks.web.api import environment
+from diracx.tasks.web.api.recording import Recorder, UserActionRate
 from fastapi import HTTPException
 from redis.asyncio import Redis
 

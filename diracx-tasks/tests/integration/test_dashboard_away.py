@@ -8,16 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import httpx
 import pytest
 from dashboard_world import WRITER
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.app import create_app
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.monitor.health import Alert, Health, Severity
-from diracx.tasks.monitor.visibility import Viewer
+from diracx.tasks.operations.health import Alert, Health, Severity
+from diracx.tasks.operations.visibility import Viewer
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.app import create_app
+from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 NOBODY = "127.0.0.1:1"

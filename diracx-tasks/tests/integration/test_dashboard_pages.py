@@ -14,17 +14,17 @@ from typing import Any
 import httpx
 import pytest
 from dashboard_world import HOSTILE, SECRET, WRITER, Tidy, World, small_world, until
-from diracx.tasks import monitor
-from diracx.tasks.dashboard.installation import Load
-from diracx.tasks.dashboard.pages import PAGES
-from diracx.tasks.dashboard.pages.overview import load_of
-from diracx.tasks.monitor import Point
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations import Point
+from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_SECRET
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.persistence import DeadLetter, DeadLetterReason
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
+from diracx.tasks.web.dashboard.installation import Load
+from diracx.tasks.web.dashboard.pages import PAGES
+from diracx.tasks.web.dashboard.pages.overview import load_of
 
 LARGEST = 300_000
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from dashboard_world import until
-from diracx.tasks.dashboard.access import Principal, Role
-from diracx.tasks.dashboard.app import DashboardApp, create_app
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.dashboard.page import Extension, Page, Request
-from diracx.tasks.dashboard.sharing import Shared
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.web.dashboard.access import Principal, Role
+from diracx.tasks.web.dashboard.app import DashboardApp, create_app
+from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web.dashboard.page import Extension, Page, Request
+from diracx.tasks.web.dashboard.sharing import Shared
 
 LONG = 3600.0
 
@@ -211,7 +211,7 @@ async def test_a_dashboard_that_could_not_be_opened_is_opened_once_by_all_who_co
 
 @pytest.fixture
 def no_installation() -> Iterator[None]:
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     environment._of_loop.clear()
     yield
@@ -221,7 +221,7 @@ def no_installation() -> Iterator[None]:
 async def test_requests_that_waited_for_what_failed_open_it_once_more_and_not_twice(
     installation: Installation, no_installation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     opening = Slow(ConnectionError("down"), installation)
     monkeypatch.setattr(environment, "_open", opening)
@@ -244,7 +244,7 @@ async def test_the_database_of_the_environment_stays_open(
     initialised: Callable[[], Awaitable[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
     monkeypatch.setenv("DIRACX_DB_URL_TASKDB", await initialised())

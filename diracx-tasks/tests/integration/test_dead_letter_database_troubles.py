@@ -8,15 +8,15 @@ from typing import Any
 import httpx
 import pytest
 from database_troubles import PASSWORD, Troubled
-from diracx.tasks.dashboard import create_app
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.installation import Installation
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.sql.errors import DatabaseError
-from diracx.tasks.routers.databases import database_errors
+from diracx.tasks.web.api.databases import database_errors
+from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.installation import Installation
 from fastapi import Depends, FastAPI
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgpack
 import pytest
-from diracx.tasks.monitor import stats
-from diracx.tasks.monitor.health import Alert, Health, HealthChecks, HealthThresholds, Severity, health_checks
-from diracx.tasks.monitor.health.checks import CHECKS
-from diracx.tasks.monitor.health.runner import DEAD_LETTERS
-from diracx.tasks.monitor.metrics import health_metrics
+from diracx.tasks.operations import stats
+from diracx.tasks.operations.health import Alert, Health, HealthChecks, HealthThresholds, Severity, health_checks
+from diracx.tasks.operations.health.checks import CHECKS
+from diracx.tasks.operations.health.runner import DEAD_LETTERS
+from diracx.tasks.operations.metrics import health_metrics
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import submit_task
 from diracx.tasks.plumbing.broker.server_check import EMBEDDED

@@ -14,12 +14,8 @@ import httpx
 import msgpack
 import pytest
 from dashboard_world import WRITER
-from diracx.tasks import monitor
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.app import create_app
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.dashboard.pages import PAGES
-from diracx.tasks.monitor.letters import letter_record
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.letters import letter_record
 from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_many
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
@@ -28,6 +24,10 @@ from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.app import create_app
+from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
 
 STREAMS = ["diracx:tasks:normal:medium", "diracx:tasks:realtime:medium", "diracx:tasks:normal:medium:handover"]

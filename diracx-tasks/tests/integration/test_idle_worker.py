@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from diracx.tasks import monitor
-from diracx.tasks.monitor.health import HealthThresholds
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.health import HealthThresholds
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, scripts
 from diracx.tasks.plumbing.factory import TaskRegistry

@@ -8,7 +8,7 @@ from diracx.tasks.jobs import DummyJobExecutorTask
 from diracx.tasks.plumbing import CallbackSpawner
 from diracx.tasks.plumbing.broker.address import AddressError
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.routers.environment import installation_of_environment
+from diracx.tasks.web.api.environment import installation_of_environment
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from redis import Redis

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from diracx.tasks import monitor
+from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing import (
     BaseTask,
     CallbackSpawner,

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import HOSTILE, SECRET, World, small_world
-from diracx.tasks import monitor
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import read_audit
 from diracx_application import HOME, make_application, set_environment, token_maker
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -53,7 +53,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> To
 @pytest.fixture
 async def client(token: Token, world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
     """A DiracX application that looks at the small world."""
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     async def this() -> Any:
         return world.installation
@@ -113,7 +113,7 @@ async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, 
 
 
 async def test_answers_are_as_the_schema_says_and_tell_no_secret(client: httpx.AsyncClient, token: Token) -> None:
-    from diracx.tasks.routers.api import router
+    from diracx.tasks.web.api.api import router
     from fastapi.routing import APIRoute
     from pydantic import TypeAdapter
 
@@ -265,7 +265,7 @@ async def test_without_jinja2_the_dashboard_says_what_to_install(
     client: httpx.AsyncClient, token: Token, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("app", "rendering"):
-        monkeypatch.delitem(sys.modules, f"diracx.tasks.dashboard.{name}")
+        monkeypatch.delitem(sys.modules, f"diracx.tasks.web.dashboard.{name}")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     answer = await client.get("/api/tasks/dashboard/")
     assert answer.status_code == 503

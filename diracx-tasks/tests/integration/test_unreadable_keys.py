@@ -10,11 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from diracx.tasks.cli.errors import CliError, explained_redis
-from diracx.tasks.dashboard import create_app
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.monitor import failures, running, stats, workers
-from diracx.tasks.monitor.health import HealthChecks
+from diracx.tasks.operations import failures, running, stats, workers
+from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
@@ -23,6 +20,9 @@ from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.in_force import configurations_in_force
 from diracx.tasks.plumbing.scheduler.overview import schedules
 from diracx.tasks.plumbing.wire import dumps
+from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 _PAGES = ("/workers", "/running", "/tasks", "/failures", "/schedules", "/configuration")

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import READER, WRITER, World, small_world
-from diracx.tasks.dashboard import access, live
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.pages import ACTIONS, PAGES
+from diracx.tasks.web.dashboard import access, live
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from diracx_application import HOME, make_application, set_environment, token_maker
 from hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in
 
@@ -31,7 +31,7 @@ async def client(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str
 ) -> AsyncIterator[httpx.AsyncClient]:
     """An administrator of a DiracX application that looks at the small world."""
-    from diracx.tasks.routers import environment
+    from diracx.tasks.web.api import environment
 
     repository = ConfigRepository(tmp_path / "config", vos=["lhcb"])
     set_environment(monkeypatch, tmp_path, redis_url, repository.url)

@@ -15,10 +15,8 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import until
-from diracx.tasks import monitor
-from diracx.tasks.dashboard import live
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.monitor.audit import audited, read_audit
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing import (
     BaseLock,
     BaseTask,
@@ -39,6 +37,8 @@ from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.testing import TaskSystem
+from diracx.tasks.web.dashboard import live
+from diracx.tasks.web.dashboard.installation import Installation
 from diracx_application import HOME, make_application, set_environment, token_maker
 from fastapi.routing import APIRoute
 from redis.asyncio import Redis
@@ -204,7 +204,7 @@ class Site:
 
 @pytest.fixture
 async def site(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    from diracx.tasks.routers import dashboard, environment
+    from diracx.tasks.web.api import dashboard, environment
 
     repository = ConfigRepository(tmp_path / "config", vos=VOS)
     set_environment(monkeypatch, tmp_path, redis_url, repository.url)
@@ -259,7 +259,7 @@ PROBES = ["GET /healthz", "GET /readyz"]  # answered before any route
 
 
 def test_every_route_of_the_application_is_in_the_table() -> None:
-    from diracx.tasks.routers.api import router
+    from diracx.tasks.web.api.api import router
 
     routes = [
         f"{method} {route.path}"
@@ -271,9 +271,9 @@ def test_every_route_of_the_application_is_in_the_table() -> None:
 
 
 def test_every_page_and_action_of_the_dashboard_is_in_the_table() -> None:
-    from diracx.tasks.dashboard import create_app
-    from diracx.tasks.routers.code_flow import CodeFlow
-    from diracx.tasks.routers.gate import DiracxGate
+    from diracx.tasks.web.api.code_flow import CodeFlow
+    from diracx.tasks.web.api.gate import DiracxGate
+    from diracx.tasks.web.dashboard import create_app
 
     async def none() -> Any:
         raise NotImplementedError

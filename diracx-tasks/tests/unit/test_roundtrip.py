@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import msgpack
 import pytest
-from diracx.tasks.monitor.masking import masked_arguments
+from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig

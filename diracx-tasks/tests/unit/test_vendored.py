@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from diracx.tasks.dashboard.rendering import STATIC
+from diracx.tasks.web.dashboard.rendering import STATIC
 
 VENDORED = STATIC / "vendor"
 

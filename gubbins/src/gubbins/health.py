@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from diracx.tasks.monitor.health import Alert, Severity
+from diracx.tasks.operations.health import Alert, Severity
 
 from gubbins import clock
 from gubbins.circuits import CircuitState

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 
-from diracx.tasks.monitor.families import Family
+from diracx.tasks.operations.families import Family
 
 from gubbins import clock
 from gubbins.circuits import CircuitState

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from database_troubles import PASSWORD, Troubled
-from diracx.tasks.monitor.audit import AuditEntry, read_audit, user_at_host
+from diracx.tasks.operations.audit import AuditEntry, read_audit, user_at_host
 from redis.asyncio import Redis
 from warm_commands import WarmCommands
 

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
-from diracx.tasks.dashboard import create_app
-from diracx.tasks.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.dashboard.app import DashboardApp
-from diracx.tasks.dashboard.installation import Installation
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config_source import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.dashboard.app import DashboardApp
+from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 from gubbins.dashboard import extension

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from diracx.tasks.monitor.health import ENTRY_POINT_GROUP, Severity
+from diracx.tasks.operations.health import ENTRY_POINT_GROUP, Severity
 
 from gubbins import health
 from gubbins.circuits import CECall

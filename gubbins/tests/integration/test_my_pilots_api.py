@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
-from diracx.tasks.monitor.audit import AuditEntry, read_audit
-from diracx.tasks.routers import environment
+from diracx.tasks.operations.audit import AuditEntry, read_audit
+from diracx.tasks.web.api import environment
 from hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 from redis.asyncio import Redis
 

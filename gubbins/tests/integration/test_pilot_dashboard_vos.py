@@ -12,9 +12,9 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
-from diracx.tasks.dashboard.operations import NotPossibleError, Operator
-from diracx.tasks.dashboard.page import Form
-from diracx.tasks.monitor.audit import read_audit
+from diracx.tasks.operations.audit import read_audit
+from diracx.tasks.web.dashboard.operations import NotPossibleError, Operator
+from diracx.tasks.web.dashboard.page import Form
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.store import STORE
@@ -100,8 +100,8 @@ async def sign_in(
 
 async def first_fragment(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page: str) -> str:
     """What the live stream of a page sends before it ends; httpx sees the whole of a stream only."""
-    from diracx.tasks.dashboard import live
-    from diracx.tasks.routers import dashboard
+    from diracx.tasks.web.api import dashboard
+    from diracx.tasks.web.dashboard import live
 
     monkeypatch.setattr(dashboard._app(), "_stream_seconds", 0.1)
     monkeypatch.setattr(live, "_EVERY_SECONDS", 0.05)
@@ -167,10 +167,10 @@ async def test_a_service_administrator_sees_the_pilots_of_all_vos(
 async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_closes_compute_elements(
     sqlite_db: MyPilotDB, pilots: dict[str, int], redis_url: str
 ) -> None:
-    from diracx.tasks.dashboard.installation import Installation
     from diracx.tasks.plumbing.broker import RedisStreamBroker
     from diracx.tasks.plumbing.config_source import ConfigReader
     from diracx.tasks.plumbing.factory import TaskRegistry
+    from diracx.tasks.web.dashboard.installation import Installation
 
     do = {action.path: action.do for action in ACTIONS}
     broker = RedisStreamBroker(redis_url)

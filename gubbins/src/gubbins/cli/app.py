@@ -122,7 +122,7 @@ def _complain(message: str) -> None:
 
 @ce_app.command("load", help=_CE_FILE_HELP)
 def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJson = False) -> None:
-    from diracx.tasks.monitor.audit import listed
+    from diracx.tasks.operations.audit import listed
 
     from gubbins.logic import my_pilots as logic
 

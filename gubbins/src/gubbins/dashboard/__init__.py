@@ -6,7 +6,7 @@ __all__ = ["extension"]
 
 from pathlib import Path
 
-from diracx.tasks.dashboard.page import Extension
+from diracx.tasks.web.dashboard.page import Extension
 
 from .actions import ACTIONS
 from .pages import PAGES

@@ -7,7 +7,7 @@ __all__ = ["ACTIONS"]
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from diracx.tasks.dashboard.page import (
+from diracx.tasks.web.dashboard.page import (
     Action,
     Form,
     Installation,

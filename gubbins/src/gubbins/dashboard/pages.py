@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from diracx.tasks.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
+from diracx.tasks.web.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
 
 from gubbins.circuits import CircuitState
 from gubbins.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError

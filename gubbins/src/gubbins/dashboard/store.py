@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from diracx.tasks.dashboard.page import UnavailableError
-from diracx.tasks.dashboard.sharing import Shared
+from diracx.tasks.web.dashboard.page import UnavailableError
+from diracx.tasks.web.dashboard.sharing import Shared
 
 from gubbins import clock
 from gubbins.db import URL_VARIABLE

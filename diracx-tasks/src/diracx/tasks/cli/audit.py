@@ -12,8 +12,8 @@ from .watching import AfterOption, LimitOption, ask, print_json
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..monitor.audit import AuditEntry
-    from ..monitor.models import Page
+    from ..operations.audit import AuditEntry
+    from ..operations.models import Page
 
 
 def audit(
@@ -37,9 +37,9 @@ def audit(
     from .monitor_view import print_audit
 
     async def look(redis: Redis) -> Page[AuditEntry]:
-        from ..monitor.audit import read_audit
-        from ..monitor.models import Page
-        from ..monitor.places import place_in_stream
+        from ..operations.audit import read_audit
+        from ..operations.models import Page
+        from ..operations.places import place_in_stream
 
         # One more tells whether there are more.
         found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)

@@ -75,7 +75,7 @@ def show(
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
-    from ..monitor.settings import settings_records
+    from ..operations.settings import settings_records
     from .config_view import print_settings
     from .tasks import find_task, load_registry
 

@@ -64,7 +64,7 @@ def list_letters(
         letters = [letter async for letter in _pages(db, where, limit)]
         return letters, sum(counts.values())
 
-    from ..monitor.letters import letter_summary
+    from ..operations.letters import letter_summary
     from .dlq_view import print_table
 
     letters, total = _with_db(look)
@@ -89,7 +89,7 @@ def waiting(
 
     Example: diracx-task-run dlq waiting --json
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_waiting_letters
     from .tasks import load_registry
 
@@ -111,8 +111,8 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from ..monitor.letters import letter_record
-    from ..monitor.masking import masked_json
+    from ..operations.letters import letter_record
+    from ..operations.masking import masked_json
     from .dlq_view import print_letter
 
     letter = _with_db(lambda db: _find(db, letter_id))
@@ -142,7 +142,7 @@ def retry(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def submit(db: TaskDB) -> list[Any]:
-        from ..monitor.deeds import Deeds
+        from ..operations.deeds import Deeds
         from ..plumbing.persistence.resubmission import Resubmitter
         from .connection import open_broker
         from .services import tasks_config
@@ -182,7 +182,7 @@ def discard(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
-        from ..monitor.deeds import Deeds
+        from ..operations.deeds import Deeds
         from .connection import open_broker
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
@@ -220,7 +220,7 @@ def export(
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        from ..monitor.letters import letter_record
+        from ..operations.letters import letter_record
 
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
             letter = await db.find(summary["task_id"])

@@ -33,7 +33,7 @@ def list_(
 
     Example: diracx-task-run locks list --json
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_locks
 
     page = ask(redis_url, redis_url_file, lambda redis: monitor.locks(redis, limit, after))
@@ -56,7 +56,7 @@ def show(
 
     Example: diracx-task-run locks show lock:mutex:task:CleanSandboxStoreTask
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_lock
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))
@@ -83,8 +83,8 @@ def release(
 
     Example: diracx-task-run locks release lock:mutex:job:42
     """
-    from .. import monitor
-    from ..monitor.deeds import Deeds
+    from .. import operations as monitor
+    from ..operations.deeds import Deeds
     from .monitor_view import hit
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))

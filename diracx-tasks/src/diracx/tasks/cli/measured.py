@@ -15,8 +15,8 @@ from .probes import probes
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..monitor.families import Family, Histogram
-    from ..monitor.health import Health
+    from ..operations.families import Family, Histogram
+    from ..operations.health import Health
     from ..plumbing.persistence import TaskDB
     from ..plumbing.worker.reporter import Reporter
 
@@ -66,14 +66,14 @@ async def measured(
     """
 
     async def text() -> str:
-        from ..monitor.families import as_text
+        from ..operations.families import as_text
 
         return as_text(await collect())
 
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(probes(host, port, ready, text, alerts))
         if is_collected():
-            from ..monitor.exporting import exported
+            from ..operations.exporting import exported
 
             await stack.enter_async_context(exported(collect, reporter))
         yield
@@ -98,8 +98,8 @@ async def costly_sources(
 
         yield nothing, nobody
         return
-    from ..monitor.health import health_checks
-    from ..monitor.sources import sources
+    from ..operations.health import health_checks
+    from ..operations.sources import sources
     from ..plumbing.exceptions import TaskConfigError
 
     async with AsyncExitStack() as stack:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from ..monitor import (
+    from ..operations import (
         DelayedTask,
         Failure,
         Holder,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         WaitingLetter,
         Worker,
     )
-    from ..monitor.audit import AuditEntry
-    from ..monitor.health import Health
+    from ..operations.audit import AuditEntry
+    from ..operations.health import Health
 
 _LONGEST_ARGUMENTS = 60
 _LONGEST_ERROR = 80
@@ -72,7 +72,7 @@ def _rate(per_second: float | None) -> str:
 
 
 def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
-    from ..monitor.places import HEAD_BYTES
+    from ..operations.places import HEAD_BYTES
 
     if arguments is None:
         return "-" if message_bytes is None or message_bytes <= HEAD_BYTES else f"({message_bytes / 1e6:.1f} MB)"
@@ -115,7 +115,7 @@ async def show_status(look: Callable[[], Awaitable[Health]], every: float | None
 
 def status_json(health: Health) -> dict[str, Any]:
     """As `status --json` has it."""
-    from ..monitor.masking import masked_json
+    from ..operations.masking import masked_json
 
     shown: dict[str, Any] = masked_json(health.as_json())
     return shown

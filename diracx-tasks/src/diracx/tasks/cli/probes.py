@@ -88,7 +88,7 @@ async def _response(
     metrics: Callable[[], Awaitable[str]],
     alerts: Callable[[], Sequence[str]],
 ) -> bytes:
-    from ..monitor.families import CONTENT_TYPE
+    from ..operations.families import CONTENT_TYPE
 
     method, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
     path = rest.partition(" ")[0].partition("?")[0]

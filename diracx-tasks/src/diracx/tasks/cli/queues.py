@@ -43,7 +43,7 @@ def list_(
 
     Example: diracx-task-run queue list --json
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_queues
 
     found = ask(redis_url, redis_url_file, monitor.queues)
@@ -69,7 +69,7 @@ def peek(
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_queued
     from .tasks import load_registry
 
@@ -97,7 +97,7 @@ def delayed(
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_delayed
     from .tasks import load_registry
 
@@ -126,9 +126,9 @@ def purge(
 
     Example: diracx-task-run queue purge background:large --yes
     """
-    from .. import monitor
-    from ..monitor.deeds import Deeds
-    from ..monitor.places import streams_of_queue
+    from .. import operations as monitor
+    from ..operations.deeds import Deeds
+    from ..operations.places import streams_of_queue
 
     async def look(redis: Redis) -> int:
         streams_of_queue(queue)

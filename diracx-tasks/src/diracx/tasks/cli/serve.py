@@ -130,7 +130,7 @@ def worker(
                 role = f"worker {worker_size}"
 
                 async def counted() -> Measured:
-                    from ..monitor.metrics import worker_metrics
+                    from ..operations.metrics import worker_metrics
 
                     size, slots = str(worker_size), max_concurrent_tasks
                     return worker_metrics(serving.reporter, broker.counts, size, slots, registry)
@@ -218,7 +218,7 @@ def scheduler(
             alerts: list[str] = []  # as of the last time that somebody asked for metrics
 
             async def counted() -> Measured:
-                from ..monitor.metrics import scheduler_metrics
+                from ..operations.metrics import scheduler_metrics
 
                 health = await look() if serving.leads.is_set() else None
                 alerts[:] = [] if health is None else health.names()

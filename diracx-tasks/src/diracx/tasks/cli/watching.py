@@ -17,7 +17,7 @@ from .output import echo, echo_json
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..monitor.health import Health
+    from ..operations.health import Health
     from ..plumbing.broker import RedisStreamBroker
 
 _Answer = TypeVar("_Answer")
@@ -61,8 +61,8 @@ def ask(
 
 def print_json(value: Any) -> None:
     """As JSON, passwords of URLs masked."""
-    from ..monitor import as_json
-    from ..monitor.masking import masked_json
+    from ..operations import as_json
+    from ..operations.masking import masked_json
 
     echo_json(masked_json(as_json(value)), indent=2)
 
@@ -140,7 +140,7 @@ async def _health(broker: RedisStreamBroker) -> AsyncIterator[Callable[[], Await
     Raises:
         CliError: a variable of a database or a threshold is wrong.
     """
-    from ..monitor.health import health_checks
+    from ..operations.health import health_checks
     from ..plumbing.exceptions import TaskConfigError
     from .services import unchecked_task_db
 
@@ -165,7 +165,7 @@ def workers(
 
     Example: diracx-task-run workers --json
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_workers
 
     found = ask(redis_url, redis_url_file, monitor.workers)
@@ -189,7 +189,7 @@ def running(
 
     Example: diracx-task-run running --limit 20
     """
-    from .. import monitor
+    from .. import operations as monitor
     from .monitor_view import print_running
     from .tasks import load_registry
 
@@ -229,7 +229,7 @@ def stats(
 
     Example: diracx-task-run tasks stats --window day --failures 3
     """
-    from .. import monitor
+    from .. import operations as monitor
     from ..plumbing.task_names import resolve_task_name
     from .monitor_view import print_failures, print_stats
     from .tasks import find_task, load_registry

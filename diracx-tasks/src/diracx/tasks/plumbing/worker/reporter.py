@@ -1,7 +1,7 @@
 """What a worker tells those who look: one call every 5 s, or 10 s while nothing happens, from sums that cost an
 execution a few additions.
 
-A report that does not get through is made up for by the next one. `diracx.tasks.monitor` reads them.
+A report that does not get through is made up for by the next one. `diracx.tasks.operations` reads them.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
-from ..monitor import as_json
-from ..plumbing.secrets import last_lines, mask
+from ...operations import as_json
+from ...plumbing.secrets import last_lines, mask
 from .guard import FORM_FIELD
 
 if TYPE_CHECKING:

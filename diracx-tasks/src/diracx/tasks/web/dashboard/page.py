@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from starlette.requests import Request
 
-from ..monitor import MASK, masked_arguments
-from ..monitor.visibility import Viewer
-from ..plumbing.broker.models import TaskMessage
+from ...operations import MASK, masked_arguments
+from ...operations.visibility import Viewer
+from ...plumbing.broker.models import TaskMessage
 from .installation import Installation
 from .operations import NotPossibleError, Operator
 

@@ -14,9 +14,9 @@ from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_t
 from fastapi import Depends, HTTPException
 from redis.exceptions import RedisError
 
-from ..monitor.audit import audited
-from ..plumbing.lock_registry import register_locked_object_type
-from ..plumbing.locks import RateLimiter
+from ...operations.audit import audited
+from ...plumbing.lock_registry import register_locked_object_type
+from ...plumbing.locks import RateLimiter
 from .environment import broker_url, installation_of_environment
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Recorder:
         do: Callable[[], Awaitable[_Outcome]],
         told: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Do something. Arguments as of `diracx.tasks.monitor.audit.audited`.
+        """Do something. Arguments as of `diracx.tasks.operations.audit.audited`.
 
         In an application that knows no server of tasks there is no audit log: the log of the application has it.
 

@@ -1,4 +1,4 @@
-"""What goes over the wire, where it is not a value of `diracx.tasks.monitor` itself."""
+"""What goes over the wire, where it is not a value of `diracx.tasks.operations` itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from ..monitor import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
-from ..monitor.health import Alert, Severity
-from ..plumbing.persistence import DeadLetterReason, DeadLetterStatus
-from ..plumbing.persistence.db import LetterFilter
+from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
+from ...operations.health import Alert, Severity
+from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
+from ...plumbing.persistence.db import LetterFilter
 
 # What comes in is short, and has no control characters: it goes into databases, keys, logs and terminals.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ... import monitor
-from ...monitor import DELAY_REASONS
+from .... import operations as monitor
+from ....operations import DELAY_REASONS
 from ..page import Installation, NotFoundError, Page, Request, viewer_of
 
 _PAGE = 50

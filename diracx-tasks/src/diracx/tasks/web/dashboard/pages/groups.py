@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import monitor
-from ...plumbing.broker.groups import read_group
+from .... import operations as monitor
+from ....plumbing.broker.groups import read_group
 from ..page import Installation, NotFoundError, Page, Request
 
 _GROUPS = 200

@@ -10,7 +10,7 @@ from http import HTTPStatus
 
 from fastapi import HTTPException, Request
 
-from ..plumbing.sql.errors import DatabaseError
+from ...plumbing.sql.errors import DatabaseError
 
 logger = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = 10

@@ -84,7 +84,7 @@ class Deeds:
         )
 
     async def release_lock(self, key: str, owners: Sequence[str] | None = None) -> Released:
-        """Take a lock away from its holders; see `diracx.tasks.monitor.release_lock`.
+        """Take a lock away from its holders; see `diracx.tasks.operations.release_lock`.
 
         Raises:
             ValueError: the key is not that of a lock.

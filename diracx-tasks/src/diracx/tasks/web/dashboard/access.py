@@ -1,7 +1,7 @@
 """Who may come in, and what they may do there.
 
 A gate turns a credential into a session, and the session's cookie into a principal. The stand-alone dashboard
-has gates of its own; in the DiracX application the gate is DiracX's (`diracx.tasks.routers.dashboard`).
+has gates of its own; in the DiracX application the gate is DiracX's (`diracx.tasks.web.api.dashboard`).
 """
 
 from __future__ import annotations

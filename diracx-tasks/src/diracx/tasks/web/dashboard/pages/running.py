@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ... import monitor
+from .... import operations as monitor
 from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request, viewer_of
 
 _PAGE = 100

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 
+from ...plumbing.binding import REDIS_URL_VARIABLE
 from ..dashboard.installation import Installation
-from ..plumbing.binding import REDIS_URL_VARIABLE
 
 if TYPE_CHECKING:
-    from ..plumbing.persistence import TaskDB
+    from ...plumbing.persistence import TaskDB
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ async def installation_of_environment() -> Installation:
 
 
 async def _open() -> Installation:
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.config_source import ConfigReader
-    from ..plumbing.factory import load_task_registry
-    from ..plumbing.secrets import mask
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.config_source import ConfigReader
+    from ...plumbing.factory import load_task_registry
+    from ...plumbing.secrets import mask
 
     url = broker_url()
     if not url:
@@ -67,7 +67,7 @@ def broker_url() -> str | None:
     Raises:
         HTTPException: 503, when it is no address; the log says why.
     """
-    from ..plumbing.broker.address import redis_url_from_environment
+    from ...plumbing.broker.address import redis_url_from_environment
 
     with _address_errors_as_503():
         return redis_url_from_environment()
@@ -75,7 +75,7 @@ def broker_url() -> str | None:
 
 @contextmanager
 def _address_errors_as_503() -> Iterator[None]:
-    from ..plumbing.broker.address import AddressError
+    from ...plumbing.broker.address import AddressError
 
     try:
         yield
@@ -89,9 +89,9 @@ def _address_errors_as_503() -> Iterator[None]:
 
 async def _task_db() -> TaskDB | None:
     """The dead letters. An engine of our own: an application without this database must start as well."""
-    from ..plumbing.databases import database_urls
-    from ..plumbing.exceptions import TaskConfigError
-    from ..plumbing.persistence import TaskDB
+    from ...plumbing.databases import database_urls
+    from ...plumbing.exceptions import TaskConfigError
+    from ...plumbing.persistence import TaskDB
 
     try:
         url = database_urls("TaskDB").get("TaskDB")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from diracx.db.exceptions import DBUnavailableError
 from sqlalchemy.exc import SQLAlchemyError
 
-from ...monitor import waiting_letters
-from ...monitor.health.runner import database_error
-from ...monitor.letters import find_letter, letter_arguments
-from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ....operations import waiting_letters
+from ....operations.health.runner import database_error
+from ....operations.letters import find_letter, letter_arguments
+from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ..operations import Decided
 from ..page import (
     Action,
@@ -30,7 +30,7 @@ from ..page import (
 )
 
 if TYPE_CHECKING:
-    from ...plumbing.persistence.db import LetterFilter
+    from ....plumbing.persistence.db import LetterFilter
 
 _PAGE = 50
 #: A database that is cut off says nothing at all.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import monitor
-from ...monitor import TaskStats, Window
+from .... import operations as monitor
+from ....operations import TaskStats, Window
 from ..page import Installation, Page, Request
 
 _KEYS = {

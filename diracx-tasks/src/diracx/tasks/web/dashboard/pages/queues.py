@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ... import monitor
-from ...monitor.places import queue_of
-from ...plumbing.broker.keys import ALL_STREAM_NAMES
+from .... import operations as monitor
+from ....operations.places import queue_of
+from ....plumbing.broker.keys import ALL_STREAM_NAMES
 from ..page import (
     Action,
     Form,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import monitor
+from .... import operations as monitor
 from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
 
 _PAGE = 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ... import monitor
+from .... import operations as monitor
 from ..page import Installation, Page, Request, viewer_of
 
 #: Each has a traceback.

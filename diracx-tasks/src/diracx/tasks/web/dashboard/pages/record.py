@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...monitor.audit import read_audit
-from ...monitor.places import place_in_stream
+from ....operations.audit import read_audit
+from ....operations.places import place_in_stream
 from ..page import Installation, Page, Request, viewer_of
 
 _PAGE = 100

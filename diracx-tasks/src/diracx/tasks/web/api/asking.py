@@ -14,13 +14,13 @@ from fastapi import Depends, HTTPException
 from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 
+from ...operations import as_json
+from ...operations.masking import masked_json
+from ...operations.visibility import Viewer
+from ...plumbing.exceptions import SendTaskError
+from ...plumbing.secrets import mask
 from ..dashboard.installation import Installation
 from ..dashboard.operations import NotPossibleError, Operator
-from ..monitor import as_json
-from ..monitor.masking import masked_json
-from ..monitor.visibility import Viewer
-from ..plumbing.exceptions import SendTaskError
-from ..plumbing.secrets import mask
 from .access_policies import ActionType, CheckTasksPolicyCallable
 from .environment import installation_of_environment
 from .policies import ConfigReader

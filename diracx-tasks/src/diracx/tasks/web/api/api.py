@@ -11,20 +11,20 @@ from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Body, Depends, Path, Query
 from fastapi.responses import JSONResponse
 
-from .. import monitor
+from ... import operations as monitor
+from ...operations import DelayReason, Window
+from ...operations.audit import AuditEntry, read_audit
+from ...operations.letters import find_letter, letter_arguments, letter_record, letter_summary
+from ...operations.settings import settings_records
+from ...operations.visibility import no_such_vo
+from ...plumbing.broker.groups import GroupStatus, read_group
+from ...plumbing.in_force import configurations_in_force
+from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ...plumbing.persistence.db import LetterFilter
+from ...plumbing.scheduler import ScheduleState, schedules
+from ...plumbing.task_names import resolve_task_name
 from ..dashboard.installation import Installation
 from ..dashboard.operations import Decided, NotPossibleError
-from ..monitor import DelayReason, Window
-from ..monitor.audit import AuditEntry, read_audit
-from ..monitor.letters import find_letter, letter_arguments, letter_record, letter_summary
-from ..monitor.settings import settings_records
-from ..monitor.visibility import no_such_vo
-from ..plumbing.broker.groups import GroupStatus, read_group
-from ..plumbing.in_force import configurations_in_force
-from ..plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
-from ..plumbing.persistence.db import LetterFilter
-from ..plumbing.scheduler import ScheduleState, schedules
-from ..plumbing.task_names import resolve_task_name
 from . import models
 from .asking import InstallationReader, Reader, Writer, there
 from .bounded import BoundedRoute

@@ -10,11 +10,11 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from ... import monitor
-from ...monitor import Point
-from ...monitor.health.alerts import worst
-from ...monitor.health.runner import DEAD_LETTERS, unreadable
-from ...plumbing.broker.stored import UnreadableKeyError
+from .... import operations as monitor
+from ....operations import Point
+from ....operations.health.alerts import worst
+from ....operations.health.runner import DEAD_LETTERS, unreadable
+from ....plumbing.broker.stored import UnreadableKeyError
 from ..installation import Load
 from ..page import Installation, Page, Request, viewer_of
 

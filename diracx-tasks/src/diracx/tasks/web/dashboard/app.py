@@ -22,10 +22,10 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from ..plumbing.broker.stored import UnreadableKeyError
-from ..plumbing.exceptions import SendTaskError
-from ..plumbing.secrets import mask
-from ..plumbing.sql.errors import DatabaseError
+from ...plumbing.broker.stored import UnreadableKeyError
+from ...plumbing.exceptions import SendTaskError
+from ...plumbing.secrets import mask
+from ...plumbing.sql.errors import DatabaseError
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name
 from .health import probe

@@ -1,0 +1,1 @@
+"""HTTP: the dashboard (`dashboard`) and the interface `/api/tasks` of a DiracX application (`api`)."""
