@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from diracx.tasks.plumbing import PeriodicBaseTask, PeriodicVoAwareBaseTask
-from diracx.tasks.plumbing.binding import Binding, bound_to
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
@@ -25,6 +24,7 @@ from diracx.tasks.plumbing.config import CONFIG_PATH_VARIABLE, TasksConfig
 from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.factory import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.submission.client import Binding, bound_to
 from redis.exceptions import RedisError
 
 from . import redis_servers, tasks, witness

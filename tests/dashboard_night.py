@@ -31,10 +31,10 @@ from diracx.tasks.plumbing import (
     RateLimiter,
     register_locked_object_type,
 )
+from diracx.tasks.plumbing._util.histogram import bucket_of
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
-from diracx.tasks.plumbing.histogram import bucket_of
-from diracx.tasks.plumbing.in_force import Announcer, InForce, digest
+from diracx.tasks.plumbing.config.active import Announcer, InForce, digest
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web.dashboard.installation import Installation, Load

@@ -15,7 +15,7 @@ from dashboard_browser import expect, tab_of
 from dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
 from dashboard_world import WRITER, until
 from diracx.tasks import operations as monitor
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.testing import embedded_redis
 from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.dashboard.app import create_app

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.web.dashboard.installation import Installation
 from diracx_application import HOME, make_application, set_environment

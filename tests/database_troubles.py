@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing.databases import join_threads
-from diracx.tasks.plumbing.migrations import Migrations
+from diracx.tasks.plumbing.sql.databases import join_threads
+from diracx.tasks.plumbing.sql.migrations import Migrations
 from diracx.tasks.testing.server import free_port
 from sqlalchemy.engine import make_url
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import pytest
-from diracx.tasks.plumbing.migrations import MigrationError, Migrations
+from diracx.tasks.plumbing.sql.migrations import MigrationError, Migrations
 from sqlalchemy import Connection, MetaData, Table, inspect, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 

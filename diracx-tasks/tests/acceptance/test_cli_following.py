@@ -10,7 +10,7 @@ import pytest
 from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.models import submit_task
-from diracx.tasks.plumbing.in_force import InForce, configurations_in_force
+from diracx.tasks.plumbing.config.active import InForce, configurations_in_force
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 

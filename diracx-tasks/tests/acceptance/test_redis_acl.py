@@ -22,13 +22,13 @@ from dashboard_world import until
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing import BaseTask, schedule_many, spawn_with_callback
-from diracx.tasks.plumbing.binding import Binding, bound_by
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.submission.client import Binding, bound_by
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing.binding import task_broker
 from diracx.tasks.plumbing.broker import server_check
 from diracx.tasks.plumbing.broker.server_check import (
     Server,
@@ -17,6 +16,7 @@ from diracx.tasks.plumbing.broker.server_check import (
     report_changes,
     report_risks,
 )
+from diracx.tasks.plumbing.submission.client import task_broker
 from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis

@@ -30,7 +30,7 @@ from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS, LockSpec, lock_specs
-from diracx.tasks.plumbing.submissions import submission_of
+from diracx.tasks.plumbing.submission.prepare import submission_of
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.settlement import cancelled, defer, hand_back
 from hypothesis import HealthCheck, Phase, settings

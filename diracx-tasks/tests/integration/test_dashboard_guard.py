@@ -11,7 +11,7 @@ import httpx
 import pytest
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from dashboard_world import until
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.web.dashboard.access import Principal, Role
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
 from diracx.tasks.web.dashboard.installation import Installation

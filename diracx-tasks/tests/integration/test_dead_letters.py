@@ -186,7 +186,7 @@ async def test_P12_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
 async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskDB, db_url: str) -> None:
     from functools import partial
 
-    from diracx.tasks.plumbing.patience import patiently
+    from diracx.tasks.plumbing._util.retrying import patiently
 
     async def bury(number: int) -> None:
         await patiently(

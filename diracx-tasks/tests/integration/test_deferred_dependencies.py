@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.jobs import DummyJobExecutorTask
-from diracx.tasks.plumbing.databases import may_be_configured
+from diracx.tasks.plumbing.sql.databases import may_be_configured
 from diracx.tasks.plumbing.worker.blueprint import blueprints
 from diracx.tasks.plumbing.worker.dependencies import Dependencies
 from diracx.tasks.testing import TaskSystem
@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from deferred_settings import Shared
 from diracx.tasks.plumbing import BaseTask
-from diracx.tasks.plumbing.lazily import lazy_names
+from diracx.tasks.plumbing._util.lazy import lazy_names
 
 __getattr__ = lazy_names(
     __name__, {"deferred_settings": ["Late"], "diracx.db.sql": ["JobDB"], "not_there_at_all": ["Lost"]}

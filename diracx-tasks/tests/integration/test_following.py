@@ -19,12 +19,12 @@ from diracx.tasks.plumbing import (
     PeriodicVoAwareBaseTask,
     task_broker,
 )
-from diracx.tasks.plumbing import following as following_module
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.config import TasksConfig, unknown_names
-from diracx.tasks.plumbing.config_source import ConfigReader
-from diracx.tasks.plumbing.following import ConfigFollower
-from diracx.tasks.plumbing.in_force import COUNTS_SECONDS, configurations_in_force
+from diracx.tasks.plumbing.config import watcher as following_module
+from diracx.tasks.plumbing.config.active import COUNTS_SECONDS, configurations_in_force
+from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.watcher import ConfigFollower
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 

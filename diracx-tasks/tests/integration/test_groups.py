@@ -29,7 +29,7 @@ from diracx.tasks.plumbing.broker.redis_streams import GROUP_BATCH
 from diracx.tasks.plumbing.exceptions import ResultIsMissingError, TaskRejectedError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.wire import loads
+from diracx.tasks.plumbing.messages.codec import loads
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 

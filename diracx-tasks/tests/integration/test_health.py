@@ -21,10 +21,10 @@ from diracx.tasks.operations.metrics import health_metrics
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import submit_task
 from diracx.tasks.plumbing.broker.server_check import EMBEDDED
+from diracx.tasks.plumbing.config.active import Announcer, InForce
 from diracx.tasks.plumbing.exceptions import TaskConfigError
-from diracx.tasks.plumbing.in_force import Announcer, InForce
+from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
-from diracx.tasks.plumbing.wire import dumps
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.plumbing.worker.reporter import REJECTED
 from redis.asyncio import Redis

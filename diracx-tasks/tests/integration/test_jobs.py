@@ -14,7 +14,7 @@ from diracx.db.sql import JobDB, JobLoggingDB, TaskQueueDB
 from diracx.db.sql.utils import BaseSQLDB
 from diracx.logic.jobs.submission import submit_jdl_jobs
 from diracx.tasks.jobs import DummyJobExecutorMonitorTask, DummyJobExecutorTask
-from diracx.tasks.plumbing.overrides import sql_overrides
+from diracx.tasks.plumbing.injection.providers import sql_overrides
 from diracx.tasks.testing import TaskSystem
 
 Overrides = dict[Callable[..., Any], Callable[..., Any]]

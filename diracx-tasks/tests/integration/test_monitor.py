@@ -25,9 +25,9 @@ from diracx.tasks.plumbing import (
     Size,
     spawn_with_callback,
 )
+from diracx.tasks.plumbing._util.histogram import bucket_of, end_of_bucket
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
-from diracx.tasks.plumbing.histogram import bucket_of, end_of_bucket
 from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.dead_letters import in_redis

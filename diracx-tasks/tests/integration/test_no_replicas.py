@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from diracx.tasks.plumbing._util.retrying import is_passing
 from diracx.tasks.plumbing.broker.connection import async_client
-from diracx.tasks.plumbing.patience import is_passing
 from diracx.tasks.testing.server import embedded_redis
 from redis.exceptions import RedisError
 

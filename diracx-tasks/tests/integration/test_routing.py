@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, Priority, Size, TasksConfig
-from diracx.tasks.plumbing.binding import bound_to
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
 from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.submission.client import bound_to
 from redis.asyncio import Redis
 
 

@@ -21,7 +21,6 @@ from diracx.tasks.plumbing import (
     RRuleSchedule,
     TasksConfig,
 )
-from diracx.tasks.plumbing.binding import Binding
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from diracx.tasks.plumbing.broker.models import TaskMessage
@@ -29,6 +28,7 @@ from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.scheduler import ScheduleState, TaskScheduler, by_hand, schedules
 from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
 from diracx.tasks.plumbing.schedules import TaskScheduleBase
+from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 

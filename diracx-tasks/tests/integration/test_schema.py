@@ -7,8 +7,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from diracx.tasks.plumbing.migrations import Migrations
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
+from diracx.tasks.plumbing.sql.migrations import Migrations
 from schema_promises import KINDS, SchemaPromises, connected, on, rows
 from sqlalchemy import MetaData, text
 from sqlalchemy.exc import DBAPIError
@@ -37,7 +37,7 @@ class TestTaskSchema(SchemaPromises):
 def family(tmp_path: Path) -> Migrations:
     """Parents and children: a revision copies the parents' table on SQLite, the next one fails half way."""
     (tmp_path / "r" / "versions").mkdir(parents=True)
-    (tmp_path / "r" / "env.py").write_text("from diracx.tasks.plumbing.migrations import run_env\nrun_env()\n")
+    (tmp_path / "r" / "env.py").write_text("from diracx.tasks.plumbing.sql.migrations import run_env\nrun_env()\n")
     revisions = {
         "0001": """
             op.create_table("parents", sa.Column("id", sa.Integer, primary_key=True), sa.Column("old", sa.Integer))

@@ -20,7 +20,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.groups import list_groups
-from diracx.tasks.plumbing.secrets import MASK, without_secrets
+from diracx.tasks.plumbing.messages.secrets import MASK, without_secrets
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 

@@ -21,7 +21,7 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.sizes import MAX_BYTES, MAX_MESSAGE_BYTES_VARIABLE, in_calls
 from diracx.tasks.plumbing.exceptions import TaskConfigError, TaskTooLargeError
-from diracx.tasks.plumbing.injected import ChildResults
+from diracx.tasks.plumbing.injection.annotated import ChildResults
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem

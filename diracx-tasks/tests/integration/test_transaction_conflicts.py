@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing import telemetry
+from diracx.tasks.plumbing._util import telemetry
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.persistence.schema import DeadLetters
 from diracx.tasks.plumbing.sql import session

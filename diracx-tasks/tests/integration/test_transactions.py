@@ -11,9 +11,9 @@ import pytest
 from diracx.db.sql.utils import BaseSQLDB
 from diracx.tasks.plumbing import BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.injection.providers import sql_overrides
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.overrides import sql_overrides
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, func, insert, select, text

@@ -15,11 +15,11 @@ from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.active import configurations_in_force
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
-from diracx.tasks.plumbing.in_force import configurations_in_force
+from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.scheduler.overview import schedules
-from diracx.tasks.plumbing.wire import dumps
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.dashboard.installation import Installation

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from uuid import UUID
 
 import pytest
-from diracx.tasks.plumbing.arguments import check_arguments, field_names, rebuild, serialize
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicVoAwareBaseTask
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
-from diracx.tasks.plumbing.wire import dumps, loads
+from diracx.tasks.plumbing.messages.arguments import check_arguments, field_names, rebuild, serialize
+from diracx.tasks.plumbing.messages.codec import dumps, loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -496,4 +496,4 @@ def test_P52_wrong_arguments_are_refused_in_one_line(cls, args, kwargs, start, i
 
 
 def test_P53_the_module_brings_no_pydantic_by_itself():
-    assert "TypeAdapter" not in vars(sys.modules["diracx.tasks.plumbing.arguments"])
+    assert "TypeAdapter" not in vars(sys.modules["diracx.tasks.plumbing.messages.arguments"])

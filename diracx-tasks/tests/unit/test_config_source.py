@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from config_repository import ConfigRepository
-from diracx.tasks.plumbing import config_source
-from diracx.tasks.plumbing.config_source import ConfigReader, Reading, in_thread
-from diracx.tasks.plumbing.in_force import digest
+from diracx.tasks.plumbing.config import cached as config_source
+from diracx.tasks.plumbing.config.active import digest
+from diracx.tasks.plumbing.config.cached import ConfigReader, Reading, in_thread
 
 LIMIT = "common: {{Greet: {{concurrency_limit: {}}}}}\n"
 

@@ -17,7 +17,7 @@ from diracx.tasks.plumbing.broker.connection import (
     redis_url_from_environment,
     sync_client,
 )
-from diracx.tasks.plumbing.secrets import mask
+from diracx.tasks.plumbing.messages.secrets import mask
 
 
 def options_of(client: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from diracx.db.sql import JobDB
 from diracx.logic.rss.source import SiteStatusSource
 from diracx.tasks import depends as public
 from diracx.tasks.plumbing import depends
-from diracx.tasks.plumbing.binding import current_broker
 from diracx.tasks.plumbing.depends import (
     AvailableSecurityProperties,
     CallbackSpawner,
@@ -25,6 +24,7 @@ from diracx.tasks.plumbing.depends import (
     auto_inject,
     auto_inject_depends,
 )
+from diracx.tasks.plumbing.submission.client import current_broker
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 
@@ -252,7 +252,7 @@ def test_P51_routes_sync_or_async_marked_or_not_keep_working(monkeypatch: pytest
 async def test_route_commits_and_rolls_back_through_our_overrides(tmp_path: Path) -> None:
     """The overrides made for workers also serve a FastAPI application."""
     from diracx.routers.fastapi_classes import DiracxRouter
-    from diracx.tasks.plumbing.overrides import sql_overrides
+    from diracx.tasks.plumbing.injection.providers import sql_overrides
     from httpx import ASGITransport, AsyncClient
     from sqlalchemy import text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from diracx.tasks.plumbing.endings import end
+from diracx.tasks.plumbing._util.tasks import end
 
 
 async def test_what_loses_a_cancellation_ends_all_the_same() -> None:

@@ -19,14 +19,14 @@ from diracx.db.sql.utils import BaseSQLDB
 from diracx.logic.rss.source import SiteStatusSource
 from diracx.tasks.plumbing.depends import AvailableSecurityProperties, Config, NoTransaction, auto_inject
 from diracx.tasks.plumbing.exceptions import TaskConfigError
-from diracx.tasks.plumbing.injection import (
+from diracx.tasks.plumbing.injection.plan import (
     Kind,
     compile_plan,
     find_missing_overrides,
     resolve,
     setup_dependency_overrides,
 )
-from diracx.tasks.plumbing.overrides import sql_overrides
+from diracx.tasks.plumbing.injection.providers import sql_overrides
 from fastapi import Depends, Request
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, func, insert, select
 from sqlalchemy.exc import IntegrityError

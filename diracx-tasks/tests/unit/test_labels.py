@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing.broker.labels import checked_labels
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.wire import dumps
+from diracx.tasks.plumbing.messages.codec import dumps
 
 WRONG: list[tuple[str, Any]] = [
     ("child_results", "3 files"),

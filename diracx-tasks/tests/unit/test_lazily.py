@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from diracx.tasks.plumbing.lazily import lazy_names
+from diracx.tasks.plumbing._util.lazy import lazy_names
 
 if TYPE_CHECKING:
     from {home} import Heavy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from diracx.tasks.plumbing.patience import NO_PRIMARY, Pauses, is_passing, patiently, reason
+from diracx.tasks.plumbing._util.retrying import NO_PRIMARY, Pauses, is_passing, patiently, reason
 from redis._parsers import BaseParser
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel

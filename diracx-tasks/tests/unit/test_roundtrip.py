@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.factory import TaskRegistry
-from diracx.tasks.plumbing.submissions import submission_of
+from diracx.tasks.plumbing.submission.prepare import submission_of
 from diracx.tasks.plumbing.task_vo import vo_of
 from diracx.tasks.plumbing.worker.blueprint import Blueprint
 from hypothesis import given, settings
@@ -457,7 +457,7 @@ def test_plain_arguments_of_plain_classes_are_only_looked_at(monkeypatch: pytest
         raise AssertionError("more than a look")
 
     for name in ("_check", "dumps", "loads", "rebuild"):
-        monkeypatch.setattr(f"diracx.tasks.plumbing.roundtrip.{name}", refuse)
+        monkeypatch.setattr(f"diracx.tasks.plumbing.messages.roundtrip.{name}", refuse)
     assert submission_of(Plain("a"), TaskRegistry({"test:Task": Plain})).message.task_args == ["a", 1, None]
 
 

@@ -16,14 +16,14 @@ from diracx.tasks.cli.listing import _arguments
 from diracx.tasks.cli.tasks import make_task
 from diracx.tasks.operations.letters import letter_record
 from diracx.tasks.operations.masking import masked_arguments
-from diracx.tasks.plumbing.arguments import argument_problems, check_arguments, rebuild, secret_names
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.factory import TaskRegistry
-from diracx.tasks.plumbing.roundtrip import outgoing_arguments
-from diracx.tasks.plumbing.secrets import without_secrets
-from diracx.tasks.plumbing.submissions import submission_of
+from diracx.tasks.plumbing.messages.arguments import argument_problems, check_arguments, rebuild, secret_names
+from diracx.tasks.plumbing.messages.roundtrip import outgoing_arguments
+from diracx.tasks.plumbing.messages.secrets import without_secrets
+from diracx.tasks.plumbing.submission.prepare import submission_of
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
 
 SECRET = "correct/horse&battery=staple+é'" + "0123456789" * 5

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 import msgpack
 import pytest
-from diracx.tasks.plumbing.wire import MAX_DEPTH, dumps, loads
+from diracx.tasks.plumbing.messages.codec import MAX_DEPTH, dumps, loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from diracx.tasks.plumbing.database_clock import DatabaseClock
+from diracx.tasks.plumbing.sql.clock import DatabaseClock
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -8,7 +8,7 @@ import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of

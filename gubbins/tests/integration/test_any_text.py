@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing.migrations import MigrationError
+from diracx.tasks.plumbing.sql.migrations import MigrationError
 from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, fitting, storable
 from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, insert

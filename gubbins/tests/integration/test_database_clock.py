@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing import database_clock
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.persistence.letter import DeadLetter
+from diracx.tasks.plumbing.sql import clock as database_clock
 
 from gubbins import clock
 from gubbins.db.sql import MyPilotDB

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config_source import ConfigReader
+from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.dashboard import create_app

@@ -7,8 +7,8 @@ from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
-from diracx.tasks.plumbing.migrations import MigrationError
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.sql.migrations import MigrationError
 from schema_promises import SchemaPromises, connected, on, rows
 
 from gubbins.circuits import CECall

@@ -14,7 +14,7 @@ import typer
 from .session import CommandError, echo, emit, in_database
 
 if TYPE_CHECKING:
-    from diracx.tasks.plumbing.migrations import Migrations, Move
+    from diracx.tasks.plumbing.sql.migrations import Migrations, Move
 
 T = TypeVar("T")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -38,9 +38,9 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     Raises:
         CommandError: it is not named, cannot be reached, has no tables, or the work was refused.
     """
-    from diracx.tasks.plumbing.databases import join_threads
-    from diracx.tasks.plumbing.migrations import MigrationError
+    from diracx.tasks.plumbing.sql.databases import join_threads
     from diracx.tasks.plumbing.sql.errors import DatabaseError, connecting, describe
+    from diracx.tasks.plumbing.sql.migrations import MigrationError
     from sqlalchemy.exc import SQLAlchemyError
 
     from gubbins.db.sql import MyPilotDB
@@ -87,9 +87,9 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
     Raises:
         CommandError: as above; or it cannot be written down, and was not done.
     """
-    from diracx.tasks.plumbing.binding import REDIS_URL_VARIABLE
     from diracx.tasks.plumbing.broker.connection import AddressError, async_client, redis_url_from_environment
-    from diracx.tasks.plumbing.secrets import mask
+    from diracx.tasks.plumbing.messages.secrets import mask
+    from diracx.tasks.plumbing.submission.client import REDIS_URL_VARIABLE
     from redis.exceptions import RedisError
 
     try:
@@ -132,7 +132,7 @@ def database_url() -> str:
 
 def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Print text for people. What sites and users have written into it does not steer the terminal."""
-    from diracx.tasks.plumbing.printable import printable
+    from diracx.tasks.plumbing._util.printable import printable
 
     print(printable(text), file=sys.stderr if err else sys.stdout, end=end)
 
@@ -164,7 +164,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def _cell(value: Any) -> str:
-    from diracx.tasks.plumbing.printable import printable_line
+    from diracx.tasks.plumbing._util.printable import printable_line
 
     if value is None:
         return "-"

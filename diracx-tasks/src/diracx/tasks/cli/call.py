@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..plumbing.printable import printable
-from ..plumbing.secrets import without_secrets
+from ..plumbing._util.printable import printable
+from ..plumbing.messages.secrets import without_secrets
 from .errors import CliError, explained_redis
 from .options import JsonOption, LogLevelOption, spread
 from .output import echo_json
@@ -120,7 +120,12 @@ class _Run:
 
     async def _run(self) -> Any:
         from ..plumbing.factory import holding
-        from ..plumbing.injection import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
+        from ..plumbing.injection.plan import (
+            compile_plan,
+            find_missing_overrides,
+            resolve,
+            setup_dependency_overrides,
+        )
         from ..plumbing.locks import BaseLimiter, lock_specs
         from .services import check_databases
 

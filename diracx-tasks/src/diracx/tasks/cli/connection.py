@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from ..plumbing.endings import end
+from ..plumbing._util.tasks import end
 from .errors import CliError, explained_redis, mask
 
 if TYPE_CHECKING:

@@ -225,7 +225,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> Installation:
     from ..plumbing.broker.server_check import Role
-    from ..plumbing.config_source import ConfigReader
+    from ..plumbing.config.cached import ConfigReader
     from ..web.dashboard.installation import Installation
     from .connection import open_broker
     from .services import unchecked_task_db

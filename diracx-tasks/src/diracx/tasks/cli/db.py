@@ -14,7 +14,7 @@ from .options import JsonOption
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
-    from ..plumbing.migrations import Migrations, Move
+    from ..plumbing.sql.migrations import Migrations, Move
 
 _Answer = TypeVar("_Answer")
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..plumbing._util.printable import printable
 from ..plumbing.enums import Size
-from ..plumbing.printable import printable
 from .errors import CliError, UsageProblem
 from .options import LogLevel, LogLevelOption, ModuleOption
 

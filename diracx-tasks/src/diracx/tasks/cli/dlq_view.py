@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.printable import printable_line
+from ..plumbing._util.printable import printable_line
 from .errors import CliError, mask, one_line, shortened_line
 from .output import echo, echo_json, show_table, table
 

@@ -16,8 +16,8 @@ __all__ = [
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..plumbing.printable import printable_line
-from ..plumbing.secrets import mask
+from ..plumbing._util.printable import printable_line
+from ..plumbing.messages.secrets import mask
 
 _LONGEST = 1000
 
@@ -98,8 +98,8 @@ def explained_database(name: str) -> Iterator[None]:
     """
     from sqlalchemy.exc import SQLAlchemyError
 
-    from ..plumbing.migrations import MigrationError
     from ..plumbing.sql.errors import DatabaseError, describe
+    from ..plumbing.sql.migrations import MigrationError
 
     try:
         yield
@@ -124,7 +124,7 @@ def _about_redis(error: BaseException, url: str) -> str:
         TimeoutError,
     )
 
-    from ..plumbing.patience import NO_PRIMARY, reason
+    from ..plumbing._util.retrying import NO_PRIMARY, reason
 
     text = reason(error)
     where = f"Redis at {mask(url)}"

@@ -15,7 +15,7 @@ from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_red
 from .output import console, echo_json, show_table, styled, table
 
 if TYPE_CHECKING:
-    from ..plumbing.in_force import InForce
+    from ..plumbing.config.active import InForce
 
 
 def in_force(
@@ -40,7 +40,7 @@ def in_force(
 
 
 async def _ask(url: str) -> list[InForce]:
-    from ..plumbing.in_force import configurations_in_force
+    from ..plumbing.config.active import configurations_in_force
     from .connection import open_broker
 
     async with open_broker(url) as broker:

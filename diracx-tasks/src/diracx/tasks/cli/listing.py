@@ -58,8 +58,8 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
-    from ..plumbing.arguments import secret_names
-    from ..plumbing.secrets import MASK
+    from ..plumbing.messages.arguments import secret_names
+    from ..plumbing.messages.secrets import MASK
 
     try:
         parameters = inspect.signature(task_class).parameters.values()

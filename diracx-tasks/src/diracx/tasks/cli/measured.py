@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..plumbing.telemetry import is_collected
+from ..plumbing._util.telemetry import is_collected
 from .errors import CliError
 from .probes import probes
 

@@ -87,10 +87,10 @@ def run_now(
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
     from ..operations.deeds import Deeds, StillWaitingError
-    from ..plumbing.binding import Binding
     from ..plumbing.exceptions import TaskArgumentsError
     from ..plumbing.scheduler.by_hand import RunNow
     from ..plumbing.scheduler.occurrences import every_instance
+    from ..plumbing.submission.client import Binding
     from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     session = _Session(module, redis_url, redis_url_file)

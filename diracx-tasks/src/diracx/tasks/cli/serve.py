@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..plumbing._util.tasks import end
 from ..plumbing.broker.sizes import MAX_BYTES
-from ..plumbing.endings import end
 from ..plumbing.enums import Size
 from .errors import CliError, explained_redis, mask, one_line
 from .measured import Measured, costly_sources, measured, set_up_telemetry

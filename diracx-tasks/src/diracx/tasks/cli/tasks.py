@@ -171,8 +171,8 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
         CliError: for an unknown name.
         UsageProblem: for malformed JSON, and arguments that do not fit.
     """
-    from ..plumbing.arguments import check_arguments, secret_names
     from ..plumbing.exceptions import TaskArgumentsError
+    from ..plumbing.messages.arguments import check_arguments, secret_names
 
     name = find_task(registry, name)
     secret = bool(secret_names(registry[name]))

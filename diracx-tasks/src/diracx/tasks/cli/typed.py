@@ -69,7 +69,7 @@ class CheckedTask:
         Raises:
             CliError: when the server cannot be reached, or the configuration of tasks is wrong.
         """
-        from ..plumbing.binding import bound_to
+        from ..plumbing.submission.client import bound_to
         from .connection import open_broker
         from .services import tasks_config
 

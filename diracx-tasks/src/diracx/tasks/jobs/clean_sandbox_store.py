@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from ..plumbing._util.lazy import lazy_names
 from ..plumbing.base_task import PeriodicBaseTask
 from ..plumbing.depends import NoTransaction
 from ..plumbing.enums import Priority, Size
-from ..plumbing.lazily import lazy_names
 from ..plumbing.retry_policies import ExponentialBackoff
 from ..plumbing.schedules import CronSchedule
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field
 
+from ..plumbing._util.lazy import lazy_names
 from ..plumbing.base_task import BaseTask, PeriodicBaseTask
 from ..plumbing.enums import Priority, Size
-from ..plumbing.lazily import lazy_names
 from ..plumbing.lock_registry import JOB
 from ..plumbing.locks import BaseLock, MutexLock
 from ..plumbing.retry_policies import ExponentialBackoff

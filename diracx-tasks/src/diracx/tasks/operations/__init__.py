@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..plumbing.broker.groups import list_groups as groups
-from ..plumbing.secrets import MASK
+from ..plumbing.messages.secrets import MASK
 from .actions import purge, release_lock
 from .counted import failed_task_names, failures, history, stats
 from .letters import waiting_letters

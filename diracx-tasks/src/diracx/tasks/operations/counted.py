@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from ..plumbing._util.histogram import end_of_bucket
 from ..plumbing.broker import keys
 from ..plumbing.broker.stored import reading
-from ..plumbing.histogram import end_of_bucket
+from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
-from ..plumbing.wire import loads
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
 from .places import as_mapping, moment, place_in_stream, server_time, text
 

@@ -12,13 +12,13 @@ from .models import Released
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..plumbing.binding import Binding
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence import TaskDB
     from ..plumbing.persistence.db import LetterFilter
     from ..plumbing.persistence.resubmission import Resubmitter, Verdict
     from ..plumbing.scheduler.occurrences import ScheduledTask
+    from ..plumbing.submission.client import Binding
 
 _Outcome = TypeVar("_Outcome")
 #: Dead letters that are discarded in one transaction.

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.endings import end
-from ..plumbing.telemetry import METER, TASKS_SUBMITTED
+from ..plumbing._util.tasks import end
+from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
 from .families import BOUNDARIES, Family, Histogram
 from .places import queue_of
 

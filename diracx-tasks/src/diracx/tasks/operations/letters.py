@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE
-from ..plumbing.secrets import mask
-from ..plumbing.wire import leading_fields
+from ..plumbing.messages.codec import leading_fields
+from ..plumbing.messages.secrets import mask
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter, as_json
 from .places import HEAD_BYTES, Registry, moment, place_in_stream

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.arguments import field_names, is_made_for, secret_names, secret_positions
 from ..plumbing.broker.labels import LABEL_SECRET
-from ..plumbing.secrets import MASK, mask
+from ..plumbing.messages.arguments import field_names, is_made_for, secret_names, secret_positions
+from ..plumbing.messages.secrets import MASK, mask
 from .models import as_json
 
 if TYPE_CHECKING:

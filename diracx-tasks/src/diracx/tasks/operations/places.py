@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE, moment_of, text_of
+from ..plumbing.messages.codec import dumps, leading_fields
 from ..plumbing.task_vo import vo_of
-from ..plumbing.wire import dumps, leading_fields
 from .masking import masked_arguments
 
 if TYPE_CHECKING:

@@ -48,8 +48,8 @@ def task_records(
 
 def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[str]:
     """The VOs for which something about the task may be different."""
-    from ..plumbing.arguments import knows_vo
     from ..plumbing.base_task import BaseTask
+    from ..plumbing.messages.arguments import knows_vo
 
     if not knows_vo(task_class):
         return []

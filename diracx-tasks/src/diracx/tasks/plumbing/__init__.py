@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, schedule_many
-    from .binding import task_broker
     from .callbacks import fire_callback, spawn_with_callback
     from .cancellation import TaskPlace, cancel_task, cancel_tasks
     from .child_results import ChildResults
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
         WorkerStoppedError,
     )
     from .factory import load_task_registry, task_wrapper, wrap_task
-    from .injection import find_missing_overrides, setup_dependency_overrides
+    from .injection.plan import find_missing_overrides, setup_dependency_overrides
     from .lock_registry import LockedObjectType, register_locked_object_type, validate_registry
     from .locks import (
         BaseLimiter,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     )
     from .retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBase
     from .schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+    from .submission.client import task_broker
 
 _MODULES = {
     "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),

@@ -8,16 +8,16 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .arguments import serialize
 from .enums import Priority, Size
 from .lock_registry import TASK
 from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
+from .messages.arguments import serialize
 from .retry_policies import NoRetry, RetryPolicyBase
 
 if TYPE_CHECKING:
-    from .binding import Binding
     from .broker.models import Submission
     from .schedules import TaskScheduleBase
+    from .submission.client import Binding
 
 
 class BaseTask:
@@ -103,8 +103,8 @@ class BaseTask:
 @cache
 def _how_to_submit() -> tuple[Callable[[], Awaitable[Binding]], Callable[..., Submission]]:
     """Imported when the first task is submitted; a statement in the function would cost each of them a look."""
-    from .binding import current_binding
-    from .submissions import submission_of
+    from .submission.client import current_binding
+    from .submission.prepare import submission_of
 
     return current_binding, submission_of
 

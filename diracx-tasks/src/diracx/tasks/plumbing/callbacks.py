@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from .binding import Binding, current_binding
 from .broker import scripts
 from .broker.groups import GroupStatus, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .child_results import asks_for_results
 from .spans import submission_spans
+from .submission.client import Binding, current_binding
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .base_task import BaseTask
-from .binding import current_broker
 from .broker.groups import read_results
 from .broker.labels import LABEL_CHILD_RESULTS
 from .broker.models import TaskResult
 from .current import current_message
+from .submission.client import current_broker
 
 if TYPE_CHECKING:
-    from .injected import ChildResults
+    from .injection.annotated import ChildResults
 else:
-    from .lazily import lazy_names
+    from ._util.lazy import lazy_names
 
     __getattr__ = lazy_names(__name__, {".injected": ["ChildResults"]})
 
@@ -39,7 +39,7 @@ async def child_results() -> dict[str, TaskResult[Any]]:
 
 def asks_for_results(task_class: type[BaseTask]) -> bool:
     """Whether `execute` (or something it depends on) takes `ChildResults`."""
-    from .injection import compile_plan
-    from .sentinels import calls_below
+    from .injection.placeholders import calls_below
+    from .injection.plan import compile_plan
 
     return child_results in calls_below(compile_plan(task_class.execute, skip_first=True), {})

@@ -16,14 +16,14 @@ from inspect import Parameter, Signature
 from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeGuard, TypeVar, get_args, get_origin
 
-from .lazily import LazyScope, lazy_names
-from .sentinels import OPENSEARCH, SETTINGS, SOURCE, SQL, innermost
+from ._util.lazy import LazyScope, lazy_names
+from .injection.placeholders import OPENSEARCH, SETTINGS, SOURCE, SQL, innermost
 
 if TYPE_CHECKING:
     from fastapi.params import Depends
 
     from .base_task import BaseTask
-    from .injected import AvailableSecurityProperties, CallbackSpawner, Config
+    from .injection.annotated import AvailableSecurityProperties, CallbackSpawner, Config
 else:
     __getattr__ = lazy_names(__name__, {".injected": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]})
 
@@ -67,8 +67,8 @@ class _CallbackSpawner:
         callback when a child finally failed. The broker is the one bound where the call is made;
         where none is bound, it is made from ``DIRACX_TASKS_REDIS_URL``.
         """
-        from .binding import bound_from_environment, current_broker
         from .callbacks import spawn_with_callback
+        from .submission.client import bound_from_environment, current_broker
 
         with bound_from_environment():
             return await spawn_with_callback(
@@ -165,7 +165,7 @@ def auto_inject(func: Callable[P, R]) -> Callable[P, R]:
 def _with_bound_broker(func: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(func)
     async def with_bound_broker(*args: Any, **kwargs: Any) -> Any:
-        from .binding import bound_from_environment
+        from .submission.client import bound_from_environment
 
         with bound_from_environment():
             return await func(*args, **kwargs)

@@ -203,7 +203,7 @@ async def task_wrapper(
     Raises:
         UnableToAcquireLockError: when a lock is held by somebody else.
     """
-    from .arguments import rebuild
+    from .messages.arguments import rebuild
 
     task = rebuild(cls, args, {})
     locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]

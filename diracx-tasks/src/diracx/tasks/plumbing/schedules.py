@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
-from .local_time import next_in_zone
+from ._util.local_time import next_in_zone
 
 if TYPE_CHECKING:
     from dateutil.rrule import rrule, rruleset

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .secrets import mask
+from .messages.secrets import mask
 
 if TYPE_CHECKING:
     from .broker.models import Delivery, Settlement, Submission, TaskMessage

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import field_names, is_made_for, own_serialize
 from .broker.labels import LABEL_VO
+from .messages.arguments import field_names, is_made_for, own_serialize
 
 if TYPE_CHECKING:
     from .base_task import BaseTask

@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from ..plumbing.base_task import BaseTask
-from ..plumbing.binding import Binding, bound_by
 from ..plumbing.broker import RedisStreamBroker, keys
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
 from ..plumbing.enums import Size
 from ..plumbing.factory import TaskRegistry
 from ..plumbing.scheduler import TaskScheduler
+from ..plumbing.submission.client import Binding, bound_by
 from ..plumbing.worker import Worker
 from ..plumbing.worker.settings import WorkerSettings
 from .server import embedded_redis

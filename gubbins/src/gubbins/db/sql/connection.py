@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVarTuple, cast
 
-from diracx.tasks.plumbing.migrations import Migrations
+from diracx.tasks.plumbing.sql.migrations import Migrations
 from diracx.tasks.plumbing.sql.session import Database, transaction
 from sqlalchemy import (
     ARRAY,

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from ...plumbing.printable import printable_line
+from ...plumbing._util.printable import printable_line
 from ..models import Shown, Snapshot
 from ..visibility import Viewer
 

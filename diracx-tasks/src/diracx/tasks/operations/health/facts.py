@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...plumbing.broker import keys
 from ...plumbing.broker.server_check import Server, read_server
-from ...plumbing.in_force import InForce, configurations_in_force
+from ...plumbing.config.active import InForce, configurations_in_force
 from ...plumbing.worker.reporter import REJECTED
 from ..counted import failures, stats
 from ..models import Failure, Snapshot, TaskStats

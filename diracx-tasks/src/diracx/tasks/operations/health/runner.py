@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
+from ...plumbing._util.retrying import reason
 from ...plumbing.broker import scripts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
-from ...plumbing.patience import reason
 from ..places import moment
 from .alerts import Alert, Health, Severity, counted, worst
 from .checks import CHECKS, find_alerts, unusable

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from ..binding import REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
-from ..secrets import mask
+from ..messages.secrets import mask
+from ..submission.client import REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
 
 _ALIASES = {"valkey": "redis", "valkeys": "rediss", "valkey+sentinel": "redis+sentinel"}
 _ALIASES["valkeys+sentinel"] = "rediss+sentinel"

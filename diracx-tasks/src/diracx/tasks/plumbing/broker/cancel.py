@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from ..error_info import describe_exception
 from ..exceptions import TaskCancelledError
+from ..messages.error_info import describe_exception
 from . import keys, scripts
 from .ending import child_ended, collected, schedule_outcome, stored_result
 from .groups import ask_for_audit, group_of

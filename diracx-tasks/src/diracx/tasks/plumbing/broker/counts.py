@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .. import telemetry
+from .._util import telemetry
 
 if TYPE_CHECKING:
     from .models import Delivery, Submission

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..error_info import ErrorInfo
 from ..exceptions import ResultTooLargeError
+from ..messages.error_info import ErrorInfo
 from . import keys
 from .labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS, LABEL_RESULT_TTL, LABEL_SCHEDULE
 from .models import TaskMessage, TaskResult

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 import msgpack
 
 from ..enums import Priority, Size
-from ..error_info import ErrorInfo, cut, describe_exception
 from ..exceptions import NewerMessageError, ResultIsMissingError
-from ..wire import dumps, loads
+from ..messages.codec import dumps, loads
+from ..messages.error_info import ErrorInfo, cut, describe_exception
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
 from .sizes import LOCK_BYTES, checked_size
 

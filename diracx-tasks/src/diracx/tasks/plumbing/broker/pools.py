@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from ..patience import is_write_to_closed
+from .._util.retrying import is_write_to_closed
 
 if TYPE_CHECKING:
     from .address import Address

@@ -25,7 +25,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
-from ..secrets import mask
+from ..messages.secrets import mask
 from ..spans import submission_spans
 from . import keys, scripts
 from .connection import async_client

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
-from ..patience import is_passing
+from .._util.retrying import is_passing
 from . import keys
 from .memory import eviction_problem
 from .scripts import script

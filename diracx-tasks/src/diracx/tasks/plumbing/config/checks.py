@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-from ..arguments import argument_problems, knows_vo
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..exceptions import TaskConfigError
 from ..lock_registry import TASK, locked_object_types
+from ..messages.arguments import argument_problems, knows_vo
 from ..retry_policies import ExponentialBackoff
 from .merge import KINDS, Layer, Path, lay, mapping, section_at, task_layers, with_instances
 from .model import TasksConfig

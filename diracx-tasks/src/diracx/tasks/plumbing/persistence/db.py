@@ -11,8 +11,8 @@ from typing import Any, TypedDict
 
 from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
 
-from ..database_clock import DatabaseClock
-from ..migrations import Migrations
+from ..sql.clock import DatabaseClock
+from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
 from ..sql.types import fitting, storable
 from ..task_names import resolve_task_name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 from ..broker.keys import DEAD_LETTERS
-from ..wire import loads
+from ..messages.codec import loads
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage

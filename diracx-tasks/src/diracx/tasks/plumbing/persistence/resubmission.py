@@ -12,12 +12,12 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import rebuild
-from ..binding import Binding
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Submission, TaskMessage
 from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
-from ..submissions import stream_of
+from ..messages.arguments import rebuild
+from ..submission.client import Binding
+from ..submission.prepare import stream_of
 from .letter import OPEN, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:

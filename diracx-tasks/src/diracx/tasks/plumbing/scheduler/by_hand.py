@@ -13,7 +13,7 @@ from ..spans import submission_spans
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..binding import Binding
+    from ..submission.client import Binding
     from .occurrences import ScheduledTask
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
-from ..endings import end
+from .._util.tasks import end
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -8,16 +8,16 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import check_arguments
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.redis_streams import in_ms
 from ..config import PeriodicTaskConfig, TasksConfig
+from ..messages.arguments import check_arguments
 from ..schedules import IntervalSeconds, TaskScheduleBase
 from ..spans import submission_spans
 
 if TYPE_CHECKING:
-    from ..binding import Binding
+    from ..submission.client import Binding
 
 #: An occurrence that is later than this was missed: nobody led, or it was paused. Longer than any fail-over.
 MISSED_SECONDS = 30.0

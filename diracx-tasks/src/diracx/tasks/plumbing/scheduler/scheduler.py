@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from ..binding import Binding
+from .._util.retrying import Pauses, is_passing
+from .._util.tasks import end
 from ..broker import keys, scripts
 from ..broker.group_audit import audit_for_ever
 from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH, in_ms
 from ..broker.stored import SCANNED, ms_of, text_of
 from ..config import TasksConfig
-from ..endings import end
 from ..factory import TaskRegistry
-from ..patience import Pauses, is_passing
+from ..submission.client import Binding
 from .agenda import Agenda, Occurrence
 from .clock import SET_BACK_SECONDS, ServerClock
 from .leadership import Leadership

@@ -34,7 +34,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from ..secrets import mask
+from ..messages.secrets import mask
 
 
 class Trouble(StrEnum):

@@ -16,16 +16,16 @@ from diracx.db.sql.utils import BaseSQLDB
 from sqlalchemy import Connection, event, inspect
 from sqlalchemy.exc import DBAPIError
 
-from .. import telemetry
-from ..databases import report_lost_connections
-from ..patience import Pauses
+from .._util import telemetry
+from .._util.retrying import Pauses
+from .databases import report_lost_connections
 from .errors import DatabaseError, Trouble, connecting, describe, unusable_url
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ..migrations import Migrations
+    from .migrations import Migrations
 
 _Answer = TypeVar("_Answer")
 _Params = ParamSpec("_Params")

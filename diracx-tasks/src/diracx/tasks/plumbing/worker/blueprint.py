@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..arguments import rebuild
 from ..base_task import BaseTask
 from ..config import TaskOverride, TasksConfig
-from ..injection import Plan, compile_plan
+from ..injection.placeholders import innermost
+from ..injection.plan import Plan, compile_plan
 from ..lock_registry import TASK
 from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter
+from ..messages.arguments import rebuild
 from ..retry_policies import ExponentialBackoff, RetryPolicyBase
-from ..sentinels import innermost
 from ..task_vo import own_vo
 
 if TYPE_CHECKING:

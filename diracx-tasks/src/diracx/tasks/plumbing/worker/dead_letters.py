@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._util.retrying import Pauses, is_passing
 from ..broker import keys, scripts
 from ..broker.sizes import CALL_BYTES, in_calls
-from ..error_info import one_line
-from ..patience import Pauses, is_passing
+from ..messages.codec import dumps
+from ..messages.error_info import one_line
 from ..persistence.letter import DeadLetter
-from ..wire import dumps
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..databases import may_be_configured
 from ..depends import loads_at_first_use
-from ..injection import Plan
-from ..overrides import setup_dependency_overrides
-from ..sentinels import find_missing_overrides
+from ..injection.placeholders import find_missing_overrides
+from ..injection.plan import Plan
+from ..injection.providers import setup_dependency_overrides
+from ..sql.databases import may_be_configured
 
 if TYPE_CHECKING:
     from .blueprint import Blueprint

@@ -13,13 +13,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import secret_names
 from ..current import current_locks, current_message
-from ..error_info import describe_exception
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
-from ..injection import resolve
+from ..injection.plan import resolve
 from ..locks import lock_specs
-from ..secrets import without_secrets
+from ..messages.arguments import secret_names
+from ..messages.error_info import describe_exception
+from ..messages.secrets import without_secrets
 from ..spans import execution_span, is_traced, task_attributes
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from ..error_info import ErrorInfo
+from ..messages.error_info import ErrorInfo
 
 
 class Succeeded(NamedTuple):  # made for every task

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from ..patience import may_pass, patiently
+from .._util.retrying import may_pass, patiently
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker

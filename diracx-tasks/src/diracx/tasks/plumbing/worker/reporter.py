@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
+from .._util.histogram import BUCKETS, bucket_of
 from ..broker import keys, scripts
 from ..broker.labels import LABEL_ATTEMPTS
-from ..error_info import cut
 from ..exceptions import LockLostError, TaskCancelledError
-from ..histogram import BUCKETS, bucket_of
-from ..secrets import last_lines
+from ..messages.codec import dumps
+from ..messages.error_info import cut
+from ..messages.secrets import last_lines
 from ..task_vo import vo_of_task
-from ..wire import dumps
 from .outcome import Failed, Outcome, TakenOver
 
 if TYPE_CHECKING:

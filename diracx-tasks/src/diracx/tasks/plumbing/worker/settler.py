@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from .._util.retrying import is_passing, patiently
 from ..broker import scripts
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
-from ..error_info import one_line
 from ..exceptions import ResultTooLargeError
-from ..patience import is_passing, patiently
+from ..messages.error_info import one_line
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker

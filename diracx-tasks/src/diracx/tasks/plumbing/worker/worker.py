@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from ..binding import Binding, bound_by
+from .._util.retrying import is_passing, may_pass, patiently, reason
+from .._util.tasks import end
 from ..broker import keys, scripts
 from ..broker.groups import ask_for_audit, group_of
 from ..broker.models import TaskMessage, id_at_head
 from ..broker.sizes import LOCK_BYTES, in_calls
 from ..config import TasksConfig
-from ..endings import end
 from ..enums import Priority
-from ..error_info import describe_exception, one_line
 from ..exceptions import NewerMessageError
 from ..factory import TaskRegistry
-from ..patience import is_passing, may_pass, patiently, reason
+from ..messages.error_info import describe_exception, one_line
+from ..messages.secrets import without_secrets_of
 from ..persistence.letter import DeadLetterReason
-from ..secrets import without_secrets_of
 from ..spans import note_settlement, processing_span, set_task_log_context
+from ..submission.client import Binding, bound_by
 from ..task_vo import vo_of
 from .announcements import Announcements
 from .blueprint import blueprints
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
-    from ..injection import Plan
+    from ..injection.plan import Plan
     from ..locks import LockSpec
     from ..persistence import DeadLetter, TaskDB
     from .outcome import Outcome

@@ -18,7 +18,7 @@ from ...operations.letters import find_letter, letter_arguments, letter_record, 
 from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
-from ...plumbing.in_force import configurations_in_force
+from ...plumbing.config.active import configurations_in_force
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import LetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules

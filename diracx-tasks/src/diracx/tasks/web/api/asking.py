@@ -18,7 +18,7 @@ from ...operations import as_json
 from ...operations.masking import masked_json
 from ...operations.visibility import Viewer
 from ...plumbing.exceptions import SendTaskError
-from ...plumbing.secrets import mask
+from ...plumbing.messages.secrets import mask
 from ..dashboard.installation import Installation
 from ..dashboard.operations import NotPossibleError, Operator
 from .access_policies import ActionType, CheckTasksPolicyCallable

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 
-from ...plumbing.binding import REDIS_URL_VARIABLE
+from ...plumbing.submission.client import REDIS_URL_VARIABLE
 from ..dashboard.installation import Installation
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ async def installation_of_environment() -> Installation:
 
 async def _open() -> Installation:
     from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config_source import ConfigReader
+    from ...plumbing.config.cached import ConfigReader
     from ...plumbing.factory import load_task_registry
-    from ...plumbing.secrets import mask
+    from ...plumbing.messages.secrets import mask
 
     url = broker_url()
     if not url:
@@ -89,9 +89,9 @@ def _address_errors_as_503() -> Iterator[None]:
 
 async def _task_db() -> TaskDB | None:
     """The dead letters. An engine of our own: an application without this database must start as well."""
-    from ...plumbing.databases import database_urls
     from ...plumbing.exceptions import TaskConfigError
     from ...plumbing.persistence import TaskDB
+    from ...plumbing.sql.databases import database_urls
 
     try:
         url = database_urls("TaskDB").get("TaskDB")

@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
-from ...plumbing.secrets import mask
+from ...plumbing.messages.secrets import mask
 from ...plumbing.sql.errors import DatabaseError
 from .door import Door, own_path, root_of, set_cookie
 from .guard import Guard, cookie_name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ... import operations as monitor
 from ...operations.health import health_checks
 from ...plumbing.config import TasksConfig
-from ...plumbing.config_source import Reading, in_thread
+from ...plumbing.config.cached import Reading, in_thread
 from .sharing import Shared
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...operations.health import Health, HealthChecks
     from ...plumbing.base_task import BaseTask
     from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config_source import ConfigReader
+    from ...plumbing.config.cached import ConfigReader
     from ...plumbing.factory import TaskRegistry
     from ...plumbing.persistence import TaskDB
 

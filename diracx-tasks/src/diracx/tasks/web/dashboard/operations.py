@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...operations.deeds import Deeds, StillWaitingError
-from ...plumbing.binding import Binding
 from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.submission.client import Binding
 
 if TYPE_CHECKING:
     from ...plumbing.broker.cancel import TaskPlace

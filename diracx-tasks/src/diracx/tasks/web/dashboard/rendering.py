@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from ...operations import as_json
-from ...plumbing.secrets import last_lines, mask
+from ...plumbing.messages.secrets import last_lines, mask
 from .guard import FORM_FIELD
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Alembic runs this."""
 
-from diracx.tasks.plumbing.migrations import run_env
+from diracx.tasks.plumbing.sql.migrations import run_env
 
 run_env()

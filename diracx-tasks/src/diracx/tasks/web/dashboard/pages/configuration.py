@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....operations.settings import limit_records, task_records
-from ....plumbing.in_force import InForce, configurations_in_force
+from ....plumbing.config.active import InForce, configurations_in_force
 from ..page import Installation, Page, Request
 
 #: Of more tasks than these a page has the settings one by one.

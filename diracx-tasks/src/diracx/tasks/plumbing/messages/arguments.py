@@ -33,6 +33,7 @@ from typing import (
 )
 from zlib import crc32
 
+from ..exceptions import TaskArgumentsError
 from .annotations import (
     UNKNOWN,
     annotates,
@@ -44,14 +45,13 @@ from .annotations import (
     resolve,
 )
 from .argument_texts import REQUIRED, one_line, reason, shown, type_text
-from .exceptions import TaskArgumentsError
 from .secrets import MASK, hide
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from .base_task import BaseTask
-    from .broker.models import TaskMessage
+    from ..base_task import BaseTask
+    from ..broker.models import TaskMessage
 
 T = TypeVar("T", bound="BaseTask")
 

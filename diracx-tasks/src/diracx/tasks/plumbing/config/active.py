@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from .broker import keys, scripts
-from .broker.stored import reading
+from ..broker import keys, scripts
+from ..broker.stored import reading
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .config import TasksConfig
+    from . import TasksConfig
 
 #: A process that has not said so for longer runs no more.
 COUNTS_SECONDS = 60.0

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import CONFIG_PATH_VARIABLE, TasksConfig, checked_tasks_config, load_tasks_config
-from .exceptions import TaskConfigError
+from ..exceptions import TaskConfigError
+from . import CONFIG_PATH_VARIABLE, TasksConfig, checked_tasks_config, load_tasks_config
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from diracx.core.config import Config, ConfigSource
 
-    from .base_task import BaseTask
+    from ..base_task import BaseTask
 
     Registry = Mapping[str, type[BaseTask]]
 

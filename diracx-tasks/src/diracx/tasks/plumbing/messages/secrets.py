@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus, unquote_plus
 
 if TYPE_CHECKING:
-    from .base_task import BaseTask
-    from .broker.models import TaskMessage
+    from ..base_task import BaseTask
+    from ..broker.models import TaskMessage
 
 #: What stands where a value is not for everybody's eyes.
 MASK = "•••"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from .base_task import BaseTask
-    from .broker.models import Submission
-    from .broker.redis_streams import RedisStreamBroker
-    from .config import TasksConfig
-    from .factory import TaskRegistry
+    from ..base_task import BaseTask
+    from ..broker.models import Submission
+    from ..broker.redis_streams import RedisStreamBroker
+    from ..config import TasksConfig
+    from ..factory import TaskRegistry
 
 REDIS_URL_VARIABLE = "DIRACX_TASKS_REDIS_URL"
 #: Names a file that holds the URL, should the former not be set.
@@ -46,7 +46,7 @@ class Binding:
         task_id: str | None = None,
     ) -> Submission:
         """The task as a message. See `submissions.submission_of`."""
-        from .submissions import submission_of
+        from .prepare import submission_of
 
         return submission_of(task, self.registry, self.config, at_time=at_time, labels=labels, task_id=task_id)
 
@@ -55,8 +55,8 @@ class _Submitter:
     """A binding for code that submits now and then: its settings are looked at again when it does."""
 
     def __init__(self, broker: RedisStreamBroker, registry: TaskRegistry) -> None:
-        from .config_source import ConfigReader
-        from .following import LazyFollower
+        from ..config.cached import ConfigReader
+        from ..config.watcher import LazyFollower
 
         self._binding = Binding(broker, registry)
         self._follower = LazyFollower(ConfigReader.of_environment())
@@ -151,10 +151,10 @@ async def task_broker(
         UnusableServerError: when the task system cannot work on that server, or with that user.
         redis.exceptions.RedisError: when the server does not answer.
     """
-    from .broker.connection import redis_url_from_environment
-    from .broker.redis_streams import RedisStreamBroker
-    from .broker.server_check import Role
-    from .factory import TaskRegistry, load_task_registry
+    from ..broker.connection import redis_url_from_environment
+    from ..broker.redis_streams import RedisStreamBroker
+    from ..broker.server_check import Role
+    from ..factory import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or redis_url_from_environment() or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
@@ -176,9 +176,9 @@ def _submitter_from_environment() -> _Submitter:
     loop = asyncio.get_running_loop()
     submitter = _of_loop.get(loop)
     if submitter is None:
-        from .broker.connection import redis_url_from_environment
-        from .broker.redis_streams import RedisStreamBroker
-        from .factory import load_task_registry
+        from ..broker.connection import redis_url_from_environment
+        from ..broker.redis_streams import RedisStreamBroker
+        from ..factory import load_task_registry
 
         url = redis_url_from_environment()
         if not url:

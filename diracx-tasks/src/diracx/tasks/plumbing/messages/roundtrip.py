@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from .arguments import Parameter, Shape, rebuild, shape_of
-from .wire import dumps, loads
+from .codec import dumps, loads
 
 #: Of these, `==` and the type say all; of floats, they do not.
 _EXACT = frozenset({type(None), bool, int, str, bytes})

@@ -15,11 +15,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from .config import TasksConfig
-from .config_source import ConfigReader, Reading, in_thread
-from .endings import end
-from .in_force import Announcer, InForce, digest
-from .telemetry import count_reload_failure, set_config_is_current
+from .._util.tasks import end
+from .._util.telemetry import count_reload_failure, set_config_is_current
+from . import TasksConfig
+from .active import Announcer, InForce, digest
+from .cached import ConfigReader, Reading, in_thread
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

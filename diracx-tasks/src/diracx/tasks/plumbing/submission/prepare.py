@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .arguments import secret_positions, shape_of
-from .base_task import BaseTask
-from .broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
-from .broker.models import Submission, TaskMessage
-from .broker.redis_streams import new_task_id
-from .locks import lock_specs
-from .roundtrip import outgoing_arguments
+from ..base_task import BaseTask
+from ..broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
+from ..broker.models import Submission, TaskMessage
+from ..broker.redis_streams import new_task_id
+from ..locks import lock_specs
+from ..messages.arguments import secret_positions, shape_of
+from ..messages.roundtrip import outgoing_arguments
 
 if TYPE_CHECKING:
-    from .config import TasksConfig
-    from .factory import TaskRegistry
+    from ..config import TasksConfig
+    from ..factory import TaskRegistry
 
 
 def submission_of(

@@ -125,7 +125,7 @@ class Migrations:
             MigrationError: there are tables, of an older revision or of something else.
             DatabaseError: it cannot be used.
         """
-        from .sql.errors import explained
+        from .errors import explained
 
         with explained(self.database):
             async with engine.begin() as connection:
@@ -200,7 +200,7 @@ class Migrations:
 
     @contextlib.asynccontextmanager
     async def _connection(self, url: str) -> AsyncIterator[AsyncConnection]:
-        from .sql.errors import explained
+        from .errors import explained
 
         with explained(self.database):
             async with _connection(url, self.database) as connection:
@@ -355,7 +355,7 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
-    from .sql.errors import connecting, unusable_url
+    from .errors import connecting, unusable_url
 
     try:
         engine = create_async_engine(url, poolclass=NullPool)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from .exceptions import TaskConfigError
+from ..exceptions import TaskConfigError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
@@ -90,7 +90,7 @@ def report_lost_connections(engine: AsyncEngine) -> None:
 def _connection_lost(context: ExceptionContext) -> Exception | None:
     from sqlalchemy.exc import OperationalError
 
-    from .patience import is_write_to_closed
+    from .._util.retrying import is_write_to_closed
 
     if not is_write_to_closed(context.original_exception):
         return None

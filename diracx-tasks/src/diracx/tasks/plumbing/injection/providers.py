@@ -14,8 +14,19 @@ from contextlib import AsyncExitStack
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
-from .databases import database_urls, report_lost_connections
-from .sentinels import CONFIG, OPENSEARCH, SETTINGS, SOURCE, SQL, Call, Family, Overrides, calls_below, family_of
+from ..sql.databases import database_urls, report_lost_connections
+from .placeholders import (
+    CONFIG,
+    OPENSEARCH,
+    SETTINGS,
+    SOURCE,
+    SQL,
+    Call,
+    Family,
+    Overrides,
+    calls_below,
+    family_of,
+)
 
 if TYPE_CHECKING:
     from diracx.core.config import Config

@@ -1,0 +1,1 @@
+"""What a task and its result look like as bytes: arguments, codec, secrets and errors in text."""

@@ -1,0 +1,1 @@
+"""Which broker `schedule()` sends to, and what is checked and prepared before."""
