@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),
-    "binding": ("task_broker",),
+    "submission.client": ("task_broker",),
     "callbacks": ("fire_callback", "spawn_with_callback"),
     "cancellation": ("TaskPlace", "cancel_task", "cancel_tasks"),
     "child_results": ("ChildResults",),
@@ -89,7 +89,7 @@ _MODULES = {
         "WorkerStoppedError",
     ),
     "factory": ("load_task_registry", "task_wrapper", "wrap_task"),
-    "injection": ("find_missing_overrides", "setup_dependency_overrides"),
+    "injection.plan": ("find_missing_overrides", "setup_dependency_overrides"),
     "lock_registry": ("LockedObjectType", "register_locked_object_type", "validate_registry"),
     "locks": (
         "BaseLimiter",

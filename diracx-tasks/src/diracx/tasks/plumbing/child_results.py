@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     from ._util.lazy import lazy_names
 
-    __getattr__ = lazy_names(__name__, {".injected": ["ChildResults"]})
+    __getattr__ = lazy_names(__name__, {".injection.annotated": ["ChildResults"]})
 
 __all__ = ["ChildResults", "asks_for_results", "child_results"]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .base_task import BaseTask
     from .injection.annotated import AvailableSecurityProperties, CallbackSpawner, Config
 else:
-    __getattr__ = lazy_names(__name__, {".injected": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]})
+    __getattr__ = lazy_names(__name__, {".injection.annotated": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]})
 
 P = ParamSpec("P")
 R = TypeVar("R")

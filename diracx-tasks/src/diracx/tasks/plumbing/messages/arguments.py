@@ -431,7 +431,7 @@ def _work_out(cls: type[Any]) -> Shape:
 def own_serialize(cls: type[Any]) -> bool:
     """Whether the class overrides `serialize`."""
     function = getattr(cls, "serialize", None)
-    return function is not None and getattr(function, "__module__", "") != f"{__package__}.base_task"
+    return function is not None and getattr(function, "__module__", "") != "diracx.tasks.plumbing.base_task"
 
 
 def _init_owner(cls: type[Any]) -> type[Any]:
