@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .base_task import BaseTask
     from .injection.annotated import AvailableSecurityProperties, CallbackSpawner, Config
 else:
-    __getattr__ = lazy_names(__name__, {".injection.annotated": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]})
+    __getattr__ = lazy_names(
+        __name__, {".injection.annotated": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]}
+    )
 
 P = ParamSpec("P")
 R = TypeVar("R")
