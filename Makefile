@@ -42,7 +42,7 @@ versions: $(STAMP) ## print the versions of all that the tests run
 	@$(BIN)/python tests/servers.py versions
 
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
-	@$(BIN)/gubbins demo $(ARGS)
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

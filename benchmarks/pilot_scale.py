@@ -23,12 +23,12 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import event, func, select
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
-from gubbins.exceptions import NoRoomError
+from gubbins.domain import clock
+from gubbins.domain.exceptions import NoRoomError
+from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import ACTIVE
 
 from .peers import environments
 from .pilot_world import World, fill

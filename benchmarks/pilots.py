@@ -15,8 +15,8 @@ from sqlalchemy import event, insert
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import PilotHistory, Pilots
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 
 VO = "lhcb"
 CES = 20

@@ -41,12 +41,12 @@ from diracx.tasks.web.dashboard.installation import Installation, Load
 from diracx.tasks.web.dashboard.operations import Operator
 from redis.asyncio import Redis
 
-from gubbins import clock
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
-from gubbins.exceptions import NoRoomError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import NoRoomError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 HOSTS = cycle(["wn042.example.org", "wn043.example.org"])
 VOS = ["cta", "juno", "lhcb"]

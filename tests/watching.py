@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 ENDED = (Observed.DONE, Observed.FAILED)
 _SECONDS = 100

@@ -9,9 +9,9 @@ from diracx.core.config import ConfigSource
 from diracx.tasks.testing import TaskSystem
 
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import IllegalTransitionError
+from gubbins.domain.exceptions import IllegalTransitionError
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 from gubbins.tasks.my_pilots import MyCheckPilotsTask, MyPilotTask, MySubmitPilotsTask
 
 VOS = SimpleNamespace(registry={"lhcb": None, "gridpp": None})

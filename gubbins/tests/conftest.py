@@ -18,7 +18,7 @@ from sqlalchemy import event
 from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome, registry
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import servers
 from diracx.tasks.testing.server import free_port
 from sql_servers import SqlServer
 
-from gubbins.demo.slurm import SlurmSite
+from examples.demo.slurm import SlurmSite
 
 MIN_JOB_AGE = 5
 

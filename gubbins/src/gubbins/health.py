@@ -12,10 +12,10 @@ from typing import Any
 
 from diracx.tasks.operations.health import Alert, Severity
 
-from gubbins import clock
-from gubbins.circuits import CircuitState
 from gubbins.db import URL_VARIABLE
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.pilot_states import MyPilotStatus
 
 #: Pilots that ended within the past hour before anything is said about how.
 _LEAST_ENDED = 4

@@ -12,12 +12,12 @@ from functools import partial
 
 from diracx.tasks.operations.families import Family
 
-from gubbins import clock
-from gubbins.circuits import CircuitState
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 
 
 @asynccontextmanager

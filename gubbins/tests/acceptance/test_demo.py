@@ -14,11 +14,12 @@ from pathlib import Path
 
 import httpx
 
-COMMAND = [str(Path(sys.executable).with_name("gubbins")), "demo", "--json"]
+ROOT = Path(__file__).parents[3]
+COMMAND = [sys.executable, "-m", "examples.demo", "--json"]
 
 
 def processes_of(directory: str) -> list[int]:
-    """Processes whose environment or command line names the demonstration's directory."""
+    """Processes whose environment or command line names the demo's directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -32,7 +33,7 @@ def processes_of(directory: str) -> list[int]:
 
 
 def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
-    demo = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    demo = subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert demo.stderr is not None
     told: list[str] = []
     reader = threading.Thread(target=lambda: told.extend(iter(demo.stderr.readline, "")), daemon=True)

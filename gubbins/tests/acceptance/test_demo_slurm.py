@@ -1,4 +1,4 @@
-"""The demonstration with a real Slurm, and what it says where there can be none."""
+"""The demo with a real Slurm, and what it says where there can be none."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gubbins.demo.slurm import SlurmSite
+from examples.demo.slurm import SlurmSite
 
-GUBBINS = str(Path(sys.executable).with_name("gubbins"))
+ROOT = Path(__file__).parents[3]
+COMMAND = [sys.executable, "-m", "examples.demo", "--site", "slurm"]
 
 
 @pytest.mark.timeout(240)
@@ -26,9 +27,7 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
     assert entry_points(group="gubbins.ces", name="slurm"), "`make install` again: there is a new entry point"
     log = tmp_path / "log"
     with log.open("w") as file:
-        demo = subprocess.Popen(
-            [GUBBINS, "demo", "--site", "slurm", "--json"], stdout=subprocess.PIPE, stderr=file, text=True
-        )
+        demo = subprocess.Popen([*COMMAND, "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
         try:
             deadline = time.monotonic() + 150
             while not re.search(r"slurm 16/16", log.read_text()):
@@ -51,17 +50,18 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
     assert left.stdout == ""
 
 
-def test_demo_says_in_one_line_why_there_can_be_no_slurm_here(tmp_path: Path) -> None:
+def test_demo_says_in_one_line_why_there_can_be_no_slurm_here() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
     # Whoever may not start daemons, and whoever does not have them, is told so.
     done = subprocess.run(
         [
             *(sys.executable, "-c"),
             "import os; os.geteuid = lambda: 1000\n"
-            "from gubbins.cli import main; import sys; sys.argv = ['gubbins', 'demo', '--site', 'slurm']; main()",
+            "import runpy, sys; sys.argv = ['demo', '--site', 'slurm']\n"
+            "runpy.run_module('examples.demo', run_name='__main__')",
         ],
         env=environment,
-        cwd=tmp_path,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from gubbins import clock
 from gubbins.ces.local import LocalBackend
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.domain import clock
 from gubbins.logic import my_pilots as logic
 
 PROGRAM = Path(sys.executable).with_name("diracx-task-run")

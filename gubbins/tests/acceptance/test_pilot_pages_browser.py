@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from gubbins.dashboard import extension
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.db.sql import MyPilotDB
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 pytestmark = needs_chromium
 HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>"

@@ -7,7 +7,7 @@ import contextlib
 from datetime import timedelta
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import PilotEndedError, PilotNotFoundError, PilotSubmissionError
+from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError, PilotSubmissionError
 from gubbins.logic import my_pilots as logic
 
 VOS = ("lhcb", "dteam", "gridpp")

@@ -12,11 +12,11 @@ from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, fitti
 from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, insert
 
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.claims import Claim
+from gubbins.db.sql.demand import Claim
 from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS, MAX_VO_CHARS, Pilots
+from gubbins.domain.circuit_breaker import CECall
 
 S = MyPilotStatus
 #: No pilot is submitted for a VO with a longer one.

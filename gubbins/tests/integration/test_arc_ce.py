@@ -17,8 +17,8 @@ from sites.arc import ArcSite
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
 from gubbins.ces.arc import ArcBackend, ArcSettings
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
 # It kills a job in half a minute, and other tests may run on this machine.

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from gubbins import clock
 from gubbins.ces import Observation, Observed, SubmitOutcome
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import ComputeElements
-from gubbins.exceptions import CEPausedError, CERefusedError
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import CEPausedError, CERefusedError
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyPilotTask
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from gubbins import clock
-from gubbins.dashboard.store import Course, PilotStore
+from gubbins.dashboard.read_models import Course, PilotStore
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import Pilots
+from gubbins.domain import clock
 from gubbins.logic import my_pilots as logic
 
 NOW = datetime(2030, 1, 2, 12, 0, 7, 123456, tzinfo=UTC)

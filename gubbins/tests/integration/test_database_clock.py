@@ -11,8 +11,8 @@ from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.persistence.letter import DeadLetter
 from diracx.tasks.plumbing.sql import clock as database_clock
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
 
 SOON = timedelta(seconds=30)
 

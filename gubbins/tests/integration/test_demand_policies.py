@@ -10,9 +10,9 @@ import pytest
 from diracx.db.sql import JobDB
 from sqlalchemy import update
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
+from gubbins.domain import clock
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MySubmitPilotsTask
 

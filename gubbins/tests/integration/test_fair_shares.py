@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.simulated import SimulatedBackend
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
+from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import ACTIVE
 
 STEP = timedelta(minutes=10)
 DAY = timedelta(hours=24)

@@ -9,11 +9,11 @@ import pytest
 from diracx.tasks.operations.health import ENTRY_POINT_GROUP, Severity
 
 from gubbins import health
-from gubbins.circuits import CECall
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 
 
 async def test_bans_circuits_and_failing_pilots_raise_alerts(

@@ -16,8 +16,8 @@ from sites.htcondor import HTCondorSite
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, description, jobs, process
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Fate, pilot_scripts
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]

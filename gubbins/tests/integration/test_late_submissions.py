@@ -10,7 +10,7 @@ import pytest
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import CERefusedError
+from gubbins.domain.exceptions import CERefusedError
 from gubbins.logic import my_pilots as logic
 
 S = MyPilotStatus

@@ -16,8 +16,8 @@ from watching import ENDED, alive, ended, observe, until, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.ces.local import job as job_module
-from gubbins.exceptions import CEUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 

@@ -17,7 +17,7 @@ from watching import ENDED, observe, until, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 SECRET = "the worker's secret"
 

@@ -10,12 +10,13 @@ import pytest
 from diracx.tasks.operations.families import Family, as_text
 from diracx.tasks.operations.sources import ENTRY_POINT_GROUP, Sources, sources
 
-from gubbins import clock, metrics
-from gubbins.circuits import CECall
+from gubbins import metrics
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 
 
 async def test_pilots_are_told_by_vo_compute_element_and_state(

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import (
+from gubbins.domain.exceptions import (
     CEDisabledError,
     CEExistsError,
     IllegalTransitionError,
@@ -103,7 +103,7 @@ async def test_P60_ended_pilots_give_their_slot_back(db: MyPilotDB) -> None:
 _SUBMITTERS = """
 import asyncio, os, sys
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import NoRoomError
+from gubbins.domain.exceptions import NoRoomError
 
 async def main(url, vo):
     db = MyPilotDB(url)

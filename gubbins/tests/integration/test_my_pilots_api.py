@@ -20,8 +20,8 @@ from diracx.tasks.web.api import environment
 from hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 from redis.asyncio import Redis
 
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain.circuit_breaker import CECall
 
 As = Callable[..., dict[str, str]]
 VOS = ("lhcb", "dteam")
@@ -427,6 +427,6 @@ def test_nothing_that_comes_in_breaks_a_route_whatever_it_is(app: Any, client: A
 
 @pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
 def test_every_parameter_and_body_of_every_route_about_pilots_is_bounded(client: Any) -> None:
-    # Rules are an administrator's, and `gubbins.rules` checks them.
+    # Rules are an administrator's, and `gubbins.domain.rules` checks them.
     found = [place for place in unbounded_in(_schema(client)) if "body.rules." not in place]
     assert not found, "\n".join(found)

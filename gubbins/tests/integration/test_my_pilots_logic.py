@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import PilotHistory, Pilots
-from gubbins.exceptions import CERefusedError, PilotEndedError, UnknownCEError
+from gubbins.domain.exceptions import CERefusedError, PilotEndedError, UnknownCEError
 from gubbins.logic import my_pilots as logic
 
 S = MyPilotStatus

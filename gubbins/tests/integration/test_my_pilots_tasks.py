@@ -17,11 +17,11 @@ from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lock_registry import LockedObjectType
 from diracx.tasks.testing import TaskSystem
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CERefusedError, UnknownCEError
+from gubbins.domain import clock
+from gubbins.domain.exceptions import CERefusedError, UnknownCEError
 from gubbins.logic import my_pilots as logic
-from gubbins.logic.my_pilots.requests import REQUEST_LIFETIME
+from gubbins.logic.my_pilots.demand import REQUEST_LIFETIME
 from gubbins.tasks import my_pilots
 from gubbins.tasks.my_pilot_lock_types import MY_PILOT
 from gubbins.tasks.my_pilots import (

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import CEPausedError, CERefusedError
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import CEPausedError, CERefusedError
 from gubbins.logic import my_pilots as logic
 
 S = MyPilotStatus
@@ -225,7 +225,7 @@ async def test_a_connection_that_cannot_be_given_back_takes_nothing_from_what_wa
         raise ConnectionError("reset\0by peer")
 
     monkeypatch.setattr(scripted, "close", close)
-    monkeypatch.setattr("gubbins.logic.my_pilots.backends.CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr("gubbins.logic.my_pilots.ce_calls.CLOSE_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING):
         async with asyncio.timeout(100):
             [pilot] = await pilots_of(sqlite_db, scripted, "ce")

@@ -18,11 +18,11 @@ from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_o
 from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
-from gubbins.circuits import CECall
 from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.pilot_states import MyPilotStatus
 
 HOSTILE = "<script>window.hacked=1</script>\"'>"
 

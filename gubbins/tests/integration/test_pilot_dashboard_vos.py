@@ -17,7 +17,7 @@ from diracx.tasks.web.dashboard.operations import NotPossibleError, Operator
 from diracx.tasks.web.dashboard.page import Form
 
 from gubbins.dashboard.actions import ACTIONS
-from gubbins.dashboard.store import STORE
+from gubbins.dashboard.read_models import STORE
 from gubbins.db.sql import MyPilotDB
 
 BELOW = "http://diracx.example.org/api/tasks/dashboard"

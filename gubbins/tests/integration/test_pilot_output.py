@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import PilotOutput
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyCheckPilotsTask, MyCollectOutputsTask
 

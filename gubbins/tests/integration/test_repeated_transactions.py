@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import CERefusedError
+from gubbins.domain.exceptions import CERefusedError
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CESpec
 

@@ -11,9 +11,9 @@ from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.sql.migrations import MigrationError
 from schema_promises import SchemaPromises, connected, on, rows
 
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.claims import Claim
+from gubbins.db.sql.demand import Claim
+from gubbins.domain.circuit_breaker import CECall
 
 
 class TestPilotSchema(SchemaPromises):

@@ -14,7 +14,7 @@ from gubbins import dashboard, routers
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, PilotOutput
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CEUnavailableError, SiteBusyError
+from gubbins.domain.exceptions import CEUnavailableError, SiteBusyError
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import Limit, SiteCalls
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from watching import ENDED, observe, until
 
+from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
-from gubbins.demo.slurm import SlurmSite
 
 pytestmark = pytest.mark.event_loops("uvloop")
 

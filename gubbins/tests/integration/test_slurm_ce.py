@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sites.sshd import Sshd
 
+from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
-from gubbins.ces.ssh import SSHHost
-from gubbins.demo.slurm import SlurmSite
+from gubbins.ces.transports.ssh import SSHHost
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
 pytestmark = pytest.mark.event_loops("uvloop")

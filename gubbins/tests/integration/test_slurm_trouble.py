@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from watching import ENDED, ended, observe, until
 
+from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE
-from gubbins.ces.shell import Completed, LocalShell
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
-from gubbins.demo.slurm import SlurmSite
-from gubbins.exceptions import CEUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.ces.transports.shell import Completed, LocalShell
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 pytestmark = pytest.mark.event_loops("uvloop")
 

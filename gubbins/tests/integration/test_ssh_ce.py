@@ -19,8 +19,8 @@ from watching import ENDED, ended, observe, until, written
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings
 from gubbins.ces.ssh import backend as backend_module
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
 
 pytestmark = pytest.mark.event_loops("uvloop")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from sites.sshd import Sshd
 
-from gubbins.ces.ssh import SSHError, SSHHost, SSHShell
-from gubbins.ces.ssh import connection as connection_module
+from gubbins.ces.transports import ssh as connection_module
+from gubbins.ces.transports.ssh import SSHError, SSHHost, SSHShell
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.exceptions import NoRoomError, PilotSubmissionError, SubmissionLimitError
+from gubbins.domain import clock
+from gubbins.domain.exceptions import NoRoomError, PilotSubmissionError, SubmissionLimitError
 from gubbins.logic import my_pilots as logic
 
 VOS = ("lhcb", "dteam", "gridpp")

@@ -17,12 +17,12 @@ from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.web.api.bounded import MAX_BODY_BYTES
 from diracx_application import HOME, set_environment
 
-from gubbins import clock
-from gubbins.circuits import CECall
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.pages import PAGES
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
 from gubbins.routers.my_pilots import router
 
 TABLE = Path(__file__).parents[3] / "docs" / "reference" / "who-may-see-what.md"

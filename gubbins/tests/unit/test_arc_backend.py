@@ -19,8 +19,8 @@ from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.arc import ArcBackend, ArcSettings
 from gubbins.ces.arc.rest import ArcRest
 from gubbins.ces.arc.xrsl import describe, join, name_in
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 URL = "https://ce.example.org/arex"
 Handler = Callable[[httpx.Request], httpx.Response]

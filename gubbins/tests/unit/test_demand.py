@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from gubbins.demand import Sharer, apportion, fair_part
+from gubbins.domain.demand import Sharer, apportion, fair_part
 
 MANY = 10**6
 T0 = datetime(2026, 1, 1, tzinfo=UTC)

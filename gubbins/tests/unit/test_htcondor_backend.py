@@ -21,8 +21,8 @@ from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, process
 from gubbins.ces.htcondor.description import submission
 from gubbins.ces.htcondor.jobs import ATTRIBUTES, judge, parse_jobs, pilots_own
 from gubbins.ces.protocol import CEDescription
-from gubbins.ces.shell import Completed, LocalShell
-from gubbins.exceptions import CEUnavailableError
+from gubbins.ces.transports.shell import Completed, LocalShell
+from gubbins.domain.exceptions import CEUnavailableError
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
-from gubbins.ces.shell import Completed
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.ssh import SSHBackend, SSHSettings
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.ces.transports.shell import Completed
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 CE = CEDescription("ce", 10, 1.0)
 KNOWN = PilotAtCE("s", "vo", "7")

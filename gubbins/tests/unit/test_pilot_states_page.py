@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/reference/pilot-states.md").read_text()
@@ -16,7 +16,7 @@ CES = ROOT / "gubbins/src/gubbins/ces"
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        ("simulated.py", "simulated failure"),
+        ("simulated/backend.py", "simulated failure"),
         ("local/job.py", "the process vanished without an exit code"),
         ("local/job.py", "the pilot process was never started"),
         ("ssh/backend.py", "the process vanished without an exit code"),
@@ -26,7 +26,7 @@ CES = ROOT / "gubbins/src/gubbins/ces"
         ("arc/backend.py", "removed by the CE before its end was seen"),
         ("arc/backend.py", "failed, and the CE does not say why"),
         ("arc/rest.py", "it does not know us: see that the CE allows this certificate or token"),
-        ("tokens.py", "does not hold a token"),
+        ("transports/tokens.py", "does not hold a token"),
         ("htcondor/jobs.py", "put on hold (code "),
         ("htcondor/jobs.py", "interrupted on its node; it is not started a second time"),
         ("htcondor/jobs.py", "its files have never come to the schedd"),

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from watching import alive, until, written
 
-from gubbins.ces import shell
-from gubbins.ces.shell import LocalShell
-from gubbins.exceptions import CEUnavailableError
+from gubbins.ces.transports import shell
+from gubbins.ces.transports.shell import LocalShell
+from gubbins.domain.exceptions import CEUnavailableError
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
-from gubbins.exceptions import CESettingsError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CESettingsError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 
 def backend(success_rate: float = 0.5, **settings: Any) -> Any:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
-from gubbins.ces.slurm.complaints import complaint, is_refusal, is_silence
+from gubbins.ces.slurm.error_parsing import complaint, is_refusal, is_silence
 from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
 
 DOCS = Path(__file__).parents[3] / "docs"

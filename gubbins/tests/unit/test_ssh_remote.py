@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubbins.ces.shell import Completed
 from gubbins.ces.ssh.remote import Garbled, Refused, command, parse, quote
+from gubbins.ces.transports.shell import Completed
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
 

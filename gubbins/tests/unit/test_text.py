@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gubbins.text import MAX_LINE_CHARS, one_line
+from gubbins.domain.text import MAX_LINE_CHARS, one_line
 
 _anything = st.text(st.characters() | st.characters(categories=["Cs", "Cc", "Cf", "Zl"]), max_size=20)
 

@@ -23,8 +23,8 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from gubbins.exceptions import OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 OUTPUT_LIMIT_BYTES = 1 << 20
 """No more of a pilot's stdout, or stderr, is fetched: its last part."""

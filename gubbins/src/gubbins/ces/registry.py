@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gubbins.exceptions import CESettingsError
+from gubbins.domain.exceptions import CESettingsError
 
 from .protocol import CEBackend, CEDescription, CESettings
 

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gubbins.deeds import Deed
-from gubbins.demo.command import demo
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.audit_actions import Deed
+from gubbins.domain.pilot_states import MyPilotStatus
 
 from .database import db_app
 from .session import CommandError, echo, emit, in_database, recorded, table
@@ -83,7 +82,6 @@ pilots_app = typer.Typer(
 app.add_typer(ce_app, name="ce")
 app.add_typer(pilots_app, name="pilots")
 app.add_typer(db_app, name="db")
-app.command("demo")(demo)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 CEName = Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")]

@@ -14,10 +14,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gubbins.db import URL_VARIABLE
-from gubbins.text import one_line
+from gubbins.domain.text import one_line
 
 if TYPE_CHECKING:
-    from gubbins.deeds import Deed
+    from gubbins.domain.audit_actions import Deed
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
     from sqlalchemy.exc import SQLAlchemyError
 
     from gubbins.db.sql import MyPilotDB
-    from gubbins.exceptions import GubbinsError
+    from gubbins.domain.exceptions import GubbinsError
 
     url = database_url()
 

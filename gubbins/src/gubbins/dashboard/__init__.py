@@ -10,7 +10,7 @@ from diracx.tasks.web.dashboard.page import Extension
 
 from .actions import ACTIONS
 from .pages import PAGES
-from .store import opened
+from .read_models import opened
 
 
 def extension() -> Extension:

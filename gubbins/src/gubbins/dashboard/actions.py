@@ -17,13 +17,13 @@ from diracx.tasks.web.dashboard.page import (
     integer,
 )
 
-from gubbins.deeds import Deed
-from gubbins.exceptions import GubbinsError, PilotEndedError, UnknownCEError
+from gubbins.domain.audit_actions import Deed
+from gubbins.domain.exceptions import GubbinsError, PilotEndedError, UnknownCEError
+from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
-from gubbins.pilot_states import ACTIVE
 
-from .store import STORE
+from .read_models import STORE
 
 _LONGEST_REASON = 500
 _LONGEST_NAME = 128

@@ -10,13 +10,13 @@ from typing import Any
 
 from diracx.tasks.web.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
 
-from gubbins.circuits import CircuitState
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError
+from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
-from .store import HOURS, STORE, Course
+from .read_models import HOURS, STORE, Course
 
 _PAGE = 50
 #: What a page has room for, whatever the names are.

@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gubbins.circuits import CircuitState
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.pilot_states import MyPilotStatus
 
 _PILOT: dict[str, Any] = {
     "pilot_id": 42,

@@ -22,8 +22,8 @@ from diracx.tasks.web.api.responses import responses
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.deeds import Deed
-from gubbins.exceptions import (
+from gubbins.domain.audit_actions import Deed
+from gubbins.domain.exceptions import (
     CEDisabledError,
     CEExistsError,
     CEPausedError,

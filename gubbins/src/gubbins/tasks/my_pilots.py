@@ -28,8 +28,8 @@ from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.exceptions import CEDisabledError, CEPausedError, NoRoomError, SubmissionLimitError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import CEDisabledError, CEPausedError, NoRoomError, SubmissionLimitError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 

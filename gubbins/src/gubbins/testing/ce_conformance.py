@@ -40,8 +40,8 @@ from typing import Any, ClassVar
 import pytest
 
 from gubbins.ces.protocol import CEBackend, Observation, Observed, PilotAtCE
-from gubbins.exceptions import OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 
 class Fate(StrEnum):

@@ -21,9 +21,9 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.exceptions import OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.text import one_line
+from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.text import one_line
 
 from .credentials import CredentialsError
 from .rest import ArcRest, NotAcceptedError

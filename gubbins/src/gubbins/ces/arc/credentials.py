@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from gubbins.ces.tokens import CredentialsError, expiry_of_token, read_token
-from gubbins.text import one_line
+from gubbins.ces.transports.tokens import CredentialsError, expiry_of_token, read_token
+from gubbins.domain.text import one_line
 
 from .settings import ArcSettings
 

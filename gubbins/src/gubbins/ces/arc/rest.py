@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 import httpx
 
-from gubbins.exceptions import CEUnavailableError
-from gubbins.text import one_line
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.text import one_line
 
 from .credentials import CredentialsError, Identity, fingerprint, read_identity
 from .settings import ArcSettings

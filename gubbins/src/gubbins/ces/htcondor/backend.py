@@ -19,9 +19,9 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.text import one_line
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.text import one_line
 
 from .description import submission
 from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own

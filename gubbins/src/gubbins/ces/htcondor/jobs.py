@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed, PilotAtCE
-from gubbins.text import one_line
+from gubbins.domain.text import one_line
 
 ATTRIBUTES = (
     "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gubbins.ces.shell import Completed, LocalShell, inherited_environment
-from gubbins.ces.tokens import read_token
-from gubbins.exceptions import CEUnavailableError
-from gubbins.text import one_line
+from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
+from gubbins.ces.transports.tokens import read_token
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.text import one_line
 
 from .settings import HTCondorSettings
 

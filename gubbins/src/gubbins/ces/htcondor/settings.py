@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gubbins.ces.protocol import CESettings
-from gubbins.text import without_nul
+from gubbins.domain.text import without_nul
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = frozenset(

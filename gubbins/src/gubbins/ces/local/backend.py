@@ -23,10 +23,10 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.ces.shell import inherited_environment
-from gubbins.exceptions import OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.text import one_line
+from gubbins.ces.transports.shell import inherited_environment
+from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.text import one_line
 
 from .account import Account
 from .job import LocalJob, sweep

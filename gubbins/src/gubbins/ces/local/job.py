@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
-from gubbins.exceptions import CEUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError
 
 from .account import Account
 from .files import modified_at, read_end, read_start

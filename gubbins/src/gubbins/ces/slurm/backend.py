@@ -18,13 +18,13 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.ces.shell import Completed, LocalShell, Shell, inherited_environment
-from gubbins.ces.ssh import SSHShell
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
+from gubbins.ces.transports.ssh import SSHShell
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
 
 from .batch import batch_script, sbatch_options
-from .complaints import complaint, is_refusal, is_silence
+from .error_parsing import complaint, is_refusal, is_silence
 from .jobs import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed
-from gubbins.text import one_line
+from gubbins.domain.text import one_line
 
 QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|"
 """For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""

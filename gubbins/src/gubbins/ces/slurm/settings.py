@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from gubbins.ces.protocol import CESettings
-from gubbins.ces.ssh import SSHHost
+from gubbins.ces.transports.ssh import SSHHost
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = {"array", "chdir", "clusters", "comment", "error", "input", "job-name", "output", "parsable", "requeue"}

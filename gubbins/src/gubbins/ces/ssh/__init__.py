@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SSHBackend", "SSHError", "SSHHost", "SSHSettings", "SSHShell"]
+__all__ = ["SSHBackend", "SSHSettings"]
 
 from .backend import SSHBackend
-from .connection import SSHError, SSHShell
-from .settings import SSHHost, SSHSettings
+from .settings import SSHSettings

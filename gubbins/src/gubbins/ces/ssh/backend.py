@@ -20,11 +20,11 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.text import one_line
+from gubbins.ces.transports.ssh import SSHShell
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.text import one_line
 
-from .connection import SSHShell
 from .remote import Garbled, Refused, command, is_stamp, parse, quote
 from .settings import SSHSettings
 

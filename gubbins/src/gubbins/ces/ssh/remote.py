@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from gubbins.ces.shell import Completed
-from gubbins.exceptions import CEUnavailableError
-from gubbins.text import one_line
+from gubbins.ces.transports.shell import Completed
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.text import one_line
 
 _FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 _STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

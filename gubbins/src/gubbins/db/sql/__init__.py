@@ -4,6 +4,6 @@ from __future__ import annotations
 
 __all__ = ["MyPilotDB", "MyPilotStatus"]
 
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_db import MyPilotDB

@@ -11,11 +11,11 @@ from typing import Any
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, insert, or_, select, update
 
-from gubbins import clock
-from gubbins.circuits import CECall, Circuit, CircuitState
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
-from .connection import PilotDBConnection
 from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements
+from .session import PilotDBConnection
 
 _COLUMNS = (
     CECircuits.failures.label("failures"),

@@ -11,12 +11,12 @@ from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from gubbins import clock
-from gubbins.circuits import CECall, Circuit
-from gubbins.exceptions import CEExistsError, UnknownCEError
-from gubbins.pilot_states import ACTIVE
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall, Circuit
+from gubbins.domain.exceptions import CEExistsError, UnknownCEError
+from gubbins.domain.pilot_states import ACTIVE
 
-from .claims import ClaimStore
+from .demand import ClaimStore
 from .schema import MAX_REASON_CHARS, ComputeElements, Pilots
 
 # Labelled with their names in Python: a row's own names are the database's.

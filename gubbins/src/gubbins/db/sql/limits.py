@@ -10,14 +10,14 @@ from typing import Any
 
 from sqlalchemy import func, select, union_all
 
-from gubbins import clock
-from gubbins.demand import REQUEST_LIFETIME, Sharer, fair_part
-from gubbins.exceptions import NoRoomError, SubmissionLimitError
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
-from gubbins.rules import CERules, rules_of
+from gubbins.domain import clock
+from gubbins.domain.demand import REQUEST_LIFETIME, Sharer, fair_part
+from gubbins.domain.exceptions import NoRoomError, SubmissionLimitError
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.rules import CERules, rules_of
 
-from .claims import Claim
 from .compute_elements import ComputeElementStore, serves
+from .demand import Claim
 from .schema import PilotClaims, PilotRequests, Pilots
 
 CYCLE_SECONDS = 60

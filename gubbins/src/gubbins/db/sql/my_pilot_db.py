@@ -4,10 +4,10 @@ from __future__ import annotations
 
 __all__ = ["MyPilotDB"]
 
-from .courses import CourseStore
 from .outputs import OutputStore
 from .pilots import PilotStore
 from .pruning import PruningStore
+from .statistics import CourseStore
 from .transitions import TransitionStore
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, select, update
 
-from gubbins import clock
+from gubbins.domain import clock
 
-from .connection import PilotDBConnection
 from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots
+from .session import PilotDBConnection
 
 _PRUNED_AT_ONCE = 1_000
 

@@ -11,11 +11,11 @@ from typing import Any
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Row, func, select, update
 
-from gubbins import clock
-from gubbins.exceptions import (
+from gubbins.domain import clock
+from gubbins.domain.exceptions import (
     PilotNotFoundError,
 )
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
 from .submissions import SubmissionStore

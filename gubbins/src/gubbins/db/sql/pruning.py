@@ -10,8 +10,8 @@ from datetime import datetime
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, select
 
-from .connection import PilotDBConnection
 from .schema import Pilots
+from .session import PilotDBConnection
 
 
 class PruningStore(PilotDBConnection):

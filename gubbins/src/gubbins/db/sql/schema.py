@@ -40,8 +40,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
-from gubbins.circuits import CECall
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.pilot_states import MyPilotStatus
 
 
 class UTCDateTime(TypeDecorator[datetime]):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, func, insert, literal, select, update
 
-from gubbins import clock
-from gubbins.exceptions import CEDisabledError, NoRoomError, UnknownCEError, VONotServedError
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain import clock
+from gubbins.domain.exceptions import CEDisabledError, NoRoomError, UnknownCEError, VONotServedError
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .compute_elements import CE_COLUMNS, serves
 from .limits import LimitStore

@@ -11,12 +11,12 @@ from typing import Any
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import and_, case, exists, func, insert, literal, not_, or_, select, update
 
-from gubbins import clock
-from gubbins.exceptions import IllegalTransitionError, PilotNotFoundError
-from gubbins.pilot_states import PREDECESSOR, MyPilotStatus
+from gubbins.domain import clock
+from gubbins.domain.exceptions import IllegalTransitionError, PilotNotFoundError
+from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 
-from .connection import PilotDBConnection
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
+from .session import PilotDBConnection
 from .staging import portions
 
 # Ends before starts: a pilot named in both groups by mistake still makes one step only (P61).

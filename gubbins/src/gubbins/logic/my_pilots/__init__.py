@@ -42,9 +42,9 @@ __all__ = [
     "withdraw_requests",
 ]
 
-from gubbins.exceptions import PilotSubmissionError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.rules import CERules, DemandPolicy, VORules
+from gubbins.domain.exceptions import PilotSubmissionError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.rules import CERules, DemandPolicy, VORules
 
 from .ce_file import CE_NAME, CEFileError, CESpec, parse_ce_file
 from .check import transition_pilot_states
@@ -58,11 +58,9 @@ from .compute_elements import (
     load_ces,
     set_ce_enabled,
 )
+from .demand import request_pilots, withdraw_requests
 from .outputs import collect_outputs, get_pilot_output
-from .pruning import prune_pilots
-from .requests import request_pilots, withdraw_requests
-from .submission import submit_pilot, submit_requested_pilot
-from .tracking import (
+from .pilots import (
     cancel_pilot,
     count_ended_pilots,
     count_illegal_histories,
@@ -71,4 +69,6 @@ from .tracking import (
     get_pilot_summary,
     search_pilots,
 )
+from .pruning import prune_pilots
+from .submission import submit_pilot, submit_requested_pilot
 from .waiting_jobs import count_waiting_jobs

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gubbins.ces import validate_settings
-from gubbins.exceptions import CESettingsError, GubbinsError
-from gubbins.rules import CERules, VORules
+from gubbins.domain.exceptions import CESettingsError, GubbinsError
+from gubbins.domain.rules import CERules, VORules
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 """What the name of a compute element looks like."""

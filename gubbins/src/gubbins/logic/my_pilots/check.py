@@ -14,18 +14,18 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from gubbins import clock
 from gubbins.ces import Observation, Observed, PilotAtCE
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import CEUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.rules import CERules, rules_of
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.rules import CERules, rules_of
 
-from .answers import check_observations
-from .backends import backend_of, describe_failure
+from .ce_calls import backend_of, describe_failure
 from .circuits import may_call, note_failure, note_success
 from .outputs import ends_with_output
+from .response_validation import check_observations
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from gubbins import clock
-from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
-from gubbins.rules import rules_of, what_is_wrong_with_rules
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall, CircuitState
+from gubbins.domain.rules import rules_of, what_is_wrong_with_rules
 
 #: A probe that was not heard of for this many time-outs died with its worker.
 _PROBE_TIMEOUTS = 3

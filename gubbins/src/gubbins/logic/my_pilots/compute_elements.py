@@ -19,9 +19,9 @@ from typing import Any, Literal
 from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
-from gubbins.exceptions import CESettingsError, UnknownCEError
-from gubbins.rules import CERules, rules_of, what_is_wrong_with_rules
-from gubbins.text import one_line
+from gubbins.domain.exceptions import CESettingsError, UnknownCEError
+from gubbins.domain.rules import CERules, rules_of, what_is_wrong_with_rules
+from gubbins.domain.text import one_line
 
 from .ce_file import CESpec
 

@@ -13,21 +13,21 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any
 
-from gubbins import clock
 from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.ces.registry import load_backend
-from gubbins.circuits import CECall, CircuitState
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import MAX_REASON_CHARS
-from gubbins.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.rules import rules_of
-from gubbins.text import one_line
+from gubbins.domain import clock
+from gubbins.domain.circuit_breaker import CECall, CircuitState
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.rules import rules_of
+from gubbins.domain.text import one_line
 
-from .answers import check_output
-from .backends import backend_of, describe_failure
+from .ce_calls import backend_of, describe_failure
 from .circuits import note_failure
+from .response_validation import check_output
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ __all__ = ["prune_pilots"]
 import asyncio
 from datetime import timedelta
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
 
 PAUSE_SECONDS = 0.05
 """Between two batches, for whoever waits for the database meanwhile."""

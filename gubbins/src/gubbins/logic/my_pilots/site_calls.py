@@ -18,11 +18,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import GubbinsError, SiteBusyError
+from gubbins.domain.exceptions import GubbinsError, SiteBusyError
 
 from .outputs import ask_for_output, stored_output
+from .pilots import cancel_pilot, get_pilot
 from .submission import submit_pilot
-from .tracking import cancel_pilot, get_pilot
 
 _WINDOW_SECONDS = 60.0
 _OUTPUT_SECONDS = 5.0

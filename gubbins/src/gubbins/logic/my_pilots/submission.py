@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.compute_elements import serves
 from gubbins.db.sql.schema import MAX_REASON_CHARS
-from gubbins.exceptions import (
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import (
     CEPausedError,
     CERefusedError,
     CESettingsError,
     PilotSubmissionError,
     VONotServedError,
 )
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.rules import rules_of
-from gubbins.text import one_line
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.rules import rules_of
+from gubbins.domain.text import one_line
 
-from .answers import check_outcome
-from .backends import backend_of, describe_failure
+from .ce_calls import backend_of, describe_failure
 from .circuits import may_submit, note_failure, note_success, why_no_pilots
+from .response_validation import check_outcome
 
 logger = logging.getLogger(__name__)
 

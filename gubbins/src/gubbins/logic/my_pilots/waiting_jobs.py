@@ -8,7 +8,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from gubbins.text import one_line
+from gubbins.domain.text import one_line
 
 if TYPE_CHECKING:
     from diracx.db.sql import JobDB

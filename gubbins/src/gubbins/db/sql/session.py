@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.selectable import Subquery
 
-from gubbins import clock
+from gubbins.domain import clock
 
 from .schema import ComputeElements, MyPilotDBBase, Pilots
 from .staging import staged

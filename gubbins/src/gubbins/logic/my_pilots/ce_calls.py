@@ -12,8 +12,8 @@ from typing import Any
 
 from gubbins.ces import CEBackend, CEDescription, make_backend
 from gubbins.db.sql.schema import MAX_REASON_CHARS
-from gubbins.rules import rules_of
-from gubbins.text import one_line
+from gubbins.domain.rules import rules_of
+from gubbins.domain.text import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ __all__ = ["complaint", "is_refusal", "is_silence"]
 
 import re
 
-from gubbins.text import MAX_LINE_CHARS, one_line
+from gubbins.domain.text import MAX_LINE_CHARS, one_line
 
 _REFUSED = "Batch job submission failed: "
 # The same exit code says that the controller has said no, and that it has said nothing.

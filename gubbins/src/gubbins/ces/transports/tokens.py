@@ -10,7 +10,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gubbins.exceptions import CEUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError
 
 _MAX_TOKEN_BYTES = 64 * 1024
 

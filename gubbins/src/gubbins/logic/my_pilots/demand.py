@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from gubbins import clock
 from gubbins.db.sql import MyPilotDB
-from gubbins.db.sql.claims import Claim
 from gubbins.db.sql.compute_elements import serves
-from gubbins.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
-from gubbins.pilot_states import MyPilotStatus
-from gubbins.rules import CERules, DemandPolicy, rules_of
+from gubbins.db.sql.demand import Claim
+from gubbins.domain import clock
+from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
+from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.rules import CERules, DemandPolicy, rules_of
 
 from .circuits import on_trial, why_no_pilots
 

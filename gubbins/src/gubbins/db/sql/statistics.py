@@ -11,10 +11,10 @@ from typing import Any
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
 
-from gubbins.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 
-from .connection import PilotDBConnection
 from .schema import Pilots, UTCDateTime
+from .session import PilotDBConnection
 
 QUARTER = timedelta(minutes=15)
 

@@ -12,12 +12,12 @@ from typing import Any
 from diracx.tasks.web.dashboard.page import UnavailableError
 from diracx.tasks.web.dashboard.sharing import Shared
 
-from gubbins import clock
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
-from gubbins.db.sql.courses import QUARTER
+from gubbins.db.sql.statistics import QUARTER
+from gubbins.domain import clock
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import MyPilotStatus
 
 #: Counting a million pilots is no work for every second.
 _COUNTED_SECONDS = 10.0

@@ -1,4 +1,4 @@
-"""Run the demonstration: build a site, start its processes, show what happens, end everything."""
+"""Run the demo: build a site, start its processes, show what happens, end everything."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
     """Run until Ctrl-C, or for so many seconds; with the usual compute elements, or a Slurm site alone.
 
     Raises:
-        ServiceDiedError: a process of the demonstration ended by itself.
+        ServiceDiedError: a process of the demo ended by itself.
         SlurmSiteError: there can be no Slurm site here, or it has ended.
         OSError, subprocess.CalledProcessError, RuntimeError: something could not be set up.
     """
@@ -144,14 +144,14 @@ In another terminal (the API takes a few seconds to start):
 
 
 async def _end_local_pilots(db: Any) -> None:
-    """Nothing of the demonstration stays behind: end the processes of the local compute element."""
+    """Nothing of the demo stays behind: end the processes of the local compute element."""
+    from gubbins.domain.pilot_states import ACTIVE
     from gubbins.logic import my_pilots as logic
-    from gubbins.pilot_states import ACTIVE
 
     for status in ACTIVE:
         _, pilots = await logic.search_pilots(db, vo=None, ce_name="localhost", status=status, per_page=1000)
         for pilot in pilots:
-            await logic.cancel_pilot(db, pilot["pilot_id"], by="the end of the demonstration")
+            await logic.cancel_pilot(db, pilot["pilot_id"], by="the end of the demo")
 
 
 def _farewell(report: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from gubbins.ces import Observation, Observed, PilotOutput, SubmitOutcome
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS
-from gubbins.exceptions import CEUnavailableError
-from gubbins.text import one_line
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.text import one_line
 
 
 def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[str]) -> dict[str, Observation]:

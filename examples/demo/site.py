@@ -28,7 +28,7 @@ TASKS = {
     }
 }
 
-#: Services of DiracX itself that the demonstration does without.
+#: Services of DiracX itself that the demo does without.
 _OTHER_SERVICES = ("AUTH", "CONFIG", "HEALTH", "JOBS", "PILOTS", "RSS")
 
 

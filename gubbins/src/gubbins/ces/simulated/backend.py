@@ -14,10 +14,9 @@ from datetime import datetime, timedelta
 
 from pydantic import Field
 
-from gubbins import clock
-from gubbins.pilot_states import MyPilotStatus
-
-from .protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.domain import clock
+from gubbins.domain.pilot_states import MyPilotStatus
 
 _WAITING = Observation(Observed.WAITING)
 _RUNNING = Observation(Observed.RUNNING)

@@ -19,14 +19,14 @@ from datetime import datetime
 from typing import Any
 
 from gubbins.ces import PilotAtCE
-from gubbins.circuits import CECall
 from gubbins.db.sql import MyPilotDB
-from gubbins.exceptions import PilotEndedError, PilotNotFoundError
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
-from gubbins.rules import rules_of
-from gubbins.text import one_line
+from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.rules import rules_of
+from gubbins.domain.text import one_line
 
-from .backends import backend_of, describe_failure
+from .ce_calls import backend_of, describe_failure
 from .circuits import may_call, note_failure
 
 logger = logging.getLogger(__name__)

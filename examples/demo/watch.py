@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
 
 if TYPE_CHECKING:
     from rich.table import Table

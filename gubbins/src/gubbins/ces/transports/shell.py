@@ -11,7 +11,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Protocol, Self
 
-from gubbins.exceptions import CEUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """More than any honest answer has, on stdout or stderr."""

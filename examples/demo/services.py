@@ -1,4 +1,4 @@
-"""The processes of the demonstration: the real commands, each with a log file."""
+"""The processes of the demo: the real commands, each with a log file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _end_with_parent() -> None:
 
 
 class ServiceDiedError(RuntimeError):
-    """A process of the demonstration ended by itself."""
+    """A process of the demo ended by itself."""
 
 
 class Services:

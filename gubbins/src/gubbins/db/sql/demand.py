@@ -11,8 +11,8 @@ from typing import NamedTuple
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, func, insert, select
 
-from gubbins import clock
-from gubbins.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain import clock
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .circuits import CircuitStore
 from .schema import PilotClaims, PilotRequests, Pilots

@@ -1,0 +1,1 @@
+"""Ways to reach a site: local commands, SSH, and token files."""

@@ -1,1 +1,0 @@
-"""`gubbins demo`: the whole pilot system on this machine, from an empty directory, for looking at."""
