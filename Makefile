@@ -44,9 +44,10 @@ versions: $(STAMP) ## print the versions of all that the tests run
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy --strict
+lint: $(STAMP) ## ruff, mypy --strict, and the layers (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 docs: $(STAMP) ## build the documentation into site/; a warning is an error

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.arc import ArcBackend, ArcSettings
+from gubbins.ces.arc.description import describe
 from gubbins.ces.arc.rest import ArcRest
-from gubbins.ces.arc.xrsl import describe, join, name_in
+from gubbins.ces.arc.xrsl import join, name_in
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 

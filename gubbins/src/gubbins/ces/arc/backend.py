@@ -26,9 +26,9 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 from .credentials import CredentialsError
+from .description import STDERR, STDOUT, describe
 from .rest import ArcRest, NotAcceptedError
 from .settings import ArcSettings
-from .xrsl import STDERR, STDOUT, describe
 
 # A state that is not here (OTHER, or one of a newer CE) says nothing.
 _STATES = {

@@ -8,34 +8,27 @@ unpacks it needs no character that means anything to any of them.
 from __future__ import annotations
 
 __all__ = [
-    "STDERR",
-    "STDOUT",
+    "UNPACK_AND_RUN",
+    "VARIABLE",
     "AttributeValue",
     "check_attribute",
     "check_text",
-    "describe",
     "join",
     "name_in",
     "pack",
+    "relation",
 ]
 
 import base64
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .settings import ArcSettings
-
-STDOUT = "stdout"
-STDERR = "stderr"
 
 AttributeValue = str | int | list[str] | list[list[str]]
 
-_VARIABLE = "GUBBINS_PILOT"
+VARIABLE = "GUBBINS_PILOT"
 _FILE = ".gubbins-pilot"
-_UNPACK_AND_RUN = f"printenv {_VARIABLE} | base64 -d >{_FILE} && exec /bin/sh {_FILE}"
+UNPACK_AND_RUN = f"printenv {VARIABLE} | base64 -d >{_FILE} && exec /bin/sh {_FILE}"
 # Linux passes no single variable of more than 128 KiB to a program.
 _MAX_PACKED_BYTES = 120 * 1024
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
@@ -79,7 +72,7 @@ def check_attribute(name: str, value: AttributeValue) -> None:
     if name.lower() in _OURS:
         raise ValueError(f"{name} is made from other settings")
     try:
-        _relation(name, value)
+        relation(name, value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -87,28 +80,6 @@ def check_attribute(name: str, value: AttributeValue) -> None:
 def join(descriptions: Sequence[str]) -> str:
     """One request for several jobs."""
     return descriptions[0] if len(descriptions) == 1 else "+" + "".join(f"({each})" for each in descriptions)
-
-
-def describe(settings: ArcSettings, script: str, stamp: str, environment: Mapping[str, str]) -> str:
-    """The description of one pilot."""
-    relations: list[tuple[str, AttributeValue | None]] = [
-        ("executable", "/bin/sh"),
-        ("arguments", ["-c", _UNPACK_AND_RUN]),
-        ("jobname", stamp),
-        ("environment", [[_VARIABLE, pack(script, environment)]]),
-        ("stdout", STDOUT),
-        ("stderr", STDERR),
-        # What is not named here is removed before anybody can fetch it.
-        ("outputfiles", [[STDOUT, ""], [STDERR, ""]]),
-        ("queue", settings.queue),
-        ("count", settings.cpus),
-        ("countpernode", settings.cpus if settings.cpus > 1 else None),
-        ("memory", settings.memory_mb),
-        ("walltime", settings.wall_time_minutes and f"{settings.wall_time_minutes} minutes"),
-        ("cputime", settings.cpu_time_minutes and f"{settings.cpu_time_minutes} minutes"),
-        *settings.attributes.items(),
-    ]
-    return "&" + "".join(_relation(name, value) for name, value in relations if value is not None)
 
 
 def name_in(description: str) -> str | None:
@@ -131,7 +102,12 @@ def pack(script: str, environment: Mapping[str, str]) -> str:
     return packed
 
 
-def _relation(name: str, value: AttributeValue) -> str:
+def relation(name: str, value: AttributeValue) -> str:
+    """One attribute with its value.
+
+    Raises:
+        ValueError: the value is empty, or holds a control character.
+    """
     if isinstance(value, str | int):
         return f"({name}={_quote(value)})"
     if not value:
@@ -144,7 +120,7 @@ def _relation(name: str, value: AttributeValue) -> str:
 
 def _wrap(script: str, environment: Mapping[str, str]) -> str:
     """A shell script that sets the environment and becomes the pilot."""
-    lines = [f"unset {_VARIABLE}", f"rm -f {_FILE}"]
+    lines = [f"unset {VARIABLE}", f"rm -f {_FILE}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     if script.startswith("#!"):
         lines += [f"printf %s {shlex.quote(script)} >{_FILE} && chmod 700 {_FILE} && exec ./{_FILE}"]
