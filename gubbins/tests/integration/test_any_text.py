@@ -13,7 +13,7 @@ from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, insert
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.demand import Claim
+from gubbins.db.sql.demand import Demand
 from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import MAX_REASON_CHARS, MAX_REFERENCE_CHARS, MAX_VO_CHARS, Pilots
 from gubbins.domain.circuit_breaker import CECall
@@ -95,13 +95,13 @@ async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB)
         await db.add_ce(name, 1, 1.0)
         pilots[name] = await db.submit_pilot(name, vo=name)
         await db.add_requests(name, vo=name, count=1)
-        await db.put_claims(name, {name: Claim(1, NOW, None)})
+        await db.put_demand(name, {name: Demand(1, NOW, None)})
         await db.record_failure(name, CECall.SUBMIT, name, failures=1, pause_seconds=1, max_pause_seconds=1)
     kept = {fitting(name, 128) for name in SHORT_NAMES}
     assert len(kept) == len(SHORT_NAMES)
     both = {(name, name) for name in kept}
     assert {ce["name"] for ce in await db.get_ces()} == kept
-    assert set(await db.get_claims()) == set(await db.count_slots()) == both
+    assert set(await db.get_demand()) == set(await db.count_slots()) == both
     assert set(await db.pending_requests(since=NOW - timedelta(days=1))) == both
     assert {vo: list(by_ce) for vo, by_ce in (await db.get_pilot_summary()).items()} == {n: [n] for n in kept}
     for name, pilot_id in pilots.items():

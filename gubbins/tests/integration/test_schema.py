@@ -12,7 +12,7 @@ from diracx.tasks.plumbing.sql.migrations import MigrationError
 from schema_promises import SchemaPromises, connected, on, rows
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.db.sql.demand import Claim
+from gubbins.db.sql.demand import Demand
 from gubbins.domain.circuit_breaker import CECall
 
 
@@ -33,7 +33,7 @@ class TestPilotSchema(SchemaPromises):
             await db.set_ce("ce2", capacity=10, success_rate=1.0, rules={"max_waiting": 3})
             await db.ban_ce("ce2", reason="maintenance 🚧")
             await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)
-            await db.put_claims("lhcb", {"ce1": Claim(3, datetime.now(tz=UTC), None)})
+            await db.put_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of", "what_is_wrong_with_rules"]
+__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of", "serves", "what_is_wrong_with_rules"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -98,6 +98,11 @@ class CERules(BaseModel):
             "pause_seconds": self.breaker_pause_seconds,
             "max_pause_seconds": self.breaker_max_pause_seconds,
         }
+
+
+def serves(vos: Sequence[str] | None, vo: str) -> bool:
+    """Whether a compute element that lists `vos` takes pilots of `vo`; None serves all."""
+    return vos is None or vo in vos
 
 
 def rules_of(ce: Mapping[str, Any]) -> CERules:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["CircuitStore"]
+__all__ = ["CircuitsMixin", "delete_circuits", "read_circuits", "restore_last_error"]
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
 from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements
-from .session import PilotDBConnection
+from .session import PilotSession
 
 _COLUMNS = (
     CECircuits.failures.label("failures"),
@@ -27,17 +27,8 @@ _COLUMNS = (
 MAX_DOUBLINGS = 32
 
 
-class CircuitStore(PilotDBConnection):
-    """The table CECircuits."""
-
-    @transaction
-    async def get_circuits(self, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
-        """The circuits (of one compute element, or of all) that have seen a failure since the last success."""
-        statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
-        if ce_name is not None:
-            statement = statement.where(CECircuits.ce_name == ce_name)
-        rows = await self.conn.execute(statement)
-        return {(row[0], row[1]): Circuit(*row[2:]) for row in rows}
+class CircuitsMixin(PilotSession):
+    """Statements about circuit breakers."""
 
     @transaction
     async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
@@ -113,29 +104,37 @@ class CircuitStore(PilotDBConnection):
         """Note that a call worked: its circuit is closed, and what it complained about is over."""
         await self.lock_ces([ce_name])
         await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call))
-        await self._restore_last_error(ce_name)
+        await restore_last_error(self.conn, ce_name)
 
-    @transaction
-    async def reset_circuits(self, ce_names: Sequence[str]) -> None:
-        """Close all circuits of these compute elements: whatever was wrong is said to be mended."""
-        if ce_names:
-            await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name.in_(ce_names)))
 
-    async def _restore_last_error(self, ce_name: str) -> None:
-        """The last error of a compute element is that of the circuits which still have one."""
-        latest: Any = (
-            await self.conn.execute(
-                select(CECircuits.last_error, CECircuits.last_error_at)
-                .where(CECircuits.ce_name == ce_name)
-                .order_by(CECircuits.last_error_at.desc())
-                .limit(1)
-            )
-        ).one_or_none() or (None, None)
-        await self.conn.execute(
-            update(ComputeElements)
-            .where(ComputeElements.name == ce_name, ComputeElements.last_error.is_not(None))
-            .values(last_error=latest[0], last_error_at=latest[1])
+async def read_circuits(conn: AsyncConnection, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
+    """The circuits (of one compute element, or of all) that have seen a failure since the last success."""
+    statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
+    if ce_name is not None:
+        statement = statement.where(CECircuits.ce_name == ce_name)
+    return {(row[0], row[1]): Circuit(*row[2:]) for row in await conn.execute(statement)}
+
+
+async def delete_circuits(conn: AsyncConnection, ce_name: str) -> None:
+    """Close all circuits of a compute element."""
+    await conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
+
+
+async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:
+    """Take the last error of a compute element from the circuits which still have one."""
+    latest: Any = (
+        await conn.execute(
+            select(CECircuits.last_error, CECircuits.last_error_at)
+            .where(CECircuits.ce_name == ce_name)
+            .order_by(CECircuits.last_error_at.desc())
+            .limit(1)
         )
+    ).one_or_none() or (None, None)
+    await conn.execute(
+        update(ComputeElements)
+        .where(ComputeElements.name == ce_name, ComputeElements.last_error.is_not(None))
+        .values(last_error=latest[0], last_error_at=latest[1])
+    )
 
 
 def _failed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CE_COLUMNS", "ComputeElementStore", "serves"]
+__all__ = ["ComputeElementsMixin"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,21 +15,15 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
 from gubbins.domain.pilot_states import ACTIVE
+from gubbins.domain.rules import serves
 
-from .demand import ClaimStore
-from .schema import MAX_REASON_CHARS, ComputeElements, Pilots
-
-# Labelled with their names in Python: a row's own names are the database's.
-CE_COLUMNS = tuple(column.label(column.key) for column in ComputeElements.__table__.columns)
-
-
-def serves(vos: Sequence[str] | None, vo: str) -> bool:
-    """Whether a compute element that lists `vos` takes pilots of `vo`; None serves everybody."""
-    return vos is None or vo in vos
+from .circuits import delete_circuits, read_circuits, restore_last_error
+from .schema import CE_COLUMNS, MAX_REASON_CHARS, ComputeElements, Pilots
+from .session import PilotSession
 
 
-class ComputeElementStore(ClaimStore):
-    """The table ComputeElements."""
+class ComputeElementsMixin(PilotSession):
+    """Statements about compute elements."""
 
     @transaction
     async def add_ce(
@@ -124,7 +118,7 @@ class ComputeElementStore(ClaimStore):
         await self.conn.execute(
             update(ComputeElements).where(ComputeElements.name == name).values(**wanted, updated_at=clock.now())
         )
-        await self.reset_circuits([name])
+        await delete_circuits(self.conn, name)
         return "updated"
 
     @transaction
@@ -147,8 +141,8 @@ class ComputeElementStore(ClaimStore):
             .values(enabled=enabled, banned_at=None, ban_reason=None, updated_at=clock.now())
         )
         if enabled:
-            await self.reset_circuits([name])
-            await self._restore_last_error(name)
+            await delete_circuits(self.conn, name)
+            await restore_last_error(self.conn, name)
         return bool(changed.rowcount)
 
     @transaction
@@ -183,13 +177,13 @@ class ComputeElementStore(ClaimStore):
         row = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
-        return {**row._mapping, "circuits": _circuits_of(row.name, await self.get_circuits(name))}
+        return {**row._mapping, "circuits": _circuits_of(row.name, await read_circuits(self.conn, name))}
 
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
         """Every compute element, by name: all its fields, with its `circuits`."""
         rows = (await self.conn.execute(select(*CE_COLUMNS).order_by(ComputeElements.name))).all()
-        circuits = await self.get_circuits()
+        circuits = await read_circuits(self.conn)
         return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
 
     @transaction

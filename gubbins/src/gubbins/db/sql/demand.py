@@ -1,8 +1,8 @@
-"""What is asked for at compute elements: pilots on their way, and what each VO would take."""
+"""Demand of VOs: pilots that are on their way, and how many more each would take."""
 
 from __future__ import annotations
 
-__all__ = ["Claim", "ClaimStore"]
+__all__ = ["Demand", "DemandMixin"]
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,11 +14,11 @@ from sqlalchemy import delete, func, insert, select
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
-from .circuits import CircuitStore
-from .schema import PilotClaims, PilotRequests, Pilots
+from .schema import PilotDemand, PilotRequests, Pilots
+from .session import PilotSession
 
 
-class Claim(NamedTuple):
+class Demand(NamedTuple):
     """How many more pilots a VO would have taken at a compute element when it last asked."""
 
     wanted: int
@@ -26,8 +26,8 @@ class Claim(NamedTuple):
     granted_at: datetime | None  # when it last got some
 
 
-class ClaimStore(CircuitStore):
-    """The tables PilotRequests and PilotClaims."""
+class DemandMixin(PilotSession):
+    """Statements about requests and demand."""
 
     @transaction
     async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
@@ -83,26 +83,26 @@ class ClaimStore(CircuitStore):
         return slots
 
     @transaction
-    async def get_claims(self) -> dict[tuple[str, str], Claim]:
+    async def get_demand(self) -> dict[tuple[str, str], Demand]:
         """What each VO would have taken when it last asked, by (compute element, VO)."""
         rows = await self.conn.execute(
             select(
-                PilotClaims.ce_name,
-                PilotClaims.vo,
-                PilotClaims.wanted,
-                PilotClaims.asked_at,
-                PilotClaims.granted_at,
+                PilotDemand.ce_name,
+                PilotDemand.vo,
+                PilotDemand.wanted,
+                PilotDemand.asked_at,
+                PilotDemand.granted_at,
             )
         )
-        return {(row[0], row[1]): Claim(*row[2:]) for row in rows}
+        return {(row[0], row[1]): Demand(*row[2:]) for row in rows}
 
     @transaction
-    async def put_claims(self, vo: str, claims: Mapping[str, Claim]) -> None:
+    async def put_demand(self, vo: str, demand: Mapping[str, Demand]) -> None:
         """Note what the VO would take at these compute elements, in place of what it wanted before."""
-        if not claims:
+        if not demand:
             return
-        await self.conn.execute(delete(PilotClaims).where(PilotClaims.vo == vo, PilotClaims.ce_name.in_(claims)))
+        await self.conn.execute(delete(PilotDemand).where(PilotDemand.vo == vo, PilotDemand.ce_name.in_(demand)))
         await self.conn.execute(
-            insert(PilotClaims),
-            [{"ce_name": name, "vo": vo, **claim._asdict()} for name, claim in claims.items()],
+            insert(PilotDemand),
+            [{"ce_name": name, "vo": vo, **wanted._asdict()} for name, wanted in demand.items()],
         )

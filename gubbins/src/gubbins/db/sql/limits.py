@@ -2,124 +2,125 @@
 
 from __future__ import annotations
 
-__all__ = ["CYCLE_SECONDS", "LimitStore"]
+__all__ = ["CYCLE_SECONDS", "check_limits"]
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, select, union_all
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, Sharer, fair_part
 from gubbins.domain.exceptions import NoRoomError, SubmissionLimitError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
-from gubbins.domain.rules import CERules, rules_of
+from gubbins.domain.rules import CERules, rules_of, serves
 
-from .compute_elements import ComputeElementStore, serves
-from .demand import Claim
-from .schema import PilotClaims, PilotRequests, Pilots
+from .demand import Demand
+from .schema import PilotDemand, PilotRequests, Pilots
 
 CYCLE_SECONDS = 60
 """The round of `max_per_cycle`, for pilots that no round has asked for."""
 
 
-class LimitStore(ComputeElementStore):
-    """Reads what `max_waiting`, `max_per_cycle` and `share` depend on."""
+async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str, *, granted: bool) -> None:
+    """Refuse a pilot that the rules do not allow. The caller holds the row of the compute element.
 
-    async def check_limits(self, ce: Mapping[str, Any], vo: str, *, granted: bool) -> None:
-        """Refuse a pilot that the rules do not allow. The caller holds the row of the compute element.
+    Args:
+        ce: the compute element as it is in this transaction.
+        vo: whose pilot.
+        granted: a round has asked for it and dealt out the slots by `share` and `max_per_cycle`: what is
+            granted is not dealt out again.
 
-        Args:
-            ce: the compute element as it is in this transaction.
-            vo: whose pilot.
-            granted: a round has asked for it and dealt out the slots by `share` and `max_per_cycle`: what is
-                granted is not dealt out again.
-
-        Raises:
-            SubmissionLimitError, NoRoomError: as they say.
-        """
-        name, now = ce["name"], clock.now()
-        all_rules = rules_of(ce)
-        rules = all_rules.of(vo)
-        if granted and rules.max_waiting is None:
-            return
-        pilots = await self._pilots_at(name)
-        requests = {} if granted else await self._requests_at(name, now - REQUEST_LIFETIME)
-        own_requests = requests.get(vo, 0)
-        waiting = pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests
-        if rules.max_waiting is not None and waiting >= rules.max_waiting:
-            raise SubmissionLimitError(
-                name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested"
-            )
-        if granted:
-            return
-        if rules.max_per_cycle is not None:
-            await self._check_cycle(name, vo, rules.max_per_cycle, own_requests, now)
-        held = dict(requests)
-        for (owner, _), count in pilots.items():
-            held[owner] = held.get(owner, 0) + count
-        promised = sum(requests.values()) - own_requests
-        free = ce["capacity"] - sum(pilots.values()) - promised
-        if free < 1:
-            raise NoRoomError(name, ce["capacity"], promised)
-        claims = await self._claims_at(name)
-        sharers = _competitors(ce, vo, all_rules, held, claims, now)
-        if not sharers:
-            return
-        mine = Sharer(rules.share, held.get(vo, 0), 1, claims[vo].granted_at if vo in claims else None)
-        if fair_part(free - own_requests, vo, {**sharers, vo: mine}) < 1:
-            parts = rules.share + sum(each.share for each in sharers.values())
-            raise SubmissionLimitError(
-                name,
-                vo,
-                "share",
-                rules.share,
-                f"with {mine.held} of {ce['capacity']} slots it has its part beside VOs that want the rest "
-                f"({rules.share:g} of {parts:g})",
-            )
-
-    async def _check_cycle(self, name: str, vo: str, limit: int, requested: int, now: datetime) -> None:
-        since = now - timedelta(seconds=CYCLE_SECONDS)
-        own = (Pilots.ce_name == name, Pilots.vo == vo, Pilots.submitted_at > since)
-        # Two reads, each with an index: what was submitted lately is active, or has ended lately.
-        lately = union_all(
-            select(Pilots.submitted_at.label("at")).where(*own, Pilots.status.in_(ACTIVE)),
-            select(Pilots.submitted_at.label("at")).where(*own, Pilots.ended_at > since),
-        ).subquery()
-        count, first = (await self.conn.execute(select(func.count(), func.min(lately.c.at)))).one()
-        submitted = int(count) + requested
-        if submitted >= limit:
-            left = CYCLE_SECONDS if first is None else CYCLE_SECONDS - (now - first).total_seconds()
-            raise SubmissionLimitError(
-                name,
-                vo,
-                "max_per_cycle",
-                limit,
-                f"{submitted} were submitted within {CYCLE_SECONDS} s or are requested",
-                retry_after_seconds=max(1, round(left)),
-            )
-
-    async def _pilots_at(self, name: str) -> dict[tuple[str, MyPilotStatus], int]:
-        rows = await self.conn.execute(
-            select(Pilots.vo, Pilots.status, func.count())
-            .where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
-            .group_by(Pilots.vo, Pilots.status)
+    Raises:
+        SubmissionLimitError, NoRoomError: as they say.
+    """
+    name, now = ce["name"], clock.now()
+    all_rules = rules_of(ce)
+    rules = all_rules.of(vo)
+    if granted and rules.max_waiting is None:
+        return
+    pilots = await _pilots_at(conn, name)
+    requests = {} if granted else await _requests_at(conn, name, now - REQUEST_LIFETIME)
+    own_requests = requests.get(vo, 0)
+    waiting = pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests
+    if rules.max_waiting is not None and waiting >= rules.max_waiting:
+        raise SubmissionLimitError(name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested")
+    if granted:
+        return
+    if rules.max_per_cycle is not None:
+        await _check_cycle(conn, name, vo, rules.max_per_cycle, own_requests, now)
+    held = dict(requests)
+    for (owner, _), count in pilots.items():
+        held[owner] = held.get(owner, 0) + count
+    promised = sum(requests.values()) - own_requests
+    free = ce["capacity"] - sum(pilots.values()) - promised
+    if free < 1:
+        raise NoRoomError(name, ce["capacity"], promised)
+    demand = await _demand_at(conn, name)
+    sharers = _competitors(ce, vo, all_rules, held, demand, now)
+    if not sharers:
+        return
+    mine = Sharer(rules.share, held.get(vo, 0), 1, demand[vo].granted_at if vo in demand else None)
+    if fair_part(free - own_requests, vo, {**sharers, vo: mine}) < 1:
+        parts = rules.share + sum(each.share for each in sharers.values())
+        raise SubmissionLimitError(
+            name,
+            vo,
+            "share",
+            rules.share,
+            f"with {mine.held} of {ce['capacity']} slots it has its part beside VOs that want the rest "
+            f"({rules.share:g} of {parts:g})",
         )
-        return {(vo, status): count for vo, status, count in rows}
 
-    async def _requests_at(self, name: str, since: datetime) -> dict[str, int]:
-        rows = await self.conn.execute(
-            select(PilotRequests.vo, func.count())
-            .where(PilotRequests.ce_name == name, PilotRequests.requested_at >= since)
-            .group_by(PilotRequests.vo)
+
+async def _check_cycle(
+    conn: AsyncConnection, name: str, vo: str, limit: int, requested: int, now: datetime
+) -> None:
+    since = now - timedelta(seconds=CYCLE_SECONDS)
+    own = (Pilots.ce_name == name, Pilots.vo == vo, Pilots.submitted_at > since)
+    # Two reads, each with an index: what was submitted lately is active, or has ended lately.
+    lately = union_all(
+        select(Pilots.submitted_at.label("at")).where(*own, Pilots.status.in_(ACTIVE)),
+        select(Pilots.submitted_at.label("at")).where(*own, Pilots.ended_at > since),
+    ).subquery()
+    count, first = (await conn.execute(select(func.count(), func.min(lately.c.at)))).one()
+    submitted = int(count) + requested
+    if submitted >= limit:
+        left = CYCLE_SECONDS if first is None else CYCLE_SECONDS - (now - first).total_seconds()
+        raise SubmissionLimitError(
+            name,
+            vo,
+            "max_per_cycle",
+            limit,
+            f"{submitted} were submitted within {CYCLE_SECONDS} s or are requested",
+            retry_after_seconds=max(1, round(left)),
         )
-        return {row[0]: int(row[1]) for row in rows}
 
-    async def _claims_at(self, name: str) -> dict[str, Claim]:
-        columns = (PilotClaims.wanted, PilotClaims.asked_at, PilotClaims.granted_at)
-        rows = await self.conn.execute(select(PilotClaims.vo, *columns).where(PilotClaims.ce_name == name))
-        return {row[0]: Claim(*row[1:]) for row in rows}
+
+async def _pilots_at(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
+    rows = await conn.execute(
+        select(Pilots.vo, Pilots.status, func.count())
+        .where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
+        .group_by(Pilots.vo, Pilots.status)
+    )
+    return {(vo, status): count for vo, status, count in rows}
+
+
+async def _requests_at(conn: AsyncConnection, name: str, since: datetime) -> dict[str, int]:
+    rows = await conn.execute(
+        select(PilotRequests.vo, func.count())
+        .where(PilotRequests.ce_name == name, PilotRequests.requested_at >= since)
+        .group_by(PilotRequests.vo)
+    )
+    return {row[0]: int(row[1]) for row in rows}
+
+
+async def _demand_at(conn: AsyncConnection, name: str) -> dict[str, Demand]:
+    columns = (PilotDemand.wanted, PilotDemand.asked_at, PilotDemand.granted_at)
+    rows = await conn.execute(select(PilotDemand.vo, *columns).where(PilotDemand.ce_name == name))
+    return {row[0]: Demand(*row[1:]) for row in rows}
 
 
 def _competitors(
@@ -127,18 +128,18 @@ def _competitors(
     vo: str,
     rules: CERules,
     held: Mapping[str, int],
-    claims: Mapping[str, Claim],
+    demand: Mapping[str, Demand],
     now: datetime,
 ) -> dict[str, Sharer]:
-    """The other VOs that want slots: by their claims, and those named at the compute element that never asked."""
+    """The other VOs that want slots: by their demand, and those named at the compute element that never asked."""
     sharers = {}
-    for other in {*claims, *(ce["vos"] or ()), *rules.vos} - {vo}:
+    for other in {*demand, *(ce["vos"] or ()), *rules.vos} - {vo}:
         own = rules.of(other)
         wanted = ce["capacity"] if own.max_waiting is None else min(ce["capacity"], own.max_waiting)
         granted_at = None
-        if (claim := claims.get(other)) is not None:
-            wanted = claim.wanted if claim.asked_at > now - REQUEST_LIFETIME else 0
-            granted_at = claim.granted_at
+        if (own_demand := demand.get(other)) is not None:
+            wanted = own_demand.wanted if own_demand.asked_at > now - REQUEST_LIFETIME else 0
+            granted_at = own_demand.granted_at
         if wanted > 0 and serves(ce["vos"], other):
             sharers[other] = Sharer(own.share, held.get(other, 0), wanted, granted_at)
     return sharers

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 __all__ = ["MyPilotDB"]
 
-from .outputs import OutputStore
-from .pilots import PilotStore
-from .pruning import PruningStore
-from .statistics import CourseStore
-from .transitions import TransitionStore
+from .circuits import CircuitsMixin
+from .compute_elements import ComputeElementsMixin
+from .demand import DemandMixin
+from .outputs import OutputsMixin
+from .pilots import PilotsMixin
+from .statistics import StatisticsMixin
+from .submissions import SubmissionsMixin
+from .transitions import TransitionsMixin
 
 
-class MyPilotDB(TransitionStore, PilotStore, CourseStore, OutputStore, PruningStore):
+class MyPilotDB(
+    ComputeElementsMixin,
+    CircuitsMixin,
+    DemandMixin,
+    SubmissionsMixin,
+    TransitionsMixin,
+    PilotsMixin,
+    StatisticsMixin,
+    OutputsMixin,
+):
     """Compute elements, pilots, their history and their output.
 
     Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short

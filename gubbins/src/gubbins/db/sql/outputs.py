@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Output", "OutputStore"]
+__all__ = ["Output", "OutputsMixin"]
 
 import asyncio
 import zlib
@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, s
 from gubbins.domain import clock
 
 from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots
-from .session import PilotDBConnection
+from .session import PilotSession
 
 _PRUNED_AT_ONCE = 1_000
 
@@ -31,7 +31,7 @@ class Output(NamedTuple):
     error: str | None = None
 
 
-class OutputStore(PilotDBConnection):
+class OutputsMixin(PilotSession):
     """The table PilotOutputs."""
 
     @transaction

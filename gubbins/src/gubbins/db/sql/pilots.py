@@ -1,24 +1,22 @@
-"""Everything that is asked about pilots."""
+"""Pilots: find, count, cancel, delete."""
 
 from __future__ import annotations
 
-__all__ = ["PilotStore"]
+__all__ = ["PilotsMixin"]
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import ColumnElement, Row, func, select, update
+from sqlalchemy import ColumnElement, Row, delete, func, select, update
 
 from gubbins.domain import clock
-from gubbins.domain.exceptions import (
-    PilotNotFoundError,
-)
+from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
-from .submissions import SubmissionStore
+from .session import PilotSession
 
 # Labelled with their names in Python: a row's own names are the database's.
 _COLUMNS = tuple(
@@ -47,8 +45,8 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
     return dict(row._mapping)
 
 
-class PilotStore(SubmissionStore):
-    """The table Pilots."""
+class PilotsMixin(PilotSession):
+    """Statements about pilots."""
 
     @transaction
     async def set_pilots_missing(self, pilot_ids: Sequence[int], since: datetime | None) -> None:
@@ -171,3 +169,20 @@ class PilotStore(SubmissionStore):
         for vo_name, ce_name, status, count in await self.conn.execute(statement):
             summary.setdefault(vo_name, {}).setdefault(ce_name, {})[str(status)] = count
         return summary
+
+    async def delete_ended_pilots(self, *, ended_before: datetime, limit: int) -> int:
+        """Delete pilots that ended before then, with their history, and return how many were.
+
+        The oldest ends come first, `limit` of them at most: one short transaction. Active pilots have not ended.
+        """
+        # Nothing is decided by what is read, for what has ended stays so.
+        oldest = select(Pilots.id, Pilots.ce_name).where(Pilots.ended_at < ended_before)
+        rows = await self._rows(oldest.order_by(Pilots.ended_at).limit(limit))
+        return await self._delete([row[0] for row in rows], {row[1] for row in rows}, ended_before) if rows else 0
+
+    @transaction
+    async def _delete(self, ids: Sequence[int], ce_names: Collection[str], ended_before: datetime) -> int:
+        await self.lock_ces(ce_names)  # as all who write; else, on MariaDB, it deadlocks with checks
+        # By their ids, for MariaDB reads all pilots to delete those of a subquery.
+        gone = await self.conn.execute(delete(Pilots).where(Pilots.id.in_(ids), Pilots.ended_at < ended_before))
+        return int(gone.rowcount)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 __all__ = [
+    "CE_COLUMNS",
     "CECircuits",
     "ComputeElements",
     "MyPilotDBBase",
-    "PilotClaims",
+    "PilotDemand",
     "PilotHistory",
     "PilotOutputs",
     "PilotRequests",
@@ -136,6 +137,9 @@ _ces = cast(Table, ComputeElements.__table__)
 _ces.append_constraint(CheckConstraint(_ces.c.capacity >= 0, name="capacity_not_negative"))
 _ces.append_constraint(CheckConstraint(_ces.c.success_rate.between(0, 1), name="success_rate_is_a_share"))
 
+CE_COLUMNS = tuple(column.label(column.key) for column in _ces.columns)
+"""All of them, labelled with their names in Python: a row's own names are the database's."""
+
 
 class CECircuits(MyPilotDBBase):
     """The circuit breaker of one kind of call to a compute element; no row: the last such call went well."""
@@ -248,7 +252,7 @@ class PilotRequests(MyPilotDBBase):
     )
 
 
-class PilotClaims(MyPilotDBBase):
+class PilotDemand(MyPilotDBBase):
     """How many pilots a VO would have had at a compute element when it last asked: what a fair share respects."""
 
     __tablename__ = "PilotClaims"

@@ -1,24 +1,28 @@
-"""How `MyPilotDB` talks to its server: locks, and statements about any number of rows, per dialect."""
+"""Session of the pilot database: locks, and statements about any number of rows, for each dialect."""
 
 from __future__ import annotations
 
-__all__ = ["PilotDBConnection"]
+__all__ = ["PilotSession", "portions"]
 
 import contextlib
-from collections.abc import AsyncIterator, Collection, Sequence
+import json
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVarTuple, cast
 
 from diracx.tasks.plumbing.sql.migrations import Migrations
 from diracx.tasks.plumbing.sql.session import Database, transaction
+from diracx.tasks.plumbing.sql.types import storable
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
     Row,
     Select,
+    String,
     and_,
     any_,
+    bindparam,
     collate,
     func,
     select,
@@ -30,15 +34,34 @@ from sqlalchemy.sql.selectable import Subquery
 
 from gubbins.domain import clock
 
-from .schema import ComputeElements, MyPilotDBBase, Pilots
-from .staging import staged
+from .schema import MAX_REASON_CHARS, ComputeElements, MyPilotDBBase, Pilots
 
 _Columns = TypeVarTuple("_Columns")
 
 LARGE_BATCH_ROWS = 1_000
+#: Servers refuse packets of 16 MB by default.
+_LARGEST_PAYLOAD_BYTES = 4 << 20
+_READERS = {
+    # LIMIT -1 keeps SQLite from merging this into the statement around it, where it would read the whole list
+    # again for each pilot.
+    "sqlite": (
+        "SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS reason "
+        "FROM json_each(:staged) LIMIT -1"
+    ),
+    "postgresql": (
+        "SELECT CAST(value ->> 0 AS BIGINT) AS id, value ->> 1 AS reason "
+        "FROM json_array_elements(CAST(:staged AS JSON)) AS pair(value)"
+    ),
+    # Else its text is in the character set of the database.
+    "mysql": (
+        "SELECT pair.id, pair.reason FROM JSON_TABLE(:staged, '$[*]' COLUMNS (id BIGINT PATH '$[0]', "
+        "reason TEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$[1]')) AS pair"
+    ),
+}
+_READERS["mariadb"] = _READERS["mysql"]
 
 
-class PilotDBConnection(Database):
+class PilotSession(Database):
     """Transactions of the pilot database.
 
     Every write that decides something starts with a statement that takes a lock (an UPDATE), so that nothing
@@ -90,7 +113,7 @@ class PilotDBConnection(Database):
         if self.conn.dialect.name == "postgresql" and len(rows) > LARGE_BATCH_ROWS:
             # With no statistics yet (a burst of new pilots) it would read the whole list for each pilot.
             await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
-        return staged(self.conn.dialect.name, rows)
+        return _staged_rows(self.conn.dialect.name, rows)
 
     def _are(self, these: Subquery, id: Any = Pilots.id) -> ColumnElement[bool]:
         """That a pilot is one of these rows, in words by which the server finds it without reading all pilots."""
@@ -108,3 +131,38 @@ class PilotDBConnection(Database):
             DatabaseError: it cannot be used.
         """
         return await self.migrations.create(self.engine)
+
+
+def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
+    """These rows in lists that fit a packet: all in one, unless 100,000 of them have long reasons."""
+    portion: list[tuple[int, str | None]] = []
+    size = 0
+    for row in rows:
+        reason = row[1]
+        # In ASCII a character takes 12 bytes at most, and drivers escape each backslash.
+        bytes_ = 24 + (0 if reason is None else len(reason) * (2 if reason.isascii() else 14))
+        if portion and size + bytes_ > _LARGEST_PAYLOAD_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(row)
+        size += bytes_
+    if portion:
+        yield portion
+
+
+def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
+    """These rows as a derived table `id, reason`, to join with; a row without a reason has NULL.
+
+    One bound parameter, whatever their number: a list of 100,000 ids is too long for bound parameters (SQLite
+    takes 32,766, PostgreSQL 65,535), and a statement per chunk is not a constant number of statements (P62). All
+    three databases read JSON, each with a function of its own.
+
+    Args:
+        dialect: SQLAlchemy's name of it.
+        rows: pairs of id and reason.
+    """
+    payload = json.dumps(
+        [(id,) if reason is None else (id, storable(reason, MAX_REASON_CHARS)) for id, reason in rows]
+    )
+    statement = text(_READERS[dialect]).bindparams(bindparam("staged", payload, String))
+    return statement.columns(id=BigInteger, reason=String).subquery("staged_rows")

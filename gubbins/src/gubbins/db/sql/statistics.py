@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["QUARTER", "CourseStore"]
+__all__ = ["QUARTER", "StatisticsMixin"]
 
 from collections import Counter
 from datetime import datetime, timedelta
@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, 
 from gubbins.domain.pilot_states import MyPilotStatus
 
 from .schema import Pilots, UTCDateTime
-from .session import PilotDBConnection
+from .session import PilotSession
 
 QUARTER = timedelta(minutes=15)
 
@@ -25,7 +25,7 @@ _VO: ColumnElement[str] = Pilots.vo.concat("")
 _COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
 
 
-class CourseStore(PilotDBConnection):
+class StatisticsMixin(PilotSession):
     """Counts of what happened since some moment, which read the pilots since then and no others."""
 
     @transaction

@@ -1,8 +1,8 @@
-"""The way of a pilot to its compute element: a slot is reserved, then confirmed, or released again."""
+"""Submission of pilots: a slot is reserved, then confirmed, or released again."""
 
 from __future__ import annotations
 
-__all__ = ["SubmissionStore"]
+__all__ = ["SubmissionsMixin"]
 
 import uuid
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from sqlalchemy import delete, func, insert, literal, select, update
 from gubbins.domain import clock
 from gubbins.domain.exceptions import CEDisabledError, NoRoomError, UnknownCEError, VONotServedError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.rules import serves
 
-from .compute_elements import CE_COLUMNS, serves
-from .limits import LimitStore
-from .schema import MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistory, Pilots
-from .staging import portions
+from .limits import check_limits
+from .schema import CE_COLUMNS, MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistory, Pilots
+from .session import PilotSession, portions
 
 
-class SubmissionStore(LimitStore):
-    """The table Pilots, as far as submissions go: with the capacity gate."""
+class SubmissionsMixin(PilotSession):
+    """Statements about submissions, with the capacity gate."""
 
     @transaction
     async def find_pilot(self, stamp: str) -> int | None:
@@ -58,7 +58,7 @@ class SubmissionStore(LimitStore):
         # SQLite would keep a name of any length.
         if not serves(ce.vos, vo) or not 0 < len(vo) <= MAX_VO_CHARS:
             raise VONotServedError(ce_name, vo)
-        await self.check_limits(dict(ce._mapping), vo, granted=granted)
+        await check_limits(self.conn, dict(ce._mapping), vo, granted=granted)
         taken = (
             select(func.count())
             .select_from(Pilots)

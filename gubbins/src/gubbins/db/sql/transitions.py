@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TransitionStore"]
+__all__ = ["TransitionsMixin"]
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -16,8 +16,7 @@ from gubbins.domain.exceptions import IllegalTransitionError, PilotNotFoundError
 from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
-from .session import PilotDBConnection
-from .staging import portions
+from .session import PilotSession, portions
 
 # Ends before starts: a pilot named in both groups by mistake still makes one step only (P61).
 _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
@@ -31,7 +30,7 @@ def _entering(status: MyPilotStatus, now: datetime) -> dict[str, Any]:
     return {"status": status, "ended_at": now, "last_update": now, "missing_since": None}
 
 
-class TransitionStore(PilotDBConnection):
+class TransitionsMixin(PilotSession):
     """Steps of pilots, one or very many at a time."""
 
     async def update_pilot_status(

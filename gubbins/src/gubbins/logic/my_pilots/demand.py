@@ -12,12 +12,11 @@ from datetime import datetime
 from typing import Any
 
 from gubbins.db.sql import MyPilotDB
-from gubbins.db.sql.compute_elements import serves
-from gubbins.db.sql.demand import Claim
+from gubbins.db.sql.demand import Demand
 from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.domain.rules import CERules, DemandPolicy, rules_of
+from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
 
 from .circuits import on_trial, why_no_pilots
 
@@ -76,11 +75,11 @@ async def request_pilots(
             trickle = rules[name].trickle if situation.held[name, vo] == 0 else 0
             asked[name] = max(cut, min(asked[name], trickle))
         left = max(0, budget - sum(asked[name] for name in by_jobs))
-        claims = {}
+        demand = {}
         for name in ces:
             more = wanted[name] - asked[name]
-            claims[name] = situation.claim(name, min(more, left) if name in by_jobs else more, asked[name])
-        await db.put_claims(vo, claims)
+            demand[name] = situation.next_demand(name, min(more, left) if name in by_jobs else more, asked[name])
+        await db.put_demand(vo, demand)
         asked = {name: count for name, count in asked.items() if count > 0}
         for name, count in asked.items():
             await db.add_requests(name, vo=vo, count=count)
@@ -100,7 +99,7 @@ class _Situation:
     submitted: Counter[tuple[str, str]]  # pilots that wait, and requests
     pending: Counter[str]  # requests of all VOs, by compute element
     active: Counter[str]  # pilots of all VOs, by compute element
-    claims: Mapping[tuple[str, str], Claim]
+    demand: Mapping[tuple[str, str], Demand]
     waiting: int  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
 
     def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
@@ -127,11 +126,11 @@ class _Situation:
         sharers = {self.vo: self._sharer(name, self.vo, rules.share, wanted)}
         strangers = False
         for other in served - {self.vo}:
-            claim = self.claims.get((name, other))
-            if claim is None:
+            known = self.demand.get((name, other))
+            if known is None:
                 strangers = True
-            elif claim.asked_at > self.now - REQUEST_LIFETIME:
-                sharers[other] = self._sharer(name, other, of_all.of(other).share, claim.wanted)
+            elif known.asked_at > self.now - REQUEST_LIFETIME:
+                sharers[other] = self._sharer(name, other, of_all.of(other).share, known.wanted)
         part = fair_part(room, self.vo, sharers)
         if strangers:
             fraction = rules.share / sum(of_all.of(other).share for other in served)
@@ -140,14 +139,14 @@ class _Situation:
         return max(0, part)
 
     def _sharer(self, name: str, vo: str, share: float, wanted: int) -> Sharer:
-        claim = self.claims.get((name, vo))
-        return Sharer(share, self.held[name, vo], wanted, None if claim is None else claim.granted_at)
+        known = self.demand.get((name, vo))
+        return Sharer(share, self.held[name, vo], wanted, None if known is None else known.granted_at)
 
-    def claim(self, name: str, wanted: int, granted: int) -> Claim:
+    def next_demand(self, name: str, wanted: int, granted: int) -> Demand:
         """What is to be remembered of this round."""
-        before = self.claims.get((name, self.vo))
+        before = self.demand.get((name, self.vo))
         granted_at = self.now if granted > 0 else None if before is None else before.granted_at
-        return Claim(max(0, wanted), self.now, granted_at)
+        return Demand(max(0, wanted), self.now, granted_at)
 
 
 async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, Mapping[str, Any]]) -> _Situation:
@@ -165,7 +164,7 @@ async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, 
         submitted[name, owner] += states.get(MyPilotStatus.SUBMITTED, 0)
         active[name] += sum(states.values())
     waiting = sum(count for (name, owner), count in submitted.items() if owner == vo and name not in banned)
-    return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_claims(), waiting)
+    return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_demand(), waiting)
 
 
 def _rounded_up(number: float) -> int:

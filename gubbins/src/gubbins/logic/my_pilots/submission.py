@@ -13,7 +13,6 @@ from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.db.sql import MyPilotDB
-from gubbins.db.sql.compute_elements import serves
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import (
@@ -24,7 +23,7 @@ from gubbins.domain.exceptions import (
     VONotServedError,
 )
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.domain.rules import rules_of
+from gubbins.domain.rules import rules_of, serves
 from gubbins.domain.text import one_line
 
 from .ce_calls import backend_of, describe_failure
