@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sites import htcondor_root
+from sites import htcondor_root, redis_versions
+from sites.debian_root import ObstacleError
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 _SECONDS = 60
@@ -146,7 +147,8 @@ TOOLS = (
 def install() -> None:
     """Install what does not work, each by itself: what cannot be had keeps nothing else from being installed."""
     missing = [tool for tool in TOOLS if _says(tool)[0] is None]
-    if (missing or not htcondor_root.ROOT.exists()) and os.geteuid() == 0 and shutil.which("apt-get"):
+    unpacked = htcondor_root.ROOT.exists() and redis_versions.all_there()
+    if (missing or not unpacked) and os.geteuid() == 0 and shutil.which("apt-get"):
         with _alone(), _without_daemons():
             if (error := _apt_get("update")) is not None:
                 print(f"apt's lists are not updated, what they say is installed: {error}", file=sys.stderr)
@@ -158,6 +160,7 @@ def install() -> None:
         if (reason := obstacle(tool.name)) is not None:
             print(f"tests of {tool.name} are skipped: {reason}", file=sys.stderr)
     htcondor_root.main()
+    redis_versions.install()
 
 
 def obstacle(name: str) -> str | None:
@@ -174,6 +177,11 @@ def versions() -> None:
         version, reason = _says(tool)
         found[tool.name] = version or f"missing: {reason}"
     found["HTCondor"] = _htcondor()
+    for version in (*redis_versions.SERVERS, redis_versions.OLD):
+        try:
+            found[version] = redis_versions.version_of(version)
+        except ObstacleError as obstacle:
+            found[version] = f"missing: {obstacle}"
     for name, version in found.items():
         print(f"{name:<12}{version}")
 

@@ -22,7 +22,8 @@ import pytest
 from diracx.tasks.testing.server import free_port
 from machine import not_for_this_machine
 
-from .htcondor_root import ROOT, ForbiddenError, ObstacleError, check
+from .debian_root import ForbiddenError, ObstacleError
+from .htcondor_root import ROOT, check
 
 SCHEDD = "pilots@tests"
 _SECONDS = 110  # it takes three, unless the machine is busy

@@ -12,7 +12,7 @@ HERE = Path(__file__).parents[3]
 BINDINGS = "monkeypatch.setattr(site.importlib.util, 'find_spec', lambda name: None)"
 FORBIDDEN = "monkeypatch.setattr(site, 'check', lambda: raises(ForbiddenError('no mount namespaces')))"
 NOT_FETCHED = "monkeypatch.setattr(root, 'ROOT', root.Path('/none/a'))"
-NOT_SERVED = "monkeypatch.setattr(root, '_NOT_SERVED', root.Path(__file__))"
+NOT_SERVED = "monkeypatch.setattr(root, 'not_served', lambda path: 'release not served')"
 SKIP = "pytest.skip('not installed')"
 
 
@@ -37,7 +37,7 @@ def test_only_what_the_machine_cannot_have_may_be_skipped(
     lines = "\n    ".join(obstacles)
     pytester.makepyfile(f"""
 import pytest, sites.htcondor as site, sites.htcondor_root as root
-from sites.htcondor_root import ForbiddenError
+from sites.debian_root import ForbiddenError
 
 def raises(error):
     raise error

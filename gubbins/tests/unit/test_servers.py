@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from sites import htcondor_root
+from sites import htcondor_root, redis_versions
 
 Program = Callable[..., Path]
 
@@ -87,6 +87,7 @@ def test_what_can_be_installed_is_installed_whatever_cannot(
     monkeypatch.setattr(servers, "_LOCK", tmp_path / "lock")
     monkeypatch.setattr(servers.os, "geteuid", lambda: 0)
     monkeypatch.setattr(htcondor_root, "main", lambda: None)
+    monkeypatch.setattr(redis_versions, "install", lambda: None)
     offered = program("offered", "echo 2.0", "new")
     apt_get = program(
         "apt-get",
@@ -114,7 +115,9 @@ def test_a_machine_that_has_everything_is_left_alone(
 ) -> None:
     monkeypatch.setattr(servers, "TOOLS", [servers.Tool("there", "there-package", lambda: "1.0")])
     monkeypatch.setattr(htcondor_root, "ROOT", tmp_path)
+    monkeypatch.setattr(redis_versions, "all_there", lambda: True)
     monkeypatch.setattr(htcondor_root, "main", lambda: None)
+    monkeypatch.setattr(redis_versions, "install", lambda: None)
     apt_get = program("apt-get", f"echo called > {tmp_path}/called")
     monkeypatch.setenv("PATH", str(apt_get.parent), prepend=":")
     servers.install()

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ _LISTED = 5
 _SECTIONS = ("server", "memory", "persistence", "stats", "replication", "cluster")
 _CONFIG = ("appendfsync", "min-replicas-max-lag")
 _STREAM = keys.ALL_STREAM_NAMES[0]
-_TOUCH = f"EXISTS {keys.DELAYED}"
+_TOUCH = f"EXISTS {keys.DELAYED} {keys.DELAYED_DATA}"
 _READ_CONFIG = " ".join(("CONFIG GET", *_CONFIG))
 
 
@@ -159,6 +160,9 @@ async def read_server(redis: Redis, role: Role | None = None, *, settings: bool 
         if is_passing(refusal):
             raise
         commands, error = [], str(refusal)
+    if isinstance(hello, ResponseError) and not info:  # before 6.2, HELLO takes no less than a version
+        with suppress(NoPermissionError):
+            info = [await redis.info("server")]
     config: Any = {}
     if settings and isinstance(refused, list) and _READ_CONFIG not in commands:
         config = await redis.config_get(*_CONFIG)

@@ -9,5 +9,8 @@ for _, command in ipairs(redis.acl_check_cmd and ARGV or {}) do
   local known, allowed = pcall(redis.acl_check_cmd, unpack(words))
   if not (known and allowed) then refused[#refused + 1] = command end
 end
-if #refused == 0 or refused[1] ~= ARGV[1] then redis.call('EXISTS', '$DELAYED') end
+if #refused == 0 or refused[1] ~= ARGV[1] then
+  redis.call('EXISTS', '$DELAYED')
+  redis.call('EXISTS', '$DELAYED_DATA')  -- in a cluster, of another slot
+end
 return refused
