@@ -14,7 +14,8 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker import Worker, announcements
+from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
@@ -211,24 +212,19 @@ async def test_P11_a_retry_whose_answer_is_lost_happens_once(redis_url: str) -> 
     assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5
 
 
-async def test_a_silent_connection_for_announcements_is_replaced(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(announcements, "_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(announcements, "_ANSWER_SECONDS", 0.5, raising=False)
+async def test_a_silent_connection_for_announcements_is_replaced(redis_url: str) -> None:
     proxy, heard = LossyProxy(redis_url), asyncio.Event()
     direct = RedisStreamBroker(redis_url)
-    async with proxy.serve() as silent_url:
-        broker = RedisStreamBroker(silent_url)
-        listener = announcements.Announcements(broker, lambda _: heard.set(), lambda _: None)
-        listening = asyncio.create_task(listener.run())
-        await listener.listening.wait()
+    loop = asyncio.get_running_loop()
+    async with (
+        proxy.serve() as silent_url,
+        LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: heard.set()),
+    ):
         proxy.fall_silent()
         async with asyncio.timeout(60):
             while not heard.is_set():
                 await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")
                 await asyncio.sleep(0.01)
-        listening.cancel()
-        await asyncio.wait({listening})
-        await broker.shutdown()
+    await direct.leave()
+    await direct.redis.delete(keys.ALIVE, keys.EPOCH)
     await direct.shutdown()

@@ -70,8 +70,12 @@ def async_client(url: str, *, max_connections: int | None = None, **options: Any
     return client_of(address, options, _of_sentinels(address, options), max_connections or address.max_connections)
 
 
-def sync_client(url: str, **options: Any) -> SyncRedis:
-    """A blocking client: the same for a thread."""
+def sync_client(url: str, *, channels: bool = False, **options: Any) -> SyncRedis:
+    """A blocking client: the same for a thread.
+
+    Args:
+        channels: whether its connections may listen to channels between commands: they speak RESP3.
+    """
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
@@ -80,6 +84,8 @@ def sync_client(url: str, **options: Any) -> SyncRedis:
 
     address = _usable(url)
     options = _options(address, options)
+    if channels:
+        options["protocol"] = 3
     if address.service:
         of_sentinels = {**_of_sentinels(address, options), "retry": Retry(NoBackoff(), 0)}
         sentinel = Sentinel(address.sentinels, sentinel_kwargs=of_sentinels)

@@ -105,7 +105,7 @@ class RedisStreamBroker:
         worker_size: the size of the worker that fetches through this broker.
         consumer_name: name of that worker; a unique one by default.
         max_connection_pool_size: connections for commands, at least 2; who needs one more waits for it. What waits
-            or listens has up to 4 more. By default what the URL says, else any number.
+            or listens has up to 3 more. By default what the URL says, else any number.
         connection_kwargs: passed to redis-py.
 
     Raises:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from ..locks import LockSpec
+    from .control import ControlConnection
     from .line import Line
     from .models import Settlement
 
@@ -72,7 +73,9 @@ class Script:
         except NoScriptError:
             return await redis.execute_command("EVAL", self.source, len(script_keys), *script_keys, *args)
 
-    def run(self, redis: SyncRedis, script_keys: Sequence[str] = (), args: Sequence[Any] = ()) -> Any:
+    def run(
+        self, redis: SyncRedis | ControlConnection, script_keys: Sequence[str] = (), args: Sequence[Any] = ()
+    ) -> Any:
         """The same on a blocking connection: the lease keeper has a thread of its own."""
         try:
             return redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
@@ -414,7 +417,7 @@ def leave_now(redis: SyncRedis, consumer: str) -> None:
 
 
 def renew(
-    redis: SyncRedis,
+    redis: SyncRedis | ControlConnection,
     consumer: str,
     lease_ms: int,
     entries: Sequence[Mapping[str, Any]],

@@ -1,7 +1,8 @@
 """The lease keeper: renews all that a worker holds, and cancels what holds locks before they can be another's.
 
 A task that blocks the event loop must not lose its lease or its locks, so the keeper shares nothing with
-the loop: its own thread, its own connection. What could not be renewed is reported back to the loop.
+the loop: its own thread, its own connection. What could not be renewed is reported back to the loop, and so is
+what the worker's channels say, which come by the same connection.
 
 A second thread is the timer of the leases. It never waits for a socket, so a renewal that hangs does not hold it
 back: an execution with locks is cancelled at the end of its lease, or of its shortest lock, less a margin, counted
@@ -16,15 +17,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
 from ..broker import scripts
-from ..broker.connection import sync_client
+from ..broker.control import ControlConnection
 from ..exceptions import LockLostError
 
 if TYPE_CHECKING:
@@ -98,14 +99,31 @@ class LeaseKeeper:
     """Renews the worker's own life, the entries it runs and the locks they hold.
 
     Use as an asynchronous context manager: entering registers the worker, and raises when no server answers.
+
+    Args:
+        channels: to which it listens between renewals.
+        hear: called in the event loop with channel and data of each message.
+        listening: called in the event loop each time it has begun to listen: it has heard nothing before.
     """
 
-    def __init__(self, url: str, consumer: str, lease_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        url: str,
+        consumer: str,
+        lease_seconds: float,
+        loop: asyncio.AbstractEventLoop,
+        channels: Sequence[str] = (),
+        hear: Callable[[bytes, bytes], None] = lambda channel, data: None,
+        listening: Callable[[], None] = lambda: None,
+    ) -> None:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self._redis = sync_client(
+        self._redis = ControlConnection(
             url,
+            channels,
+            lambda channel, data: self._tell_loop(hear, channel, data),
+            lambda: self._tell_loop(listening),
             retry=Retry(NoBackoff(), 0),
             socket_connect_timeout=min(5.0, lease_seconds),
             socket_timeout=min(5.0, lease_seconds),
@@ -120,7 +138,6 @@ class LeaseKeeper:
         self._renewing = threading.Lock()
         self.epoch = ""
         """The life of the server's data in which everything was renewed last."""
-        self._look = threading.Event()
         self._stop = False
         self._interval = lease_seconds / 3
         self._renewed_at = time.monotonic()
@@ -137,7 +154,7 @@ class LeaseKeeper:
 
     async def __aexit__(self, *_: object) -> None:
         self._stop = True
-        self._look.set()
+        self._redis.interrupt()
         with self._timer_set:
             self._timer_set.notify()
         await asyncio.to_thread(self._thread.join)
@@ -198,7 +215,7 @@ class LeaseKeeper:
     def _look_in_time(self, ttl_seconds: float) -> None:
         if ttl_seconds / 3 < self._interval:
             self._interval = ttl_seconds / 3
-            self._look.set()
+            self._redis.interrupt()
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
         """No longer renew them: they were settled, or are lost."""
@@ -225,16 +242,18 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         while not self._stop:
-            self._look.wait(self._interval)
-            self._look.clear()
+            self._redis.listen(self._interval)
             while not self._stop:
                 try:
                     self._renew()
                     break
                 except Exception as error:
                     logger.warning("cannot renew the lease of %s: %s", self._consumer, error)
-                    self._look.wait(_RETRY_SECONDS)
-                    self._look.clear()
+                    self._redis.listen(_RETRY_SECONDS)
+
+    def _tell_loop(self, call: Callable[..., None], *arguments: bytes) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def _run_timer(self) -> None:
         while not self._stop:

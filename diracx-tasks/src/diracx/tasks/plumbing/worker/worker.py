@@ -95,7 +95,7 @@ class Worker:
         self._group_searches: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
-        self._announcements = Announcements(broker, self._cancel, self._promoter.hear)
+        self._announcements = Announcements(broker.consumer_name, self._cancel, self._promoter.hear)
         self.reporter = Reporter(broker, self._settings, self._running)
         self._asked_at = self._fetched_at = 0.0
         self.ready = asyncio.Event()
@@ -138,11 +138,17 @@ class Worker:
         """
         lease_seconds = self._settings.lease_seconds
         self._loop = loop = asyncio.get_running_loop()
-        async with (
-            LeaseKeeper(self._broker.url, self._broker.consumer_name, lease_seconds, loop) as self._keeper,
-            self._dependencies.open(),
-        ):
-            keeper = self._keeper
+        heard = self._announcements
+        self._keeper = keeper = LeaseKeeper(
+            self._broker.url,
+            self._broker.consumer_name,
+            lease_seconds,
+            loop,
+            heard.channels,
+            heard.receive,
+            heard.listening,
+        )
+        async with keeper, self._dependencies.open():
             intake = Intake(
                 self._broker, self._settings, stop, keeper.held, lambda: not self._running, keeper.held_locks
             )
@@ -151,13 +157,11 @@ class Worker:
             with bound_by(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 storing = asyncio.create_task(self._dead_letters.run())
-                listening = asyncio.create_task(self._announcements.run())
                 promoting = asyncio.create_task(self._promoter.run())
                 reporting = asyncio.create_task(self.reporter.run())
                 watchdog = self._watchdog(stop)
                 try:
                     await self._dead_letters.started()
-                    await self._announcements.listening.wait()
                     self.ready.set()
                     await _or_die_with({settling, promoting}, self._take_in(intake, stop))
                 finally:
@@ -165,7 +169,7 @@ class Worker:
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
-                    await end(settling, storing, listening, promoting, reporting)
+                    await end(settling, storing, promoting, reporting)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
