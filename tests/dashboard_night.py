@@ -37,8 +37,8 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.config.active import Announcer, InForce, digest
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.dashboard.installation import Installation, Load
-from diracx.tasks.web.dashboard.operations import Operator
+from diracx.tasks.web.context import Installation, Load
+from diracx.tasks.web.operator import Operator
 from redis.asyncio import Redis
 
 from gubbins.db.sql import MyPilotDB

@@ -17,9 +17,9 @@ from dashboard_world import WRITER, until
 from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.testing import embedded_redis
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard.app import create_app
-from diracx.tasks.web.dashboard.installation import Installation
 
 from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB

@@ -15,7 +15,7 @@ from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
-from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web.context import Installation
 from diracx_application import HOME, make_application, set_environment
 from sites.identity_provider import CLIENT_ID, IdentityProvider
 

@@ -28,9 +28,9 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
-from diracx.tasks.web.dashboard.installation import Installation
 from diracx.tasks.web.dashboard.page import Extension
 from redis.asyncio import Redis
 

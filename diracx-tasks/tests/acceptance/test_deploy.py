@@ -18,7 +18,7 @@ DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "prometheus/alerts.yml"
 _SOURCES = (
     "diracx-tasks/src/diracx/tasks/operations/metrics.py",
-    "diracx-tasks/src/diracx/tasks/operations/sources.py",
+    "diracx-tasks/src/diracx/tasks/operations/collectors.py",
     "gubbins/src/gubbins/metrics.py",
 )
 

@@ -30,9 +30,9 @@ from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.submission.client import Binding, bound_by
 from diracx.tasks.testing.server import ValkeyProcess, free_port
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard import create_app
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.dashboard.installation import Installation
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -504,7 +504,7 @@ async def submit(world: Roles, submitter: RedisStreamBroker) -> None:
 
 async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str]) -> None:
     """All pages of the dashboard, and all that can be done there and by HTTP."""
-    from diracx.tasks.web.api.recording import _USER, UserActionRate
+    from diracx.tasks.web.api.audit_logger import _USER, UserActionRate
 
     db = TaskDB(world.db_url)
 

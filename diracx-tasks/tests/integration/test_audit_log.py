@@ -12,7 +12,7 @@ from diracx.tasks.operations import audit
 from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.web.api import environment
-from diracx.tasks.web.api.recording import Recorder, UserActionRate
+from diracx.tasks.web.api.audit_logger import Recorder, UserActionRate
 from fastapi import HTTPException
 from redis.asyncio import Redis
 

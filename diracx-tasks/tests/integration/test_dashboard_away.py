@@ -15,9 +15,9 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard.app import create_app
-from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 NOBODY = "127.0.0.1:1"

@@ -22,7 +22,7 @@ from diracx.tasks.plumbing.broker.labels import LABEL_SECRET
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.persistence import DeadLetter, DeadLetterReason
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
-from diracx.tasks.web.dashboard.installation import Load
+from diracx.tasks.web.context import Load
 from diracx.tasks.web.dashboard.pages import PAGES
 from diracx.tasks.web.dashboard.pages.overview import load_of
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from dashboard_world import until
+from diracx.tasks.operations.single_flight import Shared
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.web.dashboard.access import Principal, Role
+from diracx.tasks.web.auth.backends import Principal, Role
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
-from diracx.tasks.web.dashboard.installation import Installation
 from diracx.tasks.web.dashboard.page import Extension, Page, Request
-from diracx.tasks.web.dashboard.sharing import Shared
 
 LONG = 3600.0
 

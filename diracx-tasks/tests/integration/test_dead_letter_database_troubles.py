@@ -14,9 +14,9 @@ from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.api.databases import database_errors
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard import create_app
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.dashboard.installation import Installation
 from fastapi import Depends, FastAPI
 
 

@@ -15,7 +15,7 @@ import msgpack
 import pytest
 from dashboard_world import WRITER
 from diracx.tasks import operations as monitor
-from diracx.tasks.operations.letters import letter_record
+from diracx.tasks.operations.dead_letters import letter_record
 from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_many
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
@@ -24,9 +24,9 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard.app import create_app
-from diracx.tasks.web.dashboard.installation import Installation
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from diracx.tasks import operations as monitor
+from diracx.tasks.operations.cursors import read_head
 from diracx.tasks.operations.health import HealthChecks
-from diracx.tasks.operations.places import read_head
 from diracx.tasks.plumbing import (
     BaseTask,
     ConcurrencyLimiter,
@@ -446,7 +446,7 @@ async def test_what_is_no_task_can_be_looked_at_and_purged(redis: Redis) -> None
 async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
     redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from diracx.tasks.operations.letters import letter_record
+    from diracx.tasks.operations.dead_letters import letter_record
 
     async with TaskSystem([Broken], redis_url=redis_url) as system:
         await Broken("sesame").schedule()

@@ -20,9 +20,9 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.scheduler.overview import schedules
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard import create_app
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 _PAGES = ("/workers", "/running", "/tasks", "/failures", "/schedules", "/configuration")

@@ -13,8 +13,9 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import READER, WRITER, World, small_world
-from diracx.tasks.web.dashboard import access, live
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
+from diracx.tasks.web import sse as live
+from diracx.tasks.web.auth import backends as access
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from diracx_application import HOME, make_application, set_environment, token_maker
 from hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in

@@ -37,8 +37,8 @@ from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.dashboard import live
-from diracx.tasks.web.dashboard.installation import Installation
+from diracx.tasks.web import sse as live
+from diracx.tasks.web.context import Installation
 from diracx_application import HOME, make_application, set_environment, token_maker
 from fastapi.routing import APIRoute
 from redis.asyncio import Redis
@@ -271,8 +271,8 @@ def test_every_route_of_the_application_is_in_the_table() -> None:
 
 
 def test_every_page_and_action_of_the_dashboard_is_in_the_table() -> None:
-    from diracx.tasks.web.api.code_flow import CodeFlow
-    from diracx.tasks.web.api.gate import DiracxGate
+    from diracx.tasks.web.auth.code_flow import CodeFlow
+    from diracx.tasks.web.auth.diracx import DiracxGate
     from diracx.tasks.web.dashboard import create_app
 
     async def none() -> Any:

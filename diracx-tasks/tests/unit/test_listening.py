@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 import typer
 from diracx.tasks.cli import app
-from diracx.tasks.web.dashboard.hosts import is_loopback
+from diracx.tasks.web.auth.hosts import is_loopback
 
 
 def hosts(command: click.Command, name: str = "") -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 from diracx.tasks.cli.listing import _arguments
 from diracx.tasks.cli.tasks import make_task
-from diracx.tasks.operations.letters import letter_record
+from diracx.tasks.operations.dead_letters import letter_record
 from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception

@@ -10,10 +10,10 @@ from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard import create_app
-from diracx.tasks.web.dashboard.access import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.dashboard.app import DashboardApp
-from diracx.tasks.web.dashboard.installation import Installation
 from redis.asyncio import Redis
 
 from gubbins.dashboard import extension

@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from diracx.tasks.operations.collectors import ENTRY_POINT_GROUP, Sources, sources
 from diracx.tasks.operations.families import Family, as_text
-from diracx.tasks.operations.sources import ENTRY_POINT_GROUP, Sources, sources
 
 from gubbins import metrics
 from gubbins.db import URL_VARIABLE

@@ -13,8 +13,8 @@ import pytest
 from config_repository import ConfigRepository
 from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import read_audit
-from diracx.tasks.web.dashboard.operations import NotPossibleError, Operator
 from diracx.tasks.web.dashboard.page import Form
+from diracx.tasks.web.operator import NotPossibleError, Operator
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.read_models import STORE
@@ -100,8 +100,8 @@ async def sign_in(
 
 async def first_fragment(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page: str) -> str:
     """What the live stream of a page sends before it ends; httpx sees the whole of a stream only."""
+    from diracx.tasks.web import sse as live
     from diracx.tasks.web.api import dashboard
-    from diracx.tasks.web.dashboard import live
 
     monkeypatch.setattr(dashboard._app(), "_stream_seconds", 0.1)
     monkeypatch.setattr(live, "_EVERY_SECONDS", 0.05)
@@ -170,7 +170,7 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
     from diracx.tasks.plumbing.broker import RedisStreamBroker
     from diracx.tasks.plumbing.config.cached import ConfigReader
     from diracx.tasks.plumbing.factory import TaskRegistry
-    from diracx.tasks.web.dashboard.installation import Installation
+    from diracx.tasks.web.context import Installation
 
     do = {action.path: action.do for action in ACTIONS}
     broker = RedisStreamBroker(redis_url)

@@ -192,8 +192,8 @@ async def test_each_role_gets_by_http_what_the_table_says(world: World, role: st
 async def test_each_role_gets_in_the_dashboard_what_the_table_says(
     world: World, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from diracx.tasks.web import sse as live
     from diracx.tasks.web.api import dashboard
-    from diracx.tasks.web.dashboard import live
 
     monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 0.02)
     monkeypatch.setattr(live, "_EVERY_SECONDS", 0.03)
@@ -261,7 +261,7 @@ async def test_a_list_of_another_vo_is_refused_whether_there_is_such_a_vo_or_not
 
 
 async def test_what_a_policy_of_an_extension_refuses_is_answered_as_if_it_did_not_exist(world: World) -> None:
-    from diracx.tasks.web.api.policies import forbidden
+    from diracx.tasks.web.auth.policies import forbidden
 
     from gubbins.routers.access_policies import MyPilotsAccessPolicy
 

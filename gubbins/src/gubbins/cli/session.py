@@ -102,7 +102,7 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
         return result
 
     async def do(db: Any) -> T:
-        from diracx.tasks.operations.deeds import Deeds
+        from diracx.tasks.operations.audited_actions import Deeds
 
         async with async_client(url) as redis:
             return await Deeds.at_command_line(redis).perform(deed, target, lambda: work(db), told)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from diracx.tasks.operations.single_flight import Shared
 from diracx.tasks.web.dashboard.page import UnavailableError
-from diracx.tasks.web.dashboard.sharing import Shared
 
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB

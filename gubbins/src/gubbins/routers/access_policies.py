@@ -12,7 +12,7 @@ from diracx.core.config.schema import Config
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
-from diracx.tasks.web.api.policies import check_vo_is_registered, forbidden
+from diracx.tasks.web.auth.policies import check_vo_is_registered, forbidden
 from fastapi import Depends
 
 

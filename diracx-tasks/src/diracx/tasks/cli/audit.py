@@ -38,8 +38,8 @@ def audit(
 
     async def look(redis: Redis) -> Page[AuditEntry]:
         from ..operations.audit import read_audit
+        from ..operations.cursors import place_in_stream
         from ..operations.models import Page
-        from ..operations.places import place_in_stream
 
         # One more tells whether there are more.
         found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)

@@ -47,7 +47,7 @@ def cancel(
 
 
 async def _cancel(url: str, task_ids: list[str]) -> dict[str, TaskPlace]:
-    from ..operations.deeds import Deeds
+    from ..operations.audited_actions import Deeds
     from .connection import open_broker
 
     async with open_broker(url) as broker:

@@ -25,9 +25,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..web.dashboard.access import TokenGate
+    from ..web.auth.backends import TokenGate
+    from ..web.context import Installation
     from ..web.dashboard.app import DashboardApp
-    from ..web.dashboard.installation import Installation
 
 logger = logging.getLogger(__package__)
 
@@ -84,7 +84,7 @@ def dashboard(
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
-    from ..web.dashboard.hosts import host_name, is_loopback
+    from ..web.auth.hosts import host_name, is_loopback
     from .logs import set_up_logging
 
     if new_account is not None:
@@ -140,7 +140,7 @@ def dashboard(
 
 
 def _public_names(given: list[str]) -> list[str]:
-    from ..web.dashboard.hosts import host_name
+    from ..web.auth.hosts import host_name
 
     names = []
     for name in given:
@@ -164,7 +164,7 @@ def _needs(*modules: str) -> None:
 
 
 def _add_account(path: Path | None, wanted: str) -> None:
-    from ..web.dashboard.access import AccountsError, Role, digest_of, new_token, read_accounts
+    from ..web.auth.backends import AccountsError, Role, digest_of, new_token, read_accounts
 
     if path is None:
         raise UsageProblem("--new-account needs --accounts FILE, the file to add it to")
@@ -190,7 +190,7 @@ def _gate(path: Path | None, read_only: bool) -> tuple[TokenGate, str | None]:
     """Who comes in, and the token to be printed."""
     import getpass
 
-    from ..web.dashboard.access import Account, AccountsError, Role, TokenGate, digest_of, new_token, read_accounts
+    from ..web.auth.backends import Account, AccountsError, Role, TokenGate, digest_of, new_token, read_accounts
 
     if path is not None:
         try:
@@ -226,7 +226,7 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> Installation:
     from ..plumbing.broker.server_check import Role
     from ..plumbing.config.cached import ConfigReader
-    from ..web.dashboard.installation import Installation
+    from ..web.context import Installation
     from .connection import open_broker
     from .services import unchecked_task_db
     from .tasks import load_registry

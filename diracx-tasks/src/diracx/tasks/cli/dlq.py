@@ -64,7 +64,7 @@ def list_letters(
         letters = [letter async for letter in _pages(db, where, limit)]
         return letters, sum(counts.values())
 
-    from ..operations.letters import letter_summary
+    from ..operations.dead_letters import letter_summary
     from .dlq_view import print_table
 
     letters, total = _with_db(look)
@@ -111,7 +111,7 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from ..operations.letters import letter_record
+    from ..operations.dead_letters import letter_record
     from ..operations.masking import masked_json
     from .dlq_view import print_letter
 
@@ -142,7 +142,7 @@ def retry(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def submit(db: TaskDB) -> list[Any]:
-        from ..operations.deeds import Deeds
+        from ..operations.audited_actions import Deeds
         from ..plumbing.persistence.resubmission import Resubmitter
         from .connection import open_broker
         from .services import tasks_config
@@ -182,7 +182,7 @@ def discard(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
-        from ..operations.deeds import Deeds
+        from ..operations.audited_actions import Deeds
         from .connection import open_broker
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
@@ -220,7 +220,7 @@ def export(
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        from ..operations.letters import letter_record
+        from ..operations.dead_letters import letter_record
 
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
             letter = await db.find(summary["task_id"])

@@ -42,7 +42,7 @@ def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
 
 def print_letter(letter: Mapping[str, Any]) -> None:
     """All about one letter, for reading."""
-    from ..operations.letters import letter_record
+    from ..operations.dead_letters import letter_record
 
     shown = letter_record(letter)
     message = shown["message"]

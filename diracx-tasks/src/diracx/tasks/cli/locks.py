@@ -84,7 +84,7 @@ def release(
     Example: diracx-task-run locks release lock:mutex:job:42
     """
     from .. import operations as monitor
-    from ..operations.deeds import Deeds
+    from ..operations.audited_actions import Deeds
     from .monitor_view import hit
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))

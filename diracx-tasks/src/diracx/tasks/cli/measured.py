@@ -73,7 +73,7 @@ async def measured(
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(probes(host, port, ready, text, alerts))
         if is_collected():
-            from ..operations.exporting import exported
+            from ..operations.otel import exported
 
             await stack.enter_async_context(exported(collect, reporter))
         yield
@@ -98,8 +98,8 @@ async def costly_sources(
 
         yield nothing, nobody
         return
+    from ..operations.collectors import sources
     from ..operations.health import health_checks
-    from ..operations.sources import sources
     from ..plumbing.exceptions import TaskConfigError
 
     async with AsyncExitStack() as stack:

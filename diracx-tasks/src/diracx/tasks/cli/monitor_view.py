@@ -72,7 +72,7 @@ def _rate(per_second: float | None) -> str:
 
 
 def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
-    from ..operations.places import HEAD_BYTES
+    from ..operations.cursors import HEAD_BYTES
 
     if arguments is None:
         return "-" if message_bytes is None or message_bytes <= HEAD_BYTES else f"({message_bytes / 1e6:.1f} MB)"

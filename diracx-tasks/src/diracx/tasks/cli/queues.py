@@ -127,8 +127,8 @@ def purge(
     Example: diracx-task-run queue purge background:large --yes
     """
     from .. import operations as monitor
-    from ..operations.deeds import Deeds
-    from ..operations.places import streams_of_queue
+    from ..operations.audited_actions import Deeds
+    from ..operations.cursors import streams_of_queue
 
     async def look(redis: Redis) -> int:
         streams_of_queue(queue)

@@ -15,7 +15,7 @@ from .output import echo, echo_json
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..operations.deeds import Deeds
+    from ..operations.audited_actions import Deeds
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.factory import TaskRegistry
     from ..plumbing.scheduler import ScheduleState
@@ -86,7 +86,7 @@ def run_now(
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
-    from ..operations.deeds import Deeds, StillWaitingError
+    from ..operations.audited_actions import Deeds, StillWaitingError
     from ..plumbing.exceptions import TaskArgumentsError
     from ..plumbing.scheduler.by_hand import RunNow
     from ..plumbing.scheduler.occurrences import every_instance
@@ -180,7 +180,7 @@ def _switch(
         raise UsageProblem("name schedules by their ids or patterns, or give --all; `schedule list` shows them")
 
     async def go(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        from ..operations.deeds import Deeds
+        from ..operations.audited_actions import Deeds
 
         chosen = _chosen(ids or (), every, await session.states(broker.redis))
         return chosen, await switch(Deeds.at_command_line(broker.redis), chosen) if chosen else []

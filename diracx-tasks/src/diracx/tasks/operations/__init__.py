@@ -5,8 +5,7 @@ from __future__ import annotations
 from ..plumbing.broker.groups import list_groups as groups
 from ..plumbing.messages.secrets import MASK
 from .actions import purge, release_lock
-from .counted import failed_task_names, failures, history, stats
-from .letters import waiting_letters
+from .dead_letters import waiting_letters
 from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
@@ -34,6 +33,7 @@ from .models import (
 )
 from .processes import running, workers
 from .queued import delayed, peek, queues, snapshot
+from .statistics import failed_task_names, failures, history, stats
 
 __all__ = [
     "DELAY_REASONS",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing.broker import scripts
 from ..plumbing.broker.cancel import cancel_waiting
+from .cursors import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
 from .locks import lock
 from .models import Lock, Released
-from .places import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

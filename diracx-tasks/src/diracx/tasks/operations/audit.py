@@ -1,8 +1,8 @@
 """The audit log: capped streams that every action is written to before it is done.
 
 Administrators' actions have one stream; what the members of a VO do has a stream of that VO. So nothing that
-users do can push an administrator's action, or another VO's, out of the log. `diracx.tasks.operations.deeds` has
-the actions on tasks.
+users do can push an administrator's action, or another VO's, out of the log. The actions on tasks are in
+`diracx.tasks.operations.audited_actions`.
 """
 
 from __future__ import annotations

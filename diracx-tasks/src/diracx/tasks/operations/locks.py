@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.stored import SCANNED
+from .cursors import moment, server_time, text
 from .models import Holder, Lock, LockKind, Page
-from .places import moment, server_time, text
 from .processes import alive_workers, told_running
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from ..plumbing.broker.keys import stream_name_for
 from ..plumbing.enums import Priority
+from .cursors import queue_of
 from .families import Family, Histogram
-from .places import queue_of
 
 if TYPE_CHECKING:
     from ..plumbing.broker.counts import Counts
     from ..plumbing.worker.reporter import Reporter
+    from .cursors import Registry
     from .health import Health
     from .models import Snapshot
-    from .places import Registry
 
 
 def _of_stream(stream: str) -> dict[str, str]:

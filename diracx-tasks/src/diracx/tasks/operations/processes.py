@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.stored import SCANNED, reading
 from ..plumbing.messages.codec import loads
+from .cursors import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, server_time, text
 from .models import BlockedLoop, Page, RunningTask, Worker
-from .places import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.memory import read_memory
 from ..plumbing.broker.stored import number_of
-from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
-from .places import (
+from .cursors import (
     HEAD_BYTES,
     PAGE,
     Registry,
@@ -25,6 +24,7 @@ from .places import (
     text,
     waiting_heads,
 )
+from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
 
 if TYPE_CHECKING:

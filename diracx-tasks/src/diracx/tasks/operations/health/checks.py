@@ -490,7 +490,7 @@ def _waiting_since(facts: Facts, seconds: float | None) -> datetime | None:
 
 
 def _moment(seconds: float) -> datetime:
-    from ..places import moment
+    from ..cursors import moment
 
     return moment(seconds)
 

@@ -10,11 +10,11 @@ from ...plumbing.broker import keys
 from ...plumbing.broker.server_check import Server, read_server
 from ...plumbing.config.active import InForce, configurations_in_force
 from ...plumbing.worker.reporter import REJECTED
-from ..counted import failures, stats
+from ..cursors import as_mapping, moment, text
 from ..models import Failure, Snapshot, TaskStats
-from ..places import as_mapping, moment, text
 from ..processes import told_running
 from ..queued import snapshot
+from ..statistics import failures, stats
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -17,7 +17,7 @@ from ...plumbing._util.retrying import reason
 from ...plumbing.broker import scripts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
-from ..places import moment
+from ..cursors import moment
 from .alerts import Alert, Health, Severity, counted, worst
 from .checks import CHECKS, find_alerts, unusable
 from .facts import Facts, read_facts

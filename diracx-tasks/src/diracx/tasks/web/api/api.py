@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from ... import operations as monitor
 from ...operations import DelayReason, Window
 from ...operations.audit import AuditEntry, read_audit
-from ...operations.letters import find_letter, letter_arguments, letter_record, letter_summary
+from ...operations.dead_letters import find_letter, letter_arguments, letter_record, letter_summary
 from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
@@ -23,12 +23,12 @@ from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import LetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
-from ..dashboard.installation import Installation
-from ..dashboard.operations import Decided, NotPossibleError
+from ..context import Installation
+from ..operator import Decided, NotPossibleError
 from . import models
-from .asking import InstallationReader, Reader, Writer, there
 from .bounded import BoundedRoute
 from .databases import database_errors
+from .dependencies import InstallationReader, Reader, Writer, there
 from .responses import responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])

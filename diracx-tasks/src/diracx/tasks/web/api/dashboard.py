@@ -14,10 +14,10 @@ from diracx.routers.access_policies import BaseAccessPolicy, open_access
 from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Depends, HTTPException, Request, Response
 
-from .code_flow import CodeFlow
+from ..auth.code_flow import CodeFlow
+from ..auth.diracx import POLICY, DiracxDoor, DiracxGate
+from ..auth.policies import ConfigReader
 from .environment import installation_of_environment
-from .gate import POLICY, DiracxDoor, DiracxGate
-from .policies import ConfigReader
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from fastapi import HTTPException
 
 from ...plumbing.submission.client import REDIS_URL_VARIABLE
-from ..dashboard.installation import Installation
+from ..context import Installation
 
 if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB

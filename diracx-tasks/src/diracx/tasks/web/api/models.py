@@ -198,7 +198,7 @@ class LetterChoice(BaseModel):
         Raises:
             NotPossibleError: neither numbers nor `all` are given, or both.
         """
-        from ..dashboard.operations import NotPossibleError
+        from ..operator import NotPossibleError
 
         if (self.ids is None) != self.all:
             raise NotPossibleError("give either `ids`, or `all` with filters")

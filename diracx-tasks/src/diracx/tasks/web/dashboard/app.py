@@ -26,11 +26,11 @@ from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
 from ...plumbing.messages.secrets import mask
 from ...plumbing.sql.errors import DatabaseError
-from .door import Door, own_path, root_of, set_cookie
-from .guard import Guard, cookie_name
+from ..auth.middleware import Guard, cookie_name
+from ..auth.routes import Door, own_path, root_of, set_cookie
+from ..operator import NotPossibleError, Operator
+from ..sse import SHARED_SECONDS, stream
 from .health import probe
-from .live import SHARED_SECONDS, stream
-from .operations import NotPossibleError, Operator
 from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
 from .rendering import STATIC, environment, render, text_of
@@ -38,8 +38,8 @@ from .rendering import STATIC, environment, render, text_of
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from .access import Gate
-    from .installation import Installation
+    from ..auth.backends import Gate
+    from ..context import Installation
 
 #: What a page may raise and the server behind it may suffer from. Each has its own words.
 _FORESEEN: tuple[type[Exception], ...] = (

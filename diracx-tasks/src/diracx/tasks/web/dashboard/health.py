@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.responses import PlainTextResponse, Response
 
-from .guard import path_below
+from ..auth.middleware import path_below
 
 if TYPE_CHECKING:
     from starlette.types import Scope

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from ...operations import MASK, masked_arguments
 from ...operations.visibility import Viewer
 from ...plumbing.broker.models import TaskMessage
-from .installation import Installation
-from .operations import NotPossibleError, Operator
+from ..context import Installation
+from ..operator import NotPossibleError, Operator
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse
 
 from ...operations import as_json
 from ...plumbing.messages.secrets import last_lines, mask
-from .guard import FORM_FIELD
+from ..auth.middleware import FORM_FIELD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import audit as record
 from . import (
     configuration,
     dead_letters,
@@ -11,7 +12,6 @@ from . import (
     locks,
     overview,
     queues,
-    record,
     running,
     schedules,
     workers,

@@ -11,10 +11,10 @@ from diracx.db.exceptions import DBUnavailableError
 from sqlalchemy.exc import SQLAlchemyError
 
 from ....operations import waiting_letters
+from ....operations.dead_letters import find_letter, letter_arguments
 from ....operations.health.runner import database_error
-from ....operations.letters import find_letter, letter_arguments
 from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
-from ..operations import Decided
+from ...operator import Decided
 from ..page import (
     Action,
     Form,

@@ -15,7 +15,7 @@ from ....operations import Point
 from ....operations.health.alerts import worst
 from ....operations.health.runner import DEAD_LETTERS, unreadable
 from ....plumbing.broker.stored import UnreadableKeyError
-from ..installation import Load
+from ...context import Load
 from ..page import Installation, Page, Request, viewer_of
 
 _FAILURES = 6

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from .... import operations as monitor
-from ....operations.places import queue_of
+from ....operations.cursors import queue_of
 from ....plumbing.broker.keys import ALL_STREAM_NAMES
 from ..page import (
     Action,

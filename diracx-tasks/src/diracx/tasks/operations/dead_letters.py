@@ -13,9 +13,9 @@ from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE
 from ..plumbing.messages.codec import leading_fields
 from ..plumbing.messages.secrets import mask
+from .cursors import HEAD_BYTES, Registry, moment, place_in_stream
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter, as_json
-from .places import HEAD_BYTES, Registry, moment, place_in_stream
 from .visibility import Viewer
 
 if TYPE_CHECKING:

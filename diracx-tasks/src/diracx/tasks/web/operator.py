@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...operations.deeds import Deeds, StillWaitingError
-from ...plumbing.exceptions import TaskArgumentsError
-from ...plumbing.submission.client import Binding
+from ..operations.audited_actions import Deeds, StillWaitingError
+from ..plumbing.exceptions import TaskArgumentsError
+from ..plumbing.submission.client import Binding
 
 if TYPE_CHECKING:
-    from ...plumbing.broker.cancel import TaskPlace
-    from ...plumbing.persistence.db import LetterFilter
-    from .installation import Installation
+    from ..plumbing.broker.cancel import TaskPlace
+    from ..plumbing.persistence.db import LetterFilter
+    from .context import Installation
 
 _PAGE = 200
 
@@ -69,7 +69,7 @@ class Operator(Deeds):
         return await super().resume(ids)
 
     async def _check_known(self, ids: Sequence[str]) -> None:
-        from ...plumbing.scheduler import schedules
+        from ..plumbing.scheduler import schedules
 
         settings = await self.installation.settings()
         states = await schedules(self.installation.redis, self.installation.registry, settings.tasks, settings.vos)
@@ -82,7 +82,7 @@ class Operator(Deeds):
         Raises:
             NotPossibleError: it is not known here, its arguments do not fit, or its last occurrence still waits.
         """
-        from ...plumbing.scheduler.occurrences import every_instance
+        from ..plumbing.scheduler.occurrences import every_instance
 
         settings = await self.installation.settings()
         found = {
@@ -110,7 +110,7 @@ class Operator(Deeds):
         Raises:
             NotPossibleError: no database of dead letters is configured.
         """
-        from ...plumbing.persistence.resubmission import Fate, Resubmitter
+        from ..plumbing.persistence.resubmission import Fate, Resubmitter
 
         db = self._task_db()
         settings = await self.installation.settings()

@@ -12,8 +12,8 @@ from ..plumbing.broker import keys
 from ..plumbing.broker.stored import reading
 from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
+from .cursors import as_mapping, moment, place_in_stream, server_time, text
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
-from .places import as_mapping, moment, place_in_stream, server_time, text
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -19,12 +19,12 @@ from ...operations.masking import masked_json
 from ...operations.visibility import Viewer
 from ...plumbing.exceptions import SendTaskError
 from ...plumbing.messages.secrets import mask
-from ..dashboard.installation import Installation
-from ..dashboard.operations import NotPossibleError, Operator
-from .access_policies import ActionType, CheckTasksPolicyCallable
+from ..auth.access_policies import ActionType, CheckTasksPolicyCallable
+from ..auth.policies import ConfigReader
+from ..context import Installation
+from ..operator import NotPossibleError, Operator
+from .audit_logger import name_of
 from .environment import installation_of_environment
-from .policies import ConfigReader
-from .recording import name_of
 
 _Answer = TypeVar("_Answer")
 

@@ -9,22 +9,22 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ... import operations as monitor
-from ...operations.health import health_checks
-from ...plumbing.config import TasksConfig
-from ...plumbing.config.cached import Reading, in_thread
-from .sharing import Shared
+from .. import operations as monitor
+from ..operations.health import health_checks
+from ..operations.single_flight import Shared
+from ..plumbing.config import TasksConfig
+from ..plumbing.config.cached import Reading, in_thread
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ...operations import Point, Snapshot
-    from ...operations.health import Health, HealthChecks
-    from ...plumbing.base_task import BaseTask
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config.cached import ConfigReader
-    from ...plumbing.factory import TaskRegistry
-    from ...plumbing.persistence import TaskDB
+    from ..operations import Point, Snapshot
+    from ..operations.health import Health, HealthChecks
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.broker import RedisStreamBroker
+    from ..plumbing.config.cached import ConfigReader
+    from ..plumbing.factory import TaskRegistry
+    from ..plumbing.persistence import TaskDB
 
 #: Those who look at the same time share one look.
 _SHARED_SECONDS = 1.0

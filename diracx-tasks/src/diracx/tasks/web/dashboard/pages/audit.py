@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....operations.audit import read_audit
-from ....operations.places import place_in_stream
+from ....operations.cursors import place_in_stream
 from ..page import Installation, Page, Request, viewer_of
 
 _PAGE = 100

@@ -15,14 +15,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from .access import Role, form_token
+from ..sse import event
+from .backends import Role, form_token
 from .hosts import is_loopback
-from .live import event
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .access import Gate
+    from .backends import Gate
 
 #: Everything comes from here, nothing is written into the page, nobody may frame it.
 CONTENT_SECURITY_POLICY = (

@@ -12,9 +12,9 @@ from diracx.core.settings import AuthSettings
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import FastAPI, HTTPException, Request
 
-from ..dashboard.access import Principal, Provider, Role
+from ..api.audit_logger import name_of
 from .access_policies import ActionType
-from .recording import name_of
+from .backends import Principal, Provider, Role
 
 POLICY = "tasks"
 

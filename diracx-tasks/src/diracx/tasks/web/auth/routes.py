@@ -9,9 +9,9 @@ from urllib.parse import quote, unquote
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from .access import Gate, Offer, SignInError
-from .guard import CALLBACK, cookie_name
-from .page import Form
+from ..dashboard.page import Form
+from .backends import Gate, Offer, SignInError
+from .middleware import CALLBACK, cookie_name
 
 #: So long one may be away at a provider.
 _AWAY_SECONDS = 300

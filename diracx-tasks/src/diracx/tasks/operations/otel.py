@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing._util.tasks import end
 from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
+from .cursors import queue_of
 from .families import BOUNDARIES, Family, Histogram
-from .places import queue_of
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation

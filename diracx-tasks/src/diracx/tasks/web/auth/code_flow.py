@@ -23,10 +23,10 @@ from diracx.routers.utils.users import AuthorizedUserInfo
 from fastapi import Request
 from starlette.routing import NoMatchFound
 
-from ..dashboard.access import Choice, Offer, Role, SignInError
-from ..dashboard.door import root_of
-from ..dashboard.guard import CALLBACK
-from .gate import DiracxDoor, role_of
+from .backends import Choice, Offer, Role, SignInError
+from .diracx import DiracxDoor, role_of
+from .middleware import CALLBACK
+from .routes import root_of
 
 logger = logging.getLogger(__name__)
 
