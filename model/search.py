@@ -5,12 +5,15 @@ The states of one distance from the first are shared out among processes, each w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.util import Finalize
+from threading import Thread
 from typing import Any
 
 from diracx.tasks.plumbing.broker import keys
@@ -61,15 +64,18 @@ class _Expander:
 
     _of_this_process: _Expander
 
-    def __init__(self, urls: Any, rules: Rules) -> None:
-        url = urls.get()
+    def __init__(self, url: str, rules: Rules) -> None:
         self._rules = rules
         self._server = Server(url)
         self._steps = Steps(url, self._server, rules)
 
     @classmethod
-    def start(cls, urls: Any, rules: Rules) -> None:
-        cls._of_this_process = cls(urls, rules)
+    def start(cls, rules: Rules) -> None:
+        stack = ExitStack()
+        url = stack.enter_context(embedded_redis())
+        Finalize(None, stack.close, exitpriority=0)
+        Thread(target=_end_with_parent, args=(stack,), daemon=True).start()
+        cls._of_this_process = cls(url, rules)
 
     @classmethod
     def first(cls) -> Visited:
@@ -110,6 +116,17 @@ class _Expander:
             yield from (_visited(state, *data) for state in states)
 
 
+def _end_with_parent(stack: ExitStack) -> None:
+    """A parent that is killed does not end its processes, nor they their servers."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    try:
+        stack.close()
+    finally:
+        os._exit(1)
+
+
 def _visited(state: State, dumps: Sequence[tuple[bytes, bytes]], content: Sequence[tuple[str, Any]]) -> Visited:
     return Visited(canonical(state, content), state, dumps, content)
 
@@ -121,11 +138,8 @@ def search(
     found, ends = Found(), time.monotonic() + seconds
     with ExitStack() as stack:
         context = get_context("spawn")
-        urls = context.Queue()
-        for _ in range(processes):
-            urls.put(stack.enter_context(embedded_redis()))
         pool = stack.enter_context(
-            ProcessPoolExecutor(processes, context, initializer=_Expander.start, initargs=(urls, rules))
+            ProcessPoolExecutor(processes, context, initializer=_Expander.start, initargs=(rules,))
         )
         first = pool.submit(_Expander.first).result()
         origins = {first.name: ("", "")}

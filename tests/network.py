@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -79,8 +80,10 @@ class Network:
     async def _close(self) -> None:
         self._listening.close()
         self._break_all()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        passing = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in passing:
             task.cancel()
+        await asyncio.gather(*passing, return_exceptions=True)  # else the loop is closed before they have ended
 
     def _break_all(self) -> None:
         for writer in set().union(*self._writers.values()):
@@ -92,7 +95,7 @@ class Network:
                 writer.write_eof()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.CancelledError):
+        with suppress(OSError), self._aborted_with(writer):
             await self._flows["to_server"].wait()
             server = urlsplit(self._server)
             try:
@@ -108,6 +111,15 @@ class Network:
                 both.create_task(self._pass(from_server, writer, "to_client"))
             for direction, end in pair.items():
                 self._writers[direction].discard(end)
+
+    @staticmethod
+    @contextmanager
+    def _aborted_with(writer: asyncio.StreamWriter) -> Iterator[None]:
+        """Abort the connection when the network is stopped."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            writer.transport.abort()
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, direction: Direction) -> None:
         with suppress(OSError, RuntimeError):  # RuntimeError: half-closed, and cannot be written to

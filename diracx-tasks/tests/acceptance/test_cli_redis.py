@@ -232,7 +232,9 @@ def test_a_server_that_deletes_tasks_when_its_memory_is_full_is_warned_of(cli, p
         cli.environment["DIRACX_TASKS_REDIS_URL"] = url
         for command in (["worker"], ["scheduler"], ["dashboard", "--port", "0"]):
             cli.start(*command).until(said)
-        assert said in " ".join(cli("status").stdout.split())
+        status = " ".join(cli("status").stdout.split())
+        assert said in status
+        assert status.count("maxmemory-policy noeviction") == 1, "the way out is said once"
         cli.stop()
         with Redis.from_url(url) as client:
             client.execute_command("ACL", "SETUSER", "default", "-info", "-config")

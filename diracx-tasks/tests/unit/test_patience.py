@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from diracx.tasks.plumbing._util.retrying import NO_PRIMARY, Pauses, is_passing, patiently, reason
+from diracx.tasks.plumbing._util.retrying import NO_PRIMARY, Pauses, is_passing, may_pass, patiently, reason
 from redis._parsers import BaseParser
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
@@ -62,6 +62,33 @@ def test_P6_a_server_that_is_away_is_waited_for(error: BaseException) -> None:
 )
 def test_what_stays_wrong_is_not_waited_out(words: str) -> None:
     assert not is_passing(refusal(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "repaired"),
+    [
+        ("OOM command not allowed when used memory > 'maxmemory'.", True),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", True),
+        ("NOGROUP No such key 'x' or consumer group 'y' in XREADGROUP with GROUP option", True),
+        ("ERR value is not an integer or out of range script: 5a, on @user_script:2.", True),
+        ("ERR user_script:9: attempt to index a nil value script: 5a, on @user_script:9.", True),
+        ("NOPERM User x has no permissions to run the 'get' command", False),
+        ("NOAUTH Authentication required.", False),
+        ("MOVED 3999 127.0.0.1:6381", False),
+        ("CROSSSLOT Keys in request don't hash to the same slot", False),
+        (
+            "ERR Script attempted to access keys that do not hash to the same slot script: 5a, on @user_script:2.",
+            False,
+        ),
+        ("ERR Script attempted to access a slot not served script: 5a, on @user_script:2.", False),
+        ("ERR Error compiling script (new function): user_script:1: unexpected symbol near '#'", False),
+        ("ERR unknown command 'XADD', with args beginning with: ", False),
+        ("ERR Unknown Redis command called from script script: 5a, on @user_script:2.", False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_only_what_a_repair_of_data_can_mend_is_waited_for(words: str, repaired: bool) -> None:
+    assert may_pass(refusal(words)) == repaired
 
 
 async def test_a_call_is_repeated_until_it_works() -> None:

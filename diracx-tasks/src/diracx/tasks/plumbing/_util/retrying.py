@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
+    ClusterCrossSlotError,
     ClusterDownError,
     MasterDownError,
     NoPermissionError,
@@ -43,6 +46,12 @@ _PASSING = (
 )
 #: When the sentinels know of none, or do not answer.
 NO_PRIMARY = (MasterNotFoundError, SyncMasterNotFoundError)
+#: What a server says that cannot do what is asked, whatever the data.
+_CANNOT = re.compile(
+    r"unknown (redis |sub)?command|error compiling script|not allowed from script|undeclared key"
+    r"|script attempted to access (a slot not served|a non local key|keys that do not hash)",
+    re.IGNORECASE,
+)
 #: First words of the others. UNBLOCKED: the server became a replica, or had to close, while we waited.
 _PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
 
@@ -59,10 +68,15 @@ def is_passing(error: BaseException) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether somebody may well repair what the server refuses, as a key of another type than it should be. For
-    what a process does all the time, and must not end for.
+    """Whether an operator may well repair the data that the server refuses, as a key of another type than it
+    should be. For what a process does all the time, and must not end for.
+
+    No repair of data helps where the server, or the user, cannot do what is asked.
     """
-    return is_passing(error) or (isinstance(error, ResponseError) and not isinstance(error, NoPermissionError))
+    if is_passing(error):
+        return True
+    refused = isinstance(error, NoPermissionError | ClusterCrossSlotError | AskError)  # AskError: MOVED, too
+    return isinstance(error, ResponseError) and not refused and not _CANNOT.search(str(error))
 
 
 def is_write_to_closed(error: BaseException) -> bool:

@@ -48,7 +48,4 @@ def eviction_problem(policy: str | None, limit_bytes: int | None) -> str | None:
     if policy is None or policy == SAFE_POLICY:
         return None
     when = "as soon as a maxmemory is set" if limit_bytes is None else "when its memory is full"
-    return (
-        f"Redis has maxmemory-policy {policy}: it deletes tasks and locks {when}, and says nothing; "
-        f"set maxmemory-policy {SAFE_POLICY}"
-    )
+    return f"Redis has maxmemory-policy {policy}: it deletes tasks and locks {when}, and says nothing"

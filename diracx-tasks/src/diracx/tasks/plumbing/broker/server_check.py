@@ -28,7 +28,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, RedisError, Respo
 
 from .._util.retrying import is_passing
 from . import keys
-from .memory import eviction_problem
+from .memory import SAFE_POLICY, eviction_problem
 from .scripts import script
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ async def report_risks(redis: Redis) -> Server:
     server = await read_server(redis)
     memory = eviction_problem(server.info.get("maxmemory_policy"), server.info.get("maxmemory") or None)
     found = [f"{risk.problem}; {risk.remedy}" for risk in risks(server)]
-    if lines := [memory, *found] if memory else found:
+    if lines := [f"{memory}; set `maxmemory-policy {SAFE_POLICY}`", *found] if memory else found:
         logger.warning("%s", "; also: ".join(lines))
     if not server.info:
         logger.info("the settings of the server are not checked: its user may not use INFO")
