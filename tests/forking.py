@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _IMPORTED = (
-    *("diracx.tasks.cli", "diracx.tasks.jobs", "diracx.tasks.cli.services", "diracx.tasks.web.dashboard.app"),
+    *(
+        "diracx.tasks.cli",
+        "diracx.tasks.jobs",
+        "diracx.tasks.cli.runtime.environment",
+        "diracx.tasks.web.dashboard.app",
+    ),
     *("diracx.tasks.plumbing.worker", "diracx.tasks.plumbing.scheduler", "diracx.tasks.plumbing.persistence"),
     *("diracx.db.sql", "sqlalchemy.dialects.sqlite.aiosqlite", "aiosqlite", "rich.table", "uvicorn", "yaml"),
     *("gubbins.cli.app", "gubbins.logic.my_pilots", "gubbins.tasks.my_pilots", "gubbins.metrics"),

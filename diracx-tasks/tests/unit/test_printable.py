@@ -9,8 +9,8 @@ import unicodedata
 
 import pytest
 from diracx.core.logs import JSONFormatter, TextFormatter
-from diracx.tasks.cli.logs import _Safe
 from diracx.tasks.cli.output import console, echo, table
+from diracx.tasks.cli.runtime.logs import _Safe
 from diracx.tasks.plumbing._util.printable import printable, printable_line
 from hypothesis import given
 from hypothesis import strategies as st

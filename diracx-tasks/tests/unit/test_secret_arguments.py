@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, NewType
 from urllib.parse import quote
 
 import pytest
-from diracx.tasks.cli.listing import _arguments
-from diracx.tasks.cli.tasks import make_task
+from diracx.tasks.cli.commands.list_tasks import _arguments
+from diracx.tasks.cli.runtime.registry import make_task
 from diracx.tasks.operations.dead_letters import letter_record
 from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask

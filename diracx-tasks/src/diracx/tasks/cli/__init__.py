@@ -8,26 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from .audit import audit
-from .call import call
-from .cancel import cancel
-from .config import app as config
-from .dashboard import dashboard
-from .db import app as db
-from .dev import dev
-from .dlq import app as dlq
+from .commands.audit import audit
+from .commands.call import call
+from .commands.cancel import cancel
+from .commands.config import app as config
+from .commands.dashboard import dashboard
+from .commands.db import app as db
+from .commands.dev import dev
+from .commands.dlq import app as dlq
+from .commands.group import group
+from .commands.in_force import in_force
+from .commands.inspect import running, status, workers
+from .commands.inspect import tasks as task_classes
+from .commands.list_tasks import list_tasks
+from .commands.locks import app as locks
+from .commands.queue import app as queues
+from .commands.schedule import app as schedule
+from .commands.serve import scheduler, worker
+from .commands.submit import submit
 from .errors import CliError, one_line
-from .groups import group
-from .in_force import in_force
-from .listing import list_tasks
-from .locks import app as locks
 from .output import echo
-from .queues import app as queues
-from .schedule import app as schedule
-from .serve import scheduler, worker
-from .submit import submit
-from .watching import running, status, workers
-from .watching import tasks as task_classes
 
 __all__ = ["app", "main"]
 

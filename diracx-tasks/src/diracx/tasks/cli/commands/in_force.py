@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .errors import explained_redis, mask
-from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import console, echo_json, show_table, styled, table
+from ..errors import explained_redis, mask
+from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from ..output import console, echo_json, show_table, styled, table
 
 if TYPE_CHECKING:
-    from ..plumbing.config.active import InForce
+    from ...plumbing.config.active import InForce
 
 
 def in_force(
@@ -40,8 +40,8 @@ def in_force(
 
 
 async def _ask(url: str) -> list[InForce]:
-    from ..plumbing.config.active import configurations_in_force
-    from .connection import open_broker
+    from ...plumbing.config.active import configurations_in_force
+    from ..runtime.broker import open_broker
 
     async with open_broker(url) as broker:
         with explained_redis(url):

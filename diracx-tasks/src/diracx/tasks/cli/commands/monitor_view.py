@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from .errors import one_line, shortened_line
-from .output import console, echo, echo_json, show_table, styled, table
+from ..errors import one_line, shortened_line
+from ..output import console, echo, echo_json, show_table, styled, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from ..operations import (
+    from ...operations import (
         DelayedTask,
         Failure,
         Holder,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         WaitingLetter,
         Worker,
     )
-    from ..operations.audit import AuditEntry
-    from ..operations.health import Health
+    from ...operations.audit import AuditEntry
+    from ...operations.health import Health
 
 _LONGEST_ARGUMENTS = 60
 _LONGEST_ERROR = 80
@@ -72,7 +72,7 @@ def _rate(per_second: float | None) -> str:
 
 
 def _arguments(arguments: dict[str, Any] | None, message_bytes: int | None) -> str:
-    from ..operations.cursors import HEAD_BYTES
+    from ...operations.cursors import HEAD_BYTES
 
     if arguments is None:
         return "-" if message_bytes is None or message_bytes <= HEAD_BYTES else f"({message_bytes / 1e6:.1f} MB)"
@@ -115,7 +115,7 @@ async def show_status(look: Callable[[], Awaitable[Health]], every: float | None
 
 def status_json(health: Health) -> dict[str, Any]:
     """As `status --json` has it."""
-    from ..operations.masking import masked_json
+    from ...operations.masking import masked_json
 
     shown: dict[str, Any] = masked_json(health.as_json())
     return shown

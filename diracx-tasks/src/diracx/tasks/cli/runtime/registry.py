@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import CliError, UsageProblem, shortened
+from ..errors import CliError, UsageProblem, shortened
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.factory import TaskRegistry
+    from ...plumbing.base_task import BaseTask
+    from ...plumbing.factory import TaskRegistry
 
 logger = logging.getLogger(__package__)
 
@@ -32,8 +32,8 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
     Raises:
         CliError: when a module or an installed task cannot be loaded.
     """
-    from ..plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
-    from ..plumbing.lock_registry import validate_registry
+    from ...plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
+    from ...plumbing.lock_registry import validate_registry
 
     def loaded(load: Callable[[], _Loaded]) -> _Loaded:
         try:
@@ -136,7 +136,7 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
         CliError: when there is none; lists those there are, and suggests what could be meant.
         UsageProblem: when there are several.
     """
-    from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
+    from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     try:
         found = resolve_task_name(name, registry)
@@ -171,8 +171,8 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
         CliError: for an unknown name.
         UsageProblem: for malformed JSON, and arguments that do not fit.
     """
-    from ..plumbing.exceptions import TaskArgumentsError
-    from ..plumbing.messages.arguments import check_arguments, secret_names
+    from ...plumbing.exceptions import TaskArgumentsError
+    from ...plumbing.messages.arguments import check_arguments, secret_names
 
     name = find_task(registry, name)
     secret = bool(secret_names(registry[name]))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import CliError, UsageProblem, explained_redis
+from ..options import JsonOption, spread
+from ..output import echo, echo_json
+from ..runtime.task_arguments import CheckedTask, TypedTask
 from .call import print_value, to_json
-from .errors import CliError, UsageProblem, explained_redis
-from .options import JsonOption, spread
-from .output import echo, echo_json
-from .typed import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
-    from ..plumbing.broker.models import TaskResult
+    from ...plumbing.broker.models import TaskResult
 
 #: How long the result of a task that somebody waits for is kept.
 _RESULT_TTL_SECONDS = 3600

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .confirm import confirm
-from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption
-from .output import echo, echo_json
-from .watching import AfterOption, LimitOption, ask, print_json
+from ..confirm import confirm
+from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption
+from ..output import echo, echo_json
+from .inspect import AfterOption, LimitOption, ask, print_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -43,7 +43,7 @@ def list_(
 
     Example: diracx-task-run queue list --json
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
     from .monitor_view import print_queues
 
     found = ask(redis_url, redis_url_file, monitor.queues)
@@ -69,9 +69,9 @@ def peek(
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
+    from ..runtime.registry import load_registry
     from .monitor_view import print_queued
-    from .tasks import load_registry
 
     registry = load_registry(module)
     page = ask(
@@ -97,9 +97,9 @@ def delayed(
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
+    from ..runtime.registry import load_registry
     from .monitor_view import print_delayed
-    from .tasks import load_registry
 
     registry = load_registry(module)
     why: monitor.DelayReason | None = None if reason is None else reason.value
@@ -126,9 +126,9 @@ def purge(
 
     Example: diracx-task-run queue purge background:large --yes
     """
-    from .. import operations as monitor
-    from ..operations.audited_actions import Deeds
-    from ..operations.cursors import streams_of_queue
+    from ... import operations as monitor
+    from ...operations.audited_actions import Deeds
+    from ...operations.cursors import streams_of_queue
 
     async def look(redis: Redis) -> int:
         streams_of_queue(queue)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .options import (
+from ..options import (
     ArgsOption,
     KwargsOption,
     ModuleOption,
@@ -18,9 +18,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.factory import TaskRegistry
+    from ...plumbing.base_task import BaseTask
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.factory import TaskRegistry
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TypedTask:
         Raises:
             CliError: for what was typed wrong, and for modules that cannot be loaded.
         """
-        from .tasks import load_registry, make_task
+        from .registry import load_registry, make_task
 
         url = resolve_redis_url(self.redis_url, self.redis_url_file)
         registry = load_registry(self.module, only=self.name if alone else None)
@@ -69,9 +69,9 @@ class CheckedTask:
         Raises:
             CliError: when the server cannot be reached, or the configuration of tasks is wrong.
         """
-        from ..plumbing.submission.client import bound_to
-        from .connection import open_broker
-        from .services import tasks_config
+        from ...plumbing.submission.client import bound_to
+        from .broker import open_broker
+        from .environment import tasks_config
 
         config = tasks_config()
         async with open_broker(self.url) as broker:

@@ -8,14 +8,14 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing._util.printable import printable
-from ..plumbing.messages.secrets import mask
-from .errors import CliError
-from .options import LogLevel
+from ...plumbing._util.printable import printable
+from ...plumbing.messages.secrets import mask
+from ..errors import CliError
+from ..options import LogLevel
 from .supervisor import own_number
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
+    from ...plumbing.base_task import BaseTask
 
 
 class _Safe(logging.Formatter):

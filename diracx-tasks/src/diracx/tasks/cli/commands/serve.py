@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..plumbing._util.tasks import end
-from ..plumbing.broker.sizes import MAX_BYTES
-from ..plumbing.enums import Size
-from .errors import CliError, explained_redis, mask, one_line
-from .measured import Measured, costly_sources, measured, set_up_telemetry
-from .options import (
+from ...plumbing._util.tasks import end
+from ...plumbing.broker.sizes import MAX_BYTES
+from ...plumbing.enums import Size
+from ..errors import CliError, explained_redis, mask, one_line
+from ..options import (
     LogLevelOption,
     ModuleOption,
     RedisUrlFileOption,
     RedisUrlOption,
     resolve_redis_url,
 )
-from .probes import LOOPBACK, MetricsHostOption, MetricsPortOption
-from .supervisor import Supervisor, is_supervised, serve_supervised
+from ..runtime.metrics_server import Measured, costly_sources, measured, set_up_telemetry
+from ..runtime.probes import LOOPBACK, MetricsHostOption, MetricsPortOption
+from ..runtime.supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
-    from ..plumbing.config import TasksConfig
-    from ..plumbing.persistence.resubmission import Resubmitter
+    from ...plumbing.config import TasksConfig
+    from ...plumbing.persistence.resubmission import Resubmitter
 
 logger = logging.getLogger(__package__)
 
@@ -85,8 +85,8 @@ def worker(
 
     Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
     """
-    from ..plumbing.worker.settings import WorkerSettings
-    from .logs import set_task_log_level, set_up_logging
+    from ...plumbing.worker.settings import WorkerSettings
+    from ..runtime.logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     if processes > 1 and not is_supervised():
@@ -105,11 +105,11 @@ def worker(
     set_up_telemetry("tasks-worker")
 
     async def run(stop: asyncio.Event, on_second_signal: list[Callable[[], None]]) -> None:
-        from ..plumbing.broker.server_check import Role
-        from ..plumbing.worker import Worker
-        from .connection import open_broker
-        from .services import check_databases, following, open_task_db, read_configuration
-        from .tasks import load_registry, warn_of_ambiguous_names
+        from ...plumbing.broker.server_check import Role
+        from ...plumbing.worker import Worker
+        from ..runtime.broker import open_broker
+        from ..runtime.environment import check_databases, following, open_task_db, read_configuration
+        from ..runtime.registry import load_registry, warn_of_ambiguous_names
 
         async with open_broker(url, worker_size, role=Role.WORKER) as broker:
             registry = load_registry(module)
@@ -130,7 +130,7 @@ def worker(
                 role = f"worker {worker_size}"
 
                 async def counted() -> Measured:
-                    from ..operations.metrics import worker_metrics
+                    from ...operations.metrics import worker_metrics
 
                     size, slots = str(worker_size), max_concurrent_tasks
                     return worker_metrics(serving.reporter, broker.counts, size, slots, registry)
@@ -173,7 +173,7 @@ def scheduler(
 
     Example: diracx-task-run scheduler --redis-url redis://localhost
     """
-    from .logs import set_task_log_level, set_up_logging
+    from ..runtime.logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     url = resolve_redis_url(redis_url, redis_url_file)
@@ -181,13 +181,13 @@ def scheduler(
     set_up_telemetry("tasks-scheduler")
 
     async def run(stop: asyncio.Event, _: list[Callable[[], None]]) -> None:
-        from ..plumbing.base_task import PeriodicVoAwareBaseTask
-        from ..plumbing.broker.server_check import Role
-        from ..plumbing.persistence.resubmission import Resubmitter
-        from ..plumbing.scheduler import TaskScheduler
-        from .connection import open_broker
-        from .services import CONFIG_VARIABLE, following, read_configuration, required_task_db
-        from .tasks import load_registry, warn_of_ambiguous_names
+        from ...plumbing.base_task import PeriodicVoAwareBaseTask
+        from ...plumbing.broker.server_check import Role
+        from ...plumbing.persistence.resubmission import Resubmitter
+        from ...plumbing.scheduler import TaskScheduler
+        from ..runtime.broker import open_broker
+        from ..runtime.environment import CONFIG_VARIABLE, following, read_configuration, required_task_db
+        from ..runtime.registry import load_registry, warn_of_ambiguous_names
 
         async with AsyncExitStack() as stack:
             broker = await stack.enter_async_context(open_broker(url, role=Role.SCHEDULER))
@@ -218,7 +218,7 @@ def scheduler(
             alerts: list[str] = []  # as of the last time that somebody asked for metrics
 
             async def counted() -> Measured:
-                from ..operations.metrics import scheduler_metrics
+                from ...operations.metrics import scheduler_metrics
 
                 health = await look() if serving.leads.is_set() else None
                 alerts[:] = [] if health is None else health.names()

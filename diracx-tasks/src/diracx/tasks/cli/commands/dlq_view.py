@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing._util.printable import printable_line
-from .errors import CliError, mask, one_line, shortened_line
-from .output import echo, echo_json, show_table, table
+from ...plumbing._util.printable import printable_line
+from ..errors import CliError, mask, one_line, shortened_line
+from ..output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
-    from ..plumbing.persistence.resubmission import Verdict
+    from ...plumbing.persistence.resubmission import Verdict
 
 _LONGEST_DETAIL = 80
 #: Refusals that are told one by one; the rest is a number.
@@ -42,7 +42,7 @@ def print_table(letters: Sequence[Mapping[str, Any]], total: int) -> None:
 
 def print_letter(letter: Mapping[str, Any]) -> None:
     """All about one letter, for reading."""
-    from ..operations.dead_letters import letter_record
+    from ...operations.dead_letters import letter_record
 
     shown = letter_record(letter)
     message = shown["message"]
@@ -89,7 +89,7 @@ def report_retry(verdicts: Sequence[Verdict], as_json: bool) -> None:
     Raises:
         CliError: when one of them was refused.
     """
-    from ..plumbing.persistence.resubmission import Fate
+    from ...plumbing.persistence.resubmission import Fate
 
     done = {fate: [verdict.letter for verdict in verdicts if verdict.fate is fate] for fate in Fate}
     refused = [(verdict.letter, verdict.why) for verdict in verdicts if verdict.fate is Fate.REFUSED]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import CliError, explained_redis, one_line
-from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import echo, echo_json
+from ..errors import CliError, explained_redis, one_line
+from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from ..output import echo, echo_json
 
 if TYPE_CHECKING:
-    from ..plumbing.broker.cancel import TaskPlace
+    from ...plumbing.broker.cancel import TaskPlace
 
 
 def cancel(
@@ -47,8 +47,8 @@ def cancel(
 
 
 async def _cancel(url: str, task_ids: list[str]) -> dict[str, TaskPlace]:
-    from ..operations.audited_actions import Deeds
-    from .connection import open_broker
+    from ...operations.audited_actions import Deeds
+    from ..runtime.broker import open_broker
 
     async with open_broker(url) as broker:
         with explained_redis(url):

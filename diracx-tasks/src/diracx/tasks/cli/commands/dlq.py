@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..plumbing.persistence.letter import DeadLetterStatus
+from ...plumbing.persistence.letter import DeadLetterStatus
+from ..errors import CliError, UsageProblem, explained_redis
+from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
+from ..output import echo, echo_json
 from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
-from .errors import CliError, UsageProblem, explained_redis
-from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
-from .output import echo, echo_json
-from .watching import AfterOption, ask, print_json
+from .inspect import AfterOption, ask, print_json
 
 if TYPE_CHECKING:
-    from ..plumbing.persistence import TaskDB
-    from ..plumbing.persistence.db import LetterFilter
+    from ...plumbing.persistence import TaskDB
+    from ...plumbing.persistence.db import LetterFilter
 
 _PAGE = 200
 _Answer = TypeVar("_Answer")
@@ -64,7 +64,7 @@ def list_letters(
         letters = [letter async for letter in _pages(db, where, limit)]
         return letters, sum(counts.values())
 
-    from ..operations.dead_letters import letter_summary
+    from ...operations.dead_letters import letter_summary
     from .dlq_view import print_table
 
     letters, total = _with_db(look)
@@ -89,9 +89,9 @@ def waiting(
 
     Example: diracx-task-run dlq waiting --json
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
+    from ..runtime.registry import load_registry
     from .monitor_view import print_waiting_letters
-    from .tasks import load_registry
 
     registry = load_registry(module)
     page = ask(
@@ -111,8 +111,8 @@ def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from ..operations.dead_letters import letter_record
-    from ..operations.masking import masked_json
+    from ...operations.dead_letters import letter_record
+    from ...operations.masking import masked_json
     from .dlq_view import print_letter
 
     letter = _with_db(lambda db: _find(db, letter_id))
@@ -142,11 +142,11 @@ def retry(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def submit(db: TaskDB) -> list[Any]:
-        from ..operations.audited_actions import Deeds
-        from ..plumbing.persistence.resubmission import Resubmitter
-        from .connection import open_broker
-        from .services import tasks_config
-        from .tasks import load_registry
+        from ...operations.audited_actions import Deeds
+        from ...plumbing.persistence.resubmission import Resubmitter
+        from ..runtime.broker import open_broker
+        from ..runtime.environment import tasks_config
+        from ..runtime.registry import load_registry
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry = load_registry(module)
@@ -182,8 +182,8 @@ def discard(
     url = resolve_redis_url(redis_url, redis_url_file)
 
     async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
-        from ..operations.audited_actions import Deeds
-        from .connection import open_broker
+        from ...operations.audited_actions import Deeds
+        from ..runtime.broker import open_broker
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
@@ -220,7 +220,7 @@ def export(
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        from ..operations.dead_letters import letter_record
+        from ...operations.dead_letters import letter_record
 
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
             letter = await db.find(summary["task_id"])
@@ -245,7 +245,7 @@ def init() -> None:
 
     Example: diracx-task-run dlq init
     """
-    from .services import required_task_db
+    from ..runtime.environment import required_task_db
 
     async def create() -> None:
         async with required_task_db(create=True):
@@ -256,8 +256,8 @@ def init() -> None:
 
 
 def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:
-    from ..plumbing.task_names import AmbiguousTaskNameError
-    from .services import required_task_db
+    from ...plumbing.task_names import AmbiguousTaskNameError
+    from ..runtime.environment import required_task_db
 
     async def run() -> _Answer:
         async with required_task_db() as db:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .confirm import confirm
-from .errors import CliError, one_line
-from .options import JsonOption, RedisUrlFileOption, RedisUrlOption
-from .output import echo
-from .watching import AfterOption, LimitOption, ask, print_json
+from ..confirm import confirm
+from ..errors import CliError, one_line
+from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption
+from ..output import echo
+from .inspect import AfterOption, LimitOption, ask, print_json
 
 app = typer.Typer(help="Look at locks and limiters; take a lock away.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def list_(
 
     Example: diracx-task-run locks list --json
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
     from .monitor_view import print_locks
 
     page = ask(redis_url, redis_url_file, lambda redis: monitor.locks(redis, limit, after))
@@ -56,7 +56,7 @@ def show(
 
     Example: diracx-task-run locks show lock:mutex:task:CleanSandboxStoreTask
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
     from .monitor_view import print_lock
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))
@@ -83,8 +83,8 @@ def release(
 
     Example: diracx-task-run locks release lock:mutex:job:42
     """
-    from .. import operations as monitor
-    from ..operations.audited_actions import Deeds
+    from ... import operations as monitor
+    from ...operations.audited_actions import Deeds
     from .monitor_view import hit
 
     found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .errors import CliError, UsageProblem, explained_redis, one_line, shortened
-from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import echo, echo_json
+from ..errors import CliError, UsageProblem, explained_redis, one_line, shortened
+from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from ..output import echo, echo_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..operations.audited_actions import Deeds
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.factory import TaskRegistry
-    from ..plumbing.scheduler import ScheduleState
-    from ..plumbing.scheduler.by_hand import RunNow
-    from .services import Configuration
+    from ...operations.audited_actions import Deeds
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.scheduler import ScheduleState
+    from ...plumbing.scheduler.by_hand import RunNow
+    from ..runtime.environment import Configuration
 
 _Answer = TypeVar("_Answer")
 
@@ -52,7 +52,7 @@ def list_(
 
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
-    from ..plumbing.scheduler.overview import somebody_leads
+    from ...plumbing.scheduler.overview import somebody_leads
     from .schedule_view import print_table, record
 
     session = _Session(module, redis_url, redis_url_file, only_redis_will_do=True)
@@ -86,12 +86,12 @@ def run_now(
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
-    from ..operations.audited_actions import Deeds, StillWaitingError
-    from ..plumbing.exceptions import TaskArgumentsError
-    from ..plumbing.scheduler.by_hand import RunNow
-    from ..plumbing.scheduler.occurrences import every_instance
-    from ..plumbing.submission.client import Binding
-    from ..plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
+    from ...operations.audited_actions import Deeds, StillWaitingError
+    from ...plumbing.exceptions import TaskArgumentsError
+    from ...plumbing.scheduler.by_hand import RunNow
+    from ...plumbing.scheduler.occurrences import every_instance
+    from ...plumbing.submission.client import Binding
+    from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     session = _Session(module, redis_url, redis_url_file)
     config = session.config
@@ -180,7 +180,7 @@ def _switch(
         raise UsageProblem("name schedules by their ids or patterns, or give --all; `schedule list` shows them")
 
     async def go(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        from ..operations.audited_actions import Deeds
+        from ...operations.audited_actions import Deeds
 
         chosen = _chosen(ids or (), every, await session.states(broker.redis))
         return chosen, await switch(Deeds.at_command_line(broker.redis), chosen) if chosen else []
@@ -203,8 +203,8 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
     """
     from difflib import get_close_matches
 
-    from ..plumbing.scheduler.overview import matching
-    from ..plumbing.task_names import AmbiguousTaskNameError
+    from ...plumbing.scheduler.overview import matching
+    from ...plumbing.task_names import AmbiguousTaskNameError
 
     known = [state.id for state in states]
     if every:
@@ -240,8 +240,8 @@ class _Session:
         redis_url_file: str | None,
         only_redis_will_do: bool = False,
     ) -> None:
-        from .services import read_configuration
-        from .tasks import load_registry
+        from ..runtime.environment import read_configuration
+        from ..runtime.registry import load_registry
 
         self._url = resolve_redis_url(redis_url, redis_url_file)
         self.registry: TaskRegistry = load_registry(module)
@@ -259,8 +259,8 @@ class _Session:
 
     async def states(self, redis: Redis) -> list[ScheduleState]:
         """All schedules."""
-        from ..plumbing.config import TasksConfig
-        from ..plumbing.scheduler import schedules
+        from ...plumbing.config import TasksConfig
+        from ...plumbing.scheduler import schedules
 
         if self.config is None:
             return await schedules(redis, {}, TasksConfig(), ())
@@ -268,7 +268,7 @@ class _Session:
 
     def ask(self, question: Callable[[RedisStreamBroker], Awaitable[_Answer]]) -> _Answer:
         """The answer to a question that needs the server."""
-        from .connection import open_broker
+        from ..runtime.broker import open_broker
 
         async def ask() -> _Answer:
             async with open_broker(self._url) as broker:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .errors import mask, shortened_line
-from .output import show_table, table
+from ..errors import mask, shortened_line
+from ..output import show_table, table
 
 if TYPE_CHECKING:
-    from ..plumbing.scheduler import ScheduleState
-    from ..plumbing.scheduler.overview import Outcome
+    from ...plumbing.scheduler import ScheduleState
+    from ...plumbing.scheduler.overview import Outcome
 
 _LONGEST_PROBLEM = 60
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .errors import explained_database
-from .options import JsonOption
-from .output import echo, echo_json
+from ..errors import explained_database
+from ..options import JsonOption
+from ..output import echo, echo_json
 
 if TYPE_CHECKING:
-    from ..plumbing.sql.migrations import Migrations, Move
+    from ...plumbing.sql.migrations import Migrations, Move
 
 _Answer = TypeVar("_Answer")
 
@@ -83,7 +83,7 @@ def downgrade(
 
     Example: diracx-task-run db downgrade 0001 --yes
     """
-    from .confirm import confirm
+    from ..confirm import confirm
 
     what = "drop its tables with all rows" if revision == "base" else f"lose what {revision} does not know"
     confirm(f"Take TaskDB back to {revision}, and {what}?", yes)
@@ -102,8 +102,8 @@ def _report(move: Move, as_json: bool) -> None:
 
 
 def _run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
-    from ..plumbing.persistence import TaskDB
-    from .services import task_db_url
+    from ...plumbing.persistence import TaskDB
+    from ..runtime.environment import task_db_url
 
     url = task_db_url()
 

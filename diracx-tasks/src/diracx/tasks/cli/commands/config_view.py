@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .output import show_table, styled, table
+from ..output import show_table, styled, table
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ..plumbing.config import Problem, Source
+    from ...plumbing.config import Problem, Source
 
 
 def problem_record(problem: Problem, source: Source) -> dict[str, Any]:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..plumbing._util.printable import printable
-from ..plumbing.messages.secrets import without_secrets
-from .errors import CliError, explained_redis
-from .options import JsonOption, LogLevelOption, spread
-from .output import echo_json
-from .typed import CheckedTask, TypedTask
+from ...plumbing._util.printable import printable
+from ...plumbing.messages.secrets import without_secrets
+from ..errors import CliError, explained_redis
+from ..options import JsonOption, LogLevelOption, spread
+from ..output import echo_json
+from ..runtime.task_arguments import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.locks import LockSpec
+    from ...plumbing.base_task import BaseTask
+    from ...plumbing.locks import LockSpec
 
 
 class Debugger(StrEnum):
@@ -52,7 +52,7 @@ def call(
 
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
-    from .logs import set_task_log_level, set_up_logging
+    from ..runtime.logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     checked = typed.checked()
@@ -94,7 +94,7 @@ class _Run:
 
         from redis.exceptions import RedisError
 
-        from ..plumbing.exceptions import LockLostError, UnableToAcquireLockError
+        from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
 
         try:
             return await self._run()
@@ -119,15 +119,15 @@ class _Run:
             raise CliError(f"{self._name} cannot begin: {said}") from error
 
     async def _run(self) -> Any:
-        from ..plumbing.factory import holding
-        from ..plumbing.injection.plan import (
+        from ...plumbing.factory import holding
+        from ...plumbing.injection.plan import (
             compile_plan,
             find_missing_overrides,
             resolve,
             setup_dependency_overrides,
         )
-        from ..plumbing.locks import BaseLimiter, lock_specs
-        from .services import check_databases
+        from ...plumbing.locks import BaseLimiter, lock_specs
+        from ..runtime.environment import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
         async with self._checked.broker() as broker, AsyncExitStack() as outer:
@@ -161,8 +161,8 @@ class _Run:
         if self._debugger is not Debugger.BEFORE or not expiring:
             yield
             return
-        from ..plumbing.broker.connection import sync_client
-        from ..plumbing.broker.scripts import pack, script
+        from ...plumbing.broker.connection import sync_client
+        from ...plumbing.broker.scripts import pack, script
 
         stop = threading.Event()
 

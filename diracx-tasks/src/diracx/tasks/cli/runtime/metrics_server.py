@@ -8,17 +8,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..plumbing._util.telemetry import is_collected
-from .errors import CliError
+from ...plumbing._util.telemetry import is_collected
+from ..errors import CliError
 from .probes import probes
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..operations.families import Family, Histogram
-    from ..operations.health import Health
-    from ..plumbing.persistence import TaskDB
-    from ..plumbing.worker.reporter import Reporter
+    from ...operations.families import Family, Histogram
+    from ...operations.health import Health
+    from ...plumbing.persistence import TaskDB
+    from ...plumbing.worker.reporter import Reporter
 
 logger = logging.getLogger(__package__)
 
@@ -66,14 +66,14 @@ async def measured(
     """
 
     async def text() -> str:
-        from ..operations.families import as_text
+        from ...operations.families import as_text
 
         return as_text(await collect())
 
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(probes(host, port, ready, text, alerts))
         if is_collected():
-            from ..operations.otel import exported
+            from ...operations.otel import exported
 
             await stack.enter_async_context(exported(collect, reporter))
         yield
@@ -98,9 +98,9 @@ async def costly_sources(
 
         yield nothing, nobody
         return
-    from ..operations.collectors import sources
-    from ..operations.health import health_checks
-    from ..plumbing.exceptions import TaskConfigError
+    from ...operations.collectors import sources
+    from ...operations.health import health_checks
+    from ...plumbing.exceptions import TaskConfigError
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(_task_db())
@@ -119,7 +119,7 @@ async def costly_sources(
 @asynccontextmanager
 async def _task_db() -> AsyncIterator[TaskDB | None]:
     """The database of dead letters, where one is configured; a scheduler does its work without."""
-    from .services import TASK_DB_VARIABLE, required_task_db
+    from .environment import TASK_DB_VARIABLE, required_task_db
 
     async with AsyncExitStack() as stack:
         database: TaskDB | None = None

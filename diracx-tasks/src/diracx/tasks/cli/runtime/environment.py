@@ -11,19 +11,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import CliError, explained_database
+from ..errors import CliError, explained_database
 
 if TYPE_CHECKING:
     from diracx.core.config import Config
     from diracx.db.sql.utils import BaseSQLDB
 
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.config import TasksConfig
-    from ..plumbing.config.cached import ConfigReader
-    from ..plumbing.exceptions import TaskConfigError
-    from ..plumbing.factory import TaskRegistry
-    from ..plumbing.injection.plan import Plan
-    from ..plumbing.persistence import TaskDB
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.config import TasksConfig
+    from ...plumbing.config.cached import ConfigReader
+    from ...plumbing.exceptions import TaskConfigError
+    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.injection.plan import Plan
+    from ...plumbing.persistence import TaskDB
 
 logger = logging.getLogger(__package__)
 
@@ -41,7 +41,7 @@ async def check_databases(plans: Iterable[Plan]) -> None:
     Raises:
         CliError: naming the database that does not.
     """
-    from ..plumbing.injection.placeholders import SQL, calls_below, family_of
+    from ...plumbing.injection.placeholders import SQL, calls_below, family_of
 
     wanted = {call.__self__ for plan in plans for call in calls_below(plan, {}) if family_of(call) == SQL}  # type: ignore[attr-defined]  # bound classmethods
     if not wanted:
@@ -117,8 +117,8 @@ def task_db_url() -> str:
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
     """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    from ..plumbing.exceptions import TaskConfigError
-    from ..plumbing.sql.databases import database_urls
+    from ...plumbing.exceptions import TaskConfigError
+    from ...plumbing.sql.databases import database_urls
 
     logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us
     try:
@@ -141,10 +141,10 @@ async def _checked(
     name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
 ) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
-    from ..plumbing.sql.databases import join_threads
-    from ..plumbing.sql.errors import connecting, explained
-    from ..plumbing.sql.migrations import Migrations
-    from ..plumbing.sql.session import not_ready
+    from ...plumbing.sql.databases import join_threads
+    from ...plumbing.sql.errors import connecting, explained
+    from ...plumbing.sql.migrations import Migrations
+    from ...plumbing.sql.session import not_ready
 
     migrations: Migrations | None = getattr(database_class, "migrations", None)
     async with AsyncExitStack() as stack:
@@ -200,9 +200,9 @@ def read_configuration(registry: TaskRegistry) -> Configuration:
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
-    from ..plumbing.config import checked_tasks_config
-    from ..plumbing.config.cached import ConfigReader
-    from ..plumbing.exceptions import TaskConfigError
+    from ...plumbing.config import checked_tasks_config
+    from ...plumbing.config.cached import ConfigReader
+    from ...plumbing.exceptions import TaskConfigError
 
     reader = ConfigReader.of_environment(registry)
     config = diracx_config(reader)
@@ -225,8 +225,8 @@ async def following(
     on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
 ) -> AsyncIterator[None]:
     """Follow the configuration, as it was read at the start, inside the block."""
-    from ..plumbing.config import unknown_names
-    from ..plumbing.config.watcher import ConfigFollower
+    from ...plumbing.config import unknown_names
+    from ...plumbing.config.watcher import ConfigFollower
 
     async with ConfigFollower(
         config.reader,
@@ -247,8 +247,8 @@ def tasks_config() -> TasksConfig:
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
-    from ..plumbing.config import load_tasks_config
-    from ..plumbing.exceptions import TaskConfigError
+    from ...plumbing.config import load_tasks_config
+    from ...plumbing.exceptions import TaskConfigError
 
     try:
         return load_tasks_config(config=diracx_config())
@@ -273,7 +273,7 @@ def diracx_config(reader: ConfigReader | None = None) -> Config | None:
     Raises:
         CliError: when it cannot be read.
     """
-    from ..plumbing.config.cached import ConfigReader, reasons
+    from ...plumbing.config.cached import ConfigReader, reasons
 
     try:
         return (reader or ConfigReader.of_environment()).read_config()

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..plumbing._util.printable import printable
-from ..plumbing.enums import Size
-from .errors import CliError, UsageProblem
-from .options import LogLevel, LogLevelOption, ModuleOption
+from ...plumbing._util.printable import printable
+from ...plumbing.enums import Size
+from ..errors import CliError, UsageProblem
+from ..options import LogLevel, LogLevelOption, ModuleOption
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..testing.server import ValkeyProcess
+    from ...testing.server import ValkeyProcess
 
 #: How long components may take to stop, after what they run has had its grace period.
 _STOP_SECONDS = 15.0
@@ -53,7 +53,7 @@ def dev(
     """
     from rich.console import Console
 
-    from .tasks import load_registry
+    from ..runtime.registry import load_registry
 
     # Here, a mistake in a module is reported once; from each component it would be reported four times.
     load_registry(module)
@@ -78,7 +78,7 @@ class _Guard:
     """Tells the guard process what to end and to remove, should we be killed."""
 
     def __init__(self) -> None:
-        from . import guard
+        from ..runtime import orphan_reaper as guard
 
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
@@ -155,7 +155,7 @@ class _System:
                     process.terminate()
 
     def _start_server(self, directory: Path) -> ValkeyProcess:
-        from ..testing.server import ValkeyProcess
+        from ...testing.server import ValkeyProcess
 
         try:
             server = ValkeyProcess(directory, port=self._port)

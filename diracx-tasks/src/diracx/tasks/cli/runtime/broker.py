@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from ..plumbing._util.tasks import end
-from .errors import CliError, explained_redis, mask
+from ...plumbing._util.tasks import end
+from ..errors import CliError, explained_redis, mask
 
 if TYPE_CHECKING:
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.broker.server_check import Role
-    from ..plumbing.enums import Size
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.broker.server_check import Role
+    from ...plumbing.enums import Size
 
 #: A server that does not answer for so long counts as down. Users were promised an answer within 5 s.
 ANSWER_SECONDS = 2.0
@@ -32,10 +32,10 @@ async def open_broker(
     Raises:
         CliError: when the server cannot be reached, refuses us, or is one on which the task system cannot work.
     """
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.broker.address import parsed
-    from ..plumbing.broker.server_check import report_changes, report_risks
-    from ..plumbing.enums import Size
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.broker.address import parsed
+    from ...plumbing.broker.server_check import report_changes, report_risks
+    from ...plumbing.enums import Size
 
     with explained_redis(url):
         broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import CliError
+from ..errors import CliError
 from .supervisor import own_number
 
 logger = logging.getLogger(__package__)
@@ -88,7 +88,7 @@ async def _response(
     metrics: Callable[[], Awaitable[str]],
     alerts: Callable[[], Sequence[str]],
 ) -> bytes:
-    from ..operations.families import CONTENT_TYPE
+    from ...operations.families import CONTENT_TYPE
 
     method, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
     path = rest.partition(" ")[0].partition("?")[0]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CliError, UsageProblem, one_line
-from .options import JsonOption, ModuleOption
-from .output import echo, echo_json
+from ..errors import CliError, UsageProblem, one_line
+from ..options import JsonOption, ModuleOption
+from ..output import echo, echo_json
 
 if TYPE_CHECKING:
-    from ..plumbing.config import Problem, Source, TasksConfig
-    from ..plumbing.factory import TaskRegistry
+    from ...plumbing.config import Problem, Source, TasksConfig
+    from ...plumbing.factory import TaskRegistry
 
 app = typer.Typer(
     name="config",
@@ -41,8 +41,8 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
 
     Example: diracx-task-run config check tasks.yaml
     """
+    from ..runtime.registry import load_registry
     from .config_view import problem_record
-    from .tasks import load_registry
 
     registry = load_registry(module)
     _, problems, source, vos = _read(file, registry)
@@ -75,9 +75,9 @@ def show(
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
-    from ..operations.settings import settings_records
+    from ...operations.settings import settings_records
+    from ..runtime.registry import find_task, load_registry
     from .config_view import print_settings
-    from .tasks import find_task, load_registry
 
     registry = load_registry(module)
     names = sorted(registry) if task is None else [find_task(registry, task)]
@@ -108,9 +108,9 @@ def _read(
         UsageProblem: when there is no such file.
         CliError: when the DiracX configuration cannot be read.
     """
-    from ..plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
-    from ..plumbing.exceptions import TaskConfigError
-    from .services import CONFIG_VARIABLE, diracx_config
+    from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
+    from ...plumbing.exceptions import TaskConfigError
+    from ..runtime.environment import CONFIG_VARIABLE, diracx_config
 
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")

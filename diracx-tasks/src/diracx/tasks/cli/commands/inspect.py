@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .errors import CliError, UsageProblem, explained_redis, one_line
-from .options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import echo, echo_json
+from ..errors import CliError, UsageProblem, explained_redis, one_line
+from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from ..output import echo, echo_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..operations.health import Health
-    from ..plumbing.broker import RedisStreamBroker
+    from ...operations.health import Health
+    from ...plumbing.broker import RedisStreamBroker
 
 _Answer = TypeVar("_Answer")
 
@@ -44,7 +44,7 @@ def ask(
         CliError: when the server cannot be reached, or refuses.
         UsageProblem: for what the question finds wrong with its own words (a ValueError).
     """
-    from .connection import open_broker
+    from ..runtime.broker import open_broker
 
     url = resolve_redis_url(redis_url, redis_url_file)
 
@@ -61,8 +61,8 @@ def ask(
 
 def print_json(value: Any) -> None:
     """As JSON, passwords of URLs masked."""
-    from ..operations import as_json
-    from ..operations.masking import masked_json
+    from ...operations import as_json
+    from ...operations.masking import masked_json
 
     echo_json(masked_json(as_json(value)), indent=2)
 
@@ -91,7 +91,7 @@ def status(
     """
     if check:
         raise typer.Exit(_check(redis_url, redis_url_file, as_json))
-    from .connection import open_broker
+    from ..runtime.broker import open_broker
     from .monitor_view import show_status
 
     url = resolve_redis_url(redis_url, redis_url_file)
@@ -108,7 +108,7 @@ def status(
 
 
 def _check(redis_url: str | None, redis_url_file: str | None, as_json: bool) -> int:
-    from ..plumbing.broker import RedisStreamBroker
+    from ...plumbing.broker import RedisStreamBroker
     from .monitor_view import check_lines, status_json
 
     async def look() -> Health:
@@ -140,9 +140,9 @@ async def _health(broker: RedisStreamBroker) -> AsyncIterator[Callable[[], Await
     Raises:
         CliError: a variable of a database or a threshold is wrong.
     """
-    from ..operations.health import health_checks
-    from ..plumbing.exceptions import TaskConfigError
-    from .services import unchecked_task_db
+    from ...operations.health import health_checks
+    from ...plumbing.exceptions import TaskConfigError
+    from ..runtime.environment import unchecked_task_db
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(unchecked_task_db())
@@ -165,7 +165,7 @@ def workers(
 
     Example: diracx-task-run workers --json
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
     from .monitor_view import print_workers
 
     found = ask(redis_url, redis_url_file, monitor.workers)
@@ -189,9 +189,9 @@ def running(
 
     Example: diracx-task-run running --limit 20
     """
-    from .. import operations as monitor
+    from ... import operations as monitor
+    from ..runtime.registry import load_registry
     from .monitor_view import print_running
-    from .tasks import load_registry
 
     registry = load_registry(module)
     page = ask(
@@ -229,10 +229,10 @@ def stats(
 
     Example: diracx-task-run tasks stats --window day --failures 3
     """
-    from .. import operations as monitor
-    from ..plumbing.task_names import resolve_task_name
+    from ... import operations as monitor
+    from ...plumbing.task_names import resolve_task_name
+    from ..runtime.registry import find_task, load_registry
     from .monitor_view import print_failures, print_stats
-    from .tasks import find_task, load_registry
 
     async def look(redis: Redis) -> Any:
         counted = await monitor.stats(redis, window.value)

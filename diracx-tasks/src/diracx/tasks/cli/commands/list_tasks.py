@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from .errors import one_line
-from .options import JsonOption, ModuleOption
-from .output import echo, echo_json, show_table, table
+from ..errors import one_line
+from ..options import JsonOption, ModuleOption
+from ..output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.retry_policies import RetryPolicyBase
+    from ...plumbing.base_task import BaseTask
+    from ...plumbing.retry_policies import RetryPolicyBase
 
 
 def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None:
@@ -21,8 +21,8 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
 
     Example: diracx-task-run list --module my_tasks.py
     """
-    from ..plumbing.factory import unselected_tasks
-    from .tasks import load_registry
+    from ...plumbing.factory import unselected_tasks
+    from ..runtime.registry import load_registry
 
     rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
     if as_json:
@@ -34,8 +34,8 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
 
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
-    from ..plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
-    from ..plumbing.config import describe_schedule
+    from ...plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
+    from ...plumbing.config import describe_schedule
 
     periodic = issubclass(task_class, PeriodicBaseTask)
     if issubclass(task_class, PeriodicVoAwareBaseTask):
@@ -58,8 +58,8 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
-    from ..plumbing.messages.arguments import secret_names
-    from ..plumbing.messages.secrets import MASK
+    from ...plumbing.messages.arguments import secret_names
+    from ...plumbing.messages.secrets import MASK
 
     try:
         parameters = inspect.signature(task_class).parameters.values()
@@ -82,7 +82,7 @@ def _arguments(task_class: type[BaseTask]) -> str:
 
 
 def _retry(policy: RetryPolicyBase) -> str:
-    from ..plumbing.retry_policies import ExponentialBackoff, NoRetry
+    from ...plumbing.retry_policies import ExponentialBackoff, NoRetry
 
     match policy:
         case NoRetry():

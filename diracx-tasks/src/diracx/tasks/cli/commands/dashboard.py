@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CliError, UsageProblem, mask
-from .options import (
+from ..errors import CliError, UsageProblem, mask
+from ..options import (
     LogLevel,
     LogLevelOption,
     ModuleOption,
@@ -25,9 +25,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..web.auth.backends import TokenGate
-    from ..web.context import Installation
-    from ..web.dashboard.app import DashboardApp
+    from ...web.auth.backends import TokenGate
+    from ...web.context import Installation
+    from ...web.dashboard.app import DashboardApp
 
 logger = logging.getLogger(__package__)
 
@@ -84,8 +84,8 @@ def dashboard(
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
-    from ..web.auth.hosts import host_name, is_loopback
-    from .logs import set_up_logging
+    from ...web.auth.hosts import host_name, is_loopback
+    from ..runtime.logs import set_up_logging
 
     if new_account is not None:
         _add_account(accounts, new_account)
@@ -120,7 +120,7 @@ def dashboard(
         address = f"http{'s' if tls else ''}://{name}:{found}/"
 
         async def run() -> None:
-            from ..web.dashboard import create_app
+            from ...web.dashboard import create_app
 
             async with AsyncExitStack() as stack:
                 installation = await _open(stack, url, module)
@@ -140,7 +140,7 @@ def dashboard(
 
 
 def _public_names(given: list[str]) -> list[str]:
-    from ..web.auth.hosts import host_name
+    from ...web.auth.hosts import host_name
 
     names = []
     for name in given:
@@ -164,7 +164,7 @@ def _needs(*modules: str) -> None:
 
 
 def _add_account(path: Path | None, wanted: str) -> None:
-    from ..web.auth.backends import AccountsError, Role, digest_of, new_token, read_accounts
+    from ...web.auth.backends import AccountsError, Role, digest_of, new_token, read_accounts
 
     if path is None:
         raise UsageProblem("--new-account needs --accounts FILE, the file to add it to")
@@ -190,7 +190,7 @@ def _gate(path: Path | None, read_only: bool) -> tuple[TokenGate, str | None]:
     """Who comes in, and the token to be printed."""
     import getpass
 
-    from ..web.auth.backends import Account, AccountsError, Role, TokenGate, digest_of, new_token, read_accounts
+    from ...web.auth.backends import Account, AccountsError, Role, TokenGate, digest_of, new_token, read_accounts
 
     if path is not None:
         try:
@@ -224,12 +224,12 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> Installation:
-    from ..plumbing.broker.server_check import Role
-    from ..plumbing.config.cached import ConfigReader
-    from ..web.context import Installation
-    from .connection import open_broker
-    from .services import unchecked_task_db
-    from .tasks import load_registry
+    from ...plumbing.broker.server_check import Role
+    from ...plumbing.config.cached import ConfigReader
+    from ...web.context import Installation
+    from ..runtime.broker import open_broker
+    from ..runtime.environment import unchecked_task_db
+    from ..runtime.registry import load_registry
 
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     registry = load_registry(module)

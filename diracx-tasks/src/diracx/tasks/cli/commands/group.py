@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .errors import CliError, explained_redis, mask, one_line
-from .options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .output import echo, echo_json, show_table, table
+from ..errors import CliError, explained_redis, mask, one_line
+from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from ..output import echo, echo_json, show_table, table
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..plumbing.broker.groups import GroupStatus
+    from ...plumbing.broker.groups import GroupStatus
 
 _Answer = TypeVar("_Answer")
 
@@ -45,7 +45,7 @@ def show(
 
     Example: diracx-task-run group show 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
-    from ..plumbing.broker.groups import read_group
+    from ...plumbing.broker.groups import read_group
 
     status = _ask(resolve_redis_url(redis_url, redis_url_file), lambda redis: read_group(redis, group_id))
     if status is None:
@@ -69,7 +69,7 @@ def list_(
 
     Example: diracx-task-run group list --json
     """
-    from ..plumbing.broker.groups import list_groups
+    from ...plumbing.broker.groups import list_groups
 
     groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
     if as_json:
@@ -79,7 +79,7 @@ def list_(
 
 
 def _ask(url: str, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
-    from .connection import open_broker
+    from ..runtime.broker import open_broker
 
     async def ask() -> _Answer:
         async with open_broker(url) as broker:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..plumbing.persistence.letter import OPEN, DeadLetterReason, DeadLetterStatus
-from .errors import UsageProblem, shortened
+from ...plumbing.persistence.letter import OPEN, DeadLetterReason, DeadLetterStatus
+from ..errors import UsageProblem, shortened
 
 if TYPE_CHECKING:
-    from ..plumbing.persistence.db import LetterFilter
+    from ...plumbing.persistence.db import LetterFilter
 
 _AGE = re.compile(r"(\d{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

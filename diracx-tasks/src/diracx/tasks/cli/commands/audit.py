@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import JsonOption, RedisUrlFileOption, RedisUrlOption
-from .watching import AfterOption, LimitOption, ask, print_json
+from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption
+from .inspect import AfterOption, LimitOption, ask, print_json
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..operations.audit import AuditEntry
-    from ..operations.models import Page
+    from ...operations.audit import AuditEntry
+    from ...operations.models import Page
 
 
 def audit(
@@ -37,9 +37,9 @@ def audit(
     from .monitor_view import print_audit
 
     async def look(redis: Redis) -> Page[AuditEntry]:
-        from ..operations.audit import read_audit
-        from ..operations.cursors import place_in_stream
-        from ..operations.models import Page
+        from ...operations.audit import read_audit
+        from ...operations.cursors import place_in_stream
+        from ...operations.models import Page
 
         # One more tells whether there are more.
         found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)

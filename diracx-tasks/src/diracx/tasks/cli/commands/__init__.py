@@ -1,0 +1,1 @@
+"""One module per command of `diracx-task-run`, or per group of commands."""
