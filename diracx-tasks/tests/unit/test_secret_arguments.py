@@ -24,7 +24,7 @@ from diracx.tasks.plumbing.messages.arguments import argument_problems, check_ar
 from diracx.tasks.plumbing.messages.roundtrip import outgoing_arguments
 from diracx.tasks.plumbing.messages.secrets import without_secrets
 from diracx.tasks.plumbing.submission.prepare import submission_of
-from pydantic import BaseModel, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 SECRET = "correct/horse&battery=staple+é'" + "0123456789" * 5
 
@@ -239,3 +239,59 @@ def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
     record = letter_record(letter)
     assert record["raw"] is None
     _assert_hidden(json.dumps(record))
+
+
+# --- fields that are declared secret and are not there ----------------------------------------------------------
+
+
+@dataclass
+class Misspelt(BaseTask):
+    password: str
+    secret_fields = frozenset({"pasword"})
+
+
+class MisspeltModel(BaseTask, BaseModel):
+    password: str = Field(alias="passWord")
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"passWord"})
+
+
+class MisspeltInit(BaseTask):
+    def __init__(self, password: str) -> None:
+        self.password = password
+
+    secret_fields = frozenset({"token"})
+
+
+@pytest.mark.parametrize("task_class", [Misspelt, MisspeltModel, MisspeltInit])
+def test_a_secret_field_that_is_not_there_keeps_the_class_from_being_registered(
+    task_class: type[BaseTask],
+) -> None:
+    [wrong] = task_class.secret_fields
+    with pytest.raises(
+        TypeError, match=f"secret_fields names '{wrong}', and no such field is there; it has password"
+    ):
+        TaskRegistry({"my:Task": task_class})
+
+
+@dataclass
+class Base(BaseTask):
+    password: str
+    login: str = ""
+    secret_fields = frozenset({"password", "login"})
+
+
+class Narrowed(Base):
+    def __init__(self, login: str) -> None:
+        super().__init__("constant", login)
+
+
+class AnyKeyword(BaseTask):
+    def __init__(self, **settings: str) -> None:
+        self.settings = settings
+
+    secret_fields = frozenset({"password"})
+
+
+@pytest.mark.parametrize("task_class", [Number, Model, Base, Narrowed, AnyKeyword])
+def test_a_secret_field_of_a_base_or_of_any_keyword_is_accepted(task_class: type[BaseTask]) -> None:
+    assert task_class in TaskRegistry({"my:Task": task_class}).values()

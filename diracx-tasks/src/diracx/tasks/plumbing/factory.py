@@ -46,7 +46,15 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         return classes if isinstance(classes, TaskRegistry) else cls(classes)
 
     def add(self, name: str, task_class: type[BaseTask]) -> None:
-        """Register a class. The first class of a name is the one that runs."""
+        """Register a class. The first class of a name is the one that runs.
+
+        Raises:
+            TypeError: the class declares a secret field that it does not have.
+        """
+        if task_class.secret_fields:
+            from .messages.arguments import check_secret_fields
+
+            check_secret_fields(task_class)
         self.setdefault(name, task_class)
         self._names.setdefault(task_class, name)
 
@@ -111,7 +119,10 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
                 raise RuntimeError(f"{where} cannot be loaded: {error}") from error
             if not (inspect.isclass(task_class) and issubclass(task_class, BaseTask)):
                 raise RuntimeError(f"{where} is not a task class")
-            registry.add(f"{category}:{entry_point.name}", task_class)
+            try:
+                registry.add(f"{category}:{entry_point.name}", task_class)
+            except TypeError as error:
+                raise RuntimeError(f"{where} cannot be loaded: {error}") from error
     return registry
 
 

@@ -45,7 +45,10 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
     registry = TaskRegistry()
     for name in modules or ():
         module = _import(name)
-        found = tasks_of_module(module)
+        try:
+            found = tasks_of_module(module)
+        except TypeError as error:
+            raise CliError(f"--module {name} cannot be loaded: {error}") from error
         if not found:
             raise UsageProblem(
                 f"--module {name} defines no task; a task is a class derived from BaseTask, "

@@ -129,6 +129,24 @@ def secret_names(cls: type[BaseTask]) -> frozenset[str]:
     return shape_of(cls).secret
 
 
+def check_secret_fields(cls: type[BaseTask]) -> None:
+    """See that the class has every field that it declares to be secret: a misspelt one would be shown.
+
+    Raises:
+        TypeError: it has not; the message names it.
+    """
+    shape = shape_of(cls)
+    if shape.extra:  # any keyword may be one
+        return
+    annotated = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
+    undeclared = cls.secret_fields - shape.parameters.keys() - annotated
+    if unknown := sorted(name for name in undeclared if not hasattr(cls, name)):
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__}: secret_fields names {', '.join(map(repr, unknown))}, and no "
+            f"such field is there; it has {', '.join(shape.names) or 'none'}"
+        )
+
+
 def secret_positions(cls: type[BaseTask]) -> list[int]:
     """Which of the positional arguments are secret.
 
