@@ -22,7 +22,7 @@ from typing import Any
 
 from diracx.tasks.plumbing import schedule_many
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.plumbing.factory import tasks_of_module
+from diracx.tasks.plumbing.registry import tasks_of_module
 from diracx.tasks.testing import TaskSystem, embedded_redis
 
 from . import recovery_tasks as tasks

@@ -22,8 +22,8 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
 from diracx.tasks.plumbing.config import CONFIG_PATH_VARIABLE, TasksConfig
 from diracx.tasks.plumbing.exceptions import SendTaskError
-from diracx.tasks.plumbing.factory import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.registry import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.submission.client import Binding, bound_to
 from redis.exceptions import RedisError
 

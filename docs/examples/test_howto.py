@@ -19,8 +19,8 @@ import yaml
 from bare_locks import work_on
 from diracx.tasks.plumbing import MutexLock, TasksConfig
 from diracx.tasks.plumbing.config import load_tasks_config, problems
-from diracx.tasks.plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient

@@ -26,8 +26,8 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding, bound_by
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from diracx.tasks.plumbing import BaseTask, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 

@@ -12,8 +12,8 @@ from diracx.tasks.operations.health import Alert, Health, Severity
 from diracx.tasks.operations.visibility import Viewer
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.context import Installation

@@ -10,8 +10,8 @@ import pytest
 from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import TaskDB
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.api.databases import database_errors
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of

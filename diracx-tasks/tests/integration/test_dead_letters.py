@@ -17,9 +17,9 @@ from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, Priority, Size
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.persistence import OPEN, DeadLetter, DeadLetterStatus, TaskDB
 from diracx.tasks.plumbing.persistence.resubmission import Fate, Resubmitter, ticket
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.task_names import AmbiguousTaskNameError
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis

@@ -21,9 +21,9 @@ from diracx.tasks.plumbing import (
     validate_registry,
     wrap_task,
 )
-from diracx.tasks.plumbing.factory import holding
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.registry import holding
 from redis.asyncio import Redis
 
 

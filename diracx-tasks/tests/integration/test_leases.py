@@ -10,9 +10,9 @@ import pytest
 from diracx.tasks.plumbing import BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis

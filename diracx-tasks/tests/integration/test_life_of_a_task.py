@@ -890,7 +890,7 @@ async def test_an_unreachable_broker_is_a_send_task_error() -> None:
 
 
 async def test_P28_two_categories_with_one_class_name_are_reported_with_both_origins() -> None:
-    from diracx.tasks.plumbing.factory import TaskRegistry
+    from diracx.tasks.plumbing.registry import TaskRegistry
 
     other = type("Echo", (Echo,), {"__module__": "elsewhere"})
     [line] = TaskRegistry({"a:Echo": Echo, "b:Echo": other, "b:Urgent": Urgent}).ambiguous_names()

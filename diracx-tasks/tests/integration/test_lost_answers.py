@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
 from diracx.tasks.plumbing.worker.settings import WorkerSettings

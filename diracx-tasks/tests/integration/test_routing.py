@@ -10,7 +10,7 @@ import pytest
 from diracx.tasks.plumbing import BaseTask, Priority, Size, TasksConfig
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import bound_to
 from redis.asyncio import Redis
 

@@ -24,7 +24,7 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler import ScheduleState, TaskScheduler, by_hand, schedules
 from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
 from diracx.tasks.plumbing.schedules import TaskScheduleBase

@@ -18,10 +18,10 @@ from diracx.tasks.plumbing import (
     schedule_many,
     spawn_with_callback,
 )
+from diracx.tasks.plumbing.annotated import ChildResults
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.sizes import MAX_BYTES, MAX_MESSAGE_BYTES_VARIABLE, in_calls
 from diracx.tasks.plumbing.exceptions import TaskConfigError, TaskTooLargeError
-from diracx.tasks.plumbing.injection.annotated import ChildResults
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem

@@ -17,8 +17,8 @@ from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config.active import configurations_in_force
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
 from diracx.tasks.plumbing.messages.codec import dumps
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler.overview import schedules
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.context import Installation

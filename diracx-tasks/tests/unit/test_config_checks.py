@@ -18,7 +18,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.config import TasksConfig, check_written, checked_tasks_config, mistakes, problems
 from diracx.tasks.plumbing.exceptions import TaskConfigError
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from pydantic import BaseModel, field_validator
 
 VOS = ["lhcb", "cms"]

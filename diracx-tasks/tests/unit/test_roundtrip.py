@@ -22,7 +22,7 @@ from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.prepare import submission_of
 from diracx.tasks.plumbing.task_vo import vo_of
 from diracx.tasks.plumbing.worker.blueprint import Blueprint

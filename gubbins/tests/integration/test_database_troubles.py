@@ -10,7 +10,7 @@ import pytest
 from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.context import Installation

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         UnretryableError,
         WorkerStoppedError,
     )
-    from .factory import load_task_registry, task_wrapper, wrap_task
     from .injection.plan import find_missing_overrides, setup_dependency_overrides
     from .lock_registry import LockedObjectType, register_locked_object_type, validate_registry
     from .locks import (
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
         RateLimiter,
         SharedRWLock,
     )
+    from .registry import load_task_registry, task_wrapper, wrap_task
     from .retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBase
     from .schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
     from .submission.client import task_broker

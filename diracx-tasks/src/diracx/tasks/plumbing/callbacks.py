@@ -14,8 +14,8 @@ from uuid import uuid4
 from .broker import scripts
 from .broker.groups import GroupStatus, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
+from .broker.spans import submission_spans
 from .child_results import asks_for_results
-from .spans import submission_spans
 from .submission.client import Binding, current_binding
 
 if TYPE_CHECKING:

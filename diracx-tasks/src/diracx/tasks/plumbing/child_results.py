@@ -12,7 +12,7 @@ from .current import current_message
 from .submission.client import current_broker
 
 if TYPE_CHECKING:
-    from .injection.annotated import ChildResults
+    from .annotated import ChildResults
 else:
     from ._util.lazy import lazy_names
 

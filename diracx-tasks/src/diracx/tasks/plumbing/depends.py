@@ -22,8 +22,8 @@ from .injection.placeholders import OPENSEARCH, SETTINGS, SOURCE, SQL, innermost
 if TYPE_CHECKING:
     from fastapi.params import Depends
 
+    from .annotated import AvailableSecurityProperties, CallbackSpawner, Config
     from .base_task import BaseTask
-    from .injection.annotated import AvailableSecurityProperties, CallbackSpawner, Config
 else:
     __getattr__ = lazy_names(
         __name__, {".injection.annotated": ["AvailableSecurityProperties", "CallbackSpawner", "Config"]}

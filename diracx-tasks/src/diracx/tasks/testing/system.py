@@ -14,7 +14,7 @@ from ..plumbing.broker import RedisStreamBroker, keys
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
 from ..plumbing.enums import Size
-from ..plumbing.factory import TaskRegistry
+from ..plumbing.registry import TaskRegistry
 from ..plumbing.scheduler import TaskScheduler
 from ..plumbing.submission.client import Binding, bound_by
 from ..plumbing.worker import Worker

@@ -26,7 +26,6 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
 from ..messages.secrets import mask
-from ..spans import submission_spans
 from . import keys, scripts
 from .connection import async_client
 from .counts import Counts
@@ -36,6 +35,7 @@ from .line import Line
 from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
 from .server_check import UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, in_calls
+from .spans import submission_spans
 from .stored import SCANNED, number_of
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from .letter import OPEN, DeadLetterReason, DeadLetterStatus
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..config import TasksConfig
-    from ..factory import TaskRegistry
+    from ..registry import TaskRegistry
     from .db import LetterFilter, TaskDB
 
 #: Letters in one round: one statement, one script.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..broker import scripts
 from ..broker.labels import LABEL_SCHEDULE
-from ..spans import submission_spans
+from ..broker.spans import submission_spans
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -20,7 +20,7 @@ from ..broker.group_audit import audit_for_ever
 from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH, in_ms
 from ..broker.stored import SCANNED, ms_of, text_of
 from ..config import TasksConfig
-from ..factory import TaskRegistry
+from ..registry import TaskRegistry
 from ..submission.client import Binding
 from .agenda import Agenda, Occurrence
 from .clock import SET_BACK_SECONDS, ServerClock

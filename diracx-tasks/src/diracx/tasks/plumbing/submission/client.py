@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..broker.models import Submission
     from ..broker.redis_streams import RedisStreamBroker
     from ..config import TasksConfig
-    from ..factory import TaskRegistry
+    from ..registry import TaskRegistry
 
 REDIS_URL_VARIABLE = "DIRACX_TASKS_REDIS_URL"
 #: Names a file that holds the URL, should the former not be set.
@@ -154,7 +154,7 @@ async def task_broker(
     from ..broker.connection import redis_url_from_environment
     from ..broker.redis_streams import RedisStreamBroker
     from ..broker.server_check import Role
-    from ..factory import TaskRegistry, load_task_registry
+    from ..registry import TaskRegistry, load_task_registry
 
     broker = RedisStreamBroker(redis_url or redis_url_from_environment() or DEFAULT_REDIS_URL)
     known = load_task_registry() if registry is None else TaskRegistry.of(registry)
@@ -178,7 +178,7 @@ def _submitter_from_environment() -> _Submitter:
     if submitter is None:
         from ..broker.connection import redis_url_from_environment
         from ..broker.redis_streams import RedisStreamBroker
-        from ..factory import load_task_registry
+        from ..registry import load_task_registry
 
         url = redis_url_from_environment()
         if not url:

@@ -16,7 +16,7 @@ from ..messages.roundtrip import outgoing_arguments
 
 if TYPE_CHECKING:
     from ..config import TasksConfig
-    from ..factory import TaskRegistry
+    from ..registry import TaskRegistry
 
 
 def submission_of(

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..broker.spans import execution_span, is_traced, task_attributes
 from ..current import current_locks, current_message
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
@@ -20,7 +21,6 @@ from ..locks import lock_specs
 from ..messages.arguments import secret_names
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets
-from ..spans import execution_span, is_traced, task_attributes
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from ..broker.ending import child_ended, child_lives, collected, schedule_outcom
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head
 from ..broker.redis_streams import in_ms
+from ..broker.spans import task_attributes
 from ..exceptions import (
     StopRetryingError,
     TaskCancelledError,
@@ -23,7 +24,6 @@ from ..exceptions import (
 )
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
 from ..persistence.letter import DeadLetter, DeadLetterReason
-from ..spans import task_attributes
 from ..task_vo import vo_of, vo_of_task
 from .outcome import Failed, Outcome, Succeeded, TakenOver
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..broker import scripts
 from ..broker.connection import sync_client
-from ..spans import task_attributes
+from ..broker.spans import task_attributes
 from .blocked_loop import BlockedLoopDetector
 from .dead_letters import in_redis
 from .settlement import settle

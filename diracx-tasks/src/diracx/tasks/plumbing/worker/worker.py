@@ -19,14 +19,14 @@ from ..broker import keys, scripts
 from ..broker.groups import ask_for_audit, group_of
 from ..broker.models import TaskMessage, id_at_head
 from ..broker.sizes import LOCK_BYTES, in_calls
+from ..broker.spans import note_settlement, processing_span, set_task_log_context
 from ..config import TasksConfig
 from ..enums import Priority
 from ..exceptions import NewerMessageError
-from ..factory import TaskRegistry
 from ..messages.error_info import describe_exception, one_line
 from ..messages.secrets import without_secrets_of
 from ..persistence.letter import DeadLetterReason
-from ..spans import note_settlement, processing_span, set_task_log_context
+from ..registry import TaskRegistry
 from ..submission.client import Binding, bound_by
 from ..task_vo import vo_of
 from .announcements import Announcements

@@ -47,8 +47,8 @@ async def installation_of_environment() -> Installation:
 async def _open() -> Installation:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.config.cached import ConfigReader
-    from ...plumbing.factory import load_task_registry
     from ...plumbing.messages.secrets import mask
+    from ...plumbing.registry import load_task_registry
 
     url = broker_url()
     if not url:

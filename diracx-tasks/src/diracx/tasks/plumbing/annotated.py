@@ -11,9 +11,9 @@ from diracx.core.config import ConfigSource
 from diracx.core.properties import SecurityProperty
 from fastapi.params import Depends
 
-from ..broker.models import TaskResult
-from ..child_results import child_results
-from ..depends import _CallbackSpawner, callback_spawner
+from .broker.models import TaskResult
+from .child_results import child_results
+from .depends import _CallbackSpawner, callback_spawner
 
 __all__ = ["AvailableSecurityProperties", "CallbackSpawner", "ChildResults", "Config"]
 

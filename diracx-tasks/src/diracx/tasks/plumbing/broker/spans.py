@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .messages.secrets import mask
+from ..messages.secrets import mask
 
 if TYPE_CHECKING:
-    from .broker.models import Delivery, Settlement, Submission, TaskMessage
-    from .persistence import DeadLetter
-    from .worker.outcome import Outcome
+    from ..persistence import DeadLetter
+    from ..worker.outcome import Outcome
+    from .models import Delivery, Settlement, Submission, TaskMessage
 
 #: The tracer, as OpenTelemetry knows it.
 TRACER = "diracx.tasks"
@@ -115,8 +115,8 @@ def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Outc
     """The span of an execution, inside that of its delivery. Yields what notes how it ended."""
     from opentelemetry import trace
 
-    from .exceptions import TaskCancelledError
-    from .worker.outcome import Failed, Succeeded
+    from ..exceptions import TaskCancelledError
+    from ..worker.outcome import Failed, Succeeded
 
     with trace.get_tracer(TRACER).start_as_current_span(
         f"task.execute {message.task_name}", attributes=_attempt_attributes(message, stream)
