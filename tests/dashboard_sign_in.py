@@ -14,7 +14,7 @@ import pytest
 from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.context import Installation
 from diracx_application import HOME, make_application, set_environment
 from sites.identity_provider import CLIENT_ID, IdentityProvider

@@ -26,9 +26,10 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.current import use_broker
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.submission.client import Binding, bound_by
+from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.context import Installation
@@ -473,7 +474,7 @@ class Roles:
     async def broker(self, role: str) -> AsyncIterator[RedisStreamBroker]:
         made = RedisStreamBroker(self.server.url(role))
         await made.startup()
-        with bound_by(lambda: Binding(made, self.registry, TasksConfig())):
+        with use_broker(lambda: Binding(made, self.registry, TasksConfig())):
             yield made
         await made.shutdown()
 
@@ -620,5 +621,5 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
 
 @asynccontextmanager
 async def bound(world: Roles, broker: RedisStreamBroker) -> AsyncIterator[None]:
-    with bound_by(lambda: Binding(broker, world.registry, TasksConfig())):
+    with use_broker(lambda: Binding(broker, world.registry, TasksConfig())):
         yield

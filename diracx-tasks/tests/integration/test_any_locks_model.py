@@ -25,10 +25,10 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.cancel import TaskPlace
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
+from diracx.tasks.plumbing.broker.models import Delivery, LockSpec, Settlement, TaskMessage
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import MAX_LOCKS, LockSpec, lock_specs
+from diracx.tasks.plumbing.locks import MAX_LOCKS, lock_specs
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.prepare import submission_of
 from diracx.tasks.plumbing.worker.settings import WorkerSettings

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.redis_streams import in_ms, is_suspect, new_task_id, stream_name_for
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms, new_task_id
+from diracx.tasks.plumbing.broker.redis_streams import is_suspect, stream_name_for
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock

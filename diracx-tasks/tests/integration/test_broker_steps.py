@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing import ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.redis_streams import in_ms
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest

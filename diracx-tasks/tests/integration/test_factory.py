@@ -23,7 +23,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.registry import holding
+from diracx.tasks.plumbing.standalone import holding
 from redis.asyncio import Redis
 
 

@@ -19,8 +19,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.cancel import cancel
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.redis_streams import in_ms
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.settlement import hand_back

@@ -21,7 +21,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS
-from diracx.tasks.plumbing.registry import holding
+from diracx.tasks.plumbing.standalone import holding
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError

@@ -19,10 +19,11 @@ from diracx.tasks.plumbing import (
     TaskRetryRequestedError,
     spawn_with_callback,
 )
+from diracx.tasks.plumbing.broker.models import LockSpec
 from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.exceptions import TaskCancelledError
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock, LockSpec
+from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.messages.error_info import describe_exception
 from diracx.tasks.plumbing.worker.settlement import fitting_attempts, retry_at
 from diracx.tasks.testing import TaskSystem

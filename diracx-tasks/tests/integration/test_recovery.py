@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from diracx.tasks.plumbing import Priority, Size
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.redis_streams import in_ms, stream_name_for
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
+from diracx.tasks.plumbing.broker.redis_streams import stream_name_for
 from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis

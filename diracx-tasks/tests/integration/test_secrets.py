@@ -18,9 +18,10 @@ from diracx.tasks.plumbing import (
     PeriodicBaseTask,
     schedule_many,
 )
+from diracx.tasks.plumbing._util.secrets import MASK
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.groups import list_groups
-from diracx.tasks.plumbing.messages.secrets import MASK, without_secrets
+from diracx.tasks.plumbing.messages.secrets import without_secrets
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 

@@ -14,8 +14,9 @@ import pytest
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicVoAwareBaseTask
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
-from diracx.tasks.plumbing.messages.arguments import check_arguments, field_names, rebuild, serialize
+from diracx.tasks.plumbing.messages.arguments import field_names, rebuild, serialize
 from diracx.tasks.plumbing.messages.codec import dumps, loads
+from diracx.tasks.plumbing.messages.typed_arguments import check_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator

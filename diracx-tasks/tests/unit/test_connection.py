@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diracx.tasks.plumbing._util.passwords import mask
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.address import OPTIONS
 from diracx.tasks.plumbing.broker.connection import (
@@ -17,7 +18,6 @@ from diracx.tasks.plumbing.broker.connection import (
     redis_url_from_environment,
     sync_client,
 )
-from diracx.tasks.plumbing.messages.secrets import mask
 
 
 def options_of(client: Any) -> dict[str, Any]:

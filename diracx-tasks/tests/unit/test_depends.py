@@ -16,6 +16,8 @@ from diracx.db.sql import JobDB
 from diracx.logic.rss.source import SiteStatusSource
 from diracx.tasks import depends as public
 from diracx.tasks.plumbing import depends
+from diracx.tasks.plumbing.callbacks import callback_spawner
+from diracx.tasks.plumbing.current import current_broker
 from diracx.tasks.plumbing.depends import (
     AvailableSecurityProperties,
     CallbackSpawner,
@@ -24,7 +26,6 @@ from diracx.tasks.plumbing.depends import (
     auto_inject,
     auto_inject_depends,
 )
-from diracx.tasks.plumbing.submission.client import current_broker
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 
@@ -71,7 +72,7 @@ def test_type_decides_the_dependency() -> None:
         "sites": (SiteStatusSource.create, None),
         "config": (ConfigSource.create, None),
         "properties": (SecurityProperty.available_properties, None),
-        "spawn": (depends.callback_spawner, None),
+        "spawn": (callback_spawner, None),
         "documented": (JobDB.transaction, "function"),
         "defaulted": (JobDB.transaction, "function"),
     }

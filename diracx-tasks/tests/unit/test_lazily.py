@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing.depends import loads_at_first_use, resolved_signature
+from diracx.tasks.plumbing.injection.signatures import loads_at_first_use, resolved_signature
 
 MODULE = """
 from __future__ import annotations

@@ -10,8 +10,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 from diracx.tasks.cli.errors import one_line
+from diracx.tasks.plumbing._util.passwords import mask
+from diracx.tasks.plumbing._util.secrets import MASK, hide
 from diracx.tasks.plumbing.messages.error_info import describe_exception
-from diracx.tasks.plumbing.messages.secrets import MASK, hide, mask
 from diracx.tasks.web.dashboard.rendering import short, tail
 from hypothesis import given
 from hypothesis import strategies as st

@@ -19,9 +19,10 @@ from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
-from diracx.tasks.plumbing.messages.arguments import argument_problems, check_arguments, rebuild, secret_names
+from diracx.tasks.plumbing.messages.arguments import rebuild, secret_names
 from diracx.tasks.plumbing.messages.roundtrip import outgoing_arguments
 from diracx.tasks.plumbing.messages.secrets import without_secrets
+from diracx.tasks.plumbing.messages.typed_arguments import argument_problems, check_arguments
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.prepare import submission_of
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator

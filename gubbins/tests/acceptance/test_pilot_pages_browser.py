@@ -9,7 +9,7 @@ from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.factory import TaskRegistry
+from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
 from diracx.tasks.web.context import Installation
 from diracx.tasks.web.dashboard import create_app

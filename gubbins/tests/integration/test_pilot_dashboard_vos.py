@@ -169,7 +169,7 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
 ) -> None:
     from diracx.tasks.plumbing.broker import RedisStreamBroker
     from diracx.tasks.plumbing.config.cached import ConfigReader
-    from diracx.tasks.plumbing.factory import TaskRegistry
+    from diracx.tasks.plumbing.registry import TaskRegistry
     from diracx.tasks.web.context import Installation
 
     do = {action.path: action.do for action in ACTIONS}

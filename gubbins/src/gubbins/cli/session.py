@@ -87,9 +87,9 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
     Raises:
         CommandError: as above; or it cannot be written down, and was not done.
     """
+    from diracx.tasks.plumbing._util.passwords import mask
+    from diracx.tasks.plumbing.broker.address import REDIS_URL_VARIABLE
     from diracx.tasks.plumbing.broker.connection import AddressError, async_client, redis_url_from_environment
-    from diracx.tasks.plumbing.messages.secrets import mask
-    from diracx.tasks.plumbing.submission.client import REDIS_URL_VARIABLE
     from redis.exceptions import RedisError
 
     try:

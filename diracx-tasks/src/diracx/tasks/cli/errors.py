@@ -16,8 +16,8 @@ __all__ = [
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable_line
-from ..plumbing.messages.secrets import mask
 
 _LONGEST = 1000
 

@@ -110,8 +110,8 @@ def resolve_redis_url(option: str | None, file: str | None = None) -> str:
     Raises:
         CliError: when it cannot be the address of a server; usage when it was given as an option.
     """
+    from ..plumbing.broker.address import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
     from ..plumbing.broker.connection import AddressError, check_url, read_url_file
-    from ..plumbing.submission.client import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
 
     if option is not None and file is not None:
         raise UsageProblem("--redis-url and --redis-url-file say the same; give one of them")

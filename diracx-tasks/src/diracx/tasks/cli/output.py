@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
-from ..plumbing.messages.secrets import mask
 from .errors import one_line
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..plumbing._util.secrets import MASK
 from ..plumbing.broker.groups import list_groups as groups
-from ..plumbing.messages.secrets import MASK
 from .actions import purge, release_lock
 from .dead_letters import waiting_letters
 from .locks import lock, locks

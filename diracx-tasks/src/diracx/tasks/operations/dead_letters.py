@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..plumbing._util.passwords import mask
 from ..plumbing.broker import keys, scripts
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE
 from ..plumbing.messages.codec import leading_fields
-from ..plumbing.messages.secrets import mask
 from .cursors import HEAD_BYTES, Registry, moment, place_in_stream
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingLetter, as_json

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..plumbing._util.passwords import mask
+from ..plumbing._util.secrets import MASK
 from ..plumbing.broker.labels import LABEL_SECRET
 from ..plumbing.messages.arguments import field_names, is_made_for, secret_names, secret_positions
-from ..plumbing.messages.secrets import MASK, mask
 from .models import as_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def masked_arguments(task_class: type[BaseTask] | None, message: TaskMessage) ->
     class was known.
     """
     positional, named = masked(task_class, message)
-    names = field_names(task_class) if task_class is not None and is_made_for(task_class, message) else ()
+    known = task_class is not None and is_made_for(task_class, message.sig, len(message.task_args))
+    names = field_names(task_class) if task_class is not None and known else ()
     shown = {
         names[position] if position < len(names) else str(position): value
         for position, value in enumerate(positional)

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .annotated import ChildResults
     from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, schedule_many
     from .callbacks import fire_callback, spawn_with_callback
     from .cancellation import TaskPlace, cancel_task, cancel_tasks
-    from .child_results import ChildResults
     from .config import PeriodicTaskConfig, TaskOverride, TasksConfig
     from .current import held_locks
     from .depends import (
@@ -49,17 +49,18 @@ if TYPE_CHECKING:
         RateLimiter,
         SharedRWLock,
     )
-    from .registry import load_task_registry, task_wrapper, wrap_task
+    from .registry import load_task_registry
     from .retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBase
     from .schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+    from .standalone import task_wrapper, wrap_task
     from .submission.client import task_broker
 
 _MODULES = {
+    "annotated": ("ChildResults",),
     "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),
     "submission.client": ("task_broker",),
     "callbacks": ("fire_callback", "spawn_with_callback"),
     "cancellation": ("TaskPlace", "cancel_task", "cancel_tasks"),
-    "child_results": ("ChildResults",),
     "config": ("PeriodicTaskConfig", "TaskOverride", "TasksConfig"),
     "current": ("held_locks",),
     "depends": (
@@ -88,7 +89,8 @@ _MODULES = {
         "UnretryableError",
         "WorkerStoppedError",
     ),
-    "factory": ("load_task_registry", "task_wrapper", "wrap_task"),
+    "registry": ("load_task_registry",),
+    "standalone": ("task_wrapper", "wrap_task"),
     "injection.plan": ("find_missing_overrides", "setup_dependency_overrides"),
     "lock_registry": ("LockedObjectType", "register_locked_object_type", "validate_registry"),
     "locks": (

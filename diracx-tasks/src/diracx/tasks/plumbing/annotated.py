@@ -12,15 +12,15 @@ from diracx.core.properties import SecurityProperty
 from fastapi.params import Depends
 
 from .broker.models import TaskResult
+from .callbacks import SpawnCallback, callback_spawner
 from .child_results import child_results
-from .depends import _CallbackSpawner, callback_spawner
 
 __all__ = ["AvailableSecurityProperties", "CallbackSpawner", "ChildResults", "Config"]
 
 # `fastapi.params.Depends` is the class behind `fastapi.Depends`, with the same arguments and a type.
 Config = Annotated[_Config, Depends(ConfigSource.create)]
 AvailableSecurityProperties = Annotated[set[SecurityProperty], Depends(SecurityProperty.available_properties)]
-CallbackSpawner = Annotated[_CallbackSpawner, Depends(callback_spawner)]
+CallbackSpawner = Annotated[SpawnCallback, Depends(callback_spawner)]
 ChildResults = Annotated[dict[str, TaskResult[Any]], Depends(child_results)]
 """In the `execute` of a callback or an `on_failure`: task id -> result, for each child in their order.
 

@@ -1,13 +1,13 @@
-"""What an author of tasks derives from."""
+"""Base classes of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .current import current_submitter
 from .enums import Priority, Size
 from .lock_registry import TASK
 from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
@@ -15,9 +15,7 @@ from .messages.arguments import serialize
 from .retry_policies import NoRetry, RetryPolicyBase
 
 if TYPE_CHECKING:
-    from .broker.models import Submission
     from .schedules import TaskScheduleBase
-    from .submission.client import Binding
 
 
 class BaseTask:
@@ -100,24 +98,13 @@ class BaseTask:
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]
 
 
-@cache
-def _how_to_submit() -> tuple[Callable[[], Awaitable[Binding]], Callable[..., Submission]]:
-    """Imported when the first task is submitted; a statement in the function would cost each of them a look."""
-    from .submission.client import current_binding
-    from .submission.prepare import submission_of
-
-    return current_binding, submission_of
-
-
 async def schedule_many(
     tasks: Sequence[BaseTask], *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
-    current_binding, submission_of = _how_to_submit()
-    binding = await current_binding()
-    registry, config = binding.registry, binding.config
-    submissions = [submission_of(task, registry, config, at_time=at_time, labels=labels) for task in tasks]
-    await binding.broker.submit(submissions)
+    submitter = await current_submitter()
+    submissions = [submitter.submission(task, at_time=at_time, labels=labels) for task in tasks]
+    await submitter.broker.submit(submissions)
     return [submission.message.task_id for submission in submissions]
 
 

@@ -16,7 +16,8 @@ from .broker.groups import GroupStatus, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .broker.spans import submission_spans
 from .child_results import asks_for_results
-from .submission.client import Binding, current_binding
+from .current import Submitter, current_submitter
+from .submission.client import bound_from_environment
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -60,27 +61,27 @@ async def spawn_with_callback(
     """
     if ttl_seconds <= 0:
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
-    binding = await current_binding()
+    submitter = await current_submitter()
     group_id = uuid4().hex
     children = list(children)
     total = len(children)
-    fields: dict[str, Any] = {"total": total, **_stored(binding, "callback", callback, group_id, total)}
+    fields: dict[str, Any] = {"total": total, **_stored(submitter, "callback", callback, group_id, total)}
     if on_failure is not None:
-        fields |= _stored(binding, "failure", on_failure, group_id, total)
+        fields |= _stored(submitter, "failure", on_failure, group_id, total)
     labels: dict[str, Any] = {LABEL_GROUP: group_id}
     if "callback_results" in fields or "failure_results" in fields:
         fields["results"] = 1
         labels[LABEL_GROUP_RESULTS] = True
-    submissions = [binding.submission(child, labels=labels) for child in children]
-    await binding.broker.submit_group(group_id, submissions, fields, ttl_seconds)
+    submissions = [submitter.submission(child, labels=labels) for child in children]
+    await submitter.broker.submit_group(group_id, submissions, fields, ttl_seconds)
     return group_id
 
 
-def _stored(binding: Binding, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
+def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
     """A task that is submitted later, by a script: its message, where it goes, and what it asks for."""
     asks = asks_for_results(type(task))
     labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
-    submission = binding.submission(task, labels=labels)
+    submission = submitter.submission(task, labels=labels)
     with submission_spans([submission]):
         stored: dict[str, Any] = {
             role: submission.dumpb(),
@@ -96,3 +97,33 @@ async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker |
     When a child has failed it is `on_failure` that is submitted, if there is one.
     """
     return await scripts.fire(redis if broker is None else broker.redis, group_id)
+
+
+class SpawnCallback:
+    """Spawns a group of tasks whose callback runs when the last of them is done."""
+
+    async def __call__(
+        self,
+        children: list[BaseTask],
+        callback: BaseTask,
+        *,
+        ttl_seconds: int = DAY_SECONDS,
+        on_failure: BaseTask | None = None,
+    ) -> str:
+        """Submit `children`, and `callback` after all of them have succeeded; return the group's id.
+
+        `ttl_seconds` is how long the group is remembered, `on_failure` what is submitted in place of the
+        callback when a child finally failed. The broker is the one bound where the call is made;
+        where none is bound, it is made from ``DIRACX_TASKS_REDIS_URL``.
+        """
+        with bound_from_environment():
+            return await spawn_with_callback(children, callback, ttl_seconds=ttl_seconds, on_failure=on_failure)
+
+
+def callback_spawner() -> SpawnCallback:
+    """Provide the spawner.
+
+    It looks for its broker when it is called, not here: FastAPI resolves dependencies before the body of a
+    route runs, and only the body has a broker bound.
+    """
+    return SpawnCallback()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .broker.cancel import TaskPlace
-from .submission.client import current_broker
+from .current import current_broker
 
 __all__ = ["TaskPlace", "cancel_task", "cancel_tasks"]
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .base_task import BaseTask
 from .broker.groups import read_results
 from .broker.labels import LABEL_CHILD_RESULTS
 from .broker.models import TaskResult
-from .current import current_message
-from .submission.client import current_broker
+from .current import current_broker, current_message
 
-if TYPE_CHECKING:
-    from .annotated import ChildResults
-else:
-    from ._util.lazy import lazy_names
-
-    __getattr__ = lazy_names(__name__, {".injection.annotated": ["ChildResults"]})
-
-__all__ = ["ChildResults", "asks_for_results", "child_results"]
+__all__ = ["asks_for_results", "child_results"]
 
 
 async def child_results() -> dict[str, TaskResult[Any]]:

@@ -1,13 +1,16 @@
-"""What is being executed here, and under which locks: set by the worker, for code inside `execute`."""
+"""Context variables: the task that is executed here, its locks, and the broker that tasks are submitted to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .broker.models import TaskMessage
+    from .broker.models import Submission, TaskMessage
+    from .broker.redis_streams import RedisStreamBroker
     from .locks import BaseLock
 
 current_message: ContextVar[TaskMessage | None] = ContextVar("diracx_tasks_message", default=None)
@@ -20,3 +23,83 @@ def held_locks() -> Sequence[BaseLock]:
     Each has the fencing token of its grant: `lock.token`.
     """
     return current_locks.get()
+
+
+class Submitter(Protocol):
+    """A broker, and how tasks become messages for it."""
+
+    @property
+    def broker(self) -> RedisStreamBroker:
+        """Where the messages go."""
+
+    def submission(
+        self,
+        task: Any,
+        *,
+        at_time: datetime | None = None,
+        labels: Mapping[str, Any] | None = None,
+        task_id: str | None = None,
+    ) -> Submission:
+        """The task as a message for its queue. Raises as `BaseTask.schedule`."""
+
+
+class SubmitterSource(Protocol):
+    """A submitter whose settings may change."""
+
+    @property
+    def broker(self) -> RedisStreamBroker:
+        """Where the messages go."""
+
+    async def latest(self) -> Submitter:
+        """The submitter with the operator's settings as they are now.
+
+        Raises:
+            TaskConfigError: when they are wrong and no others were read before.
+        """
+
+
+_bound: ContextVar[Callable[[], SubmitterSource] | None] = ContextVar("diracx_tasks_binding", default=None)
+
+
+def is_bound() -> bool:
+    """Whether a broker is bound to this context."""
+    return _bound.get() is not None
+
+
+def _source() -> SubmitterSource:
+    bound = _bound.get()
+    if bound is None:
+        raise RuntimeError(
+            "no task broker is bound here: run this in a worker, a DiracX route or `diracx-task-run call`, "
+            "or wrap it in `async with diracx.tasks.plumbing.task_broker():`"
+        )
+    return bound()
+
+
+async def current_submitter() -> Submitter:
+    """The submitter of this context, with the operator's settings as they are now.
+
+    Raises:
+        RuntimeError: when no broker is bound.
+        TaskConfigError: when the settings are wrong and no others were read before.
+    """
+    return await _source().latest()
+
+
+def current_broker() -> RedisStreamBroker:
+    """The broker of this context.
+
+    Raises:
+        RuntimeError: when none is bound.
+    """
+    return _source().broker
+
+
+@contextmanager
+def use_broker(find: Callable[[], SubmitterSource]) -> Iterator[None]:
+    """Bind the broker that `find` returns, for everything that is called inside the block."""
+    token = _bound.set(find)
+    try:
+        yield
+    finally:
+        _bound.reset(token)

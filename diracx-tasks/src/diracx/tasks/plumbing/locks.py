@@ -18,8 +18,10 @@ from .lock_registry import LockedObjectType
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: A lock as the scripts understand it: kind, key, owner and the numbers of its kind.
-LockSpec = dict[str, Any]
+    from .broker.models import LockSpec
+
+#: The part of a lease, or of a lock's time to live, that is left for a cancellation to take effect.
+SAFETY_MARGIN = 0.1
 #: Locks of one task. Each is taken, renewed and given back in one step on the server.
 MAX_LOCKS = 1_000
 #: Ten years: no lock lives longer, and no window is wider.

@@ -1,24 +1,19 @@
-"""From installed packages to task classes, and from a task class to something that can be called."""
+"""Registry of task classes, filled from the entry points of installed packages."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from .current import current_locks
-from .exceptions import SendTaskError, UnableToAcquireLockError
-from .locks import BaseLimiter, BaseLock, lock_specs
+from .exceptions import SendTaskError
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -162,73 +157,3 @@ def tasks_of_module(module: ModuleType) -> TaskRegistry:
             and value.__module__ == module.__name__
         }
     )
-
-
-@asynccontextmanager
-async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None]:
-    """Hold all the locks inside the block, renewing them; for code outside a worker.
-
-    Raises:
-        UnableToAcquireLockError: when one of them is held by somebody else; none is taken then.
-        LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
-    """
-    from redis.exceptions import RedisError
-
-    from .broker import scripts
-    from .worker.keeper import keep_renewed
-
-    wanted = [lock for lock in locks if lock.enabled]
-    specs = lock_specs(wanted)
-    asked_at = asyncio.get_running_loop().time()
-    token = await scripts.acquire(redis, specs) if specs else None
-    if specs and token is None:
-        names = ", ".join(spec["key"] for spec in specs)
-        raise UnableToAcquireLockError(f"held by somebody else: {names}")
-    for lock in wanted:
-        lock.token = token
-    before = current_locks.get()
-    current_locks.set(wanted)
-    try:
-        async with keep_renewed(redis, specs, asked_at):
-            yield
-    finally:
-        current_locks.set(before)
-        if specs:
-            try:
-                await scripts.release(redis, specs)
-            except RedisError as error:
-                logger.warning("cannot give locks back (%s): they end by themselves", error)
-
-
-async def task_wrapper(
-    cls: type[BaseTask], *args: Any, _redis: Redis, _interactive: bool = False, **kwargs: Any
-) -> Any:
-    """Build a task from its arguments and execute it under its locks.
-
-    Args:
-        args: the task's arguments, as they come out of a message.
-        _redis: where the locks are.
-        _interactive: skip limiters (`diracx-task-run call`).
-        kwargs: the dependencies of `execute`.
-
-    Raises:
-        UnableToAcquireLockError: when a lock is held by somebody else.
-    """
-    from .messages.arguments import rebuild
-
-    task = rebuild(cls, args, {})
-    locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]
-    async with holding(locks, _redis):
-        return await task.execute(**kwargs)
-
-
-def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
-    """`task_wrapper` for one class, with the signature of its `execute`, for dependency injection."""
-
-    @functools.wraps(cls.execute)
-    async def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return await task_wrapper(cls, *args, **kwargs)
-
-    parameters = list(inspect.signature(cls.execute).parameters.values())[1:]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect
-    return wrapped

@@ -47,7 +47,7 @@ def _argument(task_class: type[BaseTask], message: TaskMessage) -> Any:
     if "vo" not in names:
         return getattr(task_class, "vo", None)  # all of the class are of one VO
     # A class that makes its arguments itself does not say which is which, nor do those of another version.
-    unknown = own_serialize(task_class) or not is_made_for(task_class, message)
+    unknown = own_serialize(task_class) or not is_made_for(task_class, message.sig, len(message.task_args))
     given = () if unknown else message.task_args
     position = names.index("vo")
     return given[position] if position < len(given) else None

@@ -13,10 +13,11 @@ from ..plumbing.base_task import BaseTask
 from ..plumbing.broker import RedisStreamBroker, keys
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
+from ..plumbing.current import use_broker
 from ..plumbing.enums import Size
 from ..plumbing.registry import TaskRegistry
 from ..plumbing.scheduler import TaskScheduler
-from ..plumbing.submission.client import Binding, bound_by
+from ..plumbing.submission.client import Binding
 from ..plumbing.worker import Worker
 from ..plumbing.worker.settings import WorkerSettings
 from .server import embedded_redis
@@ -146,7 +147,7 @@ class TaskSystem:
         self.broker = self._broker()
         self._stack.push_async_callback(self.broker.shutdown)
         await self.broker.startup()
-        self._stack.enter_context(bound_by(lambda: Binding(self.broker, self.registry, self._config)))
+        self._stack.enter_context(use_broker(lambda: Binding(self.broker, self.registry, self._config)))
         if self._task_db_url is not None:
             self.task_db = await self._open_task_db(self._task_db_url)
         self._stop = asyncio.Event()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ..plumbing.base_task import BaseTask
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.config.cached import ConfigReader
-    from ..plumbing.factory import TaskRegistry
     from ..plumbing.persistence import TaskDB
+    from ..plumbing.registry import TaskRegistry
 
 #: Those who look at the same time share one look.
 _SHARED_SECONDS = 1.0

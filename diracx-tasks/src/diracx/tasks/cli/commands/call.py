@@ -23,7 +23,7 @@ from ..runtime.task_arguments import CheckedTask, TypedTask
 
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
-    from ...plumbing.locks import LockSpec
+    from ...plumbing.broker.models import LockSpec
 
 
 class Debugger(StrEnum):
@@ -119,7 +119,6 @@ class _Run:
             raise CliError(f"{self._name} cannot begin: {said}") from error
 
     async def _run(self) -> Any:
-        from ...plumbing.factory import holding
         from ...plumbing.injection.plan import (
             compile_plan,
             find_missing_overrides,
@@ -127,6 +126,7 @@ class _Run:
             setup_dependency_overrides,
         )
         from ...plumbing.locks import BaseLimiter, lock_specs
+        from ...plumbing.standalone import holding
         from ..runtime.environment import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)

@@ -14,7 +14,7 @@ from ..output import echo, echo_json
 
 if TYPE_CHECKING:
     from ...plumbing.config import Problem, Source, TasksConfig
-    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.registry import TaskRegistry
 
 app = typer.Typer(
     name="config",

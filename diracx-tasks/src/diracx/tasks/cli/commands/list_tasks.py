@@ -21,7 +21,7 @@ def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None
 
     Example: diracx-task-run list --module my_tasks.py
     """
-    from ...plumbing.factory import unselected_tasks
+    from ...plumbing.registry import unselected_tasks
     from ..runtime.registry import load_registry
 
     rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
@@ -58,8 +58,8 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
+    from ...plumbing._util.secrets import MASK
     from ...plumbing.messages.arguments import secret_names
-    from ...plumbing.messages.secrets import MASK
 
     try:
         parameters = inspect.signature(task_class).parameters.values()

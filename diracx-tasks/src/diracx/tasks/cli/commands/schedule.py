@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ...operations.audited_actions import Deeds
     from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.registry import TaskRegistry
     from ...plumbing.scheduler import ScheduleState
     from ...plumbing.scheduler.by_hand import RunNow
     from ..runtime.environment import Configuration

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ...plumbing.config import TasksConfig
     from ...plumbing.config.cached import ConfigReader
     from ...plumbing.exceptions import TaskConfigError
-    from ...plumbing.factory import TaskRegistry
     from ...plumbing.injection.plan import Plan
     from ...plumbing.persistence import TaskDB
+    from ...plumbing.registry import TaskRegistry
 
 logger = logging.getLogger(__package__)
 

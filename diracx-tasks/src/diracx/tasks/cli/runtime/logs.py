@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...plumbing._util.passwords import mask
 from ...plumbing._util.printable import printable
-from ...plumbing.messages.secrets import mask
 from ..errors import CliError
 from ..options import LogLevel
 from .supervisor import own_number

@@ -15,7 +15,7 @@ from ..errors import CliError, UsageProblem, shortened
 
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
-    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.registry import TaskRegistry
 
 logger = logging.getLogger(__package__)
 
@@ -32,8 +32,8 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
     Raises:
         CliError: when a module or an installed task cannot be loaded.
     """
-    from ...plumbing.factory import TaskRegistry, load_task_registry, tasks_of_module
     from ...plumbing.lock_registry import validate_registry
+    from ...plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
 
     def loaded(load: Callable[[], _Loaded]) -> _Loaded:
         try:
@@ -175,7 +175,8 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
         UsageProblem: for malformed JSON, and arguments that do not fit.
     """
     from ...plumbing.exceptions import TaskArgumentsError
-    from ...plumbing.messages.arguments import check_arguments, secret_names
+    from ...plumbing.messages.arguments import secret_names
+    from ...plumbing.messages.typed_arguments import check_arguments
 
     name = find_task(registry, name)
     secret = bool(secret_names(registry[name]))

@@ -20,7 +20,7 @@ from ..options import (
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
     from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.factory import TaskRegistry
+    from ...plumbing.registry import TaskRegistry
 
 
 @dataclass(frozen=True)

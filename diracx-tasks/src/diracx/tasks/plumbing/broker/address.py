@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from ..messages.secrets import mask
-from ..submission.client import REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
+from .._util.passwords import mask
 
+REDIS_URL_VARIABLE = "DIRACX_TASKS_REDIS_URL"
+#: Names a file that holds the URL, should the former not be set.
+REDIS_URL_FILE_VARIABLE = "DIRACX_TASKS_REDIS_URL_FILE"
+DEFAULT_REDIS_URL = "redis://localhost"
 _ALIASES = {"valkey": "redis", "valkeys": "rediss", "valkey+sentinel": "redis+sentinel"}
 _ALIASES["valkeys+sentinel"] = "rediss+sentinel"
 _FORMS = {

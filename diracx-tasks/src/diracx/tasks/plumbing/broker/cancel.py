@@ -22,8 +22,6 @@ from .models import TaskMessage, TaskResult
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .redis_streams import RedisStreamBroker
-
 #: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
 MARK_SECONDS = 604_800
 #: Stream entries that one script call looks at: about a ms of the server's time.
@@ -61,13 +59,10 @@ _PLACES = {
 }
 
 
-async def cancel(
-    broker: RedisStreamBroker, task_ids: Sequence[str], result_ttl_seconds: float | None
-) -> dict[str, TaskPlace]:
-    """See `RedisStreamBroker.cancel`."""
-    search = _Search(broker, task_ids, result_ttl_seconds)
+async def cancel(redis: Redis, task_ids: Sequence[str], result_ttl_seconds: float | None) -> dict[str, TaskPlace]:
+    """See `RedisStreamBroker.cancel`. Whatever is due has to be in its stream."""
+    search = _Search(redis, task_ids, result_ttl_seconds)
     try:
-        await broker.promote(lines=False)  # the children of a group may be between two places
         for turn in range(_ROUNDS):
             await search.ask([{"task": task, "marked": turn} for task in search.missing])
             await search.look_into_streams()
@@ -79,8 +74,8 @@ async def cancel(
 
 
 class _Search:
-    def __init__(self, broker: RedisStreamBroker, task_ids: Sequence[str], ttl_seconds: float | None) -> None:
-        self._broker = broker
+    def __init__(self, redis: Redis, task_ids: Sequence[str], ttl_seconds: float | None) -> None:
+        self._redis = redis
         self._ttl_seconds = ttl_seconds
         self._begin = dict.fromkeys(keys.EVERY_STREAM, "-")
         self.missing = dict.fromkeys(task_ids)
@@ -90,7 +85,7 @@ class _Search:
         """Cancel what is where we believe it to be; of the delayed ones, look at the message and ask again."""
         for first in range(0, len(wanted), CANCEL_BATCH):
             batch = wanted[first : first + CANCEL_BATCH]
-            replies = await scripts.cancel(self._broker.redis, MARK_SECONDS * 1000, batch)
+            replies = await scripts.cancel(self._redis, MARK_SECONDS * 1000, batch)
             again = []
             for asked, (place, message) in zip(batch, replies, strict=True):
                 task = asked["task"]
@@ -106,7 +101,7 @@ class _Search:
         unread = list(self._begin)
         while unread and self.missing:
             for stream in list(unread):
-                last, found = await scripts.find(self._broker.redis, stream, self._begin[stream], FIND_BATCH)
+                last, found = await scripts.find(self._redis, stream, self._begin[stream], FIND_BATCH)
                 if last:
                     self._begin[stream] = f"({last}"
                 else:
@@ -127,7 +122,7 @@ class _Search:
         await self._announce_to_workers_after_data_loss(tasks)
         for first in range(0, len(tasks), FIND_BATCH):
             batch = tasks[first : first + FIND_BATCH]
-            async with self._broker.redis.pipeline(transaction=False) as pipe:
+            async with self._redis.pipeline(transaction=False) as pipe:
                 for task in batch:
                     pipe.zrem(keys.CANCELLED, task)
                 removed = await pipe.execute()
@@ -138,7 +133,7 @@ class _Search:
 
     async def _announce_to_workers_after_data_loss(self, tasks: Sequence[str]) -> None:
         """What runs on after a loss of the server's data is in no stream, but its worker has noted its entry."""
-        redis = self._broker.redis
+        redis = self._redis
         alive: Any = await redis.zrange(keys.ALIVE, 0, -1)
         workers = [worker.decode(errors="replace") for worker in alive]
         async with redis.pipeline(transaction=False) as pipe:
@@ -153,7 +148,7 @@ class _Search:
 
     async def _known(self, task: str, data: bytes) -> dict[str, Any]:
         following = _what_follows(data, self._ttl_seconds)
-        if following is None and (group := await group_of(self._broker.redis, task.encode())):
+        if following is None and (group := await group_of(self._redis, task.encode())):
             error = f"{TaskCancelledError.__name__}: {_CANCELLED}"
             following = {"group": {"id": group, "child": task, "error": error}}
         return {"task": task, "known": 1, "marked": 1, **(following or {})}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import msgpack
 
@@ -17,19 +18,31 @@ from ..messages.error_info import ErrorInfo, cut, describe_exception
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
 from .sizes import LOCK_BYTES, checked_size
 
-if TYPE_CHECKING:
-    from ..locks import LockSpec
-    from .redis_streams import RedisStreamBroker
-
 _Value = TypeVar("_Value")
 
 _SEQUENCE = (list, tuple)
 _LONGEST_REASON = 300
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+#: A lock as the scripts understand it: kind, key, owner and the numbers of its kind.
+LockSpec = dict[str, Any]
 
 
 #: Of messages. One that older versions cannot execute, or not decode, says so by a greater number in its field
 #: `format`, and is still a msgpack map that begins with the task's id.
 FORMAT = 1
+
+
+def new_task_id() -> str:
+    """A new task id: 32 hexadecimal digits."""
+    return os.urandom(16).hex()
+
+
+def in_ms(moment: datetime) -> int:
+    """Milliseconds since the epoch, rounded up. A naive datetime is taken as UTC."""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return -((_EPOCH - moment) // timedelta(milliseconds=1))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -350,8 +363,15 @@ _FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected",
 _what_follows = attrgetter(*_FOLLOWS)
 
 
+class SubmitsMessages(Protocol):
+    """A broker, as `submit_task` needs it."""
+
+    async def submit(self, submissions: Sequence[Submission]) -> None:
+        """Submit messages."""
+
+
 async def submit_task(
-    broker: RedisStreamBroker,
+    broker: SubmitsMessages,
     task_name: str,
     task_args: Sequence[Any] = (),
     task_kwargs: Mapping[str, Any] | None = None,
@@ -373,8 +393,6 @@ async def submit_task(
         SendTaskError: when the broker cannot be reached.
         DuplicateTaskIdError: when it is not due yet, and another task with this id waits.
     """
-    from .redis_streams import new_task_id
-
     message = TaskMessage(
         task_id=task_id or new_task_id(),
         task_name=task_name,

@@ -14,7 +14,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -23,16 +22,16 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
+from .._util.passwords import mask
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
-from ..messages.secrets import mask
-from . import keys, scripts
+from . import cancel, keys, scripts
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
 from .line import Line
-from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult
+from .models import Delivery, LockSpec, Settlement, Submission, TaskMessage, TaskResult, in_ms
 from .server_check import UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, in_calls
 from .spans import submission_spans
@@ -41,15 +40,12 @@ from .stored import SCANNED, number_of
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ..locks import LockSpec
-    from .cancel import TaskPlace
     from .server_check import Role
 
-__all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "new_task_id", "stream_name_for"]
+__all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "stream_name_for"]
 
 logger = logging.getLogger(__name__)
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Lines of locks that one script call looks at.
 LINES_BATCH = 50
 #: Tasks promoted by one script call: 1 ms of the server's time, with a million of them.
@@ -70,21 +66,9 @@ SETTLE_BATCH = 200
 RESUBMITTED_TTL_SECONDS = 30 * 86400
 
 
-def new_task_id() -> str:
-    """A new task id: 32 hexadecimal digits."""
-    return os.urandom(16).hex()
-
-
 def new_worker_id() -> str:
     """A name for a worker that tells where to find it: `host:pid:random`."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-
-
-def in_ms(moment: datetime) -> int:
-    """Milliseconds since the epoch, rounded up. A naive datetime is taken as UTC."""
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return -((_EPOCH - moment) // timedelta(milliseconds=1))
 
 
 def _suspect_from(max_deliveries: int) -> int:
@@ -454,7 +438,7 @@ class RedisStreamBroker:
 
     async def cancel(
         self, task_ids: Sequence[str], *, result_ttl_seconds: float | None = None
-    ) -> dict[str, TaskPlace]:
+    ) -> dict[str, cancel.TaskPlace]:
         """Cancel tasks, wherever they are. See `diracx.tasks.plumbing.cancellation`.
 
         Args:
@@ -464,9 +448,8 @@ class RedisStreamBroker:
         Returns:
             Where each was found.
         """
-        from .cancel import cancel
-
-        return await cancel(self, task_ids, result_ttl_seconds)
+        await self.promote(lines=False)  # the children of a group may be between two places
+        return await cancel.cancel(self.redis, task_ids, result_ttl_seconds)
 
     async def start(
         self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0

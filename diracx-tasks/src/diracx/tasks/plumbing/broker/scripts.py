@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from redis import Redis as SyncRedis
     from redis.asyncio import Redis
 
-    from ..locks import LockSpec
     from .control import ControlConnection
     from .line import Line
-    from .models import Settlement
+    from .models import LockSpec, Settlement
 
 #: Locks that one script call gives back: 1 ms of the server's time.
 RELEASE_BATCH = 250

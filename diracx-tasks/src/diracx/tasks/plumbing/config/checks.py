@@ -9,7 +9,8 @@ from typing import Any
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..exceptions import TaskConfigError
 from ..lock_registry import TASK, locked_object_types
-from ..messages.arguments import argument_problems, knows_vo
+from ..messages.arguments import knows_vo
+from ..messages.typed_arguments import argument_problems
 from ..retry_policies import ExponentialBackoff
 from .merge import KINDS, Layer, Path, lay, mapping, section_at, task_layers, with_instances
 from .model import TasksConfig

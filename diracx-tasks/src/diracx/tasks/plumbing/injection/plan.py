@@ -17,9 +17,9 @@ from inspect import Parameter
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from ..depends import auto_inject_depends, is_depends, resolved_signature
 from .placeholders import Call, Overrides, find_missing_overrides, innermost, name_of, sentinel_name
 from .providers import setup_dependency_overrides
+from .signatures import auto_inject_depends, is_depends, resolved_signature
 
 if TYPE_CHECKING:
     from fastapi.params import Depends

@@ -7,7 +7,7 @@ underscore before it). A class that overrides `serialize` is rebuilt with `cls(*
 What is known about a class is worked out once, at its first task. Fields of plain types are then handed over
 as they come off the wire; for the others a pydantic `TypeAdapter` brings back what the wire flattened (nested
 dataclasses and models, enums, paths). Python does not check a dataclass's annotations, so neither does
-`rebuild`: a value that does not fit its annotation is handed over as it is. `check_arguments`, for what
+`rebuild`: a value that does not fit its annotation is handed over as it is. `typed_arguments`, for what
 people type, does check. What would not arrive as it is, `roundtrip` refuses before it is sent.
 
 No message about a class with secret fields shows what was given.
@@ -33,6 +33,7 @@ from typing import (
 )
 from zlib import crc32
 
+from .._util.secrets import MASK, hide
 from ..exceptions import TaskArgumentsError
 from .annotations import (
     UNKNOWN,
@@ -45,15 +46,11 @@ from .annotations import (
     resolve,
 )
 from .argument_texts import REQUIRED, one_line, reason, shown, type_text
-from .secrets import MASK, hide
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from ..base_task import BaseTask
-    from ..broker.models import TaskMessage
-
-T = TypeVar("T", bound="BaseTask")
+T = TypeVar("T")
 
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
@@ -95,41 +92,17 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
         raise shape.refusal(exc, "", args, kwargs) from (None if shape.secret else exc)
 
 
-def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
-    """Make the task from arguments that somebody typed (JSON values), each converted by its annotation.
-
-    Raises `TaskArgumentsError` with one line that names the class with its signature, the argument and what
-    was given: missing, unknown or superfluous arguments, values of the wrong type, values that the class
-    itself refuses and values that could not travel.
-    """
-    from .roundtrip import outgoing_arguments
-
-    shape = shape_of(cls)
-    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
-        raise TaskArgumentsError(f"{shape}: positional arguments must be a list, not {shape.shown(args)}")
-    if not isinstance(kwargs, Mapping):
-        raise TaskArgumentsError(f"{shape}: keyword arguments must be a mapping, not {shape.shown(kwargs)}")
-    try:
-        bound, rest = shape.bind(args, kwargs)
-        shape.check_complete(bound)
-        task: T = shape.check(bound, rest)
-        outgoing_arguments(task)
-    except Exception as exc:
-        raise shape.refusal(exc, "argument ", args, kwargs) from (None if shape.secret else exc)
-    return task
+def is_made_for(cls: type[Any], sig: int, count: int) -> bool:
+    """Whether the first `count` arguments of a message are of the fields that the class has now, if it says so."""
+    return not sig or shape_of(cls).has_signature(sig, count)
 
 
-def is_made_for(cls: type[Any], message: TaskMessage) -> bool:
-    """Whether the positional arguments of a message are of the fields that the class has now, if it says so."""
-    return not message.sig or shape_of(cls).has_signature(message.sig, len(message.task_args))
-
-
-def secret_names(cls: type[BaseTask]) -> frozenset[str]:
+def secret_names(cls: type[Any]) -> frozenset[str]:
     """The fields that are secret: those the class declares to be, and those that hold pydantic's secrets."""
     return shape_of(cls).secret
 
 
-def check_secret_fields(cls: type[BaseTask]) -> None:
+def check_secret_fields(cls: type[Any]) -> None:
     """See that the class has every field that it declares to be secret: a misspelt one would be shown.
 
     Raises:
@@ -147,7 +120,7 @@ def check_secret_fields(cls: type[BaseTask]) -> None:
         )
 
 
-def secret_positions(cls: type[BaseTask]) -> list[int]:
+def secret_positions(cls: type[Any]) -> list[int]:
     """Which of the positional arguments are secret.
 
     All that can be, where the class makes its arguments itself and none can be told from another.
@@ -160,36 +133,7 @@ def secret_positions(cls: type[BaseTask]) -> list[int]:
     return sorted(shape.secret_positions)
 
 
-def argument_problems(cls: type[BaseTask], kwargs: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """All that is wrong with named arguments that somebody typed: which one (None: all together), and what.
-
-    Finds what `check_arguments` refuses, and does not stop at the first.
-    """
-    shape = shape_of(cls)
-    problems: list[tuple[str | None, str]] = []
-    given: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        try:
-            bound, _ = shape.bind((), {name: value})
-            for parameter in bound:
-                shape.check_one(parameter, value)
-            given |= bound
-        except TypeError as exc:
-            given[name] = value
-            problems.append((name, str(exc).removeprefix(f"argument {name!r}").lstrip(":. ")))
-    try:
-        shape.check_complete(given)
-    except TypeError as exc:
-        problems.append((None, str(exc)))
-    if not problems:
-        try:
-            check_arguments(cls, (), kwargs)
-        except TaskArgumentsError as exc:
-            problems.append((None, str(exc).removeprefix(f"{shape}: ")))
-    return problems
-
-
-def knows_vo(cls: type[BaseTask]) -> bool:
+def knows_vo(cls: type[Any]) -> bool:
     """Whether a task of this class may belong to a VO: it takes one, or its author has written an `__init__`."""
     shape = shape_of(cls)
     generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from .secrets import last_lines, mask
+from .._util.passwords import last_lines, mask
 
 #: What is told of an exception: its `type`, `message` and `traceback`.
 ErrorInfo: TypeAlias = dict[str, str]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
-from ..broker.redis_streams import in_ms
+from ..broker.models import in_ms
 from ..broker.spans import submission_spans
 from ..config import PeriodicTaskConfig, TasksConfig
-from ..messages.arguments import check_arguments
+from ..messages.typed_arguments import check_arguments
 from ..schedules import IntervalSeconds, TaskScheduleBase
 
 if TYPE_CHECKING:

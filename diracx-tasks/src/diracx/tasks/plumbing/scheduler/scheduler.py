@@ -17,7 +17,8 @@ from .._util.retrying import Pauses, is_passing
 from .._util.tasks import end
 from ..broker import keys, scripts
 from ..broker.group_audit import audit_for_ever
-from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH, in_ms
+from ..broker.models import in_ms
+from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH
 from ..broker.stored import SCANNED, ms_of, text_of
 from ..config import TasksConfig
 from ..registry import TaskRegistry

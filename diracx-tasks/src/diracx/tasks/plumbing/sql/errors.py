@@ -34,7 +34,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from ..messages.secrets import mask
+from .._util.passwords import mask
 
 
 class Trouble(StrEnum):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base_task import BaseTask
 from ..broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
-from ..broker.models import Submission, TaskMessage
-from ..broker.redis_streams import new_task_id
+from ..broker.models import Submission, TaskMessage, new_task_id
 from ..locks import lock_specs
 from ..messages.arguments import secret_positions, shape_of
 from ..messages.roundtrip import outgoing_arguments

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from ..messages.secrets import mask
+from .._util.passwords import mask
 
 if TYPE_CHECKING:
     from .execution import Execution

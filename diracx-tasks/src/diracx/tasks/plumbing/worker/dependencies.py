@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..depends import loads_at_first_use
 from ..injection.placeholders import find_missing_overrides
 from ..injection.plan import Plan
 from ..injection.providers import setup_dependency_overrides
+from ..injection.signatures import loads_at_first_use
 from ..sql.databases import may_be_configured
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..broker.spans import execution_span, is_traced, task_attributes
+from ..broker.spans import is_traced, task_attributes
 from ..current import current_locks, current_message
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
@@ -22,11 +22,12 @@ from ..messages.arguments import secret_names
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets
 from .outcome import Failed, Outcome, Succeeded, TakenOver
+from .spans import execution_span
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
-    from ..broker.models import Delivery, TaskMessage
-    from ..locks import BaseLock, LockSpec
+    from ..broker.models import Delivery, LockSpec, TaskMessage
+    from ..locks import BaseLock
     from .blueprint import Blueprint
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from .settlement import hand_back
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery
-    from ..locks import LockSpec
+    from ..broker.models import Delivery, LockSpec
     from .settings import WorkerSettings
 
 

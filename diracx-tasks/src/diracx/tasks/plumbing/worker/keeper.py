@@ -17,29 +17,22 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from redis.exceptions import RedisError
-
 from ..broker import scripts
 from ..broker.control import ControlConnection
-from ..exceptions import LockLostError
+from ..locks import SAFETY_MARGIN
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ..broker.models import Delivery
-    from ..locks import LockSpec
+    from ..broker.models import Delivery, LockSpec
 
 logger = logging.getLogger(__name__)
 
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
-#: The part of a lease, or of a lock's time to live, that is left for the cancellation to take effect.
-SAFETY_MARGIN = 0.1
 
 
 class Hold(Protocol):
@@ -327,57 +320,3 @@ class LeaseKeeper:
                 self._holds[place] = _WithoutLocks(hold)
         hold.condemn()
         self._loop.call_soon_threadsafe(hold.lose, what, taken_over)
-
-
-@asynccontextmanager
-async def keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float) -> AsyncIterator[None]:
-    """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
-
-    Args:
-        asked_at: a moment (of the event loop's clock) before the server granted them.
-
-    Raises:
-        LockLostError: when a lock could not be renewed.
-    """
-    expiring = [lock for lock in locks if "ttl_ms" in lock]
-    if not expiring:
-        yield
-        return
-    block = asyncio.current_task()
-    assert block is not None
-    lost: list[str] = []
-
-    loop = asyncio.get_running_loop()
-    shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
-    term_seconds = (1 - SAFETY_MARGIN) * shortest_seconds
-    expires_at = asked_at + term_seconds
-
-    async def renew() -> None:
-        nonlocal expires_at
-        while not lost:
-            await asyncio.sleep(min(shortest_seconds / 3, expires_at - loop.time()))
-            try:
-                async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
-                    started = loop.time()
-                    kept = await scripts.extend(redis, expiring)
-            except (RedisError, TimeoutError) as error:
-                logger.warning("cannot renew locks: %s", error or "no answer in time")
-                kept = [loop.time() < expires_at] * len(expiring)
-            else:
-                expires_at = started + term_seconds
-            lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
-        block.cancel()
-
-    renewal = asyncio.create_task(renew())
-    try:
-        yield
-        if loop.time() >= expires_at:  # the event loop was blocked, and nothing could cancel the block
-            names = ", ".join(lock["key"] for lock in expiring)
-            raise LockLostError(f"could not be renewed in time, and may be another's: {names}")
-    except asyncio.CancelledError:
-        if not lost:
-            raise
-        block.uncancel()
-        raise LockLostError(f"could not be renewed: {', '.join(lost)}") from None
-    finally:
-        renewal.cancel()

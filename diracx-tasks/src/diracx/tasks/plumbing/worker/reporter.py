@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 
 from .._util.histogram import BUCKETS, bucket_of
+from .._util.passwords import last_lines
 from ..broker import keys, scripts
 from ..broker.labels import LABEL_ATTEMPTS
 from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
-from ..messages.secrets import last_lines
 from ..task_vo import vo_of_task
 from .outcome import Failed, Outcome, TakenOver
 

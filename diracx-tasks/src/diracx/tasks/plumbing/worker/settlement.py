@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..broker import keys
 from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
 from ..broker.labels import LABEL_ATTEMPTS
-from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head
-from ..broker.redis_streams import in_ms
+from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.spans import task_attributes
 from ..exceptions import (
     StopRetryingError,

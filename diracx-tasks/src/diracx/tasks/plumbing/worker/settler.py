@@ -21,8 +21,7 @@ from ..messages.error_info import one_line
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery
-    from ..locks import LockSpec
+    from ..broker.models import Delivery, LockSpec
     from .keeper import LeaseKeeper
 
 logger = logging.getLogger(__name__)

@@ -19,15 +19,16 @@ from ..broker import keys, scripts
 from ..broker.groups import ask_for_audit, group_of
 from ..broker.models import TaskMessage, id_at_head
 from ..broker.sizes import LOCK_BYTES, in_calls
-from ..broker.spans import note_settlement, processing_span, set_task_log_context
+from ..broker.spans import set_task_log_context
 from ..config import TasksConfig
+from ..current import use_broker
 from ..enums import Priority
 from ..exceptions import NewerMessageError
 from ..messages.error_info import describe_exception, one_line
 from ..messages.secrets import without_secrets_of
 from ..persistence.letter import DeadLetterReason
 from ..registry import TaskRegistry
-from ..submission.client import Binding, bound_by
+from ..submission.client import Binding
 from ..task_vo import vo_of
 from .announcements import Announcements
 from .blueprint import blueprints
@@ -42,14 +43,14 @@ from .reporter import Reporter
 from .settings import WorkerSettings
 from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reject, settle, unsettled
 from .settler import Settler
+from .spans import note_settlement, processing_span
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery, Settlement
+    from ..broker.models import Delivery, LockSpec, Settlement
     from ..injection.plan import Plan
-    from ..locks import LockSpec
     from ..persistence import DeadLetter, TaskDB
     from .outcome import Outcome
 
@@ -154,7 +155,7 @@ class Worker:
             )
             self._settler = Settler(self._broker, self._keeper, intake.settled)
             self._dead_letters = DeadLetterStore(self._broker, self._task_db, self._settler.add)
-            with bound_by(lambda: self._binding):
+            with use_broker(lambda: self._binding):
                 settling = asyncio.create_task(self._settler.run())
                 storing = asyncio.create_task(self._dead_letters.run())
                 promoting = asyncio.create_task(self._promoter.run())
@@ -344,7 +345,12 @@ class Worker:
             task = blueprint.build(message)
             return Execution(delivery, message, blueprint, task, blueprint.locks(task))
         except BaseException as error:  # `__init__` and `execution_locks` may raise anything
-            hide = partial(without_secrets_of, task_class=blueprint.task_class, message=message)
+            hide = partial(
+                without_secrets_of,
+                task_class=blueprint.task_class,
+                args=message.task_args,
+                kwargs=message.task_kwargs,
+            )
             told = describe_exception(error, longest=0, hide=hide)
             detail = f"{told['type']}: {told['message']}"
             self._reject(delivery, message, DeadLetterReason.ARGUMENTS, detail)

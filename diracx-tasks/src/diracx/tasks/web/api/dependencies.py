@@ -17,8 +17,8 @@ from redis.exceptions import RedisError
 from ...operations import as_json
 from ...operations.masking import masked_json
 from ...operations.visibility import Viewer
+from ...plumbing._util.passwords import mask
 from ...plumbing.exceptions import SendTaskError
-from ...plumbing.messages.secrets import mask
 from ..auth.access_policies import ActionType, CheckTasksPolicyCallable
 from ..auth.policies import ConfigReader
 from ..context import Installation

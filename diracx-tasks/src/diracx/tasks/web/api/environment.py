@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 
-from ...plumbing.submission.client import REDIS_URL_VARIABLE
+from ...plumbing.broker.address import REDIS_URL_VARIABLE
 from ..context import Installation
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ async def installation_of_environment() -> Installation:
 
 
 async def _open() -> Installation:
+    from ...plumbing._util.passwords import mask
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.config.cached import ConfigReader
-    from ...plumbing.messages.secrets import mask
     from ...plumbing.registry import load_task_registry
 
     url = broker_url()

@@ -22,9 +22,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from ...plumbing._util.passwords import mask
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
-from ...plumbing.messages.secrets import mask
 from ...plumbing.sql.errors import DatabaseError
 from ..auth.middleware import Guard, cookie_name
 from ..auth.routes import Door, own_path, root_of, set_cookie

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from ...operations import as_json
-from ...plumbing.messages.secrets import last_lines, mask
+from ...plumbing._util.passwords import last_lines, mask
 from ..auth.middleware import FORM_FIELD
 
 if TYPE_CHECKING:

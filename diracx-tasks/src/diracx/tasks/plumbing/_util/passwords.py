@@ -1,0 +1,92 @@
+"""Mask the passwords of URLs in texts."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote_plus
+
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]{0,31}://")
+#: What follows the host where there is no user: a port, and perhaps a path.
+_PORT = re.compile(r"\d{1,5}(?:[/?#,].*)?")
+_PARAMETER = re.compile(r"([?&;])([\w.%+-]{1,64})=")
+_SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|api.?key|access.?key", re.IGNORECASE)
+
+
+def mask(text: str, longest: int | None = None) -> str:
+    """The text with the passwords of all URLs in it replaced by `***`: those of the user, and those in the query.
+
+    Where a password ends cannot be told in a text, for it may hold quotes, blanks and `@`: all is masked up to the
+    last `@` of the line, and a line that begins with a URL is taken for nothing but a URL. The work grows with
+    the length of the text.
+
+    Args:
+        longest: cut the text after so many characters; a password that is cut there is masked as well.
+    """
+    cut = longest is not None and len(text) > longest
+    if cut:
+        text = text[:longest]
+    if "://" in text or "=" in text:
+        *lines, last = text.split("\n")
+        text = "\n".join([*map(_masked_line, lines), _masked_line(last, cut)])
+    return f"{text}…" if cut else text
+
+
+def last_lines(text: str, longest: int) -> str:
+    """The end of a text, from the beginning of a line on; the beginning of its last line where that is too long.
+
+    No password that `mask` would find is cut.
+    """
+    if len(text) <= longest:
+        return text
+    start = text.find("\n", len(text) - longest, -1)
+    if start >= 0:
+        return text[start + 1 :]
+    return mask(text[text.rfind("\n", 0, -1) + 1 :], longest)
+
+
+def _masked_line(line: str, cut: bool = False) -> str:
+    alone = _SCHEME.match(line)
+    if alone:
+        line = alone[0] + _without_password(line[alone.end() :], True, cut)
+    elif "://" in line:
+        before, *others, last = line.split("://")
+        others = [_without_password(other, False, False) for other in others]
+        line = "://".join((before, *others, _without_password(last, False, cut)))
+    return _without_parameters(line, bool(alone)) if "=" in line else line
+
+
+def _without_password(after: str, alone: bool, cut: bool) -> str:
+    """What follows a `://`.
+
+    Args:
+        alone: nothing but a URL.
+        cut: it is the beginning of something longer.
+    """
+    user, colon, password = after.partition(":")
+    if not colon or "/" in user or "?" in user or "#" in user or password.startswith("***@"):
+        return after
+    if not alone:
+        if any(map(str.isspace, user)):
+            return after
+        [word] = password.split(maxsplit=1)[:1] or [""]
+        word = word.rstrip("'\").,:;")
+        if user and "@" not in word and _PORT.fullmatch(word):
+            return after
+    at = len(password) if cut else password.rfind("@")
+    return after if at < 0 else f"{user}:***{password[at:]}"
+
+
+def _without_parameters(line: str, alone: bool) -> str:
+    """The line without the values of secret parameters: up to the next parameter, and no blank in a text."""
+    shown, done = [], 0
+    for found in _PARAMETER.finditer(line):
+        if found.start() < done or not _SECRET_NAME.search(unquote_plus(found[2])):
+            continue
+        end = found.end()
+        value = _VALUE_ALONE if alone else _VALUE
+        shown += [line[done:end], "***"]
+        done = value.match(line, end).end()  # type: ignore[union-attr]  # matches nothing as well
+    return "".join([*shown, line[done:]])
+
+
+_VALUE, _VALUE_ALONE = re.compile(r"[^&#\s]*"), re.compile(r"[^&#]*")

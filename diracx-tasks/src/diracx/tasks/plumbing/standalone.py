@@ -1,0 +1,143 @@
+"""Executes a task under its locks without a worker, and holds locks in any code."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from .broker import scripts
+from .current import current_locks
+from .exceptions import LockLostError, UnableToAcquireLockError
+from .locks import SAFETY_MARGIN, BaseLimiter, BaseLock, lock_specs
+from .messages.arguments import rebuild
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from .base_task import BaseTask
+    from .broker.models import LockSpec
+
+logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None]:
+    """Hold all the locks inside the block, renewing them; for code outside a worker.
+
+    Raises:
+        UnableToAcquireLockError: when one of them is held by somebody else; none is taken then.
+        LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
+    """
+    wanted = [lock for lock in locks if lock.enabled]
+    specs = lock_specs(wanted)
+    asked_at = asyncio.get_running_loop().time()
+    token = await scripts.acquire(redis, specs) if specs else None
+    if specs and token is None:
+        names = ", ".join(spec["key"] for spec in specs)
+        raise UnableToAcquireLockError(f"held by somebody else: {names}")
+    for lock in wanted:
+        lock.token = token
+    before = current_locks.get()
+    current_locks.set(wanted)
+    try:
+        async with _keep_renewed(redis, specs, asked_at):
+            yield
+    finally:
+        current_locks.set(before)
+        if specs:
+            try:
+                await scripts.release(redis, specs)
+            except RedisError as error:
+                logger.warning("cannot give locks back (%s): they end by themselves", error)
+
+
+async def task_wrapper(
+    cls: type[BaseTask], *args: Any, _redis: Redis, _interactive: bool = False, **kwargs: Any
+) -> Any:
+    """Build a task from its arguments and execute it under its locks.
+
+    Args:
+        args: the task's arguments, as they come out of a message.
+        _redis: where the locks are.
+        _interactive: skip limiters (`diracx-task-run call`).
+        kwargs: the dependencies of `execute`.
+
+    Raises:
+        UnableToAcquireLockError: when a lock is held by somebody else.
+    """
+    task = rebuild(cls, args, {})
+    locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]
+    async with holding(locks, _redis):
+        return await task.execute(**kwargs)
+
+
+def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
+    """`task_wrapper` for one class, with the signature of its `execute`, for dependency injection."""
+
+    @functools.wraps(cls.execute)
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return await task_wrapper(cls, *args, **kwargs)
+
+    parameters = list(inspect.signature(cls.execute).parameters.values())[1:]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect
+    return wrapped
+
+
+@asynccontextmanager
+async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float) -> AsyncIterator[None]:
+    """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
+
+    Args:
+        asked_at: a moment (of the event loop's clock) before the server granted them.
+
+    Raises:
+        LockLostError: when a lock could not be renewed.
+    """
+    expiring = [lock for lock in locks if "ttl_ms" in lock]
+    if not expiring:
+        yield
+        return
+    block = asyncio.current_task()
+    assert block is not None
+    lost: list[str] = []
+    loop = asyncio.get_running_loop()
+    shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
+    term_seconds = (1 - SAFETY_MARGIN) * shortest_seconds
+    expires_at = asked_at + term_seconds
+
+    async def renew() -> None:
+        nonlocal expires_at
+        while not lost:
+            await asyncio.sleep(min(shortest_seconds / 3, expires_at - loop.time()))
+            try:
+                async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
+                    started = loop.time()
+                    kept = await scripts.extend(redis, expiring)
+            except (RedisError, TimeoutError) as error:
+                logger.warning("cannot renew locks: %s", error or "no answer in time")
+                kept = [loop.time() < expires_at] * len(expiring)
+            else:
+                expires_at = started + term_seconds
+            lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
+        block.cancel()
+
+    renewal = asyncio.create_task(renew())
+    try:
+        yield
+        if loop.time() >= expires_at:  # the event loop was blocked, and nothing could cancel the block
+            names = ", ".join(lock["key"] for lock in expiring)
+            raise LockLostError(f"could not be renewed in time, and may be another's: {names}")
+    except asyncio.CancelledError:
+        if not lost:
+            raise
+        block.uncancel()
+        raise LockLostError(f"could not be renewed: {', '.join(lost)}") from None
+    finally:
+        renewal.cancel()

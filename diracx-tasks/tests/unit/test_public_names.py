@@ -1,0 +1,54 @@
+"""Every public name is importable from its published path, which extensions use."""
+
+from importlib import import_module
+
+import pytest
+
+EVERYTHING = """
+    AvailableSecurityProperties BaseLimiter BaseLock BaseTask CallbackSpawner ConcurrencyLimiter Config
+    CronSchedule ExclusiveRWLock ExponentialBackoff IntervalSeconds LockedObjectType MutexLock NoRetry
+    NoTransaction PeriodicBaseTask PeriodicTaskConfig PeriodicVoAwareBaseTask Priority RRuleSchedule RateLimiter
+    ResultIsMissingError RetryPolicyBase SendTaskError SharedRWLock Size StopRetryingError TaskOverride
+    TaskRetryRequestedError TaskScheduleBase TasksConfig TooManyRetriesError UnableToAcquireLockError
+    UnretryableError auto_inject auto_inject_depends find_missing_overrides fire_callback load_task_registry
+    register_locked_object_type setup_dependency_overrides spawn_with_callback task_wrapper validate_registry
+    wrap_task
+"""
+DEPENDS = "AvailableSecurityProperties CallbackSpawner Config NoTransaction auto_inject auto_inject_depends"
+PUBLIC = {
+    "diracx.tasks.plumbing": EVERYTHING,
+    "diracx.tasks.plumbing.locks": (
+        "MutexLock ExclusiveRWLock SharedRWLock RateLimiter ConcurrencyLimiter BaseLock BaseLimiter"
+    ),
+    "diracx.tasks.plumbing.lock_registry": (
+        "LockedObjectType register_locked_object_type validate_registry TASK JOB TRANSFORMATION"
+    ),
+    "diracx.tasks.plumbing.schedules": "TaskScheduleBase IntervalSeconds CronSchedule RRuleSchedule",
+    "diracx.tasks.plumbing.retry_policies": "RetryPolicyBase NoRetry ExponentialBackoff",
+    "diracx.tasks.plumbing.base_task": "BaseTask PeriodicBaseTask PeriodicVoAwareBaseTask",
+    "diracx.tasks.plumbing.enums": "Priority Size",
+    "diracx.tasks.plumbing.broker": "RedisStreamBroker",
+    "diracx.tasks.plumbing.broker.models": "TaskMessage TaskResult submit_task",
+    "diracx.tasks.plumbing.broker.redis_streams": "RedisStreamBroker ALL_STREAM_NAMES stream_name_for",
+    "diracx.tasks.plumbing.worker": "Worker",
+    "diracx.tasks.plumbing.scheduler": "TaskScheduler",
+    "diracx.tasks.plumbing.persistence": "TaskDB",
+    "diracx.tasks.plumbing.depends": DEPENDS,
+    "diracx.tasks.plumbing.factory": "load_task_registry task_wrapper wrap_task",
+    "diracx.tasks.depends": DEPENDS,
+    "diracx.tasks.jobs": "CleanSandboxStoreTask DummyJobExecutorMonitorTask DummyJobExecutorTask",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_importable_from_their_published_paths(module: str) -> None:
+    found = import_module(module)
+    assert [name for name in PUBLIC[module].split() if not hasattr(found, name)] == []
+
+
+def test_a_name_is_one_object_whatever_path_it_is_imported_from() -> None:
+    plumbing = import_module("diracx.tasks.plumbing")
+    for module, names in PUBLIC.items():
+        found = import_module(module)
+        for name in set(names.split()) & set(EVERYTHING.split()):
+            assert getattr(found, name) is getattr(plumbing, name), f"{module}.{name}"
