@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,8 +27,17 @@ async def broker(redis_url: str) -> AsyncIterator[RedisStreamBroker]:
     await broker.shutdown()
 
 
-def intake_of(broker: RedisStreamBroker, stop: asyncio.Event | None = None, *, idle: bool = True) -> Intake:
-    return Intake(broker, WorkerSettings(), stop or asyncio.Event(), list, lambda: idle)
+def intake_of(
+    broker: RedisStreamBroker,
+    stop: asyncio.Event | None = None,
+    *,
+    idle: bool = True,
+    held: Sequence[Delivery] = (),
+    lease_seconds: float = 30,
+) -> Intake:
+    settings = WorkerSettings(lease_seconds=lease_seconds)
+    places = lambda: [(each.stream, each.entry) for each in held]  # noqa: E731
+    return Intake(broker, settings, stop or asyncio.Event(), places, lambda: idle)
 
 
 def submission(task_id: str, stream: str = NORMAL) -> Submission:
@@ -370,16 +379,46 @@ def name_of(delivery: Delivery) -> str:
     return TaskMessage.loadb(delivery.data).task_id
 
 
-async def test_what_is_ours_and_unknown_to_us_is_asked_for_when_a_failover_ends_the_wait(
-    broker: RedisStreamBroker, redis_url: str, redis: Redis
-) -> None:
-    """The new primary may have lost that we have settled it."""
+async def forgotten(broker: RedisStreamBroker) -> None:
+    """Leave a task with us that we do not know of, as a new primary does that missed our settlement."""
     await broker.submit([submission("settled and lost")])
-    same = RedisStreamBroker(redis_url, consumer_name=broker.consumer_name)
+    same = RedisStreamBroker(broker.url, consumer_name=broker.consumer_name)
     assert len((await same.fetch(1, lease_seconds=30))[0]) == 1
     await same.shutdown()
+
+
+async def test_an_unacknowledged_task_is_recovered_when_a_failover_ends_the_wait(
+    broker: RedisStreamBroker, redis: Redis
+) -> None:
+    await forgotten(broker)
     asked = asyncio.create_task(intake_of(broker).next(10))
     await waits(redis)
     [waiting] = [client["id"] for client in await redis.client_list() if client["cmd"] == "xreadgroup"]
     await redis.execute_command("CLIENT", "UNBLOCK", waiting, "ERROR")  # as a primary does that becomes a replica
     assert [name_of(each) for each in await asked] == ["settled and lost"]
+
+
+async def test_an_unacknowledged_task_is_recovered_after_a_reconnect_of_a_busy_worker(
+    broker: RedisStreamBroker, redis: Redis
+) -> None:
+    """A worker at work does not wait for the server while it fails over: no call of it fails."""
+    running: list[Delivery] = []
+    intake = intake_of(broker, held=running)
+    await broker.submit([submission("running")])
+    running += await intake.next(10)
+    assert [name_of(each) for each in running] == ["running"]
+    await forgotten(broker)
+    await redis.client_kill_filter(_type="normal", skipme=True)
+    await broker.redis.ping()  # as the renewals of the lease do
+    assert [name_of(each) for each in await intake.next(10)] == ["settled and lost"]
+
+
+async def test_an_unacknowledged_task_is_recovered_with_the_next_audit(broker: RedisStreamBroker) -> None:
+    """The failover may go unnoticed, as behind a proxy that keeps our connections open."""
+    intake = intake_of(broker, lease_seconds=0.5)
+    assert await intake.next(10) == []
+    await forgotten(broker)
+    async with asyncio.timeout(20):
+        while not (deliveries := await intake.next(10)):
+            pass
+    assert [name_of(each) for each in deliveries] == ["settled and lost"]

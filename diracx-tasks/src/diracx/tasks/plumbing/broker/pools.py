@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import Redis
@@ -92,14 +91,24 @@ def _pool(
 
 
 def _report_losses(pool: Any) -> ConnectionPool:
-    """Let connections that this pool makes report their loss as such under every event loop."""
-    pool.connection_class = _reporting_losses(pool.connection_class)
+    """Let connections that this pool makes report their loss as such under every event loop.
+
+    `pool.reconnects` counts those that were lost and opened again: each time, perhaps, to another server.
+    """
+    pool.reconnects = 0
+    pool.connection_class = _reporting_losses(pool.connection_class, pool)
     return cast(ConnectionPool, pool)
 
 
-@cache
-def _reporting_losses(connection_class: type[Any]) -> type[Any]:
+def _reporting_losses(connection_class: type[Any], pool: Any) -> type[Any]:
     class Reporting(connection_class):  # type: ignore[misc]  # one of redis-py's, by the address
+        was_connected = False
+
+        async def on_connect_check_health(self, check_health: bool = True) -> None:
+            await super().on_connect_check_health(check_health)
+            pool.reconnects += self.was_connected
+            self.was_connected = True
+
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             # asyncio of Python 3.12 and 3.13.0 would watch for a lost connection, under the number of the next.
             if self._writer is not None and self._writer.is_closing():

@@ -120,6 +120,12 @@ class RedisStreamBroker:
         self._submitting, self._waiting = Line(self.redis), Line(self.redis)
 
     @property
+    def reconnects(self) -> int:
+        """How often a connection was lost and opened again: each time, perhaps, to another server."""
+        pool: Any = self.redis.connection_pool
+        return int(pool.reconnects)
+
+    @property
     def patience_seconds(self) -> float:
         """How long an answer of the server may take before the connection counts as dead."""
         seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")

@@ -57,6 +57,7 @@ class Intake:
         self._held_locks = held_locks
         self._is_idle = is_idle
         self._answer_lost = False
+        self._reconnects = broker.reconnects
         self._stop = stop
         self._settings = settings
         self._stops: asyncio.Task[Literal[True]] | None = None
@@ -87,8 +88,9 @@ class Intake:
         self.asked_at = time.monotonic()
         if self._suspects:
             self._let_go(self._suspects.difference(self._held()))  # it may have been parked
-        if self._recover_at <= self.asked_at:
-            self._recover_at, self._answer_lost = math.inf, True
+        if self._recover_at <= self.asked_at or self._reconnects != self._broker.reconnects:
+            # After a failover, the new primary may have missed settlements that the old one has confirmed.
+            self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
         if self._answer_lost and (recovered := await self._recover()):
             return await self._as_many_as(free, recovered)
         self._answer_lost = True
@@ -245,7 +247,7 @@ class Intake:
         if now < self._reclaim_at:
             return []
         lease_seconds = self._settings.lease_seconds
-        audit = now >= self._audit_at
+        first, audit = not self._audit_at, now >= self._audit_at
         if audit:
             self._audit_at = now + AUDIT_LEASES * lease_seconds
         deliveries, again_seconds, self._makes_room = await self._broker.reclaim(
@@ -257,4 +259,6 @@ class Intake:
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         if audit:
             self._last_ids = None  # now and then, whatever was seen before
+            if not deliveries and not first:  # and whatever the server takes for ours: a failover may go unnoticed
+                return await self._recover()
         return self._watched(deliveries)
