@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .alerts import Alert, Health, Severity
+from .alerts import Alert, Severity
+from .report import Health
 from .runner import ENTRY_POINT_GROUP, HealthChecks, HealthSource, health_checks
 from .thresholds import HealthThresholds
 

@@ -18,9 +18,10 @@ from ...plumbing.broker import scripts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
 from ..cursors import moment
-from .alerts import Alert, Health, Severity, counted, worst
+from .alerts import Alert, Severity, counted, worst
 from .checks import CHECKS, find_alerts, unusable
 from .facts import Facts, read_facts
+from .report import Health
 from .thresholds import HealthThresholds
 
 if TYPE_CHECKING:
