@@ -123,12 +123,13 @@ class OutputsMixin(PilotSession):
 
     async def prune_outputs(self) -> int:
         """Forget outputs whose time is over, some of them; return how many."""
-        expired = select(PilotOutputs.pilot_id).where(PilotOutputs.expires_at < clock.now())
-        ids = [row[0] for row in await self._rows(expired.limit(_PRUNED_AT_ONCE))]
-        return await self._delete_outputs(ids) if ids else 0
+        expired = select(PilotOutputs.pilot_id, PilotOutputs.ce_name).where(PilotOutputs.expires_at < clock.now())
+        rows = await self._rows(expired.limit(_PRUNED_AT_ONCE))
+        return await self._delete_outputs([row[0] for row in rows], {row[1] for row in rows}) if rows else 0
 
     @transaction
-    async def _delete_outputs(self, pilot_ids: Sequence[int]) -> int:
+    async def _delete_outputs(self, pilot_ids: Sequence[int], ce_names: Collection[str]) -> int:
+        await self.lock_ces(ce_names)  # before anything else, as checks, which queue outputs, and prune_pilots do
         pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(pilot_ids)))
         return int(pruned.rowcount)
 
