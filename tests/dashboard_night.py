@@ -37,7 +37,7 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.config.active import Announcer, InForce, digest
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.context import Installation, Load
+from diracx.tasks.web.context import AppContext, Load
 from diracx.tasks.web.operator import Operator
 from redis.asyncio import Redis
 
@@ -358,20 +358,20 @@ async def a_night(system: TaskSystem) -> None:
     )
 
 
-async def steered(installation: Installation) -> None:
+async def steered(context: AppContext) -> None:
     """What the processes said at their starts, and what somebody did tonight."""
-    config = (await installation.settings()).tasks
+    config = (await context.settings()).tasks
     for process, role in (("wn042", "worker medium"), ("wn043", "worker medium"), ("wn043", "scheduler")):
-        announcer = Announcer(installation.redis, f"{process}.example.org:21{len(role)}:5e1f00d5")
+        announcer = Announcer(context.redis, f"{process}.example.org:21{len(role)}:5e1f00d5")
         await announcer.say(InForce(role, "tasks.yaml", digest(config), time.time() - 40_000, tuple(VOS)))
-    operator = Operator(installation, "wilma", "dashboard")
+    operator = Operator(context, "wilma", "dashboard")
     await operator.pause(["cleaning:RemoveSandboxes"])
     ran = ["accounting:Summarise/lhcb", "accounting:Summarise/cta", "catalogue:CheckReplicas"]
     for schedule in ran:
         await operator.run_schedule(schedule)
 
     async def over() -> bool:
-        return await installation.redis.hlen(keys.OUTCOMES) == len(ran)
+        return await context.redis.hlen(keys.OUTCOMES) == len(ran)
 
     await until(over)
 

@@ -17,8 +17,8 @@ from dashboard_world import WRITER, until
 from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.testing import embedded_redis
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import create_app
 
 from gubbins.dashboard import extension
@@ -75,19 +75,19 @@ async def draw(folder: Path, kind: str) -> None:
                 return len(running) >= 13 and len((await monitor.failures(redis)).items) >= 4
 
             await until(seen)
-            installation = Installation(
+            context = AppContext(
                 system.broker, system.registry, ConfigReader.of_environment(), system.task_db, "production"
             )
-            installation._settings = type(installation._settings)(system._config, tuple(VOS))
-            await steered(installation)
+            context._settings = type(context._settings)(system._config, tuple(VOS))
+            await steered(context)
             now = time.time()
-            installation.loads.extend(loads(now))
+            context.loads.extend(loads(now))
 
-            async def this() -> Installation:
-                return installation
+            async def this() -> AppContext:
+                return context
 
-            gate = TokenGate([Account("wilma", Role.WRITE, digest_of(WRITER))], "")
-            app = create_app(this, gate, hosts={"127.0.0.1"}, extensions=[extension()])
+            backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "")
+            app = create_app(this, backend, hosts={"127.0.0.1"}, extensions=[extension()])
             pages = PAGES | {f"/pilots/{followed}": "pilot", f"/pilots/{followed}/output": "pilot-output"}
             async with tab_of(app, WRITER) as tab:
                 await tab.page.set_viewport_size({"width": WIDTH, "height": 900})

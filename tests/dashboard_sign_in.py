@@ -15,7 +15,7 @@ from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.context import AppContext
 from diracx_application import HOME, make_application, set_environment
 from sites.identity_provider import CLIENT_ID, IdentityProvider
 
@@ -51,8 +51,8 @@ async def application(
 
     broker = RedisStreamBroker(redis_url)
 
-    async def this() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def this() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     monkeypatch.setattr(environment, "_open", this)
     with IdentityProvider(SUBJECT).running() as provider:

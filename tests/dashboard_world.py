@@ -28,8 +28,8 @@ from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
 from diracx.tasks.web.dashboard.page import Extension
 from redis.asyncio import Redis
@@ -143,10 +143,10 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 30.0)
 class World:
     """The system, and the dashboard that looks at it."""
 
-    def __init__(self, system: TaskSystem, app: DashboardApp, installation: Installation) -> None:
+    def __init__(self, system: TaskSystem, app: DashboardApp, context: AppContext) -> None:
         self.system = system
         self.app = app
-        self.installation = installation
+        self.context = context
 
     async def refuse(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the server take no task for one queue, and the dead letters be for that queue."""
@@ -191,19 +191,19 @@ async def _world(redis_url: str, extensions: list[Extension] | None) -> AsyncIte
             snapshot = await monitor.snapshot(redis)
             return len(running) >= 3 and len(letters) == 4 and bool(snapshot.schedules) and snapshot.groups == 1
 
-        installation = Installation(system.broker, system.registry, ConfigReader(), system.task_db, "test")
-        installation._settings = type(installation._settings)(system._config, ("gridpp", "lhcb"))
+        context = AppContext(system.broker, system.registry, ConfigReader(), system.task_db, "test")
+        context._settings = type(context._settings)(system._config, ("gridpp", "lhcb"))
 
-        async def this() -> Installation:
-            return installation
+        async def this() -> AppContext:
+            return context
 
-        accounts = [
-            Account("wilma", Role.WRITE, digest_of(WRITER)),
-            Account("rita", Role.READ, digest_of(READER)),
-        ]
-        gate = TokenGate(accounts, "ask wilma")
-        app = create_app(this, gate, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [])
-        world = World(system, app, installation)
+        tokens = {
+            WRITER: Principal("wilma", Role.WRITE, None),
+            READER: Principal("rita", Role.READ, None),
+        }
+        backend = TokenBackend(tokens, "ask wilma")
+        app = create_app(this, backend, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [])
+        world = World(system, app, context)
         for number in range(3):
             await Fail(f"{HOSTILE}{number}", SECRET).schedule()
 

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +13,9 @@ from diracx.tasks.testing import embedded_redis
 from redis import Redis as SyncRedis
 
 from .conftest import Cli, eventually
+
+TOKEN_VARIABLE = "DIRACX_TASKS_DASHBOARD_TOKEN"
+TOKEN = "a-token-that-is-long-enough"
 
 Serving = Callable[..., AbstractContextManager[str]]
 
@@ -90,27 +92,6 @@ def test_the_printed_address_is_good_on_any_address_of_loopback(serving: Serving
         assert httpx.get(address).status_code == 303
 
 
-def test_accounts_have_names_roles_and_tokens_of_their_own(
-    cli: Cli, serving: Serving, redis_url: str, tmp_path: Path
-) -> None:
-    accounts = tmp_path / "accounts"
-    tokens = {}
-    for name, role in (("wilma", "write"), ("rita", "read")):
-        made = cli("dashboard", "--accounts", str(accounts), "--new-account", f"{name}:{role}")
-        assert made.returncode == 0, made.stderr
-        tokens[name] = made.stdout.strip()
-    assert accounts.stat().st_mode & 0o077 == 0
-    assert not any(token in accounts.read_text() for token in tokens.values())
-    assert cli("dashboard", "--accounts", str(accounts), "--new-account", "rita:write").returncode == 2
-    with serving("--redis-url", redis_url, "--accounts", str(accounts)) as address:
-        assert "token" not in address
-        for name, may in (("wilma", "may look and act"), ("rita", "may look")):
-            with httpx.Client(base_url=address, follow_redirects=True) as client:
-                page = client.post("/sign-in", data={"credential": tokens[name]})
-                assert name in page.text
-                assert f"{may}</span>" in page.text
-
-
 def test_probes_are_answered_without_a_token_and_by_any_name(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url) as address, httpx.Client(base_url=root_of(address)) as client:
         for path in ("/healthz", "/readyz"):
@@ -137,14 +118,20 @@ def test_without_its_server_the_dashboard_lives_and_is_not_ready(serving: Servin
 
 @pytest.mark.parametrize(("host", "warns"), [("127.1", True), ("127.0.0.1", False)])
 def test_plain_http_off_loopback_is_warned_about_in_one_line(
-    serving: Serving, redis_url: str, tmp_path: Path, host: str, warns: bool
+    cli: Cli, serving: Serving, redis_url: str, host: str, warns: bool
 ) -> None:
-    (tmp_path / "accounts").write_text(f"rita read {'0' * 64}\n")
+    cli.environment[TOKEN_VARIABLE] = TOKEN
     # 127.1 is loopback, too; only to those who do not look closely is it a name like any other.
-    arguments = ("--host", host, "--public-name", "tasks.example.org", "--accounts", str(tmp_path / "accounts"))
+    arguments = ("--host", host, "--public-name", "tasks.example.org")
     said: list[str] = []
     with serving("--redis-url", redis_url, *arguments, said=said) as address:
-        assert httpx.get(f"http://127.0.0.1:{httpx.URL(address).port}/healthz").status_code == 200
+        assert (TOKEN in address) is not warns
+        client = httpx.Client(base_url=f"http://127.0.0.1:{httpx.URL(address).port}")
+        with client:
+            assert client.get("/healthz").status_code == 200
+            sign_in = {"url": "/sign-in", "headers": {"host": "tasks.example.org"}}
+            assert client.post(**sign_in, data={"credential": "guessed"}).status_code == 403
+            assert client.post(**sign_in, data={"credential": TOKEN}).status_code == 303
     warned = [line for line in said if "plain HTTP" in line]
     assert len(warned) == warns
     assert all(line.startswith("warning: 127.1 ") for line in warned)
@@ -153,30 +140,29 @@ def test_plain_http_off_loopback_is_warned_about_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--host", "0.0.0.0"], 2, "--accounts"),
-        (["--host", "192.0.2.1"], 2, "--accounts"),
-        (["--host", "::"], 2, "--accounts"),
-        (["--host", "0.0.0.0", "--accounts", "{accounts}"], 2, "--public-name"),
-        (["--accounts", "{empty}"], 1, "has no account"),
-        (["--accounts", "{wrong}"], 1, "wrong:1"),
-        (["--accounts", "{nowhere}"], 1, "cannot read"),
-        (["--new-account", "rita:read"], 2, "--accounts FILE"),
-        (["--accounts", "{accounts}", "--new-account", "rita"], 2, "NAME:read or NAME:write"),
+        (["--host", "0.0.0.0"], 2, TOKEN_VARIABLE),
+        (["--host", "192.0.2.1"], 2, TOKEN_VARIABLE),
+        (["--host", "::"], 2, TOKEN_VARIABLE),
         (["--public-name", "tasks.example.org:8443"], 2, "without scheme, port or path"),
         (["--public-name", "https://tasks.example.org"], 2, "without scheme, port or path"),
         (["--tls-key", "key.pem"], 2, "go together"),
-        (["--host", "no such host"], 2, "--accounts"),
+        (["--host", "no such host"], 2, TOKEN_VARIABLE),
         (["--redis-url", "redis://127.0.0.1:1"], 1, "cannot reach Redis"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(
-    cli: Cli, arguments: list[str], code: int, says: str, tmp_path: Path
+def test_impossible_arguments_are_refused_with_one_line(
+    cli: Cli, arguments: list[str], code: int, says: str
 ) -> None:
-    (tmp_path / "accounts").write_text(f"rita read {'0' * 64}\n")
-    (tmp_path / "empty").write_text("# nobody\n")
-    (tmp_path / "wrong").write_text("rita admin 123\n")
-    paths = {name: str(tmp_path / name) for name in ("accounts", "empty", "wrong", "nowhere")}
-    found = cli("dashboard", *(argument.format(**paths) for argument in arguments))
+    _is_refused_with_one_line(cli, arguments, code, says)
+
+
+def test_off_loopback_it_needs_a_public_name(cli: Cli) -> None:
+    cli.environment[TOKEN_VARIABLE] = TOKEN
+    _is_refused_with_one_line(cli, ["--host", "0.0.0.0"], 2, "--public-name")
+
+
+def _is_refused_with_one_line(cli: Cli, arguments: list[str], code: int, says: str) -> None:
+    found = cli("dashboard", *arguments)
     assert found.returncode == code, found.stderr
     lines = found.stderr.strip().splitlines()
     assert len(lines) == 1

@@ -31,8 +31,8 @@ from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.testing.server import ValkeyProcess, free_port
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis import Redis
@@ -509,10 +509,10 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
 
     db = TaskDB(world.db_url)
 
-    async def this() -> Installation:
-        return Installation(broker, world.registry, ConfigReader(), db)
+    async def this() -> AppContext:
+        return AppContext(broker, world.registry, ConfigReader(), db)
 
-    app = create_app(this, TokenGate([Account("wilma", Role.WRITE, digest_of("token"))], ""), extensions=[])
+    app = create_app(this, TokenBackend({"token": Principal("wilma", Role.WRITE, None)}, ""), extensions=[])
     transport = httpx.ASGITransport(app)
     async with db.engine_context(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "token"})

@@ -44,11 +44,11 @@ async def done() -> str:
 def perform(redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Any]]:
     """Acts as a user, in an application that knows this server."""
 
-    class Installation:
+    class AppContext:
         pass
 
     async def this() -> Any:
-        made = Installation()
+        made = AppContext()
         made.redis = redis  # type: ignore[attr-defined]
         return made
 

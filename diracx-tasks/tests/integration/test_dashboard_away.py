@@ -15,8 +15,8 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import create_app
 from redis.asyncio import Redis
 
@@ -37,13 +37,13 @@ async def dashboard(redis_url: str, task_db_url: str | None) -> AsyncIterator[ht
         task_db = None if task_db_url is None else TaskDB(task_db_url)
         if task_db is not None:
             await stack.enter_async_context(task_db.engine_context())
-        installation = Installation(broker, TaskRegistry(), ConfigReader(), task_db, "test")
+        context = AppContext(broker, TaskRegistry(), ConfigReader(), task_db, "test")
 
-        async def this() -> Installation:
-            return installation
+        async def this() -> AppContext:
+            return context
 
-        gate = TokenGate([Account("wilma", Role.WRITE, digest_of(WRITER))], "")
-        app = create_app(this, gate, hosts={"localhost"}, extensions=[])
+        backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "")
+        app = create_app(this, backend, hosts={"localhost"}, extensions=[])
         stack.push_async_callback(app.aclose)
         transport = httpx.ASGITransport(app)
         client = await stack.enter_async_context(

@@ -13,8 +13,8 @@ from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.page import Action, Extension, Form, Operator, Page, Question
 from redis.asyncio import Redis
@@ -24,11 +24,11 @@ HOME = "http://localhost:8790"
 WRITER, READER = "the-token-of-the-writer", "the-token-of-the-reader"
 
 
-async def _nothing(request: Request, installation: Installation) -> dict[str, Any]:
+async def _nothing(request: Request, context: AppContext) -> dict[str, Any]:
     return {"text": "a page of an extension"}
 
 
-async def _ask(form: Form, installation: Installation) -> Question:
+async def _ask(form: Form, context: AppContext) -> Question:
     return Question(f"Paint {form.one('thing')}?", "It will be red.", "Paint it", details=form.many("thing"))
 
 
@@ -49,14 +49,14 @@ EXTENSION = Extension(
 async def app(redis_url: str) -> AsyncIterator[Any]:
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    accounts = [
-        Account("wilma", Role.WRITE, digest_of(WRITER)),
-        Account("rita", Role.READ, digest_of(READER)),
-    ]
-    made = create_app(installation, TokenGate(accounts, "ask"), hosts={"localhost"}, extensions=[EXTENSION])
+    tokens = {
+        WRITER: Principal("wilma", Role.WRITE, None),
+        READER: Principal("rita", Role.READ, None),
+    }
+    made = create_app(context, TokenBackend(tokens, "ask"), hosts={"localhost"}, extensions=[EXTENSION])
     yield made
     await made.aclose()
     await broker.shutdown()

@@ -364,7 +364,7 @@ async def test_dead_letters_that_wait_in_redis_are_shown_without_secrets_and_har
     assert (last.reason, last.arguments) == ("unparsable", None)
 
     async def seen() -> bool:
-        return (await world.installation.snapshot()).dead_letters_waiting == 2
+        return (await world.context.snapshot()).dead_letters_waiting == 2
 
     await until(seen)
     async with operator(world) as client:

@@ -15,7 +15,7 @@ from diracx.tasks.operations.single_flight import Shared
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.web.auth.backends import Principal, Role
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
 from diracx.tasks.web.dashboard.page import Extension, Page, Request
 
@@ -112,17 +112,17 @@ class VoGate:
 
 
 @pytest.fixture
-def installation(redis_url: str) -> Installation:
-    return Installation(RedisStreamBroker(redis_url), {}, ConfigReader())
+def context(redis_url: str) -> AppContext:
+    return AppContext(RedisStreamBroker(redis_url), {}, ConfigReader())
 
 
-def dashboard(installation: Installation, load: Any, templates: Path) -> DashboardApp:
+def dashboard(context: AppContext, load: Any, templates: Path) -> DashboardApp:
     for name in ("counted.html", "_counted.html"):
         (templates / name).write_text("{{ number }}")
     page = Page("/counted", "counted", "Counted", load)
 
-    async def this() -> Installation:
-        return installation
+    async def this() -> AppContext:
+        return context
 
     extension = Extension(pages=[page], templates=templates)
     # Each stream looks once, and ends.
@@ -147,19 +147,19 @@ async def follow(app: DashboardApp, vo: str, query: str = "", path: str = "/live
 
 
 async def test_those_who_follow_the_same_page_share_one_look(
-    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Slow({"number": 42})
-    app = dashboard(installation, load, tmp_path)
+    app = dashboard(context, load, tmp_path)
     asked = 0
-    get = installation.answers.get
+    get = context.answers.get
 
     async def counted(*args: Any) -> Any:
         nonlocal asked
         asked += 1
         return await get(*args)
 
-    monkeypatch.setattr(installation.answers, "get", counted)
+    monkeypatch.setattr(context.answers, "get", counted)
     same = [follow(app, "lhcb", "b=2&a=1") for _ in range(5)]
     others = [follow(app, "lhcb", "a=2"), follow(app, "gridpp", "a=1&b=2")]
     streams = [asyncio.ensure_future(each) for each in (*same, follow(app, "lhcb", "a=1&b=2"), *others)]
@@ -175,21 +175,19 @@ async def test_those_who_follow_the_same_page_share_one_look(
     assert load.asked == 3
 
 
-async def test_a_page_that_was_loaded_anew_is_what_followers_see_next(
-    installation: Installation, tmp_path: Path
-) -> None:
+async def test_a_page_that_was_loaded_anew_is_what_followers_see_next(context: AppContext, tmp_path: Path) -> None:
     load = Slow({"number": 1}, {"number": 2})
     load.go_on.set()
-    app = dashboard(installation, load, tmp_path)
+    app = dashboard(context, load, tmp_path)
     assert "data: 1" in await follow(app, "lhcb")
     assert "2" in await follow(app, "lhcb", path="/counted")
     assert "data: 2" in await follow(app, "lhcb")
 
 
 async def test_a_dashboard_that_could_not_be_opened_is_opened_once_by_all_who_come_next(
-    installation: Installation,
+    context: AppContext,
 ) -> None:
-    opened, closed, found = [], [], Slow(ConnectionError("down"), installation)
+    opened, closed, found = [], [], Slow(ConnectionError("down"), context)
 
     @asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
@@ -219,22 +217,22 @@ def no_installation() -> Iterator[None]:
 
 
 async def test_requests_that_waited_for_what_failed_open_it_once_more_and_not_twice(
-    installation: Installation, no_installation: None, monkeypatch: pytest.MonkeyPatch
+    context: AppContext, no_installation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diracx.tasks.web.api import environment
 
-    opening = Slow(ConnectionError("down"), installation)
+    opening = Slow(ConnectionError("down"), context)
     monkeypatch.setattr(environment, "_open", opening)
 
-    async def twice() -> Installation:
+    async def twice() -> AppContext:
         try:
-            return await environment.installation_of_environment()
+            return await environment.context_of_environment()
         except ConnectionError:
-            return await environment.installation_of_environment()
+            return await environment.context_of_environment()
 
     waiting = await begun(*(twice() for _ in range(3)))
     opening.go_on.set()
-    assert await asyncio.gather(*waiting) == [installation] * 3
+    assert await asyncio.gather(*waiting) == [context] * 3
     assert opening.asked == 2
 
 
@@ -248,7 +246,7 @@ async def test_the_database_of_the_environment_stays_open(
 
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
     monkeypatch.setenv("DIRACX_DB_URL_TASKDB", await initialised())
-    found = await environment.installation_of_environment()
+    found = await environment.context_of_environment()
     gc.collect()
     for _ in range(20):
         await asyncio.sleep(0)

@@ -143,22 +143,22 @@ async def test_nobody_is_sent_to_another_site_afterwards(browser: Browser, targe
 
 async def test_a_forged_cookie_sends_nobody_to_another_site(browser: Browser) -> None:
     await browser.start(OPERATOR)
-    value = browser.client.cookies["tasks-dashboard-http-away"]
-    forged = {"cookie": f"tasks-dashboard-http-away={value.partition('/')[0]}//evil.example/"}
+    value = browser.client.cookies["tasks-dashboard-http-state"]
+    forged = {"cookie": f"tasks-dashboard-http-state={value.partition('/')[0]}//evil.example/"}
     answer = await browser.client.get(CALLBACK, headers=forged)
     assert f'href="{BELOW}/sign-in?next=%2F"' in answer.text
 
 
 async def test_cookies_are_seen_by_no_script_and_go_no_further_than_they_must(browser: Browser) -> None:
     started = await browser.start(OPERATOR)
-    away = cookies_of(started)["tasks-dashboard-http-away"]
+    away = cookies_of(started)["tasks-dashboard-http-state"]
     for attribute in ("httponly", "samesite=lax", "max-age=300", f"path={CALLBACK}"):
         assert attribute in away.split("; ")
     last = await browser.client.get(await browser.consent(started))
     cookies = cookies_of(last)
     for attribute in ("httponly", "samesite=strict", f"path={BELOW}"):
         assert attribute in cookies["tasks-dashboard-http"].split("; ")
-    assert "max-age=0" in cookies["tasks-dashboard-http-away"]
+    assert "max-age=0" in cookies["tasks-dashboard-http-state"]
 
 
 async def test_no_token_is_in_an_address_a_page_or_the_log(

@@ -14,8 +14,8 @@ from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.api.databases import database_errors
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from fastapi import Depends, FastAPI
 
@@ -37,11 +37,11 @@ async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redi
     troubled = await troubled_database(TaskDB.migrations)
     broker, db = RedisStreamBroker(redis_url), TaskDB(troubled.url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader(), db)
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader(), db)
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
-    app = create_app(installation, gate, extensions=[])
+    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
+    app = create_app(context, backend, extensions=[])
     api = FastAPI(dependencies=[Depends(database_errors)])
 
     @api.get("/letters")

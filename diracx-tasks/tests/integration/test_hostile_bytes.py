@@ -24,8 +24,8 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import create_app
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
@@ -218,14 +218,14 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
 @asynccontextmanager
 async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Reads all that there is to read: pages, and what they are made of."""
-    installation = Installation(system.broker, system.registry, ConfigReader(), system.task_db, "test")
-    installation._settings = type(installation._settings)(system._config, ())
+    context = AppContext(system.broker, system.registry, ConfigReader(), system.task_db, "test")
+    context._settings = type(context._settings)(system._config, ())
 
-    async def this() -> Installation:
-        return installation
+    async def this() -> AppContext:
+        return context
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of(WRITER))], "ask wilma")
-    app = create_app(this, gate, hosts={"localhost"}, extensions=[])
+    backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "ask wilma")
+    app = create_app(this, backend, hosts={"localhost"}, extensions=[])
     transport = httpx.ASGITransport(app)
 
     async def read() -> None:

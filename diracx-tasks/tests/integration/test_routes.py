@@ -8,7 +8,7 @@ from diracx.tasks.jobs import DummyJobExecutorTask
 from diracx.tasks.plumbing import CallbackSpawner
 from diracx.tasks.plumbing.broker.address import AddressError
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.web.api.environment import installation_of_environment
+from diracx.tasks.web.api.environment import context_of_environment
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from redis import Redis
@@ -76,7 +76,7 @@ async def test_an_application_whose_variable_holds_no_address_says_so_in_one_lin
     with client, pytest.raises(AddressError, match=r"^DIRACX_TASKS_REDIS_URL: ") as caught:
         client.post("/run/1")
     with pytest.raises(HTTPException, match="correct DIRACX_TASKS_REDIS_URL") as answered:
-        await installation_of_environment()
+        await context_of_environment()
     assert answered.value.status_code == 503
     assert str(caught.value) in caplog.text
     assert "sesame" not in str(caught.value) + caplog.text + answered.value.detail

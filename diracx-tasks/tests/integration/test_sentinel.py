@@ -50,7 +50,7 @@ class Ticks(PeriodicBaseTask):
         TICKS.append(time.monotonic())
 
 
-class Installation:
+class AppContext:
     """A primary, its replica, and three sentinels of which two must agree."""
 
     def __init__(self, directory: Path) -> None:
@@ -123,10 +123,10 @@ class Installation:
 
 
 @pytest.fixture
-def installation(tmp_path: Path) -> Iterator[Installation]:
+def context(tmp_path: Path) -> Iterator[AppContext]:
     for memory in (BEGUN, TICKS, FAILED_OVER):
         memory.clear()
-    built = Installation(tmp_path)
+    built = AppContext(tmp_path)
     yield built
     built.end()
 
@@ -142,27 +142,25 @@ async def until(condition: Callable[[], object | Awaitable[object]], what: str, 
 
 
 @pytest.mark.parametrize("options", ["", "?max_connections=2"])
-async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(
-    installation: Installation, options: str
-) -> None:
-    await until(installation.is_complete, "the sentinels know each other")
+async def test_P6_workers_and_scheduler_go_on_with_the_promoted_replica(context: AppContext, options: str) -> None:
+    await until(context.is_complete, "the sentinels know each other")
     settings = {"lease_seconds": 30.0}
     async with TaskSystem(
-        [Waits, Ticks], redis_url=installation.url + options, concurrency=3, settings=settings
+        [Waits, Ticks], redis_url=context.url + options, concurrency=3, settings=settings
     ) as system:
         # Six run, the others are queued: all of them are on both servers.
         ids = [await Waits(f"number {number}").schedule() for number in range(10)]
         await until(lambda: BEGUN.total() == 6, "all slots are in use")
-        await until(installation.replicated, "the replica has it all")
-        installation.primary.kill()
-        await until(installation.has_failed_over, "the replica is promoted")
+        await until(context.replicated, "the replica has it all")
+        context.primary.kill()
+        await until(context.has_failed_over, "the replica is promoted")
         FAILED_OVER.append(time.monotonic())
         for number, task_id in enumerate(ids):
             await until(lambda task_id=task_id: _is_ready(system, task_id), f"number {number}")
         await until(lambda: sum(tick > FAILED_OVER[0] for tick in TICKS) > 1, "periodic tasks come again")
         await system.drain(20)
-        with sync_client(installation.url) as client:
-            assert client.connection_pool.get_master_address()[1] == installation.replica.port
+        with sync_client(context.url) as client:
+            assert client.connection_pool.get_master_address()[1] == context.replica.port
     assert dict(BEGUN) == {f"number {number}": 1 for number in range(10)}, "each was executed once"
 
 

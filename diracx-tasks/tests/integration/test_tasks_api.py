@@ -56,7 +56,7 @@ async def client(token: Token, world: World, monkeypatch: pytest.MonkeyPatch) ->
     from diracx.tasks.web.api import environment
 
     async def this() -> Any:
-        return world.installation
+        return world.context
 
     monkeypatch.setattr(environment, "_open", this)
     app = make_application()
@@ -90,10 +90,10 @@ async def test_dead_letters_whose_database_is_away_are_503(
     from diracx.tasks.plumbing.persistence import TaskDB
 
     (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    world.installation.task_db = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/another")
+    world.context.task_db = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/another")
     asked = [("GET", path, None) for path in READS if path.startswith("dead-letters")]
     asked += [("POST", path, body) for path, body in WRITES.items() if path.startswith("dead-letters")]
-    async with world.installation.task_db.engine_context():
+    async with world.context.task_db.engine_context():
         for method, path, body in asked:
             address, headers = f"/api/tasks/{path}", bearer(token("ServiceAdministrator"))
             answer = await client.request(method, address, json=body, headers=headers)

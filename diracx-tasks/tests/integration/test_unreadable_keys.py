@@ -20,8 +20,8 @@ from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler.overview import schedules
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from redis.asyncio import Redis
 
@@ -104,11 +104,11 @@ async def test_the_overview_is_there_and_pages_name_the_key(
     await _write(redis, key, field, value)
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
-    app = create_app(installation, gate, extensions=[])
+    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
+    app = create_app(context, backend, extensions=[])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
         answers = [await client.get(page) for page in ("/", *_PAGES)]

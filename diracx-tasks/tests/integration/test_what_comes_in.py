@@ -14,8 +14,7 @@ import pytest
 from config_repository import ConfigRepository
 from dashboard_world import READER, WRITER, World, small_world
 from diracx.tasks.web import sse as live
-from diracx.tasks.web.auth import backends as access
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from diracx_application import HOME, make_application, set_environment, token_maker
 from hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in
@@ -38,7 +37,7 @@ async def client(
     set_environment(monkeypatch, tmp_path, redis_url, repository.url)
 
     async def this() -> Any:
-        return world.installation
+        return world.context
 
     monkeypatch.setattr(environment, "_open", this)
     app = make_application()
@@ -132,17 +131,18 @@ async def test_long_addresses_and_forms_are_refused_before_they_are_kept(world: 
             assert (await client.post("/tasks/cancel", content=body)).status_code == status
 
 
-async def test_sessions_of_one_account_end_none_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "_SESSIONS", 3)
+async def test_the_oldest_session_of_a_principal_ends_at_the_limit_and_none_of_another() -> None:
     request: Any = None
-    gate = TokenGate(
-        [Account("wilma", Role.WRITE, digest_of(WRITER)), Account("rita", Role.READ, digest_of(READER))], "ask"
+    backend = TokenBackend(
+        {WRITER: Principal("wilma", Role.WRITE, None), READER: Principal("rita", Role.READ, None)},
+        "ask",
+        max_sessions=3,
     )
-    kept = await gate.sign_in(request, WRITER)
-    readers = [await gate.sign_in(request, READER) for _ in range(20)]
+    kept = await backend.sign_in(request, WRITER)
+    readers = [await backend.sign_in(request, READER) for _ in range(20)]
     assert kept is not None
-    assert await gate.principal(request, kept) is not None
-    alive = [secret for secret in readers if secret and await gate.principal(request, secret)]
+    assert await backend.principal(request, kept) is not None
+    alive = [secret for secret in readers if secret and await backend.principal(request, secret)]
     assert alive == readers[-3:]
 
 

@@ -38,7 +38,7 @@ from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web import sse as live
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.context import AppContext
 from diracx_application import HOME, make_application, set_environment, token_maker
 from fastapi.routing import APIRoute
 from redis.asyncio import Redis
@@ -127,7 +127,7 @@ class Tidy(PeriodicVoAwareBaseTask):
 
 
 @asynccontextmanager
-async def busy_system(redis_url: str) -> AsyncIterator[Installation]:
+async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
     tasks = {f"whose:{task.__name__}": task for task in (Run, Flaky, Fail, Split, Tidy)}
     with patch.object(reporter, "REPORT_SECONDS", 0.3):  # nobody wants to wait for what happens every 5 s
         async with TaskSystem(
@@ -174,10 +174,10 @@ async def busy_system(redis_url: str) -> AsyncIterator[Installation]:
 
             await until(has_happened)
             registry = TaskRegistry.of({**tasks, "whose:Large": Large})
-            installation = Installation(system.broker, registry, ConfigReader(), db, "test")
-            installation._settings = type(installation._settings)(system._config, VOS)
+            context = AppContext(system.broker, registry, ConfigReader(), db, "test")
+            context._settings = type(context._settings)(system._config, VOS)
             try:
-                yield installation
+                yield context
             finally:
                 await redis.delete(keys.DEAD_LETTERS)
 
@@ -185,9 +185,9 @@ async def busy_system(redis_url: str) -> AsyncIterator[Installation]:
 class Site:
     """The DiracX application that looks at it, and its users."""
 
-    def __init__(self, app: Any, installation: Installation, token: Callable[..., str]) -> None:
+    def __init__(self, app: Any, context: AppContext, token: Callable[..., str]) -> None:
         self.app = app
-        self.installation = installation
+        self.context = context
         self._token = token
 
     @asynccontextmanager
@@ -212,15 +212,15 @@ async def site(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 0.02)
     monkeypatch.setattr(live, "_EVERY_SECONDS", 0.03)
     try:
-        async with busy_system(redis_url) as installation:
+        async with busy_system(redis_url) as context:
 
-            async def this() -> Installation:
-                return installation
+            async def this() -> AppContext:
+                return context
 
             monkeypatch.setattr(environment, "_open", this)
             app = make_application()
             async with app.router.lifespan_context(app):
-                yield Site(app, installation, token_maker())
+                yield Site(app, context, token_maker())
     finally:
         async with Redis.from_url(redis_url) as client:
             await client.flushall()
@@ -272,13 +272,13 @@ def test_every_route_of_the_application_is_in_the_table() -> None:
 
 def test_every_page_and_action_of_the_dashboard_is_in_the_table() -> None:
     from diracx.tasks.web.auth.code_flow import CodeFlow
-    from diracx.tasks.web.auth.diracx import DiracxGate
+    from diracx.tasks.web.auth.diracx import DiracxBackend
     from diracx.tasks.web.dashboard import create_app
 
     async def none() -> Any:
         raise NotImplementedError
 
-    app: Any = create_app(none, DiracxGate(CodeFlow(BELOW)), extensions=[])
+    app: Any = create_app(none, DiracxBackend(CodeFlow(BELOW)), extensions=[])
     found, streams = [*PROBES], []
     for route in app._app._app.routes:
         methods = (getattr(route, "methods", None) or {"GET"}) - {"HEAD"}
@@ -308,7 +308,7 @@ def expected(cell: str, vo: str, everything: set[str]) -> set[str]:
 
 
 async def test_each_role_sees_by_http_what_the_table_says(site: Site) -> None:
-    redis = site.installation.redis
+    redis = site.context.redis
     lock = f"lock:mutex:{SITE}:{MARKS[None]}"
     [group] = await monitor.groups(redis)
     letters = await letter_ids(site)
@@ -339,7 +339,7 @@ async def test_each_role_sees_by_http_what_the_table_says(site: Site) -> None:
 
 async def letter_ids(site: Site) -> dict[str, str]:
     """Mark -> task id of the dead letter in the database."""
-    db = site.installation.task_db
+    db = site.context.task_db
     assert db is not None
     async with db:
         return {mark: row["task_id"] for row in await db.search() for mark in marks_in(row["detail"])}
@@ -362,7 +362,7 @@ async def test_administrators_see_what_belongs_to_each_vo_and_to_none(site: Site
 async def test_what_is_not_yours_is_answered_as_what_is_not_there(site: Site) -> None:
     letters = await letter_ids(site)
     async with site.user("operator", "lhcb") as client:
-        db = site.installation.task_db
+        db = site.context.task_db
         assert db is not None
         async with db:
             numbers = {row["task_id"]: str(row["id"]) for row in await db.search()}
@@ -413,13 +413,13 @@ async def test_each_role_does_by_http_what_the_table_says(site: Site) -> None:
                         assert answer.status_code in (200, 404, 409, 422), f"{row}, {role}: {answer.text}"
                     else:
                         assert answer.status_code == (401 if role == "anonymous" else 403), f"{row}, {role}"
-    entries = await read_audit(site.installation.redis)
+    entries = await read_audit(site.context.redis)
     assert {entry.who for entry in entries if entry.target != MARKS[None]} == {"fred (lhcb:nobody)"}
 
 
 async def test_each_role_sees_in_the_dashboard_what_the_table_says(site: Site) -> None:
     lock = f"lock:mutex:{SITE}:{MARKS[None]}"
-    [group] = await monitor.groups(site.installation.redis)
+    [group] = await monitor.groups(site.context.redis)
     letters = await letter_ids(site)
     wrong = []
     for role in ("anonymous", *ROLES):

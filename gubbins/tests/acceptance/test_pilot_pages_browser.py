@@ -10,8 +10,8 @@ from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.app import DashboardApp
 from redis.asyncio import Redis
@@ -34,11 +34,11 @@ async def app(
     await _fill(sqlite_db)
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    accounts = [Account("wilma", Role.WRITE, digest_of(WRITER)), Account("rita", Role.READ, digest_of(READER))]
-    made = create_app(installation, TokenGate(accounts, ""), hosts={"127.0.0.1"}, extensions=[extension()])
+    tokens = {WRITER: Principal("wilma", Role.WRITE, None), READER: Principal("rita", Role.READ, None)}
+    made = create_app(context, TokenBackend(tokens, ""), hosts={"127.0.0.1"}, extensions=[extension()])
     yield made
     await made.aclose()
     await broker.shutdown()

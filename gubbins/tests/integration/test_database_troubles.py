@@ -12,8 +12,8 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 
 from gubbins.dashboard import extension
@@ -42,11 +42,11 @@ async def test_the_dashboard_answers_503(
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", troubled.url)
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
-    app = create_app(installation, gate, extensions=[extension()])
+    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
+    app = create_app(context, backend, extensions=[extension()])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})

@@ -13,8 +13,8 @@ from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.web.auth.backends import Account, Role, TokenGate, digest_of
-from diracx.tasks.web.context import Installation
+from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
+from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from redis.asyncio import Redis
 
@@ -39,11 +39,11 @@ async def client(
     await db.record_ce_error("ce01", HOSTILE)
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
-    app = create_app(installation, gate, extensions=[extension()])
+    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
+    app = create_app(context, backend, extensions=[extension()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
         yield made
@@ -206,11 +206,11 @@ async def test_without_a_database_the_page_says_so(redis_url: str, monkeypatch: 
     monkeypatch.delenv("DIRACX_DB_URL_MYPILOTDB", raising=False)
     broker = RedisStreamBroker(redis_url)
 
-    async def installation() -> Installation:
-        return Installation(broker, TaskRegistry.of({}), ConfigReader())
+    async def context() -> AppContext:
+        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
-    gate = TokenGate([Account("wilma", Role.WRITE, digest_of("the-token-of-wilma"))], "")
-    app = create_app(installation, gate, extensions=[extension()])
+    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
+    app = create_app(context, backend, extensions=[extension()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
         answer = await made.get("/pilots")

@@ -170,15 +170,13 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
     from diracx.tasks.plumbing.broker import RedisStreamBroker
     from diracx.tasks.plumbing.config.cached import ConfigReader
     from diracx.tasks.plumbing.registry import TaskRegistry
-    from diracx.tasks.web.context import Installation
+    from diracx.tasks.web.context import AppContext
 
     do = {action.path: action.do for action in ACTIONS}
     broker = RedisStreamBroker(redis_url)
     STORE.use(sqlite_db)
     try:
-        operator = Operator(
-            Installation(broker, TaskRegistry.of({}), ConfigReader()), "alice", "dashboard", "lhcb"
-        )
+        operator = Operator(AppContext(broker, TaskRegistry.of({}), ConfigReader()), "alice", "dashboard", "lhcb")
         with pytest.raises(NotPossibleError, match="unknown pilot"):
             await do["/pilots/cancel"](Form({"pilot": [str(pilots["dteam"])]}), operator)
         for deed in ("close", "ban"):

@@ -9,8 +9,8 @@ from typing import Any
 
 from diracx.tasks.web.dashboard.page import (
     Action,
+    AppContext,
     Form,
-    Installation,
     NotPossibleError,
     Operator,
     Question,
@@ -37,7 +37,7 @@ async def _ce(form: Form) -> dict[str, Any]:
     return found[0]
 
 
-async def _ask_close(form: Form, installation: Installation) -> Question:
+async def _ask_close(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Close {ce['name']} for new pilots?",
@@ -47,7 +47,7 @@ async def _ask_close(form: Form, installation: Installation) -> Question:
     )
 
 
-async def _ask_open(form: Form, installation: Installation) -> Question:
+async def _ask_open(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Open {ce['name']} for new pilots?",
@@ -64,7 +64,7 @@ def _about_ban(ce: dict[str, Any], lifted: str) -> str:
     return f" It is banned: {ce['ban_reason'] or 'no reason was given'}. {lifted}"
 
 
-async def _ask_ban(form: Form, installation: Installation) -> Question:
+async def _ask_ban(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Ban {ce['name']}?",
@@ -114,7 +114,7 @@ async def _perform(operator: Operator, deed: Deed, name: str, do: Callable[[], A
     return await operator.perform(deed, name, do)
 
 
-async def _ask_cancel(form: Form, installation: Installation) -> Question:
+async def _ask_cancel(form: Form, context: AppContext) -> Question:
     number = integer(form.one("pilot"), 1)
     return Question(
         f"Cancel pilot {number}?",
@@ -147,8 +147,8 @@ async def _cancel(form: Form, operator: Operator) -> str:
 
 
 ACTIONS = [
-    Action("/pilots/ce/close", _ask_close, _close, installation_wide=True),
-    Action("/pilots/ce/open", _ask_open, _open, installation_wide=True),
-    Action("/pilots/ce/ban", _ask_ban, _ban, installation_wide=True),
+    Action("/pilots/ce/close", _ask_close, _close, all_vos=True),
+    Action("/pilots/ce/open", _ask_open, _open, all_vos=True),
+    Action("/pilots/ce/ban", _ask_ban, _ban, all_vos=True),
     Action("/pilots/cancel", _ask_cancel, _cancel),
 ]

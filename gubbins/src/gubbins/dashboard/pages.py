@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from diracx.tasks.web.dashboard.page import Installation, NotFoundError, NotPossibleError, Page, Request, integer
+from diracx.tasks.web.dashboard.page import AppContext, NotFoundError, NotPossibleError, Page, Request, integer
 
 from gubbins.domain.circuit_breaker import CircuitState
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError
@@ -29,7 +29,7 @@ _CE_STATES = ("open", "closed", "banned", "failing")
 _FAILING_RATE = 0.2
 
 
-async def _chosen_vo(request: Request, installation: Installation) -> str | None:
+async def _chosen_vo(request: Request, context: AppContext) -> str | None:
     """The VO whose pilots are to be shown; None: those of all, for whoever may see them.
 
     Raises:
@@ -38,15 +38,15 @@ async def _chosen_vo(request: Request, installation: Installation) -> str | None
     wanted, own = request.query_params.get("vo") or None, request.state.principal.vo
     if own is not None and wanted not in (None, own):
         raise NotFoundError(f"{wanted!r:.40} is not your VO, which is {own!r}.")
-    if wanted is not None and own is None and wanted not in await _known_vos(installation):
+    if wanted is not None and own is None and wanted not in await _known_vos(context):
         raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
     return own or wanted
 
 
-async def _known_vos(installation: Installation) -> set[str]:
+async def _known_vos(context: AppContext) -> set[str]:
     """Those of the configuration, those that have pilots, and those that compute elements serve."""
     served = {vo for ce in await STORE.ces() for vo in ce["vos"] or ()}
-    return {*(await installation.settings()).vos, *await STORE.summary(None), *served}
+    return {*(await context.settings()).vos, *await STORE.summary(None), *served}
 
 
 async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
@@ -55,8 +55,8 @@ async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
     return [logic.as_seen_by(own, ce) for ce in served]
 
 
-async def _overview(request: Request, installation: Installation) -> dict[str, Any]:
-    vo = await _chosen_vo(request, installation)
+async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
+    vo = await _chosen_vo(request, context)
     query = request.query_params
     text, state = query.get("ce", "").strip(), query.get("state", "")
     if state not in ("", *_CE_STATES):
@@ -117,11 +117,11 @@ def _number(text: str, least: int = 0) -> int:
         raise NotFoundError(str(error)) from error
 
 
-async def _charts(request: Request, installation: Installation) -> dict[str, Any]:
-    return (await STORE.course(await _chosen_vo(request, installation))).charts
+async def _charts(request: Request, context: AppContext) -> dict[str, Any]:
+    return (await STORE.course(await _chosen_vo(request, context))).charts
 
 
-async def _list(request: Request, installation: Installation) -> dict[str, Any]:
+async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     query = request.query_params
     status = query.get("status") or None
     if status is not None and status not in _STATES:
@@ -129,7 +129,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
     number = _number(query.get("page", "1"), 1)
     total, pilots = await logic.search_pilots(
         STORE.database(),
-        vo=await _chosen_vo(request, installation),
+        vo=await _chosen_vo(request, context),
         ce_name=query.get("ce") or None,
         status=None if status is None else MyPilotStatus(status),
         page=number,
@@ -147,7 +147,7 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
     }
 
 
-async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     pilot = await _pilot(request)
     steps = pilot["history"]
     took = [
@@ -166,7 +166,7 @@ async def _pilot(request: Request) -> dict[str, Any]:
         raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
 
 
-async def _output(request: Request, installation: Installation) -> dict[str, Any]:
+async def _output(request: Request, context: AppContext) -> dict[str, Any]:
     """What a pilot has written, to all who may see the pilot, as by HTTP."""
     pilot = await _pilot(request)
     output, problem = None, ""

@@ -56,7 +56,7 @@ class Load:
     running: int
 
 
-class Installation:
+class AppContext:
     """One task system.
 
     Args:

@@ -13,7 +13,7 @@ from ..plumbing.submission.client import Binding
 if TYPE_CHECKING:
     from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence.db import LetterFilter
-    from .context import Installation
+    from .context import AppContext
 
 _PAGE = 200
 
@@ -35,7 +35,7 @@ class Decided:
 
 
 class Operator(Deeds):
-    """Somebody who acts on an installation, as far as they may.
+    """Somebody who acts on an context, as far as they may.
 
     Args:
         who: as the audit log has it.
@@ -44,13 +44,13 @@ class Operator(Deeds):
             None: all are.
     """
 
-    def __init__(self, installation: Installation, who: str, via: str, vo: str | None = None) -> None:
-        super().__init__(installation.redis, who, via, vo)
-        self.installation = installation
+    def __init__(self, context: AppContext, who: str, via: str, vo: str | None = None) -> None:
+        super().__init__(context.redis, who, via, vo)
+        self.context = context
 
     async def cancel_tasks(self, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
         """Cancel tasks wherever they are. Returns where each was found."""
-        return await self.cancel(self.installation.broker, task_ids)
+        return await self.cancel(self.context.broker, task_ids)
 
     # --- schedules --------------------------------------------------------------------------------------
 
@@ -71,8 +71,8 @@ class Operator(Deeds):
     async def _check_known(self, ids: Sequence[str]) -> None:
         from ..plumbing.scheduler import schedules
 
-        settings = await self.installation.settings()
-        states = await schedules(self.installation.redis, self.installation.registry, settings.tasks, settings.vos)
+        settings = await self.context.settings()
+        states = await schedules(self.context.redis, self.context.registry, settings.tasks, settings.vos)
         if unknown := set(ids).difference(state.id for state in states):
             raise NotPossibleError(f"there is no schedule {min(unknown)!r}")
 
@@ -84,13 +84,11 @@ class Operator(Deeds):
         """
         from ..plumbing.scheduler.occurrences import every_instance
 
-        settings = await self.installation.settings()
-        found = {
-            known.id: known for known in every_instance(self.installation.registry, settings.tasks, settings.vos)
-        }
+        settings = await self.context.settings()
+        found = {known.id: known for known in every_instance(self.context.registry, settings.tasks, settings.vos)}
         if schedule not in found:
             raise NotPossibleError(f"{schedule!r} cannot be run from here: code and configuration do not know it")
-        binding = Binding(self.installation.broker, self.installation.registry, settings.tasks)
+        binding = Binding(self.context.broker, self.context.registry, settings.tasks)
         try:
             return await self.run_now(binding, found[schedule])
         except StillWaitingError as error:
@@ -113,8 +111,8 @@ class Operator(Deeds):
         from ..plumbing.persistence.resubmission import Fate, Resubmitter
 
         db = self._task_db()
-        settings = await self.installation.settings()
-        resubmitter = Resubmitter(db, self.installation.broker, self.installation.registry, settings.tasks)
+        settings = await self.context.settings()
+        resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)
         letters = None if numbers is None else await self._letters(numbers)
         decided = Decided([])
         for verdict in await self.retry_letters(resubmitter, letters, where, limit):
@@ -138,9 +136,9 @@ class Operator(Deeds):
         return decided
 
     def _task_db(self) -> Any:
-        if self.installation.task_db is None:
+        if self.context.task_db is None:
             raise NotPossibleError("no database of dead letters is configured here; set DIRACX_DB_URL_TASKDB")
-        return self.installation.task_db
+        return self.context.task_db
 
     async def _letters(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         db = self._task_db()

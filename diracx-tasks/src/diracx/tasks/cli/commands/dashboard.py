@@ -25,8 +25,8 @@ from ..options import (
 )
 
 if TYPE_CHECKING:
-    from ...web.auth.backends import TokenGate
-    from ...web.context import Installation
+    from ...web.auth.backends import TokenBackend
+    from ...web.context import AppContext
     from ...web.dashboard.app import DashboardApp
 
 logger = logging.getLogger(__package__)
@@ -36,35 +36,21 @@ _LEAST_TOKEN = 16
 #: Pages that follow what happens hold connections; those that do not let go are cut off.
 _STOP_SECONDS = 3
 _WITHOUT_TLS = (
-    "warning: {host} is served in plain HTTP, where anybody on the way reads tokens along; give --tls-certificate "
-    "and --tls-key, or let nobody but a proxy that speaks TLS come here"
+    "warning: {host} is served in plain HTTP, where others on the network can read tokens; give --tls-certificate "
+    "and --tls-key, or let only a proxy that speaks TLS connect"
 )
 
 
 def dashboard(
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where it listens; but for loopback, --accounts is needed.")
+        str, typer.Option(metavar="ADDRESS", help="Where it listens; off loopback the token must be set.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8790,
-    accounts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Who may sign in: on each line name, read or write, and a digest."),
-    ] = None,
-    new_account: Annotated[
-        str | None,
-        typer.Option(
-            "--new-account",
-            metavar="NAME:ROLE",
-            help="Add an account to that file, print its token, and end. The role is read or write.",
-        ),
-    ] = None,
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="With the token printed at the start one may look, not act.")
-    ] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The token lets users look, not act.")] = False,
     public_name: Annotated[
         list[str] | None,
         typer.Option(
-            "--public-name", metavar="NAME", help="A name by which browsers reach it. Needed but for loopback."
+            "--public-name", metavar="NAME", help="A name by which browsers reach it. Needed off loopback."
         ),
     ] = None,
     tls_certificate: Annotated[
@@ -76,26 +62,24 @@ def dashboard(
     redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = None,
 ) -> None:
-    """Serve the dashboard until SIGTERM or Ctrl-C: what goes on, and buttons to steer it.
+    """Serve the dashboard until SIGTERM or Ctrl-C: state of the system, and buttons to act on it.
 
     On loopback it prints an address with a token, to be opened in a browser of this host; the token is new at
-    every start, or that of DIRACX_TASKS_DASHBOARD_TOKEN. Elsewhere it starts with --accounts only, and wants TLS,
-    its own or that of a proxy before it. /healthz and /readyz answer without a token.
+    every start, or that of DIRACX_TASKS_DASHBOARD_TOKEN. Off loopback that variable must be set, and TLS
+    is needed, its own or that of a proxy before it. For several users serve it in the DiracX application.
+    /healthz and /readyz answer without a token.
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
     from ...web.auth.hosts import host_name, is_loopback
     from ..runtime.logs import set_up_logging
 
-    if new_account is not None:
-        _add_account(accounts, new_account)
-        return
     _needs("jinja2", "uvicorn")
     loopback, public_names = is_loopback(host), _public_names(public_name or [])
-    if not loopback and accounts is None:
+    if not loopback and not os.environ.get(_TOKEN_VARIABLE):
         raise UsageProblem(
-            f"--host {host} can be reached from elsewhere, and nobody would be asked who they are; give "
-            "--accounts FILE (--new-account NAME:ROLE makes it), or stay on 127.0.0.1"
+            f"--host {host} can be reached from other hosts: set {_TOKEN_VARIABLE} to the token to sign in with, "
+            "or stay on 127.0.0.1; for several users serve the dashboard in the DiracX application"
         )
     if not loopback and not public_names:
         raise UsageProblem(
@@ -106,7 +90,7 @@ def dashboard(
         raise UsageProblem("--tls-certificate and --tls-key go together")
     level = set_up_logging(log_level, LogLevel.WARNING)
     url = resolve_redis_url(redis_url, redis_url_file)
-    gate, token = _gate(accounts, read_only)
+    backend, token = _backend(read_only)
     names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
     tls: dict[str, Any] = {}
     if tls_certificate is not None:
@@ -123,15 +107,15 @@ def dashboard(
             from ...web.dashboard import create_app
 
             async with AsyncExitStack() as stack:
-                installation = await _open(stack, url, module)
+                context = await _open(stack, url, module)
 
-                async def this() -> Installation:
-                    return installation
+                async def this() -> AppContext:
+                    return context
 
-                app = create_app(this, gate, hosts=names.union(public_names))
+                app = create_app(this, backend, hosts=names.union(public_names))
                 await app.open()
                 stack.push_async_callback(app.aclose)
-                typer.echo(f"{address}sign-in?token={token}" if token else address)
+                typer.echo(f"{address}sign-in?token={token}" if loopback else address)
                 if not loopback and not tls:
                     typer.echo(_WITHOUT_TLS.format(host=host), err=True)
                 await _serve(app, listening, level, tls)
@@ -163,43 +147,12 @@ def _needs(*modules: str) -> None:
         )
 
 
-def _add_account(path: Path | None, wanted: str) -> None:
-    from ...web.auth.backends import AccountsError, Role, digest_of, new_token, read_accounts
-
-    if path is None:
-        raise UsageProblem("--new-account needs --accounts FILE, the file to add it to")
-    name, _, role = wanted.partition(":")
-    if role not in [*Role] or not name.isprintable() or not name or "#" in name or name.split() != [name]:
-        raise UsageProblem(f"--new-account {wanted!r}: write NAME:read or NAME:write, the name without blanks")
-    try:
-        if path.exists() and any(account.name == name for account in read_accounts(path)):
-            raise UsageProblem(f"{path} has an account {name!r} already; remove its line first")
-    except AccountsError as error:
-        raise CliError(str(error)) from error
-    token = new_token()
-    try:
-        # Digests of random tokens tell nothing, but who is there is nobody's business.
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
-            file.write(f"{name} {role} {digest_of(token)}\n")
-    except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror}") from error
-    typer.echo(token)
-
-
-def _gate(path: Path | None, read_only: bool) -> tuple[TokenGate, str | None]:
-    """Who comes in, and the token to be printed."""
+def _backend(read_only: bool) -> tuple[TokenBackend, str]:
+    """Return what signs users in, and the token for it."""
     import getpass
 
-    from ...web.auth.backends import Account, AccountsError, Role, TokenGate, digest_of, new_token, read_accounts
+    from ...web.auth.backends import Principal, Role, TokenBackend, new_token
 
-    if path is not None:
-        try:
-            accounts = read_accounts(path)
-        except AccountsError as error:
-            raise CliError(f"--accounts: {error}") from error
-        if not accounts:
-            raise CliError(f"--accounts: {path} has no account; add one with --new-account NAME:ROLE")
-        return TokenGate(accounts, "Whoever runs the dashboard has given you one."), None
     token = os.environ.get(_TOKEN_VARIABLE) or new_token()
     if len(token) < _LEAST_TOKEN:
         raise CliError(f"{_TOKEN_VARIABLE} has less than {_LEAST_TOKEN} characters, which can be guessed")
@@ -207,9 +160,9 @@ def _gate(path: Path | None, read_only: bool) -> tuple[TokenGate, str | None]:
         name = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         name = f"uid-{os.getuid()}"
-    account = Account(name, Role.READ if read_only else Role.WRITE, digest_of(token))
-    hint = "It is in the address that `diracx-task-run dashboard` printed at its start."
-    return TokenGate([account], hint), token
+    principal = Principal(name, Role.READ if read_only else Role.WRITE, vo=None)
+    hint = f"`diracx-task-run dashboard` printed it at its start, or it was started with it in {_TOKEN_VARIABLE}."
+    return TokenBackend({token: principal}, hint), token
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -223,10 +176,10 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> Installation:
+async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> AppContext:
     from ...plumbing.broker.server_check import Role
     from ...plumbing.config.cached import ConfigReader
-    from ...web.context import Installation
+    from ...web.context import AppContext
     from ..runtime.broker import open_broker
     from ..runtime.environment import unchecked_task_db
     from ..runtime.registry import load_registry
@@ -234,7 +187,7 @@ async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> In
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     registry = load_registry(module)
     task_db = await stack.enter_async_context(unchecked_task_db())
-    return Installation(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
+    return AppContext(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
 
 
 async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import LetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
-from ..context import Installation
+from ..context import AppContext
 from ..operator import Decided, NotPossibleError
 from . import models
 from .bounded import BoundedRoute
 from .databases import database_errors
-from .dependencies import InstallationReader, Reader, Writer, there
+from .dependencies import AllVOsReader, Reader, Writer, there
 from .responses import responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
@@ -141,14 +141,14 @@ async def get_failures(
 
 
 @router.get("/locks", response_model=models.LockPage, responses=_responses())
-async def get_locks(reader: InstallationReader, limit: Limit = 100, after: After = None) -> JSONResponse:
+async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """Locks that tasks hold or wait for, and limiters that were used within the last day."""
     return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
 
 
 @router.get("/locks/one", response_model=monitor.Lock, responses=_responses(404))
 async def get_lock(
-    reader: InstallationReader,
+    reader: AllVOsReader,
     key: Annotated[models.LockKey, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])],
 ) -> JSONResponse:
     """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
@@ -172,14 +172,14 @@ async def get_schedules(reader: Reader) -> JSONResponse:
 
 
 @router.get("/groups", response_model=list[GroupStatus], responses=_responses())
-async def get_groups(reader: InstallationReader, limit: Limit = 100) -> JSONResponse:
+async def get_groups(reader: AllVOsReader, limit: Limit = 100) -> JSONResponse:
     """Callback groups that have not called back, those that expire first first, without their children."""
     return await reader.answer(lambda: monitor.groups(reader.system.redis, limit))
 
 
 @router.get("/groups/{group_id}", response_model=GroupStatus, responses=_responses(404))
 async def get_group(
-    reader: InstallationReader, group_id: Annotated[str, Path(max_length=200, description="Its id.")]
+    reader: AllVOsReader, group_id: Annotated[str, Path(max_length=200, description="Its id.")]
 ) -> JSONResponse:
     """One callback group with its children."""
 
@@ -190,7 +190,7 @@ async def get_group(
 
 
 @router.get("/configuration", response_model=list[models.ConfigurationInForce], responses=_responses())
-async def get_configuration_in_force(reader: InstallationReader) -> JSONResponse:
+async def get_configuration_in_force(reader: AllVOsReader) -> JSONResponse:
     """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
 
     async def ask() -> Any:
@@ -329,7 +329,7 @@ async def get_dead_letter(
     return await reader.answer(ask)
 
 
-def _task_db(system: Installation) -> Any:
+def _task_db(system: AppContext) -> Any:
     if system.task_db is None:
         raise NotPossibleError("no database of dead letters is configured here; set DIRACX_DB_URL_TASKDB")
     return system.task_db

@@ -17,16 +17,12 @@ from redis.exceptions import RedisError
 from ...operations.audit import audited
 from ...plumbing.lock_registry import register_locked_object_type
 from ...plumbing.locks import RateLimiter
-from .environment import broker_url, installation_of_environment
+from ..auth.diracx import name_of
+from .environment import broker_url, context_of_environment
 
 logger = logging.getLogger(__name__)
 
 _Outcome = TypeVar("_Outcome")
-
-
-def name_of(user: AuthorizedUserInfo) -> str:
-    """Somebody's name for the audit log: no two have the same."""
-    return f"{user.preferred_username} ({user.sub})"
 
 
 _USER = register_locked_object_type("api_user")
@@ -71,7 +67,7 @@ class Recorder:
             logger.info("%s, %s, %s: %s", self._who, action, target, told(outcome))
             return outcome
         try:
-            redis = (await installation_of_environment()).redis
+            redis = (await context_of_environment()).redis
             if not self._is_admin and not await UserActionRate(_USER, self._user.sub).acquire(redis):
                 raise _too_often()
             vo = None if self._is_admin else self._user.vo

@@ -15,9 +15,9 @@ from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Depends, HTTPException, Request, Response
 
 from ..auth.code_flow import CodeFlow
-from ..auth.diracx import POLICY, DiracxDoor, DiracxGate
+from ..auth.diracx import POLICY, DiracxAuthContext, DiracxBackend
 from ..auth.policies import ConfigReader
-from .environment import installation_of_environment
+from .environment import context_of_environment
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -28,8 +28,7 @@ _BELOW = "/api/tasks/dashboard"
 #: Nobody tells us that the application is to stop, and its server waits for all connections.
 _STREAM_SECONDS = 20.0
 
-# It has a door of its own, for browsers send no `Authorization` by themselves. What is behind it is no interface
-# for programs.
+# It has a sign-in of its own, for browsers send no `Authorization` by themselves. It is no interface for programs.
 router = DiracxRouter(require_auth=False, include_in_schema=False, path_root="/api/tasks")
 
 Policies = Annotated[dict[str, Any], Depends(BaseAccessPolicy.all_used_access_policies)]
@@ -40,22 +39,22 @@ Policies = Annotated[dict[str, Any], Depends(BaseAccessPolicy.all_used_access_po
 async def dashboard(
     path: str, request: Request, settings: AuthSettings, policies: Policies, config: ConfigReader
 ) -> Response:
-    """Hand the request on to the dashboard, with what its gate must know."""
-    await installation_of_environment()  # says what is missing, as any other route does
-    return _HandedOn(_app(), DiracxDoor(request.app, settings, policies[POLICY].policy, config))
+    """Hand the request on to the dashboard, with what its back end needs."""
+    await context_of_environment()  # says what is missing, as any other route does
+    return _HandedOn(_app(), DiracxAuthContext(request.app, settings, policies[POLICY].policy, config))
 
 
 class _HandedOn(Response):
     """The answer that the dashboard gives."""
 
-    def __init__(self, app: DashboardApp, door: DiracxDoor) -> None:
+    def __init__(self, app: DashboardApp, diracx: DiracxAuthContext) -> None:
         super().__init__()
         self._app = app
-        self._door = door
+        self._diracx = diracx
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         below = str(scope.get("root_path", "")) + _BELOW
-        state = {**scope.get("state", {}), "door": self._door}
+        state = {**scope.get("state", {}), "diracx": self._diracx}
         await self._app({**scope, "root_path": below, "state": state}, receive, send)
 
 
@@ -77,6 +76,6 @@ def _app() -> DashboardApp:
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
-        app = create_app(installation_of_environment, DiracxGate(CodeFlow(_BELOW)), stream_seconds=_STREAM_SECONDS)
+        app = create_app(context_of_environment, DiracxBackend(CodeFlow(_BELOW)), stream_seconds=_STREAM_SECONDS)
         _of_loop[loop] = app
     return app

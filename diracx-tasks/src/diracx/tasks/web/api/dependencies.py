@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InstallationReader", "Reader", "Writer", "there"]
+__all__ = ["AllVOsReader", "Reader", "Writer", "there"]
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from ...operations.visibility import Viewer
 from ...plumbing._util.passwords import mask
 from ...plumbing.exceptions import SendTaskError
 from ..auth.access_policies import ActionType, CheckTasksPolicyCallable
+from ..auth.diracx import name_of
 from ..auth.policies import ConfigReader
-from ..context import Installation
+from ..context import AppContext
 from ..operator import NotPossibleError, Operator
-from .audit_logger import name_of
-from .environment import installation_of_environment
+from .environment import context_of_environment
 
 _Answer = TypeVar("_Answer")
 
@@ -43,7 +43,7 @@ class _Answering:
 class _Reader(_Answering):
     """A user who may look."""
 
-    system: Installation
+    system: AppContext
     viewer: Viewer
     """What the user sees of what belongs to a VO."""
 
@@ -63,23 +63,23 @@ async def _reader(user: User, check: CheckTasksPolicyCallable, config: ConfigRea
         viewer = Viewer(user.vo)
     else:
         viewer = Viewer(None)
-    return _Reader(await installation_of_environment(), viewer)
+    return _Reader(await context_of_environment(), viewer)
 
 
-async def _installation_reader(check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
+async def _all_vos_reader(check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
     await check(action=ActionType.READ_ALL, config=config)
-    return _Reader(await installation_of_environment(), Viewer(None))
+    return _Reader(await context_of_environment(), Viewer(None))
 
 
 async def _writer(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Writer:
     await check(action=ActionType.WRITE, config=config)
-    return _Writer(Operator(await installation_of_environment(), name_of(user), "api"))
+    return _Writer(Operator(await context_of_environment(), name_of(user), "api"))
 
 
 # The policy is asked before anything of the request is looked at, or opened.
 Reader = Annotated[_Reader, Depends(_reader)]
 """For what belongs to VOs (the route shows what `viewer` sees), and for numbers of the installation."""
-InstallationReader = Annotated[_Reader, Depends(_installation_reader)]
+AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
 """For what belongs to no VO: whether there is such a thing is not told to others either."""
 Writer = Annotated[_Writer, Depends(_writer)]
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from fastapi import HTTPException
 
 from ...plumbing.broker.address import REDIS_URL_VARIABLE
-from ..context import Installation
+from ..context import AppContext
 
 if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: An application has one event loop; tests have many.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[Installation]] = WeakKeyDictionary()
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[AppContext]] = WeakKeyDictionary()
 #: Databases go with the process, as the broker's connections do. An engine that nobody holds open is disposed of.
 _left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakKeyDictionary()
 
 
-async def installation_of_environment() -> Installation:
+async def context_of_environment() -> AppContext:
     """What DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration name.
 
     Raises:
@@ -44,7 +44,7 @@ async def installation_of_environment() -> Installation:
         raise
 
 
-async def _open() -> Installation:
+async def _open() -> AppContext:
     from ...plumbing._util.passwords import mask
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.config.cached import ConfigReader
@@ -58,7 +58,7 @@ async def _open() -> Installation:
     registry = load_task_registry()
     with _address_errors_as_503():
         broker = RedisStreamBroker(url)
-    return Installation(broker, registry, ConfigReader.of_environment(registry), await _task_db(), mask(url))
+    return AppContext(broker, registry, ConfigReader.of_environment(registry), await _task_db(), mask(url))
 
 
 def broker_url() -> str | None:

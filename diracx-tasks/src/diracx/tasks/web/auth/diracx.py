@@ -1,8 +1,8 @@
-"""The gate of the dashboard in the DiracX application: its tokens, and what the access policy makes of them."""
+"""Authentication with access tokens of DiracX and its access policy, for the dashboard in the application."""
 
 from __future__ import annotations
 
-__all__ = ["POLICY", "DiracxDoor", "DiracxGate", "role_of"]
+__all__ = ["POLICY", "DiracxAuthContext", "DiracxBackend", "name_of", "role_of"]
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,16 +12,20 @@ from diracx.core.settings import AuthSettings
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import FastAPI, HTTPException, Request
 
-from ..api.audit_logger import name_of
 from .access_policies import ActionType
-from .backends import Principal, Provider, Role
+from .backends import LoginProvider, Principal, Role
 
 POLICY = "tasks"
 
 
+def name_of(user: AuthorizedUserInfo) -> str:
+    """Return the name of a user for the audit log: no two have the same."""
+    return f"{user.preferred_username} ({user.sub})"
+
+
 @dataclass(frozen=True)
-class DiracxDoor:
-    """What DiracX decides by; `door` in the state of a request."""
+class DiracxAuthContext:
+    """What DiracX decides by; it is `diracx` in the state of a request."""
 
     application: FastAPI
     settings: AuthSettings
@@ -29,52 +33,52 @@ class DiracxDoor:
     config: Callable[[], Awaitable[Config]]
 
 
-class DiracxGate:
-    """Sessions that are access tokens of DiracX: as long as a token is good, and as far as the policy lets it.
+class DiracxBackend:
+    """Takes access tokens of DiracX as sessions, as long as a token is valid and as far as the policy allows.
 
     Args:
-        provider: where else one gets a token.
+        provider: gets a token by redirect.
     """
 
     credential = "DiracX access token"
     takes_links = False
     hint = "`dirac login` gets one; it is the `access_token` in ~/.cache/diracx/credentials.json."
 
-    def __init__(self, provider: Provider) -> None:
-        self.provider: Provider | None = provider
+    def __init__(self, provider: LoginProvider) -> None:
+        self.provider: LoginProvider | None = provider
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
-        """See `Gate`. Forms may bring it as it is copied, with `Bearer` or quotes around it."""
+        """See `AuthBackend`. Forms may bring it as it is copied, with `Bearer` or quotes around it."""
         token = credential.strip().removeprefix("Bearer ").strip().strip('"')
         return token if await self.principal(request, token) is not None else None
 
     async def principal(self, request: Request, secret: str) -> Principal | None:
-        """See `Gate`."""
-        door: DiracxDoor = request.state.door
+        """See `AuthBackend`."""
+        diracx: DiracxAuthContext = request.state.diracx
         try:
-            user: AuthorizedUserInfo = await verify_dirac_access_token(f"Bearer {secret}", door.settings)
+            user: AuthorizedUserInfo = await verify_dirac_access_token(f"Bearer {secret}", diracx.settings)
         except HTTPException:
             return None
-        if (role := await role_of(user, door)) is None:
+        if (role := await role_of(user, diracx)) is None:
             return None
-        sees_all = await _is_allowed(user, door, ActionType.READ_ALL)
+        sees_all = await _is_allowed(user, diracx, ActionType.READ_ALL)
         return Principal(name_of(user), role, None if sees_all else user.vo)
 
     async def sign_out(self, secret: str) -> None:
-        """See `Gate`. The token stays good elsewhere; the browser forgets it."""
+        """See `AuthBackend`. The token stays valid elsewhere; the browser forgets it."""
 
 
-async def role_of(user: AuthorizedUserInfo, door: DiracxDoor) -> Role | None:
-    """What the policy lets a user do, if anything."""
+async def role_of(user: AuthorizedUserInfo, diracx: DiracxAuthContext) -> Role | None:
+    """Return what the policy lets a user do, if anything."""
     for action, role in ((ActionType.WRITE, Role.WRITE), (ActionType.READ, Role.READ)):
-        if await _is_allowed(user, door, action):
+        if await _is_allowed(user, diracx, action):
             return role
     return None
 
 
-async def _is_allowed(user: AuthorizedUserInfo, door: DiracxDoor, action: ActionType) -> bool:
+async def _is_allowed(user: AuthorizedUserInfo, diracx: DiracxAuthContext, action: ActionType) -> bool:
     try:
-        await door.policy(POLICY, user, action=action, config=door.config)
+        await diracx.policy(POLICY, user, action=action, config=diracx.config)
     except HTTPException:
         return False
     return True

@@ -1,6 +1,6 @@
-"""What stands before every page: headers, hosts, sessions, and the origin and token of every form.
+"""Middleware of the dashboard: security headers, host names, sessions, and protection against forged forms.
 
-Nothing behind it has to remember any of this: a route that is added later is guarded as all others are.
+It guards every route, those that are added later as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .hosts import is_loopback
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .backends import Gate
+    from .backends import AuthBackend
 
 #: Everything comes from here, nothing is written into the page, nobody may frame it.
 CONTENT_SECURITY_POLICY = (
@@ -41,9 +41,9 @@ _HEADERS = {
 }
 FORM_FIELD = "form_token"
 CALLBACK = "/sign-in/callback"
-#: Where whoever has no session comes in.
+#: Paths that are open without a session.
 SIGN_IN = ("/sign-in", "/sign-in/start", CALLBACK)
-#: Bytes of a form, and of one of whoever has not signed in.
+#: Bytes of a form, and of a form without a session.
 _LONGEST_FORM, _LONGEST_SIGN_IN = 1_000_000, 32_000
 #: Characters of an address and of one field: keys of locks, and tokens, are the longest.
 _LONGEST_ADDRESS = _LONGEST_FIELD = 8_000
@@ -52,32 +52,32 @@ _MOST_FIELDS = 2_000
 
 
 def cookie_name(request: Request) -> str:
-    """Cookies do not keep the ports of a host apart, so the name does."""
+    """Return the name of the session cookie: it has the port, for cookies are the same on all ports of a host."""
     return f"tasks-dashboard-{request.url.port or request.url.scheme}"
 
 
 def path_below(scope: Scope) -> str:
-    """The path below the place where the dashboard is mounted."""
+    """Return the path below the one that the dashboard is mounted at."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) if path.startswith(root) else path
 
 
-class Guard:
-    """ASGI middleware.
+class AuthMiddleware:
+    """Checks every request before the dashboard sees it.
 
     Puts `principal`, `form_token`, `secure` (cookies go over TLS only) and, for a POST, `form` into the state of
     the request.
 
     Args:
-        app: what it guards.
-        gate: decides who comes in.
+        app: the application behind it.
+        backend: decides who may sign in.
         hosts: names by which the server may be called; None for any. Keeps a name that an attacker points
             to this address from being the same origin as ours.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, hosts: Collection[str] | None = None) -> None:
+    def __init__(self, app: ASGIApp, backend: AuthBackend, hosts: Collection[str] | None = None) -> None:
         self._app = app
-        self._gate = gate
+        self._backend = backend
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,19 +101,19 @@ class Guard:
         await (refusal or self._app)(scope, receive, with_headers)
 
     async def _refusal(self, request: Request, path: str) -> Response | None:
-        called = _called(request)
+        called = _host_of(request)
         # A proxy that speaks TLS asks us without, but by the name that browsers know.
         by_public_name = self._hosts is not None and not is_loopback(called or "")
         request.state.secure = request.url.scheme == "https" or by_public_name
         if self._hosts is not None and called not in self._hosts:
-            return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
+            return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name")
         if (refusal := _about_address(request, path)) is not None:
             return refusal
         # Pages of the same host on other ports get the cookies along, and could read what they fetch.
         if request.headers.get("sec-fetch-mode", "navigate") != "navigate" and not _from_here(request):
-            return _plain(HTTPStatus.FORBIDDEN, "this is for pages of our own")
+            return _plain(HTTPStatus.FORBIDDEN, "this is for pages of the dashboard only")
         secret = request.cookies.get(cookie_name(request), "")
-        principal = await self._gate.principal(request, secret) if secret else None
+        principal = await self._backend.principal(request, secret) if secret else None
         request.state.principal = principal
         request.state.form_token = form_token(secret) if principal else ""
         if request.method == "POST":
@@ -155,8 +155,8 @@ def _about_address(request: Request, path: str) -> Response | None:
     return None
 
 
-def _called(request: Request) -> str | None:
-    """The name by which we were called, without the port."""
+def _host_of(request: Request) -> str | None:
+    """Return the host of a request, without the port."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
@@ -194,7 +194,7 @@ async def _read_form(request: Request, longest: int) -> dict[str, list[str]] | R
 
 
 def _from_here(request: Request) -> bool:
-    """Whether a page of ours asks. Browsers say so; what says nothing is no browser."""
+    """Whether a page of the dashboard sent the request. Browsers say so; clients that do not are no browsers."""
     site = request.headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         return False

@@ -26,8 +26,8 @@ from ...plumbing._util.passwords import mask
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
 from ...plumbing.sql.errors import DatabaseError
-from ..auth.middleware import Guard, cookie_name
-from ..auth.routes import Door, own_path, root_of, set_cookie
+from ..auth.middleware import AuthMiddleware, cookie_name
+from ..auth.routes import AuthRoutes, own_path, root_of, set_cookie
 from ..operator import NotPossibleError, Operator
 from ..sse import SHARED_SECONDS, stream
 from .health import probe
@@ -38,8 +38,8 @@ from .rendering import STATIC, environment, render, text_of
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from ..auth.backends import Gate
-    from ..context import Installation
+    from ..auth.backends import AuthBackend
+    from ..context import AppContext
 
 #: What a page may raise and the server behind it may suffer from. Each has its own words.
 _FORESEEN: tuple[type[Exception], ...] = (
@@ -58,7 +58,7 @@ _FORESEEN: tuple[type[Exception], ...] = (
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
-_SAID = "tasks-dashboard-said"
+_FLASH = "tasks-dashboard-flash"
 #: Probes do not wait longer.
 _READY_SECONDS = 2.0
 _ALERTS_SECONDS = 0.5
@@ -79,8 +79,8 @@ def installed_extensions() -> list[Extension]:
 
 
 def create_app(
-    installation: Callable[[], Awaitable[Installation]],
-    gate: Gate,
+    context: Callable[[], Awaitable[AppContext]],
+    backend: AuthBackend,
     *,
     hosts: Collection[str] | None = None,
     extensions: Sequence[Extension] | None = None,
@@ -89,15 +89,15 @@ def create_app(
     """The dashboard, for a server of its own or below a path of another application.
 
     Args:
-        installation: what it looks at; called once, before the first page.
-        gate: decides who comes in.
+        context: what it looks at; called once, before the first page.
+        backend: decides who comes in.
         hosts: names by which the server may be called; None for any.
         extensions: further pages; by default all that are installed.
         stream_seconds: how long a live page holds a connection before it makes another. A server that is told
             to stop waits for those who do not know of it.
     """
     chosen = installed_extensions() if extensions is None else list(extensions)
-    return DashboardApp(installation, gate, hosts, chosen, stream_seconds)
+    return DashboardApp(context, backend, hosts, chosen, stream_seconds)
 
 
 class DashboardApp:
@@ -105,15 +105,15 @@ class DashboardApp:
 
     def __init__(
         self,
-        installation: Callable[[], Awaitable[Installation]],
-        gate: Gate,
+        context: Callable[[], Awaitable[AppContext]],
+        backend: AuthBackend,
         hosts: Collection[str] | None,
         extensions: Sequence[Extension],
         stream_seconds: float,
     ) -> None:
-        self._find_installation = installation
-        self._installation: Installation | None = None
-        self._gate = gate
+        self._open_context = context
+        self._context: AppContext | None = None
+        self._backend = backend
         self._extensions = extensions
         self._stream_seconds = stream_seconds
         self._opening = asyncio.Lock()
@@ -124,7 +124,7 @@ class DashboardApp:
         pages = [*PAGES, *(page for extension in extensions for page in extension.pages)]
         actions = [*ACTIONS, *(action for extension in extensions for action in extension.actions)]
         self._templates.globals["navigation"] = _navigation(pages)
-        self._app = Guard(self._routes(pages, actions), gate, hosts)
+        self._app = AuthMiddleware(self._routes(pages, actions), backend, hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -141,15 +141,15 @@ class DashboardApp:
             return False, []
         try:
             await self.open()
-            redis = self.installation.redis
+            redis = self.context.redis
             async with asyncio.timeout(_READY_SECONDS):
-                await self.installation.answers.get("ready", lambda: redis.execute_command("PING"), 1.0)
+                await self.context.answers.get("ready", lambda: redis.execute_command("PING"), 1.0)
         except Exception:
             logger.debug("not ready", exc_info=True)
             return False, ["critical server_away"]
         try:
             async with asyncio.timeout(_ALERTS_SECONDS):
-                return True, (await self.installation.health()).names()
+                return True, (await self.context.health()).names()
         except Exception:  # a database that is slow must not make the dashboard count as not ready
             logger.debug("no alerts", exc_info=True)
             return True, []
@@ -157,12 +157,12 @@ class DashboardApp:
     async def open(self) -> None:
         """Open what the pages need, if that has not been done."""
         async with self._opening:
-            if self._installation is not None:
+            if self._context is not None:
                 return
             async with AsyncExitStack() as stack:
                 for extension in self._extensions:
                     await stack.enter_async_context(extension.lifespan())
-                self._installation = await self._find_installation()
+                self._context = await self._open_context()
                 # Only now: what could not be opened as a whole is closed again, and the next one begins anew.
                 self._stack = stack.pop_all()
 
@@ -173,8 +173,8 @@ class DashboardApp:
     async def aclose(self) -> None:
         """Close what was opened for extensions and health checks."""
         self.end_streams()
-        if self._installation is not None:
-            await self._installation.aclose()
+        if self._context is not None:
+            await self._context.aclose()
         await self._stack.aclose()
 
     def _routes(self, pages: Sequence[Page], actions: Sequence[Action]) -> FastAPI:
@@ -186,7 +186,7 @@ class DashboardApp:
 
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
         app.mount("/static", _LastingFiles(directory=STATIC))
-        for path, handler, methods in Door(self._gate, self._page).routes():
+        for path, handler, methods in AuthRoutes(self._backend, self._page).routes():
             app.add_route(path, handler, methods=methods)
         for page in pages:
             app.add_route(page.path, self._shower(page), methods=["GET"])
@@ -199,21 +199,21 @@ class DashboardApp:
         return app
 
     @property
-    def installation(self) -> Installation:
+    def context(self) -> AppContext:
         """What it looks at."""
-        assert self._installation is not None
-        return self._installation
+        assert self._context is not None
+        return self._context
 
     # --- pages ------------------------------------------------------------------------------------------
 
     def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def show(request: Request) -> Response:
             _check_may_see(page, request)
-            context = await self._loaded(page, request)
+            values = await self._loaded(page, request)
             # Who follows the page from here on must not be shown what was before it.
-            self.installation.answers.put(_same(page, request, "page"), context, SHARED_SECONDS)
-            charts = None if page.charts is None else json.dumps(await page.charts(request, self.installation))
-            return self._page(request, f"{page.name}.html", {**context, "charts": charts})
+            self.context.answers.put(_same(page, request, "page"), values, SHARED_SECONDS)
+            charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
+            return self._page(request, f"{page.name}.html", {**values, "charts": charts})
 
         return show
 
@@ -224,19 +224,17 @@ class DashboardApp:
 
             async def fragment() -> str:
                 key = _same(page, request, "page")
-                answers = self.installation.answers
-                context = await answers.get(key, lambda: self._loaded(page, request), SHARED_SECONDS)
-                return text_of(self._templates, request, f"_{page.name}.html", context)
+                answers = self.context.answers
+                values = await answers.get(key, lambda: self._loaded(page, request), SHARED_SECONDS)
+                return text_of(self._templates, request, f"_{page.name}.html", values)
 
             async def charts() -> dict[str, Any]:
                 look, key = page.charts, _same(page, request, "charts")
                 assert look is not None
-                return await self.installation.answers.get(
-                    key, lambda: look(request, self.installation), SHARED_SECONDS
-                )
+                return await self.context.answers.get(key, lambda: look(request, self.context), SHARED_SECONDS)
 
             async def still_allowed() -> bool:
-                return await self._gate.principal(request, secret) is not None
+                return await self._backend.principal(request, secret) is not None
 
             def explained(error: Exception) -> str:
                 return mask(_explained(request, error)[1])
@@ -256,7 +254,7 @@ class DashboardApp:
 
     async def _loaded(self, page: Page, request: Request) -> dict[str, Any]:
         try:
-            return self._about(page) | await page.load(request, self.installation)
+            return self._about(page) | await page.load(request, self.context)
         except ValueError as error:
             if not request.query_params:  # which is no fault of whoever asked
                 raise
@@ -268,20 +266,20 @@ class DashboardApp:
             "nav": page.nav or page.path,
             "live": page.live,
             "charts": None,
-            "label": self.installation.label,
+            "label": self.context.label,
         }
 
-    def _page(self, request: Request, template: str, context: dict[str, Any], status: int = 200) -> Response:
-        said = _said(request)
-        response = render(self._templates, request, template, {"said": said, "live": False, **context}, status)
-        if said is not None:
-            response.delete_cookie(_SAID, path=root_of(request) or "/")
+    def _page(self, request: Request, template: str, values: dict[str, Any], status: int = 200) -> Response:
+        flash = _flash(request)
+        response = render(self._templates, request, template, {"flash": flash, "live": False, **values}, status)
+        if flash is not None:
+            response.delete_cookie(_FLASH, path=root_of(request) or "/")
         return response
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         status, text = _explained(request, error)
-        context = {"title": HTTPStatus(status).phrase, "nav": "", "text": text, "label": "", "charts": None}
-        return self._page(request, "error.html", context, status)
+        values = {"title": HTTPStatus(status).phrase, "nav": "", "text": text, "label": "", "charts": None}
+        return self._page(request, "error.html", values, status)
 
     # --- actions ----------------------------------------------------------------------------------------
 
@@ -292,27 +290,27 @@ class DashboardApp:
             if form.one("confirmed") != "yes":
                 return await self._ask(request, action, form)
             principal = request.state.principal
-            operator = Operator(self.installation, principal.name, "dashboard", principal.vo)
+            operator = Operator(self.context, principal.name, "dashboard", principal.vo)
             try:
                 outcome, ok = await action.do(form, operator), True
             except (NotPossibleError, ValueError) as error:
                 outcome, ok = str(error), False
             response = RedirectResponse(root_of(request) + own_path(form.one("next", "/")), HTTPStatus.SEE_OTHER)
-            said = quote(json.dumps({"ok": ok, "text": outcome[:500]}))
-            set_cookie(response, request, _SAID, said, max_age=60)
+            flash = quote(json.dumps({"ok": ok, "text": outcome[:500]}))
+            set_cookie(response, request, _FLASH, flash, max_age=60)
             return response
 
         return act
 
     async def _ask(self, request: Request, action: Action, form: Form) -> Response:
         try:
-            question = await action.ask(form, self.installation)
+            question = await action.ask(form, self.context)
         except (NotPossibleError, ValueError) as error:
             question = None
             problem = str(error)
         else:
             problem = ""
-        context = {
+        values = {
             "question": question,
             "problem": problem,
             "action": action.path,
@@ -325,15 +323,15 @@ class DashboardApp:
             "next": own_path(form.one("next", "/")),
         }
         if "hx-request" in request.headers:
-            return render(self._templates, request, "_question.html", context)
+            return render(self._templates, request, "_question.html", values)
         title = question.title if question else "Not possible"
-        whole = {"title": title, "nav": "", "label": self.installation.label, "charts": None, **context}
+        whole = {"title": title, "nav": "", "label": self.context.label, "charts": None, **values}
         return self._page(request, "question.html", whole)
 
 
 def _check_may_see(what: Page | Action, request: Request) -> None:
     """Refuse a page or an action about all VOs to a principal of one VO, whatever is on it."""
-    if what.installation_wide and not viewer_of(request).sees(None):
+    if what.all_vos and not viewer_of(request).sees(None):
         raise HTTPException(
             HTTPStatus.FORBIDDEN,
             "This is about all VOs: it needs the property ServiceAdministrator.",
@@ -390,9 +388,9 @@ def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:
     return [(name, listed) for name, listed in sections.items() if listed]
 
 
-def _said(request: Request) -> dict[str, Any] | None:
+def _flash(request: Request) -> dict[str, Any] | None:
     try:
-        said = json.loads(unquote(request.cookies.get(_SAID, "")))
-        return {"ok": bool(said["ok"]), "text": str(said["text"])}
+        flash = json.loads(unquote(request.cookies.get(_FLASH, "")))
+        return {"ok": bool(flash["ok"]), "text": str(flash["text"])}
     except (ValueError, KeyError, TypeError):
         return None

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from ...operations import MASK, masked_arguments
 from ...operations.visibility import Viewer
 from ...plumbing.broker.models import TaskMessage
-from ..context import Installation
+from ..context import AppContext
+from ..forms import Form, integer
 from ..operator import NotPossibleError, Operator
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = [
     "MASK",
     "Action",
+    "AppContext",
     "Extension",
     "Form",
-    "Installation",
     "NotFoundError",
     "NotPossibleError",
     "Operator",
@@ -63,7 +64,7 @@ class Page:
     """Where it is, as `/queues/{queue}`."""
     name: str
     title: str
-    load: Callable[[Request, Installation], Awaitable[Values]]
+    load: Callable[[Request, AppContext], Awaitable[Values]]
     """What its templates show. Of the request only path, query and `state.principal.vo` may count: all for whom
     these are the same share it.
 
@@ -75,44 +76,10 @@ class Page:
     """The heading of the navigation below which it is listed; None: it is not."""
     live: bool = True
     """Whether it follows what happens by itself."""
-    installation_wide: bool = False
+    all_vos: bool = False
     """Whether it shows what belongs to all VOs, or to none: only principals without a VO may look at it then."""
-    charts: Callable[[Request, Installation], Awaitable[Values]] | None = None
+    charts: Callable[[Request, AppContext], Awaitable[Values]] | None = None
     """Name of a chart -> `{"t": seconds since the epoch, "series": [{label, values}, …]}`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What was sent along with an action."""
-
-    fields: Mapping[str, Sequence[str]]
-
-    def one(self, name: str, default: str = "") -> str:
-        """The first value of a field."""
-        return next(iter(self.fields.get(name, ())), default)
-
-    def many(self, name: str) -> list[str]:
-        """All values of a field, each once."""
-        return list(dict.fromkeys(self.fields.get(name, ())))
-
-    def numbers(self, name: str) -> list[int]:
-        """The same, of a field of numbers.
-
-        Raises:
-            NotPossibleError: one of them is none.
-        """
-        return [integer(text) for text in self.many(name)]
-
-
-def integer(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
-    """A number that was typed.
-
-    Raises:
-        NotPossibleError: it is none, or out of range.
-    """
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= most:
-        raise NotPossibleError(f"{text[:40]!r} is no number from {least} to {most}")
-    return int(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +110,14 @@ class Action:
     """Something that can be done: asked about first, then done, then told."""
 
     path: str
-    ask: Callable[[Form, Installation], Awaitable[Question]]
+    ask: Callable[[Form, AppContext], Awaitable[Question]]
     """Raises `NotPossibleError` when there is nothing to ask about."""
     do: Callable[[Form, Operator], Awaitable[str]]
     """Does it, and says what came of it.
 
     Raises `NotPossibleError`.
     """
-    installation_wide: bool = False
+    all_vos: bool = False
     """Whether it is about all VOs: only principals without a VO are asked about it then, and may do it."""
 
 

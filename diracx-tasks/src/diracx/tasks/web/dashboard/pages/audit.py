@@ -6,21 +6,21 @@ from typing import Any
 
 from ....operations.audit import read_audit
 from ....operations.cursors import place_in_stream
-from ..page import Installation, Page, Request, viewer_of
+from ..page import AppContext, Page, Request, viewer_of
 
 _PAGE = 100
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     query = request.query_params
     before, vo = query.get("after"), viewer_of(request).chosen(query.get("vo") or None)
-    entries = await read_audit(installation.redis, _PAGE, place_in_stream(before) if before else None, vo=vo)
+    entries = await read_audit(context.redis, _PAGE, place_in_stream(before) if before else None, vo=vo)
     return {
         "entries": entries,
         "after": entries[-1].id if len(entries) == _PAGE else None,
         "vo": vo,
         # Which logs there are: the administrators', and one of each VO.
-        "vos": (await installation.settings()).vos if viewer_of(request).sees(None) else (),
+        "vos": (await context.settings()).vos if viewer_of(request).sees(None) else (),
     }
 
 

@@ -6,31 +6,31 @@ from typing import Any
 
 from ....operations.settings import limit_records, task_records
 from ....plumbing.config.active import InForce, configurations_in_force
-from ..page import Installation, Page, Request
+from ..page import AppContext, Page, Request
 
 #: Of more tasks than these a page has the settings one by one.
 _UNFOLDED = 20
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    entries = await configurations_in_force(installation.redis)
-    settings = await installation.settings()
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
+    entries = await configurations_in_force(context.redis)
+    settings = await context.settings()
     wanted = request.query_params.get("task", "")
     tasks = [
         record
-        for name in sorted(installation.registry)
+        for name in sorted(context.registry)
         if not wanted or name == wanted
-        for record in task_records(settings.tasks, name, installation.registry[name], None)
+        for record in task_records(settings.tasks, name, context.registry[name], None)
     ]
     return {
         "entries": entries,
         "digests": sorted({entry.digest for entry in entries}),
         "lines": _lines(entries),
-        "source": installation.config_source,
+        "source": context.config_source,
         "problems": settings.problems,
         "tasks": [record | {"rows": list(_rows(record))} for record in tasks],
         "limits": limit_records(settings.tasks, None),
-        "names": sorted(installation.registry),
+        "names": sorted(context.registry),
         "wanted": wanted,
         "unfolded": len(tasks) <= _UNFOLDED,
     }
@@ -62,6 +62,6 @@ PAGES = [
         _load,
         section="Steering",
         live=False,
-        installation_wide=True,
+        all_vos=True,
     )
 ]

@@ -17,8 +17,8 @@ from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...operator import Decided
 from ..page import (
     Action,
+    AppContext,
     Form,
-    Installation,
     NotFoundError,
     NotPossibleError,
     Operator,
@@ -47,7 +47,7 @@ _STATUSES: dict[str, Any] = {
 _AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 
 
-async def _list(request: Request, installation: Installation) -> dict[str, Any]:
+async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     query, viewer = request.query_params, viewer_of(request)
     chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
     status = query.get("status", "open")
@@ -59,17 +59,17 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         "reasons": [str(reason) for reason in DeadLetterReason],
         "statuses": list(_STATUSES),
         "ages": list(_AGES),
-        "configured": installation.task_db is not None,
+        "configured": context.task_db is not None,
         "most": _MOST,
         "after": None,
         "away": None,
-        "waiting": (await installation.snapshot()).dead_letters_waiting,
+        "waiting": (await context.snapshot()).dead_letters_waiting,
         "waiting_letters": [],
     }
     if shown["waiting"]:
-        look = partial(waiting_letters, installation.redis, registry=installation.registry)
+        look = partial(waiting_letters, context.redis, registry=context.registry)
         shown["waiting_letters"] = (await viewer.page(look, _WAITING_SHOWN, None)).items
-    if installation.task_db is None:
+    if context.task_db is None:
         return shown
     try:
         where: LetterFilter = {**_where(chosen, status), "vo": viewer.vo}
@@ -78,22 +78,22 @@ async def _list(request: Request, installation: Installation) -> dict[str, Any]:
         raise NotFoundError(str(error)) from error
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            letters = await installation.task_db.summaries(**where, limit=_PAGE, after_id=after)
-            total = sum((await installation.task_db.count(**where)).values())
+            letters = await context.task_db.summaries(**where, limit=_PAGE, after_id=after)
+            total = sum((await context.task_db.count(**where)).values())
     except (SQLAlchemyError, DBUnavailableError, OSError, TimeoutError) as error:
         return shown | {"away": database_error(error)}
     more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
     return shown | {"letters": letters, "total": total, "after": more}
 
 
-async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     key = request.path_params["letter"]
-    if installation.task_db is None:
+    if context.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
-    letter = await find_letter(installation.task_db, key, viewer_of(request))
+    letter = await find_letter(context.task_db, key, viewer_of(request))
     if letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
-    arguments = letter_arguments(letter, installation.registry)
+    arguments = letter_arguments(letter, context.registry)
     return {"letter": letter, "arguments": arguments, "size": len(letter["message"])}
 
 
@@ -122,22 +122,22 @@ def _of_form(form: Form, status: str) -> tuple[list[int] | None, LetterFilter]:
     return numbers, {}
 
 
-async def _asked(form: Form, installation: Installation, status: str) -> tuple[int, list[str]]:
+async def _asked(form: Form, context: AppContext, status: str) -> tuple[int, list[str]]:
     """How many it is about, and which."""
-    if installation.task_db is None:
+    if context.task_db is None:
         raise NotPossibleError("No database of dead letters is configured here.")
     numbers, where = _of_form(form, status)
     if numbers is not None:
         return len(numbers), [f"number {number}" for number in numbers]
-    total = sum((await installation.task_db.count(**where)).values())
+    total = sum((await context.task_db.count(**where)).values())
     if not total:
         raise NotPossibleError("There are no such dead letters.")
     said = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]
     return min(total, _MOST), said or ["all that are open"]
 
 
-async def _ask_retry(form: Form, installation: Installation) -> Question:
-    number, details = await _asked(form, installation, "open")
+async def _ask_retry(form: Form, context: AppContext) -> Question:
+    number, details = await _asked(form, context, "open")
     return Question(
         f"Submit {_letters(number)} again?",
         "They go to their queues under their old task ids, with all their retries. Each is submitted once, "
@@ -147,8 +147,8 @@ async def _ask_retry(form: Form, installation: Installation) -> Question:
     )
 
 
-async def _ask_discard(form: Form, installation: Installation) -> Question:
-    number, details = await _asked(form, installation, "pending")
+async def _ask_discard(form: Form, context: AppContext) -> Question:
+    number, details = await _asked(form, context, "pending")
     return Question(
         f"Discard {_letters(number)}?",
         "They will not run again. Their rows stay in the database, as discarded.",

@@ -7,18 +7,18 @@ from typing import Any
 
 from .... import operations as monitor
 from ....operations import DELAY_REASONS
-from ..page import Installation, NotFoundError, Page, Request, viewer_of
+from ..page import AppContext, NotFoundError, Page, Request, viewer_of
 
 _PAGE = 50
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     reason = request.query_params.get("reason") or None
     if reason is not None and reason not in DELAY_REASONS:
         raise NotFoundError(f"Tasks are not delayed for {reason[:40]!r}.")
-    look = partial(monitor.delayed, installation.redis, reason, registry=installation.registry)
+    look = partial(monitor.delayed, context.redis, reason, registry=context.registry)
     page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
-    snapshot = await installation.snapshot()
+    snapshot = await context.snapshot()
     return {"page": page, "counts": snapshot.delayed, "reason": reason, "overdue": snapshot.overdue}
 
 

@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any
 
 from .... import operations as monitor
-from ..page import Installation, Page, Request, viewer_of
+from ..page import AppContext, Page, Request, viewer_of
 
 #: Each has a traceback.
 _PAGE = 20
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     task = request.query_params.get("task") or None
-    look = partial(monitor.failures, installation.redis, task_name=task)
+    look = partial(monitor.failures, context.redis, task_name=task)
     page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     return {"page": page, "task": task}
 

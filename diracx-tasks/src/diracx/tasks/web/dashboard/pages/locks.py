@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from .... import operations as monitor
-from ..page import Action, Form, Installation, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+from ..page import Action, AppContext, Form, NotFoundError, NotPossibleError, Operator, Page, Question, Request
 
 _PAGE = 100
 
 
-async def _all(request: Request, installation: Installation) -> dict[str, Any]:
-    return {"page": await monitor.locks(installation.redis, _PAGE, request.query_params.get("after"))}
+async def _all(request: Request, context: AppContext) -> dict[str, Any]:
+    return {"page": await monitor.locks(context.redis, _PAGE, request.query_params.get("after"))}
 
 
-async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     key = request.query_params.get("key", "")
     try:
-        found = await monitor.lock(installation.redis, key)
+        found = await monitor.lock(context.redis, key)
     except ValueError as error:
         raise NotFoundError(str(error)) from error
     return {"lock": found, "key": key}
 
 
-async def _ask_release(form: Form, installation: Installation) -> Question:
+async def _ask_release(form: Form, context: AppContext) -> Question:
     key = form.one("key")
-    found = await monitor.lock(installation.redis, key)
+    found = await monitor.lock(context.redis, key)
     if found is None or not found.held:
         raise NotPossibleError(f"Nobody holds {key[:200]!r} any more.")
     if found.kind == "rate":
@@ -60,7 +60,7 @@ async def _release(form: Form, operator: Operator) -> str:
 
 
 PAGES = [
-    Page("/locks", "locks", "Locks", _all, section="Steering", installation_wide=True),
-    Page("/locks/one", "lock", "Lock", _one, nav="/locks", installation_wide=True),
+    Page("/locks", "locks", "Locks", _all, section="Steering", all_vos=True),
+    Page("/locks/one", "lock", "Lock", _one, nav="/locks", all_vos=True),
 ]
 ACTIONS = [Action("/locks/release", _ask_release, _release)]

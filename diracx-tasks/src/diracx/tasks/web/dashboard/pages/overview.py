@@ -16,22 +16,22 @@ from ....operations.health.alerts import worst
 from ....operations.health.runner import DEAD_LETTERS, unreadable
 from ....plumbing.broker.stored import UnreadableKeyError
 from ...context import Load
-from ..page import Installation, Page, Request, viewer_of
+from ..page import AppContext, Page, Request, viewer_of
 
 _FAILURES = 6
 #: Number of a colour; the third in order would be red, which is for failures.
 _VIOLET = 5
 
 
-async def load(request: Request, installation: Installation) -> dict[str, Any]:
+async def load(request: Request, context: AppContext) -> dict[str, Any]:
     """What the page shows, as far as it can be had: the alerts say what cannot."""
-    viewer, whole = viewer_of(request), await installation.health()
+    viewer, whole = viewer_of(request), await context.health()
     health = whole.for_viewer(viewer)
     shown: dict[str, Any] = {"health": health, "snapshot": None, "sizes": ("small", "medium", "large")}
     try:
-        snapshot = await installation.snapshot()
-        points = await installation.history()
-        failures = await viewer.page(partial(monitor.failures, installation.redis), _FAILURES, None)
+        snapshot = await context.snapshot()
+        points = await context.history()
+        failures = await viewer.page(partial(monitor.failures, context.redis), _FAILURES, None)
     except (RedisError, OSError):
         return shown
     except UnreadableKeyError as error:
@@ -39,12 +39,12 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
         alerts = sorted([unreadable(error), *others], key=lambda alert: -alert.severity.rank)
         return shown | {"health": replace(health, alerts=alerts, severity=worst(alerts))}
     letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
-    away = installation.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
+    away = context.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
     return shown | {
         "snapshot": snapshot,
         "failures": failures.items,
         "letters": None if away else sum(letters),
-        "no_letters": "no database here" if installation.task_db is None else "database away",
+        "no_letters": "no database here" if context.task_db is None else "database away",
         "waiting": sum(queue.backlog for queue in snapshot.queues),
         "running": sum(queue.running for queue in snapshot.queues),
         "slots": sum(worker.slots or 0 for worker in snapshot.workers if worker.alive),
@@ -57,14 +57,14 @@ async def load(request: Request, installation: Installation) -> dict[str, Any]:
     }
 
 
-async def charts(request: Request, installation: Installation) -> dict[str, Any]:
+async def charts(request: Request, context: AppContext) -> dict[str, Any]:
     """The past hour by the minute, and what of it was seen."""
     try:
-        points = await installation.history()
-        await installation.snapshot()
+        points = await context.history()
+        await context.snapshot()
     except (RedisError, OSError, UnreadableKeyError):
         return {"throughput": {"t": [], "series": []}, "load": {"t": [], "series": []}}
-    return {"throughput": throughput(points), "load": load_of(points, installation.loads)}
+    return {"throughput": throughput(points), "load": load_of(points, context.loads)}
 
 
 def throughput(points: list[Point]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from ....operations.cursors import queue_of
 from ....plumbing.broker.keys import ALL_STREAM_NAMES
 from ..page import (
     Action,
+    AppContext,
     Form,
-    Installation,
     NotFoundError,
     NotPossibleError,
     Operator,
@@ -25,8 +25,8 @@ _PAGE = 50
 _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
 
 
-async def _all(request: Request, installation: Installation) -> dict[str, Any]:
-    snapshot = await installation.snapshot()
+async def _all(request: Request, context: AppContext) -> dict[str, Any]:
+    snapshot = await context.snapshot()
     return {
         "queues": snapshot.queues,
         "sizes": {worker.size for worker in snapshot.workers if worker.alive},
@@ -34,13 +34,13 @@ async def _all(request: Request, installation: Installation) -> dict[str, Any]:
     }
 
 
-async def _one(request: Request, installation: Installation) -> dict[str, Any]:
+async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     name = request.path_params["queue"]
-    snapshot = await installation.snapshot()
+    snapshot = await context.snapshot()
     found = [queue for queue in snapshot.queues if queue.name == name]
     if not found:
         raise NotFoundError(f"There is no queue {name!r}.")
-    look = partial(monitor.peek, installation.redis, name, registry=installation.registry)
+    look = partial(monitor.peek, context.redis, name, registry=context.registry)
     try:
         page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     except ValueError as error:
@@ -48,9 +48,9 @@ async def _one(request: Request, installation: Installation) -> dict[str, Any]:
     return {"queue": found[0], "page": page, "heading": f"Queue {name}"}
 
 
-async def _ask_purge(form: Form, installation: Installation) -> Question:
+async def _ask_purge(form: Form, context: AppContext) -> Question:
     name = _checked(form)
-    snapshot = await installation.snapshot()
+    snapshot = await context.snapshot()
     [queue] = [queue for queue in snapshot.queues if queue.name == name]
     return Question(
         f"Remove all tasks that wait in {name}?",

@@ -6,19 +6,19 @@ from functools import partial
 from typing import Any
 
 from .... import operations as monitor
-from ..page import Action, Form, Installation, NotPossibleError, Operator, Page, Question, Request, viewer_of
+from ..page import Action, AppContext, Form, NotPossibleError, Operator, Page, Question, Request, viewer_of
 
 _PAGE = 100
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    look = partial(monitor.running, installation.redis, registry=installation.registry)
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
+    look = partial(monitor.running, context.redis, registry=context.registry)
     page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
-    snapshot = await installation.snapshot()
+    snapshot = await context.snapshot()
     return {"page": page, "total": sum(queue.running for queue in snapshot.queues)}
 
 
-async def _ask_cancel(form: Form, installation: Installation) -> Question:
+async def _ask_cancel(form: Form, context: AppContext) -> Question:
     ids, about = _ids(form), form.one("about")
     return Question(
         "Cancel this task?" if len(ids) == 1 else f"Cancel {len(ids)} tasks?",

@@ -8,8 +8,8 @@ from ....plumbing.scheduler import schedules
 from ....plumbing.scheduler.overview import somebody_leads
 from ..page import (
     Action,
+    AppContext,
     Form,
-    Installation,
     NotFoundError,
     NotPossibleError,
     Operator,
@@ -22,10 +22,10 @@ from ..page import (
 _PAGE = 100
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    settings = await installation.settings()
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
+    settings = await context.settings()
     viewer = viewer_of(request)
-    known = await schedules(installation.redis, installation.registry, settings.tasks, settings.vos)
+    known = await schedules(context.redis, context.registry, settings.tasks, settings.vos)
     states = [state for state in known if viewer.sees(state.vo)]
     wanted = request.query_params.get("vo", "")
     after = request.query_params.get("after", "")
@@ -38,7 +38,7 @@ async def _load(request: Request, installation: Installation) -> dict[str, Any]:
         "schedules": shown,
         "total": len(chosen),
         "after": shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
-        "leads": await somebody_leads(installation.redis),
+        "leads": await somebody_leads(context.redis),
         "vos": vos,
         "vo": wanted,
         "problems": settings.problems if viewer.sees(None) else (),
@@ -56,7 +56,7 @@ def _about(ids: list[str]) -> str:
     return ids[0] if len(ids) == 1 else f"{len(ids)} schedules"
 
 
-async def _ask_pause(form: Form, installation: Installation) -> Question:
+async def _ask_pause(form: Form, context: AppContext) -> Question:
     ids = _chosen(form)
     return Question(
         f"Pause {_about(ids)}?",
@@ -66,7 +66,7 @@ async def _ask_pause(form: Form, installation: Installation) -> Question:
     )
 
 
-async def _ask_resume(form: Form, installation: Installation) -> Question:
+async def _ask_resume(form: Form, context: AppContext) -> Question:
     ids = _chosen(form)
     return Question(
         f"Resume {_about(ids)}?",
@@ -76,7 +76,7 @@ async def _ask_resume(form: Form, installation: Installation) -> Question:
     )
 
 
-async def _ask_run(form: Form, installation: Installation) -> Question:
+async def _ask_run(form: Form, context: AppContext) -> Question:
     ids = _chosen(form)
     return Question(
         f"Run {_about(ids)} now?",

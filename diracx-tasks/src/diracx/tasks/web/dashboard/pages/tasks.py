@@ -6,7 +6,7 @@ from typing import Any
 
 from .... import operations as monitor
 from ....operations import TaskStats, Window
-from ..page import Installation, Page, Request
+from ..page import AppContext, Page, Request
 
 _KEYS = {
     "name": lambda each: each.task_name,
@@ -17,10 +17,10 @@ _KEYS = {
 }
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     window: Window = "day" if request.query_params.get("window") == "day" else "hour"
     order = request.query_params.get("order", "name")
-    found: list[TaskStats] = await monitor.stats(installation.redis, window)
+    found: list[TaskStats] = await monitor.stats(context.redis, window)
     key = _KEYS.get(order, _KEYS["name"])
     return {
         "stats": sorted(found, key=key),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..page import Installation, Page, Request, viewer_of
+from ..page import AppContext, Page, Request, viewer_of
 
 #: A page has no more; the lost ones come first.
 _MOST = 150
 
 
-async def _load(request: Request, installation: Installation) -> dict[str, Any]:
-    snapshot = await installation.snapshot()
+async def _load(request: Request, context: AppContext) -> dict[str, Any]:
+    snapshot = await context.snapshot()
     return {
         "workers": sorted(viewer_of(request).workers(snapshot.workers), key=lambda worker: worker.alive)[:_MOST],
         "hidden": max(0, len(snapshot.workers) - _MOST),
