@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from .results import RESULTS, machine, write_section
 
 #: As in production; nothing is kept of a finished task.
-SETTINGS = {"result_ttl_seconds": None, "housekeeping_seconds": 10.0}
+SETTINGS = {"result_ttl_seconds": None, "housekeeping_seconds": 60.0}
 
 
 class Begins(BaseTask):

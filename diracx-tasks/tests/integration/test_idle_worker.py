@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgpack
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.health import HealthThresholds
 from diracx.tasks.plumbing import BaseTask
-from diracx.tasks.plumbing.broker import RedisStreamBroker, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.worker import Worker, reporter
+from diracx.tasks.plumbing.worker import Worker, dead_letters, reporter
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
 from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
@@ -28,7 +30,7 @@ async def new_calls(redis: Redis, before: dict[str, int] | None = None) -> dict[
     return {name: number - known.get(name, 0) for name, number in calls.items() if number != known.get(name, 0)}
 
 
-async def test_every_other_report_is_left_out_while_there_is_nothing_new(
+async def test_most_reports_are_left_out_while_there_is_nothing_new(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
@@ -44,15 +46,18 @@ async def test_every_other_report_is_left_out_while_there_is_nothing_new(
     try:
         told_by = Reporter(broker, WorkerSettings(), ())
         monkeypatch.setattr(told_by, "_line", lambda: line)
-        for _ in range(5):
+        for _ in range(2 * (reporter._LEFT_OUT + 1) + 1):
             await told_by.report(if_new=True)
-        assert told == [1, 2, 3], "the first, the third and the fifth"
+        assert len(told) == 3
 
         line["memory_bytes"] = 2
         await told_by.report(if_new=True)
         told_by.rejected(None, "unparsable", "no task")
         await told_by.report(if_new=True)
-        assert told == [1, 2, 3, 4, 5], "what is new is told at once"
+        assert len(told) == 5, "what is new is told at once"
+        told_by.dataset = lambda: "another"
+        await told_by.report(if_new=True)
+        assert len(told) == 6, "and all of it when the server has lost its data"
         await told_by.report(last=True)
     finally:
         await broker.shutdown()
@@ -64,10 +69,10 @@ async def test_a_report_of_nothing_new_asks_the_server_for_four_commands(redis: 
     minutes: set[int] = set()
     while len(minutes) != 1:  # the first report of a minute renews what expires
         minutes.clear()
-        now_ms, _ = await scripts.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
+        now_ms, *_ = await scripts.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
         minutes.add(now_ms // 60_000)
         before = await new_calls(redis)
-        now_ms, known = await scripts.report(redis, "host:1:x", 2, b"", b"", {}, False)
+        now_ms, known, _ = await scripts.report(redis, "host:1:x", 2, b"", b"", {}, False)
         minutes.add(now_ms // 60_000)
         asked = await new_calls(redis, before)
     assert known
@@ -156,3 +161,185 @@ async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing
     before = await new_calls(redis)
     assert await scripts.promote(redis, 500) == (0, None, 0, False)
     assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}
+
+
+async def test_a_look_for_what_the_dead_have_left_costs_four_commands_while_there_is_nothing(
+    redis_url: str, redis: Redis
+) -> None:
+    brokers = [RedisStreamBroker(redis_url) for _ in range(3)]
+    for broker in brokers:
+        await broker.reclaim(1, lease_seconds=30)
+    before = await new_calls(redis)
+    assert (await brokers[0].reclaim(1, lease_seconds=30))[0] == []
+    asked = await new_calls(redis, before)
+    assert asked == {"info": 1, "evalsha": 1, "time": 1, "zscore": 1, "zrange": 1}
+    for broker in brokers:
+        await broker.leave()
+        await broker.shutdown()
+
+
+async def test_a_look_for_dead_letters_costs_two_commands_while_there_are_none(redis: Redis) -> None:
+    look = {"lease_ms": 1000, "at_most": 10, "at_most_bytes": 1000}
+    assert await scripts.dead_letters(redis, "worker", "-", **look) == []
+    before = await new_calls(redis)
+    assert await scripts.dead_letters(redis, "worker", "-", **look) == []
+    assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_an_idle_worker_asks_for_less_than_a_command_in_a_second(redis_url: str, redis: Redis) -> None:
+    """What it does again and again, at the pace of its defaults, with the commands inside scripts."""
+    settings = WorkerSettings()
+    broker = RedisStreamBroker(redis_url)
+
+    async def of(*steps: Any) -> int:
+        for _ in range(2):  # the server knows the script from the first on
+            before = await new_calls(redis)
+            for step in steps:
+                await step()
+        return sum((await new_calls(redis, before)).values()) - 1
+
+    async def renew() -> None:
+        async with LeaseKeeper(redis_url, broker.consumer_name, 30, asyncio.get_running_loop()) as keeper:
+            await keeper.renew()
+            before = await new_calls(redis)
+            await keeper.renew()
+            of_renewal.append(sum((await new_calls(redis, before)).values()) - 1)
+
+    of_renewal: list[int] = []
+    await renew()
+    await broker.fetch(1)
+    told_by = Reporter(broker, settings, ())
+    lease, look = settings.lease_seconds, {"lease_ms": 1000, "at_most": 10, "at_most_bytes": 1000}
+    per_second = (
+        of_renewal[0] / (lease / 3)
+        + await of(lambda: broker.reserve_next(1, 0.001)) / (lease / 2)
+        + await of(lambda: broker.reclaim(1, lease_seconds=lease)) / (lease * 2 / 3)
+        + await of(told_by.report) / ((reporter._LEFT_OUT + 1) * reporter.REPORT_SECONDS)
+        + await of(broker.promote) / settings.housekeeping_seconds
+        + await of(lambda: scripts.dead_letters(redis, "worker", "-", **look)) / dead_letters._IMPORT_SECONDS
+    )
+    assert per_second < 1
+    await told_by.leave()
+    await broker.leave()
+    await broker.shutdown()
+
+
+def ended(redis_url: str, name: str) -> Reporter:
+    """A worker's reporter that has said what there is to say, but for the sums of one task."""
+    told_by = Reporter(RedisStreamBroker(redis_url, consumer_name=name), WorkerSettings(), ())
+    told_by._line = lambda: {"size": "medium"}  # type: ignore[method-assign]
+    return told_by
+
+
+async def finish(told_by: Reporter, tasks: int = 1) -> None:
+    sums = told_by._stats.setdefault(("task", "diracx:tasks:normal:medium"), reporter.Sums())
+    sums.done += tasks
+
+
+async def counted(redis: Redis) -> tuple[float, int]:
+    """How many tasks have ended: in the counts of all minutes, and in the flow of their queue."""
+    minutes = [
+        msgpack.unpackb(sums)
+        async for key in redis.scan_iter(keys.MINUTE_PREFIX + "*")
+        for sums in await redis.hvals(key)
+    ]
+    flows = [
+        await redis.hget(key, "diracx:tasks:normal:medium ended")
+        async for key in redis.scan_iter(keys.FLOW_PREFIX + "*")
+    ]
+    return sum(sums["done"] for sums in minutes), sum(int(flow or 0) for flow in flows)
+
+
+async def test_a_report_of_finished_tasks_alone_asks_the_server_for_one_command(
+    redis_url: str, redis: Redis
+) -> None:
+    workers = [ended(redis_url, f"host:{number}:x") for number in range(5)]
+    for told_by in workers:
+        await told_by.report()
+    for told_by in workers:
+        await finish(told_by)
+    await workers[0].report(if_new=True)
+    before = await new_calls(redis)
+    for told_by in workers[1:]:
+        await told_by.report(if_new=True)
+    assert await new_calls(redis, before) == {"info": 1, "rpush": 4}
+    assert await counted(redis) == (0, 0)
+    await workers[1].report(if_new=True)
+    assert await counted(redis) == (0, 0), "it is another's to add them up"
+    await workers[0].report(if_new=True)
+    assert await counted(redis) == (5, 5)
+    await leave(workers)
+
+
+async def test_sums_that_come_twice_count_once(redis_url: str, redis: Redis) -> None:
+    first, _ = workers = [ended(redis_url, name) for name in ("host:1:x", "host:2:x")]
+    for told_by in workers:
+        await told_by.report()
+        await finish(told_by)
+        await told_by.report(if_new=True)
+    [_, sums] = await redis.lrange(keys.SUMS, 0, -1)
+    await redis.rpush(keys.SUMS, sums)  # its answer was lost
+    await first.report(if_new=True)
+    await redis.rpush(keys.SUMS, sums)  # and comes once more, after the others were added up
+    first._adds_up = True
+    await first.report(if_new=True)
+    assert await counted(redis) == (2, 2)
+    await leave(workers)
+
+
+async def test_sums_of_a_worker_that_has_died_are_added_up_by_another_in_a_while(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, other = workers = [ended(redis_url, name) for name in ("host:1:x", "host:2:x")]
+    for told_by in workers:
+        await told_by.report()
+    await finish(dead)
+    await dead.report(if_new=True)
+    await other.report()
+    assert await counted(redis) == (0, 0)
+    assert await redis.pttl(keys.SUMS) > 0
+    monkeypatch.setattr(reporter, "_SUMS_OLD_MS", -1000)
+    await other.report()
+    assert await counted(redis) == (1, 1)
+    await leave(workers)
+
+
+async def test_any_number_of_sums_is_added_up_in_calls_of_bounded_size(redis_url: str, redis: Redis) -> None:
+    told_by = ended(redis_url, "host:1:x")
+    await told_by.report()
+    sums = [scripts.pack([f"w{number}", 1, {"stats": {"task": {"done": 1}}}]) for number in range(450)]
+    await redis.rpush(keys.SUMS, *sums)
+    told_by._adds_up = True
+    calls = 0
+    while told_by._adds_up:
+        await told_by.report(if_new=True)
+        calls += 1
+    assert calls == 3
+    assert (await counted(redis))[0] == 450
+    await leave([told_by])
+
+
+@pytest.mark.parametrize("wrong", ["list", "string"])
+async def test_sums_that_cannot_be_read_hold_nothing_up(redis_url: str, redis: Redis, wrong: str) -> None:
+    told_by = ended(redis_url, "host:1:x")
+    await told_by.report()
+    if wrong == "list":
+        await redis.rpush(keys.SUMS, b"\xc1", "nonsense")
+    else:
+        await redis.set(keys.SUMS, "nonsense")
+    await finish(told_by)
+    await told_by.report(if_new=True)
+    await finish(told_by)
+    await told_by.report()
+    assert (await counted(redis))[0] in (1, 2)
+    told_by._adds_up = True
+    await told_by.report()
+    await redis.delete(keys.SUMS)
+    await leave([told_by])
+
+
+async def leave(workers: list[Reporter]) -> None:
+    for told_by in workers:
+        await told_by.leave()
+        await told_by._broker.shutdown()

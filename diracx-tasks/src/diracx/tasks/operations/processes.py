@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 #: A worker whose lease has ended is listed for so long after its last report.
-_HEARD_SECONDS = 120.0
+_HEARD_SECONDS = 180.0
 #: What is below zero in the list of workers, by which: see lua/reclaim.lua.
 _SIZE_MS = 1e13
 _SIZES = {"small": 0, "medium": 1, "large": 2}
@@ -32,7 +32,7 @@ async def _moments(redis: Redis, key: str) -> dict[str, float]:
 
 
 async def workers(redis: Redis) -> list[Worker]:
-    """All workers that live or were heard of within the last two minutes, by size and name."""
+    """All workers that live or were heard of within the last three minutes, by size and name."""
     lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await _moments(redis, keys.ALIVE)).items()}
     seen = {name: at_ms / 1000 for name, at_ms in (await _moments(redis, keys.REPORTING)).items()}
     now = await server_time(redis)

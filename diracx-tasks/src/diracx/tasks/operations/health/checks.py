@@ -246,7 +246,7 @@ def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 
 def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Workers have died within the last two minutes; others take over what they ran."""
+    """Workers have died within the last three minutes; others take over what they ran."""
     dead: list[Worker] = [worker for worker in facts.seen.workers if not worker.alive]
     if dead:
         names = ", ".join(worker.name for worker in dead[:3]) + (", …" if len(dead) > 3 else "")

@@ -28,8 +28,8 @@ class HealthThresholds(BaseModel):
     """The first task of a queue waits for longer; of background queues anything goes."""
     growing_backlog: int = Field(default=1_000, ge=1)
     """Tasks that wait in a queue while more come in than go out."""
-    silent_seconds: float = Field(default=20.0, gt=0)
-    """A worker that lives and has not reported for longer; workers report every 5 or 10 s."""
+    silent_seconds: float = Field(default=90.0, gt=0)
+    """A worker that lives and has not reported for longer; workers report every 5 s, idle ones every 50 s."""
     overdue_task_seconds: float = Field(default=10.0, gt=0)
     """A task goes on for longer after its time limit or its cancellation."""
     deliveries: int = Field(default=3, ge=2)

@@ -101,6 +101,11 @@ MINUTE_PREFIX = "diracx:monitor:minute:"
 HOUR_PREFIX = "diracx:monitor:hour:"
 #: Hash per minute, with a time to live: how much came into each queue, and how much ended.
 FLOW_PREFIX = "diracx:monitor:flow:"
+#: List, with a time to live: sums of what ended, as workers tell them between two reports (msgpack). One of the
+#: workers adds all of them up some seconds later.
+SUMS = "diracx:monitor:sums"
+#: Sorted set, with a time to live: worker -> number of the last of its sums that were added up.
+SUMS_ADDED = "diracx:monitor:sums:added"
 #: Stream, with a time to live: failed attempts, the last 500 or so.
 FAILURES = "diracx:monitor:failures"
 #: Hash, with a time to live: "{health check} {subject}" -> "{since} {last noticed}" (ms) of what is wrong.

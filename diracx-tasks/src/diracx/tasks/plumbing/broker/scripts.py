@@ -349,13 +349,28 @@ async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: 
 
 
 async def report(
-    redis: Redis, worker: str, number: int, line: bytes, running: bytes, added: Mapping[str, Any], last: bool
-) -> tuple[int, bool]:
-    """Tell what a worker does: the server's time in ms, and whether it knows what the worker said before."""
+    redis: Redis,
+    worker: str,
+    number: int,
+    line: bytes,
+    running: bytes,
+    added: Mapping[str, Any],
+    last: bool,
+    sums_older_ms: int | None = None,
+) -> tuple[int, bool, bool]:
+    """Tell what a worker does.
+
+    Args:
+        sums_older_ms: add up all sums that workers have told, if the first of them is older than that.
+
+    Returns:
+        The server's time in ms, whether it knows what the worker said before, and whether there are more sums.
+    """
     packed = pack(added) if added else b""
-    args = [worker, number, line, running, packed, int(last), _QUEUES]
-    now_ms, known = await script("report")(redis, args=args)
-    return int(now_ms), bool(known)
+    older = "" if sums_older_ms is None else sums_older_ms
+    args = [worker, number, line, running, packed, int(last), _QUEUES, older]
+    now_ms, known, more = await script("report")(redis, args=args)
+    return int(now_ms), bool(known), bool(more)
 
 
 async def snapshot(redis: Redis) -> dict[str, Any]:

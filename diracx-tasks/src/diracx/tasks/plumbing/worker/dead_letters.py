@@ -35,7 +35,7 @@ _ANSWER_SECONDS = 10.0
 #: So often the database refuses a letter, or closes the connection on it and answers others, until it is believed.
 _REFUSALS = 3
 #: How often to look for dead letters in Redis, and how often to try again those that the database has refused.
-_IMPORT_SECONDS = 10.0
+_IMPORT_SECONDS = 60.0
 _RETRY_REFUSED_SECONDS = 3600.0
 #: No other worker imports for so long after the last batch was read: longer than a batch may take.
 _IMPORT_LEASE_MS = 15_000

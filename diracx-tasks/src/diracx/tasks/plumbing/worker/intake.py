@@ -71,8 +71,9 @@ class Intake:
         self._all_seen = False
         """Whether there was nothing after those."""
         self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
-        # Over before the lease could be: should we die meanwhile, what we are given is taken over when it ends.
-        self._longest_reservation = min(self._longest_wait, settings.lease_seconds / 3)
+        # Over before the lease could be, which has two thirds left at least: should we die meanwhile, what we are
+        # given is taken over when it ends.
+        self._longest_reservation = min(self._longest_wait, settings.lease_seconds / 2)
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self._recover_at = math.inf
@@ -257,7 +258,7 @@ class Intake:
             max_deliveries=self._settings.max_deliveries,
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
-        if audit:
+        if audit and not self._is_idle():  # the wait of an idle worker finds whatever nobody was given
             self._last_ids = None  # now and then, whatever was seen before
             if not deliveries and not first:  # and whatever the server takes for ours: a failover may go unnoticed
                 return await self._recover()

@@ -1,5 +1,6 @@
-"""What a worker tells those who look: one call every 5 s, or 10 s while nothing happens, from sums that cost an
-execution a few additions.
+"""What a worker tells those who look: one call every 5 s, or 50 s while nothing happens, from sums that cost an
+execution a few additions. When there is nothing but such sums to tell, one command puts them into a list, and one
+of the workers adds up those of all.
 
 A report that does not get through is made up for by the next one. `diracx.tasks.operations` reads them.
 """
@@ -17,7 +18,7 @@ from heapq import nsmallest
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from .._util.histogram import BUCKETS, bucket_of
 from .._util.passwords import last_lines
@@ -44,7 +45,14 @@ logger = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 #: Reports that are left out, one after the other, when they would say nothing but that the worker is there. Others
 #: count it as silent after `HealthThresholds.silent_seconds`.
-_LEFT_OUT = 1
+_LEFT_OUT = 9
+#: The worker that finds no sums of others in the list adds up those that have come together until its next report.
+#: Should it not be there, those that are as old as this are added up with the next report of an idle worker.
+_SUMS_OLD_MS = 20_000
+#: After so many sums in the list, one more worker adds them up.
+_MANY_SUMS = 200
+#: How long sums are kept that nobody adds up.
+_SUMS_MS = 3_600_000
 #: Running tasks that are told of; the longest-running ones.
 RUNNING_TOLD = 200
 #: Failures told in one report: the latest. All are counted.
@@ -130,6 +138,12 @@ class Reporter:
         self.timed: Callable[[str, str, float, float], None] | None = None
         """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
         self._left_out = 0
+        self._unsent_sums: tuple[int, dict[str, Any]] | None = None
+        self._adds_up = False
+        """Whether the sums in the list are this worker's to add up."""
+        self._dataset = ""
+        self.dataset: Callable[[], str] = str
+        """Tells which life of the server's data this is: what was said in another is lost."""
 
     # --- what is noted ----------------------------------------------------------------------------------
 
@@ -254,24 +268,50 @@ class Reporter:
             redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
         """
         line, running = dumps(self._line()), dumps(self._told_running())
-        if self._overwritten:
+        if self._overwritten or self._dataset != self.dataset():
             self._said, self._overwritten = (b"", b""), False
+        self._dataset = self.dataset()
         news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
         if self._unsent is None:
+            await self._send_sums()
+        if self._unsent is None:
             taken = self._taken()
-            if if_new and not taken and not any(news) and self._left_out < _LEFT_OUT:
+            if if_new and not any(news) and not self._adds_up and self._left_out < _LEFT_OUT:
                 self._left_out += 1
-                return
-            self._number += 1
-            self._unsent = (self._number, taken)
+                if not taken:
+                    return
+                if not taken.keys() - {"stats", "ended"}:
+                    self._unsent_sums = (self._next_number(), taken)
+                    return await self._send_sums()
+            self._unsent = (self._next_number(), taken)
         number, added = self._unsent
         asked_at = time.time()
-        now_ms, known = await scripts.report(
-            self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last
+        older_ms = 0 if self._adds_up else None if added else _SUMS_OLD_MS
+        now_ms, known, self._adds_up = await scripts.report(
+            self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last, older_ms
         )
         self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
         self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+
+    def _next_number(self) -> int:
+        self._number = max(self._number + 1, int(1000 * (time.time() + self._clock_ahead)))
+        return self._number
+
+    async def _send_sums(self) -> None:
+        """Put sums into the list. They may come twice, if an answer is lost: they have a number."""
+        if self._unsent_sums is None:
+            return
+        redis, packed = self._broker.redis, scripts.pack([self._broker.consumer_name, *self._unsent_sums])
+        try:
+            told: int = await redis.execute_command("RPUSH", keys.SUMS, packed)
+        except ResponseError:  # as of a full server, which takes reports all the same
+            self._unsent, self._unsent_sums = self._unsent_sums, None
+            return
+        self._unsent_sums = None
+        self._adds_up = told == 1 or told % _MANY_SUMS == 0
+        if told == 1:
+            await redis.pexpire(keys.SUMS, _SUMS_MS)
 
     def report_blocked(self, redis: SyncRedis, blocked: dict[str, Any] | None) -> None:
         """Say what blocks the event loop, from another thread; None: nothing does any more.

@@ -32,5 +32,5 @@ class WorkerSettings(BaseModel):
     """Of a result that is larger, only that is kept that it was; the task has succeeded all the same."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
     """How long the first in line for a lock waits at most, should nobody give the lock back."""
-    housekeeping_seconds: float = Field(default=10.0, gt=0)
+    housekeeping_seconds: float = Field(default=60.0, gt=0)
     """How often it looks for delayed tasks that no scheduler has promoted."""

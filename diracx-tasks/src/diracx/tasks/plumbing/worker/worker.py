@@ -150,6 +150,7 @@ class Worker:
             heard.listening,
         )
         async with keeper, self._dependencies.open():
+            self.reporter.dataset = lambda: keeper.epoch
             intake = Intake(
                 self._broker, self._settings, stop, keeper.held, lambda: not self._running, keeper.held_locks
             )

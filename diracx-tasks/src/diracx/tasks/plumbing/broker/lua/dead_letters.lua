@@ -3,6 +3,7 @@
 -- most bytes (but for what is larger alone).
 -- Returns entries as XRANGE does; none: there are none, or another worker imports them.
 -- #flags allow-oom
+if redis.call('EXISTS', '$DEAD_LETTERS', '$IMPORTER') == 0 then return {} end
 local importer = redis.call('GET', '$IMPORTER')
 if importer and importer ~= ARGV[1] then return {} end
 local first, found, bytes = ARGV[3], {}, 0

@@ -15,6 +15,10 @@
 -- last looked at it.
 -- #flags allow-oom
 -- #include _time _alive _locks _queue _wake _cancel _redelivery
+local now_ms = math.floor(now_us() / 1000)
+sign_on(ARGV[1], tonumber(ARGV[4]), now_us())
+local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2] or 0)
+if first_end > now_ms then return {{}, first_end - now_ms + 1, 0} end -- as nearly always: nobody has left anything
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
@@ -25,8 +29,6 @@ local slots_too_few, suspect_waits, urgent_seen = false, false, 0
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local suspect_left = false
-sign_on(consumer, tonumber(ARGV[4]), now_us())
-local now_ms = math.floor(now_us() / 1000)
 
 -- What a message is that was handed out so often. Deaths under earlier entries are noted in the entry.
 local function verdict(stream, entry, deliveries)

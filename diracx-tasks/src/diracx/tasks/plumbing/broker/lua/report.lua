@@ -1,20 +1,25 @@
 -- What a worker tells those who look: that it lives, what it runs, and what ended since it last said so.
 -- KEYS: none. ARGV: worker, number of the report, its line or '' (as before), what it runs or '' (as before),
---   what is added (msgpack) or '', 1 when it signs off. Added may be
+--   what is added (msgpack) or '', 1 when it signs off, the nine queues (msgpack), and how old (ms) the first of the sums
+--   in $SUMS is to be for all of them to be added up ('': any age is too young). Added may be
 --   stats    = {name of a task = {counter = number}}   into the buckets of this minute and this hour
 --   ended    = {stream = number of executions}         for the rate at which a queue is worked off
 --   failures = list of msgpack strings                 into the stream of failures
 --   locks    = list of lines, `{kind} {limit} {window in µs} {key}`, of limiters and of locks that refused.
--- Returns {now (ms), 1 if what it said before is still known}. A report that comes again adds nothing.
+-- Sums are msgpack: worker, their number, and what is added of them, of `stats` and `ended`; numbers are in ms by the
+-- server's clock.
+-- Returns {now (ms), 1 if what it said before is still known, 1 if there are more sums than one call adds up}. A report
+-- that comes again adds nothing, and neither do sums.
 -- #flags allow-oom
 -- #include _time
-local SAID_MS, MINUTES_MS, HOURS_MS = 3600000, 4200000, 90000000
-local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS = 500, 604800000, 1000, 86400000
+local SAID_MS, RENEW_MINUTES, MINUTES_MS, HOURS_MS = 3600000, 10, 4200000, 90000000
+local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS, SUMS_AT_ONCE = 500, 604800000, 1000, 86400000, 200
 local worker, now_ms = ARGV[1], math.floor(now_us() / 1000)
 local said = '$REPORT_PREFIX' .. worker
 local minute, hour = int(math.floor(now_ms / 60000)), int(math.floor(now_ms / 3600000))
 local before = redis.call('HMGET', said, 'number', 'minute')
 local known, repeated, new_minute = before[1] and 1 or 0, before[1] == ARGV[2], before[2] ~= minute
+local renewed = (tonumber(before[2]) or 0) + RENEW_MINUTES <= tonumber(minute)
 
 if ARGV[6] == '1' then
   redis.call('DEL', said)
@@ -23,11 +28,10 @@ else
   local fields = {}
   if ARGV[3] ~= '' then fields[#fields + 1] = 'line'; fields[#fields + 1] = ARGV[3] end
   if ARGV[4] ~= '' then fields[#fields + 1] = 'running'; fields[#fields + 1] = ARGV[4] end
-  if fields[1] or ARGV[5] ~= '' or new_minute then
-    redis.call('HSET', said, 'number', ARGV[2], 'minute', minute, unpack(fields))
-  end
+  local news = fields[1] or ARGV[5] ~= ''
+  if news or renewed then redis.call('HSET', said, 'number', ARGV[2], 'minute', minute, unpack(fields)) end
   redis.call('ZADD', '$REPORTING', int(now_ms), worker)
-  if new_minute then
+  if news and new_minute or renewed then -- before it expires, but not with each report of an idle worker
     redis.call('PEXPIRE', said, SAID_MS)
     trim('$REPORTING', int(now_ms - SAID_MS))
     redis.call('PEXPIRE', '$REPORTING', SAID_MS)
@@ -39,25 +43,43 @@ local flow = '$FLOW_PREFIX' .. minute
 if new_minute and redis.call('HEXISTS', flow, 'at') == 0 then
   local noted, streams, handovers = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
   for position, stream in ipairs(streams) do handovers[position] = stream .. '$HANDOVER' end
-  -- In most installations some queues were never used, or all; and hand-overs are for locks.
-  local used, handed_over = redis.call('EXISTS', unpack(streams)), redis.call('EXISTS', unpack(handovers))
+  -- In most installations the queues of some sizes were never used: a worker makes all of its size.
+  local SIZES, used, handed_over = 3, {}, {}
+  for size = 1, SIZES do
+    local queues, resumed = {}, {}
+    for position = size, #streams, SIZES do
+      queues[#queues + 1], resumed[#resumed + 1] = streams[position], handovers[position]
+    end
+    used[size % SIZES], handed_over[size % SIZES] = redis.call('EXISTS', unpack(queues)), 0
+    if used[size % SIZES] > 0 then handed_over[size % SIZES] = redis.call('EXISTS', unpack(resumed)) end
+  end
   for position, stream in ipairs(streams) do
-    local added, length = 0, 0
-    if used == #streams or used > 0 and redis.call('EXISTS', stream) == 1 then
+    local added, length, of_size = 0, 0, used[position % SIZES]
+    if of_size == #streams / SIZES or of_size > 0 and redis.call('EXISTS', stream) == 1 then
       local info = redis.call('XINFO', 'STREAM', stream)
       for field = 1, #info, 2 do
         if info[field] == 'entries-added' then added = info[field + 1] end
         if info[field] == 'length' then length = info[field + 1] end
       end
     end
-    if handed_over > 0 then length = length + redis.call('XLEN', handovers[position]) end
+    if handed_over[position % SIZES] > 0 then length = length + redis.call('XLEN', handovers[position]) end
     for _, value in ipairs({stream .. ' added', added, stream .. ' length', length}) do noted[#noted + 1] = value end
   end
   redis.call('HSET', flow, unpack(noted))
   redis.call('PEXPIRE', flow, MINUTES_MS)
 end
 
-local function add_up(bucket, lives_ms, stats)
+local stats, ended = {}, {}
+local function add(added)
+  for name, counters in pairs(added.stats or {}) do
+    local sums = stats[name] or {}
+    stats[name] = sums
+    for counter, number in pairs(counters) do sums[counter] = (sums[counter] or 0) + number end
+  end
+  for stream, number in pairs(added.ended or {}) do ended[stream] = (ended[stream] or 0) + number end
+end
+
+local function add_up(bucket, lives_ms)
   for name, counters in pairs(stats) do
     local stored = redis.call('HGET', bucket, name)
     local sums = stored and cmsgpack.unpack(stored) or {}
@@ -66,22 +88,56 @@ local function add_up(bucket, lives_ms, stats)
   end
 end
 
-if ARGV[5] ~= '' and not repeated then
-  local added = cmsgpack.unpack(ARGV[5])
-  if added.stats then
-    add_up('$MINUTE_PREFIX' .. minute, MINUTES_MS, added.stats)
-    add_up('$HOUR_PREFIX' .. hour, HOURS_MS, added.stats)
+-- What workers have told since somebody last did this.
+local more = 0
+local function take_sums()
+  local workers, numbers, all = {}, {}, {}
+  for _, sums in ipairs(redis.call('LPOP', '$SUMS', SUMS_AT_ONCE) or {}) do
+    local readable, one = pcall(cmsgpack.unpack, sums)
+    if readable and type(one) == 'table' and tonumber(one[2]) and type(one[3]) == 'table' then
+      all[#all + 1], workers[#workers + 1] = one, tostring(one[1])
+    end
   end
-  for stream, number in pairs(added.ended or {}) do redis.call('HINCRBY', flow, stream .. ' ended', number) end
-  for _, failure in ipairs(added.failures or {}) do
-    redis.call('XADD', '$FAILURES', 'MAXLEN', '~', FAILURES, '*', 'data', failure)
+  more = redis.call('EXISTS', '$SUMS')
+  if not workers[1] then return end
+  for position, number in ipairs(redis.call('ZMSCORE', '$SUMS_ADDED', unpack(workers))) do
+    numbers[workers[position]] = tonumber(number or 0)
   end
-  if added.failures then redis.call('PEXPIRE', '$FAILURES', FAILURES_MS) end
-  for _, line in ipairs(added.locks or {}) do redis.call('ZADD', '$LOCKS_SEEN', int(now_ms), line) end
-  if added.locks then
-    trim('$LOCKS_SEEN', int(now_ms - LOCKS_MS))
-    redis.call('ZREMRANGEBYRANK', '$LOCKS_SEEN', 0, -LOCKS - 1)
-    redis.call('PEXPIRE', '$LOCKS_SEEN', LOCKS_MS)
+  local last = {}
+  for _, sums in ipairs(all) do
+    local who, number = tostring(sums[1]), tonumber(sums[2])
+    if number > numbers[who] then
+      add(sums[3])
+      numbers[who], last[who] = number, number
+    end
   end
+  local noted = {}
+  for who, number in pairs(last) do noted[#noted + 1], noted[#noted + 2] = int(number), who end
+  if noted[1] then redis.call('ZADD', '$SUMS_ADDED', unpack(noted)) end
+  trim('$SUMS_ADDED', int(now_ms - SAID_MS))
+  redis.call('PEXPIRE', '$SUMS_ADDED', SAID_MS)
 end
-return {int(now_ms), known}
+
+if ARGV[8] ~= '' then
+  local first = redis.pcall('LINDEX', '$SUMS', 0)
+  local readable, sums = pcall(cmsgpack.unpack, first)
+  local told_ms = readable and type(sums) == 'table' and tonumber(sums[2]) or 0
+  -- Sums of another type go: nothing is lost but counts.
+  if first and told_ms + tonumber(ARGV[8]) <= now_ms and not pcall(take_sums) then redis.call('UNLINK', '$SUMS') end
+end
+local added = ARGV[5] ~= '' and not repeated and cmsgpack.unpack(ARGV[5]) or {}
+add(added)
+add_up('$MINUTE_PREFIX' .. minute, MINUTES_MS)
+add_up('$HOUR_PREFIX' .. hour, HOURS_MS)
+for stream, number in pairs(ended) do redis.call('HINCRBY', flow, stream .. ' ended', number) end
+for _, failure in ipairs(added.failures or {}) do
+  redis.call('XADD', '$FAILURES', 'MAXLEN', '~', FAILURES, '*', 'data', failure)
+end
+if added.failures then redis.call('PEXPIRE', '$FAILURES', FAILURES_MS) end
+for _, line in ipairs(added.locks or {}) do redis.call('ZADD', '$LOCKS_SEEN', int(now_ms), line) end
+if added.locks then
+  trim('$LOCKS_SEEN', int(now_ms - LOCKS_MS))
+  redis.call('ZREMRANGEBYRANK', '$LOCKS_SEEN', 0, -LOCKS - 1)
+  redis.call('PEXPIRE', '$LOCKS_SEEN', LOCKS_MS)
+end
+return {int(now_ms), known, more}
