@@ -192,12 +192,14 @@ async def test_an_idle_worker_asks_for_less_than_a_command_in_a_second(redis_url
     settings = WorkerSettings()
     broker = RedisStreamBroker(redis_url)
 
-    async def of(*steps: Any) -> int:
-        for _ in range(2):  # the server knows the script from the first on
+    async def of(step: Any) -> int:
+        """Of a call that is not the first of its script, nor of a minute, for which one worker does some more."""
+        counts = []
+        for _ in range(4):
             before = await new_calls(redis)
-            for step in steps:
-                await step()
-        return sum((await new_calls(redis, before)).values()) - 1
+            await step()
+            counts.append(sum((await new_calls(redis, before)).values()) - 1)
+        return min(counts)
 
     async def renew() -> None:
         async with LeaseKeeper(redis_url, broker.consumer_name, 30, asyncio.get_running_loop()) as keeper:
