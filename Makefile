@@ -44,11 +44,12 @@ versions: $(STAMP) ## print the versions of all that the tests run
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy --strict, the layers (import-linter) and the size of the code
+lint: $(STAMP) ## ruff, mypy --strict, the layers (import-linter), the size of the code, its words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tests/lines_of_code.py
+	$(BIN)/python tests/vocabulary.py
 	$(BIN)/mypy
 
 docs: $(STAMP) ## build the documentation into site/; a warning is an error

@@ -1,0 +1,126 @@
+"""Refuses words of our own where the field has one: `make lint` counts them, and no count may rise.
+
+Where a count has fallen, lower its bound here: the bounds only go down, and a word with bound 0 is gone for good.
+The standard terms are in docs/reference/glossary.md.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SUFFIXES = {".py", ".lua", ".md", ".html", ".js", ".css", ".toml", ".yaml", ".yml", ".sh", ".conf", ".acl", ".ini"}
+#: What quotes the words, is history, or is not ours.
+EXCLUDED = ("tests/vocabulary.py", "CHANGELOG.md", "/vendor/")
+
+
+class Word(NamedTuple):
+    """A word that is not to be used."""
+
+    pattern: str
+    instead: str
+    bound: int  # occurrences that are left
+
+
+WORDS = (
+    Word(r"\bwhoever\b", "who or what it is", 134),
+    Word(r"\bsomebody\b", "who it is: a user, a worker, an operator", 136),
+    Word(r"\bsuspects?\b|is_suspect|_suspects\b", "poison candidate", 100),
+    Word(r"burial", "delivery id", 107),
+    Word(r"\bbur(y|ied)\b", "stored as a dead letter", 60),
+    Word(r"condemn", "mark_cancelled", 13),
+    Word(r"\blapsed\b|lapsed_since", "expired", 4),
+    Word(r"(?i)(?<!dead )(?<!dead-)(?<!dead_)(?<!dead)(?<!capital )(?<!small )\bletters?\b", "dead letter", 720),
+    Word(r"\bledgers?\b", "held-locks record", 35),
+    Word(r"\b(hand_on|pass_on)\b", "grant_next", 4),
+    Word(r"\bsign(s|ed)?[ _]on\b", "heartbeat", 5),
+    Word(r"\bwoken\b", "grant, reservation", 67),
+    Word(r"(?<!:)\bhand[- ]?overs?\b", "resumed queue; release of the leadership", 34),
+    Word(r"\bpatien(ce|tly)\b", "retry_until_available", 34),
+    Word(r"\b[Dd]eeds?\b", "audited action", 83),
+    Word(r"\btroubles?\b", "health check", 71),
+    Word(r"\bgrave\b", "severity", 5),
+    Word(r"\b[Cc]hapter", "failure history", 16),
+    Word(r"\bby_hand\b", "admin", 18),
+    Word(r"\bon_trial\b", "half_open", 4),
+    Word(r"\b[Cc]omplaints?\b|complaints", "error_parsing, error", 70),
+    Word(r"\b[Nn]onsense", "invalid_response", 37),
+    Word(r"\b_?courses\b", "statistics", 0),
+    Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 23),
+    Word(r"\bgiven_up\b", "abandoned_outcome", 17),
+    Word(r"\bdeaths\b", "redelivery_count", 100),
+    Word(r"\bepoch\b", "dataset_id", 81),
+    Word(r"\bput_aside\b|\btake_up\b", "defer, requeue", 6),
+    Word(r"\bDeadLetterOffice\b", "DeadLetterStore", 0),
+    Word(r"\bTakenOver\b", "LeaseLost", 8),
+    Word(r"\bBlueprint\b|\bblueprint\b", "TaskSpec", 60),
+    Word(r"\bAnnouncements?\b", "ControlChannel", 5),
+    Word(r"\bfall_silent\b", "stop_renewing", 10),
+    Word(r"_LAST_WORDS", "SHUTDOWN_FLUSH_SECONDS", 8),
+    Word(r"_or_die_with", "run_supervised", 2),
+    Word(r"\b_Written\b", "ResolvedOverride", 4),
+    Word(r"\bheard_since\b", "cancelled_since", 3),
+    Word(r"\bmakes_room\b|\b_makes_room\b", "draining", 10),
+    Word(r"\bquota_returns\b", "retry_after", 3),
+    Word(r"\bPauses\b", "Backoff", 11),
+    Word(r"\bis_passing\b", "is_transient", 21),
+    Word(r"\bConfigFollower\b", "ConfigWatcher", 7),
+    Word(r"\bLazyFollower\b", "CachedConfig", 3),
+    Word(r"\bInForce\b", "ActiveConfig", 22),
+    Word(r"\bbound_by\b", "use_broker", 0),
+    Word(r"\b_Submitter\b", "Client", 0),
+    Word(r"\b_Shape\b|\bShape\b", "TaskSignature", 21),
+    Word(r"\bknows_its_future\b", "deterministic", 4),
+    Word(r"\bStillWaiting\b", "AlreadyQueued", 0),
+    Word(r"\btold_running\b|\b_told_running\b", "reported_running", 8),
+    Word(r"\bInstallation\b", "AppContext", 0),
+    Word(r"\b(Verdict|Fate)\b", "ResubmitResult", 99),
+    Word(r"\basked_at\b|\bfetched_at\b", "reserved_after", 44),
+    Word(r"\boverrun\b", "deadline_exceeded", 2),
+    Word(r"\b_ignorant\b", "unresponsive", 5),
+    Word(r"\b_were_running\b", "mark_running", 0),
+    Word(r"\bwhat_follows\b", "effects", 0),
+    Word(r"\bevery_instance\b", "iter_schedules", 10),
+    Word(r"\boff_by\b", "disabled_by", 13),
+    Word(r"\bwhy_no_pilots\b", "submission_blocker", 6),
+    Word(r"\bRecorder\b", "AuditLogger", 8),
+    Word(r"\b_SAID\b", "flash message", 0),
+)
+
+
+def texts() -> dict[str, str]:
+    """Return the text of each file of the repository, by its path."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [path for path in listed.splitlines() if Path(path).suffix in SUFFIXES and (ROOT / path).exists()]
+    return {path: (ROOT / path).read_text() for path in paths if not any(each in path for each in EXCLUDED)}
+
+
+def main() -> int:
+    """Print each word that is used more often than its bound allows, with the places; 1 if there is one."""
+    found = texts()
+    total, exceeded = 0, False
+    for word in WORDS:
+        pattern = re.compile(word.pattern)
+        places = [
+            f"{path}:{number}"
+            for path, text in found.items()
+            for number, line in enumerate(text.splitlines(), 1)
+            for _ in pattern.findall(line)
+        ]
+        total += len(places)
+        if len(places) > word.bound:
+            exceeded = True
+            print(f"{word.pattern}: {len(places)} times, {word.bound} allowed; write {word.instead}")
+            print("   ", " ".join(places[:200]))
+        elif "--lower" in sys.argv and len(places) < word.bound:
+            print(f"{word.pattern}: the bound can be {len(places)} (now {word.bound})")
+    print(f"words to be replaced: {total} in {len(found)} files")
+    return int(exceeded)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
