@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from .results import RESULTS, machine, write_section
 
 #: As in production; nothing is kept of a finished task.
 SETTINGS = {"result_ttl_seconds": None, "housekeeping_seconds": 60.0}
+
+#: From the submission of a task to that of the next.
+PAUSE_SECONDS = 0.1
 
 
 class Begins(BaseTask):
@@ -71,7 +75,7 @@ async def measure(workers: int, tasks: int, idle_seconds: float) -> Cost:
             asked = time.perf_counter()
             await Begins().schedule()
             seconds.append(await Begins.begun - asked)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(max(0.0, asked + PAUSE_SECONDS - time.perf_counter()))
         used = await _processor_seconds(redis) - used
         commands = await _commands(redis) - before - idle * (time.monotonic() - began)
     seconds.sort()
@@ -91,7 +95,11 @@ def report(costs: list[Cost]) -> str:
     lines = [
         "## Waiting workers",
         "",
-        f"{machine()}. Workers of 10 slots in one process, one no-op task at a time; reports of workers included.",
+        f"{machine()}. Load of the machine at the end: {os.getloadavg()[0]:.1f}. All workers, of 10 slots each,",
+        f"are in one process with the client, which submits a no-op task every {PAUSE_SECONDS:g} s. Commands are those",
+        "of `INFO commandstats`, which counts the call of a script and each command inside it. Per task: from the",
+        "submission to the settlement, with what workers report of it, less what the same workers run when idle.",
+        "Two connections of the client are counted with those of the workers.",
         "",
         "| idle workers | server commands per task | latency p50 / p99 (ms) | server (ms per task) "
         "| idle: commands per worker and second | connections per worker |",
@@ -107,7 +115,7 @@ def report(costs: list[Cost]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-idle", description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 60], help="numbers of workers")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 60, 400], help="numbers of workers")
     parser.add_argument("--tasks", type=int, default=200, help="tasks for each of them")
     parser.add_argument("--idle-seconds", type=float, default=60.0, help="how long to look at idle workers")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
