@@ -258,8 +258,9 @@ class Intake:
             max_deliveries=self._settings.max_deliveries,
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
-        if audit and not self._is_idle():  # the wait of an idle worker finds whatever nobody was given
-            self._last_ids = None  # now and then, whatever was seen before
+        if audit:  # now and then, whatever was seen before
+            if not self._is_idle():  # whose wait finds whatever nobody was given
+                self._last_ids = None
             if not deliveries and not first:  # and whatever the server takes for ours: a failover may go unnoticed
                 return await self._recover()
         return self._watched(deliveries)
