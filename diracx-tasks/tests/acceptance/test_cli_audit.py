@@ -78,12 +78,12 @@ def test_every_deed_at_the_command_line_is_in_the_audit_log_with_user_and_host(
     assert "cancel tasks" in older
 
 
-def test_looking_is_no_deed(served: Cli) -> None:
+def test_reading_is_not_recorded_in_the_audit_log(served: Cli) -> None:
     done(served, "status", "--json")
     done(served, "queue", "list", "--json")
     for log in ((), ("--vo", "lhcb")):
         assert json.loads(done(served, "audit", *log, "--json")) == {"items": [], "after": None}
-    assert "nobody has done anything yet" in served("audit").stderr
+    assert "no action is recorded yet" in served("audit").stderr
 
 
 def test_a_place_that_is_none_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:

@@ -9,8 +9,9 @@ import unicodedata
 
 import pytest
 from diracx.core.logs import JSONFormatter, TextFormatter
-from diracx.tasks.cli.output import console, echo, table
+from diracx.tasks.cli.output import echo, show
 from diracx.tasks.cli.runtime.logs import _Safe
+from diracx.tasks.operations.views import Column, View
 from diracx.tasks.plumbing._util.printable import printable, printable_line
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +44,9 @@ def test_the_output_of_commands_is_printable_and_markup_in_it_has_no_effect(
 ) -> None:
     echo(f"one {NASTY} [red]x[/red] redis://:pa'ss@host")
     echo(NASTY, err=True)
-    console().print(table(["[bold]name", "value"], [(NASTY, "[link=http://x]y[/link] [/]"), ("two\nlines", "b")]))
+    view: View[dict[str, str]] = View("nothing", (Column("[bold]name", "name"), Column("value", "value")))
+    rows = [{"name": NASTY, "value": "[link=http://x]y[/link] [/]"}, {"name": "two\nlines", "value": "b"}]
+    show(view, rows, as_json=False)
     told = capsys.readouterr()
     assert "[red]x[/red] redis://:***@host" in told.out
     assert "[link=http://x]y[/link] [/]" in told.out

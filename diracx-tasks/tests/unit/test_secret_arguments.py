@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, NewType
 from urllib.parse import quote
 
 import pytest
-from diracx.tasks.cli.commands.list_tasks import _arguments
 from diracx.tasks.cli.runtime.registry import make_task
 from diracx.tasks.operations.dead_letters import letter_record
 from diracx.tasks.operations.masking import masked_arguments
+from diracx.tasks.operations.task_classes import _arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage, describe_exception
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError

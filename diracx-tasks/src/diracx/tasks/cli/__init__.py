@@ -1,4 +1,4 @@
-"""`diracx-task-run`, also installed as `diracx-tasks`: run, submit and list tasks, serve them, bury them."""
+"""The command line `diracx-task-run`, also installed as `diracx-tasks`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands.audit import audit
 from .commands.call import call
 from .commands.cancel import cancel
 from .commands.config import app as config
@@ -16,22 +15,21 @@ from .commands.dashboard import dashboard
 from .commands.db import app as db
 from .commands.dev import dev
 from .commands.dlq import app as dlq
-from .commands.group import group
-from .commands.in_force import in_force
-from .commands.inspect import running, status, workers
-from .commands.inspect import tasks as task_classes
-from .commands.list_tasks import list_tasks
+from .commands.group import app as group
+from .commands.inspect import audit, list_tasks, running, task_statistics, workers
 from .commands.locks import app as locks
-from .commands.queue import app as queues
+from .commands.queue import app as queue
 from .commands.schedule import app as schedule
 from .commands.serve import scheduler, worker
+from .commands.status import status
 from .commands.submit import submit
 from .errors import CliError, one_line
+from .options import Commands
 from .output import echo
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = Commands(
     name="diracx-task-run",
     help="Run DiracX tasks.\n\n"
     "A first task, from a plain file, with everything it needs in one terminal:\n\n"
@@ -44,30 +42,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _function, _name in (
-    (call, "call"),
-    (submit, "submit"),
-    (cancel, "cancel"),
-    (worker, "worker"),
-    (scheduler, "scheduler"),
-    (list_tasks, "list"),
-    (dev, "dev"),
-    (status, "status"),
-    (workers, "workers"),
-    (running, "running"),
-    (dashboard, "dashboard"),
-    (audit, "audit"),
-):
-    app.command(_name)(_function)
-app.add_typer(dlq, name="dlq")
-app.add_typer(db, name="db")
-app.add_typer(group, name="group")
-config.command("in-force")(in_force)
-app.add_typer(config, name="config")
-app.add_typer(schedule, name="schedule")
-app.add_typer(queues, name="queue")
-app.add_typer(locks, name="locks")
-app.add_typer(task_classes, name="tasks")
+for _command in (call, submit, cancel, worker, scheduler, dev, status, workers, running, dashboard, audit):
+    app.command(_command.__name__)(_command)
+app.command("list")(list_tasks)
+for _group in (dlq, db, group, config, schedule, queue, locks, task_statistics):
+    app.add_typer(_group)
 
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -49,6 +49,11 @@ RedisUrlFileOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="At most this many.")]
+AfterOption = Annotated[
+    str | None, typer.Option("--after", metavar="CURSOR", help="Read on: the `after` of the page before (--json).")
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 class LogLevel(StrEnum):
@@ -71,11 +76,32 @@ LogLevelOption = Annotated[
 ]
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let commands share groups of options: of each parameter that is a dataclass the fields are the options.
-
-    The command itself gets the dataclass.
+class Commands(typer.Typer):
+    """A Typer application whose commands may share groups of options: of each parameter that is a dataclass, the
+    fields are the options, and the command gets the dataclass.
     """
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        """As of `typer.Typer`."""
+        register = super().command(name, **settings)
+        return lambda function: register(spread(function))
+
+
+def command_group(name: str, help_text: str) -> Commands:
+    """Commands below a common name, which alone shows their help and exits with 2."""
+    group = Commands(name=name, help=help_text, rich_markup_mode="rich")
+
+    @group.callback(invoke_without_command=True)
+    def show_help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+            raise typer.Exit(2)
+
+    return group
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Make the fields of each parameter that is a dataclass options of a command."""
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

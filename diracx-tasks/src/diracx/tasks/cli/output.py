@@ -4,24 +4,30 @@ taken for Rich markup, and no password of a URL is shown. JSON is lossless: it e
 
 from __future__ import annotations
 
-__all__ = ["console", "echo", "echo_json", "show_table", "styled", "table"]
+__all__ = ["confirm", "console", "echo", "echo_json", "print_json", "show", "show_fields", "styled", "table"]
 
 import json
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
-from .errors import one_line
+from .errors import CliError, UsageProblem, one_line, shortened_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from ..operations.models import Page
+    from ..operations.views import View
+
+_Row = TypeVar("_Row")
 _WIDTH_WITHOUT_TERMINAL = 220
+_LABEL_WIDTH = 11
 
 
 def echo(text: str, *, err: bool = False) -> None:
@@ -32,6 +38,14 @@ def echo(text: str, *, err: bool = False) -> None:
 def echo_json(value: Any, *, indent: int | None = None) -> None:
     """Print JSON for scripts."""
     typer.echo(json.dumps(value, indent=indent))
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print read models as JSON, passwords of URLs masked."""
+    from ..operations import as_json
+    from ..operations.masking import masked_json
+
+    echo_json(masked_json(as_json(value)), indent=indent)
 
 
 def console() -> Console:
@@ -49,42 +63,67 @@ def styled(text: str, style: str = "") -> Text:
     return Text(one_line(text), style=style)
 
 
-def table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str | Text]],
-    *,
-    right: Collection[str] = (),
-    unbroken: Collection[str] | None = None,
-) -> Table:
-    """A table, its first column in colour.
-
-    Args:
-        right: columns that are aligned to the right, and not broken.
-        unbroken: columns that are not broken into lines; the first one where none are named.
+def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> None:
+    """Print read models: as JSON, or as the table of the view (on stderr that there is nothing, and where to read
+    on after a page).
     """
+    from ..operations.models import Page
+
+    if as_json:
+        print_json(rows)
+        return
+    items = rows.items if isinstance(rows, Page) else rows
+    if items:
+        console().print(table(view, items))
+    else:
+        echo(view.empty, err=True)
+    if isinstance(rows, Page) and rows.after is not None:
+        echo(f"there may be more: --limit, or --after '{one_line(rows.after)}'", err=True)
+
+
+def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
+    """The table of a view, its first column in colour."""
     from rich.table import Table
 
     made = Table(box=None, header_style="bold", pad_edge=False)
-    unbroken = columns[:1] if unbroken is None else unbroken
-    for column in columns:
+    for column in view.columns:
         made.add_column(
-            column,
+            column.title,
             overflow="fold",
-            no_wrap=column in unbroken or column in right,
-            justify="right" if column in right else "left",
+            no_wrap=column.whole or column.right,
+            justify="right" if column.right else "left",
         )
-    for first, *others in rows:
-        made.add_row(_cell(first, "cyan"), *map(_cell, others))
+    for row in rows:
+        cells = []
+        for number, column in enumerate(view.columns):
+            text = column.text(row)
+            if column.longest is not None:
+                text = shortened_line(text, column.longest)
+            style = "" if column.style is None else column.style(row)
+            cells.append(styled(text, style or ("" if number else "cyan")))
+        made.add_row(*cells)
     return made
 
 
-def show_table(made: Table, nothing: str) -> None:
-    """Print a table, or on stderr that there is nothing."""
-    if made.row_count:
-        console().print(made)
-    else:
-        echo(nothing, err=True)
+def show_fields(fields: Iterable[tuple[str, str]]) -> None:
+    """Print one thing: a line for each field, its name first."""
+    for name, value in fields:
+        echo(f"{name:<{_LABEL_WIDTH}} {one_line(value)}")
 
 
-def _cell(value: str | Text, style: str = "") -> Text:
-    return styled(value, style) if isinstance(value, str) else styled(value.plain, str(value.style))
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal before something that cannot be undone.
+
+    Args:
+        yes: it was answered on the command line.
+
+    Raises:
+        UsageProblem: there is no terminal.
+        CliError: the answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageProblem(f"{question} There is no terminal to ask on; add --yes")
+    if not typer.confirm(question, err=True):
+        raise CliError("nothing was changed")

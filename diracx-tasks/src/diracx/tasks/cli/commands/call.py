@@ -17,7 +17,7 @@ import typer
 from ...plumbing._util.printable import printable
 from ...plumbing.messages.secrets import without_secrets
 from ..errors import CliError, explained_redis
-from ..options import JsonOption, LogLevelOption, spread
+from ..options import JsonOption, LogLevelOption
 from ..output import echo_json
 from ..runtime.task_arguments import CheckedTask, TypedTask
 
@@ -34,7 +34,6 @@ class Debugger(StrEnum):
     EXCEPTION = "exception"
 
 
-@spread
 def call(
     typed: TypedTask,
     debugger: Annotated[

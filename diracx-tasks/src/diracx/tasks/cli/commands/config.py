@@ -1,26 +1,26 @@
-"""`config`: check what operators write about tasks, and show what holds in the end."""
+"""`config`: check the settings of tasks, show the resolved ones, and which process runs with which."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CliError, UsageProblem, one_line
-from ..options import JsonOption, ModuleOption
-from ..output import echo, echo_json
+from ..options import JsonOption, ModuleOption, command_group
+from ..output import console, echo, echo_json, print_json, show, styled
+from ..runtime.server import Server
 
 if TYPE_CHECKING:
     from ...plumbing.config import Problem, Source, TasksConfig
-    from ...plumbing.registry import TaskRegistry
+    from ...plumbing.config.active import InForce
+    from ...plumbing.factory import TaskRegistry
 
-app = typer.Typer(
-    name="config",
-    help="Settings of tasks: a YAML file, or the section Systems.Tasks of the DiracX configuration.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
+app = command_group(
+    "config", "Settings of tasks: a YAML file, or the section Systems.Tasks of the DiracX configuration."
 )
 
 FileArgument = Annotated[
@@ -32,7 +32,7 @@ FileArgument = Annotated[
 ]
 
 
-@app.command()
+@app.command("check")
 def check(file: FileArgument = None, as_json: JsonOption = False, module: ModuleOption = None) -> None:
     """Check the settings, as a worker and a scheduler do at their start: every mistake with its line and path.
 
@@ -42,13 +42,12 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
     Example: diracx-task-run config check tasks.yaml
     """
     from ..runtime.registry import load_registry
-    from .config_view import problem_record
 
     registry = load_registry(module)
     _, problems, source, vos = _read(file, registry)
     lines = source.report(problems)
     if as_json:
-        found = [problem_record(problem, source) for problem in problems]
+        found = [_problem_record(problem, source) for problem in problems]
         echo_json({"source": source.name or None, "valid": not lines, "problems": found}, indent=2)
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
@@ -59,8 +58,17 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
         echo(f"{source.name} is valid{without}" if source.name else "nothing is configured: all is as in the code")
 
 
-@app.command()
-def show(
+def _problem_record(problem: Problem, source: Source) -> dict[str, Any]:
+    return {
+        "path": ".".join(problem.path),
+        "line": source.line(problem.path),
+        "message": problem.message,
+        "prevents_start": not problem.foreign,
+    }
+
+
+@app.command("show")
+def show_settings(
     file: FileArgument = None,
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this task; category:ClassName, or the class alone.")
@@ -69,15 +77,15 @@ def show(
     as_json: JsonOption = False,
     module: ModuleOption = None,
 ) -> None:
-    """Show the value of every setting of every task that holds in the end, and where it comes from.
+    """Show the resolved value of every setting of every task, and where it is set.
 
-    Without --vo: what holds for everybody, and then for each VO that has something of its own about the task.
+    Without --vo: the values for all VOs, and then for each VO that has settings of its own for the task.
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
     from ...operations.settings import settings_records
+    from ...operations.views import SETTINGS
     from ..runtime.registry import find_task, load_registry
-    from .config_view import print_settings
 
     registry = load_registry(module)
     names = sorted(registry) if task is None else [find_task(registry, task)]
@@ -96,7 +104,67 @@ def show(
     if as_json:
         echo_json({"source": source.name or None, "vos": vos, **found}, indent=2)
     else:
-        print_settings(source, found["tasks"], found["limits"])
+        show(SETTINGS, list(_rows(source, found["tasks"], found["limits"])), as_json)
+
+
+def _rows(
+    source: Source, tasks: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A row for each setting, the title on the first of each block: a task for a VO, an instance, a limit."""
+    blocks: list[tuple[str, Mapping[str, Any]]] = []
+    for record in tasks:
+        of_vo = "" if record["vo"] is None else f" for {record['vo']}"
+        blocks.append((f"{record['task']}{of_vo}", record["settings"]))
+        blocks += [(f"{record['task']}@{key}{of_vo}", found) for key, found in record["instances"].items()]
+    for record in limits:
+        of_vo = "" if record["vo"] is None else f" for {record['vo']}"
+        of_key = "" if record["key"] is None else f" {record['key']}"
+        blocks.append((f"limits of {record['object']}{of_key}{of_vo}", record["settings"]))
+    for title, settings in blocks:
+        for number, (name, setting) in enumerate(settings.items()):
+            shown = {"task": "" if number else title, "setting": name, "value": setting["value"]}
+            yield shown | {"from": _origin(setting, source)}
+
+
+def _origin(setting: Mapping[str, Any], source: Source) -> str:
+    if setting["from"] == "code" or not source.name:
+        return str(setting["from"])
+    at = source.name if setting["line"] is None else f"{source.name}:{setting['line']}"
+    return f"{setting['from']}, {at}"
+
+
+@app.command("in-force")
+def in_force(*, as_json: JsonOption = False, server: Server) -> None:
+    """Show with which configuration each worker and scheduler runs, since when, and what is wrong with it.
+
+    Processes with the same settings show the same digest. Where something is wrong with what is written, the
+    last good configuration is in force; exits with 1 then.
+
+    Example: diracx-task-run config in-force --json
+    """
+    from ...operations.views import ACTIVE_CONFIGS
+    from ...plumbing.config.active import configurations_in_force
+
+    entries = server.query(configurations_in_force)
+    if as_json:
+        print_json([entry.as_dict() for entry in entries])
+    else:
+        show(ACTIVE_CONFIGS, entries, as_json)
+        _print_notes(entries)
+    if any(entry.problems for entry in entries):
+        raise typer.Exit(1)
+
+
+def _print_notes(entries: Sequence[InForce]) -> None:
+    """Each problem and warning once, with the processes that have it."""
+    for kind, style in (("problems", "red"), ("warnings", "yellow")):
+        lines: dict[str, list[str]] = {}
+        for entry in entries:
+            for line in getattr(entry, kind):
+                lines.setdefault(line, []).append(entry.process)
+        for line, processes in lines.items():
+            where = processes[0] if len(processes) == 1 else f"{len(processes)} processes"
+            console().print(styled(f"{line} ({where})", style), soft_wrap=True)
 
 
 def _read(

@@ -10,31 +10,21 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ..errors import explained_database
-from ..options import JsonOption
-from ..output import echo, echo_json
+from ..options import JsonOption, YesOption, command_group
+from ..output import confirm, echo, echo_json
 
 if TYPE_CHECKING:
     from ...plumbing.sql.migrations import Migrations, Move
 
 _Answer = TypeVar("_Answer")
 
-app = typer.Typer(
-    name="db",
-    help="The schema of the database of dead letters, DIRACX_DB_URL_TASKDB.\n\n"
+app = command_group(
+    "db",
+    "The schema of the database of dead letters, DIRACX_DB_URL_TASKDB.\n\n"
     "A new version of diracx-tasks may need new columns or indexes: `current` tells, `upgrade` adds them with all "
     "rows kept, `downgrade` goes back before an older version is installed. Needs the extra "
     "\\[migrations].",
-    rich_markup_mode="rich",
 )
-
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-
-
-@app.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
 
 
 @app.command()
@@ -83,8 +73,6 @@ def downgrade(
 
     Example: diracx-task-run db downgrade 0001 --yes
     """
-    from ..confirm import confirm
-
     what = "drop its tables with all rows" if revision == "base" else f"lose what {revision} does not know"
     confirm(f"Take TaskDB back to {revision}, and {what}?", yes)
     _report(_run(lambda migrations, url: migrations.downgrade(url, revision)), as_json)

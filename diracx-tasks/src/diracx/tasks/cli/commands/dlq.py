@@ -1,247 +1,180 @@
-"""`dlq`: look at dead letters, and decide about them."""
+"""`dlq`: inspect dead letters, submit them again, or discard them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ...plumbing.persistence.letter import DeadLetterStatus
-from ..errors import CliError, UsageProblem, explained_redis
-from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url, spread
-from ..output import echo, echo_json
+from ..errors import CliError, UsageProblem, one_line
+from ..options import AfterOption, JsonOption, command_group
+from ..options import LimitOption as PageOption
+from ..output import confirm, echo, echo_json, print_json, show, show_fields
+from ..runtime.server import Server, ServerAndTasks
 from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
-from .inspect import AfterOption, ask, print_json
 
 if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB
     from ...plumbing.persistence.db import LetterFilter
 
+    Letter = Mapping[str, Any]
+
 _PAGE = 200
+#: Refusals that are shown one by one; the rest is a number.
+_REFUSALS_SHOWN = 10
 _Answer = TypeVar("_Answer")
 
-app = typer.Typer(
-    name="dlq",
-    help="Dead letters: tasks that failed for good, or that nobody could run. They are in the database "
+app = command_group(
+    "dlq",
+    "Dead letters: tasks that failed for good, or that no worker could run. They are in the database "
     "DIRACX_DB_URL_TASKDB; `waiting` has those that wait for one. ID is a task id, or the number in the list.",
-    rich_markup_mode="rich",
 )
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Task id, or the number in the list.")]
 StatusOption = Annotated[
     StatusFilter,
-    typer.Option("--status", case_sensitive=False, help="What was decided; open: pending or resubmitting."),
+    typer.Option("--status", case_sensitive=False, help="Only with this status; open: pending or resubmitting."),
 ]
 
 
-@app.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
+# --- inspect ------------------------------------------------------------------------------------------------
 
 
 @app.command("list")
-@spread
 def list_letters(
+    *,
     filters: Filters,
     status: StatusOption = StatusFilter.OPEN,
     limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List dead letters, oldest first; those about which nothing was decided, if nothing else is asked for.
+    """List dead letters, oldest first; the open ones unless another status is asked for.
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
+    from ...operations.dead_letters import letter_summary
+    from ...operations.views import DEAD_LETTERS
+
     where = filters.letters(status)
 
-    async def look(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
+    async def read(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
         counts = await db.count(**where)
-        letters = [letter async for letter in _pages(db, where, limit)]
-        return letters, sum(counts.values())
+        return [letter async for letter in _pages(db, where, limit)], sum(counts.values())
 
-    from ...operations.dead_letters import letter_summary
-    from .dlq_view import print_table
-
-    letters, total = _with_db(look)
+    letters, total = _in_database(read)
     if as_json:
         echo_json([letter_summary(letter) for letter in letters], indent=2)
-    else:
-        print_table(letters, total)
+        return
+    show(DEAD_LETTERS, letters, as_json)
+    if 0 < len(letters) < total:
+        echo(f"{len(letters)} of {total}; --limit shows more", err=True)
 
 
 @app.command()
 def waiting(
-    limit: LimitOption = 100,
-    after: AfterOption = None,
-    as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    *, limit: PageOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """List the dead letters that wait in Redis, oldest first: no worker with a database has taken them yet.
+    """List the dead letters that wait in Redis, oldest first: no worker with a database has stored them yet.
 
     They are moved into the database, and into `dlq list`, when a worker with DIRACX_DB_URL_TASKDB starts.
 
     Example: diracx-task-run dlq waiting --json
     """
-    from ... import operations as monitor
-    from ..runtime.registry import load_registry
-    from .monitor_view import print_waiting_letters
+    from ... import operations
+    from ...operations.views import WAITING_LETTERS
 
-    registry = load_registry(module)
-    page = ask(
-        redis_url,
-        redis_url_file,
-        lambda redis: monitor.waiting_letters(redis, limit or 100, after, registry=registry),
-    )
-    if as_json:
-        print_json(page)
-    else:
-        print_waiting_letters(page)
+    registry = server.registry
+    page = server.query(lambda redis: operations.waiting_letters(redis, limit, after, registry=registry))
+    show(WAITING_LETTERS, page, as_json)
 
 
-@app.command()
-def show(letter_id: IdArgument, as_json: JsonOption = False) -> None:
+@app.command("show")
+def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
     """Show one dead letter: its arguments, why it is here, and every attempt with its traceback.
 
     Example: diracx-task-run dlq show 17
     """
     from ...operations.dead_letters import letter_record
-    from ...operations.masking import masked_json
-    from .dlq_view import print_letter
 
-    letter = _with_db(lambda db: _find(db, letter_id))
+    shown = letter_record(_in_database(lambda db: _find(db, letter_id)))
     if as_json:
-        echo_json(masked_json(letter_record(letter)), indent=2)
-    else:
-        print_letter(letter)
+        print_json(shown)
+        return
+    show_fields(_fields(shown))
+    for number, failure in enumerate(shown["history"], 1):
+        echo(f"\nburial {number}, {failure['buried_at']}: {failure['reason']}: {one_line(failure['detail'])}")
+        _print_attempts(failure["attempts"])
+    if shown["history"]:
+        echo("\nsince then")
+    _print_attempts(shown["attempts"])
+
+
+def _fields(shown: Letter) -> Iterator[tuple[str, str]]:
+    yield "number", str(shown["id"])
+    yield "task", shown["task_name"] or "-"
+    yield "task id", shown["task_id"]
+    yield "status", f"{shown['status'].lower()} since {shown['changed_at']}"
+    yield "stored", f"{shown['buried_at']} from {shown['burial']}"
+    yield "reason", shown["reason"]
+    yield "detail", shown["detail"]
+    if (message := shown["message"]) is None:
+        yield "raw", shown["raw"]
+        return
+    yield "args", json.dumps(message["task_args"])
+    yield "kwargs", json.dumps(message["task_kwargs"])
+    if message["labels"]:
+        yield "labels", json.dumps(message["labels"])
+
+
+def _print_attempts(attempts: Sequence[Letter]) -> None:
+    for number, attempt in enumerate(attempts, 1):
+        where = f"{attempt.get('started', '?')} on {attempt.get('host', '?')}"
+        failure = f"{attempt.get('type', '?')}: {attempt.get('message', '')}"
+        echo("")
+        echo(one_line(f"attempt {number}, {where}: {failure}"))
+        for line in str(attempt.get("traceback", "")).splitlines():
+            echo(f"  {line}")
 
 
 @app.command()
-@spread
-def retry(
-    choice: Choice,
-    as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Submit dead letters again, under their old task ids and with all their retries.
-
-    Each is submitted once, however often this is repeated and whoever else does it at the same time. Exits with 1
-    when one of them could not be.
-
-    Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
-    """
-    where = choice.letters(StatusFilter.OPEN)
-    url = resolve_redis_url(redis_url, redis_url_file)
-
-    async def submit(db: TaskDB) -> list[Any]:
-        from ...operations.audited_actions import Deeds
-        from ...plumbing.persistence.resubmission import Resubmitter
-        from ..runtime.broker import open_broker
-        from ..runtime.environment import tasks_config
-        from ..runtime.registry import load_registry
-
-        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
-        registry = load_registry(module)
-        config = tasks_config()
-        async with open_broker(url) as broker:
-            resubmitter = Resubmitter(db, broker, registry, config)
-            with explained_redis(url):
-                if not chosen:
-                    await _confirmed(db, where, choice, "Submit {} dead letters again?")
-                deeds = Deeds.at_command_line(broker.redis)
-                return await deeds.retry_letters(resubmitter, chosen or None, where, choice.limit)
-
-    from .dlq_view import report_retry
-
-    report_retry(_with_db(submit), as_json)
-
-
-@app.command()
-@spread
-def discard(
-    choice: Choice,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Decide that dead letters will not run again. Their rows stay, as discarded.
-
-    The server is needed for the audit log. Exits with 1 when one of them could not be discarded.
-
-    Example: diracx-task-run dlq discard --reason unparsable --yes
-    """
-    where = choice.letters(StatusFilter.PENDING)
-    url = resolve_redis_url(redis_url, redis_url_file)
-
-    async def decide(db: TaskDB) -> tuple[list[Mapping[str, Any]], list[tuple[Mapping[str, Any], str]]]:
-        from ...operations.audited_actions import Deeds
-        from ..runtime.broker import open_broker
-
-        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
-        if not chosen:
-            await _confirmed(db, where, choice, "Discard {} dead letters?")
-            chosen = [letter async for letter in _pages(db, where, choice.limit)]
-        if not chosen:
-            return [], []
-        async with open_broker(url) as broker:
-            with explained_redis(url):
-                deeds = Deeds.at_command_line(broker.redis)
-                done = await deeds.discard_letters(db, chosen, None if choice.ids else where)
-        refused: list[tuple[Mapping[str, Any], str]] = [
-            (letter, _why_not_discarded(letter)) for letter in chosen if letter["id"] not in done
-        ]
-        return [letter for letter in chosen if letter["id"] in done], refused
-
-    from .dlq_view import report_discard
-
-    report_discard(*_with_db(decide), as_json)
-
-
-@app.command()
-@spread
 def export(
+    *,
     filters: Filters,
     status: StatusOption = StatusFilter.ANY,
     limit: LimitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Changes nothing: it is JSON already.")] = False,
 ) -> None:
-    """Write dead letters to stdout, one JSON object a line, with all there is; `raw` is the message in base64.
+    """Write dead letters to stdout, one complete JSON object a line; `raw` is the message in base64.
 
     Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
     """
+    from ...operations.dead_letters import letter_record
+
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        from ...operations.dead_letters import letter_record
-
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
-            letter = await db.find(summary["task_id"])
-            if letter is None:
-                continue
-            sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
+            if (letter := await db.find(summary["task_id"])) is not None:
+                sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
         sys.stdout.flush()
 
     try:
-        _with_db(write)
-    except BrokenPipeError:  # as in `… | head`; nobody reads what else there is
-        import os
-
+        _in_database(write)
+    except BrokenPipeError:  # as in `… | head`: nobody reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
 def init() -> None:
-    """Create the table of dead letters where it is not there yet. `diracx-task-run db` takes it to new versions.
+    """Create the table of dead letters where it is missing. `diracx-task-run db` upgrades it to new versions.
 
-    As `python -m diracx.db init-sql` does, which knows no PostgreSQL.
+    As `python -m diracx.db init-sql` does, which does not support PostgreSQL.
 
     Example: diracx-task-run dlq init
     """
@@ -255,7 +188,117 @@ def init() -> None:
     echo("the table DeadLetters is there")
 
 
-def _with_db(use: Callable[[TaskDB], Coroutine[Any, Any, _Answer] | Awaitable[_Answer]]) -> _Answer:
+# --- decide -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks) -> None:
+    """Submit dead letters again, under their old task ids and with all their retries.
+
+    Each is submitted once, however often this is repeated, also by several users at once. Exits with 1 when one
+    of them could not be submitted.
+
+    Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
+    """
+    from ...plumbing.persistence.resubmission import Fate
+
+    where = choice.letters(StatusFilter.OPEN)
+
+    async def submit(db: TaskDB) -> list[Any]:
+        from ...operations.audited_actions import Deeds
+        from ...plumbing.persistence.resubmission import Resubmitter
+        from ..runtime.environment import tasks_config
+
+        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
+        registry, config = server.registry, tasks_config()
+        async with server.connected() as broker:
+            resubmitter = Resubmitter(db, broker, registry, config)
+            if not chosen:
+                await _confirmed(db, where, choice, "Submit {} dead letters again?")
+            actions = Deeds.at_command_line(broker.redis)
+            return await actions.retry_letters(resubmitter, chosen or None, where, choice.limit)
+
+    verdicts = _in_database(submit)
+    done = {fate: [verdict.letter for verdict in verdicts if verdict.fate is fate] for fate in Fate}
+    refused = [(verdict.letter, verdict.why) for verdict in verdicts if verdict.fate is Fate.REFUSED]
+    if as_json:
+        _print_report(resubmitted=done[Fate.RESUBMITTED], already=done[Fate.ALREADY], refused=refused)
+    elif not verdicts:
+        echo("no dead letters", err=True)
+    elif len(refused) < len(verdicts):
+        already = f", {len(done[Fate.ALREADY])} had been already" if done[Fate.ALREADY] else ""
+        echo(f"{len(done[Fate.RESUBMITTED])} submitted again{already}")
+    _report_refusals(refused, "submitted again")
+
+
+@app.command()
+def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> None:
+    """Mark dead letters as discarded: they will not run again. Their rows stay.
+
+    The server is needed for the audit log. Exits with 1 when one of them could not be discarded.
+
+    Example: diracx-task-run dlq discard --reason unparsable --yes
+    """
+    where = choice.letters(StatusFilter.PENDING)
+
+    async def decide(db: TaskDB) -> tuple[Sequence[Letter], set[int]]:
+        from ...operations.audited_actions import Deeds
+
+        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
+        if not chosen:
+            await _confirmed(db, where, choice, "Discard {} dead letters?")
+            chosen = [letter async for letter in _pages(db, where, choice.limit)]
+        if not chosen:
+            return [], set()
+        async with server.connected() as broker:
+            actions = Deeds.at_command_line(broker.redis)
+            return chosen, await actions.discard_letters(db, chosen, None if choice.ids else where)
+
+    chosen, done = _in_database(decide)
+    discarded = [letter for letter in chosen if letter["id"] in done]
+    refused = [(letter, _why_not_discarded(letter)) for letter in chosen if letter["id"] not in done]
+    if as_json:
+        _print_report(discarded=discarded, refused=refused)
+    elif discarded:
+        echo(f"{len(discarded)} discarded")
+    elif not refused:
+        echo("no dead letters", err=True)
+    _report_refusals(refused, "discarded")
+
+
+def _why_not_discarded(letter: Letter) -> str:
+    match letter["status"]:
+        case DeadLetterStatus.RESUBMITTED:
+            return "it was submitted again, and is no longer here to be discarded"
+        case DeadLetterStatus.RESUBMITTING:
+            return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
+    return "its status has changed meanwhile; list it again"
+
+
+def _print_report(*, refused: Sequence[tuple[Letter, str]], **done: Sequence[Letter]) -> None:
+    def ids(letter: Letter) -> dict[str, Any]:
+        return {"id": letter["id"], "task_id": letter["task_id"]}
+
+    report = {name: [ids(letter) for letter in letters] for name, letters in done.items()}
+    print_json(report | {"refused": [ids(letter) | {"why": why} for letter, why in refused]}, indent=None)
+
+
+def _report_refusals(refused: Sequence[tuple[Letter, str]], what: str) -> None:
+    """Raise a CliError where dead letters were refused; reasons are in it, or printed before."""
+    if not refused:
+        return
+    if len(refused) == 1:
+        [(letter, why)] = refused
+        raise CliError(f"dead letter {letter['id']} ({letter['task_id']}) was not {what}: {why}")
+    for letter, why in refused[:_REFUSALS_SHOWN]:
+        echo(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
+    raise CliError(f"{len(refused)} dead letters were not {what}")
+
+
+# --- the database -------------------------------------------------------------------------------------------
+
+
+def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
     from ...plumbing.task_names import AmbiguousTaskNameError
     from ..runtime.environment import required_task_db
 
@@ -277,7 +320,7 @@ async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[st
 
 
 async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIterator[dict[str, Any]]:
-    """Dead letters as lists have them."""
+    """Summaries of dead letters, read page by page."""
     after_id, left = 0, limit
     while left is None or left > 0:
         page = await db.summaries(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
@@ -290,29 +333,8 @@ async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIte
 
 
 async def _confirmed(db: TaskDB, where: LetterFilter, choice: Choice, question: str) -> None:
-    """Ask whoever sits there.
-
-    Raises:
-        UsageProblem: when nobody does.
-        CliError: when the answer is no.
-    """
-    if choice.yes:
-        return
+    """Ask before something is done to all dead letters of a filter; errors as of `confirm`."""
     total = sum((await db.count(**where)).values())
     total = total if choice.limit is None else min(total, choice.limit)
-    if total == 0:
-        return
-    asked = question.format(total)
-    if not sys.stdin.isatty():
-        raise UsageProblem(f"{asked} There is no terminal to ask on; add --yes")
-    if not await asyncio.to_thread(typer.confirm, asked, err=True):
-        raise CliError("nothing was changed")
-
-
-def _why_not_discarded(letter: Mapping[str, Any]) -> str:
-    match letter["status"]:
-        case DeadLetterStatus.RESUBMITTED:
-            return "it was submitted again, and is no longer here to be discarded"
-        case DeadLetterStatus.RESUBMITTING:
-            return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
-    return "somebody else has just decided about it; look again"
+    if total:
+        await asyncio.to_thread(confirm, question.format(total), choice.yes)

@@ -1,4 +1,4 @@
-"""Which dead letters a command is about."""
+"""The options that select dead letters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from ...plumbing.persistence.letter import OPEN, DeadLetterReason, DeadLetterStatus
 from ..errors import UsageProblem, shortened
+from ..options import YesOption
 
 if TYPE_CHECKING:
     from ...plumbing.persistence.db import LetterFilter
@@ -21,7 +22,7 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 class StatusFilter(StrEnum):
-    """What was decided."""
+    """The status of dead letters to select."""
 
     OPEN = "open"
     PENDING = "pending"
@@ -43,23 +44,22 @@ SinceOption = Annotated[
     typer.Option(
         "--since",
         metavar="TIME|AGE",
-        help="Buried then or later: 2030-01-31T12:00+01:00, or an age as 90m, 24h, 7d.",
+        help="Stored then or later: 2030-01-31T12:00+01:00, or an age as 90m, 24h, 7d.",
     ),
 ]
 BeforeOption = Annotated[
-    str | None, typer.Option("--before", metavar="TIME|AGE", help="Buried earlier than that.")
+    str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many.")]
 IdsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="ID", help="Task ids, or numbers in the list; or filters.")
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that the filters let through.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that match the filters.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Options that narrow down what a command is about."""
+    """Options that filter dead letters."""
 
     task: TaskOption = None
     reason: ReasonOption = None
@@ -67,7 +67,7 @@ class Filters:
     before: BeforeOption = None
 
     def letters(self, status: StatusFilter) -> LetterFilter:
-        """What was typed, as the database takes it.
+        """The filter for the database.
 
         Raises:
             UsageProblem: when a time cannot be read, or the two exclude each other.
@@ -90,13 +90,13 @@ class Filters:
 
     @property
     def narrow(self) -> bool:
-        """Whether there is any."""
+        """Whether a filter was given."""
         return any(value is not None for value in (self.task, self.reason, self.since, self.before))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Filters):
-    """Options of a decision about dead letters: which, and whether to ask."""
+    """Options that select dead letters by ids or filters, and whether to ask."""
 
     letter_ids: IdsArgument = None
     limit: LimitOption = None
@@ -121,7 +121,7 @@ class Choice(Filters):
 
     @property
     def ids(self) -> list[str]:
-        """Each once, as typed; none when filters say which."""
+        """The ids, each once; none when filters select."""
         return list(dict.fromkeys(self.letter_ids or ()))
 
 

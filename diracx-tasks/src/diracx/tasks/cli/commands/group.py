@@ -1,43 +1,33 @@
-"""`group`: look at callback groups."""
+"""`group`: inspect callback groups."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CliError, explained_redis, mask, one_line
-from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from ..output import echo, echo_json, show_table, table
+from ..errors import CliError
+from ..options import JsonOption, command_group
+from ..output import print_json, show, show_fields
+from ..runtime.server import Server
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from ...plumbing.broker.groups import GroupStatus
 
-_Answer = TypeVar("_Answer")
-
 #: Children that are named; of more, there is a count.
-_SHOWN = 10
+_NAMED_CHILDREN = 10
 
-group = typer.Typer(help="Look at callback groups that have not called back.")
-
-
-@group.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
+app = command_group("group", "Inspect callback groups that have not called back.")
 
 
-@group.command("show")
-def show(
+@app.command("show")
+def show_group(
+    *,
     group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` gives it.")],
     as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    server: Server,
 ) -> None:
     """Show one group: its state, its callback, how many children have ended, and which have failed and why.
 
@@ -47,99 +37,50 @@ def show(
     """
     from ...plumbing.broker.groups import read_group
 
-    status = _ask(resolve_redis_url(redis_url, redis_url_file), lambda redis: read_group(redis, group_id))
+    status = server.query(lambda redis: read_group(redis, group_id))
     if status is None:
         raise CliError(
             f"no group {group_id!r}: it has called back, has expired, or never was; "
             "see `diracx-task-run group list`"
         )
     if as_json:
-        echo_json(_as_json(status, children=True), indent=2)
+        print_json(status)
     else:
-        _print(status)
+        show_fields(_fields(status))
 
 
-@group.command("list")
-def list_(
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
+@app.command("list")
+def list_(*, as_json: JsonOption = False, server: Server) -> None:
     """List the groups that have not called back, oldest first.
 
     Example: diracx-task-run group list --json
     """
-    from ...plumbing.broker.groups import list_groups
+    from ...operations import groups
+    from ...operations.views import GROUPS
 
-    groups = _ask(resolve_redis_url(redis_url, redis_url_file), list_groups)
+    found = server.query(groups)
     if as_json:
-        echo_json([_as_json(status, children=False) for status in groups], indent=2)
+        children = ("pending_children", "failed_children")  # `group show` has them
+        print_json([{k: v for k, v in asdict(status).items() if k not in children} for status in found])
     else:
-        _print_table(groups)
+        show(GROUPS, found, as_json)
 
 
-def _ask(url: str, question: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
-    from ..runtime.broker import open_broker
-
-    async def ask() -> _Answer:
-        async with open_broker(url) as broker:
-            with explained_redis(url):
-                return await question(broker.redis)
-
-    return asyncio.run(ask())
-
-
-def _as_json(status: GroupStatus, *, children: bool) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    report = asdict(status)
-    report |= {name: report[name].isoformat() for name in ("created", "expires")}
-    report["failed_children"] = {child: mask(error) for child, error in status.failed_children.items()}
-    if not children:
-        del report["pending_children"], report["failed_children"]
-    return report
+def _fields(status: GroupStatus) -> Iterator[tuple[str, str]]:
+    counts = f"{status.succeeded} succeeded, {status.failed} failed, {status.pending} pending"
+    yield "group", status.group_id
+    yield "state", str(status.state)
+    yield "children", f"{status.total}: {counts}"
+    yield "callback", status.callback
+    yield "on failure", status.on_failure or "-"
+    yield "created", status.created.isoformat(timespec="seconds")
+    yield "expires", status.expires.isoformat(timespec="seconds")
+    yield from _children("failed", [f"{child}  {error}" for child, error in status.failed_children.items()])
+    yield from _children("pending", status.pending_children)
 
 
-def _print(status: GroupStatus) -> None:
-    lines = [
-        ("group", status.group_id),
-        ("state", str(status.state)),
-        ("children", f"{status.total}: {_counts(status)}"),
-        ("callback", status.callback),
-        ("on failure", status.on_failure or "-"),
-        ("created", status.created.isoformat(timespec="seconds")),
-        ("expires", status.expires.isoformat(timespec="seconds")),
-    ]
-    for label, value in lines:
-        echo(f"{label:<11} {one_line(value)}")
-    _print_children("failed", [f"{child}  {error}" for child, error in status.failed_children.items()])
-    _print_children("pending", status.pending_children)
-
-
-def _print_children(label: str, lines: list[str]) -> None:
-    for line in lines[:_SHOWN]:
-        echo(f"{label:<11} {one_line(line)}")
-    if len(lines) > _SHOWN:
-        echo(f"{label:<11} and {len(lines) - _SHOWN} more; all of them with --json")
-
-
-def _counts(status: GroupStatus) -> str:
-    return f"{status.succeeded} succeeded, {status.failed} failed, {status.pending} pending"
-
-
-def _print_table(groups: list[GroupStatus]) -> None:
-    rows = [
-        (
-            status.group_id,
-            str(status.state),
-            str(status.total),
-            str(status.succeeded),
-            str(status.failed),
-            str(status.pending),
-            status.callback,
-            status.created.isoformat(timespec="seconds"),
-        )
-        for status in groups
-    ]
-    columns = ("group", "state", "total", "succeeded", "failed", "pending", "callback", "created")
-    show_table(table(columns, rows), "no callback groups")
+def _children(state: str, lines: list[str]) -> Iterator[tuple[str, str]]:
+    for line in lines[:_NAMED_CHILDREN]:
+        yield state, line
+    if len(lines) > _NAMED_CHILDREN:
+        yield state, f"and {len(lines) - _NAMED_CHILDREN} more; all of them with --json"

@@ -1,215 +1,119 @@
-"""`status`, `workers`, `running` and `tasks stats`: how it is, and what goes on."""
+"""`list`, `workers`, `running`, `audit` and `tasks stats`: task classes, workers, running tasks, what was done."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CliError, UsageProblem, explained_redis, one_line
-from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from ..output import echo, echo_json
+from ..errors import one_line
+from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, command_group
+from ..output import echo, print_json, show
+from ..runtime.server import Server, ServerAndTasks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from redis.asyncio import Redis
 
-    from ...operations.health import Health
-    from ...plumbing.broker import RedisStreamBroker
-
-_Answer = TypeVar("_Answer")
-
-LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="At most so many.")]
-AfterOption = Annotated[
-    str | None, typer.Option("--after", metavar="PLACE", help="Read on: the `after` of the page before (--json).")
-]
+    from ...operations import Failure, Page
+    from ...operations.audit import AuditEntry
 
 
 class Window(StrEnum):
-    """Over which time is counted."""
+    """The time over which statistics count."""
 
     HOUR = "hour"
     DAY = "day"
 
 
-def ask(
-    redis_url: str | None, redis_url_file: str | None, question: Callable[[Redis], Awaitable[_Answer]]
-) -> _Answer:
-    """Put a question to the server.
+def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> None:
+    """List the installed tasks, and those of the given modules.
 
-    Raises:
-        CliError: when the server cannot be reached, or refuses.
-        UsageProblem: for what the question finds wrong with its own words (a ValueError).
+    Warns of installed distributions whose tasks are left out, as they are no extension of DiracX.
+
+    Example: diracx-task-run list --module my_tasks.py
     """
-    from ..runtime.broker import open_broker
+    from ...operations.task_classes import task_classes
+    from ...operations.views import TASK_CLASSES
+    from ...plumbing.registry import unselected_tasks
+    from ..runtime.registry import load_registry
 
-    url = resolve_redis_url(redis_url, redis_url_file)
-
-    async def put() -> _Answer:
-        async with open_broker(url) as broker:
-            with explained_redis(url):
-                try:
-                    return await question(broker.redis)
-                except ValueError as error:
-                    raise UsageProblem(str(error)) from error
-
-    return asyncio.run(put())
+    show(TASK_CLASSES, task_classes(load_registry(module)), as_json)
+    for line in unselected_tasks():
+        echo(f"warning: {one_line(line)}", err=True)
 
 
-def print_json(value: Any) -> None:
-    """As JSON, passwords of URLs masked."""
-    from ...operations import as_json
-    from ...operations.masking import masked_json
+def workers(*, as_json: JsonOption = False, server: Server) -> None:
+    """List the workers: size, slots in use, state, last report, time since the start, memory.
 
-    echo_json(masked_json(as_json(value)), indent=2)
-
-
-def status(
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C; with --json, a line each time.")
-    ] = False,
-    every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="With --watch: how often.")] = 2.0,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check", help="Exit as Nagios has it: 0 ok, 1 warning, 2 critical, 3 unknown; prints what is wrong."
-        ),
-    ] = False,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Show how the system is: what the health checks found, the queues, workers, what is delayed.
-
-    Costs the server little, however much is queued. Databases are those of DIRACX_DB_URL_<NAME>. Exits with 0 even
-    when something is wrong, but for --check.
-
-    Example: diracx-task-run status --check
-    """
-    if check:
-        raise typer.Exit(_check(redis_url, redis_url_file, as_json))
-    from ..runtime.broker import open_broker
-    from .monitor_view import show_status
-
-    url = resolve_redis_url(redis_url, redis_url_file)
-
-    async def show() -> None:
-        async with open_broker(url) as broker, _health(broker) as look:
-            await show_status(look, every if watch else None, as_json)
-
-    try:
-        asyncio.run(show())
-    except KeyboardInterrupt:
-        if not watch:
-            raise
-
-
-def _check(redis_url: str | None, redis_url_file: str | None, as_json: bool) -> int:
-    from ...plumbing.broker import RedisStreamBroker
-    from .monitor_view import check_lines, status_json
-
-    async def look() -> Health:
-        # Not tried before: that the server does not answer is for the checks to say.
-        broker = RedisStreamBroker(resolve_redis_url(redis_url, redis_url_file))
-        try:
-            async with _health(broker) as run:
-                return await run()
-        finally:
-            await broker.shutdown()
-
-    try:
-        health = asyncio.run(look())
-    except Exception as error:  # any other exit code would say something about the system
-        echo(f"UNKNOWN - {one_line(str(error)) or type(error).__name__}")
-        return 3
-    if as_json:
-        echo_json(status_json(health), indent=2)
-    else:
-        for line in check_lines(health):
-            echo(line)
-    return health.severity.exit_code
-
-
-@asynccontextmanager
-async def _health(broker: RedisStreamBroker) -> AsyncIterator[Callable[[], Awaitable[Health]]]:
-    """What makes the health checks: of this server, and of the databases of the environment.
-
-    Raises:
-        CliError: a variable of a database or a threshold is wrong.
-    """
-    from ...operations.health import health_checks
-    from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.environment import unchecked_task_db
-
-    async with AsyncExitStack() as stack:
-        task_db = await stack.enter_async_context(unchecked_task_db())
-        try:
-            checks = await stack.enter_async_context(health_checks(broker.redis, task_db))
-        except TaskConfigError as error:
-            raise CliError(str(error)) from error
-        yield checks.run
-
-
-def workers(
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """List the workers: size, slots in use, since when they run, when they last reported, memory.
-
-    One that is blocked has a task that keeps its event loop from going on; --json has its stack. One whose lease
-    has ended is dead.
+    A blocked worker has a task that keeps its event loop from running; --json has its stack. A worker whose lease
+    has expired is dead.
 
     Example: diracx-task-run workers --json
     """
-    from ... import operations as monitor
-    from .monitor_view import print_workers
+    from ... import operations
+    from ...operations.views import WORKERS
 
-    found = ask(redis_url, redis_url_file, monitor.workers)
-    if as_json:
-        print_json(found)
-    else:
-        print_workers(found)
+    show(WORKERS, server.query(operations.workers), as_json)
 
 
 def running(
-    limit: LimitOption = 100,
-    after: AfterOption = None,
-    as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    *, limit: LimitOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """List what runs, longest first: since when, which attempt, where, with which locks and arguments.
+    """List the running tasks, longest first: since when, which attempt, where, with which locks and arguments.
 
     Workers report every 5 s, and at most 200 tasks each. Secret arguments are shown as •••.
 
     Example: diracx-task-run running --limit 20
     """
-    from ... import operations as monitor
-    from ..runtime.registry import load_registry
-    from .monitor_view import print_running
+    from ... import operations
+    from ...operations.views import RUNNING
 
-    registry = load_registry(module)
-    page = ask(
-        redis_url,
-        redis_url_file,
-        lambda redis: monitor.running(redis, limit, after, registry=registry),
-    )
-    if as_json:
-        print_json(page)
-    else:
-        print_running(page)
+    registry = server.registry
+    page = server.query(lambda redis: operations.running(redis, limit, after, registry=registry))
+    show(RUNNING, page, as_json)
 
 
-tasks = typer.Typer(help="Look at classes of tasks.", no_args_is_help=True)
+def audit(
+    *,
+    limit: LimitOption = 50,
+    after: AfterOption = None,
+    vo: Annotated[
+        str | None,
+        typer.Option("--vo", metavar="VO", help="Actions of this VO's members by HTTP, not of administrators."),
+    ] = None,
+    as_json: JsonOption = False,
+    server: Server,
+) -> None:
+    """List actions, newest first: who did what by command line, dashboard and HTTP, to tasks and compute elements.
+
+    The user of a command line is user@host. About the last 10,000 actions of administrators are kept, and as many
+    of the members of each VO.
+
+    Example: diracx-task-run audit --limit 10
+    """
+    from ...operations.views import AUDIT
+
+    async def read(redis: Redis) -> Page[AuditEntry]:
+        from ...operations.audit import read_audit
+        from ...operations.cursors import place_in_stream
+        from ...operations.models import Page
+
+        # One more tells whether there are more.
+        found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)
+        return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
+
+    show(AUDIT, server.query(read), as_json)
 
 
-@tasks.command("stats")
+task_statistics = command_group("tasks", "Inspect classes of tasks.")
+
+
+@task_statistics.command("stats")
 def stats(
+    *,
     window: Annotated[Window, typer.Option(help="Over the last hour, or the last day.")] = Window.HOUR,
     failures: Annotated[
         int, typer.Option(min=0, metavar="N", help="Show the last N failures as well, with their tracebacks.")
@@ -219,36 +123,45 @@ def stats(
         typer.Option("--task", metavar="NAME", help="Only this one: category:ClassName, or ClassName alone."),
     ] = None,
     as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    server: ServerAndTasks,
 ) -> None:
-    """Show how each class of tasks did: done, failed, retried, dead, run time and time in the queue.
+    """Show statistics of each class of tasks: done, failed, retried, dead, run time and time in the queue.
 
     Times are percentiles, at most 19 % too high. Time in the queue includes waiting for locks.
 
     Example: diracx-task-run tasks stats --window day --failures 3
     """
-    from ... import operations as monitor
+    from ... import operations
+    from ...operations.views import STATISTICS
     from ...plumbing.task_names import resolve_task_name
-    from ..runtime.registry import find_task, load_registry
-    from .monitor_view import print_failures, print_stats
+    from ..runtime.registry import find_task
 
-    async def look(redis: Redis) -> Any:
-        counted = await monitor.stats(redis, window.value)
+    async def read(redis: Redis) -> Any:
+        found = await operations.stats(redis, window.value)
         name = None
         if task is not None:
-            ended = [each.task_name for each in counted]
-            name = resolve_task_name(task, ended + await monitor.failed_task_names(redis))
+            ended = [each.task_name for each in found]
+            name = resolve_task_name(task, ended + await operations.failed_task_names(redis))
             # What has not ended lately may be installed all the same: then there is nothing to show.
-            name = name or find_task(load_registry(module), task)
-            counted = [each for each in counted if each.task_name == name]
-        failed = await monitor.failures(redis, failures, task_name=name) if failures else monitor.Page(items=[])
-        return counted, failed.items
+            name = name or find_task(server.registry, task)
+            found = [each for each in found if each.task_name == name]
+        if not failures:
+            return found, []
+        return found, (await operations.failures(redis, failures, task_name=name)).items
 
-    counted, failed = ask(redis_url, redis_url_file, look)
+    statistics, failed = server.query(read)
     if as_json:
-        print_json({"stats": counted, "failures": failed})
+        print_json({"stats": statistics, "failures": failed})
         return
-    print_stats(counted)
-    print_failures(failed)
+    show(STATISTICS, statistics, as_json)
+    _print_failures(failed)
+
+
+def _print_failures(failures: Sequence[Failure]) -> None:
+    """Print failures with their tracebacks, the newest last."""
+    for failure in reversed(failures):
+        where = f"{failure.at:%Y-%m-%d %H:%M:%S} on {failure.worker}, attempt {failure.attempt}, {failure.outcome}"
+        echo("")
+        echo(one_line(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
+        for line in (failure.traceback or f"{failure.type}: {failure.message}").splitlines():
+            echo(f"  {line}")

@@ -1,18 +1,21 @@
-"""`locks`: who holds a lock, who waits for it; take it away."""
+"""`locks`: inspect locks and limiters; release a lock."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..confirm import confirm
 from ..errors import CliError, one_line
-from ..options import JsonOption, RedisUrlFileOption, RedisUrlOption
-from ..output import echo
-from .inspect import AfterOption, LimitOption, ask, print_json
+from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
+from ..output import confirm, echo, print_json, show, show_fields
+from ..runtime.server import Server
 
-app = typer.Typer(help="Look at locks and limiters; take a lock away.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ...operations import Holder, Lock
+
+app = command_group("locks", "Inspect locks and limiters; release a lock.")
 
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="Redis key of the lock, as lock:mutex:job:42; `locks list` has them.")
@@ -21,11 +24,7 @@ KeyArgument = Annotated[
 
 @app.command("list")
 def list_(
-    limit: LimitOption = 100,
-    after: AfterOption = None,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    *, limit: LimitOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: Server
 ) -> None:
     """List the locks that tasks hold or wait for, and the limiters that were used within the last day.
 
@@ -33,75 +32,82 @@ def list_(
 
     Example: diracx-task-run locks list --json
     """
-    from ... import operations as monitor
-    from .monitor_view import print_locks
+    from ... import operations
+    from ...operations.views import LOCKS
 
-    page = ask(redis_url, redis_url_file, lambda redis: monitor.locks(redis, limit, after))
-    if as_json:
-        print_json(page)
-    else:
-        print_locks(page)
+    show(LOCKS, server.query(lambda redis: operations.locks(redis, limit, after)), as_json)
 
 
 @app.command("show")
-def show(
-    key: KeyArgument,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Show one lock: who holds it, until when, how many wait, and what is left of a limiter's quota.
+def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) -> None:
+    """Show one lock: its holders, until when, how many tasks wait, and what is left of a limiter's quota.
 
     Exits with 1 when nobody holds it or waits for it.
 
     Example: diracx-task-run locks show lock:mutex:task:CleanSandboxStoreTask
     """
-    from ... import operations as monitor
-    from .monitor_view import print_lock
+    from ... import operations
 
-    found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))
+    found = server.query(lambda redis: operations.lock(redis, key))
     if found is None:
         raise CliError(f"nobody holds {key} or waits for it")
     if as_json:
         print_json(found)
     else:
-        print_lock(found)
+        show_fields(_fields(found))
+
+
+def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
+    from ...operations.views import holder, quota, remaining
+
+    yield "lock", lock.key
+    yield "kind", lock.kind
+    yield "held", quota(lock)
+    yield "waiting", str(lock.waiters)
+    if lock.held:
+        yield "ends", f"{remaining(lock.expires)}, unless it is renewed"
+    for each in lock.holders:
+        until = "" if each.until is None else f", until {remaining(each.until)}"
+        yield "held by", holder(each) + ("" if each.worker is None else f" on {each.worker}") + until
 
 
 @app.command("release")
-def release(
-    key: KeyArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Take a lock away from whoever holds it; who waits for it comes next. Says which task is hit, and asks first.
+def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = False, server: Server) -> None:
+    """Take a lock away from its holders; the next waiting task gets it. Names who loses it, and asks first.
 
     A task that loses its lock is cancelled within a third of a lease (10 s) and counts as failed. Until then it
-    may run side by side with the next one. Of a rate limiter, the spent quota comes back.
+    may run side by side with the next one. With a rate limiter, the spent quota comes back.
 
     Example: diracx-task-run locks release lock:mutex:job:42
     """
-    from ... import operations as monitor
+    from ... import operations
     from ...operations.audited_actions import Deeds
-    from .monitor_view import hit
 
-    found = ask(redis_url, redis_url_file, lambda redis: monitor.lock(redis, key))
+    found = server.query(lambda redis: operations.lock(redis, key))
     if found is None or not found.held:
         raise CliError(f"nobody holds {key}")
-    if found.kind == "rate":
+    is_rate = found.kind == "rate"
+    if is_rate:
         question = f"Give back {found.held} units of quota of {key}?"
     else:
-        for line in map(hit, found.holders):
-            echo(one_line(line), err=True)
+        for holder in found.holders:
+            echo(one_line(_consequence(holder)), err=True)
         question = f"Take {key} away from {'it' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
-    owners = None if found.kind == "rate" else [holder.owner for holder in found.holders]
-    done = ask(redis_url, redis_url_file, lambda redis: Deeds.at_command_line(redis).release_lock(key, owners))
+    owners = None if is_rate else [holder.owner for holder in found.holders]
+    done = server.query(lambda redis: Deeds.at_command_line(redis).release_lock(key, owners))
     if as_json:
         print_json(done)
     elif not done.released:
         raise CliError(f"{key} was given back meanwhile: nothing was changed")
     else:
-        echo(f"{done.released} {'units of quota' if found.kind == 'rate' else 'released'}")
+        echo(f"{done.released} {'units of quota' if is_rate else 'released'}")
+
+
+def _consequence(holder: Holder) -> str:
+    """What a release does to a holder."""
+    if holder.worker is None:
+        return "held by somebody outside the task system, who will not be told"
+    if holder.task_id is None:
+        return f"held by a task of worker {holder.worker}, which has not reported it yet: it will be cancelled"
+    return f"held by {holder.task_name} {holder.task_id} on {holder.worker}: it will be cancelled"

@@ -1,4 +1,4 @@
-"""`queue`: look at the queues and the delayed tasks; empty a queue."""
+"""`queue`: inspect the queues and the delayed tasks; purge a queue."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..confirm import confirm
-from ..options import JsonOption, ModuleOption, RedisUrlFileOption, RedisUrlOption
-from ..output import echo, echo_json
-from .inspect import AfterOption, LimitOption, ask, print_json
+from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
+from ..output import confirm, echo, echo_json, show
+from ..runtime.server import Server, ServerAndTasks
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-app = typer.Typer(help="Look at the nine queues and at delayed tasks; empty a queue.", no_args_is_help=True)
+    from ...operations import DelayReason
+
+app = command_group("queue", "Inspect the nine queues and the delayed tasks; purge a queue.")
 
 QueueArgument = Annotated[
     str, typer.Argument(metavar="QUEUE", help="priority:size, as normal:medium; `queue list` has all.")
@@ -32,114 +33,84 @@ class Reason(StrEnum):
 
 
 @app.command("list")
-def list_(
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """List the queues, most urgent first: how many wait and run, the oldest, rates in and out.
+def list_(*, as_json: JsonOption = False, server: Server) -> None:
+    """List the queues, most urgent first: waiting and running tasks, the oldest, rates in and out.
 
-    Rates are of the last five minutes, and there as long as a worker reports.
+    Rates are of the last five minutes, and known while a worker reports.
 
     Example: diracx-task-run queue list --json
     """
-    from ... import operations as monitor
-    from .monitor_view import print_queues
+    from ... import operations
+    from ...operations.views import QUEUES
 
-    found = ask(redis_url, redis_url_file, monitor.queues)
-    if as_json:
-        print_json(found)
-    else:
-        print_queues(found)
+    show(QUEUES, server.query(operations.queues), as_json)
 
 
 @app.command("peek")
 def peek(
+    *,
     queue: QueueArgument,
     limit: LimitOption = 20,
     after: AfterOption = None,
     as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    server: ServerAndTasks,
 ) -> None:
-    """List what waits in a queue, in the order in which workers will take it. Nothing is taken out.
+    """List the tasks that wait in a queue, in the order in which workers will fetch them. Nothing is taken out.
 
     Secret arguments are shown as •••.
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    from ... import operations as monitor
-    from ..runtime.registry import load_registry
-    from .monitor_view import print_queued
+    from ... import operations
+    from ...operations.views import QUEUED
 
-    registry = load_registry(module)
-    page = ask(
-        redis_url, redis_url_file, lambda redis: monitor.peek(redis, queue, limit, after, registry=registry)
-    )
-    if as_json:
-        print_json(page)
-    else:
-        print_queued(page)
+    registry = server.registry
+    page = server.query(lambda redis: operations.peek(redis, queue, limit, after, registry=registry))
+    show(QUEUED, page, as_json)
 
 
 @app.command("delayed")
 def delayed(
-    reason: Annotated[Reason | None, typer.Option(help="Only those that are delayed for this.")] = None,
+    *,
+    reason: Annotated[Reason | None, typer.Option(help="Only those that are delayed for this reason.")] = None,
     limit: LimitOption = 20,
     after: AfterOption = None,
     as_json: JsonOption = False,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
+    server: ServerAndTasks,
 ) -> None:
-    """List delayed tasks, first what is due first: until a time, for a retry, for a lock, for quota.
+    """List delayed tasks, those due first at the top: until a time, for a retry, for a lock, for quota.
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    from ... import operations as monitor
-    from ..runtime.registry import load_registry
-    from .monitor_view import print_delayed
+    from ... import operations
+    from ...operations.views import DELAYED
 
-    registry = load_registry(module)
-    why: monitor.DelayReason | None = None if reason is None else reason.value
-    page = ask(
-        redis_url, redis_url_file, lambda redis: monitor.delayed(redis, why, limit, after, registry=registry)
-    )
-    if as_json:
-        print_json(page)
-    else:
-        print_delayed(page)
+    registry = server.registry
+    only: DelayReason | None = None if reason is None else reason.value
+    page = server.query(lambda redis: operations.delayed(redis, only, limit, after, registry=registry))
+    show(DELAYED, page, as_json)
 
 
 @app.command("purge")
-def purge(
-    queue: QueueArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: JsonOption = False,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
-) -> None:
-    """Cancel everything that waits in a queue. What runs, is delayed, or comes in meanwhile, stays.
+def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption = False, server: Server) -> None:
+    """Cancel all tasks that wait in a queue. Tasks that run, are delayed, or come in meanwhile stay.
 
-    Groups, and whoever waits for a result, hear that the tasks were cancelled. Asks first.
+    Callback groups, and callers that wait for a result, learn that the tasks were cancelled. Asks first.
 
     Example: diracx-task-run queue purge background:large --yes
     """
-    from ... import operations as monitor
+    from ... import operations
     from ...operations.audited_actions import Deeds
     from ...operations.cursors import streams_of_queue
 
-    async def look(redis: Redis) -> int:
+    async def waiting_tasks(redis: Redis) -> int:
         streams_of_queue(queue)
-        return next(each.backlog for each in await monitor.queues(redis) if each.name == queue)
+        return next(each.backlog for each in await operations.queues(redis) if each.name == queue)
 
-    waiting = ask(redis_url, redis_url_file, look)
-    if waiting:
-        confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
     number = 0
-    if waiting:
-        number = ask(redis_url, redis_url_file, lambda redis: Deeds.at_command_line(redis).purge(queue))
+    if waiting := server.query(waiting_tasks):
+        confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
+        number = server.query(lambda redis: Deeds.at_command_line(redis).purge(queue))
     if as_json:
         echo_json({"queue": queue, "cancelled": number})
     else:

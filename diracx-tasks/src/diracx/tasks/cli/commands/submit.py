@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CliError, UsageProblem, explained_redis
-from ..options import JsonOption, spread
+from ..options import JsonOption
 from ..output import echo, echo_json
 from ..runtime.task_arguments import CheckedTask, TypedTask
 from .call import print_value, to_json
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _RESULT_TTL_SECONDS = 3600
 
 
-@spread
 def submit(
     typed: TypedTask,
     at: Annotated[

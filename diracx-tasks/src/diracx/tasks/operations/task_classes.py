@@ -1,41 +1,24 @@
-"""`list`: which tasks there are."""
+"""Task classes as `list` shows them: kind, queue, schedule, retries, arguments."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import one_line
-from ..options import JsonOption, ModuleOption
-from ..output import echo, echo_json, show_table, table
-
 if TYPE_CHECKING:
-    from ...plumbing.base_task import BaseTask
-    from ...plumbing.retry_policies import RetryPolicyBase
+    from ..plumbing.base_task import BaseTask
+    from ..plumbing.retry_policies import RetryPolicyBase
 
 
-def list_tasks(as_json: JsonOption = False, module: ModuleOption = None) -> None:
-    """List the installed tasks, and those of the given modules.
-
-    Warns of installed distributions whose tasks are left out, as they are no extension of DiracX.
-
-    Example: diracx-task-run list --module my_tasks.py
-    """
-    from ...plumbing.registry import unselected_tasks
-    from ..runtime.registry import load_registry
-
-    rows = [_describe(name, task_class) for name, task_class in sorted(load_registry(module).items())]
-    if as_json:
-        echo_json(rows, indent=2)
-    else:
-        _print_table(rows)
-    for line in unselected_tasks():
-        echo(f"warning: {one_line(line)}", err=True)
+def task_classes(registry: Mapping[str, type[BaseTask]]) -> list[dict[str, Any]]:
+    """A record for each task of a registry, by name."""
+    return [_describe(name, task_class) for name, task_class in sorted(registry.items())]
 
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
-    from ...plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
-    from ...plumbing.config import describe_schedule
+    from ..plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
+    from ..plumbing.config import describe_schedule
 
     periodic = issubclass(task_class, PeriodicBaseTask)
     if issubclass(task_class, PeriodicVoAwareBaseTask):
@@ -58,8 +41,8 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
-    from ...plumbing._util.secrets import MASK
-    from ...plumbing.messages.arguments import secret_names
+    from ..plumbing._util.secrets import MASK
+    from ..plumbing.messages.arguments import secret_names
 
     try:
         parameters = inspect.signature(task_class).parameters.values()
@@ -82,7 +65,7 @@ def _arguments(task_class: type[BaseTask]) -> str:
 
 
 def _retry(policy: RetryPolicyBase) -> str:
-    from ...plumbing.retry_policies import ExponentialBackoff, NoRetry
+    from ..plumbing.retry_policies import ExponentialBackoff, NoRetry
 
     match policy:
         case NoRetry():
@@ -90,22 +73,3 @@ def _retry(policy: RetryPolicyBase) -> str:
         case ExponentialBackoff(base_delay_seconds=delay, max_retries=retries):
             return f"{retries} times, first after {delay:g} s"
     return repr(policy)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    shown = [
-        (
-            row["name"],
-            row["kind"],
-            row["priority"],
-            row["size"],
-            (row["schedule"] or "-") + ("" if row["enabled"] else " (off)"),
-            row["retry"],
-            "yes" if row["dlq_eligible"] else "no",
-            row["arguments"],
-            row["module"],
-        )
-        for row in rows
-    ]
-    columns = ("name", "kind", "priority", "size", "schedule", "retry", "dead letter", "arguments", "module")
-    show_table(table(columns, shown), "no tasks are installed; load a file's with --module")

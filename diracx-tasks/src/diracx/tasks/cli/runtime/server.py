@@ -1,0 +1,83 @@
+"""The Redis server and the tasks that a command works with, as its options name them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import UsageProblem, explained_redis
+from ..options import ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from ...plumbing.broker import RedisStreamBroker
+    from ...plumbing.registry import TaskRegistry
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The options that say which Redis server a command works on."""
+
+    redis_url: RedisUrlOption = None
+    redis_url_file: RedisUrlFileOption = None
+
+    @property
+    def url(self) -> str:
+        """The address; errors as of `resolve_redis_url`. It may hold a password."""
+        return resolve_redis_url(self.redis_url, self.redis_url_file)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[RedisStreamBroker]:
+        """A broker whose server has answered; what the server refuses inside the block is a CliError."""
+        from .broker import open_broker
+
+        url = self.url
+        async with open_broker(url) as broker:
+            with explained_redis(url):
+                yield broker
+
+    def run(self, work: Callable[[RedisStreamBroker], Awaitable[_Answer]]) -> _Answer:
+        """Do something with a broker whose server has answered.
+
+        Raises:
+            CliError: when the server cannot be reached, or refuses.
+        """
+
+        async def run() -> _Answer:
+            async with self.connected() as broker:
+                return await work(broker)
+
+        return asyncio.run(run())
+
+    def query(self, read: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
+        """Read something from the server.
+
+        Raises:
+            CliError: when the server cannot be reached, or refuses.
+            UsageProblem: for what was asked for wrongly (a ValueError of what reads).
+        """
+        try:
+            return self.run(lambda broker: read(broker.redis))
+        except ValueError as error:
+            raise UsageProblem(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAndTasks(Server):
+    """The options that say which tasks there are beside the installed ones, and which server."""
+
+    module: ModuleOption = None
+
+    @cached_property
+    def registry(self) -> TaskRegistry:
+        """The tasks; errors as of `load_registry`."""
+        from .registry import load_registry
+
+        return load_registry(self.module)

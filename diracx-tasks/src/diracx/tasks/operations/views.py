@@ -1,0 +1,419 @@
+"""Columns of the tables that show read models: titles, values and formats, declared once for each list."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from ..plumbing.broker.groups import GroupStatus
+    from ..plumbing.config.active import InForce
+    from ..plumbing.scheduler import ScheduleState
+    from ..plumbing.scheduler.overview import Outcome
+    from .audit import AuditEntry
+    from .models import (
+        DelayedTask,
+        Holder,
+        Lock,
+        Queue,
+        QueuedTask,
+        RunningTask,
+        TaskStats,
+        WaitingLetter,
+        Worker,
+    )
+
+_Row = TypeVar("_Row")
+#: What a table shows where there is no value.
+NONE = "-"
+_LONGEST_ARGUMENTS = 60
+_LONGEST_TEXT = 80
+
+
+# --- formats ------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> str:
+    """A value as a table shows it by default."""
+    if value is None or value in ("", [], ()):
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return ", ".join(value) if isinstance(value, list | tuple) else str(value)
+
+
+def count(number: int | None) -> str:
+    """A number with its thousands apart: `12,345`."""
+    return NONE if number is None else f"{number:,}"
+
+
+def age(seconds: float | None) -> str:
+    """A duration: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
+    if seconds is None:
+        return NONE
+    seconds = max(0.0, seconds)
+    for length, unit in ((86400, "d"), (3600, "h")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"
+
+
+def since(moment: datetime | None) -> str:
+    """How long ago a moment was."""
+    return NONE if moment is None else age((datetime.now(UTC) - moment).total_seconds())
+
+
+def remaining(moment: datetime | None) -> str:
+    """How long it is until a moment."""
+    return NONE if moment is None else f"in {age((moment - datetime.now(UTC)).total_seconds())}"
+
+
+def mebibytes(number: int | None) -> str:
+    """An amount of memory: `120 MiB`."""
+    return NONE if number is None else f"{number / (1 << 20):,.0f} MiB"
+
+
+def rate(per_second: float | None) -> str:
+    """A rate: `0.25`, `1,200`."""
+    return NONE if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    """A share between 0 and 1: `12.5%`."""
+    return NONE if share is None else f"{share:.1%}"
+
+
+# --- columns and views --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column(Generic[_Row]):
+    """One column of a table."""
+
+    title: str
+    value: str | Callable[[_Row], Any]
+    """Name of the attribute (or key) of a row, or what makes the value from a row."""
+    form: Callable[[Any], str] = plain
+    """Makes text from the value."""
+    right: bool = False
+    """Whether it is aligned to the right, and never broken into lines."""
+    whole: bool = False
+    """Whether it is never broken into lines."""
+    longest: int | None = None
+    """Characters after which the text is cut off."""
+    style: Callable[[_Row], str] | None = None
+    """The style (of Rich) of a row's text."""
+
+    def text(self, row: _Row) -> str:
+        """What the column shows of a row."""
+        if callable(self.value):
+            return self.form(self.value(row))
+        return self.form(row[self.value] if isinstance(row, Mapping) else getattr(row, self.value))
+
+
+@dataclass(frozen=True)
+class View(Generic[_Row]):
+    """A table: its columns, and what is said where there are no rows."""
+
+    empty: str
+    columns: tuple[Column[_Row], ...]
+
+
+def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingLetter) -> str:
+    from .cursors import HEAD_BYTES
+
+    if row.arguments is None:
+        size = row.message_bytes
+        return NONE if size is None or size <= HEAD_BYTES else f"({size / 1e6:.1f} MB)"
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in row.arguments.items())
+
+
+_ARGUMENTS: Column[Any] = Column("arguments", _arguments, longest=_LONGEST_ARGUMENTS)
+
+QUEUES: View[Queue] = View(
+    "no queues",
+    (
+        Column("queue", "name", whole=True),
+        Column("waiting", "backlog", count, right=True),
+        Column("oldest", "oldest_waiting_seconds", age, right=True),
+        Column("running", "running", count, right=True),
+        Column("in/s", "in_per_second", rate, right=True),
+        Column("out/s", "out_per_second", rate, right=True),
+    ),
+)
+
+
+def _worker_state(worker: Worker) -> str:
+    if not worker.alive:
+        return "dead"
+    if (blocked := worker.blocked) is None:
+        return "alive"
+    task = f"{blocked.task_name or 'a task'} {blocked.task_id or ''}".rstrip()
+    return f"blocked for {since(blocked.since)} by {task}"
+
+
+WORKERS: View[Worker] = View(
+    "no worker runs",
+    (
+        Column("worker", "name", whole=True),
+        Column("size", "size"),
+        Column(
+            "slots in use",
+            lambda worker: None if worker.slots is None else f"{worker.slots_used} of {worker.slots}",
+            right=True,
+        ),
+        Column("state", _worker_state),
+        Column("last report", "seen", since, right=True),
+        Column("up for", "started", since, right=True),
+        Column("memory", "memory_bytes", mebibytes, right=True),
+        Column("version", "version"),
+    ),
+)
+
+RUNNING: View[RunningTask] = View(
+    "nothing runs (workers report every 5 s)",
+    (
+        Column("task", "task_name", whole=True),
+        Column("task id", "task_id"),
+        Column(
+            "for",
+            lambda task: since(task.since) + (" (blocks its worker)" if task.blocks_worker else ""),
+            right=True,
+        ),
+        Column(
+            "attempt",
+            lambda task: f"{task.attempt} (delivery {task.deliveries})" if task.deliveries > 1 else task.attempt,
+        ),
+        Column("VO", "vo"),
+        Column("worker", "worker"),
+        _ARGUMENTS,
+        Column("locks", "locks"),
+    ),
+)
+
+QUEUED: View[QueuedTask] = View(
+    "nothing waits",
+    (
+        Column("task", lambda task: task.task_name or "(no task)", whole=True),
+        Column("task id", lambda task: task.task_id or task.entry),
+        Column("waits for", "waiting_since", since, right=True),
+        Column("attempt", "attempt"),
+        _ARGUMENTS,
+    ),
+)
+
+DELAYED: View[DelayedTask] = View(
+    "nothing is delayed",
+    (
+        Column("task", lambda task: task.task_name or "(no task)", whole=True),
+        Column("task id", "task_id"),
+        Column("why", "reason"),
+        Column("due (UTC)", "due", right=True),
+        Column("queue", "queue"),
+        _ARGUMENTS,
+        Column("lock, or last error", lambda task: task.lock or task.last_error, longest=_LONGEST_TEXT),
+    ),
+)
+
+STATISTICS: View[TaskStats] = View(
+    "nothing has ended in this time",
+    (
+        Column("task", "task_name", whole=True),
+        *(Column[Any](title, title, count, right=True) for title in ("done", "failed")),
+        Column("rate", "failure_rate", percent, right=True),
+        *(Column[Any](title, title, count, right=True) for title in ("retried", "dead")),
+        Column("run p50", lambda each: each.run.p50_seconds, age, right=True),
+        Column("p95", lambda each: each.run.p95_seconds, age, right=True),
+        Column("p99", lambda each: each.run.p99_seconds, age, right=True),
+        Column("queue p50", lambda each: each.queue.p50_seconds, age, right=True),
+        Column("queue p95", lambda each: each.queue.p95_seconds, age, right=True),
+    ),
+)
+
+WAITING_LETTERS: View[WaitingLetter] = View(
+    "no dead letters wait in Redis",
+    (
+        Column("stored (UTC)", "buried", whole=True),
+        Column("task", "task_name"),
+        Column("task id", "task_id"),
+        Column("reason", "reason"),
+        Column("attempts", "failed_attempts", right=True),
+        _ARGUMENTS,
+        Column("detail", "detail", longest=_LONGEST_ARGUMENTS),
+    ),
+)
+
+
+def _message_size(letter: Mapping[str, Any]) -> str:
+    size = letter["message_bytes"]
+    return f"{size / 1e6:,.1f} MB" if size >= 50_000 else " "
+
+
+DEAD_LETTERS: View[Mapping[str, Any]] = View(
+    "no dead letters",
+    (
+        Column("number", "id", whole=True),
+        Column("stored (UTC)", "buried_at", whole=True),
+        Column("task", "task_name"),
+        Column("task id", "task_id"),
+        Column("reason", "reason"),
+        Column("status", lambda letter: str(letter["status"]).lower()),
+        Column("attempts", "failed_attempts"),
+        Column("size", _message_size),
+        Column("detail", "detail", longest=_LONGEST_TEXT),
+    ),
+)
+
+AUDIT: View[AuditEntry] = View(
+    "no action is recorded yet",
+    (
+        Column("at (UTC)", "at", whole=True),
+        Column("who", "who"),
+        Column("via", "via"),
+        Column("what", "action"),
+        Column("to", "target", longest=_LONGEST_TEXT),
+        Column(
+            "outcome",
+            lambda entry: ("failed: " if entry.ok is False else "") + (entry.outcome or "not known"),
+            longest=_LONGEST_TEXT,
+        ),
+    ),
+)
+
+
+def quota(lock: Lock) -> str:
+    """How much of a lock or limiter is held: `3 of 10 in 60 s`."""
+    limit = "" if lock.limit is None else f" of {lock.limit}"
+    window = "" if lock.window_seconds is None else f" in {age(lock.window_seconds)}"
+    return f"{lock.held}{limit}{window}"
+
+
+def holder(who: Holder) -> str:
+    """The task that holds a lock, as far as it is known."""
+    if who.task_id is not None:
+        return f"{who.task_name} {who.task_id}"
+    return f"a task of {who.worker}" if who.worker is not None else "somebody outside the task system"
+
+
+def _holders(lock: Lock) -> str:
+    more = f" and {lock.held - 3} more" if len(lock.holders) > 3 else ""
+    return ", ".join(map(holder, lock.holders[:3])) + more
+
+
+LOCKS: View[Lock] = View(
+    "no locks",
+    (
+        Column("lock", "key", whole=True),
+        Column("kind", "kind"),
+        Column("held", quota, right=True),
+        Column("waiting", "waiters", right=True),
+        Column("ends, unless renewed", "expires", remaining),
+        Column("held by", _holders),
+    ),
+)
+
+GROUPS: View[GroupStatus] = View(
+    "no callback groups",
+    (
+        Column("group", "group_id", whole=True),
+        Column("state", "state"),
+        *(Column[Any](title, title) for title in ("total", "succeeded", "failed", "pending", "callback")),
+        Column("created", "created", lambda moment: moment.isoformat(timespec="seconds")),
+    ),
+)
+
+
+def _schedule_state(state: ScheduleState) -> str:
+    shown = str(state.state)
+    if state.paused_since is not None and shown != "paused":
+        shown += ", paused"
+    if state.problem is not None:
+        shown += f": {state.problem}"
+    return shown if state.activity is None else f"{shown}, {state.activity}"
+
+
+def _last_outcome(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return NONE
+    return f"{'ok' if outcome.ok else f'failed: {outcome.error}'}, {outcome.seconds:g} s, {plain(outcome.ended)}"
+
+
+SCHEDULES: View[ScheduleState] = View(
+    "no schedules",
+    (
+        Column("schedule", "id", whole=True),
+        Column("state", _schedule_state, longest=_LONGEST_TEXT),
+        Column("next run (UTC)", "next_run"),
+        Column("last run (UTC)", "last_run"),
+        Column("last outcome", "outcome", _last_outcome),
+        Column("rule", "rule"),
+        Column("set by", "source"),
+    ),
+)
+
+
+def _config_state(entry: InForce) -> str:
+    if entry.problems:
+        problems_since = (
+            None if entry.problems_since is None else datetime.fromtimestamp(entry.problems_since, UTC)
+        )
+        return f"last good one, for {since(problems_since)}"
+    return "in force, with warnings" if entry.warnings else "in force"
+
+
+ACTIVE_CONFIGS: View[InForce] = View(
+    "no worker or scheduler runs",
+    (
+        Column("process", "process"),
+        Column("role", "role", whole=True),
+        Column("configuration", "digest", whole=True),
+        Column("since", "since", lambda at: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%SZ}", whole=True),
+        Column(
+            "state",
+            _config_state,
+            style=lambda entry: "red" if entry.problems else "yellow" if entry.warnings else "green",
+        ),
+        Column("from", "source"),
+        Column("VOs", lambda entry: NONE if entry.vos is None else ", ".join(entry.vos) or "none"),
+    ),
+)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else plain(value)
+
+
+#: Rows: task, setting, value, from (`code`, or who wrote it and where).
+SETTINGS: View[Mapping[str, Any]] = View(
+    "no tasks are installed; load a file's with --module",
+    (
+        Column("task", "task", str),
+        Column("setting", "setting"),
+        Column("value", "value", _setting, style=lambda row: "" if row["from"] == "code" else "bold"),
+        Column("from", "from", style=lambda row: "dim" if row["from"] == "code" else ""),
+    ),
+)
+
+#: Rows as of `operations.task_classes`.
+TASK_CLASSES: View[Mapping[str, Any]] = View(
+    "no tasks are installed; load a file's with --module",
+    (
+        Column("name", "name", whole=True),
+        *(Column[Any](title, title) for title in ("kind", "priority", "size")),
+        Column("schedule", lambda row: (row["schedule"] or NONE) + ("" if row["enabled"] else " (off)")),
+        Column("retry", "retry"),
+        Column("dead letter", "dlq_eligible"),
+        *(Column[Any](title, title) for title in ("arguments", "module")),
+    ),
+)
