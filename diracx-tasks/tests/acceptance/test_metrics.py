@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.base_task import schedule_many
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import free_port
+from prometheus_client.parser import text_string_to_metric_families
 
 from .conftest import Cli
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
-_SAMPLE = re.compile(r'^([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? (-?[0-9.e+-]+)$')
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -36,18 +35,22 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def samples(text: str) -> dict[str, float]:
-    """Name and labels -> value. Every line has to be of the format, and each set of labels to be there once."""
+    """Name and labels (in alphabetical order) -> value, each once."""
     found: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("# "):
-            assert re.match(r"# (HELP [a-z_]+ .+|TYPE [a-z_]+ (counter|gauge|histogram))$", line), line
-            continue
-        parts = _SAMPLE.match(line)
-        assert parts, line
-        which = line.rpartition(" ")[0]
-        assert which not in found, line
-        found[which] = float(parts[3])
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        assert family.type in ("counter", "gauge", "histogram"), family.name
+        for sample in family.samples:
+            which = series(sample.name, **sample.labels)
+            assert which not in found, which
+            found[which] = sample.value
     return found
+
+
+def series(name: str, **labels: str) -> str:
+    """Name and labels as the keys of `samples`."""
+    inside = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    return f"{name}{{{inside}}}" if labels else name
 
 
 def test_a_worker_serves_what_it_counted_and_whether_it_is_ready(
@@ -61,28 +64,31 @@ def test_a_worker_serves_what_it_counted_and_whether_it_is_ready(
     # An alert that waits for an increase sees the first event as well.
     at_first = samples(get(port, "/metrics")[1])
     for priority in ("realtime", "normal", "background"):
-        which = f'task_name="my_tasks:Fail",priority="{priority}",size="medium"'
-        assert at_first[f'tasks_given_up_total{{{which},action="dlq"}}'] == 0
-        assert at_first[f"task_leases_lost_total{{{which}}}"] == 0
+        which = {"task_name": "my_tasks:Fail", "priority": priority, "size": "medium"}
+        assert at_first[series("tasks_given_up_total", **which, action="dlq")] == 0
+        assert at_first[series("task_leases_lost_total", **which)] == 0
     for reason in ("unknown_task", "unparsable", "arguments", "poison"):
         assert at_first[f'task_messages_rejected_total{{reason="{reason}"}}'] == 0
     served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
     served.mine("submit", "my_tasks:Fail")
-    labels = '{task_name="my_tasks:Greet",priority="normal",size="medium"}'
+    labels = {"task_name": "my_tasks:Greet", "priority": "normal", "size": "medium"}
 
     def counted() -> dict[str, float]:
         return samples(get(port, "/metrics")[1])
 
-    failed = 'tasks_failed_total{task_name="my_tasks:Fail",priority="normal",size="medium"}'
+    failing = labels | {"task_name": "my_tasks:Fail"}
     wait_until(
-        lambda: counted().get(f"tasks_completed_total{labels}") == 1 and counted().get(failed) == 1,
+        lambda: (
+            counted().get(series("tasks_completed_total", **labels)) == 1
+            and counted().get(series("tasks_failed_total", **failing)) == 1
+        ),
         "both are counted",
     )
     found = counted()
-    assert found[f"task_duration_seconds_count{labels}"] == 1
-    assert found[f'task_queue_wait_seconds_bucket{labels[:-1]},le="+Inf"}}'] == 1
+    assert found[series("task_duration_seconds_count", **labels)] == 1
+    assert found[series("task_queue_wait_seconds_bucket", **labels, le="+Inf")] == 1
     assert found['worker_max_concurrent_tasks{worker_size="medium"}'] == 10
-    assert found[f'tasks_given_up_total{labels[:-1].replace("Greet", "Fail")},action="discarded"}}'] == 1
+    assert found[series("tasks_given_up_total", **failing, action="discarded")] == 1
     worker.process.terminate()
     assert worker.ends() == 0
 
@@ -93,10 +99,10 @@ def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_
     served.mine("submit", "my_tasks:Greet", "--args", '["Ada"]')
     first, second = free_port(), free_port()
     served.start("scheduler", "--metrics-port", str(first))
-    wait_until(lambda: "\nscheduler_leader 1\n" in get(first, "/metrics")[1], "it leads")
+    wait_until(lambda: "\nscheduler_leader 1.0\n" in get(first, "/metrics")[1], "it leads")
     found = samples(get(first, "/metrics")[1])
-    stream = '{stream="diracx:tasks:normal:medium",priority="normal",size="medium"}'
-    assert found[f"task_stream_lag{stream}"] == 1
+    stream = {"stream": "diracx:tasks:normal:medium", "priority": "normal", "size": "medium"}
+    assert found[series("task_stream_lag", **stream)] == 1
     assert found["delayed_tasks_pending"] == 0
     without_worker = '{check="queue_without_worker",severity="critical",subject="normal:medium"}'
     assert (found["health_status"], found[f"health_alerts{without_worker}"]) == (2, 1)
@@ -107,7 +113,9 @@ def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_
     assert samples(get(second, "/metrics")[1]) == {"scheduler_leader": 0}
     worker = served.start("worker", "--module", "my_tasks.py")
     worker.until("ready")
-    wait_until(lambda: samples(get(first, "/metrics")[1])[f"task_stream_length{stream}"] == 0, "it is done")
+    wait_until(
+        lambda: samples(get(first, "/metrics")[1])[series("task_stream_length", **stream)] == 0, "it is done"
+    )
     wait_until(lambda: samples(get(first, "/metrics")[1])["health_status"] == 0, "all is well")
     assert get(first, "/readyz") == (200, "ok\n")
 

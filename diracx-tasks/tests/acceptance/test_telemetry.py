@@ -19,7 +19,7 @@ from diracx.tasks.testing.server import free_port
 from redis import Redis as RedisClient
 
 from .conftest import MY_TASKS, Cli
-from .test_metrics import get, samples
+from .test_metrics import get, samples, series
 
 #: What whoever runs a worker may do: set up the SDK. Here it writes to a file.
 _SDK = """
@@ -116,9 +116,8 @@ def test_a_worker_tells_opentelemetry_and_prometheus_the_same(
     assert run_times["explicit_bounds"][0] < 0.01 < 4000 < run_times["explicit_bounds"][-1]
     text = get(port, "/metrics")[1]
     told = samples(text)
-    labels = 'task_name="my_tasks:Greet",priority="normal",size="medium"'
-    assert told[f"tasks_completed_total{{{labels}}}"] == 3
-    assert told[f'tasks_submitted_total{{{labels},delayed="false"}}'] == 3
+    assert told[series("tasks_completed_total", **greet)] == 3
+    assert told[series("tasks_submitted_total", **greet, delayed="false")] == 3
     assert named(text) >= _PUBLISHED_BY_WORKERS
 
 
@@ -295,9 +294,9 @@ def test_dead_letters_in_the_database_are_counted_by_task_and_status(
     worker.until("is put with the dead letters")
     port = free_port()
     served.start("scheduler", "--metrics-port", str(port))
-    wait_until(lambda: "\nscheduler_leader 1\n" in get(port, "/metrics")[1], "it leads")
+    wait_until(lambda: "\nscheduler_leader 1.0\n" in get(port, "/metrics")[1], "it leads")
     found = samples(get(port, "/metrics")[1])
-    assert found['dead_letter_queue_tasks{task_name="",status="PENDING"}'] == 1
+    assert found[series("dead_letter_queue_tasks", task_name="", status="PENDING")] == 1
     assert found['metrics_source_up{source="dead_letters"}'] == 1
 
 
@@ -513,7 +512,8 @@ def test_telemetry_that_cannot_be_set_up_is_one_line(served: Cli, one_line: Call
 
 def test_a_process_without_the_sdk_does_not_even_import_it(cli: Cli) -> None:
     program = (
-        "import sys; from diracx.tasks.plumbing import telemetry; telemetry.count_submission('a', 'b', False); "
+        "import sys; from diracx.tasks.plumbing._util import telemetry; "
+        "telemetry.count_submission('a', 'b', False); "
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=cli.environment)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from dashboard_world import until
-from diracx.tasks.operations.single_flight import Shared
+from diracx.tasks.operations.single_flight import SingleFlightCache
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.cached import ConfigReader
 from diracx.tasks.web.auth.backends import Principal, Role
@@ -48,7 +48,7 @@ async def begun(*things: Awaitable[Any]) -> list[asyncio.Future[Any]]:
 
 
 async def test_all_who_ask_for_the_same_share_one_answer() -> None:
-    shared, slow = Shared(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("answer")
     waiting = await begun(*(shared.get("key", slow, LONG) for _ in range(20)))
     slow.go_on.set()
     assert await asyncio.gather(*waiting) == ["answer"] * 20
@@ -57,7 +57,7 @@ async def test_all_who_ask_for_the_same_share_one_answer() -> None:
 
 
 async def test_an_answer_that_is_slow_holds_up_nobody_who_asks_for_another() -> None:
-    shared, slow, quick = Shared(), Slow("slow"), Slow("quick")
+    shared, slow, quick = SingleFlightCache(), Slow("slow"), Slow("quick")
     [waiting] = await begun(shared.get("slow", slow, LONG))
     quick.go_on.set()
     assert await shared.get("quick", quick, LONG) == "quick"
@@ -67,7 +67,7 @@ async def test_an_answer_that_is_slow_holds_up_nobody_who_asks_for_another() -> 
 
 
 async def test_a_failure_is_told_to_all_who_wait_and_the_next_one_asks_again() -> None:
-    shared, slow = Shared(), Slow(ConnectionError("gone"), "back")
+    shared, slow = SingleFlightCache(), Slow(ConnectionError("gone"), "back")
     waiting = await begun(*(shared.get("key", slow, LONG) for _ in range(3)))
     slow.go_on.set()
     assert [str(each) for each in await asyncio.gather(*waiting, return_exceptions=True)] == ["gone"] * 3
@@ -76,7 +76,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_the_next_one_asks_again() -
 
 
 async def test_whoever_leaves_takes_the_answer_from_nobody() -> None:
-    shared, slow = Shared(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("answer")
     first, second = await begun(shared.get("key", slow, LONG), shared.get("key", slow, LONG))
     first.cancel()
     with suppress(asyncio.CancelledError):
@@ -87,7 +87,7 @@ async def test_whoever_leaves_takes_the_answer_from_nobody() -> None:
 
 
 async def test_what_is_over_is_asked_for_again_and_not_kept() -> None:
-    shared, slow = Shared(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("answer")
     slow.go_on.set()
     for _ in range(3):
         await shared.get("key", slow, -1.0)

@@ -314,8 +314,10 @@ async def test_what_is_wrong_is_said_with_severity_number_since_when_and_remedy(
     assert alert.since is not None
     assert (datetime.now(UTC) - alert.since).total_seconds() == pytest.approx(ago or 0, abs=20)
     labels = {"check": check, "severity": str(severity), "subject": alert.subject}
-    told = {family.name: family.samples for family in health_metrics(health)}
-    assert told["health_alerts"] == [(labels, count)]
+    [sample] = [
+        each for metric in health_metrics(health) for each in metric.samples if each.name == "health_alerts"
+    ]
+    assert (sample.labels, sample.value) == (labels, count)
     assert json.dumps(health.as_json())
 
 

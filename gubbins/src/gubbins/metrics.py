@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 
-from diracx.tasks.operations.families import Family
+from diracx.tasks.operations.exposition import gauge
+from prometheus_client import Metric
 
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
@@ -21,8 +22,8 @@ from gubbins.logic import my_pilots as logic
 
 
 @asynccontextmanager
-async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Family]]] | None]:
-    """What asks the database of the environment; None where there is none."""
+async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | None]:
+    """Yield what collects metrics from the database of the environment; None where there is none."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield None
@@ -32,15 +33,14 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Family]]] | 
         yield partial(pilot_metrics, database)
 
 
-async def pilot_metrics(db: MyPilotDB) -> list[Family]:
+async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     """A few statements, however many pilots there are."""
     summary = await logic.get_pilot_summary(db, None)
     ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
     return [
-        Family(
+        gauge(
             "pilots",
-            "gauge",
             "Pilots there are in each state.",
             [
                 ({"vo": vo, "ce": ce, "state": str(state)}, states.get(str(state), 0))
@@ -49,9 +49,8 @@ async def pilot_metrics(db: MyPilotDB) -> list[Family]:
                 for state in MyPilotStatus
             ],
         ),
-        Family(
+        gauge(
             "pilots_ended_past_hour",
-            "gauge",
             "Pilots that ended in the past hour, by the state in which they did.",
             [
                 ({**labels, "state": str(state)}, ended.get(ce["name"], {}).get(state, 0))
@@ -59,33 +58,28 @@ async def pilot_metrics(db: MyPilotDB) -> list[Family]:
                 for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
             ],
         ),
-        Family(
+        gauge(
             "compute_element_slots",
-            "gauge",
             "Pilots that a compute element may hold.",
             [(labels, ce["capacity"]) for labels, ce in ces],
         ),
-        Family(
+        gauge(
             "compute_element_slots_used",
-            "gauge",
             "Slots that pilots hold, or that are reserved for them.",
             [(labels, ce["active"]) for labels, ce in ces],
         ),
-        Family(
+        gauge(
             "compute_element_enabled",
-            "gauge",
             "1 if a compute element takes new pilots.",
             [(labels, int(ce["enabled"])) for labels, ce in ces],
         ),
-        Family(
+        gauge(
             "compute_element_banned",
-            "gauge",
             "1 if a compute element is left alone altogether.",
             [(labels, int(ce["banned_at"] is not None)) for labels, ce in ces],
         ),
-        Family(
+        gauge(
             "compute_element_circuit",
-            "gauge",
             "1 for the state of the circuit of each kind of call, 0 for the others.",
             [
                 ({**labels, "call": call, "state": str(state)}, int(circuit["state"] == state))

@@ -42,10 +42,10 @@ async def test_the_leading_scheduler_tells_of_pilots(
     with _scheduler(redis_url, sqlite_url, port, log):
         async with asyncio.timeout(DEADLINE_SECONDS), httpx.AsyncClient() as client:
             text = ""
-            while 'pilots{vo="lhcb",ce="ce01",state="SUBMITTED"} 1\n' not in text:
+            while 'pilots{ce="ce01",state="SUBMITTED",vo="lhcb"} 1.0\n' not in text:
                 with suppress(httpx.HTTPError):
                     text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
                 await asyncio.sleep(0.1)
-    assert "scheduler_leader 1\n" in text
-    assert 'compute_element_slots_used{ce="ce01"} 1\n' in text
-    assert 'metrics_source_up{source="pilots"} 1\n' in text
+    assert "scheduler_leader 1.0\n" in text
+    assert 'compute_element_slots_used{ce="ce01"} 1.0\n' in text
+    assert 'metrics_source_up{source="pilots"} 1.0\n' in text

@@ -7,8 +7,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from diracx.tasks.operations.collectors import ENTRY_POINT_GROUP, Sources, sources
-from diracx.tasks.operations.families import Family, as_text
+from diracx.tasks.operations.collectors import ENTRY_POINT_GROUP, Collectors, open_collectors
+from diracx.tasks.operations.exposition import as_text, gauge
+from prometheus_client import Metric
 
 from gubbins import metrics
 from gubbins.db import URL_VARIABLE
@@ -46,24 +47,24 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
     monkeypatch.setenv(URL_VARIABLE, url)
     async with metrics.source() as ask:
         assert ask is not None
-        lines = as_text(await ask()).splitlines()
-    assert 'pilots{vo="lhcb",ce="ce<b>.example.org",state="SUBMITTED"} 2' in lines
-    assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="SUBMITTED"} 1' in lines
-    assert 'pilots{vo="gridpp",ce="ce<b>.example.org",state="RUNNING"} 0' in lines
-    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="FAILED"} 1' in lines
-    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="DONE"} 0' in lines
-    assert 'pilots_ended_past_hour{ce="closed.example.org",state="FAILED"} 0' in lines
-    assert 'compute_element_slots{ce="ce<b>.example.org"} 5' in lines
-    assert 'compute_element_slots_used{ce="ce<b>.example.org"} 3' in lines
-    assert 'compute_element_enabled{ce="closed.example.org"} 0' in lines
-    assert 'compute_element_banned{ce="closed.example.org"} 0' in lines
-    assert 'compute_element_banned{ce="banned.example.org"} 1' in lines
-    circuits = [line for line in lines if line.startswith('compute_element_circuit{ce="closed.example.org"')]
+        lines = as_text(await ask()).decode().splitlines()
+    assert 'pilots{ce="ce<b>.example.org",state="SUBMITTED",vo="lhcb"} 2.0' in lines
+    assert 'pilots{ce="ce<b>.example.org",state="SUBMITTED",vo="gridpp"} 1.0' in lines
+    assert 'pilots{ce="ce<b>.example.org",state="RUNNING",vo="gridpp"} 0.0' in lines
+    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="FAILED"} 1.0' in lines
+    assert 'pilots_ended_past_hour{ce="ce<b>.example.org",state="DONE"} 0.0' in lines
+    assert 'pilots_ended_past_hour{ce="closed.example.org",state="FAILED"} 0.0' in lines
+    assert 'compute_element_slots{ce="ce<b>.example.org"} 5.0' in lines
+    assert 'compute_element_slots_used{ce="ce<b>.example.org"} 3.0' in lines
+    assert 'compute_element_enabled{ce="closed.example.org"} 0.0' in lines
+    assert 'compute_element_banned{ce="closed.example.org"} 0.0' in lines
+    assert 'compute_element_banned{ce="banned.example.org"} 1.0' in lines
+    circuits = [line for line in lines if "compute_element_circuit{" in line and 'ce="closed.example.org"' in line]
     assert len(circuits) == 6
-    assert [line.partition(",")[2] for line in circuits if line.endswith("} 1")] == [
-        'call="submit",state="closed"} 1',
-        'call="status",state="open"} 1',
-    ]
+    assert {line for line in circuits if line.endswith("} 1.0")} == {
+        'compute_element_circuit{call="submit",ce="closed.example.org",state="closed"} 1.0',
+        'compute_element_circuit{call="status",ce="closed.example.org",state="open"} 1.0',
+    }
 
 
 async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,22 +74,22 @@ async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.
 
 
 async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> None:
-    async def works() -> list[Family]:
-        return [Family("pilots", "gauge", "Pilots.", [({"vo": "lhcb"}, 3)])]
+    async def works() -> list[Metric]:
+        return [gauge("pilots", "Pilots.", [({"vo": "lhcb"}, 3)])]
 
-    async def fails() -> list[Family]:
+    async def fails() -> list[Metric]:
         raise ConnectionError("gone")
 
-    text = as_text(await Sources({"works": works, "fails": fails}).families())
-    assert 'pilots{vo="lhcb"} 3' in text
-    assert 'metrics_source_up{source="works"} 1' in text
-    assert 'metrics_source_up{source="fails"} 0' in text
+    text = as_text(await Collectors({"works": works, "fails": fails}).metrics()).decode()
+    assert 'pilots{vo="lhcb"} 3.0' in text
+    assert 'metrics_source_up{source="works"} 1.0' in text
+    assert 'metrics_source_up{source="fails"} 0.0' in text
 
 
 async def test_the_installed_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = entry_points(group=ENTRY_POINT_GROUP, name="pilots")
     assert {entry.value for entry in installed} == {"gubbins.metrics:source"}
     monkeypatch.setenv(URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")
-    async with sources(None) as found:
-        text = as_text(await found.families())
-    assert 'metrics_source_up{source="pilots"} 0' in text  # it has no tables
+    async with open_collectors(None) as found:
+        text = as_text(await found.metrics()).decode()
+    assert 'metrics_source_up{source="pilots"} 0.0' in text  # it has no tables

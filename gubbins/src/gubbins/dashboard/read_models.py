@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from diracx.tasks.operations.single_flight import Shared
+from diracx.tasks.operations.single_flight import SingleFlightCache
 from diracx.tasks.web.dashboard.page import UnavailableError
 
 from gubbins.db import URL_VARIABLE
@@ -48,7 +48,7 @@ class PilotStore:
     def use(self, db: MyPilotDB | None) -> None:
         """Look at this database from now on, in this event loop."""
         self.db = db
-        self._answers = Shared()
+        self._answers = SingleFlightCache()
 
     def database(self) -> MyPilotDB:
         """The database.

@@ -1,60 +1,64 @@
-"""Figures that cost a query in a database: the dead letters, and what other distributions add."""
+"""Collects metrics that cost a database query: dead letters, and those of other distributions."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from .families import Family
+from .exposition import gauge
+from .single_flight import SingleFlightCache
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
+
     from ..plumbing.persistence import TaskDB
-    from .families import Source
+    from .exposition import MetricsSource
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_metrics"
-#: How old what was asked for may be.
-FRESH_SECONDS = 30.0
-#: How long an answer is waited for. Whoever collects metrics does not wait long either.
-_ANSWER_SECONDS = 3.0
 
-Ask = Callable[[], Awaitable[Sequence[Family]]]
+Collect = Callable[[], Awaitable[Sequence["Metric"]]]
 
 
-class Sources:
-    """Asks all of them, now and then and each for itself: what fails is left out, and said once."""
+class Collectors:
+    """Runs all collectors side by side. One that fails is left out, and logged once.
 
-    def __init__(self, asks: Mapping[str, Ask]) -> None:
-        self._asks = asks
+    Args:
+        collectors: by name.
+        max_age_seconds: how long their metrics are kept.
+        timeout_seconds: how long each may take; Prometheus does not wait long either.
+    """
+
+    def __init__(
+        self, collectors: Mapping[str, Collect], max_age_seconds: float = 30.0, timeout_seconds: float = 3.0
+    ) -> None:
+        self._collectors = collectors
+        self._max_age_seconds = max_age_seconds
+        self._timeout_seconds = timeout_seconds
         self._failing: set[str] = set()
-        self._asked_at: float | None = None
-        self._families: list[Family] = []
-        self._asking = asyncio.Lock()
+        self._cache = SingleFlightCache()
 
-    async def families(self) -> list[Family]:
-        """What they tell, as of 30 s ago at most."""
-        if not self._asks:
-            return []
-        async with self._asking:
-            if self._asked_at is None or time.monotonic() - self._asked_at > FRESH_SECONDS:
-                told = await asyncio.gather(*(self._ask(name) for name in self._asks))
-                up = [({"source": name}, 0 if name in self._failing else 1) for name in self._asks]
-                about = "1 if the database behind these figures answers."
-                self._families = [family for part in told for family in part]
-                self._families.append(Family("metrics_source_up", "gauge", about, up))
-                self._asked_at = time.monotonic()
-            return self._families
+    async def metrics(self) -> list[Metric]:
+        """Return their metrics, `max_age_seconds` old at most."""
+        return await self._cache.get("metrics", self._collect, self._max_age_seconds) if self._collectors else []
 
-    async def _ask(self, name: str) -> Sequence[Family]:
+    async def _collect(self) -> list[Metric]:
+        collected = await asyncio.gather(*(self._run(name) for name in self._collectors))
+        up = [({"source": name}, 0 if name in self._failing else 1) for name in self._collectors]
+        return [
+            *(metric for part in collected for metric in part),
+            gauge("metrics_source_up", "1 if the database behind these figures answers.", up),
+        ]
+
+    async def _run(self, name: str) -> Sequence[Metric]:
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                families = await self._asks[name]()
+            async with asyncio.timeout(self._timeout_seconds):
+                metrics = await self._collectors[name]()
         except Exception as error:
             if name not in self._failing:
                 logger.warning("no metrics of %s: %s", name, str(error) or type(error).__name__)
@@ -63,38 +67,38 @@ class Sources:
         if name in self._failing:
             logger.warning("metrics of %s again", name)
         self._failing.discard(name)
-        return families
+        return metrics
 
 
 @asynccontextmanager
-async def sources(task_db: TaskDB | None) -> AsyncIterator[Sources]:
-    """All there are, opened. One that cannot be opened is left out, and said.
+async def open_collectors(task_db: TaskDB | None) -> AsyncIterator[Collectors]:
+    """Open all collectors. One that cannot be opened is left out, and logged.
 
     Args:
         task_db: the database of dead letters, open.
     """
-    asks: dict[str, Ask] = {}
+    collectors: dict[str, Collect] = {}
     if task_db is not None:
-        asks["dead_letters"] = _letters_of(task_db)
+        collectors["dead_letters"] = _dead_letters_of(task_db)
     async with AsyncExitStack() as stack:
         for name, entry in sorted({entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}.items()):
             try:
-                source: Source = entry.load()
-                ask = await stack.enter_async_context(source())
+                source: MetricsSource = entry.load()
+                collect = await stack.enter_async_context(source())
             except Exception as error:
                 logger.warning("no metrics of %s: %s", name, f"{type(error).__name__}: {error}")
                 continue
-            if ask is not None:
-                asks[name] = ask
-        yield Sources(asks)
+            if collect is not None:
+                collectors[name] = collect
+        yield Collectors(collectors)
 
 
-def _letters_of(db: TaskDB) -> Ask:
-    async def ask() -> list[Family]:
+def _dead_letters_of(db: TaskDB) -> Collect:
+    async def collect() -> list[Metric]:
         counts = await db.count_by_task()
         samples = [
             ({"task_name": name, "status": str(status)}, number) for (name, status), number in counts.items()
         ]
-        return [Family("dead_letter_queue_tasks", "gauge", "Dead letters in the database.", samples)]
+        return [gauge("dead_letter_queue_tasks", "Dead letters in the database.", samples)]
 
-    return ask
+    return collect

@@ -1,4 +1,4 @@
-"""What is measured. Names are those of the published package where it has the figure."""
+"""Defines the metrics of workers and schedulers. Names are those of the published package where it has them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from ..plumbing.broker.keys import stream_name_for
 from ..plumbing.enums import Priority
 from .cursors import queue_of
-from .families import Family, Histogram
+from .exposition import counter, gauge, histogram
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
+
     from ..plumbing.broker.counts import Counts
     from ..plumbing.worker.reporter import Reporter
     from .cursors import Registry
@@ -22,13 +24,10 @@ def _of_stream(stream: str) -> dict[str, str]:
     return {"priority": priority, "size": size}
 
 
-def worker_metrics(
-    reporter: Reporter, counts: Counts, size: str, slots: int, registry: Registry
-) -> list[Family | Histogram]:
-    """What one worker has counted since it began.
+def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, registry: Registry) -> list[Metric]:
+    """Return the metrics of one worker since its start.
 
-    What is grave is told of from the start, at 0: whoever looks for an increase does not see one in a series that
-    begins at 1.
+    Those that alerts watch are there from the start, at 0: an increase is not seen in a series that begins at 1.
     """
     from ..plumbing.persistence.letter import DeadLetterReason
     from ..plumbing.worker.reporter import Sums
@@ -38,115 +37,104 @@ def worker_metrics(
     streams = [stream_name_for(priority, size) for priority in Priority]
     names = [name for name, task_class in registry.items() if task_class.size == size]
     awaited = {(name, stream): Sums() for name in names for stream in streams} | known
-    grave = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in awaited.items()]
+    watched = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in awaited.items()]
     # The others are those of tasks that were executed.
     reasons = [each for each in DeadLetterReason if each not in ("exhausted", "unsettled")]
     rejected = {str(reason): 0 for reason in reasons} | reporter.rejected_totals()
-    # What has ended is told of as 0: a collector shows the last value of what is not told of any more.
+    # A series that has ended goes on at 0: collectors show the last value of one that is missing.
     in_progress = dict.fromkeys(known, 0) | reporter.in_progress()
     running = [({"task_name": n, **_of_stream(s)}, number) for (n, s), number in in_progress.items()]
     return [
-        Family(
+        counter(
             "tasks_completed_total",
-            "counter",
             "Executions that succeeded.",
             [(labels, each.done) for labels, each in totals],
         ),
-        Family(
+        counter(
             "tasks_failed_total",
-            "counter",
             "Executions that failed.",
             [(labels, each.failed) for labels, each in totals],
         ),
-        Family(
+        counter(
             "tasks_retried_total",
-            "counter",
             "Executions put off: failed or interrupted, and to start again; or without a lock.",
             [({**labels, "reason": "error"}, each.retried) for labels, each in totals]
             + [({**labels, "reason": "lock_contention"}, each.lock_waits) for labels, each in totals],
         ),
-        Family(
+        counter(
             "tasks_given_up_total",
-            "counter",
             "Tasks that failed for good or were cancelled: with the dead letters, or gone.",
-            [({**labels, "action": "dlq"}, each.dead) for labels, each in grave]
+            [({**labels, "action": "dlq"}, each.dead) for labels, each in watched]
             + [
                 ({**labels, "action": "discarded"}, each.failed - each.retried - each.dead)
-                for labels, each in grave
+                for labels, each in watched
             ],
         ),
-        Family(
+        counter(
             "task_locks_lost_total",
-            "counter",
             "Executions that were cancelled because a lock was gone.",
             [(labels, each.locks_lost) for labels, each in totals],
         ),
-        Family(
+        counter(
             "task_leases_lost_total",
-            "counter",
             "Executions that another worker took over because the lease had ended.",
-            [(labels, each.taken_over) for labels, each in grave],
+            [(labels, each.taken_over) for labels, each in watched],
         ),
-        Family(
+        counter(
             "task_messages_rejected_total",
-            "counter",
             "Messages that could not be executed, and are with the dead letters.",
             [({"reason": reason.replace(" ", "_")}, number) for reason, number in rejected.items()],
         ),
-        Family(
+        counter(
             "task_messages_reclaimed_total",
-            "counter",
             "Messages taken over from workers that had died.",
             [({"stream": stream}, number) for stream, number in counts.reclaimed.items()],
         ),
-        Histogram(
+        histogram(
             "task_duration_seconds",
             "Time that executions took.",
             [(labels, each.run_times, each.run) for labels, each in totals],
         ),
-        Histogram(
+        histogram(
             "task_queue_wait_seconds",
             "Time from the queue, or from the first look for a lock, to the beginning.",
             [(labels, each.queue_times, each.queue) for labels, each in totals],
         ),
-        Family("tasks_in_progress", "level", "Executions that go on.", running),
-        Family("worker_max_concurrent_tasks", "gauge", "Slots of the worker.", [({"worker_size": size}, slots)]),
+        gauge("tasks_in_progress", "Executions that go on.", running),
+        gauge("worker_max_concurrent_tasks", "Slots of the worker.", [({"worker_size": size}, slots)]),
         *_submitted(counts),
     ]
 
 
-def _submitted(counts: Counts) -> list[Family | Histogram]:
-    """What workers and schedulers have sent on."""
+def _submitted(counts: Counts) -> list[Metric]:
+    """Return the metrics of submissions by workers and schedulers."""
     return [
-        Family(
+        counter(
             "tasks_submitted_total",
-            "counter",
             "Tasks that this process submitted.",
             [
                 ({"task_name": name, **_of_stream(stream), "delayed": str(delayed).lower()}, number)
                 for (name, stream, delayed), number in counts.submitted.items()
             ],
         ),
-        Family(
+        counter(
             "delayed_tasks_promoted_total",
-            "counter",
             "Delayed tasks that this process moved into their queues.",
             [({}, counts.promoted)] if counts.promoted else [],
         ),
     ]
 
 
-def scheduler_metrics(health: Health | None, counts: Counts) -> list[Family | Histogram]:
-    """What a scheduler has counted; of the leading one also what is to be said of the whole system.
+def scheduler_metrics(health: Health | None, counts: Counts) -> list[Metric]:
+    """Return the metrics of a scheduler; of the leading one also those of the whole system.
 
     Args:
-        health: of the whole system; None from one that stands by.
+        health: of the whole system; None for one that stands by.
     """
-    families: list[Family | Histogram] = [
-        Family("scheduler_leader", "gauge", "1 if this scheduler leads.", [({}, 0 if health is None else 1)]),
-        Family(
+    metrics: list[Metric] = [
+        gauge("scheduler_leader", "1 if this scheduler leads.", [({}, 0 if health is None else 1)]),
+        counter(
             "scheduler_periodic_submissions_total",
-            "counter",
             "Runs of schedules that this scheduler submitted, or could not.",
             [
                 ({"task_name": name, "outcome": "success" if submitted else "failure"}, number)
@@ -156,41 +144,38 @@ def scheduler_metrics(health: Health | None, counts: Counts) -> list[Family | Hi
         *_submitted(counts),
     ]
     if health is not None:
-        families += health_metrics(health)
+        metrics += health_metrics(health)
         if health.snapshot is not None:
-            families += _whole_system(health.snapshot)
-    return families
+            metrics += _whole_system(health.snapshot)
+    return metrics
 
 
-def health_metrics(health: Health) -> list[Family | Histogram]:
-    """What the health checks found: what alert rules go by."""
+def health_metrics(health: Health) -> list[Metric]:
+    """Return the results of the health checks, for alert rules."""
     alerts = [
         ({"check": alert.check, "severity": str(alert.severity), "subject": alert.subject}, alert)
         for alert in health.alerts
     ]
     return [
-        Family(
+        gauge(
             "health_status",
-            "gauge",
             "The worst severity: 0 ok, 1 warning, 2 critical, 3 unknown.",
             [({}, health.severity.exit_code)],
         ),
-        Family(
+        gauge(
             "health_alerts",
-            "gauge",
             "How many tasks, workers, ... each alert of the health checks is about.",
             [(labels, alert.count) for labels, alert in alerts],
         ),
-        Family(
+        gauge(
             "health_alert_since_seconds",
-            "gauge",
             "Since when each alert is so, as seconds since the epoch.",
             [(labels, alert.since.timestamp()) for labels, alert in alerts if alert.since is not None],
         ),
     ]
 
 
-def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
+def _whole_system(seen: Snapshot) -> list[Metric]:
     queues = [
         ({"stream": stream_name_for(q.priority, q.size), "priority": q.priority, "size": q.size}, q)
         for q in seen.queues
@@ -200,32 +185,28 @@ def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
         if worker.alive and worker.size is not None:
             workers[worker.size] = workers.get(worker.size, 0) + 1
     return [
-        Family(
+        gauge(
             "task_stream_length",
-            "gauge",
             "Tasks queued and running.",
             [(labels, q.backlog + q.running) for labels, q in queues],
         ),
-        Family(
+        gauge(
             "task_stream_lag",
-            "gauge",
             "Tasks that wait for a worker.",
             [(labels, q.backlog) for labels, q in queues],
         ),
-        Family(
+        gauge(
             "task_stream_pending",
-            "gauge",
             "Tasks in the hands of workers.",
             [(labels, q.running) for labels, q in queues],
         ),
-        Family(
+        gauge(
             "task_stream_oldest_seconds",
-            "gauge",
             "How long the first of those that wait has been waiting.",
             [(labels, q.oldest_waiting_seconds or 0) for labels, q in queues],
         ),
         *(
-            Family(name, "gauge", about, [({}, value)])
+            gauge(name, about, [({}, value)])
             for name, about, value in (
                 ("delayed_tasks_pending", "Delayed tasks, whatever for.", sum(seen.delayed.values())),
                 ("delayed_tasks_overdue", "Delayed tasks that are more than 10 s late.", seen.overdue),
@@ -239,11 +220,10 @@ def _whole_system(seen: Snapshot) -> list[Family | Histogram]:
                 ("tasks_redis_memory_limit_bytes", "What it may use; 0: no limit.", seen.memory_limit_bytes or 0),
             )
         ),
-        Family(
+        gauge(
             "delayed_tasks",
-            "gauge",
             "Delayed tasks, by reason.",
             [({"reason": reason}, number) for reason, number in seen.delayed.items()],
         ),
-        Family("workers_alive", "gauge", "Workers by size.", [({"size": s}, n) for s, n in workers.items()]),
+        gauge("workers_alive", "Workers by size.", [({"size": s}, n) for s, n in workers.items()]),
     ]

@@ -1,4 +1,4 @@
-"""The same metrics through OpenTelemetry, in a process where its SDK is set up."""
+"""Exports the metrics through OpenTelemetry as well, in a process where its SDK is set up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..plumbing._util.tasks import end
 from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
 from .cursors import queue_of
-from .families import BOUNDARIES, Family, Histogram
+from .exposition import BOUNDARIES
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
+    from prometheus_client import Metric
 
     from ..plumbing.worker.reporter import Reporter
 
@@ -23,18 +24,20 @@ logger = logging.getLogger(__name__)
 
 #: Figures are never older than this, nor than half the time between two exports.
 _LONGEST_PAUSE_SECONDS, _SHORTEST_PAUSE_SECONDS = 15.0, 0.2
+#: Gauges of Prometheus that make sense when they are added up: OpenTelemetry tells them apart.
+_UP_DOWN_COUNTERS = {"tasks_in_progress"}
 _UNITS = {"_seconds": "s", "_bytes": "By"}
 
 
 @asynccontextmanager
 async def exported(
-    collect: Callable[[], Awaitable[Sequence[Family | Histogram]]], reporter: Reporter | None = None
+    collect: Callable[[], Awaitable[Sequence[Metric]]], reporter: Reporter | None = None
 ) -> AsyncIterator[None]:
-    """Tell OpenTelemetry what is collected, inside the block.
+    """Export to OpenTelemetry what is collected, inside the block.
 
     Args:
-        collect: the metrics, as of now. It is called in this event loop, for the SDK asks from threads of its own.
-        reporter: of a worker: tells how long executions took, one by one, as histograms there need it.
+        collect: the metrics, as of now. It runs in this event loop, for the SDK calls from threads of its own.
+        reporter: of a worker: records the times of executions one by one, as OpenTelemetry needs them.
     """
     bridge = _Bridge()
     if reporter is not None:
@@ -48,7 +51,7 @@ async def exported(
             bridge.show(await collect())
 
 
-async def _refresh(bridge: _Bridge, collect: Callable[[], Awaitable[Sequence[Family | Histogram]]]) -> None:
+async def _refresh(bridge: _Bridge, collect: Callable[[], Awaitable[Sequence[Metric]]]) -> None:
     pause = min(max(_export_seconds() / 2, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
     while True:
         try:
@@ -65,6 +68,10 @@ def _export_seconds() -> float:
         return 60.0
 
 
+def _name_of(metric: Metric) -> str:
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name
+
+
 class _Bridge:
     """An instrument for each metric, made when the metric is first seen."""
 
@@ -75,38 +82,38 @@ class _Bridge:
         self._made: set[str] = set()
         self._shown: dict[str, list[Observation]] = {}
 
-    def show(self, families: Sequence[Family | Histogram]) -> None:
-        """From now on these are the values."""
+    def show(self, metrics: Sequence[Metric]) -> None:
+        """Set the values of all instruments."""
         from opentelemetry.metrics import Observation
 
         shown = {
-            family.name: [Observation(value, dict(labels)) for labels, value in family.samples]
-            for family in families
-            # Histograms are told one by one, submissions by whoever submits.
-            if isinstance(family, Family) and family.name != TASKS_SUBMITTED
+            _name_of(metric): [Observation(sample.value, sample.labels) for sample in metric.samples]
+            for metric in metrics
+            # Times are recorded one by one, submissions where they are made.
+            if metric.type != "histogram" and _name_of(metric) != TASKS_SUBMITTED
         }
         self._shown = shown
-        for family in families:
-            if isinstance(family, Family) and family.name in shown and family.name not in self._made:
-                self._make(family)
+        for metric in metrics:
+            if _name_of(metric) in shown and _name_of(metric) not in self._made:
+                self._make(metric)
 
-    def _make(self, family: Family) -> None:
-        name = family.name
-        create: dict[str, Callable[..., Any]] = {
-            "counter": self._meter.create_observable_counter,
-            "gauge": self._meter.create_observable_gauge,
-            "level": self._meter.create_observable_up_down_counter,
-        }
+    def _make(self, metric: Metric) -> None:
+        name = _name_of(metric)
+        create: Callable[..., Any] = self._meter.create_observable_gauge
+        if metric.type == "counter":
+            create = self._meter.create_observable_counter
+        elif name in _UP_DOWN_COUNTERS:
+            create = self._meter.create_observable_up_down_counter
 
         def observe(_: CallbackOptions) -> list[Observation]:
             return self._shown.get(name, [])
 
         self._made.add(name)
         unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
-        create[family.kind](name, callbacks=[observe], unit=unit, description=family.about)
+        create(name, callbacks=[observe], unit=unit, description=metric.documentation)
 
     def recorder(self) -> Callable[[str, str, float, float], None]:
-        """What records the run time and the time in the queue of an execution."""
+        """Return what records the run time and the time in the queue of an execution."""
         run_times, queue_times = (
             self._meter.create_histogram(
                 name, unit="s", description=about, explicit_bucket_boundaries_advisory=BOUNDARIES

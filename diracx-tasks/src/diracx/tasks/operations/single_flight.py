@@ -1,4 +1,4 @@
-"""Answers that all who ask for the same at about the same time share."""
+"""A cache in which equal requests at about the same time share one answer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ _Value = TypeVar("_Value")
 class _Answer:
     asked: asyncio.Future[Any]
     seconds: float
-    """How long it is good."""
+    """How long it is kept."""
     at: float | None = None
-    """When it came, by the monotonic clock; None: it is being asked for."""
+    """When it came, by the monotonic clock; None: it is being computed."""
 
     def is_over(self) -> bool:
         return self.at is not None and time.monotonic() - self.at > self.seconds
 
 
-class Shared:
-    """Answers by key. Each is asked for once at a time, and one key does not wait for another."""
+class SingleFlightCache:
+    """Keeps answers by key. Each is computed once at a time, and no key waits for another."""
 
     def __init__(self) -> None:
         self._answers: dict[Hashable, _Answer] = {}
 
     async def get(self, key: Hashable, ask: Callable[[], Awaitable[_Value]], seconds: float) -> _Value:
-        """What was answered within so many seconds, or is being asked for; else it is asked for now.
+        """Return the answer of the last so many seconds or the one that is on its way, else compute it.
 
-        What an ask raises, all raise who wait for it; the next one asks again. It goes on when nobody waits.
+        An exception of `ask` is raised by all that wait for it; the next call computes again. A computation
+        goes on when its callers are cancelled.
         """
         answer = self._answers.get(key)
         if answer is None or answer.is_over():
@@ -40,7 +41,7 @@ class Shared:
         return cast("_Value", await asyncio.shield(answer.asked))
 
     def put(self, key: Hashable, value: object, seconds: float) -> None:
-        """From now on this is the answer."""
+        """Set the answer."""
         known: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         known.set_result(value)
         self._keep(key, known, seconds)

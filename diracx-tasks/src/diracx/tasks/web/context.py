@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import operations as monitor
 from ..operations.health import health_checks
-from ..operations.single_flight import Shared
+from ..operations.single_flight import SingleFlightCache
 from ..plumbing.config import TasksConfig
 from ..plumbing.config.cached import Reading, in_thread
 
@@ -88,7 +88,7 @@ class AppContext:
         self._opening = asyncio.Lock()
         self._checks: HealthChecks | None = None
         self._stack = AsyncExitStack()
-        self.answers = Shared()
+        self.answers = SingleFlightCache()
         """What those who look at the same time share."""
 
     @property

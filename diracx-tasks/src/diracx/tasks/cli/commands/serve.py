@@ -24,11 +24,19 @@ from ..options import (
     RedisUrlOption,
     resolve_redis_url,
 )
-from ..runtime.metrics_server import Measured, costly_sources, measured, set_up_telemetry
-from ..runtime.probes import LOOPBACK, MetricsHostOption, MetricsPortOption
+from ..runtime.metrics_server import (
+    LOOPBACK,
+    MetricsHostOption,
+    MetricsPortOption,
+    open_collectors,
+    serve_metrics,
+    set_up_telemetry,
+)
 from ..runtime.supervisor import Supervisor, is_supervised, serve_supervised
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
+
     from ...plumbing.config import TasksConfig
     from ...plumbing.persistence.resubmission import Resubmitter
 
@@ -129,7 +137,7 @@ def worker(
                     aside.append(asyncio.create_task(serve_supervised(serving.ready, stop.set)))
                 role = f"worker {worker_size}"
 
-                async def counted() -> Measured:
+                async def counted() -> list[Metric]:
                     from ...operations.metrics import worker_metrics
 
                     size, slots = str(worker_size), max_concurrent_tasks
@@ -140,7 +148,7 @@ def worker(
 
                 try:
                     async with (
-                        measured(metrics_host, metrics_port, is_ready, counted, serving.reporter),
+                        serve_metrics(metrics_host, metrics_port, is_ready, counted, serving.reporter),
                         following(config, registry, broker, role, lambda tasks, _: serving.reconfigure(tasks)),
                     ):
                         with explained_redis(url):
@@ -213,23 +221,23 @@ def scheduler(
             def follow(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
                 serving.reconfigure(tasks, vos or ())
 
-            asked, look = await stack.enter_async_context(costly_sources(metrics_port, broker.redis))
+            collect, check_health = await stack.enter_async_context(open_collectors(metrics_port, broker.redis))
 
-            alerts: list[str] = []  # as of the last time that somebody asked for metrics
+            alerts: list[str] = []  # as of the last collection of metrics
 
-            async def counted() -> Measured:
+            async def counted() -> list[Metric]:
                 from ...operations.metrics import scheduler_metrics
 
-                health = await look() if serving.leads.is_set() else None
+                health = await check_health() if serving.leads.is_set() else None
                 alerts[:] = [] if health is None else health.names()
-                told = await asked() if health is not None else []
-                return scheduler_metrics(health, broker.counts) + told
+                collected = await collect() if health is not None else []
+                return scheduler_metrics(health, broker.counts) + collected
 
             def is_ready() -> bool:
                 return serving.ready.is_set() and not stop.is_set()
 
             await stack.enter_async_context(
-                measured(metrics_host, metrics_port, is_ready, counted, alerts=lambda: alerts)
+                serve_metrics(metrics_host, metrics_port, is_ready, counted, alerts=lambda: alerts)
             )
             await stack.enter_async_context(following(config, registry, broker, "scheduler", follow))
             logger.info("ready: schedules on %s", mask(url))

@@ -6,23 +6,38 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
 
 from ...plumbing._util.telemetry import is_collected
 from ..errors import CliError
-from .probes import probes
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
     from redis.asyncio import Redis
 
-    from ...operations.families import Family, Histogram
     from ...operations.health import Health
     from ...plumbing.persistence import TaskDB
     from ...plumbing.worker.reporter import Reporter
 
 logger = logging.getLogger(__package__)
 
-Measured: TypeAlias = "list[Family | Histogram]"
+Collect: TypeAlias = "Callable[[], Awaitable[list[Metric]]]"
+
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        min=1,
+        max=65535,
+        help="Serve /metrics, /healthz and /readyz there; with --processes, the next ports as well.",
+    ),
+]
+MetricsHostOption = Annotated[
+    str, typer.Option("--metrics-host", metavar="ADDRESS", help="Address to serve them on: 0.0.0.0 for all.")
+]
+LOOPBACK = "127.0.0.1"
 
 TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 
@@ -51,27 +66,24 @@ def set_up_telemetry(component: str) -> None:
 
 
 @asynccontextmanager
-async def measured(
+async def serve_metrics(
     host: str,
     port: int | None,
     ready: Callable[[], bool],
-    collect: Callable[[], Awaitable[Measured]],
+    collect: Collect,
     reporter: Reporter | None = None,
     alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Tell what is collected inside the block, to whoever wants it.
+    """Serve metrics at the port and export them through OpenTelemetry, inside the block, where either is set up.
 
     Raises:
-        CliError: when the port cannot be had.
+        CliError: when the port is not free.
     """
-
-    async def text() -> str:
-        from ...operations.families import as_text
-
-        return as_text(await collect())
-
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(probes(host, port, ready, text, alerts))
+        if port is not None:
+            from .probes import probes
+
+            await stack.enter_async_context(probes(host, port, ready, collect, alerts))
         if is_collected():
             from ...operations.otel import exported
 
@@ -80,40 +92,36 @@ async def measured(
 
 
 @asynccontextmanager
-async def costly_sources(
+async def open_collectors(
     port: int | None, redis: Redis
-) -> AsyncIterator[tuple[Callable[[], Awaitable[Measured]], Callable[[], Awaitable[Health | None]]]]:
-    """What is measured in databases, and what the health checks find. Nothing where nobody asks.
+) -> AsyncIterator[tuple[Collect, Callable[[], Awaitable[Health | None]]]]:
+    """Open what collects metrics from databases, and the health checks; nothing where no metrics are asked for.
 
     Raises:
         CliError: a threshold of the health checks is wrong.
     """
     if port is None and not is_collected():
 
-        async def nothing() -> Measured:
+        async def no_metrics() -> list[Metric]:
             return []
 
-        async def nobody() -> None:
+        async def no_health() -> None:
             return None
 
-        yield nothing, nobody
+        yield no_metrics, no_health
         return
-    from ...operations.collectors import sources
+    from ...operations import collectors
     from ...operations.health import health_checks
     from ...plumbing.exceptions import TaskConfigError
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(_task_db())
-        found = await stack.enter_async_context(sources(task_db))
+        found = await stack.enter_async_context(collectors.open_collectors(task_db))
         try:
             checks = await stack.enter_async_context(health_checks(redis, task_db))
         except TaskConfigError as error:
             raise CliError(str(error)) from error
-
-        async def ask() -> Measured:
-            return [*await found.families()]
-
-        yield ask, checks.run
+        yield found.metrics, checks.run
 
 
 @asynccontextmanager

@@ -1,118 +1,133 @@
-"""`--metrics-port`: metrics for Prometheus, and whether the process lives and is ready, over plain HTTP.
+"""`--metrics-port`: metrics for Prometheus, and probes of whether the process lives and is ready.
 
-It is served by the event loop that runs the tasks: where a task blocks that, nobody answers `/healthz`.
+The server has a thread of its own; the answers come from the event loop that runs the tasks: where a task blocks
+that, `/healthz` does not answer with 200.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Annotated
-
-import typer
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from socketserver import TCPServer, ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from ..errors import CliError
 from .supervisor import own_number
 
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
 logger = logging.getLogger(__package__)
 
-MetricsPortOption = Annotated[
-    int | None,
-    typer.Option(
-        "--metrics-port",
-        min=1,
-        max=65535,
-        help="Serve /metrics, /healthz and /readyz there; with --processes, the next ports as well.",
-    ),
-]
-MetricsHostOption = Annotated[
-    str, typer.Option("--metrics-host", metavar="ADDRESS", help="Address to serve them on: 0.0.0.0 for all.")
-]
-LOOPBACK = "127.0.0.1"
-
+#: How often the server looks whether it is to end.
+_POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
-_LONGEST_REQUEST = 8192
 _TEXT = "text/plain; charset=utf-8"
 
 
 @asynccontextmanager
 async def probes(
     host: str,
-    port: int | None,
+    port: int,
     ready: Callable[[], bool],
-    metrics: Callable[[], Awaitable[str]],
+    collect: Callable[[], Awaitable[Sequence[Metric]]],
     alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Answer inside the block; do nothing without a port.
+    """Serve `/metrics`, `/healthz` and `/readyz` inside the block.
 
     Args:
-        alerts: lines that `/readyz` adds: it answers 200 all the same, as they are no reason to leave the process
-            alone.
+        collect: returns the metrics.
+        alerts: lines that `/readyz` adds: it answers 200 all the same, as they are no reason to take work away
+            from the process.
 
     Raises:
-        CliError: when the port cannot be had.
+        CliError: when the port is not free.
     """
-    if port is None:
-        yield
-        return
     port += (own_number() or 1) - 1
+    loop = asyncio.get_running_loop()
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                head = await reader.readuntil(b"\r\n\r\n")
-                response = await _response(head, ready, metrics, alerts)
-                if not writer.is_closing():  # else uvloop raises a RuntimeError
-                    writer.write(response)
-                    await writer.drain()
-        writer.close()
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        path = str(environ["PATH_INFO"])
+        try:
+            if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                status, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET and HEAD\n"
+            else:
+                answering = asyncio.run_coroutine_threadsafe(_answer(path, ready, collect, alerts), loop)
+                status, kind, body = answering.result(_ANSWER_SECONDS)
+        except (RuntimeError, TimeoutError):  # the loop has ended, or a task blocks it
+            status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop does not answer\n"
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start_response(f"{status.value} {status.phrase}", headers)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
 
     try:
-        server = await asyncio.start_server(answer, host, port, limit=_LONGEST_REQUEST)
+        server = _Server(host, port)
     except OSError as error:
         raise CliError(
             f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose another --metrics-port"
         ) from error
+    server.set_app(application)
+    threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True).start()
     logger.info("metrics on http://%s:%d/metrics", host, port)
     try:
         yield
     finally:
-        server.close()
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
 
 
-async def _response(
-    head: bytes,
+async def _answer(
+    path: str,
     ready: Callable[[], bool],
-    metrics: Callable[[], Awaitable[str]],
+    collect: Callable[[], Awaitable[Sequence[Metric]]],
     alerts: Callable[[], Sequence[str]],
-) -> bytes:
-    from ...operations.families import CONTENT_TYPE
+) -> tuple[HTTPStatus, str, bytes]:
+    """Return status, content type and body."""
+    if path == "/healthz":
+        return HTTPStatus.OK, _TEXT, b"ok\n"
+    if path == "/readyz":
+        is_ready = ready()
+        text = "\n".join(["ok" if is_ready else "not ready", *alerts(), ""])
+        return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, text.encode()
+    if path != "/metrics":
+        return HTTPStatus.NOT_FOUND, _TEXT, b"there are /metrics, /healthz and /readyz\n"
+    from ...operations.exposition import CONTENT_TYPE, as_text
 
-    method, _, rest = head.partition(b"\r\n")[0].decode("latin-1").partition(" ")
-    path = rest.partition(" ")[0].partition("?")[0]
-    status, kind, body = "200 OK", _TEXT, "ok\n"
-    if method not in ("GET", "HEAD"):
-        status, body = "405 Method Not Allowed", "only GET and HEAD\n"
-    elif path == "/readyz":
-        if not ready():
-            status, body = "503 Service Unavailable", "not ready\n"
-        body = "\n".join([body.rstrip(), *alerts(), ""])
-    elif path == "/metrics":
-        try:
-            kind, body = CONTENT_TYPE, await metrics()
-        except Exception as error:
-            logger.debug("no metrics", exc_info=True)
-            status, kind, body = "503 Service Unavailable", _TEXT, f"no metrics: {type(error).__name__}\n"
-    elif path != "/healthz":
-        status, body = "404 Not Found", "there are /metrics, /healthz and /readyz\n"
-    content = body.encode()
-    lines = (
-        f"HTTP/1.1 {status}",
-        f"Content-Type: {kind}",
-        f"Content-Length: {len(content)}",
-        "Connection: close",
-        "\r\n",
-    )
-    return "\r\n".join(lines).encode() + (b"" if method == "HEAD" else content)
+    try:
+        return HTTPStatus.OK, CONTENT_TYPE, as_text(await collect())
+    except Exception as error:
+        logger.debug("no metrics", exc_info=True)
+        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"no metrics: {type(error).__name__}\n".encode()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers each request in a thread."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _RequestHandler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name that `HTTPServer` makes: it may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # str, int
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what breaks a connection: no traceback for a client that goes away."""
+        logger.debug("connection of %s", client_address, exc_info=True)
+
+
+class _RequestHandler(WSGIRequestHandler):
+    timeout = _ANSWER_SECONDS
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: probes come every few seconds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from ...plumbing.broker import scripts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
 from ..cursors import moment
+from ..single_flight import SingleFlightCache
 from .alerts import Alert, Severity, counted, worst
 from .checks import CHECKS, find_alerts, unusable
 from .facts import Facts, read_facts
@@ -63,7 +63,7 @@ class HealthChecks:
         self._asks = asks or {}
         self._unchecked = list(unchecked)
         self._limits = thresholds or HealthThresholds()
-        self._answers: dict[str, tuple[float, list[Alert]]] = {}
+        self._answers = SingleFlightCache()
 
     async def run(self) -> Health:
         """Make all checks. What cannot be looked at is an alert; nothing is raised."""
@@ -101,17 +101,16 @@ class HealthChecks:
 
     async def _ask(self, name: str) -> list[Alert]:
         """What one source says, as of some seconds ago; that it does not answer is an alert."""
-        asked_at, known = self._answers.get(name, (float("-inf"), []))
-        if time.monotonic() - asked_at < _FRESH_SECONDS:
-            return known
-        try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                known = list(await self._asks[name]())
-        except Exception as error:
-            logger.debug("health of %s", name, exc_info=True)
-            known = [_source_away(name, error)]
-        self._answers[name] = (time.monotonic(), known)
-        return known
+
+        async def ask() -> list[Alert]:
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    return list(await self._asks[name]())
+            except Exception as error:
+                logger.debug("health of %s", name, exc_info=True)
+                return [_source_away(name, error)]
+
+        return await self._answers.get(name, ask, _FRESH_SECONDS)
 
     async def _since(self, alerts: list[Alert]) -> list[Alert]:
         """Since when each is so: by its data, else since it was first noticed by anybody."""
