@@ -58,12 +58,12 @@ async def _processor_seconds(redis: Redis) -> float:
     return float(used["used_cpu_user"] + used["used_cpu_sys"])
 
 
-async def measure(workers: int, tasks: int, idle_seconds: float) -> Cost:
+async def measure(workers: int, tasks: int, idle_seconds: float, warm_up: float = 5.0) -> Cost:
     """With so many workers in this process, each with 10 slots."""
     system = TaskSystem([Begins], workers=workers, scheduler=False, task_db_url=None, settings=SETTINGS)
     async with system:
         redis = system.broker.redis
-        await asyncio.sleep(5)
+        await asyncio.sleep(warm_up)
         connections = len(await redis.client_list()) - 1  # one is ours
         before, began = await _commands(redis), time.monotonic()
         await asyncio.sleep(idle_seconds)
@@ -95,11 +95,11 @@ def report(costs: list[Cost]) -> str:
     lines = [
         "## Waiting workers",
         "",
-        f"{machine()}. Load of the machine at the end: {os.getloadavg()[0]:.1f}. All workers, of 10 slots each,",
-        f"are in one process with the client, which submits a no-op task every {PAUSE_SECONDS:g} s. Commands are those",
-        "of `INFO commandstats`, which counts the call of a script and each command inside it. Per task: from the",
-        "submission to the settlement, with what workers report of it, less what the same workers run when idle.",
-        "Two connections of the client are counted with those of the workers.",
+        f"{machine()}. Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
+        "All workers, of 10 slots each, are in one process with the client, which submits a no-op task every",
+        f"{PAUSE_SECONDS:g} s. Commands are those of `INFO commandstats`, which counts the call of a script",
+        "and each command inside it. Per task: from the submission to the settlement, with what workers report",
+        "of it, less what the same workers run when idle. Connections are those of the client, too.",
         "",
         "| idle workers | server commands per task | latency p50 / p99 (ms) | server (ms per task) "
         "| idle: commands per worker and second | connections per worker |",
@@ -116,12 +116,14 @@ def report(costs: list[Cost]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-idle", description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 60, 400], help="numbers of workers")
-    parser.add_argument("--tasks", type=int, default=200, help="tasks for each of them")
+    parser.add_argument("--tasks", type=int, default=600, help="tasks for each of them")
     parser.add_argument("--idle-seconds", type=float, default=60.0, help="how long to look at idle workers")
+    parser.add_argument("--warm-up", type=float, default=60.0, help="seconds from the start to the first count")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     arguments = parser.parse_args()
     costs = [
-        asyncio.run(measure(workers, arguments.tasks, arguments.idle_seconds)) for workers in arguments.workers
+        asyncio.run(measure(workers, arguments.tasks, arguments.idle_seconds, arguments.warm_up))
+        for workers in arguments.workers
     ]
     text = report(costs)
     print(text)

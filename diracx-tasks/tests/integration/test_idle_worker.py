@@ -52,6 +52,9 @@ async def test_most_reports_are_left_out_while_there_is_nothing_new(
 
         line["memory_bytes"] = 2
         await told_by.report(if_new=True)
+        assert len(told) == 3, "memory changes all the time"
+        line["size"] = "large"
+        await told_by.report(if_new=True)
         told_by.rejected(None, "unparsable", "no task")
         await told_by.report(if_new=True)
         assert len(told) == 5, "what is new is told at once"

@@ -134,6 +134,7 @@ class Reporter:
         self._locks: dict[str, None] = {}
         self._unsent: tuple[int, dict[str, Any]] | None = None
         self._said: tuple[bytes, bytes] = (b"", b"")
+        self._said_memory: int | None = None
         self._overwritten = False  # what it runs, by the watchdog
         self.timed: Callable[[str, str, float, float], None] | None = None
         """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
@@ -267,7 +268,8 @@ class Reporter:
         Raises:
             redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
         """
-        line, running = dumps(self._line()), dumps(self._told_running())
+        state = self._line()
+        line, running = dumps(state), dumps(self._told_running())
         if self._overwritten or self._dataset != self.dataset():
             self._said, self._overwritten = (b"", b""), False
         self._dataset = self.dataset()
@@ -276,7 +278,12 @@ class Reporter:
             await self._send_sums()
         if self._unsent is None:
             taken = self._taken()
-            if if_new and not any(news) and not self._adds_up and self._left_out < _LEFT_OUT:
+            if (
+                if_new
+                and not (news[1] or self._is_news(state))
+                and not self._adds_up
+                and self._left_out < _LEFT_OUT
+            ):
                 self._left_out += 1
                 if not taken:
                     return
@@ -292,7 +299,13 @@ class Reporter:
         )
         self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
+        self._said_memory = state.get("memory_bytes")
         self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+
+    def _is_news(self, state: dict[str, Any]) -> bool:
+        """Whether anything but the memory, which changes all the time, is another than what was said."""
+        said = {name: self._said_memory if name == "memory_bytes" else value for name, value in state.items()}
+        return dumps(said) != self._said[0]
 
     def _next_number(self) -> int:
         self._number = max(self._number + 1, int(1000 * (time.time() + self._clock_ahead)))
