@@ -20,7 +20,15 @@ from typing import Any
 
 from diracx.tasks import operations as monitor
 from diracx.tasks.plumbing import ConcurrencyLimiter, MutexLock, PeriodicVoAwareBaseTask, RateLimiter
-from diracx.tasks.plumbing.broker import RedisStreamBroker, groups, keys, scripts
+from diracx.tasks.plumbing.broker import (
+    RedisStreamBroker,
+    groups,
+    inspection,
+    keys,
+    locking,
+    running_configs,
+    scripts,
+)
 from diracx.tasks.plumbing.broker.group_audit import fail_lost_children
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import PROMOTE_BATCH
@@ -150,7 +158,7 @@ async def _use_delayed(world: World) -> None:
         await scripts.promote(world.redis, PROMOTE_BATCH)
     later = datetime.now(UTC) + timedelta(days=1)
     await world.worker.submit([Submission(_message(world.items + n), _QUEUE, later) for n in range(200)])
-    await scripts.snapshot(world.redis)
+    await inspection.snapshot(world.redis)
     await world.worker.cancel([_message(world.items).task_id])
 
 
@@ -162,7 +170,7 @@ async def _use_queued(world: World) -> None:
     for _ in range(_CALLS):
         deliveries, _ = await world.worker.fetch(100, lease_seconds=600)
         await world.worker.settle([Settlement(delivery) for delivery in deliveries])
-    await scripts.snapshot(world.redis)
+    await inspection.snapshot(world.redis)
     await world.worker.cancel([_message(world.items).task_id])
 
 
@@ -176,7 +184,7 @@ async def _parked(world: World) -> None:
 async def _use_parked(world: World) -> None:
     key = MutexLock(JOB, "one").redis_key
     await monitor.lock(world.redis, key)
-    await scripts.release(world.redis, [{"kind": "mutex", "key": key, "owner": await world.redis.get(key)}])
+    await locking.release(world.redis, [{"kind": "mutex", "key": key, "owner": await world.redis.get(key)}])
     for _ in range(_CALLS):  # one after another gets it
         deliveries, _ = await world.worker.fetch(100, lease_seconds=600)
         locks = await _start(world, deliveries, lambda _: MutexLock(JOB, "one"))
@@ -234,7 +242,7 @@ async def _use_locks_of_one_call(world: World) -> None:
     locks: list[Any] = [
         {"kind": "mutex", "key": f"lock:mutex:job:{number}:", "owner": "owner"} for number in range(world.items)
     ]
-    assert await scripts.release(world.redis, locks) == world.items
+    assert await locking.release(world.redis, locks) == world.items
 
 
 async def _groups(world: World) -> None:
@@ -247,7 +255,7 @@ async def _use_groups(world: World) -> None:
     assert len(await groups.list_groups(world.redis)) == world.items
     await groups.list_groups(world.redis, 100)
     await groups.group_of(world.redis, b"no such child")
-    await scripts.fire(world.redis, "group-0")
+    await groups.fire(world.redis, "group-0")
     await fail_lost_children(world.redis)
 
 
@@ -264,7 +272,7 @@ async def _use_children(world: World) -> None:
     await scripts.fail_children(world.redis, "group", "Error: no", ids)
     await groups.read_results(world.redis, "group", world.items)
     await fail_lost_children(world.redis)
-    await scripts.fire(world.redis, "group")
+    await groups.fire(world.redis, "group")
 
 
 async def _forgotten_groups(world: World) -> None:
@@ -286,7 +294,7 @@ async def _use_schedules(world: World) -> None:
     await _plan(world, world.items)
     await _plan(world, world.items // 2)
     await _plan(world, 0, off=True)
-    await scripts.snapshot(world.redis)
+    await inspection.snapshot(world.redis)
 
 
 async def _plan(world: World, schedules: int, off: bool = False) -> None:
@@ -319,7 +327,7 @@ async def _old_grants(world: World) -> None:
 async def _use_grants(world: World) -> None:
     for _ in range(_CALLS):
         assert await Quota(JOB, "one").acquire(world.redis)
-    await scripts.inspect(world.redis, [{"key": Quota(JOB, "one").redis_key, "kind": "rate"}], 10)
+    await locking.inspect(world.redis, [{"key": Quota(JOB, "one").redis_key, "kind": "rate"}], 10)
 
 
 async def _slots(world: World) -> None:
@@ -406,7 +414,7 @@ async def _processes(world: World) -> None:
 
 async def _use_processes(world: World) -> None:
     for number in range(_CALLS):
-        await scripts.announce(world.redis, f"process-{number}", "{}", 60_000, True)
+        await running_configs.announce(world.redis, f"process-{number}", "{}", 60_000, True)
 
 
 STATES = [

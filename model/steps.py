@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, worker_state
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
 from diracx.tasks.plumbing.worker.settlement import hand_back
 
@@ -61,7 +61,7 @@ class Steps:
             submission = Submission(TaskMessage(task_id=task, task_name="model:Task"), keys.ALL_STREAM_NAMES[4])
             self._call(self._brokers[0].submit([submission]))
         for name in NAMES:
-            scripts.renew(self._server.redis, name, int(_LEASE_SECONDS * 1000), [], [])
+            worker_state.renew(self._server.redis, name, int(_LEASE_SECONDS * 1000), [], [])
         nothing = tuple(0 for _ in TASKS)
         return State((WorkerState(), WorkerState()), nothing, nothing)
 
@@ -206,7 +206,7 @@ class Steps:
         entries = [{"stream": h.stream, "entry": h.entry, "deliveries": h.deliveries} for h in worker.held]
         locked = [h for h in worker.held if h.locked]
         locks = [lock for h in locked for lock in self._lock(which, h)]
-        lost, lost_locks, _, _ = scripts.renew(
+        lost, lost_locks, _, _ = worker_state.renew(
             self._server.redis, NAMES[which], int(_LEASE_SECONDS * 1000), entries, locks
         )
         without = [locked[position] for position in lost_locks]

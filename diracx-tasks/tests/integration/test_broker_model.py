@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, worker_state
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms, new_task_id
 from diracx.tasks.plumbing.broker.redis_streams import is_suspect, stream_name_for
 from diracx.tasks.plumbing.enums import Priority
@@ -153,7 +153,7 @@ class BrokerMachine(RuleBasedStateMachine):
             if t.delivery
         ]
         locks = [lock for task in held for lock in task.locks]
-        *lost, _epoch = scripts.renew(self.sync, worker, LONG_MS, entries, locks)
+        *lost, _epoch = worker_state.renew(self.sync, worker, LONG_MS, entries, locks)
         assert lost == [[], [], []], "what the model knows to be held was not renewed"
 
     def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:

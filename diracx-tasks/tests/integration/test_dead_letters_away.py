@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, MutexLock, Priority, schedule_many
-from diracx.tasks.plumbing.broker import keys, scripts
+from diracx.tasks.plumbing.broker import dead_letter_stream, keys
 from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.worker import dead_letters
@@ -274,7 +274,7 @@ async def test_what_is_read_from_redis_at_once_is_bounded_by_bytes_and_one_worke
         await redis.xadd(keys.DEAD_LETTERS, {"reason": "x", "data": b"d" * size}, id=f"{number + 1}-0")
 
     async def read(worker: str, first: str, at_most: int = 100) -> list[str]:
-        entries = await scripts.dead_letters(
+        entries = await dead_letter_stream.dead_letters(
             redis, worker, first, lease_ms=60_000, at_most=at_most, at_most_bytes=8000
         )
         return [entry for entry, _ in entries]

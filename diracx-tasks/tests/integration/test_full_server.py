@@ -19,7 +19,18 @@ from diracx.tasks.plumbing import (
     SharedRWLock,
     schedule_many,
 )
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import (
+    RedisStreamBroker,
+    dead_letter_stream,
+    groups,
+    inspection,
+    keys,
+    locking,
+    running_configs,
+    scheduling,
+    scripts,
+    worker_state,
+)
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.server_check import Role
 from diracx.tasks.plumbing.callbacks import spawn_with_callback
@@ -134,17 +145,17 @@ ADDERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "delay": lambda s: scripts.delay(s.redis, [("new", 2**41, QUEUE, "at_time", s.data)]),
     "group": lambda s: scripts.group(s.redis, "g", {"ttl_ms": 1000}, [{"task": "new", "staged": "x"}], True),
     "resubmit": lambda s: scripts.resubmit(s.redis, [{"ticket": "t", "stream": QUEUE, "data": s.data}], 1000),
-    "occur": lambda s: scripts.occur(s.redis, "leader", [s.occurrence()]),
-    "run_now": lambda s: scripts.run_now(s.redis, "due", QUEUE, "new", s.data),
-    "acquire": lambda s: scripts.acquire(s.redis, [Slots(JOB, 2).spec()]),
-    "fire": lambda s: scripts.fire(s.redis, "waits"),
+    "occur": lambda s: scheduling.occur(s.redis, "leader", [s.occurrence()]),
+    "run_now": lambda s: scheduling.run_now(s.redis, "due", QUEUE, "new", s.data),
+    "acquire": lambda s: locking.acquire(s.redis, [Slots(JOB, 2).spec()]),
+    "fire": lambda s: groups.fire(s.redis, "waits"),
 }
 DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "start": lambda s: s.broker.start([s.start()]),
-    "renew": lambda s: in_thread(lambda: scripts.renew(s.sync, "w", 60_000, [], [])),
-    "extend": lambda s: scripts.extend(s.redis, [s.lock.spec()]),
+    "renew": lambda s: in_thread(lambda: worker_state.renew(s.sync, "w", 60_000, [], [])),
+    "extend": lambda s: locking.extend(s.redis, [s.lock.spec()]),
     "settle": lambda s: s.broker.settle([Settlement(s.delivery, locks=[s.lock.spec()])]),
-    "release": lambda s: scripts.release(s.redis, [s.lock.spec()]),
+    "release": lambda s: locking.release(s.redis, [s.lock.spec()]),
     "fetch": lambda s: s.broker.fetch(1, lease_seconds=60),
     "recover": lambda s: s.broker.recover([]),
     "reclaim": lambda s: s.broker.reclaim(1, audit=True),
@@ -153,16 +164,16 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "find": lambda s: scripts.script("find")(s.redis, [QUEUE], ["-", 10]),
     "task_ids": lambda s: scripts.task_ids(s.redis, QUEUE, "-", 10),
     "fail_children": lambda s: scripts.fail_children(s.redis, "waits", "lost", [b"child"]),
-    "plan": lambda s: scripts.plan(s.redis, "leader", [{"id": "due", "fingerprint": "new", "due": 2}]),
-    "pause": lambda s: scripts.pause(s.redis, ["due"], True),
-    "report": lambda s: scripts.report(s.redis, "w", 1, b"", b"", {}, True),
-    "blocked": lambda s: in_thread(lambda: scripts.report_blocked(s.sync, "w", b"", b"")),
-    "announce": lambda s: scripts.announce(s.redis, "w", "", 1000, False),
-    "alerts": lambda s: scripts.note_alerts(s.redis, ["memory"], ["memory full"]),
-    "heads": lambda s: scripts.delayed_heads(s.redis, ["later"], 10),
-    "snapshot": lambda s: scripts.snapshot(s.redis),
-    "inspect": lambda s: scripts.inspect(s.redis, [{"kind": "mutex", "key": s.lock.redis_key}], 1),
-    "dead_letters": lambda s: scripts.dead_letters(
+    "plan": lambda s: scheduling.plan(s.redis, "leader", [{"id": "due", "fingerprint": "new", "due": 2}]),
+    "pause": lambda s: scheduling.pause(s.redis, ["due"], True),
+    "report": lambda s: worker_state.report(s.redis, "w", 1, b"", b"", {}, True),
+    "blocked": lambda s: in_thread(lambda: worker_state.report_blocked(s.sync, "w", b"", b"")),
+    "announce": lambda s: running_configs.announce(s.redis, "w", "", 1000, False),
+    "alerts": lambda s: inspection.note_alerts(s.redis, ["memory"], ["memory full"]),
+    "heads": lambda s: inspection.delayed_heads(s.redis, ["later"], 10),
+    "snapshot": lambda s: inspection.snapshot(s.redis),
+    "inspect": lambda s: locking.inspect(s.redis, [{"kind": "mutex", "key": s.lock.redis_key}], 1),
+    "dead_letters": lambda s: dead_letter_stream.dead_letters(
         s.redis, "w", "-", lease_ms=1000, at_most=1, at_most_bytes=1000
     ),
     "leave": lambda s: s.broker.leave(),

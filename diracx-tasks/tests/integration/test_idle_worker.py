@@ -10,7 +10,7 @@ import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.health import HealthThresholds
 from diracx.tasks.plumbing import BaseTask
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, dead_letter_stream, keys, scripts, worker_state
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker, dead_letters, reporter
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
@@ -34,13 +34,13 @@ async def test_most_reports_are_left_out_while_there_is_nothing_new(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
-    tell = scripts.report
+    tell = worker_state.report
 
     async def counted(redis: Redis, worker: str, number: int, *rest: Any) -> Any:
         told.append(number)
         return await tell(redis, worker, number, *rest)
 
-    monkeypatch.setattr(scripts, "report", counted)
+    monkeypatch.setattr(worker_state, "report", counted)
     line = {"size": "medium", "memory_bytes": 1}
     broker = RedisStreamBroker(redis_url)
     try:
@@ -72,22 +72,22 @@ async def test_a_report_of_nothing_new_asks_the_server_for_four_commands(redis: 
     minutes: set[int] = set()
     while len(minutes) != 1:  # the first report of a minute renews what expires
         minutes.clear()
-        now_ms, *_ = await scripts.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
+        now_ms, *_ = await worker_state.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
         minutes.add(now_ms // 60_000)
         before = await new_calls(redis)
-        now_ms, known, _ = await scripts.report(redis, "host:1:x", 2, b"", b"", {}, False)
+        now_ms, known, _ = await worker_state.report(redis, "host:1:x", 2, b"", b"", {}, False)
         minutes.add(now_ms // 60_000)
         asked = await new_calls(redis, before)
     assert known
     assert asked == {"info": 1, "evalsha": 1, "time": 1, "hmget": 1, "zadd": 1}
     assert await redis.zscore("diracx:monitor:reporting", "host:1:x") == now_ms
-    await scripts.report(redis, "host:1:x", 3, b"", b"", {}, True)
+    await worker_state.report(redis, "host:1:x", 3, b"", b"", {}, True)
 
 
 async def test_what_a_report_lost_with_the_data_of_the_server_is_asked_for_again(redis: Redis) -> None:
-    await scripts.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
+    await worker_state.report(redis, "host:1:x", 1, b"line", b"running", {}, False)
     await redis.flushall()
-    assert (await scripts.report(redis, "host:1:x", 2, b"", b"", {}, False))[1] is False
+    assert (await worker_state.report(redis, "host:1:x", 2, b"", b"", {}, False))[1] is False
     assert await redis.pttl("diracx:monitor:reporting") > 0
     assert await redis.pttl("diracx:monitor:worker:host:1:x") > 0
     assert [worker.name for worker in await monitor.workers(redis)] == ["host:1:x"]
@@ -183,9 +183,9 @@ async def test_a_look_for_what_the_dead_have_left_costs_four_commands_while_ther
 
 async def test_a_look_for_dead_letters_costs_two_commands_while_there_are_none(redis: Redis) -> None:
     look = {"lease_ms": 1000, "at_most": 10, "at_most_bytes": 1000}
-    assert await scripts.dead_letters(redis, "worker", "-", **look) == []
+    assert await dead_letter_stream.dead_letters(redis, "worker", "-", **look) == []
     before = await new_calls(redis)
-    assert await scripts.dead_letters(redis, "worker", "-", **look) == []
+    assert await dead_letter_stream.dead_letters(redis, "worker", "-", **look) == []
     assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}
 
 
@@ -222,7 +222,8 @@ async def test_an_idle_worker_asks_for_less_than_a_command_in_a_second(redis_url
         + await of(lambda: broker.reclaim(1, lease_seconds=lease)) / (lease * 2 / 3)
         + await of(told_by.report) / ((reporter._LEFT_OUT + 1) * reporter.REPORT_SECONDS)
         + await of(broker.promote) / settings.housekeeping_seconds
-        + await of(lambda: scripts.dead_letters(redis, "worker", "-", **look)) / dead_letters._IMPORT_SECONDS
+        + await of(lambda: dead_letter_stream.dead_letters(redis, "worker", "-", **look))
+        / dead_letters._IMPORT_SECONDS
     )
     assert per_second < 1
     await told_by.leave()

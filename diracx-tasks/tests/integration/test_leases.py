@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, MutexLock
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, worker_state
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
@@ -56,7 +56,7 @@ async def workers(redis_url: str) -> AsyncIterator[tuple[RedisStreamBroker, Redi
 def renew(broker: RedisStreamBroker, *deliveries: object) -> list[int]:
     entries = [{name: getattr(d, name) for name in ("stream", "entry", "deliveries")} for d in deliveries]
     with SyncRedis.from_url(broker.url) as redis:
-        return scripts.renew(redis, broker.consumer_name, LEASE_MS, entries, [])[0]
+        return worker_state.renew(redis, broker.consumer_name, LEASE_MS, entries, [])[0]
 
 
 async def submit(broker: RedisStreamBroker) -> None:

@@ -17,7 +17,7 @@ from diracx.tasks.plumbing import (
     SharedRWLock,
     schedule_many,
 )
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, locking
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS
@@ -167,7 +167,7 @@ async def test_what_cannot_be_taken_leaves_nothing_taken(redis: Redis) -> None:
     locks: list[BaseLock] = [SharedRWLock(JOB, n) for n in range(10)]
     for wanted in (locks, [Rate(JOB, 1), *locks]):
         with pytest.raises(ResponseError, match="WRONGTYPE"):
-            await scripts.acquire(redis, [lock.spec() for lock in wanted])
+            await locking.acquire(redis, [lock.spec() for lock in wanted])
         assert await locks_left(redis) == [b"lock:rw:job:7"]
         assert not await redis.exists(Rate(JOB, 1).redis_key)
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 import pytest
-from diracx.tasks.plumbing.broker import scripts
+from diracx.tasks.plumbing.broker import locking
 from diracx.tasks.plumbing.lock_registry import JOB, TASK, LockedObjectType
 from diracx.tasks.plumbing.locks import (
     BaseLock,
@@ -219,7 +219,7 @@ async def test_a_long_log_of_grants_stays_short_and_its_count_exact(redis: Redis
     assert len(log) <= 1000 + thousandths + 2
     refused = [Many(JOB, "many").spec(), MutexLock(JOB, "held").spec()]
     for _ in range(3):
-        assert await scripts.acquire(redis, refused) is None
+        assert await locking.acquire(redis, refused) is None
     assert await redis.zrange(key, 0, -1, withscores=True) == log, "what was merged is parted again"
     assert await Many(JOB, "many").acquire(redis)
     assert not await Many(JOB, "many").acquire(redis)
@@ -240,7 +240,7 @@ async def test_what_has_expired_counts_for_nothing_while_it_is_still_there(redis
     for _ in range(2):
         assert await Many(JOB, "x").acquire(redis)
     assert await redis.zcard(quota.redis_key) > 2
-    [[spent, *_]] = await scripts.inspect(
+    [[spent, *_]] = await locking.inspect(
         redis, [{"key": quota.redis_key, "kind": "rate", "window_us": 60_000_000}], 1
     )
     assert spent == 2

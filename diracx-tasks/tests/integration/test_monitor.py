@@ -285,13 +285,13 @@ async def test_statistics_and_failures_come_from_reports(redis_url: str) -> None
 
 
 async def test_a_report_that_is_sent_twice_counts_once(redis: Redis, broker: RedisStreamBroker) -> None:
-    from diracx.tasks.plumbing.broker import scripts
+    from diracx.tasks.plumbing.broker import worker_state
 
     added = {"stats": {"test:Held": {"done": 1}}}
     for _ in range(2):
-        await scripts.report(redis, "host:1:x", 1, b"", b"", added, False)
+        await worker_state.report(redis, "host:1:x", 1, b"", b"", added, False)
     assert [each.done for each in await monitor.stats(redis)] == [1]
-    await scripts.report(redis, "host:1:x", 2, b"", b"", added, True)
+    await worker_state.report(redis, "host:1:x", 2, b"", b"", added, True)
     assert [each.done for each in await monitor.stats(redis)] == [2]
     assert await monitor.workers(redis) == []
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from diracx.tasks.plumbing import BaseTask
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, locking
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.plumbing.worker.promoter import Promoter
 from diracx.tasks.testing import TaskSystem
@@ -87,7 +87,7 @@ async def test_while_a_scheduler_leads_it_is_the_one_who_waits_for_what_is_due(
     try:
         await far_away(broker)
         assert 3_500_000 < (await broker.promote() or 0) <= 3_600_002
-        assert await scripts.acquire(
+        assert await locking.acquire(
             redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 60_000}]
         )
         assert 3_500_000 < (await broker.promote() or 0) <= 3_600_002, "its lead will have ended by then"
@@ -108,7 +108,7 @@ async def test_what_a_dead_scheduler_knew_of_begins_when_its_lead_ends(redis: Re
     try:
         await dead.subscribe(keys.WAKE_SCHEDULER)  # it hears, and does nothing
         await dead.get_message(timeout=5)
-        assert await scripts.acquire(redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 3_000}])
+        assert await locking.acquire(redis, [{"kind": "mutex", "key": keys.LEADER, "owner": "x", "ttl_ms": 3_000}])
         async with TaskSystem([Now], redis_url=redis_url, workers=0, scheduler=False) as system:
             due = datetime.now(UTC) + timedelta(seconds=1.5)
             task = await Now().schedule(at_time=due)

@@ -21,7 +21,8 @@ from diracx.tasks.plumbing import (
     RRuleSchedule,
     TasksConfig,
 )
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker import scheduling as schedule_steps
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.registry import TaskRegistry
@@ -277,23 +278,23 @@ async def test_an_occurrence_is_submitted_by_the_leader_when_it_is_due_and_once(
     now = int(time.time() * 1000)
     dues = {"due": now - 1, "other": now - 1, "early": now + 60_000, "paused": now - 1, "skipped": now - 1}
     await redis.zadd(keys.NEXT_RUNS, dues)
-    await scripts.pause(redis, ["paused"], True)
+    await schedule_steps.pause(redis, ["paused"], True)
     parts = {"stream": STREAM, "task": "t", "data": b"x", "next": now + HOUR_MS}
     batch = [{"id": id_, "due": due, **parts} for id_, due in dues.items()]
     batch[1]["due"] += 1
     for part in ("stream", "task", "data"):
         del batch[4][part]
     try:
-        assert await scripts.occur(redis, "old", batch) is None, "nobody leads"
+        assert await schedule_steps.occur(redis, "old", batch) is None, "nobody leads"
         await redis.set(keys.LEADER, "new")
-        assert await scripts.occur(redis, "old", batch) is None, "somebody else leads"
-        assert await scripts.occur(redis, "new", batch) == [1, 0, 3, 4, 5]
-        assert await scripts.occur(redis, "new", batch) == [0, 0, 3, 4, 0], (
+        assert await schedule_steps.occur(redis, "old", batch) is None, "somebody else leads"
+        assert await schedule_steps.occur(redis, "new", batch) == [1, 0, 3, 4, 5]
+        assert await schedule_steps.occur(redis, "new", batch) == [0, 0, 3, 4, 0], (
             "an answer that was lost is asked again"
         )
         assert await redis.xlen(STREAM) == 1
         assert await redis.zscore(keys.NEXT_RUNS, "paused") == dues["paused"]
-        assert await scripts.plan(redis, "old", [{"id": "paused", "forgotten": 1}]) is False
+        assert await schedule_steps.plan(redis, "old", [{"id": "paused", "forgotten": 1}]) is False
         assert await redis.zcard(keys.NEXT_RUNS) == 5
     finally:
         await redis.delete(keys.LEADER, STREAM)
@@ -306,7 +307,7 @@ async def test_a_stream_that_refuses_an_occurrence_holds_up_no_other(redis: Redi
     await redis.set(keys.LEADER, "me", px=60_000)
     parts = {"due": now - 1, "task": "t", "data": b"x", "next": now + HOUR_MS}
     batch = [{"id": "a", "stream": "diracx:tasks:normal:large", **parts}, {"id": "b", "stream": STREAM, **parts}]
-    assert await scripts.occur(redis, "me", batch) == [6, 1]
+    assert await schedule_steps.occur(redis, "me", batch) == [6, 1]
     assert await next_runs(redis) == {"a": now - 1, "b": now + HOUR_MS}
     await redis.delete(STREAM, "diracx:tasks:normal:large")
 

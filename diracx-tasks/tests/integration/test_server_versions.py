@@ -29,8 +29,9 @@ from diracx.tasks.plumbing import (
     spawn_with_callback,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.inspection import snapshot
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.scripts import script, snapshot
+from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.broker.server_check import Role, UnusableServerError, obstacle, read_server
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.schedules import IntervalSeconds

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import BaseLock, MutexLock, RateLimiter
-from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scheduling
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.worker.settlement import defer, hand_back, leave_to_newer
@@ -44,9 +44,9 @@ class Occurrences:
             "task": name,
             "data": data,
         }
-        [reply] = await scripts.occur(self.redis, "leader", [occurrence]) or [0]
+        [reply] = await scheduling.occur(self.redis, "leader", [occurrence]) or [0]
         assert reply in (1, 2)
-        waiting = await scripts.run_now(self.redis, SCHEDULE, QUEUE, name, data) if reply == 2 else None
+        waiting = await scheduling.run_now(self.redis, SCHEDULE, QUEUE, name, data) if reply == 2 else None
         assert (reply == 2) == (waiting is not None), "a run by hand is told the same"
         return reply == 1
 

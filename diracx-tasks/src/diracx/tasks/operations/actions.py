@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import scripts
+from ..plumbing.broker import locking
 from ..plumbing.broker.cancel import cancel_waiting
 from .cursors import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
 from .locks import lock
@@ -70,7 +70,7 @@ async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = No
         deleted = await redis.unlink(key)
         return Released(key=key, released=found.held if deleted else 0)
     hit = [holder for holder in found.holders if owners is None or holder.owner in owners]
-    released = await scripts.release(redis, [_spec(found, holder.owner) for holder in hit]) if hit else 0
+    released = await locking.release(redis, [_spec(found, holder.owner) for holder in hit]) if hit else 0
     return Released(key=key, released=released, hit=hit)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..plumbing.broker import keys
+from ..plumbing.broker import audit_stream
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -118,7 +118,7 @@ class _Log:
 
     def __init__(self, redis: Redis, vo: str | None) -> None:
         self._redis = redis
-        self._key = _key(vo)
+        self._vo = vo
         self._longest_target = _LONGEST_TARGET if vo is None else _LONGEST_TARGET_OF_VO
         self._longest_outcome = _LONGEST_OUTCOME if vo is None else _LONGEST_OUTCOME_OF_VO
 
@@ -138,15 +138,7 @@ class _Log:
 
     async def _write(self, fields: dict[str, str]) -> str:
         data = json.dumps(fields, ensure_ascii=False)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.execute_command("XADD", self._key, "MAXLEN", "~", _KEPT, "*", "data", data)
-            pipe.execute_command("EXPIRE", self._key, _TTL_SECONDS)
-            entry, _ = await pipe.execute()
-        return _text(entry)
-
-
-def _key(vo: str | None) -> str:
-    return keys.AUDIT if vo is None else f"{keys.AUDIT_PREFIX}{vo}"
+        return _text(await audit_stream.append(self._redis, self._vo, data, kept=_KEPT, ttl_seconds=_TTL_SECONDS))
 
 
 async def read_audit(
@@ -162,14 +154,13 @@ async def read_audit(
         redis.exceptions.RedisError: when the server does not answer, or `before` is no id.
     """
     newest = f"({before}" if before else "+"
-    key = _key(vo)
     ends: dict[str, dict[str, str]] = {}
     found: list[AuditEntry] = []
     if before:
         # Of an action that took its time, what came of it is newer than actions of the page before.
-        ends.update(await _ends(redis, key, before))
+        ends.update(await _ends(redis, vo, before))
     while len(found) < limit:
-        rows: Any = await redis.execute_command("XREVRANGE", key, newest, "-", "COUNT", 2 * limit)
+        rows = await audit_stream.newest_first(redis, vo, newest, 2 * limit)
         for entry, data in _decoded(rows):
             newest = f"({entry}"
             if "of" in data:
@@ -181,8 +172,8 @@ async def read_audit(
     return found
 
 
-async def _ends(redis: Redis, key: str, since: str) -> dict[str, dict[str, str]]:
-    rows: Any = await redis.execute_command("XRANGE", key, since, "+", "COUNT", 1000)
+async def _ends(redis: Redis, vo: str | None, since: str) -> dict[str, dict[str, str]]:
+    rows = await audit_stream.oldest_first(redis, vo, since, 1000)
     return {data["of"]: data for _, data in _decoded(rows) if "of" in data}
 
 

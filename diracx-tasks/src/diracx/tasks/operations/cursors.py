@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.inspection import last_delivered, stream_heads
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE, moment_of, text_of
+from ..plumbing.broker.streams import ALL_STREAM_NAMES, resumed_stream
 from ..plumbing.messages.codec import dumps, leading_fields
 from ..plumbing.task_vo import vo_of
 from .masking import masked_arguments
@@ -42,10 +43,10 @@ def streams_of_queue(queue: str) -> list[str]:
     Raises:
         ValueError: when there is no such queue.
     """
-    for stream in keys.ALL_STREAM_NAMES:
+    for stream in ALL_STREAM_NAMES:
         if queue_of(stream) == queue:
-            return [stream + keys.HANDOVER, stream]
-    known = ", ".join(queue_of(stream) for stream in keys.ALL_STREAM_NAMES)
+            return [resumed_stream(stream), stream]
+    known = ", ".join(queue_of(stream) for stream in ALL_STREAM_NAMES)
     raise ValueError(f"there is no queue {queue!r}; the queues are {known}")
 
 
@@ -71,12 +72,6 @@ def scored(reply: Any) -> list[tuple[Any, float]]:
     if reply and isinstance(reply[0], list | tuple):
         return [(member, float(score)) for member, score in reply]
     return [(member, float(score)) for member, score in zip(reply[::2], reply[1::2], strict=True)]
-
-
-async def server_time(redis: Redis) -> float:
-    """The server's clock (s since the epoch)."""
-    seconds, microseconds = await redis.execute_command("TIME")
-    return int(seconds) + int(microseconds) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +134,14 @@ async def waiting_heads(
     begin = await _waiting_since(redis, stream, after)
     if begin is None:
         return []
-    [entries] = await scripts.stream_heads(redis, [(stream, f"({begin}", "+", at_most)], HEAD_BYTES)
+    [entries] = await stream_heads(redis, [(stream, f"({begin}", "+", at_most)], HEAD_BYTES)
     return entries
 
 
 async def _waiting_since(redis: Redis, stream: str, after: str | None) -> str | None:
     """The entry after which those are that no worker has taken; None: there is no such stream."""
-    try:
-        found: Any = await redis.xinfo_groups(stream)
-    except Exception as error:
-        if "no such key" in str(error):
-            return None
-        raise
-    begin = "0-0"
-    for group in found:
-        if text(group["name"]) == keys.GROUP:
-            begin = text(group["last-delivered-id"])
-    if after is not None and entry_parts(after) > entry_parts(begin):
+    begin = await last_delivered(redis, stream)
+    if begin is not None and after is not None and entry_parts(after) > entry_parts(begin):
         begin = after
     return begin
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..plumbing._util.passwords import mask
-from ..plumbing.broker import keys, scripts
+from ..plumbing.broker.dead_letter_stream import dead_letter_heads
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE
 from ..plumbing.messages.codec import leading_fields
@@ -33,8 +33,7 @@ async def waiting_letters(
         ValueError: when `after` is not from a page of them.
     """
     first = "-" if after is None else f"({place_in_stream(after)}"
-    ranges = [(keys.DEAD_LETTERS, first, "+", limit + 1)]
-    [entries] = await scripts.stream_heads(redis, ranges, HEAD_BYTES)
+    entries = await dead_letter_heads(redis, first, limit + 1, HEAD_BYTES)
     letters = [_letter(*entry, registry) for entry in entries[:limit]]
     return Page(items=letters, after=letters[-1].entry if len(entries) > limit else None)
 

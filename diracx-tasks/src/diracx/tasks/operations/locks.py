@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from ..plumbing.broker import keys, scripts
-from ..plumbing.broker.stored import SCANNED
-from .cursors import moment, server_time, text
+from ..plumbing.broker import locking
+from ..plumbing.broker.inspection import server_time
+from .cursors import moment
 from .models import Holder, Lock, LockKind, Page
 from .processes import alive_workers, told_running
 
@@ -59,9 +59,8 @@ def _kind(key: str) -> str | None:
 async def _seen(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
     """Limit and window (µs) of the locks that workers told of, by key; the newest word counts."""
     found: dict[str, tuple[int | None, int | None]] = {}
-    members: Any = await redis.zrange(keys.LOCKS_SEEN, 0, -1)
-    for member in members:
-        parts = text(member).split(" ", 3)
+    for member in await locking.reported_locks(redis):
+        parts = member.split(" ", 3)
         if len(parts) == 4 and _kind(parts[3]) is not None:
             found[parts[3]] = (int(parts[1]) if parts[1] else None, int(parts[2]) if parts[2] else None)
     return found
@@ -69,20 +68,13 @@ async def _seen(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
 
 async def _owners(redis: Redis) -> dict[tuple[str, str], tuple[str, int | None]]:
     """Who holds locks for tasks: owner and key -> worker and limit."""
-    cursors = dict.fromkeys(await alive_workers(redis), 0)
     found: dict[tuple[str, str], tuple[str, int | None]] = {}
-    while cursors:
-        async with redis.pipeline(transaction=False) as pipe:
-            for name, cursor in cursors.items():
-                pipe.hscan(keys.HELD_PREFIX + name, cursor, count=SCANNED)
-            ledgers = dict(zip(cursors, await pipe.execute(), strict=True))
-        for name, (_, lines) in ledgers.items():
-            for line, what in lines.items():
-                owner, _, key = text(line).partition(":")
-                _, _, limit = text(what).partition(" ")
-                if owner != "entry" and _kind(key) is not None:
-                    found[owner, key] = (name, int(limit) if limit.isdigit() else None)
-        cursors = {name: cursor for name, (cursor, _) in ledgers.items() if cursor}
+    for name, record in (await locking.held_locks_records(redis, await alive_workers(redis))).items():
+        for field, held in record.items():
+            owner, _, key = field.partition(":")
+            _, _, limit = held.partition(" ")
+            if owner != "entry" and _kind(key) is not None:
+                found[owner, key] = (name, int(limit) if limit.isdigit() else None)
     return found
 
 
@@ -94,7 +86,7 @@ async def _inspect(
 ) -> list[Lock]:
     asked = [{"key": key, "kind": _kind(key), "window_us": seen.get(key, (None, None))[1]} for key in wanted]
     asked = [{name: value for name, value in one.items() if value is not None} for one in asked]
-    replies = await scripts.inspect(redis, asked, HOLDERS_SHOWN)
+    replies = await locking.inspect(redis, asked, HOLDERS_SHOWN)
     now = await server_time(redis)
     named = {reply_owner for reply in replies for reply_owner in reply[4][::2]}
     tasks = await _tasks_of(redis, {worker for (owner, _), (worker, _) in owners.items() if owner in named})

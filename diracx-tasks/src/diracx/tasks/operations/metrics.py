@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..plumbing.broker.keys import stream_name_for
+from ..plumbing.broker.streams import stream_name_for
 from ..plumbing.enums import Priority
 from .cursors import queue_of
 from .exposition import counter, gauge, histogram

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.broker import keys, scripts
-from ..plumbing.broker.stored import SCANNED, reading
+from ..plumbing.broker import worker_state
+from ..plumbing.broker.inspection import server_time, stream_heads
+from ..plumbing.broker.stored import reading
 from ..plumbing.messages.codec import loads
-from .cursors import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head, server_time, text
+from .cursors import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head
 from .models import BlockedLoop, Page, RunningTask, Worker
 
 if TYPE_CHECKING:
@@ -23,27 +24,22 @@ _SIZES = {"small": 0, "medium": 1, "large": 2}
 
 async def alive_workers(redis: Redis) -> list[str]:
     """Names of the workers whose lease has not been ended."""
-    return sorted(await _moments(redis, keys.ALIVE))
-
-
-async def _moments(redis: Redis, key: str) -> dict[str, float]:
-    """The members of a sorted set, each with its moment (ms)."""
-    return {text(name): float(score) async for name, score in redis.zscan_iter(key, count=SCANNED)}
+    return sorted(await worker_state.leases(redis))
 
 
 async def workers(redis: Redis) -> list[Worker]:
     """All workers that live or were heard of within the last three minutes, by size and name."""
-    lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await _moments(redis, keys.ALIVE)).items()}
-    seen = {name: at_ms / 1000 for name, at_ms in (await _moments(redis, keys.REPORTING)).items()}
+    lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await worker_state.leases(redis)).items()}
+    seen = {name: at_ms / 1000 for name, at_ms in (await worker_state.report_times(redis)).items()}
     now = await server_time(redis)
     names = sorted({*lease, *(name for name, at in seen.items() if at > now - _HEARD_SECONDS)})
-    reports = await _reports(redis, names, "line", "blocked")
+    reports = await worker_state.reports(redis, names, "line", "blocked")
     found = []
     for name in names:
         line, blocked = reports[name]
         host, _, rest = name.partition(":")
         pid = rest.partition(":")[0]
-        with reading(keys.REPORT_PREFIX + name):
+        with reading(worker_state.report_key(name)):
             said: dict[str, Any] = loads(line) if line else {}
             started = said.pop("started", None)
             found.append(
@@ -62,14 +58,6 @@ async def workers(redis: Redis) -> list[Worker]:
     return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
 
 
-async def _reports(redis: Redis, names: Sequence[str], *fields: str) -> dict[str, Any]:
-    """These fields of the report of each worker."""
-    async with redis.pipeline(transaction=False) as pipe:
-        for name in names:
-            pipe.execute_command("HMGET", keys.REPORT_PREFIX + name, *fields)
-        return dict(zip(names, await pipe.execute() if names else [], strict=True))
-
-
 def _blocked(said: bytes | None) -> BlockedLoop | None:
     if not said:
         return None
@@ -79,7 +67,7 @@ def _blocked(said: bytes | None) -> BlockedLoop | None:
 
 async def told_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """What each worker says that it runs."""
-    reports = await _reports(redis, names, "running")
+    reports = await worker_state.reports(redis, names, "running")
     return {name: loads(told) for name, [told] in reports.items() if told}
 
 
@@ -94,10 +82,10 @@ async def running(
     Raises:
         ValueError: when `after` is not from a page.
     """
-    reports = await _reports(redis, await alive_workers(redis), "running", "blocked")
+    reports = await worker_state.reports(redis, await alive_workers(redis), "running", "blocked")
     told, blocking = [], set()
     for name, (tasks, blocked) in reports.items():
-        with reading(keys.REPORT_PREFIX + name):
+        with reading(worker_state.report_key(name)):
             told += [(task["since"], task["task_id"], name, task) for task in (loads(tasks) if tasks else ())]
             if (loop := _blocked(blocked)) is not None:
                 blocking.add(loop.task_id)
@@ -107,7 +95,7 @@ async def running(
         told = [one for one in told if one[:2] > place]
     page, more = told[:limit], len(told) > limit
     ranges = [(task["stream"], task["entry"], task["entry"], 1) for *_, task in page]
-    entries = await scripts.stream_heads(redis, ranges, HEAD_BYTES) if page else []
+    entries = await stream_heads(redis, ranges, HEAD_BYTES) if page else []
     items = []
     for (since, _, name, task), found in zip(page, entries, strict=True):
         heads = [read_head(fields.get(b"data", b""), length) for _, fields, length in found]

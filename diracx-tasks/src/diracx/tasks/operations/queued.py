@@ -6,9 +6,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ..plumbing.broker import keys, scripts
+from ..plumbing.broker import inspection
 from ..plumbing.broker.memory import read_memory
 from ..plumbing.broker.stored import number_of
+from ..plumbing.broker.streams import ALL_STREAM_NAMES
 from .cursors import (
     HEAD_BYTES,
     PAGE,
@@ -38,7 +39,7 @@ _DELAYED_FIELDS = 5
 
 async def snapshot(redis: Redis) -> Snapshot:
     """Everything that can be counted. It takes no longer when more is queued."""
-    found = await scripts.snapshot(redis)
+    found = await inspection.snapshot(redis)
     memory = await read_memory(redis)
     counted = dict(zip(found["delayed"][::2], found["delayed"][1::2], strict=True))
     return Snapshot(
@@ -64,7 +65,7 @@ async def snapshot(redis: Redis) -> Snapshot:
 
 async def queues(redis: Redis) -> list[Queue]:
     """The nine queues, most urgent first."""
-    return _queues(await scripts.snapshot(redis))
+    return _queues(await inspection.snapshot(redis))
 
 
 def _queues(found: dict[str, Any]) -> list[Queue]:
@@ -72,7 +73,7 @@ def _queues(found: dict[str, Any]) -> list[Queue]:
     since_ms, flow = found.get("flow", (None, {}))
     seconds = 0.0 if since_ms is None else now - since_ms / 1000
     shown = []
-    for stream, (length, taken, oldest_us, added) in zip(keys.ALL_STREAM_NAMES, found["queues"], strict=True):
+    for stream, (length, taken, oldest_us, added) in zip(ALL_STREAM_NAMES, found["queues"], strict=True):
         name = queue_of(stream)
         priority, size = name.split(":")
         rates: list[float | None] = [None, None]
@@ -170,14 +171,13 @@ async def delayed(
     last = after
     offset = 0
     while len(found) < limit and looked < _DELAYED_READ:
-        wanted = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, PAGE, "WITHSCORES")
-        page = scored(await redis.execute_command(*wanted))
+        page = scored(await inspection.delayed_page(redis, begin, offset, PAGE))
         if not page:
             return Page(items=await _with_lines(redis, found))
         offset += len(page)
         looked += len(page)
         ids = [text(task) for task, _ in page]
-        stored = await scripts.delayed_heads(redis, ids, HEAD_BYTES)
+        stored = await inspection.delayed_heads(redis, ids, HEAD_BYTES)
         for task, (_, score), data in zip(ids, page, stored, strict=True):
             if not passed:
                 # Members of one score come in the order of their names.
@@ -200,7 +200,7 @@ async def _with_lines(redis: Redis, tasks: list[DelayedTask]) -> list[DelayedTas
     locks = sorted({task.lock for task in tasks if task.lock})
     if not locks:
         return tasks
-    looks = dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
+    looks = await inspection.line_times(redis, locks)
     return [
         task if (due := looks.get(task.lock or "")) is None else replace(task, due=moment(float(due) / 1000))
         for task in tasks

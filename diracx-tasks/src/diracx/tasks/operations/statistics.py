@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgpack
 
 from ..plumbing._util.histogram import end_of_bucket
-from ..plumbing.broker import keys
+from ..plumbing.broker import inspection
+from ..plumbing.broker.inspection import server_time
 from ..plumbing.broker.stored import reading
 from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
-from .cursors import as_mapping, moment, place_in_stream, server_time, text
+from .cursors import as_mapping, moment, place_in_stream, text
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: Prefix, length of a bucket (s), number of full buckets before the present one.
+#: Period, length of a bucket (s), number of full buckets before the present one.
 _WINDOWS: dict[str, tuple[str, int, int]] = {
-    "hour": (keys.MINUTE_PREFIX, 60, 60),
-    "day": (keys.HOUR_PREFIX, 3600, 24),
+    "hour": ("minute", 60, 60),
+    "day": ("hour", 3600, 24),
 }
 _FAILURES_READ = 100
 
@@ -45,16 +46,13 @@ async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, f
     """Number of the bucket -> task -> counter -> number."""
     if window not in _WINDOWS:
         raise ValueError(f"there is no window {window!r}; there are {' and '.join(_WINDOWS)}")
-    prefix, seconds, number = _WINDOWS[window]
+    period, seconds, number = _WINDOWS[window]
     present = int(await server_time(redis)) // seconds
     buckets = list(range(present - number, present + 1))
-    async with redis.pipeline(transaction=False) as pipe:
-        for bucket in buckets:
-            pipe.execute_command("HGETALL", f"{prefix}{bucket}")
-        replies = await pipe.execute()
+    replies = await inspection.counters(redis, period, buckets)
     found = {}
     for bucket, reply in zip(buckets, replies, strict=True):
-        with reading(f"{prefix}{bucket}"):
+        with reading(inspection.counter_key(period, bucket)):
             found[bucket] = {
                 text(name): dict(msgpack.unpackb(packed)) for name, packed in as_mapping(reply).items()
             }
@@ -105,10 +103,7 @@ async def history(redis: Redis) -> list[Point]:
     """The past hour, minute by minute, oldest first: for charts."""
     ended = await _buckets(redis, "hour")
     minutes = list(ended)
-    async with redis.pipeline(transaction=False) as pipe:
-        for minute in minutes:
-            pipe.execute_command("HGETALL", f"{keys.FLOW_PREFIX}{minute}")
-        replies = await pipe.execute()
+    replies = await inspection.throughput(redis, minutes)
     flows = [{text(name): int(value) for name, value in as_mapping(reply).items()} for reply in replies]
     points = []
     for position, minute in enumerate(minutes):
@@ -137,8 +132,8 @@ async def failed_task_names(redis: Redis) -> list[str]:
     names: set[str] = set()
     begin = "+"
     while True:
-        entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
-        with reading(keys.FAILURES):
+        entries = await inspection.failed_attempts(redis, begin, _FAILURES_READ)
+        with reading(inspection.FAILURES):
             names.update(str(loads(fields[b"data"])["task_name"]) for _, fields in entries)
         if len(entries) < _FAILURES_READ:
             return sorted(names)
@@ -161,9 +156,9 @@ async def failures(
     found: list[Failure] = []
     begin = "+" if after is None else f"({place_in_stream(after)}"
     while len(found) <= limit:
-        entries: Any = await redis.xrevrange(keys.FAILURES, max=begin, count=_FAILURES_READ)
+        entries = await inspection.failed_attempts(redis, begin, _FAILURES_READ)
         for entry, fields in entries:
-            with reading(keys.FAILURES):
+            with reading(inspection.FAILURES):
                 failure = loads(fields[b"data"])
                 if task_name is None or failure["task_name"] == task_name:
                     found.append(Failure(**{**failure, "id": text(entry), "at": moment(failure["at"])}))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from ..plumbing.broker.groups import GroupStatus
+    from ..plumbing.broker.stored_schedules import Outcome
     from ..plumbing.config.active import InForce
     from ..plumbing.scheduler import ScheduleState
-    from ..plumbing.scheduler.overview import Outcome
     from .audit import AuditEntry
     from .models import (
         DelayedTask,

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from .broker import scripts
-from .broker.groups import GroupStatus, list_groups, read_group
+from .broker.groups import GroupStatus, fire, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .broker.spans import submission_spans
 from .child_results import asks_for_results
@@ -96,7 +95,7 @@ async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker |
 
     When a child has failed it is `on_failure` that is submitted, if there is one.
     """
-    return await scripts.fire(redis if broker is None else broker.redis, group_id)
+    return await fire(redis if broker is None else broker.redis, group_id)
 
 
 class SpawnCallback:

@@ -67,27 +67,27 @@ class BaseLock(ABC):
 
     async def acquire(self, redis: Redis) -> bool:
         """Take the lock if it can be had now. True when it was granted."""
-        from .broker import scripts
+        from .broker import locking
 
         if not self.enabled:
             return True
-        token = await scripts.acquire(redis, [self.spec()])
+        token = await locking.acquire(redis, [self.spec()])
         if token is not None:
             self.token = token
         return token is not None
 
     async def release(self, redis: Redis) -> None:
         """Give the lock back. Nothing happens when it is not held by this instance."""
-        from .broker import scripts
+        from .broker import locking
 
         if self.enabled:
-            await scripts.release(redis, [self.spec()])
+            await locking.release(redis, [self.spec()])
 
     async def extend(self, redis: Redis) -> bool:
         """Renew the lock to its full time to live. False when it is lost, or has none."""
-        from .broker import scripts
+        from .broker import locking
 
-        return not self.enabled or (await scripts.extend(redis, [self.spec()]))[0]
+        return not self.enabled or (await locking.extend(redis, [self.spec()]))[0]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.redis_key}>"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from .broker import scripts
+from .broker import locking
 from .current import current_locks
 from .exceptions import LockLostError, UnableToAcquireLockError
 from .locks import SAFETY_MARGIN, BaseLimiter, BaseLock, lock_specs
@@ -38,7 +38,7 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
     wanted = [lock for lock in locks if lock.enabled]
     specs = lock_specs(wanted)
     asked_at = asyncio.get_running_loop().time()
-    token = await scripts.acquire(redis, specs) if specs else None
+    token = await locking.acquire(redis, specs) if specs else None
     if specs and token is None:
         names = ", ".join(spec["key"] for spec in specs)
         raise UnableToAcquireLockError(f"held by somebody else: {names}")
@@ -53,7 +53,7 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
         current_locks.set(before)
         if specs:
             try:
-                await scripts.release(redis, specs)
+                await locking.release(redis, specs)
             except RedisError as error:
                 logger.warning("cannot give locks back (%s): they end by themselves", error)
 
@@ -119,7 +119,7 @@ async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float
             try:
                 async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
                     started = loop.time()
-                    kept = await scripts.extend(redis, expiring)
+                    kept = await locking.extend(redis, expiring)
             except (RedisError, TimeoutError) as error:
                 logger.warning("cannot renew locks: %s", error or "no answer in time")
                 kept = [loop.time() < expires_at] * len(expiring)

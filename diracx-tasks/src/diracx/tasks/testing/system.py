@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from ..plumbing.base_task import BaseTask
-from ..plumbing.broker import RedisStreamBroker, keys
+from ..plumbing.broker import RedisStreamBroker
+from ..plumbing.broker.inspection import unfinished
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
 from ..plumbing.current import use_broker
@@ -260,22 +261,4 @@ class TaskSystem:
 
     async def _left(self) -> dict[str, int]:
         """What keeps the system from being drained, by place: all places at one instant."""
-        redis = self.broker.redis
-        seconds, microseconds = await redis.execute_command("TIME")
-        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
-        async with redis.pipeline(transaction=True) as pipe:
-            for stream in keys.EVERY_STREAM:
-                pipe.xlen(stream)
-            pipe.zcount(keys.DELAYED, "-inf", now_ms)
-            pipe.llen(keys.STAGED)
-            pipe.hvals(keys.DELAYED_DATA)
-            *lengths, due, staged, delayed = await pipe.execute()
-        # Tasks that a lock or limiter holds up are queued, whatever their timer says.
-        reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in delayed]
-        places = {
-            **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
-            keys.DELAYED: due,
-            keys.STAGED: staged,
-            "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
-        }
-        return {place: number for place, number in places.items() if number}
+        return await unfinished(self.broker.redis)

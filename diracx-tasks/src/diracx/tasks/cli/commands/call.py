@@ -161,14 +161,14 @@ class _Run:
             yield
             return
         from ...plumbing.broker.connection import sync_client
-        from ...plumbing.broker.scripts import pack, script
+        from ...plumbing.broker.locking import extend_now
 
         stop = threading.Event()
 
         def renew() -> None:
             with sync_client(self._url) as redis:
                 while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
-                    script("extend").run(redis, args=[pack(expiring)])
+                    extend_now(redis, expiring)
 
         renewing = threading.Thread(target=renew, name="diracx-debugger-locks", daemon=True)
         renewing.start()

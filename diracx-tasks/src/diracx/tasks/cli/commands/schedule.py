@@ -44,7 +44,7 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
     from ...operations.views import SCHEDULES
-    from ...plumbing.scheduler.overview import somebody_leads
+    from ...plumbing.broker.scheduling import somebody_leads
 
     config = _configuration(server, required=False)
 

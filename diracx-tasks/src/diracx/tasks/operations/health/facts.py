@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ...plumbing.broker import keys
+from ...plumbing.broker.locking import waiter_counts
+from ...plumbing.broker.scheduling import schedule_problems
 from ...plumbing.broker.server_check import Server, read_server
 from ...plumbing.config.active import InForce, configurations_in_force
 from ...plumbing.worker.reporter import REJECTED
-from ..cursors import as_mapping, moment, text
+from ..cursors import moment
 from ..models import Failure, Snapshot, TaskStats
 from ..processes import told_running
 from ..queued import snapshot
@@ -62,7 +63,7 @@ async def read_facts(redis: Redis) -> Facts:
         redis.exceptions.RedisError: when the server does not answer, or refuses.
     """
     seen = await snapshot(redis)
-    problems: Any = await redis.execute_command("HGETALL", keys.PROBLEMS)
+    problems = await schedule_problems(redis)
     alive = [worker.name for worker in seen.workers if worker.alive]
     running = [(name, task) for name, tasks in (await told_running(redis, alive)).items() for task in tasks]
     counted = await stats(redis, "hour")
@@ -74,9 +75,7 @@ async def read_facts(redis: Redis) -> Facts:
         running=running,
         contended=await _contended(redis, running),
         rejected=await _rejected(redis, seen) if rejected else [],
-        schedule_problems={
-            text(schedule): text(problem)[:_PROBLEM_LENGTH] for schedule, problem in as_mapping(problems).items()
-        },
+        schedule_problems={schedule: problem[:_PROBLEM_LENGTH] for schedule, problem in problems.items()},
         server=await read_server(redis),
     )
 
@@ -86,10 +85,7 @@ async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) ->
         ((task["since"], key, task) for _, task in running for key, _ in task["locks"]),
         key=lambda held: (held[0], held[1]),
     )[:_LOCKS]
-    async with redis.pipeline(transaction=False) as pipe:
-        for _, key, _ in holders:
-            pipe.zcard(keys.WAITING_PREFIX + key)
-        waiting = await pipe.execute() if holders else []
+    waiting = await waiter_counts(redis, [key for _, key, _ in holders])
     return [
         Contended(key, task["task_id"], task["task_name"], moment(since), waiters)
         for (since, key, task), waiters in zip(holders, waiting, strict=True)

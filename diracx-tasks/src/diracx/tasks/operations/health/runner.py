@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from ...plumbing._util.retrying import reason
-from ...plumbing.broker import scripts
+from ...plumbing.broker.inspection import note_alerts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError
 from ..cursors import moment
@@ -123,7 +123,7 @@ class HealthChecks:
             *{alert.check for alert in alerts},
         ]
         try:
-            noticed = await scripts.note_alerts(
+            noticed = await note_alerts(
                 self._redis, looked_at, [f"{alert.check} {alert.subject}" for alert in unknown]
             )
         except RedisError as error:  # somebody who may only read

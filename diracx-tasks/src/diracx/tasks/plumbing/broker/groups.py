@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 from ..exceptions import ResultIsMissingError
 from . import keys
 from .models import TaskResult
+from .scripts import script
 from .stored import SCANNED, UNDECODABLE, moment_of, number_of, text_of
 
 if TYPE_CHECKING:
@@ -183,3 +184,8 @@ async def read_results(redis: Redis, group_id: str, total: int) -> dict[str, Tas
             if data is not None:
                 results[child.decode()] = TaskResult.loadb(data)
     return results
+
+
+async def fire(redis: Redis, group_id: str) -> bool:
+    """Fire a group's callback now. False when there is nothing to fire (any more)."""
+    return bool(await script("fire")(redis, args=[group_id]) == 1)

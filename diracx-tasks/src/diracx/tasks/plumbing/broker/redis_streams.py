@@ -440,6 +440,21 @@ class RedisStreamBroker:
                 await scripts.lines(self.redis, LINES_BATCH)
             await asyncio.sleep(0)
 
+    async def promote_batch(self) -> tuple[bool, int | None]:
+        """Move a batch of what is due, or look at lines of locks that are due.
+
+        Returns:
+            Whether more may be due now; and when the next is (ms since the epoch), None: nothing is delayed.
+        """
+        moved, next_due, now, _ = await scripts.promote(self.redis, PROMOTE_BATCH)
+        self.counts.promoted += moved
+        if moved == PROMOTE_BATCH:
+            return True, next_due
+        lines_are_due = next_due is not None and next_due <= now
+        if lines_are_due:
+            await scripts.lines(self.redis, LINES_BATCH)
+        return lines_are_due, next_due
+
     # --- running and ending -----------------------------------------------------------------------------
 
     async def cancel(

@@ -18,7 +18,6 @@ from redis.exceptions import NoScriptError
 
 from ..enums import Size
 from . import keys
-from .sizes import in_calls
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -26,16 +25,14 @@ if TYPE_CHECKING:
 
     from .control import ControlConnection
     from .line import Line
-    from .models import LockSpec, Settlement
+    from .models import Settlement
 
-#: Locks that one script call gives back: 1 ms of the server's time.
-RELEASE_BATCH = 250
 #: Everything a script may need to know about all streams.
-_EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
+EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
 #: The same, size by size.
 _STREAMS_BY_SIZE = msgpack.packb([keys.streams_of(size) for size in Size])
 #: The nine queues.
-_QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
+QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
 
 def pack(value: Any) -> bytes:
@@ -45,15 +42,6 @@ def pack(value: Any) -> bytes:
     except UnicodeEncodeError:  # halves of surrogate pairs, as wire.py sends them
         packed = msgpack.packb(value, use_bin_type=False, unicode_errors="surrogatepass")
     return packed
-
-
-def can_be_packed(value: Any) -> bool:
-    """Whether a value, as a lock of the user's own kind, can be sent to the server."""
-    try:
-        pack(value)
-    except Exception:
-        return False
-    return True
 
 
 class Script:
@@ -109,25 +97,6 @@ def script(name: str) -> Script:
     return Script(name)
 
 
-async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:
-    """Take all the locks, or none of them. Returns their fencing token, or None."""
-    granted, token, *_ = await script("acquire")(redis, args=[pack(locks)])
-    return int(token) if granted == 1 else None
-
-
-async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
-    """Give the locks back, some in each call, and wake who waits for them. Returns how many were still held."""
-    held = 0
-    for part in in_calls(locks, RELEASE_BATCH, lambda _: 0):
-        held += int(await script("release")(redis, args=[pack(part)]))
-    return held
-
-
-async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
-    """Renew the locks to their full time to live. Returns which of them are still ours."""
-    return [reply == 1 for reply in await script("extend")(redis, args=[pack(locks)])]
-
-
 async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
     """Put messages into a stream: all of them or none."""
     await script("submit")(redis, args=[stream, *messages])
@@ -142,19 +111,6 @@ async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes
     """
     reply: Any = await script("delay")(redis, args=[part for message in messages for part in message])
     return None if reply == 1 else reply
-
-
-async def dead_letters(
-    redis: Redis, worker: str, first: str, *, lease_ms: int, at_most: int, at_most_bytes: int
-) -> list[tuple[str, dict[bytes, bytes]]]:
-    """Dead letters that wait in Redis: entry and fields of each. None while another worker imports them.
-
-    Args:
-        first: where to begin, as of XRANGE.
-        lease_ms: how long no other worker gets any.
-    """
-    reply: Any = await script("dead_letters")(redis, args=[worker, lease_ms, first, at_most, at_most_bytes])
-    return [(entry.decode(), dict(zip(parts[::2], parts[1::2], strict=True))) for entry, parts in reply]
 
 
 async def fetch(
@@ -216,14 +172,14 @@ async def settle(
         Which settlements were accepted; None: the server has lost its data since, renew and ask again; a text:
         what of it the server has refused.
     """
-    unsettled = await script("settle")(redis, args=[consumer, epoch, *_told(settlements)])
+    unsettled = await script("settle")(redis, args=[consumer, epoch, *packed_settlements(settlements)])
     accepted: list[bool | str | None] = [True] * len(settlements)
     for position, why in zip(unsettled[::2], unsettled[1::2], strict=True):
         accepted[position - 1] = why.decode(errors="replace") if isinstance(why, bytes) else None if why else False
     return accepted
 
 
-def _told(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]:
+def packed_settlements(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]:
     """The deliveries, and what follows on them, as lua/settle.lua wants them."""
     places: list[Any] = []
     follows = {}
@@ -269,7 +225,7 @@ async def lines(redis: Redis, at_most: int) -> None:
 
 async def leave(redis: Redis, consumer: str) -> bool:
     """Take a worker off every list. False when it still holds messages, which others will reclaim."""
-    return bool(await script("leave")(redis, args=[consumer, _EVERY_STREAM]) == 1)
+    return bool(await script("leave")(redis, args=[consumer, EVERY_STREAM]) == 1)
 
 
 async def group(
@@ -307,144 +263,6 @@ async def fail_children(redis: Redis, group_id: str, error: str, children: Seque
     return int(await script("fail_children")(redis, args=[group_id, error, *children]))
 
 
-async def fire(redis: Redis, group_id: str) -> bool:
-    """Fire a group's callback now. False when there is nothing to fire (any more)."""
-    return bool(await script("fire")(redis, args=[group_id]) == 1)
-
-
 async def resubmit(redis: Redis, letters: Sequence[Mapping[str, Any]], ttl_ms: int) -> list[bool]:
     """Submit dead letters again. Returns which of them were; the others had been before."""
     return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]
-
-
-async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
-    """Bring schedules up to date, see lua/plan.lua. False when somebody else leads."""
-    return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)
-
-
-async def occur(redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """Submit occurrences of schedules.
-
-    Returns:
-        What became of each, see lua/occur.lua; None when somebody else leads.
-    """
-    replies: list[int] = await script("occur")(redis, args=[token, pack(occurrences)])
-    return None if replies == [-1] else replies
-
-
-async def run_now(redis: Redis, schedule: str, stream: str, task_id: str, data: bytes) -> str | None:
-    """Submit a schedule's task at once. Returns the id of the earlier one that still waits, if there is one."""
-    waiting: bytes = await script("run_now")(redis, args=[schedule, stream, task_id, data])
-    return waiting.decode() or None
-
-
-async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bool]:
-    """Pause schedules, or let them go on. Returns for which that is news."""
-    return [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(schedules)])]
-
-
-async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> None:
-    """Say with which configuration a process runs (empty: none any more)."""
-    await script("announce")(redis, args=[process, said, counts_ms, int(tidy)])
-
-
-async def report(
-    redis: Redis,
-    worker: str,
-    number: int,
-    line: bytes,
-    running: bytes,
-    added: Mapping[str, Any],
-    last: bool,
-    sums_older_ms: int | None = None,
-) -> tuple[int, bool, bool]:
-    """Tell what a worker does.
-
-    Args:
-        sums_older_ms: add up all sums that workers have told, if the first of them is older than that.
-
-    Returns:
-        The server's time in ms, whether it knows what the worker said before, and whether there are more sums.
-    """
-    packed = pack(added) if added else b""
-    older = "" if sums_older_ms is None else sums_older_ms
-    args = [worker, number, line, running, packed, int(last), _QUEUES, older]
-    now_ms, known, more = await script("report")(redis, args=args)
-    return int(now_ms), bool(known), bool(more)
-
-
-async def snapshot(redis: Redis) -> dict[str, Any]:
-    """Everything that can be counted. See lua/snapshot.lua."""
-    found: dict[str, Any] = msgpack.unpackb(await script("snapshot")(redis, args=[_QUEUES]))
-    return found
-
-
-async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int) -> list[list[Any]]:
-    """Who holds locks, and how many wait. See lua/inspect.lua."""
-    packed = await script("inspect")(redis, args=[pack(locks), at_most])
-    found: list[list[Any]] = msgpack.unpackb(packed, unicode_errors="replace", strict_map_key=False)
-    return found
-
-
-async def note_alerts(redis: Redis, checks: Sequence[str], alerts: Sequence[str]) -> list[int]:
-    """Note what health checks found. Returns since when each alert is noticed (ms). See lua/alerts.lua."""
-    return [int(since) for since in await script("alerts")(redis, args=[pack(checks), pack(alerts)])]
-
-
-async def stream_heads(
-    redis: Redis, ranges: Sequence[tuple[str, str, str, int]], at_most: int
-) -> list[list[tuple[str, dict[bytes, bytes], int]]]:
-    """The entries of ranges of streams: id, fields cut off after `at_most` bytes, and their length in bytes.
-
-    Args:
-        ranges: stream, first and last entry as of XRANGE, and the most entries of each.
-    """
-    found, _ = await script("heads")(redis, args=[at_most, pack(ranges), pack([])])
-    return [
-        [
-            (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
-            for entry, fields, length in part
-        ]
-        for part in found
-    ]
-
-
-async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
-    """What is stored of delayed tasks: cut off after `at_most` bytes, and its length; None: it is gone."""
-    _, found = await script("heads")(redis, args=[at_most, pack([]), pack(tasks)])
-    return [None if each is None else (each[0], each[1]) for each in found]
-
-
-def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
-    """`settle` on a blocking connection, for a worker whose event loop is blocked."""
-    script("settle").run(redis, args=[consumer, "", *_told(settlements)])
-
-
-def report_blocked(redis: SyncRedis, worker: str, blocked: bytes, running: bytes) -> None:
-    """Say what blocks the event loop of a worker (empty: nothing any more), and what it runs."""
-    script("blocked").run(redis, args=[worker, blocked, running])
-
-
-def leave_now(redis: SyncRedis, consumer: str) -> None:
-    """`leave` on a blocking connection."""
-    script("leave").run(redis, args=[consumer, _EVERY_STREAM])
-
-
-def renew(
-    redis: SyncRedis | ControlConnection,
-    consumer: str,
-    lease_ms: int,
-    entries: Sequence[Mapping[str, Any]],
-    locks: Sequence[LockSpec],
-    epoch: str = "",
-) -> tuple[list[int], list[int], list[int], str]:
-    """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
-    and the epoch.
-
-    Args:
-        epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
-            worker runs is, but the locks that somebody else has taken since.
-    """
-    *replies, now_in = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks), epoch])
-    lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
-    return lost_entries, lost_locks, cancelled, now_in.decode()

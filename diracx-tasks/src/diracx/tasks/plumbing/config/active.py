@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ..broker import keys, scripts
+from ..broker.inspection import server_time
+from ..broker.running_configs import CONFIG_IN_FORCE, announce, announcements
 from ..broker.stored import reading
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Announcer:
         if said == self._said and now < self._repeat_at:
             return
         tidy = now >= self._tidy_at
-        await scripts.announce(self._redis, self._process, said, _COUNTS_MS, tidy)
+        await announce(self._redis, self._process, said, _COUNTS_MS, tidy)
         self._said, self._repeat_at = said, now + _REPEAT_SECONDS
         if tidy:
             self._tidy_at = now + COUNTS_SECONDS
@@ -106,7 +107,7 @@ class Announcer:
         Raises:
             redis.exceptions.RedisError: when the server does not answer; it is forgotten by itself then.
         """
-        await scripts.announce(self._redis, self._process, "", _COUNTS_MS, tidy=False)
+        await announce(self._redis, self._process, "", _COUNTS_MS, tidy=False)
 
 
 _COUNTS_MS = int(COUNTS_SECONDS * 1000)
@@ -124,14 +125,12 @@ async def configurations_in_force(redis: Redis) -> list[InForce]:
         redis.exceptions.RedisError: when the server does not answer.
         UnreadableKeyError: when something else was written there.
     """
-    seconds, microseconds = await redis.execute_command("TIME")
-    now = int(seconds) + int(microseconds) / 1e6
-    said = await redis.execute_command("HGETALL", keys.CONFIG_IN_FORCE)
-    pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
+    now = await server_time(redis)
+    announced = await announcements(redis)
     found = []
-    with reading(keys.CONFIG_IN_FORCE):
-        for process, value in pairs:
-            seen_ms, _, text = _text(value).partition(" ")
+    with reading(CONFIG_IN_FORCE):
+        for process, value in announced.items():
+            seen_ms, _, text = value.partition(" ")
             seen = int(seen_ms) / 1000
             if now - seen > COUNTS_SECONDS:
                 continue
@@ -140,9 +139,5 @@ async def configurations_in_force(redis: Redis) -> list[InForce]:
                 if content.get(name) is not None:
                     content[name] = tuple(content[name])
             known = {name: value for name, value in content.items() if name in InForce.__slots__}
-            found.append(InForce(**known | {"process": _text(process), "seen": seen}))
+            found.append(InForce(**known | {"process": process, "seen": seen}))
         return sorted(found, key=lambda entry: (entry.role, entry.process))
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..broker import scripts
+from ..broker import scheduling
 from ..broker.labels import LABEL_SCHEDULE
 from ..broker.spans import submission_spans
 
@@ -36,7 +36,7 @@ async def run_now(binding: Binding, scheduled: ScheduledTask) -> RunNow:
     submission = binding.submission(scheduled.build(), labels={LABEL_SCHEDULE: scheduled.id})
     message = submission.message
     with submission_spans([submission]):
-        waiting = await scripts.run_now(
+        waiting = await scheduling.run_now(
             binding.broker.redis, scheduled.id, submission.stream, message.task_id, submission.dumpb()
         )
     return RunNow(waiting or message.task_id, waiting is None)
@@ -53,5 +53,5 @@ async def resume(redis: Redis, ids: Sequence[str]) -> list[str]:
 
 
 async def _set(redis: Redis, ids: Sequence[str], paused: bool) -> list[str]:
-    news = await scripts.pause(redis, ids, paused)
+    news = await scheduling.pause(redis, ids, paused)
     return [id_ for id_, changed in zip(ids, news, strict=True) if changed]

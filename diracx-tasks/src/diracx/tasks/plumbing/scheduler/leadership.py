@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from redis.exceptions import RedisError
 
-from ..broker import keys, scripts
+from ..broker import scheduling
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -34,12 +34,7 @@ class Leadership:
         self._lease_seconds = lease_seconds
         self.token = uuid4().hex
         """Known to nobody else."""
-        self._lease: dict[str, Any] = {
-            "kind": "mutex",
-            "key": keys.LEADER,
-            "owner": self.token,
-            "ttl_ms": int(lease_seconds * 1000),
-        }
+        self._lease_ms = int(lease_seconds * 1000)
         self.renew_at = 0.0
         """When to renew the lease (monotonic clock): twice before it ends."""
 
@@ -50,14 +45,13 @@ class Leadership:
 
     async def take(self) -> bool:
         """Take the lead if it is free, or still ours."""
-        redis = self._broker.redis
         self._renewed()
-        return bool(await scripts.acquire(redis, [self._lease])) or (await scripts.extend(redis, [self._lease]))[0]
+        return await scheduling.take_lead(self._broker.redis, self.token, self._lease_ms)
 
     async def renew(self) -> bool:
         """Keep the lead. False: it is lost."""
         self._renewed()
-        return (await scripts.extend(self._broker.redis, [self._lease]))[0]
+        return await scheduling.renew_lead(self._broker.redis, self.token, self._lease_ms)
 
     def _renewed(self) -> None:
         self.renew_at = time.monotonic() + self._lease_seconds / 3
@@ -66,15 +60,13 @@ class Leadership:
         """How long until the lead is free, if nobody renews it; not to be waited for without a look in between
         by one that does not hear when it is given up.
         """
-        left_ms: int = await self._broker.redis.execute_command("PTTL", keys.LEADER)
+        left_ms = await scheduling.lead_left_ms(self._broker.redis)
         seconds = (max(0, left_ms) + _MARGIN_MS) / 1000
         return seconds if heard else min(seconds, _LOOK_SECONDS)
 
     async def hand_over(self) -> None:
         """Give up the lead, if it is ours, and say so to those who stand by."""
-        redis = self._broker.redis
         try:
-            if await scripts.release(redis, [self._lease]):
-                await redis.execute_command("PUBLISH", keys.LEADER, "free")
+            await scheduling.release_lead(self._broker.redis, self.token, self._lease_ms)
         except RedisError as error:
             logger.warning("could not hand over the lead: %s; the lease will end by itself", error)

@@ -8,18 +8,16 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from .._util.retrying import Pauses, is_passing
 from .._util.tasks import end
-from ..broker import keys, scripts
+from ..broker import scheduling
 from ..broker.group_audit import audit_for_ever
 from ..broker.models import in_ms
-from ..broker.redis_streams import LINES_BATCH, PROMOTE_BATCH
-from ..broker.stored import SCANNED, ms_of, text_of
+from ..broker.stored import SCANNED
 from ..config import TasksConfig
 from ..registry import TaskRegistry
 from ..submission.client import Binding
@@ -162,7 +160,8 @@ class TaskScheduler:
 
     async def _stand_by(self, stop: asyncio.Event) -> bool:
         """Wait until the lead is ours. False: we are to stop."""
-        async with listening(self._broker.redis, keys.LEADER, lambda _: self._alarm.set()) as hearing:
+        redis = self._broker.redis
+        async with listening(redis, scheduling.LEADER_CHANNEL, lambda _: self._alarm.set()) as hearing:
             if hearing is not None:
                 hearing.add_done_callback(lambda _: self._alarm.set())
             while not stop.is_set():
@@ -177,7 +176,7 @@ class TaskScheduler:
 
     async def _lead(self, stop: asyncio.Event) -> None:
         logger.info("leading")
-        async with listening(self._broker.redis, keys.WAKE_SCHEDULER, self._hear) as hearing:
+        async with listening(self._broker.redis, scheduling.WAKE_CHANNEL, self._hear) as hearing:
             if hearing is not None:
                 hearing.add_done_callback(lambda _: self._alarm.set())
             self._promote_at = 0.0
@@ -252,8 +251,7 @@ class TaskScheduler:
         await self._ask_clock()
         self._agenda.take_up()
         if self._agenda.has_paused:
-            paused = await self._broker.redis.execute_command("HKEYS", keys.PAUSED)
-            self._agenda.go_on(map(text_of, paused))
+            self._agenda.go_on(await scheduling.paused_schedules(self._broker.redis))
         return True
 
     def _set_up_agenda(self) -> None:
@@ -275,8 +273,8 @@ class TaskScheduler:
         self._scheduled = {found.id: found for found in instances.values() if found.enabled}
         self._broker.counts.await_occurrences({found.name for found in self._scheduled.values()})
         await self._clock.ask(redis)
-        known = {name: found async for name, found in _fields(redis, keys.FINGERPRINTS)}
-        planned, now = await self._next_runs(), datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+        known = await scheduling.fingerprints(redis)
+        planned, now = await scheduling.next_runs(redis), datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
         latest: dict[str, datetime] = {}
         brought_back: list[str] = []
         changed: list[dict[str, Any]] = []
@@ -302,10 +300,10 @@ class TaskScheduler:
         for first in range(0, max(1, len(steps)), PLAN_BATCH):
             if self._leadership.renewal_due and not await self._leadership.renew():
                 return False
-            if not await scripts.plan(redis, self._leadership.token, steps[first : first + PLAN_BATCH]):
+            if not await scheduling.plan(redis, self._leadership.token, steps[first : first + PLAN_BATCH]):
                 return False
             await self._promote_due()
-        self._agenda.load((await self._next_runs()).items())
+        self._agenda.load((await scheduling.next_runs(redis)).items())
         await self._tell_problems()
         if brought_back:
             shown = ", ".join(brought_back[:_SHOWN]) + (", …" if len(brought_back) > _SHOWN else "")
@@ -319,19 +317,10 @@ class TaskScheduler:
 
     async def _no_more_scheduled(self, instances: Collection[str]) -> list[dict[str, Any]]:
         """What lua/plan.lua is to do with all that the server knows, and that is switched off or there no more."""
-        stored: set[bytes] = {
-            name async for name, _ in self._broker.redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
-        }
-        for key in (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS):
-            stored |= {name async for name, _ in _fields(self._broker.redis, key)}
+        stored = await scheduling.stored_schedules(self._broker.redis)
         stored -= {schedule.encode() for schedule in self._scheduled}
         there = {schedule.encode() for schedule in instances}
         return [{"id": schedule} if schedule in there else {"id": schedule, "forgotten": 1} for schedule in stored]
-
-    async def _next_runs(self) -> dict[str, int]:
-        """When each schedule is due (ms), as the server has it."""
-        found = self._broker.redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
-        return {text_of(schedule): ms_of(str(due)) async for schedule, due in found}
 
     def _brought_back(
         self, scheduled: ScheduledTask, due_ms: int | None, now: datetime, latest: dict[str, datetime]
@@ -376,12 +365,8 @@ class TaskScheduler:
         if self._promote_at > asked and not self._earlier:
             return
         self._earlier = False  # what is heard from now on, the answer may not know of
-        moved, next_due, now, _ = await scripts.promote(self._broker.redis, PROMOTE_BATCH)
-        self._broker.counts.promoted += moved
-        lines_are_due = moved < PROMOTE_BATCH and next_due is not None and next_due <= now
-        if lines_are_due:
-            await scripts.lines(self._broker.redis, LINES_BATCH)
-        if moved == PROMOTE_BATCH or lines_are_due:
+        more, next_due = await self._broker.promote_batch()
+        if more:
             self._promote_at = 0.0
         elif next_due is None:
             self._promote_at = float("inf")
@@ -435,7 +420,7 @@ class TaskScheduler:
         return [occurrence for occurrence in taken if self._made_now(occurrence, now_ms)]
 
     def _send(self, batch: list[Occurrence]) -> _Sent:
-        asking = scripts.occur(self._broker.redis, self._leadership.token, batch)
+        asking = scheduling.occur(self._broker.redis, self._leadership.token, batch)
         return _Sent(batch, asyncio.create_task(asking))
 
     async def _answered(self, sent: _Sent) -> bool:
@@ -461,8 +446,7 @@ class TaskScheduler:
         elif reply == _REFUSED:
             return self._put_aside(schedule, f"the server does not let it into {occurrence['stream']}")
         elif reply == _NOT_DUE:  # somebody else has changed it
-            stored = await self._broker.redis.execute_command("ZSCORE", keys.NEXT_RUNS, schedule)
-            following = None if stored is None else ms_of(stored)
+            following = await scheduling.next_run(self._broker.redis, schedule)
         else:
             self._problems.pop(schedule, None)
             following = occurrence.get("next")
@@ -503,11 +487,5 @@ class TaskScheduler:
         """Let everybody see what cannot be submitted."""
         if self._problems == self._told:
             return
-        told = list(self._problems.items())
-        async with self._broker.redis.pipeline(transaction=False) as pipe:
-            pipe.execute_command("UNLINK", keys.PROBLEMS)
-            for first in range(0, len(told), PLAN_BATCH):
-                part = told[first : first + PLAN_BATCH]
-                pipe.execute_command("HSET", keys.PROBLEMS, *chain.from_iterable(part))
-            await pipe.execute()
-        self._told = dict(told)
+        await scheduling.publish_problems(self._broker.redis, self._problems)
+        self._told = dict(self._problems)

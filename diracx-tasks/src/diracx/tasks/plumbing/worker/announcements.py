@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 
 import msgpack
 
-from ..broker import keys
+from ..broker.worker_state import CANCELLED_CHANNEL, WAKE_CHANNEL, control_channels
 
 logger = logging.getLogger(__name__)
 
-_CANCELLED, _WAKE = keys.CANCELLED.encode(), keys.WAKE_WORKERS.encode()
+_CANCELLED, _WAKE = CANCELLED_CHANNEL.encode(), WAKE_CHANNEL.encode()
 
 #: A task that was announced may just be on its way to us; so long is remembered that it was.
 _REMEMBERED_SECONDS = 60.0
@@ -35,7 +35,7 @@ class Announcements:
     def __init__(
         self, consumer: str, cancel: Callable[[Collection[str]], None], due: Callable[[bytes], None]
     ) -> None:
-        self.channels = (keys.CANCELLED_CHANNEL_PREFIX + consumer, keys.CANCELLED, keys.WAKE_WORKERS)
+        self.channels = control_channels(consumer)
         self._cancel = cancel
         self._due = due
         self._heard: dict[str, float] = {}  # the earliest first

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._util.retrying import Pauses, is_passing
-from ..broker import keys, scripts
+from ..broker.dead_letter_stream import DEAD_LETTERS, dead_letters, delete_dead_letters
 from ..broker.sizes import CALL_BYTES, in_calls
 from ..messages.codec import dumps
 from ..messages.error_info import one_line
@@ -226,7 +226,7 @@ class DeadLetterStore:
     async def _import_batch(self) -> bool:
         """Whether there was something to import."""
         try:
-            entries = await scripts.dead_letters(
+            entries = await dead_letters(
                 self._broker.redis,
                 self._broker.consumer_name,
                 self._after,
@@ -249,7 +249,7 @@ class DeadLetterStore:
             self._after = f"({entries[-1][0]}"
         if letters:
             try:
-                await self._broker.redis.execute_command("XDEL", keys.DEAD_LETTERS, *letters)
+                await delete_dead_letters(self._broker.redis, list(letters))
             except Exception as error:
                 self._complain(error)
                 self._after = "-"  # importing them again changes nothing
@@ -260,7 +260,7 @@ class DeadLetterStore:
     def _complain(self, error: Exception) -> None:
         line = "" if is_passing(error) else one_line(error)  # that Redis is away, others say
         if line and line != self._complaint:
-            logger.error("the dead letters in Redis (%s) cannot be read: %s", keys.DEAD_LETTERS, line)
+            logger.error("the dead letters in Redis (%s) cannot be read: %s", DEAD_LETTERS, line)
         self._complaint = line
 
     # --- the database -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..broker import scripts
+from ..broker import worker_state
 from ..broker.control import ControlConnection
 from ..locks import SAFETY_MARGIN
 
@@ -283,7 +283,7 @@ class LeaseKeeper:
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
         started = time.monotonic()
-        lost_entries, lost_locks, cancelled, epoch = scripts.renew(
+        lost_entries, lost_locks, cancelled, epoch = worker_state.renew(
             self._redis,
             self._consumer,
             int(self._lease_seconds * 1000),

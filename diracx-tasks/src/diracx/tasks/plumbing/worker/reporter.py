@@ -22,8 +22,9 @@ from redis.exceptions import RedisError, ResponseError
 
 from .._util.histogram import BUCKETS, bucket_of
 from .._util.passwords import last_lines
-from ..broker import keys, scripts
+from ..broker import worker_state
 from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.streams import queue_stream
 from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
@@ -294,7 +295,7 @@ class Reporter:
         number, added = self._unsent
         asked_at = time.time()
         older_ms = 0 if self._adds_up else None if added else _SUMS_OLD_MS
-        now_ms, known, self._adds_up = await scripts.report(
+        now_ms, known, self._adds_up = await worker_state.report(
             self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last, older_ms
         )
         self._unsent, self._left_out = None, 0
@@ -315,16 +316,14 @@ class Reporter:
         """Put sums into the list. They may come twice, if an answer is lost: they have a number."""
         if self._unsent_sums is None:
             return
-        redis, packed = self._broker.redis, scripts.pack([self._broker.consumer_name, *self._unsent_sums])
+        sums = [self._broker.consumer_name, *self._unsent_sums]
         try:
-            told: int = await redis.execute_command("RPUSH", keys.SUMS, packed)
+            told = await worker_state.send_sums(self._broker.redis, sums, _SUMS_MS)
         except ResponseError:  # as of a full server, which takes reports all the same
             self._unsent, self._unsent_sums = self._unsent_sums, None
             return
         self._unsent_sums = None
         self._adds_up = told == 1 or told % _MANY_SUMS == 0
-        if told == 1:
-            await redis.pexpire(keys.SUMS, _SUMS_MS)
 
     def report_blocked(self, redis: SyncRedis, blocked: dict[str, Any] | None) -> None:
         """Say what blocks the event loop, from another thread; None: nothing does any more.
@@ -334,7 +333,7 @@ class Reporter:
         """
         # The clock of the server is what readers go by.
         told = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})
-        scripts.report_blocked(redis, self._broker.consumer_name, told, dumps(self._told_running()))
+        worker_state.report_blocked(redis, self._broker.consumer_name, told, dumps(self._told_running()))
         self._overwritten = blocked is not None
 
     async def leave(self) -> None:
@@ -353,7 +352,7 @@ class Reporter:
         for (name, stream), sums in self._stats.items():
             told.setdefault(name, Sums()).add(sums)
             if stream:
-                queue = stream.removesuffix(keys.HANDOVER)
+                queue = queue_stream(stream)
                 self._totals.setdefault((name, queue), Sums()).add(sums)
                 ended[queue] = ended.get(queue, 0) + sums.done + sums.failed
         added = {
@@ -374,7 +373,7 @@ class Reporter:
         for sums_by in (self._totals, self._stats):
             for (name, stream), sums in sums_by.items():
                 if stream:
-                    found.setdefault((name, stream.removesuffix(keys.HANDOVER)), Sums()).add(sums)
+                    found.setdefault((name, queue_stream(stream)), Sums()).add(sums)
         return found
 
     def rejected_totals(self) -> dict[str, int]:
@@ -385,7 +384,7 @@ class Reporter:
         """What runs, by name of the task and stream of its queue."""
         found: dict[tuple[str, str], int] = {}
         for execution in self._running:
-            which = (execution.blueprint.name, execution.delivery.stream.removesuffix(keys.HANDOVER))
+            which = (execution.blueprint.name, queue_stream(execution.delivery.stream))
             found[which] = found.get(which, 0) + 1
         return found
 

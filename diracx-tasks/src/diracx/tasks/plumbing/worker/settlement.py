@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..broker import keys
 from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.spans import task_attributes
+from ..broker.streams import queue_stream, resumed_stream
 from ..exceptions import (
     StopRetryingError,
     TaskCancelledError,
@@ -116,7 +116,7 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
 
 def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> dict[str, Any]:
     """What lua/settle.lua needs to put a message into the delayed set for so long, by the server's clock."""
-    stream = delivery.stream.removesuffix(keys.HANDOVER)
+    stream = queue_stream(delivery.stream)
     again: dict[str, Any] = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
     if delivery.occurrence is not None:
         again["occurrence"] = delivery.occurrence
@@ -129,7 +129,7 @@ def hand_back(delivery: Delivery, data: bytes | None = None) -> Settlement:
     Args:
         data: the message, if it is another one by now.
     """
-    stream = delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER
+    stream = resumed_stream(delivery.stream)
     again = {"stream": stream, "data": delivery.data if data is None else data, "since": delivery.since}
     return Settlement(delivery, requeue=again)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from .._util.retrying import is_passing, patiently
-from ..broker import scripts
+from ..broker import locking
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
@@ -132,7 +132,7 @@ class Settler:
         """Give back the locks of what does not run any more, although it cannot be settled."""
         if locks:
             try:
-                await patiently(partial(scripts.release, self._broker.redis, locks), "give locks back")
+                await patiently(partial(locking.release, self._broker.redis, locks), "give locks back")
             except Exception as error:
                 logger.error("cannot give locks back: %s", one_line(error))
 

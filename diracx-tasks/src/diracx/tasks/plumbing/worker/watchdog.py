@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from ..broker import scripts
+from ..broker import worker_state
 from ..broker.connection import sync_client
 from ..broker.spans import task_attributes
 from .blocked_loop import BlockedLoopDetector
@@ -161,5 +161,5 @@ class Watchdog:
             self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
         ) as redis:
             worker = self._broker.consumer_name
-            scripts.settle_now(redis, worker, settlements)
-            scripts.leave_now(redis, worker)
+            worker_state.settle_now(redis, worker, settlements)
+            worker_state.leave_now(redis, worker)

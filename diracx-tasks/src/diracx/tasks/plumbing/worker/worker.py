@@ -15,11 +15,12 @@ from redis.exceptions import ResponseError
 
 from .._util.retrying import is_passing, may_pass, patiently, reason
 from .._util.tasks import end
-from ..broker import keys, scripts
 from ..broker.groups import ask_for_audit, group_of
+from ..broker.locking import can_be_packed
 from ..broker.models import TaskMessage, id_at_head
 from ..broker.sizes import LOCK_BYTES, in_calls
 from ..broker.spans import set_task_log_context
+from ..broker.streams import resumed_stream
 from ..config import TasksConfig
 from ..current import use_broker
 from ..enums import Priority
@@ -279,7 +280,7 @@ class Worker:
                 return [answer for answers, _ in apart for answer in answers], granted_at
             [execution] = asked
             detail = f"its locks cannot be taken: {one_line(error)}"
-            locks = execution.locks if scripts.can_be_packed(execution.locks) else ()
+            locks = execution.locks if can_be_packed(execution.locks) else ()
             self._reject(execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, locks)
             return [([-1], 0)], granted_at
 
@@ -302,7 +303,7 @@ class Worker:
             "deliveries": delivery.deliveries,
             "task": execution.message.task_id,
             "rank": _RANK[delivery.priority],
-            "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "handover": resumed_stream(delivery.stream),
             "since": delivery.since,
             "locks": execution.locks,
             "retry_ms": int(self._settings.lock_retry_seconds * 1000),

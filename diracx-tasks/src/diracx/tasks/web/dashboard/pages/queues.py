@@ -7,7 +7,7 @@ from typing import Any
 
 from .... import operations as monitor
 from ....operations.cursors import queue_of
-from ....plumbing.broker.keys import ALL_STREAM_NAMES
+from ....plumbing.broker.streams import ALL_STREAM_NAMES
 from ..page import (
     Action,
     AppContext,

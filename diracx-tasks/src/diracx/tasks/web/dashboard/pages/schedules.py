@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....plumbing.broker.scheduling import somebody_leads
 from ....plumbing.scheduler import schedules
-from ....plumbing.scheduler.overview import somebody_leads
 from ..page import (
     Action,
     AppContext,

@@ -1,0 +1,136 @@
+"""Read the state of the whole system for operators: numbers, heads of messages, counters, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from . import keys
+from .scripts import QUEUES, pack, script
+from .stored import text_of
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+#: Names the stream of failures in messages.
+FAILURES = keys.FAILURES
+
+
+async def snapshot(redis: Redis) -> dict[str, Any]:
+    """Everything that can be counted. See lua/snapshot.lua."""
+    found: dict[str, Any] = msgpack.unpackb(await script("snapshot")(redis, args=[QUEUES]))
+    return found
+
+
+async def note_alerts(redis: Redis, checks: Sequence[str], alerts: Sequence[str]) -> list[int]:
+    """Note what health checks found. Returns since when each alert is noticed (ms). See lua/alerts.lua."""
+    return [int(since) for since in await script("alerts")(redis, args=[pack(checks), pack(alerts)])]
+
+
+async def stream_heads(
+    redis: Redis, ranges: Sequence[tuple[str, str, str, int]], at_most: int
+) -> list[list[tuple[str, dict[bytes, bytes], int]]]:
+    """The entries of ranges of streams: id, fields cut off after `at_most` bytes, and their length in bytes.
+
+    Args:
+        ranges: stream, first and last entry as of XRANGE, and the most entries of each.
+    """
+    found, _ = await script("heads")(redis, args=[at_most, pack(ranges), pack([])])
+    return [
+        [
+            (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
+            for entry, fields, length in part
+        ]
+        for part in found
+    ]
+
+
+async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
+    """What is stored of delayed tasks: cut off after `at_most` bytes, and its length; None: it is gone."""
+    _, found = await script("heads")(redis, args=[at_most, pack([]), pack(tasks)])
+    return [None if each is None else (each[0], each[1]) for each in found]
+
+
+async def server_time(redis: Redis) -> float:
+    """The server's clock, in seconds since 1970."""
+    seconds, microseconds = await redis.execute_command("TIME")
+    return int(seconds) + int(microseconds) / 1e6
+
+
+async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> Any:
+    """Ids and due times (ms) of delayed tasks, in the order in which they are due, from a score on."""
+    wanted = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, count, "WITHSCORES")
+    return await redis.execute_command(*wanted)
+
+
+async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
+    """When the line of each lock is looked at (ms); None: it is not."""
+    return dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
+
+
+async def last_delivered(redis: Redis, stream: str) -> str | None:
+    """The last entry of a stream that was given to a worker; None: there is no such stream."""
+    try:
+        found: Any = await redis.xinfo_groups(stream)
+    except Exception as error:
+        if "no such key" in str(error):
+            return None
+        raise
+    ours = [group for group in found if text_of(group["name"]) == keys.GROUP]
+    return text_of(ours[-1]["last-delivered-id"]) if ours else "0-0"
+
+
+def counter_key(period: str, bucket: int) -> str:
+    """The key of the counters of a minute or an hour.
+
+    Args:
+        period: `minute` or `hour`.
+        bucket: number of the period since 1970.
+    """
+    return f"{keys.MINUTE_PREFIX if period == 'minute' else keys.HOUR_PREFIX}{bucket}"
+
+
+async def counters(redis: Redis, period: str, buckets: Sequence[int]) -> list[Any]:
+    """What ended in each of these periods: task -> counters (msgpack)."""
+    return await _hashes(redis, [counter_key(period, bucket) for bucket in buckets])
+
+
+async def throughput(redis: Redis, minutes: Sequence[int]) -> list[Any]:
+    """How much came into each queue in these minutes, and how much ended."""
+    return await _hashes(redis, [f"{keys.FLOW_PREFIX}{minute}" for minute in minutes])
+
+
+async def _hashes(redis: Redis, names: Iterable[str]) -> list[Any]:
+    async with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.execute_command("HGETALL", name)
+        replies: list[Any] = await pipe.execute()
+    return replies
+
+
+async def failed_attempts(redis: Redis, newest: str, count: int) -> Any:
+    """Entries of the stream of failures, newest first."""
+    return await redis.xrevrange(keys.FAILURES, max=newest, count=count)
+
+
+async def unfinished(redis: Redis) -> dict[str, int]:
+    """How many tasks are in each place from which they will go on without waiting for a moment: at one instant."""
+    now_ms = int(await server_time(redis) * 1000)
+    async with redis.pipeline(transaction=True) as pipe:
+        for stream in keys.EVERY_STREAM:
+            pipe.xlen(stream)
+        pipe.zcount(keys.DELAYED, "-inf", now_ms)
+        pipe.llen(keys.STAGED)
+        pipe.hvals(keys.DELAYED_DATA)
+        *lengths, due, staged, delayed = await pipe.execute()
+    # Tasks that a lock or limiter holds up are queued, whatever their timer says.
+    reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in delayed]
+    places = {
+        **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
+        keys.DELAYED: due,
+        keys.STAGED: staged,
+        "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
+    }
+    return {place: number for place, number in places.items() if number}

@@ -1,0 +1,128 @@
+"""What a worker tells the server outside its event loop, its reports, and how both are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import keys
+from .scripts import EVERY_STREAM, QUEUES, pack, packed_settlements, script
+from .stored import SCANNED, text_of
+
+if TYPE_CHECKING:
+    from redis import Redis as SyncRedis
+    from redis.asyncio import Redis
+
+    from .control import ControlConnection
+    from .models import LockSpec, Settlement
+
+#: The id of a task that is cancelled.
+CANCELLED_CHANNEL = keys.CANCELLED
+#: In how many ms something earlier is due.
+WAKE_CHANNEL = keys.WAKE_WORKERS
+
+
+def renew(
+    redis: SyncRedis | ControlConnection,
+    consumer: str,
+    lease_ms: int,
+    entries: Sequence[Mapping[str, Any]],
+    locks: Sequence[LockSpec],
+    epoch: str = "",
+) -> tuple[list[int], list[int], list[int], str]:
+    """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
+    and the epoch.
+
+    Args:
+        epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
+            worker runs is, but the locks that somebody else has taken since.
+    """
+    *replies, now_in = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks), epoch])
+    lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
+    return lost_entries, lost_locks, cancelled, now_in.decode()
+
+
+def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
+    """`settle` on a blocking connection, for a worker whose event loop is blocked."""
+    script("settle").run(redis, args=[consumer, "", *packed_settlements(settlements)])
+
+
+def leave_now(redis: SyncRedis, consumer: str) -> None:
+    """`leave` on a blocking connection."""
+    script("leave").run(redis, args=[consumer, EVERY_STREAM])
+
+
+async def report(
+    redis: Redis,
+    worker: str,
+    number: int,
+    line: bytes,
+    running: bytes,
+    added: Mapping[str, Any],
+    last: bool,
+    sums_older_ms: int | None = None,
+) -> tuple[int, bool, bool]:
+    """Tell what a worker does.
+
+    Args:
+        sums_older_ms: add up all sums that workers have told, if the first of them is older than that.
+
+    Returns:
+        The server's time in ms, whether it knows what the worker said before, and whether there are more sums.
+    """
+    packed = pack(added) if added else b""
+    older = "" if sums_older_ms is None else sums_older_ms
+    args = [worker, number, line, running, packed, int(last), QUEUES, older]
+    now_ms, known, more = await script("report")(redis, args=args)
+    return int(now_ms), bool(known), bool(more)
+
+
+async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int) -> int:
+    """Send sums without a report; the report of some worker adds them up. Returns how many wait.
+
+    Args:
+        ttl_ms: how long they wait at most.
+    """
+    waiting: int = await redis.execute_command("RPUSH", keys.SUMS, pack(sums))
+    if waiting == 1:
+        await redis.pexpire(keys.SUMS, ttl_ms)
+    return waiting
+
+
+def report_blocked(redis: SyncRedis, worker: str, blocked: bytes, running: bytes) -> None:
+    """Say what blocks the event loop of a worker (empty: nothing any more), and what it runs."""
+    script("blocked").run(redis, args=[worker, blocked, running])
+
+
+def control_channels(worker: str) -> tuple[str, ...]:
+    """The channels that a worker listens to: ids of tasks that it runs and that are cancelled, of others that are
+    cancelled, and that something earlier is due.
+    """
+    return keys.CANCELLED_CHANNEL_PREFIX + worker, CANCELLED_CHANNEL, WAKE_CHANNEL
+
+
+async def leases(redis: Redis) -> dict[str, float]:
+    """When the lease of each worker ends (ms); below zero for those that are buried: see lua/reclaim.lua."""
+    return await _scores(redis, keys.ALIVE)
+
+
+async def report_times(redis: Redis) -> dict[str, float]:
+    """When each worker last reported (ms)."""
+    return await _scores(redis, keys.REPORTING)
+
+
+async def _scores(redis: Redis, key: str) -> dict[str, float]:
+    return {text_of(name): float(score) async for name, score in redis.zscan_iter(key, count=SCANNED)}
+
+
+def report_key(worker: str) -> str:
+    """The key of a worker's report, for messages."""
+    return keys.REPORT_PREFIX + worker
+
+
+async def reports(redis: Redis, workers: Sequence[str], *fields: str) -> dict[str, list[bytes | None]]:
+    """These fields of the report of each worker."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for name in workers:
+            pipe.execute_command("HMGET", report_key(name), *fields)
+        return dict(zip(workers, await pipe.execute() if workers else [], strict=True))
