@@ -16,7 +16,14 @@ local found = {redis.call('TIME')[1]}
 for _, key in ipairs(redis.call('KEYS', '*')) do
   local kind, content = redis.call('TYPE', key).ok, nil
   redis.call('PERSIST', key)
-  if kind == 'string' then content = redis.call('GET', key)
+  if kind == 'string' then
+    content = redis.call('GET', key)
+    -- How long a turn is reserved is for the search to decide, not for this clock.
+    local ends, turn = string.match(content, '^(%d+)( .*)$')
+    if string.sub(key, 1, #ARGV[2]) == ARGV[2] and tonumber(ends) > 0 then
+      content = '9999999999999' .. turn
+      redis.call('SET', key, content)
+    end
   elseif kind == 'hash' then content = redis.call('HGETALL', key)
   elseif kind == 'set' then content = redis.call('SMEMBERS', key); table.sort(content)
   elseif kind == 'zset' then content = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
@@ -55,7 +62,7 @@ class Server:
     def read(self) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
         """The dumps to restore, and the content to compare. No key expires: the search decides what time does."""
         dumps, content = [], []
-        seconds, *found = self._snapshot(args=[keys.GROUP])
+        seconds, *found = self._snapshot(args=[keys.GROUP, keys.TURN_PREFIX])
         now = int(seconds) * 1000
         for name, dump, value in sorted(found):
             dumps.append((name, dump))
@@ -67,6 +74,11 @@ class Server:
     def end_leases(self, *workers: str) -> None:
         """Their leases end."""
         self.redis.zadd(keys.ALIVE, dict.fromkeys(workers, 1), xx=True)
+
+    def end_turn(self, turn: str) -> None:
+        """Nobody has asked for the lock in time."""
+        stored: Any = self.redis.get(turn)
+        self.redis.set(turn, b"0 " + stored.partition(b" ")[2])
 
     def end_timer(self, timers: str, name: str) -> None:
         """A delayed task is due, and is moved; or a line, and is looked at. No other is."""

@@ -122,7 +122,7 @@ def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
             members = [member.decode().split(" ") for member in value]
             yield from (f"{key} {names[s, entry]} {n}" for s, entry, n in members if (s, entry) in names)
         elif key not in keys.EVERY_STREAM:
-            for part in value if isinstance(value, list) else [value]:
+            for part in _parts(key, value, names):
                 line = _OWNER.sub(lambda found: names.get(_place(found), found[0]), repr(part))
                 owners += line
                 yield f"{key} {line}"
@@ -140,6 +140,14 @@ def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
     for task, settled, begun in zip(TASKS, state.settled, state.begun, strict=True):
         yield f"{task} {settled} {0 if TASKS[task] or state.excused else begun}"
     yield f"{len(state.disturbed)} {state.excused}"
+
+
+def _parts(key: str, value: Any, names: dict[tuple[str, str], str]) -> list[Any]:
+    """Of which the order says nothing. Whose turn it was is told as in a stream: an entry's id says nothing."""
+    if not key.startswith(keys.TURN_PREFIX):
+        return value if isinstance(value, list) else [value]
+    ends, reserved, place, stream, entry, task = value.decode().split(" ")
+    return [(ends, reserved, place, names.get((stream, entry)), task)]
 
 
 def _stream(key: str, value: Any, names: dict[tuple[str, str], str]) -> str:

@@ -249,9 +249,9 @@ class Steps:
         for key in set(TASKS.values()) - {""}:
             if key.encode() in content.get(keys.LINES, ()):
                 yield "the line is looked at", lambda key=key: self._timer_ends(state, keys.LINES, key)
-            turn = keys.TURN_PREFIX + key
-            if turn in content:
-                yield "the grant ends", lambda turn=turn: self._grant_ends(state, turn)
+            for turn in keys.of_all_sizes(keys.TURN_PREFIX, key):
+                if turn in content and not content[turn].startswith(b"0 "):
+                    yield "the grant ends", lambda turn=turn: self._grant_ends(state, turn)
 
     def _timed(self, worker: WorkerState) -> WorkerState:
         """The worker with its lease timer: it ends what holds a lock."""
@@ -271,7 +271,7 @@ class Steps:
         return [state]
 
     def _grant_ends(self, state: State, turn: str) -> list[State]:
-        self._server.redis.delete(turn)
+        self._server.end_turn(turn)
         return [state]
 
     # --- disturbances ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Tasks with any mix of locks, in any order of steps, against a model of who may hold what, on a real server.
 
-What is checked: two never hold what excludes them; whoever waits and could run now is served in line; everything
-that was submitted ends within a bounded number of rounds; and a server on which all has ended is empty.
+What is checked: two never hold what excludes them; a task that waits and could run is served in line, whatever the
+kind of lock, and passed over by tasks of another size only while no worker takes one that was granted its turn;
+all that was submitted ends within a bounded number of rounds; and a server on which all has ended is empty.
 `test_broker_model.py` knows where each task is; this one knows only that it is somewhere, and has any locks.
 """
 
@@ -26,7 +27,7 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.cancel import TaskPlace
 from diracx.tasks.plumbing.broker.models import Delivery, LockSpec, Settlement, TaskMessage
-from diracx.tasks.plumbing.enums import Priority
+from diracx.tasks.plumbing.enums import Priority, Size
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS, lock_specs
 from diracx.tasks.plumbing.registry import TaskRegistry
@@ -38,7 +39,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis as SyncRedis
 
-WORKERS = ("a", "b")
+#: Worker -> its size: there are two of each.
+WORKERS = {"a": Size.MEDIUM, "b": Size.MEDIUM, "c": Size.SMALL, "d": Size.SMALL}
 #: Nothing expires and no timer fires while an example runs: the rules decide when time passes.
 LONG_MS = 600_000
 SHORTEST_MS, LONGEST_MS = 1, 315_576_000_000
@@ -100,7 +102,10 @@ _many = st.tuples(
     st.sampled_from([100, MAX_LOCKS - 4, MAX_LOCKS + 1, 5 * MAX_LOCKS]),
 )
 WISHES = st.one_of(
-    st.lists(_single, max_size=4), st.lists(_single, max_size=4), st.tuples(_many, _single).map(list)
+    st.lists(_single, max_size=1),
+    st.lists(_single, max_size=4),
+    st.lists(_single, max_size=4),
+    st.tuples(_many, _single).map(list),
 )
 
 
@@ -111,6 +116,7 @@ class Task:
     message: TaskMessage
     order: tuple[int, int]
     """Its place among all: rank of its priority, number of its submission."""
+    size: Size
     place: str = "waiting"
     """waiting (queued, parked, put aside), reserved, running or gone."""
     plain: bool = True
@@ -130,7 +136,10 @@ class LocksMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.sync = SyncRedis.from_url(self.url)
         self.sync.flushall()
-        self.brokers = {name: RedisStreamBroker(self.url, consumer_name=name) for name in WORKERS}
+        self.brokers = {
+            name: RedisStreamBroker(self.url, consumer_name=name, worker_size=size)
+            for name, size in WORKERS.items()
+        }
         self.tasks: dict[str, Task] = {}
         self.foreign: list[BaseLock] = []
         """Held by somebody who is no task."""
@@ -154,17 +163,36 @@ class LocksMachine(RuleBasedStateMachine):
 
     # --- into the system ------------------------------------------------------------------------------------
 
-    @rule(wishes=WISHES, priority=st.sampled_from(list(Priority)))
-    def submit(self, wishes: list[Wish], priority: Priority) -> None:
+    @rule(wishes=WISHES, priority=st.sampled_from(list(Priority)), size=st.sampled_from([Size.MEDIUM, Size.SMALL]))
+    def submit(self, wishes: list[Wish], priority: Priority, size: Size) -> None:
+        self._submit(wishes, priority, size)
+
+    def _submit(self, wishes: list[Wish], priority: Priority, size: Size) -> None:
         task = Wants(wishes)
         if self._is_refused(wishes):
             with pytest.raises(ValueError, match="Wants"):
                 submission_of(task, REGISTRY)
             return
-        submission = replace(submission_of(task, REGISTRY), stream=f"diracx:tasks:{priority}:medium")
+        submission = replace(submission_of(task, REGISTRY), stream=keys.stream_name_for(priority, size))
         self.run(self.brokers["a"].submit([submission]))
+        self._next_ms()  # the place in line is told by the clock, where tasks are in streams of their own
         order = (list(Priority).index(priority), len(self.tasks))
-        self.tasks[submission.message.task_id] = Task(submission.message, order)
+        self.tasks[submission.message.task_id] = Task(submission.message, order, size)
+
+    @rule(
+        what=st.sampled_from(["mutex", "write", "read", "slot", "rate"]),
+        sizes=st.lists(st.sampled_from([Size.MEDIUM, Size.MEDIUM, Size.SMALL]), min_size=1, max_size=4),
+        held=st.booleans(),
+        workers=st.sampled_from(["", "a", "c", "ac"]),
+    )
+    def line_up(self, what: str, sizes: list[Size], held: bool, workers: str) -> None:
+        """Tasks of which the order of submission decides who is first, behind a holder or not."""
+        if held and what != "rate":
+            self.hold_outside_tasks(("write" if what == "read" else what, "x", LONG_MS))
+        for size in sizes:
+            self._submit([(what, "x", {"rate": 1, "read": 0}.get(what, LONG_MS))], Priority.NORMAL, size)
+        for worker in workers:
+            self.work(worker, 10)
 
     def _is_refused(self, wishes: list[Wish]) -> bool:
         units: Counter[str] = Counter()
@@ -186,7 +214,7 @@ class LocksMachine(RuleBasedStateMachine):
 
     # --- to a worker ----------------------------------------------------------------------------------------
 
-    @rule(worker=st.sampled_from(WORKERS), free=st.integers(1, 5))
+    @rule(worker=st.sampled_from(list(WORKERS)), free=st.integers(1, 5))
     def work(self, worker: str, free: int) -> None:
         deliveries, _ = self.run(self.brokers[worker].fetch(free, lease_seconds=LONG_MS))
         self._start(self._received(worker, deliveries))
@@ -239,21 +267,65 @@ class LocksMachine(RuleBasedStateMachine):
                 task.place, task.delivery = "waiting", None
 
     def _granted(self, task: Task, specs: list[LockSpec]) -> None:
-        if self._waits_in_line(task):
-            same = [t for t in self._in("waiting") if t.message.task_args == task.message.task_args and t.plain]
-            parked = [t for t in same if self.sync.hexists(keys.DELAYED_DATA, t.message.task_id)]
-            assert all(task.order < each.order for each in parked), "granted before one that came first, and waits"
+        self._check_order(task)
         for spec in specs:
             self._check_exclusion(spec)
             if spec["kind"] == "rate":
                 self.units[spec["key"]] += spec["n_items"]
         task.place, task.specs = "running", specs
 
+    def _check_order(self, task: Task) -> None:
+        """Nobody waits who came before and wants the same, and nothing else."""
+        wanted = self._waits_in_line(task)
+        if wanted is None or (wanted[0] == "read" and self._is_read(wanted[1])):
+            return  # a reader joins readers, whatever waits
+        waiting = self._in("waiting")
+        parked = {t.message.task_id for t in waiting if self.sync.hexists(keys.DELAYED_DATA, t.message.task_id)}
+        before = [t for t in waiting if t.message.task_id in parked and t.order < task.order]
+        for each in before:
+            if self._waits_in_line(each) == wanted:
+                assert each.size != task.size, "granted before one that came first, and waits"
+                on_the_way = [t for t in waiting if t.size == each.size and t.message.task_id not in parked]
+                assert any(self._lock_of(wanted) in map(self._lock_of, self._wanted(t)) for t in on_the_way), (
+                    f"passed over for {wanted}, and none of its size is on the way"
+                )
+
+    def _next_ms(self) -> None:
+        """Wait until the server's clock has gone on."""
+        began = self._server_ms()
+        while self._server_ms() == began:
+            pass
+
+    def _server_ms(self) -> int:
+        seconds, us = self.sync.time()
+        return int(seconds) * 1000 + int(us) // 1000
+
     @staticmethod
-    def _waits_in_line(task: Task) -> bool:
-        """Whether the order of submission decides: it wants one lock, and has never been out of its line."""
+    def _wanted(task: Task) -> list[tuple[str, str]]:
         [wishes] = task.message.task_args
-        return task.plain and len(wishes) == 1 and wishes[0][0] in ("mutex", "write")
+        return [(what, key) for what, key, _ in wishes]
+
+    @staticmethod
+    def _lock_of(wanted: tuple[str, str]) -> tuple[str, str]:
+        return ("rw" if wanted[0] in ("read", "write") else wanted[0], wanted[1])
+
+    def _waits_in_line(self, task: Task) -> tuple[str, str] | None:
+        """The one lock it wants if the order of submission decides: it has never been out of its line."""
+        [wishes] = task.message.task_args
+        if not task.plain or len(wishes) != 1 or wishes[0][0].startswith(("many", "one")):
+            return None
+        [(what, key, _)] = wishes
+        return None if LIMITS.get(f"{what} {key}", 0) is None else (what, key)
+
+    def _is_read(self, key: str) -> bool:
+        lock = SharedRWLock(JOB, key).redis_key
+        return any(
+            spec["key"] == lock and spec["kind"] == "shared"
+            for spec in [
+                *(each for task in self._in("running") for each in task.specs),
+                *(each.spec() for each in self.foreign if each.enabled),
+            ]
+        )
 
     def _check_exclusion(self, spec: LockSpec) -> None:
         key, kind = spec["key"], spec["kind"]
@@ -313,17 +385,22 @@ class LocksMachine(RuleBasedStateMachine):
 
     # --- deaths ---------------------------------------------------------------------------------------------
 
-    @rule(worker=st.sampled_from(WORKERS))
+    @rule(worker=st.sampled_from(list(WORKERS)))
     def kill(self, worker: str) -> None:
         self.sync.zadd(keys.ALIVE, {worker: 1})
-        [other] = set(WORKERS) - {worker}
+        other = self._partner(worker)
         self._lives(other)
         self._reclaim(other)
         self._lives(worker)
 
+    @staticmethod
+    def _partner(worker: str) -> str:
+        [other] = [name for name, size in WORKERS.items() if size == WORKERS[worker] and name != worker]
+        return other
+
     def _reclaim(self, worker: str) -> None:
         """The other one is dead. Its locks are given back in parts, and then its messages are taken over."""
-        [other] = set(WORKERS) - {worker}
+        other = self._partner(worker)
         orphans = self._in("running", other) + self._in("reserved", other)
         for task in orphans:
             task.specs, task.plain, task.place, task.worker = [], False, "waiting", ""
@@ -354,6 +431,18 @@ class LocksMachine(RuleBasedStateMachine):
     def release_outside_tasks(self) -> None:
         self.run(self.foreign.pop(0).release(self.brokers["a"].redis))
 
+    @precondition(lambda self: self.foreign)
+    @rule()
+    def expires_outside_tasks(self) -> None:
+        """Nobody gives it back, so nobody is told; readers have no time to live."""
+        lock = self.foreign.pop(0)
+        if isinstance(lock, SharedRWLock):
+            self.run(lock.release(self.brokers["a"].redis))
+        elif lock.enabled and isinstance(lock, ConcurrencyLimiter):
+            self.sync.zrem(lock.redis_key, lock.spec()["owner"])
+        elif lock.enabled:
+            self.sync.delete(lock.redis_key)
+
     @rule()
     def time_passes(self) -> None:
         """The timers of all that is put aside run out, of the lines of locks as well, and nobody's turn lasts."""
@@ -361,7 +450,8 @@ class LocksMachine(RuleBasedStateMachine):
             for name in self.sync.zrange(timers, 0, -1):
                 self.sync.zadd(timers, {name: 1})
         for turn in self.sync.keys(keys.TURN_PREFIX + "*"):
-            self.sync.delete(turn)
+            stored: Any = self.sync.get(turn)
+            self.sync.set(turn, b"0 " + stored.partition(b" ")[2], keepttl=True)
         self.run(self.brokers["a"].promote())
 
     # --- what must always hold ------------------------------------------------------------------------------
@@ -404,14 +494,16 @@ class LocksMachine(RuleBasedStateMachine):
         LIMITS.update(dict.fromkeys(LIMITS, None))
         while self.foreign:
             self.release_outside_tasks()
-        self.kill("b")
+        for worker in ("b", "d"):
+            self.kill(worker)
         for _ in range(2 * len(self.tasks) + 4):
             for task in self._in("running"):
                 self._end(task)
             if not self._in("waiting"):
                 break
             before = len(self._in("running"))
-            self.work("a", 1000)
+            for worker in ("a", "c"):
+                self.work(worker, 1000)
             if len(self._in("running")) == before:
                 self.time_passes()
 

@@ -311,7 +311,9 @@ class BrokerMachine(RuleBasedStateMachine):
             "woken": delivery.woken,
         }
         others = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
-        others += [lock["key"] for lock in locks if self.sync.exists(keys.WAITING_PREFIX + lock["key"])]
+        others += [
+            lock["key"] for lock in locks if self.sync.exists(*keys.of_all_sizes(keys.WAITING_PREFIX, lock["key"]))
+        ]
         [reply], _ = self.run(self.brokers[task.worker].start([wanted]))
         if reply[0] == 1:
             assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
@@ -328,8 +330,9 @@ class BrokerMachine(RuleBasedStateMachine):
             assert again[0] == (1 if reply[0] == 1 else -1)
 
     def _turn_of(self, lock: dict[str, Any]) -> str | None:
-        stored = self.sync.get(keys.TURN_PREFIX + lock["key"])
-        return None if stored is None else stored.decode().partition(":")[2]
+        """Whose turn it is, or was before it ended."""
+        stored = self.sync.get(f"{keys.TURN_PREFIX}medium:{lock['key']}")
+        return None if stored is None else stored.decode().split(" ")[-1]
 
     # --- out again ------------------------------------------------------------------------------------------
 
@@ -581,7 +584,9 @@ class BrokerMachine(RuleBasedStateMachine):
         for name in ("x", "y"):
             key = _mutex(name).redis_key
             wants = [t for t in self.tasks.values() if any(lock.redis_key == key for lock in WISHES[t.wish]())]
-            line = [m.decode().partition(":")[2] for m in self.sync.zrange(keys.WAITING_PREFIX + key, 0, -1)]
+            line = [
+                m.decode().partition(":")[2] for m in self.sync.zrange(f"{keys.WAITING_PREFIX}medium:{key}", 0, -1)
+            ]
             parked = [task for task in wants if task.id in line and task.place == "parked"]
             if parked and not self.sync.exists(key):
                 assert [task for task in wants if task.place in ("queued", "reserved")], f"{name} lies idle"

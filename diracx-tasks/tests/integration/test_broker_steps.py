@@ -123,10 +123,10 @@ async def test_P25_a_retry_is_not_hastened_by_a_lock_for_which_the_task_once_wai
     [delivery], _ = await broker.fetch(1)
     granted, locks = await start(broker, delivery, [MutexLock(JOB, "x")])
     assert granted
-    assert not await redis.exists(keys.WAITING_PREFIX + lock.redis_key)
+    assert not await redis.exists(f"{keys.WAITING_PREFIX}medium:{lock.redis_key}")
     retry = {"task": "t", "delay_ms": LATER_MS, "stream": QUEUE, "data": delivery.data}
     # Even where the line still shows it.
-    await redis.zadd(keys.WAITING_PREFIX + lock.redis_key, {"mutex:t": 1})
+    await redis.zadd(f"{keys.WAITING_PREFIX}medium:{lock.redis_key}", {"mutex:t": 1})
     assert await broker.settle([Settlement(delivery, locks=locks, retry=retry)]) == [True]
     assert await redis.zscore(keys.DELAYED, "t") is not None
     assert (await broker.fetch(1))[0] == []
@@ -321,7 +321,7 @@ async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
     [delivery], _ = await broker.fetch(1)
     locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y")]
     assert (await start(broker, delivery, locks))[0]
-    await redis.set(keys.TURN_PREFIX + locks[1].redis_key, "0:other", ex=600)
+    await redis.set(f"{keys.TURN_PREFIX}medium:{locks[1].redis_key}", f"{2**45} 1 0 {QUEUE} 1-1 other")
     assert (await start(broker, delivery, locks))[0]
 
 

@@ -151,7 +151,7 @@ async def suspect(redis: Redis) -> None:
 
 async def lock_held(redis: Redis) -> None:
     await a_worker(redis, running=[running(locks=[["lock:mutex:site:one", "me"]])])
-    await redis.zadd(keys.WAITING_PREFIX + "lock:mutex:site:one", {"t2": 1.0, "t3": 2.0})
+    await redis.zadd(keys.WAITING_PREFIX + "small:lock:mutex:site:one", {"t2": 1.0, "t3": 2.0})
 
 
 async def half_fails(redis: Redis) -> None:

@@ -300,9 +300,9 @@ IN_THE_WAY = {
     keys.LEADER: True,
     keys.EPOCH: True,
     keys.FENCE: True,
-    "diracx:tasks:turn:lock:mutex:job:'in the way'": True,
+    "diracx:tasks:turn:medium:lock:mutex:job:'in the way'": True,
     "lock:mutex:job:'in the way'": True,
-    "diracx:tasks:waiting:lock:mutex:job:'in the way'": True,
+    "diracx:tasks:waiting:medium:lock:mutex:job:'in the way'": True,
     keys.ALIVE: None,
     "diracx:tasks:normal:medium": False,
 }

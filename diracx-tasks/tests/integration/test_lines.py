@@ -18,7 +18,6 @@ from diracx.tasks.plumbing import (
     SharedRWLock,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
-from diracx.tasks.plumbing.broker.cancel import cancel
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
@@ -84,7 +83,7 @@ class Worker:
     running: dict[str, Running] = field(default_factory=dict)
 
     async def submit(self, *names: str, priority: str = "normal") -> None:
-        stream = f"diracx:tasks:{priority}:medium"
+        stream = f"diracx:tasks:{priority}:{self.broker.worker_size}"
         await self.broker.submit(
             [Submission(TaskMessage(task_id=name, task_name="test:Task"), stream) for name in names]
         )
@@ -145,22 +144,47 @@ class Worker:
         assert await self.redis.zadd(keys.LINES, {lock.redis_key: 0}, xx=True, ch=True) == 1
         await self.broker.promote()
 
+    async def turn_ends(self, lock: BaseLock, size: str = "medium") -> None:
+        """Nobody has asked in time."""
+        turn: Any = await self.redis.get(turn_key(lock, size))
+        await self.redis.set(turn_key(lock, size), b"0 " + turn.partition(b" ")[2])
+
 
 def name_of(delivery: Delivery) -> str:
     assert delivery.data is not None
     return TaskMessage.loadb(delivery.data).task_id
 
 
-@pytest.fixture
-async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
-    broker = RedisStreamBroker(redis_url, consumer_name="a")
-    await redis.zadd(keys.ALIVE, {"a": in_ms(datetime.now(UTC)) + 600_000})
+async def a_worker(redis: Redis, url: str, name: str, size: str) -> AsyncIterator[Worker]:
+    broker = RedisStreamBroker(url, consumer_name=name, worker_size=size)
+    await redis.zadd(keys.ALIVE, {name: in_ms(datetime.now(UTC)) + 600_000})
     yield Worker(broker, redis)
     await broker.shutdown()
 
 
-async def line_of(redis: Redis, lock: BaseLock) -> list[str]:
-    waiting = await redis.zrange(keys.WAITING_PREFIX + lock.redis_key, 0, -1)
+@pytest.fixture
+async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
+    async for worker in a_worker(redis, redis_url, "a", "medium"):
+        yield worker
+
+
+@pytest.fixture
+async def small(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
+    """A worker of another size, which does nothing but what a test has it do."""
+    async for worker in a_worker(redis, redis_url, "b", "small"):
+        yield worker
+
+
+def line_key(lock: BaseLock, size: str = "medium") -> str:
+    return f"{keys.WAITING_PREFIX}{size}:{lock.redis_key}"
+
+
+def turn_key(lock: BaseLock, size: str = "medium") -> str:
+    return f"{keys.TURN_PREFIX}{size}:{lock.redis_key}"
+
+
+async def line_of(redis: Redis, lock: BaseLock, size: str = "medium") -> list[str]:
+    waiting = await redis.zrange(line_key(lock, size), 0, -1)
     return [member.decode().partition(":")[2] for member in waiting]
 
 
@@ -191,10 +215,10 @@ async def test_who_is_cancelled_is_taken_out_of_its_line(
 ) -> None:
     assert await lock().acquire(redis)
     first, second, third = await worker.park(3, lock)
-    await cancel(worker.broker, [first, second], None)
+    await worker.broker.cancel([first, second])
     assert await line_of(redis, lock()) == [third]
-    await cancel(worker.broker, [third], None)
-    assert not await redis.exists(keys.WAITING_PREFIX + lock().redis_key, keys.LINES, keys.DELAYED)
+    await worker.broker.cancel([third])
+    assert not await redis.exists(line_key(lock()), keys.LINES, keys.DELAYED)
 
 
 async def test_readers_begin_when_the_writer_before_them_is_cancelled(worker: Worker, redis: Redis) -> None:
@@ -204,7 +228,7 @@ async def test_readers_begin_when_the_writer_before_them_is_cancelled(worker: Wo
     await worker.park(2, reads)
     await redis.delete(reads().redis_key)
     assert await reads().acquire(redis)
-    await cancel(worker.broker, ["writes"], None)
+    await worker.broker.cancel(["writes"])
     async with asyncio.timeout(5):
         while len(worker.began) < 2:
             await worker.broker.promote()  # at once: the line is due
@@ -217,7 +241,7 @@ async def test_a_line_lives_as_long_as_somebody_stands_in_it(worker: Worker, red
     await worker.submit("urgent", priority="realtime")
     assert await worker.step(lambda: [quota()]) == 0
     assert await line_of(redis, quota()) == ["urgent", "t000000", "t000001", "t000002"]
-    assert await redis.ttl(keys.WAITING_PREFIX + quota().redis_key) == -1
+    assert await redis.ttl(line_key(quota())) == -1
 
 
 # --- every end hands on -------------------------------------------------------------------------------------
@@ -321,9 +345,144 @@ async def test_a_turn_whose_worker_has_died_goes_to_the_next(worker: Worker, red
     seconds, us = await redis.time()
     assert due_ms is not None
     assert due_ms - (seconds * 1000 + us / 1000) < 1_100
-    await redis.delete(keys.TURN_PREFIX + mutex().redis_key)  # a second later
+    await worker.turn_ends(mutex())
     await worker.look(mutex())
     assert [name_of(each) for each in (await worker.broker.fetch(BATCH))[0]] == [second]
+
+
+# --- those whom no worker takes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", [mutex, writes, reads, slot, quota])
+@pytest.mark.parametrize("before", [3, 1_000])
+async def test_who_can_run_waits_for_one_turn_however_many_stand_before_whom_no_worker_takes(
+    worker: Worker, small: Worker, redis: Redis, lock: Callable[[], BaseLock], before: int
+) -> None:
+    holds = writes if lock is reads else lock
+    assert await holds().acquire(redis)
+    await small.park(before, lock, "nobody takes ")
+    names = await worker.park(5, lock)
+    await redis.delete(lock().redis_key)
+    await worker.look(lock())
+    if lock is reads and before == 3:
+        assert await worker.step(lambda: [lock()]) == 5, "they read beside each other"
+        return
+    assert await worker.step(lambda: [lock()]) == 0, "they are first, and have their turn"
+    await small.turn_ends(lock(), "small")
+    for name in names:  # from now on no turn is lost
+        if name not in worker.began:
+            await worker.look(lock())
+            await worker.step(lambda: [lock()])
+        assert name in worker.began
+        if lock is quota:
+            await redis.delete(quota().redis_key)
+        else:
+            await worker.end(name)
+    assert worker.began == names
+    taken = await redis.xlen("diracx:tasks:normal:small:handover")
+    assert taken == (min(before, 50) if lock is reads else 1), "one stands for all of its size"
+
+
+@pytest.mark.parametrize("lock", [mutex, writes, slot])
+async def test_a_release_goes_at_once_to_the_first_whom_a_worker_takes(
+    worker: Worker, small: Worker, redis: Redis, lock: Callable[[], BaseLock]
+) -> None:
+    await worker.submit("holder")
+    assert await worker.step(lambda: [lock()]) == 1
+    await small.park(100, lock, "nobody takes ")
+    names = await worker.park(20, lock)
+    await worker.end("holder")
+    await small.turn_ends(lock(), "small")
+    await worker.look(lock())
+    for name in names:
+        assert await worker.step(lambda: [lock()]) == 1
+        await worker.end(name)
+    assert worker.began == ["holder", *names]
+
+
+async def test_a_line_does_not_stand_still_while_nobody_takes_what_was_granted_in_other_lines(
+    worker: Worker, small: Worker, redis: Redis
+) -> None:
+    def other(number: int) -> BaseLock:
+        return MutexLock(JOB, f"other{number}", ttl_ms=600_000)
+
+    others = [other(number) for number in range(600)]
+    for number, held in enumerate(others):
+        assert await held.acquire(redis)
+        await small.park(1, lambda number=number: other(number), f"other{number} ")  # type: ignore[misc]
+    assert await mutex().acquire(redis)
+    await small.park(1, mutex, "nobody takes ")
+    for held in others:
+        await held.release(redis)
+    assert await redis.xlen("diracx:tasks:normal:small:handover") == 600
+    [second] = await worker.park(1, mutex)
+    await redis.delete(mutex().redis_key)
+    await worker.look(mutex())
+    await small.turn_ends(mutex(), "small")
+    await worker.look(mutex())
+    assert await worker.step(lambda: [mutex()]) == 1
+    assert (worker.began, await line_of(redis, mutex(), "small")) == ([second], [])
+
+
+async def test_who_was_passed_over_has_its_place_again_as_soon_as_a_worker_takes_it(
+    worker: Worker, small: Worker, redis: Redis
+) -> None:
+    await worker.submit("holder")
+    assert await worker.step(lambda: [mutex()]) == 1
+    early = await small.park(3, mutex, "small ")
+    names = await worker.park(3, mutex)
+    await worker.end("holder")
+    await small.turn_ends(mutex(), "small")
+    await worker.look(mutex())
+    assert await worker.step(lambda: [mutex()]) == 1
+    assert await small.step(lambda: [mutex()]) == 0, "its turn has ended, and another has the lock"
+    assert await line_of(redis, mutex(), "small") == early
+    await worker.end(names[0])
+    for name in early:
+        assert await small.step(lambda: [mutex()]) == 1
+        await small.end(name)
+    for name in names[1:]:
+        assert await worker.step(lambda: [mutex()]) == 1
+        await worker.end(name)
+    assert (small.began, worker.began) == (early, ["holder", *names])
+
+
+async def test_who_asks_late_is_not_refused_because_of_those_whom_no_worker_takes(
+    worker: Worker, small: Worker, redis: Redis
+) -> None:
+    assert await mutex().acquire(redis)
+    await small.park(3, mutex, "nobody takes ")
+    await worker.park(1, mutex)
+    await redis.delete(mutex().redis_key)
+    for who, size in ((small, "small"), (worker, "medium")):
+        await worker.look(mutex())
+        await who.turn_ends(mutex(), size)
+    assert await worker.step(lambda: [mutex()]) == 1
+
+
+async def test_more_urgent_tasks_have_a_turn_of_their_own_before_they_are_passed_over(
+    worker: Worker, small: Worker, redis: Redis
+) -> None:
+    assert await mutex().acquire(redis)
+    await small.park(2, mutex, "nobody takes ")
+    [waits] = await worker.park(1, mutex)
+    await redis.delete(mutex().redis_key)
+    await worker.look(mutex())
+    await small.turn_ends(mutex(), "small")
+    assert await mutex().acquire(redis)
+    await small.submit("urgent", priority="realtime")
+    assert (await small.broker.fetch(1))[0][0].priority == "realtime"
+    await small.broker.recover([])
+    deliveries = await small.broker.recover([])
+    assert await small.start(deliveries, lambda: [mutex()]) == 0
+    assert await line_of(redis, mutex(), "small") == ["urgent", "nobody takes 000001"]
+    await redis.delete(mutex().redis_key)
+    await worker.look(mutex())
+    assert await redis.xlen("diracx:tasks:realtime:small:handover") == 1
+    await small.turn_ends(mutex(), "small")
+    await worker.look(mutex())
+    assert await worker.step(lambda: [mutex()]) == 1
+    assert worker.began == [waits]
 
 
 # --- what waiting costs -------------------------------------------------------------------------------------
@@ -531,26 +690,22 @@ async def test_limiters_of_tasks_that_know_different_limits_come_to_rest(worker:
 
 
 @pytest.mark.parametrize("lock", [mutex, reads, slot])
-@pytest.mark.parametrize("key", [keys.WAITING_PREFIX, keys.TURN_PREFIX, keys.LINES])
+@pytest.mark.parametrize("key_of", [line_key, turn_key, lambda _: keys.LINES], ids=["line", "turn", "timers"])
 async def test_a_key_of_another_type_in_the_place_of_a_line_delays_its_tasks_at_most(
-    worker: Worker, redis: Redis, key: str, lock: Callable[[], BaseLock]
+    worker: Worker, redis: Redis, key_of: Callable[[BaseLock], str], lock: Callable[[], BaseLock]
 ) -> None:
     holds = writes if lock is reads else lock
     await worker.submit("first")
     assert await worker.step(lambda: [holds()]) == 1
-    await redis.rpush(key if key == keys.LINES else key + lock().redis_key, "something else")
+    await redis.rpush(key_of(lock()), "something else")
     await worker.submit("second")
     assert await worker.step(lambda: [lock()]) == 0
     await worker.end("first")
     if not await worker.granted():
         due = await redis.zscore(keys.DELAYED, "second")
-        if key == keys.TURN_PREFIX:
-            await redis.delete(key + lock().redis_key)
-            await worker.look(lock())
-        else:
-            assert due < in_ms(datetime.now(UTC)) + 700_000, "it asks again by itself"
-            await redis.zadd(keys.DELAYED, {"second": 0})
-            await worker.broker.promote()
+        assert due < in_ms(datetime.now(UTC)) + 700_000, "it asks again by itself"
+        await redis.zadd(keys.DELAYED, {"second": 0})
+        await worker.broker.promote()
     assert await worker.step(lambda: [lock()]) == 1
     await worker.submit("third")
     assert await worker.step(lambda: [lock()]) == (lock is reads)
@@ -559,14 +714,13 @@ async def test_a_key_of_another_type_in_the_place_of_a_line_delays_its_tasks_at_
 async def test_tasks_that_an_earlier_version_has_parked_wait_on_in_line(worker: Worker, redis: Redis) -> None:
     assert await mutex().acquire(redis)
     names = await worker.park(3, mutex)
+    await redis.rename(line_key(mutex()), keys.WAITING_PREFIX + mutex().redis_key)
     await redis.pexpire(keys.WAITING_PREFIX + mutex().redis_key, 20_000)
     await redis.delete(keys.LINES)
     await redis.zadd(keys.DELAYED, dict.fromkeys(names, 0))
     await worker.broker.promote()
     assert await worker.step(lambda: [mutex()]) == 0
     assert await line_of(redis, mutex()) == names
-    await worker.look(mutex())
-    assert await redis.ttl(keys.WAITING_PREFIX + mutex().redis_key) == -1
     assert await redis.zscore(keys.LINES, mutex().redis_key) is not None
 
 
@@ -577,5 +731,5 @@ async def test_nothing_stays_of_a_line_whose_tasks_are_all_gone(worker: Worker, 
     await redis.delete(keys.DELAYED, keys.DELAYED_DATA, keys.DELAYED_REASONS)
     await holder.release(redis)
     async with asyncio.timeout(5):
-        while await redis.exists(keys.WAITING_PREFIX + mutex().redis_key, keys.LINES):
+        while await redis.exists(line_key(mutex()), keys.LINES):
             await worker.broker.promote()

@@ -18,11 +18,11 @@ DELAYED = "diracx:tasks:delayed"
 DELAYED_DATA = "diracx:tasks:delayed:data"
 #: Hash: why tasks are in DELAYED (`at_time`, `retry`, `lock`, `rate`) -> how many of them.
 DELAYED_REASONS = "diracx:tasks:delayed:reasons"
-#: Sorted set per lock: tasks waiting for it, by priority and then by the time of their submission.
+#: Sorted set per size and lock: tasks waiting for it, by priority and then by the time of their submission.
 WAITING_PREFIX = "diracx:tasks:waiting:"
 #: Sorted set: key of a lock that tasks wait for -> when to look whether it can be had (ms since the epoch).
 LINES = "diracx:tasks:lines"
-#: String per lock: the task that was woken for it and may take it before others; lives a moment.
+#: String per size and lock: the task that was granted the turn last, until it has asked for the lock.
 TURN_PREFIX = "diracx:tasks:turn:"
 
 #: Sorted set: worker -> when its lease ends (ms since the epoch). One that is buried and has left messages -> when
@@ -134,6 +134,11 @@ def streams_of(size: Size) -> list[str]:
     """
     names = [stream_name_for(priority, size) for priority in Priority]
     return [stream for name in names for stream in (name + HANDOVER, name)]
+
+
+def of_all_sizes(prefix: str, lock_key: str) -> list[str]:
+    """The keys of a line (`WAITING_PREFIX`) or of its turns (`TURN_PREFIX`), one for each size of its tasks."""
+    return [f"{prefix}{size}:{lock_key}" for size in Size]
 
 
 #: Every stream that may hold tasks, the hand-over streams included.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from ..enums import Size
 from . import keys
 from .scripts import pack, script
 from .sizes import in_calls
@@ -86,6 +87,8 @@ async def waiter_counts(redis: Redis, locks: Sequence[str]) -> list[int]:
     """How many tasks wait for each of these locks."""
     async with redis.pipeline(transaction=False) as pipe:
         for key in locks:
-            pipe.zcard(keys.WAITING_PREFIX + key)
+            for line in keys.of_all_sizes(keys.WAITING_PREFIX, key):
+                pipe.zcard(line)
         counts: list[int] = await pipe.execute() if locks else []
-    return counts
+    sizes = len(Size)
+    return [sum(counts[at : at + sizes]) for at in range(0, len(counts), sizes)]

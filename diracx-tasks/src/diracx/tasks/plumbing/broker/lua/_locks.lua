@@ -148,11 +148,58 @@ kinds.concurrency = {
   end,
 }
 
--- Whose turn it is to take a lock, "{place in line}:{task}", if it is anybody's.
-local function turn_of(lock)
-  local turn = redis.pcall('GET', '$TURN_PREFIX' .. lock.key)
-  local place, task = string.match(type(turn) == 'string' and turn or '', '^(%d+):(.*)$')
-  return task, tonumber(place)
+-- Who was granted the turn to take a lock and has not asked for it since, the last of each size; and until when (ms)
+-- nobody behind one of them may take it, if that is so. Noted as "{ends} {1: reserved} {place} {stream} {entry} {task}".
+local function turns_of(lock)
+  local turns, reserved, now_ms = {}, nil, now_us() / 1000
+  for position, stored in ipairs(redis.call('MGET', of_all_sizes('$TURN_PREFIX', lock.key))) do
+    local ends, flag, place, stream, entry, task =
+      string.match(stored or '', '^(%d+) ([01]) (%d+) (%S+) (%S+) (.*)$')
+    if task then
+      local turn = {place = tonumber(place), stream = stream, entry = entry, task = task, stored = stored}
+      turn.expired = tonumber(ends) <= now_ms
+      turn.reserved = flag == '1' and not turn.expired
+      if turn.reserved then reserved = tonumber(ends) end
+      turns[EACH_SIZE[position]] = turn
+    end
+  end
+  return turns, reserved
+end
+
+local function has_turn(lock, task)
+  for _, turn in pairs(turns_of(lock)) do
+    if turn.task == task then return true end
+  end
+  return false
+end
+
+-- Whether a task that was granted a turn still waits for a worker.
+local function is_untaken(turn)
+  local found = turn and redis.pcall('XRANGE', turn.stream, turn.entry, turn.entry)
+  if not found or not found[1] then return false end
+  local pending = redis.pcall('XPENDING', turn.stream, '$GROUP', turn.entry, turn.entry, 1)
+  return pending.err ~= nil or not pending[1]
+end
+
+local function come_first(one, other)
+  return one.place < other.place
+end
+
+-- The first in line of each size, in their order; and one who waits, if anybody does. Those of a size whose worker did not
+-- come in time for the last one are left out until it has: then that one has its place in line again, before them.
+local function heads_of(lock, turns)
+  local heads, any = {}, nil
+  for position, line in ipairs({of_all_sizes('$WAITING_PREFIX', lock.key)}) do
+    local first = redis.pcall('ZRANGE', line, 0, 0, 'WITHSCORES') -- an error where its key is of another type
+    local size, place = EACH_SIZE[position], tonumber(first[2])
+    local turn = place and turns[size]
+    any = any or first[1]
+    if place and not (turn and turn.expired and turn.place <= place and is_untaken(turn)) then
+      heads[#heads + 1] = {waiter = first[1], place = place, size = size, line = line}
+    end
+  end
+  table.sort(heads, come_first)
+  return heads, any
 end
 
 local function take(lock, now)
@@ -167,13 +214,21 @@ end
 -- Who is to have the lock before a task: 'turn' (it is reserved), 'line' (somebody waits), or nobody.
 -- Those that would stand before all of these need not wait: two tasks that want the same two locks, each with the
 -- turn of one of them, would else refuse each other for ever. Readers join readers, whoever waits.
-local function goes_before(lock, task, place)
-  local turns_task, turns_place = turn_of(lock)
-  if turns_task == task then return nil end
-  if turns_task and turns_place < place then return 'turn' end
-  local first = redis.pcall('ZRANGE', '$WAITING_PREFIX' .. lock.key, 0, 0, 'WITHSCORES')
-  if not first[2] or tonumber(first[2]) >= place then return nil end
+local function goes_before(lock, turns, task, place)
+  local before
+  for _, turn in pairs(turns) do
+    if turn.reserved and turn.task == task then return nil end
+    if turn.reserved and turn.place < place then before = 'turn' end
+  end
+  local head = not before and heads_of(lock, turns)[1]
+  if not head or head.place >= place then return before end
   return not (lock.kind == 'shared' and redis.call('EXISTS', lock.key) == 1) and 'line' or nil
+end
+
+-- Whether anybody waits for a lock, or was granted the turn for it.
+local function waits_or_turns(lock)
+  local small, medium, large = of_all_sizes('$WAITING_PREFIX', lock.key)
+  return redis.call('EXISTS', small, medium, large, of_all_sizes('$TURN_PREFIX', lock.key)) > 0
 end
 
 -- All of the locks or none of them: a refusal gives back what was taken before it, quota included, and so does a
@@ -182,13 +237,19 @@ end
 -- Returns true and the locks for which others wait too, or false, the position of the refusing lock, when to try
 -- again (µs, or nil), and who goes before if that is why.
 local function take_all(locks, now, task, place)
-  local wanted, turns = {}, {}
+  local wanted, ended = {}, {}
   for position, lock in ipairs(locks) do
-    local turn, before = '$TURN_PREFIX' .. lock.key, nil
-    if task and redis.call('EXISTS', turn, '$WAITING_PREFIX' .. lock.key) > 0 then
-      before = goes_before(lock, task, place)
+    local before
+    if task and waits_or_turns(lock) then
+      local turns = turns_of(lock)
+      before = goes_before(lock, turns, task, place)
       wanted[#wanted + 1] = lock
-      if lock.kind == 'mutex' or lock.kind == 'exclusive' or turn_of(lock) == task then turns[#turns + 1] = turn end
+      local alone = lock.kind == 'mutex' or lock.kind == 'exclusive'
+      for size, turn in pairs(turns) do
+        if turn.task == task or (alone and turn.reserved) then
+          ended[#ended + 1] = '$TURN_PREFIX' .. size .. ':' .. lock.key
+        end
+      end
     end
     local looked, granted, again = true, false, nil
     if not before then looked, granted, again = pcall(take, lock, now) end
@@ -203,7 +264,7 @@ local function take_all(locks, now, task, place)
       return false, position, again, before
     end
   end
-  for _, turn in ipairs(turns) do redis.call('DEL', turn) end
+  for _, turn in ipairs(ended) do redis.call('DEL', turn) end
   return true, wanted
 end
 

@@ -101,8 +101,8 @@ local function take_delayed(task, stored)
     for position, kind in ipairs({'mutex', 'exclusive', 'shared', 'rate', 'concurrency'}) do
       waiters[position] = kind .. ':' .. task
     end
-    redis.pcall('ZREM', '$WAITING_PREFIX' .. lock, unpack(waiters))
-    if redis.pcall('EXISTS', '$WAITING_PREFIX' .. lock) == 0 then
+    redis.pcall('ZREM', '$WAITING_PREFIX' .. size_of(stream) .. ':' .. lock, unpack(waiters))
+    if redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock)) == 0 then
       redis.pcall('ZREM', '$LINES', lock)
       lock = nil
     end
@@ -150,13 +150,16 @@ local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
 end
 
 -- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
--- False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or its stream
--- refuses it (its key is none of a stream, or has had the last possible id).
+-- Returns the entry. False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or
+-- its stream refuses it (its key is none of a stream, or has had the last possible id).
 local function undelay(task, woken, stored)
   local stream, since, deaths, data
   stored, stream, since, deaths, data = take_delayed(task, stored)
   if not stored then return false end
-  if stream and pcall(enqueue, stream, data, since, deaths, woken) then return true end
+  if stream then
+    local added, entry = pcall(enqueue, stream, data, since, deaths, woken)
+    if added then return entry end
+  end
   bury(task, stored)
   return false
 end

@@ -1,11 +1,18 @@
 -- Lines: who waits for a lock, first come, first served within a priority. Waiters are "{kind of lock}:{task}", and have
 -- no timer of their own: the line has one, in `$LINES`. Each grant of a turn is charged to what made it possible: a lock
 -- that was given back, a task that was granted one and left room for others, a newcomer, or the timer. So a line in
--- which nothing moves costs nothing.
+-- which nothing moves costs nothing but the timer: all of these look at `LOOKS_PER_SECOND` lines at most.
 -- Who is granted a turn asks for its locks as anybody does. A turn is reserved for a moment, and a lock that is not
--- asked for in that time is granted to the next. Of several that are granted side by side, the last has the turn.
-local TURN_MS, LOOK_MS, CROWD, BYTES = 1000, 10000, 500, 8192
+-- asked for in that time is granted to the next; and as long as no worker takes the one that did not ask, to those of
+-- other sizes only. Of several of one size that are granted side by side, the last has the turn.
+local TURN_MS, TURN_NOTED_MS, LOOK_MS, LOOKS_PER_SECOND, AHEAD, BYTES = 1000, 3600000, 10000, 100, 500, 8192
 local work_left = 50 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
+
+-- How long no line is looked at once more for nothing (ms).
+local function quiet_ms()
+  local lines = redis.pcall('ZCARD', '$LINES')
+  return type(lines) == 'number' and lines * 1000 / LOOKS_PER_SECOND or 0
+end
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
 local function room_for(kind, lock)
@@ -20,70 +27,89 @@ local function room_for(kind, lock)
   return redis.call('EXISTS', lock.key) == 0 and 1 or 0
 end
 
--- Messages of this stream that no worker has taken yet. While workers are behind, timers send them nothing more.
-local function is_crowded(stream)
-  local length = redis.call('XLEN', stream)
-  if length < CROWD then return false end
-  local pending = redis.pcall('XPENDING', stream, '$GROUP')
-  return length - (pending.err and 0 or pending[1]) >= CROWD
-end
-
--- Grant the turn to one who waits. Returns whether it has it; nil while workers are behind.
-local function grant_turn(lock, waiter, why)
-  local task = string.match(waiter, '^%a+:(.*)$')
+-- Grant the turn to one who waits, `head` of heads_of(), and note it in `granted`. Returns whether it has it.
+local function grant_turn(lock, head, granted)
+  local task = string.match(head.waiter, '^%a+:(.*)$')
   local stored = redis.call('HGET', '$DELAYED_DATA', task or '')
   local stream, _, _, _, _, waits_for = parts_of(stored or '')
   work_left = work_left - 1 - #(stored or '') / BYTES
-  if not stream or waits_for ~= as_noted(lock.key) then
-    redis.call('ZREM', '$WAITING_PREFIX' .. lock.key, waiter) -- whoever this was, waits here no more
+  if not stream or waits_for ~= as_noted(lock.key) or size_of(stream) ~= head.size then
+    redis.call('ZREM', head.line, head.waiter) -- whoever this was, waits here no more
     return false
   end
-  if why == 'timer' and is_crowded(stream) then return nil end
-  return undelay(task, lock.key, stored)
+  local entry = undelay(task, lock.key, stored)
+  if entry then granted[head.size] = table.concat({int(head.place), stream, entry, task}, ' ') end
+  return entry
+end
+
+-- Note who was granted a turn, the last of each size: until it ends, the lock is reserved for that of `last`, and no
+-- more for those before.
+local function note_turns(lock, granted, last, before)
+  local ends = int(now_us() / 1000 + TURN_MS)
+  for size, turn in pairs(granted) do
+    turn = ends .. (size == last and ' 1 ' or ' 0 ') .. turn
+    redis.call('SET', '$TURN_PREFIX' .. size .. ':' .. lock.key, turn, 'PX', TURN_NOTED_MS)
+  end
+  for size, turn in pairs(last and before or {}) do
+    if turn.reserved and not granted[size] then
+      local others = string.gsub(turn.stored, ' 1 ', ' 0 ', 1)
+      redis.call('SET', '$TURN_PREFIX' .. size .. ':' .. lock.key, others, 'PX', TURN_NOTED_MS)
+    end
+  end
 end
 
 -- Readers that wait behind writers join the readers that have the lock, as newcomers do: else these would pass them
--- by for ever. The timer sees to it, among the first in line.
-local function let_readers_join(lock)
+-- by for ever. The timer sees to it, among the first in line of each size.
+local function let_readers_join(lock, turns, heads)
   if redis.call('EXISTS', lock.key) == 0 or room_for('shared', lock) < 1 then return end
-  for _, waiter in ipairs(redis.call('ZRANGE', '$WAITING_PREFIX' .. lock.key, 0, CROWD - 1)) do
-    if work_left <= 0 then return look_at(lock.key, now_us() / 1000 + TURN_MS) end
-    if string.find(waiter, 'shared:', 1, true) == 1 and grant_turn(lock, waiter, 'timer') == nil then return end
+  local granted = {}
+  for _, head in ipairs(heads) do
+    local waiters = is_untaken(turns[head.size]) and {}
+      or redis.call('ZRANGE', head.line, 0, AHEAD - 1, 'WITHSCORES')
+    for at = 1, #waiters, 2 do
+      if string.find(waiters[at], 'shared:', 1, true) == 1 and work_left > 0 then
+        head.waiter, head.place = waiters[at], tonumber(waiters[at + 1])
+        grant_turn(lock, head, granted)
+      end
+    end
   end
+  note_turns(lock, granted)
+  if work_left <= 0 then look_at(lock.key, now_us() / 1000 + TURN_MS) end
 end
 
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
--- more), 'asked' (by somebody who must wait) or 'timer'.
-local function grant_next(lock, why)
-  local waiting, turn = '$WAITING_PREFIX' .. lock.key, '$TURN_PREFIX' .. lock.key
-  local first, room, last = redis.pcall('ZRANGE', waiting, 0, 0, 'WITHSCORES'), nil, nil
-  if not first[1] then return end -- nobody, or no line: its key is of another type
-  local reserved = redis.pcall('GET', turn)
+-- more), 'asked' (by somebody who must wait) or 'timer'. What turns_of() and heads_of() say, if that is known already.
+local function grant_next(lock, why, turns, reserved, heads, any)
+  if not turns then turns, reserved = turns_of(lock) end
   -- Only slots are given back while others are on their way to take some.
   if reserved and not (why == 'released' and lock.kind == 'concurrency') then return end
-  while first[1] do
-    local kind, task = string.match(first[1], '^(%a+):(.*)$')
+  if not heads then heads, any = heads_of(lock, turns) end
+  if not any then return end -- nobody, or no line: its keys are of another type
+  local granted, room, last = {}, nil, nil
+  while heads[1] and work_left > 0 do
+    local head = heads[1]
+    local kind = string.match(head.waiter, '^%a+')
     room = room or room_for(kind, lock)
     if reserved or why == 'asked' then room = math.min(room, 1) end
     if room < 1 or (last and kind == 'exclusive') then
-      if why == 'timer' and kind == 'exclusive' then let_readers_join(lock) end
+      if why == 'timer' and kind == 'exclusive' then let_readers_join(lock, turns, heads) end
       break
     end
-    if work_left <= 0 then return look_at(lock.key, now_us() / 1000 + (last and TURN_MS + 1 or 0)) end
-    local granted = grant_turn(lock, first[1], why)
-    if granted == nil then return look_at(lock.key, now_us() / 1000 + TURN_MS) end
-    if granted then
-      last, room = int(tonumber(first[2])) .. ':' .. task, room - 1
-      redis.call('SET', turn, last, 'PX', TURN_MS)
-    end
-    first = redis.call('ZRANGE', waiting, 0, 0, 'WITHSCORES')
+    if grant_turn(lock, head, granted) then last, room = head.size, room - 1 end
+    local first = redis.call('ZRANGE', head.line, 0, 0, 'WITHSCORES')
+    head.waiter, head.place = first[1], tonumber(first[2])
+    if not first[1] then table.remove(heads, 1) end
+    table.sort(heads, come_first)
   end
-  if not first[1] then
+  if last then note_turns(lock, granted, last, turns) end
+  if not heads[1] and redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock.key)) == 0 then
     redis.pcall('ZREM', '$LINES', lock.key)
   elseif last then
     look_at(lock.key, now_us() / 1000 + TURN_MS + 1)
+  elseif work_left <= 0 then
+    look_at(lock.key, now_us() / 1000)
   elseif why == 'granted' and lock.limit then
-    look_at(lock.key, now_us() / 1000 + look_again_in(lock, LOOK_MS))
+    look_at(lock.key, now_us() / 1000 + look_again_in(lock, math.max(LOOK_MS, quiet_ms())))
   end
 end
 
@@ -104,6 +130,8 @@ end
 
 -- A task that had the turn for a lock does not take it: the next one, please.
 local function give_up_turn(lock, task)
-  if turn_of(lock) == task then redis.call('DEL', '$TURN_PREFIX' .. lock.key) end
+  for size, turn in pairs(turns_of(lock)) do
+    if turn.task == task then redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key) end
+  end
   pcall(grant_next, lock, 'asked')
 end

@@ -2,7 +2,7 @@
 -- KEYS: none. ARGV: for each of them task id, due (ms since the epoch), stream, reason, message.
 -- Returns 1, or the first task id under which something else waits already: then nothing is put aside. What waits
 -- there just so was sent before, and its answer was lost.
--- #include _time _queue
+-- #include _time _lines _queue
 for i = 1, #ARGV, 5 do
   local task, due, stream, reason, data = unpack(ARGV, i, i + 4)
   local stored = redis.call('HGET', '$DELAYED_DATA', task)

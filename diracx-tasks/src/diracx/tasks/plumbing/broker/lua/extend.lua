@@ -2,7 +2,7 @@
 -- KEYS: none. ARGV: locks (msgpack list of tables).
 -- Returns a list of 1 (still ours, renewed) or 0 (lost).
 -- #flags allow-oom
--- #include _time _locks
+-- #include _time _lines _locks
 local now, kept = now_us(), {}
 for position, lock in ipairs(cmsgpack.unpack(ARGV[1])) do
   kept[position] = kinds[lock.kind].keep(lock, now) and 1 or 0

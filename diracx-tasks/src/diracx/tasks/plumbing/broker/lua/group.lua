@@ -4,7 +4,7 @@
 -- Returns 1 when the callback was fired at once (a group without children); -1 when the group is not there any
 -- more; 2 when complete groups have children that promote.lua still has to move; else 0. Until a group is
 -- complete nothing of it runs, and all of it expires soon when nobody goes on.
--- #include _time _queue _groups
+-- #include _time _lines _queue _groups
 local SUBMITTING_MS = 600000
 local group, children, last = ARGV[1], cmsgpack.unpack(ARGV[3]), ARGV[4] == '1'
 local key, first = '$GROUPS_PREFIX' .. ARGV[1], ARGV[2] ~= ''

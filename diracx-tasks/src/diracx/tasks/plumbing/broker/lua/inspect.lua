@@ -4,7 +4,7 @@
 -- Returns a msgpack list: for each lock {held, waiters, ends in ms or -1, kind, {owner, ends (µs) or 0, …}};
 -- of a rate limiter `held` is the quota spent and `ends in` the time until all of it is back.
 -- #flags no-writes
--- #include _time
+-- #include _time _lines
 local now, at_most, found = now_us(), tonumber(ARGV[2]), {}
 local look = {}
 
@@ -49,6 +49,8 @@ end
 
 for position, lock in ipairs(cmsgpack.unpack(ARGV[1])) do
   local held, left, kind, holders = look[lock.kind](lock)
-  found[position] = {held, redis.call('ZCARD', '$WAITING_PREFIX' .. lock.key), left, kind, holders}
+  local waiting = 0
+  for _, line in ipairs({of_all_sizes('$WAITING_PREFIX', lock.key)}) do waiting = waiting + redis.call('ZCARD', line) end
+  found[position] = {held, waiting, left, kind, holders}
 end
 return cmsgpack.pack(found)

@@ -5,7 +5,7 @@
 -- Returns {-1} when somebody else leads, else for each occurrence 1 submitted, 2 left out because its predecessor
 -- still waits, 3 not due yet, 4 paused, 5 passed over, 6 its stream refuses it, 0 not due any more.
 -- What is not due yet, paused or refused stays due.
--- #include _time _queue _schedules
+-- #include _time _lines _queue _schedules
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return {-1} end
 local now, wanted = now_us(), cmsgpack.unpack(ARGV[2])
 if #wanted == 0 then return {} end

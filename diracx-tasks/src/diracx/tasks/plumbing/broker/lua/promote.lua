@@ -5,7 +5,7 @@
 -- not renew (ms), 0 when none does}, the last two 0 when there is nothing at all. If less than the most was moved, and
 -- the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
--- #include _time _queue _groups
+-- #include _time _lines _queue _groups
 if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0} end
 local now, at_most = now_us() / 1000, tonumber(ARGV[1])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite

@@ -5,7 +5,7 @@
 -- or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held. Where there
 -- are more than one call may give back, it does nothing else and returns nil: ask again.
 -- #flags allow-oom
--- #include _time _locks _queue _wake _cancel _redelivery
+-- #include _time _lines _locks _queue _wake _cancel _redelivery
 local AT_ONCE = 200 -- locks that one call gives back
 local consumer, known, messages, marks = ARGV[1], {}, {}, any_cancelled()
 local said, ours, unknown, lines = cmsgpack.unpack(ARGV[3]), {}, {}, {}

@@ -5,7 +5,7 @@
 -- Another epoch means that the server has lost its data. What this worker runs is then known to nobody else:
 -- it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
 -- #flags allow-oom
--- #include _time _alive _pending _locks _queue _cancel _redelivery
+-- #include _time _alive _pending _lines _locks _queue _cancel _redelivery
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
 local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
 local epoch = redis.pcall('GETEX', '$EPOCH', 'PX', EPOCH_MS)

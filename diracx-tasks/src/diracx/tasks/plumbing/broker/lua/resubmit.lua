@@ -2,7 +2,7 @@
 -- done are one step. Nobody needs to know whether an earlier call, of this process or another, got here.
 -- KEYS: none. ARGV: how long to remember (ms), letters (msgpack list of {ticket, stream, data}).
 -- Returns a list of 1 (submitted now) or 0 (it had been before).
--- #include _time _queue
+-- #include _time _lines _queue
 local replies = {}
 for position, letter in ipairs(cmsgpack.unpack(ARGV[2])) do
   local first = redis.call('SET', '$RESUBMITTED_PREFIX' .. letter.ticket, 1, 'NX', 'PX', ARGV[1])

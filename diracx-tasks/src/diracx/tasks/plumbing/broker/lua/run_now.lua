@@ -2,7 +2,7 @@
 -- needs to lead.
 -- KEYS: none. ARGV: schedule, stream, task id, message.
 -- Returns '', or the id of the task that still waits.
--- #include _time _queue _schedules
+-- #include _time _lines _queue _schedules
 local last = redis.call('HGET', '$LAST_RUNS', ARGV[1])
 if still_waits(last) then return string.match(last, '^%S+ %S+ (%S+)') end
 local entry = enqueue(ARGV[2], ARGV[4], with_occurrence('0', in_hex(ARGV[1] .. ' ' .. ARGV[3])))

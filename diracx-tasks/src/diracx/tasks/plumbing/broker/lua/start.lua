@@ -7,7 +7,7 @@
 -- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
 -- Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _alive _pending _parts _locks _queue _wake _cancel _redelivery _fencing
+-- #include _time _alive _pending _parts _lines _locks _queue _wake _cancel _redelivery _fencing
 local PARKED_MS = 86400000 -- the line brings a task back; should that be lost, its own timer does
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
@@ -26,12 +26,12 @@ local function park(d, since, place, lock, before)
   remove(d.stream, d.entry)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
   local name = delay(d.task, now_ms + PARKED_MS, d.handover, reason, since, data, deaths, lock.key)
-  local waiting, waiter = '$WAITING_PREFIX' .. lock.key, lock.kind .. ':' .. name
+  local waiting, waiter = '$WAITING_PREFIX' .. size_of(d.handover) .. ':' .. lock.key, lock.kind .. ':' .. name
   -- No line where its key is of another type: the task asks again by itself.
   if type(redis.pcall('ZADD', waiting, int(place), waiter)) == 'table' then
     redis.call('ZADD', '$DELAYED', int(now_ms + d.retry_ms), name)
   end
-  local due = now_ms + (before and TURN_MS + 1 or look_again_in(lock, d.retry_ms))
+  local due = now_ms + (before and TURN_MS + 1 or look_again_in(lock, math.max(d.retry_ms, quiet_ms())))
   look_at(lock.key, due, before or redis.pcall('ZRANGE', waiting, 0, 0)[1] ~= waiter)
   return int(math.ceil(due))
 end
@@ -44,7 +44,7 @@ local function leave_to_others(d, refusing, before)
     local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
     if behind and d.since == '0' then
       grant_next(lock, 'asked')
-    elseif not behind and (turn_of(lock) == d.task or lock.key == d.woken or position ~= refusing and not limits) then
+    elseif not behind and (has_turn(lock, d.task) or lock.key == d.woken or position ~= refusing and not limits) then
       give_up_turn(lock, d.task)
     end
   end
