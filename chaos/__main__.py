@@ -69,7 +69,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--schedulers", type=int, default=2, help="scheduler processes (default 2)")
     parser.add_argument("--lease", type=float, default=2.0, help="lease of the workers in seconds (default 2)")
     parser.add_argument("--slots", type=int, default=10, help="tasks at a time in each worker (default 10)")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds to come to rest (default 120)")
+    parser.add_argument(
+        "--rest", type=float, default=60.0, help="fail when nothing ends for so many seconds (default 60)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--keep", action="store_true", help="keep logs and testimony even if all went well")
     parser.add_argument("--plan", action="store_true", help="print what would be disturbed and when, and end")
@@ -124,7 +126,7 @@ def main() -> int:
         schedulers=arguments.schedulers,
         lease=arguments.lease,
         slots=arguments.slots,
-        patience=arguments.patience,
+        rest_seconds=arguments.rest,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended, as with Ctrl-C
     observed = asyncio.run(Driver(plan, settings, directory).run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import sys
 import time
@@ -59,7 +60,7 @@ class Settings:
     schedulers: int
     lease: float
     slots: int
-    patience: float
+    rest_seconds: float
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Observed:
     rested: float | None = None
     """When everything had come to rest; None: it never did."""
     left: dict[str, int] = field(default_factory=dict)
-    """What was still there when the patience ended."""
+    """What was still there when the wait ended."""
     remains: dict[str, Any] = field(default_factory=dict)
     """Every key of the server with what was in it then."""
     due: dict[int, float] = field(default_factory=dict)
@@ -404,8 +405,11 @@ class Driver:
         await asyncio.wait(storm)
         observed.settled = end = time.monotonic()
         quiet_since: float | None = None
-        while time.monotonic() < end + self._settings.patience:
+        fewest, fewer_at = math.inf, end
+        while time.monotonic() < fewer_at + self._settings.rest_seconds:
             left = await self._left(watching)
+            if sum(left.values()) < fewest:  # a slow machine may have much to do; nothing may stand still
+                fewest, fewer_at = sum(left.values()), time.monotonic()
             # An occurrence of the schedule may just pass through.
             if not left:
                 quiet_since = quiet_since or time.monotonic()
