@@ -19,7 +19,7 @@ from ...plumbing.messages.secrets import without_secrets
 from ..errors import CliError, explained_redis
 from ..options import JsonOption, LogLevelOption
 from ..output import echo_json
-from ..runtime.task_arguments import CheckedTask, TypedTask
+from ..runtime.task_arguments import CheckedTask, TaskOptions
 
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
@@ -35,7 +35,7 @@ class Debugger(StrEnum):
 
 
 def call(
-    typed: TypedTask,
+    options: TaskOptions,
     debugger: Annotated[
         Debugger,
         typer.Option(
@@ -54,7 +54,7 @@ def call(
     from ..runtime.logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
-    checked = typed.checked()
+    checked = options.checked()
     set_task_log_level(checked.registry)
     run = _Run(checked, debugger)
     # With --json, stdout is for the value alone; pdb needs it for itself.

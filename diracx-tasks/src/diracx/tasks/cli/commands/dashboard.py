@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CliError, UsageProblem, mask
-from ..options import (
-    LogLevel,
-    LogLevelOption,
-    ModuleOption,
-    RedisUrlFileOption,
-    RedisUrlOption,
-    resolve_redis_url,
-)
+from ..options import LogLevel, LogLevelOption
+from ..runtime.server import ServerAndTasks
 
 if TYPE_CHECKING:
+    from ...plumbing.registry import TaskRegistry
     from ...web.auth.backends import TokenBackend
     from ...web.context import AppContext
     from ...web.dashboard.app import DashboardApp
@@ -42,6 +37,7 @@ _WITHOUT_TLS = (
 
 
 def dashboard(
+    *,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where it listens; off loopback the token must be set.")
     ] = "127.0.0.1",
@@ -57,10 +53,8 @@ def dashboard(
         Path | None, typer.Option("--tls-certificate", metavar="FILE", help="Certificate chain, PEM.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its key, PEM.")] = None,
-    module: ModuleOption = None,
-    redis_url: RedisUrlOption = None,
-    redis_url_file: RedisUrlFileOption = None,
     log_level: LogLevelOption = None,
+    server: ServerAndTasks,
 ) -> None:
     """Serve the dashboard until SIGTERM or Ctrl-C: state of the system, and buttons to act on it.
 
@@ -89,7 +83,7 @@ def dashboard(
     if (tls_certificate is None) != (tls_key is None):
         raise UsageProblem("--tls-certificate and --tls-key go together")
     level = set_up_logging(log_level, LogLevel.WARNING)
-    url = resolve_redis_url(redis_url, redis_url_file)
+    url = server.url
     backend, token = _backend(read_only)
     names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
     tls: dict[str, Any] = {}
@@ -107,7 +101,7 @@ def dashboard(
             from ...web.dashboard import create_app
 
             async with AsyncExitStack() as stack:
-                context = await _open(stack, url, module)
+                context = await _open(stack, url, server.registry)
 
                 async def this() -> AppContext:
                     return context
@@ -176,16 +170,14 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-async def _open(stack: AsyncExitStack, url: str, module: list[str] | None) -> AppContext:
+async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppContext:
     from ...plumbing.broker.server_check import Role
     from ...plumbing.config.cached import ConfigReader
     from ...web.context import AppContext
     from ..runtime.broker import open_broker
     from ..runtime.environment import unchecked_task_db
-    from ..runtime.registry import load_registry
 
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
-    registry = load_registry(module)
     task_db = await stack.enter_async_context(unchecked_task_db())
     return AppContext(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
 

@@ -11,7 +11,7 @@ import typer
 from ..errors import CliError, UsageProblem, explained_redis
 from ..options import JsonOption
 from ..output import echo, echo_json
-from ..runtime.task_arguments import CheckedTask, TypedTask
+from ..runtime.task_arguments import CheckedTask, TaskOptions
 from .call import print_value, to_json
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _RESULT_TTL_SECONDS = 3600
 
 
 def submit(
-    typed: TypedTask,
+    options: TaskOptions,
     at: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +45,7 @@ def submit(
         raise UsageProblem("--timeout says how long to wait for the result; add --wait")
     at_time = _moment(at)
     labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
-    asyncio.run(_Submission(typed.checked(alone=True), as_json).run(at_time, labels, wait, timeout))
+    asyncio.run(_Submission(options.checked(alone=True), as_json).run(at_time, labels, wait, timeout))
 
 
 def _moment(text: str | None) -> datetime | None:

@@ -1,4 +1,4 @@
-"""What a process finds in its environment: databases, the DiracX configuration, the configuration of tasks."""
+"""Databases, DiracX configuration and settings of tasks, as the environment variables name them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.config import TasksConfig
     from ...plumbing.config.cached import ConfigReader
-    from ...plumbing.exceptions import TaskConfigError
     from ...plumbing.injection.plan import Plan
     from ...plumbing.persistence import TaskDB
     from ...plumbing.registry import TaskRegistry
@@ -185,46 +184,43 @@ async def _opened(stack: AsyncExitStack, name: str, database_class: type[Any], u
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the operator has written."""
+    """The settings of tasks and the VOs, as they are written."""
 
     tasks: TasksConfig
     vos: tuple[str, ...] | None
     """None where there is no DiracX configuration."""
     reader: ConfigReader
-    """Reads it again, and judges it as at the start."""
+    """Reads it again, and checks it as at the start."""
 
 
 def read_configuration(registry: TaskRegistry) -> Configuration:
-    """The configuration of tasks, and the VOs. Names in it that nothing goes by are logged as warnings.
+    """The settings of tasks, and the VOs. Names in it that match nothing are logged as warnings.
 
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
     from ...plumbing.config import checked_tasks_config
     from ...plumbing.config.cached import ConfigReader
-    from ...plumbing.exceptions import TaskConfigError
 
     reader = ConfigReader.of_environment(registry)
-    config = diracx_config(reader)
-    vos = None if config is None else tuple(sorted(config.registry))
-    try:
+    with _explained_configuration():
+        config = reader.read_config()
+        vos = None if config is None else tuple(sorted(config.registry))
         tasks, warnings = checked_tasks_config(registry, vos, config=config)
-    except TaskConfigError as error:
-        raise _wrong(error) from error
     for line in warnings:
         logger.warning("configuration of tasks: %s", line)
     return Configuration(tasks, vos, reader)
 
 
 @asynccontextmanager
-async def following(
+async def watch_configuration(
     config: Configuration,
     registry: TaskRegistry,
     broker: RedisStreamBroker,
     role: str,
     on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
 ) -> AsyncIterator[None]:
-    """Follow the configuration, as it was read at the start, inside the block."""
+    """Follow changes of the configuration, as it was read at the start, inside the block."""
     from ...plumbing.config import unknown_names
     from ...plumbing.config.watcher import ConfigFollower
 
@@ -242,43 +238,37 @@ async def following(
 
 
 def tasks_config() -> TasksConfig:
-    """The configuration of tasks alone, for whoever submits.
+    """The settings of tasks alone, as a client needs them; errors as of `read_configuration`."""
+    from ...plumbing.config.cached import ConfigReader
 
-    Raises:
-        CliError: when it cannot be read, or is wrong.
-    """
-    from ...plumbing.config import load_tasks_config
+    with _explained_configuration():
+        return ConfigReader.of_environment().read_tasks()
+
+
+def diracx_config() -> Config | None:
+    """The DiracX configuration, None where there is none; errors as of `read_configuration`."""
+    from ...plumbing.config.cached import ConfigReader
+
+    with _explained_configuration():
+        return ConfigReader.of_environment().read_config()
+
+
+@contextmanager
+def _explained_configuration() -> Iterator[None]:
+    from ...plumbing.config.cached import reasons
     from ...plumbing.exceptions import TaskConfigError
 
     try:
-        return load_tasks_config(config=diracx_config())
+        yield
     except TaskConfigError as error:
-        raise _wrong(error) from error
-
-
-def _wrong(error: TaskConfigError) -> CliError:
-    """All that is wrong, each on its line; a single thing is the line."""
-    lines = str(error).splitlines()
-    if len(lines) == 1:
-        return CliError(f"the configuration of tasks is wrong: {lines[0]}")
-    return CliError(f"the configuration of tasks is wrong in {len(lines)} places", detail=f"{error}\n")
-
-
-def diracx_config(reader: ConfigReader | None = None) -> Config | None:
-    """The DiracX configuration, None when DIRACX_CONFIG_BACKEND_URL is not set.
-
-    Args:
-        reader: reads it; it can then read it again.
-
-    Raises:
-        CliError: when it cannot be read.
-    """
-    from ...plumbing.config.cached import ConfigReader, reasons
-
-    try:
-        return (reader or ConfigReader.of_environment()).read_config()
+        lines = str(error).splitlines()
+        if len(lines) == 1:
+            raise CliError(f"the configuration of tasks is wrong: {lines[0]}") from error
+        raise CliError(
+            f"the configuration of tasks is wrong in {len(lines)} places", detail=f"{error}\n"
+        ) from error
     except Exception as error:
         raise CliError(
-            f"cannot read the DiracX configuration at {os.environ[CONFIG_VARIABLE]}: {'; '.join(reasons(error))}; "
-            f"check {CONFIG_VARIABLE}"
+            f"cannot read the DiracX configuration at {os.environ.get(CONFIG_VARIABLE)}: "
+            f"{'; '.join(reasons(error))}; check {CONFIG_VARIABLE}"
         ) from error

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -91,24 +92,23 @@ async def serve_metrics(
         yield
 
 
+@dataclass(frozen=True)
+class Collectors:
+    """Metrics of databases, and the health checks: expensive, and read only while metrics are collected."""
+
+    collect: Collect
+    check_health: Callable[[], Awaitable[Health]]
+
+
 @asynccontextmanager
-async def open_collectors(
-    port: int | None, redis: Redis
-) -> AsyncIterator[tuple[Collect, Callable[[], Awaitable[Health | None]]]]:
-    """Open what collects metrics from databases, and the health checks; nothing where no metrics are asked for.
+async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Collectors | None]:
+    """None where metrics are not collected: neither at a port nor through OpenTelemetry.
 
     Raises:
         CliError: a threshold of the health checks is wrong.
     """
     if port is None and not is_collected():
-
-        async def no_metrics() -> list[Metric]:
-            return []
-
-        async def no_health() -> None:
-            return None
-
-        yield no_metrics, no_health
+        yield None
         return
     from ...operations import collectors
     from ...operations.health import health_checks
@@ -121,7 +121,7 @@ async def open_collectors(
             checks = await stack.enter_async_context(health_checks(redis, task_db))
         except TaskConfigError as error:
             raise CliError(str(error)) from error
-        yield found.metrics, checks.run
+        yield Collectors(found.metrics, checks.run)
 
 
 @asynccontextmanager

@@ -60,12 +60,6 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
     return registry.merged_with(loaded(load_task_registry))
 
 
-def warn_of_ambiguous_names(registry: TaskRegistry) -> None:
-    """Log each class name that two categories share."""
-    for line in registry.ambiguous_names():
-        logger.warning("%s", line)
-
-
 def _import(name: str) -> ModuleType:
     try:
         return _import_file(Path(name)) if name.endswith(".py") else _import_name(name)

@@ -1,168 +1,274 @@
-"""`worker --processes N`: one command uses N cores. A supervisor starts what dies again and passes signals on.
+"""Process supervisor of `worker --processes` and `dev`: starts again what ends, passes signals on, stops in order.
 
-Each child is the same command once more, told by two variables of its environment which one it is and which
-socket binds it to the supervisor. Through it the child says that it is ready, and hears, when it closes, that
-the supervisor is gone: then it stops as it would on SIGTERM, for nobody would look after it.
+Each child is `diracx-task-run` once more, told by two variables of its environment its number and which socket
+binds it to the supervisor. Through it the child reports that it is ready, and learns, when it closes, that the
+supervisor is gone: then it stops as it would on SIGTERM, for nothing would restart or stop it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
 
-logger = logging.getLogger(__name__)
+from ...plumbing._util.tasks import end as cancel_and_wait
 
 _NUMBER_VARIABLE = "DIRACX_TASKS_PROCESS_NUMBER"
 _SOCKET_VARIABLE = "DIRACX_TASKS_SUPERVISOR_SOCKET"
 _READY = b"r"
+_LONGEST_LINE = 2**20
+#: How long the output of a child that has ended is read, should another process hold its pipe.
+_LAST_OUTPUT_SECONDS = 1.0
 
-#: A child that dies is started again after so long; twice as long each time it dies young.
-_SHORTEST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 30.0
-_YOUNG_SECONDS = 10.0
+
+# --- in a child ---------------------------------------------------------------------------------------------
 
 
 @cache
-def _told(variable: str) -> int | None:
-    """What the supervisor told, and forgotten by that: what a task starts is no child of the supervisor."""
+def _inherited(variable: str) -> int | None:
+    """A value that the supervisor set, removed from the environment: a process that a task starts is no child."""
     number = os.environ.pop(variable, None)
     return None if number is None else int(number)
 
 
 def own_number() -> int | None:
-    """Number of this child, from 1; None of a process without a supervisor."""
-    return _told(_NUMBER_VARIABLE)
+    """Number of this child, from 1; None of a process without one."""
+    return _inherited(_NUMBER_VARIABLE)
 
 
 def is_supervised() -> bool:
     """Whether this process is a child of a supervisor."""
-    return _told(_SOCKET_VARIABLE) is not None
+    return _inherited(_SOCKET_VARIABLE) is not None
 
 
-async def serve_supervised(ready: asyncio.Event, stop: Callable[[], None]) -> None:
-    """In a child: say when it is ready, and call `stop` when the supervisor is gone."""
-    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=_told(_SOCKET_VARIABLE)))
+async def report_to_supervisor(ready: asyncio.Event, on_supervisor_gone: Callable[[], None]) -> None:
+    """In a child: report when it is ready, and call back when the supervisor is gone. Without one, do nothing."""
+    if not is_supervised():
+        return
+    reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=_inherited(_SOCKET_VARIABLE)))
     gone = asyncio.ensure_future(reader.read())
     is_ready = asyncio.ensure_future(ready.wait())
     try:
         await asyncio.wait({gone, is_ready}, return_when=asyncio.FIRST_COMPLETED)
         if not gone.done():
             writer.write(_READY)
-        with suppress(ConnectionError):  # it had not read our word
+        with suppress(ConnectionError):  # it had not read our report
             await gone
-        logger.warning("the supervisor is gone: stopping")
-        stop()
+        on_supervisor_gone()
     finally:
         gone.cancel()
         is_ready.cancel()
         writer.close()
 
 
+# --- the supervisor -----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Child:
+    """A command that is kept running."""
+
+    name: str
+    arguments: Sequence[str]
+    """As in `sys.argv[1:]`."""
+    number: int | None = None
+    process: asyncio.subprocess.Process | None = field(default=None, init=False)
+    """None while it does not run."""
+    is_ready: bool = field(default=False, init=False)
+    """Whether this run of it has reported that it is ready."""
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it runs."""
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a child that ended is started again, and when the supervisor gives up instead."""
+
+    every_child_must_start: bool
+    """Give up when a child ends before it was ready; else only while none has ever been ready."""
+    first_pause_seconds: float = 0.5
+    longest_pause_seconds: float = 30.0
+    """Pauses double each time a child ends within `young_seconds`."""
+    young_seconds: float = 10.0
+
+
+class ChildFailedError(Exception):
+    """A child cannot start, so that all were stopped. It has reported why in its log, and would again."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"{name} ended with exit code {code} at its start")
+        self.exit_code = code if code > 0 else 1
+
+
 class Supervisor:
-    """Keeps `processes` copies of this command running.
+    """Keeps children running until it is stopped by a signal.
 
     Args:
-        arguments: of the command, as in `sys.argv[1:]`.
+        stages: the children; those of a stage are stopped when those of the stage before have ended.
+        report: logs a line.
+        output: gets each line of a child's output, with its name; without it, children write to our own output.
+        kill_after_seconds: children of a stage that have not ended this long after SIGTERM are killed.
     """
 
-    def __init__(self, arguments: list[str], processes: int) -> None:
-        self._arguments = arguments
-        self._processes = processes
+    def __init__(
+        self,
+        stages: Sequence[Sequence[Child]],
+        policy: RestartPolicy,
+        report: Callable[[str], None],
+        *,
+        output: Callable[[str, str], None] | None = None,
+        kill_after_seconds: float | None = None,
+    ) -> None:
+        self._stages = stages
+        self._children = [child for stage in stages for child in stage]
+        self._policy = policy
+        self._report = report
+        self._output = output
+        self._kill_after_seconds = kill_after_seconds
         self._stopping = asyncio.Event()
-        self._exit_code = 0
         self._any_was_ready = False
-        self._children: dict[int, asyncio.subprocess.Process] = {}
+        self._exit_code = 0
+        self._failure: ChildFailedError | None = None
 
-    async def run(self) -> int:
-        """Run until stopped, or until a child cannot even start and none ever could. Returns the exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._pass_on, number)
-        await asyncio.gather(*(self._keep_up(number) for number in range(1, self._processes + 1)))
-        logger.info("stopped: all %d processes have ended", self._processes)
+    def handle_signals(self, *numbers: signal.Signals) -> None:
+        """Stop on these signals; pass on a repeated one as SIGTERM to all, which cancels what still runs."""
+        for number in numbers:
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping.is_set():
+            self._report(f"{number.name} again: passed on to all processes")
+            for child in self._children:
+                child.send(signal.SIGTERM)
+        else:
+            self._report(f"{number.name}: stopping")
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop all children, stage by stage; `run` returns when they have ended."""
+        self._stopping.set()
+
+    async def run(self, environment: Mapping[str, str] | None = None) -> int:
+        """Run until stopped. Returns the first exit code of a child that is no success, or 0.
+
+        Args:
+            environment: variables of the children beside our own.
+
+        Raises:
+            ChildFailedError: a child cannot start; see `RestartPolicy`.
+        """
+        variables = {**os.environ, **(environment or {})}
+        running = {child: asyncio.create_task(self._keep_running(child, variables)) for child in self._children}
+        await self._stopping.wait()
+        for stage in self._stages:
+            for child in stage:
+                child.send(signal.SIGTERM)
+            _, late = await asyncio.wait([running[child] for child in stage], timeout=self._kill_after_seconds)
+            for child in stage:
+                if running[child] in late:
+                    self._report(f"{child.name} does not stop: killing it")
+                    child.send(signal.SIGKILL)
+        await asyncio.gather(*running.values())
+        if self._failure is not None:
+            raise self._failure
         return self._exit_code
 
-    def _pass_on(self, number: signal.Signals) -> None:
-        again = " again" if self._stopping.is_set() else ""
-        logger.info("%s%s: passed on to %d processes", number.name, again, len(self._children))
-        self._stopping.set()
-        for child in self._children.values():
-            if child.returncode is None:
-                child.send_signal(signal.SIGTERM)
-
-    async def _keep_up(self, number: int) -> None:
-        """One place: start a child, and another one when it dies."""
-        pause = _SHORTEST_PAUSE_SECONDS
+    async def _keep_running(self, child: Child, environment: Mapping[str, str]) -> None:
+        """Run a child, again when it ends."""
+        policy = self._policy
+        pause = policy.first_pause_seconds
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = await self._one_life(number)
+            code = await self._run_once(child, environment)
             if self._stopping.is_set():
                 if code != -signal.SIGTERM:  # which is how one ends that was still starting
                     self._exit_code = self._exit_code or (code if code >= 0 else 128 - code)
                 return
-            if not self._any_was_ready and code > 0:
-                # It said why in its log, and would again.
-                logger.error("process %d cannot start (exit code %d): stopping", number, code)
-                self._exit_code = code
-                self._pass_on(signal.SIGTERM)
+            if self._must_give_up(child, code):
+                self._report(f"{child.name} cannot start ({_cause(code)}): stopping")
+                self._failure = ChildFailedError(child.name, code)
+                self.stop()
                 return
-            pause = _SHORTEST_PAUSE_SECONDS if time.monotonic() - began > _YOUNG_SECONDS else pause
-            logger.warning("process %d has ended (%s): another in %g s", number, _how(code), pause)
-            try:
+            if time.monotonic() - began > policy.young_seconds:
+                pause = policy.first_pause_seconds
+            self._report(f"{child.name} has ended ({_cause(code)}): another in {pause:g} s")
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
-            except TimeoutError:
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, policy.longest_pause_seconds)
 
-    async def _one_life(self, number: int) -> int:
-        """Returns the exit code (negative: of a signal)."""
+    def _must_give_up(self, child: Child, code: int) -> bool:
+        if self._policy.every_child_must_start:
+            return not child.is_ready
+        return not self._any_was_ready and code > 0
+
+    async def _run_once(self, child: Child, environment: Mapping[str, str]) -> int:
+        """Start a child and wait for its end. Returns the exit code (negative: of a signal)."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        with ours, self._hearing(ours):
-            with theirs:
-                child = await asyncio.create_subprocess_exec(
+        variables = {**environment, _SOCKET_VARIABLE: str(theirs.fileno())}
+        if child.number is not None:
+            variables[_NUMBER_VARIABLE] = str(child.number)
+        child.is_ready = False
+        following = [asyncio.create_task(self._await_readiness(child, ours))]
+        streams: dict[str, Any] = {}
+        with ours:
+            with ExitStack() as ends_of_child:
+                ends_of_child.enter_context(theirs)
+                if self._output is not None:
+                    # Not a pipe of the process object: its `wait` waits for the pipe, too, which a process that a
+                    # task has left behind may hold.
+                    reading, writing = os.pipe()
+                    pipe = ends_of_child.enter_context(os.fdopen(writing, "wb"))
+                    streams = {"stdin": asyncio.subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+                    following.append(asyncio.create_task(_read_lines(reading, partial(self._output, child.name))))
+                child.process = await asyncio.create_subprocess_exec(
                     sys.executable,
-                    "-m",
-                    "diracx.tasks",
-                    *self._arguments,
-                    env={
-                        **os.environ,
-                        _NUMBER_VARIABLE: str(number),
-                        _SOCKET_VARIABLE: str(theirs.fileno()),
-                    },
+                    *("-m", "diracx.tasks", *child.arguments),
+                    env=variables,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C in a terminal reaches it through us, and once
+                    **streams,
                 )
-            self._children[number] = child
-            if self._stopping.is_set():  # the signal came while it was born
-                child.send_signal(signal.SIGTERM)
-            code = await child.wait()
-            del self._children[number]
-            self._hear(ours)
-            return code
+            if self._stopping.is_set():  # the signal came while it was started
+                child.send(signal.SIGTERM)
+            code = await child.process.wait()
+            await asyncio.wait(following, timeout=_LAST_OUTPUT_SECONDS)
+            await cancel_and_wait(*following)
+        return code
 
-    @contextmanager
-    def _hearing(self, child: socket.socket) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(child, self._hear, child)
-        try:
-            yield
-        finally:
-            loop.remove_reader(child)
-
-    def _hear(self, child: socket.socket) -> None:
+    async def _await_readiness(self, child: Child, ours: socket.socket) -> None:
         with suppress(OSError):
-            if child.recv(1) == _READY:
-                self._any_was_ready = True
-        asyncio.get_running_loop().remove_reader(child)  # it says one word
+            if await asyncio.get_running_loop().sock_recv(ours, 1) == _READY:
+                child.is_ready = self._any_was_ready = True
 
 
-def _how(code: int) -> str:
+async def _read_lines(pipe: int, use: Callable[[str], None]) -> None:
+    reader = asyncio.StreamReader(limit=_LONGEST_LINE)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, "rb")
+    )
+    with closing(transport):
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:  # a line longer than the limit: what follows it is read again
+                continue
+            if not line:
+                return
+            use(line.decode(errors="replace").rstrip())
+
+
+def _cause(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

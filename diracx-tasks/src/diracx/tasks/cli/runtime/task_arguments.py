@@ -1,4 +1,4 @@
-"""What `call` and `submit` have in common: a task as it was typed, and the broker it goes through."""
+"""The task that `call` and `submit` are given, and the broker it goes through."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..options import (
-    ArgsOption,
-    KwargsOption,
-    ModuleOption,
-    NameArgument,
-    RedisUrlFileOption,
-    RedisUrlOption,
-    resolve_redis_url,
-)
+from ..options import ArgsOption, KwargsOption, NameArgument
+from .server import ServerAndTasks
 
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
@@ -23,16 +16,13 @@ if TYPE_CHECKING:
     from ...plumbing.registry import TaskRegistry
 
 
-@dataclass(frozen=True)
-class TypedTask:
-    """The options that say which task, with what, and where."""
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(ServerAndTasks):
+    """The options that say which task, with which arguments, and which server."""
 
     name: NameArgument
     args: ArgsOption = "[]"
     kwargs: KwargsOption = "{}"
-    module: ModuleOption = None
-    redis_url: RedisUrlOption = None
-    redis_url_file: RedisUrlFileOption = None
 
     def checked(self, *, alone: bool = False) -> CheckedTask:
         """The task itself.
@@ -41,11 +31,11 @@ class TypedTask:
             alone: no other task is going to be submitted.
 
         Raises:
-            CliError: for what was typed wrong, and for modules that cannot be loaded.
+            CliError: for arguments that do not fit, and for modules that cannot be loaded.
         """
         from .registry import load_registry, make_task
 
-        url = resolve_redis_url(self.redis_url, self.redis_url_file)
+        url = self.url
         registry = load_registry(self.module, only=self.name if alone else None)
         name, task = make_task(registry, self.name, self.args, self.kwargs)
         return CheckedTask(name, task, registry, url)
