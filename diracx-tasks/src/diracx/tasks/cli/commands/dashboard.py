@@ -28,7 +28,7 @@ logger = logging.getLogger(__package__)
 
 _TOKEN_VARIABLE = "DIRACX_TASKS_DASHBOARD_TOKEN"  # noqa: S105  # the name of a variable
 _LEAST_TOKEN = 16
-#: Pages that follow what happens hold connections; those that do not let go are cut off.
+#: Live pages hold connections; those that are not closed in time are cut off.
 _STOP_SECONDS = 3
 _WITHOUT_TLS = (
     "warning: {host} is served in plain HTTP, where others on the network can read tokens; give --tls-certificate "

@@ -166,7 +166,7 @@ def export(
 
     try:
         _in_database(write)
-    except BrokenPipeError:  # as in `… | head`: nobody reads the rest
+    except BrokenPipeError:  # as in `… | head`: the rest is not read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
