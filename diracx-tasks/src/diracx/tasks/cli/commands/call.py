@@ -126,7 +126,7 @@ class _Run:
         )
         from ...plumbing.locks import BaseLimiter, lock_specs
         from ...plumbing.standalone import holding
-        from ..runtime.environment import check_databases
+        from ..runtime.databases import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
         async with self._checked.broker() as broker, AsyncExitStack() as outer:

@@ -178,7 +178,7 @@ def _read(
     """
     from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
     from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.environment import CONFIG_VARIABLE, diracx_config
+    from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
 
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")

@@ -175,7 +175,7 @@ async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppC
     from ...plumbing.config.cached import ConfigReader
     from ...web.context import AppContext
     from ..runtime.broker import open_broker
-    from ..runtime.environment import unchecked_task_db
+    from ..runtime.databases import unchecked_task_db
 
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     task_db = await stack.enter_async_context(unchecked_task_db())
