@@ -34,7 +34,7 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing._util.histogram import bucket_of
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
-from diracx.tasks.plumbing.config.active import Announcer, InForce, digest
+from diracx.tasks.plumbing.config.active import ActiveConfig, Announcer, digest
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web.context import AppContext, Load
@@ -363,7 +363,7 @@ async def steered(context: AppContext) -> None:
     config = (await context.settings()).tasks
     for process, role in (("wn042", "worker medium"), ("wn043", "worker medium"), ("wn043", "scheduler")):
         announcer = Announcer(context.redis, f"{process}.example.org:21{len(role)}:5e1f00d5")
-        await announcer.say(InForce(role, "tasks.yaml", digest(config), time.time() - 40_000, tuple(VOS)))
+        await announcer.say(ActiveConfig(role, "tasks.yaml", digest(config), time.time() - 40_000, tuple(VOS)))
     operator = Operator(context, "wilma", "dashboard")
     await operator.pause(["cleaning:RemoveSandboxes"])
     ran = ["accounting:Summarise/lhcb", "accounting:Summarise/cta", "catalogue:CheckReplicas"]

@@ -15,7 +15,7 @@ from dashboard_browser import expect, tab_of
 from dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
 from dashboard_world import WRITER, until
 from diracx.tasks import operations as monitor
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.testing import embedded_redis
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext

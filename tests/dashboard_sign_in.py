@@ -13,7 +13,7 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.context import AppContext
 from diracx_application import HOME, make_application, set_environment

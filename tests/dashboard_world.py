@@ -25,7 +25,7 @@ from diracx.tasks.plumbing import (
     register_locked_object_type,
 )
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend

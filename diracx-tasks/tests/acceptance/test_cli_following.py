@@ -10,7 +10,7 @@ import pytest
 from config_repository import ConfigRepository
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.models import submit_task
-from diracx.tasks.plumbing.config.active import InForce, configurations_in_force
+from diracx.tasks.plumbing.config.active import ActiveConfig, active_configs
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
@@ -73,13 +73,13 @@ def start(live, command: str, *args: str):
     return process
 
 
-def said(live) -> list[InForce]:
+def said(live) -> list[ActiveConfig]:
     """What processes say, asked for without starting a command."""
 
-    async def ask() -> list[InForce]:
+    async def ask() -> list[ActiveConfig]:
         redis = AsyncRedis.from_url(live.environment["DIRACX_TASKS_REDIS_URL"])
         try:
-            return await configurations_in_force(redis)
+            return await active_configs(redis)
         finally:
             await redis.aclose()
 

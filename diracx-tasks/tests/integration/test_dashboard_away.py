@@ -11,7 +11,7 @@ from dashboard_world import WRITER
 from diracx.tasks.operations.health import Alert, Health, Severity
 from diracx.tasks.operations.visibility import Viewer
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker.dead_letters import in_redis

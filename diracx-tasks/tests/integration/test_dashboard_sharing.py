@@ -13,7 +13,7 @@ import pytest
 from dashboard_world import until
 from diracx.tasks.operations.single_flight import SingleFlightCache
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.web.auth.backends import Principal, Role
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
-from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, fitting, storable
+from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, sanitize, truncate
 from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, Text
 
@@ -37,8 +37,8 @@ async def test_details_and_attempts_come_out_as_they_went_in(task_db: TaskDB) ->
         await task_db.insert(letter(f"task {number}", text))
         found = await task_db.find(f"task {number}")
         assert found is not None
-        assert (found["detail"], found["message"]) == (storable(text), b"\0\xff")
-        assert {storable(value) for value in found["attempts"][0].values()} == {storable(text)}
+        assert (found["detail"], found["message"]) == (sanitize(text), b"\0\xff")
+        assert {sanitize(value) for value in found["attempts"][0].values()} == {sanitize(text)}
 
 
 async def test_task_ids_names_and_deliveries_stay_apart(task_db: TaskDB) -> None:
@@ -47,7 +47,7 @@ async def test_task_ids_names_and_deliveries_stay_apart(task_db: TaskDB) -> None
     for name in NAMES:
         found = await task_db.find(name)
         assert found is not None
-        assert found["task_id"] == fitting(name, 255)
+        assert found["task_id"] == truncate(name, 255)
         assert found["history"] == []
         assert [each["id"] for each in await task_db.search(task_name=f"test:{name}")] == [found["id"]]
         assert await task_db.discard([(found["id"], found["burial"])]) == {found["id"]}

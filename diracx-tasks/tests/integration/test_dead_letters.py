@@ -186,10 +186,10 @@ async def test_P12_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
 async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskDB, db_url: str) -> None:
     from functools import partial
 
-    from diracx.tasks.plumbing._util.retrying import patiently
+    from diracx.tasks.plumbing._util.retrying import retry_until_available
 
     async def bury(number: int) -> None:
-        await patiently(
+        await retry_until_available(
             partial(store, db, letter(number)), "store", passing=lambda error: isinstance(error, SQLAlchemyError)
         )
 

@@ -22,9 +22,9 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.config import TasksConfig, unknown_names
 from diracx.tasks.plumbing.config import watcher as following_module
-from diracx.tasks.plumbing.config.active import COUNTS_SECONDS, configurations_in_force
-from diracx.tasks.plumbing.config.cached import ConfigReader
-from diracx.tasks.plumbing.config.watcher import ConfigFollower
+from diracx.tasks.plumbing.config.active import COUNTS_SECONDS, active_configs
+from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.watcher import ConfigWatcher
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -39,10 +39,10 @@ class Seen:
         self.changes.append((tasks, vos))
 
 
-def follower(reader: ConfigReader, seen: Any, **kwargs: Any) -> ConfigFollower:
+def follower(reader: ConfigReader, seen: Any, **kwargs: Any) -> ConfigWatcher:
     reading = reader.read()
     assert reading.tasks is not None
-    return ConfigFollower(reader, reading.tasks, reading.vos, seen, **kwargs)
+    return ConfigWatcher(reader, reading.tasks, reading.vos, seen, **kwargs)
 
 
 async def until(condition: Any, what: str, timeout: float = 60.0) -> None:
@@ -62,24 +62,24 @@ async def test_a_change_is_told_once_and_what_is_wrong_never(
     path.write_text("common: {A: {concurrency_limit: 1}}")
     seen = Seen()
     caplog.set_level(logging.INFO)
-    async with follower(ConfigReader(path), seen, role="scheduler", redis=redis, process="me", look_seconds=0.05):
-        (said,) = await configurations_in_force(redis)
+    async with follower(ConfigReader(path), seen, role="scheduler", redis=redis, process="me", poll_seconds=0.05):
+        (said,) = await active_configs(redis)
         assert (said.process, said.role, said.source, said.problems) == ("me", "scheduler", str(path), ())
         path.write_text("common: {A: {concurrency_limit: 2}}")
         await until(lambda: seen.changes, "the change is told")
         path.write_text("common: {A: {concurrency_limit: -2}}")
 
         async def complains() -> bool:
-            return bool((await configurations_in_force(redis))[0].problems)
+            return bool((await active_configs(redis))[0].problems)
 
         await until(complains, "the problem is published")
-        (bad,) = await configurations_in_force(redis)
+        (bad,) = await active_configs(redis)
         assert bad.problems_since is not None
         assert "concurrency_limit" in bad.problems[0]
         path.write_text("common: {A: {concurrency_limit: 2}}")
 
         async def content() -> bool:
-            return not (await configurations_in_force(redis))[0].problems
+            return not (await active_configs(redis))[0].problems
 
         await until(content, "it is valid again")
     assert [tasks.common["A"].concurrency_limit for tasks, _ in seen.changes] == [2]
@@ -87,7 +87,7 @@ async def test_a_change_is_told_once_and_what_is_wrong_never(
     assert len(errors) == 1
     assert bad.digest in errors[0]
     assert sum("valid again" in record.getMessage() for record in caplog.records) == 1
-    assert await configurations_in_force(redis) == [], "a process that ends signs off"
+    assert await active_configs(redis) == [], "a process that ends signs off"
 
 
 async def test_VOs_are_followed_while_the_settings_are_wrong(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ async def test_VOs_are_followed_while_the_settings_are_wrong(tmp_path: Path) -> 
     seen = Seen()
     follows = follower(ConfigReader(backend_url=repository.url), seen)
     repository.commit(["cms", "lhcb"], {"common": {"A": {"priority": "sometimes"}}})
-    await follows.look()
+    await follows.poll()
     assert [vos for _, vos in seen.changes] == [("cms", "lhcb")]
     repository.commit([])
-    await follows.look()
+    await follows.poll()
     assert [vos for _, vos in seen.changes][1:] == [()]
 
 
@@ -112,18 +112,18 @@ async def test_what_would_be_refused_at_the_start_does_not_come_into_force(tmp_p
         return unknown_names(tasks, registry, vos)
 
     reader = ConfigReader(path, registry=registry)
-    async with follower(reader, seen, redis=redis, process="me", warn=warn, look_seconds=0.05) as follows:
+    async with follower(reader, seen, redis=redis, process="me", warn=warn, poll_seconds=0.05) as follows:
         path.write_text("common: {Child: {enabled: false, max_retries: -1}, Chidl: {max_retries: 1}}")
 
         async def complains() -> bool:
-            return len((await configurations_in_force(redis))[0].problems) == 3
+            return len((await active_configs(redis))[0].problems) == 3
 
         await until(complains, "everything that is wrong is said at once")
         assert not seen.changes
         path.write_text("common: {Child: {max_retries: 1}, Chidl: {max_retries: 1}}")
 
         async def warns() -> bool:
-            (said,) = await configurations_in_force(redis)
+            (said,) = await active_configs(redis)
             return not said.problems and len(said.warnings) == 1
 
         await until(warns, "a name that nothing goes by is a warning")
@@ -143,9 +143,9 @@ async def test_a_change_that_cannot_be_applied_is_a_problem_and_tried_again(tmp_
 
     follows = follower(ConfigReader(path), refuse_once)
     path.write_text("common: {A: {concurrency_limit: 2}}")
-    await follows.look()
+    await follows.poll()
     assert not follows.tasks.common
-    await follows.look()
+    await follows.poll()
     assert follows.tasks.common
     assert told == 2
 
@@ -160,19 +160,19 @@ async def test_a_read_that_hangs_is_reported_and_blocks_nothing(
     release = threading.Event()
     original = reader.read
     seen = Seen()
-    async with follower(reader, seen, redis=redis, process="me", look_seconds=0.05):
+    async with follower(reader, seen, redis=redis, process="me", poll_seconds=0.05):
         monkeypatch.setattr(reader, "read", lambda: (release.wait(), original())[1])
         path.write_text("common: {A: {concurrency_limit: 2}}")
 
         async def complains() -> bool:
-            return any("takes longer" in line for line in (await configurations_in_force(redis))[0].problems)
+            return any("takes longer" in line for line in (await active_configs(redis))[0].problems)
 
         await until(complains, "the hanging read is published")
         release.set()
         await until(lambda: seen.changes, "the change comes into force when the read has ended")
 
         async def content() -> bool:
-            return not (await configurations_in_force(redis))[0].problems
+            return not (await active_configs(redis))[0].problems
 
         await until(content, "and nothing is wrong any more")
 
@@ -183,7 +183,7 @@ async def test_processes_that_died_are_forgotten(redis: Redis, tmp_path: Path) -
     seconds, _ = await redis.execute_command("TIME")
     long_ago = int(seconds * 1000 - COUNTS_SECONDS * 1000 - 1000)
     await redis.hset(keys.CONFIG_IN_FORCE, "dead", f"{long_ago} {{}}")
-    assert await configurations_in_force(redis) == []
+    assert await active_configs(redis) == []
     async with follower(ConfigReader(path), Seen(), redis=redis, process="me"):
         assert await redis.hkeys(keys.CONFIG_IN_FORCE) == [b"me"]
         assert 0 < await redis.pttl(keys.CONFIG_IN_FORCE) <= 2 * COUNTS_SECONDS * 1000
@@ -192,17 +192,17 @@ async def test_processes_that_died_are_forgotten(redis: Redis, tmp_path: Path) -
 async def test_an_idle_follower_writes_little(redis: Redis, tmp_path: Path) -> None:
     path = tmp_path / "tasks.yaml"
     path.write_text("")
-    async with follower(ConfigReader(path), Seen(), redis=redis, process="me", look_seconds=0.01) as follows:
+    async with follower(ConfigReader(path), Seen(), redis=redis, process="me", poll_seconds=0.01) as follows:
         before = (await redis.info("commandstats")).get("cmdstat_hset", {}).get("calls", 0)
         looks = 0
-        original = follows.look
+        original = follows.poll
 
         async def counted() -> None:
             nonlocal looks
             looks += 1
             await original()
 
-        follows.look = counted  # type: ignore[method-assign]
+        follows.poll = counted  # type: ignore[method-assign]
         await until(lambda: looks >= 20, "it looks on")
         assert (await redis.info("commandstats"))["cmdstat_hset"]["calls"] == before
 
@@ -354,7 +354,7 @@ async def test_a_configuration_that_is_wrong_leaves_a_test_system_as_it_was(redi
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitters look at every submission."""
-    monkeypatch.setattr(following_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(following_module, "POLL_SECONDS", 0.0)
 
 
 async def test_P46_a_submitting_process_follows_the_priority(

@@ -21,7 +21,7 @@ from diracx.tasks.operations.metrics import health_metrics
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import submit_task
 from diracx.tasks.plumbing.broker.server_check import EMBEDDED
-from diracx.tasks.plumbing.config.active import Announcer, InForce
+from diracx.tasks.plumbing.config.active import ActiveConfig, Announcer
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
@@ -174,7 +174,7 @@ async def stuck_group(redis: Redis) -> None:
 
 async def wrong_configuration(redis: Redis) -> None:
     since = time.time() - 700
-    entry = InForce(
+    entry = ActiveConfig(
         "worker small", "tasks.yaml", "aaa", since, problems=("line 3: no such task",), problems_since=since
     )
     await Announcer(redis, WORKER).say(entry)
@@ -182,7 +182,7 @@ async def wrong_configuration(redis: Redis) -> None:
 
 async def two_configurations(redis: Redis) -> None:
     for digest, since in (("aaa", 4000), ("bbb", 300)):
-        await Announcer(redis, digest).say(InForce("worker small", "tasks.yaml", digest, time.time() - since))
+        await Announcer(redis, digest).say(ActiveConfig("worker small", "tasks.yaml", digest, time.time() - since))
 
 
 async def memory_short(redis: Redis) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from diracx.tasks.plumbing._util.retrying import is_passing
+from diracx.tasks.plumbing._util.retrying import is_transient
 from diracx.tasks.plumbing.broker.connection import async_client
 from diracx.tasks.testing.server import embedded_redis
 from redis.exceptions import RedisError
@@ -18,5 +18,5 @@ async def test_a_write_refused_for_missing_replicas_passes_in_a_pipeline_as_well
             async with client.pipeline(transaction=False) as pipe:
                 await pipe.set("key", 1).execute()
         await client.aclose()
-    assert is_passing(alone.value)
-    assert is_passing(piped.value)
+    assert is_transient(alone.value)
+    assert is_transient(piped.value)

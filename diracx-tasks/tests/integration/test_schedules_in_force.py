@@ -26,7 +26,7 @@ from diracx.tasks.plumbing.broker import scheduling as schedule_steps
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.scheduler import ScheduleState, TaskScheduler, by_hand, schedules
+from diracx.tasks.plumbing.scheduler import ScheduleState, TaskScheduler, admin, schedules
 from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
 from diracx.tasks.plumbing.schedules import TaskScheduleBase
 from diracx.tasks.plumbing.submission.client import Binding
@@ -436,7 +436,7 @@ async def test_instances_have_ids_arguments_and_schedules_of_their_own(redis_url
 @pytest.mark.leaves_keys(STREAM)
 async def test_a_paused_schedule_submits_nothing_and_makes_up_for_it_once(redis_url: str, redis: Redis) -> None:
     ids = ["test:Hourly", "test:HourlyOrNot"]
-    await by_hand.pause(redis, ids)
+    await admin.pause(redis, ids)
     async with scheduling(redis_url, Hourly, HourlyOrNot):
         pass
     missed = int(time.time() * 1000) - HOUR_MS * 5 // 2
@@ -444,7 +444,7 @@ async def test_a_paused_schedule_submits_nothing_and_makes_up_for_it_once(redis_
     async with scheduling(redis_url, Hourly, HourlyOrNot, Often):
         await until(lambda: redis.xlen(STREAM))  # of Often: the leader has looked at what is due
         assert {m.task_name for m in await submitted(redis)} == {"test:Often"}
-        assert await by_hand.resume(redis, ids) == ids
+        assert await admin.resume(redis, ids) == ids
         runs = await until(lambda: _passed(redis, ids, missed))
         assert [m.task_name for m in await submitted(redis) if m.task_name != "test:Often"] == ["test:Hourly"]
         assert {runs[id_] - missed for id_ in ids} == {3 * HOUR_MS}, "both keep their phase"
@@ -456,12 +456,12 @@ async def _passed(redis: Redis, ids: Iterable[str], missed: int) -> dict[str, in
 
 
 async def test_a_pause_outlives_a_scheduler_that_does_not_know_the_task(redis_url: str, redis: Redis) -> None:
-    await by_hand.pause(redis, ["test:Hourly"])
+    await admin.pause(redis, ["test:Hourly"])
     async with scheduling(redis_url, PerVo):
         pass
     assert (await look(redis, Hourly))["test:Hourly"].state == "paused"
     assert (await look(redis, PerVo))["test:Hourly"].state == "unknown"
-    assert await by_hand.resume(redis, ["test:Hourly"]) == ["test:Hourly"]
+    assert await admin.resume(redis, ["test:Hourly"]) == ["test:Hourly"]
 
 
 @pytest.mark.leaves_keys(STREAM)
@@ -469,8 +469,8 @@ async def test_run_now_waits_for_nobody_and_never_piles_up(redis_url: str, redis
     broker = RedisStreamBroker(redis_url)
     registry = TaskRegistry.of(named(Hourly))
     [scheduled] = scheduled_tasks(registry, TasksConfig(), []).values()
-    first = await by_hand.run_now(Binding(broker, registry), scheduled)
-    second = await by_hand.run_now(Binding(broker, registry), scheduled)
+    first = await admin.run_now(Binding(broker, registry), scheduled)
+    second = await admin.run_now(Binding(broker, registry), scheduled)
     assert (first.submitted, second.submitted, second.task_id) == (True, False, first.task_id)
     [message] = await submitted(redis)
     assert message.labels == {LABEL_SCHEDULE: "test:Hourly"}
@@ -495,7 +495,7 @@ async def test_the_outcome_of_an_occurrence_is_kept_and_of_nothing_else(redis_ur
         await Hourly().schedule()
         ids = {}
         for scheduled in scheduled_tasks(system.registry, TasksConfig(), []).values():
-            ids[scheduled.id] = (await by_hand.run_now(Binding(system.broker, system.registry), scheduled)).task_id
+            ids[scheduled.id] = (await admin.run_now(Binding(system.broker, system.registry), scheduled)).task_id
         found = await until(lambda: _with_outcomes(redis, tasks, 3))
         assert found["test:Hourly"].outcome.ok
         failed = found["test:Fails"].outcome

@@ -15,8 +15,8 @@ from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.config.active import configurations_in_force
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.active import active_configs
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler.overview import schedules
@@ -58,7 +58,7 @@ READERS: list[tuple[str, str, bytes | str, Callable[[Redis], Awaitable[Any]]]] =
     (keys.OUTCOMES, "test:Task", _OTHER_FIELDS, _listed),
     (keys.LAST_RUNS, "test:Task", "rubbish", _listed),
     (keys.PAUSED, "test:Task", "rubbish", _listed),
-    (keys.CONFIG_IN_FORCE, "p", _OTHER_FIELDS, configurations_in_force),
+    (keys.CONFIG_IN_FORCE, "p", _OTHER_FIELDS, active_configs),
 ]
 
 

@@ -31,7 +31,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import reporter

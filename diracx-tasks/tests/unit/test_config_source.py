@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from config_repository import ConfigRepository
-from diracx.tasks.plumbing.config import cached as config_source
+from diracx.tasks.plumbing.config import sources as config_source
 from diracx.tasks.plumbing.config.active import digest
-from diracx.tasks.plumbing.config.cached import ConfigReader, Reading, in_thread
+from diracx.tasks.plumbing.config.sources import ConfigReader, ConfigSnapshot, in_thread
 
 LIMIT = "common: {{Greet: {{concurrency_limit: {}}}}}\n"
 
 
-def limit_of(reading: Reading) -> int | None:
+def limit_of(reading: ConfigSnapshot) -> int | None:
     assert reading.tasks is not None, reading.problems
     return reading.tasks.get_override("my_tasks:Greet").concurrency_limit
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from diracx.tasks.plumbing._util.tasks import end
+from diracx.tasks.plumbing._util.tasks import cancel_and_wait
 
 
 async def test_what_loses_a_cancellation_ends_all_the_same() -> None:
@@ -25,7 +25,7 @@ async def test_what_loses_a_cancellation_ends_all_the_same() -> None:
     task = asyncio.create_task(forgetful())
     await begun.wait()
     async with asyncio.timeout(30):
-        await end(task)
+        await cancel_and_wait(task)
     assert task.cancelled()
     assert lost == 2
 
@@ -36,4 +36,4 @@ async def test_the_end_of_what_had_failed_raises_nothing() -> None:
 
     failing = asyncio.create_task(fails())
     await asyncio.wait([failing])
-    await end(failing)
+    await cancel_and_wait(failing)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import socket
 
 import pytest
-from diracx.tasks.plumbing._util.retrying import NO_PRIMARY, Pauses, is_passing, may_pass, patiently, reason
+from diracx.tasks.plumbing._util.retrying import (
+    NO_PRIMARY,
+    Backoff,
+    is_transient,
+    may_pass,
+    reason,
+    retry_until_available,
+)
 from redis._parsers import BaseParser
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
@@ -37,14 +44,14 @@ def refusal(words: str) -> RedisError:
     ids=lambda words: words.split()[0],
 )
 def test_P6_what_passes_by_itself_is_waited_out(words: str) -> None:
-    assert is_passing(refusal(words))
+    assert is_transient(refusal(words))
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionError("gone"), TimeoutError("deaf"), OSError("no route"), MasterNotFoundError()]
 )
 def test_P6_a_server_that_is_away_is_waited_for(error: BaseException) -> None:
-    assert is_passing(error)
+    assert is_transient(error)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,7 @@ def test_P6_a_server_that_is_away_is_waited_for(error: BaseException) -> None:
     ids=lambda words: " ".join(words.split()[:2]),
 )
 def test_what_stays_wrong_is_not_waited_out(words: str) -> None:
-    assert not is_passing(refusal(words))
+    assert not is_transient(refusal(words))
 
 
 @pytest.mark.parametrize(
@@ -100,11 +107,11 @@ async def test_a_call_is_repeated_until_it_works() -> None:
             raise answer
         return str(answer)
 
-    assert await patiently(call, "ask") == "answer"
+    assert await retry_until_available(call, "ask") == "answer"
 
 
 def test_pauses_grow_to_a_limit_and_begin_again() -> None:
-    pauses = Pauses()
+    pauses = Backoff()
     grown = [pauses.next() for _ in range(20)]
     assert grown[0] <= 0.05
     assert all(1.0 <= pause <= 2.0 for pause in grown[-10:])

@@ -88,17 +88,17 @@ class Movie(TypedDict, total=False):
 
 
 @dataclass
-class Shape:
+class TaskSignature:
     size: int
 
 
 @dataclass
-class Circle(Shape):
+class Circle(TaskSignature):
     radius: float = 1.0
 
 
 @dataclass
-class Square(Shape):
+class Square(TaskSignature):
     side: float = 1.0
 
 
@@ -187,7 +187,9 @@ class ModelBox(BaseModel, Generic[T]):
 UserId = NewType("UserId", int)
 
 moments = st.datetimes(min_value=datetime(1, 1, 3), max_value=datetime(9999, 12, 29), timezones=st.timezones())
-shapes = st.builds(Shape, st.integers()) | st.builds(Circle, st.integers()) | st.builds(Square, st.integers())
+shapes = (
+    st.builds(TaskSignature, st.integers()) | st.builds(Circle, st.integers()) | st.builds(Square, st.integers())
+)
 models = st.builds(Model, low=st.integers(), highest=st.integers()) | st.builds(SubModel, low=st.integers())
 logins = st.builds(
     Login,
@@ -227,7 +229,7 @@ KINDS: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (Literal[Mode.R, "s"], st.sampled_from([Mode.R, "r", "s"])),
     (Site, st.builds(Site, st.text(), st.sampled_from(Colour)) | st.tuples(st.text(), st.sampled_from(Colour))),
     (Movie, st.sampled_from([{"name": "a"}, {"year": 1}, {}, {"other": 1}, {"year": True}])),
-    (Shape, shapes),
+    (TaskSignature, shapes),
     (Tag, st.builds(Tag, st.text())),
     (Counted, st.builds(Counted, st.integers())),
     (Model, models),
@@ -350,7 +352,7 @@ def made(form: str, annotation: Any, value: Any) -> Any:
 
 @dataclass
 class Fits(BaseTask):
-    shape: Shape
+    shape: TaskSignature
     drawing: Annotated[Cat | Dog, Field(discriminator="kind")]
     either: Cat | Dog
     colours: dict[Colour, set[Colour]]
@@ -371,7 +373,17 @@ def test_values_that_fit_their_annotations_arrive() -> None:
     site = Site("a", Colour.RED)
     anything = {1: (True, {2.5}), b"x": [datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/Zurich")), Decimal("NaN")]}
     task = Fits(
-        Shape(1), Dog(), Dog(), colours, login, boxes, site, Model(low=1, highest=2), UserId(1), anything, Mode.R
+        TaskSignature(1),
+        Dog(),
+        Dog(),
+        colours,
+        login,
+        boxes,
+        site,
+        Model(low=1, highest=2),
+        UserId(1),
+        anything,
+        Mode.R,
     )
     there = arrived(task)
     for each in dataclasses.fields(Fits):
@@ -381,9 +393,9 @@ def test_values_that_fit_their_annotations_arrive() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shape": Circle(1)}, "'shape' of type .*Circle would arrive as .*Shape; .*Literal"),
+        ({"shape": Circle(1)}, "'shape' of type .*Circle would arrive as .*TaskSignature; .*Literal"),
         ({"anything": Colour.RED}, "'anything' of type .*Colour would arrive as builtins.str"),
-        ({"anything": [Shape(1)]}, "'anything' would not arrive equal"),
+        ({"anything": [TaskSignature(1)]}, "'anything' would not arrive equal"),
         ({"anything": object()}, "'anything': cannot put a value of type builtins.object on the wire"),
         ({"anything": bytearray(b"a")}, "'anything' of type builtins.bytearray would arrive as builtins.bytes"),
         ({"user": True}, None),
@@ -394,7 +406,7 @@ def test_values_that_fit_their_annotations_arrive() -> None:
 )
 def test_a_refusal_names_the_argument_and_the_way_out(change: dict[str, Any], words: str | None) -> None:
     login = Login(user="me", password=SecretStr("sesame"))
-    task = Fits(Shape(1), Dog(), Dog(), {}, login, [], Site("a", Colour.RED), Model(low=1), UserId(1))
+    task = Fits(TaskSignature(1), Dog(), Dog(), {}, login, [], Site("a", Colour.RED), Model(low=1), UserId(1))
     task = dataclasses.replace(task, **change)
     if words is None:
         assert arrived(task) == task

@@ -8,7 +8,7 @@ import pytest
 from dashboard_browser import Tab, expect, needs_chromium, tab_of
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext

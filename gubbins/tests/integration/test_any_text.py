@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing.sql.migrations import MigrationError
-from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, fitting, storable
+from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, sanitize, truncate
 from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, insert
 
@@ -46,7 +46,7 @@ async def test_reasons_and_errors_come_out_as_they_went_in(pilot_db: MyPilotDB) 
     db = pilot_db
     await db.add_ce("ce", 100, 1.0)
     for text in TEXTS:
-        kept = storable(text[:MAX_REASON_CHARS], MAX_REASON_CHARS)
+        kept = sanitize(text[:MAX_REASON_CHARS], MAX_REASON_CHARS)
         one, two, three = [await db.submit_pilot("ce", "lhcb") for _ in range(3)]
         await db.update_pilot_status(one, S.RUNNING, reason=text)
         await db.advance_pilots({S.RUNNING: [(two, text), (three, None)]}, vo="lhcb")
@@ -80,7 +80,7 @@ async def test_settings_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
 
 async def test_references_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
     await pilot_db.add_ce("ce", 100, 1.0)
-    references = [name for name in NAMES if fitting(name, MAX_REFERENCE_CHARS) == name]
+    references = [name for name in NAMES if truncate(name, MAX_REFERENCE_CHARS) == name]
     for some in ([references[0]], references[1:]):  # one alone goes another way
         pilots = [(await pilot_db.submit_pilot("ce", "lhcb"), reference) for reference in some]
         assert await pilot_db.confirm_pilots(pilots) == len(pilots)
@@ -97,7 +97,7 @@ async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB)
         await db.add_requests(name, vo=name, count=1)
         await db.put_demand(name, {name: Demand(1, NOW, None)})
         await db.record_failure(name, CECall.SUBMIT, name, failures=1, pause_seconds=1, max_pause_seconds=1)
-    kept = {fitting(name, 128) for name in SHORT_NAMES}
+    kept = {truncate(name, 128) for name in SHORT_NAMES}
     assert len(kept) == len(SHORT_NAMES)
     both = {(name, name) for name in kept}
     assert {ce["name"] for ce in await db.get_ces()} == kept
@@ -107,7 +107,7 @@ async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB)
     for name, pilot_id in pilots.items():
         assert [row.pilot_id for row in await db.get_active_pilots(vo=name)] == [pilot_id]
         total, [found] = await db.search_pilots(vo=name, ce_name=name)
-        assert (total, found["vo"], found["ce_name"]) == (1, fitting(name, 128), fitting(name, 128))
+        assert (total, found["vo"], found["ce_name"]) == (1, truncate(name, 128), truncate(name, 128))
         assert (await db.get_ce(name))["circuits"][CECall.SUBMIT]["failures"] == 1
         assert await db.take_requests(name, vo=name, count=9) == 1
 

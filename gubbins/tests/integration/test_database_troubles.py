@@ -9,7 +9,7 @@ import httpx
 import pytest
 from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.cached import ConfigReader
+from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend

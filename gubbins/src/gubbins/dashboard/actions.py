@@ -53,7 +53,7 @@ async def _ask_open(form: Form, context: AppContext) -> Question:
         f"Open {ce['name']} for new pilots?",
         f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}."
         + _about_ban(ce, "Opening lifts the ban.")
-        + " Pauses after failed calls end, too.",
+        + " Backoff after failed calls end, too.",
         "Open it",
     )
 

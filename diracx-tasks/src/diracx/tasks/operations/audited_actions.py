@@ -98,17 +98,15 @@ class Deeds:
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
         """Submit no more occurrences of these schedules. Returns those that were not paused before."""
-        from ..plumbing.scheduler import by_hand
+        from ..plumbing.scheduler import admin
 
-        return await self.perform("pause schedules", listed(ids), lambda: by_hand.pause(self.redis, ids), _changed)
+        return await self.perform("pause schedules", listed(ids), lambda: admin.pause(self.redis, ids), _changed)
 
     async def resume(self, ids: Sequence[str]) -> list[str]:
         """Let these schedules go on. Returns those that had been paused."""
-        from ..plumbing.scheduler import by_hand
+        from ..plumbing.scheduler import admin
 
-        return await self.perform(
-            "resume schedules", listed(ids), lambda: by_hand.resume(self.redis, ids), _changed
-        )
+        return await self.perform("resume schedules", listed(ids), lambda: admin.resume(self.redis, ids), _changed)
 
     async def run_now(self, binding: Binding, scheduled: ScheduledTask) -> str:
         """Submit a schedule's task at once. Returns its task id.
@@ -117,10 +115,10 @@ class Deeds:
             StillWaitingError: the last one has not begun.
             TaskArgumentsError, TypeError, ValueError: the class does not accept the arguments of the instance.
         """
-        from ..plumbing.scheduler import by_hand
+        from ..plumbing.scheduler import admin
 
         async def do() -> str:
-            done = await by_hand.run_now(binding, scheduled)
+            done = await admin.run_now(binding, scheduled)
             if not done.submitted:
                 raise StillWaitingError(done.task_id)
             return done.task_id

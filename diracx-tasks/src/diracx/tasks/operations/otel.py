@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing._util.tasks import end
+from ..plumbing._util.tasks import cancel_and_wait
 from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
 from .cursors import queue_of
 from .exposition import BOUNDARIES
@@ -46,7 +46,7 @@ async def exported(
     try:
         yield
     finally:
-        await end(refreshing)
+        await cancel_and_wait(refreshing)
         with suppress(Exception):  # the last of what was counted, if it can still be had
             bridge.show(await collect())
 

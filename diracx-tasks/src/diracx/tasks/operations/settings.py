@@ -72,12 +72,12 @@ def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
 
 
 def _records(settings: Mapping[str, Setting], source: Source) -> dict[str, Any]:
-    from ..plumbing.config import whose
+    from ..plumbing.config import owner
 
     return {
         name: {
             "value": setting.value,
-            "from": whose(setting.path),
+            "from": owner(setting.path),
             "path": None if setting.path is None else ".".join(setting.path),
             "line": None if setting.path is None else source.line(setting.path),
         }

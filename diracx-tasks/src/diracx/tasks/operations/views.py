@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from ..plumbing.broker.groups import GroupStatus
     from ..plumbing.broker.stored_schedules import Outcome
-    from ..plumbing.config.active import InForce
+    from ..plumbing.config.active import ActiveConfig
     from ..plumbing.scheduler import ScheduleState
     from .audit import AuditEntry
     from .models import (
@@ -361,7 +361,7 @@ SCHEDULES: View[ScheduleState] = View(
 )
 
 
-def _config_state(entry: InForce) -> str:
+def _config_state(entry: ActiveConfig) -> str:
     if entry.problems:
         problems_since = (
             None if entry.problems_since is None else datetime.fromtimestamp(entry.problems_since, UTC)
@@ -370,7 +370,7 @@ def _config_state(entry: InForce) -> str:
     return "in force, with warnings" if entry.warnings else "in force"
 
 
-ACTIVE_CONFIGS: View[InForce] = View(
+ACTIVE_CONFIGS: View[ActiveConfig] = View(
     "no worker or scheduler runs",
     (
         Column("process", "process"),

@@ -13,7 +13,7 @@ from .. import operations as monitor
 from ..operations.health import health_checks
 from ..operations.single_flight import SingleFlightCache
 from ..plumbing.config import TasksConfig
-from ..plumbing.config.cached import Reading, in_thread
+from ..plumbing.config.sources import ConfigSnapshot, in_thread
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..operations.health import Health, HealthChecks
     from ..plumbing.base_task import BaseTask
     from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.config.cached import ConfigReader
+    from ..plumbing.config.sources import ConfigReader
     from ..plumbing.persistence import TaskDB
     from ..plumbing.registry import TaskRegistry
 
@@ -154,7 +154,7 @@ class AppContext:
         return await self.answers.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
 
 
-def _settings(reading: Reading, before: Settings) -> Settings:
+def _settings(reading: ConfigSnapshot, before: Settings) -> Settings:
     tasks = before.tasks if reading.tasks is None else reading.tasks
     vos = before.vos if reading.vos is None else reading.vos
     return Settings(tasks, vos, reading.problems)

@@ -82,10 +82,10 @@ class Operator(Deeds):
         Raises:
             NotPossibleError: it is not known here, its arguments do not fit, or its last occurrence still waits.
         """
-        from ..plumbing.scheduler.occurrences import every_instance
+        from ..plumbing.scheduler.occurrences import iter_schedules
 
         settings = await self.context.settings()
-        found = {known.id: known for known in every_instance(self.context.registry, settings.tasks, settings.vos)}
+        found = {known.id: known for known in iter_schedules(self.context.registry, settings.tasks, settings.vos)}
         if schedule not in found:
             raise NotPossibleError(f"{schedule!r} cannot be run from here: code and configuration do not know it")
         binding = Binding(self.context.broker, self.context.registry, settings.tasks)

@@ -12,7 +12,7 @@ from typing import Any, TypeVarTuple, cast
 
 from diracx.tasks.plumbing.sql.migrations import Migrations
 from diracx.tasks.plumbing.sql.session import Database, transaction
-from diracx.tasks.plumbing.sql.types import storable
+from diracx.tasks.plumbing.sql.types import sanitize
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -162,7 +162,7 @@ def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subque
         rows: pairs of id and reason.
     """
     payload = json.dumps(
-        [(id,) if reason is None else (id, storable(reason, MAX_REASON_CHARS)) for id, reason in rows]
+        [(id,) if reason is None else (id, sanitize(reason, MAX_REASON_CHARS)) for id, reason in rows]
     )
     statement = text(_READERS[dialect]).bindparams(bindparam("staged", payload, String))
     return statement.columns(id=BigInteger, reason=String).subquery("staged_rows")

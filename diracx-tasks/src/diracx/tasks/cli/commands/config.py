@@ -16,7 +16,7 @@ from ..runtime.server import Server
 
 if TYPE_CHECKING:
     from ...plumbing.config import Problem, Source, TasksConfig
-    from ...plumbing.config.active import InForce
+    from ...plumbing.config.active import ActiveConfig
     from ...plumbing.factory import TaskRegistry
 
 app = command_group(
@@ -63,7 +63,7 @@ def _problem_record(problem: Problem, source: Source) -> dict[str, Any]:
         "path": ".".join(problem.path),
         "line": source.line(problem.path),
         "message": problem.message,
-        "prevents_start": not problem.foreign,
+        "prevents_start": not problem.maybe_elsewhere,
     }
 
 
@@ -90,10 +90,10 @@ def show_settings(
     registry = load_registry(module)
     names = sorted(registry) if task is None else [find_task(registry, task)]
     config, problems, source, vos = _read(file, registry)
-    fatal = [problem for problem in problems if not problem.foreign]
+    fatal = [problem for problem in problems if not problem.maybe_elsewhere]
     if config is None or fatal:
         raise CliError(
-            "the configuration of tasks is wrong; `diracx-task-run config check` reports the same",
+            "the configuration of tasks is wrong; `diracx-task-run config check` says the same",
             detail="".join(f"{line}\n" for line in source.report(problems)),
         )
     if vo is not None and vos is not None and vo not in vos:
@@ -135,17 +135,17 @@ def _origin(setting: Mapping[str, Any], source: Source) -> str:
 
 @app.command("in-force")
 def in_force(*, as_json: JsonOption = False, server: Server) -> None:
-    """Show with which configuration each worker and scheduler runs, since when, and its problems.
+    """Show with which configuration each worker and scheduler runs, since when, and what is wrong with it.
 
-    Processes with the same settings show the same digest. Where the written configuration is
-    wrong, the last good one stays in force; exits with 1 then.
+    Processes with the same settings show the same digest. Where something is wrong with what is written, the
+    last good configuration is in force; exits with 1 then.
 
     Example: diracx-task-run config in-force --json
     """
     from ...operations.views import ACTIVE_CONFIGS
-    from ...plumbing.config.active import configurations_in_force
+    from ...plumbing.config.active import active_configs
 
-    entries = server.query(configurations_in_force)
+    entries = server.query(active_configs)
     if as_json:
         print_json([entry.as_dict() for entry in entries])
     else:
@@ -155,7 +155,7 @@ def in_force(*, as_json: JsonOption = False, server: Server) -> None:
         raise typer.Exit(1)
 
 
-def _print_notes(entries: Sequence[InForce]) -> None:
+def _print_notes(entries: Sequence[ActiveConfig]) -> None:
     """Each problem and warning once, with the processes that have it."""
     for kind, style in (("problems", "red"), ("warnings", "yellow")):
         lines: dict[str, list[str]] = {}
@@ -178,7 +178,7 @@ def _read(
     """
     from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
     from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
+    from ..runtime.environment import CONFIG_VARIABLE, diracx_config
 
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ...operations.audited_actions import Deeds
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.scheduler import ScheduleState
-    from ...plumbing.scheduler.by_hand import RunNow
-    from ..runtime.configuration import Configuration
+    from ...plumbing.scheduler.admin import RunNow
+    from ..runtime.environment import Configuration
 
 app = command_group(
     "schedule",
@@ -76,14 +76,14 @@ def run_now(
     """
     from ...operations.audited_actions import Deeds, StillWaitingError
     from ...plumbing.exceptions import TaskArgumentsError
-    from ...plumbing.scheduler.by_hand import RunNow
-    from ...plumbing.scheduler.occurrences import every_instance
+    from ...plumbing.scheduler.admin import RunNow
+    from ...plumbing.scheduler.occurrences import iter_schedules
     from ...plumbing.submission.client import Binding
     from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     config = _configuration(server, required=True)
     assert config is not None
-    instances = {found.id: found for found in every_instance(server.registry, config.tasks, config.vos or ())}
+    instances = {found.id: found for found in iter_schedules(server.registry, config.tasks, config.vos or ())}
     try:
         named = resolve_task_name(id_, instances)
     except AmbiguousTaskNameError as error:
@@ -201,7 +201,7 @@ def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration |
     Schedulers go on with the last good configuration, and an operator must be able to inspect and pause their
     schedules meanwhile: Redis has what they have planned.
     """
-    from ..runtime.configuration import read_configuration
+    from ..runtime.environment import read_configuration
 
     registry = server.registry
     try:

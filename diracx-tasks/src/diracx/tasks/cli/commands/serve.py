@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...plumbing._util.tasks import end as cancel_and_wait
+from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker.sizes import MAX_BYTES
 from ...plumbing.enums import Size
 from ..errors import CliError, explained_redis, mask, one_line
@@ -94,8 +94,7 @@ def worker(
         from ...operations.metrics import worker_metrics
         from ...plumbing.broker.server_check import Role
         from ...plumbing.worker import Worker
-        from ..runtime.configuration import watch_configuration
-        from ..runtime.databases import check_databases, open_task_db
+        from ..runtime.environment import check_databases, open_task_db, watch_configuration
 
         broker, config = await service.open(stack, Role.WORKER, worker_size)
         registry = options.registry
@@ -168,8 +167,7 @@ def scheduler(
         from ...plumbing.broker.server_check import Role
         from ...plumbing.persistence.resubmission import Resubmitter
         from ...plumbing.scheduler import TaskScheduler
-        from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
-        from ..runtime.databases import required_task_db
+        from ..runtime.environment import CONFIG_VARIABLE, required_task_db, watch_configuration
 
         broker, config = await service.open(stack, Role.SCHEDULER)
         registry = options.registry

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from ...plumbing._util.tasks import end
+from ...plumbing._util.tasks import cancel_and_wait
 from ..errors import CliError, explained_redis, mask
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ async def open_broker(
         if server is None:
             yield broker
             return
-        reporting = asyncio.create_task(report_changes(broker.redis, server))
+        following = asyncio.create_task(report_changes(broker.redis, server))
         try:
             yield broker
         finally:
-            await end(reporting)
+            await cancel_and_wait(following)
     finally:
         await broker.shutdown()

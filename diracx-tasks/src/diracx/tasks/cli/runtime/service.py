@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...plumbing._util.tasks import end as cancel_and_wait
+from ...plumbing._util.tasks import cancel_and_wait
 from ..options import LogLevelOption
 from .metrics_server import LOOPBACK, MetricsHostOption, MetricsPortOption
 from .server import ServerAndTasks
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.broker.server_check import Role
     from ...plumbing.enums import Size
-    from .configuration import Configuration
+    from .environment import Configuration
 
 logger = logging.getLogger(__package__)
 
@@ -61,7 +61,7 @@ class Service:
             CliError: when the server cannot be used, or a module or the configuration is wrong.
         """
         from .broker import open_broker
-        from .configuration import read_configuration
+        from .environment import read_configuration
         from .logs import set_task_log_level
 
         broker = await stack.enter_async_context(open_broker(self.url, size, role=role))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-from ...plumbing._util.tasks import end as cancel_and_wait
+from ...plumbing._util.tasks import cancel_and_wait
 
 _NUMBER_VARIABLE = "DIRACX_TASKS_PROCESS_NUMBER"
 _SOCKET_VARIABLE = "DIRACX_TASKS_SUPERVISOR_SOCKET"
@@ -100,7 +100,7 @@ class RestartPolicy:
     """Give up when a child ends before it was ready; else only while none has ever been ready."""
     first_pause_seconds: float = 0.5
     longest_pause_seconds: float = 30.0
-    """Pauses double each time a child ends within `young_seconds`."""
+    """Backoff double each time a child ends within `young_seconds`."""
     young_seconds: float = 10.0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...plumbing.broker.locking import waiter_counts
 from ...plumbing.broker.scheduling import schedule_problems
 from ...plumbing.broker.server_check import Server, read_server
-from ...plumbing.config.active import InForce, configurations_in_force
+from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.worker.reporter import REJECTED
 from ..cursors import moment
 from ..models import Failure, Snapshot, TaskStats
@@ -45,7 +45,7 @@ class Facts:
     seen: Snapshot
     stats: list[TaskStats]
     """Of the past hour."""
-    configurations: list[InForce]
+    configurations: list[ActiveConfig]
     running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Worker, and what it says of a task that it runs."""
     contended: list[Contended] = field(default_factory=list)
@@ -71,7 +71,7 @@ async def read_facts(redis: Redis) -> Facts:
     return Facts(
         seen=seen,
         stats=[each for each in counted if each.task_name != REJECTED],
-        configurations=await configurations_in_force(redis),
+        configurations=await active_configs(redis),
         running=running,
         contended=await _contended(redis, running),
         rejected=await _rejected(redis, seen) if rejected else [],

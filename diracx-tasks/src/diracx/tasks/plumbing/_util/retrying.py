@@ -56,7 +56,7 @@ _CANNOT = re.compile(
 _PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the server may well accept the same call a little later."""
     if isinstance(error, AuthenticationError | AuthorizationError):
         return False
@@ -73,7 +73,7 @@ def may_pass(error: BaseException) -> bool:
 
     No repair of data helps where the server, or the user, cannot do what is asked.
     """
-    if is_passing(error):
+    if is_transient(error):
         return True
     refused = isinstance(error, NoPermissionError | ClusterCrossSlotError | AskError)  # AskError: MOVED, too
     return isinstance(error, ResponseError) and not refused and not _CANNOT.search(str(error))
@@ -96,7 +96,7 @@ def reason(error: BaseException) -> str:
     return text
 
 
-class Pauses:
+class Backoff:
     """How long to wait before trying again: longer each time, and never all at the same moment."""
 
     def __init__(self) -> None:
@@ -113,11 +113,11 @@ class Pauses:
         self._pause = _SHORTEST_PAUSE_SECONDS
 
 
-async def patiently(
+async def retry_until_available(
     call: Callable[[], Awaitable[_Answer]],
     what: str,
     *,
-    passing: Callable[[BaseException], bool] = is_passing,
+    passing: Callable[[BaseException], bool] = is_transient,
     stop: asyncio.Event | None = None,
 ) -> _Answer:
     """Repeat a call until the server answers. Only for calls that may be repeated.
@@ -126,7 +126,7 @@ async def patiently(
         what: what is being attempted, for the log: one line when it begins to fail, one when it succeeds again.
         stop: once it is set, an error is raised instead of being waited out.
     """
-    pauses = Pauses()
+    pauses = Backoff()
     failed = False
     while True:
         try:

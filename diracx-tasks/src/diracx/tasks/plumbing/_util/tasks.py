@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["end"]
+__all__ = ["cancel_and_wait"]
 
 import asyncio
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 _CANCEL_AGAIN_SECONDS = 0.1
 
 
-async def end(*tasks: asyncio.Future[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     """Cancel these, and return when all of them have ended, with whatever result.
 
     They are cancelled more than once if need be: `asyncio.wait_for`, inside a client library, loses a

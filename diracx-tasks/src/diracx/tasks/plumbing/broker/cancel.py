@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import TaskCancelledError
 from ..messages.error_info import describe_exception
 from . import keys, scripts
-from .ending import child_ended, collected, schedule_outcome, stored_result
+from .effects import group_effect, release_results, result_effect, schedule_outcome
 from .groups import ask_for_audit, group_of
 from .models import TaskMessage, TaskResult
 
@@ -61,7 +61,7 @@ _PLACES = {
 
 async def cancel(redis: Redis, task_ids: Sequence[str], result_ttl_seconds: float | None) -> dict[str, TaskPlace]:
     """See `RedisStreamBroker.cancel`. Whatever is due has to be in its stream."""
-    search = _Search(redis, task_ids, result_ttl_seconds)
+    search = CancellationSearch(redis, task_ids, result_ttl_seconds)
     try:
         for turn in range(_ROUNDS):
             await search.ask([{"task": task, "marked": turn} for task in search.missing])
@@ -73,7 +73,7 @@ async def cancel(redis: Redis, task_ids: Sequence[str], result_ttl_seconds: floa
     return {task: search.found.get(task, TaskPlace.UNKNOWN) for task in task_ids}
 
 
-class _Search:
+class CancellationSearch:
     def __init__(self, redis: Redis, task_ids: Sequence[str], ttl_seconds: float | None) -> None:
         self._redis = redis
         self._ttl_seconds = ttl_seconds
@@ -190,12 +190,12 @@ def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any] | No
         return None
     error = TaskCancelledError(_CANCELLED)
     told = describe_exception(error)
-    result = stored_result(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
-    group = child_ended(message, told, lambda: TaskResult.from_exception(error, 0.0))
+    result = result_effect(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
+    group = group_effect(message, told, lambda: TaskResult.from_exception(error, 0.0))
     following = {
         "result": result,
         "group": group,
-        "collected": collected(message),
+        "release_results": release_results(message),
         "outcome": schedule_outcome(message, told, 0.0),
     }
     return {name: value for name, value in following.items() if value}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: How often the leading scheduler looks whether there is a reason for an audit.
-LOOK_SECONDS = 15.0
+POLL_SECONDS = 15.0
 #: An audit without a reason, since the last one.
 AUDIT_SECONDS = 86_400
 #: A child that moves while we look for it is behind us; in each of so many rounds it is not.
@@ -41,7 +41,7 @@ async def audit_for_ever(redis: Redis) -> None:
             await audit_if_due(redis)
         except (RedisError, OSError) as error:
             logger.warning("cannot look for lost children of groups: %s", error)
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def audit_if_due(redis: Redis) -> int | None:

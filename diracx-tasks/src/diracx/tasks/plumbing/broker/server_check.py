@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
-from .._util.retrying import is_passing
+from .._util.retrying import is_transient
 from . import keys
 from .memory import SAFE_POLICY, eviction_problem
 from .scripts import script
@@ -157,7 +157,7 @@ async def read_server(redis: Redis, role: Role | None = None, *, settings: bool 
     except NoPermissionError:
         commands, error = ["EVAL"], None
     except ResponseError as refusal:
-        if is_passing(refusal):
+        if is_transient(refusal):
             raise
         commands, error = [], str(refusal)
     if isinstance(hello, ResponseError) and not info:  # before 6.2, HELLO takes no less than a version

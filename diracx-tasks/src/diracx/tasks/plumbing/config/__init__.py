@@ -32,9 +32,9 @@ overrides; everything else stays as the code has it.
 
 from __future__ import annotations
 
-from .checks import check_written, checked_tasks_config, mistakes, problems, unknown_names
 from .effective import describe_schedule, instance_settings, object_settings, task_settings
-from .model import (
+from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
+from .schema import (
     LimitConfig,
     ObjectLimits,
     PeriodicTaskConfig,
@@ -42,10 +42,10 @@ from .model import (
     TaskInstance,
     TaskOverride,
     TasksConfig,
-    whose,
+    owner,
 )
-from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
 from .source import Problem, Source
+from .validate import check_written, checked_tasks_config, mistakes, problems, unknown_names
 
 __all__ = [
     "CONFIG_PATH_VARIABLE",
@@ -65,8 +65,8 @@ __all__ = [
     "load_tasks_config",
     "mistakes",
     "object_settings",
+    "owner",
     "problems",
     "task_settings",
     "unknown_names",
-    "whose",
 ]

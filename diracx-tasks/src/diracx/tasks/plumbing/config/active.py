@@ -1,6 +1,6 @@
 """Which process runs with which configuration: each says so in Redis, and anybody may look.
 
-`diracx-task-run config in-force` and dashboards read it; `ConfigFollower` writes it.
+`diracx-task-run config in-force` and dashboards read it; `ConfigWatcher` writes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PROBLEM_LENGTH = 500
 
 
 @dataclass(frozen=True, slots=True)
-class InForce:
+class ActiveConfig:
     """The configuration that one process runs with."""
 
     role: str
@@ -80,7 +80,7 @@ class Announcer:
         self._repeat_at = 0.0
         self._tidy_at = 0.0
 
-    async def say(self, in_force: InForce) -> None:
+    async def say(self, in_force: ActiveConfig) -> None:
         """Say it, if it is new or was said long ago.
 
         Raises:
@@ -118,7 +118,7 @@ def _shortened(lines: tuple[str, ...]) -> tuple[str, ...]:
     return shown if len(lines) <= _PROBLEMS else (*shown, f"… and {len(lines) - _PROBLEMS} more")
 
 
-async def configurations_in_force(redis: Redis) -> list[InForce]:
+async def active_configs(redis: Redis) -> list[ActiveConfig]:
     """With which configuration each living worker and scheduler runs, by role and process.
 
     Raises:
@@ -138,6 +138,6 @@ async def configurations_in_force(redis: Redis) -> list[InForce]:
             for name in ("problems", "warnings", "vos"):
                 if content.get(name) is not None:
                     content[name] = tuple(content[name])
-            known = {name: value for name, value in content.items() if name in InForce.__slots__}
-            found.append(InForce(**known | {"process": process, "seen": seen}))
+            known = {name: value for name, value in content.items() if name in ActiveConfig.__slots__}
+            found.append(ActiveConfig(**known | {"process": process, "seen": seen}))
         return sorted(found, key=lambda entry: (entry.role, entry.process))

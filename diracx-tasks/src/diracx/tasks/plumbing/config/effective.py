@@ -9,7 +9,7 @@ from ..base_task import BaseTask, PeriodicBaseTask
 from ..lock_registry import TASK
 from ..retry_policies import ExponentialBackoff, NoRetry
 from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
-from .model import PeriodicTaskConfig, Setting, TaskOverride, TasksConfig
+from .schema import PeriodicTaskConfig, Setting, TaskOverride, TasksConfig
 
 _LIMITS = ("rate_limit", "rate_window_seconds", "concurrency_limit")
 

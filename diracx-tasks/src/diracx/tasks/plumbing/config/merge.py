@@ -36,7 +36,7 @@ def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
     return names if len(names) < 2 else (names[0], ":".join(names))
 
 
-def lay(layers: Iterable[Layer]) -> dict[str, Any]:
+def merge(layers: Iterable[Layer]) -> dict[str, Any]:
     """Lay the fields that were set over each other, the last on top.
 
     `periodic` and each of the `instances` are laid over in the same manner. Empty `instances` take away those
@@ -47,20 +47,20 @@ def lay(layers: Iterable[Layer]) -> dict[str, Any]:
         below = merged
         merged = {**below, **layer}
         if isinstance(below.get("periodic"), Mapping) and isinstance(layer.get("periodic"), Mapping):
-            merged["periodic"] = lay_periodic(below["periodic"], layer["periodic"])
+            merged["periodic"] = merge_schedule(below["periodic"], layer["periodic"])
         instances = layer.get("instances")
         if isinstance(below.get("instances"), Mapping) and isinstance(instances, Mapping) and instances:
             merged["instances"] = {
                 **below["instances"],
                 **{
-                    name: lay([mapping(below["instances"].get(name)), mapping(instances[name])])
+                    name: merge([mapping(below["instances"].get(name)), mapping(instances[name])])
                     for name in instances
                 },
             }
     return merged
 
 
-def lay_periodic(below: Layer, above: Layer) -> dict[str, Any]:
+def merge_schedule(below: Layer, above: Layer) -> dict[str, Any]:
     """Another way of saying when replaces the whole of the one below."""
     if any(above.get(kind) is not None for kind in KINDS):
         below = {name: value for name, value in below.items() if name not in (*KINDS, "timezone")}
@@ -76,7 +76,7 @@ def with_instances(merged: Layer) -> dict[str, Any]:
     resolved = {}
     for name, instance in instances.items():
         own = mapping(instance).get("periodic")
-        periodic = lay_periodic(mapping(common), mapping(own)) if common or own else own
+        periodic = merge_schedule(mapping(common), mapping(own)) if common or own else own
         resolved[name] = {**mapping(instance), "periodic": periodic}
     return {**merged, "instances": resolved}
 
@@ -117,16 +117,16 @@ def section_at(raw: Any, path: Path) -> Mapping[Any, Any]:
     return section
 
 
-def marked(layer: Layer, place: Path) -> dict[str, Any]:
+def provenance(layer: Layer, place: Path) -> dict[str, Any]:
     """The layer with, in place of each value, where it was written. What is null is as in the code: it stays."""
     return {name: _mark(value, (*place, name), name) for name, value in layer.items()}
 
 
 def _mark(value: Any, place: Path, name: str) -> Any:
     if name == "instances" and isinstance(value, Mapping):
-        return {key: marked(mapping(instance), (*place, str(key))) for key, instance in value.items()}
+        return {key: provenance(mapping(instance), (*place, str(key))) for key, instance in value.items()}
     if name == "periodic" and isinstance(value, Mapping):
-        return marked(value, place)
+        return provenance(value, place)
     return None if value is None else place
 
 
@@ -194,10 +194,13 @@ def _clashes_anywhere(merged: Layer) -> bool:
 def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each task's place and fields: those in `common`, and each VO's laid over them."""
     for name in section_at(raw, ("common",)):
-        yield ("common", str(name)), lay(layer for _, layer in task_layers(raw, str(name), None))
+        yield ("common", str(name)), merge(layer for _, layer in task_layers(raw, str(name), None))
     for vo, section in section_at(raw, ("vo_overrides",)).items():
         for name in mapping(section):
-            yield ("vo_overrides", str(vo), str(name)), lay(layer for _, layer in task_layers(raw, str(name), vo))
+            yield (
+                ("vo_overrides", str(vo), str(name)),
+                merge(layer for _, layer in task_layers(raw, str(name), vo)),
+            )
 
 
 def _merged_limits(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -210,6 +213,6 @@ def _merged_limits(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     for place, obj, vo in sections:
         section = section_at(raw, place)
         if "default" in section:
-            yield (*place, "default"), lay(layer for _, layer in limit_layers(raw, obj, [""], vo))
+            yield (*place, "default"), merge(layer for _, layer in limit_layers(raw, obj, [""], vo))
         for key in mapping(section.get("keys")):
-            yield (*place, "keys", str(key)), lay(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))
+            yield (*place, "keys", str(key)), merge(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))

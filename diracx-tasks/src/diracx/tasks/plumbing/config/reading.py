@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
 from .merge import Path, TimezoneClashError, mapping, merge_problems
-from .model import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
+from .schema import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
 #: Names the YAML file; unset or empty means `Systems.Tasks` of the DiracX configuration.

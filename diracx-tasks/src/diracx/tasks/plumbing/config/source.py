@@ -20,7 +20,7 @@ class Problem(NamedTuple):
 
     path: Path
     message: str
-    foreign: bool = False
+    maybe_elsewhere: bool = False
     """It is a name that nothing goes by here, and may be known elsewhere: where other extensions are installed."""
 
 

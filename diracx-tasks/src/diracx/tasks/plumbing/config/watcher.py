@@ -15,11 +15,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from .._util.tasks import end
+from .._util.tasks import cancel_and_wait
 from .._util.telemetry import count_reload_failure, set_config_is_current
 from . import TasksConfig
-from .active import Announcer, InForce, digest
-from .cached import ConfigReader, Reading, in_thread
+from .active import ActiveConfig, Announcer, digest
+from .sources import ConfigReader, ConfigSnapshot, in_thread
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Half of what is promised: the other half is for reading.
-LOOK_SECONDS = 5.0
+POLL_SECONDS = 5.0
 #: A read that takes longer is reported, and waited for beside everything else.
 _PATIENCE_SECONDS = 15.0
 _REDIS_SECONDS = 2.0
@@ -42,7 +42,7 @@ def _nothing(_: TasksConfig, __: VOs) -> Sequence[str]:
     return ()
 
 
-class ConfigFollower:
+class ConfigWatcher:
     """Follows the configuration as long as it is entered.
 
     Args:
@@ -55,7 +55,7 @@ class ConfigFollower:
         process: name of the process there, `host:pid:random`.
         warn: what is odd about settings and does not keep them from coming into force, one line each. Called in
             a thread.
-        look_seconds: between two looks.
+        poll_seconds: between two looks.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ConfigFollower:
         redis: Redis | None = None,
         process: str = "",
         warn: Warn = _nothing,
-        look_seconds: float = LOOK_SECONDS,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.tasks = tasks
         self.vos = vos
@@ -77,10 +77,10 @@ class ConfigFollower:
         self._on_change = on_change
         self._warn = warn
         self._announcer = None if redis is None else Announcer(redis, process)
-        self._look_seconds = look_seconds
-        self._in_force = InForce(role, reader.source, digest(tasks), time.time(), vos)
-        self._reading: asyncio.Future[Reading] | None = None
-        self._last: Reading | None = None
+        self._look_seconds = poll_seconds
+        self._in_force = ActiveConfig(role, reader.source, digest(tasks), time.time(), vos)
+        self._reading: asyncio.Future[ConfigSnapshot] | None = None
+        self._last: ConfigSnapshot | None = None
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -92,7 +92,7 @@ class ConfigFollower:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._following is not None
-        await end(self._following)
+        await cancel_and_wait(self._following)
         if self._announcer is not None:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(_REDIS_SECONDS):
@@ -103,14 +103,14 @@ class ConfigFollower:
             await asyncio.sleep(self._look_seconds)
             try:
                 if self._reader.can_change:
-                    await self.look()
+                    await self.poll()
             except Exception as error:
                 logger.debug("unforeseen", exc_info=True)
                 self._judge([f"{self._reader.source} cannot be read: {type(error).__name__}: {error}"])
                 self._last = None
             await self._announce()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Look now; what has changed is in force when this returns, unless it is wrong."""
         reading = await self._read()
         if reading is None:
@@ -133,7 +133,7 @@ class ConfigFollower:
         self._judge(problems)
         self._last = reading
 
-    async def _read(self) -> Reading | None:
+    async def _read(self) -> ConfigSnapshot | None:
         """What is written now; None when that takes too long. The next look then waits for the same."""
         if self._reading is None:
             self._reading = in_thread(self._reader.read, "diracx-configuration")
@@ -193,7 +193,7 @@ class ConfigFollower:
             logger.debug("cannot say which configuration is in force: %s", error)
 
 
-class LazyFollower:
+class CachedConfig:
     """The settings of tasks for code that submits now and then: looked at again when they are asked for.
 
     At most one look in 5 s. A look that takes long is not waited for: the next question finds what it brought.
@@ -206,8 +206,8 @@ class LazyFollower:
     def __init__(self, reader: ConfigReader, tasks: TasksConfig | None = None) -> None:
         self._reader = reader
         self._tasks = tasks
-        self._look_at = time.monotonic() + LOOK_SECONDS
-        self._reading: asyncio.Future[Reading] | None = None
+        self._poll_at = time.monotonic() + POLL_SECONDS
+        self._reading: asyncio.Future[ConfigSnapshot] | None = None
         self._wait_until = 0.0
         self._first = asyncio.Lock()
         self._problems: tuple[str, ...] = ()
@@ -222,12 +222,12 @@ class LazyFollower:
             async with self._first:
                 if self._tasks is None:
                     self._tasks = await in_thread(self._reader.read_tasks, "diracx-configuration")
-                    self._look_at = time.monotonic() + LOOK_SECONDS
-        elif self._reader.can_change and time.monotonic() >= self._look_at:
-            await self._look()
+                    self._poll_at = time.monotonic() + POLL_SECONDS
+        elif self._reader.can_change and time.monotonic() >= self._poll_at:
+            await self._poll()
         return self._tasks
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         if self._reading is None:
             self._reading = in_thread(self._reader.read, "diracx-configuration")
             self._reading.add_done_callback(self._take)
@@ -236,9 +236,9 @@ class LazyFollower:
         if patience > 0:
             await asyncio.wait({self._reading}, timeout=patience)
 
-    def _take(self, reading: asyncio.Future[Reading]) -> None:
+    def _take(self, reading: asyncio.Future[ConfigSnapshot]) -> None:
         self._reading = None
-        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._poll_at = time.monotonic() + POLL_SECONDS
         if (error := reading.exception()) is not None:
             logger.error("the configuration of tasks cannot be read", exc_info=error)
             return

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
     """Return the names of the arguments of `cls`, in the order in which `serialize` gives their values."""
-    return shape_of(cls).names
+    return signature_of(cls).names
 
 
 def serialize(task: Any) -> tuple[Any, ...]:
@@ -63,18 +63,18 @@ def serialize(task: Any) -> tuple[Any, ...]:
 
     Raises `TypeError` if a plain class takes a parameter that it does not keep.
     """
-    return shape_of(type(task)).values(task)
+    return signature_of(type(task)).values(task)
 
 
 def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: int = 0) -> T:
     """Make the task from wire-decoded arguments.
 
     Args:
-        sig: the signature of the class for which `args` were made, see `Shape.signature`; 0: it is not known.
+        sig: the signature of the class for which `args` were made, see `TaskSignature.signature`; 0: not known.
 
     Raises `TaskArgumentsError` if the class does not take them, or has other fields in their places.
     """
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     task: T
     try:
         if sig and not shape.has_signature(sig, len(args)):
@@ -94,12 +94,12 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
 
 def is_made_for(cls: type[Any], sig: int, count: int) -> bool:
     """Whether the first `count` arguments of a message are of the fields that the class has now, if it says so."""
-    return not sig or shape_of(cls).has_signature(sig, count)
+    return not sig or signature_of(cls).has_signature(sig, count)
 
 
 def secret_names(cls: type[Any]) -> frozenset[str]:
     """The fields that are secret: those the class declares to be, and those that hold pydantic's secrets."""
-    return shape_of(cls).secret
+    return signature_of(cls).secret
 
 
 def check_secret_fields(cls: type[Any]) -> None:
@@ -108,7 +108,7 @@ def check_secret_fields(cls: type[Any]) -> None:
     Raises:
         TypeError: it has not; the message names it.
     """
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     if shape.extra:  # any keyword may be one
         return
     annotated = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
@@ -125,7 +125,7 @@ def secret_positions(cls: type[Any]) -> list[int]:
 
     All that can be, where the class makes its arguments itself and none can be told from another.
     """
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     if not shape.secret:
         return []
     if shape.own_serialize:
@@ -135,7 +135,7 @@ def secret_positions(cls: type[Any]) -> list[int]:
 
 def knows_vo(cls: type[Any]) -> bool:
     """Whether a task of this class may belong to a VO: it takes one, or its author has written an `__init__`."""
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names
     return "vo" in shape.names or shape.extra or hasattr(cls, "vo") or not generated
 
@@ -193,7 +193,7 @@ class Parameter:
             if nested is None or not isinstance(value, dict):
                 return value
             # A nested dataclass with a value that its annotation does not allow: Python let it be made.
-            shape = shape_of(nested)
+            shape = signature_of(nested)
             known = {name: shape.restore(name, value[name]) for name in shape.names if name in value}
             return shape.construct(known, {})
 
@@ -220,7 +220,7 @@ def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., An
     return from_json(text, strict=True, by_alias=True, by_name=True)
 
 
-class Shape:
+class TaskSignature:
     """All that is known about the arguments of one class."""
 
     def __init__(self, cls: type[Any], parameters: Sequence[Parameter], *, model: bool, extra: bool) -> None:
@@ -367,10 +367,10 @@ class Shape:
         return self.cls(*positional, *more, **by_name, **keywords)
 
 
-_shapes: dict[type[Any], Shape] = {}
+_shapes: dict[type[Any], TaskSignature] = {}
 
 
-def shape_of(cls: type[Any]) -> Shape:
+def signature_of(cls: type[Any]) -> TaskSignature:
     """Return what is known about the arguments of `cls`, worked out at the first call."""
     shape = _shapes.get(cls)
     if shape is None:
@@ -378,16 +378,16 @@ def shape_of(cls: type[Any]) -> Shape:
     return shape
 
 
-def _work_out(cls: type[Any]) -> Shape:
+def _work_out(cls: type[Any]) -> TaskSignature:
     init: Any = cls.__init__
     if hasattr(cls, "__pydantic_root_model__") and (  # every pydantic model has it, and nothing else
         not own_serialize(cls) or init.__module__.startswith("pydantic.")
     ):
-        return Shape(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
+        return TaskSignature(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
     if own_serialize(cls) or not _generated_init(_init_owner(cls)):
         parameters, extra = _of_init(cls)
-        return Shape(cls, parameters, model=False, extra=extra)
-    return Shape(cls, _of_dataclass(cls), model=False, extra=False)
+        return TaskSignature(cls, parameters, model=False, extra=extra)
+    return TaskSignature(cls, _of_dataclass(cls), model=False, extra=False)
 
 
 def own_serialize(cls: type[Any]) -> bool:

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from .arguments import Parameter, Shape, rebuild, shape_of
+from .arguments import Parameter, TaskSignature, rebuild, signature_of
 from .codec import dumps, loads
 
 #: Of these, `==` and the type say all; of floats, they do not.
@@ -24,20 +24,20 @@ _ATOMS = _SCALARS | {date, timedelta, Decimal, UUID}
 _WAY_OUT = "annotate it with its class, tell the classes of a union apart by a Literal field, or pass plain data"
 
 
-def outgoing_arguments(task: Any, shape: Shape | None = None) -> list[Any]:
+def outgoing_arguments(task: Any, shape: TaskSignature | None = None) -> list[Any]:
     """The arguments of a task, as they are sent.
 
     Raises:
         TypeError: when one of them would not arrive equal and of the same type; names it.
     """
-    shape = shape or shape_of(type(task))
+    shape = shape or signature_of(type(task))
     args = list(task.serialize() if shape.own_serialize else shape.values(task))
     if not (shape.plain_and_verbatim and _SCALARS.issuperset(map(type, args))):
         _check(shape, task, args)
     return args
 
 
-def _check(shape: Shape, task: Any, args: list[Any]) -> None:
+def _check(shape: TaskSignature, task: Any, args: list[Any]) -> None:
     names = [*shape.names, *map(str, range(len(shape.names), len(args)))]
     arrived = []
     for name, value in zip(names, args, strict=False):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._util.secrets import hide
-from .arguments import secret_names, shape_of
+from .arguments import secret_names, signature_of
 
 
 def without_secrets(text: str, task: Any) -> str:
@@ -19,4 +19,4 @@ def without_secrets(text: str, task: Any) -> str:
 
 def without_secrets_of(text: str, task_class: type[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The same, for a message of which no task can be made."""
-    return hide(text, shape_of(task_class).secret_values(args, kwargs))
+    return hide(text, signature_of(task_class).secret_values(args, kwargs))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..exceptions import TaskArgumentsError
-from .arguments import shape_of
+from .arguments import signature_of
 from .roundtrip import outgoing_arguments
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     was given: missing, unknown or superfluous arguments, values of the wrong type, values that the class
     itself refuses and values that could not travel.
     """
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     if isinstance(args, str | bytes) or not isinstance(args, Sequence):
         raise TaskArgumentsError(f"{shape}: positional arguments must be a list, not {shape.shown(args)}")
     if not isinstance(kwargs, Mapping):
@@ -39,7 +39,7 @@ def argument_problems(cls: type[Any], kwargs: Mapping[str, Any]) -> list[tuple[s
 
     Finds what `check_arguments` refuses, and does not stop at the first.
     """
-    shape = shape_of(cls)
+    shape = signature_of(cls)
     problems: list[tuple[str | None, str]] = []
     given: dict[str, Any] = {}
     for name, value in kwargs.items():

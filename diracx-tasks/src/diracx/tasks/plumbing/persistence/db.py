@@ -14,7 +14,7 @@ from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or
 from ..sql.clock import DatabaseClock
 from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
-from ..sql.types import fitting, storable
+from ..sql.types import sanitize, truncate
 from ..task_names import resolve_task_name
 from .letter import OPEN, DeadLetter, DeadLetterStatus
 from .schema import LONGEST_NAME, DeadLetters, TaskDBBase
@@ -110,10 +110,10 @@ class TaskDB(Database):
             "task_name": letter.task_name,
             "vo": letter.vo,
             "reason": letter.reason,
-            "detail": storable(letter.detail, _LONGEST_DETAIL),
+            "detail": sanitize(letter.detail, _LONGEST_DETAIL),
             "message": letter.data,
             "attempts": attempts_as_text(letter.attempts),
-            "burial": fitting(letter.burial, LONGEST_NAME),
+            "burial": truncate(letter.burial, LONGEST_NAME),
             "status": DeadLetterStatus.PENDING,
             "buried_at": now,
             "changed_at": now,

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+from ..broker.dead_letter_stream import DEAD_LETTERS
 from ..messages.codec import loads
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ class DeadLetter:
         data = fields[b"data"]
         if b"task" not in fields:
             return cls(**loads(data))
-        from ..broker.dead_letter_stream import DEAD_LETTERS  # imports redis, which `--help` does without
-
         return cls(
             task_id=fields[b"task"].decode(errors="replace"),
             task_name="",

@@ -64,7 +64,7 @@ class Leadership:
         seconds = (max(0, left_ms) + _MARGIN_MS) / 1000
         return seconds if heard else min(seconds, _LOOK_SECONDS)
 
-    async def hand_over(self) -> None:
+    async def release(self) -> None:
         """Give up the lead, if it is ours, and say so to those who stand by."""
         try:
             await scheduling.release_lead(self._broker.redis, self.token, self._lease_ms)

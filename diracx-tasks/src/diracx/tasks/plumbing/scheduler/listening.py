@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError
 
-from .._util.tasks import end
+from .._util.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -45,7 +45,7 @@ async def listening(
         try:
             yield hearing
         finally:
-            await end(hearing)
+            await cancel_and_wait(hearing)
 
 
 async def _hear(pubsub: Any, hear: Callable[[bytes], None]) -> None:

@@ -38,7 +38,7 @@ class ScheduledTask:
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
-    off_by: str | None = None
+    disabled_by: str | None = None
     """What keeps it from being scheduled: `code`, or the field of the configuration; None: it is scheduled."""
     missed: str = "once"
     """`once`: a missed occurrence is made up for; `skip`: it is left out."""
@@ -46,7 +46,7 @@ class ScheduledTask:
     @property
     def enabled(self) -> bool:
         """Whether it is to be scheduled."""
-        return self.off_by is None and self.rule is not None
+        return self.disabled_by is None and self.rule is not None
 
     def build(self) -> PeriodicBaseTask:
         """The task to submit.
@@ -60,7 +60,7 @@ class ScheduledTask:
         return check_arguments(self.task_class, [], given)
 
     @property
-    def knows_its_future(self) -> bool:
+    def deterministic(self) -> bool:
         """Whether the run after the next can be told beforehand: a rule without `next_after` counts from now."""
         assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
@@ -129,7 +129,7 @@ class ScheduledTask:
         return {"next": following}
 
 
-def every_instance(
+def iter_schedules(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> Iterator[ScheduledTask]:
     """All instances of periodic tasks, those that are switched off included."""
@@ -145,10 +145,10 @@ def _instances(
     name: str, task_class: type[PeriodicBaseTask], vo: str | None, config: TasksConfig
 ) -> Iterator[ScheduledTask]:
     override = config.get_override(name, vo)
-    off_by = "code" if not task_class._enabled else None if override.enabled else "enabled"
+    disabled_by = "code" if not task_class._enabled else None if override.enabled else "enabled"
     suffix = "" if vo is None else f"/{vo}"
     if not override.instances:
-        yield _scheduled(f"{name}{suffix}", name, task_class, vo, off_by, override.periodic)
+        yield _scheduled(f"{name}{suffix}", name, task_class, vo, disabled_by, override.periodic)
         return
     for instance, given in override.instances.items():
         yield _scheduled(
@@ -156,7 +156,7 @@ def _instances(
             name,
             task_class,
             vo,
-            off_by or (None if given.enabled else "enabled"),
+            disabled_by or (None if given.enabled else "enabled"),
             given.periodic,
             instance=instance,
             args=given.args,
@@ -168,14 +168,14 @@ def _scheduled(
     name: str,
     task_class: type[PeriodicBaseTask],
     vo: str | None,
-    off_by: str | None,
+    disabled_by: str | None,
     periodic: PeriodicTaskConfig | None,
     **instance: Any,
 ) -> ScheduledTask:
     rule = (_rule(periodic) if periodic else None) or getattr(task_class, "default_schedule", None)
-    off_by = off_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
+    disabled_by = disabled_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
     missed = (periodic.missed if periodic else None) or task_class.missed
-    return ScheduledTask(id_, name, task_class, vo, rule, off_by=off_by, missed=missed, **instance)
+    return ScheduledTask(id_, name, task_class, vo, rule, disabled_by=disabled_by, missed=missed, **instance)
 
 
 def _rule(periodic: PeriodicTaskConfig) -> TaskScheduleBase | None:
@@ -194,16 +194,16 @@ def _rule_of(
 
 def source_of(found: ScheduledTask, config: TasksConfig) -> str:
     """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
-    if found.off_by == "code":
+    if found.disabled_by == "code":
         return "code"
-    field_ = found.off_by or "periodic"
+    field_ = found.disabled_by or "periodic"
     said = config.source_of(found.name, found.vo, field_, found.instance)
     # Switched off for the task as a whole, and not for this instance.
-    return config.source_of(found.name, found.vo, field_) if said == "code" and found.off_by else said
+    return config.source_of(found.name, found.vo, field_) if said == "code" and found.disabled_by else said
 
 
 def scheduled_tasks(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> dict[str, ScheduledTask]:
     """All instances that should run, by id."""
-    return {found.id: found for found in every_instance(registry, config, vos) if found.enabled}
+    return {found.id: found for found in iter_schedules(registry, config, vos) if found.enabled}

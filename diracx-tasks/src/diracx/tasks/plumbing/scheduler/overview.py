@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..broker.stored_schedules import Activity, Outcome, StoredSchedules, activities, read_schedules
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
-from .occurrences import ScheduledTask, every_instance, source_of
+from .occurrences import ScheduledTask, iter_schedules, source_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -69,7 +69,7 @@ async def schedules(
     redis: Redis, registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> list[ScheduleState]:
     """All schedules by id: those of code and configuration, switched off or not, and what only Redis knows."""
-    instances = {found.id: found for found in every_instance(registry, config, vos)}
+    instances = {found.id: found for found in iter_schedules(registry, config, vos)}
     stored = await read_schedules(redis)
     running = await activities(redis, stored)
     known = {*instances, *stored.next_runs, *stored.fingerprints, *stored.paused}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from .._util.retrying import Pauses, is_passing
-from .._util.tasks import end
+from .._util.retrying import Backoff, is_transient
+from .._util.tasks import cancel_and_wait
 from ..broker import scheduling
 from ..broker.group_audit import audit_for_ever
 from ..broker.models import in_ms
@@ -25,7 +25,7 @@ from .agenda import Agenda, Occurrence
 from .clock import SET_BACK_SECONDS, ServerClock
 from .leadership import Leadership
 from .listening import listening
-from .occurrences import MISSED_SECONDS, ScheduledTask, every_instance
+from .occurrences import MISSED_SECONDS, ScheduledTask, iter_schedules
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -94,7 +94,7 @@ class TaskScheduler:
         self._config = config or TasksConfig()
         self._vos = list(vos)
         self._leadership = Leadership(broker, lease_seconds)
-        self._pauses = Pauses()
+        self._pauses = Backoff()
         self._in_trouble = False
         self._alarm = asyncio.Event()
         """Set when something may have to be done before the next due time."""
@@ -140,7 +140,7 @@ class TaskScheduler:
                     if await self._leadership.take() or await self._stand_by(stop):
                         await self._lead(stop)
                 except RedisError as error:
-                    if not is_passing(error):
+                    if not is_transient(error):
                         raise
                     if not self._in_trouble:
                         logger.warning("cannot schedule: %s; trying again until it works", error)
@@ -148,7 +148,7 @@ class TaskScheduler:
                     await asyncio.wait({stopping}, timeout=self._pauses.next())
                 finally:
                     self.leads.clear()
-            await self._leadership.hand_over()
+            await self._leadership.release()
         finally:
             stopping.cancel()
 
@@ -185,7 +185,7 @@ class TaskScheduler:
             try:
                 await self._schedule(stop, hearing)
             finally:
-                await end(auditing)
+                await cancel_and_wait(auditing)
 
     async def _schedule(self, stop: asyncio.Event, hearing: asyncio.Task[None] | None) -> None:
         while not stop.is_set():
@@ -266,7 +266,7 @@ class TaskScheduler:
         self._problems, self._told = {}, None
         self._set_up_agenda()
         instances = {}
-        for number, found in enumerate(every_instance(self._registry, self._config, self._vos)):
+        for number, found in enumerate(iter_schedules(self._registry, self._config, self._vos)):
             instances[found.id] = found
             if number % _SMALL_PORTION == 0:
                 await asyncio.sleep(0)
@@ -337,7 +337,7 @@ class TaskScheduler:
                 # Runs that are due soon may be those that the planned one follows.
                 latest[key] = scheduled.rule.next_after(now + timedelta(seconds=SET_BACK_SECONDS))
             if due_ms is None:
-                return in_ms(latest[key]) if scheduled.knows_its_future else None
+                return in_ms(latest[key]) if scheduled.deterministic else None
             if due_ms <= max(in_ms(latest[key]), in_ms(now)):
                 return None
             run = scheduled.brought_back(datetime.fromtimestamp(due_ms / 1000, UTC), now)
@@ -376,7 +376,7 @@ class TaskScheduler:
     def _make(self, schedule: str, due_ms: int) -> Occurrence:
         scheduled = self._scheduled[schedule]
         occurrence = scheduled.occurrence(self._binding, due_ms)
-        if scheduled.knows_its_future:
+        if scheduled.deterministic:
             occurrence |= scheduled.following(due_ms, due_ms)
         return occurrence
 
@@ -388,7 +388,7 @@ class TaskScheduler:
             logger.info("%s: what was missed is left out", schedule)
             for name in ("stream", "task", "data"):
                 del occurrence[name]
-        if scheduled.knows_its_future and occurrence.get("next", float("inf")) > now_ms:
+        if scheduled.deterministic and occurrence.get("next", float("inf")) > now_ms:
             return True
         occurrence.pop("next", None)
         try:
@@ -410,7 +410,7 @@ class TaskScheduler:
                     return False
         finally:
             if sent is not None:
-                await end(sent.answer)
+                await cancel_and_wait(sent.answer)
         await self._tell_problems()
         return True
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event, inspect
 from sqlalchemy.exc import DBAPIError
 
 from .._util import telemetry
-from .._util.retrying import Pauses
+from .._util.retrying import Backoff
 from .databases import report_lost_connections
 from .errors import DatabaseError, Trouble, connecting, describe, unusable_url
 
@@ -105,7 +105,7 @@ class Database(BaseSQLDB):
         """
         if self.in_transaction:
             return await work()
-        pauses, began = Pauses(), time.monotonic()
+        pauses, began = Backoff(), time.monotonic()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 async with self:

@@ -6,7 +6,7 @@ its way in, in values that are stored and in values that are compared with alike
 
 from __future__ import annotations
 
-__all__ = ["UTF8", "AnyLongText", "AnyName", "AnyText", "fitting", "storable"]
+__all__ = ["UTF8", "AnyLongText", "AnyName", "AnyText", "sanitize", "truncate"]
 
 import hashlib
 from collections.abc import Callable
@@ -22,16 +22,16 @@ _MYSQL = ("mysql", "mariadb")
 _END = "␠"
 
 
-def storable(text: str, longest: int | None = None) -> str:
+def sanitize(text: str, longest: int | None = None) -> str:
     """The text in characters that every database takes; what is too long is cut, and ends in an ellipsis."""
     if not text.isascii() or "\0" in text:
         text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
     return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
 
 
-def fitting(name: str, longest: int) -> str:
+def truncate(name: str, longest: int) -> str:
     """A name that fits its column; one that had to be changed ends in its hash, so that two of them stay two."""
-    clean = storable(name)
+    clean = sanitize(name)
     if clean == name and len(clean) <= longest:
         return clean
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
@@ -49,7 +49,7 @@ class AnyText(TypeDecorator[str]):
         self.length = length
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else storable(value, self.length)
+        return None if value is None else sanitize(value, self.length)
 
 
 class AnyLongText(TypeDecorator[str]):
@@ -59,7 +59,7 @@ class AnyLongText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else storable(value)
+        return None if value is None else sanitize(value)
 
 
 class AnyName(TypeDecorator[str]):
@@ -77,7 +77,7 @@ class AnyName(TypeDecorator[str]):
             return None
         if dialect.name in _MYSQL and value.endswith((" ", _END)):
             value += _END
-        return fitting(value, self.length)
+        return truncate(value, self.length)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], str | None] | None:
         # A check reads the names of 100,000 pilots.

@@ -54,11 +54,11 @@ class Client:
     """A broker for code that submits now and then: the settings are read again when it does."""
 
     def __init__(self, broker: RedisStreamBroker, registry: TaskRegistry) -> None:
-        from ..config.cached import ConfigReader
-        from ..config.watcher import LazyFollower
+        from ..config.sources import ConfigReader
+        from ..config.watcher import CachedConfig
 
         self._binding = Binding(broker, registry)
-        self._follower = LazyFollower(ConfigReader.of_environment())
+        self._follower = CachedConfig(ConfigReader.of_environment())
 
     @property
     def broker(self) -> RedisStreamBroker:

@@ -10,7 +10,7 @@ from ..base_task import BaseTask
 from ..broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
 from ..broker.models import Submission, TaskMessage, new_task_id
 from ..locks import lock_specs
-from ..messages.arguments import secret_positions, shape_of
+from ..messages.arguments import secret_positions, signature_of
 from ..messages.roundtrip import outgoing_arguments
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def submission_of(
             raise ValueError(f"the locks of {task_class.__name__} could never be granted: {error}") from error
     name = registry.name_of(task_class)
     checked = checked_labels(labels) if labels else {}
-    shape = shape_of(task_class)
+    shape = signature_of(task_class)
     if shape.secret:
         checked[LABEL_SECRET] = secret_positions(task_class)
     args = outgoing_arguments(task, shape)

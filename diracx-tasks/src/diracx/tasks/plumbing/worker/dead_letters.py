@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._util.retrying import Pauses, is_passing
+from .._util.retrying import Backoff, is_transient
 from ..broker.dead_letter_stream import DEAD_LETTERS, dead_letters, delete_dead_letters
 from ..broker.sizes import CALL_BYTES, in_calls
 from ..messages.codec import dumps
@@ -110,7 +110,7 @@ class DeadLetterStore:
 
     async def run(self) -> None:
         """Store what comes, and import what waits in Redis, for ever."""
-        pauses = Pauses()
+        pauses = Backoff()
         while self._db is not None:
             await self._work()
             began_at = time.monotonic()
@@ -258,7 +258,7 @@ class DeadLetterStore:
         return bool(entries)
 
     def _complain(self, error: Exception) -> None:
-        line = "" if is_passing(error) else one_line(error)  # that Redis is away, others say
+        line = "" if is_transient(error) else one_line(error)  # that Redis is away, others say
         if line and line != self._complaint:
             logger.error("the dead letters in Redis (%s) cannot be read: %s", DEAD_LETTERS, line)
         self._complaint = line

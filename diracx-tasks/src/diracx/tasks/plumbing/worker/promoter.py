@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from .._util.retrying import may_pass, patiently
+from .._util.retrying import may_pass, retry_until_available
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -39,7 +39,7 @@ class Promoter:
         """Look, for ever."""
         while True:
             self._look_at = time.monotonic() + self._again_seconds
-            again_ms = await patiently(self._broker.promote, "promote delayed tasks", passing=may_pass)
+            again_ms = await retry_until_available(self._broker.promote, "promote delayed tasks", passing=may_pass)
             if again_ms is not None:
                 self._look_at = min(self._look_at, time.monotonic() + again_ms / 1000)
             await asyncio.sleep(_PAUSE_SECONDS)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..broker.ending import child_ended, child_lives, collected, schedule_outcome, stored_result
+from ..broker.effects import group_effect, release_results, result_effect, schedule_outcome, touch_group
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.spans import task_attributes
@@ -173,7 +173,7 @@ def _failed(
     if retry is not None:
         _log(logging.WARNING, f"{what} failed, to be retried", outcome)
         settlement.retry = retry
-        settlement.group = child_lives(message)
+        settlement.group = touch_group(message)
         settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, retry["delay_ms"] / 1000)
         return None
     _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
@@ -197,7 +197,7 @@ def _interrupted(
     if times < settings.max_deliveries:
         _log(logging.WARNING, f"{what} was interrupted, and starts again", outcome)
         settlement.requeue = hand_back(delivery, final.dumpb()).requeue
-        settlement.group = child_lives(message)
+        settlement.group = touch_group(message)
         settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, 0.0)
         return None
     detail = f"interrupted {times} times, the last time by {outcome.told['type']}: {outcome.told['message']}"
@@ -333,9 +333,9 @@ def _ended(
     if not _is_awaited(message, settings):
         return
     longest = settings.max_result_bytes
-    settlement.result = stored_result(message, settings.result_ttl_seconds, make, longest)
-    settlement.group = child_ended(message, error, make, longest)
-    settlement.collected = collected(message)
+    settlement.result = result_effect(message, settings.result_ttl_seconds, make, longest)
+    settlement.group = group_effect(message, error, make, longest)
+    settlement.collected = release_results(message)
     settlement.outcome = schedule_outcome(message, error, seconds)
 
 

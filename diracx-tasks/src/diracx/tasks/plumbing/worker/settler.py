@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from .._util.retrying import is_passing, patiently
+from .._util.retrying import is_transient, retry_until_available
 from ..broker import locking
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
@@ -90,7 +90,7 @@ class Settler:
         replies = await self._ask(batch)
         answers = [False if reply is None else reply for reply in replies]
         if None in replies:  # the server has lost its data: it must learn first what we hold
-            await patiently(self._keeper.renew, "renew the lease")
+            await retry_until_available(self._keeper.renew, "renew the lease")
             unknown = [position for position, ours in enumerate(replies) if ours is None]
             again = await self._send([batch[position] for position in unknown])
             for position, ours in zip(unknown, again, strict=True):
@@ -101,12 +101,12 @@ class Settler:
         call = partial(self._broker.settle, batch, self._keeper.epoch)
         for _ in range(_TRIES - 1):
             try:
-                return await patiently(call, "settle tasks", passing=partial(_passing, batch))
+                return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
             except RedisConnectionError as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
-                await patiently(self._broker.redis.ping, "settle tasks")
-        return await patiently(call, "settle tasks", passing=partial(_passing, batch))
+                await retry_until_available(self._broker.redis.ping, "settle tasks")
+        return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
 
     async def _send_alone(self, settlement: Settlement) -> bool | str:
         try:
@@ -132,7 +132,7 @@ class Settler:
         """Give back the locks of what does not run any more, although it cannot be settled."""
         if locks:
             try:
-                await patiently(partial(locking.release, self._broker.redis, locks), "give locks back")
+                await retry_until_available(partial(locking.release, self._broker.redis, locks), "give locks back")
             except Exception as error:
                 logger.error("cannot give locks back: %s", one_line(error))
 
@@ -145,7 +145,7 @@ def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
     """Whether to repeat the call: a server closes the connection when a call is too large for it."""
     if isinstance(error, RedisConnectionError) and sum(map(Settlement.bytes, batch)) > ALWAYS_TAKEN_BYTES:
         return False
-    return is_passing(error)
+    return is_transient(error)
 
 
 def _without_value(settlement: Settlement, refused: str) -> Settlement:

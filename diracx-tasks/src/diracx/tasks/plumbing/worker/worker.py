@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from .._util.retrying import is_passing, may_pass, patiently, reason
-from .._util.tasks import end
+from .._util.retrying import is_transient, may_pass, reason, retry_until_available
+from .._util.tasks import cancel_and_wait
 from ..broker.groups import ask_for_audit, group_of
 from ..broker.locking import can_be_packed
 from ..broker.models import TaskMessage, id_at_head
@@ -172,7 +172,7 @@ class Worker:
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
-                    await end(settling, storing, promoting, reporting)
+                    await cancel_and_wait(settling, storing, promoting, reporting)
         await self._leave()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
@@ -201,7 +201,7 @@ class Worker:
                 continue
             called_at = time.monotonic()
             try:
-                deliveries = await patiently(
+                deliveries = await retry_until_available(
                     partial(intake.next, free), "fetch tasks", stop=stop, passing=may_pass
                 )
             except Exception:
@@ -270,10 +270,10 @@ class Worker:
             return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
 
         try:
-            replies, first = await patiently(start, "take locks", stop=stop)
+            replies, first = await retry_until_available(start, "take locks", stop=stop)
             return [(reply, token) for token, reply in enumerate(replies, start=first)], granted_at
         except Exception as error:
-            if is_passing(error):  # we stop
+            if is_transient(error):  # we stop
                 raise
             if len(asked) > 1:
                 apart = [await self._start([execution], stop) for execution in asked]
@@ -439,7 +439,7 @@ class Worker:
         )
         group: str | None = None
         try:
-            group = await patiently(find, "find the group of a child")
+            group = await retry_until_available(find, "find the group of a child")
         except ResponseError as error:  # as of a key of another type: the letter must not wait for it
             logger.error("cannot look for the group of %r: %s", child, error)
         if group is not None:
@@ -478,7 +478,7 @@ class Worker:
     async def _leave(self) -> None:
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                await patiently(self._broker.leave, "sign off")
+                await retry_until_available(self._broker.leave, "sign off")
                 await self.reporter.leave()
         except Exception as error:
             logger.warning("could not sign off: %s; the lease will end by itself", reason(error))
@@ -503,4 +503,4 @@ async def _or_die_with(companions: set[asyncio.Task[None]], work: Coroutine[Any,
                 companion.result()
         await working
     finally:
-        await end(working)
+        await cancel_and_wait(working)

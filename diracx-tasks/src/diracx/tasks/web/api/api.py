@@ -18,7 +18,7 @@ from ...operations.dead_letters import find_letter, letter_arguments, letter_rec
 from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
-from ...plumbing.config.active import configurations_in_force
+from ...plumbing.config.active import active_configs
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import LetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
@@ -194,7 +194,7 @@ async def get_configuration_in_force(reader: AllVOsReader) -> JSONResponse:
     """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
 
     async def ask() -> Any:
-        return [entry.as_dict() for entry in await configurations_in_force(reader.system.redis)]
+        return [entry.as_dict() for entry in await active_configs(reader.system.redis)]
 
     return await reader.answer(ask)
 

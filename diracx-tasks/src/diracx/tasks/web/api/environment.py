@@ -47,7 +47,7 @@ async def context_of_environment() -> AppContext:
 async def _open() -> AppContext:
     from ...plumbing._util.passwords import mask
     from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config.cached import ConfigReader
+    from ...plumbing.config.sources import ConfigReader
     from ...plumbing.registry import load_task_registry
 
     url = broker_url()

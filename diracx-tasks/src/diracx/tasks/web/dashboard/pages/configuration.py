@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....operations.settings import limit_records, task_records
-from ....plumbing.config.active import InForce, configurations_in_force
+from ....plumbing.config.active import ActiveConfig, active_configs
 from ..page import AppContext, Page, Request
 
 #: Of more tasks than these a page has the settings one by one.
@@ -13,7 +13,7 @@ _UNFOLDED = 20
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
-    entries = await configurations_in_force(context.redis)
+    entries = await active_configs(context.redis)
     settings = await context.settings()
     wanted = request.query_params.get("task", "")
     tasks = [
@@ -44,7 +44,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     return rows
 
 
-def _lines(entries: list[InForce]) -> list[tuple[str, str, int]]:
+def _lines(entries: list[ActiveConfig]) -> list[tuple[str, str, int]]:
     """Each problem and warning once: kind, text, number of processes that have it."""
     found: dict[tuple[str, str], int] = {}
     for entry in entries:

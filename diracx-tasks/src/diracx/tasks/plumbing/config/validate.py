@@ -12,9 +12,9 @@ from ..lock_registry import TASK, locked_object_types
 from ..messages.arguments import knows_vo
 from ..messages.typed_arguments import argument_problems
 from ..retry_policies import ExponentialBackoff
-from .merge import KINDS, Layer, Path, lay, mapping, section_at, task_layers, with_instances
-from .model import TasksConfig
+from .merge import KINDS, Layer, Path, mapping, merge, section_at, task_layers, with_instances
 from .reading import parsed, read_written
+from .schema import TasksConfig
 from .source import Problem, Source, nearest
 
 Registry = Mapping[str, type[BaseTask]]
@@ -80,7 +80,7 @@ def checked_tasks_config(
         TaskConfigError: with one line for everything else that is wrong, after which come those lines.
     """
     found, wrong, source = check_written(registry, vos, path=path, config=config)
-    fatal = [problem for problem in wrong if not problem.foreign]
+    fatal = [problem for problem in wrong if not problem.maybe_elsewhere]
     if found is None or fatal:
         raise TaskConfigError("\n".join(source.report(wrong)))
     return found, source.report(wrong)
@@ -101,17 +101,17 @@ def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> I
         for name in _texts(section):
             if name not in names and name not in class_names:
                 message = f"unknown task{nearest(name, names if ':' in name else class_names)}"
-                yield Problem((*place, name), message, foreign=True)
+                yield Problem((*place, name), message, maybe_elsewhere=True)
     for place, section in _sections(raw, "limits", "vo_limits"):
         for obj in _texts(section):
             if obj not in known:
                 message = f"unknown kind of locked object{nearest(obj, known)}"
-                yield Problem((*place, obj), message, foreign=True)
+                yield Problem((*place, obj), message, maybe_elsewhere=True)
     if vos is not None:
         for top in ("vo_overrides", "vo_limits"):
             for vo in _texts(section_at(raw, (top,))):
                 if vo not in vos:
-                    yield Problem((top, vo), f"unknown VO{nearest(vo, vos)}", foreign=True)
+                    yield Problem((top, vo), f"unknown VO{nearest(vo, vos)}", maybe_elsewhere=True)
 
 
 def _texts(section: Iterable[Any]) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _of_task(raw: Any, place: Path, entry: Layer, registry: Registry) -> Iterato
                 yield Problem((*place, field), "has no effect: the task is not periodic")
     for known, cls in found.items():
         layers = list(task_layers(raw, known, vo))
-        merged = with_instances(lay(layer for _, layer in layers))
+        merged = with_instances(merge(layer for _, layer in layers))
         yield from _of_retries(place, entry, merged, cls)
         if issubclass(cls, PeriodicBaseTask):
             yield from _of_timezone((*place, "periodic"), entry.get("periodic"), merged.get("periodic"))

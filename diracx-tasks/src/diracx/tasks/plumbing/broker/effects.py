@@ -17,7 +17,7 @@ from .sizes import MAX_BYTES
 _LONGEST_ERROR = 500
 
 
-def stored_result(
+def result_effect(
     message: TaskMessage,
     ttl_seconds: float | None,
     make: Callable[[], TaskResult[Any]],
@@ -36,7 +36,7 @@ def stored_result(
     return {"key": keys.RESULT_PREFIX + message.task_id, "value": _packed(make(), longest), "ttl_ms": ttl_ms}
 
 
-def child_ended(
+def group_effect(
     message: TaskMessage,
     error: ErrorInfo | None,
     make: Callable[[], TaskResult[Any]],
@@ -45,7 +45,7 @@ def child_ended(
     """What its group is told of a child that has ended for good; None when it is in no group.
 
     Args:
-        longest: as for `stored_result`.
+        longest: as for `result_effect`.
     """
     group = message.labels.get(LABEL_GROUP)
     if group is None:
@@ -58,13 +58,13 @@ def child_ended(
     return told
 
 
-def child_lives(message: TaskMessage) -> dict[str, Any] | None:
+def touch_group(message: TaskMessage) -> dict[str, Any] | None:
     """What its group is told of a child that will be tried again."""
     group = message.labels.get(LABEL_GROUP)
     return None if group is None else {"id": group}
 
 
-def collected(message: TaskMessage) -> str | None:
+def release_results(message: TaskMessage) -> str | None:
     """The group whose results were kept for this task, a callback."""
     asked = message.labels.get(LABEL_CHILD_RESULTS)
     return None if asked is None else asked["group"]

@@ -24,10 +24,10 @@ from .merge import (
     KINDS,
     Path,
     TimezoneClashError,
-    lay,
     limit_keys,
-    marked,
+    merge,
     merge_problems,
+    provenance,
     task_keys,
     timezone_clash,
     with_instances,
@@ -350,7 +350,7 @@ class TasksConfig(BaseModel):
         if len(found) == 1 and not found[0][1].instances:
             return found[0][1]
         layers = (layer.model_dump(exclude_unset=True) for _, layer in found)
-        return TaskOverride.model_validate(with_instances(lay(layers)))
+        return TaskOverride.model_validate(with_instances(merge(layers)))
 
     def _task_layers(self, task_name: str, vo: str | None) -> list[tuple[Path, TaskOverride]]:
         sections: list[tuple[Path, dict[str, TaskOverride]]] = [(("common",), self.common)]
@@ -395,7 +395,9 @@ class TasksConfig(BaseModel):
             instance: of which of the task's instances.
         """
         layers = self._task_layers(task_name, vo)
-        paths: Any = with_instances(lay(marked(layer.model_dump(exclude_unset=True), at) for at, layer in layers))
+        paths: Any = with_instances(
+            merge(provenance(layer.model_dump(exclude_unset=True), at) for at, layer in layers)
+        )
         if instance is not None:
             paths = (paths.get("instances") or {}).get(instance, {})
         for part in field.split("."):
@@ -406,10 +408,10 @@ class TasksConfig(BaseModel):
 
     def source_of(self, task_name: str, vo: str | None, field: str, instance: str | None = None) -> str:
         """Return who says so: `code`, `common` or `vo <name>`. Arguments as `path_of`."""
-        return whose(self.path_of(task_name, vo, field, instance))
+        return owner(self.path_of(task_name, vo, field, instance))
 
 
-def whose(path: Path | None) -> str:
+def owner(path: Path | None) -> str:
     """Who has written what stands there: `code`, `common`, `vo <name>`, `limits` or `limits of vo <name>`."""
     match path:
         case None:

@@ -40,7 +40,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ConfigSnapshot:
     """What is written at one moment."""
 
     tasks: TasksConfig | None
@@ -66,7 +66,7 @@ class ConfigReader:
         self._file = None if path is None else _File(path, self._load)
         self._diracx = _Diracx(backend_url) if backend_url else None
         self._of_config: tuple[Config, TasksConfig | TaskConfigError] | None = None
-        self._last: Reading | None = None
+        self._last: ConfigSnapshot | None = None
 
     @classmethod
     def of_environment(cls, registry: Registry | None = None) -> ConfigReader:
@@ -112,13 +112,13 @@ class ConfigReader:
             self._of_config = config, _outcome(lambda: self._load(config=config))
         return _value_of(self._of_config[1])
 
-    def read(self) -> Reading:
+    def read(self) -> ConfigSnapshot:
         """What is written now; the same object as before when it is the same."""
         config, vos, problems = None, None, []
         try:
             config = self.read_config()
         except Exception as error:
-            problems += [f"the DiracX configuration cannot be read: {line}" for line in reasons(error)]
+            problems += [f"the DiracX configuration cannot be read: {line}" for line in explain(error)]
         else:
             vos = None if config is None else tuple(sorted(config.registry))
         tasks = None
@@ -127,7 +127,7 @@ class ConfigReader:
                 tasks = self.read_tasks(config)
             except TaskConfigError as error:
                 problems += str(error).splitlines()
-        reading = Reading(tasks, vos, tuple(problems))
+        reading = ConfigSnapshot(tasks, vos, tuple(problems))
         if self._last is None or not _same(reading, self._last):
             self._last = reading
         return self._last
@@ -137,7 +137,7 @@ def _load_and_check(registry: Registry, path: Path | None = None, config: Config
     return checked_tasks_config(registry, None, path=path, config=config)[0]
 
 
-def _same(one: Reading, other: Reading) -> bool:
+def _same(one: ConfigSnapshot, other: ConfigSnapshot) -> bool:
     """Settings are kept as long as what they were read from does not change, so it is the same object."""
     return one.tasks is other.tasks and one.vos == other.vos and one.problems == other.problems
 
@@ -249,7 +249,7 @@ class _Diracx:
         return self._outcome
 
 
-def reasons(error: Exception) -> list[str]:
+def explain(error: Exception) -> list[str]:
     """Why the DiracX configuration cannot be read: a line for each mistake in it, or what git said last."""
     from pydantic import ValidationError
 
