@@ -31,7 +31,7 @@ window.EventSource = class extends Known {
 #: The backlog of realtime:large in the last fragment that came.
 BACKLOG_THAT_CAME = """
 [...new DOMParser().parseFromString(fragments.at(-1) ?? "", "text/html").querySelectorAll("tr")]
-  .find((row) => /realtime\\s+large/.test(row.querySelector("th").textContent))
+  .find((row) => /realtime:large/.test(row.querySelector("th").textContent))
   ?.querySelector("td").textContent
 """
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
@@ -75,7 +75,7 @@ async def test_a_page_follows_what_happens_and_can_be_paused(tab: Tab, world: Wo
     await tab.page.add_init_script(WATCH_STREAMS)
     await tab.page.clock.install()
     await tab.open("/queues")
-    row = tab.page.get_by_role("row", name="realtime large")
+    row = tab.page.get_by_role("row", name="realtime:large")
     await expect(row.get_by_role("cell").first).to_have_text("1")
     await expect(tab.page.locator("#state")).to_have_text("live")
     await _submit(world, 1)
@@ -115,7 +115,7 @@ async def test_a_page_says_live_only_while_it_is_and_follows_once_whatever_happe
     await _submit(world, 1)
     await tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     await expect(state).to_have_text("live")
-    row = tab.page.get_by_role("row", name="realtime large")
+    row = tab.page.get_by_role("row", name="realtime:large")
     await expect(row.get_by_role("cell").first).to_have_text("2")
     await tab.page.clock.run_for(5500)  # what was about to be tried again has been tried by then
     assert await tab.page.evaluate("streams.filter((one) => one.readyState !== EventSource.CLOSED).length") == 1

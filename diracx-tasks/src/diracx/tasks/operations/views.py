@@ -1,4 +1,4 @@
-"""Columns of the tables that show read models: titles, values and formats, declared once for each list."""
+"""Columns of the tables that show read models, declared once for terminal and dashboard: title, value, kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from ..plumbing.broker.groups import GroupStatus
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
     )
 
 _Row = TypeVar("_Row")
+Kind: TypeAlias = Literal[
+    "text",
+    "task",
+    "id",
+    "age",
+    "clock",
+    "seconds",
+    "number",
+    "percent",
+    "bytes",
+    "arguments",
+    "worker",
+    "holders",
+    "locks",
+]
 #: What a table shows where there is no value.
 NONE = "-"
 _LONGEST_ARGUMENTS = 60
@@ -111,13 +127,25 @@ class Column(Generic[_Row]):
     longest: int | None = None
     """Characters after which the text is cut off."""
     style: Callable[[_Row], str] | None = None
-    """The style (of Rich) of a row's text."""
+    """The style (of Rich) of a row's text; the dashboard has a class for each."""
+    kind: Kind = "text"
+    """How the dashboard shows the value; `text`: as the terminal does."""
+    link: Callable[[_Row], str | None] | None = None
+    """The page of the dashboard about the value."""
+    detail: Callable[[_Row], str | None] | None = None
+    """A longer text, such as a stack, that the dashboard can unfold."""
+    meter: Callable[[_Row], tuple[float, float | None]] | None = None
+    """A value and its maximum (None: the largest of the rows), for a bar in the dashboard."""
+
+    def raw(self, row: _Row) -> Any:
+        """Return the value of a row."""
+        if callable(self.value):
+            return self.value(row)
+        return row[self.value] if isinstance(row, Mapping) else getattr(row, self.value)
 
     def text(self, row: _Row) -> str:
-        """What the column shows of a row."""
-        if callable(self.value):
-            return self.form(self.value(row))
-        return self.form(row[self.value] if isinstance(row, Mapping) else getattr(row, self.value))
+        """Return what a terminal shows of a row."""
+        return self.form(self.raw(row))
 
 
 @dataclass(frozen=True)
@@ -137,15 +165,20 @@ def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingLetter) -> s
     return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in row.arguments.items())
 
 
-_ARGUMENTS: Column[Any] = Column("arguments", _arguments, longest=_LONGEST_ARGUMENTS)
+_ARGUMENTS: Column[Any] = Column("arguments", _arguments, longest=_LONGEST_ARGUMENTS, kind="arguments")
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
 
 QUEUES: View[Queue] = View(
     "no queues",
     (
-        Column("queue", "name", whole=True),
-        Column("waiting", "backlog", count, right=True),
-        Column("oldest", "oldest_waiting_seconds", age, right=True),
-        Column("running", "running", count, right=True),
+        Column("queue", "name", whole=True, link=lambda queue: f"/queues/{_quoted(queue.name)}"),
+        Column("waiting", "backlog", count, right=True, kind="number", meter=lambda queue: (queue.backlog, None)),
+        Column("oldest", "oldest_waiting_seconds", age, right=True, kind="seconds"),
+        Column("running", "running", count, right=True, kind="number"),
         Column("in/s", "in_per_second", rate, right=True),
         Column("out/s", "out_per_second", rate, right=True),
     ),
@@ -170,11 +203,17 @@ WORKERS: View[Worker] = View(
             "slots in use",
             lambda worker: None if worker.slots is None else f"{worker.slots_used} of {worker.slots}",
             right=True,
+            meter=lambda worker: (worker.slots_used or 0, worker.slots or 1),
         ),
-        Column("state", _worker_state),
-        Column("last report", "seen", since, right=True),
+        Column(
+            "state",
+            _worker_state,
+            style=lambda worker: "green" if worker.alive and worker.blocked is None else "red",
+            detail=lambda worker: worker.blocked.stack if worker.alive and worker.blocked else None,
+        ),
+        Column("last report", "seen", since, right=True, kind="age"),
         Column("up for", "started", since, right=True),
-        Column("memory", "memory_bytes", mebibytes, right=True),
+        Column("memory", "memory_bytes", mebibytes, right=True, kind="bytes"),
         Column("version", "version"),
     ),
 )
@@ -182,70 +221,105 @@ WORKERS: View[Worker] = View(
 RUNNING: View[RunningTask] = View(
     "nothing runs (workers report every 5 s)",
     (
-        Column("task", "task_name", whole=True),
-        Column("task id", "task_id"),
+        Column("task", "task_name", whole=True, kind="task"),
+        Column("task id", "task_id", kind="id"),
         Column(
             "for",
             lambda task: since(task.since) + (" (blocks its worker)" if task.blocks_worker else ""),
             right=True,
+            style=lambda task: "red" if task.blocks_worker else "",
+            link=lambda task: "/workers" if task.blocks_worker else None,
         ),
         Column(
             "attempt",
             lambda task: f"{task.attempt} (delivery {task.deliveries})" if task.deliveries > 1 else task.attempt,
+            style=lambda task: "yellow" if task.deliveries > 1 else "",
         ),
         Column("VO", "vo"),
-        Column("worker", "worker"),
+        Column("worker", "worker", kind="worker"),
         _ARGUMENTS,
-        Column("locks", "locks"),
+        Column("locks", "locks", kind="locks"),
     ),
 )
 
 QUEUED: View[QueuedTask] = View(
     "nothing waits",
     (
-        Column("task", lambda task: task.task_name or "(no task)", whole=True),
-        Column("task id", lambda task: task.task_id or task.entry),
-        Column("waits for", "waiting_since", since, right=True),
+        Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
+        Column("task id", lambda task: task.task_id or task.entry, kind="id"),
+        Column("waits for", "waiting_since", since, right=True, kind="age"),
         Column("attempt", "attempt"),
         _ARGUMENTS,
     ),
 )
 
+
+def _lock_page(key: str) -> str:
+    return f"/locks/one?key={_quoted(key)}"
+
+
 DELAYED: View[DelayedTask] = View(
     "nothing is delayed",
     (
-        Column("task", lambda task: task.task_name or "(no task)", whole=True),
-        Column("task id", "task_id"),
+        Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
+        Column("task id", "task_id", kind="id"),
         Column("why", "reason"),
-        Column("due (UTC)", "due", right=True),
+        Column("due (UTC)", "due", right=True, kind="age"),
         Column("queue", "queue"),
         _ARGUMENTS,
-        Column("lock, or last error", lambda task: task.lock or task.last_error, longest=_LONGEST_TEXT),
+        Column(
+            "lock, or last error",
+            lambda task: task.lock or task.last_error,
+            longest=_LONGEST_TEXT,
+            link=lambda task: _lock_page(task.lock) if task.lock else None,
+        ),
     ),
 )
+
+
+def _failure_style(share: float) -> str:
+    return "red" if share >= 0.2 else "yellow" if share >= 0.02 else ""
+
 
 STATISTICS: View[TaskStats] = View(
     "nothing has ended in this time",
     (
-        Column("task", "task_name", whole=True),
-        *(Column[Any](title, title, count, right=True) for title in ("done", "failed")),
-        Column("rate", "failure_rate", percent, right=True),
-        *(Column[Any](title, title, count, right=True) for title in ("retried", "dead")),
-        Column("run p50", lambda each: each.run.p50_seconds, age, right=True),
-        Column("p95", lambda each: each.run.p95_seconds, age, right=True),
-        Column("p99", lambda each: each.run.p99_seconds, age, right=True),
-        Column("queue p50", lambda each: each.queue.p50_seconds, age, right=True),
-        Column("queue p95", lambda each: each.queue.p95_seconds, age, right=True),
+        Column("task", "task_name", whole=True, kind="task"),
+        Column("done", "done", count, right=True, kind="number"),
+        Column(
+            "failed",
+            "failed",
+            count,
+            right=True,
+            kind="number",
+            link=lambda each: f"/failures?task={_quoted(each.task_name)}" if each.failed else None,
+        ),
+        Column(
+            "rate",
+            "failure_rate",
+            percent,
+            right=True,
+            kind="percent",
+            style=lambda each: _failure_style(each.failure_rate or 0.0),
+        ),
+        Column("retried", "retried", count, right=True, kind="number"),
+        Column("dead", "dead", count, right=True, kind="number", style=lambda each: "red" if each.dead else ""),
+        Column("run p50", lambda each: each.run.p50_seconds, age, right=True, kind="seconds"),
+        Column("p95", lambda each: each.run.p95_seconds, age, right=True, kind="seconds"),
+        Column("p99", lambda each: each.run.p99_seconds, age, right=True, kind="seconds"),
+        Column("queue p50", lambda each: each.queue.p50_seconds, age, right=True, kind="seconds"),
+        Column("queue p95", lambda each: each.queue.p95_seconds, age, right=True, kind="seconds"),
+        Column("queue p99", lambda each: each.queue.p99_seconds, age, right=True, kind="seconds"),
     ),
 )
 
 WAITING_LETTERS: View[WaitingLetter] = View(
     "no dead letters wait in Redis",
     (
-        Column("stored (UTC)", "buried", whole=True),
-        Column("task", "task_name"),
-        Column("task id", "task_id"),
-        Column("reason", "reason"),
+        Column("stored (UTC)", "buried", whole=True, kind="age"),
+        Column("task", "task_name", kind="task"),
+        Column("task id", "task_id", kind="id"),
+        Column("reason", "reason", style=lambda letter: "red" if letter.reason == "poison" else ""),
         Column("attempts", "failed_attempts", right=True),
         _ARGUMENTS,
         Column("detail", "detail", longest=_LONGEST_ARGUMENTS),
@@ -276,7 +350,7 @@ DEAD_LETTERS: View[Mapping[str, Any]] = View(
 AUDIT: View[AuditEntry] = View(
     "no action is recorded yet",
     (
-        Column("at (UTC)", "at", whole=True),
+        Column("at (UTC)", "at", whole=True, kind="clock"),
         Column("who", "who"),
         Column("via", "via"),
         Column("what", "action"),
@@ -285,6 +359,7 @@ AUDIT: View[AuditEntry] = View(
             "outcome",
             lambda entry: ("failed: " if entry.ok is False else "") + (entry.outcome or "not known"),
             longest=_LONGEST_TEXT,
+            style=lambda entry: "red" if entry.ok is False else "",
         ),
     ),
 )
@@ -312,22 +387,29 @@ def _holders(lock: Lock) -> str:
 LOCKS: View[Lock] = View(
     "no locks",
     (
-        Column("lock", "key", whole=True),
+        Column("lock", "key", whole=True, link=lambda lock: _lock_page(lock.key)),
         Column("kind", "kind"),
-        Column("held", quota, right=True),
-        Column("waiting", "waiters", right=True),
-        Column("ends, unless renewed", "expires", remaining),
-        Column("held by", _holders),
+        Column(
+            "held",
+            quota,
+            right=True,
+            meter=lambda lock: (lock.held if lock.limit else 0, lock.limit or 1),
+        ),
+        Column(
+            "waiting", "waiters", right=True, kind="number", style=lambda lock: "yellow" if lock.waiters else ""
+        ),
+        Column("ends, unless renewed", "expires", remaining, kind="age"),
+        Column("held by", _holders, kind="holders"),
     ),
 )
 
 GROUPS: View[GroupStatus] = View(
     "no callback groups",
     (
-        Column("group", "group_id", whole=True),
-        Column("state", "state"),
+        Column("group", "group_id", whole=True, link=lambda group: f"/groups/{_quoted(group.group_id)}"),
+        Column("state", "state", style=lambda group: "red" if group.state == "failed" else ""),
         *(Column[Any](title, title) for title in ("total", "succeeded", "failed", "pending", "callback")),
-        Column("created", "created", lambda moment: moment.isoformat(timespec="seconds")),
+        Column("created", "created", lambda moment: moment.isoformat(timespec="seconds"), kind="age"),
     ),
 )
 
@@ -347,14 +429,26 @@ def _last_outcome(outcome: Outcome | None) -> str:
     return f"{'ok' if outcome.ok else f'failed: {outcome.error}'}, {outcome.seconds:g} s, {plain(outcome.ended)}"
 
 
+_SCHEDULE_STYLES = {"active": "green", "failing": "red", "paused": "yellow", "unplanned": "yellow"}
+
 SCHEDULES: View[ScheduleState] = View(
     "no schedules",
     (
         Column("schedule", "id", whole=True),
-        Column("state", _schedule_state, longest=_LONGEST_TEXT),
-        Column("next run (UTC)", "next_run"),
-        Column("last run (UTC)", "last_run"),
-        Column("last outcome", "outcome", _last_outcome),
+        Column(
+            "state",
+            _schedule_state,
+            longest=_LONGEST_TEXT,
+            style=lambda state: _SCHEDULE_STYLES.get(str(state.state), "dim"),
+        ),
+        Column("next run (UTC)", "next_run", kind="age"),
+        Column("last run (UTC)", "last_run", kind="age"),
+        Column(
+            "last outcome",
+            "outcome",
+            _last_outcome,
+            style=lambda state: "red" if state.outcome and not state.outcome.ok else "",
+        ),
         Column("rule", "rule"),
         Column("set by", "source"),
     ),

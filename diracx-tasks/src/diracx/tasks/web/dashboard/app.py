@@ -213,7 +213,7 @@ class DashboardApp:
             # Who follows the page from here on must not be shown what was before it.
             self.context.answers.put(_same(page, request, "page"), values, SHARED_SECONDS)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
-            return self._page(request, f"{page.name}.html", {**values, "charts": charts})
+            return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
 
         return show
 
@@ -226,7 +226,7 @@ class DashboardApp:
                 key = _same(page, request, "page")
                 answers = self.context.answers
                 values = await answers.get(key, lambda: self._loaded(page, request), SHARED_SECONDS)
-                return text_of(self._templates, request, f"_{page.name}.html", values)
+                return text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
 
             async def charts() -> dict[str, Any]:
                 look, key = page.charts, _same(page, request, "charts")
@@ -263,13 +263,17 @@ class DashboardApp:
     def _about(self, page: Page) -> dict[str, Any]:
         return {
             "title": page.title,
+            "page_name": page.name,
+            "parent": None,
             "nav": page.nav or page.path,
             "live": page.live,
             "charts": None,
             "label": self.context.label,
         }
 
-    def _page(self, request: Request, template: str, values: dict[str, Any], status: int = 200) -> Response:
+    def _page(
+        self, request: Request, template: str | list[str], values: dict[str, Any], status: int = 200
+    ) -> Response:
         flash = _flash(request)
         response = render(self._templates, request, template, {"flash": flash, "live": False, **values}, status)
         if flash is not None:

@@ -76,19 +76,19 @@ def _version_of_static() -> str:
 
 
 def render(
-    templates: Environment, request: Request, template: str, context: dict[str, Any], status: int = 200
+    templates: Environment, request: Request, template: str | list[str], context: dict[str, Any], status: int = 200
 ) -> HTMLResponse:
     """A page."""
     return HTMLResponse(text_of(templates, request, template, context), status)
 
 
-def text_of(templates: Environment, request: Request, template: str, context: dict[str, Any]) -> str:
-    """A page or a part of one, as text."""
+def text_of(templates: Environment, request: Request, template: str | list[str], context: dict[str, Any]) -> str:
+    """Render the first of these templates that there is: a page or a part of one."""
     root = str(request.scope.get("root_path", ""))
     theme = request.cookies.get("tasks-dashboard-theme", "")
     form_token = getattr(request.state, "form_token", "")
     field = Markup('<input type="hidden" name="{}" value="{}">').format(FORM_FIELD, form_token)
-    return templates.get_template(template).render(
+    return templates.select_template([template] if isinstance(template, str) else template).render(
         {
             "root": root,
             "principal": getattr(request.state, "principal", None),

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from ....operations.audit import read_audit
 from ....operations.cursors import place_in_stream
+from ....operations.views import AUDIT
 from ..page import AppContext, Page, Request, viewer_of
+from ..tables import Link, Table, TablePage
 
 _PAGE = 100
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
-    query = request.query_params
-    before, vo = query.get("after"), viewer_of(request).chosen(query.get("vo") or None)
+    query, viewer = request.query_params, viewer_of(request)
+    before, vo = query.get("after"), viewer.chosen(query.get("vo") or None)
     entries = await read_audit(context.redis, _PAGE, place_in_stream(before) if before else None, vo=vo)
-    return {
-        "entries": entries,
-        "after": entries[-1].id if len(entries) == _PAGE else None,
-        "vo": vo,
-        # Which logs there are: the administrators', and one of each VO.
-        "vos": (await context.settings()).vos if viewer_of(request).sees(None) else (),
-    }
+    # Which logs there are: the administrators', and one of each VO.
+    vos = list((await context.settings()).vos) if viewer.sees(None) else [vo] if vo else []
+    administrators = [Link("administrators", "/audit", vo is None)] if viewer.sees(None) and vos else []
+    did = (
+        f"What members of {vo} did by HTTP" if vo else "What administrators did by dashboard, HTTP or command line"
+    )
+    return TablePage(
+        filters=administrators + [Link(name, f"/audit?vo={quote(name, safe='')}", name == vo) for name in vos],
+        filters_label="Logs",
+        table=Table(
+            view=AUDIT,
+            rows=entries,
+            caption=f"{did}, newest first.",
+            after=entries[-1].id if len(entries) == _PAGE else None,
+        ),
+    ).values()
 
 
 PAGES = [Page("/audit", "audit", "Audit log", _load, section="Record")]

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ....operations import waiting_letters
 from ....operations.dead_letters import find_letter, letter_arguments
 from ....operations.health.runner import database_error
+from ....operations.views import WAITING_LETTERS
 from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...operator import Decided
 from ..page import (
@@ -28,6 +29,7 @@ from ..page import (
     integer,
     viewer_of,
 )
+from ..tables import Table
 
 if TYPE_CHECKING:
     from ....plumbing.persistence.db import LetterFilter
@@ -64,11 +66,15 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "after": None,
         "away": None,
         "waiting": (await context.snapshot()).dead_letters_waiting,
-        "waiting_letters": [],
     }
     if shown["waiting"]:
         look = partial(waiting_letters, context.redis, registry=context.registry)
-        shown["waiting_letters"] = (await viewer.page(look, _WAITING_SHOWN, None)).items
+        rows = (await viewer.page(look, _WAITING_SHOWN, None)).items
+        caption = "Waiting in Redis."
+        if shown["waiting"] > len(rows):
+            number = f"{len(rows)} of {shown['waiting']:,}"
+            caption = f"Waiting in Redis: {number}; `diracx-task-run dlq waiting` has them all."
+        shown["waiting_table"] = Table(view=WAITING_LETTERS, rows=rows, caption=caption)
     if context.task_db is None:
         return shown
     try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
+from ....operations.views import GROUPS
 from ....plumbing.broker.groups import read_group
 from ..page import AppContext, NotFoundError, Page, Request
+from ..rendering import number
+from ..tables import Table, TablePage
 
 _GROUPS = 200
 _CHILDREN = 200
@@ -14,7 +17,11 @@ _CHILDREN = 200
 
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
-    return {"groups": await monitor.groups(context.redis, _GROUPS), "total": snapshot.groups}
+    groups = await operations.groups(context.redis, _GROUPS)
+    caption = "Groups that have not called back."
+    if snapshot.groups > len(groups):
+        caption = f"{len(groups)} of {number(snapshot.groups)}, those that expire first."
+    return TablePage(table=Table(view=GROUPS, rows=groups, caption=caption)).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
@@ -24,6 +31,8 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
         raise NotFoundError(f"There is no group {name!r} (any more): it has called back, or there never was one.")
     return {
         "group": group,
+        "parent": ("/groups", "Groups"),
+        "heading": name,
         "pending": group.pending_children[:_CHILDREN],
         "failed": dict(list(group.failed_children.items())[:_CHILDREN]),
     }

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
+from ....operations.views import LOCKS
 from ..page import Action, AppContext, Form, NotFoundError, NotPossibleError, Operator, Page, Question, Request
+from ..tables import Table, TablePage
 
 _PAGE = 100
 
 
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
-    return {"page": await monitor.locks(context.redis, _PAGE, request.query_params.get("after"))}
+    page = await operations.locks(context.redis, _PAGE, request.query_params.get("after"))
+    caption = "Locks that tasks hold or wait for, and limiters that were used within the last day."
+    table = Table(
+        view=LOCKS, rows=page.items, caption=caption, after=page.after, empty="No lock is held or waited for."
+    )
+    return TablePage(table=table).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     key = request.query_params.get("key", "")
     try:
-        found = await monitor.lock(context.redis, key)
+        found = await operations.lock(context.redis, key)
     except ValueError as error:
         raise NotFoundError(str(error)) from error
-    return {"lock": found, "key": key}
+    return {"lock": found, "parent": ("/locks", "Locks"), "heading": key}
 
 
 async def _ask_release(form: Form, context: AppContext) -> Question:
     key = form.one("key")
-    found = await monitor.lock(context.redis, key)
+    found = await operations.lock(context.redis, key)
     if found is None or not found.held:
         raise NotPossibleError(f"Nobody holds {key[:200]!r} any more.")
     if found.kind == "rate":

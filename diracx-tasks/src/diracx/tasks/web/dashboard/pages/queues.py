@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
+from ....operations import QueuedTask
 from ....operations.cursors import queue_of
+from ....operations.views import QUEUED, QUEUES
 from ....plumbing.broker.streams import ALL_STREAM_NAMES
 from ..page import (
     Action,
@@ -20,6 +22,8 @@ from ..page import (
     Request,
     viewer_of,
 )
+from ..rendering import number, seconds
+from ..tables import Button, Fact, Table, TablePage
 
 _PAGE = 50
 _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
@@ -27,11 +31,19 @@ _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
 
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
-    return {
-        "queues": snapshot.queues,
-        "sizes": {worker.size for worker in snapshot.workers if worker.alive},
-        "most": max((queue.backlog for queue in snapshot.queues), default=0),
-    }
+    served = {worker.size for worker in snapshot.workers if worker.alive}
+    unserved = {queue.size for queue in snapshot.queues if queue.backlog} - served
+    return TablePage(
+        notes=[
+            f"Tasks wait, and no worker of size {size} runs: `diracx-task-run worker --worker-size {size}`"
+            for size in sorted(unserved)
+        ],
+        table=Table(
+            view=QUEUES,
+            rows=snapshot.queues,
+            caption="Nine queues, most urgent first; a worker takes tasks of its size.",
+        ),
+    ).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
@@ -40,12 +52,40 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     found = [queue for queue in snapshot.queues if queue.name == name]
     if not found:
         raise NotFoundError(f"There is no queue {name!r}.")
-    look = partial(monitor.peek, context.redis, name, registry=context.registry)
+    look = partial(operations.peek, context.redis, name, registry=context.registry)
     try:
         page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     except ValueError as error:
         raise NotFoundError(str(error)) from error
-    return {"queue": found[0], "page": page, "heading": f"Queue {name}"}
+    [queue] = found
+    purge = Button("/queues/purge", "Remove all that wait here…", {"queue": name}, "purge", "danger")
+    shown = TablePage(
+        heading=("/queues", "Queues"),
+        facts=[
+            Fact("Waiting", number(queue.backlog)),
+            Fact("Running", number(queue.running), "/running"),
+            Fact("Oldest waits", seconds(queue.oldest_waiting_seconds)),
+            Fact("In", number(queue.in_per_second), small="per second"),
+            Fact("Out", number(queue.out_per_second), small="per second"),
+        ],
+        table=Table(
+            view=QUEUED,
+            rows=page.items,
+            caption="In the order in which workers will take them.",
+            empty="Nothing waits here.",
+            after=page.after,
+            actions=_actions,
+        ),
+        buttons=[purge] if page.items else [],
+    )
+    return shown.values() | {"heading": name}
+
+
+def _actions(task: QueuedTask) -> list[Button]:
+    if not task.task_id:
+        return []
+    fields = {"task": task.task_id, "about": f"{task.task_name}, waiting in {task.queue}"}
+    return [Button("/tasks/cancel", "Cancel", fields, f"cancel-{task.task_id}")]
 
 
 async def _ask_purge(form: Form, context: AppContext) -> Question:

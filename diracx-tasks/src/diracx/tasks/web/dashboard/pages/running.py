@@ -5,17 +5,36 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
+from ....operations import RunningTask
+from ....operations.views import RUNNING
 from ..page import Action, AppContext, Form, NotPossibleError, Operator, Page, Question, Request, viewer_of
+from ..rendering import number
+from ..tables import Button, Table, TablePage
 
 _PAGE = 100
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
-    look = partial(monitor.running, context.redis, registry=context.registry)
+    look = partial(operations.running, context.redis, registry=context.registry)
     page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     snapshot = await context.snapshot()
-    return {"page": page, "total": sum(queue.running for queue in snapshot.queues)}
+    total = sum(queue.running for queue in snapshot.queues)
+    return TablePage(
+        table=Table(
+            view=RUNNING,
+            rows=page.items,
+            caption=f"{number(total)} run, longest first; workers report every 5 s.",
+            empty="Nothing runs.",
+            after=page.after,
+            actions=_actions,
+        )
+    ).values()
+
+
+def _actions(task: RunningTask) -> list[Button]:
+    about = f"{task.task_name}, running at {task.worker.partition(':')[0]}"
+    return [Button("/tasks/cancel", "Cancel", {"task": task.task_id, "about": about}, f"cancel-{task.task_id}")]
 
 
 async def _ask_cancel(form: Form, context: AppContext) -> Question:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
+from ....operations.views import SCHEDULES
 from ....plumbing.broker.scheduling import somebody_leads
-from ....plumbing.scheduler import schedules
+from ....plumbing.scheduler import ScheduleState, schedules
 from ..page import (
     Action,
     AppContext,
@@ -18,6 +20,8 @@ from ..page import (
     Request,
     viewer_of,
 )
+from ..rendering import number
+from ..tables import Button, Link, Table, TablePage
 
 _PAGE = 100
 
@@ -34,15 +38,35 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
     chosen = [state for state in states if wanted in ("", state.vo)]
     shown = [state for state in chosen if state.id > after][:_PAGE]
-    return {
-        "schedules": shown,
-        "total": len(chosen),
-        "after": shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
-        "leads": await somebody_leads(context.redis),
-        "vos": vos,
-        "vo": wanted,
-        "problems": settings.problems if viewer.sees(None) else (),
-    }
+    notes = list(settings.problems) if viewer.sees(None) else []
+    if not await somebody_leads(context.redis):
+        notes.insert(0, "No scheduler leads: nothing is submitted. Start one with `diracx-task-run scheduler`.")
+    links = [Link(vo, f"/schedules?vo={quote(vo, safe='')}", vo == wanted) for vo in vos]
+    return TablePage(
+        filters=[Link("All VOs", "/schedules", not wanted), *links] if vos else [],
+        filters_label="VO",
+        notes=notes,
+        table=Table(
+            view=SCHEDULES,
+            rows=shown,
+            caption="" if len(shown) == len(chosen) else f"{len(shown)} of {number(len(chosen))} schedules",
+            empty="No periodic task is installed here.",
+            after=shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
+            actions=_actions,
+        ),
+    ).values()
+
+
+def _actions(state: ScheduleState) -> list[Button]:
+    fields = {"schedule": state.id}
+    buttons = []
+    if state.state != "unknown":
+        buttons.append(Button("/schedules/run-now", "Run now", fields, f"run-{state.id}"))
+    if state.state == "paused":
+        buttons.append(Button("/schedules/resume", "Resume", fields, f"pause-{state.id}"))
+    elif state.state not in ("disabled", "finished", "unknown"):
+        buttons.append(Button("/schedules/pause", "Pause", fields, f"pause-{state.id}"))
+    return buttons
 
 
 def _chosen(form: Form) -> list[str]:

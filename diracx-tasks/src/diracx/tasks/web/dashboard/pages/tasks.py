@@ -1,12 +1,14 @@
-"""How each class of tasks did."""
+"""Statistics of each class of tasks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
 from ....operations import TaskStats, Window
+from ....operations.views import STATISTICS
 from ..page import AppContext, Page, Request
+from ..tables import Link, Table, TablePage
 
 _KEYS = {
     "name": lambda each: each.task_name,
@@ -15,18 +17,28 @@ _KEYS = {
     "slow": lambda each: -(each.run.p95_seconds or 0),
     "queue": lambda each: -(each.queue.p95_seconds or 0),
 }
+_ORDERS = {"task": "name", "done": "done", "rate": "failures", "p95": "slow", "queue p95": "queue"}
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     window: Window = "day" if request.query_params.get("window") == "day" else "hour"
     order = request.query_params.get("order", "name")
-    found: list[TaskStats] = await monitor.stats(context.redis, window)
-    key = _KEYS.get(order, _KEYS["name"])
-    return {
-        "stats": sorted(found, key=key),
-        "window": window,
-        "order": order if order in _KEYS else "name",
-    }
+    order = order if order in _KEYS else "name"
+    found: list[TaskStats] = await operations.stats(context.redis, window)
+    return TablePage(
+        filters=[
+            Link(text, f"/tasks?window={name}&order={order}", window == name)
+            for name, text in (("hour", "Past hour"), ("day", "Past day"))
+        ],
+        filters_label="Time",
+        table=Table(
+            view=STATISTICS,
+            rows=sorted(found, key=_KEYS[order]),
+            caption="Percentiles are at most 19 % too high.",
+            empty="No task has run within this time.",
+            orders=_ORDERS,
+        ),
+    ).values()
 
 
 PAGES = [Page("/tasks", "tasks", "Task classes", _load, section="Now")]

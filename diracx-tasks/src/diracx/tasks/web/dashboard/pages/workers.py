@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....operations.views import WORKERS
 from ..page import AppContext, Page, Request, viewer_of
+from ..rendering import number
+from ..tables import Fact, Table, TablePage
 
 #: A page has no more; the lost ones come first.
 _MOST = 150
@@ -12,15 +15,24 @@ _MOST = 150
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
-    return {
-        "workers": sorted(viewer_of(request).workers(snapshot.workers), key=lambda worker: worker.alive)[:_MOST],
-        "hidden": max(0, len(snapshot.workers) - _MOST),
-        "scheduler_leads": snapshot.scheduler_leads,
-        "hosts": len({worker.host for worker in snapshot.workers if worker.alive}),
-        "alive": sum(worker.alive for worker in snapshot.workers),
-        "slots": sum(worker.slots or 0 for worker in snapshot.workers if worker.alive),
-        "slots_used": sum(worker.slots_used or 0 for worker in snapshot.workers if worker.alive),
-    }
+    workers = sorted(viewer_of(request).workers(snapshot.workers), key=lambda worker: worker.alive)
+    alive = [worker for worker in workers if worker.alive]
+    hosts = len({worker.host for worker in alive})
+    slots, used = (sum(getattr(each, name) or 0 for each in alive) for name in ("slots", "slots_used"))
+    hidden = max(0, len(workers) - _MOST)
+    return TablePage(
+        facts=[
+            Fact("Alive", number(len(alive)), small=f"on {hosts} host{'' if hosts == 1 else 's'}"),
+            Fact("Slots used", number(used), "/running", small=f"of {number(slots)}"),
+            Fact("Scheduler", "leads" if snapshot.scheduler_leads else "none leads", "/schedules"),
+        ],
+        table=Table(
+            view=WORKERS,
+            rows=workers[:_MOST],
+            caption=f"{_MOST} of them; `diracx-task-run workers` has {number(hidden)} more." if hidden else "",
+            empty="No worker runs. Start one with `diracx-task-run worker`.",
+        ),
+    ).values()
 
 
 PAGES = [Page("/workers", "workers", "Workers", _load, section="Now")]
