@@ -133,19 +133,6 @@ class SchemaPromises:
         await self.migrations.upgrade(url)
         await self.fill(url)
 
-    async def test_a_database_without_a_version_is_recognised_at_any_revision(self, url: str) -> None:
-        for revision in self.order():
-            await self.migrations.upgrade(url, revision)
-            async with connected(url) as connection:
-                preparer = connection.dialect.identifier_preparer
-                await connection.execute(text(f"DROP TABLE {preparer.quote(self.migrations.version_table)}"))
-            state = await self.migrations.current(url)
-            assert (state.revision, state.stamped) == (revision, False)
-        await self.fill(url)
-        move = await self.migrations.upgrade(url)
-        assert (move.recognised, move.steps) == (True, ())
-        assert (await self.migrations.current(url)).stamped
-
     async def test_what_create_all_made_is_stamped_with_the_newest_revision(self, url: str) -> None:
         await self.create_all(url)
         await self.fill(url)

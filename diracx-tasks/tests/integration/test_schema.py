@@ -57,7 +57,7 @@ def family(tmp_path: Path) -> Migrations:
     for revision, body in revisions.items():
         (tmp_path / "r" / "versions" / f"v{revision}.py").write_text(
             f'"""Revision {revision}."""\nimport sqlalchemy as sa\nfrom alembic import op\n'
-            f"revision = {revision!r}\ndown_revision = {before!r}\nADDS = {{'parents': []}}\n"
+            f"revision = {revision!r}\ndown_revision = {before!r}\n"
             f"def upgrade():\n{dedent(body).replace(chr(10), chr(10) + '    ')}\n"
         )
         before = revision

@@ -47,7 +47,7 @@ class DeadLetters(TaskDBBase):
     task_id: Mapped[str] = mapped_column("TaskID", AnyName(LONGEST_NAME), unique=True)
     task_name: Mapped[str] = mapped_column("TaskName", AnyName(LONGEST_NAME))
     vo: Mapped[str | None] = mapped_column("VO", AnyName(LONGEST_NAME))
-    """The VO of the task; NULL: of none, or stored before there was this column."""
+    """The VO of the task; NULL: of none."""
     reason: Mapped[str] = mapped_column("Reason", AnyText(32))
     detail: Mapped[str] = mapped_column("Detail", AnyLongText())
     message: Mapped[bytes] = mapped_column("Message", _LONG_BINARY)

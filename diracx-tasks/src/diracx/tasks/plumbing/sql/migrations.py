@@ -1,8 +1,8 @@
 """Schema migrations of one SQL database, with Alembic: what revision a database is at, and how it gets to another.
 
 A database class has its revisions in a directory of its package (`env.py`, `versions/`) and its own version table,
-so that several databases share a schema. A database that `create_all` made has no version table; it is recognised
-by what each revision says that it adds: `ADDS = {"Table": ["Column", "index_name"]}` in the revision's module.
+so that several databases share a schema. A database that `python -m diracx.db init-sql` made has no version table:
+with all tables, columns and indexes of the models it is at the newest revision.
 """
 
 from __future__ import annotations
@@ -182,21 +182,16 @@ class Migrations:
         return revision
 
     def _recognised(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
-        """The newest revision of which, and of all before it, everything is there."""
+        """The newest revision, if all that the models have is there."""
         there = _Tables(connection)
         if there.none_of(self.metadata.tables):
             return None
-        found = None
-        for script in _from_oldest(scripts):
-            if lacking := there.lacking(script.module.ADDS):
-                if found is None:
-                    raise MigrationError(
-                        f"the tables of the database {self.database} are of something else: there is no "
-                        f"{lacking}; rename them first"
-                    )
-                break
-            found = script.revision
-        return found
+        if lacking := there.lacking(self.metadata):
+            raise MigrationError(
+                f"the tables of the database {self.database} are of something else: there is no {lacking}; "
+                "rename them first"
+            )
+        return _only_head(scripts)
 
     @contextlib.asynccontextmanager
     async def _connection(self, url: str) -> AsyncIterator[AsyncConnection]:
@@ -331,17 +326,17 @@ class _Tables:
     def none_of(self, tables: Iterable[str]) -> bool:
         return not any(name.casefold() in self._names for name in tables)
 
-    def lacking(self, adds: dict[str, list[str]]) -> str:
-        """What is not there of what a revision adds; empty when all of it is."""
-        for table, parts in adds.items():
-            name = self._names.get(table.casefold())
+    def lacking(self, metadata: MetaData) -> str:
+        """What is not there of what the models have; empty when all of it is."""
+        for table in metadata.sorted_tables:
+            name = self._names.get(table.name.casefold())
             if name is None:
-                return f"table {table}"
+                return f"table {table.name}"
             found = {column["name"].casefold() for column in self._inspector.get_columns(name)}
             found |= {(index["name"] or "").casefold() for index in self._inspector.get_indexes(name)}
-            for part in parts:
-                if part.casefold() not in found:
-                    return f"{part} in the table {table}"
+            for part in (*table.columns, *table.indexes):
+                if str(part.name).casefold() not in found:
+                    return f"{part.name} in the table {table.name}"
         return ""
 
 

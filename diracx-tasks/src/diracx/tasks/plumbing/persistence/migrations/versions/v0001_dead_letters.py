@@ -7,10 +7,6 @@ from sqlalchemy.dialects import mysql
 revision = "0001"
 down_revision = None
 
-ADDS = {
-    "DeadLetters": ["TaskID", "Burial", "History", "ix_DeadLetters_Status_BuriedAt", "ix_DeadLetters_TaskName"]
-}
-
 _MOMENT = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 _LONG_TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 _LONG_BINARY = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
@@ -22,6 +18,7 @@ def upgrade() -> None:
         sa.Column("ID", sa.Integer, autoincrement=True, nullable=False),
         sa.Column("TaskID", sa.String(255), nullable=False),
         sa.Column("TaskName", sa.String(255), nullable=False),
+        sa.Column("VO", sa.String(255), nullable=True),
         sa.Column("Reason", sa.String(32), nullable=False),
         sa.Column("Detail", _LONG_TEXT, nullable=False),
         sa.Column("Message", _LONG_BINARY, nullable=False),
