@@ -63,7 +63,7 @@ def test_every_deed_at_the_command_line_is_in_the_audit_log_with_user_and_host(
         ("run schedule now", "my_tasks:Tick", True, f"task {run}"),
         (
             *("run schedule now", "my_tasks:Tick", False),
-            f"StillWaitingError: the last occurrence, task {run}, still waits for a worker",
+            f"AlreadyQueuedError: the last occurrence, task {run}, still waits for a worker",
         ),
         ("purge queue", "normal:medium", True, "1 tasks removed"),
         ("release lock", "lock:mutex:job:42", True, "1 released, from somebody"),

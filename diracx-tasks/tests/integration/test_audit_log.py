@@ -12,7 +12,7 @@ from diracx.tasks.operations import audit
 from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.web.api import environment
-from diracx.tasks.web.api.audit_logger import Recorder, UserActionRate
+from diracx.tasks.web.api.audit_logger import AuditLogger, UserActionRate
 from fastapi import HTTPException
 from redis.asyncio import Redis
 
@@ -56,7 +56,7 @@ def perform(redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(environment, "_open", this)
 
     async def act(who: AuthorizedUserInfo, target: str, do: Callable[[], Awaitable[str]] = done) -> Any:
-        return await Recorder(who).perform("submit pilot", target, do)
+        return await AuditLogger(who).perform("submit pilot", target, do)
 
     return act
 

@@ -358,9 +358,9 @@ async def test_dead_letters_that_wait_in_redis_are_shown_without_secrets_and_har
     redis = world.system.broker.redis
     await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
     await redis.xadd(keys.DEAD_LETTERS, {"reason": "unparsable", "data": b"no letter"})
-    page = await monitor.waiting_letters(redis, 1)
+    page = await monitor.waiting_dead_letters(redis, 1)
     assert [each.task_id for each in page.items] == ["e" * 32]
-    [last] = (await monitor.waiting_letters(redis, 1, page.after)).items
+    [last] = (await monitor.waiting_dead_letters(redis, 1, page.after)).items
     assert (last.reason, last.arguments) == ("unparsable", None)
 
     async def seen() -> bool:

@@ -15,7 +15,7 @@ import msgpack
 import pytest
 from dashboard_world import WRITER
 from diracx.tasks import operations as monitor
-from diracx.tasks.operations.dead_letters import letter_record
+from diracx.tasks.operations.dead_letters import dead_letter_record
 from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_many
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
@@ -237,11 +237,11 @@ async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable
             answer = await client.get(address)
             assert answer.status_code == 200, f"{address}: {answer.text[:3000]}"
         await monitor.failures(redis)
-        await monitor.waiting_letters(redis, limit=1000, registry=system.registry)
+        await monitor.waiting_dead_letters(redis, limit=1000, registry=system.registry)
         assert system.task_db is not None
         async with system.task_db as db:
             for letter in await db.search(status=None):
-                letter_record(letter)
+                dead_letter_record(letter)
 
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as client:
         await client.post("/sign-in", data={"credential": WRITER})

@@ -386,7 +386,7 @@ async def test_lists_read_little_of_large_messages_and_show_their_size_instead(
     before = await sent()
     queued = (await monitor.peek(redis, "normal:medium")).items
     delayed = (await monitor.delayed(redis)).items
-    letters = (await monitor.waiting_letters(redis)).items
+    letters = (await monitor.waiting_dead_letters(redis)).items
     assert await sent() - before < 61 * 70_000
     assert [task.arguments for task in queued] == [None] * 20 + [{"0": "small"}]
     assert {(task.attempt, task.message_bytes > 1_000_000) for task in queued[:20]} == {(1, True)}
@@ -446,7 +446,7 @@ async def test_what_is_no_task_can_be_looked_at_and_purged(redis: Redis) -> None
 async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
     redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from diracx.tasks.operations.dead_letters import letter_record
+    from diracx.tasks.operations.dead_letters import dead_letter_record
 
     async with TaskSystem([Broken], redis_url=redis_url) as system:
         await Broken("sesame").schedule()
@@ -454,7 +454,7 @@ async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
         assert system.task_db is not None
         async with system.task_db as db:
             [letter] = await db.search()
-    shown = letter_record(letter)
+    shown = dead_letter_record(letter)
     assert shown["message"]["task_args"] == ["•••"]
     assert shown["detail"] == "refused •••"
     assert "sesame" not in json.dumps(shown, default=str)

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from diracx.tasks.cli.runtime.registry import make_task
-from diracx.tasks.operations.dead_letters import letter_record
+from diracx.tasks.operations.dead_letters import dead_letter_record
 from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.operations.task_classes import _arguments
 from diracx.tasks.plumbing.base_task import BaseTask
@@ -237,7 +237,7 @@ def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
         **dict.fromkeys(("failed_attempts", "earlier_burials", "message_bytes"), 0),
         "message": there.dumpb(),
     }
-    record = letter_record(letter)
+    record = dead_letter_record(letter)
     assert record["raw"] is None
     _assert_hidden(json.dumps(record))
 

@@ -102,10 +102,10 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
         return result
 
     async def do(db: Any) -> T:
-        from diracx.tasks.operations.audited_actions import Deeds
+        from diracx.tasks.operations.audited_actions import AuditedActions
 
         async with async_client(url) as redis:
-            return await Deeds.at_command_line(redis).perform(deed, target, lambda: work(db), told)
+            return await AuditedActions.at_command_line(redis).perform(deed, target, lambda: work(db), told)
 
     try:
         return in_database(do)

@@ -14,7 +14,7 @@ from diracx.core.properties import SERVICE_ADMINISTRATOR
 from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
-from diracx.tasks.web.api.audit_logger import Recorded, Recorder
+from diracx.tasks.web.api.audit_logger import Audited, AuditLogger
 from diracx.tasks.web.api.bounded import BoundedRoute
 from diracx.tasks.web.api.databases import database_errors
 from diracx.tasks.web.api.responses import responses
@@ -142,7 +142,7 @@ async def submit_pilot(
     user: User,
     own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
     calls: Calls,
 ) -> Submission:
     """Submit one pilot of your VO to a compute element. It has to serve your VO."""
@@ -265,7 +265,7 @@ async def cancel_pilot(
     user: User,
     own_vo: OwnVO,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
     calls: Calls,
 ) -> Pilot:
     """Ask for the end of a pilot of your VO.
@@ -325,7 +325,7 @@ async def create_ce(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
 ) -> CEPublic:
     """Create a compute element. Needs ServiceAdministrator.
 
@@ -349,7 +349,7 @@ async def enable_ce(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
 ) -> None:
     """Open a compute element for new pilots. Needs ServiceAdministrator.
 
@@ -365,7 +365,7 @@ async def disable_ce(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
 ) -> None:
     """Close a compute element for new pilots; those it has go on and are followed. Needs ServiceAdministrator.
 
@@ -375,7 +375,7 @@ async def disable_ce(
     await _set_enabled(my_pilot_db, recorder, ce_name, False)
 
 
-async def _set_enabled(my_pilot_db: MyPilotDB, recorder: Recorder, ce_name: str, enabled: bool) -> None:
+async def _set_enabled(my_pilot_db: MyPilotDB, recorder: AuditLogger, ce_name: str, enabled: bool) -> None:
     state = "open" if enabled else "closed"
     with _as_http(None):
         await recorder.perform(
@@ -392,7 +392,7 @@ async def ban_ce(
     my_pilot_db: PilotDB,
     config: ConfigReader,
     check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Recorded,
+    recorder: Audited,
     ban: Annotated[CEBan | None, Body(description="Why.")] = None,
 ) -> None:
     """Leave a compute element alone altogether. Needs ServiceAdministrator.

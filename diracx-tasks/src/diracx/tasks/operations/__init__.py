@@ -1,11 +1,11 @@
-"""Everything an operator can see, read so that it never slows the system, and the few things he can do there."""
+"""What operators see and do: read models, health checks, audited actions and metrics."""
 
 from __future__ import annotations
 
 from ..plumbing._util.secrets import MASK
 from ..plumbing.broker.groups import list_groups as groups
 from .actions import purge, release_lock
-from .dead_letters import waiting_letters
+from .dead_letters import waiting_dead_letters
 from .locks import lock, locks
 from .masking import masked_arguments
 from .models import (
@@ -26,7 +26,7 @@ from .models import (
     RunningTask,
     Snapshot,
     TaskStats,
-    WaitingLetter,
+    WaitingDeadLetter,
     Window,
     Worker,
     as_json,
@@ -54,7 +54,7 @@ __all__ = [
     "RunningTask",
     "Snapshot",
     "TaskStats",
-    "WaitingLetter",
+    "WaitingDeadLetter",
     "Window",
     "Worker",
     "as_json",
@@ -73,6 +73,6 @@ __all__ = [
     "running",
     "snapshot",
     "stats",
-    "waiting_letters",
+    "waiting_dead_letters",
     "workers",
 ]

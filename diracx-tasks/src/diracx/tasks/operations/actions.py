@@ -1,4 +1,4 @@
-"""What an operator can do beside looking."""
+"""Purges queues and releases locks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 async def purge(redis: Redis, queue: str) -> int:
     """Cancel all tasks that wait in a queue (`{priority}:{size}`). Returns how many.
 
-    What runs goes on, and so does what comes in meanwhile. The groups of the tasks, and whoever waits for their
-    results, hear that they were cancelled.
+    Running tasks go on, and so do those that come in meanwhile. The groups of the tasks, and those that wait for
+    their results, are informed that they were cancelled.
 
     Raises:
         ValueError: when there is no such queue.
@@ -52,13 +52,13 @@ async def _without_arguments(redis: Redis, stream: str, entry: str, data: bytes,
 
 
 async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = None) -> Released:
-    """Take a lock away from those who hold it, and wake who waits for it.
+    """Release a lock of its holders, and grant it to the next waiter.
 
     A task that loses its lock is cancelled when its worker next renews it, a third of a lease later at most, and
     counts as failed. The spent quota of a rate limiter comes back; tasks that wait for it come at their time.
 
     Args:
-        owners: only from these, as somebody saw them (`Holder.owner`); None: from all who hold it now.
+        owners: only of these (`Holder.owner`); None: of all that hold it now.
 
     Raises:
         ValueError: when the key is not that of a lock.

@@ -50,7 +50,7 @@ class AuditEntry:
     target: str
     """What it was done to."""
     outcome: str | None
-    """What came of it; None: not known, for it goes on, whoever did it died, or this could not be written."""
+    """What came of it; None: not known, as it is not over, its process died, or this could not be written."""
     ok: bool | None
     """Whether it was done."""
 
@@ -62,11 +62,11 @@ async def audited(
     action: str,
     target: str,
     do: Callable[[], Awaitable[_Outcome]],
-    told: Callable[[_Outcome], str] = str,
+    summary: Callable[[_Outcome], str] = str,
     *,
     vo: str | None = None,
 ) -> _Outcome:
-    """Do something, and write down who did it: before, and what came of it after.
+    """Do an action, and write it to the audit log: before, and what came of it after.
 
     Where the latter cannot be written, it was done all the same: the log does not know what came of it, and a
     warning says so.
@@ -74,7 +74,7 @@ async def audited(
     Args:
         target: what it is done to; `listed` where these are several.
         do: does it.
-        told: what came of it, in a few words.
+        summary: what came of it, in a few words.
         vo: whose log has it, for what a member of a VO does; None: that of the administrators. It must be known to
             be one of the installation: each has a stream of its own.
 
@@ -89,7 +89,7 @@ async def audited(
     except BaseException as error:
         await log.end(written, f"{type(error).__name__}: {error}", ok=False)
         raise
-    await log.end(written, told(outcome), ok=True)
+    await log.end(written, summary(outcome), ok=True)
     return outcome
 
 
@@ -134,7 +134,9 @@ class _Log:
         try:
             await self._write({"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, self._longest_outcome)})
         except RedisError as error:
-            logger.warning("The audit log will not tell what came of entry %s (%s): %s", entry, outcome, error)
+            logger.warning(
+                "the outcome of entry %s (%s) cannot be written to the audit log: %s", entry, outcome, error
+            )
 
     async def _write(self, fields: dict[str, str]) -> str:
         data = json.dumps(fields, ensure_ascii=False)

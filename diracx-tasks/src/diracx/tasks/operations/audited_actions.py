@@ -1,4 +1,4 @@
-"""What an operator can do to tasks, by dashboard, HTTP or command line alike: each deed is in the audit log."""
+"""Audited actions on tasks, for dashboard, HTTP and command line alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Outcome = TypeVar("_Outcome")
 _LETTERS = 200
 
 
-class StillWaitingError(Exception):
+class AlreadyQueuedError(Exception):
     """The last occurrence of a schedule, task `task_id`, still waits for a worker: another was not submitted."""
 
     def __init__(self, task_id: str) -> None:
@@ -33,8 +33,8 @@ class StillWaitingError(Exception):
         self.task_id = task_id
 
 
-class Deeds:
-    """What somebody does. Raises what `audited` raises, beside what is said.
+class AuditedActions:
+    """Actions of one user. They raise what `audited` raises, beside what is said.
 
     Args:
         redis: the server of the tasks, where the audit log is.
@@ -50,8 +50,8 @@ class Deeds:
         self.vo = vo
 
     @classmethod
-    def at_command_line(cls, redis: Redis) -> Deeds:
-        """Those of whoever sits at this terminal."""
+    def at_command_line(cls, redis: Redis) -> AuditedActions:
+        """Return the actions of the user at this terminal."""
         return cls(redis, user_at_host(), "cli")
 
     async def perform(
@@ -59,19 +59,19 @@ class Deeds:
         action: str,
         target: str,
         do: Callable[[], Awaitable[_Outcome]],
-        told: Callable[[_Outcome], str] = str,
+        summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Do something else. Arguments as of `audited`."""
-        return await audited(self.redis, self.who, self.via, action, target, do, told, vo=self.vo)
+        """Do another action. Arguments as of `audited`."""
+        return await audited(self.redis, self.who, self.via, action, target, do, summary, vo=self.vo)
 
     async def cancel(self, broker: RedisStreamBroker, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
         """Cancel tasks wherever they are. Returns where each was found."""
 
-        def told(found: dict[str, TaskPlace]) -> str:
+        def summary(found: dict[str, TaskPlace]) -> str:
             places = [str(place) for place in found.values()]
             return ", ".join(f"{places.count(place)} {place}" for place in dict.fromkeys(places))
 
-        return await self.perform("cancel tasks", listed(task_ids), lambda: broker.cancel(list(task_ids)), told)
+        return await self.perform("cancel tasks", listed(task_ids), lambda: broker.cancel(list(task_ids)), summary)
 
     async def purge(self, queue: str) -> int:
         """Remove everything that waits in a queue. Returns how many tasks that were.
@@ -90,11 +90,11 @@ class Deeds:
             ValueError: the key is not that of a lock.
         """
 
-        def told(done: Released) -> str:
+        def summary(done: Released) -> str:
             hit = [holder.task_id or holder.owner for holder in done.hit]
             return f"{done.released} released" + (f", from {listed(hit)}" if hit else "")
 
-        return await self.perform("release lock", key, lambda: release_lock(self.redis, key, owners), told)
+        return await self.perform("release lock", key, lambda: release_lock(self.redis, key, owners), summary)
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
         """Submit no more occurrences of these schedules. Returns those that were not paused before."""
@@ -112,7 +112,7 @@ class Deeds:
         """Submit a schedule's task at once. Returns its task id.
 
         Raises:
-            StillWaitingError: the last one has not begun.
+            AlreadyQueuedError: the last one has not begun.
             TaskArgumentsError, TypeError, ValueError: the class does not accept the arguments of the instance.
         """
         from ..plumbing.scheduler import admin
@@ -120,12 +120,12 @@ class Deeds:
         async def do() -> str:
             done = await admin.run_now(binding, scheduled)
             if not done.submitted:
-                raise StillWaitingError(done.task_id)
+                raise AlreadyQueuedError(done.task_id)
             return done.task_id
 
         return await self.perform("run schedule now", scheduled.id, do, "task {}".format)
 
-    async def retry_letters(
+    async def retry_dead_letters(
         self,
         resubmitter: Resubmitter,
         letters: Sequence[Mapping[str, Any]] | None,
@@ -149,16 +149,16 @@ class Deeds:
                 return await resubmitter.these(letters)
             return [verdict async for part in resubmitter.all(where, limit=limit) for verdict in part]
 
-        def told(verdicts: list[Verdict]) -> str:
+        def summary(verdicts: list[Verdict]) -> str:
             fates = [verdict.fate for verdict in verdicts]
             already = fates.count(Fate.ALREADY)
             return f"{fates.count(Fate.RESUBMITTED)} submitted again, {fates.count(Fate.REFUSED)} refused" + (
                 f", {already} had been already" if already else ""
             )
 
-        return await self.perform("retry dead letters", _which(letters, where), do, told)
+        return await self.perform("retry dead letters", _which(letters, where), do, summary)
 
-    async def discard_letters(
+    async def discard_dead_letters(
         self, db: TaskDB, letters: Sequence[Mapping[str, Any]], where: LetterFilter | None = None
     ) -> set[int]:
         """Decide that dead letters will not run again. Returns the numbers of those that are discarded now.
@@ -174,11 +174,11 @@ class Deeds:
                 gone |= await db.discard([(letter["id"], letter["burial"]) for letter in part])
             return gone
 
-        def told(gone: set[int]) -> str:
+        def summary(gone: set[int]) -> str:
             return f"{len(gone)} discarded, {len(letters) - len(gone)} refused"
 
         target = _which(letters if where is None else None, where or {})
-        return await self.perform("discard dead letters", target, do, told)
+        return await self.perform("discard dead letters", target, do, summary)
 
 
 def _changed(ids: Sequence[str]) -> str:

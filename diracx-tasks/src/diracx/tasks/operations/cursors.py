@@ -1,4 +1,4 @@
-"""Where tasks are, and how their entries are read: what the other modules of this package share."""
+"""Cursors of pages, and the reading of stream entries and messages: shared by the other modules."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def entry_parts(entry: str) -> tuple[int, int]:
 
 
 def place_in_stream(after: str) -> str:
-    """A place in a stream, as a page before told it.
+    """Check a cursor into a stream, from the page before.
 
     Raises:
         ValueError: when it is none.
@@ -169,7 +169,7 @@ def place_in_stream(after: str) -> str:
 
 
 def place_in_order(after: str) -> tuple[float, str]:
-    """A number and a task id, as a page before told them.
+    """Read a cursor of number and task id, from the page before.
 
     Raises:
         ValueError: when they are none.

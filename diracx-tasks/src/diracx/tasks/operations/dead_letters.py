@@ -1,4 +1,4 @@
-"""Dead letters: those that wait in Redis until a worker with a database takes them, and how all are told of."""
+"""Dead letters: those that wait in Redis for a worker with a database, and the records of all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..plumbing.broker.stored import UNDECODABLE
 from ..plumbing.messages.codec import leading_fields
 from .cursors import HEAD_BYTES, Registry, moment, place_in_stream
 from .masking import has_secrets, masked, masked_arguments, shown_labels
-from .models import Page, WaitingLetter, as_json
+from .models import Page, WaitingDeadLetter, as_json
 from .visibility import Viewer
 
 if TYPE_CHECKING:
@@ -24,43 +24,45 @@ if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
 
 
-async def waiting_letters(
+async def waiting_dead_letters(
     redis: Redis, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
-) -> Page[WaitingLetter]:
-    """Those letters, oldest first.
+) -> Page[WaitingDeadLetter]:
+    """Return the dead letters that wait in Redis, oldest first.
 
     Raises:
         ValueError: when `after` is not from a page of them.
     """
     first = "-" if after is None else f"({place_in_stream(after)}"
     entries = await dead_letter_heads(redis, first, limit + 1, HEAD_BYTES)
-    letters = [_letter(*entry, registry) for entry in entries[:limit]]
+    letters = [_waiting(*entry, registry) for entry in entries[:limit]]
     return Page(items=letters, after=letters[-1].entry if len(entries) > limit else None)
 
 
-def _letter(entry: str, fields: Mapping[bytes, bytes], length: int, registry: Registry | None) -> WaitingLetter:
+def _waiting(
+    entry: str, fields: Mapping[bytes, bytes], length: int, registry: Registry | None
+) -> WaitingDeadLetter:
     try:
-        told, _ = leading_fields(fields[b"data"])
+        fields_read, _ = leading_fields(fields[b"data"])
     except (KeyError, ValueError):
-        told = {}
-    message = _message(told.get("data", b""))
-    name = _text(told.get("task_name"))
-    attempts = told.get("attempts")
-    return WaitingLetter(
+        fields_read = {}
+    message = _message(fields_read.get("data", b""))
+    name = _text(fields_read.get("task_name"))
+    attempts = fields_read.get("attempts")
+    return WaitingDeadLetter(
         entry=entry,
         buried=moment(int(entry.partition("-")[0]) / 1000),
-        task_id=_text(told.get("task_id") or fields.get(b"task")),
+        task_id=_text(fields_read.get("task_id") or fields.get(b"task")),
         task_name=name,
-        reason=_text(told.get("reason") or fields.get(b"reason")),
-        detail=_text(told.get("detail") if told else UNDECODABLE),
+        reason=_text(fields_read.get("reason") or fields.get(b"reason")),
+        detail=_text(fields_read.get("detail") if fields_read else UNDECODABLE),
         failed_attempts=len(attempts) if isinstance(attempts, list) else None,
         arguments=None if message is None else masked_arguments((registry or {}).get(name), message),
-        vo=_text(told.get("vo")) or None,
+        vo=_text(fields_read.get("vo")) or None,
         message_bytes=length,
     )
 
 
-async def find_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | None:
+async def find_dead_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | None:
     """The dead letter of this task id or number; None where there is none that the viewer sees."""
     letter = await db.find(key)
     return letter if letter is not None and viewer.sees(letter["vo"]) else None
@@ -78,7 +80,7 @@ def _message(data: Any) -> TaskMessage | None:
         return None
 
 
-def letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
+def dead_letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
     """A letter of `TaskDB.summaries` as `dlq list --json` has it: without its message and its tracebacks."""
     return {
         **_about(letter),
@@ -102,18 +104,18 @@ def _about(letter: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
+def dead_letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
     """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
     return {
         **_about(letter),
         "burial": letter["burial"],
         "attempts": letter["attempts"],
         "history": letter["history"],
-        **_told(letter["message"]),
+        **_message_record(letter["message"]),
     }
 
 
-def _told(data: bytes) -> dict[str, Any]:
+def _message_record(data: bytes) -> dict[str, Any]:
     from pydantic_core import to_jsonable_python
 
     raw = base64.b64encode(data).decode()
@@ -130,7 +132,7 @@ def _told(data: bytes) -> dict[str, Any]:
     return {"message": message_shown, "raw": None if has_secrets(message) else raw}
 
 
-def letter_arguments(letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
+def dead_letter_arguments(letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
     """The arguments in the message of a letter, as anybody may see them; None where it cannot be read."""
     message = _message(letter["message"])
     return None if message is None else masked_arguments(registry.get(message.task_name), message)

@@ -1,4 +1,4 @@
-"""Locks and limiters: who holds them, who waits, how much quota is spent."""
+"""Locks and limiters: holders, waiters, spent quota."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..plumbing.broker import locking
 from ..plumbing.broker.inspection import server_time
 from .cursors import moment
 from .models import Holder, Lock, LockKind, Page
-from .processes import alive_workers, told_running
+from .processes import alive_workers, reported_running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ async def locks(redis: Redis, limit: int = 100, after: str | None = None) -> Pag
 
 
 async def lock(redis: Redis, key: str) -> Lock | None:
-    """One lock by its Redis key, whoever holds it; None when nobody holds it or waits for it.
+    """Return one lock by its Redis key; None when it has neither holders nor waiters.
 
     Raises:
         ValueError: when the key is not that of a lock.
@@ -57,7 +57,7 @@ def _kind(key: str) -> str | None:
 
 
 async def _seen(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
-    """Limit and window (µs) of the locks that workers told of, by key; the newest word counts."""
+    """Return limit and window (µs) of the locks that workers reported, by key; the newest report counts."""
     found: dict[str, tuple[int | None, int | None]] = {}
     for member in await locking.reported_locks(redis):
         parts = member.split(" ", 3)
@@ -122,7 +122,7 @@ async def _tasks_of(redis: Redis, workers: set[str]) -> dict[tuple[str, str], tu
         return {}
     return {
         (owner, key): (task["task_id"], task["task_name"])
-        for tasks in (await told_running(redis, sorted(workers))).values()
+        for tasks in (await reported_running(redis, sorted(workers))).values()
         for task in tasks
         for key, owner in task["locks"]
     }

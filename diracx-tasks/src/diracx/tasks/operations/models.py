@@ -285,7 +285,7 @@ class Failure(Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingLetter(Shown):
+class WaitingDeadLetter(Shown):
     """A dead letter that waits in Redis until a worker with a database takes it."""
 
     entry: str

@@ -65,16 +65,16 @@ def _blocked(said: bytes | None) -> BlockedLoop | None:
     return BlockedLoop(**fields | {"since": moment(fields["since"])})
 
 
-async def told_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each worker says that it runs."""
+async def reported_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the running tasks that each worker reported."""
     reports = await worker_state.reports(redis, names, "running")
-    return {name: loads(told) for name, [told] in reports.items() if told}
+    return {name: loads(reported) for name, [reported] in reports.items() if reported}
 
 
 async def running(
     redis: Redis, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
 ) -> Page[RunningTask]:
-    """What runs, longest first. Each worker tells of at most 200 tasks.
+    """Return the running tasks, longest first. Each worker reports at most 200 tasks.
 
     Args:
         registry: to name the arguments and to know which are secret.
@@ -83,17 +83,17 @@ async def running(
         ValueError: when `after` is not from a page.
     """
     reports = await worker_state.reports(redis, await alive_workers(redis), "running", "blocked")
-    told, blocking = [], set()
+    reported, blocking = [], set()
     for name, (tasks, blocked) in reports.items():
         with reading(worker_state.report_key(name)):
-            told += [(task["since"], task["task_id"], name, task) for task in (loads(tasks) if tasks else ())]
+            reported += [(task["since"], task["task_id"], name, task) for task in (loads(tasks) if tasks else ())]
             if (loop := _blocked(blocked)) is not None:
                 blocking.add(loop.task_id)
-    told.sort(key=lambda one: one[:3])
+    reported.sort(key=lambda one: one[:3])
     if after is not None:
         place = place_in_order(after)
-        told = [one for one in told if one[:2] > place]
-    page, more = told[:limit], len(told) > limit
+        reported = [one for one in reported if one[:2] > place]
+    page, more = reported[:limit], len(reported) > limit
     ranges = [(task["stream"], task["entry"], task["entry"], 1) for *_, task in page]
     entries = await stream_heads(redis, ranges, HEAD_BYTES) if page else []
     items = []

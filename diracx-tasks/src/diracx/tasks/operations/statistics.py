@@ -1,4 +1,4 @@
-"""What ended, counted by task, minute and hour; and the failures among it."""
+"""Task statistics by class, minute and hour, and the failed attempts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _distribution(sums: Mapping[str, float], letter: str, total: str) -> Distrib
 
     return Distribution(
         count=count,
-        mean_seconds=sums.get(total, 0.0) / count if count else None,  # what is 0 is not told
+        mean_seconds=sums.get(total, 0.0) / count if count else None,  # counters of 0 are left out
         p50_seconds=percentile(0.5),
         p95_seconds=percentile(0.95),
         p99_seconds=percentile(0.99),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         QueuedTask,
         RunningTask,
         TaskStats,
-        WaitingLetter,
+        WaitingDeadLetter,
         Worker,
     )
 
@@ -156,7 +156,7 @@ class View(Generic[_Row]):
     columns: tuple[Column[_Row], ...]
 
 
-def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingLetter) -> str:
+def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingDeadLetter) -> str:
     from .cursors import HEAD_BYTES
 
     if row.arguments is None:
@@ -313,7 +313,7 @@ STATISTICS: View[TaskStats] = View(
     ),
 )
 
-WAITING_LETTERS: View[WaitingLetter] = View(
+WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
     "no dead letters wait in Redis",
     (
         Column("stored (UTC)", "buried", whole=True, kind="age"),

@@ -1,4 +1,4 @@
-"""What the dashboard looks at: one broker, the tasks there are, their settings, and the dead letters."""
+"""What dashboard and HTTP interface read: one broker, its tasks, their settings, and the dead letters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
     from ..plumbing.registry import TaskRegistry
 
-#: Those who look at the same time share one look.
+#: How long a snapshot is shared.
 _SHARED_SECONDS = 1.0
 #: What changes slowly, or costs more.
 _SLOW_SECONDS = 5.0
@@ -80,7 +80,7 @@ class AppContext:
         self.task_db = task_db
         self.label = label
         self.loads: deque[Load] = deque(maxlen=_KEPT_LOOKS)
-        """What was seen last, while somebody was looking."""
+        """The load of the last snapshots."""
         self._reader = reader
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
@@ -89,7 +89,7 @@ class AppContext:
         self._checks: HealthChecks | None = None
         self._stack = AsyncExitStack()
         self.answers = SingleFlightCache()
-        """What those who look at the same time share."""
+        """Answers that equal requests share."""
 
     @property
     def redis(self) -> Redis:

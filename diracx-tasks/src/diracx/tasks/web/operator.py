@@ -1,4 +1,4 @@
-"""What an operator can do, by dashboard or HTTP alike."""
+"""Actions of an operator, for dashboard and HTTP alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..operations.audited_actions import Deeds, StillWaitingError
+from ..operations.audited_actions import AlreadyQueuedError, AuditedActions
 from ..plumbing.exceptions import TaskArgumentsError
 from ..plumbing.submission.client import Binding
 
@@ -29,13 +29,13 @@ class Decided:
     done: list[Mapping[str, Any]]
     """Those that were submitted again, or discarded."""
     already: list[Mapping[str, Any]] = field(default_factory=list)
-    """Those for which somebody else had done so."""
+    """Those for which another user had done so."""
     refused: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
     """The others, and why."""
 
 
-class Operator(Deeds):
-    """Somebody who acts on an context, as far as they may.
+class Operator(AuditedActions):
+    """A user who acts on the task system, as far as the role allows.
 
     Args:
         who: as the audit log has it.
@@ -55,7 +55,7 @@ class Operator(Deeds):
     # --- schedules --------------------------------------------------------------------------------------
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
-        """See `Deeds`.
+        """See `AuditedActions`.
 
         Raises:
             NotPossibleError: there is none of that id.
@@ -64,7 +64,7 @@ class Operator(Deeds):
         return await super().pause(ids)
 
     async def resume(self, ids: Sequence[str]) -> list[str]:
-        """See `Deeds`; errors as of `pause`."""
+        """See `AuditedActions`; errors as of `pause`."""
         await self._check_known(ids)
         return await super().resume(ids)
 
@@ -91,7 +91,7 @@ class Operator(Deeds):
         binding = Binding(self.context.broker, self.context.registry, settings.tasks)
         try:
             return await self.run_now(binding, found[schedule])
-        except StillWaitingError as error:
+        except AlreadyQueuedError as error:
             raise NotPossibleError(str(error)) from error
         except (TaskArgumentsError, TypeError, ValueError) as error:
             raise NotPossibleError(f"{schedule} cannot be submitted: {error}") from error
@@ -115,7 +115,7 @@ class Operator(Deeds):
         resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)
         letters = None if numbers is None else await self._letters(numbers)
         decided = Decided([])
-        for verdict in await self.retry_letters(resubmitter, letters, where, limit):
+        for verdict in await self.retry_dead_letters(resubmitter, letters, where, limit):
             if verdict.fate is Fate.RESUBMITTED:
                 decided.done.append(verdict.letter)
             elif verdict.fate is Fate.ALREADY:
@@ -128,7 +128,7 @@ class Operator(Deeds):
         """Decide that dead letters will not run again. Arguments and errors as of `retry`."""
         db = self._task_db()
         chosen = await (self._letters(numbers) if numbers is not None else self._search(where, limit))
-        gone = await self.discard_letters(db, chosen, None if numbers is not None else where)
+        gone = await self.discard_dead_letters(db, chosen, None if numbers is not None else where)
         decided = Decided([letter for letter in chosen if letter["id"] in gone])
         for letter in chosen:
             if letter["id"] not in gone:

@@ -1,4 +1,4 @@
-"""Server-sent events: the part of a page that changes, sent again whenever it has changed."""
+"""Server-sent events: send the live part of a page whenever it has changed."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def stream(
     longest_seconds: float,
     streams: Counter[str],
 ) -> Response:
-    """The live part of a page, as `fragment` and `charts` events, with `trouble` when it cannot be had.
+    """The live part of a page, as `fragment` and `charts` events, with `problem` when it cannot be had.
 
     Args:
         fragment: renders it.
         still_allowed: whether the session is good; a `gone` event ends the stream when it is not.
-        explained: what an error means, for whoever looks.
+        explained: the text of an error, for users.
         closing: ends all streams.
         longest_seconds: ends this one; the browser begins another.
         streams: how many each principal has open: each holds a connection, and looks every two seconds.
@@ -98,13 +98,13 @@ async def _events(
                 yield event("gone", "your session is over")
                 return
         try:
-            news = {"fragment": await fragment(), "trouble": ""}
+            news = {"fragment": await fragment(), "problem": ""}
             if charts is not None:
                 news["charts"] = json.dumps(await charts())
         except Exception as error:
-            news = {"trouble": explained(error)}
+            news = {"problem": explained(error)}
         for name, data in news.items():
-            if sent.get(name, "" if name == "trouble" else None) != data:
+            if sent.get(name, "" if name == "problem" else None) != data:
                 sent[name] = data
                 spoke = now
                 yield event(name, data)

@@ -28,10 +28,10 @@ def cancel(
 
     Example: diracx-task-run cancel 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
-    from ...operations.audited_actions import Deeds
+    from ...operations.audited_actions import AuditedActions
 
     ids = list(dict.fromkeys(task_ids))
-    found = server.run(lambda broker: Deeds.at_command_line(broker.redis).cancel(broker, ids))
+    found = server.run(lambda broker: AuditedActions.at_command_line(broker.redis).cancel(broker, ids))
     if as_json:
         echo_json([{"task_id": task, "found": str(place)} for task, place in found.items()])
     else:

@@ -58,7 +58,7 @@ def list_letters(
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
-    from ...operations.dead_letters import letter_summary
+    from ...operations.dead_letters import dead_letter_summary
     from ...operations.views import DEAD_LETTERS
 
     where = filters.letters(status)
@@ -69,7 +69,7 @@ def list_letters(
 
     letters, total = _in_database(read)
     if as_json:
-        echo_json([letter_summary(letter) for letter in letters], indent=2)
+        echo_json([dead_letter_summary(letter) for letter in letters], indent=2)
         return
     show(DEAD_LETTERS, letters, as_json)
     if 0 < len(letters) < total:
@@ -87,11 +87,11 @@ def waiting(
     Example: diracx-task-run dlq waiting --json
     """
     from ... import operations
-    from ...operations.views import WAITING_LETTERS
+    from ...operations.views import WAITING_DEAD_LETTERS
 
     registry = server.registry
-    page = server.query(lambda redis: operations.waiting_letters(redis, limit, after, registry=registry))
-    show(WAITING_LETTERS, page, as_json)
+    page = server.query(lambda redis: operations.waiting_dead_letters(redis, limit, after, registry=registry))
+    show(WAITING_DEAD_LETTERS, page, as_json)
 
 
 @app.command("show")
@@ -100,9 +100,9 @@ def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from ...operations.dead_letters import letter_record
+    from ...operations.dead_letters import dead_letter_record
 
-    shown = letter_record(_in_database(lambda db: _find(db, letter_id)))
+    shown = dead_letter_record(_in_database(lambda db: _find(db, letter_id)))
     if as_json:
         print_json(shown)
         return
@@ -154,14 +154,14 @@ def export(
 
     Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
     """
-    from ...operations.dead_letters import letter_record
+    from ...operations.dead_letters import dead_letter_record
 
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
         async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
             if (letter := await db.find(summary["task_id"])) is not None:
-                sys.stdout.write(json.dumps(letter_record(letter)) + "\n")
+                sys.stdout.write(json.dumps(dead_letter_record(letter)) + "\n")
         sys.stdout.flush()
 
     try:
@@ -205,7 +205,7 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
     where = choice.letters(StatusFilter.OPEN)
 
     async def submit(db: TaskDB) -> list[Any]:
-        from ...operations.audited_actions import Deeds
+        from ...operations.audited_actions import AuditedActions
         from ...plumbing.persistence.resubmission import Resubmitter
         from ..runtime.environment import tasks_config
 
@@ -215,8 +215,8 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
             resubmitter = Resubmitter(db, broker, registry, config)
             if not chosen:
                 await _confirmed(db, where, choice, "Submit {} dead letters again?")
-            actions = Deeds.at_command_line(broker.redis)
-            return await actions.retry_letters(resubmitter, chosen or None, where, choice.limit)
+            actions = AuditedActions.at_command_line(broker.redis)
+            return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
 
     verdicts = _in_database(submit)
     done = {fate: [verdict.letter for verdict in verdicts if verdict.fate is fate] for fate in Fate}
@@ -242,7 +242,7 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
     where = choice.letters(StatusFilter.PENDING)
 
     async def decide(db: TaskDB) -> tuple[Sequence[Letter], set[int]]:
-        from ...operations.audited_actions import Deeds
+        from ...operations.audited_actions import AuditedActions
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
@@ -251,8 +251,8 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
         if not chosen:
             return [], set()
         async with server.connected() as broker:
-            actions = Deeds.at_command_line(broker.redis)
-            return chosen, await actions.discard_letters(db, chosen, None if choice.ids else where)
+            actions = AuditedActions.at_command_line(broker.redis)
+            return chosen, await actions.discard_dead_letters(db, chosen, None if choice.ids else where)
 
     chosen, done = _in_database(decide)
     discarded = [letter for letter in chosen if letter["id"] in done]

@@ -81,7 +81,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
     Example: diracx-task-run locks release lock:mutex:job:42
     """
     from ... import operations
-    from ...operations.audited_actions import Deeds
+    from ...operations.audited_actions import AuditedActions
 
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None or not found.held:
@@ -95,7 +95,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
         question = f"Take {key} away from {'it' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
     owners = None if is_rate else [holder.owner for holder in found.holders]
-    done = server.query(lambda redis: Deeds.at_command_line(redis).release_lock(key, owners))
+    done = server.query(lambda redis: AuditedActions.at_command_line(redis).release_lock(key, owners))
     if as_json:
         print_json(done)
     elif not done.released:

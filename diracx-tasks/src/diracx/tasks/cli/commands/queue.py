@@ -100,7 +100,7 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
     Example: diracx-task-run queue purge background:large --yes
     """
     from ... import operations
-    from ...operations.audited_actions import Deeds
+    from ...operations.audited_actions import AuditedActions
     from ...operations.cursors import streams_of_queue
 
     async def waiting_tasks(redis: Redis) -> int:
@@ -110,7 +110,7 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
     number = 0
     if waiting := server.query(waiting_tasks):
         confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
-        number = server.query(lambda redis: Deeds.at_command_line(redis).purge(queue))
+        number = server.query(lambda redis: AuditedActions.at_command_line(redis).purge(queue))
     if as_json:
         echo_json({"queue": queue, "cancelled": number})
     else:

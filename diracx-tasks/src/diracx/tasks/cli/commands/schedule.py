@@ -15,7 +15,7 @@ from ..runtime.server import ServerAndTasks
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from ...operations.audited_actions import Deeds
+    from ...operations.audited_actions import AuditedActions
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.scheduler import ScheduleState
     from ...plumbing.scheduler.admin import RunNow
@@ -74,7 +74,7 @@ def run_now(
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
-    from ...operations.audited_actions import Deeds, StillWaitingError
+    from ...operations.audited_actions import AlreadyQueuedError, AuditedActions
     from ...plumbing.exceptions import TaskArgumentsError
     from ...plumbing.scheduler.admin import RunNow
     from ...plumbing.scheduler.occurrences import iter_schedules
@@ -98,8 +98,10 @@ def run_now(
             )
         binding = Binding(broker, server.registry, config.tasks)
         try:
-            return RunNow(await Deeds.at_command_line(broker.redis).run_now(binding, instances[named]), True)
-        except StillWaitingError as error:
+            return RunNow(
+                await AuditedActions.at_command_line(broker.redis).run_now(binding, instances[named]), True
+            )
+        except AlreadyQueuedError as error:
             return RunNow(error.task_id, False)
         except (TaskArgumentsError, TypeError, ValueError) as error:
             raise CliError(f"{id_} cannot be submitted: {error}") from error
@@ -140,7 +142,7 @@ def resume(
 def _switch(
     ids: Sequence[str] | None,
     every: bool,
-    switch: Callable[[Deeds, Sequence[str]], Awaitable[list[str]]],
+    switch: Callable[[AuditedActions, Sequence[str]], Awaitable[list[str]]],
     done: str,
     as_json: bool,
     server: ServerAndTasks,
@@ -150,10 +152,10 @@ def _switch(
     config = _configuration(server, required=False)
 
     async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        from ...operations.audited_actions import Deeds
+        from ...operations.audited_actions import AuditedActions
 
         chosen = _chosen(ids or (), every, await _states(broker.redis, server, config))
-        return chosen, await switch(Deeds.at_command_line(broker.redis), chosen) if chosen else []
+        return chosen, await switch(AuditedActions.at_command_line(broker.redis), chosen) if chosen else []
 
     chosen, changed = server.run(change)
     if as_json:

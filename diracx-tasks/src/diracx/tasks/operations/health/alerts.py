@@ -1,4 +1,4 @@
-"""What health checks find."""
+"""Results of the health checks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WORST_LAST = (Severity.OK, Severity.WARNING, Severity.UNKNOWN, Severity.CRITICA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert(Shown):
-    """Something an operator should know."""
+    """A problem that operators should know of."""
 
     check: str
     """Name of the health check: `queue_without_worker`."""
@@ -53,7 +53,7 @@ class Alert(Shown):
     since: datetime | None = None
     """Since when it is so: by the data, else since it was first noticed; None where that is not known."""
     public: bool = False
-    """Whether whoever may see the numbers of the installation may see it whole: it names no task, lock or site."""
+    """Whether those who see the numbers of the installation may see it whole: it names no task, lock or site."""
     path: str = "/"
     """The page of the dashboard that has more about it."""
 

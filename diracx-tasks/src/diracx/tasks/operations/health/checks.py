@@ -298,7 +298,7 @@ def poison_candidates(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
 
 _REJECTED_REMEDIES = {
     "unknown task": "workers lack this task: install its package there, or start them with its --module",
-    "arguments": "whoever submits has another version of the task than the workers: bring both to the same",
+    "arguments": "they were submitted with another version of the task: install the same version everywhere",
     "unparsable": "something else writes to the streams of the task system, or data were damaged",
     "poison": "every worker that took it died: look at their log before it is submitted again",
 }

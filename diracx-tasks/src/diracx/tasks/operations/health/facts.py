@@ -13,7 +13,7 @@ from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.worker.reporter import REJECTED
 from ..cursors import moment
 from ..models import Failure, Snapshot, TaskStats
-from ..processes import told_running
+from ..processes import reported_running
 from ..queued import snapshot
 from ..statistics import failures, stats
 
@@ -65,7 +65,7 @@ async def read_facts(redis: Redis) -> Facts:
     seen = await snapshot(redis)
     problems = await schedule_problems(redis)
     alive = [worker.name for worker in seen.workers if worker.alive]
-    running = [(name, task) for name, tasks in (await told_running(redis, alive)).items() for task in tasks]
+    running = [(name, task) for name, tasks in (await reported_running(redis, alive)).items() for task in tasks]
     counted = await stats(redis, "hour")
     rejected = next((each.dead for each in counted if each.task_name == REJECTED), 0)
     return Facts(

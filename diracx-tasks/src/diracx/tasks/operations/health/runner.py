@@ -126,7 +126,7 @@ class HealthChecks:
             noticed = await note_alerts(
                 self._redis, looked_at, [f"{alert.check} {alert.subject}" for alert in unknown]
             )
-        except RedisError as error:  # somebody who may only read
+        except RedisError as error:  # a user that may only read
             logger.debug("alerts are not noted: %s", error)
             return alerts
         moments = {id(alert): moment(ms / 1000) for alert, ms in zip(unknown, noticed, strict=True)}

@@ -11,10 +11,15 @@ from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Body, Depends, Path, Query
 from fastapi.responses import JSONResponse
 
-from ... import operations as monitor
+from ... import operations
 from ...operations import DelayReason, Window
 from ...operations.audit import AuditEntry, read_audit
-from ...operations.dead_letters import find_letter, letter_arguments, letter_record, letter_summary
+from ...operations.dead_letters import (
+    dead_letter_arguments,
+    dead_letter_record,
+    dead_letter_summary,
+    find_dead_letter,
+)
 from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
@@ -28,7 +33,7 @@ from ..operator import Decided, NotPossibleError
 from . import models
 from .bounded import BoundedRoute
 from .databases import database_errors
-from .dependencies import AllVOsReader, Reader, Writer, there
+from .dependencies import AllVOsReader, Reader, Writer, or_404
 from .responses import responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
@@ -47,7 +52,7 @@ TaskName = models.TaskName
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-@router.get("/summary", response_model=monitor.Snapshot, responses=_responses())
+@router.get("/summary", response_model=operations.Snapshot, responses=_responses())
 async def get_summary(reader: Reader) -> JSONResponse:
     """The whole system at one moment: queues, workers, and what is to be counted."""
 
@@ -68,10 +73,10 @@ async def get_health(reader: Reader) -> JSONResponse:
     return await reader.answer(ask)
 
 
-@router.get("/queues", response_model=list[monitor.Queue], responses=_responses())
+@router.get("/queues", response_model=list[operations.Queue], responses=_responses())
 async def get_queues(reader: Reader) -> JSONResponse:
     """The nine queues, most urgent first."""
-    return await reader.answer(lambda: monitor.queues(reader.system.redis))
+    return await reader.answer(lambda: operations.queues(reader.system.redis))
 
 
 @router.get("/queues/{queue}", response_model=models.QueuedTaskPage, responses=_responses(404))
@@ -79,14 +84,14 @@ async def get_queued_tasks(
     reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None
 ) -> JSONResponse:
     """The backlog of a queue, in the order in which workers will take it."""
-    look = partial(monitor.peek, reader.system.redis, queue, registry=reader.system.registry)
+    look = partial(operations.peek, reader.system.redis, queue, registry=reader.system.registry)
     return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/running", response_model=models.RunningTaskPage, responses=_responses())
 async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """What runs, longest first, as workers reported it within the last seconds."""
-    look = partial(monitor.running, reader.system.redis, registry=reader.system.registry)
+    look = partial(operations.running, reader.system.redis, registry=reader.system.registry)
     return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
@@ -98,32 +103,32 @@ async def get_delayed_tasks(
     after: After = None,
 ) -> JSONResponse:
     """Tasks delayed until a time, for a retry, a lock or quota, in the order in which they are due."""
-    look = partial(monitor.delayed, reader.system.redis, reason, registry=reader.system.registry)
+    look = partial(operations.delayed, reader.system.redis, reason, registry=reader.system.registry)
     return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
-@router.get("/workers", response_model=list[monitor.Worker], responses=_responses())
+@router.get("/workers", response_model=list[operations.Worker], responses=_responses())
 async def get_workers(reader: Reader) -> JSONResponse:
     """All workers that live, or were heard of within the last minute."""
 
     async def ask() -> Any:
-        return reader.viewer.workers(await monitor.workers(reader.system.redis))
+        return reader.viewer.workers(await operations.workers(reader.system.redis))
 
     return await reader.answer(ask)
 
 
-@router.get("/stats", response_model=list[monitor.TaskStats], responses=_responses())
+@router.get("/stats", response_model=list[operations.TaskStats], responses=_responses())
 async def get_stats(
     reader: Reader, window: Annotated[Window, Query(description="The past hour or day.")] = "hour"
 ) -> JSONResponse:
     """How each class of tasks did: counts, failure rate, run time and time in the queue."""
-    return await reader.answer(lambda: monitor.stats(reader.system.redis, window))
+    return await reader.answer(lambda: operations.stats(reader.system.redis, window))
 
 
-@router.get("/history", response_model=list[monitor.Point], responses=_responses())
+@router.get("/history", response_model=list[operations.Point], responses=_responses())
 async def get_history(reader: Reader) -> JSONResponse:
     """The past hour, minute by minute, oldest first."""
-    return await reader.answer(lambda: monitor.history(reader.system.redis))
+    return await reader.answer(lambda: operations.history(reader.system.redis))
 
 
 @router.get("/failures", response_model=models.FailurePage, responses=_responses())
@@ -136,17 +141,17 @@ async def get_failures(
     after: After = None,
 ) -> JSONResponse:
     """Failed attempts with their tracebacks, newest first. The last 500 or so are kept."""
-    look = partial(monitor.failures, reader.system.redis, task_name=task_name)
+    look = partial(operations.failures, reader.system.redis, task_name=task_name)
     return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
 @router.get("/locks", response_model=models.LockPage, responses=_responses())
 async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """Locks that tasks hold or wait for, and limiters that were used within the last day."""
-    return await reader.answer(lambda: monitor.locks(reader.system.redis, limit, after))
+    return await reader.answer(lambda: operations.locks(reader.system.redis, limit, after))
 
 
-@router.get("/locks/one", response_model=monitor.Lock, responses=_responses(404))
+@router.get("/locks/one", response_model=operations.Lock, responses=_responses(404))
 async def get_lock(
     reader: AllVOsReader,
     key: Annotated[models.LockKey, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])],
@@ -154,7 +159,9 @@ async def get_lock(
     """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
 
     async def ask() -> Any:
-        return there(await monitor.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for")
+        return or_404(
+            await operations.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for"
+        )
 
     return await reader.answer(ask)
 
@@ -174,7 +181,7 @@ async def get_schedules(reader: Reader) -> JSONResponse:
 @router.get("/groups", response_model=list[GroupStatus], responses=_responses())
 async def get_groups(reader: AllVOsReader, limit: Limit = 100) -> JSONResponse:
     """Callback groups that have not called back, those that expire first first, without their children."""
-    return await reader.answer(lambda: monitor.groups(reader.system.redis, limit))
+    return await reader.answer(lambda: operations.groups(reader.system.redis, limit))
 
 
 @router.get("/groups/{group_id}", response_model=GroupStatus, responses=_responses(404))
@@ -184,7 +191,7 @@ async def get_group(
     """One callback group with its children."""
 
     async def ask() -> Any:
-        return there(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
+        return or_404(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
 
     return await reader.answer(ask)
 
@@ -299,7 +306,7 @@ async def get_dead_letters(
         letters = await db.summaries(**where, limit=limit, after_id=after)
         total = sum((await db.count(**where)).values())
         return {
-            "items": [letter_summary(letter) for letter in letters],
+            "items": [dead_letter_summary(letter) for letter in letters],
             "total": total,
             "after": letters[-1]["id"] if len(letters) == limit else None,
         }
@@ -307,10 +314,10 @@ async def get_dead_letters(
     return await reader.answer(ask)
 
 
-@router.get("/waiting-dead-letters", response_model=models.WaitingLetterPage, responses=_responses())
+@router.get("/waiting-dead-letters", response_model=models.WaitingDeadLetterPage, responses=_responses())
 async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
     """Dead letters that wait in Redis until a worker with a database takes them, oldest first."""
-    look = partial(monitor.waiting_letters, reader.system.redis, registry=reader.system.registry)
+    look = partial(operations.waiting_dead_letters, reader.system.redis, registry=reader.system.registry)
     return await reader.answer(lambda: reader.viewer.page(look, limit, after))
 
 
@@ -322,9 +329,11 @@ async def get_dead_letter(
 
     async def ask() -> Any:
         system = reader.system
-        letter = there(await find_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
-        shown = {name: value for name, value in letter_record(letter).items() if name not in ("message", "raw")}
-        return shown | {"arguments": letter_arguments(letter, system.registry)}
+        letter = or_404(await find_dead_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
+        shown = {
+            name: value for name, value in dead_letter_record(letter).items() if name not in ("message", "raw")
+        }
+        return shown | {"arguments": dead_letter_arguments(letter, system.registry)}
 
     return await reader.answer(ask)
 
@@ -335,7 +344,7 @@ def _task_db(system: AppContext) -> Any:
     return system.task_db
 
 
-Choice = Annotated[models.LetterChoice, Body()]
+Choice = Annotated[models.DeadLetterChoice, Body()]
 
 
 @router.post("/dead-letters/retry", response_model=models.Decision, responses=_responses(409))
@@ -391,7 +400,7 @@ async def purge_queue(writer: Writer, queue: QueueName) -> JSONResponse:
     return await writer.answer(do)
 
 
-@router.post("/locks/release", response_model=monitor.Released, responses=_responses(404))
+@router.post("/locks/release", response_model=operations.Released, responses=_responses(404))
 async def release_lock(
     writer: Writer,
     key: Annotated[models.LockKey, Body(description="The Redis key of the lock.")],
@@ -399,8 +408,7 @@ async def release_lock(
         list[models.Owner] | None,
         Body(
             max_length=1000,
-            description="Only from these, as `GET /locks/one` tells of them; null: from all who hold it by then, "
-            "whoever they are.",
+            description="Only from these, as `GET /locks/one` has them; null: of all that hold it by then.",
         ),
     ] = None,
 ) -> JSONResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Recorded", "Recorder", "UserActionRate", "name_of"]
+__all__ = ["AuditLogger", "Audited", "UserActionRate", "name_of"]
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -35,7 +35,7 @@ class UserActionRate(RateLimiter):
     window_seconds = 60.0
 
 
-class Recorder:
+class AuditLogger:
     """Writes down what this request does: in the administrators' log, or in that of the user's VO.
 
     Routes check the request, and the access policy (which knows the VOs), before they come here.
@@ -51,7 +51,7 @@ class Recorder:
         action: str,
         target: str,
         do: Callable[[], Awaitable[_Outcome]],
-        told: Callable[[_Outcome], str] = str,
+        summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
         """Do something. Arguments as of `diracx.tasks.operations.audit.audited`.
 
@@ -64,14 +64,14 @@ class Recorder:
         """
         if not broker_url():
             outcome = await do()
-            logger.info("%s, %s, %s: %s", self._who, action, target, told(outcome))
+            logger.info("%s, %s, %s: %s", self._who, action, target, summary(outcome))
             return outcome
         try:
             redis = (await context_of_environment()).redis
             if not self._is_admin and not await UserActionRate(_USER, self._user.sub).acquire(redis):
                 raise _too_often()
             vo = None if self._is_admin else self._user.vo
-            return await audited(redis, self._who, "api", action, target, do, told, vo=vo)
+            return await audited(redis, self._who, "api", action, target, do, summary, vo=vo)
         except RedisError as error:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, f"the audit log cannot be written: {error}"
@@ -87,4 +87,4 @@ def _too_often() -> HTTPException:
     )
 
 
-Recorded = Annotated[Recorder, Depends(Recorder)]
+Audited = Annotated[AuditLogger, Depends(AuditLogger)]

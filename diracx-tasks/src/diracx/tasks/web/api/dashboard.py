@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..dashboard.app import DashboardApp
 
 _BELOW = "/api/tasks/dashboard"
-#: Nobody tells us that the application is to stop, and its server waits for all connections.
+#: The application is not told when its server stops, and the server waits for all connections.
 _STREAM_SECONDS = 20.0
 
 # It has a sign-in of its own, for browsers send no `Authorization` by themselves. It is no interface for programs.

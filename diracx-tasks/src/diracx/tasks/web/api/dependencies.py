@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AllVOsReader", "Reader", "Writer", "there"]
+__all__ = ["AllVOsReader", "Reader", "Writer", "or_404"]
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ async def _writer(user: User, check: CheckTasksPolicyCallable, config: ConfigRea
 Reader = Annotated[_Reader, Depends(_reader)]
 """For what belongs to VOs (the route shows what `viewer` sees), and for numbers of the installation."""
 AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
-"""For what belongs to no VO: whether there is such a thing is not told to others either."""
+"""For what belongs to no VO: others do not learn either whether it exists."""
 Writer = Annotated[_Writer, Depends(_writer)]
 
 
@@ -97,7 +97,7 @@ async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
 
 
-def there(value: _Answer | None, what: str) -> _Answer:
+def or_404(value: _Answer | None, what: str) -> _Answer:
     """The value, if there is one.
 
     Raises:

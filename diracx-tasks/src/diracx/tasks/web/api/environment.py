@@ -1,4 +1,4 @@
-"""The task system that a DiracX application looks at: that of its environment, opened at the first request."""
+"""Opens the task system of the environment for a DiracX application, at the first request."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingLetter
+from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingDeadLetter
 from ...operations.health import Alert, Severity
 from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import LetterFilter
@@ -41,10 +41,10 @@ class QueuedTaskPage(BaseModel):
     after: str | None = _AFTER
 
 
-class WaitingLetterPage(BaseModel):
+class WaitingDeadLetterPage(BaseModel):
     """A part of the dead letters that wait in Redis."""
 
-    items: list[WaitingLetter]
+    items: list[WaitingDeadLetter]
     after: str | None = _AFTER
 
 
@@ -179,7 +179,7 @@ class DeadLetterWithAttempts(BaseModel):
     arguments: dict[str, Any] | None = Field(description="Secrets masked; null when it cannot be read.")
 
 
-class LetterChoice(BaseModel):
+class DeadLetterChoice(BaseModel):
     """Which dead letters: some by their numbers, or those that a filter lets through."""
 
     ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
@@ -222,7 +222,7 @@ class Decision(BaseModel):
     """What became of dead letters, by their numbers."""
 
     done: list[int]
-    already: list[int] = Field(description="Somebody else had done so.")
+    already: list[int] = Field(description="Another user had done so.")
     refused: list[Refusal]
 
 

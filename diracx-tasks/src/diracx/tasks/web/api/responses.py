@@ -46,7 +46,7 @@ class QuietRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                told = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
-                raise RequestValidationError(told) from error
+                problems = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
+                raise RequestValidationError(problems) from error
 
         return quiet

@@ -1,4 +1,4 @@
-"""Who may look at the task system of an context, and who may act on it."""
+"""Access policy of the task system: who may look, and who may act."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .policies import check_vo_is_registered, forbidden
 class ActionType(StrEnum):
     """What a request wants to do."""
 
-    READ = auto()  # look at the numbers of the context, and at the tasks of one's own VO
+    READ = auto()  # look at the numbers of the installation, and at the tasks of one's own VO
     READ_ALL = auto()  # look at the tasks of all VOs, and at what belongs to no VO
     WRITE = auto()  # cancel, purge, release, pause, retry, discard: of all VOs
 

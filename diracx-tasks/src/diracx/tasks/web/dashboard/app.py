@@ -89,7 +89,7 @@ def create_app(
     """The dashboard, for a server of its own or below a path of another application.
 
     Args:
-        context: what it looks at; called once, before the first page.
+        context: opens what the pages read; called once, before the first page.
         backend: decides who comes in.
         hosts: names by which the server may be called; None for any.
         extensions: further pages; by default all that are installed.
@@ -136,7 +136,7 @@ class DashboardApp:
         await self._app(scope, receive, send)
 
     async def _readiness(self) -> tuple[bool, list[str]]:
-        """Whether it is open and its server answers; and the alerts, by name alone: whoever asks has no token."""
+        """Whether it is open and its server answers; and the names of the alerts: probes have no token."""
         if self._closing.is_set():
             return False, []
         try:
@@ -200,7 +200,7 @@ class DashboardApp:
 
     @property
     def context(self) -> AppContext:
-        """What it looks at."""
+        """What the pages read."""
         assert self._context is not None
         return self._context
 
@@ -256,7 +256,7 @@ class DashboardApp:
         try:
             return self._about(page) | await page.load(request, self.context)
         except ValueError as error:
-            if not request.query_params:  # which is no fault of whoever asked
+            if not request.query_params:  # no fault of the request
                 raise
             raise NotFoundError(str(error)) from error
 
@@ -353,7 +353,7 @@ class _LastingFiles(StaticFiles):
 
 
 def _explained(request: Request, error: Exception) -> tuple[int, str]:
-    """Status and text for whoever looks at what went wrong."""
+    """Return status and text of an error, for users."""
     match error:
         case HTTPException():
             found = error.status_code, str(error.detail)

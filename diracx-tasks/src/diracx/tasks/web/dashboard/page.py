@@ -1,4 +1,4 @@
-"""What a page, an action and an extension of the dashboard are."""
+"""Pages, actions and extensions of the dashboard."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Values: TypeAlias = dict[str, Any]
 
 
 def viewer_of(request: Request) -> Viewer:
-    """What the one who looks at a page sees of what belongs to a VO."""
+    """Return what the user of a request may see."""
     return Viewer(request.state.principal.vo)
 
 
@@ -91,7 +91,7 @@ class Question:
     consequence: str | Markup
     """What will happen, and to whom."""
     button: str
-    """The deed, as a verb."""
+    """The action, as a verb."""
     details: Sequence[str] = ()
     """The things it is done to."""
     dangerous: bool = False
@@ -107,7 +107,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Something that can be done: asked about first, then done, then told."""
+    """An action: it asks a question first, and reports what came of it."""
 
     path: str
     ask: Callable[[Form, AppContext], Awaitable[Question]]

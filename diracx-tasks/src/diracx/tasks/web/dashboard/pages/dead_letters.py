@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from diracx.db.exceptions import DBUnavailableError
 from sqlalchemy.exc import SQLAlchemyError
 
-from ....operations import waiting_letters
-from ....operations.dead_letters import find_letter, letter_arguments
+from ....operations import waiting_dead_letters
+from ....operations.dead_letters import dead_letter_arguments, find_dead_letter
 from ....operations.health.runner import database_error
-from ....operations.views import WAITING_LETTERS
+from ....operations.views import WAITING_DEAD_LETTERS
 from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
 from ...operator import Decided
 from ..page import (
@@ -68,13 +68,13 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "waiting": (await context.snapshot()).dead_letters_waiting,
     }
     if shown["waiting"]:
-        look = partial(waiting_letters, context.redis, registry=context.registry)
+        look = partial(waiting_dead_letters, context.redis, registry=context.registry)
         rows = (await viewer.page(look, _WAITING_SHOWN, None)).items
         caption = "Waiting in Redis."
         if shown["waiting"] > len(rows):
             number = f"{len(rows)} of {shown['waiting']:,}"
             caption = f"Waiting in Redis: {number}; `diracx-task-run dlq waiting` has them all."
-        shown["waiting_table"] = Table(view=WAITING_LETTERS, rows=rows, caption=caption)
+        shown["waiting_table"] = Table(view=WAITING_DEAD_LETTERS, rows=rows, caption=caption)
     if context.task_db is None:
         return shown
     try:
@@ -96,10 +96,10 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     key = request.path_params["letter"]
     if context.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
-    letter = await find_letter(context.task_db, key, viewer_of(request))
+    letter = await find_dead_letter(context.task_db, key, viewer_of(request))
     if letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
-    arguments = letter_arguments(letter, context.registry)
+    arguments = dead_letter_arguments(letter, context.registry)
     return {"letter": letter, "arguments": arguments, "size": len(letter["message"])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .... import operations as monitor
+from .... import operations
 from ..page import AppContext, Page, Request, viewer_of
 
 #: Each has a traceback.
@@ -14,7 +14,7 @@ _PAGE = 20
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     task = request.query_params.get("task") or None
-    look = partial(monitor.failures, context.redis, task_name=task)
+    look = partial(operations.failures, context.redis, task_name=task)
     page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
     return {"page": page, "task": task}
 

@@ -48,7 +48,7 @@ async def _ask_release(form: Form, context: AppContext) -> Question:
     return Question(
         f"Take {key} away from {'its holder' if found.held == 1 else 'this holder' if chosen else 'its holders'}?",
         "Each task below is cancelled when its worker next renews the lock, and counts as failed. Until then it "
-        "runs side by side with whoever gets the lock next.",
+        "runs side by side with the next holder.",
         "Release it",
         [f"{holder.task_name or 'unknown task'} {holder.task_id or holder.owner}" for holder in holders],
         dangerous=True,
@@ -57,7 +57,7 @@ async def _ask_release(form: Form, context: AppContext) -> Question:
 
 
 async def _release(form: Form, operator: Operator) -> str:
-    # None named is none released: somebody else may hold it by now, about whom nobody was asked.
+    # None named is none released: it may have other holders by now, which the question was not about.
     released = await operator.release_lock(form.one("key"), form.many("owner"))
     if not released.released:
         raise NotPossibleError("It was given back meanwhile: nothing was changed.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from .... import operations as monitor
+from .... import operations
 from ....operations import Point
 from ....operations.health.alerts import worst
 from ....operations.health.runner import DEAD_LETTERS, unreadable
@@ -31,7 +31,7 @@ async def load(request: Request, context: AppContext) -> dict[str, Any]:
     try:
         snapshot = await context.snapshot()
         points = await context.history()
-        failures = await viewer.page(partial(monitor.failures, context.redis), _FAILURES, None)
+        failures = await viewer.page(partial(operations.failures, context.redis), _FAILURES, None)
     except (RedisError, OSError):
         return shown
     except UnreadableKeyError as error:

@@ -52,10 +52,10 @@ async def _ask_cancel(form: Form, context: AppContext) -> Question:
 async def _cancel(form: Form, operator: Operator) -> str:
     found = await operator.cancel_tasks(_ids(form))
     gone = [task for task, place in found.items() if place == "unknown"]
-    told = ", ".join(f"{task} ({place})" for task, place in list(found.items())[:5] if place != "unknown")
-    if not told:
+    cancelled = ", ".join(f"{task} ({place})" for task, place in list(found.items())[:5] if place != "unknown")
+    if not cancelled:
         raise NotPossibleError("Nothing was cancelled: it had ended already.")
-    return f"Cancelled: {told}" + (f"; {len(gone)} had ended already." if gone else ".")
+    return f"Cancelled: {cancelled}" + (f"; {len(gone)} had ended already." if gone else ".")
 
 
 def _ids(form: Form) -> list[str]:

@@ -140,7 +140,7 @@ let source = null;
 let doubt = 0; // timers: until it is told that there is no connection, until another is tried
 let again = 0;
 let lost = false;
-let troubled = false;
+let problemd = false;
 
 function tell(kind, text) {
   if (!state) return;
@@ -172,19 +172,19 @@ function put(html) {
   [place.scrollLeft, place.scrollTop] = scroll;
 }
 
-function trouble(text) {
-  const note = byId("trouble");
+function problem(text) {
+  const note = byId("problem");
   note.hidden = !text;
   if (note.textContent !== text) note.textContent = text;
-  troubled = Boolean(text);
+  problemd = Boolean(text);
   tellState();
 }
 
 function tellState() {
   const open = source?.readyState === EventSource.OPEN;
   if (paused) tell("paused", "paused");
-  else if (lost && !open) tell("trouble", "no connection");
-  else if (troubled) tell("trouble", "not up to date");
+  else if (lost && !open) tell("problem", "no connection");
+  else if (problemd) tell("problem", "not up to date");
   else if (open) tell("live", "live");
   else if (source) tell("waiting", "connecting");
 }
@@ -199,14 +199,14 @@ function follow() {
   leave();
   source = new EventSource(body.dataset.live);
   // A new stream begins with what is wrong, if anything is.
-  source.addEventListener("open", () => { clearTimeout(doubt); lost = false; trouble(""); });
+  source.addEventListener("open", () => { clearTimeout(doubt); lost = false; problem(""); });
   source.addEventListener("fragment", (event) => put(event.data));
   source.addEventListener("charts", (event) => {
     if (paused) return;
     chartData = JSON.parse(event.data);
     drawAll();
   });
-  source.addEventListener("trouble", (event) => trouble(event.data));
+  source.addEventListener("problem", (event) => problem(event.data));
   source.addEventListener("gone", () => location.reload());
   source.addEventListener("error", () => {
     // Streams end now and then, and begin again at once: that is nothing to tell.
@@ -251,9 +251,9 @@ body.addEventListener("htmx:afterSettle", (event) => {
 });
 body.addEventListener("htmx:responseError", (event) => {
   if (event.detail.xhr.status === 401) location.reload();
-  else trouble(event.detail.xhr.responseText.slice(0, 300));
+  else problem(event.detail.xhr.responseText.slice(0, 300));
 });
-body.addEventListener("htmx:sendError", () => trouble("the dashboard does not answer"));
+body.addEventListener("htmx:sendError", () => problem("the dashboard does not answer"));
 question.addEventListener("click", (event) => {
   if (event.target.closest("[data-close]")) {
     event.preventDefault();
