@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...plumbing._util.printable import printable
-from ...plumbing.messages.secrets import without_secrets
 from ..errors import CliError, explained_redis
 from ..options import JsonOption, LogLevelOption
 from ..output import echo_json
@@ -71,6 +70,12 @@ def call(
     print_value(value, as_json=as_json)
 
 
+def _without_secrets(text: str, task: BaseTask) -> str:
+    from ...plumbing.messages.secrets import without_secrets
+
+    return without_secrets(text, task)
+
+
 class _Run:
     """One execution. `failure` is what the task raised."""
 
@@ -114,7 +119,7 @@ class _Run:
             if self._began:
                 # The task's own exception, or what its transaction said when it was to be committed.
                 raise self._failed(self.failure or error) from error
-            said = without_secrets(f"{type(error).__name__}: {error}", self._task)
+            said = _without_secrets(f"{type(error).__name__}: {error}", self._task)
             raise CliError(f"{self._name} cannot begin: {said}") from error
 
     async def _run(self) -> Any:
@@ -183,8 +188,8 @@ class _Run:
         shown = error.__traceback__
         while shown is not None and shown.tb_next is not None and shown.tb_frame.f_code.co_filename == __file__:
             shown = shown.tb_next
-        detail = without_secrets("".join(traceback.format_exception(type(error), error, shown)), self._task)
-        said = without_secrets(f"{type(error).__name__}: {error}", self._task)
+        detail = _without_secrets("".join(traceback.format_exception(type(error), error, shown)), self._task)
+        said = _without_secrets(f"{type(error).__name__}: {error}", self._task)
         return CliError(f"{self._name} failed: {said}", detail=detail)
 
 
@@ -198,7 +203,7 @@ def breakpoint_before(task: BaseTask) -> None:
             self.set_step()
 
     debugger = LineDebugger()
-    shown = without_secrets(repr(task), task)
+    shown = _without_secrets(repr(task), task)
     debugger.message(f"{shown} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
     debugger.set_trace(sys._getframe(1))
 

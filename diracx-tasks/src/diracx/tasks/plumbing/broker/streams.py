@@ -1,10 +1,17 @@
-"""Names of the streams, and which queue each of them belongs to."""
+"""Names of the streams, and which queue each of them belongs to. Importing this loads no client of Redis."""
 
 from __future__ import annotations
 
-from .keys import ALL_STREAM_NAMES, EVERY_STREAM, HANDOVER, stream_name_for
+from .keys import ALL_STREAM_NAMES, DEAD_LETTERS, EVERY_STREAM, HANDOVER, stream_name_for
 
-__all__ = ["ALL_STREAM_NAMES", "EVERY_STREAM", "queue_stream", "resumed_stream", "stream_name_for"]
+__all__ = [
+    "ALL_STREAM_NAMES",
+    "DEAD_LETTERS",
+    "EVERY_STREAM",
+    "queue_stream",
+    "resumed_stream",
+    "stream_name_for",
+]
 
 
 def queue_stream(stream: str) -> str:

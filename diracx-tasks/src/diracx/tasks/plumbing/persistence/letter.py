@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
-from ..broker.dead_letter_stream import DEAD_LETTERS
+from ..broker.streams import DEAD_LETTERS
 from ..messages.codec import loads
 
 if TYPE_CHECKING:
