@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 from diracx.tasks.plumbing.persistence import TaskDB
-from diracx.tasks.plumbing.sql.migrations import MigrationError
-from schema_promises import SchemaPromises, connected, on, rows
+from schema_promises import SchemaPromises, on, rows
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.demand import Demand
@@ -54,9 +53,6 @@ async def test_tables_are_made_once_and_at_the_newest_revision(db_url: str) -> N
         assert not await db.create_tables()
         state = await db.migrations.current(db_url)
         assert (state.revision, state.stamped) == (state.head, True)
-        await db.migrations.downgrade(db_url, "0001")
-        with pytest.raises(MigrationError, match="gubbins db upgrade"):
-            await db.create_tables()
 
 
 async def test_a_database_of_an_older_version_says_so(
@@ -74,13 +70,3 @@ async def test_a_database_of_an_older_version_says_so(
     async with db.engine_context():
         with pytest.raises(DatabaseError, match="gubbins db upgrade"):
             await db.get_active_pilots(vo="lhcb")
-
-
-async def test_what_a_crash_has_left_half_done_is_finished(db_url: str) -> None:
-    """MySQL keeps what was done before a crash in the middle of a revision."""
-    await MyPilotDB.migrations.upgrade(db_url, "0001")
-    half = next(i for i in MyPilotDB.metadata.tables["Pilots"].indexes if i.name == "idx_pilots_ended")
-    async with connected(db_url) as connection:
-        await connection.run_sync(half.create)
-    assert (await MyPilotDB.migrations.upgrade(db_url)).before == "0001"
-    assert await on(db_url, MyPilotDB.migrations.differences) == []

@@ -255,7 +255,7 @@ class PilotRequests(MyPilotDBBase):
 class PilotDemand(MyPilotDBBase):
     """How many pilots a VO would have had at a compute element when it last asked: what a fair share respects."""
 
-    __tablename__ = "PilotClaims"
+    __tablename__ = "PilotDemand"
     __table_args__ = UTF8
 
     ce_name: Mapped[str] = mapped_column(
