@@ -115,7 +115,7 @@ class ScriptedBackend(CEBackend[CESettings]):
         await self._answer("cancel", self.cancellations.get(self.ce.name))
         self.cancelled.extend(pilot.stamp for pilot in pilots)
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         self.forgotten.update((pilot.stamp, pilot.status) for pilot in pilots)
 
     async def _answer(self, what: str, answer: Any) -> Any:

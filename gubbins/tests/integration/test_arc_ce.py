@@ -93,7 +93,7 @@ async def test_output_has_the_last_part_and_goes_with_the_pilot(
 
     ends = {"good": MyPilotStatus.DONE, "bad": MyPilotStatus.FAILED}
     async with make() as backend:
-        await backend.forget([pilot._replace(status=ends[pilot.vo]) for pilot in pilots])
+        await backend.cleanup([pilot._replace(status=ends[pilot.vo]) for pilot in pilots])
     left = await make.until(pilots, lambda seen: "good" not in seen)
     assert left.keys() == {"bad"}  # failed ones are kept, unless the settings say otherwise
     async with make() as backend:

@@ -89,7 +89,7 @@ async def test_output_has_the_last_part_and_an_end_outlives_its_place_in_the_que
     assert (await backend.output(good)).stdout == "999\n1000\n"
     assert (await backend.output(bad)).stderr == "no luck\n"
 
-    await forget(backend, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
+    await cleanup(backend, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
     await until(lambda: good.reference not in htcondor_site.run("condor_q", "-all", "-af:j", "Owner").split())
     assert await until_ended(backend, pilots) == ends
     assert (await backend.output(bad)).stderr == "no luck\n"  # failed ones stay, unless the settings say otherwise
@@ -235,8 +235,8 @@ async def submit(backend: HTCondorBackend, *vos: str) -> list[PilotAtCE]:
     return [pilot._replace(reference=outcomes[pilot.stamp].reference) for pilot in pilots]
 
 
-async def forget(backend: HTCondorBackend, ended: dict[PilotAtCE, MyPilotStatus]) -> None:
-    await backend.forget([pilot._replace(status=status) for pilot, status in ended.items()])
+async def cleanup(backend: HTCondorBackend, ended: dict[PilotAtCE, MyPilotStatus]) -> None:
+    await backend.cleanup([pilot._replace(status=status) for pilot, status in ended.items()])
 
 
 async def until_ended(backend: HTCondorBackend, pilots: Sequence[PilotAtCE]) -> list[Observation]:

@@ -172,7 +172,7 @@ async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, m
 async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / stamp).mkdir()
-    await make(keep=keep).forget(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
+    await make(keep=keep).cleanup(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
@@ -180,7 +180,7 @@ async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path
     for stamp in ("old", "new", "active", "unheard", "never", "foreign"):
         (tmp_path / stamp).mkdir()
         (tmp_path / stamp / ("notes" if stamp == "foreign" else "script")).touch()
-    await make().forget(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
+    await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (
         ("old", "forgotten", 8),
@@ -191,9 +191,9 @@ async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path
         before = time.time() - days * 24 * 3600
         (tmp_path / stamp / mark).touch()
         os.utime(tmp_path / stamp / mark, (before, before))
-    await make().forget(ended(new=MyPilotStatus.FAILED, unknown=MyPilotStatus.FAILED))
+    await make().cleanup(ended(new=MyPilotStatus.FAILED, unknown=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == {"new", "active", "unheard", "foreign"}
-    await make(keep_days=0).forget([])
+    await make(keep_days=0).cleanup([])
     assert {path.name for path in tmp_path.iterdir()} == {"active", "foreign"}
 
 

@@ -67,7 +67,7 @@ async def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
     output = await backend.output(pilot)
     assert SECRET not in output.stdout + output.stderr
     assert max(map(len, output)) <= OUTPUT_LIMIT_BYTES
-    await backend.forget([pilot])
+    await backend.cleanup([pilot])
     if kind == "link":
         assert (tmp_path / "secret").read_text() == SECRET
 
@@ -85,7 +85,7 @@ async def test_a_directory_that_is_a_link_is_none_of_a_pilot(tmp_path: Path) -> 
     await backend.cancel([pilot])
     with pytest.raises(Exception, match="gone, or never was"):
         await backend.output(pilot)
-    await backend.forget([pilot])
+    await backend.cleanup([pilot])
     assert {path.name for path in elsewhere.iterdir()} == {"stdout", "stderr", "rc"}
 
 
@@ -164,7 +164,7 @@ async def test_pilots_run_as_the_user_that_is_set_with_nothing_of_the_workers(co
     await backend.cancel([pilot])
     seen = await observe(backend, pilot, *ENDED)
     assert (seen.reason or "").startswith("cancelled")
-    await backend.forget([pilot])
+    await backend.cleanup([pilot])
     assert not (common / "s").exists()
 
 

@@ -194,13 +194,13 @@ async def test_a_check_waits_neither_for_output_nor_for_tidying(
     monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
     given_up = []
 
-    async def forget(self: Any, pilots: Any) -> None:
+    async def cleanup(self: Any, pilots: Any) -> None:
         try:
             await asyncio.Event().wait()
         finally:
             given_up.append(self.ce.name)
 
-    monkeypatch.setattr(writing, "forget", forget)
+    monkeypatch.setattr(writing, "cleanup", cleanup)
     writing.outputs["kept"] = asyncio.Event()
     for ce, keep in (("kept", "all"), ("tidied", "none")):
         await db.add_ce(ce, 1, 1.0, backend="writing", rules={"keep_output": keep})

@@ -222,18 +222,18 @@ async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Pa
 async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
-    await make(keep=keep).forget(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
+    await make(keep=keep).cleanup(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in (tmp_path / "pilots").iterdir()} == left
 
 
 async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
     for stamp in ("old", "new", "active", "unheard", "never"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
-    await make().forget(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
+    await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (("old", "ended", 8), ("unheard", "rc", 36), ("never", "rc", 38)):
         before = time.time() - days * 24 * 3600
         (tmp_path / "pilots" / stamp / mark).touch()
         os.utime(tmp_path / "pilots" / stamp / mark, (before, before))
-    await make().forget(ended(new=MyPilotStatus.FAILED))
+    await make().cleanup(ended(new=MyPilotStatus.FAILED))
     assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active", "unheard"}

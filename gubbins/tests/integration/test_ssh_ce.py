@@ -139,7 +139,7 @@ async def test_values_reach_the_pilot_as_they_are_and_run_nothing(
     await observe(backend, pilot, Observed.DONE)
     assert (await backend.output(pilot)).stdout == f"{value}|{value}|{value}"
     assert (workdir / "s" / "script").read_text() == f"#!/bin/sh\n{script}\n"
-    await backend.forget(ended(s=MyPilotStatus.DONE))
+    await backend.cleanup(ended(s=MyPilotStatus.DONE))
     assert not (tmp_path / "owned").exists()
 
 
@@ -155,7 +155,7 @@ async def test_a_stamp_that_is_no_name_is_refused_and_unknown_and_harms_nothing(
     await backend.cancel([bad])
     await observe(backend, good, Observed.DONE)
     assert set(await backend.poll([bad, good])) == {"good"}
-    await backend.forget([bad._replace(status=MyPilotStatus.DONE)])
+    await backend.cleanup([bad._replace(status=MyPilotStatus.DONE)])
     with pytest.raises(OutputUnavailableError):
         await backend.output(bad)
     assert [path.name for path in (tmp_path / "pilots").iterdir()] == ["good"]
@@ -292,16 +292,16 @@ async def test_directories_are_kept_as_asked_and_for_as_long(make: Make, tmp_pat
     for stamp in ("done", "failed", "other"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
     ends = ended(done=MyPilotStatus.DONE, failed=MyPilotStatus.FAILED)
-    await make(keep="failed", keep_days=1 / 24).forget(ends)
+    await make(keep="failed", keep_days=1 / 24).cleanup(ends)
     assert left() == {"failed", "other"}
     long_ago = time.time() - 3700
     os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
-    await make(keep="failed", keep_days=2 / 24).forget(ends + ended(unknown=MyPilotStatus.FAILED))
+    await make(keep="failed", keep_days=2 / 24).cleanup(ends + ended(unknown=MyPilotStatus.FAILED))
     assert left() == {"failed", "other"}
     os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
-    await make(keep="failed", keep_days=1 / 24).forget(ended(other=MyPilotStatus.FAILED))
+    await make(keep="failed", keep_days=1 / 24).cleanup(ended(other=MyPilotStatus.FAILED))
     assert left() == {"other"}
-    await make(keep="none").forget(ended(other=MyPilotStatus.FAILED))
+    await make(keep="none").cleanup(ended(other=MyPilotStatus.FAILED))
     assert left() == set()
 
 
@@ -392,7 +392,7 @@ async def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
     for pilot in pilots:
         output = await backend.output(pilot)
         assert "secret" not in output.stdout + output.stderr
-    await backend.forget(pilots)
+    await backend.cleanup(pilots)
     if put is _link:
         assert (tmp_path / "secret").read_text() == "the owner's secret"
 

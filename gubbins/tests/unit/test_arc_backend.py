@@ -154,7 +154,7 @@ async def test_calls_are_in_bulk_and_nothing_is_looked_for_that_is_known() -> No
     backend = backend_that_hears(arex)
     assert len(await backend.poll(pilots_of(arex))) == 1000
     await backend.cancel(pilots_of(arex))
-    await backend.forget([pilot._replace(status=MyPilotStatus.DONE) for pilot in pilots_of(arex)])
+    await backend.cleanup([pilot._replace(status=MyPilotStatus.DONE) for pilot in pilots_of(arex)])
     assert arex.asked == ["status"] * 2 + ["kill"] * 2 + ["clean"] * 2
     arex.asked.clear()
     new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(250)]
@@ -297,7 +297,7 @@ def test_whatever_a_ce_answers_is_an_answer_or_an_error_of_one_line(bodies: list
             lambda: backend.poll([lost]),
             lambda: backend.cancel([pilot]),
             lambda: backend.output(pilot),
-            lambda: backend.forget([lost._replace(status=MyPilotStatus.DONE)]),
+            lambda: backend.cleanup([lost._replace(status=MyPilotStatus.DONE)]),
         ]
         for call in calls:
             try:

@@ -75,7 +75,7 @@ async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
         lambda: backend.poll([LOST, KNOWN]),
         lambda: backend.cancel([LOST, KNOWN]),
         lambda: backend.output(KNOWN),
-        lambda: backend.forget([KNOWN._replace(status=MyPilotStatus.DONE)]),
+        lambda: backend.cleanup([KNOWN._replace(status=MyPilotStatus.DONE)]),
     ]
     for call in calls:
         backend._shell = Babbler(answers)

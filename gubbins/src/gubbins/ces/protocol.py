@@ -144,8 +144,8 @@ class CEBackend(ABC, Generic[SettingsT]):
         """
         raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} keeps no output")
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        """These pilots are recorded as ended, as their `status` says: what is kept for them may go."""
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        """Remove what is kept for these pilots, which are recorded as ended, as their `status` says."""
 
     async def close(self) -> None:
         """Give back connections."""

@@ -183,7 +183,7 @@ class CEConformance:
             assert dict(await backend.submit([])) == {}
             assert dict(await backend.poll([])) == {}
             await backend.cancel([])
-            await backend.forget([])
+            await backend.cleanup([])
 
     async def test_pilots_can_be_forgotten_twice_and_unknown_ones_too(self, make: MakeBackend) -> None:
         async with _Watch(self, make, Fate.QUICK) as watch:
@@ -193,8 +193,8 @@ class CEConformance:
                 watch.pilots[0]._replace(status=MyPilotStatus.DONE),
                 _new_pilot()._replace(status=MyPilotStatus.FAILED),
             ]
-            await watch.backend().forget(ended)
-            await watch.backend().forget(ended)
+            await watch.backend().cleanup(ended)
+            await watch.backend().cleanup(ended)
 
 
 class CESiteConformance(CEConformance):

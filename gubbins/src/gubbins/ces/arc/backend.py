@@ -22,7 +22,6 @@ from gubbins.ces.protocol import (
     SubmitOutcome,
 )
 from gubbins.domain.exceptions import OutputUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 from .credentials import CredentialsError
@@ -123,9 +122,8 @@ class ArcBackend(CEBackend[ArcSettings]):
             raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} has none (yet, or any more)")
         return PilotOutput(*((part or b"").decode(errors="replace") for part in (stdout, stderr)))
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
-        if ids := await self._ids_of(pilot for pilot in pilots if pilot.status not in keep):
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        if ids := await self._ids_of(pilot for pilot in pilots if not self.settings.keeps(pilot.status)):
             await self._rest.clean(list(ids.values()))
 
     async def close(self) -> None:
@@ -139,9 +137,8 @@ class ArcBackend(CEBackend[ArcSettings]):
             if script is None:
                 outcomes[pilot.stamp] = SubmitOutcome(error=self.why_not(pilot.vo))
             else:
-                ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
-                environment = self.settings.environment | ours
-                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, environment)
+                variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp)
+                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, variables)
         try:
             answers = await self._rest.submit(list(described.values()))
         except (NotAcceptedError, CredentialsError) as error:

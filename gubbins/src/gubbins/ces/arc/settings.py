@@ -4,34 +4,31 @@ from __future__ import annotations
 
 __all__ = ["ArcSettings"]
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gubbins.ces.protocol import CESettings
+from gubbins.ces.settings import AbsolutePath, PilotSettings, Script
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
 
 # A stamp, a VO and the name of a CE come to a script's environment, and may be this long.
 _ROOM = {"PILOT_STAMP": "x" * 64, "PILOT_VO": "x" * 256, "PILOT_CE": "x" * 256}
 
-Script = Annotated[str, Field(min_length=1)]
 
-
-class ArcSettings(CESettings):
+class ArcSettings(PilotSettings):
     """Settings of an ARC CE."""
 
     url: str = Field(description="Where A-REX is: https://ce.example.org/arex (a port may follow the host).")
-    certificate: Path | None = Field(
+    certificate: AbsolutePath | None = Field(
         default=None, description="File (PEM) of a client certificate, or of a proxy with its key and chain."
     )
-    key: Path | None = Field(
+    key: AbsolutePath | None = Field(
         default=None, description="File of the private key, without a password; default: in the certificate's."
     )
-    token: Path | None = Field(default=None, description="File of a bearer token, in place of a certificate.")
-    ca: Path | None = Field(
+    token: AbsolutePath | None = Field(default=None, description="File of a bearer token, in place of one.")
+    ca: AbsolutePath | None = Field(
         default=None,
         description="File (PEM) or hashed directory of the CAs that the server may be of; default: the system's.",
     )
@@ -44,17 +41,8 @@ class ArcSettings(CESettings):
         default={},
         description="More xRSL attributes: a text, a number, a list of texts, or a list of such lists.",
     )
-    scripts: dict[str, Script] = Field(
-        default={},
-        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
-    )
     default_script: Script | None = Field(
         default=None, description="For VOs that have no script of their own; without it they get no pilots."
-    )
-    environment: dict[str, str] = Field(default={}, description="Added to the pilots' environment.")
-    keep: Literal["none", "failed", "all"] = Field(
-        default="failed",
-        description="Whose session directories (stdout, stderr) stay until the CE removes them, after a week.",
     )
     timeout_seconds: float = Field(
         default=30, gt=0, le=300, allow_inf_nan=False, description="No single request is waited for any longer."
@@ -72,14 +60,6 @@ class ArcSettings(CESettings):
             raise ValueError("must be of the form https://host[:port]/path")
         return url.rstrip("/")
 
-    @field_validator("certificate", "key", "token", "ca")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        # Workers are started from anywhere, and must find the same file.
-        if path is not None and not path.is_absolute():
-            raise ValueError("must be an absolute path")
-        return path
-
     @field_validator("queue")
     @classmethod
     def _one_line(cls, queue: str | None) -> str | None:
@@ -92,16 +72,6 @@ class ArcSettings(CESettings):
             check_attribute(name, value)
         return attributes
 
-    @field_validator("environment")
-    @classmethod
-    def _names_of_variables(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name, value in environment.items():
-            if not (name.isascii() and name.isidentifier()):
-                raise ValueError(f"{name!r} is no name of a variable")
-            if "\0" in value:
-                raise ValueError(f"the value of {name} must not contain a NUL")
-        return environment
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.certificate is None) == (self.token is None):
@@ -109,7 +79,5 @@ class ArcSettings(CESettings):
         if self.key is not None and self.certificate is None:
             raise ValueError("key is of no use without certificate")
         for script in (*self.scripts.values(), *([self.default_script] if self.default_script else [])):
-            if "\0" in script:
-                raise ValueError("a script must not contain a NUL")
             pack(script, self.environment | _ROOM)
         return self

@@ -20,7 +20,6 @@ from gubbins.ces.protocol import (
     SubmitOutcome,
 )
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 from .description import submission
@@ -87,9 +86,8 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         stdout, stderr = (text if isinstance(text, str) else "" for text in texts)
         return PilotOutput(stdout, stderr)
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
-        if stamps := [pilot.stamp for pilot in pilots if pilot.status not in keep]:
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        if stamps := [pilot.stamp for pilot in pilots if not self.settings.keeps(pilot.status)]:
             await self._bindings.call("release", stamps=stamps)
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
+from gubbins.ces.settings import executable_script
 
 from .settings import HTCondorSettings
 
@@ -79,14 +80,13 @@ def _to_be_removed(held_seconds: int) -> str:
 
 
 def _files(settings: HTCondorSettings, ce_name: str, vo: str) -> dict[str, str]:
-    variables = settings.environment | {"PILOT_VO": vo, "PILOT_CE": ce_name}
+    variables = settings.variables(ce_name, vo)
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "limit": str(OUTPUT_LIMIT_BYTES),
     }
-    script = settings.scripts.get(vo, settings.default_script)
     return {
         # In one pass: what is put in is not looked at again.
         "run": re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text()),
-        "pilot": script if script.startswith("#!") else f"#!/bin/sh\n{script}",
+        "pilot": executable_script(settings.scripts.get(vo, settings.default_script)),
     }

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 __all__ = ["HTCondorSettings"]
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gubbins.ces.protocol import CESettings
-from gubbins.domain.text import without_nul
+from gubbins.ces.settings import AbsolutePath, DefaultScript, PilotSettings
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = frozenset(
@@ -31,10 +29,9 @@ def _one_line(value: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
-Script = Annotated[str, Field(min_length=1), AfterValidator(without_nul)]
 
 
-class HTCondorSettings(CESettings):
+class HTCondorSettings(PilotSettings):
     """Settings of an HTCondor schedd, or of an HTCondor-CE."""
 
     collector: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\[\]:-]+$")] | None = Field(
@@ -47,7 +44,7 @@ class HTCondorSettings(CESettings):
         default=None,
         description="Address of the schedd, in place of a collector: its `MyAddress`, in angle brackets.",
     )
-    token: Path | None = Field(
+    token: AbsolutePath | None = Field(
         default=None, description="File of an IDTOKEN of the schedd's trust domain, read anew for each call."
     )
     cpus: int = Field(default=1, ge=1, description="CPUs of a pilot.")
@@ -61,22 +58,12 @@ class HTCondorSettings(CESettings):
         default={},
         description="HTCondor configuration of the bindings; files of the host's own configuration are not read.",
     )
-    scripts: dict[str, Script] = Field(
-        default={},
-        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
-    )
-    default_script: Script = Field(default="sleep 1", description="For VOs that have no script of their own.")
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Annotated[
-        str, AfterValidator(without_nul)
-    ]] = Field(default={}, description="Added to the pilots' environment.")  # fmt: skip
+    default_script: DefaultScript = "sleep 1"
     held_minutes: float = Field(
         default=10,
         ge=0,
         allow_inf_nan=False,
         description="A pilot that HTCondor itself has put on hold is removed after so long.",
-    )
-    keep: Literal["none", "failed", "all"] = Field(
-        default="failed", description="Who stays in the queue, with stdout and stderr, after the end."
     )
     keep_days: float = Field(
         default=7, gt=0, le=3650, allow_inf_nan=False, description="How long they stay there, in days."
@@ -84,14 +71,6 @@ class HTCondorSettings(CESettings):
     timeout_seconds: float = Field(
         default=20, gt=0, le=300, allow_inf_nan=False, description="How long one call of the schedd may take."
     )
-
-    @field_validator("token")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        # Workers are started from anywhere, and must find the same file.
-        if path is not None and not path.is_absolute():
-            raise ValueError(f"must be an absolute path, not {str(path)!r}")
-        return path
 
     @field_validator("submit_commands")
     @classmethod

@@ -10,44 +10,37 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from gubbins.ces.protocol import (
     CEBackend,
-    CESettings,
     Observation,
     Observed,
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
 )
+from gubbins.ces.settings import AbsolutePath, DefaultScript, KeepDays, PilotSettings
 from gubbins.ces.transports.shell import inherited_environment
 from gubbins.domain.exceptions import OutputUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 from .account import Account
 from .job import LocalJob, sweep
 
-DEFAULT_SCRIPT = "sleep 1"
 _SECONDS_OF_A_DAY = 24 * 3600
 
 
-class LocalSettings(CESettings):
+class LocalSettings(PilotSettings):
     """Settings of a local compute element."""
 
-    directory: Path | None = Field(
+    directory: AbsolutePath | None = Field(
         default=None,
         description="Where the pilots' directories are, absolute; default ~/.local/state/gubbins/<CE name>.",
     )
-    scripts: dict[str, str] = Field(
-        default={},
-        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
-    )
-    default_script: str = Field(default=DEFAULT_SCRIPT, description="For VOs that have no script of their own.")
-    environment: dict[str, str] = Field(default={}, description="Added to the pilots' environment.")
+    default_script: DefaultScript = "sleep 1"
     run_as: str | None = Field(
         default=None,
         min_length=1,
@@ -58,20 +51,7 @@ class LocalSettings(CESettings):
     kill_after_seconds: float = Field(
         default=10, ge=0, allow_inf_nan=False, description="A cancelled pilot that ignores SIGTERM is killed."
     )
-    keep: Literal["none", "failed", "all"] = Field(
-        default="failed", description="Whose directories (with stdout and stderr) stay after the end."
-    )
-    keep_days: float = Field(
-        default=7, ge=0, allow_inf_nan=False, description="How long those directories stay, in days."
-    )
-
-    @field_validator("directory")
-    @classmethod
-    def _absolute(cls, directory: Path | None) -> Path | None:
-        # Workers are started from anywhere, and must find the same directory.
-        if directory is not None and not directory.is_absolute():
-            raise ValueError("must be an absolute path")
-        return directory
+    keep_days: KeepDays = 7
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -115,12 +95,11 @@ class LocalBackend(CEBackend[LocalSettings]):
         except FileNotFoundError as error:
             raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was") from error
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
 
         def remove() -> None:
             for pilot in pilots:
-                if pilot.status in keep:
+                if self.settings.keeps(pilot.status):
                     self._job(pilot.stamp).mark_forgotten()
                 else:
                     self._job(pilot.stamp).remove()
@@ -146,13 +125,13 @@ class LocalBackend(CEBackend[LocalSettings]):
         return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
-        ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": self.ce.name}
         try:
             account = self._account()
             job = LocalJob(self._directory() / pilot.stamp, account)
             own = {} if account is None else account.environment
+            variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp)
             if job.create(self.settings.scripts.get(pilot.vo, self.settings.default_script)):
-                job.launch(inherited_environment() | own | self.settings.environment | ours)
+                job.launch(inherited_environment() | own | variables)
         except (OSError, LookupError, subprocess.SubprocessError) as error:
             return SubmitOutcome(error=one_line(error))
         return SubmitOutcome(reference=self._reference(pilot))

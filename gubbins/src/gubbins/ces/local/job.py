@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
+from gubbins.ces.settings import executable_script
 from gubbins.domain.exceptions import CEUnavailableError
 
 from .account import Account
@@ -85,8 +86,7 @@ class LocalJob:
             self.path.parent.chmod(0o711)
         prepared = Path(tempfile.mkdtemp(prefix=".new-", dir=self.path.parent))
         try:
-            text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
-            (prepared / "script").write_text(text if text.endswith("\n") else f"{text}\n")
+            (prepared / "script").write_text(executable_script(script))
             if self.account is not None:
                 self.account.prepare(prepared)
             prepared.rename(self.path)

@@ -21,7 +21,6 @@ from gubbins.ces.protocol import (
 from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
 from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
 
 from .batch import batch_script, sbatch_options
 from .error_parsing import complaint, is_refusal, is_silence
@@ -134,10 +133,9 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             texts.append(_text_of(done, "output"))
         return PilotOutput(*texts)
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         await self._tidy(
-            (("ended" if pilot.status in keep else "remove", pilot.stamp) for pilot in pilots),
+            (("ended" if self.settings.keeps(pilot.status) else "remove", pilot.stamp) for pilot in pilots),
             remove_after_minutes=str(round(self.settings.keep_days * _MINUTES_OF_A_DAY)),
         )
 

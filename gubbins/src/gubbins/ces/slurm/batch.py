@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from gubbins.ces.protocol import PilotAtCE
+from gubbins.ces.settings import executable_script
 
 from .settings import SlurmSettings
 
@@ -40,11 +41,8 @@ def sbatch_options(settings: SlurmSettings, pilot: PilotAtCE) -> list[str]:
 
 def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> bytes:
     """The script of the job, with the pilot's own script in it."""
-    ours = {"PILOT_STAMP": pilot.stamp, "PILOT_VO": pilot.vo, "PILOT_CE": ce_name}
-    variables = settings.environment | ours
-    script = settings.scripts.get(pilot.vo, settings.default_script)
-    script = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
-    script = script if script.endswith("\n") else f"{script}\n"
+    variables = settings.variables(ce_name, pilot.vo, pilot.stamp)
+    script = executable_script(settings.scripts.get(pilot.vo, settings.default_script))
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "job": shlex.quote(str(settings.directory / pilot.stamp)) if settings.nodes_see_directory else "",

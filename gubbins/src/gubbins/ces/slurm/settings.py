@@ -5,11 +5,11 @@ from __future__ import annotations
 __all__ = ["SlurmSettings"]
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gubbins.ces.protocol import CESettings
+from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings
 from gubbins.ces.transports.ssh import SSHHost
 
 # What the back end says itself, or what would make something else than one job of a pilot.
@@ -28,7 +28,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/+-]+$")]
 
 
-class SlurmSettings(CESettings):
+class SlurmSettings(PilotSettings):
     """Settings of a Slurm compute element."""
 
     ssh: SSHHost | None = Field(
@@ -54,14 +54,7 @@ class SlurmSettings(CESettings):
     extra_options: list[Annotated[str, Field(pattern=r"^--[a-z]")]] = Field(
         default=[], description="More options of sbatch, each as one string (`--constraint=avx2`)."
     )
-    scripts: dict[str, str] = Field(
-        default={},
-        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
-    )
-    default_script: str = Field(default="sleep 1", description="For VOs that have no script of their own.")
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
-        default={}, description="Added to the pilots' environment."
-    )
+    default_script: DefaultScript = "sleep 1"
     completion_log: AbsolutePath | None = Field(
         default=None,
         description="The file of `jobcomp/filetxt`, if the site has one: ends are known when Slurm has forgotten.",
@@ -83,12 +76,7 @@ class SlurmSettings(CESettings):
         description="How many sbatch run at the same time when `submit` is given many pilots. A `MyPilotTask` "
         "gives it one, and there is one such task at a time for each compute element.",
     )
-    keep: Literal["none", "failed", "all"] = Field(
-        default="failed", description="Whose directories (with stdout and stderr) stay after the end."
-    )
-    keep_days: float = Field(
-        default=7, ge=0, allow_inf_nan=False, description="How long those directories stay, in days."
-    )
+    keep_days: KeepDays = 7
 
     @field_validator("extra_options")
     @classmethod

@@ -20,9 +20,9 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
+from gubbins.ces.settings import executable_script
 from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 from .remote import Garbled, Refused, command, is_stamp, parse, quote
@@ -91,30 +91,26 @@ class SSHBackend(CEBackend[SSHSettings]):
             raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was")
         return PilotOutput(records["stdout"], records["stderr"])
 
-    async def forget(self, pilots: Sequence[PilotAtCE]) -> None:
-        keep = {"none": (), "failed": (MyPilotStatus.FAILED,), "all": tuple(MyPilotStatus)}[self.settings.keep]
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         keep_minutes = round(self.settings.keep_days * 24 * 60)
+        kept = {pilot.stamp for pilot in pilots if self.settings.keeps(pilot.status)}
 
-        kept = {pilot.stamp for pilot in pilots if pilot.status in keep}
-
-        def forget(stamp: str) -> str:
+        def line(stamp: str) -> str:
             return f"keep {stamp}" if stamp in kept else f"rm -rf ./{stamp}"
 
-        await self._bulk(_stamps(pilots), [self._enter, f"sweep {keep_minutes}"], forget)
+        await self._bulk(_stamps(pilots), [self._enter, f"sweep {keep_minutes}"], line)
 
     async def close(self) -> None:
         await self._shell.close()
 
     async def _submit(self, vo: str, stamps: Sequence[str]) -> Mapping[str, SubmitOutcome]:
-        script = self.settings.scripts.get(vo, self.settings.default_script)
-        if not script.startswith("#!"):
-            script = f"#!/bin/sh\n{script}"
-        environment = {**self.settings.environment, "PILOT_VO": vo, "PILOT_CE": self.ce.name}
-        exports = "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in environment.items())
+        script = executable_script(self.settings.scripts.get(vo, self.settings.default_script))
+        variables = self.settings.variables(self.ce.name, vo)
+        exports = "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in variables.items())
         before = [
             f"prepare {self._workdir}",
             self._enter,
-            f"script={quote(script if script.endswith(chr(10)) else script + chr(10))}",
+            f"script={quote(script)}",
             f"wrapper={quote(WRAPPER)}",
             f"environment={quote(exports)}",
         ]

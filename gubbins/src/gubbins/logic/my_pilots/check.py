@@ -264,6 +264,6 @@ async def _forget(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
     """Tidying up only: what fails here is not worth failing a check that is already recorded."""
     try:
         async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
-            await backend.forget(ended)
+            await backend.cleanup(ended)
     except Exception as error:
         logger.warning("Cannot tidy up after pilots at %s: %s", ce["name"], describe_failure(ce, error))

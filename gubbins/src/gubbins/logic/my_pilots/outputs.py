@@ -130,7 +130,7 @@ class _Visit:
         """What these pilots have written is stored. Tidying up only: what fails here does not end the round."""
         try:
             async with self._answer():
-                await self._backend.forget([self._at_ce(pilot) for pilot in ended])
+                await self._backend.cleanup([self._at_ce(pilot) for pilot in ended])
         except Exception as error:
             why = describe_failure(self._ce, error)
             logger.warning("Cannot tidy up after pilots at %s: %s", self._ce["name"], why)
