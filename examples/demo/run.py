@@ -108,7 +108,7 @@ async def _watch(site: DemoSite, services: Services, *, seconds: float | None, a
 
 @contextlib.contextmanager
 def _screen(site: DemoSite, as_json: bool) -> Iterator[Any]:
-    """Where each look is shown: a live table, or a line now and then on stderr."""
+    """Show the state: a live table, or a line every two seconds on stderr."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""What a DiracX installation needs before its services start: configuration, keys, databases, environment."""
+"""Build a DiracX installation: configuration, keys, databases, environment."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class SlurmSite:
 
     @staticmethod
     def obstacle() -> str | None:
-        """Why there can be no such site here, or None."""
+        """The reason why no such site can be started here, or None."""
         path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
         if missing:
@@ -135,7 +135,7 @@ class SlurmSite:
 
     @contextlib.contextmanager
     def without_controller(self) -> Iterator[None]:
-        """Inside this context nobody listens. It is ended in good order: a killed one may forget new jobs."""
+        """Stop the controller inside this context. It ends in good order: a killed one may lose new jobs."""
         self._end("slurmctld", signal.SIGTERM)
         try:
             yield
@@ -174,7 +174,7 @@ class SlurmSite:
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise SlurmSiteError(f"{name} ended with {process.returncode}: {self._last_words(name)}")
+                raise SlurmSiteError(f"{name} ended with {process.returncode}: {self._last_line(name)}")
 
     def stop(self) -> None:
         """End all jobs, then everything else."""
@@ -223,7 +223,7 @@ class SlurmSite:
         while not ready():
             self.check()
             if time.monotonic() > deadline:
-                raise SlurmSiteError(f"{name} is not ready after {_START_SECONDS:g} s: {self._last_words(name)}")
+                raise SlurmSiteError(f"{name} is not ready after {_START_SECONDS:g} s: {self._last_line(name)}")
             time.sleep(0.05)
 
     def _end(self, name: str, how: signal.Signals) -> None:
@@ -243,7 +243,7 @@ class SlurmSite:
                 if mark in path.read_bytes().split(b"\0"):
                     os.kill(int(path.parent.name), signal.SIGKILL)
 
-    def _last_words(self, name: str) -> str:
+    def _last_line(self, name: str) -> str:
         text = (self.directory / f"{name}.log").read_text(errors="replace")
         if name == "munged" and (log := self.directory / "munged.log").exists():
             text += log.read_text(errors="replace")

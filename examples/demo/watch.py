@@ -1,4 +1,4 @@
-"""What is going on: one look at the database, and the table that shows it."""
+"""Read the state of all pilots from the database, and show it as a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RATE_WINDOW_SECONDS = 10.0
 
 @dataclass
 class Watch:
-    """Looks at the pilots again and again, and remembers the most that it saw at each compute element."""
+    """Polls the pilots, and remembers the largest number seen at each compute element."""
 
     db: MyPilotDB
     summary: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Watch:
     _ends: deque[tuple[float, int]] = field(default_factory=deque)
 
     async def look(self) -> None:
-        """One consistent look, in one transaction."""
+        """Read the state of all pilots in one transaction."""
 
         async def look() -> None:
             self.summary = await logic.get_pilot_summary(self.db)
@@ -61,7 +61,7 @@ class Watch:
         return (after - before) / (last - first) if last > first else 0.0
 
     def line(self) -> str:
-        """Everything in one line."""
+        """The state in one line."""
         states = ", ".join(f"{self.total(status)} {status}" for status in MyPilotStatus)
         slots = ", ".join(f"{ce['name']} {ce['active']}/{ce['capacity']}" for ce in self.ces)
         return f"{states}; slots in use: {slots}"

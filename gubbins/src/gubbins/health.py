@@ -17,7 +17,7 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CircuitState
 from gubbins.domain.pilot_states import MyPilotStatus
 
-#: Pilots that ended within the past hour before anything is said about how.
+#: Least number of pilots that ended within the past hour for an alert.
 _LEAST_ENDED = 4
 _WARNING_SHARE = 0.5
 _CRITICAL_SHARE = 0.9
@@ -25,12 +25,12 @@ _CRITICAL_SHARE = 0.9
 
 @asynccontextmanager
 async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Alert]]] | str]:
-    """What makes the checks, from the database of the environment; a line that says why where there is none."""
+    """Yield the function that runs the checks on the database of the environment, or why there is none."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield f"compute elements and pilots: {URL_VARIABLE} is not set here"
         return
-    # Whoever has no such database does not wait for what comes with it.
+    # Without such a database these slow imports are not needed.
     from gubbins.db.sql import MyPilotDB
     from gubbins.logic import my_pilots as logic
 
@@ -45,7 +45,7 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Alert]]] | s
 
 
 def find_alerts(ces: Sequence[Mapping[str, Any]], ended: Mapping[str, Mapping[str, int]]) -> list[Alert]:
-    """What is wrong with compute elements.
+    """Alerts about compute elements.
 
     Args:
         ces: all of them, as `list_ces` has them.
@@ -61,7 +61,7 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
         yield Alert(
             check="ce_banned",
             severity=Severity.WARNING,
-            summary=f"{ce['name']} is banned, with {ce['active']} pilots that nobody looks after: "
+            summary=f"{ce['name']} is banned, with {ce['active']} pilots that are not followed: "
             f"{ce['ban_reason'] or 'no reason was given'}",
             remedy=f"when the reason is gone: `gubbins ce enable {ce['name']}`",
             count=max(1, ce["active"]),
@@ -72,7 +72,7 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
 
 
 def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
-    """Of a banned one nobody asks anything: its circuits say nothing new."""
+    """A banned compute element is not called: its circuits say nothing new."""
     for call, circuit in ce["circuits"].items() if ce["banned_at"] is None else ():
         if circuit["state"] != CircuitState.CLOSED:
             yield Alert(

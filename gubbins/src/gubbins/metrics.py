@@ -23,7 +23,7 @@ from gubbins.logic import my_pilots as logic
 
 @asynccontextmanager
 async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | None]:
-    """Yield what collects metrics from the database of the environment; None where there is none."""
+    """Yield the function that reads the metrics from the database of the environment; None: there is none."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield None

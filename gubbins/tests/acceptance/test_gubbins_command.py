@@ -122,7 +122,7 @@ def test_a_ce_is_shown_with_its_rules_and_banned_until_it_is_enabled(initialised
     refused(run("ce", "ban", "b"), 1, "'b'", "gubbins ce list")
 
 
-def test_what_is_done_is_in_the_audit_log_of_the_task_system(initialised: Run, redis_url: str) -> None:
+def test_actions_are_in_the_audit_log_of_the_task_system(initialised: Run, redis_url: str) -> None:
     run = partial(initialised, redis=redis_url)
     ces = "compute_elements: [{name: a, capacity: 1}, {name: b, capacity: 1}]"
     assert run("ce", "load", "-", stdin=ces).stderr == ""
@@ -201,7 +201,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(run: Run) -> None:
     refused(run("ce", "load", "/nonexistent.yaml"), 2, "/nonexistent.yaml")
 
 
-def test_database_trouble_is_one_line_with_the_way_out(run: Run) -> None:
+def test_a_database_error_is_one_line_with_the_way_out(run: Run) -> None:
     refused(run("ce", "list", url=None), 1, "DIRACX_DB_URL_MYPILOTDB is not set")
     refused(run("ce", "list"), 1, "gubbins db init")
     refused(run("ce", "load", str(EXAMPLE)), 1, "gubbins db init")
@@ -227,7 +227,7 @@ def test_every_command_says_in_one_line_that_its_database_is_none(run: Run, tmp_
 
 
 @pytest.mark.parametrize("command", ["ce list", "db current", "db upgrade"])
-def test_every_trouble_of_a_database_is_one_line(run: Run, troubled_database: Troubled, command: str) -> None:
+def test_every_database_error_is_one_line(run: Run, troubled_database: Troubled, command: str) -> None:
     troubled = asyncio.run(troubled_database(MyPilotDB.migrations))
     answer = run(*command.split(), url=troubled.url)
     if command.startswith("db") and answer.returncode == 0:
@@ -236,7 +236,7 @@ def test_every_trouble_of_a_database_is_one_line(run: Run, troubled_database: Tr
     assert PASSWORD not in answer.stderr
 
 
-def test_db_upgrade_and_downgrade_say_what_they_did(run: Run) -> None:
+def test_db_upgrade_and_downgrade_report_their_steps(run: Run) -> None:
     assert run("db", "current", "--check").returncode == 1
     up = json.loads(run("db", "upgrade", "--json").stdout)
     assert (up["before"], up["after"]) == (None, up["steps"][-1]["revision"])

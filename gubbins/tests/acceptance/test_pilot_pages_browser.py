@@ -168,7 +168,7 @@ async def test_compute_elements_are_filtered_and_paged_by_keyboard_alone(tab: Ta
     assert not tab.complaints
 
 
-async def test_who_may_only_look_sees_pilots_and_can_change_nothing(
+async def test_a_read_only_user_sees_pilots_and_can_change_nothing(
     app: DashboardApp, sqlite_db: MyPilotDB, redis: Redis
 ) -> None:
     before = await sqlite_db.get_ces(), await sqlite_db.get_pilot(1)

@@ -19,7 +19,7 @@ from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOu
 from gubbins.ces.arc import ArcBackend, ArcSettings
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import Fate, pilot_scripts
+from gubbins.testing.ce_conformance import Scenario, pilot_scripts
 
 # It kills a job in half a minute, and other tests may run on this machine.
 pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
@@ -27,15 +27,15 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
 
 class _Promises(AllPromises):
     many = 20
-    patience_seconds = 30
+    call_seconds = 30
 
     def __init__(self, site: ArcSite, witness: Path) -> None:
         super().__init__(witness, down=site.down, hanging=site.frozen)
         self._site = site
         self._scripts = pilot_scripts(witness)
 
-    def make_backend(self, fate: Fate) -> ArcBackend:
-        settings = {"default_script": self._scripts[fate], "timeout_seconds": 8, "keep": "none"}
+    def make_backend(self, scenario: Scenario) -> ArcBackend:
+        settings = {"default_script": self._scripts[scenario], "timeout_seconds": 8, "keep": "none"}
         return _Maker(self._site, **settings).make()
 
 
@@ -118,7 +118,9 @@ async def test_a_vo_without_a_script_gets_no_pilot_and_disturbs_no_other(arc_sit
         assert outcomes[pilots[1].stamp].reference
 
 
-async def test_a_stranger_is_told_so_until_the_file_is_replaced(arc_site: ArcSite, tmp_path: Path) -> None:
+async def test_unknown_credentials_are_refused_until_the_file_is_replaced(
+    arc_site: ArcSite, tmp_path: Path
+) -> None:
     proxy = tmp_path / "proxy.pem"
     certificate, key = arc_site.stranger
     proxy.write_bytes(certificate.read_bytes() + key.read_bytes())
@@ -164,7 +166,7 @@ async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path:
 
 
 @pytest.mark.event_loops("asyncio", "uvloop")
-async def test_a_server_that_cannot_prove_who_it_is_gets_nothing(arc_site: ArcSite) -> None:
+async def test_a_server_without_a_valid_certificate_gets_nothing(arc_site: ArcSite) -> None:
     async with _Maker(arc_site, ca=arc_site.certificate)() as backend:
         with pytest.raises(CEUnavailableError, match="certificate verify failed"):
             await backend.submit([_pilot("vo")])

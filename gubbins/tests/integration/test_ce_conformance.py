@@ -9,7 +9,7 @@ import pytest
 from gubbins.ces import CEDescription
 from gubbins.ces.local import LocalBackend, LocalSettings
 from gubbins.ces.simulated import SimulatedBackend, SimulatedSettings
-from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, Fate, MakeBackend, pilot_scripts
+from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, MakeBackend, Scenario, pilot_scripts
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -19,9 +19,9 @@ class TestSimulated(CEConformance):
 
     @pytest.fixture
     def make(self) -> MakeBackend:
-        def make(fate: Fate) -> SimulatedBackend:
-            settings = SimulatedSettings(run_seconds=3600 if fate is Fate.LONG else 0)
-            return SimulatedBackend(CEDescription("sim", 100, float(fate is not Fate.FAILING)), settings)
+        def make(scenario: Scenario) -> SimulatedBackend:
+            settings = SimulatedSettings(run_seconds=3600 if scenario is Scenario.LONG else 0)
+            return SimulatedBackend(CEDescription("sim", 100, float(scenario is not Scenario.FAILING)), settings)
 
         return make
 
@@ -35,8 +35,8 @@ class TestLocal(CESiteConformance):
         self.witness.mkdir()
         scripts = pilot_scripts(self.witness)
 
-        def make(fate: Fate) -> LocalBackend:
-            settings = LocalSettings(directory=tmp_path / "pilots", default_script=scripts[fate], keep="all")
+        def make(scenario: Scenario) -> LocalBackend:
+            settings = LocalSettings(directory=tmp_path / "pilots", default_script=scripts[scenario], keep="all")
             return LocalBackend(CEDescription("local", 100, 1.0), settings)
 
         return make

@@ -140,7 +140,7 @@ async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_les
     assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_else_would_ask_it(
+async def test_a_ce_with_failed_status_calls_and_no_pilots_gets_one_pilot_as_a_probe(
     db: MyPilotDB, scripted: Any, time: Clock
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
@@ -183,7 +183,7 @@ async def test_a_ce_whose_status_could_not_be_read_gets_one_pilot_when_nobody_el
         (["fill"], "dictionary"),
     ],
 )
-async def test_a_ce_whose_rules_in_the_database_are_wrong_gets_no_pilots_and_stops_nobody_else(
+async def test_a_ce_with_invalid_rules_in_the_database_gets_no_pilots_and_others_go_on(
     sqlite_db: MyPilotDB, scripted: Any, rules: Any, said: str
 ) -> None:
     db = sqlite_db
@@ -258,7 +258,7 @@ async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPil
     assert (await db.get_ce("ce"))["last_error"] == "queue closed"
 
 
-async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
+async def test_a_slow_ce_does_not_delay_the_responses_of_others(
     db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
@@ -277,7 +277,7 @@ async def test_a_slow_ce_does_not_keep_back_what_the_others_have_said(
     assert (await db.get_pilot(slow))["missing_since"] is not None
 
 
-async def test_while_a_slow_ce_answers_the_pilots_of_the_others_are_followed_with_every_cycle(
+async def test_during_a_slow_poll_the_pilots_of_other_ces_are_polled_every_cycle(
     db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)

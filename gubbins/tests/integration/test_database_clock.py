@@ -35,7 +35,7 @@ def about_now(moment: datetime) -> bool:
 
 @pytest.mark.parametrize("ahead_seconds", [-600, 600])
 @pytest.mark.parametrize("server", ["mariadb", "postgresql"])
-async def test_what_a_machine_with_a_wrong_clock_writes_has_the_time_of_the_database(
+async def test_a_machine_with_a_wrong_clock_writes_the_time_of_the_database(
     server: str,
     ahead_seconds: float,
     empty_database: Callable[[str], Awaitable[str]],

@@ -35,7 +35,7 @@ async def test_it_is_said_in_one_line(troubled_database: Troubled) -> None:
                     assert words in line
 
 
-async def test_the_dashboard_answers_503(
+async def test_the_dashboard_responds_with_503(
     troubled_database: Troubled, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     troubled = await troubled_database(MyPilotDB.migrations)

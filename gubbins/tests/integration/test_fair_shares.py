@@ -94,7 +94,7 @@ async def test_over_a_day_every_vo_gets_its_share_and_no_slot_stays_empty(db: My
 
 
 @pytest.mark.timeout(400)
-async def test_what_one_vo_has_no_jobs_for_the_others_use_until_it_has(db: MyPilotDB) -> None:
+async def test_slots_that_a_vo_has_no_jobs_for_are_used_by_others(db: MyPilotDB) -> None:
     rules = {"vos": {"fourth": {"policy": "waiting_jobs", "trickle": 0}}}
     await db.add_ce("ce", 20, 1.0, backend="varied", rules=rules)
 

@@ -56,7 +56,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     assert "6 of 8" in found["ce_pilots_failing", "failing"].summary
 
 
-async def test_without_a_database_of_pilots_it_is_said_that_they_are_not_looked_at(
+async def test_without_a_database_of_pilots_health_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(URL_VARIABLE, raising=False)

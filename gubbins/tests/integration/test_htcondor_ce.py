@@ -18,14 +18,14 @@ from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, description, jobs, process
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import Fate, pilot_scripts
+from gubbins.testing.ce_conformance import Scenario, pilot_scripts
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
 
 
 class _Promises(AllPromises):
     many = 10
-    patience_seconds = 60
+    call_seconds = 60
 
     def __init__(self, site: HTCondorSite, witness: Path) -> None:
         super().__init__(witness, down=site.down, hanging=self._frozen)
@@ -34,8 +34,8 @@ class _Promises(AllPromises):
         # Inside, the site's directory has another name.
         self._scripts = pilot_scripts(Path("/srv") / witness.name)
 
-    def make_backend(self, fate: Fate) -> HTCondorBackend:
-        script = self._scripts[fate]
+    def make_backend(self, scenario: Scenario) -> HTCondorBackend:
+        script = self._scripts[scenario]
         return make_backend(self._site, default_script=script, timeout_seconds=self._timeout_seconds, keep="none")
 
     @contextlib.contextmanager
@@ -178,7 +178,7 @@ async def test_where_there_is_room_for_some_only_those_are_submitted(htcondor_si
 
 
 @pytest.mark.event_loops("asyncio", "uvloop")
-async def test_a_token_is_read_for_each_call_and_what_is_wrong_with_it_is_said(
+async def test_a_token_is_read_for_each_call_and_its_errors_are_reported(
     htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"

@@ -44,12 +44,12 @@ async def test_a_pilot_that_came_through_too_late_is_followed_and_cancelled_unti
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.cancellations["ce"] = ConnectionError("connection reset")
     meanwhile(lambda: release(db))
-    with pytest.raises(CERefusedError, match="given up"):
+    with pytest.raises(CERefusedError, match="abandoned"):
         await logic.submit_pilot(db, "ce", "lhcb", stamp=STAMP)
     [late] = await db.get_pilots_by_status(S.SUBMITTED, vo="lhcb")
     assert (late["stamp"], late["reference"]) == (STAMP, "job.1")
     assert late["cancel_requested_at"] is not None
-    assert "given up" in late["last_error"]
+    assert "abandoned" in late["last_error"]
     # The first request was lost.
     scripted.cancellations.clear()
     scripted.observations["ce"] = Observation(Observed.RUNNING)
@@ -61,7 +61,7 @@ async def test_a_pilot_that_came_through_too_late_is_followed_and_cancelled_unti
     assert await logic.count_illegal_histories(db) == 0
 
 
-async def test_a_late_pilot_takes_a_slot_whatever_the_capacity_and_that_is_told(
+async def test_a_late_pilot_takes_a_slot_beyond_the_capacity_and_a_warning_says_so(
     db: MyPilotDB, scripted: Any, meanwhile: Meanwhile, caplog: pytest.LogCaptureFixture
 ) -> None:
     await db.add_ce("ce", 1, 1.0, backend="scripted")

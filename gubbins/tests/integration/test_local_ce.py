@@ -137,7 +137,7 @@ async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: 
         ("{pid}", "{no_group}", Observed.FAILED),
     ],
 )
-async def test_what_is_no_number_of_a_pilot_is_never_signalled(
+async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, group: str, state: Observed
 ) -> None:
     signalled: list[tuple[int, int]] = []
@@ -197,14 +197,14 @@ async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"active", "foreign"}
 
 
-async def test_what_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> None:
+async def test_a_command_that_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outcome = (await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
     assert outcome.reference is None
     assert outcome.error
 
 
-async def test_a_pilot_of_which_nobody_knows_whether_it_was_started_stays_where_it_is(
+async def test_a_pilot_whose_start_is_unknown_keeps_its_state(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = subprocess.run

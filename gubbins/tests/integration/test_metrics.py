@@ -20,7 +20,7 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
 
-async def test_pilots_are_told_by_vo_compute_element_and_state(
+async def test_pilots_are_counted_by_vo_compute_element_and_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
@@ -67,7 +67,7 @@ async def test_pilots_are_told_by_vo_compute_element_and_state(
     }
 
 
-async def test_without_a_database_of_pilots_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_database_of_pilots_there_are_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     async with metrics.source() as ask:
         assert ask is None

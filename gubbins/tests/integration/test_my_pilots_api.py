@@ -412,7 +412,7 @@ def _schema(client: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
-def test_nothing_that_comes_in_breaks_a_route_whatever_it_is(app: Any, client: Any, as_: As) -> None:
+def test_no_input_breaks_a_route(app: Any, client: Any, as_: As) -> None:
     from fastapi.testclient import TestClient
 
     quiet = TestClient(app, raise_server_exceptions=False)

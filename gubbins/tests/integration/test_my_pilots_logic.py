@@ -100,7 +100,9 @@ async def test_P62_100_000_pilots_are_checked_within_seconds(db: MyPilotDB, coun
         assert len(statements) <= 12
 
 
-async def test_a_refused_pilot_leaves_no_row_and_is_told_at_the_ce(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_refused_pilot_leaves_no_row_and_the_error_is_recorded_at_the_ce(
+    db: MyPilotDB, scripted: Any
+) -> None:
     await db.add_ce("ce", 1, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(error="queue closed")
     with pytest.raises(CERefusedError, match="queue closed"):
@@ -113,7 +115,9 @@ async def test_a_refused_pilot_leaves_no_row_and_is_told_at_the_ce(db: MyPilotDB
     assert (await db.get_ce("ce"))["last_error"] is None
 
 
-async def test_an_unanswered_submission_keeps_its_slot_until_it_is_known(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_submission_without_response_keeps_its_slot_until_it_is_known(
+    db: MyPilotDB, scripted: Any
+) -> None:
     await db.add_ce("ce", 2, 1.0, backend="scripted")
     scripted.submissions["ce"] = ConnectionError("connection reset")
     for _ in range(2):

@@ -101,7 +101,7 @@ async def test_a_compute_element_is_closed_and_opened_and_that_is_written_down(
     assert told == [("wilma", "open compute element", "ce01"), ("wilma", "close compute element", "ce01")]
 
 
-async def test_whoever_opens_or_closes_a_banned_compute_element_is_told_of_the_ban(
+async def test_opening_or_closing_a_banned_compute_element_mentions_the_ban(
     client: httpx.AsyncClient, db: MyPilotDB
 ) -> None:
     found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
@@ -176,9 +176,7 @@ async def test_any_number_of_compute_elements_is_paged_and_filtered(
         assert (await client.get(f"/pilots?{query}")).status_code == 404, query
 
 
-async def test_what_a_pilot_has_written_is_shown_in_part_and_harmless(
-    client: httpx.AsyncClient, db: MyPilotDB
-) -> None:
+async def test_output_of_a_pilot_is_cut_and_escaped(client: httpx.AsyncClient, db: MyPilotDB) -> None:
     now = datetime.now(UTC)
     await db.update_pilot_status(1, MyPilotStatus.RUNNING)
     await db.update_pilot_status(1, MyPilotStatus.DONE)

@@ -17,7 +17,7 @@ from diracx.tasks.web.dashboard.page import Form
 from diracx.tasks.web.operator import NotPossibleError, Operator
 
 from gubbins.dashboard.actions import ACTIONS
-from gubbins.dashboard.read_models import STORE
+from gubbins.dashboard.read_models import READ_MODELS
 from gubbins.db.sql import MyPilotDB
 
 BELOW = "http://diracx.example.org/api/tasks/dashboard"
@@ -164,7 +164,7 @@ async def test_a_service_administrator_sees_the_pilots_of_all_vos(
         assert "dteam-ce" in await first_fragment(client, monkeypatch, page), page
 
 
-async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_closes_compute_elements(
+async def test_an_operator_of_one_vo_neither_cancels_pilots_of_another_nor_closes_compute_elements(
     sqlite_db: MyPilotDB, pilots: dict[str, int], redis_url: str
 ) -> None:
     from diracx.tasks.plumbing.broker import RedisStreamBroker
@@ -174,7 +174,7 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
 
     do = {action.path: action.do for action in ACTIONS}
     broker = RedisStreamBroker(redis_url)
-    STORE.use(sqlite_db)
+    READ_MODELS.use(sqlite_db)
     try:
         operator = Operator(AppContext(broker, TaskRegistry.of({}), ConfigReader()), "alice", "dashboard", "lhcb")
         with pytest.raises(NotPossibleError, match="unknown pilot"):
@@ -190,5 +190,5 @@ async def test_who_may_act_for_one_vo_neither_cancels_pilots_of_another_nor_clos
         assert await read_audit(broker.redis) == []
         assert [entry.action for entry in await read_audit(broker.redis, vo="lhcb")] == ["cancel pilot"]
     finally:
-        STORE.use(None)
+        READ_MODELS.use(None)
         await broker.shutdown()

@@ -56,7 +56,7 @@ async def ended(
     return pilots
 
 
-async def test_output_is_fetched_at_the_end_and_only_then_may_the_site_forget(db: MyPilotDB, writing: Any) -> None:
+async def test_output_is_stored_before_the_site_cleans_up(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing)
     assert writing.forgotten == {}
     assert await logic.collect_outputs(db, "dteam") == 0
@@ -69,9 +69,7 @@ async def test_output_is_fetched_at_the_end_and_only_then_may_the_site_forget(db
     assert await logic.collect_outputs(db, "lhcb") == 0
 
 
-async def test_what_a_site_does_not_give_now_is_asked_for_again_and_once_given_up(
-    db: MyPilotDB, writing: Any
-) -> None:
+async def test_output_that_cannot_be_fetched_is_retried_and_then_abandoned(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing)
     writing.outputs["ce"] = ConnectionError("gone fishing")
     assert await logic.collect_outputs(db, "lhcb") == 0
@@ -92,15 +90,15 @@ async def test_output_that_is_none_is_given_up_like_one_that_cannot_be_had_and_k
     [pilot], _ = await ended(sqlite_db, writing), await ended(sqlite_db, writing, ce="well")
     writing.outputs["ce"] = nonsense
     assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
-    with pytest.raises(CEUnavailableError, match="answered nonsense"):
+    with pytest.raises(CEUnavailableError, match="invalid response"):
         await logic.get_pilot_output(sqlite_db, pilot)
     with clock.simulated(lambda: datetime.now(UTC) + timedelta(hours=2)):
         assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
-    with pytest.raises(OutputUnavailableError, match="answered nonsense"):
+    with pytest.raises(OutputUnavailableError, match="invalid response"):
         await logic.get_pilot_output(sqlite_db, pilot)
 
 
-async def test_why_there_is_no_output_can_be_read_whatever_was_said(db: MyPilotDB, writing: Any) -> None:
+async def test_the_reason_for_missing_output_is_readable_for_any_text(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing)
     writing.outputs["ce"] = OutputUnavailableError("x", "pur\0ged\ud800 " + "x" * 5000)
     assert await logic.collect_outputs(db, "lhcb") == 1
@@ -135,7 +133,7 @@ async def test_a_banned_site_is_not_asked_for_output_either(db: MyPilotDB, writi
     assert await logic.collect_outputs(db, "lhcb") == 1
 
 
-async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> None:
+async def test_files_kept_long_enough_are_deleted(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing, keep_output_seconds=60)
     await logic.collect_outputs(db, "lhcb")
     assert await db.prune_outputs() == 0
@@ -144,7 +142,7 @@ async def test_what_was_kept_long_enough_goes(db: MyPilotDB, writing: Any) -> No
     assert await db.get_output(pilot) is None
 
 
-async def test_what_waits_at_a_banned_site_keeps_no_other_waiting(
+async def test_pilots_waiting_at_a_banned_ce_do_not_count(
     db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gubbins.logic.my_pilots.outputs.COLLECTED_PER_CE", 2)
@@ -158,7 +156,7 @@ async def test_what_waits_at_a_banned_site_keeps_no_other_waiting(
     assert [await db.get_output(pilot) is None for pilot in old] == [False, False, True], "the oldest first"
 
 
-async def test_a_site_that_does_not_answer_is_left_alone_after_one_time_out(
+async def test_a_site_that_times_out_gets_no_further_calls_in_that_round(
     sqlite_db: MyPilotDB, writing: Any
 ) -> None:
     db = sqlite_db

@@ -40,7 +40,7 @@ async def left(db: MyPilotDB) -> list[int]:
         return list((await db.conn.execute(select(Pilots.id).order_by(Pilots.id))).scalars())
 
 
-async def test_only_what_ended_long_ago_is_forgotten_and_its_history_with_it(aged: MyPilotDB) -> None:
+async def test_only_pilots_that_ended_long_ago_are_deleted_with_their_history(aged: MyPilotDB) -> None:
     assert await MyPrunePilotsTask(keep_days=35).execute(my_pilot_db=aged) == 5
     assert await left(aged) == [6, 7, 8, 9, 10]
     async with aged:

@@ -182,7 +182,7 @@ HOT["a check of all pilots of a VO"] = lambda db: logic.transition_pilot_states(
 
 
 @pytest.mark.timeout(400)
-async def test_what_goes_on_all_the_time_reads_only_what_it_needs(many: MyPilotDB) -> None:
+async def test_frequent_statements_read_only_the_rows_they_need(many: MyPilotDB) -> None:
     problems = {}
     for name, ask in HOT.items():
         async with plans(many.engine) as readings:

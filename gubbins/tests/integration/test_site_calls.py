@@ -51,7 +51,9 @@ async def outputs_asked(site: Any, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_all_who_ask_for_one_output_share_one_call_and_its_failure(sqlite_db: MyPilotDB, site: Any) -> None:
+async def test_concurrent_requests_for_one_output_share_one_call_and_its_failure(
+    sqlite_db: MyPilotDB, site: Any
+) -> None:
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     calls = SiteCalls()
     site.answer = ConnectionError("gone fishing")
@@ -107,9 +109,7 @@ async def test_a_cancellation_beyond_a_limit_is_noted_and_passed_on_by_the_next_
     assert len(set(site.cancelled)) == 2
 
 
-async def test_no_more_output_is_kept_than_the_limit_whatever_a_back_end_has_read(
-    sqlite_db: MyPilotDB, site: Any
-) -> None:
+async def test_no_more_output_is_kept_than_the_limit(sqlite_db: MyPilotDB, site: Any) -> None:
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     site.gate.set()
     site.answer = PilotOutput("x" * (OUTPUT_LIMIT_BYTES + 5) + "end", "")

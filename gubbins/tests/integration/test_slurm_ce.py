@@ -13,7 +13,7 @@ from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.transports.ssh import SSHHost
-from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
+from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
 
 pytestmark = pytest.mark.event_loops("uvloop")
 
@@ -31,12 +31,12 @@ class TestSlurm(CERemoteConformance):
         self.witness.mkdir()
         scripts = pilot_scripts(self.witness)
 
-        def make(fate: Fate) -> SlurmBackend:
+        def make(scenario: Scenario) -> SlurmBackend:
             settings = SlurmSettings(
                 ssh=ssh,
                 directory=tmp_path / "pilots",
                 slurm_conf=slurm_site.slurm_conf,
-                default_script=scripts[fate],
+                default_script=scripts[scenario],
                 timeout_seconds=self.timeout_seconds,
                 keep="all",
             )

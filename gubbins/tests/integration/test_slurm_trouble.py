@@ -79,7 +79,7 @@ async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_ke
     }
 
 
-async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
+async def test_an_unconfirmed_submission_is_found_and_not_repeated(
     make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:
     commands = tmp_path / "commands"
@@ -106,7 +106,7 @@ async def test_a_submission_that_was_not_heard_of_is_found_and_not_repeated(
 
 @pytest.mark.event_loops("asyncio", "uvloop")
 @pytest.mark.parametrize("command", ["sbatch", "squeue"])
-async def test_silence_is_told_as_silence_by_whoever_notices_it_first(
+async def test_a_time_out_is_reported_as_one_from_either_side(
     command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host of the site has a clock of its own, and may be the first to give up."""
@@ -160,9 +160,7 @@ async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path:
     assert list((tmp_path / "pilots").iterdir()) == []
 
 
-async def test_a_waiting_pilot_says_what_it_waits_for_and_can_be_cancelled(
-    make: Make, slurm_site: SlurmSite
-) -> None:
+async def test_a_waiting_pilot_has_its_reason_and_can_be_cancelled(make: Make, slurm_site: SlurmSite) -> None:
     settings = {
         "partition": "long",
         "cpus": 2,

@@ -21,7 +21,7 @@ from gubbins.ces.ssh import SSHBackend, SSHSettings
 from gubbins.ces.ssh import backend as backend_module
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import CERemoteConformance, Fate, MakeBackend, pilot_scripts
+from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
 
 pytestmark = pytest.mark.event_loops("uvloop")
 
@@ -38,11 +38,11 @@ class TestConformance(CERemoteConformance):
         scripts = pilot_scripts(self.witness)
         settings = sshd.settings | {"connect_timeout_seconds": 3, "command_timeout_seconds": 5}
 
-        def make(fate: Fate) -> SSHBackend:
+        def make(scenario: Scenario) -> SSHBackend:
             return SSHBackend(
                 CEDescription("host", 100, 1.0),
                 SSHSettings(
-                    **settings, workdir=str(tmp_path / "pilots"), default_script=scripts[fate], keep="all"
+                    **settings, workdir=str(tmp_path / "pilots"), default_script=scripts[scenario], keep="all"
                 ),
             )
 
@@ -86,7 +86,7 @@ def wrapper_of(directory: Path) -> int:
     return int((directory / "pid").read_text().split()[0])
 
 
-async def test_exit_code_decides_and_the_last_words_are_told(make: Make, tmp_path: Path) -> None:
+async def test_the_exit_code_decides_and_the_last_line_is_the_reason(make: Make, tmp_path: Path) -> None:
     scripts = {
         "good": 'echo "$PILOT_VO $PILOT_STAMP $PILOT_CE $EXTRA"',
         "bad": r"printf 'no\nluck\n \t\n\n' >&2; exit 3",
@@ -161,7 +161,7 @@ async def test_a_stamp_that_is_no_name_is_refused_and_unknown_and_harms_nothing(
     assert [path.name for path in (tmp_path / "pilots").iterdir()] == ["good"]
 
 
-async def test_log_in_scripts_that_talk_are_not_taken_for_answers(make: Make, sshd: Sshd) -> None:
+async def test_output_of_log_in_scripts_is_not_taken_for_a_response(make: Make, sshd: Sshd) -> None:
     # bash, for one, reads this file when sshd starts it.
     profile = sshd.home / ".bashrc"
     profile.write_text("echo 'Welcome!'; echo end; echo 'ended s 0 0'; printf 'no line break'\n")
@@ -201,7 +201,7 @@ async def test_a_killed_wrapper_has_failed_only_when_its_pilot_is_gone_too(make:
     assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
 
 
-async def test_what_a_killed_wrapper_leaves_behind_can_be_cancelled(make: Make, tmp_path: Path) -> None:
+async def test_processes_of_a_killed_wrapper_can_be_cancelled(make: Make, tmp_path: Path) -> None:
     pilot = PilotAtCE("s", "vo")
     await make(default_script="sleep 300").submit([pilot])
     await observe(make(), pilot, Observed.RUNNING)
@@ -238,7 +238,7 @@ async def test_a_number_of_another_process_or_boot_or_host_is_not_the_pilot(
 
 
 @pytest.mark.parametrize("pid", ["", "0", "1", "-1", "01", "x", "1;id"])
-async def test_what_is_no_number_of_a_pilot_is_never_signalled(make: Make, tmp_path: Path, pid: str) -> None:
+async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(make: Make, tmp_path: Path, pid: str) -> None:
     _pid_file(tmp_path, pid=pid)
     # As if it had not been written; only that is ever signalled which is RUNNING.
     assert (await make().poll([PilotAtCE("s", "vo")]))["s"].state is Observed.WAITING
@@ -305,7 +305,9 @@ async def test_directories_are_kept_as_asked_and_for_as_long(make: Make, tmp_pat
     assert left() == set()
 
 
-async def test_what_cannot_be_started_is_refused_with_the_hosts_own_words(make: Make, tmp_path: Path) -> None:
+async def test_a_command_that_cannot_be_started_is_refused_with_the_error_of_the_host(
+    make: Make, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     outcome = (await make(workdir=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
     assert outcome.reference is None
@@ -317,7 +319,7 @@ async def test_what_cannot_be_started_is_refused_with_the_hosts_own_words(make: 
     assert outcomes["t"].reference
 
 
-async def test_without_the_workdir_only_what_was_never_confirmed_is_unknown(make: Make) -> None:
+async def test_without_the_workdir_only_unconfirmed_pilots_are_unknown(make: Make) -> None:
     new = PilotAtCE("s", "vo")
     assert await make().poll([new]) == {}
     await make().cancel([new])

@@ -229,7 +229,7 @@ async def test_a_lost_connection_is_an_error_and_the_next_command_makes_a_new_on
     assert (await ours.run(["echo", "again"])).stdout == "again\n"
 
 
-async def test_an_answer_without_end_is_refused(shell: Shell, monkeypatch: Any) -> None:
+async def test_an_endless_response_is_refused(shell: Shell, monkeypatch: Any) -> None:
     monkeypatch.setattr(connection_module, "MAX_ANSWER_BYTES", 1_000_000)
     with pytest.raises(SSHError, match="more than 1000000 bytes"):
         await shell().run(["cat", "/dev/zero"])

@@ -260,7 +260,7 @@ async def test_a_list_of_another_vo_is_refused_whether_there_is_such_a_vo_or_not
     assert answers[0].text == answers[1].text
 
 
-async def test_what_a_policy_of_an_extension_refuses_is_answered_as_if_it_did_not_exist(world: World) -> None:
+async def test_a_refusal_by_an_extension_policy_is_a_404(world: World) -> None:
     from diracx.tasks.web.auth.policies import forbidden
 
     from gubbins.routers.access_policies import MyPilotsAccessPolicy

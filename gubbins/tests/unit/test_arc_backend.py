@@ -107,7 +107,7 @@ def pilots_of(arex: FakeArex) -> list[PilotAtCE]:
     return [PilotAtCE(f"stamp-{job}", "vo", f"{URL}/rest/1.0/jobs/{job}") for job in arex.states]
 
 
-async def test_states_are_what_the_ce_says_now_and_may_go_backwards() -> None:
+async def test_states_are_those_of_the_ce_now_and_may_go_backwards() -> None:
     arex = FakeArex({"j": "ACCEPTING"})
     backend = backend_that_hears(arex)
     said = [
@@ -149,7 +149,7 @@ async def test_a_failed_pilot_has_a_reason(state: str, info: dict[str, Any], can
     assert await backend_that_hears(arex).poll([pilot]) == {pilot.stamp: Observation(Observed.FAILED, reason)}
 
 
-async def test_calls_are_in_bulk_and_nothing_is_looked_for_that_is_known() -> None:
+async def test_calls_are_in_bulk_and_known_jobs_are_not_searched() -> None:
     arex = FakeArex(dict.fromkeys((f"j{number}" for number in range(1000)), "RUNNING"))
     backend = backend_that_hears(arex)
     assert len(await backend.poll(pilots_of(arex))) == 1000
@@ -192,7 +192,7 @@ async def test_of_two_jobs_of_one_stamp_one_is_the_pilot_and_the_other_is_killed
     assert "new" not in arex.asked
 
 
-async def test_a_second_job_that_cannot_be_killed_is_looked_for_again() -> None:
+async def test_a_second_job_that_cannot_be_killed_is_searched_again() -> None:
     arex = FakeArex(dict.fromkeys("ab", "QUEUING"), {job: {"Name": "lost"} for job in "ab"})
     failures = iter([httpx.Response(500)])
 
@@ -213,7 +213,7 @@ async def test_a_reference_of_somewhere_else_is_no_news() -> None:
     assert seen == {"s": Observation(Observed.NO_NEWS)}
 
 
-async def test_what_was_submitted_before_a_refusal_keeps_its_references() -> None:
+async def test_pilots_submitted_before_a_refusal_keep_their_references() -> None:
     arex = FakeArex()
     arex.refuse_after = 1
     new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(150)]
@@ -279,7 +279,7 @@ _bodies = st.lists(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_bodies, st.sampled_from([200, 201, 201, 404, 500]))
-def test_whatever_a_ce_answers_is_an_answer_or_an_error_of_one_line(bodies: list[bytes], code: int) -> None:
+def test_any_response_of_a_ce_is_a_result_or_an_error_of_one_line(bodies: list[bytes], code: int) -> None:
     replies = iter(bodies)
 
     def handler(_: httpx.Request) -> httpx.Response:

@@ -51,11 +51,11 @@ def test_the_example_is_valid() -> None:
         ({"rules": {"timeout_seconds": 60, "unconfirmed_seconds": 60}}, "rules"),
     ],
 )
-def test_bad_input_is_told_with_its_path(fields: dict[str, object], path: str) -> None:
+def test_bad_input_is_reported_with_its_path(fields: dict[str, object], path: str) -> None:
     assert list(problems_of(entry(**fields))) == [f"compute_elements[0].{path}"]
 
 
-def test_a_wrong_value_is_never_told_for_a_secret_may_be_in_it() -> None:
+def test_an_invalid_value_is_never_shown_for_it_may_be_a_secret() -> None:
     arc = {"url": "https://ce.example.org/arex", "environment": {"PASSWORD": "s3cret"}}
     for settings in (
         arc,  # a mistake of all settings: neither certificate nor token
@@ -78,7 +78,7 @@ def test_a_wrong_value_is_never_told_for_a_secret_may_be_in_it() -> None:
     assert "s3cret" not in str(problems_of('compute_elements: ["s3cret"]'))
 
 
-def test_a_mistake_in_the_rules_says_what_there_is() -> None:
+def test_an_error_in_the_rules_names_the_known_fields() -> None:
     assert "max_per_cycle" in problems_of(entry(rules={"speed": 1}))["compute_elements[0].rules.speed"]
     of_a_vo = problems_of(entry(rules={"vos": {"lhcb": {"speed": 1}}}))["compute_elements[0].rules.vos.lhcb.speed"]
     assert "trickle" in of_a_vo
@@ -87,7 +87,7 @@ def test_a_mistake_in_the_rules_says_what_there_is() -> None:
     assert too_short.startswith("unconfirmed_seconds must be longer than timeout_seconds")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_errors_of_a_file_are_reported_at_once() -> None:
     text = """
 compute_elements:
   - {name: a, capacity: -1, success_rate: 2}
@@ -112,6 +112,6 @@ def test_another_shape_is_refused(text: str) -> None:
     assert "compute_elements" in problems_of(text)[""]
 
 
-def test_broken_yaml_and_double_keys_are_told_with_their_line() -> None:
+def test_broken_yaml_and_double_keys_are_reported_with_their_line() -> None:
     assert all(path.startswith("line ") for path in problems_of("compute_elements:\n  - {name: a"))
     assert "appears twice" in problems_of("compute_elements:\n- name: a\n  name: b\n")["line 3"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gubbins.cli.app import _complain
+from gubbins.cli.app import _print_error
 from gubbins.cli.session import echo, emit, table
 
 NASTY = "a\x1b]0;x\x07\x1b[31m\x9b2J\u202e\ud800\rb\nFORGED [red]c[/red] [/] [link=http://x]d[/link]"
@@ -18,7 +18,7 @@ def test_everything_printed_for_people_is_printable_and_no_markup(capsys: pytest
     assert "[red]c[/red] [/]" in told
     assert not [line for line in told.splitlines() if line.startswith("FORGED")]
     echo(NASTY)
-    _complain(NASTY)
+    _print_error(NASTY)
     more = capsys.readouterr()
     for text in (told, more.out, more.err):
         assert text.replace("\n", "").isprintable()

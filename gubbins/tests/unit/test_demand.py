@@ -18,7 +18,7 @@ def test_alone_a_vo_gets_all_it_wants() -> None:
     assert fair_part(-1, "a", {"a": Sharer(1, 3, 2)}) == 0
 
 
-def test_who_holds_more_than_its_share_gets_what_the_others_leave() -> None:
+def test_a_vo_above_its_share_gets_slots_that_others_leave() -> None:
     sharers = {"a": Sharer(1, 15, MANY), "b": Sharer(1, 4, MANY)}
     assert fair_part(1, "a", sharers) == 0
     assert fair_part(1, "b", sharers) == 1

@@ -57,7 +57,7 @@ def row(**attributes: Any) -> list[Any]:
         ({"JobStatus": "2"}, Observed.NO_NEWS, "HTCondor: unknown state None"),
     ],
 )
-def test_a_state_of_a_job_says_what_has_become_of_the_pilot(
+def test_a_job_state_maps_to_a_pilot_state(
     attributes: dict[str, Any], state: Observed, reason: str | None
 ) -> None:
     ((job,),) = parse_jobs([row(**attributes)]).values()
@@ -71,9 +71,7 @@ def test_a_state_of_a_job_says_what_has_become_of_the_pilot(
         ({"LastHoldReasonCode": 16}, "interrupted on its node; it is not started a second time"),
     ],
 )
-def test_a_pilot_that_its_own_rule_has_removed_says_what_was_the_matter(
-    attributes: dict[str, Any], reason: str
-) -> None:
+def test_a_pilot_removed_by_its_own_rule_has_the_reason(attributes: dict[str, Any], reason: str) -> None:
     rule = "The job attribute PeriodicRemove expression '…' evaluated to TRUE"
     ((job,),) = parse_jobs([row(JobStatus=3, RemoveReason=rule, **attributes)]).values()
     assert judge(PILOT, job).reason == reason
@@ -96,7 +94,7 @@ _rows = st.lists(_values, min_size=len(ATTRIBUTES), max_size=len(ATTRIBUTES)) | 
 
 
 @given(st.lists(_rows) | _values)
-def test_no_answer_is_too_strange(rows: object) -> None:
+def test_any_response_gives_an_observation_or_an_error(rows: object) -> None:
     for jobs in parse_jobs(rows).values():
         for job in jobs:
             seen = judge(PILOT, job)
@@ -104,7 +102,7 @@ def test_no_answer_is_too_strange(rows: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("settings", "message"),
     [
         ({}, "give either a collector or an address"),
         ({"collector": "ce", "address": "<10.0.0.1:9618>"}, "give either a collector or an address"),
@@ -120,13 +118,13 @@ def test_no_answer_is_too_strange(rows: object) -> None:
         ({"collector": "ce", "nonesuch": 1}, "Extra inputs are not permitted"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         HTCondorSettings.model_validate(settings)
 
 
 @pytest.mark.parametrize(
-    ("program", "complaint"),
+    ("program", "message"),
     [
         ("import nonesuch", r"pip install 'gubbins-pilots\[htcondor\]'"),
         ("print('{\"answer\"')", r"no answer from HTCondor's bindings \(0\)"),
@@ -136,21 +134,21 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], complai
         ("import sys; sys.exit('11/22/26 05:17:25 who are you?')", r"\(1\); who are you\?$"),
     ],
 )
-async def test_an_answer_that_is_none_is_no_news_and_says_why(
-    program: str, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_an_invalid_response_is_no_news_and_has_a_reason(
+    program: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(CEUnavailableError, match=complaint):
+    with pytest.raises(CEUnavailableError, match=message):
         await backend_with(program, monkeypatch, tmp_path).poll([PILOT])
 
 
 @pytest.mark.parametrize(
     "answer", [None, [], 7, {}, {"stamp": None}, {"stamp": "12.0"}, {"stamp": {}}, {"stamp": {"reference": 12}}]
 )
-async def test_a_submission_about_which_nothing_is_answered_is_neither_a_pilot_nor_a_refusal(
+async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
     answer: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     backend = backend_with(f"print({json.dumps({'answer': answer})!r})", monkeypatch, tmp_path)
-    with pytest.raises(CEUnavailableError, match="answered nothing about the pilot stamp"):
+    with pytest.raises(CEUnavailableError, match="did not respond about the pilot stamp"):
         await backend.submit([PILOT._replace(maybe_submitted=False)])
 
 
@@ -235,7 +233,7 @@ async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_t
     assert not Path(seen["_CONDOR_SEC_TOKEN_DIRECTORY"]).exists()
 
 
-def test_a_pilot_is_told_to_end_and_may_finish_what_it_does(tmp_path: Path) -> None:
+def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
     script = "trap 'echo told; sleep 0.1; exit 7' TERM; touch started; while :; do sleep 0.01; done"
     settings = HTCondorSettings(collector="ce", default_script=script)
     for name, text in submission(settings, "ce", "vo", [])["files"].items():

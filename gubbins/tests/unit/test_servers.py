@@ -71,7 +71,7 @@ def test_a_chromium_of_any_name_is_used_if_it_starts(program: Program) -> None:
 @pytest.mark.parametrize(
     "update", ["", "echo 'E: the lists have expired' >&2; exit 100"], ids=["fresh", "old lists"]
 )
-def test_what_can_be_installed_is_installed_whatever_cannot(
+def test_installable_tools_are_installed_although_others_cannot(
     program: Program,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

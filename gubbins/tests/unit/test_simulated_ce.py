@@ -24,7 +24,7 @@ def test_success_rate_is_honoured(rate: float) -> None:
     assert share == rate or 0 < rate < 1
 
 
-def test_fate_depends_on_seed_and_stamp_alone() -> None:
+def test_success_depends_on_seed_and_stamp_alone() -> None:
     stamps = [f"stamp{i}" for i in range(200)]
     fates = [[backend(seed=seed).will_succeed(s) for s in stamps] for seed in (1, 1, 2)]
     assert fates[0] == fates[1] != fates[2]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
-from gubbins.ces.slurm.error_parsing import complaint, is_refusal, is_silence
+from gubbins.ces.slurm.error_parsing import error_line, is_refusal, is_unreachable
 from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -95,7 +95,7 @@ def test_lines_of_another_shape_are_no_news_and_no_error(text: str) -> None:
 
 
 @given(st.lists(st.tuples(*[st.text(st.characters(exclude_characters="|\n"), max_size=30)] * 3), min_size=1))
-def test_whatever_stands_in_the_fields_a_reason_is_one_short_line(fields: list[Any]) -> None:
+def test_a_reason_is_one_short_line_for_any_fields(fields: list[Any]) -> None:
     jobs = [Job(str(number), state, code, reason) for number, (state, code, reason) in enumerate(fields)]
     seen = judge(jobs, Record("", "x" * 999, False, "y\n" * 999), reference=None)
     assert seen is not None
@@ -105,7 +105,7 @@ def test_whatever_stands_in_the_fields_a_reason_is_one_short_line(fields: list[A
         assert len(seen.reason) <= 300
 
 
-def test_a_completed_job_is_read_by_name_whatever_its_directory_is_called() -> None:
+def test_a_completed_job_is_found_by_name_with_any_directory_name() -> None:
     forged = "WorkDir=/x JobId=1 Name=two JobState=FAILED ExitCode=9:9 y"
     line = (
         f"JobId=5 UserId=me(1) Name=one JobState=COMPLETED Partition=p {forged} DerivedExitCode=0:0 ExitCode=0:0 "
@@ -130,17 +130,17 @@ def test_a_queue_is_read_by_name() -> None:
 
 
 def test_a_controller_that_cannot_be_asked_has_refused_nothing() -> None:
-    assert is_silence(DOWN)
+    assert is_unreachable(DOWN)
     assert not is_refusal(DOWN)
     assert is_refusal(REFUSED)
-    assert not is_silence(REFUSED)
-    assert complaint(REFUSED) == "Requested node configuration is not available"
+    assert not is_unreachable(REFUSED)
+    assert error_line(REFUSED) == "Requested node configuration is not available"
     assert is_refusal("sbatch: unrecognized option '--frob'\nTry \"sbatch --help\" for more information\n")
     assert not is_refusal("sbatch: fatal: Could not establish a configuration source\n")
     assert not is_refusal("/bin/sh: 1: sbatch: not found\n")
     assert not is_refusal("")
-    assert is_silence("slurm_load_jobs error: Socket timed out on send/recv operation\n")
-    assert complaint("") == "no message"
+    assert is_unreachable("slurm_load_jobs error: Socket timed out on send/recv operation\n")
+    assert error_line("") == "no message"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
         assert (tmp_path / "secret").read_text() == SECRET
 
 
-def test_very_many_pilots_are_looked_at_at_once(tmp_path: Path) -> None:
+def test_very_many_pilots_are_polled_at_once(tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "rc").write_text("0\n")
     stamps = [f"{number:032x}" for number in range(30_000)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubbins.ces.ssh.remote import Garbled, Refused, command, parse, quote
+from gubbins.ces.ssh.remote import InvalidResponse, Refused, command, parse, quote
 from gubbins.ces.transports.shell import Completed
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
@@ -47,19 +47,19 @@ def test_every_shell_there_is_reads_quoted_values_as_they_are(shell: str, tmp_pa
 
 
 @given(st.integers(), st.text(), st.text())
-def test_whatever_a_host_says_is_an_answer_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
+def test_any_response_of_a_host_is_a_result_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
     for said in (out, f"\nm {out}", f"\nm {out}\nm end\n", out.replace("\n", "\nm "), f"\nm failed {out}"):
-        complaint = "h: "
+        message = "h: "
         try:
             parse(Completed(code, said, err), "m", host="h")
-        except (Garbled, Refused) as error:
-            complaint = str(error)
-        assert complaint.startswith("h: ")
-        assert "\n" not in complaint
+        except (InvalidResponse, Refused) as error:
+            message = str(error)
+        assert message.startswith("h: ")
+        assert "\n" not in message
 
 
-def test_an_answer_without_its_end_is_none() -> None:
-    with pytest.raises(Garbled, match="This account is not available"):
+def test_a_truncated_response_is_refused() -> None:
+    with pytest.raises(InvalidResponse, match="This account is not available"):
         parse(Completed(1, "This account is not available.\n", ""), "m", host="h")
-    with pytest.raises(Garbled):
+    with pytest.raises(InvalidResponse):
         parse(Completed(0, "\nm submitted s1\nm submitted s2", ""), "m", host="h")

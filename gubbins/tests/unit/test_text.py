@@ -12,7 +12,7 @@ _anything = st.text(st.characters() | st.characters(categories=["Cs", "Cc", "Cf"
 
 
 @given(_anything, st.integers(1, 30))
-def test_a_line_is_printable_and_bounded_whatever_was_said(said: str, limit: int) -> None:
+def test_one_line_is_printable_and_bounded_for_any_text(said: str, limit: int) -> None:
     line = one_line(said, limit)
     assert line.isprintable()
     assert len(line) <= limit
@@ -34,5 +34,5 @@ def test_a_line_is_printable_and_bounded_whatever_was_said(said: str, limit: int
         ("\0", ""),
     ],
 )
-def test_words_stay_and_what_is_no_text_is_a_space(said: object, line: str) -> None:
+def test_text_stays_and_unprintable_characters_become_spaces(said: object, line: str) -> None:
     assert one_line(said) == line

@@ -1,4 +1,4 @@
-"""How compute elements are spoken to: one small protocol, and a back end for each kind of site.
+"""Compute elements: the protocol of back ends, their registry, and a back end for each kind of site.
 
 A back end is a class named by an entry point in the group `gubbins.ces`.
 """

@@ -1,4 +1,4 @@
-"""What a back end is asked, and what it answers: always about many pilots at once."""
+"""Protocol of back ends: submit, poll, cancel, fetch output and clean up, many pilots per call."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class SubmitOutcome:
 
 
 class Observed(StrEnum):
-    """What a compute element says about a pilot."""
+    """State of a pilot as its compute element reports it."""
 
     WAITING = "WAITING"  # it has it, and has not started it
     RUNNING = "RUNNING"
     DONE = "DONE"
     FAILED = "FAILED"
-    NO_NEWS = "NO_NEWS"  # it cannot be asked from here and now; nothing follows from that
+    NO_NEWS = "NO_NEWS"  # cannot be polled from here and now; nothing follows from that
 
 
 class Observation(NamedTuple):
@@ -85,7 +85,7 @@ class Observation(NamedTuple):
 
 
 class PilotOutput(NamedTuple):
-    """What a pilot has written so far; the last `OUTPUT_LIMIT_BYTES` of each."""
+    """Stdout and stderr of a pilot; the last `OUTPUT_LIMIT_BYTES` of each."""
 
     stdout: str
     stderr: str
@@ -114,7 +114,7 @@ class CEBackend(ABC, Generic[SettingsT]):
         self.settings = settings
 
     def why_not(self, vo: str) -> str | None:
-        """Why the settings give this VO no pilots; None: they do.
+        """The reason why the settings give this VO no pilots; None: they do.
 
         That is no failure of the compute element, and it is not asked: other VOs go on there.
         """
@@ -126,7 +126,7 @@ class CEBackend(ABC, Generic[SettingsT]):
 
     @abstractmethod
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        """What has become of these pilots, by stamp.
+        """Poll these pilots; their states by stamp.
 
         A stamp that is missing from the answer is *unknown* to the compute element, which never means that
         the pilot has completed.
@@ -134,10 +134,10 @@ class CEBackend(ABC, Generic[SettingsT]):
 
     @abstractmethod
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        """Ask for the end of these pilots. Repeated until `poll` says that they have ended."""
+        """Cancel these pilots. Repeated until `poll` says that they have ended."""
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
-        """What a pilot has written: after its end all of it, before that perhaps a part.
+        """Fetch stdout and stderr of a pilot; before its end, what there is.
 
         Raises:
             OutputUnavailableError: the compute element has none of this pilot, or none any more.

@@ -1,4 +1,4 @@
-"""Which back ends are installed."""
+"""Registry of back ends: load, validate settings, instantiate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def available_backends() -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _installed(look_up: Callable[..., Any]) -> Mapping[str, EntryPoint]:
-    """By name. Looked up once: that reads a file of every distribution there is, and checks ask for every CE."""
+    """Installed back ends by name; read once, for that reads a file of every installed distribution."""
     found: dict[str, EntryPoint] = {}
     for entry_point in look_up(group=GROUP):
         found.setdefault(entry_point.name, entry_point)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gubbins.domain.audit_actions import Deed
+from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.pilot_states import MyPilotStatus
 
 from .database import db_app
@@ -97,7 +97,7 @@ def run() -> None:
     try:
         exit_code = app(standalone_mode=False)
     except CommandError as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)
@@ -108,12 +108,12 @@ def run() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             echo(error.format_message(), err=True)
         else:
-            _complain(f"{error.format_message()} (--help shows how)")
+            _print_error(f"{error.format_message()} (--help shows how)")
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     for line in message.splitlines():
         echo(f"gubbins: {line}", err=True)
 
@@ -134,7 +134,7 @@ def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJ
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CommandError(f"cannot read {name}: {reason}", 2) from error
     outcome = recorded(
-        Deed.LOAD_CES,
+        AuditAction.LOAD_CES,
         listed([spec.name for spec in specs]),
         lambda db: logic.load_ces(db, specs),
         lambda done: ", ".join(f"{len([*found])} {what}" for what, found in groupby(sorted(done.values()))),
@@ -221,7 +221,7 @@ def _rules_of_vos(rules: dict[str, Any]) -> list[tuple[str, Any]]:
 def enable_ce(name: CEName, as_json: AsJson = False) -> None:
     """Open a compute element for new pilots.
 
-    Lifts a ban, and ends the pause of one that failed too often: it is tried again at once.
+    Lifts a ban, and ends the pause of one that failed too often: it is called again at once.
     """
     _set_enabled(name, True, as_json)
 
@@ -241,15 +241,15 @@ def ban_ce(
     reason: Annotated[str | None, typer.Option("--reason", help="Why, for the others.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Leave a compute element alone altogether.
+    """Ban a compute element.
 
-    It gets no pilots, and is not asked about those it has: they stay as they are until `gubbins ce enable`, or
+    It gets no pilots, and those it has are not polled: they stay as they are until `gubbins ce enable`, or
     `gubbins ce disable`, which follows them to their ends.
     """
     from gubbins.logic import my_pilots as logic
 
     changed = recorded(
-        Deed.BAN_CE,
+        AuditAction.BAN_CE,
         name,
         lambda db: logic.ban_ce(db, name, reason=reason),
         lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),
@@ -265,7 +265,7 @@ def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
 
     state = "open" if enabled else "closed"
     changed = recorded(
-        Deed.OPEN_CE if enabled else Deed.CLOSE_CE,
+        AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE,
         name,
         lambda db: logic.set_ce_enabled(db, name, enabled),
         lambda changed: state if changed else f"was {state} already",
@@ -340,14 +340,14 @@ def show_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
 
 @pilots_app.command("cancel")
 def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
-    """Ask for the end of a pilot.
+    """Cancel a pilot.
 
     It is FAILED once its compute element has confirmed that it ended; the next checks find out.
     """
     from gubbins.logic import my_pilots as logic
 
     pilot: dict[str, Any] = recorded(
-        Deed.CANCEL_PILOT,
+        AuditAction.CANCEL_PILOT,
         str(pilot_id),
         lambda db: logic.cancel_pilot(db, pilot_id, by=_me()),
         lambda pilot: f"requested at {pilot['ce_name']}",
@@ -360,9 +360,9 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
 
 @pilots_app.command("output")
 def show_output(pilot_id: PilotId, as_json: AsJson = False) -> None:
-    """Print what a pilot has written, its stdout on stdout and its stderr on stderr.
+    """Print the output of a pilot, its stdout on stdout and its stderr on stderr.
 
-    Of a pilot that still runs, what its compute element has of it so far.
+    For a pilot that still runs, the output so far.
     """
     from gubbins.logic import my_pilots as logic
 

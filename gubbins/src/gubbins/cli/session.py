@@ -1,4 +1,4 @@
-"""From a command to a database and back: how errors are told, how results are shown."""
+"""Run commands on the database, report errors in one line, and print results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gubbins.db import URL_VARIABLE
 from gubbins.domain.text import one_line
 
 if TYPE_CHECKING:
-    from gubbins.domain.audit_actions import Deed
+    from gubbins.domain.audit_actions import AuditAction
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         raise CommandError(f"the database refuses this: {words}") from error
 
 
-def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:
+def recorded(deed: AuditAction, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:
     """The same, for what changes something: it is written to the audit log of the task system.
 
     Where no server of the task system is named it is done all the same, and said that it was not written down.
@@ -117,10 +117,10 @@ def recorded(deed: Deed, target: str, work: Callable[[Any], Awaitable[T]], told:
 
 
 def database_url() -> str:
-    """What the environment says.
+    """URL of the database, from the environment.
 
     Raises:
-        CommandError: nothing.
+        CommandError: it is not set.
     """
     url = os.environ.get(URL_VARIABLE)
     if not url:

@@ -14,5 +14,5 @@ from .read_models import opened
 
 
 def extension() -> Extension:
-    """What the dashboard takes over."""
+    """Pages and actions for the dashboard of the task system."""
     return Extension(pages=PAGES, actions=ACTIONS, templates=Path(__file__).parent / "templates", lifespan=opened)

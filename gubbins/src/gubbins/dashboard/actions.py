@@ -1,4 +1,4 @@
-"""What can be done about pilots and compute elements: closing, opening and banning, and cancelling."""
+"""Actions of the dashboard: open, close and ban compute elements, cancel pilots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from diracx.tasks.web.dashboard.page import (
     integer,
 )
 
-from gubbins.domain.audit_actions import Deed
+from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.exceptions import GubbinsError, PilotEndedError, UnknownCEError
 from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
 
-from .read_models import STORE
+from .read_models import READ_MODELS
 
 _LONGEST_REASON = 500
 _LONGEST_NAME = 128
@@ -31,7 +31,7 @@ _LONGEST_NAME = 128
 
 async def _ce(form: Form) -> dict[str, Any]:
     name = form.one("ce")
-    found = [ce for ce in await STORE.ces() if ce["name"] == name]
+    found = [ce for ce in await READ_MODELS.ces() if ce["name"] == name]
     if not found:
         raise NotPossibleError(str(UnknownCEError(name[:_LONGEST_NAME])))
     return found[0]
@@ -41,8 +41,8 @@ async def _ask_close(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Close {ce['name']} for new pilots?",
-        f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until somebody "
-        "opens it again." + _about_ban(ce, "Closing lifts the ban: pilots that are there are looked at again."),
+        f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until it is "
+        "opened again." + _about_ban(ce, "Closing lifts the ban: its pilots are polled again."),
         "Close it",
     )
 
@@ -68,8 +68,8 @@ async def _ask_ban(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Ban {ce['name']}?",
-        f"Nobody touches it until somebody opens or closes it: it gets no pilots, and is not asked about the "
-        f"{ce['active']} that hold a slot there, which stay as they are. To drain it, close it instead.",
+        f"It gets no pilots and is not polled until it is opened or closed: the "
+        f"{ce['active']} pilots that hold a slot there stay as they are. To drain it, close it instead.",
         "Ban it",
         reason="Why, for the others",
     )
@@ -87,9 +87,11 @@ async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
     name, state = form.one("ce"), "open" if enabled else "closed"
 
     async def switch() -> str:
-        return state if await logic.set_ce_enabled(STORE.database(), name, enabled) else f"was {state} already"
+        return (
+            state if await logic.set_ce_enabled(READ_MODELS.database(), name, enabled) else f"was {state} already"
+        )
 
-    deed = Deed.OPEN_CE if enabled else Deed.CLOSE_CE
+    deed = AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE
     return f"{name}: {await _perform(operator, deed, name, switch)}."
 
 
@@ -99,17 +101,17 @@ async def _ban(form: Form, operator: Operator) -> str:
         raise NotPossibleError("A ban needs a reason: others will ask for it.")
 
     async def ban() -> str:
-        changed = await logic.ban_ce(STORE.database(), name, reason=reason)
+        changed = await logic.ban_ce(READ_MODELS.database(), name, reason=reason)
         return f"banned, {reason}" if changed else "was banned already"
 
-    return f"{name}: {await _perform(operator, Deed.BAN_CE, name, ban)}."
+    return f"{name}: {await _perform(operator, AuditAction.BAN_CE, name, ban)}."
 
 
-async def _perform(operator: Operator, deed: Deed, name: str, do: Callable[[], Awaitable[str]]) -> str:
+async def _perform(operator: Operator, deed: AuditAction, name: str, do: Callable[[], Awaitable[str]]) -> str:
     # Checked before: what is refused is no action, and not in the audit log.
     if operator.vo is not None:
         raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
-    if name not in {ce["name"] for ce in await STORE.ces()}:
+    if name not in {ce["name"] for ce in await READ_MODELS.ces()}:
         raise NotPossibleError(UnknownCEError(name[:_LONGEST_NAME]).public)
     return await operator.perform(deed, name, do)
 
@@ -129,7 +131,7 @@ async def _cancel(form: Form, operator: Operator) -> str:
     number = integer(form.one("pilot"), 1)
 
     try:
-        pilot = await logic.get_pilot(STORE.database(), number, operator.vo)
+        pilot = await logic.get_pilot(READ_MODELS.database(), number, operator.vo)
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(number, pilot["status"])
     except GubbinsError as error:
@@ -138,12 +140,12 @@ async def _cancel(form: Form, operator: Operator) -> str:
     async def do() -> str:
         try:
             calls = await site_calls()
-            pilot = await calls.cancel(STORE.database(), number, by=operator.who, user=operator.who)
+            pilot = await calls.cancel(READ_MODELS.database(), number, by=operator.who, user=operator.who)
         except GubbinsError as error:
             raise NotPossibleError(str(error)) from error
         return f"requested at {pilot['ce_name']}"
 
-    return f"The end of pilot {number} was {await operator.perform(Deed.CANCEL_PILOT, str(number), do)}."
+    return f"The end of pilot {number} was {await operator.perform(AuditAction.CANCEL_PILOT, str(number), do)}."
 
 
 ACTIONS = [

@@ -16,12 +16,12 @@ from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
 
-from .read_models import HOURS, STORE, Course
+from .read_models import HOURS, READ_MODELS, PilotStatistics
 
 _PAGE = 50
-#: What a page has room for, whatever the names are.
+#: Limits of a page, for names of any length.
 _CES, _ROWS = 40, 60
-#: Of what a pilot has written, so many characters are shown; hostile ones take five bytes each.
+#: Characters of output shown on a page; hostile ones take five bytes each.
 _OUTPUT_CHARS = 16_000
 _STATES = [str(state) for state in MyPilotStatus]
 _CE_STATES = ("open", "closed", "banned", "failing")
@@ -30,10 +30,10 @@ _FAILING_RATE = 0.2
 
 
 async def _chosen_vo(request: Request, context: AppContext) -> str | None:
-    """The VO whose pilots are to be shown; None: those of all, for whoever may see them.
+    """The VO whose pilots are to be shown; None: all VOs, for users who may see them.
 
     Raises:
-        NotFoundError: it is not that of whoever asks, or there is none of that name.
+        NotFoundError: the user may not see this VO, or there is none of that name.
     """
     wanted, own = request.query_params.get("vo") or None, request.state.principal.vo
     if own is not None and wanted not in (None, own):
@@ -44,14 +44,14 @@ async def _chosen_vo(request: Request, context: AppContext) -> str | None:
 
 
 async def _known_vos(context: AppContext) -> set[str]:
-    """Those of the configuration, those that have pilots, and those that compute elements serve."""
-    served = {vo for ce in await STORE.ces() for vo in ce["vos"] or ()}
-    return {*(await context.settings()).vos, *await STORE.summary(None), *served}
+    """VOs of the configuration, of pilots, and of compute elements."""
+    served = {vo for ce in await READ_MODELS.ces() for vo in ce["vos"] or ()}
+    return {*(await context.settings()).vos, *await READ_MODELS.summary(None), *served}
 
 
 async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
-    """Those that serve the VO, as members of their `own` may see them."""
-    served = (ce for ce in await STORE.ces() if vo is None or ce["vos"] is None or vo in ce["vos"])
+    """Compute elements that serve the VO, as members of the VO `own` may see them."""
+    served = (ce for ce in await READ_MODELS.ces() if vo is None or ce["vos"] is None or vo in ce["vos"])
     return [logic.as_seen_by(own, ce) for ce in served]
 
 
@@ -61,9 +61,9 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     text, state = query.get("ce", "").strip(), query.get("state", "")
     if state not in ("", *_CE_STATES):
         raise NotFoundError(f"{state[:40]!r} is no state of a compute element.")
-    summary = await STORE.summary(request.state.principal.vo)
-    course = await STORE.course(vo)
-    known = [_with_trouble(ce, course) for ce in await _ces(vo, request.state.principal.vo)]
+    summary = await READ_MODELS.summary(request.state.principal.vo)
+    statistics = await READ_MODELS.statistics(vo)
+    known = [_with_trouble(ce, statistics) for ce in await _ces(vo, request.state.principal.vo)]
     # By name as Python sorts: databases differ, and pages go on after a name.
     ces = sorted((ce for ce in known if _is_wanted(ce, text, state)), key=lambda ce: str(ce["name"]))
     of_state = {ce["name"] for ce in ces}
@@ -93,13 +93,13 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
         "active": sum(ce["active"] for ce in ces),
         "free": sum(ce["available_slots"] for ce in ces if ce["enabled"]),
         "closed": sum(not ce["enabled"] for ce in ces),
-        "since": course.since,
+        "since": statistics.since,
         "hours": HOURS,
     }
 
 
-def _with_trouble(ce: Mapping[str, Any], course: Course) -> dict[str, Any]:
-    rate = course.failure_rate(ce["name"])
+def _with_trouble(ce: Mapping[str, Any], statistics: PilotStatistics) -> dict[str, Any]:
+    rate = statistics.failure_rate(ce["name"])
     paused = any(circuit["state"] is not CircuitState.CLOSED for circuit in ce["circuits"].values())
     state = "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
     return {**ce, "rate": rate, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}
@@ -118,7 +118,7 @@ def _number(text: str, least: int = 0) -> int:
 
 
 async def _charts(request: Request, context: AppContext) -> dict[str, Any]:
-    return (await STORE.course(await _chosen_vo(request, context))).charts
+    return (await READ_MODELS.statistics(await _chosen_vo(request, context))).charts
 
 
 async def _list(request: Request, context: AppContext) -> dict[str, Any]:
@@ -128,7 +128,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         raise NotFoundError(f"{status[:40]!r} is no state of a pilot.")
     number = _number(query.get("page", "1"), 1)
     total, pilots = await logic.search_pilots(
-        STORE.database(),
+        READ_MODELS.database(),
         vo=await _chosen_vo(request, context),
         ce_name=query.get("ce") or None,
         status=None if status is None else MyPilotStatus(status),
@@ -142,7 +142,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "pages": -(-total // _PAGE),
         "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status")},
         "states": _STATES,
-        "vos": sorted(await STORE.summary(request.state.principal.vo)),
+        "vos": sorted(await READ_MODELS.summary(request.state.principal.vo)),
         "ces": [ce["name"] for ce in await _ces(request.state.principal.vo, request.state.principal.vo)],
     }
 
@@ -158,25 +158,25 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 async def _pilot(request: Request) -> dict[str, Any]:
-    """The pilot of the address, if whoever asks may see it."""
+    """The pilot of the URL, if the user may see it."""
     try:
         number = integer(request.path_params["pilot"], 1)
-        return await logic.get_pilot(STORE.database(), number, request.state.principal.vo)
+        return await logic.get_pilot(READ_MODELS.database(), number, request.state.principal.vo)
     except (NotPossibleError, PilotNotFoundError) as error:
         raise NotFoundError(f"There is no pilot {request.path_params['pilot'][:40]!r}.") from error
 
 
 async def _output(request: Request, context: AppContext) -> dict[str, Any]:
-    """What a pilot has written, to all who may see the pilot, as by HTTP."""
+    """Output of a pilot, for all who may see the pilot, as by HTTP."""
     pilot = await _pilot(request)
     output, problem = None, ""
     try:
         calls, user = await site_calls(), request.state.principal.name
-        output = await calls.output(STORE.database(), pilot["pilot_id"], user=user)
+        output = await calls.output(READ_MODELS.database(), pilot["pilot_id"], user=user)
     except OutputUnavailableError as error:
         problem = f"There is none: {error.reason}."
     except (CEUnavailableError, SiteBusyError) as error:
-        problem = f"It cannot be had now: {error}."
+        problem = f"It cannot be fetched now: {error}."
     except PilotNotFoundError as error:  # it was pruned meanwhile
         raise NotFoundError(str(error)) from error
     return {"pilot": pilot, "output": output, "problem": problem, "most": _OUTPUT_CHARS}

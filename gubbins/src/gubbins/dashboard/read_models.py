@@ -1,4 +1,4 @@
-"""The pilots as the dashboard sees them: looked at now and then, and shared by all who look."""
+"""Read models of the dashboard: counts of pilots, cached and shared by all readers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HOURS = 24
 
 
 @dataclass(frozen=True)
-class Course:
-    """How it went since a moment."""
+class PilotStatistics:
+    """Pilot statistics of the past day."""
 
     since: datetime
     ended: dict[str, dict[str, int]]
@@ -39,14 +39,14 @@ class Course:
         return ended.get(MyPilotStatus.FAILED, 0) / sum(ended.values()) if ended else None
 
 
-class PilotStore:
-    """What the pages ask for."""
+class PilotReadModels:
+    """Read models of the pages about pilots, cached for some seconds."""
 
     def __init__(self) -> None:
         self.use(None)
 
     def use(self, db: MyPilotDB | None) -> None:
-        """Look at this database from now on, in this event loop."""
+        """Use this database from now on, in this event loop."""
         self.db = db
         self._answers = SingleFlightCache()
 
@@ -69,17 +69,17 @@ class PilotStore:
         db = self.database()
         return await self._answers.get(("summary", vo), lambda: logic.get_pilot_summary(db, vo), _COUNTED_SECONDS)
 
-    async def course(self, vo: str | None) -> Course:
+    async def statistics(self, vo: str | None) -> PilotStatistics:
         """The past day, as of some seconds ago."""
         db = self.database()
 
-        async def look() -> Course:
+        async def look() -> PilotStatistics:
             now = clock.now()
             since = now - timedelta(hours=HOURS)
             ended = await logic.count_ended_pilots(db, since, vo)
-            return Course(since, ended, charts_of(*await logic.count_steps(db, since, now, vo), now))
+            return PilotStatistics(since, ended, charts_of(*await logic.count_steps(db, since, now, vo), now))
 
-        return await self._answers.get(("course", vo), look, _COUNTED_SECONDS)
+        return await self._answers.get(("statistics", vo), look, _COUNTED_SECONDS)
 
 
 def charts_of(
@@ -119,7 +119,7 @@ def charts_of(
 
 
 #: Of this process.
-STORE = PilotStore()
+READ_MODELS = PilotReadModels()
 
 
 @asynccontextmanager
@@ -131,8 +131,8 @@ async def opened() -> AsyncIterator[None]:
         return
     database = MyPilotDB(url)
     async with database.engine_context():
-        STORE.use(database)
+        READ_MODELS.use(database)
         try:
             yield
         finally:
-            STORE.use(None)
+            READ_MODELS.use(None)

@@ -1,4 +1,4 @@
-"""What the pilot system remembers."""
+"""Database of the pilot system."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What people do to pilots and compute elements, as the audit log has it."""
+"""Audited actions on pilots and compute elements."""
 
 from __future__ import annotations
 
-__all__ = ["Deed"]
+__all__ = ["AuditAction"]
 
 from enum import StrEnum
 
 
-class Deed(StrEnum):
-    """What was done, whether by dashboard, HTTP or command line."""
+class AuditAction(StrEnum):
+    """An action of a user, by dashboard, HTTP or command line."""
 
     LOAD_CES = "load compute elements"
     CREATE_CE = "create compute element"

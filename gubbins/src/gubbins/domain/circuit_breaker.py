@@ -1,4 +1,4 @@
-"""A circuit breaker for each kind of call to a compute element: one that does not answer is not hammered."""
+"""Circuit breakers, one for each kind of call to a compute element."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 
 class CECall(StrEnum):
-    """What is asked of a compute element; each has a circuit of its own."""
+    """Kind of call to a compute element; each has a circuit of its own."""
 
     SUBMIT = "submit"
     STATUS = "status"  # polling and cancelling
 
 
 class CircuitState(StrEnum):
-    """Whether calls are made."""
+    """State of a circuit breaker."""
 
     CLOSED = "closed"  # as usual
     OPEN = "open"  # none, until its pause is over
-    HALF_OPEN = "half-open"  # one at a time, which finds out whether it works again
+    HALF_OPEN = "half-open"  # one at a time, as a probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,18 @@ class Circuit:
 
     failures: int = 0  # one after the other, up to now
     open_until: datetime | None = None
-    probe_until: datetime | None = None  # somebody is finding out, and has until then
+    probe_until: datetime | None = None  # a probe is under way until then
     last_error: str | None = None
     last_error_at: datetime | None = None
 
     def state(self, now: datetime) -> CircuitState:
-        """What it is at that time."""
+        """The state at that time."""
         if self.open_until is None:
             return CircuitState.CLOSED
         return CircuitState.OPEN if now < self.open_until else CircuitState.HALF_OPEN
 
     def as_dict(self, now: datetime) -> dict[str, Any]:
-        """What people see of it."""
+        """The circuit as users see it."""
         return {
             "state": self.state(now),
             "failures": self.failures,

@@ -1,4 +1,4 @@
-"""What time it is: all of the pilot system asks here, so that a simulation can let a day pass in seconds.
+"""Clock of the pilot system, which a simulation can replace to let a day pass in seconds.
 
 It is the time of the database that this process is connected to: the moments in it come from many machines, and a
 pilot of one that is ten minutes ahead must not be lost ten minutes early to the others.

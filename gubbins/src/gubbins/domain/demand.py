@@ -1,4 +1,4 @@
-"""How many pilots a VO gets: arithmetic only, about things as they are at one moment."""
+"""Fair shares: how many free slots each VO gets. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 REQUEST_LIFETIME = timedelta(minutes=15)
-"""A request whose task has not started by then is given up: the task is taken for lost (a flushed Redis).
+"""Lifetime of a request, and of a VO's demand. The task of an older request is taken for lost (a flushed Redis).
 
-Should it start after all, it finds no request, and submits nothing: what was asked for since counts.
-
-What a VO that has not asked for so long would take is not respected any more.
+Should it start after all, it finds no request, and submits nothing: later rounds have requested again.
 """
 
 UNLIMITED = 2**31 - 1
@@ -31,15 +29,15 @@ class Sharer:
     share: float  # relative to those of the others, > 0
     held: int  # slots that it has, or that are on their way to it
     wanted: int  # how many more it would take
-    granted_at: datetime | None = None  # when it last got some
+    granted_at: datetime | None = None  # when it last got a slot
 
 
 def fair_part(room: int, vo: str, sharers: Mapping[str, Sharer]) -> int:
-    """How many of the free slots are for this VO.
+    """Number of the free slots that this VO gets.
 
     The slots are dealt out one by one, each to the VO that has least for its share and still wants more; of
     equals, to the one that has been waiting longest. So a VO that holds more than its share gets what the
-    others leave, and nobody is passed over for ever, however few slots there are.
+    others leave, and no VO is passed over for ever, however few slots there are.
     """
     room = max(0, room)
     mine = sharers[vo]

@@ -1,4 +1,4 @@
-"""What can go wrong with pilots and compute elements; each message names the thing and the way out."""
+"""Errors of the pilot system; each message names the thing and the way out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GubbinsError(Exception):
 
     @property
     def public(self) -> str:
-        """The message without what only administrators may see: what a site said about all VOs, and settings."""
+        """The message without what only administrators may see: messages of the site, and settings."""
         return str(self)
 
 
@@ -56,7 +56,7 @@ class CEDisabledError(PilotSubmissionError):
 
 
 class CEPausedError(PilotSubmissionError):
-    """The compute element failed too often of late and is left in peace for a while.
+    """The compute element failed too often and is paused.
 
     Args:
         name: the compute element.
@@ -85,7 +85,7 @@ class VONotServedError(PilotSubmissionError):
 
 
 class NoRoomError(PilotSubmissionError):
-    """As many pilots are SUBMITTED or RUNNING at the compute element as it has slots (P60)."""
+    """The compute element is full: all its slots are held by SUBMITTED or RUNNING pilots (P60)."""
 
     def __init__(self, name: str, capacity: int, promised: int = 0) -> None:
         promises = f", {promised} of them by pilots of other VOs that are on their way" if promised else ""
@@ -147,11 +147,11 @@ class CESettingsError(GubbinsError, ValueError):
 
 
 class CEUnavailableError(GubbinsError):
-    """A compute element could not be asked. Nothing follows from that for any pilot."""
+    """A compute element did not respond, or not validly. Nothing follows from that for any pilot."""
 
 
 class SiteBusyError(GubbinsError):
-    """So many requests reach compute elements already that this one was not begun.
+    """Too many requests reach compute elements, so this one was refused.
 
     Args:
         whose: `user`, `compute element` or `process`.
@@ -168,7 +168,7 @@ class SiteBusyError(GubbinsError):
 
 
 class OutputUnavailableError(GubbinsError):
-    """There is no output of a pilot to be had."""
+    """There is no output of a pilot."""
 
     def __init__(self, stamp: str, reason: str) -> None:
         super().__init__(f"no output of pilot {stamp}: {reason}")

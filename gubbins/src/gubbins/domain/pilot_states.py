@@ -1,4 +1,4 @@
-"""The life of a pilot: SUBMITTED → RUNNING → DONE or FAILED, and nothing else (seed `000`)."""
+"""States of a pilot: SUBMITTED → RUNNING → DONE or FAILED (seed `000`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class MyPilotStatus(StrEnum):
-    """Where a pilot is in its life."""
+    """State of a pilot."""
 
     SUBMITTED = "SUBMITTED"
     RUNNING = "RUNNING"

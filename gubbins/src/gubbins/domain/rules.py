@@ -1,8 +1,8 @@
-"""The rules of a compute element: how many pilots it gets from whom, and how long it is waited for."""
+"""Rules of a compute element: demand policy, shares, limits, time-outs."""
 
 from __future__ import annotations
 
-__all__ = ["CERules", "DemandPolicy", "VORules", "rules_of", "serves", "what_is_wrong_with_rules"]
+__all__ = ["CERules", "DemandPolicy", "VORules", "rules_error", "rules_of", "serves"]
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -17,14 +17,14 @@ _Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 86400, allow_inf_nan=False
 
 
 class DemandPolicy(StrEnum):
-    """How many pilots a VO wants."""
+    """Policy by which a VO's demand is computed."""
 
     FILL = "fill"
     WAITING_JOBS = "waiting_jobs"
 
 
 class VORules(BaseModel):
-    """What is different for one VO; what is left out is as for the others."""
+    """Rules that differ for one VO; what is left out is as for the others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -86,13 +86,13 @@ class CERules(BaseModel):
         return self
 
     def of(self, vo: str) -> CERules:
-        """These rules as they are for one VO."""
+        """The rules for one VO."""
         own = self.vos.get(vo)
         return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
 
     @property
     def breaker(self) -> dict[str, Any]:
-        """What `MyPilotDB.record_failure` wants to know."""
+        """Arguments of `MyPilotDB.record_failure`."""
         return {
             "failures": self.breaker_failures,
             "pause_seconds": self.breaker_pause_seconds,
@@ -108,14 +108,14 @@ def serves(vos: Sequence[str] | None, vo: str) -> bool:
 def rules_of(ce: Mapping[str, Any]) -> CERules:
     """The rules of a compute element as the database has it.
 
-    What this version does not know is left out, and what it does not understand is as by default: what one
-    row says must not stop the others (`what_is_wrong_with_rules`).
+    Fields that this version does not know are left out, and invalid ones have their defaults: one row must not
+    stop the others (`rules_error`).
     """
     return _read(ce["rules"])[0]
 
 
-def what_is_wrong_with_rules(ce: Mapping[str, Any]) -> str | None:
-    """What is not understood; None: all is. Else it gets no pilots until `gubbins ce load` mends its rules."""
+def rules_error(ce: Mapping[str, Any]) -> str | None:
+    """The error in the stored rules; None: they are valid. Until `gubbins ce load` mends it, it gets no pilots."""
     return _read(ce["rules"])[1]
 
 
@@ -132,7 +132,7 @@ def _read(stored: Any) -> tuple[CERules, str | None]:
 
 
 def _known(stored: Any) -> Any:
-    """Without the fields that only another version has."""
+    """The rules without fields that only another version has."""
     if not isinstance(stored, Mapping):
         return stored
     known = {key: value for key, value in stored.items() if key in CERules.model_fields}

@@ -1,15 +1,15 @@
-"""What sites say, as it may be shown and kept."""
+"""Sanitize text from sites for display and storage."""
 
 from __future__ import annotations
 
 __all__ = ["MAX_LINE_CHARS", "one_line", "without_nul"]
 
 MAX_LINE_CHARS = 300
-"""What a site says about one pilot is not told at greater length."""
+"""Longest reason about one pilot."""
 
 
 def one_line(said: object, max_chars: int = MAX_LINE_CHARS) -> str:
-    """One line of printable text, at most `max_chars` long, whatever was said; an error without words is its type.
+    """Reduce text or an error to one printable line of at most `max_chars`; an error without words is its type.
 
     Control characters and halves of characters are spaces: no database takes them all, and a terminal obeys them.
     """
@@ -20,7 +20,7 @@ def one_line(said: object, max_chars: int = MAX_LINE_CHARS) -> str:
 
 
 def without_nul(text: str) -> str:
-    """The text, which may go to a shell or a file of C strings; for settings.
+    """Refuse a NUL in text of settings, which may go to a shell.
 
     Raises:
         ValueError: it contains a NUL.

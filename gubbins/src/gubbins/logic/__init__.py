@@ -1,1 +1,1 @@
-"""What the pilot system does, for tasks, routers and the command line alike."""
+"""Logic of the pilot system, for tasks, routers, dashboard and command line alike."""

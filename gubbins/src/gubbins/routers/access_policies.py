@@ -1,4 +1,4 @@
-"""Who may do what with pilots (P63)."""
+"""Access policy of the pilot routes (P63)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastapi import Depends
 
 
 class ActionType(StrEnum):
-    """What a request wants to do."""
+    """Action of a request."""
 
     READ = auto()  # see pilots and compute elements
     SUBMIT = auto()  # submit or cancel pilots

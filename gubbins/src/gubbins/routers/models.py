@@ -1,4 +1,4 @@
-"""What goes over the wire."""
+"""Models of requests and responses."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class PilotWithHistory(Pilot):
 
 
 class PilotOutputPublic(BaseModel):
-    """What a pilot has written; of much, the last part."""
+    """Output of a pilot; of much, the last part."""
 
     model_config = _example(
         {
@@ -151,7 +151,7 @@ class CircuitPublic(BaseModel):
 
 
 class CEBan(BaseModel):
-    """Why a compute element is banned."""
+    """Request to ban a compute element."""
 
     model_config = _example({"reason": "network maintenance until Thursday"})
 
@@ -188,7 +188,7 @@ class CEPublic(BaseModel):
     vos: list[str] | None = Field(description="The VOs it serves, as far as they are yours; null: all.")
     active: int = Field(description="Pilots of all VOs that hold a slot.")
     available_slots: int
-    last_error: str | None = Field(description="For administrators: its last complaint; null once it works again.")
+    last_error: str | None = Field(description="For administrators: its last error; null once it works again.")
     last_error_at: datetime | None
     banned_at: datetime | None = Field(description="Since when it is not touched at all; null: it is not banned.")
     ban_reason: str | None

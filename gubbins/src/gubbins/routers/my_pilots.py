@@ -22,7 +22,7 @@ from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.domain.audit_actions import Deed
+from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.exceptions import (
     CEDisabledError,
     CEExistsError,
@@ -87,7 +87,7 @@ _responses = partial(
 
 @contextlib.contextmanager
 def _as_http(own_vo: str | None) -> Iterator[None]:
-    """Errors of the logic layer, as the status codes they mean; all of it is for administrators (None) only."""
+    """Turn errors of the logic layer into HTTP errors; the whole message is for administrators (None) only."""
     try:
         yield
     except CESettingsError as error:
@@ -110,11 +110,11 @@ def _own_vo(user: User) -> str | None:
 
 
 OwnVO = Annotated[str | None, Depends(_own_vo)]
-"""The VO whose things the request may be about; None: administrators, who see every VO's."""
+"""The VO that the request is limited to; None: administrators, who see every VO."""
 
 
 Calls = Annotated[SiteCalls, Depends(site_calls)]
-"""The way to sites: their number is limited."""
+"""Calls to sites, limited in number."""
 
 
 async def _pilot(
@@ -150,7 +150,7 @@ async def submit_pilot(
     with _as_http(own_vo):
         try:
             pilot_id = await recorder.perform(
-                Deed.SUBMIT_PILOT,
+                AuditAction.SUBMIT_PILOT,
                 ce_name,
                 lambda: calls.submit(my_pilot_db, ce_name, user.vo, user=user.sub),
                 lambda pilot_id: f"pilot {pilot_id} of {user.vo}",
@@ -248,7 +248,7 @@ async def get_pilot_output(
     check_permissions: CheckMyPilotsPolicyCallable,
     calls: Calls,
 ) -> PilotOutputPublic:
-    """Show what a pilot of your VO has written: so far, or until its end and for as long as that is kept."""
+    """Show the output of a pilot of your VO: so far, or after its end for as long as it is kept."""
     check = partial(check_permissions, action=ActionType.READ, config=config)
     await check()
     with _as_http(own_vo):
@@ -268,7 +268,7 @@ async def cancel_pilot(
     recorder: Audited,
     calls: Calls,
 ) -> Pilot:
-    """Ask for the end of a pilot of your VO.
+    """Cancel a pilot of your VO.
 
     The pilot is FAILED once its compute element has confirmed that it ended, which the next checks find out.
     """
@@ -277,7 +277,7 @@ async def cancel_pilot(
     with _as_http(own_vo):
         await _pilot(my_pilot_db, pilot_id, own_vo, check)
         pilot = await recorder.perform(
-            Deed.CANCEL_PILOT,
+            AuditAction.CANCEL_PILOT,
             str(pilot_id),
             lambda: calls.cancel(my_pilot_db, pilot_id, by=user.preferred_username, user=user.sub),
             lambda pilot: f"requested at {pilot['ce_name']}",
@@ -312,7 +312,7 @@ async def get_ce(
 ) -> CEPublic:
     """Show one compute element with its circuits and all its rules. It has to serve your VO.
 
-    What the site said last, and rules of other VOs, are for administrators only.
+    The last error of the site, and rules of other VOs, are for administrators only.
     """
     await check_permissions(action=ActionType.READ, config=config)
     with _as_http(own_vo):
@@ -335,7 +335,7 @@ async def create_ce(
     await check_permissions(action=ActionType.MANAGE, config=config)
     with _as_http(None):
         ce = await recorder.perform(
-            Deed.CREATE_CE,
+            AuditAction.CREATE_CE,
             spec.name,
             lambda: logic.add_ce(my_pilot_db, spec, by_operator=False),
             lambda ce: f"{ce['backend']}, {ce['capacity']} slots",
@@ -379,7 +379,7 @@ async def _set_enabled(my_pilot_db: MyPilotDB, recorder: AuditLogger, ce_name: s
     state = "open" if enabled else "closed"
     with _as_http(None):
         await recorder.perform(
-            Deed.OPEN_CE if enabled else Deed.CLOSE_CE,
+            AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE,
             ce_name,
             lambda: logic.set_ce_enabled(my_pilot_db, ce_name, enabled),
             lambda changed: state if changed else f"was {state} already",
@@ -395,15 +395,15 @@ async def ban_ce(
     recorder: Audited,
     ban: Annotated[CEBan | None, Body(description="Why.")] = None,
 ) -> None:
-    """Leave a compute element alone altogether. Needs ServiceAdministrator.
+    """Ban a compute element. Needs ServiceAdministrator.
 
-    It gets no pilots, and is not asked about those it has until it is enabled or disabled again.
+    It gets no pilots, and those it has are not polled until it is enabled or disabled again.
     """
     await check_permissions(action=ActionType.MANAGE, config=config)
     reason = None if ban is None else ban.reason
     with _as_http(None):
         await recorder.perform(
-            Deed.BAN_CE,
+            AuditAction.BAN_CE,
             ce_name,
             lambda: logic.ban_ce(my_pilot_db, ce_name, reason=reason),
             lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),

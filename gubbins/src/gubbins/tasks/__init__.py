@@ -1,1 +1,1 @@
-"""The periodic and one-shot tasks of the pilot system."""
+"""Tasks of the pilot system, periodic and one-shot."""

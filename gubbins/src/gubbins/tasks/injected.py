@@ -1,4 +1,4 @@
-"""What the pilot tasks have injected."""
+"""Injected parameters of the pilot tasks."""
 
 from __future__ import annotations
 

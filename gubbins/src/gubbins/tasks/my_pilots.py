@@ -33,7 +33,7 @@ from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 
-#: Label of tasks that a round has asked for, as against those that somebody submits by hand.
+#: Label of tasks that a round has requested, as against those submitted by hand.
 LABEL_REQUESTED = "pilot_requested"
 
 # Every worker and scheduler imports this module, and few of them ever open the database of the pilots.
@@ -68,11 +68,10 @@ class MyPilotTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
-        """Return the pilot's id; None when it was not to be.
+        """Return the pilot's id; None when there is nothing to submit any more.
 
-        That is: the slot was taken, a rule of the compute element is against it, or it was closed or paused
-        meanwhile; or a round asked for it
-        so long ago that its request was given up, and later rounds have asked for all that is wanted.
+        The slot was taken, a rule of the compute element is against it, or it was closed or paused meanwhile; or
+        the request of the round has expired, and later rounds have requested all that is wanted.
 
         Raises:
             PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
@@ -167,14 +166,14 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
-    """Fetches what the VO's pilots that ended have written. It may be slow: no check waits for it."""
+    """Collects the output of the VO's ended pilots. It may be slow: no check waits for it."""
 
     vo: str
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int:
-        """Return of how many pilots."""
+        """Return the number of pilots."""
         from gubbins.logic import my_pilots as logic
 
         return await logic.collect_outputs(my_pilot_db, self.vo)

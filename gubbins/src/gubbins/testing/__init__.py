@@ -1,4 +1,4 @@
-"""What tests of other packages can use: the promises of a CE back end, as tests."""
+"""Tests of the promises of a CE back end, for other packages to use."""
 
 from __future__ import annotations
 

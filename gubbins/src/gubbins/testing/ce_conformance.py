@@ -6,9 +6,9 @@ Derive from the class that fits, with a name that begins with `Test`, and give i
         @pytest.fixture
         def make(self, tmp_path: Path) -> MakeBackend:
             scripts = pilot_scripts()
-            return lambda fate: SpoolBackend(
+            return lambda scenario: SpoolBackend(
                 CEDescription("spool", 100, 1.0),
-                SpoolSettings(directory=tmp_path, script=scripts[fate]),
+                SpoolSettings(directory=tmp_path, script=scripts[scenario]),
             )
 
 `CEConformance` is for every back end, `CESiteConformance` for those that run real pilots,
@@ -22,8 +22,8 @@ __all__ = [
     "CEConformance",
     "CERemoteConformance",
     "CESiteConformance",
-    "Fate",
     "MakeBackend",
+    "Scenario",
     "pilot_scripts",
 ]
 
@@ -44,22 +44,22 @@ from gubbins.domain.exceptions import OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 
 
-class Fate(StrEnum):
-    """What is to become of all pilots of a back end."""
+class Scenario(StrEnum):
+    """The way all pilots of a back end end."""
 
     QUICK = "QUICK"  # ends well, soon
     FAILING = "FAILING"  # ends badly, soon; says why
     LONG = "LONG"  # runs until it is cancelled, ten minutes at least
 
 
-MakeBackend = Callable[[Fate], CEBackend[Any]]
+MakeBackend = Callable[[Scenario], CEBackend[Any]]
 """A new instance at each call, as after a restart of the worker, all for the same site."""
 
 _ENDS = (Observed.DONE, Observed.FAILED)
 
 
-def pilot_scripts(witness: Path | None = None) -> dict[Fate, str]:
-    """A pilot script (for /bin/sh) of each fate, for sites that have shells.
+def pilot_scripts(witness: Path | None = None) -> dict[Scenario, str]:
+    """A pilot script (for /bin/sh) of each scenario, for sites that have shells.
 
     Args:
         witness: a directory that pilots can write to; each notes its start there, in a file named by its stamp.
@@ -67,14 +67,14 @@ def pilot_scripts(witness: Path | None = None) -> dict[Fate, str]:
     note = f"echo started >> '{witness}'/\"$PILOT_STAMP\"\n" if witness is not None else ""
     speak = 'echo "out of $PILOT_STAMP"\n'
     return {
-        Fate.QUICK: f'{note}{speak}echo "err of $PILOT_STAMP" >&2\n',
-        Fate.FAILING: f"{note}{speak}echo no luck today >&2\nexit 3\n",
-        Fate.LONG: f"{note}{speak}sleep 600\n",
+        Scenario.QUICK: f'{note}{speak}echo "err of $PILOT_STAMP" >&2\n',
+        Scenario.FAILING: f"{note}{speak}echo no luck today >&2\nexit 3\n",
+        Scenario.LONG: f"{note}{speak}sleep 600\n",
     }
 
 
 class CEConformance:
-    """What every back end promises."""
+    """Promises of every back end."""
 
     deadline_seconds: ClassVar[float] = 60
     """How long anything that a site does by itself may take."""
@@ -91,49 +91,49 @@ class CEConformance:
         raise NotImplementedError("give your conformance class a fixture `make`")
 
     async def test_every_stamp_gets_an_outcome_with_a_reference_of_its_own(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.QUICK, 3) as watch:
+        async with _Watch(self, make, Scenario.QUICK, 3) as watch:
             await watch.submit()
 
     async def test_a_pilot_that_succeeds_is_done_in_the_end(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.QUICK) as watch:
+        async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
             # Its end stays known for a while: the check that hears of it first may be lost.
             assert [seen.state for seen in (await watch.poll()).values()] == [Observed.DONE]
 
     async def test_a_pilot_that_fails_says_why_in_one_line(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.FAILING) as watch:
+        async with _Watch(self, make, Scenario.FAILING) as watch:
             await watch.submit()
             await watch.until(Observed.FAILED)
             watch.assert_reasons()
 
     async def test_a_pilot_runs_for_as_long_as_it_takes(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             await watch.until(Observed.RUNNING)
             assert [seen.state for seen in (await watch.poll()).values()] == [Observed.RUNNING]
 
     async def test_a_repeated_submission_returns_the_same_reference(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG, 2) as watch:
+        async with _Watch(self, make, Scenario.LONG, 2) as watch:
             first = await watch.submit()
             assert await watch.submit() == first
             await watch.until(Observed.RUNNING)
             assert await watch.submit() == first
 
     async def test_concurrent_submissions_of_one_stamp_return_the_same_reference(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG, 2) as watch:
+        async with _Watch(self, make, Scenario.LONG, 2) as watch:
             references = await asyncio.gather(*(watch.submit() for _ in range(4)))
             assert all(each == references[0] for each in references), references
 
     async def test_a_pilot_whose_reference_was_lost_is_found_by_its_stamp(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG, 2) as watch:
+        async with _Watch(self, make, Scenario.LONG, 2) as watch:
             references = await watch.submit()
             watch.lose_references()
             seen = await watch.until(Observed.RUNNING)
             assert {stamp: each.reference for stamp, each in seen.items()} == references
 
     async def test_a_cancelled_pilot_ends_and_says_why(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             await watch.until(Observed.RUNNING)
             await watch.cancel()
@@ -141,7 +141,7 @@ class CEConformance:
             watch.assert_reasons()
 
     async def test_a_pilot_whose_reference_was_lost_can_be_cancelled(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             watch.lose_references()
             await watch.cancel()
@@ -149,7 +149,7 @@ class CEConformance:
             watch.assert_reasons()
 
     async def test_cancelling_again_and_cancelling_what_has_ended_is_harmless(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             await watch.cancel()
             await watch.cancel()
@@ -157,20 +157,20 @@ class CEConformance:
             before = watch.seen
             await watch.cancel()
             assert await watch.poll() == before
-        async with _Watch(self, make, Fate.QUICK) as watch:
+        async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
             await watch.backend().cancel(watch.pilots)
             assert [seen.state for seen in (await watch.poll()).values()] == [Observed.DONE]
 
     async def test_cancelling_what_the_site_has_never_had_is_harmless(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             await watch.backend().cancel([_new_pilot()._replace(cancel_requested=True)])
             await watch.until(Observed.RUNNING)
 
     async def test_many_pilots_go_in_one_call_each(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG, self.many) as watch:
+        async with _Watch(self, make, Scenario.LONG, self.many) as watch:
             references = await watch.submit()
             assert len(references) == self.many
             assert len(await watch.poll()) == self.many
@@ -179,14 +179,14 @@ class CEConformance:
             watch.assert_reasons()
 
     async def test_no_pilots_are_no_work_and_no_error(self, make: MakeBackend) -> None:
-        async with _closing(make(Fate.QUICK)) as backend:
+        async with _closing(make(Scenario.QUICK)) as backend:
             assert dict(await backend.submit([])) == {}
             assert dict(await backend.poll([])) == {}
             await backend.cancel([])
             await backend.cleanup([])
 
     async def test_pilots_can_be_forgotten_twice_and_unknown_ones_too(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.QUICK) as watch:
+        async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
             ended = [
@@ -198,7 +198,7 @@ class CEConformance:
 
 
 class CESiteConformance(CEConformance):
-    """What a back end promises that runs real pilots somewhere.
+    """Promises of a back end that runs real pilots.
 
     The pilots of `make` write `out of <stamp>` to stdout, those that succeed also `err of <stamp>` to stderr,
     and those that fail there `no luck today`, as `pilot_scripts` does.
@@ -212,13 +212,13 @@ class CESiteConformance(CEConformance):
         return None
 
     async def test_a_stamp_that_the_site_has_never_had_is_missing_from_the_answer(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             seen = await watch.backend().poll([*watch.pilots, _new_pilot()])
             assert set(seen) == {watch.pilots[0].stamp}
 
     async def test_no_repetition_of_a_submission_starts_a_second_pilot(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.QUICK, 2) as watch:
+        async with _Watch(self, make, Scenario.QUICK, 2) as watch:
             await asyncio.gather(*(watch.submit() for _ in range(4)))
             await watch.until(Observed.DONE)
             await watch.submit()
@@ -226,7 +226,7 @@ class CESiteConformance(CEConformance):
             assert [self.starts(pilot.stamp) for pilot in watch.pilots] in ([1, 1], [None, None])
 
     async def test_output_of_a_pilot_that_has_ended_can_be_fetched(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Fate.QUICK) as watch:
+        async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
             pilot = watch.pilots[0]
@@ -239,19 +239,19 @@ class CESiteConformance(CEConformance):
             assert f"err of {pilot.stamp}\n" in output.stderr
 
     async def test_there_is_no_output_of_a_pilot_that_the_site_has_never_had(self, make: MakeBackend) -> None:
-        async with _closing(make(Fate.QUICK)) as backend:
+        async with _closing(make(Scenario.QUICK)) as backend:
             with pytest.raises(OutputUnavailableError):
                 await backend.output(_new_pilot())
 
 
 class CERemoteConformance(CESiteConformance):
-    """What a back end promises that speaks to a site which may be down, or accept a call and never answer.
+    """Promises of a back end whose site may be down, or accept a call and never respond.
 
     Its time-outs are to be set to few seconds in the settings that `make` uses.
     """
 
-    patience_seconds: ClassVar[float] = 20
-    """No call may take longer, whatever the site does."""
+    call_seconds: ClassVar[float] = 20
+    """Longest time that any call may take."""
 
     @pytest.fixture
     def down(self) -> AbstractContextManager[object]:
@@ -274,7 +274,7 @@ class CERemoteConformance(CESiteConformance):
         await self._silent(make, hanging)
 
     async def _silent(self, make: MakeBackend, trouble: AbstractContextManager[object]) -> None:
-        async with _Watch(self, make, Fate.LONG) as watch:
+        async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             known = watch.pilots[0]
             new = _new_pilot()
@@ -288,9 +288,12 @@ class CERemoteConformance(CESiteConformance):
                 for call in calls:
                     begin = time.monotonic()
                     with pytest.raises(Exception, match=r"\S"):  # any, with a message
-                        async with _closing(make(Fate.LONG)) as backend, asyncio.timeout(self.deadline_seconds):
+                        async with (
+                            _closing(make(Scenario.LONG)) as backend,
+                            asyncio.timeout(self.deadline_seconds),
+                        ):
                             await call(backend)
-                    assert time.monotonic() - begin < self.patience_seconds
+                    assert time.monotonic() - begin < self.call_seconds
             # It was an interruption. The new one may have come through, or not.
             watch.pilots.append(new)
             await watch.until(Observed.RUNNING, of=[known])
@@ -299,10 +302,10 @@ class CERemoteConformance(CESiteConformance):
 class _Watch:
     """Pilots of one test: followed as the checks would, with a new back end for each call, and ended with it."""
 
-    def __init__(self, suite: CEConformance, make: MakeBackend, fate: Fate, number: int = 1) -> None:
+    def __init__(self, suite: CEConformance, make: MakeBackend, scenario: Scenario, number: int = 1) -> None:
         self._suite = suite
         self._make = make
-        self._fate = fate
+        self._fate = scenario
         self._used: list[CEBackend[Any]] = []
         self.pilots = [_new_pilot() for _ in range(number)]
         self.seen: dict[str, Observation] = {}
@@ -337,7 +340,7 @@ class _Watch:
         return references
 
     def lose_references(self) -> None:
-        """As a crash between the answer and its record does."""
+        """Lose the references, as a crash between the response and its record does."""
         self.pilots = [pilot._replace(reference=None) for pilot in self.pilots]
 
     async def poll(self) -> dict[str, Observation]:

@@ -166,8 +166,8 @@ class ArcBackend(CEBackend[ArcSettings]):
     async def _find(self, stamps: Sequence[str], others: Collection[str] = ()) -> None:
         """Look for jobs of these names among all of ours but those that are known to be others.
 
-        A submission that nobody heard of may have left two jobs of one stamp. The one with the lowest id is the
-        pilot, whoever looks; the others are killed.
+        An unconfirmed submission may have left two jobs of one stamp. The one with the lowest id is
+        the pilot; the others are killed.
         """
         names, seen = set(stamps), set(others)
         for pause in (0, _LIST_AGAIN_AFTER_SECONDS):
@@ -185,7 +185,7 @@ class ArcBackend(CEBackend[ArcSettings]):
                 if pilot != job:
                     logger.warning("%s: %s is pilot %s, killing its twin %s", self.ce.name, pilot, name, job)
                     twins.append(job)
-            # Nothing is known until that is done, so that one who cannot do it looks again.
+            # Recorded only when the twins are killed, so that a failure leads to another search.
             await self._rest.kill(twins)
             self._ids |= found
 
@@ -197,7 +197,7 @@ class ArcBackend(CEBackend[ArcSettings]):
 
 
 def _why(pilot: PilotAtCE, state: str, told: Mapping[str, Any]) -> str:
-    """Why it failed, in one line."""
+    """The reason of the failure, in one line."""
     errors = told.get("Error") or []
     words = "; ".join(str(each) for each in (errors if isinstance(errors, list) else [errors]))
     if state == "WIPED":

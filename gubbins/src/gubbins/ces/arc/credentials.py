@@ -1,4 +1,4 @@
-"""Who we are to a CE: a certificate, a proxy or a token, in files that others renew.
+"""Credentials for an ARC CE: a certificate, a proxy or a token, in files that others renew.
 
 Everything here reads files and may take some milliseconds; the back end calls it in a thread.
 """
@@ -23,7 +23,7 @@ from .settings import ArcSettings
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What requests are made with."""
+    """TLS context and token that requests are made with."""
 
     context: ssl.SSLContext
     token: str | None
@@ -31,7 +31,7 @@ class Identity:
 
 
 def fingerprint(settings: ArcSettings) -> tuple[object, ...]:
-    """Is another one as soon as one of the files was replaced or written to."""
+    """A value that changes as soon as one of the files is replaced or written to."""
     marks: list[object] = []
     for path in (settings.certificate, settings.key, settings.token, settings.ca):
         try:

@@ -37,7 +37,7 @@ class NotAcceptedError(CEUnavailableError):
 
 
 class JobAnswer(NamedTuple):
-    """What was said about one job."""
+    """The part of a response about one job."""
 
     code: int  # as in HTTP
     reason: str

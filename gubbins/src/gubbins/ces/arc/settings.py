@@ -1,4 +1,4 @@
-"""What has to be known to submit to an ARC CE."""
+"""Settings of an ARC CE."""
 
 from __future__ import annotations
 

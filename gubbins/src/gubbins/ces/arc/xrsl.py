@@ -62,7 +62,7 @@ def check_text(text: str) -> str:
 
 
 def check_attribute(name: str, value: AttributeValue) -> None:
-    """Whether an attribute can be added to a description.
+    """Check that an attribute can be added to a description.
 
     Raises:
         ValueError: it cannot.

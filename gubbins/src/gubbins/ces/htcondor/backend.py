@@ -108,12 +108,12 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
                 return SubmitOutcome(reference)
             case {"error": str(error)}:
                 return SubmitOutcome(error=one_line(error) or "no reason given")
-        raise CEUnavailableError(f"{self.ce.name} has answered nothing about the pilot {stamp}")
+        raise CEUnavailableError(f"{self.ce.name} did not respond about the pilot {stamp}")
 
     async def _find(self, pilots: Sequence[PilotAtCE]) -> dict[str, Job]:
         """The jobs of these pilots, from the queue, or of those that have left it from the history.
 
-        A submission that nobody heard of may have left two jobs of one stamp. The one that the database knows,
+        An unconfirmed submission may have left two jobs of one stamp. The one that the database knows,
         or else the first, is the pilot; the other is removed.
         """
         if not pilots:
@@ -142,17 +142,17 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
 
     async def _history(self, references: Mapping[str, str | None]) -> dict[str, list[Job]]:
-        """Those who are in no queue and no history are unknown; so are they where no history may be read.
+        """Jobs that have left the queue, from the history; none where the history may not be read.
 
         Raises:
-            CEUnavailableError: there is no answer, so nothing is known about those who are in no queue.
+            CEUnavailableError: no response, so nothing is known about jobs that are in no queue.
         """
         try:
             told = await self._bindings.call("history", attributes=ATTRIBUTES, stamps=list(references))
         except BindingsRefusal as error:
             logger.warning("%s does not tell the history of its jobs: %s", self.ce.name, error)
             return {}
-        # It tells of everybody's jobs, who may give them any stamp.
+        # The history holds the jobs of all users, who may give them any stamp.
         known = {
             stamp: [job for job in jobs if references.get(stamp) in (None, job.reference)]
             for stamp, jobs in parse_jobs(told).items()

@@ -115,7 +115,7 @@ def queue(schedd: htcondor2.Schedd, attributes: list[str]) -> list[list[Any]]:
 
 
 def history(schedd: htcondor2.Schedd, attributes: list[str], stamps: list[str]) -> list[list[Any]]:
-    """These pilots, as far as they have left the queue and are not forgotten."""
+    """Jobs of these pilots that have left the queue, as far as the history has them."""
     found = []
     for some in _members(stamps):
         found += schedd.history(some, attributes, match=2 * min(len(stamps), _AT_ONCE))
@@ -168,7 +168,7 @@ def _row(ad: classad2.ClassAd, attributes: Iterable[str]) -> list[Any]:
 
 
 def _plain(ad: classad2.ClassAd, name: str) -> str | int | None:
-    """What is neither text nor number, or cannot be evaluated, is nothing."""
+    """The value of an attribute that is text or a number, else None."""
     try:
         value = ad.get(name)
     except Exception:

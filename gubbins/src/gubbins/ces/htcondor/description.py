@@ -1,4 +1,4 @@
-"""What is handed to the schedd for pilots of one VO: commands of the submit language, and two files.
+"""Submission of the pilots of one VO: commands of the submit language, and two files.
 
 No value of ours but the stamp is in the submit language, which has its own ideas about `$` and quotes: the
 environment is in the shell script that runs the pilot's own.

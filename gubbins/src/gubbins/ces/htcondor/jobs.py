@@ -1,4 +1,4 @@
-"""What a schedd says about jobs, and what that means for a pilot."""
+"""Jobs of a schedd: parse the queue and the history, and derive the state of a pilot."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ class Job(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """As HTCondor's commands write it."""
+        """Number of the job as HTCondor's commands write it."""
         return f"{self.cluster}.{self.proc}"
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will become of it."""
+        """Whether the job has ended."""
         return self.status in (_REMOVED, _COMPLETED)
 
     @property
     def abandoned(self) -> bool:
-        """Whether its files will not come any more: who wanted to send them is dead. It would wait for ever."""
+        """Whether the files of the job were never spooled because their sender died; it would wait for ever."""
         return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > _SPOOLING_SECONDS
 
     @property
     def completed(self) -> bool:
-        """Whether it has ended by itself: its output is there."""
+        """Whether the job has completed, so that its output is there."""
         return self.status == _COMPLETED
 
 
@@ -97,13 +97,13 @@ def parse_jobs(rows: object) -> dict[str, list[Job]]:
 
 
 def pilots_own(pilot: PilotAtCE, jobs: Sequence[Job]) -> Job | None:
-    """Which of the jobs of its stamp a pilot is; there may be two if a submission was not heard of."""
+    """Choose the job of a pilot; an unconfirmed submission may have left two of one stamp."""
     named = [job for job in jobs if job.reference == pilot.reference]
     return next(iter(named or jobs), None)
 
 
 def judge(pilot: PilotAtCE, job: Job) -> Observation:
-    """What has become of a pilot."""
+    """The observed state of a pilot."""
     state, reason = _judge(pilot, job)
     reference = job.reference if pilot.reference is None else None
     return Observation(state, one_line(reason) if reason else None, reference)
@@ -138,7 +138,7 @@ def _of_completed(job: Job) -> tuple[Observed, str | None]:
 
 
 def _why_removed(job: Job) -> str:
-    """In the words of HTCondor, unless the job's own rule has removed it: that says nothing about why."""
+    """The reason of HTCondor, unless the job's own rule removed it, which says nothing about the cause."""
     reason = job.remove_reason or ""
     if reason.startswith(ABANDONED):
         return ABANDONED

@@ -1,4 +1,4 @@
-"""What has to be known to submit to an HTCondor schedd."""
+"""Settings of an HTCondor schedd."""
 
 from __future__ import annotations
 

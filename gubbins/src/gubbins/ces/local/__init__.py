@@ -1,4 +1,4 @@
-"""Pilots as processes of this host, each under a wrapper that leaves its fate in a directory."""
+"""Back end `local`: pilots are processes of this host, each with a directory."""
 
 from __future__ import annotations
 

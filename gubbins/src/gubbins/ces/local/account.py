@@ -38,13 +38,13 @@ class Account:
 
     @property
     def command(self) -> list[str]:
-        """What a command is preceded by to run as this user, with the user's own group and no other."""
+        """Prefix of a command that makes it run as this user, with the user's own group and no other."""
         ids = [f"--reuid={self.uid}", f"--regid={self.gid}"]
         return ["setpriv", *ids, "--clear-groups", "--inh-caps=-all", "--"]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What of the environment belongs to this user."""
+        """Environment variables of this user."""
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name, "TMPDIR": "/tmp"}  # noqa: S108
 
     def prepare(self, job: Path) -> None:

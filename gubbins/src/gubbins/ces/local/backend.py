@@ -121,7 +121,7 @@ class LocalBackend(CEBackend[LocalSettings]):
 
     @staticmethod
     def _is_here(pilot: PilotAtCE) -> bool:
-        """Whether the pilot is a process of this host, or nobody has said that it is one of another."""
+        """Whether the pilot is a process of this host: its reference is none of another host."""
         return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:

@@ -1,4 +1,4 @@
-"""Files that a pilot may have written or replaced: read without following, waiting or reading for ever."""
+"""Read files that a pilot may have replaced, without following links, blocking or reading for ever."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_end(directory: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def modified_at(path: Path) -> float | None:
-    """When a file or directory was modified, in seconds since 1970; None: there is none. Follows no link."""
+    """Modification time of a file or directory (s since 1970); None: there is none. Follows no link."""
     try:
         return path.lstat().st_mtime
     except OSError:

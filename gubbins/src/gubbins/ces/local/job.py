@@ -45,7 +45,7 @@ class _Process:
     boot_id: str
 
     def belongs_to(self, stamp: str) -> bool:
-        """Whether it was started for the pilot with this stamp, which is in the environment it was started with.
+        """Check that the process was started for this pilot, by the stamp in its environment.
 
         A pilot can write into its directory the numbers of any process: no other has its stamp.
         """
@@ -56,7 +56,7 @@ class _Process:
             return False
 
     def alive(self) -> bool:
-        """Whether this very process runs, in this group; another one with its number is not mistaken for it."""
+        """Check that the process runs, in this group; another one with the same pid is not taken for it."""
         try:
             # The command, in parentheses, may contain anything; what follows it does not.
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
@@ -98,7 +98,7 @@ class LocalJob:
         return True
 
     def launch(self, environment: Mapping[str, str]) -> None:
-        """Start the wrapper in a session of its own, as nobody's child: it outlives the worker.
+        """Start the wrapper in a session of its own: it outlives the worker.
 
         Raises:
             OSError, subprocess.SubprocessError: it could not be started; the directory is gone again.
@@ -117,16 +117,14 @@ class LocalJob:
                 timeout=LAUNCH_TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
-            message = (
-                f"pilot {self.path.name}: nobody knows after {LAUNCH_TIMEOUT_SECONDS} s whether it was started"
-            )
+            message = f"pilot {self.path.name}: not known after {LAUNCH_TIMEOUT_SECONDS} s whether it was started"
             raise CEUnavailableError(message) from error
         except (OSError, subprocess.SubprocessError):
             self.remove()
             raise
 
     def observe(self) -> Observation | None:
-        """What has become of the pilot; None: there is no such directory."""
+        """The observed state of the pilot; None: there is no such directory."""
         # In this order: it may end meanwhile, and one that writes an exit code while it runs has not ended.
         process = self._process()
         if process is not None and process.alive():
@@ -142,8 +140,8 @@ class LocalJob:
                 Observed.FAILED, "cancelled" if cancelled else "the process vanished without an exit code"
             )
         reason = f"cancelled (exit code {code})" if cancelled else f"exit code {code}"
-        last_words = self._last_line_of_stderr()
-        return Observation(Observed.FAILED, f"{reason}: {last_words}" if last_words else reason)
+        last_line = self._last_line_of_stderr()
+        return Observation(Observed.FAILED, f"{reason}: {last_line}" if last_line else reason)
 
     def cancel(self, *, kill_after_seconds: float) -> None:
         """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL)."""
@@ -163,12 +161,12 @@ class LocalJob:
             logger.warning("Pilot %s says that process %d is its own, which is not", self.path.name, process.pid)
             return
         asked_at = modified_at(mark) or 0.0
-        patience_is_over = time.time() - asked_at >= kill_after_seconds
+        kill = time.time() - asked_at >= kill_after_seconds
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.group, signal.SIGKILL if patience_is_over else signal.SIGTERM)
+            os.killpg(process.group, signal.SIGKILL if kill else signal.SIGTERM)
 
     def output(self) -> PilotOutput:
-        """What the pilot has written so far.
+        """Read stdout and stderr of the pilot.
 
         Raises:
             FileNotFoundError: there is no such directory.
@@ -187,7 +185,7 @@ class LocalJob:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def wrote_before(self, name: str, timestamp: float) -> bool:
-        """Whether there is such a file, and it was written before then (s since 1970)."""
+        """Whether such a file exists and was written before then (s since 1970)."""
         written_at = modified_at(self.path / name)
         return written_at is not None and written_at <= timestamp
 

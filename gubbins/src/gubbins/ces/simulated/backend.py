@@ -1,4 +1,4 @@
-"""A compute element that exists on paper: pilots start, run and end by the clock and a die.
+"""Back end `simulated`: pilots start, run and end by the clock and a hash.
 
 Nothing is kept anywhere. Whether a pilot will succeed follows from a hash of the seed and its stamp, so every
 worker, before and after any restart, gives the same answer.
@@ -28,7 +28,7 @@ _CANCELLED = Observation(Observed.FAILED, "cancelled")
 class SimulatedSettings(CESettings):
     """Settings of a simulated compute element."""
 
-    seed: int = Field(default=0, description="Another seed is another fate for every pilot.")
+    seed: int = Field(default=0, description="Another seed gives every pilot another result.")
     queue_seconds: float = Field(
         default=0, ge=0, allow_inf_nan=False, description="How long a pilot waits before it runs."
     )
@@ -45,7 +45,7 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         now = clock.now()
-        # Whoever came before this instant is through.
+        # Pilots from before these moments have moved on.
         started_by = now - timedelta(seconds=self.settings.queue_seconds)
         ended_by = now - timedelta(seconds=self.settings.run_seconds)
         seen = {pilot.stamp: self._observe(pilot, started_by, ended_by) for pilot in pilots}
@@ -72,6 +72,6 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
         return _DONE if self.will_succeed(pilot.stamp) else _FAILED
 
     def will_succeed(self, stamp: str) -> bool:
-        """The fate of a pilot: true for a share of `success_rate` of all stamps."""
+        """Whether the pilot ends as DONE: true for a share of `success_rate` of all stamps."""
         digest = hashlib.blake2b(f"{self.settings.seed}:{stamp}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.ce.success_rate

@@ -23,7 +23,7 @@ from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 
 from .batch import batch_script, sbatch_options
-from .error_parsing import complaint, is_refusal, is_silence
+from .error_parsing import error_line, is_refusal, is_unreachable
 from .jobs import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,
@@ -76,7 +76,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         try:
             outcomes = await asyncio.gather(*tasks)
         except BaseException:
-            # A site that has not answered one is not asked about the others.
+            # A site that did not respond to one gets no more.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -117,9 +117,9 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         waiting = iter([number for numbers in active.values() for number in numbers])
         while some := list(islice(waiting, _MAX_IDS)):
             done = await self._run(self._command("scancel", *some))
-            # One that has ended in the meantime is a complaint as well, and none of ours.
-            if done.returncode != 0 and is_silence(done.stderr):
-                raise CEUnavailableError(f"scancel: {complaint(done.stderr)}")
+            # A job that ended in the meantime is an error as well, but not of ours.
+            if done.returncode != 0 and is_unreachable(done.stderr):
+                raise CEUnavailableError(f"scancel: {error_line(done.stderr)}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self.settings.nodes_see_directory:
@@ -158,7 +158,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             return SubmitOutcome(reference=number)
         if done.returncode == _TIMED_OUT:
             raise CEUnavailableError(f"sbatch has not answered within {self.settings.timeout_seconds:g} s")
-        said = complaint(done.stderr)
+        said = error_line(done.stderr)
         if done.returncode != 0 and is_refusal(done.stderr):
             return SubmitOutcome(error=f"Slurm: {said}")
         raise CEUnavailableError(f"sbatch: {said}")
@@ -203,7 +203,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         try:
             return await self._shell.run(argv, stdin=stdin, timeout=self.settings.timeout_seconds)
         except CEUnavailableError as error:
-            # Of a shell with a script of ours, say what it was to do.
+            # Name the action in place of the shell that runs our script.
             raise CEUnavailableError(str(error).replace(argv[0], what or argv[0], 1)) from error
 
     def _command(self, name: str, *arguments: str) -> list[str]:
@@ -229,5 +229,5 @@ def _text_of(done: Completed, what: str) -> str:
         CEUnavailableError: it has not.
     """
     if done.returncode != 0:
-        raise CEUnavailableError(f"{what}: {complaint(done.stderr)} (exit code {done.returncode})")
+        raise CEUnavailableError(f"{what}: {error_line(done.stderr)} (exit code {done.returncode})")
     return done.stdout

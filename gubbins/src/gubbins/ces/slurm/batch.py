@@ -1,4 +1,4 @@
-"""What is handed to sbatch for one pilot: options, and the script of the job."""
+"""Submission of one pilot to sbatch: options, and the script of the job."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ job=@job@  # its directory; empty if it is not to be had here
 note() {
     [ -z "$job" ] || { printf '%s\n' "$2" > "$job/$1.new" && mv "$job/$1.new" "$job/$1"; }
 }
-# A submission that nobody heard of may have left two jobs of one stamp. The first to start is the pilot.
+# An unconfirmed submission may have left two jobs of one stamp. The first to start is the pilot.
 if [ -n "$job" ] && ! (set -C; echo "$SLURM_JOB_ID" > "$job/started") 2> /dev/null; then
     [ "$(cat "$job/started")" = "$SLURM_JOB_ID" ] || exit 0
 fi

@@ -1,4 +1,4 @@
-"""What Slurm says about jobs, and what that means for a pilot."""
+"""Jobs of Slurm: parse queue, records and accounts, and derive the state of a pilot."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FAILURES = {
     "REVOKED": "another cluster has taken it",
     "TIMEOUT": "it ran longer than it may",
 }
-# Those that say nothing, or nothing that could be changed.
+# Reasons without information, or that cannot be changed.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
@@ -60,24 +60,24 @@ class Job(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will become of it."""
+        """Whether the job has ended."""
         return self.state == "COMPLETED" or self.state in _FAILURES
 
 
 class Record(NamedTuple):
-    """What a pilot's directory says."""
+    """Record of a pilot in its directory."""
 
     number: str
     exit_code: str  # empty: none yet
     cancelled: bool  # by us
-    last_words: str
+    last_line: str
 
 
 _NO_RECORD = Record("", "", False, "")
 
 
 def is_job_number(text: str) -> bool:
-    """Whether Slurm may have given a job this number."""
+    """Whether the text is a job number of Slurm."""
     return _NUMBER.fullmatch(text) is not None
 
 
@@ -140,10 +140,10 @@ def parse_accounts(text: str) -> dict[str, list[Job]]:
 
 
 def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) -> Observation | None:
-    """What has become of a pilot; None: neither Slurm nor a directory knows.
+    """The observed state of a pilot; None: neither Slurm nor a directory knows it.
 
     Args:
-        jobs: those of its stamp; more than one only if a submission was not heard of.
+        jobs: those of its stamp; more than one only after an unconfirmed submission.
         record: of its directory.
         reference: the job's number as the database knows it; reported if it does not.
     """
@@ -182,8 +182,8 @@ def _of_ended(job: Job, record: Record) -> Observation:
     if job.state == "CANCELLED" and record.cancelled:
         return Observation(Observed.FAILED, "cancelled")
     if job.state == "FAILED" and (code := record.exit_code or job.exit_code) not in {"", "0"}:
-        return _failed(f"exit code {code}", job.reason, record.last_words)
-    return _failed(f"{_FAILURES[job.state]} ({job.state})", job.reason, record.last_words)
+        return _failed(f"exit code {code}", job.reason, record.last_line)
+    return _failed(f"{_FAILURES[job.state]} ({job.state})", job.reason, record.last_line)
 
 
 def _of_record(record: Record) -> Observation:
@@ -191,11 +191,11 @@ def _of_record(record: Record) -> Observation:
         return Observation(Observed.DONE)
     if record.cancelled:
         return Observation(Observed.FAILED, "cancelled")
-    return _failed(f"exit code {record.exit_code}", "", record.last_words)
+    return _failed(f"exit code {record.exit_code}", "", record.last_line)
 
 
-def _failed(what: str, reason: str, last_words: str) -> Observation:
+def _failed(what: str, reason: str, last_line: str) -> Observation:
     if reason not in _PLAIN_REASONS:
         what = f"{what}, Slurm says {reason}"
-    text = f"{what}: {last_words}" if last_words else what
+    text = f"{what}: {last_line}" if last_line else what
     return Observation(Observed.FAILED, one_line(text))

@@ -1,4 +1,4 @@
-"""What the operator says about a Slurm site."""
+"""Settings of a Slurm site."""
 
 from __future__ import annotations
 

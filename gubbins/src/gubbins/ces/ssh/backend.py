@@ -25,7 +25,7 @@ from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
-from .remote import Garbled, Refused, command, is_stamp, parse, quote
+from .remote import InvalidResponse, Refused, command, is_stamp, parse, quote
 from .settings import SSHSettings
 
 WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
@@ -41,7 +41,7 @@ class SSHBackend(CEBackend[SSHSettings]):
     """
 
     Settings = SSHSettings
-    # The settings name key files of our hosts, and whoever chooses the host chooses what is run with those keys.
+    # The settings name key files of our hosts: who chooses the host chooses what is run with those keys.
     operator_only = True
 
     def __init__(self, ce: CEDescription, settings: SSHSettings) -> None:
@@ -71,7 +71,9 @@ class SSHBackend(CEBackend[SSHSettings]):
                 try:
                     observations[stamp] = self._observation(stamp, word, detail)
                 except (TypeError, ValueError) as error:
-                    raise Garbled(f"{self._host}: not what a host with a shell says: {one_line(rest)}") from error
+                    raise InvalidResponse(
+                        f"{self._host}: not what a host with a shell says: {one_line(rest)}"
+                    ) from error
         return observations
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
@@ -117,7 +119,7 @@ class SSHBackend(CEBackend[SSHSettings]):
         try:
             records = await self._bulk(stamps, before, lambda stamp: f"submit {stamp}")
         except Refused as error:
-            # Nothing has been begun, but what an earlier call may have begun with the same stamps.
+            # Nothing was started by this call; an earlier one may have started the same stamps.
             return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}
         outcomes = {
             stamp: SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
@@ -132,7 +134,7 @@ class SSHBackend(CEBackend[SSHSettings]):
                 error=(one_line(why) or "the host gives no reason") if refused else None,
             )
         if missing := set(stamps) - set(outcomes):
-            raise Garbled(f"{self._host}: no word about {len(missing)} of {len(stamps)} submissions")
+            raise InvalidResponse(f"{self._host}: no word about {len(missing)} of {len(stamps)} submissions")
         return outcomes
 
     async def _bulk(
@@ -149,7 +151,7 @@ class SSHBackend(CEBackend[SSHSettings]):
 
         Raises:
             Refused: nothing at all has been done.
-            CEUnavailableError: a command has not answered, and nobody knows what it did.
+            CEUnavailableError: no response to a command; what it did is not known.
         """
         names = [stamp for stamp in stamps if is_stamp(stamp)]
         batches = [names[start : start + PILOTS_PER_COMMAND] for start in range(0, len(names), PILOTS_PER_COMMAND)]
@@ -193,8 +195,8 @@ def _stamps(pilots: Iterable[PilotAtCE]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _nothing_there_yet(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
-    """Without the directory of all there are no pilots. If there were some, it may be in a file system that is
-    not mounted, and nothing follows."""
+    """Ignore a missing working directory: then there are no pilots. With known pilots nothing follows, for its
+    file system may not be mounted."""
     try:
         yield
     except Refused:
@@ -202,12 +204,12 @@ def _nothing_there_yet(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
             raise
 
 
-def _end(code: str, cancelled: str, last_words: str) -> tuple[Observed, str | None]:
+def _end(code: str, cancelled: str, last_line: str) -> tuple[Observed, str | None]:
     if code == "0":
         return Observed.DONE, None
     if code == "-":
         why = "cancelled" if cancelled == "1" else "the process vanished without an exit code"
         return Observed.FAILED, why
     why = f"cancelled (exit code {code})" if cancelled == "1" else f"exit code {code}"
-    words = one_line(last_words)
+    words = one_line(last_line)
     return Observed.FAILED, f"{why}: {words}" if words else why

@@ -102,7 +102,7 @@ observe() {
     fi 2> /dev/null
     [ -e "$1/cancelled" ] || [ -h "$1/cancelled" ] && cancelled=1 || cancelled=0
     words=
-    [ "$code" = 0 ] || last_words "$1/stderr"
+    [ "$code" = 0 ] || last_line "$1/stderr"
     say ended "$1" "$code" "$cancelled" "$words"
 }
 
@@ -167,7 +167,7 @@ find_groups() {
 } 2> /dev/null
 
 # The last line of the file that is not blank, in $words.
-last_words() {
+last_line() {
     words=
     is_text "$1" || return 0
     rest=$(tail -c 4096 "$1")

@@ -1,8 +1,8 @@
-"""The text of remote commands, and what comes back. Values are quoted here and nowhere else."""
+"""Build remote commands and parse their responses. Values are quoted here and nowhere else."""
 
 from __future__ import annotations
 
-__all__ = ["Garbled", "Refused", "command", "is_stamp", "parse", "quote"]
+__all__ = ["InvalidResponse", "Refused", "command", "is_stamp", "parse", "quote"]
 
 import re
 import secrets
@@ -19,12 +19,12 @@ _FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 _STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class Garbled(CEUnavailableError):
-    """The answer is not whole, or not what a host with a shell says."""
+class InvalidResponse(CEUnavailableError):
+    """The response is incomplete, or not one of a shell."""
 
 
 class Refused(CEUnavailableError):
-    """The host has done nothing at all, and says why."""
+    """The host refused the command, and nothing was done."""
 
 
 class Command(NamedTuple):
@@ -35,12 +35,12 @@ class Command(NamedTuple):
 
 
 def is_stamp(stamp: str) -> bool:
-    """Whether it can be the name of a directory, and nothing else."""
+    """Whether the stamp is safe as the name of a directory."""
     return _STAMP.fullmatch(stamp) is not None
 
 
 def quote(value: str) -> str:
-    """The value as one word of a POSIX shell, whatever it holds. A NUL character, which no shell can, is gone."""
+    """Quote any value as one word of a POSIX shell; NUL characters are dropped."""
     return shlex.quote(value.replace("\0", ""))
 
 
@@ -58,7 +58,7 @@ def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
     """The records of an answer: the first word of each, and the rest, which may have many lines.
 
     Raises:
-        Garbled, Refused
+        InvalidResponse, Refused
     """
     records = []
     for record in answer.stdout.split(f"\n{mark} ")[1:]:
@@ -69,5 +69,7 @@ def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
         records.append((word, rest))
     if not records or records.pop()[0] != "end":
         said = one_line((answer.stderr.strip() or answer.stdout.strip())[-200:])
-        raise Garbled(f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}")
+        raise InvalidResponse(
+            f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}"
+        )
     return records

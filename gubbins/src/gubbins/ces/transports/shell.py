@@ -1,4 +1,4 @@
-"""Commands on the host that speaks to a site: run to their end, or ended with all that they started."""
+"""Run commands on this host, with time-outs; a command that does not end is killed with its children."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import IO, NamedTuple, Protocol, Self
 from gubbins.domain.exceptions import CEUnavailableError
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""More than any honest answer has, on stdout or stderr."""
+"""Limit of the output of a command, on stdout and on stderr."""
 
 # Not everything: the worker's environment holds the passwords of its databases.
 _INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER")
 
 
 def inherited_environment() -> dict[str, str]:
-    """What of the worker's environment others may see."""
+    """The variables of the worker's environment that commands and pilots may see."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ}
 
 
 class Completed(NamedTuple):
-    """How a command ended."""
+    """Result of a command."""
 
     returncode: int
     stdout: str
@@ -116,7 +116,7 @@ class _Pipe:
         self.write_end.close()
 
     async def read(self) -> bytes:
-        """Read until nobody has the write end any more.
+        """Read until the write end is closed everywhere.
 
         Raises:
             ValueError: there is more than `MAX_ANSWER_BYTES`.

@@ -1,4 +1,4 @@
-"""Commands on a host that is reached through SSH: one connection, whose other end is who we think it is."""
+"""Run commands on a host through SSH, on one connection with a verified host key."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SSHHost(CESettings):
 
 
 class SSHError(CEUnavailableError):
-    """The host could not be asked: no connection, not the right host, no answer in time."""
+    """The command could not be run: no connection, wrong host key, no response in time."""
 
 
 class SSHShell:
@@ -175,8 +175,7 @@ class SSHShell:
                 except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
                     if not self._known_keys(known_hosts):
                         raise
-                    # It may have none of the kinds of key that are known of it, whoever of us noticed first:
-                    # hear which one it has.
+                    # The host may have no key of the known kinds: connect once more to learn its key.
                     return await connect(server_host_key_algs="default")
         except TimeoutError as error:
             raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
@@ -203,7 +202,7 @@ class SSHShell:
         try:
             return asyncssh.read_known_hosts(str(path))
         except FileNotFoundError:
-            return asyncssh.import_known_hosts("")  # nobody is known; the refusal will name the file
+            return asyncssh.import_known_hosts("")  # no host is known; the error will name the file
         except (OSError, ValueError) as error:
             raise SSHError(f"cannot read the known hosts in {path}: {error}") from error
 
@@ -245,7 +244,7 @@ async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: by
     try:
 
         async def feed() -> None:
-            # A command that does not want to hear it all may still have an answer.
+            # A command that closes its input early may still have a response.
             with contextlib.suppress(BrokenPipeError, ConnectionError):
                 process.stdin.write(stdin)
                 await process.stdin.drain()

@@ -1,4 +1,4 @@
-"""Tokens in files that others renew."""
+"""Read tokens from files that others renew."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_TOKEN_BYTES = 64 * 1024
 
 
 class CredentialsError(CEUnavailableError):
-    """Our own credentials are missing, unreadable or expired: the CE was not asked."""
+    """Our own credentials are missing, unreadable or expired: the CE was not contacted."""
 
 
 def read_token(path: Path) -> str:
@@ -40,7 +40,7 @@ def read_token(path: Path) -> str:
 
 
 def expiry_of_token(token: str) -> datetime | None:
-    """What a JSON web token says of itself; only a hint, for the CE is the one to check it."""
+    """Expiry time in a JSON web token; only a hint, for the CE verifies the token."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))

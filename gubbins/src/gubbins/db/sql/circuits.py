@@ -32,10 +32,10 @@ class CircuitsMixin(PilotSession):
 
     @transaction
     async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
-        """Whether such a call may be made now.
+        """Claim the right to make such a call now.
 
-        Of a half-open circuit one caller at a time gets True: the others have to wait for what it finds out,
-        or for `probe_seconds`, after which it is taken for dead.
+        Of a half-open circuit one caller at a time gets True and makes the probe; the others wait for its result,
+        or for `probe_seconds`, after which the caller is taken for dead.
         """
         now = clock.now()
         await self.lock_ces([ce_name])

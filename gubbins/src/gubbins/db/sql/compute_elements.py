@@ -216,9 +216,9 @@ class ComputeElementsMixin(PilotSession):
 
     @transaction
     async def holds_pilots(self, name: str, *, lock: bool = False) -> bool:
-        """Whether any slot of the compute element is taken, by whatever VO.
+        """Whether any slot of the compute element is taken, by any VO.
 
-        With `lock`, nobody else reserves one there until the transaction ends.
+        With `lock`, no other transaction reserves one there until this one ends.
         """
         taken = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
         if lock:
@@ -246,7 +246,7 @@ class ComputeElementsMixin(PilotSession):
 
     @transaction
     async def record_ce_error(self, name: str, message: str | None) -> None:
-        """Remember what the compute element last complained about; None: it is well again."""
+        """Record the last error of the compute element; None: clear it."""
         statement = update(ComputeElements).where(ComputeElements.name == name)
         if message is None:
             # Touches the row only when there is something to clear.

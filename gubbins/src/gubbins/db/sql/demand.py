@@ -19,11 +19,11 @@ from .session import PilotSession
 
 
 class Demand(NamedTuple):
-    """How many more pilots a VO would have taken at a compute element when it last asked."""
+    """Number of further pilots that a VO wanted at a compute element in its last round."""
 
     wanted: int
     asked_at: datetime
-    granted_at: datetime | None  # when it last got some
+    granted_at: datetime | None  # when it last got a slot
 
 
 class DemandMixin(PilotSession):
@@ -31,7 +31,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
-        """Note that `count` `MyPilotTask`s of the VO are on their way to the compute element."""
+        """Add `count` requests: as many `MyPilotTask`s of the VO are on their way to the compute element."""
         now = clock.now()
         if count > 0:
             row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
@@ -39,7 +39,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> int:
-        """Strike out the oldest requests, for their tasks have started; return how many there were to do so."""
+        """Delete the oldest requests, for their tasks have started; return the number deleted."""
         oldest = (
             select(PilotRequests.id)
             .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
@@ -55,10 +55,10 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
-        """Requests newer than `since`, as {(compute element, VO): number}; older ones are struck out.
+        """Requests newer than `since`, as {(compute element, VO): number}; older ones are deleted.
 
-        Until the transaction ends, no other transaction gets past this line: whoever adds requests after
-        counting them counts all of them.
+        Until the transaction ends, no other transaction gets past this line: all requests are counted before
+        any are added.
         """
         await self.lock_ces()
         await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
@@ -71,7 +71,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def count_slots(self) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
-        """Who holds slots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}; absent means none."""
+        """Count held slots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}; absent means none."""
         statement = (
             select(Pilots.ce_name, Pilots.vo, Pilots.status, func.count())
             .where(Pilots.status.in_(ACTIVE))
@@ -84,7 +84,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def get_demand(self) -> dict[tuple[str, str], Demand]:
-        """What each VO would have taken when it last asked, by (compute element, VO)."""
+        """Demand of each VO in its last round, by (compute element, VO)."""
         rows = await self.conn.execute(
             select(
                 PilotDemand.ce_name,
@@ -98,7 +98,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def put_demand(self, vo: str, demand: Mapping[str, Demand]) -> None:
-        """Note what the VO would take at these compute elements, in place of what it wanted before."""
+        """Replace the demand of the VO at these compute elements."""
         if not demand:
             return
         await self.conn.execute(delete(PilotDemand).where(PilotDemand.vo == vo, PilotDemand.ce_name.in_(demand)))

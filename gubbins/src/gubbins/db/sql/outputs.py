@@ -1,4 +1,4 @@
-"""What pilots that ended have written: asked for at their end, kept for a while."""
+"""Output of pilots that ended: queued at their end, stored, pruned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PRUNED_AT_ONCE = 1_000
 
 
 class Output(NamedTuple):
-    """What a pilot wrote, or why that is not known."""
+    """Output of a pilot, or the reason why there is none."""
 
     pilot_id: int
     expires_at: datetime
@@ -36,7 +36,7 @@ class OutputsMixin(PilotSession):
 
     @transaction
     async def queue_outputs(self, pilot_ids: Sequence[int]) -> None:
-        """Note that the output of these pilots is to be fetched."""
+        """Queue the output of these pilots to be fetched."""
         if not pilot_ids:
             return
         these = await self._staged([(id, None) for id in pilot_ids])
@@ -79,7 +79,7 @@ class OutputsMixin(PilotSession):
         return (await self.conn.execute(statement)).all()
 
     async def store_outputs(self, outputs: Collection[Output]) -> None:
-        """Keep what was fetched."""
+        """Store fetched outputs."""
         # Before the transaction, and beside the event loop: these may be a hundred megabytes.
         rows = await asyncio.to_thread(_rows, outputs)
         if rows:
@@ -122,7 +122,7 @@ class OutputsMixin(PilotSession):
         }
 
     async def prune_outputs(self) -> int:
-        """Forget outputs whose time is over, some of them; return how many."""
+        """Delete some of the expired outputs; return the number deleted."""
         expired = select(PilotOutputs.pilot_id, PilotOutputs.ce_name).where(PilotOutputs.expires_at < clock.now())
         rows = await self._rows(expired.limit(_PRUNED_AT_ONCE))
         return await self._delete_outputs([row[0] for row in rows], {row[1] for row in rows}) if rows else 0

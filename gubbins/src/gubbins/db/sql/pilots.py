@@ -157,7 +157,7 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def get_pilot_summary(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-        """How many pilots there are, as {VO: {compute element: {state: number}}}; absent means none."""
+        """Count pilots, as {VO: {compute element: {state: number}}}; absent means none."""
         statement = (
             select(Pilots.vo, Pilots.ce_name, Pilots.status, func.count())
             .group_by(Pilots.vo, Pilots.ce_name, Pilots.status)

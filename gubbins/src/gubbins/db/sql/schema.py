@@ -167,7 +167,7 @@ class CECircuits(MyPilotDBBase):
     failures: Mapped[int] = mapped_column("Failures", Integer, key="failures")
     # Before that no call is made; NULL: there were too few failures to pause.
     open_until: Mapped[datetime | None] = mapped_column("OpenUntil", UTCDateTime, key="open_until")
-    # Somebody tries whether it works again, and until then nobody else does; NULL: nobody.
+    # Until then one caller probes whether it works again; NULL: no probe.
     probe_until: Mapped[datetime | None] = mapped_column("ProbeUntil", UTCDateTime, key="probe_until")
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
@@ -202,13 +202,13 @@ class Pilots(MyPilotDBBase):
     __table_args__ = (
         # The active ones of a compute element: among a million that ended they are few.
         Index("idx_pilots_ce_status", "ce_name", "status"),
-        # Who holds slots where.
+        # Slots held, by compute element and VO.
         Index("idx_pilots_status_ce_vo", "status", "ce_name", "vo"),
-        # Those of a VO, and how many there are at each compute element in each state.
+        # Those of a VO, by state and compute element.
         Index("idx_pilots_vo_status_ce", "vo", "status", "ce_name"),
         # A VO's newest.
         Index("idx_pilots_vo_id", "vo", "id"),
-        # Those to forget.
+        # Those to delete.
         Index("idx_pilots_ended", "ended_at"),
         UTF8,
     )
@@ -253,7 +253,7 @@ class PilotRequests(MyPilotDBBase):
 
 
 class PilotDemand(MyPilotDBBase):
-    """How many pilots a VO would have had at a compute element when it last asked: what a fair share respects."""
+    """Demand of a VO at a compute element, which fair shares take into account."""
 
     __tablename__ = "PilotDemand"
     __table_args__ = UTF8
@@ -262,15 +262,15 @@ class PilotDemand(MyPilotDBBase):
         "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
     )
     vo: Mapped[str] = mapped_column("VO", _VO, primary_key=True, key="vo")
-    # How many more it would have taken.
+    # Further pilots wanted.
     wanted: Mapped[int] = mapped_column("Wanted", Integer, key="wanted")
     asked_at: Mapped[datetime] = mapped_column("AskedAt", UTCDateTime, key="asked_at")
-    # When it last got some; NULL: never.
+    # When it last got a slot; NULL: never.
     granted_at: Mapped[datetime | None] = mapped_column("GrantedAt", UTCDateTime, key="granted_at")
 
 
 class PilotOutputs(MyPilotDBBase):
-    """What a pilot that ended wrote, or the wish to have it."""
+    """Output of a pilot that ended, or the request to fetch it."""
 
     __tablename__ = "PilotOutputs"
 

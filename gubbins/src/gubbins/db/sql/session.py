@@ -81,10 +81,10 @@ class PilotSession(Database):
             yield
 
     async def lock_ces(self, names: Collection[str] | None = None) -> int:
-        """Hold the rows of these compute elements (None: of all) until the transaction ends; how many there are.
+        """Lock the rows of these compute elements (None: of all) until the transaction ends; return their number.
 
-        Whoever locks pilots or compute elements at some of them begins with this: it locks in the order of
-        the names, so that no two wait for each other. (MySQL locks the compute element of each pilot whose
+        Every transaction that locks pilots or compute elements begins with this: it locks in the order of the
+        names, so that no two wait for each other. (MySQL locks the compute element of each pilot whose
         state changes, for its foreign key.) An UPDATE that changes nothing, because SQLite has no SELECT …
         FOR UPDATE.
         """
@@ -109,14 +109,14 @@ class PilotSession(Database):
         return (await self.conn.execute(statement)).all()
 
     async def _staged(self, rows: Sequence[tuple[int, str | None]]) -> Subquery:
-        """These rows as a derived table `id, reason`, for a statement of the present transaction."""
+        """Make a derived table `id, reason` of these rows, for a statement of the present transaction."""
         if self.conn.dialect.name == "postgresql" and len(rows) > LARGE_BATCH_ROWS:
             # With no statistics yet (a burst of new pilots) it would read the whole list for each pilot.
             await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
         return _staged_rows(self.conn.dialect.name, rows)
 
     def _are(self, these: Subquery, id: Any = Pilots.id) -> ColumnElement[bool]:
-        """That a pilot is one of these rows, in words by which the server finds it without reading all pilots."""
+        """Condition that a pilot is one of these rows, in a form that the server answers from an index."""
         if self.conn.dialect.name == "postgresql":
             # Without nested loops it could look up each only so.
             ids = func.array(select(these.c.id).scalar_subquery(), type_=ARRAY(BigInteger))
@@ -134,7 +134,7 @@ class PilotSession(Database):
 
 
 def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
-    """These rows in lists that fit a packet: all in one, unless 100,000 of them have long reasons."""
+    """Split rows into lists that fit a packet: all in one, unless 100,000 of them have long reasons."""
     portion: list[tuple[int, str | None]] = []
     size = 0
     for row in rows:
@@ -151,7 +151,7 @@ def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int,
 
 
 def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
-    """These rows as a derived table `id, reason`, to join with; a row without a reason has NULL.
+    """Make a derived table `id, reason` of these rows, to join with; a row without a reason has NULL.
 
     One bound parameter, whatever their number: a list of 100,000 ids is too long for bound parameters (SQLite
     takes 32,766, PostgreSQL 65,535), and a statement per chunk is not a constant number of statements (P62). All

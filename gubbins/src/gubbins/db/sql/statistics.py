@@ -1,4 +1,4 @@
-"""How it went lately, counted by the server."""
+"""Pilot statistics, counted by the server."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
 
 
 class StatisticsMixin(PilotSession):
-    """Counts of what happened since some moment, which read the pilots since then and no others."""
+    """Counts of events since some moment, which read the pilots since then and no others."""
 
     @transaction
     async def count_ended_pilots(self, since: datetime, *, vo: str | None) -> dict[str, dict[str, int]]:
-        """How many ended since then, as {compute element: {state: number}}; `vo=None`: of every VO."""
+        """Count pilots that ended since then, as {compute element: {state: number}}; `vo=None`: of every VO."""
         where = [Pilots.ended_at >= since, *_of(vo)]
         counted: Select[Any] = select(_CE, *_COUNTED).where(*where).group_by(text("ce"), Pilots.status)
         ended: dict[str, dict[str, int]] = {}
@@ -42,7 +42,7 @@ class StatisticsMixin(PilotSession):
     async def count_steps(
         self, since: datetime, now: datetime, *, vo: str | None
     ) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
-        """How many are in each active state now, and how many entered each state since then.
+        """Count pilots in each active state now, and those that entered each state since then.
 
         Args:
             since: the beginning.
@@ -64,7 +64,7 @@ class StatisticsMixin(PilotSession):
         counted = _by_end(select(submitted, started, ended, *_COUNTED).group_by(*groups))
         active: Counter[MyPilotStatus] = Counter()
         entered: dict[MyPilotStatus, Counter[int]] = {status: Counter() for status in MyPilotStatus}
-        # Whoever took a step since then is active, or has ended since then.
+        # A pilot that took a step since then is active, or has ended since then.
         for alive in (False, True):
             these = Pilots.ended_at.is_(None) if alive else Pilots.ended_at >= since
             for *quarters, status, count in await self.conn.execute(counted.where(these, *_of(vo))):
@@ -77,7 +77,7 @@ class StatisticsMixin(PilotSession):
         return active, entered
 
     def _quarters(self, moment: Any, name: str, since: datetime, now: datetime) -> Label[Any]:
-        """How many quarters of an hour ago that was; NULL: before, or never."""
+        """Age of a moment in quarters of an hour; NULL: before `since`, or never."""
         present = literal(now, UTCDateTime)
         quarters: ColumnElement[Any]
         match self.engine.dialect.name:

@@ -32,15 +32,14 @@ class SubmissionsMixin(PilotSession):
     async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None, granted: bool = False) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id.
 
-        This is THE gate of capacity and rules. The row of the compute element is locked first, so all
-        submissions to one compute element pass here one after the other, from whatever process, and none of
-        them can count too few (P60).
+        This is the gate of capacity and rules. The row of the compute element is locked first, so all
+        submissions to one compute element pass here one after the other, and none counts too few (P60).
 
         Args:
             ce_name: where.
             vo: whose.
             stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
-            granted: a round has asked for it, and its request was struck out in this transaction.
+            granted: a round has requested it, and its request was deleted in this transaction.
 
         Raises:
             UnknownCEError, CEDisabledError, VONotServedError, NoRoomError, SubmissionLimitError: as they say;
@@ -55,7 +54,7 @@ class SubmissionsMixin(PilotSession):
         ).one()
         if not ce.enabled:
             raise CEDisabledError(ce_name)
-        # SQLite would keep a name of any length.
+        # SQLite stores names of any length.
         if not serves(ce.vos, vo) or not 0 < len(vo) <= MAX_VO_CHARS:
             raise VONotServedError(ce_name, vo)
         await check_limits(self.conn, dict(ce._mapping), vo, granted=granted)
@@ -91,7 +90,7 @@ class SubmissionsMixin(PilotSession):
 
     @transaction
     async def confirm_submission(self, pilot_id: int, stamp: str, reference: str) -> tuple[int, str] | None:
-        """Note the compute element's own name of the pilot with this stamp, unless it has one.
+        """Record the compute element's reference of the pilot with this stamp, unless it has one.
 
         Args:
             pilot_id: its id when its slot was reserved; since that was undone, the id may be another pilot's.
@@ -115,7 +114,7 @@ class SubmissionsMixin(PilotSession):
 
     @transaction
     async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
-        """Note the compute element's own names of pilots (id, reference), and return how many there are."""
+        """Record the references of pilots (id, reference), and return the number of pilots found."""
         if not references:
             return 0
         if len(references) == 1:  # a join may read, and lock, other pilots of a small table
@@ -133,7 +132,7 @@ class SubmissionsMixin(PilotSession):
 
     @transaction
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
-        """Undo reservations that never became pilots, and return how many were undone.
+        """Undo reservations that never became pilots; return the number undone.
 
         Only SUBMITTED pilots whose submission was not confirmed: a pilot that existed is never forgotten.
         """
@@ -153,7 +152,7 @@ class SubmissionsMixin(PilotSession):
 
     @transaction
     async def restore_pilot(self, ce_name: str, vo: str, *, stamp: str, reference: str, reason: str) -> int:
-        """Take up a pilot whose reservation was undone and that came through all the same, to be ended.
+        """Restore a pilot whose reservation was undone but that the compute element accepted, to be cancelled.
 
         It is SUBMITTED, with its cancellation requested. It holds a slot, for it is there: this is the one way
         past the capacity gate.

@@ -1,4 +1,4 @@
-"""The state machine: every step of every pilot is a compare-and-set in here."""
+"""State machine of pilots: every step is a compare-and-set in here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
 
 
 def _entering(status: MyPilotStatus, now: datetime) -> dict[str, Any]:
-    """What changes in a pilot that enters a state, beside its last error."""
+    """Columns to update in a pilot that enters a state, beside its last error."""
     if status is MyPilotStatus.RUNNING:
-        # Whether its compute element knows it does not change with this: to be lost, too, a pilot must be RUNNING.
+        # `missing_since` stays: a lost pilot, too, becomes RUNNING before it fails.
         return {"status": status, "started_at": now, "last_update": now}
     return {"status": status, "ended_at": now, "last_update": now, "missing_since": None}
 
@@ -84,11 +84,11 @@ class TransitionsMixin(PilotSession):
 
         Args:
             moves: for each state to enter, the pilots (id, reason or None).
-            vo: pilots of other VOs are left alone, whatever `moves` says (P61).
+            vo: pilots of other VOs in `moves` are left alone (P61).
 
         Returns:
-            How many entered each state. A pilot that is not in the state before (somebody else was faster)
-            is left as it is and not counted.
+            The number that entered each state. A pilot that is not in the state before (another process was
+            faster) is left as it is and not counted.
         """
         now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
@@ -111,8 +111,8 @@ class TransitionsMixin(PilotSession):
             .where(self._are(these), Pilots.status == PREDECESSOR[status], Pilots.vo == vo)
             .values(**_entering(status, now), last_error=func.coalesce(these.c.reason, Pilots.last_error))
         )
-        # Whoever moved a pilot into this state wrote its history in the same transaction. So of the staged
-        # pilots in this state, those without history are the ones the statement above has moved.
+        # Each move writes history in the same transaction. So of the staged pilots in this state, those
+        # without history are the ones that the statement above has moved.
         recorded = await self.conn.execute(
             insert(PilotHistory).from_select(
                 ["pilot_id", "status", "at", "reason"],
@@ -134,9 +134,9 @@ class TransitionsMixin(PilotSession):
 
     @transaction
     async def count_illegal_histories(self) -> int:
-        """How many pilots came to where they are by any other way than the state machine's arrows.
+        """Count pilots with a history that the state machine does not allow.
 
-        Always 0: every way into a state passes through here. The question is cheap, so it can be asked.
+        Always 0: every way into a state passes through here.
         """
         steps = {status: func.sum(case((PilotHistory.status == status, 1), else_=0)) for status in MyPilotStatus}
         legal = or_(

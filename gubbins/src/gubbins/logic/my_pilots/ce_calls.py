@@ -1,4 +1,4 @@
-"""From a row of the database to a back end that can be spoken to."""
+"""Open the back end of a compute element, and describe its failures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gubbins.domain.text import one_line
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5
-"""Giving back connections may take so long: what the compute element has answered waits for it."""
+"""Longest time to close connections: the response of the compute element waits for it."""
 
 
 @contextlib.asynccontextmanager
 async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
-    """The back end of a compute element, closed afterwards; what goes wrong then is worth a line in the log only.
+    """Open the back end of a compute element; errors while it is closed are only logged.
 
     Raises:
         CESettingsError: the back end is not installed here, or its settings are wrong.
@@ -42,7 +42,7 @@ async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
 
 
 def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
-    """One line for people: what a compute element did instead of answering."""
+    """Describe a failed call to a compute element in one line."""
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {rules_of(ce).timeout_seconds:g} s"
     return one_line(error, MAX_REASON_CHARS)

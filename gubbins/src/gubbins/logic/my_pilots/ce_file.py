@@ -1,4 +1,4 @@
-"""The file `ces.yaml`: what compute elements there are. Checked as a whole, every mistake with its path."""
+"""Parse the file `ces.yaml` of compute elements; every mistake with its path."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gubbins.domain.exceptions import CESettingsError, GubbinsError
 from gubbins.domain.rules import CERules, VORules
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
-"""What the name of a compute element looks like."""
+"""Pattern of the name of a compute element."""
 
 
 class CESpec(BaseModel):
-    """A compute element as a user describes it."""
+    """Specification of a compute element."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -144,7 +144,7 @@ def _problem(at: str, problem: Any) -> tuple[str, str]:
         return path, "missing"
     if problem["type"] == "value_error":
         return path, problem["msg"].removeprefix("Value error, ")
-    return path, problem["msg"]  # without the value: whatever stands in the wrong place may be a secret
+    return path, problem["msg"]  # without the value, which may be a secret
 
 
 def _where(error: yaml.YAMLError) -> tuple[str, str]:

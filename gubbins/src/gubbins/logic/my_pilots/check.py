@@ -1,4 +1,4 @@
-"""Follow the pilots of one VO: ask their compute elements, and move each at most one step (P61)."""
+"""Check the pilots of one VO: poll their compute elements, and move each at most one step (P61)."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from .response_validation import check_observations
 logger = logging.getLogger(__name__)
 
 PROMPT_SECONDS = 2
-"""What has been answered by then is written down, without waiting for slower compute elements.
+"""Responses are recorded after so long, without waiting for slower compute elements.
 
-Tidying up at compute elements is given so much time after the last answer, and no more.
+Cleaning up at compute elements gets so much time after the last response, and no more.
 """
 
 CYCLE_SECONDS = 30
-"""Compute elements that have answered are asked again after that, while others keep the check from ending."""
+"""Compute elements that have responded are polled again after that, while others keep the check from ending."""
 
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What one compute element said."""
+class PollResult:
+    """Response of one compute element."""
 
     observations: Mapping[str, Observation]
-    complaint: str | None  # about the cancellations, which did not keep it from answering
+    cancel_error: str | None  # of the cancellations; the poll succeeded
 
 
 @dataclass(frozen=True)
-class _Question:
-    """One compute element, and the pilots of a VO that it is asked about."""
+class PollRequest:
+    """A poll of one compute element about pilots of a VO."""
 
     ce: Mapping[str, Any]
     vo: str
@@ -59,11 +59,11 @@ class _Question:
 
     @cached_property
     def ends_with_output(self) -> frozenset[MyPilotStatus]:
-        """The ends at which output is to be fetched: found out once, for many may end at a time."""
+        """The ends at which output is to be fetched; computed once, for many may end at a time."""
         return ends_with_output(self.ce)
 
     def described(self, pilot: Any) -> PilotAtCE:
-        """One of them, as the compute element is told of it."""
+        """One of the pilots, as it is sent to the compute element."""
         return PilotAtCE(
             pilot.stamp,
             self.vo,
@@ -76,8 +76,8 @@ class _Question:
 
 
 @dataclass
-class _Findings:
-    """What a check will write down, for all compute elements that have answered."""
+class StatusChanges:
+    """State changes that a check records, for all compute elements that have responded."""
 
     moves: dict[MyPilotStatus, list[tuple[int, str | None]]] = field(default_factory=lambda: defaultdict(list))
     confirmed: list[tuple[int, str]] = field(default_factory=list)
@@ -87,48 +87,46 @@ class _Findings:
     ended: dict[str, list[PilotAtCE]] = field(default_factory=lambda: defaultdict(list))  # by compute element
     outputs: list[int] = field(default_factory=list)
 
-    def end(self, question: _Question, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
+    def end(self, request: PollRequest, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
         self.moves[status].append((pilot.pilot_id, reason))
-        if status in question.ends_with_output:
-            self.outputs.append(pilot.pilot_id)  # the CE may forget it when that is stored
+        if status in request.ends_with_output:
+            self.outputs.append(pilot.pilot_id)  # cleaned up when that is stored
         else:
-            self.ended[question.ce["name"]].append(question.described(pilot)._replace(status=status))
+            self.ended[request.ce["name"]].append(request.described(pilot)._replace(status=status))
 
 
-_Asked: TypeAlias = dict[asyncio.Task[_Answer], _Question]
+_Polls: TypeAlias = dict[asyncio.Task[PollResult], PollRequest]
 
 
 async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus, int]:
     """Move the VO's pilots on, and return how many entered each state.
 
-    A handful of statements, whatever the number of pilots (P62), and no transaction while compute elements
-    are being asked: all of them at once, and a slow one does not keep back what the others have said. While
-    it lasts for longer than a cycle, the others are asked again, as if it were not there.
+    A constant number of statements (P62), and no transaction while compute elements
+    are being polled: all of them at once, and a slow one does not delay the responses of the others. While
+    it lasts for longer than a cycle, the others are polled again, as if it were not there.
 
     In each cycle a pilot makes one step towards what its compute element says: one that has already ended
-    when it is first seen is RUNNING then, and at its end in the next. A compute element that cannot be asked
-    keeps its pilots as they are, and the complaint. One that is banned, or left in peace because it failed
-    too often, is not asked.
+    when it is first seen is RUNNING then, and at its end in the next. The pilots of a compute element that does
+    not respond stay as they are, and its error is recorded. One that is banned, or paused because it failed too
+    often, is not polled.
     """
     counts: Counter[MyPilotStatus] = Counter()
     asked = await _ask_all(db, vo, ())
-    first = frozenset(
-        asked
-    )  # this lasts as long as they do; those that are asked again do not prolong it for ever
+    first = frozenset(asked)  # the check lasts as long as these do; those polled again do not prolong it
     again_at = time.monotonic() + CYCLE_SECONDS
     tidying: list[asyncio.Task[None]] = []
     try:
         while asked:
             answered, _ = await asyncio.wait(asked, timeout=PROMPT_SECONDS)
             if answered:
-                questions = {task: asked.pop(task) for task in answered}
-                findings, entered = await _note(db, vo, questions)
+                requests = {task: asked.pop(task) for task in answered}
+                changes, entered = await _note(db, vo, requests)
                 counts.update(entered)
-                ces = {question.ce["name"]: question.ce for question in questions.values()}
-                tidying += [asyncio.create_task(_forget(ces[name], e)) for name, e in findings.ended.items()]
+                ces = {request.ce["name"]: request.ce for request in requests.values()}
+                tidying += [asyncio.create_task(_cleanup(ces[name], e)) for name, e in changes.ended.items()]
             if time.monotonic() >= again_at and not first.isdisjoint(asked):
-                asked |= await _ask_all(db, vo, [question.ce["name"] for question in asked.values()])
+                asked |= await _ask_all(db, vo, [request.ce["name"] for request in asked.values()])
                 again_at = time.monotonic() + CYCLE_SECONDS
         if tidying:
             await asyncio.wait(tidying, timeout=PROMPT_SECONDS)
@@ -139,131 +137,132 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
     return dict(counts)
 
 
-async def _ask_all(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Asked:
-    """Begin to ask the compute elements that have pilots of the VO, except those of these names."""
+async def _ask_all(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Polls:
+    """Begin to poll the compute elements that have pilots of the VO, except those of these names."""
     by_ce: dict[str, list[Any]] = defaultdict(list)
     for pilot in await db.get_active_pilots(vo=vo):
         if pilot.ce_name not in all_but:
             by_ce[pilot.ce_name].append(pilot)
     if not by_ce:
         return {}
-    questions = [
-        _Question(ce, vo, by_ce[ce["name"]])
+    requests = [
+        PollRequest(ce, vo, by_ce[ce["name"]])
         for ce in await db.get_ces()
         if ce["name"] in by_ce and await may_call(db, ce, CECall.STATUS)
     ]
-    return {asyncio.create_task(_ask(question)): question for question in questions}
+    return {asyncio.create_task(_ask(request)): request for request in requests}
 
 
-async def _ask(question: _Question) -> _Answer:
-    ce = question.ce
-    described = [question.described(pilot) for pilot in question.pilots]
+async def _ask(request: PollRequest) -> PollResult:
+    ce = request.ce
+    described = [request.described(pilot) for pilot in request.pilots]
     seconds = rules_of(ce).timeout_seconds
-    complaint = None
+    cancel_error = None
     async with backend_of(ce) as backend:
-        # A cancellation is asked for again until the pilot has ended: the first request may have been lost.
+        # A cancellation is repeated until the pilot has ended: the first request may have been lost.
         if to_cancel := [pilot for pilot in described if pilot.cancel_requested]:
             try:
                 async with asyncio.timeout(seconds):
                     await backend.cancel(to_cancel)
             except Exception as error:
-                complaint = f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}"
+                cancel_error = f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}"
         async with asyncio.timeout(seconds):
             answer = await backend.poll(described)
-        return _Answer(check_observations(ce, answer, (pilot.stamp for pilot in described)), complaint)
+        return PollResult(check_observations(ce, answer, (pilot.stamp for pilot in described)), cancel_error)
 
 
-async def _note(db: MyPilotDB, vo: str, answered: _Asked) -> tuple[_Findings, dict[MyPilotStatus, int]]:
-    """Write down, in one transaction, what these compute elements have answered.
+async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
+    """Record the responses of these compute elements in one transaction.
 
     Returns:
-        That, and how many pilots entered each state.
+        The changes, and the number of pilots that entered each state.
     """
-    findings = _Findings()
+    changes = StatusChanges()
     failures: dict[str, str] = {}
-    complaints: dict[str, str | None] = {}
-    ces = {question.ce["name"]: question.ce for question in answered.values()}
+    cancel_errors: dict[str, str | None] = {}
+    ces = {request.ce["name"]: request.ce for request in answered.values()}
     now = clock.now()
-    for task, question in answered.items():
-        name = question.ce["name"]
-        # Nobody else has cancelled it.
-        error = CEUnavailableError("its back end broke off") if task.cancelled() else task.exception()
+    for task, request in answered.items():
+        name = request.ce["name"]
+        error = CEUnavailableError("its back end was cancelled") if task.cancelled() else task.exception()
         if isinstance(error, Exception):
-            failures[name] = describe_failure(question.ce, error)
+            failures[name] = describe_failure(request.ce, error)
             logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name])
         elif error is not None:
             raise error
         else:
             answer = task.result()
-            complaints[name] = answer.complaint
-            _judge(question, answer.observations, now, findings)
+            cancel_errors[name] = answer.cancel_error
+            _evaluate(request, answer.observations, now, changes)
 
     async def write() -> tuple[dict[MyPilotStatus, int], int]:
         await db.lock_ces(ces)
-        entered = await db.advance_pilots(findings.moves, vo=vo)
-        await db.queue_outputs(findings.outputs)
-        await db.confirm_pilots(findings.confirmed)
-        await db.set_pilots_missing(findings.gone_missing, now)
-        await db.set_pilots_missing(findings.found_again, None)
-        released = await db.release_pilots(findings.never_submitted)
-        for name in sorted({*failures, *complaints}):
+        entered = await db.advance_pilots(changes.moves, vo=vo)
+        await db.queue_outputs(changes.outputs)
+        await db.confirm_pilots(changes.confirmed)
+        await db.set_pilots_missing(changes.gone_missing, now)
+        await db.set_pilots_missing(changes.found_again, None)
+        released = await db.release_pilots(changes.never_submitted)
+        for name in sorted({*failures, *cancel_errors}):
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
                 continue
-            # Whoever answers polls is well, although not all may be cancelled there.
+            # A response to a poll is a success, although not all pilots may be cancelled there.
             await note_success(db, ces[name], CECall.STATUS)
-            if (complaint := complaints[name]) is not None:
-                await db.record_ce_error(name, complaint)
+            if (cancel_error := cancel_errors[name]) is not None:
+                await db.record_ce_error(name, cancel_error)
         return entered, released
 
     entered, released = await db.run(write)
     if released:
-        logger.warning("Undid submissions of %s that were never confirmed: %s", vo, findings.never_submitted)
-    return findings, entered
+        logger.warning("Undid submissions of %s that were never confirmed: %s", vo, changes.never_submitted)
+    return changes, entered
 
 
-def _judge(
-    question: _Question, observations: Mapping[str, Observation], now: datetime, findings: _Findings
+def _evaluate(
+    request: PollRequest, observations: Mapping[str, Observation], now: datetime, changes: StatusChanges
 ) -> None:
-    rules = rules_of(question.ce)
-    for pilot in question.pilots:
+    rules = rules_of(request.ce)
+    for pilot in request.pilots:
         seen = observations.get(pilot.stamp)
         if seen is None:
-            _judge_unknown(question, pilot, now, rules, findings)
+            _evaluate_unknown(request, pilot, now, rules, changes)
             continue
         if seen.state is Observed.NO_NEWS:
             continue
         if pilot.missing_since is not None:
-            findings.found_again.append(pilot.pilot_id)
+            changes.found_again.append(pilot.pilot_id)
         if pilot.reference is None and seen.reference is not None:
-            findings.confirmed.append((pilot.pilot_id, seen.reference))
+            changes.confirmed.append((pilot.pilot_id, seen.reference))
         if pilot.status is MyPilotStatus.SUBMITTED:
             if seen.state is not Observed.WAITING:
-                findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
+                changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
-            findings.end(question, pilot, end, seen.reason)
+            changes.end(request, pilot, end, seen.reason)
 
 
-def _judge_unknown(question: _Question, pilot: Any, now: datetime, rules: CERules, findings: _Findings) -> None:
-    """The compute element does not know the pilot: that is not an end, but it cannot go on for ever."""
+def _evaluate_unknown(
+    request: PollRequest, pilot: Any, now: datetime, rules: CERules, changes: StatusChanges
+) -> None:
+    """Handle a pilot that the compute element does not know: that is no end, but it cannot go on for ever."""
     if pilot.status is MyPilotStatus.SUBMITTED and pilot.reference is None:
         if now - pilot.submitted_at > timedelta(seconds=rules.unconfirmed_seconds):
-            findings.never_submitted.append(pilot.pilot_id)
+            changes.never_submitted.append(pilot.pilot_id)
     elif pilot.missing_since is None:
-        findings.gone_missing.append(pilot.pilot_id)
+        changes.gone_missing.append(pilot.pilot_id)
     elif now - pilot.missing_since > timedelta(seconds=rules.lost_seconds):
         if pilot.status is MyPilotStatus.SUBMITTED:
             # The only way to an end leads through RUNNING: it stays missing there, and the next check ends it.
-            findings.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
+            changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"
-            findings.end(question, pilot, MyPilotStatus.FAILED, reason)
+            changes.end(request, pilot, MyPilotStatus.FAILED, reason)
 
 
-async def _forget(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
-    """Tidying up only: what fails here is not worth failing a check that is already recorded."""
+async def _cleanup(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
+    """Clean up after ended pilots; a failure is only logged, for the check is already recorded."""
     try:
         async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             await backend.cleanup(ended)
     except Exception as error:
-        logger.warning("Cannot tidy up after pilots at %s: %s", ce["name"], describe_failure(ce, error))
+        logger.warning("Cannot clean up after pilots at %s: %s", ce["name"], describe_failure(ce, error))

@@ -1,4 +1,4 @@
-"""Compute elements: define, open, close, look at."""
+"""Compute elements: define, open, close, ban, list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gubbins.ces.registry import load_backend, validate_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.exceptions import CESettingsError, UnknownCEError
-from gubbins.domain.rules import CERules, rules_of, what_is_wrong_with_rules
+from gubbins.domain.rules import CERules, rules_error, rules_of
 from gubbins.domain.text import one_line
 
 from .ce_file import CESpec
@@ -67,7 +67,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
     Args:
         db: the database.
         spec: what it is.
-        by_operator: whether the request comes from somebody who may run commands on the workers' hosts.
+        by_operator: whether the request comes from an operator, who may run commands on the workers' hosts.
 
     Raises:
         CEExistsError: the name is taken.
@@ -140,10 +140,9 @@ async def set_ce_enabled(db: MyPilotDB, name: str, enabled: bool) -> bool:
 
 
 async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool:
-    """Leave a compute element alone altogether; True when it was not banned before.
+    """Ban a compute element; True when it was not banned before.
 
-    It gets no pilots, and nobody asks it what has become of those it has: they stay as they are, until it is
-    opened or closed again.
+    It gets no pilots, and those it has are not polled: they stay as they are, until it is opened or closed again.
 
     Raises:
         UnknownCEError: there is none of that name.
@@ -171,8 +170,8 @@ def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
-    """Rules that are not understood are the first thing to know of it."""
-    if (problem := what_is_wrong_with_rules(ce)) is None:
+    """The compute element, with an error in its rules in place of its last error."""
+    if (problem := rules_error(ce)) is None:
         return dict(ce)
     return {**ce, "last_error": f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"}
 

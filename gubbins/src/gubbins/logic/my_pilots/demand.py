@@ -1,4 +1,4 @@
-"""Decide how many pilots a VO should ask for, and remember what it has asked for."""
+"""Request pilots: compute a VO's demand and its fair share, and record both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
 
-from .circuits import on_trial, why_no_pilots
+from .circuits import half_open, submission_blocker
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ async def request_pilots(
     all_but: Collection[str] = (),
     waiting_jobs: Callable[[], Awaitable[int | None]] | None = None,
 ) -> dict[str, int]:
-    """Ask for pilots: how many the VO should submit now to each compute element with room.
+    """Request pilots: the number that the VO should submit now to each compute element with room.
 
-    The answer is noted, and what is already on its way (of every VO) is taken off the room first, so that
-    tasks do not pile up while workers are busy. `submit_requested_pilot` strikes a request out.
+    Requests are recorded, and those of every VO are subtracted from the room first, so that tasks do not pile up
+    while workers are busy. `submit_requested_pilot` deletes a request.
 
     How many a VO wants is a matter of the compute element's rules. Of what is free it gets its fair part,
     beside the other VOs as they last asked; as long as one of them has never asked, no more than what is
@@ -48,8 +48,8 @@ async def request_pilots(
         vos: all VOs there are; those that the compute element serves share it.
         compute_elements: names of the only ones to look at; None: all.
         all_but: names of those not to look at.
-        waiting_jobs: tells how many jobs of the VO wait; asked only where rules say `waiting_jobs`. None, and
-            the answer None: nobody knows, and only compute elements that are empty get some.
+        waiting_jobs: counts the waiting jobs of the VO; called only where rules say `waiting_jobs`. None, and
+            the result None: not known, and only compute elements that are empty get pilots.
     """
     ces = {
         ce["name"]: ce
@@ -58,7 +58,7 @@ async def request_pilots(
         and serves(ce["vos"], vo)
         and ce["name"] not in all_but
         and (compute_elements is None or ce["name"] in compute_elements)
-        and await why_no_pilots(db, ce) is None
+        and await submission_blocker(db, ce) is None
     }
     rules = {name: rules_of(ce).of(vo) for name, ce in ces.items()}
     jobs = None
@@ -90,7 +90,7 @@ async def request_pilots(
 
 @dataclass(frozen=True)
 class _Situation:
-    """Who has, and who wants, how many slots."""
+    """Slots held, requested and wanted, by compute element and VO."""
 
     vo: str
     vos: Collection[str]
@@ -103,7 +103,7 @@ class _Situation:
     waiting: int  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
 
     def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
-        """How many more pilots the VO would take, whatever the others want."""
+        """Further pilots that the VO wants, without regard to the others."""
         name = ce["name"]
         limit = UNLIMITED
         if rules.max_waiting is not None:
@@ -114,10 +114,10 @@ class _Situation:
         return min(limit, max(budget, trickle))
 
     def part(self, ce: Mapping[str, Any], rules: CERules, wanted: int) -> int:
-        """How many of them it gets now."""
+        """Number of them that it gets now."""
         name = ce["name"]
         room = ce["capacity"] - self.active[name] - self.pending[name]
-        if on_trial(ce):
+        if half_open(ce):
             room = min(room, 1 - self.pending[name])
         if rules.max_per_cycle is not None:
             wanted = min(wanted, rules.max_per_cycle)
@@ -143,7 +143,7 @@ class _Situation:
         return Sharer(share, self.held[name, vo], wanted, None if known is None else known.granted_at)
 
     def next_demand(self, name: str, wanted: int, granted: int) -> Demand:
-        """What is to be remembered of this round."""
+        """The VO's demand to record after this round."""
         before = self.demand.get((name, self.vo))
         granted_at = self.now if granted > 0 else None if before is None else before.granted_at
         return Demand(max(0, wanted), self.now, granted_at)
@@ -172,5 +172,5 @@ def _rounded_up(number: float) -> int:
 
 
 async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:
-    """Take back requests whose tasks could not be spawned."""
+    """Delete requests whose tasks could not be spawned."""
     await db.take_requests(ce_name, vo=vo, count=count)

@@ -1,4 +1,4 @@
-"""What pilots have written: fetched once they have ended, before their site forgets it, and kept for a while."""
+"""Output of pilots: collected after their end, before the site removes it, and kept for a while."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from .response_validation import check_output
 logger = logging.getLogger(__name__)
 
 COLLECTED_PER_CE = 500
-"""One round fetches no more outputs than that from a compute element; the next one goes on."""
+"""Most outputs that one round fetches from a compute element; the next one goes on."""
 
 COLLECTING_SECONDS = 30
-"""After that a round asks a compute element for no further output."""
+"""Longest time that one round fetches outputs from a compute element."""
 
 _CHUNK = 50
 _AT_A_TIME = 8
@@ -50,11 +50,11 @@ def ends_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
 
 
 async def collect_outputs(db: MyPilotDB, vo: str) -> int:
-    """Fetch what the VO's ended pilots have written, and return of how many.
+    """Collect the output of the VO's ended pilots; return the number of pilots.
 
-    From all compute elements at the same time. One may forget a pilot once its output is stored, and not before:
-    a crash on the way, or a site that is away for a while, costs no output. One that cannot be had in
-    `lost_seconds` is given up.
+    From all compute elements at the same time. A pilot is cleaned up once its output is stored, and not before:
+    a crash on the way, or a site that is away for a while, costs no output. Output that cannot be fetched in
+    `lost_seconds` is abandoned.
     """
     await db.prune_outputs()
     waiting = await db.ces_with_queued_outputs(vo=vo)
@@ -65,7 +65,7 @@ async def collect_outputs(db: MyPilotDB, vo: str) -> int:
 
 
 def _may_be_asked(ce: Mapping[str, Any]) -> bool:
-    # Outputs can wait: they are no probes of a compute element that is being tried again.
+    # Outputs can wait: they are no probes of a half-open circuit.
     return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
 
 
@@ -74,25 +74,25 @@ async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any]) -> int:
     turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=COLLECTED_PER_CE))
     try:
         async with backend_of(ce) as backend:
-            visit = _Visit(ce, vo, backend)
-            while not visit.over and (chunk := list(islice(turns, _CHUNK))):
-                fetched = await asyncio.gather(*(visit.fetch(pilot) for pilot in chunk))
+            collector = _OutputCollector(ce, vo, backend)
+            while not collector.over and (chunk := list(islice(turns, _CHUNK))):
+                fetched = await asyncio.gather(*(collector.fetch(pilot) for pilot in chunk))
                 outputs = [output for output in fetched if output is not None]
                 if not outputs:
-                    break  # it does not answer: the next round goes on
+                    break  # no response: the next round goes on
                 await db.store_outputs(outputs)
                 collected += len(outputs)
                 stored = {output.pilot_id for output in outputs}
-                await visit.forget([pilot for pilot in chunk if pilot.pilot_id in stored])
-        if visit.timed_out is not None:
-            await note_failure(db, ce, CECall.STATUS, visit.timed_out)
+                await collector.cleanup([pilot for pilot in chunk if pilot.pilot_id in stored])
+        if collector.timed_out is not None:
+            await note_failure(db, ce, CECall.STATUS, collector.timed_out)
     except Exception as error:
         logger.warning("Cannot fetch the output of pilots at %s: %s", ce["name"], describe_failure(ce, error))
     return collected
 
 
-class _Visit:
-    """One round of questions to one compute element: none is begun too late, or after one that timed out."""
+class _OutputCollector:
+    """Fetches outputs from one compute element for one round: no call is begun too late, or after a time-out."""
 
     def __init__(self, ce: Mapping[str, Any], vo: str, backend: CEBackend[Any]) -> None:
         self.timed_out: str | None = None
@@ -106,7 +106,7 @@ class _Visit:
         return self.timed_out is not None or time.monotonic() >= self._until
 
     async def fetch(self, pilot: Any) -> Output | None:
-        """What the pilot has written, or why that will never be known; None: perhaps another time."""
+        """Fetch the output of a pilot, or the reason why there is none; None: retry in a later round."""
         until = clock.now() + timedelta(seconds=self._rules.keep_output_seconds)
         asked = self._at_ce(pilot)
         async with self._slots:
@@ -126,14 +126,14 @@ class _Visit:
                 return None
         return Output(pilot.pilot_id, until, output.stdout, output.stderr)
 
-    async def forget(self, ended: Sequence[Any]) -> None:
-        """What these pilots have written is stored. Tidying up only: what fails here does not end the round."""
+    async def cleanup(self, ended: Sequence[Any]) -> None:
+        """Clean up after pilots whose output is stored; a failure is only logged."""
         try:
             async with self._answer():
                 await self._backend.cleanup([self._at_ce(pilot) for pilot in ended])
         except Exception as error:
             why = describe_failure(self._ce, error)
-            logger.warning("Cannot tidy up after pilots at %s: %s", self._ce["name"], why)
+            logger.warning("Cannot clean up after pilots at %s: %s", self._ce["name"], why)
 
     def _at_ce(self, pilot: Any) -> PilotAtCE:
         return PilotAtCE(
@@ -151,22 +151,22 @@ class _Visit:
 
 
 async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
-    """What a pilot has written: `pilot_id`, `stdout`, `stderr`, and `fetched_at` and `expires_at` of what is kept.
+    """Output of a pilot: `pilot_id`, `stdout`, `stderr`, and `fetched_at` and `expires_at` of stored output.
 
-    Of a pilot that still runs, and of one whose output was not fetched yet, the compute element is asked;
-    `fetched_at` is None then.
+    For a pilot that still runs, or whose output was not fetched yet, it comes from the compute element, and
+    `fetched_at` is None.
 
     Raises:
         PilotNotFoundError: there is no such pilot.
         OutputUnavailableError: there is none, or none any more.
-        CEUnavailableError: the compute element has it, and cannot be asked now.
+        CEUnavailableError: the compute element does not respond.
     """
     pilot = await db.get_pilot(pilot_id)
     return await stored_output(db, pilot) or await ask_for_output(db, pilot)
 
 
 async def stored_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is kept of the output of a pilot, as of `get_pilot_output`; None: nothing was fetched.
+    """Stored output of a pilot, as of `get_pilot_output`; None: nothing was fetched.
 
     Raises:
         OutputUnavailableError: there is none, or none any more.
@@ -180,11 +180,11 @@ async def stored_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, An
 
 
 async def ask_for_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any]:
-    """Ask the compute element for the output of a pilot, as of `get_pilot_output`.
+    """Fetch the output of a pilot from its compute element, as of `get_pilot_output`.
 
     Raises:
         OutputUnavailableError: there is none, or none any more.
-        CEUnavailableError: it cannot be asked now.
+        CEUnavailableError: the compute element does not respond.
     """
     ce = await db.get_ce(pilot["ce_name"])
     if not _may_be_asked(ce):

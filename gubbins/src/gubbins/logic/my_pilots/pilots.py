@@ -1,4 +1,4 @@
-"""Look at pilots, and cancel them."""
+"""Pilots: find, count, cancel, delete."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """How many pilots there are (of one VO, or of all), as {VO: {compute element: {state: number}}}."""
+    """Count pilots (of one VO, or of all), as {VO: {compute element: {state: number}}}."""
     return await db.get_pilot_summary(vo)
 
 
 async def count_illegal_histories(db: MyPilotDB) -> int:
-    """How many pilots came to their state by a way that the state machine does not have: always 0."""
+    """Count pilots with a history that the state machine does not allow: always 0."""
     return await db.count_illegal_histories()
 
 
@@ -56,14 +56,14 @@ async def search_pilots(
 
 
 async def count_ended_pilots(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:
-    """How many (of one VO, or of all) ended since then, as {compute element: {state: number}}."""
+    """Count pilots (of one VO, or of all) that ended since then, as {compute element: {state: number}}."""
     return await db.count_ended_pilots(since, vo=vo)
 
 
 async def count_steps(
     db: MyPilotDB, since: datetime, now: datetime, vo: str | None = None
 ) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
-    """How many (of one VO, or of all) are in each active state, and entered each state since then.
+    """Count pilots (of one VO, or of all) in each active state, and those that entered each state since then.
 
     The latter as {state: {whole quarters of an hour before `now`: number}}.
     """
@@ -88,9 +88,9 @@ async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict
 
 
 async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool = True) -> dict[str, Any]:
-    """Ask for the end of a pilot and return it as it is then.
+    """Cancel a pilot and return it as it is then.
 
-    The request is recorded first and passed on at once; every check repeats it until the compute element
+    The request is recorded first and sent at once; every check repeats it until the compute element
     says that the pilot has ended. The state changes only then, along the arrows of the state machine.
 
     Args:
@@ -121,7 +121,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
         pilot["started_at"],
         cancel_requested=True,
     )
-    # One that is paused or banned hears of it from the first check that may ask it again.
+    # A compute element that is paused or banned gets it from the first check that may call it again.
     if pass_on and await may_call(db, ce, CECall.STATUS):
         try:
             async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):

@@ -1,4 +1,4 @@
-"""Forget pilots that ended long ago."""
+"""Delete pilots that ended long ago."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 
 PAUSE_SECONDS = 0.05
-"""Between two batches, for whoever waits for the database meanwhile."""
+"""Pause between two batches, for others that wait for the database."""
 
 
 async def prune_pilots(db: MyPilotDB, *, keep: timedelta, batch: int = 1_000, at_most: int = 100_000) -> int:
     """Delete pilots that ended longer ago than that, with their history, and return how many were.
 
-    The oldest come first. Each batch is a transaction of its own, so that nobody waits long; what is done stays
-    done when it is broken off.
+    The oldest come first. Each batch is a transaction of its own, so that others do not wait long; batches that
+    are done stay done when it is interrupted.
 
     Args:
         db: the database; not in a transaction.

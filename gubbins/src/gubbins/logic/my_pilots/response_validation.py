@@ -1,4 +1,4 @@
-"""What compute elements answer, checked before anything follows from it."""
+"""Response validation: check the responses of back ends before they are used."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gubbins.domain.text import one_line
 
 
 def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[str]) -> dict[str, Observation]:
-    """What a poll says about these pilots, with reasons of one line. What it says about others is left out.
+    """Validate the response to a poll: observations of these pilots, with reasons of one line.
 
     Raises:
-        CEUnavailableError: it is not what a back end may answer.
+        CEUnavailableError: it is no valid response.
     """
     if not isinstance(answer, Mapping):
-        raise _nonsense(ce, f"{_kind(answer)} in place of what has become of each pilot")
+        raise _invalid_response(ce, f"{_kind(answer)} in place of an observation of each pilot")
     checked = {}
     for stamp in stamps:
         if stamp not in answer:
             continue
         seen = answer[stamp]
         if not isinstance(seen, Observation) or not isinstance(seen.state, Observed):
-            raise _nonsense(ce, f"{one_line(repr(seen), 80)} in place of what has become of pilot {stamp}")
+            raise _invalid_response(ce, f"{one_line(repr(seen), 80)} in place of an observation of pilot {stamp}")
         _check_reference(ce, stamp, seen.reference)
         # Of very many pilots, few have a reason.
         checked[stamp] = seen if seen.reason is None else seen._replace(reason=_reason(ce, stamp, seen.reason))
@@ -36,41 +36,41 @@ def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[s
 
 
 def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOutcome:
-    """What has become of the submission of this pilot, with an error of one line.
+    """Validate the response to a submission: the outcome of this pilot, with an error of one line.
 
     Raises:
-        CEUnavailableError: it is not what a back end may answer: nobody knows whether the pilot was submitted.
+        CEUnavailableError: it is no valid response, so it is not known whether the pilot was submitted.
     """
     if not isinstance(answer, Mapping):
-        raise _nonsense(ce, f"{_kind(answer)} in place of what has become of each submission")
+        raise _invalid_response(ce, f"{_kind(answer)} in place of an outcome of each submission")
     outcome = answer.get(stamp)
     if outcome is None:
-        raise CEUnavailableError(f"answered nothing about the pilot; {_report(ce)}")
+        raise CEUnavailableError(f"did not respond about the pilot; {_report(ce)}")
     if not isinstance(outcome, SubmitOutcome):
-        raise _nonsense(ce, f"{one_line(repr(outcome), 80)} in place of a reference or an error")
+        raise _invalid_response(ce, f"{one_line(repr(outcome), 80)} in place of a reference or an error")
     _check_reference(ce, stamp, outcome.reference)
     return SubmitOutcome(outcome.reference, _reason(ce, stamp, outcome.error))
 
 
 def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:
-    """What this pilot has written, the last part of it.
+    """Validate the output of this pilot, and cut it to the last part.
 
     Raises:
-        CEUnavailableError: it is not what a back end may answer.
+        CEUnavailableError: it is no valid response.
     """
     if isinstance(answer, PilotOutput) and isinstance(answer.stdout, str) and isinstance(answer.stderr, str):
-        # Whatever the back end has read: the database takes no more.
+        # The database takes no more.
         return PilotOutput(*(each[-OUTPUT_LIMIT_BYTES:] for each in answer))
-    raise _nonsense(ce, f"{_kind(answer)} in place of what pilot {stamp} has written")
+    raise _invalid_response(ce, f"{_kind(answer)} in place of the output of pilot {stamp}")
 
 
 def _check_reference(ce: Mapping[str, Any], stamp: str, reference: object) -> None:
     if reference is None:
         return
     if not isinstance(reference, str) or not reference or not reference.isprintable():
-        raise _nonsense(ce, f"{one_line(repr(reference), 80)} in place of the reference of pilot {stamp}")
+        raise _invalid_response(ce, f"{one_line(repr(reference), 80)} in place of the reference of pilot {stamp}")
     if len(reference) > MAX_REFERENCE_CHARS:
-        raise _nonsense(
+        raise _invalid_response(
             ce,
             f"a reference of {len(reference)} characters for pilot {stamp}, "
             f"and no more than {MAX_REFERENCE_CHARS} can be kept",
@@ -79,7 +79,7 @@ def _check_reference(ce: Mapping[str, Any], stamp: str, reference: object) -> No
 
 def _reason(ce: Mapping[str, Any], stamp: str, reason: object) -> str | None:
     if reason is not None and not isinstance(reason, str):
-        raise _nonsense(ce, f"{one_line(repr(reason), 80)} in place of a reason for pilot {stamp}")
+        raise _invalid_response(ce, f"{one_line(repr(reason), 80)} in place of a reason for pilot {stamp}")
     return None if reason is None else one_line(reason, MAX_REASON_CHARS) or None
 
 
@@ -87,9 +87,9 @@ def _kind(answer: object) -> str:
     return "nothing" if answer is None else f"a value of type {type(answer).__name__}"
 
 
-def _nonsense(ce: Mapping[str, Any], what: str) -> CEUnavailableError:
-    return CEUnavailableError(f"answered nonsense: {what}; {_report(ce)}")
+def _invalid_response(ce: Mapping[str, Any], what: str) -> CEUnavailableError:
+    return CEUnavailableError(f"invalid response: {what}; {_report(ce)}")
 
 
 def _report(ce: Mapping[str, Any]) -> str:
-    return f"report that to whoever looks after the back end {ce['backend']!r}"
+    return f"report that to the maintainers of the back end {ce['backend']!r}"

@@ -1,4 +1,4 @@
-"""Calls to sites that a request of a user waits for: limited, and shared.
+"""Calls to sites that a user's request waits for: limited in number, and shared.
 
 Routes and pages call sites only through here. Nothing is queued: a request that would wait for others is refused
 at once, and says when to come back. Workers have limits of their own.
@@ -31,7 +31,7 @@ _OUTPUTS = 16
 
 @dataclass(frozen=True)
 class Limit:
-    """How many calls there may be at once, and begun in any minute."""
+    """Limit of calls at once, and of calls begun in any minute."""
 
     at_once: int
     per_minute: int
@@ -42,7 +42,7 @@ class _Calls:
     under_way: int = 0
     begun: deque[float] = field(default_factory=deque)
 
-    def forget(self, before: float) -> None:
+    def drop_before(self, before: float) -> None:
         while self.begun and self.begun[0] <= before:
             self.begun.popleft()
 
@@ -82,16 +82,16 @@ class SiteCalls:
             return await submit_pilot(db, ce_name, vo)
 
     async def cancel(self, db: MyPilotDB, pilot_id: int, *, by: str, user: str) -> dict[str, Any]:
-        """Cancel a pilot; see `cancel_pilot`. Beyond a limit the next check passes it on."""
+        """Cancel a pilot; see `cancel_pilot`. Beyond a limit the next check sends it."""
         pilot = await get_pilot(db, pilot_id)
         with contextlib.suppress(SiteBusyError), self._call(pilot["ce_name"], user):
             return await cancel_pilot(db, pilot_id, by=by)
         return await cancel_pilot(db, pilot_id, by=by, pass_on=False)
 
     async def output(self, db: MyPilotDB, pilot_id: int, *, user: str) -> dict[str, Any]:
-        """What a pilot has written; see `get_pilot_output`.
+        """Output of a pilot; see `get_pilot_output`.
 
-        All who ask for the same pilot within some seconds share one answer, or one failure.
+        All requests for the same pilot within some seconds share one response, or one failure.
 
         Raises:
             SiteBusyError: beyond a limit.
@@ -128,7 +128,7 @@ class SiteCalls:
         mine = {("user", user), ("compute element", ce_name), ("process", "")}
         for kind, name in mine:
             calls, limit = self._calls.get((kind, name), _Calls()), self._limits[kind]
-            calls.forget(now - _WINDOW_SECONDS)
+            calls.drop_before(now - _WINDOW_SECONDS)
             if calls.under_way >= limit.at_once:
                 raise SiteBusyError(kind, f"{limit.at_once} at once", 1)
             if len(calls.begun) >= limit.per_minute:
@@ -143,12 +143,12 @@ class SiteCalls:
         finally:
             for key in mine:
                 self._calls[key].under_way -= 1
-            self._forget_idle()
+            self._drop_idle()
 
-    def _forget_idle(self) -> None:
+    def _drop_idle(self) -> None:
         before = time.monotonic() - _WINDOW_SECONDS
         for calls in self._calls.values():
-            calls.forget(before)
+            calls.drop_before(before)
         self._calls = {key: calls for key, calls in self._calls.items() if calls.under_way or calls.begun}
 
 
@@ -157,5 +157,5 @@ _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, SiteCalls] = WeakKeyDicti
 
 
 async def site_calls() -> SiteCalls:
-    """Those of this process, for routes and pages alike."""
+    """The `SiteCalls` of this process, for routes and pages alike."""
     return _of_loop.setdefault(asyncio.get_running_loop(), SiteCalls())

@@ -27,21 +27,21 @@ from gubbins.domain.rules import rules_of, serves
 from gubbins.domain.text import one_line
 
 from .ce_calls import backend_of, describe_failure
-from .circuits import may_submit, note_failure, note_success, why_no_pilots
+from .circuits import may_submit, note_failure, note_success, submission_blocker
 from .response_validation import check_outcome
 
 logger = logging.getLogger(__name__)
 
-_GIVEN_UP = "came through after its submission had been given up, and is cancelled"
+_ABANDONED = "was accepted after its submission had been abandoned, and is cancelled"
 
 
 async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
 
     The slot is reserved first, in the database, where capacity and rules are checked; the compute element is
-    asked afterwards. If it refuses, the reservation is undone as if it had never been (the refusal is noted at
-    the compute element). If it does not answer, nobody knows whether it has the pilot: the reservation stays,
-    and the next checks find out.
+    called afterwards. If it refuses, the reservation is undone, and the refusal is recorded at the compute
+    element. If it does not respond, it is not known whether it has the pilot: the reservation stays, and the next
+    checks find out.
 
     Args:
         db: the database.
@@ -62,8 +62,8 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
 async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
     """Submit one pilot that `request_pilots` asked for; see `submit_pilot`, also for what is raised.
 
-    Its request is struck out in the transaction that reserves its slot: what a round has granted is nobody
-    else's in between. None where there is no request any more, and nothing is submitted. Only what has begun
+    Its request is deleted in the transaction that reserves its slot, so that no other submission takes it in
+    between. None where there is no request any more, and nothing is submitted. Only what has begun
     already (there is a pilot with this stamp, for the worker died) goes on without one.
     """
     if stamp is not None and await db.find_pilot(stamp) is not None:
@@ -76,22 +76,22 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
             await db.take_requests(ce_name, vo=vo)
         raise
     if pilot_id is None:
-        logger.info("No pilot for %s at %s: its request has been given up", vo, ce_name)
+        logger.info("No pilot for %s at %s: its request has expired", vo, ce_name)
     return pilot_id
 
 
 @dataclass
 class _Request:
-    """The oldest request of a VO at a compute element: to be struck out once, whatever becomes of its pilot."""
+    """The oldest request of a VO at a compute element: to be deleted once, also when no pilot comes of it."""
 
     struck: bool = False
 
 
 async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, request: _Request | None) -> int | None:
     ce = await db.get_ce(ce_name)
-    if not serves(ce["vos"], vo):  # before anything of its troubles is told
+    if not serves(ce["vos"], vo):  # before any of its errors is shown
         raise VONotServedError(ce_name, vo)
-    if ce["enabled"] and (obstacle := await why_no_pilots(db, ce)) is not None:
+    if ce["enabled"] and (obstacle := await submission_blocker(db, ce)) is not None:
         raise CEPausedError(ce_name, *obstacle)
     try:
         async with backend_of(ce) as backend:
@@ -123,23 +123,23 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
         raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
     reason = outcome.error or "no reason given"
 
-    async def give_up() -> None:
+    async def abandon() -> None:
         await note_failure(db, ce, CECall.SUBMIT, reason)
         if begun is None:  # else the first attempt may have been accepted: the next checks find out
             await db.release_pilots([pilot_id])
 
-    await db.run(give_up)
+    await db.run(abandon)
     raise CERefusedError(ce_name, reason)
 
 
 async def _reserve(
     db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None, request: _Request | None
 ) -> int | None:
-    """The id of the pilot that holds the slot; None: the request is gone. A refusal strikes it out as well."""
+    """Reserve a slot: the id of its pilot; None: the request is gone. A refusal deletes the request as well."""
 
     async def reserve() -> int:
         if ce["enabled"] and not await may_submit(db, ce):
-            raise CEPausedError(ce["name"], "another pilot finds out whether it takes them again")
+            raise CEPausedError(ce["name"], "another pilot is the probe whether it takes them again")
         if begun is not None:
             return begun
         return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp, granted=request is not None)
@@ -163,7 +163,7 @@ async def _reserve(
 
 
 async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
-    """Whether the compute element is known to have the pilot (or to have had it)."""
+    """Whether the compute element has confirmed the pilot."""
     pilot = await db.get_pilot(pilot_id)
     return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 
@@ -171,10 +171,10 @@ async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
 async def _confirm(
     db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
 ) -> int:
-    """Note that the compute element has the pilot, and return its id.
+    """Record that the compute element has the pilot, and return its id.
 
     Raises:
-        CERefusedError: nobody waits for it any more; it is cancelled.
+        CERefusedError: its reservation was undone; it is cancelled.
     """
     name, reference = ce["name"], str(pilot.reference)
 
@@ -183,16 +183,16 @@ async def _confirm(
         confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
         if confirmed is not None:
             return confirmed, 0
-        # This worker stood still for so long that a check has undone the reservation. It is real, and takes
-        # a slot, whatever the capacity: the checks follow it, and ask for its end until it is gone.
+        # This worker was suspended for so long that a check has undone the reservation. The pilot is real, and
+        # takes a slot beyond the capacity: the checks follow it, and cancel it until it is gone.
         return None, await db.restore_pilot(
-            name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_GIVEN_UP
+            name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_ABANDONED
         )
 
     confirmed, taken = await db.run(confirm)
     if confirmed is None:
         over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
-        logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _GIVEN_UP, over)
+        logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _ABANDONED, over)
     if confirmed is not None and confirmed[1] == reference:
         logger.debug("Submitted pilot %d of %s to %s", confirmed[0], pilot.vo, name)
         return confirmed[0]
@@ -202,4 +202,4 @@ async def _confirm(
             await backend.cancel([pilot._replace(cancel_requested=True)])
     except Exception as error:
         logger.warning("Cannot cancel pilot %s at %s: %s", pilot.stamp, name, describe_failure(ce, error))
-    raise CERefusedError(name, f"pilot {pilot.stamp} {_GIVEN_UP}")
+    raise CERefusedError(name, f"pilot {pilot.stamp} {_ABANDONED}")

@@ -1,4 +1,4 @@
-"""How many jobs of a VO wait for a pilot, as the job database of DiracX says."""
+"""Count the jobs of a VO that wait for a pilot, in the job database of DiracX."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TIMEOUT_SECONDS = 30
 
 
 async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
-    """How many jobs of the VO are in the state Waiting; None: there is no job database, or it does not answer.
+    """Count jobs of the VO in the state Waiting; None: there is no job database, or it does not respond.
 
     `job_db` is not in a transaction; a short one is opened.
     """
     if job_db is None:
-        logger.warning("Nobody knows how many jobs of %s wait: DIRACX_DB_URL_JOBDB is not set", vo)
+        logger.warning("Cannot count the waiting jobs of %s: DIRACX_DB_URL_JOBDB is not set", vo)
         return None
     from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
 

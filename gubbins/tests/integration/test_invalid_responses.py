@@ -87,15 +87,15 @@ async def a_poll_counts_and_the_others_move_on(
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda _: None, "answered nonsense: nothing in place of"),
-        (lambda _: [7], "answered nonsense: a value of type list in place of"),
-        (lambda _: 7, "answered nonsense: a value of type int in place of"),
-        (lambda stamp: {stamp: None}, "answered nonsense: None in place of"),
-        (lambda stamp: {stamp: "RUNNING"}, "answered nonsense: 'RUNNING' in place of"),
-        (lambda stamp: {stamp: Observation("RUNNING")}, "answered nonsense: Observation(state='RUNNING'"),
-        (lambda stamp: {stamp: Observation(RUNNING, 7)}, "answered nonsense: 7 in place of a reason"),
-        (lambda stamp: {stamp: Observation(RUNNING, None, 7)}, "answered nonsense: 7 in place of the reference"),
-        (broken_off, "its back end broke off"),
+        (lambda _: None, "invalid response: nothing in place of"),
+        (lambda _: [7], "invalid response: a value of type list in place of"),
+        (lambda _: 7, "invalid response: a value of type int in place of"),
+        (lambda stamp: {stamp: None}, "invalid response: None in place of"),
+        (lambda stamp: {stamp: "RUNNING"}, "invalid response: 'RUNNING' in place of"),
+        (lambda stamp: {stamp: Observation("RUNNING")}, "invalid response: Observation(state='RUNNING'"),
+        (lambda stamp: {stamp: Observation(RUNNING, 7)}, "invalid response: 7 in place of a reason"),
+        (lambda stamp: {stamp: Observation(RUNNING, None, 7)}, "invalid response: 7 in place of the reference"),
+        (broken_off, "its back end was cancelled"),
     ],
 )
 async def test_a_nonsensical_poll_counts_against_its_ce_and_the_pilots_of_the_others_move_on(
@@ -132,7 +132,7 @@ WORDS = "no\0 more\ud800\nthan that\x1b: " + "x" * 5000
 BEGIN = "no more than that : xxx"
 
 
-async def test_a_reason_can_be_read_whatever_was_said(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_reason_is_stored_and_readable_for_any_text(db: MyPilotDB, scripted: Any) -> None:
     pilots = await pilots_of(db, scripted, "ce", "well")
     await logic.transition_pilot_states(db, "lhcb")
     scripted.observations["ce"] = Observation(Observed.FAILED, WORDS)
@@ -147,7 +147,7 @@ async def test_a_reason_can_be_read_whatever_was_said(db: MyPilotDB, scripted: A
     assert (await logic.search_pilots(db, vo="lhcb"))[0] == 2
 
 
-async def test_complaints_and_bans_can_be_read_whatever_was_said(db: MyPilotDB, scripted: Any) -> None:
+async def test_errors_and_ban_reasons_are_readable_for_any_text(db: MyPilotDB, scripted: Any) -> None:
     [pilot] = await pilots_of(db, scripted, "ce")
     scripted.observations["ce"] = ConnectionError(WORDS)
     await logic.transition_pilot_states(db, "lhcb")
@@ -164,7 +164,7 @@ async def test_complaints_and_bans_can_be_read_whatever_was_said(db: MyPilotDB, 
 
 
 @pytest.mark.parametrize("answer", [SubmitOutcome(error=WORDS), ConnectionError(WORDS)])
-async def test_why_a_submission_failed_can_be_read_whatever_was_said(
+async def test_the_error_of_a_submission_is_readable_for_any_text(
     db: MyPilotDB, scripted: Any, answer: Any
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
@@ -178,16 +178,16 @@ async def test_why_a_submission_failed_can_be_read_whatever_was_said(
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda _: None, "answered nonsense: nothing in place of"),
-        (lambda _: ["job.1"], "answered nonsense: a value of type list in place of"),
-        (lambda _: {}, "answered nothing about the pilot"),
-        (lambda stamp: {stamp: None}, "answered nothing about the pilot"),
-        (lambda stamp: {stamp: "job.1"}, "answered nonsense: 'job.1' in place of"),
-        (lambda stamp: {stamp: SubmitOutcome(7)}, "answered nonsense: 7 in place of the reference"),
-        (lambda stamp: {stamp: SubmitOutcome("")}, "answered nonsense: '' in place of the reference"),
+        (lambda _: None, "invalid response: nothing in place of"),
+        (lambda _: ["job.1"], "invalid response: a value of type list in place of"),
+        (lambda _: {}, "did not respond about the pilot"),
+        (lambda stamp: {stamp: None}, "did not respond about the pilot"),
+        (lambda stamp: {stamp: "job.1"}, "invalid response: 'job.1' in place of"),
+        (lambda stamp: {stamp: SubmitOutcome(7)}, "invalid response: 7 in place of the reference"),
+        (lambda stamp: {stamp: SubmitOutcome("")}, "invalid response: '' in place of the reference"),
         (lambda stamp: {stamp: SubmitOutcome("x" * 300)}, "a reference of 300 characters"),
         (lambda stamp: {stamp: SubmitOutcome("job\0")}, r"'job\x00' in place of the reference"),
-        (lambda stamp: {stamp: SubmitOutcome(error=7)}, "answered nonsense: 7 in place of a reason"),
+        (lambda stamp: {stamp: SubmitOutcome(error=7)}, "invalid response: 7 in place of a reason"),
     ],
 )
 async def test_after_a_nonsensical_submission_the_checks_find_out_and_the_site_is_not_hammered(
@@ -212,7 +212,7 @@ async def test_after_a_nonsensical_submission_the_checks_find_out_and_the_site_i
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-async def test_a_connection_that_cannot_be_given_back_takes_nothing_from_what_was_answered(
+async def test_a_connection_that_cannot_be_closed_does_not_discard_the_response(
     sqlite_db: MyPilotDB,
     scripted: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,7 +238,7 @@ async def test_a_connection_that_cannot_be_given_back_takes_nothing_from_what_wa
     assert f"Cannot give back the connections to ce: {words}" in caplog.text
 
 
-async def test_what_goes_wrong_when_a_connection_is_given_back_does_not_hide_why_there_was_no_answer(
+async def test_an_error_while_closing_does_not_hide_the_first_error(
     sqlite_db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def close(_: Any) -> None:

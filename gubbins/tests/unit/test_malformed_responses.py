@@ -41,12 +41,12 @@ _words = ["prepared", "running", "elsewhere", "restarted", "ended", "submitted",
 _record = st.tuples(st.sampled_from(_words) | _garbage, _stamp, _garbage).map(" ".join)
 _records = st.lists(_record, max_size=4).map(lambda records: "".join(f"\nMARK {each}" for each in records))
 _whole = _records.map(lambda text: f"{text}\nMARK end\n")
-_complaints = st.sampled_from(["", "sbatch: error: Batch job submission failed: no", "slurm_load_jobs error: x"])
+_errors = st.sampled_from(["", "sbatch: error: Batch job submission failed: no", "slurm_load_jobs error: x"])
 
 
 def _answers(said: st.SearchStrategy[str]) -> st.SearchStrategy[list[Completed]]:
     codes = st.sampled_from([0] * 8 + [1, 66, 255])
-    return st.lists(st.builds(Completed, codes, said, _complaints | _garbage), max_size=4)
+    return st.lists(st.builds(Completed, codes, said, _errors | _garbage), max_size=4)
 
 
 _of_slurm = _answers(st.lists(_lines, max_size=4).map("\n".join))
@@ -79,13 +79,13 @@ async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
     ]
     for call in calls:
         backend._shell = Babbler(answers)
-        answer, complaint = None, "none"
+        answer, message = None, "none"
         try:
             answer = await call()
         except (CEUnavailableError, OutputUnavailableError) as error:
-            complaint = str(error)
-        assert complaint
-        assert complaint.isprintable()
+            message = str(error)
+        assert message
+        assert message.isprintable()
         for stamp in ("s", "t") if isinstance(answer, dict) else ():
             _look(answer.get(stamp))
 
@@ -105,9 +105,7 @@ _often = settings(max_examples=400, deadline=None, suppress_health_check=[Health
 
 @_often
 @given(_of_slurm, st.booleans())
-def test_whatever_the_commands_of_slurm_say_is_an_answer_or_an_error_of_one_line(
-    answers: list[Completed], seen: bool
-) -> None:
+def test_any_response_of_slurm_is_a_result_or_an_error_of_one_line(answers: list[Completed], seen: bool) -> None:
     directory = Path("/pilots")
     log = directory / "log"
     backend = SlurmBackend(
@@ -121,6 +119,6 @@ def test_whatever_the_commands_of_slurm_say_is_an_answer_or_an_error_of_one_line
 
 @_often
 @given(_of_a_shell)
-def test_whatever_a_host_with_a_shell_says_is_an_answer_or_an_error_of_one_line(answers: list[Completed]) -> None:
+def test_any_response_of_a_shell_is_a_result_or_an_error_of_one_line(answers: list[Completed]) -> None:
     backend = SSHBackend(CE, SSHSettings(host="h", keep="none"))
     asyncio.run(_ask(backend, answers))

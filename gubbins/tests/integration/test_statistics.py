@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from gubbins.dashboard.read_models import Course, PilotStore
+from gubbins.dashboard.read_models import PilotReadModels, PilotStatistics
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import Pilots
 from gubbins.domain import clock
@@ -26,19 +26,19 @@ def _pilot(ce: str, vo: str, status: str, *ago: timedelta | None) -> dict[str, A
     return {**place, **times, "last_update": NOW}
 
 
-async def _course(db: MyPilotDB, pilots: list[dict[str, Any]], vo: str | None) -> Course:
+async def _course(db: MyPilotDB, pilots: list[dict[str, Any]], vo: str | None) -> PilotStatistics:
     for name in {pilot["ce_name"] for pilot in pilots}:
         await db.add_ce(name, 100_000, 1.0)
     async with db:
         await db.conn.execute(insert(Pilots), pilots)
-    store = PilotStore()
+    store = PilotReadModels()
     store.use(db)
     with clock.simulated(lambda: NOW):
-        return await store.course(vo)
+        return await store.statistics(vo)
 
 
-def _series(course: Course, chart: str) -> dict[str, list[int]]:
-    return {each["label"]: each["values"] for each in course.charts[chart]["series"]}
+def _series(statistics: PilotStatistics, chart: str) -> dict[str, list[int]]:
+    return {each["label"]: each["values"] for each in statistics.charts[chart]["series"]}
 
 
 async def test_a_site_whose_pilots_live_for_a_day_and_of_which_few_fail_at_once_has_its_true_rate_and_level(
@@ -54,17 +54,17 @@ async def test_a_site_whose_pilots_live_for_a_day_and_of_which_few_fail_at_once_
         status = ("FAILED" if fails else "DONE") if age >= lifetime else "RUNNING"
         ended = age - lifetime if age >= lifetime else None
         pilots.append(_pilot("ce", "lhcb", status, age, age, ended))
-    course = await _course(db, pilots, None)
-    rate = course.failure_rate("ce")
+    statistics = await _course(db, pilots, None)
+    rate = statistics.failure_rate("ce")
     assert rate is not None
     assert abs(rate - 0.02) < 0.001
-    running = _series(course, "slots")["running"]
+    running = _series(statistics, "slots")["running"]
     assert len(running) == 96
     assert min(running) >= 488
     assert max(running) <= 493
-    flow = {label: sum(values) for label, values in _series(course, "flow").items()}
+    flow = {label: sum(values) for label, values in _series(statistics, "flow").items()}
     assert flow["submitted"] == 500
-    assert flow["done"] + flow["failed"] == sum(course.ended["ce"].values())
+    assert flow["done"] + flow["failed"] == sum(statistics.ended["ce"].values())
 
 
 async def test_levels_and_flows_are_those_of_the_quarters_of_an_hour_in_which_it_happened(db: MyPilotDB) -> None:
@@ -80,24 +80,24 @@ async def test_levels_and_flows_are_those_of_the_quarters_of_an_hour_in_which_it
         _pilot("ce3", "gridpp", "FAILED", 50 * minute, 35 * minute, 20 * minute),
         _pilot("ce3", "gridpp", "RUNNING", 50 * minute, 35 * minute, None),
     ]
-    course = await _course(db, pilots, "lhcb")
-    slots, flow = _series(course, "slots"), _series(course, "flow")
+    statistics = await _course(db, pilots, "lhcb")
+    slots, flow = _series(statistics, "slots"), _series(statistics, "flow")
     assert slots["running"][-4:] == [1, 3, 2, 2]
     assert slots["submitted"][-4:] == [2, 0, 0, 2]
     assert (slots["running"][0], slots["submitted"][0]) == (1, 0)
     assert flow["submitted"][-4:] == [2, 0, 0, 2]
     assert flow["failed"][-4:] == [0, 0, 1, 0]
     assert (flow["done"][0], sum(flow["done"]), sum(flow["submitted"])) == (1, 1, 4)
-    assert course.ended == {"ce1": {"FAILED": 1}, "ce2": {"DONE": 1}}
-    assert [course.failure_rate(name) for name in ("ce1", "ce2", "ce3")] == [1.0, 0.0, None]
-    times = course.charts["slots"]["t"]
+    assert statistics.ended == {"ce1": {"FAILED": 1}, "ce2": {"DONE": 1}}
+    assert [statistics.failure_rate(name) for name in ("ce1", "ce2", "ce3")] == [1.0, 0.0, None]
+    times = statistics.charts["slots"]["t"]
     assert (times[-1], times[-1] - times[0]) == (int(NOW.timestamp()), 95 * 15 * 60)
 
 
-async def test_nothing_that_happened_is_a_course_too(db: MyPilotDB) -> None:
-    store = PilotStore()
+async def test_statistics_of_no_pilots_are_empty(db: MyPilotDB) -> None:
+    store = PilotReadModels()
     store.use(db)
-    course = await store.course("lhcb")
-    assert course.ended == {}
-    assert sum(sum(values) for chart in ("slots", "flow") for values in _series(course, chart).values()) == 0
+    statistics = await store.statistics("lhcb")
+    assert statistics.ended == {}
+    assert sum(sum(values) for chart in ("slots", "flow") for values in _series(statistics, chart).values()) == 0
     assert await logic.count_ended_pilots(db, NOW) == {}
