@@ -5,10 +5,11 @@ from __future__ import annotations
 __all__ = ["pilot_metrics", "source"]
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from diracx.tasks.operations.exposition import gauge
 from prometheus_client import Metric
@@ -34,58 +35,49 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | 
 
 
 async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
-    """A few statements, however many pilots there are."""
+    """The metrics, from a constant number of statements."""
     summary = await logic.get_pilot_summary(db, None)
     ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
+
+    def gauge(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]]) -> Metric:
+        return Metric(name, "gauge", text, list(samples))
+
+    def of_ces(name: str, text: str, value: Callable[[dict[str, Any]], float]) -> Metric:
+        return gauge(f"compute_element_{name}", text, ((labels, value(ce)) for labels, ce in ces))
+
     return [
         gauge(
             "pilots",
             "Pilots there are in each state.",
-            [
+            (
                 ({"vo": vo, "ce": ce, "state": str(state)}, states.get(str(state), 0))
                 for vo, by_ce in summary.items()
                 for ce, states in by_ce.items()
                 for state in MyPilotStatus
-            ],
+            ),
         ),
         gauge(
             "pilots_ended_past_hour",
             "Pilots that ended in the past hour, by the state in which they did.",
-            [
+            (
                 ({**labels, "state": str(state)}, ended.get(ce["name"], {}).get(state, 0))
                 for labels, ce in ces
                 for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
-            ],
+            ),
         ),
-        gauge(
-            "compute_element_slots",
-            "Pilots that a compute element may hold.",
-            [(labels, ce["capacity"]) for labels, ce in ces],
-        ),
-        gauge(
-            "compute_element_slots_used",
-            "Slots that pilots hold, or that are reserved for them.",
-            [(labels, ce["active"]) for labels, ce in ces],
-        ),
-        gauge(
-            "compute_element_enabled",
-            "1 if a compute element takes new pilots.",
-            [(labels, int(ce["enabled"])) for labels, ce in ces],
-        ),
-        gauge(
-            "compute_element_banned",
-            "1 if a compute element is left alone altogether.",
-            [(labels, int(ce["banned_at"] is not None)) for labels, ce in ces],
-        ),
+        of_ces("slots", "Pilots that a compute element may hold.", lambda ce: ce["capacity"]),
+        of_ces("slots_used", "Slots that pilots hold, or that are reserved for them.", lambda ce: ce["active"]),
+        of_ces("enabled", "1 if a compute element takes new pilots.", lambda ce: int(ce["enabled"])),
+        of_ces("banned", "1 if a compute element is banned.", lambda ce: int(ce["banned_at"] is not None)),
         gauge(
             "compute_element_circuit",
             "1 for the state of the circuit of each kind of call, 0 for the others.",
-            [
+            (
                 ({**labels, "call": call, "state": str(state)}, int(circuit["state"] == state))
                 for labels, ce in ces
                 for call, circuit in ce["circuits"].items()
                 for state in CircuitState
-            ],
+            ),
         ),
     ]

@@ -17,9 +17,8 @@ CES = ROOT / "gubbins/src/gubbins/ces"
     ("module", "reason"),
     [
         ("simulated/backend.py", "simulated failure"),
-        ("local/job.py", "the process vanished without an exit code"),
+        ("protocol.py", "the process vanished without an exit code"),
         ("local/job.py", "the pilot process was never started"),
-        ("ssh/backend.py", "the process vanished without an exit code"),
         ("ssh/backend.py", "the pilot process was never started"),
         ("ssh/backend.py", "the host was restarted while it ran"),
         ("arc/backend.py", "killed at the CE"),

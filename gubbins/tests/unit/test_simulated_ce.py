@@ -51,7 +51,7 @@ async def test_a_pilot_waits_runs_and_ends_by_the_clock() -> None:
 
 
 def test_unknown_settings_and_back_ends_are_refused() -> None:
-    with pytest.raises(CESettingsError, match=r"settings\.speed: unknown field; simulated has seed"):
+    with pytest.raises(CESettingsError, match=r"settings\.speed: unknown field; there are seed"):
         backend(speed=1)
     with pytest.raises(CESettingsError, match="installed are"):
         make_backend("nope", CEDescription("ce", 1, 1.0), {})

@@ -12,10 +12,11 @@ __all__ = [
     "PilotAtCE",
     "PilotOutput",
     "SubmitOutcome",
+    "observed_end",
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -89,6 +90,25 @@ class PilotOutput(NamedTuple):
 
     stdout: str
     stderr: str
+
+
+def observed_end(code: int | None, *, cancelled: bool, last_line: Callable[[], str]) -> Observation:
+    """Observation of a pilot process that has ended.
+
+    Args:
+        code: its exit code; None: there is none.
+        cancelled: whether its end was requested.
+        last_line: reads the last line of its stderr.
+    """
+    if code == 0:
+        return Observation(Observed.DONE)
+    if code is None:
+        return Observation(
+            Observed.FAILED, "cancelled" if cancelled else "the process vanished without an exit code"
+        )
+    reason = f"cancelled (exit code {code})" if cancelled else f"exit code {code}"
+    line = last_line()
+    return Observation(Observed.FAILED, f"{reason}: {line}" if line else reason)
 
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["available_backends", "load_backend", "make_backend", "validate_settings"]
+__all__ = ["available_backends", "load_backend", "make_backend", "problem_of", "validate_settings"]
 
 import functools
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gubbins.domain.exceptions import CESettingsError
 
@@ -56,13 +56,19 @@ def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            message = problem["msg"].removeprefix("Value error, ")  # without the value: it may be a secret
-            if problem["type"] == "extra_forbidden":
-                message = f"unknown field; {backend} has {', '.join(model.model_fields)}"
-            problems.append((".".join(["settings", *(str(part) for part in problem["loc"])]), message))
-        raise CESettingsError(problems) from error
+        raise CESettingsError(
+            [
+                (".".join(["settings", *(str(part) for part in problem["loc"])]), problem_of(problem, model))
+                for problem in error.errors()
+            ]
+        ) from error
+
+
+def problem_of(problem: Any, model: type[BaseModel]) -> str:
+    """The message of a validation error, without the value: it may be a secret."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field; there are {', '.join(model.model_fields)}"
+    return "missing" if problem["type"] == "missing" else str(problem["msg"]).removeprefix("Value error, ")
 
 
 def make_backend(backend: str, ce: CEDescription, settings: Mapping[str, Any]) -> CEBackend[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CEDisabledError",
     "CEExistsError",
+    "CEFileError",
     "CEPausedError",
     "CERefusedError",
     "CESettingsError",
@@ -28,12 +29,14 @@ _NAME = 128
 
 
 class GubbinsError(Exception):
-    """Base of the errors that a user of the pilot system can do something about."""
+    """Base of the errors that a user of the pilot system can do something about.
 
-    @property
-    def public(self) -> str:
-        """The message without what only administrators may see: messages of the site, and settings."""
-        return str(self)
+    `public` is the message without what only administrators may see: messages of the site, and settings.
+    """
+
+    def __init__(self, message: str, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
 
 
 class PilotSubmissionError(GubbinsError):
@@ -61,20 +64,16 @@ class CEPausedError(PilotSubmissionError):
     Args:
         name: the compute element.
         why: which failures.
-        said: what the site said then, or what is wrong with the rules: for administrators.
+        said: last error of the site, or the error in the rules: for administrators.
     """
 
     def __init__(self, name: str, why: str, said: str = "") -> None:
+        paused = f"compute element {name!r} is paused: {why}"
         super().__init__(
-            f"compute element {name!r} is paused: {why}{f' ({said})' if said else ''}; `gubbins ce show {name}` "
-            f"says until when, `gubbins ce enable {name}` ends the pause"
+            f"{paused}{f' ({said})' if said else ''}; `gubbins ce show {name}` says until when, "
+            f"`gubbins ce enable {name}` ends the pause",
+            paused,
         )
-        self._public = f"compute element {name!r} is paused: {why}"
-
-    @property
-    def public(self) -> str:
-        """See `GubbinsError`."""
-        return self._public
 
 
 class VONotServedError(PilotSubmissionError):
@@ -119,13 +118,8 @@ class CERefusedError(PilotSubmissionError):
     """The compute element itself refused the pilot or could not be reached."""
 
     def __init__(self, name: str, reason: str, *, public: str | None = None) -> None:
-        super().__init__(f"compute element {name!r} refused the pilot: {reason}")
-        self._public = f"compute element {name!r} refused the pilot: {reason if public is None else public}"
-
-    @property
-    def public(self) -> str:
-        """See `GubbinsError`."""
-        return self._public
+        refused = f"compute element {name!r} refused the pilot: "
+        super().__init__(refused + reason, refused + (reason if public is None else public))
 
 
 class CEExistsError(GubbinsError):
@@ -136,14 +130,23 @@ class CEExistsError(GubbinsError):
 
 
 class CESettingsError(GubbinsError, ValueError):
-    """A back end is not installed, or its settings are not what it understands.
+    """A back end is not installed, or its settings are invalid.
 
     `problems` holds one (path below the compute element, message) pair per mistake.
     """
 
+    separator = "; "
+
     def __init__(self, problems: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        lines = (f"{path}: {message}" if path else message for path, message in problems)
+        super().__init__(self.separator.join(lines))
         self.problems = problems
+
+
+class CEFileError(CESettingsError):
+    """The file of compute elements is invalid; one line per mistake."""
+
+    separator = "\n"
 
 
 class CEUnavailableError(GubbinsError):

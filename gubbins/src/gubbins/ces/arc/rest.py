@@ -5,8 +5,9 @@ from __future__ import annotations
 __all__ = ["ArcRest", "NotAcceptedError"]
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import httpx
@@ -69,7 +70,7 @@ class ArcRest:
                     raise
                 found = [JobAnswer(500, str(error), {})] * len(some)
             if len(found) == 1 < len(some) and found[0].code >= 400:
-                found *= len(some)  # one complaint about the request itself
+                found *= len(some)  # one error about the request itself
             if len(found) != len(some):
                 raise CEUnavailableError(f"{len(found)} answers to the submission of {len(some)} jobs")
             answers += found
@@ -155,41 +156,42 @@ class ArcRest:
         self, method: str, path: str, body: bytes | None = None, content_type: str | None = None
     ) -> bytes:
         headers = {"Content-Type": content_type} if content_type else {}
-        client = await self._connect()
-        try:
-            async with asyncio.timeout(self._settings.timeout_seconds):
-                url = f"{self._settings.url}{_API}{path}"
-                async with client.stream(method, url, content=body, headers=headers) as response:
-                    _accept(response)
-                    answer = bytearray()
-                    async for part in response.aiter_bytes():
-                        answer += part
-                        if len(answer) > _MAX_ANSWER_BYTES:
-                            raise CEUnavailableError(f"an answer of more than {_MAX_ANSWER_BYTES >> 20} MiB")
-                    return bytes(answer)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise CEUnavailableError(self._complaint(error)) from error
+        async with self._stream(method, path, headers, body) as response:
+            _accept(response)
+            answer = bytearray()
+            async for part in response.aiter_bytes():
+                answer += part
+                if len(answer) > _MAX_ANSWER_BYTES:
+                    raise CEUnavailableError(f"an answer of more than {_MAX_ANSWER_BYTES >> 20} MiB")
+            return bytes(answer)
 
     async def _tail(self, path: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes | int | None:
-        """The last part of what is there; its size if that is known to be more; None: nothing is there."""
+        """The last part of a file; its size if that is known to be more; None: there is none."""
+        async with self._stream("GET", path, headers) as response:
+            if response.status_code in (404, 416):
+                return None
+            _accept(response)
+            size = response.headers.get("content-length", "")
+            if not headers and size.isdecimal() and int(size) > limit_bytes:
+                return int(size)
+            tail = bytearray()
+            async for part in response.aiter_bytes():
+                tail += part
+                del tail[:-limit_bytes]
+            return bytes(tail)
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[httpx.Response]:
         client = await self._connect()
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 url = f"{self._settings.url}{_API}{path}"
-                async with client.stream("GET", url, headers=dict(headers)) as response:
-                    if response.status_code in (404, 416):
-                        return None
-                    _accept(response)
-                    size = response.headers.get("content-length", "")
-                    if not headers and size.isdecimal() and int(size) > limit_bytes:
-                        return int(size)
-                    tail = bytearray()
-                    async for part in response.aiter_bytes():
-                        tail += part
-                        del tail[:-limit_bytes]
-                    return bytes(tail)
+                async with client.stream(method, url, content=body, headers=dict(headers)) as response:
+                    yield response
         except (httpx.HTTPError, TimeoutError) as error:
-            raise CEUnavailableError(self._complaint(error)) from error
+            raise CEUnavailableError(self._describe(error)) from error
 
     async def _connect(self) -> httpx.AsyncClient:
         mark = await asyncio.to_thread(fingerprint, self._settings)
@@ -213,7 +215,7 @@ class ArcRest:
             follow_redirects=False,
         )
 
-    def _complaint(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         words = one_line(error)
         if isinstance(error, TimeoutError | httpx.TimeoutException):
             words = f"no answer within {self._settings.timeout_seconds:g} s"

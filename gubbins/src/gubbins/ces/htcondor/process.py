@@ -89,13 +89,13 @@ class Bindings:
         if isinstance(answer, Mapping) and "answer" in answer:
             return answer["answer"]
         if isinstance(answer, Mapping) and "error" in answer:
-            raise BindingsRefusal(_complaint(str(answer["error"]), done.stderr))
+            raise BindingsRefusal(_error_line(str(answer["error"]), done.stderr))
         if "ModuleNotFoundError" in done.stderr:
             raise CEUnavailableError(
                 "HTCondor's bindings are not installed: pip install 'gubbins-pilots[htcondor]'"
             )
         raise CEUnavailableError(
-            _complaint(f"no answer from HTCondor's bindings ({done.returncode})", done.stderr)
+            _error_line(f"no answer from HTCondor's bindings ({done.returncode})", done.stderr)
         )
 
 
@@ -107,7 +107,7 @@ def _prepare(directory: Path, token: str | None) -> None:
     file.write_text(f"{token or ''}\n")
 
 
-def _complaint(error: str, stderr: str) -> str:
+def _error_line(error: str, stderr: str) -> str:
     """An error in one line, with what the bindings have said besides."""
     lines = [_STAMP_OF_LOG.sub("", line) for line in stderr.splitlines() if line.strip()]
     return one_line("; ".join(part for part in map(one_line, [error, *lines[-2:]]) if part))

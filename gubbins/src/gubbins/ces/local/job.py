@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput, observed_end
 from gubbins.ces.settings import executable_script
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -133,15 +133,7 @@ class LocalJob:
         if code is None and process is None:
             return self._not_started()
         cancelled = modified_at(self.path / "cancelled") is not None
-        if code == 0:
-            return Observation(Observed.DONE)
-        if code is None:
-            return Observation(
-                Observed.FAILED, "cancelled" if cancelled else "the process vanished without an exit code"
-            )
-        reason = f"cancelled (exit code {code})" if cancelled else f"exit code {code}"
-        last_line = self._last_line_of_stderr()
-        return Observation(Observed.FAILED, f"{reason}: {last_line}" if last_line else reason)
+        return observed_end(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
 
     def cancel(self, *, kill_after_seconds: float) -> None:
         """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL)."""

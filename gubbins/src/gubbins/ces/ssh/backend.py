@@ -19,6 +19,7 @@ from gubbins.ces.protocol import (
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
+    observed_end,
 )
 from gubbins.ces.settings import executable_script
 from gubbins.ces.transports.ssh import SSHShell
@@ -185,7 +186,11 @@ class SSHBackend(CEBackend[SSHSettings]):
             case "restarted":
                 state, reason = Observed.FAILED, "the host was restarted while it ran"
             case "ended":
-                state, reason = _end(*detail.split(" ", 2))
+                code, cancelled, line = detail.split(" ", 2)
+                number = None if code == "-" else int(code)
+                state, reason, _ = observed_end(
+                    number, cancelled=cancelled == "1", last_line=lambda: one_line(line)
+                )
         return Observation(state, reason, self._reference(stamp))
 
 
@@ -202,14 +207,3 @@ def _nothing_there_yet(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
     except Refused:
         if any(pilot.reference for pilot in pilots):
             raise
-
-
-def _end(code: str, cancelled: str, last_line: str) -> tuple[Observed, str | None]:
-    if code == "0":
-        return Observed.DONE, None
-    if code == "-":
-        why = "cancelled" if cancelled == "1" else "the process vanished without an exit code"
-        return Observed.FAILED, why
-    why = f"cancelled (exit code {code})" if cancelled == "1" else f"exit code {code}"
-    words = one_line(last_line)
-    return Observed.FAILED, f"{why}: {words}" if words else why

@@ -14,16 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
-from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements
+from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements, columns_of
 from .session import PilotSession
 
-_COLUMNS = (
-    CECircuits.failures.label("failures"),
-    CECircuits.open_until.label("open_until"),
-    CECircuits.probe_until.label("probe_until"),
-    CECircuits.last_error.label("last_error"),
-    CECircuits.last_error_at.label("last_error_at"),
-)
+_COLUMNS = columns_of(CECircuits, "failures", "open_until", "probe_until", "last_error", "last_error_at")
 MAX_DOUBLINGS = 32
 
 

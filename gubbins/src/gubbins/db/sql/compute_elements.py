@@ -18,7 +18,7 @@ from gubbins.domain.pilot_states import ACTIVE
 from gubbins.domain.rules import serves
 
 from .circuits import delete_circuits, read_circuits, restore_last_error
-from .schema import CE_COLUMNS, MAX_REASON_CHARS, ComputeElements, Pilots
+from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots
 from .session import PilotSession
 
 
@@ -112,7 +112,7 @@ class ComputeElementsMixin(PilotSession):
             wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
             await self.add_ce(name, **({"enabled": True} | wanted))
             return "created"
-        present = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one()
+        present = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == name))).one()
         if all(getattr(present, field) == value for field, value in wanted.items()):
             return "unchanged"
         await self.conn.execute(
@@ -174,7 +174,7 @@ class ComputeElementsMixin(PilotSession):
         Raises:
             UnknownCEError: there is none of that name.
         """
-        row = (await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == name))).one_or_none()
+        row = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
         return {**row._mapping, "circuits": _circuits_of(row.name, await read_circuits(self.conn, name))}
@@ -182,7 +182,7 @@ class ComputeElementsMixin(PilotSession):
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
         """Every compute element, by name: all its fields, with its `circuits`."""
-        rows = (await self.conn.execute(select(*CE_COLUMNS).order_by(ComputeElements.name))).all()
+        rows = (await self.conn.execute(SELECT_CE.order_by(ComputeElements.name))).all()
         circuits = await read_circuits(self.conn)
         return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
 

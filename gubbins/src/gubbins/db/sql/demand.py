@@ -14,7 +14,7 @@ from sqlalchemy import delete, func, insert, select
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
-from .schema import PilotDemand, PilotRequests, Pilots
+from .schema import PilotDemand, PilotRequests, Pilots, columns_of
 from .session import PilotSession
 
 
@@ -86,13 +86,7 @@ class DemandMixin(PilotSession):
     async def get_demand(self) -> dict[tuple[str, str], Demand]:
         """Demand of each VO in its last round, by (compute element, VO)."""
         rows = await self.conn.execute(
-            select(
-                PilotDemand.ce_name,
-                PilotDemand.vo,
-                PilotDemand.wanted,
-                PilotDemand.asked_at,
-                PilotDemand.granted_at,
-            )
+            select(PilotDemand.ce_name, PilotDemand.vo, *columns_of(PilotDemand, *Demand._fields))
         )
         return {(row[0], row[1]): Demand(*row[2:]) for row in rows}
 

@@ -15,10 +15,11 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, s
 
 from gubbins.domain import clock
 
-from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots
+from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots, columns_of
 from .session import PilotSession
 
 _PRUNED_AT_ONCE = 1_000
+_CE_COLUMNS = columns_of(Pilots, "status", "stamp", "reference", "submitted_at", "started_at", "ended_at")
 
 
 class Output(NamedTuple):
@@ -62,15 +63,7 @@ class OutputsMixin(PilotSession):
         Rows of `pilot_id, status, stamp, reference, submitted_at, started_at, ended_at`.
         """
         statement = (
-            select(
-                Pilots.id.label("pilot_id"),
-                Pilots.status.label("status"),
-                Pilots.stamp.label("stamp"),
-                Pilots.reference.label("reference"),
-                Pilots.submitted_at.label("submitted_at"),
-                Pilots.started_at.label("started_at"),
-                Pilots.ended_at.label("ended_at"),
-            )
+            select(Pilots.id.label("pilot_id"), *_CE_COLUMNS)
             .join(PilotOutputs, PilotOutputs.pilot_id == Pilots.id)
             .where(_queued(vo, ce_name))
             .order_by(PilotOutputs.pilot_id)
@@ -103,23 +96,13 @@ class OutputsMixin(PilotSession):
     @transaction
     async def get_output(self, pilot_id: int) -> dict[str, Any] | None:
         """`stdout`, `stderr`, `error`, `fetched_at`, `expires_at` of a pilot; None: nothing was fetched."""
-        statement = select(
-            PilotOutputs.out,
-            PilotOutputs.err,
-            PilotOutputs.error,
-            PilotOutputs.fetched_at,
-            PilotOutputs.expires_at,
-        ).where(PilotOutputs.pilot_id == pilot_id, PilotOutputs.fetched_at.is_not(None))
+        columns = columns_of(PilotOutputs, "out", "err", "error", "fetched_at", "expires_at")
+        statement = select(*columns).where(PilotOutputs.pilot_id == pilot_id, PilotOutputs.fetched_at.is_not(None))
         row = (await self.conn.execute(statement)).one_or_none()
         if row is None:
             return None
-        return {
-            "stdout": _unpacked(row[0]),
-            "stderr": _unpacked(row[1]),
-            "error": row[2],
-            "fetched_at": row[3],
-            "expires_at": row[4],
-        }
+        found = dict(row._mapping)
+        return {"stdout": _unpacked(found.pop("out")), "stderr": _unpacked(found.pop("err")), **found}
 
     async def prune_outputs(self) -> int:
         """Delete some of the expired outputs; return the number deleted."""

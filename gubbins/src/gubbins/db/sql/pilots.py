@@ -15,29 +15,15 @@ from gubbins.domain import clock
 from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
-from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
+from .schema import MAX_REASON_CHARS, PilotHistory, Pilots, columns_of
 from .session import PilotSession
 
-# Labelled with their names in Python: a row's own names are the database's.
-_COLUMNS = tuple(
-    column.label("pilot_id" if column.key == "id" else column.key) for column in Pilots.__table__.columns
-)
-
-_CHECK_COLUMNS = tuple(
-    column
-    for column in _COLUMNS
-    if column.name
-    in (
-        "pilot_id",
-        "ce_name",
-        "status",
-        "stamp",
-        "reference",
-        "submitted_at",
-        "started_at",
-        "missing_since",
-        "cancel_requested_at",
-    )
+_ID = Pilots.id.label("pilot_id")
+_COLUMNS = (_ID, *(column for column in columns_of(Pilots) if column.name != "id"))
+_CHECK_COLUMNS = (
+    _ID,
+    *columns_of(Pilots, "ce_name", "status", "stamp", "reference", "submitted_at", "started_at", "missing_since"),
+    Pilots.cancel_requested_at.label("cancel_requested_at"),
 )
 
 

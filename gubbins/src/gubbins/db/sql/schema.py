@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
-    "CE_COLUMNS",
+    "SELECT_CE",
     "CECircuits",
     "ComputeElements",
     "MyPilotDBBase",
@@ -13,6 +13,7 @@ __all__ = [
     "PilotRequests",
     "Pilots",
     "UTCDateTime",
+    "columns_of",
 ]
 
 from collections.abc import Callable
@@ -32,10 +33,12 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    Label,
     LargeBinary,
     String,
     Table,
     TypeDecorator,
+    select,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -136,9 +139,6 @@ class ComputeElements(MyPilotDBBase):
 _ces = cast(Table, ComputeElements.__table__)
 _ces.append_constraint(CheckConstraint(_ces.c.capacity >= 0, name="capacity_not_negative"))
 _ces.append_constraint(CheckConstraint(_ces.c.success_rate.between(0, 1), name="success_rate_is_a_share"))
-
-CE_COLUMNS = tuple(column.label(column.key) for column in _ces.columns)
-"""All of them, labelled with their names in Python: a row's own names are the database's."""
 
 
 class CECircuits(MyPilotDBBase):
@@ -301,3 +301,12 @@ class PilotOutputs(MyPilotDBBase):
         Index("idx_outputs_expires", "expires_at"),
         UTF8,
     )
+
+
+def columns_of(table: type[MyPilotDBBase], *keys: str) -> tuple[Label[Any], ...]:
+    """These columns of a table (none: all), labelled with their names in Python: rows have the database's."""
+    columns = cast(Table, table.__table__).columns
+    return tuple(columns[key].label(key) for key in keys or columns.keys())
+
+
+SELECT_CE = select(*columns_of(ComputeElements))

@@ -16,7 +16,7 @@ from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.domain.rules import serves
 
 from .limits import check_limits
-from .schema import CE_COLUMNS, MAX_REASON_CHARS, MAX_VO_CHARS, ComputeElements, PilotHistory, Pilots
+from .schema import MAX_REASON_CHARS, MAX_VO_CHARS, SELECT_CE, ComputeElements, PilotHistory, Pilots
 from .session import PilotSession, portions
 
 
@@ -49,9 +49,7 @@ class SubmissionsMixin(PilotSession):
         now = clock.now()
         if not await self.lock_ces([ce_name]):
             raise UnknownCEError(ce_name)
-        ce = (
-            await self.conn.execute(select(*CE_COLUMNS).where(ComputeElements.name == ce_name).with_for_update())
-        ).one()
+        ce = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == ce_name).with_for_update())).one()
         if not ce.enabled:
             raise CEDisabledError(ce_name)
         # SQLite stores names of any length.

@@ -42,11 +42,11 @@ __all__ = [
     "withdraw_requests",
 ]
 
-from gubbins.domain.exceptions import PilotSubmissionError
+from gubbins.domain.exceptions import CEFileError, PilotSubmissionError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, VORules
 
-from .ce_file import CE_NAME, CEFileError, CESpec, parse_ce_file
+from .ce_file import CE_NAME, CESpec, parse_ce_file
 from .check import transition_pilot_states
 from .compute_elements import (
     add_ce,
@@ -58,7 +58,7 @@ from .compute_elements import (
     load_ces,
     set_ce_enabled,
 )
-from .demand import request_pilots, withdraw_requests
+from .demand import count_waiting_jobs, request_pilots, withdraw_requests
 from .outputs import collect_outputs, get_pilot_output
 from .pilots import (
     cancel_pilot,
@@ -67,8 +67,7 @@ from .pilots import (
     count_steps,
     get_pilot,
     get_pilot_summary,
+    prune_pilots,
     search_pilots,
 )
-from .pruning import prune_pilots
 from .submission import submit_pilot, submit_requested_pilot
-from .waiting_jobs import count_waiting_jobs

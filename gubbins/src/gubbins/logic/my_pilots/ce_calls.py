@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["backend_of", "describe_failure"]
+__all__ = ["at_ce", "backend_of", "describe_failure"]
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from gubbins.ces import CEBackend, CEDescription, make_backend
+from gubbins.ces import CEBackend, CEDescription, PilotAtCE, make_backend
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
@@ -46,3 +46,9 @@ def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {rules_of(ce).timeout_seconds:g} s"
     return one_line(error, MAX_REASON_CHARS)
+
+
+def at_ce(pilot: Mapping[str, Any]) -> PilotAtCE:
+    """A pilot of the database, as it is sent to its compute element."""
+    keys = ("stamp", "vo", "reference", "status", "submitted_at", "started_at")
+    return PilotAtCE(*(pilot[key] for key in keys))

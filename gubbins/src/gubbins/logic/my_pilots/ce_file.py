@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gubbins.ces import validate_settings
-from gubbins.domain.exceptions import CESettingsError, GubbinsError
+from gubbins.ces.registry import problem_of, validate_settings
+from gubbins.domain.exceptions import CEFileError, CESettingsError
 from gubbins.domain.rules import CERules, VORules
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
@@ -67,14 +67,6 @@ class CESpec(BaseModel):
     rules: Annotated[
         CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")
     ] = CERules()
-
-
-class CEFileError(GubbinsError, ValueError):
-    """The file is wrong; `problems` holds one (path, message) pair per mistake."""
-
-    def __init__(self, problems: list[tuple[str, str]]) -> None:
-        super().__init__("\n".join(f"{path}: {message}" if path else message for path, message in problems))
-        self.problems = problems
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,16 +127,10 @@ def _problem(at: str, problem: Any) -> tuple[str, str]:
     path = at
     for part in problem["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    if problem["type"] == "extra_forbidden":
-        model: type[BaseModel] = CESpec
-        if problem["loc"][0] == "rules":
-            model = VORules if "vos" in problem["loc"] else CERules
-        return path, f"unknown field; there are {', '.join(model.model_fields)}"
-    if problem["type"] == "missing":
-        return path, "missing"
-    if problem["type"] == "value_error":
-        return path, problem["msg"].removeprefix("Value error, ")
-    return path, problem["msg"]  # without the value, which may be a secret
+    model: type[BaseModel] = CESpec
+    if problem["loc"][:1] == ("rules",):
+        model = VORules if "vos" in problem["loc"] else CERules
+    return path, problem_of(problem, model)
 
 
 def _where(error: yaml.YAMLError) -> tuple[str, str]:

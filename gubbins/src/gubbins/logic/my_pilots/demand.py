@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["REQUEST_LIFETIME", "request_pilots", "withdraw_requests"]
+__all__ = ["REQUEST_LIFETIME", "count_waiting_jobs", "request_pilots", "withdraw_requests"]
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.demand import Demand
@@ -17,10 +18,16 @@ from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
+from gubbins.domain.text import one_line
 
 from .circuits import half_open, submission_blocker
 
+if TYPE_CHECKING:
+    from diracx.db.sql import JobDB
+
 logger = logging.getLogger(__name__)
+
+JOB_DB_TIMEOUT_SECONDS = 30
 
 
 async def request_pilots(
@@ -174,3 +181,27 @@ def _rounded_up(number: float) -> int:
 async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:
     """Delete requests whose tasks could not be spawned."""
     await db.take_requests(ce_name, vo=vo, count=count)
+
+
+async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
+    """Count jobs of the VO in the state Waiting; None: there is no job database, or it does not respond.
+
+    `job_db` is not in a transaction; a short one is opened.
+    """
+    if job_db is None:
+        logger.warning("Cannot count the waiting jobs of %s: DIRACX_DB_URL_JOBDB is not set", vo)
+        return None
+    from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
+
+    equal = ScalarSearchOperator.EQUAL
+    search = [
+        ScalarSearchSpec(parameter="VO", operator=equal, value=vo),
+        ScalarSearchSpec(parameter="Status", operator=equal, value=JobStatus.WAITING),
+    ]
+    try:
+        async with asyncio.timeout(JOB_DB_TIMEOUT_SECONDS), job_db:
+            counted = await job_db.summary(["VO"], list(search))
+    except Exception as error:
+        logger.warning("Cannot count the waiting jobs of %s: %s", vo, one_line(error))
+        return None
+    return sum(int(row["count"]) for row in counted)

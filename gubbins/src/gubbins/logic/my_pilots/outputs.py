@@ -25,7 +25,7 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
-from .ce_calls import backend_of, describe_failure
+from .ce_calls import at_ce, backend_of, describe_failure
 from .circuits import note_failure
 from .response_validation import check_output
 
@@ -191,14 +191,7 @@ async def ask_for_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, A
         raise CEUnavailableError(
             f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {ce['name']}`"
         )
-    asked = PilotAtCE(
-        pilot["stamp"],
-        pilot["vo"],
-        pilot["reference"],
-        pilot["status"],
-        pilot["submitted_at"],
-        pilot["started_at"],
-    )
+    asked = at_ce(pilot)
     try:
         async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             answer = await backend.output(asked)

@@ -9,27 +9,31 @@ __all__ = [
     "count_steps",
     "get_pilot",
     "get_pilot_summary",
+    "prune_pilots",
     "search_pilots",
 ]
 
 import asyncio
 import logging
 from collections import Counter
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from gubbins.ces import PilotAtCE
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
-from .ce_calls import backend_of, describe_failure
+from .ce_calls import at_ce, backend_of, describe_failure
 from .circuits import may_call, note_failure
 
 logger = logging.getLogger(__name__)
+
+PRUNE_PAUSE_SECONDS = 0.05
+"""Pause between two batches, for others that wait for the database."""
 
 
 async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
@@ -112,15 +116,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
         return pilot, await db.get_ce(pilot["ce_name"])
 
     pilot, ce = await db.run(request)
-    target = PilotAtCE(
-        pilot["stamp"],
-        pilot["vo"],
-        pilot["reference"],
-        pilot["status"],
-        pilot["submitted_at"],
-        pilot["started_at"],
-        cancel_requested=True,
-    )
+    target = at_ce(pilot)._replace(cancel_requested=True)
     # A compute element that is paused or banned gets it from the first check that may call it again.
     if pass_on and await may_call(db, ce, CECall.STATUS):
         try:
@@ -131,3 +127,27 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
             await note_failure(db, ce, CECall.STATUS, reason)
             logger.warning("Pilot %d will be cancelled at %s by the next check: %s", pilot_id, ce["name"], reason)
     return await db.get_pilot(pilot_id)
+
+
+async def prune_pilots(db: MyPilotDB, *, keep: timedelta, batch: int = 1_000, at_most: int = 100_000) -> int:
+    """Delete pilots that ended longer ago than that, with their history, and return how many were.
+
+    The oldest come first. Each batch is a transaction of its own, so that others do not wait long; batches that
+    are done stay done when it is interrupted.
+
+    Args:
+        db: the database; not in a transaction.
+        keep: how long after its end a pilot is kept.
+        batch: pilots in one transaction.
+        at_most: pilots in one call; the next call goes on.
+    """
+    ended_before = clock.now() - keep
+    gone = 0
+    while gone < at_most:
+        size = min(batch, at_most - gone)
+        deleted = await db.delete_ended_pilots(ended_before=ended_before, limit=size)
+        gone += deleted
+        if deleted < size:
+            break
+        await asyncio.sleep(PRUNE_PAUSE_SECONDS)
+    return gone
