@@ -17,6 +17,7 @@ from sites.arc import ArcSite
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
 from gubbins.ces.arc import ArcBackend, ArcSettings
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Scenario, pilot_scripts
@@ -79,16 +80,15 @@ async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_sit
 async def test_output_has_the_last_part_and_goes_with_the_pilot(
     arc_site: ArcSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripts = {"good": "seq 1 1000", "bad": "echo no luck >&2; exit 3"}
+    scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3"}
     make = _Maker(arc_site, scripts=scripts)
     pilots = await make.submit("good", "bad")
     seen = await make.until_ended(pilots)
     assert seen["good"] == Observation(Observed.DONE)
     assert seen["bad"].state is Observed.FAILED
     assert "3" in (seen["bad"].reason or "")
-    monkeypatch.setattr("gubbins.ces.arc.backend.OUTPUT_LIMIT_BYTES", 9)
     out = await make.outputs(pilots)
-    assert out["good"].stdout == "\n999\n1000"[-8:] + "\n"
+    assert out["good"].stdout == "".join(f"{n}\n" for n in range(200_001))[-OUTPUT_LIMIT_BYTES:]
     assert out["bad"].stderr == "no luck\n"
 
     ends = {"good": MyPilotStatus.DONE, "bad": MyPilotStatus.FAILED}

@@ -258,16 +258,13 @@ async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPil
     assert (await db.get_ce("ce"))["last_error"] == "queue closed"
 
 
-async def test_a_slow_ce_does_not_delay_the_responses_of_others(
-    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
+async def test_a_slow_ce_does_not_delay_the_responses_of_others(db: MyPilotDB, scripted: Any) -> None:
     for name, backend in (("slow", "scripted"), ("well", "simulated")):
         await db.add_ce(name, 1, 1.0, backend=backend)
     scripted.submissions["slow"] = SubmitOutcome(reference="job.1")
     slow, well = [await logic.submit_pilot(db, name, "lhcb") for name in ("slow", "well")]
     scripted.observations["slow"] = gate = asyncio.Event()
-    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb"))
+    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb", prompt_seconds=0.01))
     async with asyncio.timeout(20):
         while (await db.get_pilot(well))["status"] is not MyPilotStatus.RUNNING:
             await asyncio.sleep(0.01)
@@ -278,16 +275,14 @@ async def test_a_slow_ce_does_not_delay_the_responses_of_others(
 
 
 async def test_during_a_slow_poll_the_pilots_of_other_ces_are_polled_every_cycle(
-    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
+    db: MyPilotDB, scripted: Any
 ) -> None:
-    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
-    monkeypatch.setattr("gubbins.logic.my_pilots.check.CYCLE_SECONDS", 0)
     for name, backend in (("slow", "scripted"), ("well", "simulated"), ("later", "simulated")):
         await db.add_ce(name, 1, 1.0, backend=backend)
     scripted.submissions["slow"] = SubmitOutcome(reference="job.1")
     scripted.observations["slow"] = gate = asyncio.Event()
     slow, well = [await logic.submit_pilot(db, name, "lhcb") for name in ("slow", "well")]
-    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb"))
+    check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb", prompt_seconds=0.01, cycle_seconds=0))
 
     async def is_done(pilot: int) -> None:
         async with asyncio.timeout(60):

@@ -15,7 +15,9 @@ from all_promises import AllPromises
 from sites.htcondor import HTCondorSite
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
-from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, description, jobs, process
+from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings
+from gubbins.ces.htcondor.process import PROGRAM, Bindings
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Scenario, pilot_scripts
@@ -78,15 +80,15 @@ async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondo
 
 
 async def test_output_has_the_last_part_and_an_end_outlives_its_place_in_the_queue(
-    htcondor_site: HTCondorSite, monkeypatch: pytest.MonkeyPatch
+    htcondor_site: HTCondorSite,
 ) -> None:
-    monkeypatch.setattr(description, "OUTPUT_LIMIT_BYTES", 9)
-    scripts = {"good": "seq 1 1000", "bad": "echo no luck >&2; exit 3", "killed": "kill -9 $$"}
+    scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3", "killed": "kill -9 $$"}
     backend = make_backend(htcondor_site, scripts=scripts)
     good, bad, killed = pilots = await submit(backend, "good", "bad", "killed")
     ends = [Observation(Observed.DONE), *(Observation(Observed.FAILED, f"exit code {code}") for code in (3, 137))]
     assert await until_ended(backend, pilots) == ends
-    assert (await backend.output(good)).stdout == "999\n1000\n"
+    written = "".join(f"{n}\n" for n in range(200_001))
+    assert (await backend.output(good)).stdout == written[-OUTPUT_LIMIT_BYTES:]
     assert (await backend.output(bad)).stderr == "no luck\n"
 
     await cleanup(backend, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
@@ -124,20 +126,18 @@ async def test_a_pilot_that_was_interrupted_is_not_started_again(htcondor_site: 
 
 
 async def test_a_submission_that_is_killed_before_its_files_are_sent_is_found_and_ends(
-    htcondor_site: HTCondorSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:
-    backend = make_backend(htcondor_site)
+    backend = make_backend(htcondor_site, spool_minutes=0)
     pilot = new_pilot("vo")
-    program = process._PROGRAM.read_text()
+    program = PROGRAM.read_text()
     sends = "schedd.spool(result)"
     assert sends in program
     (tmp_path / "bindings.py").write_text(program.replace(sends, "os.kill(os.getpid(), 9)"))
-    with monkeypatch.context() as patch:
-        patch.setattr(process, "_PROGRAM", tmp_path / "bindings.py")
-        with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
-            await backend.submit([pilot])
-    assert (await backend.poll([pilot]))[pilot.stamp].state is Observed.WAITING
-    monkeypatch.setattr(jobs, "_SPOOLING_SECONDS", 0)
+    bindings = Bindings(backend.settings, tmp_path / "bindings.py")
+    with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
+        await HTCondorBackend(backend.ce, backend.settings, bindings).submit([pilot])
+    assert (await make_backend(htcondor_site).poll([pilot]))[pilot.stamp].state is Observed.WAITING
     (seen,) = await until_ended(backend, [pilot])
     assert seen.reason == "its files have never come to the schedd"
     assert (await backend.submit([pilot]))[pilot.stamp].reference == seen.reference

@@ -225,7 +225,7 @@ async def test_a_connection_that_cannot_be_closed_does_not_discard_the_response(
         raise ConnectionError("reset\0by peer")
 
     monkeypatch.setattr(scripted, "close", close)
-    monkeypatch.setattr("gubbins.logic.my_pilots.ce_calls.CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr(scripted, "close_seconds", 0.01)
     with caplog.at_level(logging.WARNING):
         async with asyncio.timeout(100):
             [pilot] = await pilots_of(sqlite_db, scripted, "ce")

@@ -15,7 +15,6 @@ import pytest
 from watching import ENDED, alive, ended, observe, until, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
-from gubbins.ces.local import job as job_module
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 
@@ -155,7 +154,7 @@ async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(
     assert signalled == []
 
 
-async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path) -> None:
     elsewhere = PilotAtCE("there", "vo", reference="local://another-host/there")
     unknown = PilotAtCE("nowhere", "vo")
     (tmp_path / "s").mkdir()
@@ -164,8 +163,7 @@ async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path, m
     assert "nowhere" not in seen
     assert seen["there"].state is Observed.NO_NEWS
     assert seen["s"].state is Observed.WAITING
-    monkeypatch.setattr(job_module, "NEVER_STARTED_SECONDS", 0)
-    assert (await make().poll([stuck]))["s"].state is Observed.FAILED
+    assert (await make(start_seconds=0).poll([stuck]))["s"].state is Observed.FAILED
 
 
 @pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])

@@ -142,17 +142,14 @@ async def test_files_kept_long_enough_are_deleted(db: MyPilotDB, writing: Any) -
     assert await db.get_output(pilot) is None
 
 
-async def test_pilots_waiting_at_a_banned_ce_do_not_count(
-    db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gubbins.logic.my_pilots.outputs.COLLECTED_PER_CE", 2)
+async def test_pilots_waiting_at_a_banned_ce_do_not_count(db: MyPilotDB, writing: Any) -> None:
     old = await ended(db, writing, [Observed.DONE] * 3, ce="banned")
     await ended(db, writing, [Observed.DONE] * 3, ce="well")
     await db.ban_ce("banned", reason=None)
-    assert await logic.collect_outputs(db, "lhcb") == 2
-    assert await logic.collect_outputs(db, "lhcb") == 1
+    assert await logic.collect_outputs(db, "lhcb", per_ce=2) == 2
+    assert await logic.collect_outputs(db, "lhcb", per_ce=2) == 1
     await db.set_ce_enabled("banned", True)
-    assert await logic.collect_outputs(db, "lhcb") == 2
+    assert await logic.collect_outputs(db, "lhcb", per_ce=2) == 2
     assert [await db.get_output(pilot) is None for pilot in old] == [False, False, True], "the oldest first"
 
 
@@ -185,30 +182,29 @@ async def test_a_site_that_took_its_time_is_asked_again_in_the_next_round(
     assert await logic.collect_outputs(db, "lhcb") == 1
 
 
-async def test_a_check_waits_neither_for_output_nor_for_tidying(
+async def test_a_check_waits_neither_for_output_nor_for_cleanup(
     sqlite_db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = sqlite_db
-    monkeypatch.setattr("gubbins.logic.my_pilots.check.PROMPT_SECONDS", 0.01)
-    given_up = []
+    cancelled = []
 
     async def cleanup(self: Any, pilots: Any) -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            given_up.append(self.ce.name)
+            cancelled.append(self.ce.name)
 
     monkeypatch.setattr(writing, "cleanup", cleanup)
     writing.outputs["kept"] = asyncio.Event()
-    for ce, keep in (("kept", "all"), ("tidied", "none")):
+    for ce, keep in (("kept", "all"), ("cleaned", "none")):
         await db.add_ce(ce, 1, 1.0, backend="writing", rules={"keep_output": keep})
         writing.submissions[ce] = SubmitOutcome(reference="job")
         writing.observations[ce] = Observation(Observed.DONE)
         await logic.submit_pilot(db, ce, "lhcb")
     async with asyncio.timeout(30):  # each call may take 60
-        assert await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db) == {"RUNNING": 2}
-        assert await MyCheckPilotsTask("lhcb").execute(my_pilot_db=db) == {"DONE": 2}
-    assert given_up == ["tidied"]
+        for state in (MyPilotStatus.RUNNING, MyPilotStatus.DONE):
+            assert await logic.transition_pilot_states(db, "lhcb", prompt_seconds=0.01) == {state: 2}
+    assert cancelled == ["cleaned"]
 
 
 async def test_output_is_compressed_in_a_thread_before_the_transaction(

@@ -17,7 +17,7 @@ from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
-from gubbins.ces.transports.shell import Completed, LocalShell
+from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 
@@ -107,21 +107,22 @@ async def test_an_unconfirmed_submission_is_found_and_not_repeated(
 @pytest.mark.event_loops("asyncio", "uvloop")
 @pytest.mark.parametrize("command", ["sbatch", "squeue"])
 async def test_a_time_out_is_reported_as_one_from_either_side(
-    command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:
     """The host of the site has a clock of its own, and may be the first to give up."""
-    here = LocalShell.run
 
-    async def patient(self: LocalShell, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
-        return await here(self, argv, stdin=stdin, timeout=timeout + 60)
+    class Patient(LocalShell):
+        async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
+            return await super().run(argv, stdin=stdin, timeout=timeout + 60)
 
-    monkeypatch.setattr(LocalShell, "run", patient)
     commands = tmp_path / "commands"
     commands.mkdir()
     for name in ("sbatch", "squeue"):
         (commands / name).write_text("#!/bin/sh\nexec sleep 300\n")
         (commands / name).chmod(0o755)
-    backend, unheard = make(commands=commands, timeout_seconds=0.2), pilot("unheard")
+    shell = Patient(inherited_environment() | {"SLURM_CONF": str(slurm_site.slurm_conf)})
+    settings = make(commands=commands, timeout_seconds=0.2).settings
+    backend, unheard = SlurmBackend(CEDescription("slurm", 100, 1.0), settings, shell), pilot("unheard")
     if command == "squeue":  # which is asked once sbatch has been called
         directory = backend.settings.directory / unheard.stamp
         directory.mkdir(parents=True)

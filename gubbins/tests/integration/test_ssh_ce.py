@@ -18,7 +18,6 @@ from watching import ENDED, ended, observe, until, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings
-from gubbins.ces.ssh import backend as backend_module
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
@@ -244,14 +243,11 @@ async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(make: Make, tmp
     assert (await make().poll([PilotAtCE("s", "vo")]))["s"].state is Observed.WAITING
 
 
-async def test_a_directory_without_a_process_was_never_started(
-    make: Make, tmp_path: Path, monkeypatch: Any
-) -> None:
+async def test_a_directory_without_a_process_was_never_started(make: Make, tmp_path: Path) -> None:
     (tmp_path / "pilots" / "s").mkdir(parents=True)
     pilot = PilotAtCE("s", "vo")
     assert (await make().poll([pilot]))["s"].state is Observed.WAITING
-    monkeypatch.setattr(backend_module, "NEVER_STARTED_SECONDS", 0)
-    seen = (await make().poll([pilot]))["s"]
+    seen = (await make(start_seconds=0).poll([pilot]))["s"]
     assert (seen.state, seen.reason) == (Observed.FAILED, "the pilot process was never started")
 
 
@@ -275,10 +271,9 @@ async def test_a_connection_lost_on_the_way_concludes_nothing_and_the_next_call_
     assert {seen.state for seen in before.values()} <= {Observed.WAITING, Observed.RUNNING}
 
 
-async def test_one_connection_serves_all_of_a_bulk_call(make: Make, sshd: Sshd, monkeypatch: Any) -> None:
-    monkeypatch.setattr(backend_module, "PILOTS_PER_COMMAND", 3)
+async def test_one_connection_serves_all_of_a_bulk_call(make: Make, sshd: Sshd) -> None:
     pilots = [PilotAtCE(f"s{number}", f"vo{number % 7}") for number in range(50)]
-    backend = make(default_script="exit 0")
+    backend = make(default_script="exit 0", pilots_per_command=3)
     logged_in = sshd.logins()
     await backend.submit(pilots)
     await asyncio.gather(*(observe(backend, pilot, Observed.DONE) for pilot in pilots))

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from sites.sshd import Sshd
 
-from gubbins.ces.transports import ssh as connection_module
 from gubbins.ces.transports.ssh import SSHError, SSHHost, SSHShell
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -229,10 +228,11 @@ async def test_a_lost_connection_is_an_error_and_the_next_command_makes_a_new_on
     assert (await ours.run(["echo", "again"])).stdout == "again\n"
 
 
-async def test_an_endless_response_is_refused(shell: Shell, monkeypatch: Any) -> None:
-    monkeypatch.setattr(connection_module, "MAX_ANSWER_BYTES", 1_000_000)
+async def test_an_endless_response_is_refused(sshd: Sshd) -> None:
+    shell = SSHShell(SSHHost(**sshd.settings), max_bytes=1_000_000)
     with pytest.raises(SSHError, match="more than 1000000 bytes"):
-        await shell().run(["cat", "/dev/zero"])
+        await shell.run(["cat", "/dev/zero"])
+    await shell.close()
 
 
 async def test_closing_does_not_wait_for_a_host_that_hangs(shell: Shell, sshd: Sshd) -> None:

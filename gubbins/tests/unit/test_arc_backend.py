@@ -27,11 +27,6 @@ URL = "https://ce.example.org/arex"
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gubbins.ces.arc.backend._LIST_AGAIN_AFTER_SECONDS", 0)
-
-
 def arc_settings(**more: Any) -> ArcSettings:
     return ArcSettings(**({"url": URL, "token": "/nowhere", "default_script": "true"} | more))
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gubbins.ces import Observed, PilotAtCE
-from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings, process
+from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings
 from gubbins.ces.htcondor.description import submission
 from gubbins.ces.htcondor.jobs import ATTRIBUTES, judge, parse_jobs, pilots_own
+from gubbins.ces.htcondor.process import Bindings
 from gubbins.ces.protocol import CEDescription
 from gubbins.ces.transports.shell import Completed, LocalShell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -134,20 +135,18 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         ("import sys; sys.exit('11/22/26 05:17:25 who are you?')", r"\(1\); who are you\?$"),
     ],
 )
-async def test_an_invalid_response_is_no_news_and_has_a_reason(
-    program: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_an_invalid_response_is_no_news_and_has_a_reason(program: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CEUnavailableError, match=message):
-        await backend_with(program, monkeypatch, tmp_path).poll([PILOT])
+        await backend_with(program, tmp_path).poll([PILOT])
 
 
 @pytest.mark.parametrize(
     "answer", [None, [], 7, {}, {"stamp": None}, {"stamp": "12.0"}, {"stamp": {}}, {"stamp": {"reference": 12}}]
 )
 async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
-    answer: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    answer: object, tmp_path: Path
 ) -> None:
-    backend = backend_with(f"print({json.dumps({'answer': answer})!r})", monkeypatch, tmp_path)
+    backend = backend_with(f"print({json.dumps({'answer': answer})!r})", tmp_path)
     with pytest.raises(CEUnavailableError, match="did not respond about the pilot stamp"):
         await backend.submit([PILOT._replace(maybe_submitted=False)])
 
@@ -157,7 +156,7 @@ async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
     [("print(json.dumps({'error': 'not authorized'}))", True), ("sys.exit(1)", False), ("time.sleep(600)", False)],
 )
 async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silence_is_no_news(
-    history: str, known: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    history: str, known: bool, tmp_path: Path
 ) -> None:
     program = (
         "import json, sys, time\n"
@@ -170,8 +169,7 @@ async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silen
             seconds = 0.2 if "sleep" in history and b'"history"' in stdin else timeout
             return await super().run(argv, stdin=stdin, timeout=seconds)
 
-    monkeypatch.setattr(process, "LocalShell", Impatient)
-    backend = backend_with(program, monkeypatch, tmp_path)
+    backend = backend_with(program, tmp_path, Impatient)
     if known:
         assert await backend.poll([PILOT]) == {}
     else:
@@ -188,7 +186,7 @@ async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(
         f"open({str(pids) + '.new'!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} {{os.getcwd()}}')\n"
         f"os.rename({str(pids) + '.new'!r}, {str(pids)!r}); time.sleep(600)"
     )
-    call = asyncio.create_task(backend_with(program, monkeypatch, tmp_path, timeout_seconds=300).poll([PILOT]))
+    call = asyncio.create_task(backend_with(program, tmp_path, timeout_seconds=300).poll([PILOT]))
     deadline = time.monotonic() + 60
     while not pids.exists():
         assert time.monotonic() < deadline
@@ -203,7 +201,7 @@ async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(
         await asyncio.sleep(0.02)
 
     with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not answered within 0.2 s"):
-        await backend_with(program, monkeypatch, tmp_path, timeout_seconds=0.2).poll([PILOT])
+        await backend_with(program, tmp_path, timeout_seconds=0.2).poll([PILOT])
 
 
 async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_the_worker(
@@ -220,9 +218,7 @@ async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_t
         f"pathlib.Path({str(tmp_path / 'told')!r}).write_text(json.dumps(told))\n"
         "print(json.dumps({'answer': []}))"
     )
-    backend = backend_with(
-        program, monkeypatch, tmp_path, token=token, configuration={"sec_default_encryption": "NEVER"}
-    )
+    backend = backend_with(program, tmp_path, token=token, configuration={"sec_default_encryption": "NEVER"})
     await backend.poll([PILOT])
     seen = json.loads((tmp_path / "told").read_text())
     assert seen.pop("token") == "a.b.c\n"
@@ -249,13 +245,13 @@ def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
 
 
 def backend_with(
-    program: str, monkeypatch: pytest.MonkeyPatch, directory: Path, **settings: Any
+    program: str, directory: Path, shell: type[LocalShell] = LocalShell, **settings: Any
 ) -> HTCondorBackend:
     """A back end that runs this program in place of the bindings."""
     (directory / "program.py").write_text(program)
-    monkeypatch.setattr(process, "_PROGRAM", directory / "program.py")
-    defaults = {"collector": "ce", "timeout_seconds": 60}
-    return HTCondorBackend(CEDescription("ce", 1, 1.0), HTCondorSettings(**(defaults | settings)))
+    given = HTCondorSettings(**({"collector": "ce", "timeout_seconds": 60} | settings))
+    bindings = Bindings(given, directory / "program.py", shell)
+    return HTCondorBackend(CEDescription("ce", 1, 1.0), given, bindings)
 
 
 def _alive(pid: str) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from watching import alive, until, written
 
-from gubbins.ces.transports import shell
 from gubbins.ces.transports.shell import LocalShell
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -38,13 +37,10 @@ async def test_large_input_and_output_pass_at_the_same_time() -> None:
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-async def test_a_command_that_writes_without_end_is_ended_with_its_children(
-    stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shell, "MAX_ANSWER_BYTES", 1_000_000)
+async def test_a_command_that_writes_without_end_is_ended_with_its_children(stream: str, tmp_path: Path) -> None:
     script = f"sleep 300 & echo $! > {tmp_path}/child; exec cat /dev/zero > /dev/{stream}"
     with pytest.raises(CEUnavailableError, match="/bin/sh: an answer of more than 1000000 bytes"):
-        await LocalShell().run(["/bin/sh", "-c", script], timeout=300)
+        await LocalShell(max_bytes=1_000_000).run(["/bin/sh", "-c", script], timeout=300)
     await until(lambda: not alive(int(written(tmp_path / "child"))))
 
 

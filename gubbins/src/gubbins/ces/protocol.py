@@ -129,6 +129,9 @@ class CEBackend(ABC, Generic[SettingsT]):
     """Whether such compute elements come from the operator's files alone, never through the API: for back
     ends whose settings amount to running commands on our own hosts."""
 
+    close_seconds: ClassVar[float] = 5
+    """Longest time that `close` may take: the response of the compute element waits for it."""
+
     def __init__(self, ce: CEDescription, settings: SettingsT) -> None:
         self.ce = ce
         self.settings = settings

@@ -8,6 +8,7 @@ __all__ = [
     "KeepDays",
     "PilotSettings",
     "Script",
+    "StartSeconds",
     "Text",
     "VariableName",
     "executable_script",
@@ -43,6 +44,12 @@ Script = Annotated[str, Field(min_length=1), AfterValidator(without_nul)]
 DefaultScript = Annotated[Script, Field(description="For VOs that have no script of their own.")]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 KeepDays = Annotated[float, Field(ge=0, allow_inf_nan=False, description="How long those files stay, in days.")]
+
+# A wrapper writes its pid within milliseconds.
+StartSeconds = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=False, description="A pilot process that has not started after so long has failed."),
+]
 
 
 class PilotSettings(CESettings):

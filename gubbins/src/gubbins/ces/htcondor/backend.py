@@ -43,9 +43,9 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
     Settings = HTCondorSettings
     operator_only = True  # the settings name files on our own hosts, and configure what runs there
 
-    def __init__(self, ce: CEDescription, settings: HTCondorSettings) -> None:
+    def __init__(self, ce: CEDescription, settings: HTCondorSettings, bindings: Bindings | None = None) -> None:
         super().__init__(ce, settings)
-        self._bindings = Bindings(settings)
+        self._bindings = Bindings(settings) if bindings is None else bindings
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         outcomes = {pilot.stamp: SubmitOutcome(pilot.reference) for pilot in pilots if pilot.reference}
@@ -129,7 +129,9 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
                 found[pilot.stamp] = own
         twins = [job for stamp, own in found.items() for job in jobs[stamp] if job is not own and not job.ended]
         await self._remove("another job is this pilot", twins)
-        await self._remove(ABANDONED, [job for job in found.values() if job.abandoned])
+        await self._remove(
+            ABANDONED, [job for job in found.values() if job.abandoned(60 * self.settings.spool_minutes)]
+        )
         return found
 
     async def _remove(self, reason: str, jobs: Sequence[Job]) -> None:

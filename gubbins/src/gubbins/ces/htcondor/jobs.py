@@ -24,7 +24,6 @@ ABANDONED = "its files have never come to the schedd"
 
 _REMOVED, _COMPLETED, _HELD = 3, 4, 5
 _SPOOLING = 16
-_SPOOLING_SECONDS = 600
 
 
 class Job(NamedTuple):
@@ -53,10 +52,9 @@ class Job(NamedTuple):
         """Whether the job has ended."""
         return self.status in (_REMOVED, _COMPLETED)
 
-    @property
-    def abandoned(self) -> bool:
+    def abandoned(self, spool_seconds: float) -> bool:
         """Whether the files of the job were never spooled because their sender died; it would wait for ever."""
-        return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > _SPOOLING_SECONDS
+        return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > spool_seconds
 
     @property
     def completed(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Bindings", "BindingsRefusal"]
+__all__ = ["PROGRAM", "Bindings", "BindingsRefusal"]
 
 import asyncio
 import json
@@ -10,18 +10,18 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
+from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
 from gubbins.ces.transports.tokens import read_token
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
 from .settings import HTCondorSettings
 
-_PROGRAM = Path(__file__).with_name("bindings.py")
+PROGRAM = Path(__file__).with_name("bindings.py")
 _STAMP_OF_LOG = re.compile(r"^\d\d/\d\d/\d\d \d\d:\d\d:\d\d( \(\S+\))* ")
 
 
@@ -30,10 +30,23 @@ class BindingsRefusal(CEUnavailableError):
 
 
 class Bindings:
-    """The bindings, for one schedd. Nothing is kept between calls, so a token may change at any time."""
+    """The bindings, for one schedd. Nothing is kept between calls, so a token may change at any time.
 
-    def __init__(self, settings: HTCondorSettings) -> None:
+    Args:
+        settings: of the schedd.
+        program: the file that calls the bindings.
+        shell: makes the shell of an environment, to run it.
+    """
+
+    def __init__(
+        self,
+        settings: HTCondorSettings,
+        program: Path = PROGRAM,
+        shell: Callable[[Mapping[str, str]], Shell] = LocalShell,
+    ) -> None:
         self._settings = settings
+        self._program = program
+        self._shell = shell
         self._where = {
             "collector": settings.collector,
             "name": settings.schedd,
@@ -55,8 +68,8 @@ class Bindings:
             request = {"where": self._where, "call": call, "arguments": arguments}
             argv = ["/bin/sh", "-c", 'cd "$1" && exec "$2" -P "$3"', "sh", str(directory / "work")]
             try:
-                done = await LocalShell(self._environment(directory)).run(
-                    [*argv, sys.executable, str(_PROGRAM)],
+                done = await self._shell(self._environment(directory)).run(
+                    [*argv, sys.executable, str(self._program)],
                     stdin=json.dumps(request).encode(),
                     timeout=self._settings.timeout_seconds,
                 )

@@ -65,6 +65,12 @@ class HTCondorSettings(PilotSettings):
         allow_inf_nan=False,
         description="A pilot that HTCondor itself has put on hold is removed after so long.",
     )
+    spool_minutes: float = Field(
+        default=10,
+        ge=0,
+        allow_inf_nan=False,
+        description="A pilot whose files have not been spooled after so long is removed.",
+    )
     keep_days: float = Field(
         default=7, gt=0, le=3650, allow_inf_nan=False, description="How long they stay there, in days."
     )

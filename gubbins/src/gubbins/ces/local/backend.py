@@ -22,7 +22,7 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.ces.settings import AbsolutePath, DefaultScript, KeepDays, PilotSettings
+from gubbins.ces.settings import AbsolutePath, DefaultScript, KeepDays, PilotSettings, StartSeconds
 from gubbins.ces.transports.shell import inherited_environment
 from gubbins.domain.exceptions import OutputUnavailableError
 from gubbins.domain.text import one_line
@@ -52,6 +52,7 @@ class LocalSettings(PilotSettings):
         default=10, ge=0, allow_inf_nan=False, description="A cancelled pilot that ignores SIGTERM is killed."
     )
     keep_days: KeepDays = 7
+    start_seconds: StartSeconds = 60
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -143,7 +144,7 @@ class LocalBackend(CEBackend[LocalSettings]):
     def _observe(self, pilot: PilotAtCE) -> Observation | None:
         if not self._is_here(pilot):
             return Observation(Observed.NO_NEWS)
-        observation = self._job(pilot.stamp).observe()
+        observation = self._job(pilot.stamp).observe(start_seconds=self.settings.start_seconds)
         if observation is not None and pilot.reference is None:
             return Observation(observation.state, observation.reason, self._reference(pilot))
         return observation

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
-# A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
-NEVER_STARTED_SECONDS = 60
 _UNHEARD_OF_SECONDS = 30 * 24 * 3600
 _MAX_STDERR_CHARS = 200
 _MAX_STDERR_BYTES = 4096
@@ -123,7 +121,7 @@ class LocalJob:
             self.remove()
             raise
 
-    def observe(self) -> Observation | None:
+    def observe(self, *, start_seconds: float) -> Observation | None:
         """The observed state of the pilot; None: there is no such directory."""
         # In this order: it may end meanwhile, and one that writes an exit code while it runs has not ended.
         process = self._process()
@@ -131,7 +129,7 @@ class LocalJob:
             return Observation(Observed.RUNNING)
         code = self._exit_code()
         if code is None and process is None:
-            return self._not_started()
+            return self._not_started(start_seconds)
         cancelled = modified_at(self.path / "cancelled") is not None
         return observed_end(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
 
@@ -184,11 +182,11 @@ class LocalJob:
     def _is_there(self) -> bool:
         return self.path.is_dir() and not self.path.is_symlink()
 
-    def _not_started(self) -> Observation | None:
+    def _not_started(self, start_seconds: float) -> Observation | None:
         made_at = modified_at(self.path)
         if made_at is None:
             return None
-        if time.time() - made_at < NEVER_STARTED_SECONDS:
+        if time.time() - made_at < start_seconds:
             return Observation(Observed.WAITING)
         return Observation(Observed.FAILED, "the pilot process was never started")
 

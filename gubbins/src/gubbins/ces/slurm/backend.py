@@ -56,14 +56,12 @@ class SlurmBackend(CEBackend[SlurmSettings]):
     Settings = SlurmSettings
     operator_only = True
 
-    def __init__(self, ce: CEDescription, settings: SlurmSettings) -> None:
+    def __init__(self, ce: CEDescription, settings: SlurmSettings, shell: Shell | None = None) -> None:
         super().__init__(ce, settings)
         environment = {} if settings.slurm_conf is None else {"SLURM_CONF": str(settings.slurm_conf)}
-        self._shell: Shell
-        if settings.ssh is None:
-            self._shell = LocalShell(inherited_environment() | environment)
-        else:
-            self._shell = SSHShell(settings.ssh, environment)
+        if shell is None and settings.ssh is not None:
+            shell = SSHShell(settings.ssh, environment)
+        self._shell = shell or LocalShell(inherited_environment() | environment)
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         turns = asyncio.Semaphore(self.settings.concurrent_submissions)

@@ -30,15 +30,12 @@ from .remote import InvalidResponse, Refused, command, is_stamp, parse, quote
 from .settings import SSHSettings
 
 WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
-# A wrapper writes its pid within milliseconds; one that has not done so after this long was never started.
-NEVER_STARTED_SECONDS = 60
-PILOTS_PER_COMMAND = 200
 
 
 class SSHBackend(CEBackend[SSHSettings]):
     """Exit code 0 is DONE, everything else FAILED. All that is known of a pilot is in its directory there.
 
-    One remote command for `PILOTS_PER_COMMAND` pilots, all through one connection.
+    One remote command for `pilots_per_command` pilots, all through one connection.
     """
 
     Settings = SSHSettings
@@ -155,7 +152,8 @@ class SSHBackend(CEBackend[SSHSettings]):
             CEUnavailableError: no response to a command; what it did is not known.
         """
         names = [stamp for stamp in stamps if is_stamp(stamp)]
-        batches = [names[start : start + PILOTS_PER_COMMAND] for start in range(0, len(names), PILOTS_PER_COMMAND)]
+        size = self.settings.pilots_per_command
+        batches = [names[start : start + size] for start in range(0, len(names), size)]
         records: list[tuple[str, str]] = []
         for batch in batches:
             found = [f"find_files {' '.join(batch)}"] if files else []
@@ -175,7 +173,7 @@ class SSHBackend(CEBackend[SSHSettings]):
     def _observation(self, stamp: str, word: str, detail: str) -> Observation:
         state, reason = Observed.NO_NEWS, None
         match word:
-            case "prepared" if int(detail) < NEVER_STARTED_SECONDS:
+            case "prepared" if int(detail) < self.settings.start_seconds:
                 state = Observed.WAITING
             case "prepared":
                 state, reason = Observed.FAILED, "the pilot process was never started"

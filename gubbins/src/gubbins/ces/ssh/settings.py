@@ -6,7 +6,7 @@ __all__ = ["SSHSettings"]
 
 from pydantic import Field
 
-from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings, Text
+from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings, StartSeconds, Text
 from gubbins.ces.transports.ssh import SSHHost
 
 
@@ -23,3 +23,5 @@ class SSHSettings(SSHHost, PilotSettings):
         default=10, ge=0, description="A cancelled pilot that ignores SIGTERM is killed."
     )
     keep_days: KeepDays = 7
+    start_seconds: StartSeconds = 60
+    pilots_per_command: int = Field(default=200, ge=1, description="Pilots in one remote command.")

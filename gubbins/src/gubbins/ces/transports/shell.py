@@ -55,13 +55,15 @@ class LocalShell:
 
     Args:
         environment: all that the commands get to see; left out: what `inherited_environment` says.
+        max_bytes: limit of stdout, and of stderr.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, max_bytes: int = MAX_ANSWER_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._environment = dict(inherited_environment() if environment is None else environment)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
-        with _Pipe() as out, _Pipe() as err:
+        with _Pipe(self._max_bytes) as out, _Pipe(self._max_bytes) as err:
             try:
                 with _input(stdin) as file, out.write_end, err.write_end:
                     process = await asyncio.create_subprocess_exec(
@@ -102,7 +104,8 @@ class _Pipe:
     process includes waiting for them, and a daemon that the command has started may hold them for days.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         read_end, write_end = os.pipe()
         os.set_blocking(read_end, False)
         self._read_end = os.fdopen(read_end, "rb", buffering=0)
@@ -119,7 +122,7 @@ class _Pipe:
         """Read until the write end is closed everywhere.
 
         Raises:
-            ValueError: there is more than `MAX_ANSWER_BYTES`.
+            ValueError: there is more than `max_bytes`.
         """
         loop, data, end = asyncio.get_running_loop(), bytearray(), asyncio.Event()
 
@@ -127,7 +130,7 @@ class _Pipe:
             part = self._read_end.read(65536)
             if part:
                 data.extend(part)
-                if len(data) > MAX_ANSWER_BYTES:
+                if len(data) > self._max_bytes:
                     end.set()
             elif part is not None:  # None: nothing yet
                 end.set()
@@ -137,8 +140,8 @@ class _Pipe:
             await end.wait()
         finally:
             loop.remove_reader(self._read_end)
-        if len(data) > MAX_ANSWER_BYTES:
-            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        if len(data) > self._max_bytes:
+            raise ValueError(f"an answer of more than {self._max_bytes} bytes")
         return bytes(data)
 
 

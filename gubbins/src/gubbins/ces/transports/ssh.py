@@ -82,9 +82,16 @@ class SSHShell:
     Args:
         host: where, and as whom.
         environment: added to what the commands see there.
+        max_bytes: limit of stdout, and of stderr.
     """
 
-    def __init__(self, host: SSHHost, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        host: SSHHost,
+        environment: Mapping[str, str] | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> None:
+        self._max_bytes = max_bytes
         self._host = host
         variables = [f"{name}={value}" for name, value in (environment or {}).items()]
         self._before = ["env", *variables] if variables else []
@@ -107,7 +114,7 @@ class SSHShell:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(timeout):
-                    return await _run(connection, shlex.join([*self._before, *argv]), stdin)
+                    return await _run(connection, shlex.join([*self._before, *argv]), stdin, self._max_bytes)
             except TimeoutError as error:
                 raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
@@ -239,7 +246,7 @@ def _asyncssh() -> Any:
     return asyncssh
 
 
-async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: bytes) -> Completed:
+async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: bytes, max_bytes: int) -> Completed:
     process = await _open(connection, command)
     try:
 
@@ -250,7 +257,9 @@ async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: by
                 await process.stdin.drain()
                 process.stdin.write_eof()
 
-        out, err, _ = await asyncio.gather(_read(process.stdout), _read(process.stderr), feed())
+        out, err, _ = await asyncio.gather(
+            _read(process.stdout, max_bytes), _read(process.stderr, max_bytes), feed()
+        )
         await process.wait_closed()
         if process.returncode is None:
             raise ConnectionResetError("the connection was lost")
@@ -272,12 +281,12 @@ async def _open(connection: asyncssh.SSHClientConnection, command: str) -> async
             await asyncio.sleep(_SESSION_SECONDS)
 
 
-async def _read(stream: asyncssh.SSHReader[bytes]) -> str:
+async def _read(stream: asyncssh.SSHReader[bytes], max_bytes: int) -> str:
     parts: list[bytes] = []
     size = 0
     while part := await stream.read(65536):
         parts.append(part)
         size += len(part)
-        if size > MAX_ANSWER_BYTES:
-            raise OSError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        if size > max_bytes:
+            raise OSError(f"an answer of more than {max_bytes} bytes")
     return b"".join(parts).decode(errors="replace")

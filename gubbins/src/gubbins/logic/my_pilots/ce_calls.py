@@ -17,9 +17,6 @@ from gubbins.domain.text import one_line
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 5
-"""Longest time to close connections: the response of the compute element waits for it."""
-
 
 @contextlib.asynccontextmanager
 async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
@@ -34,10 +31,14 @@ async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
         yield backend
     finally:
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
+            async with asyncio.timeout(backend.close_seconds):
                 await backend.close()
         except Exception as error:
-            why = f"no end within {CLOSE_SECONDS:g} s" if isinstance(error, TimeoutError) else one_line(error)
+            why = (
+                f"no end within {backend.close_seconds:g} s"
+                if isinstance(error, TimeoutError)
+                else one_line(error)
+            )
             logger.warning("Cannot give back the connections to %s: %s", ce["name"], why)
 
 

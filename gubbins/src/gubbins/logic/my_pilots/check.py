@@ -99,7 +99,9 @@ class StatusChanges:
 _Polls: TypeAlias = dict[asyncio.Task[PollResult], PollRequest]
 
 
-async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus, int]:
+async def transition_pilot_states(
+    db: MyPilotDB, vo: str, *, prompt_seconds: float = PROMPT_SECONDS, cycle_seconds: float = CYCLE_SECONDS
+) -> dict[MyPilotStatus, int]:
     """Move the VO's pilots on, and return how many entered each state.
 
     A constant number of statements (P62), and no transaction while compute elements
@@ -114,11 +116,11 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
     counts: Counter[MyPilotStatus] = Counter()
     asked = await _ask_all(db, vo, ())
     first = frozenset(asked)  # the check lasts as long as these do; those polled again do not prolong it
-    again_at = time.monotonic() + CYCLE_SECONDS
+    again_at = time.monotonic() + cycle_seconds
     tidying: list[asyncio.Task[None]] = []
     try:
         while asked:
-            answered, _ = await asyncio.wait(asked, timeout=PROMPT_SECONDS)
+            answered, _ = await asyncio.wait(asked, timeout=prompt_seconds)
             if answered:
                 requests = {task: asked.pop(task) for task in answered}
                 changes, entered = await _note(db, vo, requests)
@@ -127,9 +129,9 @@ async def transition_pilot_states(db: MyPilotDB, vo: str) -> dict[MyPilotStatus,
                 tidying += [asyncio.create_task(_cleanup(ces[name], e)) for name, e in changes.ended.items()]
             if time.monotonic() >= again_at and not first.isdisjoint(asked):
                 asked |= await _ask_all(db, vo, [request.ce["name"] for request in asked.values()])
-                again_at = time.monotonic() + CYCLE_SECONDS
+                again_at = time.monotonic() + cycle_seconds
         if tidying:
-            await asyncio.wait(tidying, timeout=PROMPT_SECONDS)
+            await asyncio.wait(tidying, timeout=prompt_seconds)
     finally:
         for task in (*asked, *tidying):
             task.cancel()

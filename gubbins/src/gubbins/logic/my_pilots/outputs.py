@@ -49,7 +49,7 @@ def ends_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
     return frozenset({MyPilotStatus.FAILED} if keep == "failed" else {MyPilotStatus.DONE, MyPilotStatus.FAILED})
 
 
-async def collect_outputs(db: MyPilotDB, vo: str) -> int:
+async def collect_outputs(db: MyPilotDB, vo: str, *, per_ce: int = COLLECTED_PER_CE) -> int:
     """Collect the output of the VO's ended pilots; return the number of pilots.
 
     From all compute elements at the same time. A pilot is cleaned up once its output is stored, and not before:
@@ -61,7 +61,7 @@ async def collect_outputs(db: MyPilotDB, vo: str) -> int:
     if not waiting:
         return 0
     ces = [ce for ce in await db.get_ces() if ce["name"] in waiting and _may_be_asked(ce)]
-    return sum(await asyncio.gather(*(_collect(db, vo, ce) for ce in ces)))
+    return sum(await asyncio.gather(*(_collect(db, vo, ce, per_ce) for ce in ces)))
 
 
 def _may_be_asked(ce: Mapping[str, Any]) -> bool:
@@ -69,9 +69,9 @@ def _may_be_asked(ce: Mapping[str, Any]) -> bool:
     return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
 
 
-async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any]) -> int:
+async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any], per_ce: int) -> int:
     collected = 0
-    turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=COLLECTED_PER_CE))
+    turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=per_ce))
     try:
         async with backend_of(ce) as backend:
             collector = _OutputCollector(ce, vo, backend)
