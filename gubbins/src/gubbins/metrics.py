@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["pilot_metrics", "source"]
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -39,9 +39,6 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     summary = await logic.get_pilot_summary(db, None)
     ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
-
-    def gauge(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]]) -> Metric:
-        return Metric(name, "gauge", text, list(samples))
 
     def of_ces(name: str, text: str, value: Callable[[dict[str, Any]], float]) -> Metric:
         return gauge(f"compute_element_{name}", text, ((labels, value(ce)) for labels, ce in ces))
