@@ -139,7 +139,7 @@ async def _reserve(
 
     async def reserve() -> int:
         if ce["enabled"] and not await may_submit(db, ce):
-            raise CEPausedError(ce["name"], "another pilot is the probe whether it takes them again")
+            raise CEPausedError(ce["name"], "another pilot probes whether it works again")
         if begun is not None:
             return begun
         return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp, granted=request is not None)

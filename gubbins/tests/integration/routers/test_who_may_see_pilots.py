@@ -25,7 +25,7 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.routers.my_pilots import router
 
-TABLE = Path(__file__).parents[3] / "docs" / "reference" / "who-may-see-what.md"
+TABLE = Path(__file__).parents[4] / "docs" / "reference" / "who-may-see-what.md"
 API, BELOW = "/api/my_pilots", "/api/tasks/dashboard"
 REFUSED = "\u2013"
 VOS = ("lhcb", "dteam")

@@ -8,7 +8,7 @@ import pytest
 
 from gubbins.logic.my_pilots import CEFileError, parse_ce_file
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "ces.yaml"
 
 
 def problems_of(text: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.ces.slurm.error_parsing import error_line, is_refusal, is_unreachable
 from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[4] / "docs"
 DOWN = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n"
 REFUSED = """\
 sbatch: error: Memory specification can not be satisfied

@@ -77,7 +77,7 @@ def test_tasks_are_as_the_seed_says() -> None:
 
 
 def test_each_task_is_an_entry_point() -> None:
-    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(Path(__file__).parents[3].joinpath("pyproject.toml").read_text())["project"]
     assert project["entry-points"]["diracx.tasks.my_pilots"] == {
         name: f"gubbins.tasks.my_pilots:{name}" for name in my_pilots.__all__
     }

@@ -94,7 +94,7 @@ async def test_while_one_submission_tries_again_the_others_wait(db: MyPilotDB, s
     async with asyncio.timeout(20):
         while len(scripted.calls) < 2:
             await asyncio.sleep(0.01)
-    assert "finds out" in await paused(db)
+    assert "probes" in await paused(db)
     # A worker that died while it was trying is not waited for for ever.
     time.passes(181)
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
