@@ -181,8 +181,8 @@ def _state_of(ce: dict[str, Any]) -> str:
 
 
 def _circuit_of(ce: dict[str, Any]) -> str:
-    troubles = [f"{call} {c['state']}" for call, c in ce["circuits"].items() if c["state"] != "closed"]
-    return ", ".join(troubles) or "closed"
+    failing = [f"{call} {c['state']}" for call, c in ce["circuits"].items() if c["state"] != "closed"]
+    return ", ".join(failing) or "closed"
 
 
 @ce_app.command("show")

@@ -75,17 +75,17 @@ def in_database(work: Callable[[Any], Awaitable[T]]) -> T:
         raise CommandError(f"the database refuses this: {words}") from error
 
 
-def recorded(deed: AuditAction, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:
-    """The same, for what changes something: it is written to the audit log of the task system.
+def recorded(action: AuditAction, target: str, work: Callable[[Any], Awaitable[T]], told: Callable[[T], str]) -> T:
+    """Do something in the database, and write it to the audit log of the task system.
 
-    Where no server of the task system is named it is done all the same, and said that it was not written down.
+    Where no server of the task system is named it is done all the same, with a warning.
 
     Args:
         target: what it is done to.
         told: what came of it, in a few words.
 
     Raises:
-        CommandError: as above; or it cannot be written down, and was not done.
+        CommandError: as above; or the audit log cannot be written, and nothing was done.
     """
     from diracx.tasks.plumbing._util.passwords import mask
     from diracx.tasks.plumbing.broker.address import REDIS_URL_VARIABLE
@@ -105,7 +105,7 @@ def recorded(deed: AuditAction, target: str, work: Callable[[Any], Awaitable[T]]
         from diracx.tasks.operations.audited_actions import AuditedActions
 
         async with async_client(url) as redis:
-            return await AuditedActions.at_command_line(redis).perform(deed, target, lambda: work(db), told)
+            return await AuditedActions.at_command_line(redis).perform(action, target, lambda: work(db), told)
 
     try:
         return in_database(do)

@@ -91,8 +91,8 @@ async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
             state if await logic.set_ce_enabled(READ_MODELS.database(), name, enabled) else f"was {state} already"
         )
 
-    deed = AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE
-    return f"{name}: {await _perform(operator, deed, name, switch)}."
+    action = AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE
+    return f"{name}: {await _perform(operator, action, name, switch)}."
 
 
 async def _ban(form: Form, operator: Operator) -> str:
@@ -107,13 +107,13 @@ async def _ban(form: Form, operator: Operator) -> str:
     return f"{name}: {await _perform(operator, AuditAction.BAN_CE, name, ban)}."
 
 
-async def _perform(operator: Operator, deed: AuditAction, name: str, do: Callable[[], Awaitable[str]]) -> str:
+async def _perform(operator: Operator, action: AuditAction, name: str, do: Callable[[], Awaitable[str]]) -> str:
     # Checked before: what is refused is no action, and not in the audit log.
     if operator.vo is not None:
         raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
     if name not in {ce["name"] for ce in await READ_MODELS.ces()}:
         raise NotPossibleError(UnknownCEError(name[:_LONGEST_NAME]).public)
-    return await operator.perform(deed, name, do)
+    return await operator.perform(action, name, do)
 
 
 async def _ask_cancel(form: Form, context: AppContext) -> Question:

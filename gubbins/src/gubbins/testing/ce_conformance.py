@@ -273,13 +273,13 @@ class CERemoteConformance(CESiteConformance):
     ) -> None:
         await self._silent(make, hanging)
 
-    async def _silent(self, make: MakeBackend, trouble: AbstractContextManager[object]) -> None:
+    async def _silent(self, make: MakeBackend, outage: AbstractContextManager[object]) -> None:
         async with _Watch(self, make, Scenario.LONG) as watch:
             await watch.submit()
             known = watch.pilots[0]
             new = _new_pilot()
-            with trouble:
-                # Not the cancellation of the known one: such a call may be heard when the trouble is over.
+            with outage:
+                # Not the cancellation of the known one: such a call may arrive when the outage is over.
                 calls: list[Callable[[CEBackend[Any]], Awaitable[object]]] = [
                     lambda backend: backend.submit([new]),
                     lambda backend: backend.poll([known]),

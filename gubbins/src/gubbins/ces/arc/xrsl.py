@@ -1,4 +1,4 @@
-"""Job descriptions in xRSL, safe against whatever a script or a name contains.
+"""Job descriptions in xRSL, safe for any content of scripts and names.
 
 A-REX drops line ends from the values of a description and puts `arguments` into a shell script of its own where
 `$` and backquotes still mean something. So the pilot travels as base64 in the environment, and the command that

@@ -1,7 +1,7 @@
 """One call of a schedd through HTCondor's bindings: a request on stdin, an answer on stdout.
 
-The bindings let no other thread run while they wait for the network, and know no time-outs: whoever starts this
-kills it when it takes too long. It is run by its path and imports nothing of ours. Its working directory is empty
+The bindings let no other thread run while they wait for the network, and know no time-outs: the caller kills this
+process when it takes too long. It is run by its path and imports nothing of ours. Its working directory is empty
 and its own; what is said on stderr is for people.
 """
 
@@ -35,7 +35,7 @@ _MAX_FILE_BYTES = 64 << 20
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    # Nothing but the answer goes there, whatever the bindings may print.
+    # Nothing but the response goes there: what the bindings print goes to stderr.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.umask(0o077)

@@ -67,7 +67,7 @@ def _commands(settings: HTCondorSettings) -> dict[str, str]:
 
 
 def _to_be_removed(held_seconds: int) -> str:
-    """A job that will not run: for the schedd to see, for nobody else may be there to see it.
+    """Condition by which the schedd itself removes a job that will not run.
 
     Code 16 is the hold until the files have come, 1 that of a person, who may have a reason.
     A pilot that is started again would be a second one.

@@ -49,7 +49,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
     """The reference of a pilot is its job's number; its stamp is the job's name and comment.
 
     A stamp is submitted at most once, for a lock and the job's number are kept in the pilot's directory, and
-    the queue is asked by name when a submission has not been heard of. A job that Slurm has forgotten is
+    the queue is searched by name after an unconfirmed submission. A job that Slurm has removed is
     unknown, unless its exit code is in that directory, or its end in the accounts or the completion log.
     """
 

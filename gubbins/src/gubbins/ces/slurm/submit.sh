@@ -2,8 +2,8 @@
 #
 #   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE SBATCH…  < batch script
 #
-# Prints the job's number. Of the stamp's directory: lock (held while somebody submits), tried (sbatch has been
-# called, however that went), id (the job's number). Exit code 75: nobody knows
+# Prints the job's number. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
+# called, however that went), id (the job's number). Exit code 75: not known
 # whether it has been submitted; 124: sbatch has not answered in time. All others but those of sbatch: it has not.
 directory=$1 stamp=$2 seconds=$3 squeue=$4
 shift 4
@@ -22,7 +22,7 @@ note() {
 
 known
 if [ -e "$stamp/tried" ]; then
-    # Nobody has heard how that went. The queue knows.
+    # Its result is not known. The queue knows.
     found=$(timeout --foreground "$seconds" "$squeue" -h --me -t all -n "$stamp" -o %i) || {
         [ $? -ne 124 ] || echo "squeue has not answered within $seconds s" >&2
         exit 75

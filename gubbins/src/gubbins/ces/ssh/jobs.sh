@@ -33,7 +33,7 @@ prepare() {
 
 # submit STAMP, with $script, $wrapper and $environment
 # -> submitted STAMP | refused STAMP WHY
-# The directory is the submission: whoever makes it starts the pilot, and nobody else.
+# The directory is the submission: the call that makes it starts the pilot, and no other.
 submit() {
     if why=$(mkdir "$1" 2>&1); then
         if why=$(write "$1" 2>&1); then
@@ -71,7 +71,7 @@ is_file() {
     return 1
 }
 
-# is_text FILE: a regular file, of whatever size.
+# is_text FILE: a regular file, of any size.
 is_text() {
     [ -f "$1" ] && ! [ -h "$1" ]
 }
@@ -139,7 +139,7 @@ is_alive() {
             *) return 0 ;;
         esac
     fi
-    # The signal would reach those as well that have ended and that nobody has taken note of.
+    # The signal would reach those as well that have ended and were not collected.
     kill -s 0 -- "-$pid" || return 1
     [ -n "$groups" ] || find_groups
     case $groups in

@@ -3,7 +3,7 @@
 #   /bin/sh JOBDIR/wrapper JOBDIR
 #
 # JOBDIR: script, environment (in); pid, stdout, stderr, rc (out); cancelled (in, may appear at any time). pid and
-# rc appear by rename, so whoever sees one sees all of it. `pid` holds: pid, which is the process
+# rc appear by rename, so a reader sees all of it. `pid` holds: pid, which is the process
 # group's as well, start time (clock ticks since boot), boot id, host name; the latter three tell this process from a
 # later or another one with the same number.
 cd "./$1" || exit 1

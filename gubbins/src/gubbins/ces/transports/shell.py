@@ -37,7 +37,7 @@ class Shell(Protocol):
     """A place where commands can be run."""
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
-        """Run a command to its end, whatever its exit code; `timeout` in seconds.
+        """Run a command to its end, with any exit code; `timeout` in seconds.
 
         Raises:
             CEUnavailableError: it could not be started, has not ended in time, or writes more than

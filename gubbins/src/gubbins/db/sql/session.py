@@ -153,7 +153,7 @@ def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int,
 def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
     """Make a derived table `id, reason` of these rows, to join with; a row without a reason has NULL.
 
-    One bound parameter, whatever their number: a list of 100,000 ids is too long for bound parameters (SQLite
+    One bound parameter for any number of rows: a list of 100,000 ids is too long for bound parameters (SQLite
     takes 32,766, PostgreSQL 65,535), and a statement per chunk is not a constant number of statements (P62). All
     three databases read JSON, each with a function of its own.
 

@@ -91,7 +91,7 @@ async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict
     return pilot
 
 
-async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool = True) -> dict[str, Any]:
+async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool = True) -> dict[str, Any]:
     """Cancel a pilot and return it as it is then.
 
     The request is recorded first and sent at once; every check repeats it until the compute element
@@ -101,7 +101,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
         db: the database.
         pilot_id: which pilot.
         by: who asks, for the record.
-        pass_on: False leaves telling the compute element to the next check.
+        send_now: False leaves the call of the compute element to the next check.
 
     Raises:
         PilotNotFoundError: there is no such pilot.
@@ -118,7 +118,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, pass_on: bool =
     pilot, ce = await db.run(request)
     target = at_ce(pilot)._replace(cancel_requested=True)
     # A compute element that is paused or banned gets it from the first check that may call it again.
-    if pass_on and await may_call(db, ce, CECall.STATUS):
+    if send_now and await may_call(db, ce, CECall.STATUS):
         try:
             async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])

@@ -86,7 +86,7 @@ class SiteCalls:
         pilot = await get_pilot(db, pilot_id)
         with contextlib.suppress(SiteBusyError), self._call(pilot["ce_name"], user):
             return await cancel_pilot(db, pilot_id, by=by)
-        return await cancel_pilot(db, pilot_id, by=by, pass_on=False)
+        return await cancel_pilot(db, pilot_id, by=by, send_now=False)
 
     async def output(self, db: MyPilotDB, pilot_id: int, *, user: str) -> dict[str, Any]:
         """Output of a pilot; see `get_pilot_output`.
