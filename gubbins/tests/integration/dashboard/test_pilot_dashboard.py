@@ -196,7 +196,7 @@ async def test_output_of_a_pilot_is_cut_and_escaped(client: httpx.AsyncClient, d
     answer = await client.get("/pilots/2/output")
     assert "There is none: &lt;script&gt;" in answer.text
     await db.ban_ce(HOSTILE, reason=None)
-    assert "It cannot be had now" in (await client.get("/pilots/3/output")).text
+    assert "It cannot be fetched now" in (await client.get("/pilots/3/output")).text
     assert (await client.get("/pilots/99/output")).status_code == 404
 
 

@@ -79,10 +79,13 @@ def test_a_pilot_removed_by_its_own_rule_has_the_reason(attributes: dict[str, An
     assert judge(PILOT._replace(cancel_requested=True), job).reason == "cancelled"
 
 
-def test_a_job_whose_files_do_not_come_is_given_up_after_a_while() -> None:
+def test_a_job_whose_files_are_not_spooled_is_abandoned_after_a_while() -> None:
     waiting = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1600)
     abandoned = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1601)
-    assert [job.abandoned for each in (waiting, abandoned) for job in parse_jobs([each])["stamp"]] == [False, True]
+    assert [job.abandoned(600) for each in (waiting, abandoned) for job in parse_jobs([each])["stamp"]] == [
+        False,
+        True,
+    ]
 
 
 def test_of_two_jobs_the_known_one_is_the_pilot_or_else_the_first() -> None:
