@@ -9,7 +9,7 @@ from diracx.tasks.plumbing.broker import keys, scripts
 from redis import Redis
 
 #: What is no part of a state: it only says when something was.
-_LEFT_OUT = {keys.FENCE, keys.EPOCH, keys.DELAYED_REASONS, keys.WAKE_SCHEDULER}
+_LEFT_OUT = {keys.FENCE, keys.EPOCH, keys.DELAYED_REASONS, keys.WAKE_SCHEDULER, keys.RENEWED, keys.LEASES}
 #: All keys: name, dump, content. Points in time that decide nothing are left out.
 _SNAPSHOT = """
 local found = {redis.call('TIME')[1]}
@@ -72,8 +72,10 @@ class Server:
         return dumps, content
 
     def end_leases(self, *workers: str) -> None:
-        """Their leases end."""
+        """Their leases end. With the last of them the server has heard nobody for a lease."""
         self.redis.zadd(keys.ALIVE, dict.fromkeys(workers, 1), xx=True)
+        if not self.redis.zcount(keys.ALIVE, 2, "+inf"):
+            self.redis.set(keys.RENEWED, 1)
 
     def end_turn(self, turn: str) -> None:
         """Nobody has asked for the lock in time."""

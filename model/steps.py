@@ -206,7 +206,7 @@ class Steps:
         entries = [{"stream": h.stream, "entry": h.entry, "deliveries": h.deliveries} for h in worker.held]
         locked = [h for h in worker.held if h.locked]
         locks = [lock for h in locked for lock in self._lock(which, h)]
-        lost, lost_locks, _, _ = worker_state.renew(
+        lost, lost_locks, *_ = worker_state.renew(
             self._server.redis, NAMES[which], int(_LEASE_SECONDS * 1000), entries, locks
         )
         without = [locked[position] for position in lost_locks]

@@ -97,7 +97,7 @@ def test_one_that_cannot_start_does_not_stop_those_that_work(served, wait_until)
     assert "stopping" not in supervisor.output
 
 
-@pytest.mark.leaves_keys("diracx:tasks:alive")
+@pytest.mark.leaves_keys("diracx:tasks:alive", "diracx:tasks:leases")
 def test_each_task_wakes_one_of_the_processes_that_wait(two, served, wait_until, redis_url):
     def calls(redis):
         stats = redis.info("commandstats")

@@ -46,7 +46,7 @@ class WorksUnderLock(BaseTask):
 
     @property
     def execution_locks(self) -> list[BaseLock]:
-        return [LOCKS[self.lock]()]
+        return [LOCKS[self.lock]()] if self.lock else []
 
     async def execute(self) -> None:
         ends = time.monotonic() + self.seconds

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import TaskSystem
 from network import Network
 from redis.asyncio import Redis
@@ -112,7 +113,7 @@ async def test_a_worker_that_is_cut_off_stops_before_another_holds_its_lock(
 ) -> None:
     """The connections stay open and say nothing, so that a renewal hangs and raises nothing."""
     first = workers.start(loop="uvloop" if len(held) == 1 else "asyncio")
-    await submit(redis_url, WorksUnderLock(lock, 8.0))
+    await submit(redis_url, WorksUnderLock(lock, 60.0))
     await until(workers.notes, "the task works")
     workers.start()
     workers.networks[first].hold(*held)
@@ -124,7 +125,7 @@ async def test_a_worker_that_was_paused_does_not_go_on_under_a_lock_that_is_anot
     workers: Workers, redis_url: str
 ) -> None:
     first = workers.start()
-    await submit(redis_url, WorksUnderLock("mutex", 8.0))
+    await submit(redis_url, WorksUnderLock("mutex", 60.0))
     await until(workers.notes, "the task works")
     workers.start()
     workers.processes[first].send_signal(signal.SIGSTOP)
@@ -149,3 +150,80 @@ async def test_what_blocked_the_event_loop_beyond_its_lease_commits_nothing(
     await until(lambda: workers.processes[first].poll() is None and workers.notes(), "the worker lives")
     workers.start()
     await until(lambda: sum(map(len, workers.notes().values())) >= 3, "the task is started again, here or there")
+
+
+# --- leases of different lengths ---------------------------------------------------------------------------------
+
+SHORT_SECONDS, LONG_SECONDS = 1.0, 12.0
+
+
+async def test_a_short_lease_survives_a_server_that_was_away_though_a_long_one_has_not_ended(
+    workers: Workers, redis_url: str, redis: Redis
+) -> None:
+    short = workers.start(SHORT_SECONDS)
+    await submit(redis_url, WorksUnderLock("", 5.0))
+    await until(workers.notes, "the task works")
+    long = workers.start(5 * LONG_SECONDS)
+    pid = workers.processes[short].pid
+    [name] = [name for name in await redis.zrange(keys.ALIVE, 0, -1) if f":{pid}:".encode() in name]
+
+    async def left_seconds() -> float:
+        seconds, microseconds = await redis.time()
+        return float(await redis.zscore(keys.ALIVE, name) or 0) / 1000 - seconds - microseconds / 1e6
+
+    for network in workers.networks:
+        network.hold()
+    while await left_seconds() > -0.5:
+        await asyncio.sleep(0.01)
+    workers.networks[long].release()
+    async with asyncio.timeout(20):
+        while await left_seconds() < 0:  # the first to be back looks for dead workers
+            await asyncio.sleep(0.01)
+    workers.networks[short].release()
+    await until(lambda: spent_seconds(workers, pid) > 4.9, "the task ends where it began")
+    assert list(workers.notes()) == [pid], "it has run once"
+
+
+def spent_seconds(workers: Workers, pid: int) -> float:
+    moments = workers.notes()[pid]
+    return max(moments) - min(moments)
+
+
+@pytest.mark.parametrize("comes_last", ["the long lease", "the short lease"])
+async def test_P9_a_dead_workers_own_lease_counts_whoever_else_is_there(
+    workers: Workers, redis_url: str, redis: Redis, comes_last: str
+) -> None:
+    """Workers with a long lease hear of the short one, keep its pace and look when it ends."""
+    if comes_last == "the short lease":
+        workers.start(LONG_SECONDS)
+        # It takes no task, nor hears of anything, before the other one has the task.
+        workers.processes[0].send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            while (await redis.info("clients"))["blocked_clients"]:
+                await asyncio.sleep(0.01)
+    short = workers.processes[workers.start(SHORT_SECONDS)]
+    await submit(redis_url, WorksUnderLock("mutex", 30.0))
+    await until(workers.notes, "the task works")
+    if comes_last == "the short lease":
+        workers.processes[0].send_signal(signal.SIGCONT)
+    else:
+        workers.start(LONG_SECONDS)
+    short.kill()
+    killed_at = time.monotonic()
+    await until(lambda: len(workers.notes()) == 2, "the task is started again")
+    started_at = min(min(moments) for pid, moments in workers.notes().items() if pid != short.pid)
+    assert started_at - killed_at < SHORT_SECONDS + 1 + SCHEDULING_DELAY_SECONDS
+
+
+async def test_a_long_lease_keeps_its_locks_when_the_list_of_workers_is_lost(
+    workers: Workers, redis_url: str, redis: Redis
+) -> None:
+    """The worker is cut off and cannot say that it lives; one with a short lease finds that it is on no list."""
+    long = workers.start(LONG_SECONDS)
+    await submit(redis_url, WorksUnderLock("mutex", 30.0))
+    await until(workers.notes, "the task works")
+    workers.start(SHORT_SECONDS)
+    workers.networks[long].hold()
+    await redis.delete(keys.ALIVE)
+    await until(lambda: len(workers.notes()) == 2, "the task is started again")
+    assert workers.overlap_seconds() < SCHEDULING_DELAY_SECONDS

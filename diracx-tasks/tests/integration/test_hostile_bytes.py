@@ -303,13 +303,15 @@ IN_THE_WAY = {
     "diracx:tasks:turn:medium:lock:mutex:job:'in the way'": True,
     "lock:mutex:job:'in the way'": True,
     "diracx:tasks:waiting:medium:lock:mutex:job:'in the way'": True,
+    keys.RENEWED: True,
     keys.ALIVE: None,
+    keys.LEASES: None,
     "diracx:tasks:normal:medium": False,
 }
 
 
 #: Of these, the right type is a string.
-STRINGS = ("lock", keys.LEADER, keys.EPOCH, keys.FENCE, keys.TURN_PREFIX)
+STRINGS = ("lock", keys.LEADER, keys.EPOCH, keys.FENCE, keys.RENEWED, keys.TURN_PREFIX)
 
 
 @pytest.mark.parametrize("key", IN_THE_WAY)

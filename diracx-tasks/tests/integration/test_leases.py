@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -184,3 +184,141 @@ async def test_what_needs_locks_begins_after_a_renewal_that_is_late_and_is_not_c
     stop.set()
     await running
     await broker.shutdown()
+
+
+# --- leases of different lengths ---------------------------------------------------------------------------------
+
+SHORT_MS, LONG_MS = 5_000, 60_000
+
+
+@pytest.fixture
+def sync(redis_url: str) -> Iterator[SyncRedis]:
+    with SyncRedis.from_url(redis_url) as redis:
+        yield redis
+
+
+def renew_for(redis: SyncRedis, worker: str, lease_ms: int) -> int:
+    """Returns the shortest lease of all."""
+    return worker_state.renew(redis, worker, lease_ms, [], [])[4]
+
+
+def let_pass(redis: SyncRedis, milliseconds: int, *, heard: str | None = None) -> None:
+    """So much time passes. `heard`: a worker that renews all the time."""
+    for worker in redis.zrangebyscore(keys.ALIVE, "(0", "+inf"):
+        redis.zincrby(keys.ALIVE, -milliseconds, worker)
+    redis.set(keys.RENEWED, int(redis.get(keys.RENEWED) or 0) - milliseconds)
+    if heard is not None:
+        renew_for(redis, heard, LONG_MS)
+
+
+def left_ms(redis: SyncRedis, worker: str) -> float:
+    seconds, microseconds = redis.time()
+    return float(redis.zscore(keys.ALIVE, worker) or 0) - seconds * 1000 - microseconds / 1000
+
+
+def near(milliseconds: float, expected: float) -> bool:
+    return expected - 1000 < milliseconds <= expected + 1
+
+
+@pytest.mark.parametrize("first_call", ["of a short lease", "of a long lease", "a look for dead workers"])
+def test_a_server_that_was_away_gives_each_worker_a_term_of_its_own_length(
+    sync: SyncRedis, redis_url: str, first_call: str
+) -> None:
+    """A long lease that has not ended says nothing about the short ones: their workers could not renew either."""
+    for worker in ("short", "other short", "signed off"):
+        renew_for(sync, worker, SHORT_MS)
+    renew_for(sync, "long", LONG_MS)
+    sync.zadd(keys.ALIVE, {"signed off": 0})
+    let_pass(sync, 7_000)
+    if first_call == "of a short lease":
+        renew_for(sync, "short", SHORT_MS)
+    elif first_call == "of a long lease":
+        renew_for(sync, "long", LONG_MS)
+    else:
+        asyncio.run(look_for_the_dead(redis_url, "long", LONG_MS))
+    assert near(left_ms(sync, "other short"), SHORT_MS)
+    if first_call != "of a long lease":
+        assert near(left_ms(sync, "long"), LONG_MS - 7_000), "it could renew before its end: it may be dead"
+    assert not sync.zscore(keys.ALIVE, "signed off")
+
+
+async def look_for_the_dead(redis_url: str, worker: str, lease_ms: int, *, audit: bool = False) -> float:
+    """Returns in how many seconds to look again."""
+    broker = RedisStreamBroker(redis_url, consumer_name=worker)
+    _, again_seconds, _ = await broker.reclaim(1, lease_seconds=lease_ms / 1000, audit=audit)
+    await broker.shutdown()
+    return again_seconds
+
+
+def test_a_worker_with_a_long_lease_keeps_no_dead_one_alive(sync: SyncRedis, redis_url: str) -> None:
+    """Neither by signing on, nor by its renewals."""
+    renew_for(sync, "dies", SHORT_MS)
+    let_pass(sync, 2_000, heard="lives")
+    let_pass(sync, 2_000, heard="lives")
+    renew_for(sync, "comes", LONG_MS)
+    assert near(left_ms(sync, "dies"), 1_000)
+    let_pass(sync, 1_500)
+    asyncio.run(look_for_the_dead(redis_url, "lives", LONG_MS))
+    for listed in (keys.ALIVE, keys.LEASES):
+        assert set(sync.zrange(listed, 0, -1)) == {b"lives", b"comes"}
+
+
+def test_workers_renew_at_the_pace_of_the_shortest_lease_and_hear_of_a_shorter_one(sync: SyncRedis) -> None:
+    with sync.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(keys.LEASES)
+        channel.get_message(timeout=10)
+        assert renew_for(sync, "long", LONG_MS) == LONG_MS
+        assert renew_for(sync, "short", SHORT_MS) == SHORT_MS
+        assert renew_for(sync, "long", LONG_MS) == SHORT_MS
+        message = channel.get_message(timeout=10)
+        assert message is not None
+        assert message["data"] == str(SHORT_MS).encode()
+        assert channel.get_message(timeout=0) is None, "once"
+    worker_state.leave_now(sync, "short")
+    assert renew_for(sync, "long", LONG_MS) == LONG_MS
+
+
+def test_a_worker_looks_again_before_the_lease_of_one_that_comes_next_can_end(
+    sync: SyncRedis, redis_url: str
+) -> None:
+    renew_for(sync, "short", SHORT_MS)
+    sync.zadd(keys.ALIVE, {"short": 2**45})
+    again_seconds = asyncio.run(look_for_the_dead(redis_url, "long", LONG_MS))
+    assert again_seconds <= SHORT_MS / 1000
+
+
+@pytest.mark.parametrize("lost", ["the ends", "the ends and the lengths"])
+def test_a_worker_that_is_on_no_list_gets_its_own_lease_or_the_longest_that_is_known(
+    sync: SyncRedis, redis_url: str, lost: str
+) -> None:
+    async def take() -> None:
+        for name, lease_ms in (("long", LONG_MS), ("short", SHORT_MS)):
+            broker = RedisStreamBroker(redis_url, consumer_name=name)
+            await submit(broker)
+            await broker.fetch(1, lease_seconds=lease_ms / 1000)
+            await broker.shutdown()
+
+    asyncio.run(take())
+    sync.delete(keys.ALIVE, *([keys.LEASES] if "lengths" in lost else []))
+    asyncio.run(look_for_the_dead(redis_url, "looks", SHORT_MS, audit=True))
+    known = lost == "the ends"
+    assert near(left_ms(sync, "long"), LONG_MS if known else LEASE_MS)
+    assert near(left_ms(sync, "short"), SHORT_MS if known else LEASE_MS)
+
+
+def test_a_worker_of_an_earlier_release_counts_with_the_longest_lease_that_is_known(
+    sync: SyncRedis, redis_url: str
+) -> None:
+    """It keeps no list of lengths, and takes nobody off it."""
+    for worker, lease_ms in (("earlier", SHORT_MS), ("short", SHORT_MS), ("long", LONG_MS)):
+        renew_for(sync, worker, lease_ms)
+    sync.zrem(keys.LEASES, "earlier")
+    let_pass(sync, 7_000)
+    renew_for(sync, "short", SHORT_MS)
+    assert left_ms(sync, "earlier") < 0
+    let_pass(sync, 40_000)
+    renew_for(sync, "short", SHORT_MS)
+    assert near(left_ms(sync, "earlier"), LONG_MS)
+    sync.zrem(keys.ALIVE, "long")  # buried by it
+    asyncio.run(look_for_the_dead(redis_url, "short", SHORT_MS, audit=True))
+    assert sync.zrange(keys.LEASES, 0, -1) == [b"short"]

@@ -149,7 +149,7 @@ async def test_an_interrupted_task_starts_again_although_the_server_refuses_what
 
 
 @pytest.mark.usefixtures("small_server")
-@pytest.mark.leaves_keys("diracx:tasks:normal:medium", keys.ALIVE)
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium", keys.ALIVE, keys.LEASES)
 async def test_a_message_for_a_later_version_that_the_server_does_not_put_aside_ends_no_worker(
     redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +160,7 @@ async def test_a_message_for_a_later_version_that_the_server_does_not_put_aside_
             while "is not settled" not in caplog.text:
                 await system._unless_dead(asyncio.sleep(0.02))
         await system.result(await Takes(b"x").schedule())
-    await redis.delete("diracx:tasks:normal:medium", keys.ALIVE)
+    await redis.delete("diracx:tasks:normal:medium", keys.ALIVE, keys.LEASES)
 
 
 class FailsAtLength(BaseTask):

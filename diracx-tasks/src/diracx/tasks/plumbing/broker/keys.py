@@ -28,6 +28,11 @@ TURN_PREFIX = "diracx:tasks:turn:"
 #: Sorted set: worker -> when its lease ends (ms since the epoch). One that is buried and has left messages -> when
 #: they were last looked at, less 10^13 ms times the number of their size.
 ALIVE = "diracx:tasks:alive"
+#: Sorted set: worker -> how long its lease is (ms). Also the channel on which a worker says that its lease is the
+#: shortest of all.
+LEASES = "diracx:tasks:leases"
+#: String, with a time to live: when a lease was last renewed, or dead workers were looked for (ms).
+RENEWED = "diracx:tasks:renewed"
 #: String, with a time to live: the worker that looked last for consumers that are on no list.
 AUDITOR = "diracx:tasks:auditor"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.

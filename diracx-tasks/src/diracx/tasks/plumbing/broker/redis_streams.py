@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
 from collections import Counter
@@ -59,6 +60,8 @@ GROUP_BATCH = 500
 _SUSPECT_FROM = 2
 #: How often consumers are looked for that are on no list: only a list that was lost has left some.
 AUDIT_LEASES = 4
+#: The least that a worker may be silent of which not even the length of its lease is known.
+_UNKNOWN_LEASE_MS = 30_000
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
@@ -342,7 +345,7 @@ class RedisStreamBroker:
 
         Args:
             audit: also look for consumers that are on no list, unless another worker has just done so.
-            lease_seconds: how long such a consumer may still be silent; the caller's lease, as for `fetch`.
+            lease_seconds: the caller's lease, as for `fetch`.
             max_deliveries: a message that so many workers have died with will not run again. One that nearly
                 as many have died with may be what they died of: such a suspect is given to a worker that holds
                 nothing else, so that the guilty one dies alone. Such a worker must not fetch.
@@ -370,23 +373,34 @@ class RedisStreamBroker:
         return deliveries, again_ms / 1000, bool(make_room)
 
     async def _audit(self, lease_ms: int) -> None:
-        """Enter consumers that are on no list of workers, as after a loss of data: one worker does it for all."""
-        kept_ms = max(1, (AUDIT_LEASES - 1) * lease_ms)  # over when this worker comes again
-        if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=kept_ms):
+        """Enter consumers that are on no list of workers, as after a loss of data: one worker does it for all.
+
+        Each may be silent for its own lease, if that is still known, or for the longest that is.
+        """
+        shortest: Any = await self.redis.zrange(keys.LEASES, 0, 0, withscores=True)
+        kept_ms = (AUDIT_LEASES - 1) * min(lease_ms, *(length for _, length in shortest), math.inf)
+        # Over when the worker with the shortest lease comes again.
+        if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=max(1, int(kept_ms))):
             return
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.time()
+            pipe.zrange(keys.LEASES, -1, -1, withscores=True)
             for stream in keys.EVERY_STREAM:
                 pipe.xinfo_consumers(stream, keys.GROUP)
-            (seconds, microseconds), *found = await pipe.execute(raise_on_error=False)
-            ends_ms = seconds * 1000 + microseconds // 1000 + lease_ms
-            for consumers in found:
-                if isinstance(consumers, ResponseError):  # no stream, or nobody has ever asked for what is in it
-                    continue
-                for first in range(0, len(consumers), SCANNED):
-                    names = [consumer["name"] for consumer in consumers[first : first + SCANNED]]
-                    pipe.zadd(keys.ALIVE, dict.fromkeys(names, ends_ms), nx=True)
-            await pipe.execute()
+            (seconds, microseconds), longest, *found = await pipe.execute(raise_on_error=False)
+            now_ms = seconds * 1000 + microseconds // 1000
+            unknown_ms = max(_UNKNOWN_LEASE_MS, lease_ms, *(length for _, length in longest))
+            # No stream, or nobody has ever asked for what is in it: an error.
+            streams = [consumers for consumers in found if not isinstance(consumers, ResponseError)]
+            names = list({consumer["name"] for consumers in streams for consumer in consumers})
+            for first in range(0, len(names), SCANNED):
+                some = names[first : first + SCANNED]
+                lengths = zip(some, await self.redis.zmscore(keys.LEASES, some), strict=True)
+                ends_ms = {name: int(now_ms + (length or unknown_ms)) for name, length in lengths}
+                await self.redis.zadd(keys.ALIVE, ends_ms, nx=True)
+            # Whoever was buried by an earlier release, which knows nothing of these.
+            if gone := await self.redis.zdiff([keys.LEASES, keys.ALIVE]):
+                await self.redis.zrem(keys.LEASES, *gone)
 
     async def recover(
         self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None

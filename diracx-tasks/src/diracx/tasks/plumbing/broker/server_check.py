@@ -73,8 +73,10 @@ class Role(Enum):
         f"XGROUP CREATE {_STREAM} {keys.GROUP} 0",
         f"XDEL {_STREAM} 1-1",
         f"ZADD {keys.ALIVE} 1 x",
+        f"ZADD {keys.LEASES} 1 x",
         f"ZADD {keys.LINES} 1 x",
         f"SUBSCRIBE {keys.CANCELLED}",
+        f"SUBSCRIBE {keys.LEASES}",
     )
     SCHEDULER = (
         *SUBMITTER,

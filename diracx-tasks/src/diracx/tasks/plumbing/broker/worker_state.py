@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CANCELLED_CHANNEL = keys.CANCELLED
 #: In how many ms something earlier is due.
 WAKE_CHANNEL = keys.WAKE_WORKERS
+#: A lease (ms) that is shorter than all others.
+LEASES_CHANNEL = keys.LEASES
 
 
 def renew(
@@ -29,17 +31,18 @@ def renew(
     entries: Sequence[Mapping[str, Any]],
     locks: Sequence[LockSpec],
     epoch: str = "",
-) -> tuple[list[int], list[int], list[int], str]:
+) -> tuple[list[int], list[int], list[int], str, int]:
     """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
-    and the epoch.
+    the epoch, and the shortest lease of all workers (ms).
 
     Args:
         epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
             worker runs is, but the locks that somebody else has taken since.
     """
-    *replies, now_in = script("renew").run(redis, args=[consumer, lease_ms, pack(entries), pack(locks), epoch])
+    args = [consumer, lease_ms, pack(entries), pack(locks), epoch]
+    *replies, now_in, shortest_ms = script("renew").run(redis, args=args)
     lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
-    return lost_entries, lost_locks, cancelled, now_in.decode()
+    return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms)
 
 
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
@@ -96,9 +99,9 @@ def report_blocked(redis: SyncRedis, worker: str, blocked: bytes, running: bytes
 
 def control_channels(worker: str) -> tuple[str, ...]:
     """The channels that a worker listens to: ids of tasks that it runs and that are cancelled, of others that are
-    cancelled, and that something earlier is due.
+    cancelled, that something earlier is due, and that a worker has a shorter lease than all others.
     """
-    return keys.CANCELLED_CHANNEL_PREFIX + worker, CANCELLED_CHANNEL, WAKE_CHANNEL
+    return keys.CANCELLED_CHANNEL_PREFIX + worker, CANCELLED_CHANNEL, WAKE_CHANNEL, LEASES_CHANNEL
 
 
 async def leases(redis: Redis) -> dict[str, float]:

@@ -1,5 +1,5 @@
 """What a worker hears on its channels: of cancelled tasks the moment they are, and of delayed ones that no
-scheduler sees to. The lease keeper listens.
+scheduler sees to; and of workers with a shorter lease than any before. The lease keeper listens.
 
 A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them
 with what it takes in, and the lease keeper with what runs. What is delayed is looked at now and then.
@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 
 import msgpack
 
-from ..broker.worker_state import CANCELLED_CHANNEL, WAKE_CHANNEL, control_channels
+from ..broker.worker_state import CANCELLED_CHANNEL, LEASES_CHANNEL, WAKE_CHANNEL, control_channels
 
 logger = logging.getLogger(__name__)
 
-_CANCELLED, _WAKE = CANCELLED_CHANNEL.encode(), WAKE_CHANNEL.encode()
+_CANCELLED, _WAKE, _LEASES = CANCELLED_CHANNEL.encode(), WAKE_CHANNEL.encode(), LEASES_CHANNEL.encode()
 
 #: A task that was announced may just be on its way to us; so long is remembered that it was.
 _REMEMBERED_SECONDS = 60.0
@@ -30,14 +30,20 @@ class Announcements:
         consumer: name of the worker.
         cancel: called with the ids of those that are cancelled.
         due: called with the milliseconds until one is due that nobody sees to.
+        shorter_lease: called when there is a worker whose lease is the shortest of all.
     """
 
     def __init__(
-        self, consumer: str, cancel: Callable[[Collection[str]], None], due: Callable[[bytes], None]
+        self,
+        consumer: str,
+        cancel: Callable[[Collection[str]], None],
+        due: Callable[[bytes], None],
+        shorter_lease: Callable[[], None],
     ) -> None:
         self.channels = control_channels(consumer)
         self._cancel = cancel
         self._due = due
+        self._shorter_lease = shorter_lease
         self._heard: dict[str, float] = {}  # the earliest first
 
     def heard_since(self, moment: float, task_id: str) -> bool:
@@ -53,6 +59,8 @@ class Announcements:
         try:
             if channel == _WAKE:
                 self._due(data)
+            elif channel == _LEASES:
+                self._shorter_lease()
             elif channel == _CANCELLED:
                 self._hear([data.decode()])
             else:

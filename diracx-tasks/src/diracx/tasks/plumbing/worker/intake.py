@@ -116,14 +116,15 @@ class Intake:
         if self._suspects:
             self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
         elif self._makes_room and not any(True for _ in self._held()):
-            self._look_at_once()
+            self.look_at_once()
 
     def _let_go(self, places: set[tuple[str, str]]) -> None:
         if not self._suspects.isdisjoint(places):
             self._suspects -= places
-            self._look_at_once()
+            self.look_at_once()
 
-    def _look_at_once(self) -> None:
+    def look_at_once(self) -> None:
+        """Look for dead workers now, whatever is waited for."""
         self._reclaim_at = 0.0
         self._interrupt()
 

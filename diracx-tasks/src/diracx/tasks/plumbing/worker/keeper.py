@@ -132,7 +132,8 @@ class LeaseKeeper:
         self.epoch = ""
         """The life of the server's data in which everything was renewed last."""
         self._stop = False
-        self._interval = lease_seconds / 3
+        self._shortest_lease = lease_seconds
+        self._shortest_ttl = math.inf
         self._renewed_at = time.monotonic()
         self._revived_at = float("-inf")
         """When a lease was renewed that may have ended before."""
@@ -162,6 +163,10 @@ class LeaseKeeper:
         """
         with self._renewing:
             self._stop = True
+
+    def renew_soon(self) -> None:
+        """Renew everything now, in the keeper's thread."""
+        self._redis.interrupt()
 
     @property
     def overdue(self) -> bool:
@@ -206,9 +211,14 @@ class LeaseKeeper:
         return min((lock["ttl_ms"] / 1000 for lock in locks if "ttl_ms" in lock), default=math.inf)
 
     def _look_in_time(self, ttl_seconds: float) -> None:
-        if ttl_seconds / 3 < self._interval:
-            self._interval = ttl_seconds / 3
+        sooner = ttl_seconds / 3 < self._interval
+        self._shortest_ttl = min(self._shortest_ttl, ttl_seconds)
+        if sooner:
             self._redis.interrupt()
+
+    @property
+    def _interval(self) -> float:
+        return min(self._lease_seconds, self._shortest_lease, self._shortest_ttl) / 3
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
         """No longer renew them: they were settled, or are lost."""
@@ -283,7 +293,7 @@ class LeaseKeeper:
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
         started = time.monotonic()
-        lost_entries, lost_locks, cancelled, epoch = worker_state.renew(
+        lost_entries, lost_locks, cancelled, epoch, shortest_ms = worker_state.renew(
             self._redis,
             self._consumer,
             int(self._lease_seconds * 1000),
@@ -294,6 +304,8 @@ class LeaseKeeper:
         if time.monotonic() - self._renewed_at >= self._lease_seconds:
             self._revived_at = time.monotonic()
         self._renewed_at = started
+        # Else nobody could tell a worker that died from a server that was away for longer than its lease.
+        self._shortest_lease = shortest_ms / 1000
         with self._mutex:
             for hold in holds:
                 if hold.locks and hold.locks_expire_at > time.monotonic():

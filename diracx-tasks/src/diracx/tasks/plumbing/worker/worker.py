@@ -97,7 +97,9 @@ class Worker:
         self._group_searches: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
-        self._announcements = Announcements(broker.consumer_name, self._cancel, self._promoter.hear)
+        self._announcements = Announcements(
+            broker.consumer_name, self._cancel, self._promoter.hear, self._hear_of_shorter_lease
+        )
         self.reporter = Reporter(broker, self._settings, self._running)
         self._asked_at = self._fetched_at = 0.0
         self.ready = asyncio.Event()
@@ -150,11 +152,11 @@ class Worker:
             heard.receive,
             heard.listening,
         )
+        self._intake = intake = Intake(
+            self._broker, self._settings, stop, keeper.held, lambda: not self._running, keeper.held_locks
+        )
         async with keeper, self._dependencies.open():
             self.reporter.dataset = lambda: keeper.epoch
-            intake = Intake(
-                self._broker, self._settings, stop, keeper.held, lambda: not self._running, keeper.held_locks
-            )
             self._settler = Settler(self._broker, self._keeper, intake.settled)
             self._dead_letters = DeadLetterStore(self._broker, self._task_db, self._settler.add)
             with use_broker(lambda: self._binding):
@@ -174,6 +176,10 @@ class Worker:
                         await loop.create_future()
                     await cancel_and_wait(settling, storing, promoting, reporting)
         await self._leave()
+
+    def _hear_of_shorter_lease(self) -> None:
+        self._keeper.renew_soon()
+        self._intake.look_at_once()
 
     def _watchdog(self, stop: asyncio.Event) -> Watchdog:
         """What says so when an execution does not end, and ends the process where that was asked for."""

@@ -1,26 +1,48 @@
--- Who lives. `$ALIVE` is a sorted set: worker -> when its lease ends (ms).
+-- Who lives. `$ALIVE` is a sorted set: worker -> when its lease ends (ms); `$LEASES`: worker -> how long its lease is
+-- (ms); `$RENEWED`: when a lease was last renewed, or dead workers were looked for (ms).
 
--- Every worker renews its lease when two thirds of it are left. With less than this part left of the newest one, it was
--- the server that was away, and nobody could renew.
-local RENEWED_LATE = 0.4
+-- All workers renew at the pace of the shortest lease: each third of it. Where nobody was heard for this part of a
+-- lease, its worker could not renew it, for the server was away.
+local UNHEARD = 0.6
+local RENEWED_MS = 86400000 -- longer than a server is away and comes back
 
--- The worker lives for another `lease_ms`. Where the server was away, all get another term, but for those that have
--- signed off (0).
-local function heartbeat(consumer, lease_ms, now)
-  local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2]
-  local ends = int(now / 1000 + lease_ms)
-  if newest and tonumber(newest) <= now / 1000 + RENEWED_LATE * lease_ms then
-    local ended = redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf')
-    for from = 1, #ended, 1000 do
-      local renewed = {}
-      for at = from, math.min(from + 999, #ended) do
-        renewed[#renewed + 1] = ends
-        renewed[#renewed + 1] = ended[at]
-      end
-      redis.call('ZADD', '$ALIVE', unpack(renewed))
+-- The shortest lease of all (ms), or nil.
+local function shortest_lease()
+  return tonumber(redis.call('ZRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2])
+end
+
+-- Where the server was away, each worker that could not renew gets another term of its own length, but for those that
+-- have signed off (0). To be called before any lease is judged. One whose length is unknown (it comes from an earlier
+-- release, or the list was lost) counts with the longest that is known.
+local function note_contact(lease_ms, now)
+  local now_ms = now / 1000
+  local heard = tonumber(redis.pcall('GET', '$RENEWED') or nil) -- of another type: it is replaced
+  if not heard then
+    local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')
+    local length = newest[1] and redis.call('ZSCORE', '$LEASES', newest[1]) or lease_ms
+    heard = newest[1] and tonumber(newest[2]) - tonumber(length) or now_ms
+  end
+  redis.call('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS)
+  local unheard_ms = now_ms - heard
+  if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return end
+  local unknown = math.max(lease_ms, tonumber(redis.call('ZREVRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2]) or 0)
+  local listed = redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf', 'WITHSCORES')
+  for at = 1, #listed, 2 do
+    local length = tonumber(redis.call('ZSCORE', '$LEASES', listed[at]) or unknown)
+    if unheard_ms >= UNHEARD * length and tonumber(listed[at + 1]) < now_ms + length then
+      redis.call('ZADD', '$ALIVE', int(now_ms + length), listed[at])
     end
   end
-  redis.call('ZADD', '$ALIVE', ends, consumer)
+end
+
+-- The worker lives for another `lease_ms`. If that is the shortest lease of all, the others must hear of it: they are to
+-- renew at its pace, and to look when it ends.
+local function heartbeat(consumer, lease_ms, now)
+  note_contact(lease_ms, now)
+  local shortest = shortest_lease()
+  redis.call('ZADD', '$ALIVE', int(now / 1000 + lease_ms), consumer)
+  redis.call('ZADD', '$LEASES', int(lease_ms), consumer)
+  if shortest and lease_ms < shortest then redis.call('PUBLISH', '$LEASES', int(lease_ms)) end
 end
 
 -- A worker that asks for work lives, even before its keeper has had the time to say so: after a long pause it would
@@ -28,7 +50,7 @@ end
 -- could not hear either. `lease_ms` 0: it is no worker with a lease.
 local function sign_on(consumer, lease_ms, now)
   local ends = tonumber(redis.call('ZSCORE', '$ALIVE', consumer) or 0)
-  if lease_ms > 0 and ends <= now / 1000 + RENEWED_LATE * lease_ms then
+  if lease_ms > 0 and ends <= now / 1000 + (1 - UNHEARD) * lease_ms then
     heartbeat(consumer, lease_ms, now)
   end
 end

@@ -17,6 +17,7 @@ for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
     end
   end
 end
+redis.call('ZREM', '$LEASES', ARGV[1])
 if clean then
   redis.call('ZREM', '$ALIVE', ARGV[1])
   redis.call('UNLINK', held)

@@ -18,7 +18,12 @@
 local now_ms = math.floor(now_us() / 1000)
 sign_on(ARGV[1], tonumber(ARGV[4]), now_us())
 local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2] or 0)
-if first_end > now_ms then return {{}, first_end - now_ms + 1, 0} end -- as nearly always: nobody has left anything
+-- A worker may come whose lease ends earlier than all that are there.
+local look_within_ms = shortest_lease() or math.huge
+if first_end > now_ms then -- as nearly always: nobody has left anything
+  return {{}, math.min(first_end - now_ms + 1, look_within_ms), 0}
+end
+note_contact(tonumber(ARGV[4]), now_us())
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
@@ -139,6 +144,7 @@ local function clear(worker)
       end
     end
   end
+  redis.call('ZREM', '$LEASES', worker)
   if left then
     redis.call('ZADD', '$ALIVE', int(now_ms - left * SIZE_MS), worker)
   else
@@ -181,6 +187,7 @@ local again_ms = 0
 if not more then
   local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', int(now_ms), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[4])
+  again_ms = math.min(again_ms, look_within_ms)
   if suspect_waits then again_ms = math.min(again_ms, LEFT_OVER_MS) end
 end
 return {messages, again_ms, room_for == consumer and 1 or 0}

@@ -1,7 +1,8 @@
 -- Renew everything a worker holds: its own life, its stream entries, its locks.
 -- KEYS: none. ARGV: consumer, lease (ms), entries (msgpack list of {stream, entry, deliveries}), locks (list),
 --   epoch as the worker knows it ('' at first).
--- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, epoch}.
+-- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, epoch,
+--   the shortest lease of all (ms): at its pace everybody renews}.
 -- Another epoch means that the server has lost its data. What this worker runs is then known to nobody else:
 -- it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
 -- #flags allow-oom
@@ -40,4 +41,4 @@ for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   end
   if not ours then lost_locks[#lost_locks + 1] = position end
 end
-return {lost_entries, lost_locks, cancelled, epoch}
+return {lost_entries, lost_locks, cancelled, epoch, shortest_lease()}
