@@ -32,6 +32,7 @@ from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
 from diracx.tasks.web.dashboard.page import Extension
+from diracx.tasks.web.sse import StreamSettings
 from redis.asyncio import Redis
 
 #: What somebody who wants to run code in an operator's browser would submit.
@@ -162,12 +163,14 @@ class World:
 
 
 @asynccontextmanager
-async def small_world(redis_url: str, extensions: list[Extension] | None = None) -> AsyncIterator[World]:
+async def small_world(
+    redis_url: str, extensions: list[Extension] | None = None, stream: StreamSettings | None = None
+) -> AsyncIterator[World]:
     """A system in which something of everything has happened, and been reported."""
     try:
         # Nobody wants to wait for what happens every 5 s.
         with patch.object(reporter, "REPORT_SECONDS", 0.3):
-            async with _world(redis_url, extensions) as world:
+            async with _world(redis_url, extensions, stream) as world:
                 yield world
     finally:
         # What was held up is still there, on purpose.
@@ -176,7 +179,9 @@ async def small_world(redis_url: str, extensions: list[Extension] | None = None)
 
 
 @asynccontextmanager
-async def _world(redis_url: str, extensions: list[Extension] | None) -> AsyncIterator[World]:
+async def _world(
+    redis_url: str, extensions: list[Extension] | None, stream: StreamSettings | None
+) -> AsyncIterator[World]:
     tasks = {f"test:{task.__name__}": task for task in TASKS if task is not Urgent}
     async with TaskSystem(
         tasks, redis_url=redis_url, workers=1, vos=["lhcb", "gridpp"], settings={"grace_seconds": 0.0}
@@ -202,7 +207,9 @@ async def _world(redis_url: str, extensions: list[Extension] | None) -> AsyncIte
             READER: Principal("rita", Role.READ, None),
         }
         backend = TokenBackend(tokens, "ask wilma")
-        app = create_app(this, backend, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [])
+        app = create_app(
+            this, backend, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [], stream=stream
+        )
         world = World(system, app, context)
         for number in range(3):
             await Fail(f"{HOSTILE}{number}", SECRET).schedule()

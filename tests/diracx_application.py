@@ -51,6 +51,16 @@ def make_application() -> Any:
     return app
 
 
+def with_short_streams(app: Any, seconds: float) -> Any:
+    """The application, whose live pages end by themselves after that time."""
+    from diracx.tasks.web.api.dashboard import stream_settings
+    from diracx.tasks.web.sse import StreamSettings
+
+    short = StreamSettings(max_seconds=seconds, poll_seconds=min(2.0, 1.5 * seconds))
+    app.dependency_overrides[stream_settings] = lambda: short
+    return app
+
+
 def token_maker() -> Callable[..., str]:
     """Makes access tokens that the application of this environment accepts."""
     from diracx.core.models import AccessTokenPayload

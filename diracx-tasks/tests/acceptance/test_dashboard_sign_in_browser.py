@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dashboard_browser import Tab, expect, needs_chromium, new_tab, served
 from dashboard_sign_in import BELOW, CALLBACK, application
-from diracx.tasks.web.api import dashboard
+from diracx_application import with_short_streams
 
 pytestmark = needs_chromium
 
@@ -20,12 +20,11 @@ async def tab(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[Tab]:
     """A browser takes `localhost` and the provider's `127.0.0.1` for two sites."""
-    monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         home = f"http://localhost:{listening.getsockname()[1]}"
         async with (
             application(monkeypatch, tmp_path, redis_url, [home + CALLBACK]) as app,
-            served(app, listening),
+            served(with_short_streams(app, 1.0), listening),
             new_tab(home + BELOW, request.param) as made,
         ):
             yield made

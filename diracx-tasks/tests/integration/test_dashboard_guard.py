@@ -17,6 +17,7 @@ from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.page import Action, Extension, Form, Operator, Page, Question
+from diracx.tasks.web.sse import StreamSettings
 from redis.asyncio import Redis
 from starlette.requests import Request
 
@@ -56,7 +57,9 @@ async def app(redis_url: str) -> AsyncIterator[Any]:
         WRITER: Principal("wilma", Role.WRITE, None),
         READER: Principal("rita", Role.READ, None),
     }
-    made = create_app(context, TokenBackend(tokens, "ask"), hosts={"localhost"}, extensions=[EXTENSION])
+    stream = StreamSettings(max_seconds=0.2)
+    backend = TokenBackend(tokens, "ask")
+    made = create_app(context, backend, hosts={"localhost"}, extensions=[EXTENSION], stream=stream)
     yield made
     await made.aclose()
     await broker.shutdown()
@@ -230,7 +233,6 @@ def every_route(app: Any) -> list[tuple[str, str]]:
 async def test_every_route_has_the_headers_that_keep_it_safe_for_whoever_asks(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_stream_seconds", 0.0)
     async with browser(app) as nobody, signed_in(app) as wilma:
         for client in (nobody, wilma):
             for method, path in every_route(app):

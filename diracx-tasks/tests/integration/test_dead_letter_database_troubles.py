@@ -13,7 +13,7 @@ from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
-from diracx.tasks.web.api.databases import database_errors
+from diracx.tasks.web.api.responses import database_errors
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app

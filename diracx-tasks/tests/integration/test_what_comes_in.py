@@ -13,9 +13,9 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from dashboard_world import READER, WRITER, World, small_world
-from diracx.tasks.web import sse as live
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
+from diracx.tasks.web.sse import StreamSettings
 from diracx_application import HOME, make_application, set_environment, token_maker
 from hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in
 
@@ -146,11 +146,12 @@ async def test_the_oldest_session_of_a_principal_ends_at_the_limit_and_none_of_a
     assert alive == readers[-3:]
 
 
-async def test_live_pages_of_one_user_are_bounded_and_closing_one_makes_room(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(live, "MOST_STREAMS", 2)
-    async with signed_in(world) as writer, signed_in(world, READER) as reader:
+async def test_live_pages_of_one_user_are_bounded_and_closing_one_makes_room(redis_url: str) -> None:
+    async with (
+        small_world(redis_url, stream=StreamSettings(max_streams=2)) as world,
+        signed_in(world) as writer,
+        signed_in(world, READER) as reader,
+    ):
 
         def follow(client: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
             return asyncio.create_task(client.get("/live/queues"))

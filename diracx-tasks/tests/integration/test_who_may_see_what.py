@@ -37,9 +37,8 @@ from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.plumbing.worker.dead_letters import in_redis
 from diracx.tasks.testing import TaskSystem
-from diracx.tasks.web import sse as live
 from diracx.tasks.web.context import AppContext
-from diracx_application import HOME, make_application, set_environment, token_maker
+from diracx_application import HOME, make_application, set_environment, token_maker, with_short_streams
 from fastapi.routing import APIRoute
 from redis.asyncio import Redis
 
@@ -204,13 +203,10 @@ class Site:
 
 @pytest.fixture
 async def site(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    from diracx.tasks.web.api import dashboard, environment
+    from diracx.tasks.web.api import environment
 
     repository = ConfigRepository(tmp_path / "config", vos=VOS)
     set_environment(monkeypatch, tmp_path, redis_url, repository.url)
-    # Live pages send what they show, and end.
-    monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 0.02)
-    monkeypatch.setattr(live, "_EVERY_SECONDS", 0.03)
     try:
         async with busy_system(redis_url) as context:
 
@@ -218,7 +214,7 @@ async def site(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 return context
 
             monkeypatch.setattr(environment, "_open", this)
-            app = make_application()
+            app = with_short_streams(make_application(), 0.02)  # live pages send what they show, and end
             async with app.router.lifespan_context(app):
                 yield Site(app, context, token_maker())
     finally:

@@ -15,9 +15,7 @@ from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from diracx.tasks.web.api.audit_logger import Audited, AuditLogger
-from diracx.tasks.web.api.bounded import BoundedRoute
-from diracx.tasks.web.api.databases import database_errors
-from diracx.tasks.web.api.responses import responses
+from diracx.tasks.web.api.responses import BoundedRoute, database_errors, responses
 from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
 

@@ -15,6 +15,7 @@ from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.web.dashboard.page import Form
 from diracx.tasks.web.operator import NotPossibleError, Operator
+from diracx_application import with_short_streams
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.read_models import READ_MODELS
@@ -69,7 +70,7 @@ async def sign_in(
     }.items():
         monkeypatch.setenv(f"DIRACX_{name}", value)
     settings = AuthSettings()
-    app = create_app()
+    app = with_short_streams(create_app(), 0.1)
     app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     made: list[httpx.AsyncClient] = []
@@ -98,13 +99,8 @@ async def sign_in(
             await client.aclose()
 
 
-async def first_fragment(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page: str) -> str:
+async def first_fragment(client: httpx.AsyncClient, page: str) -> str:
     """What the live stream of a page sends before it ends; httpx sees the whole of a stream only."""
-    from diracx.tasks.web import sse as live
-    from diracx.tasks.web.api import dashboard
-
-    monkeypatch.setattr(dashboard._app(), "_stream_seconds", 0.1)
-    monkeypatch.setattr(live, "_EVERY_SECONDS", 0.05)
     answer = await client.get(f"/live{page}")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -112,13 +108,13 @@ async def first_fragment(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPa
 
 
 async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_alone(
-    sign_in: SignIn, pilots: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    sign_in: SignIn, pilots: dict[str, int]
 ) -> None:
     client = await sign_in("lhcb", OPERATOR)
     for page in ("/pilots", "/pilots?vo=lhcb", "/pilots/list", f"/pilots/{pilots['lhcb']}"):
         for text in (
             (await client.get(page)).text,
-            await first_fragment(client, monkeypatch, page),
+            await first_fragment(client, page),
         ):
             assert "lhcb-ce" in text, page
             assert "dteam" not in text, page
@@ -133,35 +129,31 @@ async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_al
         answer = await client.get(page)
         assert answer.status_code == 404, page
         assert "dteam-ce" not in answer.text, page
-        assert "dteam-ce" not in await first_fragment(client, monkeypatch, page), page
+        assert "dteam-ce" not in await first_fragment(client, page), page
     unknown = (await client.get("/pilots/987654")).text
     foreign = (await client.get(f"/pilots/{pilots['dteam']}")).text
     assert "There is no pilot" in unknown
     assert "There is no pilot" in foreign
 
 
-async def test_the_charts_of_an_operator_count_the_pilots_of_the_own_vo_alone(
-    sign_in: SignIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_charts_of_an_operator_count_the_pilots_of_the_own_vo_alone(sign_in: SignIn) -> None:
     def submitted(text: str) -> int:
         [line] = [line for line in text.splitlines() if line.startswith('data: {"slots"')]
         charts = json.loads(line.removeprefix("data: "))
         return sum(charts["flow"]["series"][0]["values"])
 
     seen = [
-        submitted(await first_fragment(await sign_in("lhcb", name), monkeypatch, "/pilots"))
+        submitted(await first_fragment(await sign_in("lhcb", name), "/pilots"))
         for name in (OPERATOR, SERVICE_ADMINISTRATOR)
     ]
     assert seen == [2, 4]
 
 
-async def test_a_service_administrator_sees_the_pilots_of_all_vos(
-    sign_in: SignIn, pilots: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_service_administrator_sees_the_pilots_of_all_vos(sign_in: SignIn, pilots: dict[str, int]) -> None:
     client = await sign_in("lhcb", SERVICE_ADMINISTRATOR)
     for page in ("/pilots", "/pilots?vo=dteam", "/pilots/list", f"/pilots/{pilots['dteam']}"):
         assert "dteam-ce" in (await client.get(page)).text, page
-        assert "dteam-ce" in await first_fragment(client, monkeypatch, page), page
+        assert "dteam-ce" in await first_fragment(client, page), page
 
 
 async def test_an_operator_of_one_vo_neither_cancels_pilots_of_another_nor_closes_compute_elements(

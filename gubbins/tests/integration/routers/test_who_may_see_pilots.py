@@ -14,8 +14,8 @@ import httpx
 import pytest
 from config_repository import ConfigRepository
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
-from diracx.tasks.web.api.bounded import MAX_BODY_BYTES
-from diracx_application import HOME, set_environment
+from diracx.tasks.web.api.responses import MAX_BODY_BYTES
+from diracx_application import HOME, set_environment, with_short_streams
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.pages import PAGES
@@ -140,7 +140,7 @@ async def world(
     set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
-    app = create_app()
+    app = with_short_streams(create_app(), 0.02)
     app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
     async with app.router.lifespan_context(app):
         yield World(app, db, pilots, stamps)
@@ -192,11 +192,6 @@ async def test_each_role_gets_by_http_what_the_table_says(world: World, role: st
 async def test_each_role_gets_in_the_dashboard_what_the_table_says(
     world: World, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diracx.tasks.web import sse as live
-    from diracx.tasks.web.api import dashboard
-
-    monkeypatch.setattr(dashboard, "_STREAM_SECONDS", 0.02)
-    monkeypatch.setattr(live, "_EVERY_SECONDS", 0.03)
     live_pages = {page.path for page in PAGES if page.live}
     wrong = []
     for vo in VOS:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,26 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-_EVERY_SECONDS = 2.0
-#: Those who follow the same page share what it shows. Each finds it new whenever it looks again.
-SHARED_SECONDS = 0.9 * _EVERY_SECONDS
-#: Something is sent at least so often: proxies cut off what is silent.
-_SIGN_OF_LIFE_SECONDS = 15.0
-#: Live pages of one principal. Browsers leave those that nobody sees.
-MOST_STREAMS = 40
-#: Sessions end while pages are open.
-_SESSION_CHECK_SECONDS = 15.0
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """How live pages are kept up to date."""
+
+    poll_seconds: float = 2.0
+    """How often the live part of a page is made again; equal pages share it."""
+    keepalive_seconds: float = 15.0
+    """Something is sent at least so often: proxies cut off what is silent."""
+    session_check_seconds: float = 15.0
+    """How often it is checked that the session is not over."""
+    max_seconds: float = 3600.0
+    """A stream ends after that, and the browser begins another: a server that stops waits for streams."""
+    max_streams: int = 40
+    """Live pages of one principal at a time."""
+
+    @property
+    def shared_seconds(self) -> float:
+        """How long equal pages share an answer: each poll finds a new one."""
+        return 0.9 * self.poll_seconds
 
 
 def event(name: str, data: str) -> str:
@@ -51,66 +63,59 @@ class _Stream(StreamingResponse):
             self._streams += Counter()  # forgets those that have none
 
 
-def stream(
-    request: Request,
-    fragment: Callable[[], Awaitable[str]],
-    charts: Callable[[], Awaitable[dict[str, Any]]] | None,
-    still_allowed: Callable[[], Awaitable[bool]],
-    explained: Callable[[Exception], str],
-    closing: asyncio.Event,
-    longest_seconds: float,
-    streams: Counter[str],
-) -> Response:
-    """The live part of a page, as `fragment` and `charts` events, with `problem` when it cannot be had.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivePage:
+    """What is sent to a browser that shows a live page."""
 
-    Args:
-        fragment: renders it.
-        still_allowed: whether the session is good; a `gone` event ends the stream when it is not.
-        explained: the text of an error, for users.
-        closing: ends all streams.
-        longest_seconds: ends this one; the browser begins another.
-        streams: how many each principal has open: each holds a connection, and looks every two seconds.
-    """
-    name = request.state.principal.name
-    if streams[name] >= MOST_STREAMS:
-        text = f"{name} has {MOST_STREAMS} live pages open: close one"
-        return PlainTextResponse(text, HTTPStatus.TOO_MANY_REQUESTS)
-    events = _events(fragment, charts, still_allowed, explained, closing, longest_seconds)
-    return _Stream(events, name, streams)
+    fragment: Callable[[], Awaitable[str]]
+    """Renders the part that changes."""
+    charts: Callable[[], Awaitable[dict[str, Any]]] | None
+    still_allowed: Callable[[], Awaitable[bool]]
+    """Whether the session is valid; a `gone` event ends the stream when it is not."""
+    explained: Callable[[Exception], str]
+    """The text of an error, for users."""
+    closing: asyncio.Event
+    """Ends all streams."""
+    settings: StreamSettings
 
+    def response(self, request: Request, streams: Counter[str]) -> Response:
+        """Send `fragment` and `charts` events, and `problem` when they cannot be had.
 
-async def _events(
-    fragment: Callable[[], Awaitable[str]],
-    charts: Callable[[], Awaitable[dict[str, Any]]] | None,
-    still_allowed: Callable[[], Awaitable[bool]],
-    explained: Callable[[Exception], str],
-    closing: asyncio.Event,
-    longest_seconds: float,
-) -> AsyncIterator[str]:
-    yield "retry: 500\n\n"
-    sent: dict[str, str] = {}
-    began = checked = spoke = time.monotonic()
-    while not closing.is_set() and time.monotonic() - began < longest_seconds:
-        now = time.monotonic()
-        if now - checked > _SESSION_CHECK_SECONDS:
-            checked = now
-            if not await still_allowed():
-                yield event("gone", "your session is over")
-                return
-        try:
-            news = {"fragment": await fragment(), "problem": ""}
-            if charts is not None:
-                news["charts"] = json.dumps(await charts())
-        except Exception as error:
-            news = {"problem": explained(error)}
-        for name, data in news.items():
-            if sent.get(name, "" if name == "problem" else None) != data:
-                sent[name] = data
+        Args:
+            streams: how many each principal has open: each holds a connection, and polls.
+        """
+        name, most = request.state.principal.name, self.settings.max_streams
+        if streams[name] >= most:
+            text = f"{name} has {most} live pages open: close one"
+            return PlainTextResponse(text, HTTPStatus.TOO_MANY_REQUESTS)
+        return _Stream(self._events(), name, streams)
+
+    async def _events(self) -> AsyncIterator[str]:
+        yield "retry: 500\n\n"
+        sent: dict[str, str] = {}
+        settings = self.settings
+        began = checked = spoke = time.monotonic()
+        while not self.closing.is_set() and time.monotonic() - began < settings.max_seconds:
+            now = time.monotonic()
+            if now - checked > settings.session_check_seconds:
+                checked = now
+                if not await self.still_allowed():
+                    yield event("gone", "your session is over")
+                    return
+            try:
+                news = {"fragment": await self.fragment(), "problem": ""}
+                if self.charts is not None:
+                    news["charts"] = json.dumps(await self.charts())
+            except Exception as error:
+                news = {"problem": self.explained(error)}
+            for name, data in news.items():
+                if sent.get(name, "" if name == "problem" else None) != data:
+                    sent[name] = data
+                    spoke = now
+                    yield event(name, data)
+            if now - spoke > settings.keepalive_seconds:
                 spoke = now
-                yield event(name, data)
-        if now - spoke > _SIGN_OF_LIFE_SECONDS:
-            spoke = now
-            yield ": still here\n\n"
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_EVERY_SECONDS):
-                await closing.wait()
+                yield ": still here\n\n"
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.poll_seconds):
+                    await self.closing.wait()

@@ -31,10 +31,8 @@ from ...plumbing.task_names import resolve_task_name
 from ..context import AppContext
 from ..operator import Decided, NotPossibleError
 from . import models
-from .bounded import BoundedRoute
-from .databases import database_errors
 from .dependencies import AllVOsReader, Reader, Writer, or_404
-from .responses import responses
+from .responses import BoundedRoute, database_errors, responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
 router.route_class = BoundedRoute

@@ -17,6 +17,7 @@ from fastapi import Depends, HTTPException, Request, Response
 from ..auth.code_flow import CodeFlow
 from ..auth.diracx import POLICY, DiracxAuthContext, DiracxBackend
 from ..auth.policies import ConfigReader
+from ..sse import StreamSettings
 from .environment import context_of_environment
 
 if TYPE_CHECKING:
@@ -25,23 +26,28 @@ if TYPE_CHECKING:
     from ..dashboard.app import DashboardApp
 
 _BELOW = "/api/tasks/dashboard"
-#: The application is not told when its server stops, and the server waits for all connections.
-_STREAM_SECONDS = 20.0
 
 # It has a sign-in of its own, for browsers send no `Authorization` by themselves. It is no interface for programs.
 router = DiracxRouter(require_auth=False, include_in_schema=False, path_root="/api/tasks")
 
+
+def stream_settings() -> StreamSettings:
+    """Streams are short: the application is not told when its server stops, and the server waits for them."""
+    return StreamSettings(max_seconds=20.0)
+
+
 Policies = Annotated[dict[str, Any], Depends(BaseAccessPolicy.all_used_access_policies)]
+Stream = Annotated[StreamSettings, Depends(stream_settings)]
 
 
 @open_access  # type: ignore[untyped-decorator]  # of diracx
 @router.api_route("/{path:path}", methods=["GET", "HEAD", "POST"], response_model=None)
 async def dashboard(
-    path: str, request: Request, settings: AuthSettings, policies: Policies, config: ConfigReader
+    path: str, request: Request, settings: AuthSettings, policies: Policies, config: ConfigReader, stream: Stream
 ) -> Response:
     """Hand the request on to the dashboard, with what its back end needs."""
     await context_of_environment()  # says what is missing, as any other route does
-    return _HandedOn(_app(), DiracxAuthContext(request.app, settings, policies[POLICY].policy, config))
+    return _HandedOn(_app(stream), DiracxAuthContext(request.app, settings, policies[POLICY].policy, config))
 
 
 class _HandedOn(Response):
@@ -62,7 +68,7 @@ class _HandedOn(Response):
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, DashboardApp] = WeakKeyDictionary()
 
 
-def _app() -> DashboardApp:
+def _app(stream: StreamSettings) -> DashboardApp:
     try:
         from ..dashboard.app import create_app
     except ModuleNotFoundError as error:
@@ -76,6 +82,6 @@ def _app() -> DashboardApp:
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
-        app = create_app(context_of_environment, DiracxBackend(CodeFlow(_BELOW)), stream_seconds=_STREAM_SECONDS)
+        app = create_app(context_of_environment, DiracxBackend(CodeFlow(_BELOW)), stream=stream)
         _of_loop[loop] = app
     return app

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
@@ -31,49 +31,37 @@ def _usable(moment: datetime) -> datetime:
 
 Moment = Annotated[datetime, AfterValidator(_usable)]
 
+_Item = TypeVar("_Item")
 _AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
 
 
-class QueuedTaskPage(BaseModel):
+class _Page(BaseModel, Generic[_Item]):
+    items: list[_Item]
+    after: str | None = _AFTER
+
+
+class QueuedTaskPage(_Page[QueuedTask]):
     """A part of a backlog."""
 
-    items: list[QueuedTask]
-    after: str | None = _AFTER
 
-
-class WaitingDeadLetterPage(BaseModel):
+class WaitingDeadLetterPage(_Page[WaitingDeadLetter]):
     """A part of the dead letters that wait in Redis."""
 
-    items: list[WaitingDeadLetter]
-    after: str | None = _AFTER
 
-
-class RunningTaskPage(BaseModel):
+class RunningTaskPage(_Page[RunningTask]):
     """A part of what runs."""
 
-    items: list[RunningTask]
-    after: str | None = _AFTER
 
-
-class DelayedTaskPage(BaseModel):
+class DelayedTaskPage(_Page[DelayedTask]):
     """A part of the delayed tasks."""
 
-    items: list[DelayedTask]
-    after: str | None = _AFTER
 
-
-class FailurePage(BaseModel):
+class FailurePage(_Page[Failure]):
     """Some failed attempts."""
 
-    items: list[Failure]
-    after: str | None = _AFTER
 
-
-class LockPage(BaseModel):
+class LockPage(_Page[Lock]):
     """Some locks."""
-
-    items: list[Lock]
-    after: str | None = _AFTER
 
 
 class ConfigurationInForce(BaseModel):

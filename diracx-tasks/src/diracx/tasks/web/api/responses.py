@@ -1,15 +1,27 @@
-"""What routes may answer beside what was asked for, as OpenAPI has it; for those of extensions as well."""
+"""Error responses of routes, for those of extensions as well: status codes, bounded bodies, databases."""
 
 from __future__ import annotations
 
-__all__ = ["QuietRoute", "responses"]
+__all__ = ["MAX_BODY_BYTES", "BoundedRoute", "QuietRoute", "database_errors", "responses"]
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+
+from ...plumbing.sql.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 1_000_000
+_RETRY_AFTER_SECONDS = 10
 
 _MEANING = {
     401: "No token, or one that is not valid",
@@ -50,3 +62,40 @@ class QuietRoute(APIRoute):
                 raise RequestValidationError(problems) from error
 
         return quiet
+
+
+class BoundedRoute(QuietRoute):
+    """Refuses a body of more than `MAX_BODY_BYTES` with 413, before it is in memory.
+
+    FastAPI reads a body before it asks who sends it. For the `route_class` of a router.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As of `QuietRoute`."""
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {MAX_BODY_BYTES} bytes"
+                )
+            return message
+
+        await super().handle(scope, bounded, send)
+
+
+async def database_errors(request: Request) -> AsyncIterator[None]:
+    """A dependency of routers. The answer does not have the driver's words, which tell users and hosts.
+
+    Raises:
+        HTTPException: 503, in place of a `DatabaseError`. DiracX's own handler would log a traceback.
+    """
+    try:
+        yield
+    except DatabaseError as error:
+        logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
+        headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers) from error

@@ -29,7 +29,7 @@ from ...plumbing.sql.errors import DatabaseError
 from ..auth.middleware import AuthMiddleware, cookie_name
 from ..auth.routes import AuthRoutes, own_path, root_of, set_cookie
 from ..operator import NotPossibleError, Operator
-from ..sse import SHARED_SECONDS, stream
+from ..sse import LivePage, StreamSettings
 from .health import probe
 from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
@@ -84,7 +84,7 @@ def create_app(
     *,
     hosts: Collection[str] | None = None,
     extensions: Sequence[Extension] | None = None,
-    stream_seconds: float = 3600.0,
+    stream: StreamSettings | None = None,
 ) -> DashboardApp:
     """The dashboard, for a server of its own or below a path of another application.
 
@@ -93,11 +93,10 @@ def create_app(
         backend: decides who comes in.
         hosts: names by which the server may be called; None for any.
         extensions: further pages; by default all that are installed.
-        stream_seconds: how long a live page holds a connection before it makes another. A server that is told
-            to stop waits for those who do not know of it.
+        stream: how live pages are kept up to date.
     """
     chosen = installed_extensions() if extensions is None else list(extensions)
-    return DashboardApp(context, backend, hosts, chosen, stream_seconds)
+    return DashboardApp(context, backend, hosts, chosen, stream or StreamSettings())
 
 
 class DashboardApp:
@@ -109,13 +108,13 @@ class DashboardApp:
         backend: AuthBackend,
         hosts: Collection[str] | None,
         extensions: Sequence[Extension],
-        stream_seconds: float,
+        stream: StreamSettings,
     ) -> None:
         self._open_context = context
         self._context: AppContext | None = None
         self._backend = backend
         self._extensions = extensions
-        self._stream_seconds = stream_seconds
+        self._stream = stream
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._closing = asyncio.Event()
@@ -211,7 +210,7 @@ class DashboardApp:
             _check_may_see(page, request)
             values = await self._loaded(page, request)
             # Who follows the page from here on must not be shown what was before it.
-            self.context.answers.put(_same(page, request, "page"), values, SHARED_SECONDS)
+            self.context.answers.put(_same(page, request, "page"), values, self._stream.shared_seconds)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
             return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
 
@@ -225,13 +224,15 @@ class DashboardApp:
             async def fragment() -> str:
                 key = _same(page, request, "page")
                 answers = self.context.answers
-                values = await answers.get(key, lambda: self._loaded(page, request), SHARED_SECONDS)
+                values = await answers.get(key, lambda: self._loaded(page, request), self._stream.shared_seconds)
                 return text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
 
             async def charts() -> dict[str, Any]:
                 look, key = page.charts, _same(page, request, "charts")
                 assert look is not None
-                return await self.context.answers.get(key, lambda: look(request, self.context), SHARED_SECONDS)
+                return await self.context.answers.get(
+                    key, lambda: look(request, self.context), self._stream.shared_seconds
+                )
 
             async def still_allowed() -> bool:
                 return await self._backend.principal(request, secret) is not None
@@ -239,16 +240,15 @@ class DashboardApp:
             def explained(error: Exception) -> str:
                 return mask(_explained(request, error)[1])
 
-            return stream(
-                request,
-                fragment,
-                charts if page.charts else None,
-                still_allowed,
-                explained,
-                self._closing,
-                self._stream_seconds,
-                self._streams,
+            live = LivePage(
+                fragment=fragment,
+                charts=charts if page.charts else None,
+                still_allowed=still_allowed,
+                explained=explained,
+                closing=self._closing,
+                settings=self._stream,
             )
+            return live.response(request, self._streams)
 
         return follow
 

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from . import audit as record
-from . import (
-    configuration,
-    dead_letters,
-    delayed,
-    failures,
-    groups,
-    locks,
-    overview,
-    queues,
-    running,
-    schedules,
-    workers,
-)
-from . import tasks as task_classes
-
-_MODULES = (
-    overview,
-    queues,
-    running,
-    delayed,
-    workers,
-    task_classes,
-    failures,
-    dead_letters,
-    schedules,
-    locks,
-    groups,
-    configuration,
-    record,
-)
+from importlib import import_module
 
 #: In the order of the navigation.
+_NAMES = (
+    *("overview", "queues", "running", "delayed", "workers", "tasks", "failures", "dead_letters"),
+    *("schedules", "locks", "groups", "configuration", "audit"),
+)
+_MODULES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 PAGES = [page for module in _MODULES for page in module.PAGES]
 ACTIONS = [action for module in _MODULES for action in getattr(module, "ACTIONS", ())]
