@@ -15,7 +15,8 @@ import pytest
     ],
 )
 def test_importing_a_module_loads_no_heavy_library(module: str, without: str) -> None:
-    code = f"import sys, {module}; print(*[name for name in {without.split()!r} if name in sys.modules])"
+    names = without.split()
+    code = f"import sys, {module}; print(*[name for name in {names!r} if name in sys.modules])"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
