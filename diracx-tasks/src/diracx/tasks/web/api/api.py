@@ -277,8 +277,8 @@ class _Filter:
         task_name: Annotated[TaskName | None, Query(description="category:ClassName, or ClassName alone.")] = None,
         reason: Annotated[DeadLetterReason | None, Query(description="Why it ended here.")] = None,
         status: Annotated[DeadLetterStatus | None, Query(description="By default those that are open.")] = None,
-        since: Annotated[models.Moment | None, Query(description="Buried then or later.")] = None,
-        before: Annotated[models.Moment | None, Query(description="Buried earlier.")] = None,
+        since: Annotated[models.Moment | None, Query(description="Stored then or later.")] = None,
+        before: Annotated[models.Moment | None, Query(description="Stored earlier.")] = None,
     ) -> None:
         self.where: LetterFilter = {
             "task_name": task_name,
