@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,28 @@ def judge(notes: list[tuple[float, int, str, str]], killed: dict[int, float], ta
                 "slot": held["slot"] < SLOTS,
             }
             assert may.get(kind, True), f"{name} with {kind} {key} began at {begin} beside {held}"
+
+
+@pytest.mark.parametrize(
+    ("locks", "beside", "allowed"),
+    [
+        ("mutex", ["mutex"], False),
+        ("write", ["write"], False),
+        ("write", ["read"], False),
+        ("read", ["write"], False),
+        ("read", ["read", "read"], True),
+        ("slot", ["slot"] * (SLOTS - 1), True),
+        ("slot", ["slot"] * SLOTS, False),
+        ("mutex", ["write", "read"], True),
+    ],
+)
+def test_the_judge_sees_executions_that_exclude_each_other(locks: str, beside: list[str], allowed: bool) -> None:
+    wishes = [*beside, locks]
+    tasks = {f"t{number}": Mixed(f"t{number}", [(kind, 1)]) for number, kind in enumerate(wishes)}
+    begins = [(float(number), 1, "begins", name) for number, name in enumerate(tasks)]
+    ends = [(100.0, 1, "ends", name) for name in tasks]
+    with nullcontext() if allowed else pytest.raises(AssertionError, match=f"with {locks} 1 began"):
+        judge(begins + ends, {}, tasks)
 
 
 async def test_any_mixes_of_locks_on_processes_that_are_killed_exclude_each_other_and_all_end(

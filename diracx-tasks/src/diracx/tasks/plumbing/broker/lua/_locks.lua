@@ -54,6 +54,11 @@ kinds.shared = {
   end,
 }
 
+-- Tasks that share a key may have different times.
+local function live_at_least(key, ms)
+  if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, int(ms)) end
+end
+
 -- A sliding-window log that never scans: each grant is a member "{units granted so far}:{units}:{owner}"
 -- scored with its time, so the units inside the window are a difference of two running totals.
 -- A long log has one member for all grants of a thousandth of the window, with the time of the last of them.
@@ -81,18 +86,24 @@ local function quota_returns(lock)
   return tonumber(last[2]) + lock.window_us + 1
 end
 
--- The units inside the window that ends now, the total ever granted, and now, by this limiter's clock.
+-- The units inside the window that ends now, the total ever granted, and the last grant inside the window.
 local function spent(lock, now)
   local newest = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')
-  -- A clock that was set back must not make old grants younger than new ones.
-  if newest[2] and tonumber(newest[2]) > now then now = tonumber(newest[2]) end
+  if newest[2] and tonumber(newest[2]) > now then
+    -- The clock was set back. How long ago these were granted is not known: at the latest, now.
+    for _, member in ipairs(redis.call('ZRANGEBYSCORE', lock.key, '(' .. int(now), '+inf')) do
+      redis.call('ZADD', lock.key, int(now), member)
+    end
+    newest[2] = int(now)
+  end
   -- A grant exactly one window old still counts: both ends of a window belong to it.
   local from = int(now - lock.window_us)
-  trim(lock.key, '(' .. from)
+  -- Another class may have a wider window on this key, which shows in how long the log lives.
+  trim(lock.key, '(' .. int(now - math.max(lock.window_us, redis.call('PTTL', lock.key) * 1000)))
   local oldest = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'LIMIT', 0, 1)[1]
-  if not oldest then return 0, newest[1] and grant(newest[1]) or 0, now, {} end
+  if not oldest then return 0, newest[1] and grant(newest[1]) or 0, {} end
   local total, first_total, first_units = grant(newest[1]), grant(oldest)
-  return total - first_total + first_units, total, now, newest
+  return total - first_total + first_units, total, newest
 end
 
 -- The last grant, if the next one is to be merged into it.
@@ -104,7 +115,8 @@ end
 
 kinds.rate = {
   take = function(lock, now)
-    local used, total, now, newest = spent(lock, now)
+    local used, total, newest = spent(lock, now)
+    local life_ms = math.ceil(lock.window_us / 500) -- two windows: see spent()
     if used + lock.n_items <= lock.limit then
       local units = lock.n_items
       lock.merged = mergeable(lock, now, newest)
@@ -114,9 +126,10 @@ kinds.rate = {
       end
       lock.member = string.format('%016.0f:%.0f:%s', total + lock.n_items, units, lock.owner)
       redis.call('ZADD', lock.key, int(now), lock.member)
-      redis.call('PEXPIRE', lock.key, int(math.ceil(lock.window_us / 1000) + 1000))
+      live_at_least(lock.key, life_ms)
       return true
     end
+    live_at_least(lock.key, life_ms)
     return false, quota_returns(lock)
   end,
   undo = function(lock)
@@ -135,7 +148,7 @@ kinds.concurrency = {
       return false
     end
     redis.call('ZADD', lock.key, int(now + lock.ttl_ms * 1000), lock.owner)
-    if redis.call('PTTL', lock.key) < lock.ttl_ms then redis.call('PEXPIRE', lock.key, lock.ttl_ms) end
+    live_at_least(lock.key, lock.ttl_ms)
     return true
   end,
   release = function(lock) return redis.call('ZREM', lock.key, lock.owner) == 1 end,
@@ -143,13 +156,14 @@ kinds.concurrency = {
     local expires = redis.call('ZSCORE', lock.key, lock.owner)
     if not expires or tonumber(expires) <= now then return false end
     redis.call('ZADD', lock.key, 'XX', int(now + lock.ttl_ms * 1000), lock.owner)
-    if redis.call('PTTL', lock.key) < lock.ttl_ms then redis.call('PEXPIRE', lock.key, lock.ttl_ms) end
+    live_at_least(lock.key, lock.ttl_ms)
     return true
   end,
 }
 
 -- Who was granted the turn to take a lock and has not asked for it since, the last of each size; and until when (ms)
 -- nobody behind one of them may take it, if that is so. Noted as "{ends} {1: reserved} {place} {stream} {entry} {task}".
+local TURN_MS = 1000
 local function turns_of(lock)
   local turns, reserved, now_ms = {}, nil, now_us() / 1000
   for position, stored in ipairs(redis.call('MGET', of_all_sizes('$TURN_PREFIX', lock.key))) do
@@ -157,7 +171,8 @@ local function turns_of(lock)
       string.match(stored or '', '^(%d+) ([01]) (%d+) (%S+) (%S+) (.*)$')
     if task then
       local turn = {place = tonumber(place), stream = stream, entry = entry, task = task, stored = stored}
-      turn.expired = tonumber(ends) <= now_ms
+      -- None lasts longer than TURN_MS, also when the clock was set back.
+      turn.expired = tonumber(ends) <= now_ms or tonumber(ends) > now_ms + TURN_MS + 1
       turn.reserved = flag == '1' and not turn.expired
       if turn.reserved then reserved = tonumber(ends) end
       turns[EACH_SIZE[position]] = turn
@@ -255,7 +270,9 @@ local function take_all(locks, now, task, place)
     if not before then looked, granted, again = pcall(take, lock, now) end
     -- A worker that lost the connection while it asked, asks again: what it got then is still its own, whoever's
     -- turn it is now.
-    if not granted and task and lock.kind ~= 'rate' then granted = kinds[lock.kind].keep(lock, now) end
+    if looked and not granted and task and lock.kind ~= 'rate' then
+      looked, granted = pcall(kinds[lock.kind].keep, lock, now)
+    end
     if not looked or not granted then
       for taken = looked and position - 1 or position, 1, -1 do undo(locks[taken]) end
       if not looked then error(type(granted) == 'table' and granted or {err = granted}) end

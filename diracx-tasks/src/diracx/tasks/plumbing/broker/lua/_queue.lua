@@ -10,10 +10,13 @@ local function with_occurrence(since, occurrence)
   return occurrence and since .. '@' .. occurrence or since
 end
 
+local function from_hex(text)
+  return (string.gsub(text, '%x%x', function(byte) return string.char(tonumber(byte, 16)) end))
+end
+
 -- The last occurrence of a schedule waits under another entry now.
 local function note_moved(occurrence, stream, entry)
-  local text = string.gsub(occurrence, '%x%x', function(byte) return string.char(tonumber(byte, 16)) end)
-  local schedule, task = string.match(text, '^(.*) (%S+)$')
+  local schedule, task = string.match(from_hex(occurrence), '^(.*) (%S+)$')
   local last = schedule and redis.pcall('HGET', '$LAST_RUNS', schedule)
   local known, due = string.match(type(last) == 'string' and last or '', '^%S+ %S+ (%S+) (%d+)$')
   if known == task then redis.pcall('HSET', '$LAST_RUNS', schedule, table.concat({stream, entry, task, due}, ' ')) end
@@ -79,12 +82,14 @@ end
 local function parts_of(stored)
   local header, data = head_of(stored)
   local stream, reason, since, deaths, lock = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*) ?(.*)$')
-  if is_stream(stream) then return stream, reason, since, tonumber(deaths), data, lock ~= '' and lock or nil end
+  if not is_stream(stream) then return end
+  if string.byte(lock) == 0 then lock = from_hex(string.sub(lock, 2)) end
+  return stream, reason, since, tonumber(deaths), data, lock ~= '' and lock or nil
 end
 
--- The key of a lock as it stands in one line.
+-- The key of a lock as it stands in one line; no key begins with NUL.
 local function as_noted(lock)
-  return (string.gsub(lock, '\n', ' '))
+  return string.find(lock, '\n', 1, true) and '\0' .. in_hex(lock) or lock
 end
 
 -- Take the message of a delayed task away, and the task out of the line in which it stands: what is stored, and its

@@ -5,14 +5,8 @@
 -- Who is granted a turn asks for its locks as anybody does. A turn is reserved for a moment, and a lock that is not
 -- asked for in that time is granted to the next; and as long as no worker takes the one that did not ask, to those of
 -- other sizes only. Of several of one size that are granted side by side, the last has the turn.
-local TURN_MS, TURN_NOTED_MS, LOOK_MS, LOOKS_PER_SECOND, AHEAD, BYTES = 1000, 3600000, 10000, 100, 500, 8192
+local TURN_NOTED_MS, LOOK_MS, AHEAD, BYTES = 3600000, 10000, 500, 8192
 local work_left = 50 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
-
--- How long no line is looked at once more for nothing (ms).
-local function quiet_ms()
-  local lines = redis.pcall('ZCARD', '$LINES')
-  return type(lines) == 'number' and lines * 1000 / LOOKS_PER_SECOND or 0
-end
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
 local function room_for(kind, lock)
@@ -33,7 +27,7 @@ local function grant_turn(lock, head, granted)
   local stored = redis.call('HGET', '$DELAYED_DATA', task or '')
   local stream, _, _, _, _, waits_for = parts_of(stored or '')
   work_left = work_left - 1 - #(stored or '') / BYTES
-  if not stream or waits_for ~= as_noted(lock.key) or size_of(stream) ~= head.size then
+  if not stream or waits_for ~= lock.key or size_of(stream) ~= head.size then
     redis.call('ZREM', head.line, head.waiter) -- whoever this was, waits here no more
     return false
   end

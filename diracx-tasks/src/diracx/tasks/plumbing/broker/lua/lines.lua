@@ -18,7 +18,11 @@ local function look_at_line(key)
   grant_next(lock, 'timer', turns, reserved, heads, first)
 end
 
-for _, key in ipairs(redis.call('ZRANGEBYSCORE', '$LINES', '-inf', string.format('%.3f', now), 'LIMIT', 0, ARGV[1])) do
-  -- What is of another type holds up no other line.
-  if not pcall(look_at_line, key) then look_at(key, now + math.max(LOOK_MS, quiet)) end
+local function look_at_lines(from, to)
+  for _, key in ipairs(redis.call('ZRANGEBYSCORE', '$LINES', from, to, 'LIMIT', 0, ARGV[1])) do
+    -- What is of another type holds up no other line.
+    if not pcall(look_at_line, key) then look_at(key, now + math.max(LOOK_MS, quiet)) end
+  end
 end
+look_at_lines('-inf', string.format('%.3f', now))
+look_at_lines(string.format('(%.3f', latest_look(now)), '+inf')

@@ -40,6 +40,10 @@ if next_due and next_due <= now then
 end
 moved = moved + release_staged(at_most - moved)
 local readable, line_due = pcall(first_due, '$LINES')
+if readable and line_due then
+  local last = tonumber(redis.call('ZRANGE', '$LINES', -1, -1, 'WITHSCORES')[2])
+  if last > now + LATEST_MS and last > latest_look(now) then line_due = 0 end
+end
 if readable and line_due and (not next_due or line_due < next_due) then next_due = line_due end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
 return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER'))}

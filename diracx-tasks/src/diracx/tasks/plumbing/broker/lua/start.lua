@@ -43,7 +43,7 @@ local function leave_to_others(d, refusing, before)
     local behind = position == refusing and before == 'line'
     local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
     if behind and d.since == '0' then
-      grant_next(lock, 'asked')
+      pcall(grant_next, lock, 'asked')
     elseif not behind and (has_turn(lock, d.task) or lock.key == d.woken or position ~= refusing and not limits) then
       give_up_turn(lock, d.task)
     end
@@ -83,7 +83,7 @@ for position, d in ipairs(deliveries) do
     if granted then
       any_granted = any_granted or d.locks[1] ~= nil
       for _, lock in ipairs(refusing) do
-        if lock.kind ~= 'mutex' and lock.kind ~= 'exclusive' then grant_next(lock, 'granted') end
+        if lock.kind ~= 'mutex' and lock.kind ~= 'exclusive' then pcall(grant_next, lock, 'granted') end
       end
       replies[position] = {1}
     else
