@@ -110,7 +110,7 @@ def judge(notes: list[tuple[float, int, str, str]], killed: dict[int, float], ta
         ("read", ["read", "read"], True),
         ("slot", ["slot"] * (SLOTS - 1), True),
         ("slot", ["slot"] * SLOTS, False),
-        ("mutex", ["write", "read"], True),
+        ("mutex", ["slot", "rate"], True),
     ],
 )
 def test_the_judge_sees_executions_that_exclude_each_other(locks: str, beside: list[str], allowed: bool) -> None:
