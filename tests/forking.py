@@ -23,7 +23,7 @@ _IMPORTED = (
     *(
         "diracx.tasks.cli",
         "diracx.tasks.jobs",
-        "diracx.tasks.cli.runtime.environment",
+        "diracx.tasks.cli.runtime.databases",
         "diracx.tasks.web.dashboard.app",
     ),
     *("diracx.tasks.plumbing.worker", "diracx.tasks.plumbing.scheduler", "diracx.tasks.plumbing.persistence"),

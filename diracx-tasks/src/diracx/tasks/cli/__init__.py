@@ -87,7 +87,7 @@ def main() -> None:
         if problem := _usage_problem(error):
             typer.secho(f"error: {one_line(problem)}", fg="red", err=True)
     except Exception:
-        # A bug of ours: whoever reports it needs the traceback, and nobody needs the passwords in it.
+        # A bug of ours: its report needs the traceback, without passwords.
         import traceback
 
         code = 1
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _report_unless_late(error: threading.ExceptHookArgs) -> None:
-    """Say nothing of a thread of aiosqlite that answers after its command has failed and nobody waits any more."""
+    """Report an error of a thread, but for one of aiosqlite that ends after the event loop of a failed command."""
     if str(error.exc_value) != "Event loop is closed":
         threading.__excepthook__(error)
 

@@ -1,4 +1,4 @@
-"""What users are told when something is wrong: one line that names the thing, the value and the way out."""
+"""Errors of commands: one line that names the thing, the value and the way out."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def explained_database(name: str) -> Iterator[None]:
     except MigrationError as error:
         raise CliError(str(error)) from error
     except SQLAlchemyError as error:
-        if (told := describe(name, error)) is not None:
-            raise CliError(str(told)) from error
+        if (described := describe(name, error)) is not None:
+            raise CliError(str(described)) from error
         # Without the statement.
         raise CliError(f"the database {name} refuses this: {getattr(error, 'orig', None) or error}") from error
 

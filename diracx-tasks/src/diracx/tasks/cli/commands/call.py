@@ -1,4 +1,4 @@
-"""`call`: run a task here and now, in this process."""
+"""`call`: run a task in this process."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ class _Run:
                 with explained_redis(self._url):
                     raise
             if self._began:
-                # The task's own exception, or what its transaction said when it was to be committed.
+                # The task's own exception, or that of the commit of its transaction.
                 raise self._failed(self.failure or error) from error
-            said = _without_secrets(f"{type(error).__name__}: {error}", self._task)
-            raise CliError(f"{self._name} cannot begin: {said}") from error
+            problem = _without_secrets(f"{type(error).__name__}: {error}", self._task)
+            raise CliError(f"{self._name} cannot begin: {problem}") from error
 
     async def _run(self) -> Any:
         from ...plumbing.injection.plan import (
@@ -131,7 +131,7 @@ class _Run:
         )
         from ...plumbing.locks import BaseLimiter, lock_specs
         from ...plumbing.standalone import holding
-        from ..runtime.environment import check_databases
+        from ..runtime.databases import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
         async with self._checked.broker() as broker, AsyncExitStack() as outer:
@@ -189,8 +189,8 @@ class _Run:
         while shown is not None and shown.tb_next is not None and shown.tb_frame.f_code.co_filename == __file__:
             shown = shown.tb_next
         detail = _without_secrets("".join(traceback.format_exception(type(error), error, shown)), self._task)
-        said = _without_secrets(f"{type(error).__name__}: {error}", self._task)
-        return CliError(f"{self._name} failed: {said}", detail=detail)
+        problem = _without_secrets(f"{type(error).__name__}: {error}", self._task)
+        return CliError(f"{self._name} failed: {problem}", detail=detail)
 
 
 def breakpoint_before(task: BaseTask) -> None:

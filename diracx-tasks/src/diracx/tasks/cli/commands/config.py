@@ -93,7 +93,7 @@ def show_settings(
     fatal = [problem for problem in problems if not problem.maybe_elsewhere]
     if config is None or fatal:
         raise CliError(
-            "the configuration of tasks is wrong; `diracx-task-run config check` says the same",
+            "the configuration of tasks is wrong; `diracx-task-run config check` reports the same",
             detail="".join(f"{line}\n" for line in source.report(problems)),
         )
     if vo is not None and vos is not None and vo not in vos:
@@ -135,10 +135,10 @@ def _origin(setting: Mapping[str, Any], source: Source) -> str:
 
 @app.command("in-force")
 def in_force(*, as_json: JsonOption = False, server: Server) -> None:
-    """Show with which configuration each worker and scheduler runs, since when, and what is wrong with it.
+    """Show with which configuration each worker and scheduler runs, since when, and its problems.
 
-    Processes with the same settings show the same digest. Where something is wrong with what is written, the
-    last good configuration is in force; exits with 1 then.
+    Processes with the same settings show the same digest. Where the written configuration is
+    wrong, the last good one stays in force; exits with 1 then.
 
     Example: diracx-task-run config in-force --json
     """
@@ -178,7 +178,7 @@ def _read(
     """
     from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
     from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.environment import CONFIG_VARIABLE, diracx_config
+    from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
 
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__package__)
 
 _TOKEN_VARIABLE = "DIRACX_TASKS_DASHBOARD_TOKEN"  # noqa: S105  # the name of a variable
 _LEAST_TOKEN = 16
-#: Pages that follow what happens hold connections; those that do not let go are cut off.
+#: Live pages hold connections; those that are not closed in time are cut off.
 _STOP_SECONDS = 3
 _WITHOUT_TLS = (
     "warning: {host} is served in plain HTTP, where others on the network can read tokens; give --tls-certificate "
@@ -175,7 +175,7 @@ async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppC
     from ...plumbing.config.sources import ConfigReader
     from ...web.context import AppContext
     from ..runtime.broker import open_broker
-    from ..runtime.environment import unchecked_task_db
+    from ..runtime.databases import unchecked_task_db
 
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     task_db = await stack.enter_async_context(unchecked_task_db())

@@ -91,7 +91,7 @@ def _report(move: Move, as_json: bool) -> None:
 
 def _run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
     from ...plumbing.persistence import TaskDB
-    from ..runtime.environment import task_db_url
+    from ..runtime.databases import task_db_url
 
     url = task_db_url()
 

@@ -153,7 +153,7 @@ class _Terminal:
         self.on_closed: Callable[[], None] = lambda: None
 
     def say(self, name: str, line: str) -> None:
-        """Print a line of a component; call `on_closed` when nobody reads us any more."""
+        """Print a line of a component; call `on_closed` when the terminal is gone."""
         from rich.text import Text
 
         try:

@@ -166,7 +166,7 @@ def export(
 
     try:
         _in_database(write)
-    except BrokenPipeError:  # as in `… | head`: nobody reads the rest
+    except BrokenPipeError:  # as in `… | head`: the rest is not read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -178,7 +178,7 @@ def init() -> None:
 
     Example: diracx-task-run dlq init
     """
-    from ..runtime.environment import required_task_db
+    from ..runtime.databases import required_task_db
 
     async def create() -> None:
         async with required_task_db(create=True):
@@ -207,7 +207,7 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
     async def submit(db: TaskDB) -> list[Any]:
         from ...operations.audited_actions import AuditedActions
         from ...plumbing.persistence.resubmission import Resubmitter
-        from ..runtime.environment import tasks_config
+        from ..runtime.configuration import tasks_config
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry, config = server.registry, tasks_config()
@@ -300,7 +300,7 @@ def _report_refusals(refused: Sequence[tuple[Letter, str]], what: str) -> None:
 
 def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
     from ...plumbing.task_names import AmbiguousTaskNameError
-    from ..runtime.environment import required_task_db
+    from ..runtime.databases import required_task_db
 
     async def run() -> _Answer:
         async with required_task_db() as db:

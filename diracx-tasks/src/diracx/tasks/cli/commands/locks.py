@@ -40,7 +40,7 @@ def list_(
 
 @app.command("show")
 def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) -> None:
-    """Show one lock: its holders, until when, how many tasks wait, and what is left of a limiter's quota.
+    """Show one lock: its holders, until when, how many tasks wait, and the rest of a limiter's quota.
 
     Exits with 1 when nobody holds it or waits for it.
 
@@ -107,7 +107,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
 def _consequence(holder: Holder) -> str:
     """What a release does to a holder."""
     if holder.worker is None:
-        return "held by somebody outside the task system, who will not be told"
+        return "held outside the task system: the holder will not learn of it"
     if holder.task_id is None:
         return f"held by a task of worker {holder.worker}, which has not reported it yet: it will be cancelled"
     return f"held by {holder.task_name} {holder.task_id} on {holder.worker}: it will be cancelled"

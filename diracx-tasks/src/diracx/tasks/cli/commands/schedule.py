@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.scheduler import ScheduleState
     from ...plumbing.scheduler.admin import RunNow
-    from ..runtime.environment import Configuration
+    from ..runtime.configuration import Configuration
 
 app = command_group(
     "schedule",
@@ -203,7 +203,7 @@ def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration |
     Schedulers go on with the last good configuration, and an operator must be able to inspect and pause their
     schedules meanwhile: Redis has what they have planned.
     """
-    from ..runtime.environment import read_configuration
+    from ..runtime.configuration import read_configuration
 
     registry = server.registry
     try:

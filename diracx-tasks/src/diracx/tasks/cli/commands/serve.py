@@ -94,7 +94,8 @@ def worker(
         from ...operations.metrics import worker_metrics
         from ...plumbing.broker.server_check import Role
         from ...plumbing.worker import Worker
-        from ..runtime.environment import check_databases, open_task_db, watch_configuration
+        from ..runtime.configuration import watch_configuration
+        from ..runtime.databases import check_databases, open_task_db
 
         broker, config = await service.open(stack, Role.WORKER, worker_size)
         registry = options.registry
@@ -167,7 +168,8 @@ def scheduler(
         from ...plumbing.broker.server_check import Role
         from ...plumbing.persistence.resubmission import Resubmitter
         from ...plumbing.scheduler import TaskScheduler
-        from ..runtime.environment import CONFIG_VARIABLE, required_task_db, watch_configuration
+        from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
+        from ..runtime.databases import required_task_db
 
         broker, config = await service.open(stack, Role.SCHEDULER)
         registry = options.registry

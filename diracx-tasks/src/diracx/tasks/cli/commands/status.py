@@ -101,7 +101,7 @@ async def _health_checks(broker: RedisStreamBroker) -> AsyncIterator[Callable[[]
     """
     from ...operations.health import health_checks
     from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.environment import unchecked_task_db
+    from ..runtime.databases import unchecked_task_db
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(unchecked_task_db())

@@ -1,4 +1,4 @@
-"""`submit`: hand a task to the workers."""
+"""`submit`: submit a task to the queues of the workers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .call import print_value, to_json
 if TYPE_CHECKING:
     from ...plumbing.broker.models import TaskResult
 
-#: How long the result of a task that somebody waits for is kept.
+#: How long the result of a task that is waited for is kept.
 _RESULT_TTL_SECONDS = 3600
 
 
 def submit(
+    *,
     options: TaskOptions,
     at: Annotated[
         str | None,
@@ -42,10 +43,10 @@ def submit(
     Example: diracx-task-run submit my_tasks:Greet --args '\\["world"]' --wait --timeout 30 --module my_tasks.py
     """
     if timeout is not None and not wait:
-        raise UsageProblem("--timeout says how long to wait for the result; add --wait")
+        raise UsageProblem("--timeout is how long to wait for the result; add --wait")
     at_time = _moment(at)
-    labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
-    asyncio.run(_Submission(options.checked(alone=True), as_json).run(at_time, labels, wait, timeout))
+    checked = options.checked(alone=True)
+    asyncio.run(_submit(checked, at_time, wait, timeout, as_json))
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -57,75 +58,51 @@ def _moment(text: str | None) -> datetime | None:
         raise UsageProblem(f"--at {text!r} is not a time; write it as 2030-01-31T12:00:00+01:00") from error
 
 
-class _Submission:
-    def __init__(self, checked: CheckedTask, as_json: bool) -> None:
-        self._checked = checked
-        self._name = checked.name
-        self._url = checked.url
-        self._as_json = as_json
-
-    async def run(
-        self, at_time: datetime | None, labels: dict[str, Any], wait: bool, timeout: float | None
-    ) -> None:
-        async with self._checked.broker() as broker:
-            with explained_redis(self._url):
-                try:
-                    task_id = await self._checked.task.schedule(at_time=at_time, labels=labels)
-                except (TypeError, ValueError, OverflowError) as error:
-                    raise UsageProblem(f"{self._name} cannot be submitted: {error}") from error
-            if not wait:
-                self._report(task_id, None)
-                return
-            if not self._as_json:
-                self._say_submitted(task_id)
+async def _submit(
+    checked: CheckedTask, at_time: datetime | None, wait: bool, timeout: float | None, as_json: bool
+) -> None:
+    labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
+    async with checked.broker() as broker:
+        with explained_redis(checked.url):
             try:
-                with explained_redis(self._url):
-                    result = await _result_of(broker.wait_result(task_id, timeout))
-            except CliError as error:
-                self._report_unfinished(task_id)
+                task_id = await checked.task.schedule(at_time=at_time, labels=labels)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UsageProblem(f"{checked.name} cannot be submitted: {error}") from error
+        report = {"task_id": task_id, "task_name": checked.name, "state": "submitted"}
+        if not as_json:
+            # Scripts know this line from the published package.
+            echo(f"Submitted task {checked.name!r} with ID: {task_id}")
+        elif not wait:
+            echo_json(report)
+        if not wait:
+            return
+        try:
+            with explained_redis(checked.url):
+                result = await broker.wait_result(task_id, timeout)
+        except (CliError, TimeoutError) as error:  # redis-py's TimeoutError is no subclass of this one
+            if as_json:
+                echo_json(report)
+            if isinstance(error, CliError):
                 raise CliError(f"{error} (task {task_id} was submitted and goes on)") from error
-        if result is None:
-            self._report_unfinished(task_id)
             raise CliError(
                 f"task {task_id} has not ended after {timeout:g} s; it goes on, if a worker for "
-                f"{type(self._checked.task).size} tasks runs"
-            )
-        self._report(task_id, result)
-        if result.is_err:
-            failure = result.error or {}
-            what = f"{failure.get('type', 'Exception')}: {failure.get('message', '')}"
-            raise CliError(f"{self._name} {task_id} failed: {what}")
-
-    def _say_submitted(self, task_id: str) -> None:
-        # Scripts know this line from the published package.
-        echo(f"Submitted task {self._name!r} with ID: {task_id}")
-
-    def _report_unfinished(self, task_id: str) -> None:
-        if self._as_json:
-            self._report(task_id, None)
-
-    def _report(self, task_id: str, result: TaskResult[Any] | None) -> None:
-        if not self._as_json:
-            if result is None:
-                self._say_submitted(task_id)
-            elif not result.is_err:
-                print_value(result.return_value, as_json=False)
-            return
-        report: dict[str, Any] = {"task_id": task_id, "task_name": self._name, "state": "submitted"}
-        if result is not None:
-            report |= {
-                "state": "failed" if result.is_err else "succeeded",
-                "return_value": to_json(result.return_value),
-                "error": result.error,
-                "execution_time": result.execution_time,
-            }
-        echo_json(report)
+                f"{type(checked.task).size} tasks runs"
+            ) from error
+    _report_result(result, report, as_json)
 
 
-async def _result_of(waiting: Any) -> TaskResult[Any] | None:
-    """The result, None when the time was up. (redis-py's TimeoutError is no subclass of this one.)"""
-    try:
-        result: TaskResult[Any] = await waiting
-    except TimeoutError:
-        return None
-    return result
+def _report_result(result: TaskResult[Any], report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        state = {
+            "state": "failed" if result.is_err else "succeeded",
+            "return_value": to_json(result.return_value),
+            "error": result.error,
+            "execution_time": result.execution_time,
+        }
+        echo_json(report | state)
+    elif not result.is_err:
+        print_value(result.return_value, as_json=False)
+    if result.is_err:
+        failure = result.error or {}
+        what = f"{failure.get('type', 'Exception')}: {failure.get('message', '')}"
+        raise CliError(f"{report['task_name']} {report['task_id']} failed: {what}")

@@ -53,10 +53,10 @@ async def open_broker(
         if server is None:
             yield broker
             return
-        following = asyncio.create_task(report_changes(broker.redis, server))
+        reporting = asyncio.create_task(report_changes(broker.redis, server))
         try:
             yield broker
         finally:
-            await cancel_and_wait(following)
+            await cancel_and_wait(reporting)
     finally:
         await broker.shutdown()

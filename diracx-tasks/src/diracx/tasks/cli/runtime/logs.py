@@ -46,11 +46,11 @@ def set_up_logging(level: LogLevel | None, default: LogLevel = LogLevel.INFO) ->
     """Log to stderr as `DIRACX_LOG_FORMAT`, `DIRACX_LOG_LEVEL` and `DIRACX_LOG_LIBRARIES_LEVEL` say.
 
     Args:
-        level: of DiracX and of tasks, whatever the environment says.
-        default: this level where neither says one.
+        level: of DiracX and of tasks; it goes before the environment.
+        default: the level where neither is set.
 
     Returns:
-        The level in force.
+        The level that is set.
 
     Raises:
         CliError: when the environment has no such level or format.

@@ -127,7 +127,7 @@ async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Colle
 @asynccontextmanager
 async def _task_db() -> AsyncIterator[TaskDB | None]:
     """The database of dead letters, where one is configured; a scheduler does its work without."""
-    from .environment import TASK_DB_VARIABLE, required_task_db
+    from .databases import TASK_DB_VARIABLE, required_task_db
 
     async with AsyncExitStack() as stack:
         database: TaskDB | None = None

@@ -1,4 +1,4 @@
-"""From what was typed to a task: registry, name, arguments."""
+"""Loads the registry of tasks, and makes a task from its name and JSON arguments."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _Loaded = TypeVar("_Loaded")
 
 
 def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> TaskRegistry:
-    """The tasks of the given modules and all installed ones. A module wins over what is installed.
+    """The tasks of the given modules and all installed ones. A module wins over an installed task.
 
     Args:
-        only: the name of the one task that is wanted. Installed ones, which take a second to load, are then left
-            out where they are not needed for it.
+        only: the name of the one task that is wanted. Installed ones, which take a second to load, are left out
+            when a module has it.
 
     Raises:
         CliError: when a module or an installed task cannot be loaded.
@@ -72,27 +72,18 @@ def _import(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     """Import a file under its stem, with its directory on the path as if it had been started as a script."""
-    import importlib.util
+    import importlib
 
     if not path.is_file():
         raise UsageProblem(f"--module {path}: there is no such file")
     path = path.resolve()
-    stem = path.stem
-    if "." in stem or ":" in stem:
+    if "." in path.stem or ":" in path.stem:
         raise UsageProblem(f"--module {path.name}: a module name cannot have '.' or ':' in it; rename the file")
-    loaded = sys.modules.get(stem)
-    if loaded is not None:
-        if getattr(loaded, "__file__", None) == str(path):
-            return loaded
-        raise UsageProblem(f"--module {path.name} would hide the module {stem!r}; rename the file")
-    spec = importlib.util.spec_from_file_location(stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[stem] = module
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
+    module = importlib.import_module(path.stem)
+    if getattr(module, "__file__", None) != str(path):
+        raise UsageProblem(f"--module {path.name} would hide the module {path.stem!r}; rename the file")
     return module
 
 

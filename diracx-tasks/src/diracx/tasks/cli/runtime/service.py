@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.broker.server_check import Role
     from ...plumbing.enums import Size
-    from .environment import Configuration
+    from .configuration import Configuration
 
 logger = logging.getLogger(__package__)
 
@@ -61,7 +61,7 @@ class Service:
             CliError: when the server cannot be used, or a module or the configuration is wrong.
         """
         from .broker import open_broker
-        from .environment import read_configuration
+        from .configuration import read_configuration
         from .logs import set_task_log_level
 
         broker = await stack.enter_async_context(open_broker(self.url, size, role=role))

@@ -61,7 +61,7 @@ class CheckedTask:
         """
         from ...plumbing.submission.client import bound_to
         from .broker import open_broker
-        from .environment import tasks_config
+        from .configuration import tasks_config
 
         config = tasks_config()
         async with open_broker(self.url) as broker:

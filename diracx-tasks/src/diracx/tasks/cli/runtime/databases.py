@@ -1,37 +1,26 @@
-"""Databases, DiracX configuration and settings of tasks, as the environment variables name them."""
+"""Opens the databases that `DIRACX_DB_URL_<NAME>` names, and checks that they answer and have their tables."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CliError, explained_database
 
 if TYPE_CHECKING:
-    from diracx.core.config import Config
     from diracx.db.sql.utils import BaseSQLDB
 
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config import TasksConfig
-    from ...plumbing.config.sources import ConfigReader
     from ...plumbing.injection.plan import Plan
     from ...plumbing.persistence import TaskDB
-    from ...plumbing.registry import TaskRegistry
 
 logger = logging.getLogger(__package__)
 
-CONFIG_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 TASK_DB_VARIABLE = "DIRACX_DB_URL_TASKDB"
 _ANSWER_SECONDS = 5.0
-
-
-# --- databases ----------------------------------------------------------------------------------------------
 
 
 async def check_databases(plans: Iterable[Plan]) -> None:
@@ -177,98 +166,3 @@ async def _opened(stack: AsyncExitStack, name: str, database_class: type[Any], u
             "address"
         ) from error
     return database
-
-
-# --- configuration ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """The settings of tasks and the VOs, as they are written."""
-
-    tasks: TasksConfig
-    vos: tuple[str, ...] | None
-    """None where there is no DiracX configuration."""
-    reader: ConfigReader
-    """Reads it again, and checks it as at the start."""
-
-
-def read_configuration(registry: TaskRegistry) -> Configuration:
-    """The settings of tasks, and the VOs. Names in it that match nothing are logged as warnings.
-
-    Raises:
-        CliError: when it cannot be read, or is wrong.
-    """
-    from ...plumbing.config import checked_tasks_config
-    from ...plumbing.config.sources import ConfigReader
-
-    reader = ConfigReader.of_environment(registry)
-    with _explained_configuration():
-        config = reader.read_config()
-        vos = None if config is None else tuple(sorted(config.registry))
-        tasks, warnings = checked_tasks_config(registry, vos, config=config)
-    for line in warnings:
-        logger.warning("configuration of tasks: %s", line)
-    return Configuration(tasks, vos, reader)
-
-
-@asynccontextmanager
-async def watch_configuration(
-    config: Configuration,
-    registry: TaskRegistry,
-    broker: RedisStreamBroker,
-    role: str,
-    on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
-) -> AsyncIterator[None]:
-    """Follow changes of the configuration, as it was read at the start, inside the block."""
-    from ...plumbing.config import unknown_names
-    from ...plumbing.config.watcher import ConfigWatcher
-
-    async with ConfigWatcher(
-        config.reader,
-        config.tasks,
-        config.vos,
-        on_change,
-        role=role,
-        redis=broker.redis,
-        process=broker.consumer_name,
-        warn=lambda tasks, vos: unknown_names(tasks, registry.keys(), vos),
-    ):
-        yield
-
-
-def tasks_config() -> TasksConfig:
-    """The settings of tasks alone, as a client needs them; errors as of `read_configuration`."""
-    from ...plumbing.config.sources import ConfigReader
-
-    with _explained_configuration():
-        return ConfigReader.of_environment().read_tasks()
-
-
-def diracx_config() -> Config | None:
-    """The DiracX configuration, None where there is none; errors as of `read_configuration`."""
-    from ...plumbing.config.sources import ConfigReader
-
-    with _explained_configuration():
-        return ConfigReader.of_environment().read_config()
-
-
-@contextmanager
-def _explained_configuration() -> Iterator[None]:
-    from ...plumbing.config.sources import explain
-    from ...plumbing.exceptions import TaskConfigError
-
-    try:
-        yield
-    except TaskConfigError as error:
-        lines = str(error).splitlines()
-        if len(lines) == 1:
-            raise CliError(f"the configuration of tasks is wrong: {lines[0]}") from error
-        raise CliError(
-            f"the configuration of tasks is wrong in {len(lines)} places", detail=f"{error}\n"
-        ) from error
-    except Exception as error:
-        raise CliError(
-            f"cannot read the DiracX configuration at {os.environ.get(CONFIG_VARIABLE)}: "
-            f"{'; '.join(explain(error))}; check {CONFIG_VARIABLE}"
-        ) from error
