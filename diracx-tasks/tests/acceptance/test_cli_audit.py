@@ -25,7 +25,7 @@ def done(cli: Cli, *args: str, code: int = 0) -> str:
     return result.stdout.strip()
 
 
-def test_every_deed_at_the_command_line_is_in_the_audit_log_with_user_and_host(
+def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host(
     served: Cli, redis_url: str, initialised_task_db: str
 ) -> None:
     served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
@@ -86,11 +86,11 @@ def test_reading_is_not_recorded_in_the_audit_log(served: Cli) -> None:
     assert "no action is recorded yet" in served("audit").stderr
 
 
-def test_a_place_that_is_none_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:
+def test_an_invalid_cursor_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:
     one_line(served("audit", "--after", "yesterday"), 2, "'yesterday'")
 
 
-def test_what_cannot_be_written_down_is_not_done(served: Cli, redis_url: str) -> None:
+def test_an_action_that_cannot_be_logged_is_not_done(served: Cli, redis_url: str) -> None:
     with SyncRedis.from_url(redis_url) as client:
         client.set(keys.AUDIT, "in the way", ex=60)
         client.set("lock:mutex:job:42", "somebody", px=60_000)
@@ -99,8 +99,8 @@ def test_what_cannot_be_written_down_is_not_done(served: Cli, redis_url: str) ->
         assert client.get("lock:mutex:job:42") == b"somebody"
 
 
-@pytest.mark.parametrize("problem", [None, ValueError("the deed itself")])
-async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_written(
+@pytest.mark.parametrize("problem", [None, ValueError("the action itself")])
+async def test_an_action_keeps_its_result_when_its_outcome_cannot_be_logged(
     redis_url: str, caplog: pytest.LogCaptureFixture, problem: Exception | None
 ) -> None:
     from diracx.tasks.operations.audit import audited, read_audit
@@ -121,7 +121,7 @@ async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_writ
                 if problem is None:
                     assert await doing == "done"
                 else:
-                    with pytest.raises(ValueError, match="the deed itself"):
+                    with pytest.raises(ValueError, match="the action itself"):
                         await doing
         finally:
             await server.acl_deluser("wilma")
@@ -131,7 +131,7 @@ async def test_what_was_done_is_told_as_it_was_though_its_outcome_cannot_be_writ
 
 
 @pytest.mark.parametrize("number", [1, 2, 1000])
-def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
+def test_the_audit_log_names_and_counts_all_targets(number: int) -> None:
     from diracx.tasks.operations.audit import listed
 
     ids = [f"{each:032x}" for each in range(number)]
@@ -140,7 +140,7 @@ def test_the_audit_log_names_all_and_says_how_many(number: int) -> None:
     assert text.startswith(ids[0] if number == 1 else f"{number}: ")
 
 
-async def test_what_is_too_long_for_the_audit_log_is_cut_and_says_so(redis_url: str) -> None:
+async def test_a_long_target_is_cut_in_the_audit_log_and_marked(redis_url: str) -> None:
     from diracx.tasks.operations.audit import audited, listed, read_audit
     from redis.asyncio import Redis
 

@@ -53,7 +53,7 @@ def worker(served: Cli) -> Iterator[Background]:
 
 @pytest.mark.leaves_keys("diracx:*")
 @pytest.mark.parametrize(("task", "line"), [("Sleeps", "time.sleep(0.1)"), ("Spins", "in count_up")])
-def test_a_blocked_worker_stays_named_with_its_task_and_the_stack_until_it_goes_on(
+def test_a_blocked_worker_is_reported_with_task_and_stack_until_it_runs_again(
     served: Cli, worker: Background, redis_url: str, task: str, line: str, wait_until: Callable[..., None]
 ) -> None:
     until = served.directory / "until"

@@ -16,7 +16,7 @@ def server(redis_url: str) -> Iterator[Redis]:
         client.flushall()
 
 
-def test_cancel_takes_back_what_is_queued_or_delayed(served, server, one_line):
+def test_cancel_removes_queued_and_delayed_tasks(served, server, one_line):
     queued = served.mine("submit", "my_tasks:Urgent").stdout.split()[-1]
     delayed = served.mine("submit", "my_tasks:Urgent", "--at", "2130-01-31T12:00:00+01:00").stdout.split()[-1]
     result = served("cancel", queued, delayed)
@@ -30,7 +30,7 @@ def test_cancel_takes_back_what_is_queued_or_delayed(served, server, one_line):
     assert json.loads(again.stdout) == [{"task_id": queued, "found": "unknown"}]
 
 
-def test_cancel_ends_what_runs_and_whoever_waits_for_it_learns_why(served, server, wait_until):
+def test_cancel_ends_a_running_task_and_the_waiting_caller_gets_the_reason(served, server, wait_until):
     served.start("worker", "--module", "my_tasks.py").until("ready")
     begun = served.directory / "begun"
     arguments = json.dumps([str(begun), 60])
@@ -47,7 +47,7 @@ def test_cancel_ends_what_runs_and_whoever_waits_for_it_learns_why(served, serve
     wait_until(lambda: not server.exists("diracx:tasks:cancelled"), "the mark is taken away")
 
 
-def test_cancel_without_a_server_says_so_in_one_line(cli, one_line):
+def test_cancel_without_a_server_is_one_line(cli, one_line):
     cli.environment["DIRACX_TASKS_REDIS_URL"] = "redis://:sesame@127.0.0.1:1"
     assert "sesame" not in one_line(cli("cancel", "x"), 1, "cannot reach")
     one_line(cli("cancel"), 2, "ID")

@@ -74,13 +74,13 @@ def systems_tasks(cli, tmp_path: Path) -> Callable[[str], None]:
     return write
 
 
-def test_what_is_valid_is_one_line(cli, written):
+def test_a_valid_file_is_one_line(cli, written):
     ended = cli.mine("config", "check", written(GOOD))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "tasks.yaml is valid; VOs were not looked at, set DIRACX_CONFIG_BACKEND_URL\n"
 
 
-def test_P46_all_that_is_wrong_is_one_report_with_lines_and_paths(cli, written):
+def test_P46_all_mistakes_are_in_one_report_with_lines_and_paths(cli, written):
     ended = cli.mine("config", "check", written(BAD))
     assert (ended.returncode, ended.stdout) == (1, "")
     *found, last = ended.stderr.splitlines()
@@ -115,14 +115,14 @@ def test_a_script_gets_the_report_as_json(cli, written):
     assert "not valid YAML" in problem["message"]
 
 
-def test_without_a_file_the_environment_says_what_is_checked(cli, written, one_line):
+def test_without_a_file_the_environment_names_the_source(cli, written, one_line):
     assert cli("config", "check").stdout == "nothing is configured: all is as in the code\n"
     cli.environment["DIRACX_TASKS_CONFIG"] = written("common: {Tick: {max_retries: -1}}")
     assert "tasks.yaml:1: common.Tick.max_retries" in cli.mine("config", "check").stderr
     one_line(cli("config", "check", "nowhere.yaml"), 2, "nowhere.yaml", "no such file")
 
 
-def test_show_has_every_value_and_where_it_comes_from(cli, written):
+def test_show_has_every_value_and_its_source(cli, written):
     shown = json.loads(cli.mine("config", "show", written(GOOD), "--json").stdout)
     tasks = {(record["task"].partition(":")[2], record["vo"]): record for record in shown["tasks"]}
     assert (shown["source"], shown["vos"]) == ("tasks.yaml", None)
@@ -161,7 +161,7 @@ def test_show_is_a_table_for_people(cli, written):
     assert "limits of task Slow" in cli.mine("config", "show", written(GOOD)).stdout
 
 
-def test_show_refuses_what_is_wrong_and_who_is_unknown(cli, written):
+def test_show_refuses_a_wrong_file_and_an_unknown_vo(cli, written):
     ended = cli.mine("config", "show", written(BAD))
     assert ended.returncode == 1
     assert "tasks.yaml:4: common.Tick.enabld: unknown field" in ended.stderr

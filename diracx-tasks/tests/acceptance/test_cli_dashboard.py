@@ -44,7 +44,7 @@ def root_of(address: str) -> httpx.URL:
     return httpx.URL(address).join("/")
 
 
-def test_the_printed_address_lets_one_in_and_nothing_else_does(serving: Serving, redis_url: str) -> None:
+def test_only_the_printed_address_signs_in(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url) as address:
         found = re.fullmatch(r"(http://127\.0\.0\.1:\d+)/sign-in\?token=([\w-]{40,})", address)
         assert found

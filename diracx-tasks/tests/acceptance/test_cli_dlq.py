@@ -251,7 +251,7 @@ def test_export_has_everything(dlq):
     assert len(dlq("dlq", "export", "--reason", "UNPARSABLE").stdout.splitlines()) == 1
 
 
-def test_an_export_that_nobody_reads_ends_quietly(dlq):
+def test_an_export_into_a_closed_pipe_ends_quietly(dlq):
     bury(dlq, 300, data=b"\xc1" * 10_000)
     program = "diracx-task-run dlq export | head -n 1 | wc -l"
     environment = {**dlq.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -281,14 +281,14 @@ def test_an_export_that_nobody_reads_ends_quietly(dlq):
         (["bury"], ["bury"]),
     ],
 )
-def test_what_cannot_be_meant_is_one_line_and_exit_code_2(dlq, one_line, args, said):
+def test_contradictory_options_are_one_line_and_exit_code_2(dlq, one_line, args, said):
     bury(dlq)
     one_line(dlq("dlq", *args), 2, *said)
     assert statuses(dlq) == ["PENDING"]
 
 
 @pytest.mark.parametrize("command", ["show", "retry", "discard"])
-def test_a_letter_that_is_not_there_is_one_line(dlq, one_line, command):
+def test_an_unknown_dead_letter_is_one_line(dlq, one_line, command):
     one_line(dlq("dlq", command, "17"), 1, "no dead letter '17'", "dlq list")
 
 
@@ -299,7 +299,7 @@ def test_dlq_alone_shows_its_help(dlq):
         assert command in ended.stdout
 
 
-def test_whoever_says_no_changes_nothing(dlq):
+def test_a_refused_confirmation_changes_nothing(dlq):
     bury(dlq, 2)
     for answer, code, after in (("n", 1, "PENDING"), ("y", 0, "DISCARDED")):
         leader, follower = pty.openpty()
@@ -339,7 +339,7 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_in_one_line_that_its_database_is_none(served, one_line, tmp_path, command):
+def test_every_command_without_a_database_is_one_line(served, one_line, tmp_path, command):
     (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{tmp_path}/another"
     one_line(served(*command.split()), 1, "is no SQLite database", "DIRACX_DB_URL_TASKDB")

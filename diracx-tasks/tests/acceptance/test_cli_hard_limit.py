@@ -171,7 +171,7 @@ def test_a_task_that_ignores_the_stop_of_its_worker_ends_it(stubborn, redis_url,
     _starts_again(redis_url, deaf)
 
 
-def test_with_a_hard_limit_a_worker_that_is_heeded_stops_as_ever(stubborn, redis_url, tmp_path, wait_until):
+def test_with_a_hard_limit_a_worker_whose_tasks_obey_stops_normally(stubborn, redis_url, tmp_path, wait_until):
     worker = stubborn.start("worker", "--hard-limit", "30", "--grace", "0.2", *MODULE)
     worker.until("ready")
     slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)

@@ -42,7 +42,7 @@ async def fill(redis_url: str, database: str) -> None:
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-def test_no_command_prints_what_steers_a_terminal_or_forges_a_line(
+def test_no_command_prints_control_characters_or_forged_lines(
     served: Cli, redis_url: str, initialised_task_db: str
 ) -> None:
     served.environment |= {"DIRACX_DB_URL_TASKDB": initialised_task_db, "COLUMNS": "400"}

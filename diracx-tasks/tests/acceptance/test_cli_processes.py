@@ -45,8 +45,8 @@ def children_of(process):
         return [int(pid) for pid in children.read().split()]
 
 
-@pytest.mark.leaves_keys("diracx:tasks:*")  # nobody has buried the victim yet
-def test_they_write_one_log_what_dies_is_started_again_and_a_signal_stops_them_all(two, served, wait_until):
+@pytest.mark.leaves_keys("diracx:tasks:*")  # the killed worker has not been removed yet
+def test_a_killed_process_is_restarted_and_a_signal_stops_all(two, served, wait_until):
     ready = [line for line in two.output.splitlines() if "ready: medium" in line]
     assert {line.rpartition("[worker.process=")[2] for line in ready} == {"1]", "2]"}
     victim, other = children_of(two.process)
@@ -67,7 +67,7 @@ def test_workers_stop_when_their_supervisor_was_killed(two, wait_until):
     assert two.output.count("the supervisor is gone") == 2
 
 
-def test_what_a_task_starts_is_no_child_of_the_supervisor(served, wait_until):
+def test_a_process_that_a_task_starts_is_not_bound_to_the_supervisor(served, wait_until):
     with (served.directory / "my_tasks.py").open("a") as tasks:
         tasks.write(_LOOK)
     supervisor = served.start("worker", "--processes", "2", "--module", "my_tasks.py")
@@ -76,14 +76,14 @@ def test_what_a_task_starts_is_no_child_of_the_supervisor(served, wait_until):
     assert "told: []" in done.stdout, done.stdout + done.stderr
 
 
-def test_what_cannot_start_is_said_and_ends_it(cli):
+def test_a_worker_that_cannot_start_is_reported_and_ends_the_supervisor(cli):
     supervisor = cli.start("worker", "--processes", "2", "--redis-url", "redis://127.0.0.1:1")
     assert supervisor.ends() == 1, supervisor.output
     assert "cannot reach Redis" in supervisor.output
     assert "Traceback" not in supervisor.output
 
 
-def test_one_that_cannot_start_does_not_stop_those_that_work(served, wait_until):
+def test_a_process_that_cannot_start_does_not_stop_running_ones(served, wait_until):
     with (served.directory / "my_tasks.py").open("a") as tasks:
         tasks.write(_SECOND_WAITS)
     supervisor = served.start("worker", "--processes", "2", "--module", "my_tasks.py")

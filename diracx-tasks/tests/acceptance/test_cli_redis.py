@@ -99,7 +99,7 @@ def test_a_wrong_password_is_one_line_within_5_seconds_that_does_not_show_it(cli
         ("redis+sentinel://one/tasks/two?sentinel_password=sesame", 2, ["'two'", "sentinel_password=***"]),
     ],
 )
-def test_a_url_that_cannot_be_meant_is_one_line(cli, one_line, url, code, said):
+def test_an_invalid_url_is_one_line(cli, one_line, url, code, said):
     result = cli.mine("submit", "my_tasks:Urgent", "--redis-url", url)
     one_line(result, code, "--redis-url", *said)
     _never(result)
@@ -225,7 +225,7 @@ def test_a_url_file_that_cannot_be_used_is_one_line(cli, one_line, tmp_path, opt
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_a_server_that_deletes_tasks_when_its_memory_is_full_is_warned_of(cli, policy):
+def test_a_server_that_deletes_tasks_when_its_memory_is_full_causes_a_warning(cli, policy):
     """1,000 tasks that waited were gone without a word."""
     said = f"maxmemory-policy {policy}: it deletes tasks and locks when its memory is full"
     with embedded_redis("--maxmemory", "50mb", "--maxmemory-policy", policy) as url:
@@ -242,7 +242,7 @@ def test_a_server_that_deletes_tasks_when_its_memory_is_full_is_warned_of(cli, p
         assert "maxmemory-policy" not in cli("status").stdout
 
 
-def test_a_server_that_keeps_what_it_was_given_is_not_warned_of(cli):
+def test_a_server_that_keeps_its_data_causes_no_warning(cli):
     with embedded_redis("--maxmemory", "50mb", "--maxmemory-policy", "noeviction") as url:
         cli.environment["DIRACX_TASKS_REDIS_URL"] = url
         worker = cli.start("worker")

@@ -39,7 +39,7 @@ def listed(cli, *ids: str) -> dict[str, dict]:
     return {row["id"]: row for row in json.loads(result.stdout)}
 
 
-def test_schedule_list_shows_state_runs_outcome_and_who_says_so(operated, server, wait_until):
+def test_schedule_list_shows_state_runs_outcome_and_source(operated, server, wait_until):
     assert listed(operated, "my_tasks:Tick")["my_tasks:Tick"]["state"] == "unplanned"
     assert "no scheduler leads" in operated("schedule", "list", "--module", "my_tasks.py").stderr
     operated.start("scheduler", "--module", "my_tasks.py").until("leading")
@@ -104,7 +104,7 @@ def test_a_schedule_is_named_without_its_category_too(operated, one_line):
     one_line(operated.mine("schedule", "run-now", "Tikc"), 2, "no schedule 'Tikc'; did you mean 'my_tasks:Tick'?")
 
 
-def test_P46_schedules_are_seen_and_paused_while_what_is_written_is_wrong(operated, server, wait_until):
+def test_P46_schedules_are_listed_and_paused_while_the_configuration_is_wrong(operated, server, wait_until):
     operated.start("scheduler", "--module", "my_tasks.py").until("leading")
     wait_until(lambda: server.zscore(keys.NEXT_RUNS, "my_tasks:Tick"), "it is planned")
     (operated.directory / "tasks.yaml").write_text("common: {my_tasks:Tick: {periodic: {interval_seconds: -1}}}")
@@ -122,7 +122,7 @@ def test_P46_schedules_are_seen_and_paused_while_what_is_written_is_wrong(operat
     assert operated("schedule", "run-now", "my_tasks:Tick", "--module", "my_tasks.py").returncode == 1
 
 
-def test_pause_wants_to_know_what(operated, one_line):
+def test_pause_without_a_schedule_is_a_usage_error(operated, one_line):
     one_line(operated.mine("schedule", "pause"), 2, "--all")
     one_line(operated.mine("schedule", "pause", "my_tasks:Tick", "--all"), 2, "--all")
 

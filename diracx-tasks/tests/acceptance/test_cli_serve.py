@@ -192,5 +192,5 @@ def test_a_process_whose_server_went_away_can_still_be_stopped(cli, command):
         (["--result-ttl", "0"], ["--result-ttl"]),
     ],
 )
-def test_an_option_that_cannot_be_is_one_line(cli, one_line, args, said):
+def test_an_invalid_option_is_one_line(cli, one_line, args, said):
     one_line(cli("worker", *args), 2, *said)

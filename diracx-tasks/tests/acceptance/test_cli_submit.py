@@ -46,7 +46,7 @@ def test_P1_submit_routes_by_the_class(served, server):
         (["my_tasks:Urgent", "--prio", "3"], ["--prio", "submit --help"]),
     ],
 )
-def test_P52_what_is_wrong_is_refused_in_one_line_and_nothing_is_sent(served, server, one_line, args, said):
+def test_P52_wrong_arguments_are_refused_in_one_line_and_nothing_is_sent(served, server, one_line, args, said):
     result = served.mine("submit", *args)
     one_line(result, 2, *said)
     assert result.stdout == ""

@@ -221,7 +221,7 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_in_one_line_that_its_database_is_none(run: Run, tmp_path: Path, command: str) -> None:
+def test_every_command_without_a_database_is_one_line(run: Run, tmp_path: Path, command: str) -> None:
     (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     refused(run(*command.split(), url=f"sqlite+aiosqlite:///{tmp_path}/another"), 1, "is no SQLite database")
 

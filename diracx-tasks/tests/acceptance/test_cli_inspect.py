@@ -148,7 +148,7 @@ def test_a_queue_that_no_worker_serves_is_pointed_out_and_can_be_purged(
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-def test_what_runs_waits_and_is_locked_is_seen_and_a_lock_is_taken_away(
+def test_running_waiting_and_locked_tasks_are_listed_and_a_lock_is_released(
     holding: Cli, one_line: Callable[..., str], wait_until: Callable[..., None], redis_url: str
 ) -> None:
     worker = holding.start("worker", "--module", "my_tasks.py", "--lease-seconds", "2", "--grace", "0")

@@ -148,7 +148,7 @@ async def submit_gated(url: str, numbers: range) -> None:
         await broker.shutdown()
 
 
-def test_P46_what_is_wrong_in_the_file_stays_out_of_force_and_is_said_everywhere(live, tmp_path, wait_until):
+def test_P46_a_wrong_file_does_not_take_effect_and_is_reported_everywhere(live, tmp_path, wait_until):
     limit(tmp_path, 1)
     live.environment["OTEL_TEST_METRICS"] = str(tmp_path / "metrics.json")
     worker = start(live, "worker")
