@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diracx.tasks.cli.runtime.supervisor import ChildFailedError
 from diracx.tasks.testing.server import EmbeddedServerError
 
 from .run import run_demo
-from .services import ServiceDiedError
 from .slurm import SlurmSite, SlurmSiteError
 
 _DESCRIPTION = """\
@@ -50,7 +50,7 @@ def main() -> int:
         return _fail(obstacle)
     try:
         run_demo(seconds=arguments.seconds, as_json=arguments.json, directory=arguments.directory, slurm=slurm)
-    except (ServiceDiedError, SlurmSiteError, EmbeddedServerError) as error:
+    except (ChildFailedError, SlurmSiteError, EmbeddedServerError) as error:
         return _fail(str(error))
     except subprocess.CalledProcessError as error:
         return _fail(f"{' '.join(error.cmd[:1])} failed: {error.stderr.strip()}")

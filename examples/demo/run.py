@@ -10,13 +10,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diracx.tasks.cli.runtime.supervisor import Child, RestartPolicy, Supervisor
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 
-from .services import Services
+from .api import PORT_VARIABLE
 from .site import VOS, DemoSite
 from .slurm import SlurmSite
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .watch import Watch
 
 _LOOK_SECONDS = 0.25
+_STOP_SECONDS = 10.0
 _WORKERS = 3
 _SLOTS = "8"
 _SLURM_CPUS = 16
@@ -33,7 +35,7 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
     """Run until Ctrl-C, or for so many seconds; with the usual compute elements, or a Slurm site alone.
 
     Raises:
-        ServiceDiedError: a process of the demo ended by itself.
+        ChildFailedError: a process of the demo cannot start; its log says why.
         SlurmSiteError: there can be no Slurm site here, or it has ended.
         OSError, subprocess.CalledProcessError, RuntimeError: something could not be set up.
     """
@@ -54,31 +56,28 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
         site.build()
         os.environ |= site.environment
         asyncio.run(site.create_databases())
-        services = Services(directory, site.environment)
-        stack.callback(services.stop)
-        _start(services, site)
-        asyncio.run(_watch(site, services, seconds=seconds, as_json=as_json))
+        asyncio.run(_watch(site, seconds=seconds, as_json=as_json))
 
 
-def _start(services: Services, site: DemoSite) -> None:
-    services.start("scheduler", ["diracx.tasks", "scheduler"])
-    for number in range(1, _WORKERS + 1):
-        services.start(
-            f"worker {number}",
-            ["diracx.tasks", "worker", "--worker-size", "medium", "--max-concurrent-tasks", _SLOTS],
-        )
-    services.start(
-        "api",
-        [
-            "uvicorn",
-            "--factory",
-            "diracx.routers.factory:create_app",
-            *("--host", "127.0.0.1", "--port", str(site.api_port), "--log-level", "warning"),
-        ],
-    )
+def _processes() -> list[Child]:
+    """The scheduler, the workers and the API, with their real commands."""
+    arguments = ["worker", "--worker-size", "medium", "--max-concurrent-tasks", _SLOTS]
+    workers = [Child(f"worker-{number}", arguments) for number in range(1, _WORKERS + 1)]
+    return [Child("scheduler", ["scheduler"]), *workers, Child("api", module="examples.demo.api")]
 
 
-async def _watch(site: DemoSite, services: Services, *, seconds: float | None, as_json: bool) -> None:
+@contextlib.contextmanager
+def _log_files(directory: Path, processes: list[Child]) -> Iterator[Callable[[str, str], None]]:
+    """Writes lines of each process to a log file of its name."""
+    with contextlib.ExitStack() as stack:
+        files = {
+            child.name: stack.enter_context((directory / f"{child.name}.log").open("w", buffering=1))
+            for child in processes
+        }
+        yield lambda name, line: print(line, file=files[name])
+
+
+async def _watch(site: DemoSite, *, seconds: float | None, as_json: bool) -> None:
     from gubbins.db.sql import MyPilotDB
 
     from .watch import Watch
@@ -88,22 +87,40 @@ async def _watch(site: DemoSite, services: Services, *, seconds: float | None, a
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     begin = time.monotonic()
     db = MyPilotDB(site.environment["DIRACX_DB_URL_MYPILOTDB"])
-    async with db.engine_context():
+    processes = _processes()
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(db.engine_context())
+        supervisor = Supervisor(
+            [processes],
+            RestartPolicy(every_child_must_start=True),
+            lambda line: print(line, file=sys.stderr),
+            output=stack.enter_context(_log_files(site.directory, processes)),
+            kill_after_seconds=_STOP_SECONDS,
+        )
+        running = asyncio.create_task(supervisor.run({**site.environment, PORT_VARIABLE: str(site.api_port)}))
+        stack.push_async_callback(_stopped, supervisor, running)
         watch = Watch(db)
         with _screen(site, as_json) as show:
             while not stop.is_set() and (seconds is None or time.monotonic() - begin < seconds):
-                services.check()
+                if running.done():
+                    running.result()
                 if site.slurm is not None:
                     site.slurm.check()
                 await watch.look()
                 show(watch, time.monotonic() - begin)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), _LOOK_SECONDS)
-        await asyncio.to_thread(services.stop)
+        await _stopped(supervisor, running)
         await watch.look()
         await _end_local_pilots(db)
         report = await watch.report(VOS)
     print(json.dumps(report)) if as_json else _farewell(report)
+
+
+async def _stopped(supervisor: Supervisor, running: asyncio.Task[int]) -> None:
+    """Stop all processes. An error of their start is raised where it was noticed."""
+    supervisor.stop()
+    await asyncio.wait([running])
 
 
 @contextlib.contextmanager

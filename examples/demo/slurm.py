@@ -5,12 +5,14 @@ from __future__ import annotations
 __all__ = ["SlurmSite", "SlurmSiteError"]
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,7 @@ from typing import Any
 
 from diracx.tasks.testing.server import free_port
 
-from .services import _end_with_parent
-
+_PR_SET_PDEATHSIG = 1
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
 _START_SECONDS = 90.0  # on a machine that is busy with other things
 _COMMAND_SECONDS = 30.0
@@ -59,6 +60,12 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=64000 State=UNKNOWN
 PartitionName=short Nodes={host} Default=YES MaxTime=00:10:00 State=UP
 PartitionName=long Nodes={host} MaxTime=01:00:00 State=UP
 """
+
+
+def _end_with_parent() -> None:
+    """Let Linux end the process when the demo is gone, even when it was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class SlurmSiteError(RuntimeError):

@@ -1,8 +1,8 @@
-"""Process supervisor of `worker --processes` and `dev`: starts again what ends, passes signals on, stops in order.
+"""Process supervisor of `worker --processes`, `dev` and the demo: restarts children, stops them in order.
 
-Each child is `diracx-task-run` once more, told by two variables of its environment its number and which socket
-binds it to the supervisor. Through it the child reports that it is ready, and learns, when it closes, that the
-supervisor is gone: then it stops as it would on SIGTERM, for nothing would restart or stop it.
+Two variables of its environment give a child its number and the socket that binds it to the supervisor. Through it
+the child reports that it is ready, and learns, when it closes, that the supervisor is gone: then it stops as it
+would on SIGTERM, for nothing would restart or stop it.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ async def report_to_supervisor(ready: asyncio.Event, on_supervisor_gone: Callabl
 
 @dataclass(eq=False)
 class Child:
-    """A command that is kept running."""
+    """A Python module that is kept running as a program. It calls `report_to_supervisor`."""
 
     name: str
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     """As in `sys.argv[1:]`."""
     number: int | None = None
+    module: str = "diracx.tasks"
     process: asyncio.subprocess.Process | None = field(default=None, init=False)
     """None while it does not run."""
     is_ready: bool = field(default=False, init=False)
@@ -235,7 +236,7 @@ class Supervisor:
                     following.append(asyncio.create_task(_read_lines(reading, partial(self._output, child.name))))
                 child.process = await asyncio.create_subprocess_exec(
                     sys.executable,
-                    *("-m", "diracx.tasks", *child.arguments),
+                    *("-m", child.module, *child.arguments),
                     env=variables,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C in a terminal reaches it through us, and once
