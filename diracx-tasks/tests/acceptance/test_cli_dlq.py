@@ -118,7 +118,7 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
     wait_until(lambda: listed(dlq), "it is there again")
     [letter] = listed(dlq)
     assert (letter["task_id"], letter["earlier_burials"]) == (task_id, 1)
-    assert "burial 1" in dlq("dlq", "show", task_id).stdout
+    assert "earlier failure 1" in dlq("dlq", "show", task_id).stdout
     file.touch()
     assert json.loads(retry(dlq, "--all", "--yes", "--json").stdout)["resubmitted"] == [
         {"id": letter["id"], "task_id": task_id}

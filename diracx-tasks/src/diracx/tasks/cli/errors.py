@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable_line
+from ..plumbing.exceptions import SendTaskError
 
 _LONGEST = 1000
 
@@ -73,7 +74,6 @@ def explained_redis(url: str) -> Iterator[None]:
     from ..plumbing.broker.address import AddressError
     from ..plumbing.broker.server_check import UnusableServerError
     from ..plumbing.broker.stored import UnreadableKeyError
-    from ..plumbing.exceptions import SendTaskError
 
     try:
         yield

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...plumbing._util.printable import printable
+from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
 from ..errors import CliError, explained_redis
 from ..options import JsonOption, LogLevelOption
 from ..output import echo_json
+from ..runtime.databases import check_databases
+from ..runtime.logs import set_task_log_level, set_up_logging
 from ..runtime.task_arguments import CheckedTask, TaskOptions
 
 if TYPE_CHECKING:
@@ -50,7 +53,6 @@ def call(
 
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
-    from ..runtime.logs import set_task_log_level, set_up_logging
 
     set_up_logging(log_level)
     checked = options.checked()
@@ -98,8 +100,6 @@ class _Run:
 
         from redis.exceptions import RedisError
 
-        from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
-
         try:
             return await self._run()
         except CliError:
@@ -131,7 +131,6 @@ class _Run:
         )
         from ...plumbing.locks import BaseLimiter, lock_specs
         from ...plumbing.standalone import holding
-        from ..runtime.databases import check_databases
 
         plan = compile_plan(type(self._task).execute, skip_first=True)
         async with self._checked.broker() as broker, AsyncExitStack() as outer:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError, UsageProblem, one_line
 from ..options import JsonOption, ModuleOption, command_group
 from ..output import console, echo, echo_json, print_json, show, styled
+from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
+from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server
 
 if TYPE_CHECKING:
@@ -41,7 +44,6 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
 
     Example: diracx-task-run config check tasks.yaml
     """
-    from ..runtime.registry import load_registry
 
     registry = load_registry(module)
     _, problems, source, vos = _read(file, registry)
@@ -85,7 +87,6 @@ def show_settings(
     """
     from ...operations.settings import settings_records
     from ...operations.views import SETTINGS
-    from ..runtime.registry import find_task, load_registry
 
     registry = load_registry(module)
     names = sorted(registry) if task is None else [find_task(registry, task)]
@@ -177,8 +178,6 @@ def _read(
         CliError: when the DiracX configuration cannot be read.
     """
     from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
-    from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
 
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")

@@ -16,6 +16,9 @@ import typer
 
 from ..errors import CliError, UsageProblem, mask
 from ..options import LogLevel, LogLevelOption
+from ..runtime.broker import open_broker
+from ..runtime.databases import unchecked_task_db
+from ..runtime.logs import set_up_logging
 from ..runtime.server import ServerAndTasks
 
 if TYPE_CHECKING:
@@ -66,7 +69,6 @@ def dashboard(
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
     from ...web.auth.hosts import host_name, is_loopback
-    from ..runtime.logs import set_up_logging
 
     _needs("jinja2", "uvicorn")
     loopback, public_names = is_loopback(host), _public_names(public_name or [])
@@ -174,8 +176,6 @@ async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppC
     from ...plumbing.broker.server_check import Role
     from ...plumbing.config.sources import ConfigReader
     from ...web.context import AppContext
-    from ..runtime.broker import open_broker
-    from ..runtime.databases import unchecked_task_db
 
     broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
     task_db = await stack.enter_async_context(unchecked_task_db())

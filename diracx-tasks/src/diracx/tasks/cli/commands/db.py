@@ -12,6 +12,7 @@ import typer
 from ..errors import explained_database
 from ..options import JsonOption, YesOption, command_group
 from ..output import confirm, echo, echo_json
+from ..runtime.databases import task_db_url
 
 if TYPE_CHECKING:
     from ...plumbing.sql.migrations import Migrations, Move
@@ -91,7 +92,6 @@ def _report(move: Move, as_json: bool) -> None:
 
 def _run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
     from ...plumbing.persistence import TaskDB
-    from ..runtime.databases import task_db_url
 
     url = task_db_url()
 

@@ -19,6 +19,7 @@ from ...plumbing.enums import Size
 from ..errors import CliError, UsageProblem
 from ..options import LogLevel, LogLevelOption, ModuleOption
 from ..runtime import orphan_reaper
+from ..runtime.registry import load_registry
 from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def dev(
     Example: diracx-task-run dev --module my_tasks.py
     """
     from rich.console import Console
-
-    from ..runtime.registry import load_registry
 
     # Here, a mistake in a module is reported once; from each component it would be reported four times.
     load_registry(module)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ...plumbing.persistence.letter import DeadLetterStatus
+from ...plumbing.task_names import AmbiguousTaskNameError
 from ..errors import CliError, UsageProblem, one_line
 from ..options import AfterOption, JsonOption, command_group
 from ..options import LimitOption as PageOption
 from ..output import confirm, echo, echo_json, print_json, show, show_fields
+from ..runtime.configuration import tasks_config
+from ..runtime.databases import required_task_db
 from ..runtime.server import Server, ServerAndTasks
 from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
 
@@ -108,7 +111,8 @@ def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
         return
     show_fields(_fields(shown))
     for number, failure in enumerate(shown["history"], 1):
-        echo(f"\nburial {number}, {failure['buried_at']}: {failure['reason']}: {one_line(failure['detail'])}")
+        why = f"{failure['reason']}: {one_line(failure['detail'])}"
+        echo(f"\nearlier failure {number}, {failure['buried_at']}: {why}")
         _print_attempts(failure["attempts"])
     if shown["history"]:
         echo("\nsince then")
@@ -178,7 +182,6 @@ def init() -> None:
 
     Example: diracx-task-run dlq init
     """
-    from ..runtime.databases import required_task_db
 
     async def create() -> None:
         async with required_task_db(create=True):
@@ -207,7 +210,6 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
     async def submit(db: TaskDB) -> list[Any]:
         from ...operations.audited_actions import AuditedActions
         from ...plumbing.persistence.resubmission import Resubmitter
-        from ..runtime.configuration import tasks_config
 
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry, config = server.registry, tasks_config()
@@ -299,8 +301,6 @@ def _report_refusals(refused: Sequence[tuple[Letter, str]], what: str) -> None:
 
 
 def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
-    from ...plumbing.task_names import AmbiguousTaskNameError
-    from ..runtime.databases import required_task_db
 
     async def run() -> _Answer:
         async with required_task_db() as db:

@@ -32,39 +32,31 @@ class StatusFilter(StrEnum):
     ANY = "any"
 
 
-TaskOption = Annotated[
-    str | None,
-    typer.Option("--task", metavar="NAME", help="Only of this task: category:ClassName, or ClassName alone."),
-]
-ReasonOption = Annotated[
-    DeadLetterReason | None, typer.Option("--reason", case_sensitive=False, help="Only with this reason.")
-]
-SinceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--since",
-        metavar="TIME|AGE",
-        help="Stored then or later: 2030-01-31T12:00+01:00, or an age as 90m, 24h, 7d.",
-    ),
-]
-BeforeOption = Annotated[
-    str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
-]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many.")]
-IdsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="ID", help="Task ids, or numbers in the list; or filters.")
-]
-AllOption = Annotated[bool, typer.Option("--all", help="All open dead letters that match the filters.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
     """Options that filter dead letters."""
 
-    task: TaskOption = None
-    reason: ReasonOption = None
-    since: SinceOption = None
-    before: BeforeOption = None
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Only of this task: category:ClassName, or ClassName alone."),
+    ] = None
+    reason: Annotated[
+        DeadLetterReason | None, typer.Option("--reason", case_sensitive=False, help="Only with this reason.")
+    ] = None
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="TIME|AGE",
+            help="Stored then or later: 2030-01-31T12:00+01:00, or an age as 90m, 24h, 7d.",
+        ),
+    ] = None
+    before: Annotated[
+        str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
+    ] = None
 
     def letters(self, status: StatusFilter) -> LetterFilter:
         """The filter for the database.
@@ -98,9 +90,13 @@ class Filters:
 class Choice(Filters):
     """Options that select dead letters by ids or filters, and whether to ask."""
 
-    letter_ids: IdsArgument = None
+    letter_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="Task ids, or numbers in the list; or filters.")
+    ] = None
     limit: LimitOption = None
-    everything: AllOption = False
+    everything: Annotated[bool, typer.Option("--all", help="All open dead letters that match the filters.")] = (
+        False
+    )
     yes: YesOption = False
 
     def letters(self, status: StatusFilter) -> LetterFilter:

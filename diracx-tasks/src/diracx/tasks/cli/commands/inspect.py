@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...plumbing.task_names import resolve_task_name
 from ..errors import one_line
 from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, command_group
 from ..output import echo, print_json, show
+from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server, ServerAndTasks
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> N
     from ...operations.task_classes import task_classes
     from ...operations.views import TASK_CLASSES
     from ...plumbing.registry import unselected_tasks
-    from ..runtime.registry import load_registry
 
     show(TASK_CLASSES, task_classes(load_registry(module)), as_json)
     for line in unselected_tasks():
@@ -133,8 +134,6 @@ def stats(
     """
     from ... import operations
     from ...operations.views import STATISTICS
-    from ...plumbing.task_names import resolve_task_name
-    from ..runtime.registry import find_task
 
     async def read(redis: Redis) -> Any:
         found = await operations.stats(redis, window.value)

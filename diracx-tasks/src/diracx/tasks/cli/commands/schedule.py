@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 from ..errors import CliError, UsageProblem, one_line, shortened
 from ..options import JsonOption, command_group
 from ..output import echo, echo_json, show
+from ..runtime.configuration import Configuration, read_configuration
 from ..runtime.server import ServerAndTasks
 
 if TYPE_CHECKING:
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.scheduler import ScheduleState
     from ...plumbing.scheduler.admin import RunNow
-    from ..runtime.configuration import Configuration
 
 app = command_group(
     "schedule",
@@ -75,11 +77,9 @@ def run_now(
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
     from ...operations.audited_actions import AlreadyQueuedError, AuditedActions
-    from ...plumbing.exceptions import TaskArgumentsError
     from ...plumbing.scheduler.admin import RunNow
     from ...plumbing.scheduler.occurrences import iter_schedules
     from ...plumbing.submission.client import Binding
-    from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     config = _configuration(server, required=True)
     assert config is not None
@@ -176,7 +176,6 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
     from difflib import get_close_matches
 
     from ...plumbing.scheduler.overview import matching
-    from ...plumbing.task_names import AmbiguousTaskNameError
 
     known = [state.id for state in states]
     if every:
@@ -203,7 +202,6 @@ def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration |
     Schedulers go on with the last good configuration, and an operator must be able to inspect and pause their
     schedules meanwhile: Redis has what they have planned.
     """
-    from ..runtime.configuration import read_configuration
 
     registry = server.registry
     try:

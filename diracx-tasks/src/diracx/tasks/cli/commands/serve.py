@@ -15,6 +15,9 @@ from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker.sizes import MAX_BYTES
 from ...plumbing.enums import Size
 from ..errors import CliError, explained_redis, mask, one_line
+from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
+from ..runtime.databases import check_databases, open_task_db, required_task_db
+from ..runtime.logs import set_up_logging
 from ..runtime.metrics_server import open_collectors, serve_metrics, set_up_telemetry
 from ..runtime.service import Service, ServiceOptions
 from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor, is_supervised
@@ -72,7 +75,6 @@ def worker(
     Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
     """
     from ...plumbing.worker.settings import WorkerSettings
-    from ..runtime.logs import set_up_logging
 
     set_up_logging(options.log_level)
     if processes > 1 and not is_supervised():
@@ -94,8 +96,6 @@ def worker(
         from ...operations.metrics import worker_metrics
         from ...plumbing.broker.server_check import Role
         from ...plumbing.worker import Worker
-        from ..runtime.configuration import watch_configuration
-        from ..runtime.databases import check_databases, open_task_db
 
         broker, config = await service.open(stack, Role.WORKER, worker_size)
         registry = options.registry
@@ -155,7 +155,6 @@ def scheduler(
 
     Example: diracx-task-run scheduler --redis-url redis://localhost
     """
-    from ..runtime.logs import set_up_logging
 
     set_up_logging(options.log_level)
     service = Service(options)
@@ -168,9 +167,8 @@ def scheduler(
         from ...plumbing.broker.server_check import Role
         from ...plumbing.persistence.resubmission import Resubmitter
         from ...plumbing.scheduler import TaskScheduler
-        from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
-        from ..runtime.databases import required_task_db
 
+        task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
         broker, config = await service.open(stack, Role.SCHEDULER)
         registry = options.registry
         if config.vos is None:
@@ -182,8 +180,7 @@ def scheduler(
                     CONFIG_VARIABLE,
                 )
         serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
-        if resubmit_dead_letters:
-            task_db = await stack.enter_async_context(required_task_db())
+        if task_db is not None:
             resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
             # Cancelled wherever it is: an interrupted resubmission can be repeated.
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(_resubmit(resubmitter)))

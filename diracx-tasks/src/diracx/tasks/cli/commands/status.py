@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError, one_line
 from ..options import JsonOption
 from ..output import console, echo, echo_json, styled, table
+from ..runtime.databases import unchecked_task_db
 from ..runtime.server import Server
 
 if TYPE_CHECKING:
@@ -100,8 +102,6 @@ async def _health_checks(broker: RedisStreamBroker) -> AsyncIterator[Callable[[]
         CliError: a variable of a database or a threshold is wrong.
     """
     from ...operations.health import health_checks
-    from ...plumbing.exceptions import TaskConfigError
-    from ..runtime.databases import unchecked_task_db
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(unchecked_task_db())

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def diracx_config() -> Config | None:
 @contextmanager
 def _explained_configuration() -> Iterator[None]:
     from ...plumbing.config.sources import explain
-    from ...plumbing.exceptions import TaskConfigError
 
     try:
         yield

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError, explained_database
 
 if TYPE_CHECKING:
@@ -105,7 +106,6 @@ def task_db_url() -> str:
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
     """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    from ...plumbing.exceptions import TaskConfigError
     from ...plumbing.sql.databases import database_urls
 
     logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us

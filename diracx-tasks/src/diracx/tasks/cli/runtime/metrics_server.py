@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from ...plumbing._util.telemetry import is_collected
+from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError
+from .databases import TASK_DB_VARIABLE, required_task_db
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -112,7 +114,6 @@ async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Colle
         return
     from ...operations import collectors
     from ...operations.health import health_checks
-    from ...plumbing.exceptions import TaskConfigError
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(_task_db())
@@ -127,7 +128,6 @@ async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Colle
 @asynccontextmanager
 async def _task_db() -> AsyncIterator[TaskDB | None]:
     """The database of dead letters, where one is configured; a scheduler does its work without."""
-    from .databases import TASK_DB_VARIABLE, required_task_db
 
     async with AsyncExitStack() as stack:
         database: TaskDB | None = None

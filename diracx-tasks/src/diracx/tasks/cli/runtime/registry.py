@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 from ..errors import CliError, UsageProblem, shortened
 
 if TYPE_CHECKING:
@@ -124,7 +126,6 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
         CliError: when there is none; lists those there are, and suggests what could be meant.
         UsageProblem: when there are several.
     """
-    from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 
     try:
         found = resolve_task_name(name, registry)
@@ -159,7 +160,6 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
         CliError: for an unknown name.
         UsageProblem: for malformed JSON, and arguments that do not fit.
     """
-    from ...plumbing.exceptions import TaskArgumentsError
     from ...plumbing.messages.arguments import secret_names
     from ...plumbing.messages.typed_arguments import check_arguments
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UsageProblem, explained_redis
 from ..options import ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
+from .broker import open_broker
+from .registry import load_registry
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -36,7 +38,6 @@ class Server:
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[RedisStreamBroker]:
         """A broker whose server has answered; what the server refuses inside the block is a CliError."""
-        from .broker import open_broker
 
         url = self.url
         async with open_broker(url) as broker:
@@ -78,6 +79,5 @@ class ServerAndTasks(Server):
     @cached_property
     def registry(self) -> TaskRegistry:
         """The tasks; errors as of `load_registry`."""
-        from .registry import load_registry
 
         return load_registry(self.module)

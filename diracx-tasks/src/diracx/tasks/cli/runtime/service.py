@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...plumbing._util.tasks import cancel_and_wait
 from ..options import LogLevelOption
+from .broker import open_broker
+from .configuration import Configuration, read_configuration
+from .logs import set_task_log_level
 from .metrics_server import LOOPBACK, MetricsHostOption, MetricsPortOption
 from .server import ServerAndTasks
 from .supervisor import report_to_supervisor
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.broker.server_check import Role
     from ...plumbing.enums import Size
-    from .configuration import Configuration
 
 logger = logging.getLogger(__package__)
 
@@ -60,9 +62,6 @@ class Service:
         Raises:
             CliError: when the server cannot be used, or a module or the configuration is wrong.
         """
-        from .broker import open_broker
-        from .configuration import read_configuration
-        from .logs import set_task_log_level
 
         broker = await stack.enter_async_context(open_broker(self.url, size, role=role))
         registry = self.options.registry

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..options import ArgsOption, KwargsOption, NameArgument
+from .broker import open_broker
+from .configuration import tasks_config
+from .registry import load_registry, make_task
 from .server import ServerAndTasks
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ class TaskOptions(ServerAndTasks):
         Raises:
             CliError: for arguments that do not fit, and for modules that cannot be loaded.
         """
-        from .registry import load_registry, make_task
 
         url = self.url
         registry = load_registry(self.module, only=self.name if alone else None)
@@ -60,8 +62,6 @@ class CheckedTask:
             CliError: when the server cannot be reached, or the configuration of tasks is wrong.
         """
         from ...plumbing.submission.client import bound_to
-        from .broker import open_broker
-        from .configuration import tasks_config
 
         config = tasks_config()
         async with open_broker(self.url) as broker:
