@@ -46,9 +46,6 @@ StatusOption = Annotated[
 ]
 
 
-# --- inspect ------------------------------------------------------------------------------------------------
-
-
 @app.command("list")
 def list_letters(
     *,
@@ -191,9 +188,6 @@ def init() -> None:
     echo("the table DeadLetters is there")
 
 
-# --- decide -------------------------------------------------------------------------------------------------
-
-
 @app.command()
 def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks) -> None:
     """Submit dead letters again, under their old task ids and with all their retries.
@@ -295,9 +289,6 @@ def _report_refusals(refused: Sequence[tuple[Letter, str]], what: str) -> None:
     for letter, why in refused[:_REFUSALS_SHOWN]:
         echo(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
     raise CliError(f"{len(refused)} dead letters were not {what}")
-
-
-# --- the database -------------------------------------------------------------------------------------------
 
 
 def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
