@@ -26,7 +26,7 @@ _SOURCES = (
 def served_metrics() -> set[str]:
     """Every metric in the sources."""
     text = "".join((ROOT / source).read_text() for source in _SOURCES)
-    names = set(re.findall(r'(?:counter|gauge|histogram)\(\s*"([a-z_]+)"', text))
+    names = set(re.findall(r'(?:counter|gauge|histogram|of_ces)\(\s*"([a-z_]+)"', text))
     return names | set(re.findall(r'^ +\("([a-z_]+)", "', text, re.MULTILINE))
 
 

@@ -41,7 +41,7 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
 
     def of_ces(name: str, text: str, value: Callable[[dict[str, Any]], float]) -> Metric:
-        return gauge(f"compute_element_{name}", text, ((labels, value(ce)) for labels, ce in ces))
+        return gauge(name, text, ((labels, value(ce)) for labels, ce in ces))
 
     return [
         gauge(
@@ -63,10 +63,20 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
                 for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
             ),
         ),
-        of_ces("slots", "Pilots that a compute element may hold.", lambda ce: ce["capacity"]),
-        of_ces("slots_used", "Slots that pilots hold, or that are reserved for them.", lambda ce: ce["active"]),
-        of_ces("enabled", "1 if a compute element takes new pilots.", lambda ce: int(ce["enabled"])),
-        of_ces("banned", "1 if a compute element is banned.", lambda ce: int(ce["banned_at"] is not None)),
+        of_ces("compute_element_slots", "Pilots that a compute element may hold.", lambda ce: ce["capacity"]),
+        of_ces(
+            "compute_element_slots_used",
+            "Slots that pilots hold, or that are reserved for them.",
+            lambda ce: ce["active"],
+        ),
+        of_ces(
+            "compute_element_enabled", "1 if a compute element takes new pilots.", lambda ce: int(ce["enabled"])
+        ),
+        of_ces(
+            "compute_element_banned",
+            "1 if a compute element is banned.",
+            lambda ce: int(ce["banned_at"] is not None),
+        ),
         gauge(
             "compute_element_circuit",
             "1 for the state of the circuit of each kind of call, 0 for the others.",
