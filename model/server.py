@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diracx.tasks.plumbing.broker import keys, scripts
+from diracx.tasks.plumbing.broker.sizes import CALL_BYTES
 from redis import Redis
 
 #: What is no part of a state: it only says when something was.
@@ -88,7 +89,7 @@ class Server:
             self.redis.zadd(keys.LINES, {line: "inf"})
         self.redis.zadd(timers, {name: 0}, xx=True)
         for step in ("promote", "lines"):
-            self.redis.execute_command("EVAL", scripts.script(step).source, 0, 500)
+            self.redis.execute_command("EVAL", scripts.script(step).source, 0, 500, CALL_BYTES)
 
 
 def _comparable(key: str, value: Any, now_ms: int) -> Any:

@@ -400,7 +400,7 @@ async def test_a_task_is_not_taken_for_another_that_it_only_speaks_of(redis_url:
 
 
 async def test_many_are_looked_for_together_in_small_steps(redis_url: str, redis: Redis) -> None:
-    number = 20 * FIND_BATCH
+    number = 40 * FIND_BATCH
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
         ids = []
         for _ in range(number // 2000):

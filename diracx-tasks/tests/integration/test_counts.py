@@ -18,7 +18,7 @@ MOST = {
     "enqueue in bulk, delayed": (0.02, 7.5, 260, 5),
     "drain": (0.1, 1.0, 195, 140),
     "drain, one mutex per task": (0.13, 8.5, 640, 150),
-    "drain, results kept": (0.1, 5.1, 345, 140),
+    "drain, results kept": (0.1, 5.1, 350, 140),
     "drain, delayed": (0.15, 2.5, 190, 350),
     "drain, failed once": (0.25, 17.5, 1300, 1500),
     "drain, a callback group": (0.13, 7.5, 280, 210),

@@ -161,7 +161,7 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "reclaim": lambda s: s.broker.reclaim(1, audit=True),
     "promote": lambda s: s.broker.promote(),
     "cancel": lambda s: s.broker.cancel(["later", "nowhere"]),
-    "find": lambda s: scripts.script("find")(s.redis, [QUEUE], ["-", 10]),
+    "find": lambda s: scripts.find(s.redis, QUEUE, "-", 10),
     "task_ids": lambda s: scripts.task_ids(s.redis, QUEUE, "-", 10),
     "fail_children": lambda s: scripts.fail_children(s.redis, "waits", "lost", [b"child"]),
     "plan": lambda s: scheduling.plan(s.redis, "leader", [{"id": "due", "fingerprint": "new", "due": 2}]),

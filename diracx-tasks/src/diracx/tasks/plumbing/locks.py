@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: The part of a lease, or of a lock's time to live, that is left for a cancellation to take effect.
 SAFETY_MARGIN = 0.1
 #: Locks of one task. Each is taken, renewed and given back in one step on the server.
-MAX_LOCKS = 1_000
+MAX_LOCKS = 200
 #: Ten years: no lock lives longer, and no window is wider.
 _LONGEST_MS = 315_576_000_000
 _KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})

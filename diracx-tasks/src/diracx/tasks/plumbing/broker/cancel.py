@@ -18,14 +18,15 @@ from . import keys, scripts
 from .effects import group_effect, release_results, result_effect, schedule_outcome
 from .groups import ask_for_audit, group_of
 from .models import TaskMessage, TaskResult
+from .stored import SCANNED
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 #: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
 MARK_SECONDS = 604_800
-#: Stream entries that one script call looks at: about a ms of the server's time.
-FIND_BATCH = 1000
+#: Stream entries that one script call looks at, one by one: about a ms of the server's time.
+FIND_BATCH = 200
 #: Tasks that one script call cancels.
 CANCEL_BATCH = 200
 #: A task that moved while we looked for it is behind us once; more often is bad luck, and the mark is there.
@@ -83,11 +84,13 @@ class CancellationSearch:
 
     async def ask(self, wanted: Sequence[Mapping[str, Any]]) -> None:
         """Cancel what is where we believe it to be; of the delayed ones, look at the message and ask again."""
-        for first in range(0, len(wanted), CANCEL_BATCH):
+        first = 0
+        while first < len(wanted):
             batch = wanted[first : first + CANCEL_BATCH]
             replies = await scripts.cancel(self._redis, MARK_SECONDS * 1000, batch)
+            first += len(replies)
             again = []
-            for asked, (place, message) in zip(batch, replies, strict=True):
+            for asked, (place, message) in zip(batch, replies, strict=False):
                 task = asked["task"]
                 if message:
                     again.append(await self._known(task, message))
@@ -136,12 +139,24 @@ class CancellationSearch:
         redis = self._redis
         alive: Any = await redis.zrange(keys.ALIVE, 0, -1)
         workers = [worker.decode(errors="replace") for worker in alive]
-        async with redis.pipeline(transaction=False) as pipe:
-            for worker in workers:
-                pipe.hkeys(keys.HELD_PREFIX + worker)
-            held = await pipe.execute(raise_on_error=False)
-        for worker, noted in zip(workers, held, strict=True):
-            if not isinstance(noted, Exception) and any(each.startswith(b"entry:") for each in noted):
+        cursors = dict.fromkeys(workers, 0)
+        noting = set()
+        while cursors:
+            async with redis.pipeline(transaction=False) as pipe:
+                for worker, cursor in cursors.items():
+                    pipe.hscan(keys.HELD_PREFIX + worker, cursor, match="entry:*", count=SCANNED)
+                found = await pipe.execute(raise_on_error=False)
+            asked, cursors = cursors, {}
+            for worker, answer in zip(asked, found, strict=True):
+                if isinstance(answer, Exception):  # a key of another type
+                    continue
+                cursor, noted = answer
+                if noted:
+                    noting.add(worker)
+                elif cursor:
+                    cursors[worker] = cursor
+        for worker in workers:
+            if worker in noting:
                 for first in range(0, len(tasks), CANCEL_BATCH):
                     announced = scripts.pack(tasks[first : first + CANCEL_BATCH])
                     await redis.publish(keys.CANCELLED_CHANNEL_PREFIX + worker, announced)
@@ -163,10 +178,11 @@ async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str,
     Returns:
         How many still waited.
     """
-    places, unreadable = [], False
-    for first in range(0, len(entries), CANCEL_BATCH):
+    places: list[tuple[str, bytes]] = []
+    unreadable = False
+    while len(places) < len(entries):
         wanted = []
-        for entry, data in entries[first : first + CANCEL_BATCH]:
+        for entry, data in entries[len(places) : len(places) + CANCEL_BATCH]:
             try:
                 task = TaskMessage.loadb(data).task_id
             except ValueError:

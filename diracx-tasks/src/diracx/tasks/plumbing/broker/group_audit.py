@@ -29,8 +29,8 @@ POLL_SECONDS = 15.0
 AUDIT_SECONDS = 86_400
 #: A child that moves while we look for it is behind us; in each of so many rounds it is not.
 _ROUNDS = 3
-_ENTRIES = 1000
-_CHILDREN = 200
+ENTRIES = 250
+CHILDREN = 200
 _ERROR = "LostByServer: it is in no place any more; the server has lost it"
 
 
@@ -125,7 +125,7 @@ async def _find_queued(redis: Redis, missing: dict[bytes, str]) -> None:
     for stream in keys.EVERY_STREAM:
         begin = "-"
         while missing:
-            last, *tasks = await scripts.task_ids(redis, stream, begin, _ENTRIES)
+            last, *tasks = await scripts.task_ids(redis, stream, begin, ENTRIES)
             if not last:
                 break
             for task in tasks:
@@ -134,4 +134,4 @@ async def _find_queued(redis: Redis, missing: dict[bytes, str]) -> None:
 
 
 def _batches(children: list[Any]) -> Iterable[list[Any]]:
-    return (children[first : first + _CHILDREN] for first in range(0, len(children), _CHILDREN))
+    return (children[first : first + CHILDREN] for first in range(0, len(children), CHILDREN))

@@ -9,6 +9,7 @@ import msgpack
 
 from . import keys
 from .scripts import QUEUES, pack, script
+from .sizes import CALL_BYTES
 from .stored import text_of
 
 if TYPE_CHECKING:
@@ -37,20 +38,31 @@ async def stream_heads(
     Args:
         ranges: stream, first and last entry as of XRANGE, and the most entries of each.
     """
-    found, _ = await script("heads")(redis, args=[at_most, pack(ranges), pack([])])
-    return [
-        [
-            (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
-            for entry, fields, length in part
-        ]
-        for part in found
-    ]
+    heads: list[list[tuple[str, dict[bytes, bytes], int]]] = [[] for _ in ranges]
+    at, more = 0, 1
+    while more:
+        unread = list(ranges[at:])
+        if heads[at:] and heads[at]:
+            stream, _, last, count = unread[0]
+            unread[0] = (stream, f"({heads[at][-1][0]}", last, count - len(heads[at]))
+        found, _, more = await script("heads")(redis, args=[at_most, pack(unread), pack([]), CALL_BYTES])
+        for position, part in enumerate(found, start=at):
+            heads[position] += [
+                (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
+                for entry, fields, length in part
+            ]
+        at += max(0, len(found) - 1)
+    return heads
 
 
 async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
     """What is stored of delayed tasks: cut off after `at_most` bytes, and its length; None: it is gone."""
-    _, found = await script("heads")(redis, args=[at_most, pack([]), pack(tasks)])
-    return [None if each is None else (each[0], each[1]) for each in found]
+    heads: list[tuple[bytes, int] | None] = []
+    while len(heads) < len(tasks):
+        unread = pack(tasks[len(heads) :])
+        _, found, _ = await script("heads")(redis, args=[at_most, pack([]), unread, CALL_BYTES])
+        heads += [None if each is None else (each[0], each[1]) for each in found]
+    return heads
 
 
 async def server_time(redis: Redis) -> float:

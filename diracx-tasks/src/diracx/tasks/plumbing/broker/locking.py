@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .models import LockSpec
 
-#: Locks that one script call gives back: 1 ms of the server's time.
+#: Locks that one script call gives back, or renews: 1 ms of the server's time.
 RELEASE_BATCH = 250
 
 
@@ -39,7 +39,10 @@ async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
 
 async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
     """Renew the locks to their full time to live. Returns which of them are still ours."""
-    return [reply == 1 for reply in await script("extend")(redis, args=[pack(locks)])]
+    kept: list[bool] = []
+    for part in in_calls(locks, RELEASE_BATCH, lambda _: 0):
+        kept += [reply == 1 for reply in await script("extend")(redis, args=[pack(part)])]
+    return kept
 
 
 def extend_now(redis: SyncRedis, locks: Sequence[LockSpec]) -> None:

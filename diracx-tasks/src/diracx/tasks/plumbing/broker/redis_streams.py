@@ -32,9 +32,10 @@ from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
 from .line import Line
+from .locking import RELEASE_BATCH
 from .models import Delivery, LockSpec, Settlement, Submission, TaskMessage, TaskResult, in_ms
 from .server_check import UnusableServerError, obstacle, read_server
-from .sizes import ALWAYS_TAKEN_BYTES, in_calls
+from .sizes import ALWAYS_TAKEN_BYTES, CALL_BYTES, in_calls
 from .spans import submission_spans
 from .stored import SCANNED, number_of
 
@@ -121,6 +122,8 @@ class RedisStreamBroker:
             **{"retry": Retry(NoBackoff(), 0), **connection_kwargs},
         )
         self._submitting, self._waiting = Line(self.redis), Line(self.redis)
+        self._large_bytes = 1
+        """About the largest message that came lately."""
 
     @property
     def reconnects(self) -> int:
@@ -281,7 +284,7 @@ class RedisStreamBroker:
         ]
         done: list[bool] = []
         try:
-            for portion in in_calls(letters, len(letters), lambda letter: len(letter["data"])):
+            for portion in in_calls(letters, SUBMIT_BATCH, lambda letter: len(letter["data"])):
                 done += await scripts.resubmit(self.redis, portion, RESUBMITTED_TTL_SECONDS * 1000)
         except RedisError as error:
             raise SendTaskError(f"cannot submit {len(letters)} dead letters again: {error}") from error
@@ -304,7 +307,7 @@ class RedisStreamBroker:
         """
         lease_ms = int(lease_seconds * 1000)
         messages, new_ids = await scripts.fetch(
-            self._waiting, self.streams, self.consumer_name, free, lease_ms, last_ids
+            self._waiting, self.streams, self.consumer_name, self._at_once(free), lease_ms, last_ids
         )
         if messages:
             return self._deliveries(messages), []
@@ -329,7 +332,7 @@ class RedisStreamBroker:
             redis.exceptions.ResponseError: a stream or its group is missing; `fetch` makes them.
         """
         reply, marks = await scripts.reserve_next(
-            self._waiting, self.streams, self.consumer_name, at_most, int(timeout * 1000)
+            self._waiting, self.streams, self.consumer_name, self._at_once(at_most), int(timeout * 1000)
         )
         messages: list[Any] = []
         for stream, entries in reply or []:
@@ -363,7 +366,7 @@ class RedisStreamBroker:
             self._waiting,
             self.streams,
             self.consumer_name,
-            free,
+            self._at_once(free),
             lease_ms,
             _suspect_from(max_deliveries),
             max_deliveries,
@@ -412,11 +415,28 @@ class RedisStreamBroker:
             locks: those that are in our hands; any other that the server takes for ours is given back.
         """
         held = [f"{stream} {entry}" for stream, entry in known]
-        lines = None if locks is None else [f"{lock['owner']}:{lock['key']}" for lock in locks]
-        messages = None
-        while messages is None:
-            messages = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, lines)
-        return self._deliveries(messages)
+        unknown = [] if locks is None else await self._unknown_locks(locks)
+        for part in in_calls(unknown, RELEASE_BATCH, lambda _: 0):
+            await scripts.recover(self._waiting, (), self.consumer_name, (), part)
+        deliveries: list[Delivery] = []
+        more = True
+        while more:
+            messages, more = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, ())
+            deliveries += (found := self._deliveries(messages))
+            held += [f"{each.stream} {each.entry}" for each in found]
+        return deliveries
+
+    async def _unknown_locks(self, known: Iterable[LockSpec]) -> list[bytes]:
+        ours = {scripts.pack(f"{lock['owner']}:{lock['key']}") for lock in known}
+        noted = self.redis.hscan_iter(keys.HELD_PREFIX + self.consumer_name, count=SCANNED)
+        try:
+            return [line async for line, kind in noted if kind and scripts.pack(line) not in ours]
+        except ResponseError:  # a key of another type is no record of ours
+            return []
+
+    def _at_once(self, free: int) -> int:
+        """Messages that one call may reserve: the next ones may be as large as the last ones."""
+        return min(free, max(1, CALL_BYTES // self._large_bytes))
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:
         """From the flat list of lua/_cancel.lua's `hand_out`."""
@@ -431,6 +451,8 @@ class RedisStreamBroker:
             if cancelled:
                 delivery.cancelled = True
             deliveries.append(delivery)
+        if deliveries:
+            self._large_bytes = max(self._large_bytes // 2, *(len(each.raw) for each in deliveries), 1)
         return deliveries
 
     async def promote(self, *, lines: bool = True) -> int | None:
@@ -444,9 +466,9 @@ class RedisStreamBroker:
             scheduler would end, which sees to it. None: nothing is delayed.
         """
         while True:
-            moved, next_due, now, leads_ms = await scripts.promote(self.redis, PROMOTE_BATCH)
+            moved, next_due, now, leads_ms, more = await scripts.promote(self.redis, PROMOTE_BATCH)
             self.counts.promoted += moved
-            if moved < PROMOTE_BATCH:
+            if not more:
                 if next_due is None:
                     return None
                 if next_due > now or not lines:
@@ -460,9 +482,9 @@ class RedisStreamBroker:
         Returns:
             Whether more may be due now; and when the next is (ms since the epoch), None: nothing is delayed.
         """
-        moved, next_due, now, _ = await scripts.promote(self.redis, PROMOTE_BATCH)
+        moved, next_due, now, _, more = await scripts.promote(self.redis, PROMOTE_BATCH)
         self.counts.promoted += moved
-        if moved == PROMOTE_BATCH:
+        if more:
             return True, next_due
         lines_are_due = next_due is not None and next_due <= now
         if lines_are_due:

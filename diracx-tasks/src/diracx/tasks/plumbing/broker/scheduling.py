@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import keys
 from .locking import acquire, extend, release
 from .scripts import pack, script
+from .sizes import in_calls
 from .stored import SCANNED, ms_of, text_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ LEADER_CHANNEL = keys.LEADER
 #: Says that something earlier is due now, or is paused no more.
 WAKE_CHANNEL = keys.WAKE_SCHEDULER
 _PROBLEMS_BATCH = 250
+
+#: Schedules that one script call pauses.
+PAUSE_BATCH = 500
 
 
 async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
@@ -46,7 +50,10 @@ async def run_now(redis: Redis, schedule: str, stream: str, task_id: str, data: 
 
 async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bool]:
     """Pause schedules, or let them go on. Returns for which that is news."""
-    return [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(schedules)])]
+    news: list[bool] = []
+    for part in in_calls(schedules, PAUSE_BATCH, lambda _: 0):
+        news += [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(part)])]
+    return news
 
 
 # --- the lead -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from redis.exceptions import NoScriptError
 
 from ..enums import Size
 from . import keys
+from .sizes import CALL_BYTES
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .line import Line
     from .models import Settlement
 
+#: Messages that one script call finds again.
+RECOVER_BATCH = 100
 #: Everything a script may need to know about all streams.
 EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
 #: The same, size by size.
@@ -206,16 +209,18 @@ async def reclaim(
 
 
 async def recover(
-    redis: Redis | Line, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[str] | None
-) -> Any:
-    """What the worker reserved without hearing of it; None: ask again. See lua/recover.lua."""
-    return await script("recover")(redis, streams, [consumer, pack(known), pack(locks)])
+    redis: Redis | Line, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[bytes]
+) -> tuple[list[Any], bool]:
+    """Some of what the worker reserved without hearing of it, and whether there is more. See lua/recover.lua."""
+    args = [consumer, pack(known), pack(locks), RECOVER_BATCH, CALL_BYTES]
+    messages, more = await script("recover")(redis, streams, args)
+    return messages, more == 1
 
 
-async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int]:
-    """Move what is due: (number moved, next due in ms or None, now in ms, ms for which one leads)."""
-    moved, next_due, now, leads_ms = await script("promote")(redis, args=[at_most])
-    return int(moved), None if int(next_due) < 0 else int(next_due), int(now), int(leads_ms)
+async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int, bool]:
+    """Move what is due: (how many, next due in ms or None, now in ms, ms for which one leads, is there more)."""
+    moved, next_due, now, leads_ms, more = await script("promote")(redis, args=[at_most, CALL_BYTES])
+    return int(moved), None if int(next_due) < 0 else int(next_due), int(now), int(leads_ms), more == 1
 
 
 async def lines(redis: Redis, at_most: int) -> None:
@@ -241,20 +246,23 @@ async def group(
 
 
 async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
-    """Cancel tasks: where each was, and its message if that has to be looked at. See lua/cancel.lua."""
-    replies = await script("cancel")(redis, args=[keep_ms, pack(tasks)])
+    """Cancel tasks: where each was, and its message if that has to be looked at. See lua/cancel.lua.
+
+    Where messages are large, only the first ones: ask again for the others.
+    """
+    replies = await script("cancel")(redis, args=[keep_ms, pack(tasks), CALL_BYTES])
     return [(place.decode(), message) for place, message in replies]
 
 
 async def find(redis: Redis, stream: str, begin: str, at_most: int) -> tuple[str, list[tuple[str, str, bytes]]]:
     """Look for marked tasks in a part of a stream: the last entry looked at; task, entry and message of each."""
-    last, found = await script("find")(redis, [stream], [begin, at_most])
+    last, found = await script("find")(redis, [stream], [begin, at_most, CALL_BYTES])
     return last.decode(), [(task.decode(), entry.decode(), message) for task, entry, message in found]
 
 
 async def task_ids(redis: Redis, stream: str, begin: str, at_most: int) -> list[bytes]:
     """The ids of the tasks in a part of a stream, behind the last entry looked at. See lua/task_ids.lua."""
-    found: list[bytes] = await script("task_ids")(redis, [stream], [begin, at_most])
+    found: list[bytes] = await script("task_ids")(redis, [stream], [begin, at_most, CALL_BYTES])
     return found
 
 

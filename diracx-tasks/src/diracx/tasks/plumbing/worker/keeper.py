@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..broker import worker_state
 from ..broker.control import ControlConnection
+from ..broker.sizes import LOCK_BYTES, in_calls
 from ..locks import SAFETY_MARGIN
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
+#: Deliveries that one call renews: 1 ms of the server's time.
+_RENEW_BATCH = 250
 
 
 class Hold(Protocol):
@@ -75,6 +78,22 @@ class Rest:
 
     def condemn(self) -> None:
         """It has ended."""
+
+
+@dataclass(frozen=True)
+class _Renewed:
+    """What one call has renewed, and in which life of the server's data."""
+
+    lost: list[Hold]
+    lost_locks: list[tuple[Hold, LockSpec]]
+    cancelled: list[Hold]
+    dataset_id: str
+    shortest_ms: int  # the shortest lease of all workers
+
+
+def _size(hold: Hold) -> int:
+    """What its renewal counts in a call: where marks of cancelled tasks are, its message is read."""
+    return len(hold.delivery.raw) + LOCK_BYTES * len(hold.locks)
 
 
 class _WithoutLocks:
@@ -287,13 +306,40 @@ class LeaseKeeper:
     def _renew_alone(self) -> None:
         with self._mutex:
             holds = list(self._holds.values())
+        # Some in each call; the lease counts from the moment before the first of them, once all are confirmed.
+        portions = list(in_calls(holds, _RENEW_BATCH, _size)) or [[]]
+        started = time.monotonic()
+        renewed = [self._renew_some(portion) for portion in portions]
+        while len({each.dataset_id for each in renewed}) > 1:  # the server has lost its data in between
+            renewed = [self._renew_some(portion) for portion in portions]
+        dataset_id = renewed[0].dataset_id
+        if time.monotonic() - self._renewed_at >= self._lease_seconds:
+            self._revived_at = time.monotonic()
+        self._renewed_at = started
+        # Else nobody could tell a worker that died from a server that was away for longer than its lease.
+        self._shortest_lease = renewed[-1].shortest_ms / 1000
+        with self._mutex:
+            for hold in holds:
+                if hold.locks and hold.locks_expire_at > time.monotonic():
+                    self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
+        if self.epoch not in ("", dataset_id):
+            logger.warning("the server has lost its data; %d running tasks go on", len(holds))
+        self.epoch = dataset_id
+        for each in renewed:
+            for hold in each.lost:
+                self._report(hold, "its lease ended and another worker took it over", taken_over=True)
+            for hold in each.cancelled:
+                self._loop.call_soon_threadsafe(hold.cancel)
+            for hold, lock in each.lost_locks:
+                self._report(hold, f"the lock {lock['key']} could not be renewed")
+
+    def _renew_some(self, holds: Sequence[Hold]) -> _Renewed:
         entries: list[dict[str, Any]] = [
             {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
             for h in holds
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
-        started = time.monotonic()
-        lost_entries, lost_locks, cancelled, epoch, shortest_ms = worker_state.renew(
+        lost_entries, lost_locks, cancelled, dataset_id, shortest_ms = worker_state.renew(
             self._redis,
             self._consumer,
             int(self._lease_seconds * 1000),
@@ -301,25 +347,13 @@ class LeaseKeeper:
             [lock for _, lock in locks],
             self.epoch,
         )
-        if time.monotonic() - self._renewed_at >= self._lease_seconds:
-            self._revived_at = time.monotonic()
-        self._renewed_at = started
-        # Else nobody could tell a worker that died from a server that was away for longer than its lease.
-        self._shortest_lease = shortest_ms / 1000
-        with self._mutex:
-            for hold in holds:
-                if hold.locks and hold.locks_expire_at > time.monotonic():
-                    self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
-        if self.epoch not in ("", epoch):
-            logger.warning("the server has lost its data; %d running tasks go on", len(holds))
-        self.epoch = epoch
-        for position in lost_entries:
-            self._report(holds[position], "its lease ended and another worker took it over", taken_over=True)
-        for position in cancelled:
-            self._loop.call_soon_threadsafe(holds[position].cancel)
-        for position in lost_locks:
-            hold, lock = locks[position]
-            self._report(hold, f"the lock {lock['key']} could not be renewed")
+        return _Renewed(
+            [holds[position] for position in lost_entries],
+            [locks[position] for position in lost_locks],
+            [holds[position] for position in cancelled],
+            dataset_id,
+            shortest_ms,
+        )
 
     def _report(self, hold: Hold, what: str, *, taken_over: bool = False) -> None:
         with self._mutex:

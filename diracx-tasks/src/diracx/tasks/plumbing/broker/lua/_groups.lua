@@ -86,22 +86,21 @@ local function child_done(g)
 end
 
 -- The children of a large group wait in `:staged` until all are in; then anybody moves them into their streams,
--- a part at a time. Returns how many were moved.
-local function release_staged(at_most)
+-- a part at a time, of so many bytes (but for what is larger alone). Returns how many were moved, and what is left of
+-- the bytes.
+local function release_staged(at_most, bytes_left)
   local moved = 0
-  while moved < at_most do
+  while moved < at_most and bytes_left > 0 do
     local group = redis.call('LINDEX', '$STAGED', 0)
     if not group then break end
-    local staged = redis.pcall('LPOP', '$GROUPS_PREFIX' .. group .. ':staged', at_most - moved)
-    if not staged or staged.err then
+    local child = redis.pcall('LPOP', '$GROUPS_PREFIX' .. group .. ':staged')
+    if type(child) ~= 'string' then
       redis.call('LPOP', '$STAGED')
     else
-      for _, child in ipairs(staged) do
-        local stream, data = head_of(child)
-        if not (is_stream(stream) and pcall(enqueue, stream, data)) then bury(group, child) end
-      end
-      moved = moved + #staged
+      local stream, data = head_of(child)
+      if not (is_stream(stream) and pcall(enqueue, stream, data)) then bury(group, child) end
+      moved, bytes_left = moved + 1, bytes_left - #child
     end
   end
-  return moved
+  return moved, bytes_left
 end

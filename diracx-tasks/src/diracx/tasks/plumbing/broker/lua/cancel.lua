@@ -7,12 +7,14 @@
 --   known  = 1, once its message was looked at, and then:
 --   result, group, collected, outcome, as in settle.lua;
 --   stream, entry: where it was found,
---   waiting = 1, if it is to be cancelled only as long as it waits there).
--- Returns for each {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
+--   waiting = 1, if it is to be cancelled only as long as it waits there),
+-- and the most bytes of messages to read (but for what is larger alone).
+-- Returns for each, or for the first ones (ask again for the others), {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
 -- #flags allow-oom
 -- #include _time _lines _locks _queue _wake _groups _cancel _schedules
 local replies, running, lines, now_ms, keep_ms = {}, {}, {}, now_us() / 1000, tonumber(ARGV[1])
+local bytes_left = tonumber(ARGV[3])
 trim('$CANCELLED', int(now_ms))
 
 local function mark(task)
@@ -34,6 +36,7 @@ end
 for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
   local stored = redis.call('HGET', '$DELAYED_DATA', t.task)
   local there = t.entry and redis.call('XRANGE', t.stream, t.entry, t.entry)[1]
+  bytes_left = bytes_left - #(stored or there and data_of(there[2]) or '')
   if t.waiting and not there then
     replies[position] = {'', ''}
   elseif stored and not t.waiting then
@@ -74,6 +77,7 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     mark(t.task)
     replies[position] = {'', ''}
   end
+  if bytes_left <= 0 then break end
 end
 for lock in pairs(lines) do look_at(lock, now_ms) end -- those behind may be of another kind
 redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))

@@ -29,5 +29,5 @@ if redis.call('EXISTS', key .. ':pending') == 0 then return fire(group, false) e
 remember(group, living_ms(redis.call('HGET', key, 'ttl_ms')))
 redis.call('RPUSH', '$STAGED', group)
 -- A group that came in one piece needs no second step, if nothing is before it.
-if first then release_staged(#children) end
+if first then release_staged(#children, math.huge) end
 return redis.call('EXISTS', '$STAGED') * 2

@@ -29,17 +29,19 @@ local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(A
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
 local SIZE_MS = 1e13 -- between two sizes, more than any time
 local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
-local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at
+local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at, less for large messages
+local BYTES = 2048
 local slots_too_few, suspect_waits, urgent_seen = false, false, 0
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local suspect_left = false
 
--- What a message is that was handed out so often. Deaths under earlier entries are noted in the entry.
+-- What a message is that was handed out so often, and its bytes. Deaths under earlier entries are noted in the entry.
 local function verdict(stream, entry, deliveries)
   local there = redis.call('XRANGE', stream, entry, entry)[1]
   local deaths = deaths_of(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
-  return deaths >= max_deliveries and 'convicted' or deaths >= suspect_from and 'suspect' or 'ordinary'
+  local what = deaths >= max_deliveries and 'convicted' or deaths >= suspect_from and 'suspect' or 'ordinary'
+  return what, #(there and data_of(there[2]) or '')
 end
 
 -- What is in the caller's hands, but for what will not run: 'suspect', 'ordinary' or nothing.
@@ -91,8 +93,10 @@ local function take_over(position, stream, worker)
   while looks_left > 0 do -- to the end: what may be taken can stand behind suspects that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
     for _, p in ipairs(pending.err and {} or pending) do
-      looks_left = looks_left - 1
-      local what = free > 0 and verdict(stream, p[1], tonumber(p[4]) + 1)
+      if looks_left <= 0 then return end
+      local what, bytes
+      if free > 0 then what, bytes = verdict(stream, p[1], tonumber(p[4]) + 1) end
+      looks_left = looks_left - 1 - (bytes or 0) / BYTES
       if what and not may_take(what) then
         suspect_waits = true
       else

@@ -1,35 +1,34 @@
 -- Hand a worker what it reserved without hearing of it: the connection was lost before the answer came.
--- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry"), the
---   locks that it knows to hold (msgpack list of "owner:key"; nil: it does not say).
--- Returns messages as reclaim.lua does. Locks that it does not know are given back: they were granted in such a call,
--- or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held. Where there
--- are more than one call may give back, it does nothing else and returns nil: ask again.
+-- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry"), some
+--   locks that its held-locks record has and that it does not know (msgpack list of "owner:key"), the most messages,
+--   the most bytes (but for what is larger alone).
+-- Returns {messages as reclaim.lua does, 1 if there are more}. The locks are given back: they were granted in such a
+-- call, or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held.
 -- #flags allow-oom
 -- #include _time _lines _locks _queue _wake _cancel _redelivery
-local AT_ONCE = 200 -- locks that one call gives back
 local consumer, known, messages, marks = ARGV[1], {}, {}, any_cancelled()
-local said, ours, unknown, lines = cmsgpack.unpack(ARGV[3]), {}, {}, {}
-for _, line in ipairs(said or {}) do ours[line] = true end
-local ledger = said and redis.pcall('HGETALL', '$HELD_PREFIX' .. consumer) or {}
-for _, lock in ipairs(ledger.err and {} or locks_in(ledger)) do
-  local line = ledger_line(lock)
-  if not ours[line] and #lines < AT_ONCE then
-    unknown[#unknown + 1], lines[#lines + 1] = lock, line
+local unknown, messages_left, bytes_left = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if unknown[1] then
+  local held_key = '$HELD_PREFIX' .. consumer
+  local kinds_of, lines = redis.call('HMGET', held_key, unpack(unknown)), {}
+  for position, line in ipairs(unknown) do
+    lines[#lines + 1], lines[#lines + 2] = line, kinds_of[position] or ''
   end
-end
-if lines[1] then
-  release_all(unknown)
-  redis.call('HDEL', '$HELD_PREFIX' .. consumer, unpack(lines))
-  if #lines == AT_ONCE then return false end
+  release_all(locks_in(lines))
+  redis.call('HDEL', held_key, unpack(unknown))
 end
 for _, held in ipairs(cmsgpack.unpack(ARGV[2])) do known[held] = true end
 for position, stream in ipairs(KEYS) do
   local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
   for _, p in ipairs(pending.err and {} or pending) do
     if not known[stream .. ' ' .. p[1]] then
+      if messages_left <= 0 or bytes_left <= 0 then return {messages, 1} end
       local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1], 'RETRYCOUNT', p[4])
-      if claimed[1] then hand_out(messages, position, with_survivals(stream, claimed[1], p[4]), p[4], marks) end
+      if claimed[1] then
+        messages_left, bytes_left = messages_left - 1, bytes_left - #(data_of(claimed[1][2]) or '')
+        hand_out(messages, position, with_survivals(stream, claimed[1], p[4]), p[4], marks)
+      end
     end
   end
 end
-return messages
+return {messages, 0}

@@ -1,0 +1,130 @@
+"""States of `size_states.py` in which one worker, one task or one message is very large."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import UTC, datetime, timedelta
+
+from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing.broker import inspection, keys, scripts
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.redis_streams import PROMOTE_BATCH
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import MAX_LOCKS
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest
+from redis.asyncio import Redis
+
+from .size_states import CALLS, QUEUE, Slots, State, World, message, queue, start
+
+_MESSAGE_BYTES = 1_000_000
+
+
+async def _taken(world: World) -> list[Delivery]:
+    deliveries: list[Delivery] = []
+    while found := (await world.worker.fetch(100, lease_seconds=600))[0]:
+        deliveries += found
+    return deliveries
+
+
+async def _locks_of_one_worker(world: World) -> None:
+    """As many for each task as it may have."""
+    locks = [MutexLock(JOB, number).spec() for number in range(world.items)]
+    await queue(world, -(-world.items // MAX_LOCKS))
+    for number, delivery in enumerate(await _taken(world)):
+        some = locks[number * MAX_LOCKS : (number + 1) * MAX_LOCKS]
+        await start(world, [delivery], locks=some)
+        world.kept.append(Rest(delivery, some))
+
+
+async def _use_locks_of_one_worker(world: World) -> None:
+    await _renew(world)
+    known = [lock for hold in world.kept for lock in hold.locks]
+    await world.worker.recover([(each.delivery.stream, each.delivery.entry) for each in world.kept], known[::2])
+    await world.worker.leave()
+
+
+async def _renew(world: World) -> None:
+    keeper = LeaseKeeper(world.url, world.worker.consumer_name, 600, asyncio.get_running_loop())
+    keeper.add(world.kept)
+    await keeper.renew()
+    await keeper.renew()
+
+
+async def _slots_of_one_worker(world: World) -> None:
+    await queue(world, world.items)
+    world.kept.extend(Rest(delivery) for delivery in await _taken(world))
+
+
+async def _use_slots_of_one_worker(world: World) -> None:
+    await _renew(world)
+    held = [each.delivery for each in world.kept]
+    await world.worker.recover([(each.stream, each.entry) for each in held])
+    await world.worker.recover([])
+    async with Redis.from_url(world.url) as redis:
+        await queue(world, 1)
+        await redis.xreadgroup(keys.GROUP, "dead", {QUEUE: ">"})
+        await redis.zadd(keys.ALIVE, {"dead": 1})
+    await world.worker.reclaim(50, lease_seconds=600)
+    for first in range(0, len(held), 100):
+        await world.worker.settle([Settlement(delivery) for delivery in held[first : first + 100]])
+
+
+async def _locks_of_one_task(world: World) -> None:
+    await queue(world, CALLS)
+
+
+async def _use_locks_of_one_task(world: World) -> None:
+    """The kind that takes longest."""
+    for delivery in await _taken(world):
+        locks = [Slots(JOB, number).spec() for number in range(min(world.items, MAX_LOCKS))]
+        await start(world, [delivery], locks=locks)
+        await world.worker.settle([Settlement(delivery, locks=locks)])
+
+
+async def _large_messages(world: World) -> None:
+    """Half of them queued, half of them delayed and all due."""
+    for number in range(world.items):
+        large = TaskMessage(
+            task_id=message(number).task_id, task_name="bench:NoOp", task_args=[os.urandom(_MESSAGE_BYTES)]
+        )
+        due = None if number % 2 else datetime.now(UTC) - timedelta(seconds=1)
+        await world.worker.submit([Submission(large, QUEUE, due)])
+
+
+async def _use_large_messages(world: World) -> None:
+    await inspection.delayed_heads(
+        world.redis, [message(number).task_id for number in range(0, world.items, 2)], 100
+    )
+    for _ in range(CALLS):
+        await scripts.promote(world.redis, PROMOTE_BATCH)
+    await inspection.stream_heads(world.redis, [(QUEUE, "-", "+", 100)], 100)
+    for _ in range(CALLS):
+        deliveries, _ = await world.worker.fetch(2, lease_seconds=600)
+        await world.worker.settle([Settlement(delivery) for delivery in deliveries])
+    await world.worker.cancel([message(number).task_id for number in range(world.items)])
+
+
+async def _cancelled(world: World) -> None:
+    """One in twenty runs, and as many listen."""
+    await queue(world, world.items)
+    redis: Redis = Redis.from_url(world.url, max_connections=world.items)
+    world.kept.append(redis)
+    for _ in range(world.items // 20):
+        await world.worker.fetch(1, lease_seconds=600)
+        listener = redis.pubsub()
+        await listener.subscribe(keys.CANCELLED, f"{keys.CANCELLED_CHANNEL_PREFIX}{id(listener)}")
+        world.kept.append(listener)
+
+
+async def _use_cancelled(world: World) -> None:
+    await world.worker.cancel([message(number).task_id for number in range(world.items)])
+
+
+HELD_STATES = [
+    State("locks that one worker holds", 20_000, _locks_of_one_worker, _use_locks_of_one_worker),
+    State("tasks that one worker runs", 1_000, _slots_of_one_worker, _use_slots_of_one_worker),
+    State("locks of one task", MAX_LOCKS, _locks_of_one_task, _use_locks_of_one_task),
+    State("messages of 1 MB", 200, _large_messages, _use_large_messages),
+    State("tasks cancelled together, 1,000 listeners", 20_000, _cancelled, _use_cancelled),
+]
