@@ -74,6 +74,7 @@ end
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
 -- more), 'asked' (by somebody who must wait) or 'timer'. What turns_of() and heads_of() say, if that is known already.
 local function grant_next(lock, why, turns, reserved, heads, any)
+  if why == 'released' and redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock.key)) == 0 then return end
   if not turns then turns, reserved = turns_of(lock) end
   -- Only slots are given back while others are on their way to take some.
   if reserved and not (why == 'released' and lock.kind == 'concurrency') then return end
