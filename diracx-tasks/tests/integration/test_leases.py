@@ -319,6 +319,6 @@ def test_a_worker_of_an_earlier_release_counts_with_the_longest_lease_that_is_kn
     let_pass(sync, 40_000)
     renew_for(sync, "short", SHORT_MS)
     assert near(left_ms(sync, "earlier"), LONG_MS)
-    sync.zrem(keys.ALIVE, "long")  # buried by it
+    sync.zrem(keys.ALIVE, "long")  # taken for dead by it
     asyncio.run(look_for_the_dead(redis_url, "short", SHORT_MS, audit=True))
     assert sync.zrange(keys.LEASES, 0, -1) == [b"short"]

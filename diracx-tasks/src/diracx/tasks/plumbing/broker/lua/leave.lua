@@ -2,7 +2,7 @@
 -- and its locks with them. Without messages it needs no lock: one that it got without hearing of it is given back.
 -- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing of it is left.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _wake
+-- #include _time _lines _locks _queue _looks _wake
 local MOST = 200 -- locks that one call gives back: more are left to others, as those of the dead are
 local held = '$HELD_PREFIX' .. ARGV[1]
 local lines = redis.pcall('HRANDFIELD', held, MOST + 1, 'WITHVALUES')

@@ -2,7 +2,7 @@
 -- KEYS: none. ARGV: the most lines to look at.
 -- Returns nothing.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _wake
+-- #include _time _lines _locks _queue _looks _wake
 local now = now_us() / 1000
 looking = true -- and tells nobody when to look next: whoever asks, asks promote.lua after that
 

@@ -6,7 +6,7 @@
 -- not renew (ms), 0 when none does, 1 when there is more to move}, all but the second 0 when there is nothing at all.
 -- If there is no more to move, and the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
--- #include _time _lines _queue _groups
+-- #include _time _lines _looks _queue _groups
 if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0, 0} end
 local now, at_most, bytes_left = now_us() / 1000, tonumber(ARGV[1]), tonumber(ARGV[2])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite

@@ -14,7 +14,7 @@
 -- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when somebody
 -- last looked at it.
 -- #flags allow-oom
--- #include _time _alive _lines _locks _queue _wake _cancel _redelivery
+-- #include _time _alive _lines _locks _queue _looks _wake _cancel _redelivery
 local now_ms = math.floor(now_us() / 1000)
 sign_on(ARGV[1], tonumber(ARGV[4]), now_us())
 local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2] or 0)

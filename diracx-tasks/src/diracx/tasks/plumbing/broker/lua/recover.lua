@@ -5,7 +5,7 @@
 -- Returns {messages as reclaim.lua does, 1 if there are more}. The locks are given back: they were granted in such a
 -- call, or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _wake _cancel _redelivery
+-- #include _time _lines _locks _queue _looks _wake _cancel _redelivery
 local consumer, known, messages, marks = ARGV[1], {}, {}, any_cancelled()
 local unknown, messages_left, bytes_left = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 if unknown[1] then

@@ -2,5 +2,5 @@
 -- KEYS: none. ARGV: locks (msgpack list of tables).
 -- Returns the number of locks that were held and are now free.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _wake
+-- #include _time _lines _locks _queue _looks _wake
 return release_all(cmsgpack.unpack(ARGV[1]))

@@ -7,7 +7,7 @@
 -- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
 -- Refusal and parking are one step: a lock that is given back in between cannot be missed.
 -- #flags allow-oom
--- #include _time _alive _pending _parts _lines _locks _queue _wake _cancel _redelivery _fencing
+-- #include _time _alive _pending _parts _lines _locks _queue _looks _wake _cancel _redelivery _fencing
 local PARKED_MS = 86400000 -- the line brings a task back; should that be lost, its own timer does
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
