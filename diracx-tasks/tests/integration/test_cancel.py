@@ -233,6 +233,12 @@ async def test_a_cancelled_execution_gives_its_locks_back(redis_url: str) -> Non
         await nothing_is_left(system)
 
 
+async def mark(redis: Redis, task_id: str) -> None:
+    """As cancel.lua leaves it, but announced to nobody."""
+    await redis.zadd(keys.CANCELLED, {task_id: (time.time() + 60) * 1000})
+    await redis.set(keys.ANY_CANCELLED, 1, px=60_000)
+
+
 async def test_a_worker_that_did_not_hear_finds_the_mark_with_its_next_renewal(
     redis_url: str, redis: Redis
 ) -> None:
@@ -240,8 +246,7 @@ async def test_a_worker_that_did_not_hear_finds_the_mark_with_its_next_renewal(
     async with TaskSystem(TASKS, redis_url=redis_url, settings=settings) as system:
         task_id = await Hangs().schedule()
         await until(lambda: "begun" in seen)
-        # As cancel.lua leaves it, but announced to nobody.
-        await redis.zadd(keys.CANCELLED, {task_id: (time.time() + 60) * 1000})
+        await mark(redis, task_id)
         await failed_as_cancelled(system, task_id)
         await nothing_is_left(system)
 
@@ -273,7 +278,7 @@ async def test_a_marked_task_is_dropped_by_whoever_takes_it_in(redis_url: str, r
         await redis.zadd(keys.ALIVE, {"dead": 0})
         assert await cancel_tasks([first]) == {first: TaskPlace.RUNNING}
         await dead.shutdown()
-        await redis.zadd(keys.CANCELLED, {second: (time.time() + 60) * 1000})
+        await mark(redis, second)
     async with TaskSystem(TASKS, redis_url=redis_url) as system:
         for task_id in (first, second):
             await failed_as_cancelled(system, task_id)
@@ -322,7 +327,7 @@ async def test_a_cancelled_task_that_was_woken_for_a_lock_hands_it_on(
     async with TaskSystem([kind], redis_url=redis_url, workers=0) as system:
         await held.release(redis)
         if by_a_worker:
-            await redis.zadd(keys.CANCELLED, {first: (time.time() + 60) * 1000})
+            await mark(redis, first)
         else:
             assert await system.cancel(first) is TaskPlace.QUEUED
     async with TaskSystem([kind], redis_url=redis_url, settings=settings) as system:

@@ -297,6 +297,7 @@ IN_THE_WAY = {
     keys.GROUPS: True,
     keys.DEAD_LETTERS: True,
     keys.CANCELLED: True,
+    keys.ANY_CANCELLED: True,
     keys.LEADER: True,
     keys.EPOCH: True,
     keys.FENCE: True,
@@ -311,7 +312,7 @@ IN_THE_WAY = {
 
 
 #: Of these, the right type is a string.
-STRINGS = ("lock", keys.LEADER, keys.EPOCH, keys.FENCE, keys.RENEWED, keys.TURN_PREFIX)
+STRINGS = ("lock", keys.ANY_CANCELLED, keys.LEADER, keys.EPOCH, keys.FENCE, keys.RENEWED, keys.TURN_PREFIX)
 
 
 @pytest.mark.parametrize("key", IN_THE_WAY)

@@ -63,6 +63,8 @@ GROUPS_AUDITED = "diracx:tasks:groups-audited"
 STAGED = "diracx:tasks:staged"
 #: Sorted set: cancelled task -> until when its mark is kept (ms). Also a channel: the id of one that is cancelled.
 CANCELLED = "diracx:tasks:cancelled"
+#: String, with a time to live: CANCELLED may have marks. Read together with EPOCH, by one command.
+ANY_CANCELLED = "diracx:tasks:any-cancelled"
 #: Channel per worker, no key: ids of tasks that it runs and that are cancelled (msgpack list).
 CANCELLED_CHANNEL_PREFIX = "diracx:tasks:cancelled:"
 #: Stream: dead letters that wait for a worker to import them into the database.

@@ -71,6 +71,7 @@ async def close_spare(redis: Redis, keep: int = 1) -> None:
     unused = [connection for connection in pool._available_connections if connection.is_connected]
     for connection in unused[: len(unused) - keep]:  # the last is used next
         await connection.disconnect(nowait=True)  # which waits for nothing, so none is taken meanwhile
+        connection.was_connected = False  # it is not lost
 
 
 def _pool(

@@ -80,14 +80,15 @@ async def report(
     return int(now_ms), bool(known), bool(more)
 
 
-async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int) -> int:
+async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int, *, again: bool) -> int:
     """Send sums without a report; the report of some worker adds them up. Returns how many wait.
 
     Args:
         ttl_ms: how long they wait at most.
+        again: the last answer was lost, and with it perhaps that they are the first.
     """
     waiting: int = await redis.execute_command("RPUSH", keys.SUMS, pack(sums))
-    if waiting == 1:
+    if waiting == 1 or again:
         await redis.pexpire(keys.SUMS, ttl_ms)
     return waiting
 

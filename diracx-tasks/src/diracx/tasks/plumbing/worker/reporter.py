@@ -47,6 +47,8 @@ REPORT_SECONDS = 5.0
 #: Reports that are left out, one after the other, when they would say nothing but that the worker is there. Others
 #: count it as silent after `HealthThresholds.silent_seconds`.
 _LEFT_OUT = 9
+#: One of so many reports, when they would be sums of finished tasks alone: they wait for more.
+_SUMS_EVERY = 2
 #: The worker that finds no sums of others in the list adds up those that have come together until its next report.
 #: Should it not be there, those that are as old as this are added up with the next report of an idle worker.
 _SUMS_OLD_MS = 20_000
@@ -141,6 +143,8 @@ class Reporter:
         """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
         self._left_out = 0
         self._unsent_sums: tuple[int, dict[str, Any]] | None = None
+        self._sums_sent = False
+        """Whether these were sent, and not answered."""
         self._adds_up = False
         """Whether the sums in the list are this worker's to add up."""
         self._dataset = ""
@@ -278,20 +282,16 @@ class Reporter:
         if self._unsent is None:
             await self._send_sums()
         if self._unsent is None:
-            taken = self._taken()
-            if (
-                if_new
-                and not (news[1] or self._is_news(state))
-                and not self._adds_up
-                and self._left_out < _LEFT_OUT
-            ):
+            sums_alone = not (news[1] or self._is_news(state) or self._failures or self._locks)
+            if if_new and sums_alone and not self._adds_up:
+                due = self._left_out >= _LEFT_OUT
                 self._left_out += 1
-                if not taken:
-                    return
-                if not taken.keys() - {"stats", "ended"}:
+                if (due or self._left_out % _SUMS_EVERY == 1) and (taken := self._taken()):
                     self._unsent_sums = (self._next_number(), taken)
-                    return await self._send_sums()
-            self._unsent = (self._next_number(), taken)
+                    await self._send_sums()
+                if not due or self._adds_up or self._unsent is not None:
+                    return
+            self._unsent = (self._next_number(), self._taken())
         number, added = self._unsent
         asked_at = time.time()
         older_ms = 0 if self._adds_up else None if added else _SUMS_OLD_MS
@@ -317,12 +317,13 @@ class Reporter:
         if self._unsent_sums is None:
             return
         sums = [self._broker.consumer_name, *self._unsent_sums]
+        again, self._sums_sent = self._sums_sent, True
         try:
-            told = await worker_state.send_sums(self._broker.redis, sums, _SUMS_MS)
+            told = await worker_state.send_sums(self._broker.redis, sums, _SUMS_MS, again=again)
         except ResponseError:  # as of a full server, which takes reports all the same
-            self._unsent, self._unsent_sums = self._unsent_sums, None
+            self._unsent, self._unsent_sums, self._sums_sent = self._unsent_sums, None, False
             return
-        self._unsent_sums = None
+        self._unsent_sums, self._sums_sent = None, False
         self._adds_up = told == 1 or told % _MANY_SUMS == 0
 
     def report_blocked(self, redis: SyncRedis, blocked: dict[str, Any] | None) -> None:

@@ -6,9 +6,11 @@
 local UNHEARD = 0.6
 local RENEWED_MS = 86400000 -- longer than a server is away and comes back
 
--- The shortest lease of all (ms), or nil.
+-- The shortest lease of all (ms), or nil. Asked for once in a script.
+local shortest_ms
 local function shortest_lease()
-  return tonumber(redis.call('ZRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2])
+  if not shortest_ms then shortest_ms = tonumber(redis.call('ZRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2]) end
+  return shortest_ms
 end
 
 -- Where the server was away, each worker that could not renew gets another term of its own length, but for those that
@@ -16,13 +18,14 @@ end
 -- release, or the list was lost) counts with the longest that is known.
 local function note_contact(lease_ms, now)
   local now_ms = now / 1000
-  local heard = tonumber(redis.pcall('GET', '$RENEWED') or nil) -- of another type: it is replaced
+  local heard = redis.pcall('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS, 'GET')
+  if type(heard) == 'table' then redis.call('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS) end -- of another type
+  heard = tonumber(type(heard) == 'string' and heard or nil)
   if not heard then
     local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')
     local length = newest[1] and redis.call('ZSCORE', '$LEASES', newest[1]) or lease_ms
     heard = newest[1] and tonumber(newest[2]) - tonumber(length) or now_ms
   end
-  redis.call('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS)
   local unheard_ms = now_ms - heard
   if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return end
   local unknown = math.max(lease_ms, tonumber(redis.call('ZREVRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2]) or 0)
@@ -42,6 +45,7 @@ local function heartbeat(consumer, lease_ms, now)
   local shortest = shortest_lease()
   redis.call('ZADD', '$ALIVE', int(now / 1000 + lease_ms), consumer)
   redis.call('ZADD', '$LEASES', int(lease_ms), consumer)
+  shortest_ms = math.min(shortest or lease_ms, lease_ms)
   if shortest and lease_ms < shortest then redis.call('PUBLISH', '$LEASES', int(lease_ms)) end
 end
 

@@ -80,7 +80,9 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
   if bytes_left <= 0 then break end
 end
 for lock in pairs(lines) do look_at(lock, now_ms) end -- those behind may be of another kind
-redis.call('PEXPIRE', '$CANCELLED', int(keep_ms))
+if redis.call('PEXPIRE', '$CANCELLED', int(keep_ms)) == 1 then
+  redis.call('SET', '$ANY_CANCELLED', 1, 'PX', int(keep_ms))
+end
 for worker, tasks in pairs(running) do
   redis.call('PUBLISH', '$CANCELLED_CHANNEL_PREFIX' .. worker, cmsgpack.pack(tasks))
 end

@@ -12,7 +12,7 @@
 -- that comes again adds nothing, and neither do sums.
 -- #flags allow-oom
 -- #include _time
-local SAID_MS, RENEW_MINUTES, MINUTES_MS, HOURS_MS = 3600000, 10, 4200000, 90000000
+local SAID_MS, RENEW_MINUTES, MINUTES_MS, HOURS_MS, FLOW_MINUTES = 3600000, 10, 4200000, 90000000, 3
 local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS, SUMS_AT_ONCE = 500, 604800000, 1000, 86400000, 200
 local worker, now_ms = ARGV[1], math.floor(now_us() / 1000)
 local said = '$REPORT_PREFIX' .. worker
@@ -38,9 +38,11 @@ else
   end
 end
 
--- How much has ever come into each queue: the first report of a minute notes it, and differences are rates.
+-- How much has ever come into each queue: the first report of a minute notes it, and differences are rates. Where
+-- nothing ends, every third minute is enough for those who look.
 local flow = '$FLOW_PREFIX' .. minute
-if new_minute and redis.call('HEXISTS', flow, 'at') == 0 then
+local due = known == 0 or ARGV[5] ~= '' or tonumber(minute) % FLOW_MINUTES == 0
+if new_minute and due and redis.call('HEXISTS', flow, 'at') == 0 then
   local noted, streams, handovers = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
   for position, stream in ipairs(streams) do handovers[position] = stream .. '$HANDOVER' end
   -- In most installations the queues of some sizes were never used: a worker makes all of its size.
@@ -129,7 +131,9 @@ local added = ARGV[5] ~= '' and not repeated and cmsgpack.unpack(ARGV[5]) or {}
 add(added)
 add_up('$MINUTE_PREFIX' .. minute, MINUTES_MS)
 add_up('$HOUR_PREFIX' .. hour, HOURS_MS)
-for stream, number in pairs(ended) do redis.call('HINCRBY', flow, stream .. ' ended', number) end
+for stream, number in pairs(ended) do
+  if redis.call('HINCRBY', flow, stream .. ' ended', number) == number then redis.call('PEXPIRE', flow, MINUTES_MS) end
+end
 for _, failure in ipairs(added.failures or {}) do
   redis.call('XADD', '$FAILURES', 'MAXLEN', '~', FAILURES, '*', 'data', failure)
 end

@@ -18,9 +18,13 @@
 -- #flags allow-oom
 -- #include _pending
 local consumer, unsettled = ARGV[1], {}
-local data_lost = ARGV[2] ~= '' and redis.pcall('GET', '$EPOCH') ~= ARGV[2]
+local dataset_id, marks = unpack(redis.call('MGET', '$EPOCH', '$ANY_CANCELLED'))
+local data_lost = ARGV[2] ~= '' and dataset_id ~= ARGV[2]
 local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
-local marks = redis.call('TYPE', '$CANCELLED').ok == 'zset'
+if marks and redis.call('TYPE', '$CANCELLED').ok ~= 'zset' then
+  redis.call('DEL', '$ANY_CANCELLED')
+  marks = nil
+end
 local pending = all_pending_of(consumer, places, 3)
 local ended, lines = {}, {}
 
