@@ -23,7 +23,7 @@ class Bound(NamedTuple):
 
 
 BOUNDS = (
-    Bound("diracx-tasks/src", 34_950, 21_000),
+    Bound("diracx-tasks/src", 34_990, 21_000),
     Bound("diracx-tasks/src/diracx/tasks/cli", 4_750, 3_200),
     Bound("gubbins/src", 11_450, 11_000),
 )
