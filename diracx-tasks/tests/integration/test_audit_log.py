@@ -96,7 +96,7 @@ async def test_a_user_who_acts_too_often_is_refused_until_a_minute_has_passed_an
     assert len(await read_audit(redis, 1000, vo="lhcb")) == limit
     assert await perform(victim, "ce") == "done"
     [key] = [key async for key in redis.scan_iter("limiter:rate:api_user:*mallory")]
-    assert 0 < await redis.pttl(key) <= 61_000
+    assert 0 < await redis.pttl(key) <= 120_000  # two windows
     admin = user("root", "lhcb", SERVICE_ADMINISTRATOR)
     for _ in range(limit + 1):
         assert await perform(admin, "ce") == "done"
