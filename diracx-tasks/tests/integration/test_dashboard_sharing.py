@@ -18,6 +18,7 @@ from diracx.tasks.web.auth.backends import Principal, Role
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import DashboardApp, create_app
 from diracx.tasks.web.dashboard.page import Extension, Page, Request
+from diracx.tasks.web.sse import StreamSettings
 
 LONG = 3600.0
 
@@ -126,7 +127,7 @@ def dashboard(context: AppContext, load: Any, templates: Path) -> DashboardApp:
 
     extension = Extension(pages=[page], templates=templates)
     # Each stream looks once, and ends.
-    return create_app(this, VoGate(), extensions=[extension], stream_seconds=0.001)
+    return create_app(this, VoGate(), extensions=[extension], stream=StreamSettings(max_seconds=0.001))
 
 
 async def follow(app: DashboardApp, vo: str, query: str = "", path: str = "/live/counted") -> str:
