@@ -45,7 +45,14 @@ EXCEPTIONS = {
     ("snapshot.lua", "'HGETALL', '$FLOW_PREFIX' .. int(minute)"): "the same",
     ("snapshot.lua", "'HGETALL', '$DELAYED_REASONS'"): "one field for each of four reasons",
     ("alerts.lua", "'HKEYS', '$ALERTS'"): "alerts: each health check names a few subjects",
-    ("_alive.lua", "'ZRANGEBYSCORE', '$ALIVE', '(0', '+inf'"): "workers; only after the server was away",
+    (
+        "_alive.lua",
+        "'ZRANGEBYSCORE', '$ALIVE', '(0', '+inf', 'WITHSCORES'",
+    ): "workers; only after the server was away",
+    (
+        "_locks.lua",
+        "'ZRANGEBYSCORE', lock.key, '(' .. int(now), '+inf'",
+    ): "a log, whose grants are merged; only after the clock was set back",
     ("_pending.lua", "'XPENDING', stream, '$GROUP', first, last, 10000, consumer"): "slots of one worker",
     ("recover.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
     ("reclaim.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
@@ -64,6 +71,7 @@ SMALL = {
     "'DEL', '$GROUPS_AUDITED'",
     "'DEL', '$DELAYED_REASONS'",
     "'DEL', '$IMPORTER'",
+    "'DEL', '$ANY_CANCELLED'",
     "'DEL', '$DEAD_LETTERS'",  # an empty one
     "'DEL', room",
     "'DEL', said",
