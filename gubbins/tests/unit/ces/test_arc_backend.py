@@ -28,7 +28,9 @@ Handler = Callable[[httpx.Request], httpx.Response]
 
 
 def arc_settings(**more: Any) -> ArcSettings:
-    return ArcSettings(**({"url": URL, "token": "/nowhere", "default_script": "true"} | more))
+    return ArcSettings(
+        **({"url": URL, "token": "/nowhere", "default_script": "true", "list_again_seconds": 0} | more)
+    )
 
 
 def backend_that_hears(handler: Handler, **more: Any) -> ArcBackend:

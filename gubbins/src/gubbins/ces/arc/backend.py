@@ -39,8 +39,6 @@ _STATES = {
     **dict.fromkeys(("FAILED", "KILLED", "WIPED"), Observed.FAILED),
 }
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
-# A job that changes its state while the CE makes the list of them may be left out of it.
-_LIST_AGAIN_AFTER_SECONDS = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +168,8 @@ class ArcBackend(CEBackend[ArcSettings]):
         the pilot; the others are killed.
         """
         names, seen = set(stamps), set(others)
-        for pause in (0, _LIST_AGAIN_AFTER_SECONDS):
+        # A job that changes its state while the CE makes the list of them may be left out of it.
+        for pause in (0, self.settings.list_again_seconds):
             if names <= self._ids.keys():
                 return
             await asyncio.sleep(pause)

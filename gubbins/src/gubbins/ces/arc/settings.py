@@ -47,6 +47,13 @@ class ArcSettings(PilotSettings):
     timeout_seconds: float = Field(
         default=30, gt=0, le=300, allow_inf_nan=False, description="No single request is waited for any longer."
     )
+    list_again_seconds: float = Field(
+        default=0.3,
+        ge=0,
+        le=60,
+        allow_inf_nan=False,
+        description="Before jobs not found in the CE's list are looked for again.",
+    )
 
     @field_validator("url")
     @classmethod
