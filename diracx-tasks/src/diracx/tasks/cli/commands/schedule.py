@@ -46,12 +46,12 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
     from ...operations.views import SCHEDULES
-    from ...plumbing.broker.scheduling import somebody_leads
+    from ...plumbing.broker.scheduling import has_leader
 
     config = _configuration(server, required=False)
 
     async def read(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
-        return await _states(broker.redis, server, config), await somebody_leads(broker.redis)
+        return await _states(broker.redis, server, config), await has_leader(broker.redis)
 
     states, led = server.run(read)
     if ids:

@@ -401,7 +401,7 @@ class RedisStreamBroker:
                 lengths = zip(some, await self.redis.zmscore(keys.LEASES, some), strict=True)
                 ends_ms = {name: int(now_ms + (length or unknown_ms)) for name, length in lengths}
                 await self.redis.zadd(keys.ALIVE, ends_ms, nx=True)
-            # Whoever was buried by an earlier release, which knows nothing of these.
+            # Workers that an earlier release took for dead: it knows nothing of these keys.
             if gone := await self.redis.zdiff([keys.LEASES, keys.ALIVE]):
                 await self.redis.zrem(keys.LEASES, *gone)
 

@@ -86,7 +86,7 @@ async def lead_left_ms(redis: Redis) -> int:
     return left_ms
 
 
-async def somebody_leads(redis: Redis) -> bool:
+async def has_leader(redis: Redis) -> bool:
     """Whether a scheduler leads."""
     return bool(await redis.execute_command("EXISTS", keys.LEADER))
 

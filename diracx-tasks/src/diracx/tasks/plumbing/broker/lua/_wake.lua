@@ -28,7 +28,7 @@ local function grant_turn(lock, head, granted)
   local stream, _, _, _, _, waits_for = parts_of(stored or '')
   work_left = work_left - 1 - #(stored or '') / BYTES
   if not stream or waits_for ~= lock.key or size_of(stream) ~= head.size then
-    redis.call('ZREM', head.line, head.waiter) -- whoever this was, waits here no more
+    redis.call('ZREM', head.line, head.waiter) -- this waiter has left the line
     return false
   end
   local entry = undelay(task, lock.key, stored)

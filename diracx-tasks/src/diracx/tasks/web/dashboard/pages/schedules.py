@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ....operations.views import SCHEDULES
-from ....plumbing.broker.scheduling import somebody_leads
+from ....plumbing.broker.scheduling import has_leader
 from ....plumbing.scheduler import ScheduleState, schedules
 from ..page import (
     Action,
@@ -39,7 +39,7 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     chosen = [state for state in states if wanted in ("", state.vo)]
     shown = [state for state in chosen if state.id > after][:_PAGE]
     notes = list(settings.problems) if viewer.sees(None) else []
-    if not await somebody_leads(context.redis):
+    if not await has_leader(context.redis):
         notes.insert(0, "No scheduler leads: nothing is submitted. Start one with `diracx-task-run scheduler`.")
     links = [Link(vo, f"/schedules?vo={quote(vo, safe='')}", vo == wanted) for vo in vos]
     return TablePage(
