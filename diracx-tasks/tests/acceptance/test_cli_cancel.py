@@ -38,6 +38,7 @@ def test_cancel_ends_a_running_task_and_the_waiting_caller_gets_the_reason(serve
         "submit", "my_tasks:Slow", "--args", arguments, "--wait", "--timeout", "30", "--module", "my_tasks.py"
     )
     wait_until(begun.exists, "the task runs")
+    waiting.until("\n")
     task_id = waiting.output.split()[5]
     result = served("cancel", task_id, "--json")
     assert result.returncode == 0
