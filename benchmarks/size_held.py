@@ -12,7 +12,7 @@ from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission
 from diracx.tasks.plumbing.broker.redis_streams import PROMOTE_BATCH
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS
-from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from redis.asyncio import Redis
 
 from .size_states import CALLS, QUEUE, Slots, State, World, message, queue, start
@@ -34,7 +34,7 @@ async def _locks_of_one_worker(world: World) -> None:
     for number, delivery in enumerate(await _taken(world)):
         some = locks[number * MAX_LOCKS : (number + 1) * MAX_LOCKS]
         await start(world, [delivery], locks=some)
-        world.kept.append(Rest(delivery, some))
+        world.kept.append(PendingAck(delivery, some))
 
 
 async def _use_locks_of_one_worker(world: World) -> None:
@@ -53,7 +53,7 @@ async def _renew(world: World) -> None:
 
 async def _slots_of_one_worker(world: World) -> None:
     await queue(world, world.items)
-    world.kept.extend(Rest(delivery) for delivery in await _taken(world))
+    world.kept.extend(PendingAck(delivery) for delivery in await _taken(world))
 
 
 async def _use_slots_of_one_worker(world: World) -> None:

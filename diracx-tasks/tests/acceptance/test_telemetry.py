@@ -454,10 +454,10 @@ def test_spans_have_the_names_links_and_attributes_of_the_published_package(
             "task.reclaimed": False,
             "messaging.destination.name": "diracx:tasks:realtime:medium",
         }
-    [retried], [given_up] = first.events, second.events
-    assert (retried.name, given_up.name) == ("task.retry_scheduled", "task.given_up")
+    [retried], [dropped] = first.events, second.events
+    assert (retried.name, dropped.name) == ("task.retry_scheduled", "task.given_up")
     assert {"task.retry.reason": "error", "task.retry.attempt": 1}.items() <= _plain(retried.attributes).items()
-    assert _plain(given_up.attributes) == {"task.action": "dlq"}
+    assert _plain(dropped.attributes) == {"task.action": "dlq"}
 
     executed = named("task.execute traced:Root")
     assert [span.parent_span_id for span in executed] == [first.span_id, second.span_id]

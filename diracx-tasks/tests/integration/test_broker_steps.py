@@ -14,7 +14,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settlement import hand_back
 from redis.asyncio import Redis
 
@@ -174,12 +174,12 @@ async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_not
         await submit(each, "fresh")
         await each.fetch(1)
     await dies(redis, second)
-    taken, _, makes_room = await third.reclaim(10)
-    assert ([delivery.deaths for delivery in taken], makes_room) == ([1], True)
+    taken, _, draining = await third.reclaim(10)
+    assert ([delivery.deaths for delivery in taken], draining) == ([1], True)
     assert (await fourth.reclaim(10))[::2] == ([], False), "one makes room, the others go on"
     idle = await worker("idle")
-    [suspect], _, makes_room = await idle.reclaim(10)
-    assert (suspect.deaths, makes_room) == (2, False)
+    [suspect], _, draining = await idle.reclaim(10)
+    assert (suspect.deaths, draining) == (2, False)
     await dies(redis, third)  # with two that are no suspects
     assert (await idle.reclaim(10))[0] == []
     assert len((await fourth.reclaim(10))[0]) == 1, "the other is a suspect by now"
@@ -274,8 +274,8 @@ async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entr
     old = Delivery(stream=QUEUE, entry="1-1", deliveries=1, data=b"", raw=b"")
     new = replace(old, deliveries=3)  # it was taken over from us, and then by us
     keeper = LeaseKeeper("redis://localhost", "a", 30, asyncio.get_running_loop())
-    keeper.add([Rest(old)])
-    keeper.add([Rest(new)])
+    keeper.add([PendingAck(old)])
+    keeper.add([PendingAck(new)])
     keeper.forget([old])
     assert keeper.held() == [(QUEUE, "1-1")]
     keeper.forget([new])
@@ -291,7 +291,7 @@ async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
     await submit(mine, "new")
     [delivery], _ = await mine.fetch(1)
     async with LeaseKeeper(redis_url, "mine", 600, asyncio.get_running_loop()) as keeper:
-        keeper.add([Rest(delivery)])
+        keeper.add([PendingAck(delivery)])
         assert await mine.settle([Settlement(delivery)], "a life that is over") == [None]
         keeper.epoch = "a life that is over"
         await keeper.renew()
@@ -306,7 +306,7 @@ async def test_a_worker_that_has_fallen_silent_and_left_is_on_no_list_again(
     mine = await worker("mine")
     async with LeaseKeeper(redis_url, "mine", 600, asyncio.get_running_loop()) as keeper:
         assert await redis.zscore(keys.ALIVE, "mine") is not None
-        keeper.fall_silent()
+        keeper.stop_renewing()
         assert await mine.leave()
         await keeper.renew()
     assert await redis.zscore(keys.ALIVE, "mine") is None

@@ -29,7 +29,7 @@ from diracx.tasks.plumbing.broker.cancel import CANCEL_BATCH, FIND_BATCH
 from diracx.tasks.plumbing.broker.models import Settlement, submit_task
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker.announcements import Announcements
+from diracx.tasks.plumbing.worker.control_channel import ControlChannel
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -482,16 +482,16 @@ async def test_any_number_of_cancelled_tasks_is_noted_in_one_pass(redis_url: str
             return super().items()
 
     told: list[str] = []
-    announcements = Announcements("worker", told.extend, lambda _: None, lambda: None)
-    announcements._heard = Counted()
+    channel = ControlChannel("worker", told.extend, lambda _: None, lambda: None)
+    channel._heard = Counted()
     ids = [f"task {number}" for number in range(20_000)]
     for first in range(0, 10_000, CANCEL_BATCH):
-        announcements._hear(ids[first : first + CANCEL_BATCH])
+        channel._hear(ids[first : first + CANCEL_BATCH])
     for task_id in ids[10_000:]:
-        announcements._hear([task_id])
+        channel._hear([task_id])
     assert told == ids
     assert Counted.looked_at < 2 * len(ids)
-    assert all(announcements.heard_since(0.0, task_id) for task_id in ids)
+    assert all(channel.cancelled_since(0.0, task_id) for task_id in ids)
 
 
 async def test_what_runs_on_after_the_server_lost_its_data_can_be_cancelled(redis_url: str, redis: Redis) -> None:

@@ -19,7 +19,7 @@ from diracx.tasks.plumbing import (
     schedule_many,
 )
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.worker.blueprint import Blueprint
+from diracx.tasks.plumbing.worker.task_spec import TaskSpec
 from diracx.tasks.testing import TaskSystem
 
 SITE = register_locked_object_type("test_site")
@@ -136,7 +136,7 @@ async def test_a_default_for_tasks_limits_each_class_and_its_own_limit_wins(redi
 def locks_of(task: BaseTask, **config: Any) -> dict[str, Any]:
     """The key of each lock that is taken, with its limit."""
     name = f"test:{type(task).__name__}"
-    taken = Blueprint(name, type(task), TasksConfig.model_validate(config)).locks(task)
+    taken = TaskSpec(name, type(task), TasksConfig.model_validate(config)).locks(task)
     return {lock.redis_key: getattr(lock, "limit", None) for lock in taken}
 
 
@@ -153,8 +153,8 @@ def test_without_configuration_a_limiter_costs_nothing() -> None:
             return super().get_limits(*args, **kwargs)
 
     unrelated = {SITE: {"default": {"concurrency_limit": 1}}}
-    assert Blueprint("test:AtSite", AtSite, Counting()).locks(AtSite("here")) == []
-    assert Blueprint("test:Plain", Plain, Counting.model_validate({"limits": unrelated})).locks(Plain()) == []
+    assert TaskSpec("test:AtSite", AtSite, Counting()).locks(AtSite("here")) == []
+    assert TaskSpec("test:Plain", Plain, Counting.model_validate({"limits": unrelated})).locks(Plain()) == []
     assert asked == []
 
 

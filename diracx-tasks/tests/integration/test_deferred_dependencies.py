@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from diracx.tasks.jobs import DummyJobExecutorTask
 from diracx.tasks.plumbing.sql.databases import may_be_configured
-from diracx.tasks.plumbing.worker.blueprint import blueprints
 from diracx.tasks.plumbing.worker.dependencies import Dependencies
+from diracx.tasks.plumbing.worker.task_spec import task_specs
 from diracx.tasks.testing import TaskSystem
 
 SETTINGS = """
@@ -143,9 +143,9 @@ def test_where_a_database_may_be_configured_nothing_is_deferred(
 
     registry: dict[str, Any] = {"test:Deferred": tasks.Deferred, "jobs:DummyJobExecutorTask": DummyJobExecutorTask}
     assert not may_be_configured()
-    assert "test:Deferred" in Dependencies(blueprints(registry, TasksConfig()), {}).deferred
+    assert "test:Deferred" in Dependencies(task_specs(registry, TasksConfig()), {}).deferred
     monkeypatch.setenv(variable, "sqlite+aiosqlite:///:memory:")
-    found = Dependencies(blueprints(registry, TasksConfig()), {})
+    found = Dependencies(task_specs(registry, TasksConfig()), {})
     assert (found.deferred, len(found.plans)) == (frozenset(), 2)
     with pytest.raises(NameError, match="Lost"):
-        Dependencies(blueprints({"test:Broken": tasks.Broken}, TasksConfig()), {})
+        Dependencies(task_specs({"test:Broken": tasks.Broken}, TasksConfig()), {})

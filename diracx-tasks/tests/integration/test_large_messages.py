@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission
 from diracx.tasks.plumbing.broker.redis_streams import PROMOTE_BATCH
 from diracx.tasks.plumbing.broker.sizes import CALL_BYTES
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, Rest
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
@@ -150,7 +150,7 @@ async def test_a_renewal_of_very_much_is_several_calls_and_all_of_it_or_none_is_
         assert await lock.acquire(redis)
     keeper = LeaseKeeper(redis_url, "worker", 600, asyncio.get_running_loop())
     await keeper.renew()
-    holds = [Rest(each, [lock.spec()]) for each, lock in zip(deliveries, locks, strict=True)]
+    holds = [PendingAck(each, [lock.spec()]) for each, lock in zip(deliveries, locks, strict=True)]
     keeper.add(holds)
     if loses == "everything before":
         await redis.flushdb()
@@ -158,7 +158,7 @@ async def test_a_renewal_of_very_much_is_several_calls_and_all_of_it_or_none_is_
         asked = []
         renew_some = keeper._renew_some
 
-        def lose_then_renew(some: list[Rest]) -> object:
+        def lose_then_renew(some: list[PendingAck]) -> object:
             asked.append(len(some))
             if len(asked) == 2:
                 with SyncRedis.from_url(redis_url) as sync:

@@ -40,7 +40,7 @@ class Marked(BaseTask):
 
 class LossyProxy:
     """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
-    after `fall_silent()` passes nothing on by the connections that there are, and leaves them open;
+    after `stop_answering()` passes nothing on by the connections that there are, and leaves them open;
     `forget()` closes those, and does not tell the server.
     """
 
@@ -58,7 +58,7 @@ class LossyProxy:
         self._needle, self._countdown = needle, nth
         self.lost.clear()
 
-    def fall_silent(self) -> None:
+    def stop_answering(self) -> None:
         self._silent = self._connections
 
     def forget(self) -> None:
@@ -220,7 +220,7 @@ async def test_a_silent_connection_for_announcements_is_replaced(redis_url: str)
         proxy.serve() as silent_url,
         LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: heard.set()),
     ):
-        proxy.fall_silent()
+        proxy.stop_answering()
         async with asyncio.timeout(60):
             while not heard.is_set():
                 await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")

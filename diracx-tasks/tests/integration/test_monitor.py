@@ -299,7 +299,7 @@ async def test_a_report_that_is_sent_twice_counts_once(redis: Redis, broker: Red
 async def test_a_worker_that_runs_nothing_sends_one_command_per_report(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert reporter.RUNNING_TOLD == 200
+    assert reporter.RUNNING_REPORTED == 200
     monkeypatch.setattr(reporter, "REPORT_SECONDS", 5.0)
     async with TaskSystem([Held], redis_url=redis_url, workers=1) as system:
         redis = system.broker.redis

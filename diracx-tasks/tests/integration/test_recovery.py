@@ -138,9 +138,9 @@ async def test_P9_a_worker_looks_again_when_the_next_lease_ends_and_every_second
         second = await worker("2")
         assert len((await second.reclaim(1))[0]) == 1
         await redis.zadd(keys.ALIVE, {"2": 1})
-    taken, again_seconds, makes_room = await looks.reclaim(1, lease_seconds=600)
+    taken, again_seconds, draining = await looks.reclaim(1, lease_seconds=600)
     assert taken == []
-    assert makes_room == (left == "a suspect")
+    assert draining == (left == "a suspect")
     assert at_most_seconds - 1 < again_seconds <= at_most_seconds + 0.002
 
 

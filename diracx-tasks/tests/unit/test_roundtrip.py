@@ -25,7 +25,7 @@ from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.prepare import submission_of
 from diracx.tasks.plumbing.task_vo import vo_of
-from diracx.tasks.plumbing.worker.blueprint import Blueprint
+from diracx.tasks.plumbing.worker.task_spec import TaskSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import (
@@ -50,7 +50,7 @@ def arrived(task: Any) -> Any:
     """Submit a task, and build it as the worker does."""
     registry = TaskRegistry({"test:Task": type(task)})
     data = submission_of(task, registry).message.dumpb()
-    return Blueprint("test:Task", type(task), TasksConfig()).build(TaskMessage.loadb(data))
+    return TaskSpec("test:Task", type(task), TasksConfig()).build(TaskMessage.loadb(data))
 
 
 class Colour(enum.Enum):
@@ -482,7 +482,7 @@ def version(*names: str) -> Any:
 
 
 def received(data: bytes, cls: Any) -> Any:
-    return Blueprint("test:Task", cls, TasksConfig()).build(TaskMessage.loadb(data))
+    return TaskSpec("test:Task", cls, TasksConfig()).build(TaskMessage.loadb(data))
 
 
 def sent(task: Any) -> bytes:

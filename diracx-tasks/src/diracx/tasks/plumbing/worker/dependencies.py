@@ -20,7 +20,7 @@ from ..injection.signatures import loads_at_first_use
 from ..sql.databases import may_be_configured
 
 if TYPE_CHECKING:
-    from .blueprint import Blueprint
+    from .task_spec import TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Dependencies:
     """The dependencies of all tasks of a worker.
 
     Args:
-        blueprints: by name of the task.
+        specs: by name of the task.
         given: replacements of dependencies that win over what the environment provides.
 
     Raises:
@@ -39,17 +39,17 @@ class Dependencies:
         NameError: when an annotation cannot be resolved.
     """
 
-    def __init__(self, blueprints: Mapping[str, Blueprint], given: Overrides) -> None:
+    def __init__(self, specs: Mapping[str, TaskSpec], given: Overrides) -> None:
         self.overrides: Overrides = given
         """What stands behind the sentinels, as far as it is open."""
         self.deferred: frozenset[str] = frozenset()
         """Names of tasks that cannot be executed before `load`."""
         if not may_be_configured():
             self.deferred = frozenset(
-                name for name, each in blueprints.items() if loads_at_first_use(each.task_class.execute)
+                name for name, each in specs.items() if loads_at_first_use(each.task_class.execute)
             )
-        self._at_start = [each for name, each in blueprints.items() if name not in self.deferred]
-        self.plans: list[Plan] = [blueprint.plan for blueprint in self._at_start]
+        self._at_start = [each for name, each in specs.items() if name not in self.deferred]
+        self.plans: list[Plan] = [spec.plan for spec in self._at_start]
         """Of the tasks that are not deferred."""
         self._loading: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -76,18 +76,18 @@ class Dependencies:
                 if self._loading is not None:
                     await asyncio.wait([self._loading])
 
-    async def load(self, blueprints: Mapping[str, Blueprint]) -> None:
+    async def load(self, specs: Mapping[str, TaskSpec]) -> None:
         """Import and open what is deferred. The event loop goes on meanwhile.
 
         What goes wrong is logged, and is how those tasks are going to fail.
         """
-        waiting, self.deferred = [blueprints[name] for name in sorted(self.deferred)], frozenset()
+        waiting, self.deferred = [specs[name] for name in sorted(self.deferred)], frozenset()
         loaded = asyncio.Event()
         # What one asyncio task opens it has to close as well.
         self._loading = asyncio.create_task(self._loaded(waiting, loaded))
         await loaded.wait()
 
-    async def _loaded(self, waiting: Iterable[Blueprint], loaded: asyncio.Event) -> None:
+    async def _loaded(self, waiting: Iterable[TaskSpec], loaded: asyncio.Event) -> None:
         try:
             async with self._provided(await asyncio.to_thread(_compiled, waiting)):
                 loaded.set()
@@ -98,8 +98,8 @@ class Dependencies:
             loaded.set()
 
     @asynccontextmanager
-    async def _provided(self, blueprints: Iterable[Blueprint]) -> AsyncIterator[None]:
-        plans = {blueprint.name: blueprint.plan for blueprint in blueprints if blueprint.plan.parameters}
+    async def _provided(self, specs: Iterable[TaskSpec]) -> AsyncIterator[None]:
+        plans = {spec.name: spec.plan for spec in specs if spec.plan.parameters}
         if not plans:
             yield
             return
@@ -120,14 +120,14 @@ class Dependencies:
             yield
 
 
-def _compiled(blueprints: Iterable[Blueprint]) -> list[Blueprint]:
+def _compiled(specs: Iterable[TaskSpec]) -> list[TaskSpec]:
     """Those whose plan can be compiled; what is wrong with others is logged, and met again when they run."""
     fine = []
-    for blueprint in blueprints:
+    for spec in specs:
         try:
-            blueprint.plan  # noqa: B018  # compiles it, and imports what it needs for that
+            spec.plan  # noqa: B018  # compiles it, and imports what it needs for that
         except Exception:
-            logger.exception("%s cannot be executed", blueprint.name)
+            logger.exception("%s cannot be executed", spec.name)
         else:
-            fine.append(blueprint)
+            fine.append(spec)
     return fine

@@ -21,14 +21,14 @@ from ..locks import lock_specs
 from ..messages.arguments import secret_names
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets
-from .outcome import Failed, Outcome, Succeeded, TakenOver
+from .outcome import Failed, LeaseLost, Outcome, Succeeded
 from .spans import execution_span
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker.models import Delivery, LockSpec, TaskMessage
     from ..locks import BaseLock
-    from .blueprint import Blueprint
+    from .task_spec import TaskSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +37,19 @@ class Execution:
     """A task that may run now."""
 
     __slots__ = (
+        "_cancelled_at",
         "_cancelled_for",
-        "_condemned_at",
         "_held",
         "_interrupted",
+        "_lease_lost",
         "_limit",
         "_started",
-        "_taken_over",
-        "blueprint",
         "delivery",
         "locks",
         "locks_expire_at",
         "message",
         "running",
+        "spec",
         "task",
     )
 
@@ -57,13 +57,13 @@ class Execution:
         self,
         delivery: Delivery,
         message: TaskMessage,
-        blueprint: Blueprint,
+        spec: TaskSpec,
         task: BaseTask,
         locks: Sequence[BaseLock],
     ) -> None:
         self.delivery = delivery
         self.message = message
-        self.blueprint = blueprint
+        self.spec = spec
         self.task = task
         self.locks: Sequence[LockSpec] = lock_specs(locks) if locks else ()
         self._held = locks
@@ -72,10 +72,10 @@ class Execution:
         self.running: asyncio.Task[None] | None = None  # what runs it
         self._cancelled_for: Exception | None = None
         self._interrupted = False
-        self._taken_over = False
+        self._lease_lost = False
         self._started: float | None = None
         self._limit: float | None = None
-        self._condemned_at: float | None = None
+        self._cancelled_at: float | None = None
 
     def grant(self, token: int) -> None:
         """Its locks are granted, with this fencing token."""
@@ -89,28 +89,28 @@ class Execution:
         """When it began (`time.monotonic`); None before that."""
         return self._started
 
-    def lose(self, what: str, taken_over: bool) -> None:
+    def on_lease_lost(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
         which = task_attributes(self.message)
         logger.warning("%s %s is cancelled: %s", *which.values(), what, extra=which)
-        self._taken_over = taken_over
+        self._lease_lost = taken_over
         self._interrupt(LockLostError(what))
 
-    def condemn(self) -> None:
+    def mark_cancelled(self) -> None:
         """Note, from whatever thread, that it is to be cancelled: the event loop may be blocked."""
-        if self._condemned_at is None:
-            self._condemned_at = time.monotonic()
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
 
     def should_have_ended_at(self) -> float | None:
         """Since when (`time.monotonic`) it goes on although it should not; None when it may."""
-        moments = [] if self._condemned_at is None else [self._condemned_at]
+        moments = [] if self._cancelled_at is None else [self._cancelled_at]
         if self._started is not None and self._limit is not None:
             moments.append(self._started + self._limit)
         return min((moment for moment in moments if moment <= time.monotonic()), default=None)
 
-    def given_up(self) -> Failed | None:
+    def abandoned_outcome(self) -> Failed | None:
         """How it has ended when the process ends before it does; None when it is not ours to judge."""
-        if self._taken_over or self._started is None:
+        if self._lease_lost or self._started is None:
             return None
         if self._cancelled_for is None:
             self.stop()
@@ -120,8 +120,8 @@ class Execution:
     def stop(self) -> None:
         """Cancel it because the worker does not wait any longer."""
         self.cancel_again()
-        if overrun := self._overrun():
-            self._cancel(overrun)
+        if exceeded := self._deadline_exceeded():
+            self._cancel(exceeded)
         else:
             self._interrupt(WorkerStoppedError("the worker stopped before the task had ended"))
 
@@ -130,7 +130,7 @@ class Execution:
         if self._cancelled_for is not None and self.running is not None:
             self.running.cancel()
 
-    def _overrun(self) -> TimeLimitExceededError | None:
+    def _deadline_exceeded(self) -> TimeLimitExceededError | None:
         """What it is charged with when it goes on after its time limit."""
         if self._started is None or self._limit is None or time.monotonic() - self._started < self._limit:
             return None
@@ -151,7 +151,7 @@ class Execution:
     def _cancel(self, reason: Exception) -> None:
         if self._cancelled_for is None:
             self._cancelled_for = reason
-            self.condemn()
+            self.mark_cancelled()
             # Before it has begun, it is told by the reason above: a task that is cancelled then never runs at all,
             # not even to its `finally`.
             if self.running is not None and self._started is not None:
@@ -174,7 +174,7 @@ class Execution:
         assert self._started is not None
         deadline: asyncio.TimerHandle | None = None
         try:
-            limit = self.blueprint.time_limit(self.task)
+            limit = self.spec.time_limit(self.task)
             if self._cancelled_for is not None:
                 raise asyncio.CancelledError  # before it had begun
             if limit is not None:
@@ -183,8 +183,8 @@ class Execution:
                 self._limit = limit
             value = await self._execute(overrides)
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
-            if self._taken_over:
-                return TakenOver()
+            if self._lease_lost:
+                return LeaseLost()
             if self._cancelled_for is None:
                 return self.failed(error)
             if not issubclass(type(error), asyncio.CancelledError) and error is not self._cancelled_for:
@@ -199,12 +199,12 @@ class Execution:
         self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
-        if not self.blueprint.plan.parameters:
+        if not self.spec.plan.parameters:
             value = await self.task.execute()
             self._raise_if_cancelled()
             return value
         async with AsyncExitStack() as stack:
-            dependencies = await resolve(self.blueprint.plan, overrides, stack)
+            dependencies = await resolve(self.spec.plan, overrides, stack)
             value = await self.task.execute(**dependencies)
             self._raise_if_cancelled()
             return value
@@ -223,7 +223,7 @@ class Execution:
     @property
     def hide(self) -> Callable[[str], str] | None:
         """What takes the task's secrets out of a text; None where it has none."""
-        return partial(without_secrets, task=self.task) if secret_names(self.blueprint.task_class) else None
+        return partial(without_secrets, task=self.task) if secret_names(self.spec.task_class) else None
 
     def failed(self, error: BaseException) -> Failed:
         """The outcome of an execution that ended by this error."""

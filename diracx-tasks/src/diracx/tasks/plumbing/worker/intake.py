@@ -64,7 +64,7 @@ class Intake:
         self._wait: asyncio.Timeout | None = None
         self._suspects: set[tuple[str, str]] = set()
         """Stream and entry of those in hand: while there is one, we take nothing else."""
-        self._makes_room = False
+        self._draining = False
         """Whether we take nothing until our hands are empty, so that a suspect finds them so."""
         self._last_ids: list[str] | None = None
         """Of each stream, an entry up to which all has been delivered; None: to look into all of them."""
@@ -115,7 +115,7 @@ class Intake:
         """These were settled: look at once for a suspect, if it is one's turn now."""
         if self._suspects:
             self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
-        elif self._makes_room and not any(True for _ in self._held()):
+        elif self._draining and not any(True for _ in self._held()):
             self.look_at_once()
 
     def _let_go(self, places: set[tuple[str, str]]) -> None:
@@ -131,7 +131,7 @@ class Intake:
     async def _look(self, free: int) -> list[Delivery]:
         if reclaimed := await self._reclaim(free):
             return reclaimed
-        if self._suspects or self._makes_room:  # what dies with us now, dies of it
+        if self._suspects or self._draining:  # what dies with us now, dies of it
             await asyncio.sleep(0)
             await self._unless_stopped(asyncio.sleep(self._timeout()))
             return []
@@ -252,7 +252,7 @@ class Intake:
         first, audit = not self._audit_at, now >= self._audit_at
         if audit:
             self._audit_at = now + AUDIT_LEASES * lease_seconds
-        deliveries, again_seconds, self._makes_room = await self._broker.reclaim(
+        deliveries, again_seconds, self._draining = await self._broker.reclaim(
             min(free, _BATCH),
             audit=audit,
             lease_seconds=lease_seconds,

@@ -38,7 +38,7 @@ _RETRY_SECONDS = 0.2
 _RENEW_BATCH = 250
 
 
-class Hold(Protocol):
+class Leased(Protocol):
     """A stream entry and locks that are to be kept: an execution, or what is left to do after it."""
 
     @property
@@ -52,31 +52,31 @@ class Hold(Protocol):
     locks_expire_at: float
     """When (`time.monotonic`) its locks may be another's; set by the keeper, infinity without locks."""
 
-    def lose(self, what: str, taken_over: bool) -> None:
+    def on_lease_lost(self, what: str, taken_over: bool) -> None:
         """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
 
     def cancel(self) -> None:
         """Called in the event loop when somebody cancelled the task."""
 
-    def condemn(self) -> None:
+    def mark_cancelled(self) -> None:
         """Called at once, in the keeper's thread, before either of the others."""
 
 
 @dataclass(slots=True, eq=False)
-class Rest:
+class PendingAck:
     """A hold of something that is over and only has to be settled: there is nothing to cancel any more."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
     locks_expire_at: float = math.inf
 
-    def lose(self, what: str, taken_over: bool) -> None:
+    def on_lease_lost(self, what: str, taken_over: bool) -> None:
         """The settlement will be refused, which is enough."""
 
     def cancel(self) -> None:
         """It has ended."""
 
-    def condemn(self) -> None:
+    def mark_cancelled(self) -> None:
         """It has ended."""
 
 
@@ -84,14 +84,14 @@ class Rest:
 class _Renewed:
     """What one call has renewed, and in which life of the server's data."""
 
-    lost: list[Hold]
-    lost_locks: list[tuple[Hold, LockSpec]]
-    cancelled: list[Hold]
+    lost: list[Leased]
+    lost_locks: list[tuple[Leased, LockSpec]]
+    cancelled: list[Leased]
     dataset_id: str
     shortest_ms: int  # the shortest lease of all workers
 
 
-def _size(hold: Hold) -> int:
+def _size(hold: Leased) -> int:
     """What its renewal counts in a call: where marks of cancelled tasks are, its message is read."""
     return len(hold.delivery.raw) + LOCK_BYTES * len(hold.locks)
 
@@ -99,12 +99,12 @@ def _size(hold: Hold) -> int:
 class _WithoutLocks:
     """A hold that has lost its locks: it is going to end, and its entry is kept until it is settled."""
 
-    def __init__(self, hold: Hold) -> None:
+    def __init__(self, hold: Leased) -> None:
         self.delivery = hold.delivery
         self.locks: Sequence[LockSpec] = ()
         self.lost_locks = hold.locks
         self.locks_expire_at = math.inf
-        self.lose, self.cancel, self.condemn = hold.lose, hold.cancel, hold.condemn
+        self.on_lease_lost, self.cancel, self.mark_cancelled = hold.on_lease_lost, hold.cancel, hold.mark_cancelled
 
 
 class LeaseKeeper:
@@ -143,7 +143,7 @@ class LeaseKeeper:
         self._consumer = consumer
         self._lease_seconds = lease_seconds
         self._loop = loop
-        self._holds: dict[tuple[str, str], Hold] = {}
+        self._holds: dict[tuple[str, str], Leased] = {}
         self._mutex = threading.Lock()
         self._timer_set = threading.Condition(self._mutex)
         self._timer_at = math.inf
@@ -174,7 +174,7 @@ class LeaseKeeper:
         await asyncio.to_thread(self._timer.join)
         self._redis.close()
 
-    def fall_silent(self) -> None:
+    def stop_renewing(self) -> None:
         """Renew nothing any more: returns when no renewal is under way, and none begins after that.
 
         For a process that ends at once, from any thread: a renewal would put the worker back on the lists that
@@ -197,13 +197,13 @@ class LeaseKeeper:
         """Whether a renewal is missing: what takes locks now might soon be cut off. Renew first."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds / 2
 
-    def lapsed_since(self, moment: float) -> bool:
+    def expired_since(self, moment: float) -> bool:
         """Whether the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
         were given then may have been taken over.
         """
         return self.overdue or self._revived_at >= moment
 
-    def add(self, holds: Iterable[Hold], granted_at: float = math.inf) -> None:
+    def add(self, holds: Iterable[Leased], granted_at: float = math.inf) -> None:
         """Keep these renewed from now on.
 
         Args:
@@ -217,7 +217,7 @@ class LeaseKeeper:
                     self._look_in_time(ttl_seconds)
                     self._expire(hold, min(self._renewed_at + self._lease_seconds, granted_at + ttl_seconds))
 
-    def _expire(self, hold: Hold, end: float) -> None:
+    def _expire(self, hold: Leased, end: float) -> None:
         """The locks of the hold may be another's from `end` (`time.monotonic`) on."""
         ttl_seconds = min(self._lease_seconds, self._ttl_seconds(hold.locks))
         hold.locks_expire_at = end - SAFETY_MARGIN * ttl_seconds
@@ -333,7 +333,7 @@ class LeaseKeeper:
             for hold, lock in each.lost_locks:
                 self._report(hold, f"the lock {lock['key']} could not be renewed")
 
-    def _renew_some(self, holds: Sequence[Hold]) -> _Renewed:
+    def _renew_some(self, holds: Sequence[Leased]) -> _Renewed:
         entries: list[dict[str, Any]] = [
             {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
             for h in holds
@@ -355,7 +355,7 @@ class LeaseKeeper:
             shortest_ms,
         )
 
-    def _report(self, hold: Hold, what: str, *, taken_over: bool = False) -> None:
+    def _report(self, hold: Leased, what: str, *, taken_over: bool = False) -> None:
         with self._mutex:
             place = hold.delivery.stream, hold.delivery.entry
             if self._holds.get(place) is not hold:
@@ -364,5 +364,5 @@ class LeaseKeeper:
                 del self._holds[place]
             else:  # still ours to settle
                 self._holds[place] = _WithoutLocks(hold)
-        hold.condemn()
-        self._loop.call_soon_threadsafe(hold.lose, what, taken_over)
+        hold.mark_cancelled()
+        self._loop.call_soon_threadsafe(hold.on_lease_lost, what, taken_over)

@@ -30,8 +30,8 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class TakenOver:
+class LeaseLost:
     """The lease ended meanwhile and another worker has the task now. It is not ours to judge."""
 
 
-Outcome = Succeeded | Failed | TakenOver
+Outcome = Succeeded | Failed | LeaseLost

@@ -29,7 +29,7 @@ from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
 from ..task_vo import vo_of_task
-from .outcome import Failed, Outcome, TakenOver
+from .outcome import Failed, LeaseLost, Outcome
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -57,7 +57,7 @@ _MANY_SUMS = 200
 #: How long sums are kept that nobody adds up.
 _SUMS_MS = 3_600_000
 #: Running tasks that are told of; the longest-running ones.
-RUNNING_TOLD = 200
+RUNNING_REPORTED = 200
 #: Failures told in one report: the latest. All are counted.
 _FAILURES_TOLD = 50
 #: Locks told in one report.
@@ -159,11 +159,11 @@ class Reporter:
         """An execution has ended."""
         delivery = execution.delivery
         stream = delivery.stream
-        which = (execution.blueprint.name, stream)
+        which = (execution.spec.name, stream)
         sums = self._stats.get(which)
         if sums is None:
             sums = self._stats[which] = Sums()
-        if isinstance(outcome, TakenOver):
+        if isinstance(outcome, LeaseLost):
             sums.taken_over += 1
             return
         seconds = outcome.seconds
@@ -239,7 +239,7 @@ class Reporter:
         for execution, reply in zip(asked, replies, strict=True):
             refusing = reply[1] - 1 if reply[0] == 0 else -1
             if refusing >= 0:
-                which = (execution.blueprint.name, execution.delivery.stream)
+                which = (execution.spec.name, execution.delivery.stream)
                 self._stats.setdefault(which, Sums()).lock_waits += 1
             for position, lock in enumerate(execution.locks):
                 if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
@@ -274,7 +274,7 @@ class Reporter:
             redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
         """
         state = self._line()
-        line, running = dumps(state), dumps(self._told_running())
+        line, running = dumps(state), dumps(self._reported_running())
         if self._overwritten or self._dataset != self.dataset():
             self._said, self._overwritten = (b"", b""), False
         self._dataset = self.dataset()
@@ -334,7 +334,7 @@ class Reporter:
         """
         # The clock of the server is what readers go by.
         told = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})
-        worker_state.report_blocked(redis, self._broker.consumer_name, told, dumps(self._told_running()))
+        worker_state.report_blocked(redis, self._broker.consumer_name, told, dumps(self._reported_running()))
         self._overwritten = blocked is not None
 
     async def leave(self) -> None:
@@ -385,7 +385,7 @@ class Reporter:
         """What runs, by name of the task and stream of its queue."""
         found: dict[tuple[str, str], int] = {}
         for execution in self._running:
-            which = (execution.blueprint.name, queue_stream(execution.delivery.stream))
+            which = (execution.spec.name, queue_stream(execution.delivery.stream))
             found[which] = found.get(which, 0) + 1
         return found
 
@@ -399,10 +399,10 @@ class Reporter:
             "version": _version(),
         }
 
-    def _told_running(self) -> list[dict[str, Any]]:
+    def _reported_running(self) -> list[dict[str, Any]]:
         now, told = time.monotonic(), []
         ahead = time.time() + self._clock_ahead - now
-        for execution in nsmallest(RUNNING_TOLD, self._running, key=lambda each: each.started or now):
+        for execution in nsmallest(RUNNING_REPORTED, self._running, key=lambda each: each.started or now):
             delivery, message = execution.delivery, execution.message
             locks = execution.locks[:_LOCKS_PER_TASK]
             overdue = execution.should_have_ended_at()

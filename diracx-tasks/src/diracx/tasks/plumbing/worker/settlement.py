@@ -24,7 +24,7 @@ from ..exceptions import (
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
 from ..persistence.letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of, vo_of_task
-from .outcome import Failed, Outcome, Succeeded, TakenOver
+from .outcome import Failed, LeaseLost, Outcome, Succeeded
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -94,7 +94,7 @@ def settle(
             make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
             _ended(settlement, message, settings, None, make, outcome.seconds)
         return settlement, None
-    if isinstance(outcome, TakenOver):
+    if isinstance(outcome, LeaseLost):
         return settlement, None
     return settlement, _failed(execution, outcome, settlement, settings)
 
@@ -106,7 +106,7 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
         final: the message with this attempt.
     """
     attempt = sum(not each.get("interrupted") for each in execution.message.attempts)
-    again = retry_at(execution.blueprint.retry_policy(execution.task), attempt, outcome.error)
+    again = retry_at(execution.spec.retry_policy(execution.task), attempt, outcome.error)
     if again is None:
         return None
     # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
@@ -161,7 +161,7 @@ def _failed(
         _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
         return None
     final = _with_attempt(execution, outcome)
-    at_most_once = execution.blueprint.task_class.at_most_once
+    at_most_once = execution.spec.task_class.at_most_once
     if outcome.interrupted and not at_most_once:
         return _interrupted(execution, outcome, settlement, final, settings)
     try:
@@ -177,7 +177,7 @@ def _failed(
         settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, retry["delay_ms"] / 1000)
         return None
     _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
-    if not execution.blueprint.task_class.dlq_eligible:
+    if not execution.spec.task_class.dlq_eligible:
         _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", outcome)
         return None
     _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", outcome)

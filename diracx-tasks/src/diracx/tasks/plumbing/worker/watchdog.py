@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: Exit code of a worker that was ended by its hard limit.
 EXIT_CODE = 70
 #: How long the event loop may take to show that it is not blocked, and the last settlements.
-_LAST_WORDS_SECONDS = 5.0
+SHUTDOWN_FLUSH_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
 
 
@@ -45,7 +45,7 @@ class Watchdog:
         running: what runs now; called from the watchdog's thread.
         stop: ends the worker's intake.
         drained: returns when everything that has ended is settled.
-        fall_silent: ends the renewals, before the worker leaves for good.
+        stop_renewing: ends the renewals, before the worker leaves for good.
         report_blocked: publishes what blocks the event loop; called from the watchdog's thread.
     """
 
@@ -56,7 +56,7 @@ class Watchdog:
         running: Callable[[], Collection[Execution]],
         stop: asyncio.Event,
         drained: Callable[[], Future[None]],
-        fall_silent: Callable[[], None],
+        stop_renewing: Callable[[], None],
         report_blocked: Callable[[SyncRedis, dict[str, Any] | None], None],
     ) -> None:
         self._broker = broker
@@ -65,7 +65,7 @@ class Watchdog:
         self._running = running
         self._stop = stop
         self._drained = drained
-        self._fall_silent = fall_silent
+        self._stop_renewing = stop_renewing
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
         self._report_blocked = report_blocked
@@ -94,10 +94,10 @@ class Watchdog:
         while not self._over.is_set() or (limit is not None and self._running()):
             if limit is not None:
                 # Seen twice, or a process that was paused beyond its limits would end before it could heed them.
-                seen_before, suspected = suspected, self._ignorant(limit)
-                if ignorant := [execution for execution in suspected if execution in seen_before]:
-                    self._end(ignorant, limit)
-            late = set(self._ignorant(report))
+                seen_before, suspected = suspected, self._unresponsive(limit)
+                if unresponsive := [execution for execution in suspected if execution in seen_before]:
+                    self._end(unresponsive, limit)
+            late = set(self._unresponsive(report))
             for execution in late - reported:
                 self._report(execution, report, "it is cancelled once more, and its slot is lost until it ends")
                 self._loop.call_soon_threadsafe(execution.cancel_again)
@@ -109,7 +109,7 @@ class Watchdog:
         with sync_client(self._broker.url, socket_timeout=2.0, socket_connect_timeout=2.0) as redis:
             self._report_blocked(redis, blocked)
 
-    def _ignorant(self, seconds: float) -> list[Execution]:
+    def _unresponsive(self, seconds: float) -> list[Execution]:
         """Those that should have ended longer ago than that."""
         earliest = time.monotonic() - seconds
         return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
@@ -120,13 +120,13 @@ class Watchdog:
             "%s %s ignores its cancellation for more than %g s: %s", *which.values(), seconds, then, extra=which
         )
 
-    def _end(self, ignorant: list[Execution], limit: float) -> None:
+    def _end(self, unresponsive: list[Execution], limit: float) -> None:
         self.ending = True
-        for execution in ignorant:
+        for execution in unresponsive:
             self._report(execution, limit, f"the process ends with exit code {EXIT_CODE}")
         try:
             self._let_others_end(limit)
-            self._settle({*ignorant, *self._ignorant(limit)})
+            self._settle({*unresponsive, *self._unresponsive(limit)})
         except Exception as error:
             logger.error("ending without the last settlements (%s): others will run these tasks again", error)
         finally:
@@ -137,28 +137,28 @@ class Watchdog:
         self._loop.call_soon_threadsafe(self._stop.set)
         answered = threading.Event()
         self._loop.call_soon_threadsafe(answered.set)
-        if not answered.wait(_LAST_WORDS_SECONDS):
+        if not answered.wait(SHUTDOWN_FLUSH_SECONDS):
             logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
             return
         deadline = time.monotonic() + self._settings.grace_seconds
-        while time.monotonic() < deadline and len(self._running()) > len(self._ignorant(limit)):
+        while time.monotonic() < deadline and len(self._running()) > len(self._unresponsive(limit)):
             time.sleep(0.05)
-        self._drained().result(_LAST_WORDS_SECONDS)
+        self._drained().result(SHUTDOWN_FLUSH_SECONDS)
 
-    def _settle(self, ignorant: Collection[Execution]) -> None:
+    def _settle(self, unresponsive: Collection[Execution]) -> None:
         """What did not end has failed, by its policy. Last of all: its locks go with it."""
         settlements = []
-        for execution in ignorant:
-            outcome = execution.given_up()
+        for execution in unresponsive:
+            outcome = execution.abandoned_outcome()
             if outcome is None:
                 continue  # not ours any more
             settlement, letter = settle(execution, outcome, self._settings)
             if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
                 settlement.dead = in_redis(letter)
             settlements.append(settlement)
-        self._fall_silent()
+        self._stop_renewing()
         with sync_client(
-            self._broker.url, protocol=2, socket_timeout=_LAST_WORDS_SECONDS, socket_connect_timeout=2.0
+            self._broker.url, protocol=2, socket_timeout=SHUTDOWN_FLUSH_SECONDS, socket_connect_timeout=2.0
         ) as redis:
             worker = self._broker.consumer_name
             worker_state.settle_now(redis, worker, settlements)

@@ -31,13 +31,12 @@ from ..persistence.letter import DeadLetterReason
 from ..registry import TaskRegistry
 from ..submission.client import Binding
 from ..task_vo import vo_of
-from .announcements import Announcements
-from .blueprint import blueprints
+from .control_channel import ControlChannel
 from .dead_letters import DeadLetterStore
 from .dependencies import Dependencies, Overrides
 from .execution import Execution
 from .intake import Intake
-from .keeper import LeaseKeeper, Rest
+from .keeper import LeaseKeeper, PendingAck
 from .outcome import Failed
 from .promoter import Promoter
 from .reporter import Reporter
@@ -45,6 +44,7 @@ from .settings import WorkerSettings
 from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reject, settle, unsettled
 from .settler import Settler
 from .spans import note_settlement, processing_span
+from .task_spec import task_specs
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 _RANK = {priority: rank for rank, priority in enumerate(Priority)}
 #: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end.
-_LAST_WORDS_SECONDS = 5.0
+SHUTDOWN_FLUSH_SECONDS = 5.0
 #: How much of that the database has to store dead letters, before they go to Redis.
 _DATABASE_SECONDS = 2.0
 
@@ -90,14 +90,14 @@ class Worker:
         self._registry = TaskRegistry.of(registry)
         self._settings = settings or WorkerSettings()
         self._binding = Binding(broker, self._registry, config or TasksConfig())
-        self._blueprints = blueprints(self._registry, config or TasksConfig())
-        self._dependencies = Dependencies(self._blueprints, overrides or {})
+        self._specs = task_specs(self._registry, config or TasksConfig())
+        self._dependencies = Dependencies(self._specs, overrides or {})
         self._task_db = task_db
         self._running: set[Execution] = set()
         self._group_searches: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._promoter = Promoter(broker, self._settings.housekeeping_seconds)
-        self._announcements = Announcements(
+        self._control = ControlChannel(
             broker.consumer_name, self._cancel, self._promoter.hear, self._hear_of_shorter_lease
         )
         self.reporter = Reporter(broker, self._settings, self._running)
@@ -131,7 +131,7 @@ class Worker:
         What runs keeps what it began with: its time limit, its locks and its retries. What tasks submit goes to
         the queue that the new settings say.
         """
-        self._blueprints = blueprints(self._registry, config, self._blueprints)
+        self._specs = task_specs(self._registry, config, self._specs)
         self._binding = replace(self._binding, config=config)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -142,7 +142,7 @@ class Worker:
         """
         lease_seconds = self._settings.lease_seconds
         self._loop = loop = asyncio.get_running_loop()
-        heard = self._announcements
+        heard = self._control
         self._keeper = keeper = LeaseKeeper(
             self._broker.url,
             self._broker.consumer_name,
@@ -168,7 +168,7 @@ class Worker:
                 try:
                     await self._dead_letters.started()
                     self.ready.set()
-                    await _or_die_with({settling, promoting}, self._take_in(intake, stop))
+                    await run_supervised({settling, promoting}, self._take_in(intake, stop))
                 finally:
                     await self._finish()
                     watchdog.finish()
@@ -190,7 +190,7 @@ class Worker:
             running=lambda: list(self._running),
             stop=stop,
             drained=lambda: asyncio.run_coroutine_threadsafe(self._flush(), loop),
-            fall_silent=self._keeper.fall_silent,
+            stop_renewing=self._keeper.stop_renewing,
             report_blocked=self.reporter.report_blocked,
         )
         watchdog.start()
@@ -226,11 +226,11 @@ class Worker:
         """Start what may start; what lacks a lock is parked by the broker until it can be had."""
         executions = [execution for delivery in deliveries if (execution := self._prepare(delivery))]
         deferred = self._dependencies.deferred
-        if deferred and any(execution.blueprint.name in deferred for execution in executions):
-            await self._dependencies.load(self._blueprints)
+        if deferred and any(execution.spec.name in deferred for execution in executions):
+            await self._dependencies.load(self._specs)
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
-        lapsed = self._keeper.lapsed_since(self._fetched_at)
-        asked = [execution for execution in executions if execution.locks or execution.delivery.woken or lapsed]
+        expired = self._keeper.expired_since(self._fetched_at)
+        asked = [execution for execution in executions if execution.locks or execution.delivery.woken or expired]
         refused: set[Execution] = set()
         granted_at = math.inf
         if asked:
@@ -340,22 +340,22 @@ class Worker:
         return self._build(delivery, message)
 
     def _build(self, delivery: Delivery, message: TaskMessage) -> Execution | None:
-        blueprint = self._blueprints.get(message.task_name)
-        if blueprint is None:
+        spec = self._specs.get(message.task_name)
+        if spec is None:
             self._reject(
                 delivery, message, DeadLetterReason.UNKNOWN_TASK, f"no task is registered as {message.task_name!r}"
             )
             return None
-        if blueprint.task_class.at_most_once and delivery.redelivered:
-            self._end(*begun_before(delivery, message, blueprint.task_class, self._settings))
+        if spec.task_class.at_most_once and delivery.redelivered:
+            self._end(*begun_before(delivery, message, spec.task_class, self._settings))
             return None
         try:
-            task = blueprint.build(message)
-            return Execution(delivery, message, blueprint, task, blueprint.locks(task))
+            task = spec.build(message)
+            return Execution(delivery, message, spec, task, spec.locks(task))
         except BaseException as error:  # `__init__` and `execution_locks` may raise anything
             hide = partial(
                 without_secrets_of,
-                task_class=blueprint.task_class,
+                task_class=spec.task_class,
                 args=message.task_args,
                 kwargs=message.task_kwargs,
             )
@@ -386,7 +386,7 @@ class Worker:
     # --- execution and settlement -----------------------------------------------------------------------
 
     def _spawn(self, execution: Execution) -> None:
-        if self._announcements.heard_since(self._asked_at, execution.message.task_id):
+        if self._control.cancelled_since(self._asked_at, execution.message.task_id):
             # Announced after the server gave it to us, and before it was among those that run.
             execution.cancel()
         self._running.add(execution)
@@ -430,7 +430,7 @@ class Worker:
             self._bury(settlement, letter)
 
     def _bury(self, settlement: Settlement, letter: DeadLetter) -> None:
-        self._keeper.add([Rest(settlement.delivery, settlement.locks)])
+        self._keeper.add([PendingAck(settlement.delivery, settlement.locks)])
         if letter.task_name:
             self._dead_letters.add(letter, settlement)
             return
@@ -464,10 +464,10 @@ class Worker:
             logger.warning("stopping: %d tasks are cancelled", self.busy)
             self.cancel_running()
             # With a hard limit, what ignores this ends with the process, and not before.
-            patience = _LAST_WORDS_SECONDS if self._settings.hard_limit_seconds is None else None
+            patience = SHUTDOWN_FLUSH_SECONDS if self._settings.hard_limit_seconds is None else None
             await asyncio.wait(self._tasks(), timeout=patience)
         try:
-            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+            async with asyncio.timeout(SHUTDOWN_FLUSH_SECONDS):
                 await self._flush()
         except TimeoutError:
             logger.warning("stopping without the last settlements: others will run these tasks again")
@@ -483,7 +483,7 @@ class Worker:
 
     async def _leave(self) -> None:
         try:
-            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+            async with asyncio.timeout(SHUTDOWN_FLUSH_SECONDS):
                 await retry_until_available(self._broker.leave, "sign off")
                 await self.reporter.leave()
         except Exception as error:
@@ -499,7 +499,7 @@ async def _first_of(*events: asyncio.Event) -> None:
             wait.cancel()
 
 
-async def _or_die_with(companions: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+async def run_supervised(companions: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
     """Do the work, but not a moment longer than its companions live, who never end by themselves."""
     working = asyncio.create_task(work)
     try:

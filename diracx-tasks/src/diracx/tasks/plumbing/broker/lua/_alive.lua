@@ -52,7 +52,7 @@ end
 -- A worker that asks for work lives, even before its keeper has had the time to say so: after a long pause it would
 -- else count as dead, and what it is given now be taken over at once; and it would take those for dead that the server
 -- could not hear either. `lease_ms` 0: it is no worker with a lease.
-local function sign_on(consumer, lease_ms, now)
+local function ensure_alive(consumer, lease_ms, now)
   local ends = tonumber(redis.call('ZSCORE', '$ALIVE', consumer) or 0)
   if lease_ms > 0 and ends <= now / 1000 + (1 - UNHEARD) * lease_ms then
     heartbeat(consumer, lease_ms, now)

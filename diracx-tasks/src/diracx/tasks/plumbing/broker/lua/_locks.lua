@@ -69,7 +69,7 @@ local function grant(member)
 end
 
 -- When quota returns for a refused lock (µs): the grants leave the window in the order in which they came.
-local function quota_returns(lock)
+local function retry_after(lock)
   local newest = redis.call('ZRANGE', lock.key, -1, -1)[1]
   if not newest then return now_us() + lock.window_us end -- it asks for more than the limit
   local leave = grant(newest) + lock.n_items - lock.limit
@@ -130,7 +130,7 @@ kinds.rate = {
       return true
     end
     live_at_least(lock.key, life_ms)
-    return false, quota_returns(lock)
+    return false, retry_after(lock)
   end,
   undo = function(lock)
     redis.call('ZREM', lock.key, lock.member)
@@ -294,7 +294,7 @@ local function look_again_in(lock, at_most_ms)
   elseif lock.kind ~= 'rate' then
     left = redis.call('PTTL', lock.key)
   elseif lock.limit then
-    left = (quota_returns(lock) - now_us()) / 1000
+    left = (retry_after(lock) - now_us()) / 1000
   end
   return left >= 0 and math.min(left + 1, at_most_ms) or at_most_ms
 end

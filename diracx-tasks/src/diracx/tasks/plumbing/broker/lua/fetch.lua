@@ -36,7 +36,7 @@ for position, stream in ipairs(KEYS) do
   end
   if reply and #messages == 0 then
     marks = any_cancelled()
-    sign_on(ARGV[1], tonumber(ARGV[3]), now_us())
+    ensure_alive(ARGV[1], tonumber(ARGV[3]), now_us())
   end
   for _, entry in ipairs(reply and reply[1][2] or {}) do
     hand_out(messages, position, entry, 1, marks)

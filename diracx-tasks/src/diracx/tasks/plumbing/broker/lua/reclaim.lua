@@ -16,7 +16,7 @@
 -- #flags allow-oom
 -- #include _time _alive _lines _locks _queue _looks _wake _cancel _redelivery
 local now_ms = math.floor(now_us() / 1000)
-sign_on(ARGV[1], tonumber(ARGV[4]), now_us())
+ensure_alive(ARGV[1], tonumber(ARGV[4]), now_us())
 local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2] or 0)
 -- A worker may come whose lease ends earlier than all that are there.
 local look_within_ms = shortest_lease() or math.huge

@@ -60,7 +60,7 @@ end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
 local ledger = '$HELD_PREFIX' .. consumer
-sign_on(consumer, tonumber(ARGV[3]), now)
+ensure_alive(consumer, tonumber(ARGV[3]), now)
 local deliveries = cmsgpack.unpack(ARGV[2])
 local places = {}
 for _, d in ipairs(deliveries) do places[#places + 1], places[#places + 2] = d.stream, d.entry end
@@ -89,9 +89,9 @@ for position, d in ipairs(deliveries) do
     else
       local due = park(d, since, place, d.locks[refusing], before)
       leave_to_others(d, refusing, before)
-      local given_up = {}
-      for _, each in ipairs(d.locks) do given_up[#given_up + 1] = ledger_line(each) end
-      in_parts(given_up, function(...) redis.call('HDEL', ledger, ...) end)
+      local returned = {}
+      for _, each in ipairs(d.locks) do returned[#returned + 1] = ledger_line(each) end
+      in_parts(returned, function(...) redis.call('HDEL', ledger, ...) end)
       replies[position] = {0, refusing, due}
     end
     if d.woken then leave_unwanted(d) end

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..broker.models import TaskMessage
 
 
-class _Written(NamedTuple):
+class ResolvedOverride(NamedTuple):
     """What the operator says about the tasks of one VO."""
 
     override: TaskOverride
@@ -31,11 +31,11 @@ class _Written(NamedTuple):
     own_concurrency: bool
 
 
-class Blueprint:
+class TaskSpec:
     """One task class: its dependency plan, and its settings with the operator's overrides."""
 
     def __init__(
-        self, name: str, task_class: type[BaseTask], config: TasksConfig, known: Blueprint | None = None
+        self, name: str, task_class: type[BaseTask], config: TasksConfig, known: TaskSpec | None = None
     ) -> None:
         self.name = name
         self.task_class = task_class
@@ -44,7 +44,7 @@ class Blueprint:
             self.plan = known.plan
         self._config = config
         names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
-        self._written: dict[str | None, _Written] = {}
+        self._overrides: dict[str | None, ResolvedOverride] = {}
         self._overridden = any(
             not names.isdisjoint(tasks) for tasks in (config.common, *config.vo_overrides.values())
         )
@@ -68,17 +68,17 @@ class Blueprint:
 
     def override(self, task: BaseTask) -> TaskOverride:
         """What the operator says about this task, for its VO if it has one."""
-        return self._written_for(own_vo(task)).override
+        return self._resolved(own_vo(task)).override
 
-    def _written_for(self, vo: str | None) -> _Written:
-        if vo not in self._written:
+    def _resolved(self, vo: str | None) -> ResolvedOverride:
+        if vo not in self._overrides:
             rate, window, concurrency = (
                 vo is not None and self._config.source_of(self.name, vo, field) == f"vo {vo}"
                 for field in ("rate_limit", "rate_window_seconds", "concurrency_limit")
             )
             override = self._config.get_override(self.name, vo)
-            self._written[vo] = _Written(override, rate or window, concurrency)
-        return self._written[vo]
+            self._overrides[vo] = ResolvedOverride(override, rate or window, concurrency)
+        return self._overrides[vo]
 
     def locks(self, task: BaseTask) -> list[BaseLock]:
         """The locks the task needs now: its own, with the operator's limits; disabled ones left out."""
@@ -86,7 +86,7 @@ class Blueprint:
             return [lock for lock in task.execution_locks if lock.enabled] if self._declares_locks else []
         locks = list(task.execution_locks)
         vo = own_vo(task)
-        override = self._written_for(vo).override
+        override = self._resolved(vo).override
         if self._limited:
             locks = [self._limit(lock, vo, override) if isinstance(lock, BaseLimiter) else lock for lock in locks]
         if override.rate_limit is not None or override.concurrency_limit is not None:
@@ -107,7 +107,7 @@ class Blueprint:
 
     def _override_limits(self, locks: list[BaseLock], vo: str | None) -> None:
         """Set the task's own limits on its default limiters, which are added where they are not."""
-        override, own_rate, own_concurrency = self._written_for(vo)
+        override, own_rate, own_concurrency = self._resolved(vo)
         for kind, numbers, own in (
             (RateLimiter, [override.rate_limit, override.rate_window_seconds], own_rate),
             (ConcurrencyLimiter, [override.concurrency_limit], own_concurrency),
@@ -210,15 +210,15 @@ def _limited(limiter: BaseLimiter, numbers: list[Any], vo: str | None) -> BaseLi
     return limiter
 
 
-def blueprints(
+def task_specs(
     registry: Mapping[str, type[BaseTask]],
     config: TasksConfig,
-    known: Mapping[str, Blueprint] | None = None,
-) -> dict[str, Blueprint]:
-    """The blueprints of all tasks.
+    known: Mapping[str, TaskSpec] | None = None,
+) -> dict[str, TaskSpec]:
+    """The specs of all tasks.
 
     Args:
         known: those for another configuration; what does not depend on it is taken from them.
     """
     known = known or {}
-    return {name: Blueprint(name, task_class, config, known.get(name)) for name, task_class in registry.items()}
+    return {name: TaskSpec(name, task_class, config, known.get(name)) for name, task_class in registry.items()}

@@ -23,7 +23,7 @@ _CANCELLED, _WAKE, _LEASES = CANCELLED_CHANNEL.encode(), WAKE_CHANNEL.encode(), 
 _REMEMBERED_SECONDS = 60.0
 
 
-class Announcements:
+class ControlChannel:
     """Tasks that were announced as cancelled, or as delayed.
 
     Args:
@@ -46,7 +46,7 @@ class Announcements:
         self._shorter_lease = shorter_lease
         self._heard: dict[str, float] = {}  # the earliest first
 
-    def heard_since(self, moment: float, task_id: str) -> bool:
+    def cancelled_since(self, moment: float, task_id: str) -> bool:
         """Whether it was announced as cancelled after `moment` (of the monotonic clock)."""
         return self._heard.get(task_id, float("-inf")) >= moment
 
