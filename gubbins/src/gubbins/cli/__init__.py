@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+from diracx.tasks.cli.program import run_program
+
+from .app import app
+
 
 def main() -> None:
     """Entry point of the command; ends the process with 0, 1 (it did not work) or 2 (bad input)."""
-    from .app import run
-
-    run()
+    run_program(app, "gubbins")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["app", "run"]
+__all__ = ["app"]
 
 import getpass
 import sys
@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from diracx.tasks.cli.errors import CliError, UsageProblem
+from diracx.tasks.cli.migrations import add_migration_commands
+from diracx.tasks.cli.options import JsonOption, command_group
+from diracx.tasks.cli.output import echo
+from diracx.tasks.operations.audit import listed
+from diracx.tasks.plumbing._util.printable import printable
 
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.logic import my_pilots as logic
 
-from .database import db_app
-from .session import CommandError, echo, emit, in_database, recorded, table
+from .session import NO_DATABASE, emit, in_database, recorded, table
 
 _HELP = """Compute elements and pilots.
 
@@ -62,28 +68,33 @@ Settings of the back ends:
                kill_after_seconds, keep (none, failed or all)
     ssh        host, port, username, known_hosts, client_keys, workdir, and as local"""
 
-app = typer.Typer(
-    help=_HELP,
-    no_args_is_help=True,
+_DB_HELP = """The database: its tables, and their revisions.
+
+A new version of gubbins may need new columns or indexes. Before its first start:
+
+\b
+    gubbins db current             # what is there, what is to do
+    gubbins db upgrade             # do it; all rows are kept
+
+and before an older version is installed again, `gubbins db downgrade REVISION`."""
+
+# Plain help: Rich would take `[lhcb, dteam]` for markup and refill the examples.
+app = command_group(
+    "gubbins",
+    _HELP,
     pretty_exceptions_enable=False,
-    # Plain help: Rich would take `[lhcb, dteam]` for markup and refill the examples.
     rich_markup_mode=None,
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-ce_app = typer.Typer(
-    help="Compute elements: load from a file, list, show, open, close, ban.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
+ce_app = command_group(
+    "ce", "Compute elements: load from a file, list, show, open, close, ban.", rich_markup_mode=None
 )
-pilots_app = typer.Typer(
-    help="Pilots: list, count, show, output, cancel.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(ce_app, name="ce")
-app.add_typer(pilots_app, name="pilots")
-app.add_typer(db_app, name="db")
+pilots_app = command_group("pilots", "Pilots: list, count, show, output, cancel.", rich_markup_mode=None)
+db_app = command_group("db", _DB_HELP, rich_markup_mode=None)
+for _group in (ce_app, pilots_app, db_app):
+    app.add_typer(_group)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 CEName = Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")]
 PilotId = Annotated[
     int,
@@ -92,47 +103,18 @@ PilotId = Annotated[
 OfVO = Annotated[str | None, typer.Option("--vo", help="Only this VO's.")]
 
 
-def run() -> None:
-    """Run the command; errors are told in one line on stderr, bad usage with exit code 2."""
-    try:
-        exit_code = app(standalone_mode=False)
-    except CommandError as error:
-        _print_error(str(error))
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(1)
-    except Exception as error:
-        # Usage errors of Typer or, in its older versions, of Click: told apart by what both can do.
-        if not hasattr(error, "format_message"):
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            echo(error.format_message(), err=True)
-        else:
-            _print_error(f"{error.format_message()} (--help shows how)")
-        sys.exit(getattr(error, "exit_code", 2))
-    sys.exit(exit_code if isinstance(exit_code, int) else 0)
-
-
-def _print_error(message: str) -> None:
-    for line in message.splitlines():
-        echo(f"gubbins: {line}", err=True)
-
-
 @ce_app.command("load", help=_CE_FILE_HELP)
-def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJson = False) -> None:
-    from diracx.tasks.operations.audit import listed
-
-    from gubbins.logic import my_pilots as logic
-
+def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: JsonOption = False) -> None:
     name = "standard input" if str(file) == "-" else str(file)
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         specs = logic.parse_ce_file(text)
     except logic.CEFileError as error:
-        raise CommandError("\n".join(f"{name}: {line}" for line in str(error).splitlines()), 2) from error
+        lines = [f"{name}: {line}" for line in str(error).splitlines()]
+        raise CliError(str(error), exit_code=2, lines=lines) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise CommandError(f"cannot read {name}: {reason}", 2) from error
+        raise UsageProblem(f"cannot read {name}: {reason}") from error
     outcome = recorded(
         AuditAction.LOAD_CES,
         listed([spec.name for spec in specs]),
@@ -147,10 +129,8 @@ def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: AsJ
 
 
 @ce_app.command("list")
-def list_ces(vo: OfVO = None, as_json: AsJson = False) -> None:
+def list_ces(vo: OfVO = None, as_json: JsonOption = False) -> None:
     """Show the compute elements (with --vo: those that serve it) and how full they are."""
-    from gubbins.logic import my_pilots as logic
-
     ces = in_database(lambda db: logic.list_ces(db, vo))
     if as_json:
         emit(ces)
@@ -186,10 +166,8 @@ def _circuit_of(ce: dict[str, Any]) -> str:
 
 
 @ce_app.command("show")
-def show_ce(name: CEName, as_json: AsJson = False) -> None:
+def show_ce(name: CEName, as_json: JsonOption = False) -> None:
     """Show one compute element: its state, its circuits, its rules."""
-    from gubbins.logic import my_pilots as logic
-
     ce: dict[str, Any] = in_database(lambda db: logic.get_ce(db, name))
     if as_json:
         emit(ce)
@@ -218,7 +196,7 @@ def _rules_of_vos(rules: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 @ce_app.command("enable")
-def enable_ce(name: CEName, as_json: AsJson = False) -> None:
+def enable_ce(name: CEName, as_json: JsonOption = False) -> None:
     """Open a compute element for new pilots.
 
     Lifts a ban, and ends the pause of one that failed too often: it is called again at once.
@@ -227,7 +205,7 @@ def enable_ce(name: CEName, as_json: AsJson = False) -> None:
 
 
 @ce_app.command("disable")
-def disable_ce(name: CEName, as_json: AsJson = False) -> None:
+def disable_ce(name: CEName, as_json: JsonOption = False) -> None:
     """Close a compute element for new pilots: drain it.
 
     The pilots that it has go on and are followed to their ends. Lifts a ban.
@@ -239,15 +217,13 @@ def disable_ce(name: CEName, as_json: AsJson = False) -> None:
 def ban_ce(
     name: CEName,
     reason: Annotated[str | None, typer.Option("--reason", help="Why, for the others.")] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ban a compute element.
 
     It gets no pilots, and those it has are not polled: they stay as they are until `gubbins ce enable`, or
     `gubbins ce disable`, which follows them to their ends.
     """
-    from gubbins.logic import my_pilots as logic
-
     changed = recorded(
         AuditAction.BAN_CE,
         name,
@@ -261,8 +237,6 @@ def ban_ce(
 
 
 def _set_enabled(name: str, enabled: bool, as_json: bool) -> None:
-    from gubbins.logic import my_pilots as logic
-
     state = "open" if enabled else "closed"
     changed = recorded(
         AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE,
@@ -285,11 +259,9 @@ def list_pilots(
     ] = None,
     page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
     per_page: Annotated[int, typer.Option(min=1, max=10_000, help="Pilots on a page.")] = 50,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List pilots, newest first."""
-    from gubbins.logic import my_pilots as logic
-
     total, pilots = in_database(
         lambda db: logic.search_pilots(db, vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
     )
@@ -305,10 +277,8 @@ def list_pilots(
 
 
 @pilots_app.command("summary")
-def summarise_pilots(vo: OfVO = None, as_json: AsJson = False) -> None:
+def summarise_pilots(vo: OfVO = None, as_json: JsonOption = False) -> None:
     """Count pilots by VO, compute element and state."""
-    from gubbins.logic import my_pilots as logic
-
     summary = in_database(lambda db: logic.get_pilot_summary(db, vo))
     if as_json:
         emit(summary)
@@ -325,10 +295,8 @@ def summarise_pilots(vo: OfVO = None, as_json: AsJson = False) -> None:
 
 
 @pilots_app.command("show")
-def show_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
+def show_pilot(pilot_id: PilotId, as_json: JsonOption = False) -> None:
     """Show one pilot and every step it made."""
-    from gubbins.logic import my_pilots as logic
-
     pilot = in_database(lambda db: logic.get_pilot(db, pilot_id))
     if as_json:
         emit(pilot)
@@ -339,13 +307,11 @@ def show_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
 
 
 @pilots_app.command("cancel")
-def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
+def cancel_pilot(pilot_id: PilotId, as_json: JsonOption = False) -> None:
     """Cancel a pilot.
 
     It is FAILED once its compute element has confirmed that it ended; the next checks find out.
     """
-    from gubbins.logic import my_pilots as logic
-
     pilot: dict[str, Any] = recorded(
         AuditAction.CANCEL_PILOT,
         str(pilot_id),
@@ -359,19 +325,17 @@ def cancel_pilot(pilot_id: PilotId, as_json: AsJson = False) -> None:
 
 
 @pilots_app.command("output")
-def show_output(pilot_id: PilotId, as_json: AsJson = False) -> None:
+def show_output(pilot_id: PilotId, as_json: JsonOption = False) -> None:
     """Print the output of a pilot, its stdout on stdout and its stderr on stderr.
 
     For a pilot that still runs, the output so far.
     """
-    from gubbins.logic import my_pilots as logic
-
     output: dict[str, Any] = in_database(lambda db: logic.get_pilot_output(db, pilot_id))
     if as_json:
         emit(output)
     else:
-        echo(output["stdout"], end="")
-        echo(output["stderr"], end="", err=True)
+        typer.echo(printable(output["stdout"]), nl=False)
+        typer.echo(printable(output["stderr"]), nl=False, err=True)
 
 
 def _me() -> str:
@@ -379,3 +343,19 @@ def _me() -> str:
         return f"operator {getpass.getuser()}"
     except (KeyError, OSError):  # a container's user has no name
         return "operator"
+
+
+@db_app.command("init")
+def init_database(as_json: JsonOption = False) -> None:
+    """Create the tables in a database that has none. Harmless when they exist.
+
+    One of an older version is left as it is: `gubbins db upgrade` takes that to the present one.
+    """
+    created = in_database(lambda db: db.create_tables(), tables=False)
+    if as_json:
+        emit({"created": created})
+    else:
+        echo("Tables created." if created else "All tables exist; nothing to do.")
+
+
+add_migration_commands(db_app, "gubbins db", "MyPilotDB", NO_DATABASE)

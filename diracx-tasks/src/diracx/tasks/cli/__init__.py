@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,9 +21,8 @@ from .commands.schedule import app as schedule
 from .commands.serve import scheduler, worker
 from .commands.status import status
 from .commands.submit import submit
-from .errors import CliError, one_line
 from .options import Commands
-from .output import echo
+from .program import run_program
 
 __all__ = ["app", "main"]
 
@@ -47,9 +44,6 @@ for _command in (call, submit, cancel, worker, scheduler, dev, status, workers, 
 app.command("list")(list_tasks)
 for _group in (dlq, db, group, config, schedule, queue, locks, task_statistics):
     app.add_typer(_group)
-
-#: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _version(wanted: bool) -> None:
@@ -74,44 +68,4 @@ def _root(
 
 def main() -> None:
     """The command line. Exits with 0, with 2 when the command line is wrong, and with 1 for all the rest."""
-    threading.excepthook = _report_unless_late
-    try:
-        code = app(standalone_mode=False)
-    except CliError as error:
-        code = error.exit_code
-        if error.detail:
-            echo(error.detail.rstrip("\n"), err=True)
-        typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
-    except _UsageError as error:
-        code = 2
-        if problem := _usage_problem(error):
-            typer.secho(f"error: {one_line(problem)}", fg="red", err=True)
-    except Exception:
-        # A bug of ours: its report needs the traceback, without passwords.
-        import traceback
-
-        code = 1
-        echo(traceback.format_exc().rstrip("\n"), err=True)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _report_unless_late(error: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, but for one of aiosqlite that ends after the event loop of a failed command."""
-    if str(error.exc_value) != "Event loop is closed":
-        threading.__excepthook__(error)
-
-
-def _usage_problem(error: Any) -> str:
-    """What Typer found wrong, with the value, which it does not always name, and where to read on.
-
-    Nothing where no command of a group was named: Typer has shown its help.
-    """
-    problem = error.format_message().replace("Value error, ", "").rstrip(".?")
-    if not problem:
-        return ""
-    found: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, from which it made its message
-    value = repr(found[0]["input"]) if found else ""
-    if value not in problem:
-        problem += f", not {value}"
-    where = error.ctx.command_path if error.ctx else "diracx-task-run"
-    return f"{problem}; see `{where} --help`"
+    run_program(app)

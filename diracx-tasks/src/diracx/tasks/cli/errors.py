@@ -13,7 +13,7 @@ __all__ = [
     "shortened_line",
 ]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..plumbing._util.passwords import mask
@@ -30,12 +30,16 @@ class CliError(Exception):
         message: what, which value, and the way out.
         exit_code: 2 when the command line itself is wrong, else 1.
         detail: shown as it is before the line, as the traceback of a task.
+        lines: several messages, one for each mistake, in place of the one.
     """
 
-    def __init__(self, message: str, *, exit_code: int = 1, detail: str = "") -> None:
+    def __init__(
+        self, message: str, *, exit_code: int = 1, detail: str = "", lines: Sequence[str] | None = None
+    ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.detail = detail
+        self.lines = lines or [message]
 
 
 class UsageProblem(CliError):

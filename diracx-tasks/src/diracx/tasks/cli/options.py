@@ -87,9 +87,13 @@ class Commands(typer.Typer):
         return lambda function: register(spread(function))
 
 
-def command_group(name: str, help_text: str) -> Commands:
-    """Commands below a common name, which alone shows their help and exits with 2."""
-    group = Commands(name=name, help=help_text, rich_markup_mode="rich")
+def command_group(name: str, help_text: str, **settings: Any) -> Commands:
+    """Commands below a common name, which alone shows their help and exits with 2.
+
+    Args:
+        settings: as of `typer.Typer`.
+    """
+    group = Commands(name=name, help=help_text, **{"rich_markup_mode": "rich", **settings})
 
     @group.callback(invoke_without_command=True)
     def show_help(context: typer.Context) -> None:

@@ -181,8 +181,8 @@ def init() -> None:
     """
 
     async def create() -> None:
-        async with required_task_db(create=True):
-            pass
+        async with required_task_db(tables=False) as db:
+            await db.migrations.create(db.engine)
 
     asyncio.run(create())
     echo("the table DeadLetters is there")

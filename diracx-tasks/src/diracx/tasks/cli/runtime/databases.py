@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__package__)
 
 TASK_DB_VARIABLE = "DIRACX_DB_URL_TASKDB"
+NO_TASK_DB = (
+    "no database for dead letters is configured (without one they wait in Redis: `dlq waiting`); set "
+    f"{TASK_DB_VARIABLE} to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
+)
 _ANSWER_SECONDS = 5.0
 
 
@@ -36,7 +40,7 @@ async def check_databases(plans: Iterable[Plan]) -> None:
     if not wanted:
         return
     for name, url in _database_urls().items():
-        classes = _database_classes(name)
+        classes = database_classes(name)
         if wanted.intersection(classes):
             async with _checked(name, classes[0], url):
                 pass
@@ -70,38 +74,57 @@ async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
         yield None
         return
     async with AsyncExitStack() as stack:
-        yield await _opened(stack, "TaskDB", _database_classes("TaskDB")[0], task_db_url())
+        yield await _opened(stack, "TaskDB", database_classes("TaskDB")[0], database_url("TaskDB", NO_TASK_DB))
 
 
 @asynccontextmanager
-async def required_task_db(*, create: bool = False) -> AsyncIterator[TaskDB]:
-    """The database of dead letters.
+async def required_task_db(*, tables: bool = True) -> AsyncIterator[TaskDB]:
+    """The database of dead letters; as of `open_database`."""
+    async with open_database("TaskDB", NO_TASK_DB, tables=tables) as database:
+        yield database
+
+
+@asynccontextmanager
+async def open_database(name: str, missing: str, *, tables: bool = True) -> AsyncIterator[Any]:
+    """A database that answers.
 
     Args:
-        create: make its tables where they are not there.
+        name: as in DIRACX_DB_URL_<NAME>.
+        missing: said where it is not configured.
+        tables: whether it must have its tables.
 
     Raises:
         CliError: when it is not configured, does not answer or has no tables; and when it fails inside the block.
     """
-    url = task_db_url()
-    async with _checked("TaskDB", _database_classes("TaskDB")[0], url, create=create) as database:
-        with explained_database("TaskDB"):
+    url = database_url(name, missing)
+    async with _checked(name, database_classes(name)[0], url, tables=tables) as database:
+        with explained_database(name):
             yield database
 
 
-def task_db_url() -> str:
-    """Where dead letters are.
+def database_url(name: str, missing: str) -> str:
+    """The URL of a database; arguments as of `open_database`.
 
     Raises:
-        CliError: when that is not configured.
+        CliError: when it is not configured, or no URL.
     """
-    url = _database_urls("TaskDB").get("TaskDB")
-    if not url:
-        raise CliError(
-            "no database for dead letters is configured (without one they wait in Redis: `dlq waiting`); set "
-            f"{TASK_DB_VARIABLE} to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
-        )
-    return url
+    if url := _database_urls(name).get(name):
+        return url
+    raise CliError(missing)
+
+
+def database_classes(name: str) -> list[type[Any]]:
+    """The classes of a database, that of an extension before the one that it extends.
+
+    Raises:
+        CliError: when they cannot be loaded.
+    """
+    from diracx.db.sql.utils import BaseSQLDB
+
+    try:
+        return BaseSQLDB.available_implementations(name)
+    except Exception as error:
+        raise CliError(f"the class of the database {name} cannot be loaded: {error}") from error
 
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
@@ -115,39 +138,25 @@ def _database_urls(only: str | None = None) -> dict[str, str]:
         raise CliError(str(error)) from error
 
 
-def _database_classes(name: str) -> list[type[Any]]:
-    from diracx.db.sql.utils import BaseSQLDB
-
-    try:
-        return BaseSQLDB.available_implementations(name)
-    except Exception as error:
-        raise CliError(f"the class of the database {name} cannot be loaded: {error}") from error
-
-
 @asynccontextmanager
-async def _checked(
-    name: str, database_class: type[BaseSQLDB], url: str, *, create: bool = False
-) -> AsyncIterator[Any]:
+async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = True) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
     from ...plumbing.sql.databases import join_threads
     from ...plumbing.sql.errors import connecting, explained
-    from ...plumbing.sql.migrations import Migrations
     from ...plumbing.sql.session import not_ready
 
-    migrations: Migrations | None = getattr(database_class, "migrations", None)
     async with AsyncExitStack() as stack:
-        database = await _opened(stack, name, database_class, url)
+        database = await _opened(stack, name, cls, url)
         before = set(threading.enumerate())
         try:
             with explained_database(name), explained(name):
                 with connecting(name):
                     async with asyncio.timeout(_ANSWER_SECONDS), database.engine.connect():
                         pass
-                if create and migrations is not None:
-                    async with asyncio.timeout(_ANSWER_SECONDS):
-                        await migrations.create(database.engine)
-                async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
-                    if (lacks := await connection.run_sync(not_ready, database_class, name)) is not None:
+                if tables:
+                    async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
+                        lacks = await connection.run_sync(not_ready, cls, name)
+                    if lacks is not None:
                         raise lacks
         except CliError:
             await join_threads(before)
@@ -155,9 +164,9 @@ async def _checked(
         yield database
 
 
-async def _opened(stack: AsyncExitStack, name: str, database_class: type[Any], url: str) -> Any:
+async def _opened(stack: AsyncExitStack, name: str, cls: type[Any], url: str) -> Any:
     try:
-        database = database_class(db_url=url)
+        database = cls(db_url=url)
         await stack.enter_async_context(database.engine_context())
     except Exception as error:
         # The error of a bad URL shows it in full.

@@ -1,0 +1,100 @@
+"""Commands that take a database to the revision that this version of the software needs."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from .errors import explained_database
+from .options import Commands, JsonOption, YesOption
+from .output import confirm, echo, echo_json
+from .runtime.databases import database_classes, database_url
+
+if TYPE_CHECKING:
+    from ..plumbing.sql.migrations import Migrations, Move
+
+__all__ = ["add_migration_commands"]
+
+_Answer = TypeVar("_Answer")
+
+
+def add_migration_commands(group: Commands, program: str, database: str, missing: str) -> None:
+    """Add `current`, `upgrade` and `downgrade` to a group of commands.
+
+    Args:
+        program: what is typed before the names of these commands.
+        database: as in DIRACX_DB_URL_<NAME>.
+        missing: said where it is not configured.
+    """
+
+    def run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
+        url = database_url(database, missing)
+
+        async def migrate() -> _Answer:
+            return await work(database_classes(database)[0].migrations, url)
+
+        with explained_database(database):
+            return asyncio.run(migrate())
+
+    def report(move: Move, as_json: bool) -> None:
+        if as_json:
+            echo_json({"database": database, **asdict(move)}, indent=2)
+            return
+        if move.recognised:
+            echo(f"{database} had no version, and was recognised as {move.before}")
+        for step in move.steps:
+            echo(f"  done: {step.revision} {step.what}")
+        echo(f"{database} is at {move.after or 'base: it has no tables'}")
+
+    def current(
+        check: Annotated[bool, typer.Option("--check", help="Exit with 1 when an upgrade is needed.")] = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Show which revision the database is at, and what an upgrade would do. Changes nothing."""
+        state = run(lambda migrations, url: migrations.current(url))
+        if as_json:
+            echo_json({"database": database, **asdict(state)}, indent=2)
+        else:
+            unstamped = " (recognised by its tables)" if state.revision and not state.stamped else ""
+            echo(f"{database} is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
+            for step in state.pending:
+                echo(f"  to do: {step.revision} {step.what}")
+        if check and state.pending:
+            raise typer.Exit(1)
+
+    def upgrade(
+        revision: Annotated[str, typer.Argument(metavar="[REVISION]", help="Up to this one.")] = "head",
+        as_json: JsonOption = False,
+    ) -> None:
+        """Take the database to the newest revision, or to REVISION. All rows are kept; repeating it does no harm.
+
+        An empty database gets its tables. One that has tables but no revision, as by `python -m diracx.db
+        init-sql`, is recognised. Several of these at once wait for each other. Stop workers and API before: they
+        would wait for locks, or miss what is being added.
+        """
+        report(run(lambda migrations, url: migrations.upgrade(url, revision)), as_json)
+
+    def downgrade(
+        revision: Annotated[str, typer.Argument(metavar="REVISION", help="Down to this one; base: no tables.")],
+        yes: YesOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        """Take the database back to REVISION, for an older version of the software.
+
+        What that does not know is lost.
+        """
+        what = "drop its tables with all rows" if revision == "base" else f"lose what {revision} does not know"
+        confirm(f"Take {database} back to {revision}, and {what}?", yes)
+        report(run(lambda migrations, url: migrations.downgrade(url, revision)), as_json)
+
+    for command, example in (
+        (current, "current --check"),
+        (upgrade, "upgrade"),
+        (downgrade, "downgrade 0001 --yes"),
+    ):
+        group.command(help=f"{inspect.getdoc(command)}\n\nExample: {program} {example}")(command)
