@@ -19,13 +19,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diracx.tasks.cli import application
+
 _IMPORTED = (
-    *(
-        "diracx.tasks.cli",
-        "diracx.tasks.jobs",
-        "diracx.tasks.cli.runtime.databases",
-        "diracx.tasks.web.dashboard.app",
-    ),
+    *("diracx.tasks.jobs", "diracx.tasks.web.dashboard.app"),
     *("diracx.tasks.plumbing.worker", "diracx.tasks.plumbing.scheduler", "diracx.tasks.plumbing.persistence"),
     *("diracx.db.sql", "sqlalchemy.dialects.sqlite.aiosqlite", "aiosqlite", "rich.table", "uvicorn", "yaml"),
     *("gubbins.cli.app", "gubbins.logic.my_pilots", "gubbins.tasks.my_pilots", "gubbins.metrics"),
@@ -94,6 +91,7 @@ def _keep(request: dict[str, Any], stdin: int, stdout: int, stderr: int, news: i
 if __name__ == "__main__":
     for module in _IMPORTED:
         import_module(module)
+    application()  # imports every command
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,7 +1,8 @@
 """Writes the reference of the command lines from the programs themselves.
 
 A page that holds the line `<!-- command-line: module:attribute program -->` gets there one section for each
-command of that Typer application: what it does, its arguments, its options, their defaults.
+command of that Typer application, or of the one that the function there makes: what it does, its arguments, its
+options, their defaults.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def describe(module: str, attribute: str, program: str) -> str:
-    """The Markdown of one application."""
-    return "\n".join(_sections(getattr(import_module(module), attribute), program))
+    """The Markdown of one application, or of that which a function makes."""
+    found = getattr(import_module(module), attribute)
+    return "\n".join(_sections(found if isinstance(found, typer.Typer) else found(), program))
 
 
 def _sections(app: typer.Typer, path: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from diracx.tasks.cli import app
+from diracx.tasks.cli import application
 from diracx.tasks.testing import embedded_redis
 from redis import Redis
 
@@ -174,7 +174,7 @@ def test_a_url_with_a_password_may_come_from_a_file_and_is_seen_nowhere(cli, tmp
 
 
 def test_every_command_that_takes_a_url_takes_it_from_a_file(cli, initialised_task_db, tmp_path):
-    commands = list(_commands(typer.main.get_command(app)))
+    commands = list(_commands(typer.main.get_command(application())))
     with_url = {path for path, names in commands if "redis_url" in names}
     assert with_url == {path for path, names in commands if "redis_url_file" in names}
     assert {"call", "cancel", "dlq retry", "group list", "group show"} < with_url

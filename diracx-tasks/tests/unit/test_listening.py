@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 import typer
-from diracx.tasks.cli import app
+from diracx.tasks.cli import application
 from diracx.tasks.web.auth.hosts import is_loopback
 
 
@@ -20,6 +20,6 @@ def hosts(command: click.Command, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def test_every_command_that_listens_does_so_on_loopback_by_default() -> None:
-    found = dict(hosts(typer.main.get_command(app)))
+    found = dict(hosts(typer.main.get_command(application())))
     assert found.keys() >= {"dashboard --host", "worker --metrics-host", "scheduler --metrics-host"}
     assert [option for option, default in found.items() if not is_loopback(default)] == []

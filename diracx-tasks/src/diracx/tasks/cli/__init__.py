@@ -2,59 +2,82 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from .commands.call import call
-from .commands.cancel import cancel
-from .commands.config import app as config
-from .commands.dashboard import dashboard
-from .commands.db import app as db
-from .commands.dev import dev
-from .commands.dlq import app as dlq
-from .commands.group import app as group
-from .commands.inspect import audit, list_tasks, running, task_statistics, workers
-from .commands.locks import app as locks
-from .commands.queue import app as queue
-from .commands.schedule import app as schedule
-from .commands.serve import scheduler, worker
-from .commands.status import status
-from .commands.submit import submit
 from .options import Commands
 from .program import run_program
 
-__all__ = ["app", "main"]
+__all__ = ["application", "main"]
 
-app = Commands(
-    name="diracx-task-run",
-    help="Run DiracX tasks.\n\n"
-    "A first task, from a plain file, with everything it needs in one terminal:\n\n"
-    "    diracx-task-run dev --module my_tasks.py\n\n"
-    "    diracx-task-run submit my_tasks:Greet --args '\\[\"world\"]' --wait --module my_tasks.py",
-    epilog="Every command explains itself: diracx-task-run COMMAND --help",
-    add_completion=False,
-    # Typer's own tracebacks show local variables, and those hold passwords.
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _command in (call, submit, cancel, worker, scheduler, dev, status, workers, running, dashboard, audit):
-    app.command(_command.__name__)(_command)
-app.command("list")(list_tasks)
-for _group in (dlq, db, group, config, schedule, queue, locks, task_statistics):
-    app.add_typer(_group)
+#: Command, or group of commands -> where it is below `commands`, and what the list of all commands says of it.
+_COMMANDS = {
+    "call": ("call:call", "Run a task in this process and print what it returns."),
+    "submit": ("submit:submit", "Submit a task to the queue of its priority and size, and print its id."),
+    "cancel": ("cancel:cancel", "Cancel tasks: queued, delayed, retrying, waiting for a lock, or running."),
+    "worker": ("serve:worker", "Run tasks of one size until SIGTERM or Ctrl-C."),
+    "scheduler": ("serve:scheduler", "Submit periodic tasks when they are due. Any number may run; one leads."),
+    "dev": ("dev:dev", "Run an embedded Valkey, the scheduler and one worker per size in this terminal."),
+    "status": ("status:status", "Show the health of the system: alerts, queues, workers, delayed tasks."),
+    "workers": ("inspect:workers", "List the workers: size, slots in use, state, last report, memory."),
+    "running": ("inspect:running", "List the running tasks, longest first."),
+    "dashboard": ("dashboard:dashboard", "Serve the dashboard: state of the system, and buttons to act on it."),
+    "audit": ("inspect:audit", "List actions, newest first: who did what."),
+    "list": ("inspect:list_tasks", "List the installed tasks, and those of the given modules."),
+    "dlq": ("dlq:app", "Inspect dead letters, submit them again, or discard them."),
+    "db": ("db:app", "Migrate the database of dead letters."),
+    "group": ("group:app", "Inspect callback groups that have not called back."),
+    "config": ("config:app", "Check and show the settings of tasks."),
+    "schedule": ("schedule:app", "Inspect, run, pause and resume the schedules of periodic tasks."),
+    "queue": ("queue:app", "Inspect the nine queues and the delayed tasks; purge a queue."),
+    "locks": ("locks:app", "Inspect locks and limiters; release a lock."),
+    "tasks": ("inspect:task_statistics", "Inspect classes of tasks."),
+}
+
+
+def application(only: str | None = None) -> Commands:
+    """Make the command line.
+
+    Args:
+        only: the one command that is going to run; no module of another is imported. None: any may.
+    """
+    app = Commands(
+        name="diracx-task-run",
+        help="Run DiracX tasks.\n\n"
+        "A first task, from a plain file, with everything it needs in one terminal:\n\n"
+        "    diracx-task-run dev --module my_tasks.py\n\n"
+        "    diracx-task-run submit my_tasks:Greet --args '\\[\"world\"]' --wait --module my_tasks.py",
+        epilog="Every command explains itself: diracx-task-run COMMAND --help",
+        add_completion=False,
+        # Typer's own tracebacks show local variables, and those hold passwords.
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name, (place, summary) in _COMMANDS.items():
+        module, _, attribute = place.partition(":")
+        if only not in (None, name):
+            app.command(name, help=summary)(_root)  # for the list of commands
+            continue
+        found = getattr(import_module(f".commands.{module}", __name__), attribute)
+        if isinstance(found, Commands):
+            app.add_typer(found, name=name, short_help=summary)
+        else:
+            app.command(name, short_help=summary)(found)
+    return app
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
         typer.echo(f"diracx-tasks {version('diracx-tasks')}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[
@@ -68,4 +91,4 @@ def _root(
 
 def main() -> None:
     """The command line. Exits with 0, with 2 when the command line is wrong, and with 1 for all the rest."""
-    run_program(app)
+    run_program(application(only=next(iter(sys.argv[1:]), "")))

@@ -6,17 +6,14 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
-from .errors import explained_database
+from ..plumbing.sql.migrations import Migrations, Move
 from .options import Commands, JsonOption, YesOption
 from .output import confirm, echo, echo_json
-from .runtime.databases import database_classes, database_url
-
-if TYPE_CHECKING:
-    from ..plumbing.sql.migrations import Migrations, Move
+from .runtime.databases import database_classes, database_url, explained_database
 
 __all__ = ["add_migration_commands"]
 

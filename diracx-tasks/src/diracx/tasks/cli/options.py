@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from typing import Annotated, Any, get_type_hints
 
 import typer
-
-from .errors import CliError, UsageProblem
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="Registry name of the task: category:ClassName.")
@@ -132,27 +129,3 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect looks for it
     return with_options
-
-
-def resolve_redis_url(option: str | None, file: str | None = None) -> str:
-    """The server's address: from the option, else the file, else the environment, else `redis://localhost`.
-
-    Raises:
-        CliError: when it cannot be the address of a server; usage when it was given as an option.
-    """
-    from ..plumbing.broker.address import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
-    from ..plumbing.broker.connection import AddressError, check_url, read_url_file
-
-    if option is not None and file is not None:
-        raise UsageProblem("--redis-url and --redis-url-file say the same; give one of them")
-    given = option is not None or file is not None
-    in_environment = os.environ.get(REDIS_URL_VARIABLE)
-    path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)
-    origin = "--redis-url" if option is not None else REDIS_URL_VARIABLE
-    url = option if option is not None else in_environment or DEFAULT_REDIS_URL
-    try:
-        if path:
-            return read_url_file(path, "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE)
-        return check_url(url, origin)
-    except AddressError as error:
-        raise (UsageProblem if given else CliError)(str(error)) from error

@@ -9,21 +9,20 @@ __all__ = ["confirm", "console", "echo", "echo_json", "print_json", "show", "sho
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from ..operations import as_json
+from ..operations.masking import masked_json
+from ..operations.models import Page
+from ..operations.views import View
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
 from .errors import CliError, UsageProblem, one_line, shortened_line
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from ..operations.models import Page
-    from ..operations.views import View
 
 _Row = TypeVar("_Row")
 _WIDTH_WITHOUT_TERMINAL = 220
@@ -42,24 +41,17 @@ def echo_json(value: Any, *, indent: int | None = None) -> None:
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
     """Print read models as JSON, passwords of URLs masked."""
-    from ..operations import as_json
-    from ..operations.masking import masked_json
-
     echo_json(masked_json(as_json(value)), indent=indent)
 
 
 def console() -> Console:
     """A console as wide as the terminal, or wide enough for a table where there is none."""
-    from rich.console import Console
-
     found = Console()
     return found if found.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def styled(text: str, style: str = "") -> Text:
     """One line of text with a style."""
-    from rich.text import Text
-
     return Text(one_line(text), style=style)
 
 
@@ -67,8 +59,6 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
     """Print read models: as JSON, or as the table of the view (on stderr that there is nothing, and where to read
     on after a page).
     """
-    from ..operations.models import Page
-
     if as_json:
         print_json(rows)
         return
@@ -83,8 +73,6 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
 
 def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
     """The table of a view, its first column in colour."""
-    from rich.table import Table
-
     made = Table(box=None, header_style="bold", pad_edge=False)
     for column in view.columns:
         made.add_column(

@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 
+from ..plumbing._util.passwords import mask
+from ..plumbing._util.printable import printable
 from .errors import CliError, one_line
 from .options import Commands
-from .output import echo
 
 __all__ = ["run_program"]
 
@@ -31,7 +32,7 @@ def run_program(app: Commands, prefix: str = "error") -> None:
     except CliError as error:
         code = error.exit_code
         if error.detail:
-            echo(error.detail.rstrip("\n"), err=True)
+            _print(error.detail)
         for line in error.lines:
             typer.secho(f"{prefix}: {one_line(line)}", fg="red", err=True)
     except _UsageError as error:
@@ -43,8 +44,12 @@ def run_program(app: Commands, prefix: str = "error") -> None:
     except Exception:
         # A bug of ours: its report needs the traceback, without passwords.
         code = 1
-        echo(traceback.format_exc().rstrip("\n"), err=True)
+        _print(traceback.format_exc())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print(text: str) -> None:
+    typer.echo(printable(mask(text.rstrip("\n"))), err=True)
 
 
 def _report_unless_late(error: threading.ExceptHookArgs) -> None:

@@ -7,25 +7,33 @@ import contextlib
 import sys
 import threading
 import traceback
+from bdb import BdbQuit
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_jsonable_python
+from redis.exceptions import RedisError
 
 from ...plumbing._util.printable import printable
+from ...plumbing.base_task import BaseTask
+from ...plumbing.broker.connection import sync_client
+from ...plumbing.broker.locking import extend_now
+from ...plumbing.broker.models import LockSpec
 from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
-from ..errors import CliError, explained_redis
+from ...plumbing.injection.plan import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
+from ...plumbing.locks import BaseLimiter, lock_specs
+from ...plumbing.messages.secrets import without_secrets
+from ...plumbing.standalone import holding
+from ..errors import CliError
 from ..options import JsonOption, LogLevelOption
 from ..output import echo_json
+from ..runtime.broker import explained_redis
 from ..runtime.databases import check_databases
 from ..runtime.logs import set_task_log_level, set_up_logging
 from ..runtime.task_arguments import CheckedTask, TaskOptions
-
-if TYPE_CHECKING:
-    from ...plumbing.base_task import BaseTask
-    from ...plumbing.broker.models import LockSpec
 
 
 class Debugger(StrEnum):
@@ -73,8 +81,6 @@ def call(
 
 
 def _without_secrets(text: str, task: BaseTask) -> str:
-    from ...plumbing.messages.secrets import without_secrets
-
     return without_secrets(text, task)
 
 
@@ -96,10 +102,6 @@ class _Run:
         Raises:
             CliError: when it cannot begin, and with a traceback when the task raised.
         """
-        from bdb import BdbQuit
-
-        from redis.exceptions import RedisError
-
         try:
             return await self._run()
         except CliError:
@@ -123,15 +125,6 @@ class _Run:
             raise CliError(f"{self._name} cannot begin: {problem}") from error
 
     async def _run(self) -> Any:
-        from ...plumbing.injection.plan import (
-            compile_plan,
-            find_missing_overrides,
-            resolve,
-            setup_dependency_overrides,
-        )
-        from ...plumbing.locks import BaseLimiter, lock_specs
-        from ...plumbing.standalone import holding
-
         plan = compile_plan(type(self._task).execute, skip_first=True)
         async with self._checked.broker() as broker, AsyncExitStack() as outer:
             overrides = {}
@@ -164,8 +157,6 @@ class _Run:
         if self._debugger is not Debugger.BEFORE or not expiring:
             yield
             return
-        from ...plumbing.broker.connection import sync_client
-        from ...plumbing.broker.locking import extend_now
 
         stop = threading.Event()
 
@@ -228,8 +219,6 @@ def _variables(missing: Sequence[str]) -> str:
 
 def to_json(value: Any) -> Any:
     """The value as JSON has it; what JSON has no notion of, as text."""
-    from pydantic_core import to_jsonable_python
-
     return to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
 
 

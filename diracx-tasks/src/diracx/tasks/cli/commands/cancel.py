@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ...operations.audited_actions import AuditedActions
 from ..errors import CliError, one_line
 from ..options import JsonOption
 from ..output import echo, echo_json
@@ -28,8 +29,6 @@ def cancel(
 
     Example: diracx-task-run cancel 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
-    from ...operations.audited_actions import AuditedActions
-
     ids = list(dict.fromkeys(task_ids))
     found = server.run(lambda broker: AuditedActions.at_command_line(broker.redis).cancel(broker, ids))
     if as_json:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ...operations.settings import settings_records
+from ...operations.views import ACTIVE_CONFIGS, SETTINGS
+from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, TasksConfig, check_written
+from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.exceptions import TaskConfigError
+from ...plumbing.factory import TaskRegistry
 from ..errors import CliError, UsageProblem, one_line
 from ..options import JsonOption, ModuleOption, command_group
 from ..output import console, echo, echo_json, print_json, show, styled
 from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
 from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server
-
-if TYPE_CHECKING:
-    from ...plumbing.config import Problem, Source, TasksConfig
-    from ...plumbing.config.active import ActiveConfig
-    from ...plumbing.factory import TaskRegistry
 
 app = command_group(
     "config", "Settings of tasks: a YAML file, or the section Systems.Tasks of the DiracX configuration."
@@ -85,9 +85,6 @@ def show_settings(
 
     Example: diracx-task-run config show --task MySubmitPilotsTask --vo lhcb
     """
-    from ...operations.settings import settings_records
-    from ...operations.views import SETTINGS
-
     registry = load_registry(module)
     names = sorted(registry) if task is None else [find_task(registry, task)]
     config, problems, source, vos = _read(file, registry)
@@ -143,9 +140,6 @@ def in_force(*, as_json: JsonOption = False, server: Server) -> None:
 
     Example: diracx-task-run config in-force --json
     """
-    from ...operations.views import ACTIVE_CONFIGS
-    from ...plumbing.config.active import active_configs
-
     entries = server.query(active_configs)
     if as_json:
         print_json([entry.as_dict() for entry in entries])
@@ -177,8 +171,6 @@ def _read(
         UsageProblem: when there is no such file.
         CliError: when the DiracX configuration cannot be read.
     """
-    from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, check_written
-
     if file is not None and not file.is_file():
         raise UsageProblem(f"{file}: there is no such file")
     config: Any = diracx_config()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import logging
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...plumbing.broker.server_check import Role as ServerRole
+from ...plumbing.config.sources import ConfigReader
+from ...plumbing.registry import TaskRegistry
+from ...web.auth.backends import Principal, Role, TokenBackend, new_token
+from ...web.auth.hosts import host_name, is_loopback
+from ...web.context import AppContext
 from ..errors import CliError, UsageProblem, mask
 from ..options import LogLevel, LogLevelOption
 from ..runtime.broker import open_broker
@@ -22,9 +30,6 @@ from ..runtime.logs import set_up_logging
 from ..runtime.server import ServerAndTasks
 
 if TYPE_CHECKING:
-    from ...plumbing.registry import TaskRegistry
-    from ...web.auth.backends import TokenBackend
-    from ...web.context import AppContext
     from ...web.dashboard.app import DashboardApp
 
 logger = logging.getLogger(__package__)
@@ -68,8 +73,6 @@ def dashboard(
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
-    from ...web.auth.hosts import host_name, is_loopback
-
     _needs("jinja2", "uvicorn")
     loopback, public_names = is_loopback(host), _public_names(public_name or [])
     if not loopback and not os.environ.get(_TOKEN_VARIABLE):
@@ -120,8 +123,6 @@ def dashboard(
 
 
 def _public_names(given: list[str]) -> list[str]:
-    from ...web.auth.hosts import host_name
-
     names = []
     for name in given:
         try:
@@ -135,8 +136,6 @@ def _public_names(given: list[str]) -> list[str]:
 
 
 def _needs(*modules: str) -> None:
-    from importlib.util import find_spec
-
     if missing := [name for name in modules if find_spec(name) is None]:
         raise CliError(
             f"the dashboard needs {' and '.join(missing)}; install it with `pip install 'diracx-tasks[dashboard]'`"
@@ -145,10 +144,6 @@ def _needs(*modules: str) -> None:
 
 def _backend(read_only: bool) -> tuple[TokenBackend, str]:
     """Return what signs users in, and the token for it."""
-    import getpass
-
-    from ...web.auth.backends import Principal, Role, TokenBackend, new_token
-
     token = os.environ.get(_TOKEN_VARIABLE) or new_token()
     if len(token) < _LEAST_TOKEN:
         raise CliError(f"{_TOKEN_VARIABLE} has less than {_LEAST_TOKEN} characters, which can be guessed")
@@ -173,11 +168,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppContext:
-    from ...plumbing.broker.server_check import Role
-    from ...plumbing.config.sources import ConfigReader
-    from ...web.context import AppContext
-
-    broker = await stack.enter_async_context(open_broker(url, role=Role.DASHBOARD))
+    broker = await stack.enter_async_context(open_broker(url, role=ServerRole.DASHBOARD))
     task_db = await stack.enter_async_context(unchecked_task_db())
     return AppContext(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
 

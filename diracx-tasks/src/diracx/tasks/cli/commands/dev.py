@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from ...plumbing._util.printable import printable
 from ...plumbing.enums import Size
@@ -21,9 +24,6 @@ from ..options import LogLevel, LogLevelOption, ModuleOption
 from ..runtime import orphan_reaper
 from ..runtime.registry import load_registry
 from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 #: How long components may take to stop, after running tasks have had their grace period.
 _STOP_SECONDS = 15.0
@@ -47,8 +47,6 @@ def dev(
 
     Example: diracx-task-run dev --module my_tasks.py
     """
-    from rich.console import Console
-
     # Here, a mistake in a module is reported once; from each component it would be reported four times.
     load_registry(module)
     if port is not None:
@@ -58,8 +56,6 @@ def dev(
 
 
 def _check_free(port: int) -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -153,8 +149,6 @@ class _Terminal:
 
     def say(self, name: str, line: str) -> None:
         """Print a line of a component; call `on_closed` when the terminal is gone."""
-        from rich.text import Text
-
         try:
             self._console.print(Text.assemble((f"{name:<9} │ ", _COLOURS[name]), printable(line)))
         except (OSError, SystemExit):  # Rich would end the process

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from ... import operations
+from ...operations.audited_actions import AuditedActions
+from ...operations.dead_letters import dead_letter_record, dead_letter_summary
+from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
 from ...plumbing.persistence.letter import DeadLetterStatus
+from ...plumbing.persistence.resubmission import Fate, Resubmitter
 from ...plumbing.task_names import AmbiguousTaskNameError
 from ..errors import CliError, UsageProblem, one_line
 from ..options import AfterOption, JsonOption, command_group
@@ -58,9 +63,6 @@ def list_letters(
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
-    from ...operations.dead_letters import dead_letter_summary
-    from ...operations.views import DEAD_LETTERS
-
     where = filters.letters(status)
 
     async def read(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
@@ -86,9 +88,6 @@ def waiting(
 
     Example: diracx-task-run dlq waiting --json
     """
-    from ... import operations
-    from ...operations.views import WAITING_DEAD_LETTERS
-
     registry = server.registry
     page = server.query(lambda redis: operations.waiting_dead_letters(redis, limit, after, registry=registry))
     show(WAITING_DEAD_LETTERS, page, as_json)
@@ -100,8 +99,6 @@ def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
 
     Example: diracx-task-run dlq show 17
     """
-    from ...operations.dead_letters import dead_letter_record
-
     shown = dead_letter_record(_in_database(lambda db: _find(db, letter_id)))
     if as_json:
         print_json(shown)
@@ -155,8 +152,6 @@ def export(
 
     Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
     """
-    from ...operations.dead_letters import dead_letter_record
-
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
@@ -197,14 +192,9 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
 
     Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
     """
-    from ...plumbing.persistence.resubmission import Fate
-
     where = choice.letters(StatusFilter.OPEN)
 
     async def submit(db: TaskDB) -> list[Any]:
-        from ...operations.audited_actions import AuditedActions
-        from ...plumbing.persistence.resubmission import Resubmitter
-
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry, config = server.registry, tasks_config()
         async with server.connected() as broker:
@@ -238,8 +228,6 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
     where = choice.letters(StatusFilter.PENDING)
 
     async def decide(db: TaskDB) -> tuple[Sequence[Letter], set[int]]:
-        from ...operations.audited_actions import AuditedActions
-
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ...operations import groups
+from ...operations.views import GROUPS
+from ...plumbing.broker.groups import GroupStatus, read_group
 from ..errors import CliError
 from ..options import JsonOption, command_group
 from ..output import print_json, show, show_fields
 from ..runtime.server import Server
-
-if TYPE_CHECKING:
-    from ...plumbing.broker.groups import GroupStatus
 
 #: Children that are named; of more, there is a count.
 _NAMED_CHILDREN = 10
@@ -35,8 +35,6 @@ def show_group(
 
     Example: diracx-task-run group show 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
-    from ...plumbing.broker.groups import read_group
-
     status = server.query(lambda redis: read_group(redis, group_id))
     if status is None:
         raise CliError(
@@ -55,9 +53,6 @@ def list_(*, as_json: JsonOption = False, server: Server) -> None:
 
     Example: diracx-task-run group list --json
     """
-    from ...operations import groups
-    from ...operations.views import GROUPS
-
     found = server.query(groups)
     if as_json:
         children = ("pending_children", "failed_children")  # `group show` has them

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from redis.asyncio import Redis
 
+from ... import operations
+from ...operations import Failure, Page
+from ...operations.audit import AuditEntry, read_audit
+from ...operations.cursors import place_in_stream
+from ...operations.task_classes import task_classes
+from ...operations.views import AUDIT, RUNNING, STATISTICS, TASK_CLASSES, WORKERS
+from ...plumbing.registry import unselected_tasks
 from ...plumbing.task_names import resolve_task_name
 from ..errors import one_line
 from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, command_group
 from ..output import echo, print_json, show
 from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server, ServerAndTasks
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from redis.asyncio import Redis
-
-    from ...operations import Failure, Page
-    from ...operations.audit import AuditEntry
 
 
 class Window(StrEnum):
@@ -37,10 +38,6 @@ def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> N
 
     Example: diracx-task-run list --module my_tasks.py
     """
-    from ...operations.task_classes import task_classes
-    from ...operations.views import TASK_CLASSES
-    from ...plumbing.registry import unselected_tasks
-
     show(TASK_CLASSES, task_classes(load_registry(module)), as_json)
     for line in unselected_tasks():
         echo(f"warning: {one_line(line)}", err=True)
@@ -54,9 +51,6 @@ def workers(*, as_json: JsonOption = False, server: Server) -> None:
 
     Example: diracx-task-run workers --json
     """
-    from ... import operations
-    from ...operations.views import WORKERS
-
     show(WORKERS, server.query(operations.workers), as_json)
 
 
@@ -69,9 +63,6 @@ def running(
 
     Example: diracx-task-run running --limit 20
     """
-    from ... import operations
-    from ...operations.views import RUNNING
-
     registry = server.registry
     page = server.query(lambda redis: operations.running(redis, limit, after, registry=registry))
     show(RUNNING, page, as_json)
@@ -95,13 +86,8 @@ def audit(
 
     Example: diracx-task-run audit --limit 10
     """
-    from ...operations.views import AUDIT
 
     async def read(redis: Redis) -> Page[AuditEntry]:
-        from ...operations.audit import read_audit
-        from ...operations.cursors import place_in_stream
-        from ...operations.models import Page
-
         # One more tells whether there are more.
         found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)
         return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
@@ -132,8 +118,6 @@ def stats(
 
     Example: diracx-task-run tasks stats --window day --failures 3
     """
-    from ... import operations
-    from ...operations.views import STATISTICS
 
     async def read(redis: Redis) -> Any:
         found = await operations.stats(redis, window.value)

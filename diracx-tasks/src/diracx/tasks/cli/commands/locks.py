@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ... import operations
+from ...operations import Holder, Lock
+from ...operations.audited_actions import AuditedActions
+from ...operations.views import LOCKS, holder, quota, remaining
 from ..errors import CliError, one_line
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
 from ..output import confirm, echo, print_json, show, show_fields
 from ..runtime.server import Server
-
-if TYPE_CHECKING:
-    from ...operations import Holder, Lock
 
 app = command_group("locks", "Inspect locks and limiters; release a lock.")
 
@@ -32,9 +33,6 @@ def list_(
 
     Example: diracx-task-run locks list --json
     """
-    from ... import operations
-    from ...operations.views import LOCKS
-
     show(LOCKS, server.query(lambda redis: operations.locks(redis, limit, after)), as_json)
 
 
@@ -46,8 +44,6 @@ def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) 
 
     Example: diracx-task-run locks show lock:mutex:task:CleanSandboxStoreTask
     """
-    from ... import operations
-
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None:
         raise CliError(f"nobody holds {key} or waits for it")
@@ -58,8 +54,6 @@ def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) 
 
 
 def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
-    from ...operations.views import holder, quota, remaining
-
     yield "lock", lock.key
     yield "kind", lock.kind
     yield "held", quota(lock)
@@ -80,9 +74,6 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
 
     Example: diracx-task-run locks release lock:mutex:job:42
     """
-    from ... import operations
-    from ...operations.audited_actions import AuditedActions
-
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None or not found.held:
         raise CliError(f"nobody holds {key}")

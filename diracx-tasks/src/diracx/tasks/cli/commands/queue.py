@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from redis.asyncio import Redis
 
+from ... import operations
+from ...operations import DelayReason
+from ...operations.audited_actions import AuditedActions
+from ...operations.cursors import streams_of_queue
+from ...operations.views import DELAYED, QUEUED, QUEUES
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
 from ..output import confirm, echo, echo_json, show
 from ..runtime.server import Server, ServerAndTasks
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ...operations import DelayReason
 
 app = command_group("queue", "Inspect the nine queues and the delayed tasks; purge a queue.")
 
@@ -40,9 +41,6 @@ def list_(*, as_json: JsonOption = False, server: Server) -> None:
 
     Example: diracx-task-run queue list --json
     """
-    from ... import operations
-    from ...operations.views import QUEUES
-
     show(QUEUES, server.query(operations.queues), as_json)
 
 
@@ -61,9 +59,6 @@ def peek(
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    from ... import operations
-    from ...operations.views import QUEUED
-
     registry = server.registry
     page = server.query(lambda redis: operations.peek(redis, queue, limit, after, registry=registry))
     show(QUEUED, page, as_json)
@@ -82,9 +77,6 @@ def delayed(
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    from ... import operations
-    from ...operations.views import DELAYED
-
     registry = server.registry
     only: DelayReason | None = None if reason is None else reason.value
     page = server.query(lambda redis: operations.delayed(redis, only, limit, after, registry=registry))
@@ -99,9 +91,6 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
 
     Example: diracx-task-run queue purge background:large --yes
     """
-    from ... import operations
-    from ...operations.audited_actions import AuditedActions
-    from ...operations.cursors import streams_of_queue
 
     async def waiting_tasks(redis: Redis) -> int:
         streams_of_queue(queue)

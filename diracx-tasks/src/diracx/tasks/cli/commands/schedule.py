@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from difflib import get_close_matches
+from typing import Annotated
 
 import typer
+from redis.asyncio import Redis
 
+from ...operations.audited_actions import AlreadyQueuedError, AuditedActions
+from ...operations.views import SCHEDULES
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.broker.scheduling import has_leader
+from ...plumbing.config import TasksConfig
 from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.scheduler import ScheduleState, schedules
+from ...plumbing.scheduler.admin import RunNow
+from ...plumbing.scheduler.occurrences import iter_schedules
+from ...plumbing.scheduler.overview import matching
+from ...plumbing.submission.client import Binding
 from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 from ..errors import CliError, UsageProblem, one_line, shortened
 from ..options import JsonOption, command_group
 from ..output import echo, echo_json, show
 from ..runtime.configuration import Configuration, read_configuration
 from ..runtime.server import ServerAndTasks
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ...operations.audited_actions import AuditedActions
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.scheduler import ScheduleState
-    from ...plumbing.scheduler.admin import RunNow
 
 app = command_group(
     "schedule",
@@ -45,9 +49,6 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
 
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
-    from ...operations.views import SCHEDULES
-    from ...plumbing.broker.scheduling import has_leader
-
     config = _configuration(server, required=False)
 
     async def read(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
@@ -76,11 +77,6 @@ def run_now(
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
-    from ...operations.audited_actions import AlreadyQueuedError, AuditedActions
-    from ...plumbing.scheduler.admin import RunNow
-    from ...plumbing.scheduler.occurrences import iter_schedules
-    from ...plumbing.submission.client import Binding
-
     config = _configuration(server, required=True)
     assert config is not None
     instances = {found.id: found for found in iter_schedules(server.registry, config.tasks, config.vos or ())}
@@ -152,8 +148,6 @@ def _switch(
     config = _configuration(server, required=False)
 
     async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        from ...operations.audited_actions import AuditedActions
-
         chosen = _chosen(ids or (), every, await _states(broker.redis, server, config))
         return chosen, await switch(AuditedActions.at_command_line(broker.redis), chosen) if chosen else []
 
@@ -173,10 +167,6 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
     Raises:
         UsageProblem: when a pattern matches none; suggests the nearest id.
     """
-    from difflib import get_close_matches
-
-    from ...plumbing.scheduler.overview import matching
-
     known = [state.id for state in states]
     if every:
         return known
@@ -219,9 +209,6 @@ def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration |
 
 async def _states(redis: Redis, server: ServerAndTasks, config: Configuration | None) -> list[ScheduleState]:
     """All schedules; without a configuration, those that Redis knows."""
-    from ...plumbing.config import TasksConfig
-    from ...plumbing.scheduler import schedules
-
     if config is None:
         return await schedules(redis, {}, TasksConfig(), ())
     return await schedules(redis, server.registry, config.tasks, config.vos or ())

@@ -6,27 +6,32 @@ import asyncio
 import logging
 import signal
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from prometheus_client import Metric
 
+from ...operations.metrics import scheduler_metrics, worker_metrics
 from ...plumbing._util.tasks import cancel_and_wait
+from ...plumbing.base_task import PeriodicVoAwareBaseTask
+from ...plumbing.broker.server_check import Role
 from ...plumbing.broker.sizes import MAX_BYTES
+from ...plumbing.config import TasksConfig
 from ...plumbing.enums import Size
-from ..errors import CliError, explained_redis, mask, one_line
+from ...plumbing.persistence.resubmission import Resubmitter
+from ...plumbing.scheduler import TaskScheduler
+from ...plumbing.worker import Worker
+from ...plumbing.worker.settings import WorkerSettings
+from ..errors import CliError, mask, one_line
+from ..runtime.broker import explained_redis
 from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
 from ..runtime.databases import check_databases, open_task_db, required_task_db
 from ..runtime.logs import set_up_logging
 from ..runtime.metrics_server import open_collectors, serve_metrics, set_up_telemetry
 from ..runtime.service import Service, ServiceOptions
 from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor, is_supervised
-
-if TYPE_CHECKING:
-    from prometheus_client import Metric
-
-    from ...plumbing.config import TasksConfig
-    from ...plumbing.persistence.resubmission import Resubmitter
 
 logger = logging.getLogger(__package__)
 
@@ -74,8 +79,6 @@ def worker(
 
     Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
     """
-    from ...plumbing.worker.settings import WorkerSettings
-
     set_up_logging(options.log_level)
     if processes > 1 and not is_supervised():
         raise typer.Exit(asyncio.run(_supervise(sys.argv[1:], processes)))
@@ -93,10 +96,6 @@ def worker(
     set_up_telemetry("tasks-worker")
 
     async def serve(stack: AsyncExitStack) -> None:
-        from ...operations.metrics import worker_metrics
-        from ...plumbing.broker.server_check import Role
-        from ...plumbing.worker import Worker
-
         broker, config = await service.open(stack, Role.WORKER, worker_size)
         registry = options.registry
         task_db = await stack.enter_async_context(open_task_db())
@@ -162,12 +161,6 @@ def scheduler(
     set_up_telemetry("tasks-scheduler")
 
     async def serve(stack: AsyncExitStack) -> None:
-        from ...operations.metrics import scheduler_metrics
-        from ...plumbing.base_task import PeriodicVoAwareBaseTask
-        from ...plumbing.broker.server_check import Role
-        from ...plumbing.persistence.resubmission import Resubmitter
-        from ...plumbing.scheduler import TaskScheduler
-
         task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
         broker, config = await service.open(stack, Role.SCHEDULER)
         registry = options.registry
@@ -209,8 +202,6 @@ def scheduler(
 
 async def _resubmit(resubmitter: Resubmitter) -> None:
     """Submit dead letters again beside the scheduler's own work, which no failure of this may end."""
-    from collections import Counter
-
     fates: Counter[str] = Counter()
     try:
         async for verdicts in resubmitter.all_by_itself():

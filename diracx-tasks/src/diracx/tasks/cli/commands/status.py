@@ -6,23 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
+from ...operations import Snapshot
+from ...operations.health import Health, health_checks
+from ...operations.masking import masked_json
+from ...operations.views import QUEUES, age, mebibytes
+from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.exceptions import TaskConfigError
 from ..errors import CliError, one_line
 from ..options import JsonOption
 from ..output import console, echo, echo_json, styled, table
 from ..runtime.databases import unchecked_task_db
 from ..runtime.server import Server
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from ...operations import Snapshot
-    from ...operations.health import Health
-    from ...plumbing.broker import RedisStreamBroker
 
 _STYLES = {"critical": "bold red", "warning": "bold yellow", "unknown": "bold magenta"}
 _DELAY_REASONS = {
@@ -70,8 +71,6 @@ def status(
 
 
 def _check(server: Server, as_json: bool) -> int:
-    from ...plumbing.broker import RedisStreamBroker
-
     async def run_once() -> Health:
         # The server is not tried before: that it does not answer is for the checks to say.
         broker = RedisStreamBroker(server.url)
@@ -101,8 +100,6 @@ async def _health_checks(broker: RedisStreamBroker) -> AsyncIterator[Callable[[]
     Raises:
         CliError: a variable of a database or a threshold is wrong.
     """
-    from ...operations.health import health_checks
-
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(unchecked_task_db())
         try:
@@ -114,8 +111,6 @@ async def _health_checks(broker: RedisStreamBroker) -> AsyncIterator[Callable[[]
 
 async def _show(run_checks: Callable[[], Awaitable[Health]], every: float | None, as_json: bool) -> None:
     """Show the health once, or every so many seconds."""
-    from rich.live import Live
-
     shown = console()
     async with AsyncExitStack() as stack:
         screen: Live | None = None
@@ -135,8 +130,6 @@ async def _show(run_checks: Callable[[], Awaitable[Health]], every: float | None
 
 
 def _as_json(health: Health) -> dict[str, Any]:
-    from ...operations.masking import masked_json
-
     shown: dict[str, Any] = masked_json(health.as_json())
     return shown
 
@@ -151,11 +144,6 @@ def _check_lines(health: Health) -> list[str]:
 
 def _page(health: Health) -> RenderableType:
     """The alerts with their remedies, and the figures of the system."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from ...operations.views import age
-
     seen = health.snapshot
     now = datetime.now(UTC) if seen is None else seen.at
     lines: list[RenderableType] = [Text(f"{now:%Y-%m-%d %H:%M:%S} UTC", style="bold")]
@@ -173,10 +161,6 @@ def _page(health: Health) -> RenderableType:
 
 
 def _figures(seen: Snapshot) -> list[RenderableType]:
-    from rich.text import Text
-
-    from ...operations.views import QUEUES, mebibytes
-
     alive = [worker for worker in seen.workers if worker.alive]
     slots = sum(worker.slots or 0 for worker in alive)
     used = sum(worker.slots_used or 0 for worker in alive)

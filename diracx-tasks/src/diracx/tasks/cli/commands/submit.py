@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import CliError, UsageProblem, explained_redis
+from ...plumbing.broker.models import TaskResult
+from ..errors import CliError, UsageProblem
 from ..options import JsonOption
 from ..output import echo, echo_json
+from ..runtime.broker import explained_redis
 from ..runtime.task_arguments import CheckedTask, TaskOptions
 from .call import print_value, to_json
-
-if TYPE_CHECKING:
-    from ...plumbing.broker.models import TaskResult
 
 #: How long the result of a task that is waited for is kept.
 _RESULT_TTL_SECONDS = 3600

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from ...plumbing._util.retrying import NO_PRIMARY, reason
 from ...plumbing._util.tasks import cancel_and_wait
-from ..errors import CliError, explained_redis, mask
-
-if TYPE_CHECKING:
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.broker.server_check import Role
-    from ...plumbing.enums import Size
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.broker.address import AddressError, parsed
+from ...plumbing.broker.server_check import Role, UnusableServerError, report_changes, report_risks
+from ...plumbing.broker.stored import UnreadableKeyError
+from ...plumbing.enums import Size
+from ...plumbing.exceptions import SendTaskError
+from ..errors import CliError, mask
 
 #: A server that does not answer for so long counts as down. Users were promised an answer within 5 s.
 ANSWER_SECONDS = 2.0
@@ -32,11 +43,6 @@ async def open_broker(
     Raises:
         CliError: when the server cannot be reached, refuses us, or is one on which the task system cannot work.
     """
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.broker.address import parsed
-    from ...plumbing.broker.server_check import report_changes, report_risks
-    from ...plumbing.enums import Size
-
     with explained_redis(url):
         broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
     try:
@@ -60,3 +66,52 @@ async def open_broker(
             await cancel_and_wait(reporting)
     finally:
         await broker.shutdown()
+
+
+@contextmanager
+def explained_redis(url: str) -> Iterator[None]:
+    """Turn what the server, or the way to it, does wrong inside the block into one line.
+
+    Raises:
+        CliError: in place of every error of redis-py, and of the broker when it comes from one.
+    """
+    try:
+        yield
+    except AddressError as error:
+        raise CliError(f"{error}; correct --redis-url or DIRACX_TASKS_REDIS_URL") from error
+    except (UnreadableKeyError, UnusableServerError) as error:
+        raise CliError(str(error)) from error
+    except SendTaskError as error:
+        if isinstance(error.__cause__, RedisError):
+            raise CliError(_about_redis(error.__cause__, url)) from error
+        raise CliError(str(error)) from error
+    except RedisError as error:
+        raise CliError(_about_redis(error, url)) from error
+
+
+def _about_redis(error: BaseException, url: str) -> str:
+    text = reason(error)
+    where = f"Redis at {mask(url)}"
+    if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
+        return (
+            f"{where} refuses the user or the password: {text}; "
+            "check them in --redis-url or DIRACX_TASKS_REDIS_URL"
+        )
+    if isinstance(error, NoPermissionError):
+        return f"{where} does not allow this to its user: {text}; give the user the rights on diracx:*"
+    if isinstance(error, InvalidResponse):
+        return f"what answers at {mask(url)} is no Redis server ({text}); check host and port of the URL"
+    if "DB index" in text:
+        return f"{where} has no such database: {text}; correct the number at the end of the URL"
+    if isinstance(error, RedisConnectionError | RedisTimeoutError):
+        if isinstance(error, NO_PRIMARY):
+            way_out = "check the sentinels' hosts and ports, and the name of the service"
+        elif "CERTIFICATE_VERIFY_FAILED" in text:
+            way_out = "name its CA with ?ssl_ca_certs=FILE, and the host as its certificate does"
+        else:
+            way_out = (
+                "start it, or name another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
+                "brings its own)"
+            )
+        return f"cannot reach {where}: {text}; {way_out}"
+    return f"{where} refuses: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"

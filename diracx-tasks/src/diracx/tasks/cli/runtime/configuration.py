@@ -9,16 +9,16 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.config import TasksConfig, checked_tasks_config, unknown_names
+from ...plumbing.config.sources import ConfigReader, explain
+from ...plumbing.config.watcher import ConfigWatcher
 from ...plumbing.exceptions import TaskConfigError
+from ...plumbing.registry import TaskRegistry
 from ..errors import CliError
 
 if TYPE_CHECKING:
     from diracx.core.config import Config
-
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config import TasksConfig
-    from ...plumbing.config.sources import ConfigReader
-    from ...plumbing.registry import TaskRegistry
 
 logger = logging.getLogger(__package__)
 
@@ -42,9 +42,6 @@ def read_configuration(registry: TaskRegistry) -> Configuration:
     Raises:
         CliError: when it cannot be read, or is wrong.
     """
-    from ...plumbing.config import checked_tasks_config
-    from ...plumbing.config.sources import ConfigReader
-
     reader = ConfigReader.of_environment(registry)
     with _explained_configuration():
         config = reader.read_config()
@@ -64,9 +61,6 @@ async def watch_configuration(
     on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
 ) -> AsyncIterator[None]:
     """Follow changes of the configuration, as it was read at the start, inside the block."""
-    from ...plumbing.config import unknown_names
-    from ...plumbing.config.watcher import ConfigWatcher
-
     async with ConfigWatcher(
         config.reader,
         config.tasks,
@@ -82,24 +76,18 @@ async def watch_configuration(
 
 def tasks_config() -> TasksConfig:
     """The settings of tasks alone, as a client needs them; errors as of `read_configuration`."""
-    from ...plumbing.config.sources import ConfigReader
-
     with _explained_configuration():
         return ConfigReader.of_environment().read_tasks()
 
 
 def diracx_config() -> Config | None:
     """The DiracX configuration, None where there is none; errors as of `read_configuration`."""
-    from ...plumbing.config.sources import ConfigReader
-
     with _explained_configuration():
         return ConfigReader.of_environment().read_config()
 
 
 @contextmanager
 def _explained_configuration() -> Iterator[None]:
-    from ...plumbing.config.sources import explain
-
     try:
         yield
     except TaskConfigError as error:

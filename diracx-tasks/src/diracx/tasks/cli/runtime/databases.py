@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...plumbing.exceptions import TaskConfigError
-from ..errors import CliError, explained_database
+from ...plumbing.injection.placeholders import SQL, calls_below, family_of
+from ...plumbing.injection.plan import Plan
+from ...plumbing.sql.databases import database_urls, join_threads
+from ..errors import CliError
 
 if TYPE_CHECKING:
     from diracx.db.sql.utils import BaseSQLDB
 
-    from ...plumbing.injection.plan import Plan
     from ...plumbing.persistence import TaskDB
 
 logger = logging.getLogger(__package__)
@@ -34,8 +36,6 @@ async def check_databases(plans: Iterable[Plan]) -> None:
     Raises:
         CliError: naming the database that does not.
     """
-    from ...plumbing.injection.placeholders import SQL, calls_below, family_of
-
     wanted = {call.__self__ for plan in plans for call in calls_below(plan, {}) if family_of(call) == SQL}  # type: ignore[attr-defined]  # bound classmethods
     if not wanted:
         return
@@ -129,8 +129,6 @@ def database_classes(name: str) -> list[type[Any]]:
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
     """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    from ...plumbing.sql.databases import database_urls
-
     logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us
     try:
         return database_urls(only)
@@ -141,7 +139,6 @@ def _database_urls(only: str | None = None) -> dict[str, str]:
 @asynccontextmanager
 async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = True) -> AsyncIterator[Any]:
     """The database, open, after it answered and showed its tables."""
-    from ...plumbing.sql.databases import join_threads
     from ...plumbing.sql.errors import connecting, explained
     from ...plumbing.sql.session import not_ready
 
@@ -175,3 +172,28 @@ async def _opened(stack: AsyncExitStack, name: str, cls: type[Any], url: str) ->
             "address"
         ) from error
     return database
+
+
+@contextmanager
+def explained_database(name: str) -> Iterator[None]:
+    """Turn what an SQL database does wrong inside the block into one line.
+
+    Raises:
+        CliError: in place of every error that comes from a database.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ...plumbing.sql.errors import DatabaseError, describe
+    from ...plumbing.sql.migrations import MigrationError
+
+    try:
+        yield
+    except DatabaseError as error:
+        raise CliError(error.detail) from error
+    except MigrationError as error:
+        raise CliError(str(error)) from error
+    except SQLAlchemyError as error:
+        if (described := describe(name, error)) is not None:
+            raise CliError(str(described)) from error
+        # Without the statement.
+        raise CliError(f"the database {name} refuses this: {getattr(error, 'orig', None) or error}") from error

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
+from prometheus_client import Metric
+from redis.asyncio import Redis
 
+from ...operations import collectors
+from ...operations.health import Health, health_checks
 from ...plumbing._util.telemetry import is_collected
 from ...plumbing.exceptions import TaskConfigError
+from ...plumbing.worker.reporter import Reporter
 from ..errors import CliError
 from .databases import TASK_DB_VARIABLE, required_task_db
+from .probes import probes
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
-    from redis.asyncio import Redis
-
-    from ...operations.health import Health
     from ...plumbing.persistence import TaskDB
-    from ...plumbing.worker.reporter import Reporter
 
 logger = logging.getLogger(__package__)
 
@@ -84,8 +85,6 @@ async def serve_metrics(
     """
     async with AsyncExitStack() as stack:
         if port is not None:
-            from .probes import probes
-
             await stack.enter_async_context(probes(host, port, ready, collect, alerts))
         if is_collected():
             from ...operations.otel import exported
@@ -112,8 +111,6 @@ async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Colle
     if port is None and not is_collected():
         yield None
         return
-    from ...operations import collectors
-    from ...operations.health import health_checks
 
     async with AsyncExitStack() as stack:
         task_db = await stack.enter_async_context(_task_db())

@@ -14,14 +14,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from prometheus_client import Metric
+
+from ...operations.exposition import CONTENT_TYPE, as_text
 from ..errors import CliError
 from .supervisor import own_number
-
-if TYPE_CHECKING:
-    from prometheus_client import Metric
 
 logger = logging.getLogger(__package__)
 
@@ -97,7 +97,6 @@ async def _answer(
         return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, text.encode()
     if path != "/metrics":
         return HTTPStatus.NOT_FOUND, _TEXT, b"there are /metrics, /healthz and /readyz\n"
-    from ...operations.exposition import CONTENT_TYPE, as_text
 
     try:
         return HTTPStatus.OK, CONTENT_TYPE, as_text(await collect())

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from ...plumbing.base_task import BaseTask
 from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.lock_registry import validate_registry
+from ...plumbing.messages.arguments import secret_names
+from ...plumbing.messages.typed_arguments import check_arguments
+from ...plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
 from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
 from ..errors import CliError, UsageProblem, shortened
-
-if TYPE_CHECKING:
-    from ...plumbing.base_task import BaseTask
-    from ...plumbing.registry import TaskRegistry
 
 logger = logging.getLogger(__package__)
 
@@ -34,8 +37,6 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
     Raises:
         CliError: when a module or an installed task cannot be loaded.
     """
-    from ...plumbing.lock_registry import validate_registry
-    from ...plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
 
     def loaded(load: Callable[[], _Loaded]) -> _Loaded:
         try:
@@ -74,8 +75,6 @@ def _import(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     """Import a file under its stem, with its directory on the path as if it had been started as a script."""
-    import importlib
-
     if not path.is_file():
         raise UsageProblem(f"--module {path}: there is no such file")
     path = path.resolve()
@@ -90,8 +89,6 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_name(name: str) -> ModuleType:
-    import importlib
-
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -141,8 +138,6 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
 
 def _nearest(registry: Mapping[str, type[BaseTask]], name: str) -> list[str]:
     """Up to three names: those of the same class name first, then those that are spelt alike."""
-    from difflib import get_close_matches
-
     class_name = name.rpartition(":")[2].lower()
     same = [known for known in registry if known.partition(":")[2].lower() == class_name]
     if same:
@@ -160,9 +155,6 @@ def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tupl
         CliError: for an unknown name.
         UsageProblem: for malformed JSON, and arguments that do not fit.
     """
-    from ...plumbing.messages.arguments import secret_names
-    from ...plumbing.messages.typed_arguments import check_arguments
-
     name = find_task(registry, name)
     secret = bool(secret_names(registry[name]))
     positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'", secret)

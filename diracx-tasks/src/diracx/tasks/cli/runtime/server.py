@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from ..errors import UsageProblem, explained_redis
-from ..options import ModuleOption, RedisUrlFileOption, RedisUrlOption, resolve_redis_url
-from .broker import open_broker
+from redis.asyncio import Redis
+
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.broker.address import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
+from ...plumbing.broker.connection import AddressError, check_url, read_url_file
+from ...plumbing.registry import TaskRegistry
+from ..errors import CliError, UsageProblem
+from ..options import ModuleOption, RedisUrlFileOption, RedisUrlOption
+from .broker import explained_redis, open_broker
 from .registry import load_registry
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.registry import TaskRegistry
 
 _Answer = TypeVar("_Answer")
 
@@ -81,3 +82,24 @@ class ServerAndTasks(Server):
         """The tasks; errors as of `load_registry`."""
 
         return load_registry(self.module)
+
+
+def resolve_redis_url(option: str | None, file: str | None = None) -> str:
+    """The server's address: from the option, else the file, else the environment, else `redis://localhost`.
+
+    Raises:
+        CliError: when it cannot be the address of a server; usage when it was given as an option.
+    """
+    if option is not None and file is not None:
+        raise UsageProblem("--redis-url and --redis-url-file say the same; give one of them")
+    given = option is not None or file is not None
+    in_environment = os.environ.get(REDIS_URL_VARIABLE)
+    path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)
+    origin = "--redis-url" if option is not None else REDIS_URL_VARIABLE
+    url = option if option is not None else in_environment or DEFAULT_REDIS_URL
+    try:
+        if path:
+            return read_url_file(path, "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE)
+        return check_url(url, origin)
+    except AddressError as error:
+        raise (UsageProblem if given else CliError)(str(error)) from error

@@ -9,9 +9,12 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...plumbing._util.tasks import cancel_and_wait
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.broker.server_check import Role
+from ...plumbing.enums import Size
 from ..options import LogLevelOption
 from .broker import open_broker
 from .configuration import Configuration, read_configuration
@@ -19,11 +22,6 @@ from .logs import set_task_log_level
 from .metrics_server import LOOPBACK, MetricsHostOption, MetricsPortOption
 from .server import ServerAndTasks
 from .supervisor import report_to_supervisor
-
-if TYPE_CHECKING:
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.broker.server_check import Role
-    from ...plumbing.enums import Size
 
 logger = logging.getLogger(__package__)
 

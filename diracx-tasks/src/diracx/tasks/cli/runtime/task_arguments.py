@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ...plumbing.base_task import BaseTask
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.registry import TaskRegistry
+from ...plumbing.submission.client import bound_to
 from ..options import ArgsOption, KwargsOption, NameArgument
 from .broker import open_broker
 from .configuration import tasks_config
 from .registry import load_registry, make_task
 from .server import ServerAndTasks
-
-if TYPE_CHECKING:
-    from ...plumbing.base_task import BaseTask
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.registry import TaskRegistry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,6 @@ class CheckedTask:
         Raises:
             CliError: when the server cannot be reached, or the configuration of tasks is wrong.
         """
-        from ...plumbing.submission.client import bound_to
-
         config = tasks_config()
         async with open_broker(self.url) as broker:
             with bound_to(broker, self.registry, config):
