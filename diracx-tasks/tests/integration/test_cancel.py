@@ -481,15 +481,13 @@ async def test_any_number_of_cancelled_tasks_is_noted_in_one_pass(redis_url: str
             Counted.looked_at += len(self)
             return super().items()
 
-    told: list[str] = []
-    channel = ControlChannel("worker", told.extend, lambda _: None, lambda: None)
+    channel = ControlChannel("worker", (), None)  # type: ignore[arg-type]  # nothing is delayed here
     channel._heard = Counted()
     ids = [f"task {number}" for number in range(20_000)]
     for first in range(0, 10_000, CANCEL_BATCH):
         channel._hear(ids[first : first + CANCEL_BATCH])
     for task_id in ids[10_000:]:
         channel._hear([task_id])
-    assert told == ids
     assert Counted.looked_at < 2 * len(ids)
     assert all(channel.cancelled_since(0.0, task_id) for task_id in ids)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, MutexLock
@@ -13,6 +14,8 @@ from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMess
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.registry import TaskRegistry
+from diracx.tasks.plumbing.worker import worker as worker_module
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis
@@ -161,16 +164,24 @@ async def test_fencing_tokens_rise_with_every_grant_even_after_a_loss_of_all_dat
 
 @pytest.mark.event_loops("asyncio", "uvloop")
 async def test_what_needs_locks_begins_after_a_renewal_that_is_late_and_is_not_cut_off(
-    redis_url: str, redis: Redis
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failover the keeper may still wait for the old server, while the worker already asks the new one."""
     BEGUN.clear()
     settings = WorkerSettings(lease_seconds=1.0, max_deliveries=3, result_ttl_seconds=60)
     broker, stop = RedisStreamBroker(redis_url), asyncio.Event()
+    kept = []
+
+    class Kept(LeaseKeeper):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    monkeypatch.setattr(worker_module, "LeaseKeeper", Kept)
     worker = Worker(broker, TaskRegistry({"test:Locked": Locked}), settings=settings)
     running = asyncio.create_task(worker.run(stop))
     await worker.ready.wait()
-    keeper = worker._keeper
+    [keeper] = kept
     with keeper._renewing:  # no renewal comes through
         while not keeper.overdue:
             await asyncio.sleep(0.01)

@@ -115,7 +115,7 @@ async def test_a_letter_that_the_database_refuses_waits_in_redis_until_it_is_tak
 
 
 async def import_once(broker: RedisStreamBroker, db: TaskDB) -> None:
-    store = DeadLetterStore(broker, db, lambda settlement: None)
+    store = DeadLetterStore(broker, db, None, None)  # type: ignore[arg-type]  # nothing is settled here
     running = asyncio.create_task(store.run())
     async with asyncio.timeout(30):
         await store._caught_up.wait()

@@ -31,7 +31,7 @@ class BlockedLoopDetector:
 
     Args:
         seconds: without a sign of life for so long the loop is blocked.
-        running: the executions of the worker; called from the watchdog's thread.
+        running: the executions of the worker; a live view.
         publish: makes known what blocks the loop, None when nothing does any more; may raise.
     """
 
@@ -39,7 +39,7 @@ class BlockedLoopDetector:
         self,
         loop: asyncio.AbstractEventLoop,
         seconds: float,
-        running: Callable[[], Collection[Execution]],
+        running: Collection[Execution],
         publish: Callable[[dict[str, Any] | None], None],
     ) -> None:
         self._loop = loop
@@ -91,7 +91,7 @@ class BlockedLoopDetector:
 
     def _blocking(self) -> Execution | None:
         """The execution that the loop is in: that of the current task of asyncio, or the only one there is."""
-        running, current = list(self._running()), asyncio.current_task(self._loop)
+        running, current = list(self._running), asyncio.current_task(self._loop)
         found = [execution for execution in running if execution.running is current]
         return next(iter(found or (running if len(running) == 1 else ())), None)
 

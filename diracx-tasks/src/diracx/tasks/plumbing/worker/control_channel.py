@@ -10,10 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import msgpack
 
 from ..broker.worker_state import CANCELLED_CHANNEL, LEASES_CHANNEL, WAKE_CHANNEL, control_channels
+
+if TYPE_CHECKING:
+    from .execution import Execution
+    from .promoter import Promoter
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +29,24 @@ _REMEMBERED_SECONDS = 60.0
 
 
 class ControlChannel:
-    """Tasks that were announced as cancelled, or as delayed.
+    """Cancels what runs and is announced as cancelled, and passes on the rest.
 
     Args:
         consumer: name of the worker.
-        cancel: called with the ids of those that are cancelled.
-        due: called with the milliseconds until one is due that nobody sees to.
-        shorter_lease: called when there is a worker whose lease is the shortest of all.
+        running: what runs; a live view.
+        promoter: hears in how many ms a task is due that no scheduler sees to.
     """
 
-    def __init__(
-        self,
-        consumer: str,
-        cancel: Callable[[Collection[str]], None],
-        due: Callable[[bytes], None],
-        shorter_lease: Callable[[], None],
-    ) -> None:
+    def __init__(self, consumer: str, running: Collection[Execution], promoter: Promoter) -> None:
         self.channels = control_channels(consumer)
-        self._cancel = cancel
-        self._due = due
-        self._shorter_lease = shorter_lease
+        self._running = running
+        self._promoter = promoter
+        self._at_shorter_lease: tuple[Callable[[], None], ...] = ()
         self._heard: dict[str, float] = {}  # the earliest first
+
+    def call_at_shorter_lease(self, *calls: Callable[[], None]) -> None:
+        """Make these calls when there is a worker whose lease is the shortest of all."""
+        self._at_shorter_lease = calls
 
     def cancelled_since(self, moment: float, task_id: str) -> bool:
         """Whether it was announced as cancelled after `moment` (of the monotonic clock)."""
@@ -52,15 +54,16 @@ class ControlChannel:
 
     def listening(self) -> None:
         """The channels are subscribed to: what was said before, we have not heard."""
-        self._due(b"0")
+        self._promoter.hear(b"0")
 
     def receive(self, channel: bytes, data: bytes) -> None:
         """A message has come."""
         try:
             if channel == _WAKE:
-                self._due(data)
+                self._promoter.hear(data)
             elif channel == _LEASES:
-                self._shorter_lease()
+                for call in self._at_shorter_lease:
+                    call()
             elif channel == _CANCELLED:
                 self._hear([data.decode()])
             else:
@@ -75,4 +78,6 @@ class ControlChannel:
         for task_id in task_ids:
             self._heard.pop(task_id, None)
             self._heard[task_id] = now
-        self._cancel(task_ids)
+        for execution in self._running:
+            if execution.message.task_id in task_ids:
+                execution.cancel()

@@ -6,21 +6,29 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._util.retrying import Backoff, is_transient
+from redis.exceptions import ResponseError
+
+from .._util.retrying import Backoff, is_transient, retry_until_available
 from ..broker.dead_letter_stream import DEAD_LETTERS, dead_letters, delete_dead_letters
+from ..broker.groups import ask_for_audit, group_of
+from ..broker.models import id_at_head
 from ..broker.sizes import CALL_BYTES, in_calls
 from ..messages.codec import dumps
 from ..messages.error_info import one_line
 from ..persistence.letter import DeadLetter
+from .keeper import PendingAck
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Settlement
     from ..persistence import TaskDB
+    from .keeper import LeaseKeeper
+    from .settler import Settler
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +73,18 @@ class DeadLetterStore:
     by number, bytes and age: what is beyond goes to Redis in the same step that acknowledges its task.
 
     Args:
-        settle: sends the settlement of a task whose dead letter is stored, or goes with it.
+        settler: sends the settlement of a task whose dead letter is stored, or goes with it.
+        keeper: keeps the task leased until then.
     """
 
-    def __init__(self, broker: RedisStreamBroker, db: TaskDB | None, settle: Callable[[Settlement], None]) -> None:
+    def __init__(
+        self, broker: RedisStreamBroker, db: TaskDB | None, settler: Settler, keeper: LeaseKeeper
+    ) -> None:
         self._broker = broker
         self._db = db
-        self._settle = settle
+        self._settler = settler
+        self._keeper = keeper
+        self._searches: set[asyncio.Task[None]] = set()
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._arrived = asyncio.Event()
@@ -90,6 +103,30 @@ class DeadLetterStore:
 
     def add(self, letter: DeadLetter, settlement: Settlement) -> None:
         """Store the dead letter, then settle its task."""
+        self._keeper.add([PendingAck(settlement.delivery, settlement.locks)])
+        if letter.task_name:
+            self._enqueue(letter, settlement)
+            return
+        search = asyncio.create_task(self._add_child(letter, settlement))
+        self._searches.add(search)
+        search.add_done_callback(self._searches.discard)
+
+    async def _add_child(self, letter: DeadLetter, settlement: Settlement) -> None:
+        """Store the dead letter of what cannot be read, and may be the child of a group."""
+        child = id_at_head(letter.data)
+        redis = self._broker.redis
+        find = partial(group_of, redis, child) if child else partial(ask_for_audit, redis)
+        group: str | None = None
+        try:
+            group = await retry_until_available(find, "find the group of a child")
+        except ResponseError as error:  # as of a key of another type: the letter must not wait for it
+            logger.error("cannot look for the group of %r: %s", child, error)
+        if group is not None and child is not None:
+            told = f"{letter.reason}: {letter.detail}"
+            settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
+        self._enqueue(letter, settlement)
+
+    def _enqueue(self, letter: DeadLetter, settlement: Settlement) -> None:
         queued = _Queued(letter, settlement, time.monotonic())
         if self._closed:
             self._send_to_redis(queued)
@@ -142,7 +179,16 @@ class DeadLetterStore:
                 await asyncio.wait_for(self._caught_up.wait(), _START_SECONDS)
 
     async def close(self, seconds: float) -> None:
-        """Let a database that answers store what is queued, within that time. All else goes to Redis."""
+        """Let a database that answers store what is queued, within that time. All else goes to Redis.
+
+        Cancelling this ends what cannot be done in time.
+        """
+        try:
+            while self._searches:
+                await asyncio.wait(self._searches)
+        finally:
+            for search in self._searches:
+                search.cancel()
         if self._failing_since is None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
@@ -189,7 +235,7 @@ class DeadLetterStore:
         return queued
 
     def _settle_stored(self, queued: _Queued) -> None:
-        self._settle(queued.settlement)
+        self._settler.add(queued.settlement)
 
     def _divert_old(self) -> None:
         while self._queue and time.monotonic() - self._queue[0].since > _MAX_SECONDS:
@@ -207,7 +253,7 @@ class DeadLetterStore:
 
     def _send_to_redis(self, queued: _Queued) -> None:
         queued.settlement.dead = in_redis(queued.letter)
-        self._settle(queued.settlement)
+        self._settler.add(queued.settlement)
 
     # --- what waits in Redis ----------------------------------------------------------------------------
 

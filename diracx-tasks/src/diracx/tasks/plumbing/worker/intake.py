@@ -78,7 +78,7 @@ class Intake:
         self._audit_at = 0.0
         self._recover_at = math.inf
         """When a wait that we have left is over on the server as well, which may not know that nobody listens."""
-        self.asked_at = 0.0
+        self.reserved_after = 0.0
         """What was returned last was reserved after this moment (`time.monotonic`)."""
 
     async def next(self, free: int) -> list[Delivery]:
@@ -86,10 +86,10 @@ class Intake:
 
         A call that fails may have reserved messages all the same; the next one finds them.
         """
-        self.asked_at = time.monotonic()
+        self.reserved_after = time.monotonic()
         if self._suspects:
             self._let_go(self._suspects.difference(self._held()))  # it may have been parked
-        if self._recover_at <= self.asked_at or self._reconnects != self._broker.reconnects:
+        if self._recover_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may have missed settlements that the old one has confirmed.
             self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
         if self._answer_lost and (recovered := await self._recover()):
@@ -190,7 +190,7 @@ class Intake:
         deliveries, may_be_cancelled = found
         if not deliveries:
             return []
-        self.asked_at = max(self.asked_at, time.monotonic() - _ANSWER_SECONDS)
+        self.reserved_after = max(self.reserved_after, time.monotonic() - _ANSWER_SECONDS)
         # With fewer slots than streams, look before the next wait: it may be given one of each.
         self._all_seen = len(deliveries) < asked and free >= len(self._broker.streams)
         self._note(deliveries)

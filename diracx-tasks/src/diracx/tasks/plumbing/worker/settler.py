@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from ..messages.error_info import one_line
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery, LockSpec
+    from ..broker.models import LockSpec
+    from .intake import Intake
     from .keeper import LeaseKeeper
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,13 @@ class Settler:
     holds up no other.
 
     Args:
-        settled: is told of those that have been sent and are held no more.
+        intake: is told of those that have been sent and are held no more.
     """
 
-    def __init__(
-        self, broker: RedisStreamBroker, keeper: LeaseKeeper, settled: Callable[[Sequence[Delivery]], None]
-    ) -> None:
+    def __init__(self, broker: RedisStreamBroker, keeper: LeaseKeeper, intake: Intake) -> None:
         self._broker = broker
         self._keeper = keeper
-        self._settled = settled
+        self._intake = intake
         self._waiting: list[Settlement] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -74,7 +73,7 @@ class Settler:
                 accepted = [await self._send_alone(settlement) for settlement in batch]
             deliveries = [settlement.delivery for settlement in batch]
             self._keeper.forget(deliveries)
-            self._settled(deliveries)
+            self._intake.settled(deliveries)
             for settlement, answer in zip(batch, accepted, strict=True):
                 if answer is not True:
                     _report(settlement, answer)

@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from ..broker import worker_state
@@ -23,17 +22,19 @@ from .dead_letters import in_redis
 from .settlement import settle
 
 if TYPE_CHECKING:
-    from redis import Redis as SyncRedis
-
     from ..broker import RedisStreamBroker
     from .execution import Execution
+    from .executor import Executor
+    from .keeper import LeaseKeeper
+    from .reporter import Reporter
     from .settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 #: Exit code of a worker that was ended by its hard limit.
 EXIT_CODE = 70
-#: How long the event loop may take to show that it is not blocked, and the last settlements.
+#: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end; and how long
+#: the event loop may take to show that it is alive.
 SHUTDOWN_FLUSH_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
 
@@ -42,40 +43,37 @@ class Watchdog:
     """Watches the executions of one worker.
 
     Args:
-        running: what runs now; called from the watchdog's thread.
         stop: ends the worker's intake.
-        drained: returns when everything that has ended is settled.
-        stop_renewing: ends the renewals, before the worker leaves for good.
-        report_blocked: publishes what blocks the event loop; called from the watchdog's thread.
     """
 
     def __init__(
         self,
         broker: RedisStreamBroker,
         settings: WorkerSettings,
-        running: Callable[[], Collection[Execution]],
         stop: asyncio.Event,
-        drained: Callable[[], Future[None]],
-        stop_renewing: Callable[[], None],
-        report_blocked: Callable[[SyncRedis, dict[str, Any] | None], None],
+        executor: Executor,
+        keeper: LeaseKeeper,
+        reporter: Reporter,
     ) -> None:
         self._broker = broker
         self._settings = settings
         self._limit_seconds = settings.hard_limit_seconds
-        self._running = running
         self._stop = stop
-        self._drained = drained
-        self._stop_renewing = stop_renewing
+        self._executor = executor
+        self._keeper = keeper
+        self._reporter = reporter
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
-        self._report_blocked = report_blocked
         self._blocked_loop = BlockedLoopDetector(
-            self._loop, settings.report_blocked_seconds, running, self._publish_blocked
+            self._loop, settings.report_blocked_seconds, executor.running, self._publish_blocked
         )
         self.ending = False
         """Whether it is about to end the process."""
         # It outlives the worker if it must: a loop does not close before its last task has ended.
         self._thread = threading.Thread(target=self._watch, name="diracx-watchdog", daemon=True)
+
+    def _running(self) -> list[Execution]:
+        return list(self._executor.running)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -107,7 +105,7 @@ class Watchdog:
 
     def _publish_blocked(self, blocked: dict[str, Any] | None) -> None:
         with sync_client(self._broker.url, socket_timeout=2.0, socket_connect_timeout=2.0) as redis:
-            self._report_blocked(redis, blocked)
+            self._reporter.report_blocked(redis, blocked)
 
     def _unresponsive(self, seconds: float) -> list[Execution]:
         """Those that should have ended longer ago than that."""
@@ -143,7 +141,7 @@ class Watchdog:
         deadline = time.monotonic() + self._settings.grace_seconds
         while time.monotonic() < deadline and len(self._running()) > len(self._unresponsive(limit)):
             time.sleep(0.05)
-        self._drained().result(SHUTDOWN_FLUSH_SECONDS)
+        asyncio.run_coroutine_threadsafe(self._executor.flush(), self._loop).result(SHUTDOWN_FLUSH_SECONDS)
 
     def _settle(self, unresponsive: Collection[Execution]) -> None:
         """What did not end has failed, by its policy. Last of all: its locks go with it."""
@@ -156,7 +154,7 @@ class Watchdog:
             if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
                 settlement.dead = in_redis(letter)
             settlements.append(settlement)
-        self._stop_renewing()
+        self._keeper.stop_renewing()
         with sync_client(
             self._broker.url, protocol=2, socket_timeout=SHUTDOWN_FLUSH_SECONDS, socket_connect_timeout=2.0
         ) as redis:
