@@ -90,13 +90,13 @@ def database(state: str) -> Iterator[str]:
     """URL of a database that is `up`, `refusing` connections, or `hanging`: it takes them and says nothing."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as silent:
         if state == "up":
-            yield f"sqlite+aiosqlite:///{directory}/letters.db"
+            yield f"sqlite+aiosqlite:///{directory}/dead_letters.db"
             return
         port = free_port()
         if state == "hanging":
             silent.bind(("127.0.0.1", port))
             silent.listen(1000)
-        yield f"mysql+aiomysql://root@127.0.0.1:{port}/letters"
+        yield f"mysql+aiomysql://root@127.0.0.1:{port}/dead_letters"
 
 
 @asynccontextmanager

@@ -114,7 +114,7 @@ def main() -> int:
         return 0
     # Only now: these import the task system.
     from .drive import Driver, Settings, keep, say
-    from .verdict import Verdict, as_json
+    from .verdict import ChaosResult, as_json
     from .witness import read
 
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -130,7 +130,7 @@ def main() -> int:
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended, as with Ctrl-C
     observed = asyncio.run(Driver(plan, settings, directory).run())
-    verdict = Verdict(plan, observed, read(directory / "witness"), arguments.lease)
+    verdict = ChaosResult(plan, observed, read(directory / "witness"), arguments.lease)
     promises = verdict.promises()
     broken = [promise.name for promise in promises if promise.kept is False]
     if arguments.json:

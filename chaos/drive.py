@@ -87,7 +87,7 @@ class Observed:
     """Number -> when its submission was confirmed (monotonic). One that was not may have arrived or not."""
     groups: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Callback -> its children."""
-    letters: list[dict[str, Any]] = field(default_factory=list)
+    dead_letters: list[dict[str, Any]] = field(default_factory=list)
     """Dead letters: n, kind, reason."""
     leftover_keys: list[str] = field(default_factory=list)
     exit_codes: dict[str, int] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Driver:
             await supervising
             await asyncio.to_thread(self._stop, observed)
             async with self._task_db() as database:
-                observed.letters = await self._letters(database)
+                observed.dead_letters = await self._dead_letters(database)
             observed.leftover_keys = await leftovers(watching.redis)
             return observed
         finally:
@@ -437,20 +437,20 @@ class Driver:
             )
 
     @staticmethod
-    async def _letters(database: TaskDB) -> list[dict[str, Any]]:
-        letters: list[dict[str, Any]] = []
+    async def _dead_letters(database: TaskDB) -> list[dict[str, Any]]:
+        dead_letters: list[dict[str, Any]] = []
         last = 0
         while True:
             async with database as db:
                 rows = await db.search(limit=500, after_id=last)
             if not rows:
-                return letters
+                return dead_letters
             for row in rows:
                 last = row["id"]
                 n, kind = None, row["task_name"].rpartition(":")[2]
                 if row["task_name"]:
                     n = (TaskMessage.loadb(row["message"]).task_args or [None])[0]
-                letters.append({"n": n, "kind": kind, "reason": row["reason"], "detail": row["detail"]})
+                dead_letters.append({"n": n, "kind": kind, "reason": row["reason"], "detail": row["detail"]})
 
 
 def _without_installed_schedules() -> dict[str, Any]:
@@ -473,7 +473,7 @@ def keep(observed: Observed, path: Path) -> None:
                 "cut off": observed.history.cut_off,
                 "outages": [vars(outage) for outage in observed.outages],
                 "acknowledged": observed.acknowledged,
-                "letters": observed.letters,
+                "dead_letters": observed.dead_letters,
                 "left": observed.left,
                 "leftover keys": observed.leftover_keys,
                 "remains": observed.remains,

@@ -58,7 +58,7 @@ class Promise:
     note: str = ""
 
 
-class Verdict:
+class ChaosResult:
     def __init__(self, plan: Plan, observed: Observed, testimony: Testimony, lease: float) -> None:
         self._plan, self._observed, self._lease = plan, observed, lease
         self._executions = Executions(observed, testimony, lease)
@@ -69,9 +69,9 @@ class Verdict:
         for run in self._runs:
             self._by_task[run.n].append(run)
         self._arguments = {planned.arguments[0]: planned.arguments for planned in plan.submissions}
-        self._letters: dict[int, set[str]] = defaultdict(set)
-        for letter in observed.letters:
-            self._letters[letter["n"]].add(letter["reason"])
+        self._reasons: dict[int, set[str]] = defaultdict(set)
+        for row in observed.dead_letters:
+            self._reasons[row["n"]].add(row["reason"])
         self.details: list[str] = []
 
     def promises(self) -> list[Promise]:
@@ -122,7 +122,7 @@ class Verdict:
     # --- lost, and executed twice ---------------------------------------------------------------------------
 
     def _finished(self, n: int) -> bool:
-        return bool(self._letters[n]) or any(run.how == "ok" for run in self._by_task.get(n, ()))
+        return bool(self._reasons[n]) or any(run.how == "ok" for run in self._by_task.get(n, ()))
 
     def _lost(self) -> Iterable[Promise]:
         acknowledged = self._observed.acknowledged
@@ -156,7 +156,7 @@ class Verdict:
             expected = _EXPECTED_RUNS.get(kind, 1)
             disturbed = [self._executions.first_disturbance(run) for run in runs]
             how = ", ".join(f"{r.start:.3f}-{r.end or 0:.3f} {r.pid} {r.how}" for r in runs)
-            gave_up_early = "exhausted" in self._letters[n] and len(runs) < _EXPECTED_RUNS.get(kind, 0)
+            gave_up_early = "exhausted" in self._reasons[n] and len(runs) < _EXPECTED_RUNS.get(kind, 0)
             if disturbed.count(None) > expected or gave_up_early:
                 unexplained.append(f"{kind} {n}: {how}")
             again = [each[1] for each in disturbed[:-1] if each is not None]
@@ -286,7 +286,7 @@ class Verdict:
             for n, kind in self._observed.submitted.items()
             if kind in (*_KILLERS, "Failing")
         }
-        found = {(n, reason) for n, reasons in self._letters.items() for reason in reasons}
+        found = {(n, reason) for n, reasons in self._reasons.items() for reason in reasons}
         missing = [
             f"{n} {reason}"
             for n, reason in expected - found
@@ -295,9 +295,9 @@ class Verdict:
         yield Promise("dead letters", len(found), None, f"{len(expected)} expected")
         yield self._count("dead letters missing", missing)
         others = [
-            f"{letter['kind']} {letter['n']} {letter['reason']}: {letter['detail']}"
-            for letter in self._observed.letters
-            if (letter["n"], letter["reason"]) not in expected and not self._was_due(letter)
+            f"{row['kind']} {row['n']} {row['reason']}: {row['detail']}"
+            for row in self._observed.dead_letters
+            if (row["n"], row["reason"]) not in expected and not self._was_due(row)
         ]
         yield self._count("dead letters that nobody expected", others)
 
@@ -309,13 +309,13 @@ class Verdict:
             if outage.lost_from <= outage.lost_until
         )
 
-    def _was_due(self, letter: dict[str, Any]) -> bool:
+    def _was_due(self, row: dict[str, Any]) -> bool:
         """Was it cut off, whenever it had begun, by a disturbance? It may not have begun each time."""
-        runs = self._by_task.get(letter["n"], ())
+        runs = self._by_task.get(row["n"], ())
         causes = [found and found[1] for found in map(self._executions.first_disturbance, runs)]
-        if letter["reason"] == "poison":  # it was unlucky: all of its workers were killed
+        if row["reason"] == "poison":  # it was unlucky: all of its workers were killed
             return bool(causes) and set(causes) <= {by.KILLED, by.BESIDE_POISON}
-        cut_off = letter["reason"] == "interrupted" or (letter["kind"], letter["reason"]) == ("Once", "exhausted")
+        cut_off = row["reason"] == "interrupted" or (row["kind"], row["reason"]) == ("Once", "exhausted")
         return cut_off and None not in causes
 
     def _process_ends(self) -> Iterable[Promise]:

@@ -155,11 +155,11 @@ class World:
         monkeypatch.setattr(Fail, "size", Urgent.size)
         await self.system.broker.redis.set("diracx:tasks:realtime:large", "in the way", ex=600)
 
-    async def letters(self) -> list[str]:
+    async def dead_letters(self) -> list[str]:
         """Statuses of the dead letters."""
         assert self.system.task_db is not None
         async with self.system.task_db as db:
-            return [str(letter["status"]) for letter in await db.search(status=None)]
+            return [str(dead_letter["status"]) for dead_letter in await db.search(status=None)]
 
 
 @asynccontextmanager
@@ -192,9 +192,9 @@ async def _world(
 
         async def reported() -> bool:
             running = (await monitor.running(redis)).items
-            letters = await world.letters()
+            stored = await world.dead_letters()
             snapshot = await monitor.snapshot(redis)
-            return len(running) >= 3 and len(letters) == 4 and bool(snapshot.schedules) and snapshot.groups == 1
+            return len(running) >= 3 and len(stored) == 4 and bool(snapshot.schedules) and snapshot.groups == 1
 
         context = AppContext(system.broker, system.registry, ConfigReader(), system.task_db, "test")
         context._settings = type(context._settings)(system._config, ("gridpp", "lhcb"))
@@ -215,7 +215,7 @@ async def _world(
             await Fail(f"{HOSTILE}{number}", SECRET).schedule()
 
             async def buried(number: int = number) -> bool:
-                return len(await world.letters()) == number + 1
+                return len(await world.dead_letters()) == number + 1
 
             await until(buried)
         unknown = TaskMessage(task_id="0" * 32, task_name=f"test:{HOSTILE}", task_args=[HOSTILE])

@@ -33,9 +33,14 @@ def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host
     async def bury() -> None:
         db = TaskDB(initialised_task_db)
         async with db.engine_context(), db:
-            letter = {"task_name": "my_tasks:Fail", "reason": "exhausted", "detail": "no", "data": b"no message"}
+            row = {
+                "task_name": "my_tasks:Fail",
+                "reason": "exhausted",
+                "detail": "no",
+                "data": b"no message",
+            }
             for number in range(2):
-                await db.insert(DeadLetter(**letter, task_id=f"task-{number}", burial=f"test/{number}"))
+                await db.insert(DeadLetter(**row, task_id=f"task-{number}", delivery_id=f"test/{number}"))
 
     asyncio.run(bury())
     mine = ("--module", "my_tasks.py")

@@ -50,7 +50,7 @@ def dlq(served, tmp_path, initialised_task_db):
 
 
 def bury(cli, number: int = 1, *, first: int = 0, **changes) -> None:
-    """Put letters of Flaky into the database, as a worker would."""
+    """Put dead letters of Flaky into the database, as a worker would."""
     from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 
     async def store() -> None:
@@ -60,7 +60,7 @@ def bury(cli, number: int = 1, *, first: int = 0, **changes) -> None:
                 message = TaskMessage(task_id=f"task-{each}", task_name="flaky:Flaky", task_args=["there"])
                 values = {"reason": "exhausted", "detail": "no", "data": message.dumpb(), **changes}
                 named = {"task_id": message.task_id, "task_name": message.task_name}
-                await db.insert(DeadLetter(**{**named, **values}, burial=f"{STREAM}/{each}"))
+                await db.insert(DeadLetter(**{**named, **values}, delivery_id=f"{STREAM}/{each}"))
 
     asyncio.run(store())
 
@@ -84,15 +84,19 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
     file = tmp_path / "there"
     args = json.dumps([str(file)])
     task_id = dlq("submit", "flaky:Flaky", "--args", args, "--module", "flaky.py").stdout.split()[-1]
-    wait_until(lambda: listed(dlq), "the letter is there")
+    wait_until(lambda: listed(dlq), "the dead letter is there")
 
-    [letter] = listed(dlq, "--task", "Flaky", "--reason", "exhausted", "--since", "1h")
-    assert (letter["task_id"], letter["task_name"], letter["status"]) == (task_id, "flaky:Flaky", "PENDING")
-    assert letter["failed_attempts"] == 1
+    [row] = listed(dlq, "--task", "Flaky", "--reason", "exhausted", "--since", "1h")
+    assert (row["task_id"], row["task_name"], row["status"]) == (
+        task_id,
+        "flaky:Flaky",
+        "PENDING",
+    )
+    assert row["failed_attempts"] == 1
     table = dlq("dlq", "list").stdout
     assert task_id in table
     assert "sesame" not in table
-    page = dlq("dlq", "show", str(letter["id"])).stdout
+    page = dlq("dlq", "show", str(row["id"])).stdout
     for text in (task_id, "FileNotFoundError", "Traceback", str(file), "exhausted"):
         assert text in page
     assert "sesame" not in page
@@ -105,23 +109,23 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
     assert ended.stdout == "1 submitted again\n", ended.stderr
     wait_until(lambda: file.read_text() == "ran\n", "the task runs again")
     assert listed(dlq) == []
-    [letter] = listed(dlq, "--status", "any")
-    assert letter["status"] == "RESUBMITTED"
+    [row] = listed(dlq, "--status", "any")
+    assert row["status"] == "RESUBMITTED"
     again = retry(dlq, task_id)
     assert (again.returncode, again.stdout) == (0, "0 submitted again, 1 had been already\n")
 
-    # It fails once more: the same letter, with all that was before.
+    # It fails once more: the same dead letter, with all that was before.
     file.unlink()
     message = TaskMessage(task_id=task_id, task_name="flaky:Flaky", task_args=[str(file)])
     with Redis.from_url(redis_url) as redis:
         redis.xadd(STREAM, {"data": message.dumpb()})
     wait_until(lambda: listed(dlq), "it is there again")
-    [letter] = listed(dlq)
-    assert (letter["task_id"], letter["earlier_burials"]) == (task_id, 1)
+    [row] = listed(dlq)
+    assert (row["task_id"], row["earlier_burials"]) == (task_id, 1)
     assert "earlier failure 1" in dlq("dlq", "show", task_id).stdout
     file.touch()
     assert json.loads(retry(dlq, "--all", "--yes", "--json").stdout)["resubmitted"] == [
-        {"id": letter["id"], "task_id": task_id}
+        {"id": row["id"], "task_id": task_id}
     ]
     wait_until(lambda: file.read_text() == "ran\n", "the task runs again")
 
@@ -144,7 +148,7 @@ def database_of(cli):
 
 
 def retry_that_cannot_submit(cli, redis, database, wait_until):
-    """A retry that is in the audit log and has marked its letters, and whose submission waits."""
+    """A retry that is in the audit log and has marked its dead letters, and whose submission waits."""
     database.execute("BEGIN IMMEDIATE")  # the mark must wait for us
     retrying = cli.start("dlq", "retry", "--all", "--yes", "--module", "flaky.py")
     wait_until(lambda: redis.xlen(keys.AUDIT), "it is written down")
@@ -234,7 +238,7 @@ def test_discarded_letters_stay_discarded(dlq, one_line):
     report = json.loads(dlq("dlq", "discard", "--task", "Flaky", "--limit", "1", "--yes", "--json").stdout)
     assert report == {"discarded": [{"id": 2, "task_id": "task-1"}], "refused": []}
     assert statuses(dlq) == ["DISCARDED", "DISCARDED", "PENDING"]
-    assert [letter["id"] for letter in listed(dlq, "--status", "discarded")] == [1, 2]
+    assert [row["id"] for row in listed(dlq, "--status", "discarded")] == [1, 2]
 
 
 def test_export_has_everything(dlq):
@@ -379,7 +383,7 @@ async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, req
     assert served("dlq", "init").stdout == "the table DeadLetters is there\n"
     assert served("dlq", "init").returncode == 0, "safe to repeat"
     await asyncio.to_thread(bury, served, 2)
-    assert [letter["task_id"] for letter in listed(served, "--since", "1h")] == ["task-0", "task-1"]
+    assert [row["task_id"] for row in listed(served, "--since", "1h")] == ["task-0", "task-1"]
     assert retry(served, "--all", "--yes").stdout == "2 submitted again\n"
     # A worker whose tasks want that database (`CountLetters`) takes it as well.
     assert served.mine("call", "my_tasks:CountLetters").stdout == "Result: 0\n"
@@ -408,7 +412,7 @@ async def test_P12_a_letter_survives_a_database_that_is_down(
         server.start()
         worker.until("can store a dead letter again")
         wait_until(lambda: redis.xlen(STREAM) == 0, "acknowledged")
-    assert [letter["task_id"] for letter in listed(served)] == [task_id]
+    assert [row["task_id"] for row in listed(served)] == [task_id]
     assert "Traceback" not in worker.output.partition("cannot store")[2]
 
 

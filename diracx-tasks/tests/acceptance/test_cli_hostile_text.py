@@ -36,7 +36,7 @@ async def fill(redis_url: str, database: str) -> None:
         message.labels["attempts"] = attempts
         await db.insert(DeadLetter.of_message(message, "exhausted", NASTY, NASTY))
         raw = DeadLetter(
-            task_id=f"{NASTY}3", task_name="", reason="unparsable", detail=NASTY, data=b"\x1b", burial="b"
+            task_id=f"{NASTY}3", task_name="", reason="unparsable", detail=NASTY, data=b"\x1b", delivery_id="b"
         )
         await db.insert(raw)
 

@@ -262,9 +262,13 @@ def test_dead_letters_that_wait_for_a_database_are_listed_without_their_secrets(
     wait_until(lambda: "doomed:Doomed" in served("dlq", "waiting").stdout, "it waits")
     table = served("dlq", "waiting", "--module", "doomed.py").stdout
     assert 'user="me", password="•••"' in table
-    [letter] = json.loads(served("dlq", "waiting", "--json").stdout)["items"]
-    assert (letter["reason"], letter["detail"], letter["failed_attempts"]) == ("exhausted", "not for •••", 1)
-    assert "sesame" not in table + json.dumps(letter)
+    [row] = json.loads(served("dlq", "waiting", "--json").stdout)["items"]
+    assert (row["reason"], row["detail"], row["failed_attempts"]) == (
+        "exhausted",
+        "not for •••",
+        1,
+    )
+    assert "sesame" not in table + json.dumps(row)
     assert worker.process.poll() is None
     served.stop()
     with SyncRedis.from_url(redis_url) as client:

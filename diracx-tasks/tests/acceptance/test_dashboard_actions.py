@@ -110,13 +110,13 @@ async def test_schedules_are_steered_and_dead_letters_decided_about(tab: Tab, wo
     await tab.answer(again, "Submit 1 dead letter again?", "Submit again", "1 dead letter submitted again")
 
     async def failed_again() -> bool:
-        return await _burials(world, 1) == 2 and (await world.letters()).count("PENDING") == 4
+        return await _failures(world, 1) == 2 and (await world.dead_letters()).count("PENDING") == 4
 
     await until(failed_again)
     await tab.open("/dead-letters?task=test:Fail")
     every = tab.page.get_by_role("button", name="discard…", exact=True)
     await tab.answer(every, "Discard 3 dead letters?", "Discard", "3 dead letters discarded")
-    assert sorted(await world.letters()) == ["DISCARDED"] * 3 + ["PENDING"]
+    assert sorted(await world.dead_letters()) == ["DISCARDED"] * 3 + ["PENDING"]
     await in_audit_log(
         tab,
         ("discard dead letters", "all with task_name test:Fail", "3 discarded, 0 refused"),
@@ -128,11 +128,11 @@ async def test_schedules_are_steered_and_dead_letters_decided_about(tab: Tab, wo
     assert not tab.complaints
 
 
-async def _burials(world: World, number: int) -> int:
+async def _failures(world: World, number: int) -> int:
     assert world.system.task_db is not None
     async with world.system.task_db as db:
-        [letter] = await db.search(status=None, limit=1, after_id=number - 1)
-    return 1 + len(letter["history"])
+        [dead_letter] = await db.search(status=None, limit=1, after_id=number - 1)
+    return 1 + len(dead_letter["history"])
 
 
 async def test_who_may_only_look_sees_all_pages_and_can_change_nothing(world: World, redis: Redis) -> None:
@@ -155,7 +155,7 @@ async def test_who_may_only_look_sees_all_pages_and_can_change_nothing(world: Wo
     assert await read_audit(redis) == []
     assert await runs(redis, "test:Hold")
     assert await redis.xlen("diracx:tasks:realtime:large") == 1
-    assert set(await world.letters()) == {"PENDING"}
+    assert set(await world.dead_letters()) == {"PENDING"}
 
 
 async def test_without_javascript_all_pages_can_be_read_and_everything_can_be_done(
@@ -188,5 +188,5 @@ async def test_without_javascript_all_pages_can_be_read_and_everything_can_be_do
         await page.get_by_role("button", name="Discard chosen").click()
         await page.get_by_role("button", name="Discard", exact=True).click()
         await expect(page.get_by_role("status")).to_contain_text("1 dead letter discarded")
-    assert (await world.letters()).count("DISCARDED") == 1
+    assert (await world.dead_letters()).count("DISCARDED") == 1
     assert [entry.action for entry in await read_audit(redis)] == ["discard dead letters", "cancel tasks"]

@@ -154,7 +154,7 @@ async def test_several_dead_letters_are_chosen_and_discarded_at_once(tab: Tab, w
     await expect(tab.page.get_by_role("status")).to_contain_text("2 dead letters discarded")
 
     async def decided() -> bool:
-        return (await world.letters()).count("DISCARDED") == 2
+        return (await world.dead_letters()).count("DISCARDED") == 2
 
     await until(decided)
     assert not tab.complaints

@@ -353,7 +353,7 @@ class BrokerMachine(RuleBasedStateMachine):
         elif task.group is not None:
             settlement.group = {"id": task.group, "child": task.id, "failed": how != "done"}
         if how == "dead":
-            settlement.dead = {"reason": "exhausted", "data": b"a letter"}
+            settlement.dead = {"reason": "exhausted", "data": b"a dead letter"}
         # A worker that is thought dead but was not buried yet may still settle.
         assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
         self.late.append((task.worker, settlement))  # sent again, because the answer was lost

@@ -97,8 +97,8 @@ async def test_a_task_that_must_not_begin_twice_has_failed_when_its_worker_dies(
         await system.drain()
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert letter["reason"] == "exhausted"
+            [dead_letter] = await db.search()
+        assert dead_letter["reason"] == "exhausted"
     assert await redis.llen("started:once") == 1
 
 
@@ -135,9 +135,9 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
         await system.drain(timeout=60)
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert letter["reason"] == "poison"
-        assert letter["task_name"] == "test:Kills"
+            [dead_letter] = await db.search()
+        assert dead_letter["reason"] == "poison"
+        assert dead_letter["task_name"] == "test:Kills"
 
 
 async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(

@@ -57,18 +57,18 @@ async def dashboard(redis_url: str, task_db_url: str | None) -> AsyncIterator[ht
 async def test_without_the_database_of_dead_letters_the_rest_is_shown(
     redis: Redis, redis_url: str, url: str
 ) -> None:
-    letter = DeadLetter(task_id="in-redis", task_name="test:Copy", reason="exhausted", detail="", data=b"")
-    await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
+    dead_letter = DeadLetter(task_id="in-redis", task_name="test:Copy", reason="exhausted", detail="", data=b"")
+    await redis.xadd(keys.DEAD_LETTERS, in_redis(dead_letter))
     async with dashboard(redis_url, url) as client:
         overview = await client.get("/")
         assert overview.status_code == 200
         for said in ("The database of dead letters cannot be looked at", "1 dead letter waits in Redis", "Queues"):
             assert said in overview.text
         assert "sesame" not in overview.text
-        letters = await client.get("/dead-letters")
-        assert letters.status_code == 200
+        dead_letters = await client.get("/dead-letters")
+        assert dead_letters.status_code == 200
         for said in ("The database of dead letters cannot be asked", "in-redis"):
-            assert said in letters.text
+            assert said in dead_letters.text
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.text) == (200, "ok\nunknown source_away\nwarning dead_letters_waiting\n")
 

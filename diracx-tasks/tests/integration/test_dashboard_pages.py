@@ -195,13 +195,13 @@ async def test_no_page_grows_too_large_however_much_there_is(world: World) -> No
 async def test_dead_letters_are_submitted_again_and_discarded_one_by_one_and_all_at_once(world: World) -> None:
     async with operator(world) as client:
         assert "1 dead letter discarded" in await act(client, "/dead-letters/discard", letter="1")
-        assert sorted(await world.letters()) == ["DISCARDED", "PENDING", "PENDING", "PENDING"]
+        assert sorted(await world.dead_letters()) == ["DISCARDED", "PENDING", "PENDING", "PENDING"]
         said = await act(client, "/dead-letters/retry", scope="all", task="test:Fail")
         assert "2 dead letters submitted again" in said
         assert said.startswith("good")
 
         async def buried_again() -> bool:
-            return (await world.letters()).count("PENDING") == 3
+            return (await world.dead_letters()).count("PENDING") == 3
 
         await until(buried_again)
         assert "bad: " in await act(client, "/dead-letters/retry", letter="1")  # it was discarded
@@ -354,10 +354,10 @@ async def test_dead_letters_that_wait_in_redis_are_shown_without_secrets_and_har
         task_args=[HOSTILE, SECRET],
         labels={LABEL_SECRET: [1]},
     )
-    letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, HOSTILE, "stream/1-0")
+    dead_letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, HOSTILE, "stream/1-0")
     redis = world.system.broker.redis
-    await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
-    await redis.xadd(keys.DEAD_LETTERS, {"reason": "unparsable", "data": b"no letter"})
+    await redis.xadd(keys.DEAD_LETTERS, in_redis(dead_letter))
+    await redis.xadd(keys.DEAD_LETTERS, {"reason": "unparsable", "data": b"no dead letter"})
     page = await monitor.waiting_dead_letters(redis, 1)
     assert [each.task_id for each in page.items] == ["e" * 32]
     [last] = (await monitor.waiting_dead_letters(redis, 1, page.after)).items

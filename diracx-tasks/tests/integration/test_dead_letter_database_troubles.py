@@ -44,8 +44,8 @@ async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redi
     app = create_app(context, backend, extensions=[])
     api = FastAPI(dependencies=[Depends(database_errors)])
 
-    @api.get("/letters")
-    async def letters() -> Any:
+    @api.get("/dead-letters")
+    async def dead_letters() -> Any:
         return await db.search()
 
     def check(answer: httpx.Response) -> None:
@@ -63,6 +63,6 @@ async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redi
         await pages.post("/sign-in", data={"credential": "the-token-of-wilma"})
         for page in ("/dead-letters/1",):
             check(await pages.get(page))
-        check(await routes.get("/letters"))
+        check(await routes.get("/dead-letters"))
     await app.aclose()
     await broker.shutdown()

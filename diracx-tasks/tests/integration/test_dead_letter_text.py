@@ -19,7 +19,7 @@ async def task_db(any_database: str) -> AsyncIterator[TaskDB]:
         yield database
 
 
-def letter(name: str, text: str) -> DeadLetter:
+def dead_letter(name: str, text: str) -> DeadLetter:
     attempt = {"type": text, "message": text, "traceback": text}
     return DeadLetter(
         task_id=name, task_name=f"test:{name}", reason="exhausted", detail=text, data=b"\0\xff", attempts=[attempt]
@@ -34,7 +34,7 @@ def test_every_text_column_takes_any_text() -> None:
 
 async def test_details_and_attempts_come_out_as_they_went_in(task_db: TaskDB) -> None:
     for number, text in enumerate(TEXTS):
-        await task_db.insert(letter(f"task {number}", text))
+        await task_db.insert(dead_letter(f"task {number}", text))
         found = await task_db.find(f"task {number}")
         assert found is not None
         assert (found["detail"], found["message"]) == (sanitize(text), b"\0\xff")
@@ -43,18 +43,18 @@ async def test_details_and_attempts_come_out_as_they_went_in(task_db: TaskDB) ->
 
 async def test_task_ids_names_and_deliveries_stay_apart(task_db: TaskDB) -> None:
     for name in NAMES:
-        await task_db.insert(letter(name, "first"))
+        await task_db.insert(dead_letter(name, "first"))
     for name in NAMES:
         found = await task_db.find(name)
         assert found is not None
         assert found["task_id"] == truncate(name, 255)
         assert found["history"] == []
         assert [each["id"] for each in await task_db.search(task_name=f"test:{name}")] == [found["id"]]
-        assert await task_db.discard([(found["id"], found["burial"])]) == {found["id"]}
+        assert await task_db.discard([(found["id"], found["delivery_id"])]) == {found["id"]}
     assert sum((await task_db.count()).values()) == len(NAMES)
 
 
 async def test_a_class_is_searched_for_with_its_capitals(task_db: TaskDB) -> None:
     for name in ("Download", "download", "down_oad"):
-        await task_db.insert(letter(name, ""))
+        await task_db.insert(dead_letter(name, ""))
         assert [each["task_id"] for each in await task_db.search(task_name=name)] == [name]

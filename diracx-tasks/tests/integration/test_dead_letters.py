@@ -18,7 +18,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.persistence import OPEN, DeadLetter, DeadLetterStatus, TaskDB
-from diracx.tasks.plumbing.persistence.resubmission import Fate, Resubmitter, ticket
+from diracx.tasks.plumbing.persistence.resubmission import ResubmitStatus, Resubmitter, ticket
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.task_names import AmbiguousTaskNameError
 from diracx.tasks.testing import TaskSystem
@@ -44,7 +44,7 @@ class Work(BaseTask):
 REGISTRY = TaskRegistry({"test:Work": Work})
 
 
-def letter(number: int = 0, *, burial: str | None = None, **changes: Any) -> DeadLetter:
+def make(number: int = 0, *, delivery_id: str | None = None, **changes: Any) -> DeadLetter:
     message = TaskMessage(
         task_id=f"task-{number}", task_name="test:Work", task_args=[number], labels={"attempts": [{"type": "E"}]}
     )
@@ -55,7 +55,7 @@ def letter(number: int = 0, *, burial: str | None = None, **changes: Any) -> Dea
         "detail": f"detail {number}",
         "data": message.dumpb(),
         "attempts": [{"type": "ValueError", "message": "no", "traceback": "…", "started": datetime.now(UTC)}],
-        "burial": burial or f"{STREAM}/{number}-0",
+        "delivery_id": delivery_id or f"{STREAM}/{number}-0",
     }
     return DeadLetter(**values | changes)
 
@@ -89,9 +89,9 @@ async def broker(redis_url: str, redis: Redis) -> AsyncIterator[RedisStreamBroke
     await redis.delete(*keys.EVERY_STREAM)
 
 
-async def store(db: TaskDB, *letters: DeadLetter) -> None:
+async def store(db: TaskDB, *dead_letters: DeadLetter) -> None:
     async with db:
-        for each in letters:
+        for each in dead_letters:
             await db.insert(each)
 
 
@@ -116,15 +116,15 @@ async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 6
 
 async def test_P12_any_letter_can_be_stored_and_comes_back(db: TaskDB) -> None:
     data = bytes(range(256)) * 8192
-    odd = letter(
+    odd = make(
         task_id="a",
         detail="nul \0, half a pair \udc80, 🚀",
         data=data,
         attempts=[{"message": "nul \0 half \udc80 🚀", "traceback": "x" * 100_000, 3: {1}, "at": float("nan")}],
         task_name="n" * 400,
     )
-    also_odd = letter(task_id="A", attempts=7, burial="b" * 400, task_name="n" * 399 + "m")
-    await store(db, odd, also_odd, letter(task_id="i" * 300), letter(task_id="i" * 301))
+    also_odd = make(task_id="A", attempts=7, delivery_id="b" * 400, task_name="n" * 399 + "m")
+    await store(db, odd, also_odd, make(task_id="i" * 300), make(task_id="i" * 301))
     first, second, *long = await rows(db)
     assert first["message"] == data
     assert first["detail"] == "nul \\x00, half a pair \\udc80, 🚀"
@@ -143,7 +143,7 @@ async def test_P12_any_letter_can_be_stored_and_comes_back(db: TaskDB) -> None:
 
 async def test_attempts_without_end_lose_their_oldest_tracebacks(db: TaskDB) -> None:
     attempts = [{"number": number, "traceback": "x" * 4000} for number in range(3000)]
-    await store(db, letter(attempts=attempts))
+    await store(db, make(attempts=attempts))
     [row] = await rows(db)
     assert len(row["attempts"]) == 3000
     assert row["attempts"][0]["traceback"] == ""
@@ -151,17 +151,17 @@ async def test_attempts_without_end_lose_their_oldest_tracebacks(db: TaskDB) -> 
     assert len(json.dumps(row["attempts"])) <= 4_100_000
 
 
-async def test_P12_storing_a_burial_again_changes_nothing_and_a_new_one_opens_the_letter(db: TaskDB) -> None:
-    await store(db, letter(1), letter(2))
-    await store(db, letter(1))
+async def test_P12_storing_twice_changes_nothing_and_a_new_failure_makes_it_pending(db: TaskDB) -> None:
+    await store(db, make(1), make(2))
+    await store(db, make(1))
     [one, two] = await rows(db)
     async with db:
-        await db.begin_resubmission([(one["id"], one["burial"])])
-    await store(db, letter(1, detail="says the same worker again"))
+        await db.begin_resubmission([(one["id"], one["delivery_id"])])
+    await store(db, make(1, detail="says the same worker again"))
     [one, _] = await rows(db)
     assert one["status"] == DeadLetterStatus.RESUBMITTING, "or the task would be submitted twice"
     assert one["detail"] == "detail 1"
-    await store(db, letter(1, burial="elsewhere/1-0", reason="poison", attempts=[{"type": "Second"}]))
+    await store(db, make(1, delivery_id="elsewhere/1-0", reason="poison", attempts=[{"type": "Second"}]))
     [one, two] = await rows(db)
     assert one["status"] == DeadLetterStatus.PENDING
     assert (one["reason"], one["attempts"]) == ("poison", [{"type": "Second"}])
@@ -172,14 +172,14 @@ async def test_P12_storing_a_burial_again_changes_nothing_and_a_new_one_opens_th
 
 
 async def test_P12_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
-    await db.insert_all([letter(1), letter(2), letter(3)])
+    await db.insert_all([make(1), make(2), make(3)])
     first = await db.search(limit=100)
-    await db.insert_all([letter(3), letter(4), letter(5), letter(4), letter(1, burial="again")])
+    await db.insert_all([make(3), make(4), make(5), make(4), make(1, delivery_id="again")])
     rows = {row["task_id"]: row for row in await db.search(limit=100)}
     assert len(rows) == 5
     assert [rows[row["task_id"]] for row in first[1:]] == first[1:], "what was stored already is unchanged"
-    assert (rows["task-1"]["burial"], len(rows["task-1"]["history"])) == ("again", 1)
-    await db.insert_all([letter(1)])
+    assert (rows["task-1"]["delivery_id"], len(rows["task-1"]["history"])) == ("again", 1)
+    await db.insert_all([make(1)])
     assert await db.search(limit=100) == list(rows.values()), "an earlier delivery comes late, and opens nothing"
 
 
@@ -188,19 +188,21 @@ async def test_P12_workers_that_bury_at_once_do_not_disturb_each_other(db: TaskD
 
     from diracx.tasks.plumbing._util.retrying import retry_until_available
 
-    async def bury(number: int) -> None:
+    async def store_one(number: int) -> None:
         await retry_until_available(
-            partial(store, db, letter(number)), "store", passing=lambda error: isinstance(error, SQLAlchemyError)
+            partial(store, db, make(number)),
+            "store",
+            passing=lambda error: isinstance(error, SQLAlchemyError),
         )
 
-    # In contexts of their own, as the burials of a worker are.
-    await asyncio.gather(*(asyncio.create_task(bury(number)) for number in [*range(20), *range(20)]))
+    # In contexts of their own, as a worker stores them.
+    await asyncio.gather(*(asyncio.create_task(store_one(number)) for number in [*range(20), *range(20)]))
     assert sorted(row["task_id"] for row in await rows(db)) == sorted(f"task-{number}" for number in range(20))
 
 
 async def test_a_list_leaves_messages_attempts_and_histories_in_the_database(db: TaskDB) -> None:
-    large = letter(1, data=b"m" * 1_000_000, attempts=[{"type": "E", "traceback": "t" * 300_000}] * 3)
-    await store(db, large, letter(1, data=b"m" * 2_000_000, burial="another"), letter(2))
+    large = make(1, data=b"m" * 1_000_000, attempts=[{"type": "E", "traceback": "t" * 300_000}] * 3)
+    await store(db, large, make(1, data=b"m" * 2_000_000, delivery_id="another"), make(2))
     async with db:
         first, second = await db.summaries()
         found = await db.find_summary("task-1"), await db.find_summary(str(first["id"]))
@@ -217,7 +219,10 @@ async def test_a_list_leaves_messages_attempts_and_histories_in_the_database(db:
 async def test_filters_choose(db: TaskDB) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
     await store(
-        db, letter(1), letter(2, task_name="other:Work", reason="poison"), letter(3, task_name="test:HomeWork")
+        db,
+        make(1),
+        make(2, task_name="other:Work", reason="poison"),
+        make(3, task_name="test:HomeWork"),
     )
     after = datetime.now(UTC) + timedelta(seconds=1)
 
@@ -249,24 +254,24 @@ async def test_filters_choose(db: TaskDB) -> None:
 async def test_P34_a_letter_goes_back_to_the_queue_of_its_class_with_its_id_and_no_attempts(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis
 ) -> None:
-    await store(db, letter(5))
+    await store(db, make(5))
     [row] = await rows(db)
-    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
-    assert verdict.fate is Fate.RESUBMITTED
+    [result] = await Resubmitter(db, broker, REGISTRY).resubmit([row])
+    assert result.status is ResubmitStatus.RESUBMITTED
     [(_, fields)] = await redis.xrange(STREAM)
     message = TaskMessage.loadb(fields[b"data"])
     assert (message.task_id, message.task_args, message.attempts) == ("task-5", [5], [])
     [row] = await rows(db)
     assert row["status"] == DeadLetterStatus.RESUBMITTED
     assert row["attempts"][0]["type"] == "ValueError", "the row keeps them"
-    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
-    assert verdict.fate is Fate.ALREADY
+    [result] = await Resubmitter(db, broker, REGISTRY).resubmit([row])
+    assert result.status is ResubmitStatus.ALREADY
     assert await redis.xlen(STREAM) == 1
-    # The operator's priority counts, as for every submission; and the next burial is a new letter.
-    await store(db, letter(5, burial="a-later-one"))
+    # The operator's priority counts, as for every submission; and the next failure is a new dead letter.
+    await store(db, make(5, delivery_id="a-later-one"))
     config = TasksConfig.model_validate({"common": {"test:Work": {"priority": "realtime"}}})
-    [verdict] = await Resubmitter(db, broker, REGISTRY, config).these(await rows(db))
-    assert verdict.fate is Fate.RESUBMITTED
+    [result] = await Resubmitter(db, broker, REGISTRY, config).resubmit(await rows(db))
+    assert result.status is ResubmitStatus.RESUBMITTED
     assert await redis.xlen("diracx:tasks:realtime:small") == 1
     assert await redis.ttl(keys.RESUBMITTED_PREFIX + ticket(row)) > 86400
 
@@ -276,19 +281,19 @@ async def test_P34_what_cannot_be_submitted_is_refused_with_the_reason(
 ) -> None:
     nobody = TaskMessage(task_id="x", task_name="test:Nobody").dumpb()
     too_many = TaskMessage(task_id="y", task_name="test:Work", task_args=[1, 2, 3]).dumpb()
-    await store(db, letter(1, data=b"\0garbage"), letter(2, data=nobody), letter(3, data=too_many), letter(4))
-    letters = await rows(db)
+    await store(db, make(1, data=b"\0garbage"), make(2, data=nobody), make(3, data=too_many), make(4))
+    stored = await rows(db)
     async with db:
-        assert await db.discard([(letters[3]["id"], letters[3]["burial"])]) == {letters[3]["id"]}
-    verdicts = await Resubmitter(db, broker, REGISTRY).these(await rows(db))
-    assert [verdict.fate for verdict in verdicts] == [Fate.REFUSED] * 4
-    for verdict, said in zip(
-        verdicts,
+        assert await db.discard([(stored[3]["id"], stored[3]["delivery_id"])]) == {stored[3]["id"]}
+    results = await Resubmitter(db, broker, REGISTRY).resubmit(await rows(db))
+    assert [result.status for result in results] == [ResubmitStatus.REFUSED] * 4
+    for result, said in zip(
+        results,
         ["cannot be read", "'test:Nobody'", "does not take its arguments", "discarded"],
         strict=True,
     ):
-        assert said in verdict.why
-        assert "\n" not in verdict.why
+        assert said in result.why
+        assert "\n" not in result.why
     assert await statuses(db) == ["PENDING", "PENDING", "PENDING", "DISCARDED"]
     assert not await redis.keys("diracx:*")
 
@@ -311,11 +316,11 @@ async def test_P34_operators_at_the_same_time_submit_each_letter_once(
     db: TaskDB, db_url: str, redis_url: str, broker: RedisStreamBroker, redis: Redis
 ) -> None:
     total = 230  # three rounds
-    await store(db, *(letter(number) for number in range(total)))
+    await store(db, *(make(number) for number in range(total)))
 
     async def submit(resubmitter: Resubmitter) -> int:
-        parts = [part async for part in resubmitter.all({})]
-        return sum(verdict.fate is Fate.RESUBMITTED for part in parts for verdict in part)
+        parts = [part async for part in resubmitter.resubmit_all({})]
+        return sum(result.status is ResubmitStatus.RESUBMITTED for part in parts for result in part)
 
     async with operators(4, db_url, redis_url) as all_of_them:
         submitted = await asyncio.gather(*(asyncio.create_task(submit(each)) for each in all_of_them))
@@ -329,19 +334,19 @@ async def test_P34_operators_at_the_same_time_submit_each_letter_once(
 async def test_P34_whoever_repeats_a_resubmission_that_broke_off_finishes_it(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis, broke_off_after: str
 ) -> None:
-    await store(db, letter(1), letter(2))
+    await store(db, make(1), make(2))
     resubmitter = Resubmitter(db, broker, REGISTRY)
-    letters = await rows(db)
+    stored = await rows(db)
     async with db:
-        begun = await db.begin_resubmission([(row["id"], row["burial"]) for row in letters])
-    assert set(begun) == {row["id"] for row in letters}
+        begun = await db.begin_resubmission([(row["id"], row["delivery_id"]) for row in stored])
+    assert set(begun) == {row["id"] for row in stored}
     if broke_off_after == "the submission":
-        await broker.resubmit([(ticket(row), resubmitter._submission(row, row["message"])) for row in letters])
+        await broker.resubmit([(ticket(row), resubmitter._submission(row, row["message"])) for row in stored])
     async with db:
-        assert await db.discard([(row["id"], row["burial"]) for row in letters]) == set(), "too late for that"
-    verdicts = [verdict async for part in resubmitter.all({}) for verdict in part]
-    expected = Fate.ALREADY if broke_off_after == "the submission" else Fate.RESUBMITTED
-    assert [verdict.fate for verdict in verdicts] == [expected] * 2
+        assert await db.discard([(row["id"], row["delivery_id"]) for row in stored]) == set(), "too late for that"
+    results = [result async for part in resubmitter.resubmit_all({}) for result in part]
+    expected = ResubmitStatus.ALREADY if broke_off_after == "the submission" else ResubmitStatus.RESUBMITTED
+    assert [result.status for result in results] == [expected] * 2
     assert await redis.xlen(STREAM) == 2
     assert await statuses(db) == ["RESUBMITTED"] * 2
 
@@ -349,19 +354,19 @@ async def test_P34_whoever_repeats_a_resubmission_that_broke_off_finishes_it(
 async def test_P34_a_task_that_fails_again_before_its_row_is_written_stays_pending(
     db: TaskDB, broker: RedisStreamBroker
 ) -> None:
-    await store(db, letter(1))
+    await store(db, make(1))
     [row] = await rows(db)
     async with db:
-        await db.begin_resubmission([(row["id"], row["burial"])])
-    await store(db, letter(1, burial="again"))
+        await db.begin_resubmission([(row["id"], row["delivery_id"])])
+    await store(db, make(1, delivery_id="again"))
     async with db:
-        await db.end_resubmission([(row["id"], row["burial"])])
+        await db.end_resubmission([(row["id"], row["delivery_id"])])
     assert await statuses(db) == ["PENDING"]
-    # Whoever saw the letter before cannot decide about the new one.
-    [verdict] = await Resubmitter(db, broker, REGISTRY).these([row])
-    assert verdict.fate is Fate.ALREADY
+    # Whoever saw the dead letter before cannot decide about the new one.
+    [result] = await Resubmitter(db, broker, REGISTRY).resubmit([row])
+    assert result.status is ResubmitStatus.ALREADY
     async with db:
-        assert await db.discard([(row["id"], row["burial"])]) == set()
+        assert await db.discard([(row["id"], row["delivery_id"])]) == set()
     assert await statuses(db) == ["PENDING"]
 
 
@@ -370,22 +375,22 @@ async def test_P34_a_resubmission_that_the_broker_has_forgotten_is_not_repeated(
 ) -> None:
     from diracx.tasks.plumbing.persistence.schema import DeadLetters
 
-    await store(db, letter(1))
+    await store(db, make(1))
     long_ago = datetime.now(UTC) - timedelta(days=30)
     async with db:
         values = {"status": DeadLetterStatus.RESUBMITTING, "changed_at": long_ago}
         await db.conn.execute(update(DeadLetters).values(**values))
-    [verdict] = await Resubmitter(db, broker, REGISTRY).these(await rows(db))
-    assert verdict.fate is Fate.REFUSED
-    assert f"{long_ago:%Y-%m-%d}" in verdict.why
+    [result] = await Resubmitter(db, broker, REGISTRY).resubmit(await rows(db))
+    assert result.status is ResubmitStatus.REFUSED
+    assert f"{long_ago:%Y-%m-%d}" in result.why
     assert not await redis.exists(STREAM)
 
 
 async def test_P34_at_a_start_poison_is_left_alone(db: TaskDB, broker: RedisStreamBroker) -> None:
-    letters = [letter(number, reason=reason) for number, reason in enumerate(["poison", "exhausted", "arguments"])]
-    await store(db, *letters, letter(9, reason="unparsable", data=b"?"))
-    verdicts = [v async for part in Resubmitter(db, broker, REGISTRY).all_by_itself() for v in part]
-    assert sorted(verdict.letter["task_id"] for verdict in verdicts) == ["task-1", "task-2"]
+    unlike = [make(number, reason=reason) for number, reason in enumerate(["poison", "exhausted", "arguments"])]
+    await store(db, *unlike, make(9, reason="unparsable", data=b"?"))
+    results = [v async for part in Resubmitter(db, broker, REGISTRY).resubmit_automatic() for v in part]
+    assert sorted(result.dead_letter["task_id"] for result in results) == ["task-1", "task-2"]
     assert await statuses(db) == ["PENDING", "RESUBMITTED", "RESUBMITTED", "PENDING"]
 
 
@@ -439,10 +444,10 @@ async def test_P12_while_the_database_is_down_the_task_is_kept_and_others_run(
         server.start()
         await system.drain(30)
         async with system.task_db as db:
-            letters = await db.search()
-        assert {row["task_id"] for row in letters} > set(lost)
-        assert len(letters) == 4
-        assert all(len(row["attempts"]) == 2 for row in letters)
+            stored = await db.search()
+        assert {row["task_id"] for row in stored} > set(lost)
+        assert len(stored) == 4
+        assert all(len(row["attempts"]) == 2 for row in stored)
 
 
 async def test_P12_a_database_that_answers_no_more_is_given_up_and_tried_anew(
@@ -477,7 +482,7 @@ async def test_P12_a_commit_that_fails_does_not_spoil_the_next_transaction(
 
         async def broken_off() -> None:
             async with database:
-                await database.insert(letter(1))
+                await database.insert(make(1))
                 server.kill()
 
         with pytest.raises(DBUnavailableError):
@@ -486,7 +491,7 @@ async def test_P12_a_commit_that_fails_does_not_spoil_the_next_transaction(
 
         async def stored() -> bool:
             try:
-                await store(database, letter(1))
+                await store(database, make(1))
             except (SQLAlchemyError, DBUnavailableError):
                 return False
             return True

@@ -218,8 +218,8 @@ async def test_what_another_left_in_redis_is_imported_by_a_worker_that_has_been_
     async with TaskSystem(TASKS, redis_url=redis_url, workers=3) as system:
         ids = [f"task-{number:03}" for number in range(500)]
         for each in ids:
-            letter = DeadLetter(task_id=each, task_name="test:Failing", reason="exhausted", detail="no", data=b"?")
-            await redis.xadd(keys.DEAD_LETTERS, in_redis(letter))
+            failed = DeadLetter(task_id=each, task_name="test:Failing", reason="exhausted", detail="no", data=b"?")
+            await redis.xadd(keys.DEAD_LETTERS, in_redis(failed))
 
         async def imported() -> bool:
             return not await redis.exists(keys.DEAD_LETTERS)

@@ -162,10 +162,10 @@ async def all_fails(redis: Redis) -> None:
     await ended(redis, "test:Copy", failed=26)
 
 
-async def letters_wait(redis: Redis) -> None:
+async def dead_letters_wait(redis: Redis) -> None:
     for number in range(3):
-        letter = DeadLetter(task_id=f"t{number}", task_name="test:Copy", reason="exhausted", detail="", data=b"")
-        await redis.xadd(keys.DEAD_LETTERS, in_redis(letter), id=f"{ms(900)}-{number}")
+        stored = DeadLetter(task_id=f"t{number}", task_name="test:Copy", reason="exhausted", detail="", data=b"")
+        await redis.xadd(keys.DEAD_LETTERS, in_redis(stored), id=f"{ms(900)}-{number}")
 
 
 async def stuck_group(redis: Redis) -> None:
@@ -240,7 +240,14 @@ STATES: dict[str, tuple[Callable[[Redis], Awaitable[None]], str, Severity, int, 
         "could not be executed (unknown task): old:Gone",
     ),
     "poison": (lambda redis: rejected(redis, "poison"), "messages_rejected", Severity.CRITICAL, 1, 60, "(poison)"),
-    "letters": (letters_wait, "dead_letters_waiting", Severity.WARNING, 3, 900, "3 dead letters wait in Redis"),
+    "dead letters": (
+        dead_letters_wait,
+        "dead_letters_waiting",
+        Severity.WARNING,
+        3,
+        900,
+        "3 dead letters wait in Redis",
+    ),
     "group": (stuck_group, "groups_stuck", Severity.WARNING, 1, None, "1 callback group"),
     "wrong configuration": (
         wrong_configuration,
@@ -400,9 +407,9 @@ async def test_dead_letters_are_counted_and_a_database_that_is_away_hides_nothin
         assert "not initialised" in next(alert.summary for alert in health.alerts if alert.subject == DEAD_LETTERS)
         async with db.engine.begin() as connection:
             await connection.run_sync(db.metadata.create_all)
-        letter = DeadLetter(task_id="t", task_name="test:Copy", reason="exhausted", detail="", data=b"")
+        stored = DeadLetter(task_id="t", task_name="test:Copy", reason="exhausted", detail="", data=b"")
         async with db:
-            await db.insert(letter)
+            await db.insert(stored)
         again = await stack.enter_async_context(health_checks(redis, db))
         [open_letters] = [each for each in (await again.run()).alerts if each.check == "dead_letters_open"]
         assert (open_letters.count, open_letters.severity) == (1, Severity.WARNING)

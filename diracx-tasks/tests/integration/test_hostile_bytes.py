@@ -240,8 +240,8 @@ async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable
         await monitor.waiting_dead_letters(redis, limit=1000, registry=system.registry)
         assert system.task_db is not None
         async with system.task_db as db:
-            for letter in await db.search(status=None):
-                dead_letter_record(letter)
+            for dead_letter in await db.search(status=None):
+                dead_letter_record(dead_letter)
 
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as client:
         await client.post("/sign-in", data={"credential": WRITER})

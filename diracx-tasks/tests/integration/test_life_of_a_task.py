@@ -199,12 +199,12 @@ async def test_P31_the_first_delay_is_the_base_and_there_are_max_retries_retries
             assert gap.total_seconds() >= delay
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert letter["task_name"] == "test:Broken"
-        assert letter["reason"] == "exhausted"
-        assert [attempt["message"] for attempt in letter["attempts"]] == ["there is no such site"] * 4
-        assert "execute" in letter["attempts"][0]["traceback"]
-        assert TaskMessage.loadb(letter["message"]).task_name == "test:Broken"
+            [dead_letter] = await db.search()
+        assert dead_letter["task_name"] == "test:Broken"
+        assert dead_letter["reason"] == "exhausted"
+        assert [attempt["message"] for attempt in dead_letter["attempts"]] == ["there is no such site"] * 4
+        assert "execute" in dead_letter["attempts"][0]["traceback"]
+        assert TaskMessage.loadb(dead_letter["message"]).task_name == "test:Broken"
 
 
 @pytest.mark.parametrize("error", [UnretryableError("never"), StopRetryingError("enough")])
@@ -364,14 +364,14 @@ async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
         assert "no task is registered as 'test:Nobody'" in unknown.error["message"]
         assert system.task_db is not None
         async with system.task_db as db:
-            letters = await db.search()
-        assert sorted(letter["reason"] for letter in letters) == [
+            dead_letters = await db.search()
+        assert sorted(dead_letter["reason"] for dead_letter in dead_letters) == [
             "arguments",
             "unknown task",
             "unparsable",
             "unparsable",
         ]
-        assert b"\x00garbage" in [letter["message"] for letter in letters]
+        assert b"\x00garbage" in [dead_letter["message"] for dead_letter in dead_letters]
 
 
 async def test_dead_letters_wait_in_redis_until_there_is_a_database(redis_url: str, redis: Redis) -> None:
@@ -382,9 +382,9 @@ async def test_dead_letters_wait_in_redis_until_there_is_a_database(redis_url: s
     async with TaskSystem([Broken], redis_url=redis_url) as system:
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert letter["reason"] == "exhausted"
-        assert len(letter["attempts"]) == 4
+            [dead_letter] = await db.search()
+        assert dead_letter["reason"] == "exhausted"
+        assert len(dead_letter["attempts"]) == 4
     assert not await redis.exists(keys.DEAD_LETTERS)
 
 
@@ -612,9 +612,9 @@ async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_
         await system.drain()
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-    assert (letter["reason"], letter["vo"]) == ("interrupted", "lhcb")
-    assert [attempt["interrupted"] for attempt in letter["attempts"]] == [True, True, True]
+            [dead_letter] = await db.search()
+    assert (dead_letter["reason"], dead_letter["vo"]) == ("interrupted", "lhcb")
+    assert [attempt["interrupted"] for attempt in dead_letter["attempts"]] == [True, True, True]
 
 
 async def test_a_task_that_must_not_begin_twice_fails_when_it_is_interrupted(redis_url: str, redis: Redis) -> None:
@@ -663,8 +663,8 @@ async def test_a_task_that_must_not_begin_twice_fails_when_its_worker_was_lost(
         await system.drain()
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-    assert (letter["reason"], letter["vo"], SEEN) == ("exhausted", "lhcb", [])
+            [dead_letter] = await db.search()
+    assert (dead_letter["reason"], dead_letter["vo"], SEEN) == ("exhausted", "lhcb", [])
 
 
 async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, redis: Redis) -> None:

@@ -247,8 +247,8 @@ async def test_a_line_lives_as_long_as_somebody_stands_in_it(worker: Worker, red
 # --- every end hands on -------------------------------------------------------------------------------------
 
 ENDS: dict[str, Callable[[Delivery], Settlement]] = {
-    "rejected": lambda d: Settlement(d, dead={"reason": "unknown_task", "data": b"a letter"}),
-    "rejected, the letter in the database": Settlement,
+    "rejected": lambda d: Settlement(d, dead={"reason": "unknown_task", "data": b"a dead letter"}),
+    "rejected, the dead letter in the database": Settlement,
     "cancelled": lambda d: Settlement(d, result={"key": "diracx:results:t", "value": b"", "ttl_ms": 1000}),
     "a child of a group": lambda d: Settlement(d, group={"id": "g", "child": "t000000", "error": "rejected"}),
     "to be tried later": lambda d: Settlement(

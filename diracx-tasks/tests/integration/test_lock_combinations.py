@@ -142,8 +142,8 @@ async def test_locks_that_can_never_be_granted_together_are_refused_by_name(
             await system.drain()
             assert system.task_db is not None
             async with system.task_db as db:
-                [letter] = await db.search()
-            assert (letter["reason"], letter["task_name"]) == ("arguments", "test:Declares")
+                [dead_letter] = await db.search()
+            assert (dead_letter["reason"], dead_letter["task_name"]) == ("arguments", "test:Declares")
     finally:
         DECLARED[which] = make
     with pytest.raises(ValueError, match=reason):

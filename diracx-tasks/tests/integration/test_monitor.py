@@ -386,17 +386,17 @@ async def test_lists_read_little_of_large_messages_and_show_their_size_instead(
     before = await sent()
     queued = (await monitor.peek(redis, "normal:medium")).items
     delayed = (await monitor.delayed(redis)).items
-    letters = (await monitor.waiting_dead_letters(redis)).items
+    dead_letters = (await monitor.waiting_dead_letters(redis)).items
     assert await sent() - before < 61 * 70_000
     assert [task.arguments for task in queued] == [None] * 20 + [{"0": "small"}]
     assert {(task.attempt, task.message_bytes > 1_000_000) for task in queued[:20]} == {(1, True)}
     assert {(task.task_name, task.arguments, task.message_bytes > 1_000_000) for task in delayed} == {
         ("test:Held", None, True)
     }
-    assert {(each.task_name, each.reason, each.arguments) for each in letters} == {
+    assert {(each.task_name, each.reason, each.arguments) for each in dead_letters} == {
         ("test:Held", "exhausted", None)
     }
-    assert all(each.task_id and each.message_bytes > 1_000_000 for each in letters)
+    assert all(each.task_id and each.message_bytes > 1_000_000 for each in dead_letters)
     before = await sent()
     assert await monitor.purge(redis, "normal:medium") == 21
     assert await sent() - before < 22 * 70_000
@@ -453,8 +453,8 @@ async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
         await system.drain()
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-    shown = dead_letter_record(letter)
+            [dead_letter] = await db.search()
+    shown = dead_letter_record(dead_letter)
     assert shown["message"]["task_args"] == ["•••"]
     assert shown["detail"] == "refused •••"
     assert "sesame" not in json.dumps(shown, default=str)

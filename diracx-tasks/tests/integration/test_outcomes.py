@@ -254,9 +254,9 @@ async def test_what_may_be_retried_is_retried_whatever_it_was(redis_url: str, wh
         assert [what] * 3 == RUNS
         assert system.task_db is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert len(letter["attempts"]) == 3
-        assert len(letter["message"]) < 100_000
+            [dead_letter] = await db.search()
+        assert len(dead_letter["attempts"]) == 3
+        assert len(dead_letter["message"]) < 100_000
 
 
 @pytest.mark.parametrize("what", RAISED)

@@ -51,7 +51,7 @@ async def small_packets(mariadb_server: Any, empty_database: Any) -> AsyncIterat
 
 
 async def picky(db: TaskDB) -> None:
-    """Let the database refuse letters with certain words."""
+    """Let the database refuse dead letters with certain words."""
     async with db.engine.begin() as connection:
         if connection.dialect.name == "sqlite":
             statement = (
@@ -80,8 +80,8 @@ async def test_a_letter_larger_than_a_packet_waits_in_redis_and_its_lock_is_free
         small = await Doomed("y").schedule()
         await system.drain(60)
         assert [row["task_id"] for row in await system.task_db.search()] == [small]
-    [letter] = await waiting(redis)
-    assert large.encode() in letter
+    [dead_letter] = await waiting(redis)
+    assert large.encode() in dead_letter
     [line] = [record.getMessage() for record in caplog.records if "refuses the dead letter" in record.getMessage()]
     assert large in line
     assert "dlq waiting" in line

@@ -21,16 +21,16 @@ class TestTaskSchema(SchemaPromises):
         db = TaskDB(url)
         async with db.engine_context(), db:
             for number in range(3):
-                letter = DeadLetter(
+                dead_letter = DeadLetter(
                     task_id=f"task {number}",
                     task_name="my_tasks:Download",
                     reason="exhausted",
                     detail="🚀",
                     data=bytes(range(256)),
                     attempts=[{"message": "no"}],
-                    burial=str(number),
+                    delivery_id=str(number),
                 )
-                await db.insert(letter)
+                await db.insert(dead_letter)
 
 
 @pytest.fixture

@@ -100,8 +100,8 @@ async def test_no_text_about_an_error_has_the_secret_in_it(redis_url: str, caplo
         await system.drain()
         assert system.task_db is not None
         async with system.task_db as db:
-            letters = await db.search()
-        told = json.dumps(result.error) + repr([(each["detail"], each["attempts"]) for each in letters])
+            dead_letters = await db.search()
+        told = json.dumps(result.error) + repr([(each["detail"], each["attempts"]) for each in dead_letters])
         told += await everything(redis) + caplog.text
     assert MASK in told
     assert "sesame" not in told

@@ -125,9 +125,9 @@ async def test_answers_are_as_the_schema_says_and_tell_no_secret(client: httpx.A
         model = next(m for known, m in models.items() if re.sub(r"\{\w+\}", "{}", known) == template)
         TypeAdapter(model).validate_json(answer.content)
         assert SECRET not in answer.text
-    letter = (await client.get("/api/tasks/dead-letters/1", headers=headers)).json()
-    assert letter["arguments"]["password"] == "•••"
-    assert HOSTILE in letter["arguments"]["url"]
+    dead_letter = (await client.get("/api/tasks/dead-letters/1", headers=headers)).json()
+    assert dead_letter["arguments"]["password"] == "•••"
+    assert HOSTILE in dead_letter["arguments"]["url"]
 
 
 async def test_what_is_done_by_http_is_done_and_written_down(

@@ -50,7 +50,7 @@ async def note(db: TaskDB, task_id: str, word: str) -> None:
 
 
 async def details(db: TaskDB) -> list[str]:
-    return ["".join(sorted(letter["detail"])) for letter in await db.search(status=None)]
+    return ["".join(sorted(dead_letter["detail"])) for dead_letter in await db.search(status=None)]
 
 
 @pytest.mark.parametrize("task_db", SERVERS, indirect=True)

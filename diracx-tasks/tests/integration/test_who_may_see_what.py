@@ -144,7 +144,7 @@ async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
                 message = TaskMessage(
                     task_id=f"waiting-{mark}", task_name="whose:Fail", labels=labels, task_args=[mark]
                 )
-                letter = DeadLetter(
+                dead_letter = DeadLetter(
                     task_id=f"waiting-{mark}",
                     task_name="whose:Fail",
                     vo=vo,
@@ -152,7 +152,7 @@ async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
                     detail=mark,
                     data=message.dumpb(),
                 )
-                fields: Any = in_redis(letter)
+                fields: Any = in_redis(dead_letter)
                 await redis.xadd(keys.DEAD_LETTERS, fields)
 
                 async def nothing() -> str:
@@ -164,10 +164,10 @@ async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
             async def has_happened() -> bool:
                 snapshot = await monitor.snapshot(redis)
                 async with db:
-                    letters = await db.search()
+                    dead_letters = await db.search()
                 failures = await monitor.failures(redis)
                 running = await monitor.running(redis)
-                return (len(letters), len(failures.items), len(running.items)) == (3, 6, 4) and (
+                return (len(dead_letters), len(failures.items), len(running.items)) == (3, 6, 4) and (
                     snapshot.schedules == 2 and snapshot.groups == 1 and snapshot.delayed["retry"] == 3
                 )
 
@@ -307,7 +307,7 @@ async def test_each_role_sees_by_http_what_the_table_says(site: Site) -> None:
     redis = site.context.redis
     lock = f"lock:mutex:{SITE}:{MARKS[None]}"
     [group] = await monitor.groups(redis)
-    letters = await letter_ids(site)
+    dead_letters = await dead_letter_ids(site)
     wrong = []
     for role in ("anonymous", *ROLES):
         for vo in VOS:
@@ -315,7 +315,7 @@ async def test_each_role_sees_by_http_what_the_table_says(site: Site) -> None:
                 for row in ROUTES:
                     if row.method != "GET":
                         continue
-                    key = letters[MARKS[vo]]
+                    key = dead_letters[MARKS[vo]]
                     path = addresses(row, queue="normal:large", group_id=group.group_id, key=key)
                     answer = await client.get(f"{API}{path}", params={"key": lock} if "locks/one" in path else {})
                     cell = row.cells[role]
@@ -333,7 +333,7 @@ async def test_each_role_sees_by_http_what_the_table_says(site: Site) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-async def letter_ids(site: Site) -> dict[str, str]:
+async def dead_letter_ids(site: Site) -> dict[str, str]:
     """Mark -> task id of the dead letter in the database."""
     db = site.context.task_db
     assert db is not None
@@ -356,15 +356,15 @@ async def test_administrators_see_what_belongs_to_each_vo_and_to_none(site: Site
 
 
 async def test_what_is_not_yours_is_answered_as_what_is_not_there(site: Site) -> None:
-    letters = await letter_ids(site)
+    dead_letters = await dead_letter_ids(site)
     async with site.user("operator", "lhcb") as client:
         db = site.context.task_db
         assert db is not None
         async with db:
             numbers = {row["task_id"]: str(row["id"]) for row in await db.search()}
-        assert (await client.get(f"{API}/dead-letters/{letters[MARKS['lhcb']]}")).status_code == 200
+        assert (await client.get(f"{API}/dead-letters/{dead_letters[MARKS['lhcb']]}")).status_code == 200
         for below in (API, BELOW):
-            for theirs in (letters[MARKS["gridpp"]], letters[MARKS[None]]):
+            for theirs in (dead_letters[MARKS["gridpp"]], dead_letters[MARKS[None]]):
                 for key, invented in ((theirs, "f" * 32), (numbers[theirs], "987654")):
                     answers = [await client.get(f"{below}/dead-letters/{each}") for each in (key, invented)]
                     assert [answer.status_code for answer in answers] == [404, 404]
@@ -416,7 +416,7 @@ async def test_each_role_does_by_http_what_the_table_says(site: Site) -> None:
 async def test_each_role_sees_in_the_dashboard_what_the_table_says(site: Site) -> None:
     lock = f"lock:mutex:{SITE}:{MARKS[None]}"
     [group] = await monitor.groups(site.context.redis)
-    letters = await letter_ids(site)
+    dead_letters = await dead_letter_ids(site)
     wrong = []
     for role in ("anonymous", *ROLES):
         for vo in VOS:
@@ -424,7 +424,7 @@ async def test_each_role_sees_in_the_dashboard_what_the_table_says(site: Site) -
                 for row in PAGES:
                     if row.method != "GET" or row.cells[role] == "anyone":
                         continue
-                    key = letters[MARKS[vo]]
+                    key = dead_letters[MARKS[vo]]
                     path = addresses(row, queue="normal:large", group=group.group_id, letter=key)
                     params = {"key": lock} if "locks/one" in path else {}
                     cell = row.cells[role]

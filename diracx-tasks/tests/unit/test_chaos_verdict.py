@@ -16,7 +16,7 @@ from chaos.figures import Case, report
 from chaos.plan import PROFILES, Plan, Planned
 from chaos.processes import History
 from chaos.redis_servers import Outage
-from chaos.verdict import Verdict
+from chaos.verdict import ChaosResult
 from chaos.witness import Run
 from chaos.witness import Testimony as Told  # pytest takes a name that begins with Test for a test
 
@@ -26,13 +26,13 @@ AWAKENED = "— after a stopped process went on (SIGCONT)"
 TWICE = "executed more than once without a reason"
 
 
-def verdict_of(runs: list[Run], history: History | None = None, **observed: Any) -> Verdict:
+def verdict_of(runs: list[Run], history: History | None = None, **observed: Any) -> ChaosResult:
     """Two tasks with one mutex."""
     plan = Plan([Planned(0, "Locked", (1, "k")), Planned(0, "Locked", (2, "k"))], [], 10)
     known: dict[str, Any] = {"submitted": {1: "Locked", 2: "Locked"}, "acknowledged": {1: 0.5, 2: 0.5}}
     seen = Observed(history or History(), 0.0, rested=11.0, **known | observed)
     beats = [Run("Beat", 0, 9, 1.0, 1.0, "ok")]
-    return Verdict(plan, seen, Told([*runs, *beats]), LEASE)
+    return ChaosResult(plan, seen, Told([*runs, *beats]), LEASE)
 
 
 def promises(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
     broken = promises(
         [run(1, 1, 2), run(2, 2.1, 3)],
         History(started={5: 0.0}, ended={5: (20.0, 1)}),
-        letters=[{"n": 1, "kind": "Locked", "reason": "poison", "detail": ""}],
+        dead_letters=[{"n": 1, "kind": "Locked", "reason": "poison", "detail": ""}],
         leftover_keys=["k"],
     )
     assert set(broken) == {

@@ -229,15 +229,15 @@ def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
         assert "me" in shown.values()
         _assert_hidden(json.dumps(shown))
     there.labels.clear()  # as of a task that was submitted without its class
-    letter = {
-        **dict.fromkeys(("id", "task_id", "task_name", "vo", "reason", "detail", "status", "burial"), ""),
+    dead_letter = {
+        **dict.fromkeys(("id", "task_id", "task_name", "vo", "reason", "detail", "status", "delivery_id"), ""),
         **dict.fromkeys(("buried_at", "changed_at"), datetime.now(UTC)),
         "attempts": [],
         "history": [],
         **dict.fromkeys(("failed_attempts", "earlier_burials", "message_bytes"), 0),
         "message": there.dumpb(),
     }
-    record = dead_letter_record(letter)
+    record = dead_letter_record(dead_letter)
     assert record["raw"] is None
     _assert_hidden(json.dumps(record))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing.persistence import TaskDB
-from diracx.tasks.plumbing.persistence.letter import DeadLetter
+from diracx.tasks.plumbing.persistence.dead_letter import DeadLetter
 from diracx.tasks.plumbing.sql import clock as database_clock
 
 from gubbins.db.sql import MyPilotDB
@@ -41,21 +41,23 @@ async def test_a_machine_with_a_wrong_clock_writes_the_time_of_the_database(
     empty_database: Callable[[str], Awaitable[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pilots, letters = MyPilotDB(await empty_database(server)), TaskDB(await empty_database(server))
-    for database in (pilots, letters):
+    pilots, dead_letters = MyPilotDB(await empty_database(server)), TaskDB(await empty_database(server))
+    for database in (pilots, dead_letters):
         async with database.engine_context():
             await database.migrations.create(database.engine)
     set_clock(monkeypatch, ahead_seconds)
     assert not about_now(clock.now())
-    async with pilots.engine_context(), letters.engine_context():
+    async with pilots.engine_context(), dead_letters.engine_context():
         await pilots.add_ce("ce", capacity=1, success_rate=1.0)  # the first thing that this process does
         [ce] = await pilots.get_ces()
         assert about_now(ce["created_at"])
         assert about_now(clock.now()), "and so has everything that is compared with it"
-        letter = DeadLetter(task_id="t", task_name="a:B", reason="exhausted", detail="", data=b"", burial="s/1-1")
-        async with letters as db:
-            await db.insert(letter)
-        async with letters as db:
+        row = DeadLetter(
+            task_id="t", task_name="a:B", reason="exhausted", detail="", data=b"", delivery_id="s/1-1"
+        )
+        async with dead_letters as db:
+            await db.insert(row)
+        async with dead_letters as db:
             [stored] = await db.search()
         assert about_now(stored["buried_at"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from ..plumbing.broker import RedisStreamBroker
     from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence import TaskDB
-    from ..plumbing.persistence.db import LetterFilter
-    from ..plumbing.persistence.resubmission import Resubmitter, Verdict
+    from ..plumbing.persistence.db import DeadLetterFilter
+    from ..plumbing.persistence.resubmission import ResubmitResult, Resubmitter
     from ..plumbing.scheduler.occurrences import ScheduledTask
     from ..plumbing.submission.client import Binding
 
@@ -129,9 +130,9 @@ class AuditedActions:
         self,
         resubmitter: Resubmitter,
         letters: Sequence[Mapping[str, Any]] | None,
-        where: LetterFilter,
+        where: DeadLetterFilter,
         limit: int | None = None,
-    ) -> list[Verdict]:
+    ) -> list[ResubmitResult]:
         """Submit dead letters again, each once whoever does it. Returns what became of each.
 
         Args:
@@ -139,27 +140,28 @@ class AuditedActions:
             limit: at most so many by filter.
 
         Raises:
-            SendTaskError: the broker does not answer; see `Resubmitter.these`.
+            SendTaskError: the broker does not answer; see `Resubmitter.resubmit`.
             diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not.
         """
-        from ..plumbing.persistence.resubmission import Fate
+        from ..plumbing.persistence.resubmission import ResubmitStatus
 
-        async def do() -> list[Verdict]:
+        async def do() -> list[ResubmitResult]:
             if letters is not None:
-                return await resubmitter.these(letters)
-            return [verdict async for part in resubmitter.all(where, limit=limit) for verdict in part]
+                return await resubmitter.resubmit(letters)
+            return [result async for part in resubmitter.resubmit_all(where, limit=limit) for result in part]
 
-        def summary(verdicts: list[Verdict]) -> str:
-            fates = [verdict.fate for verdict in verdicts]
-            already = fates.count(Fate.ALREADY)
-            return f"{fates.count(Fate.RESUBMITTED)} submitted again, {fates.count(Fate.REFUSED)} refused" + (
+        def summary(results: list[ResubmitResult]) -> str:
+            numbers = Counter(result.status for result in results)
+            done, refused = numbers[ResubmitStatus.RESUBMITTED], numbers[ResubmitStatus.REFUSED]
+            already = numbers[ResubmitStatus.ALREADY]
+            return f"{done} submitted again, {refused} refused" + (
                 f", {already} had been already" if already else ""
             )
 
         return await self.perform("retry dead letters", _which(letters, where), do, summary)
 
     async def discard_dead_letters(
-        self, db: TaskDB, letters: Sequence[Mapping[str, Any]], where: LetterFilter | None = None
+        self, db: TaskDB, letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None = None
     ) -> set[int]:
         """Decide that dead letters will not run again. Returns the numbers of those that are discarded now.
 
@@ -171,7 +173,7 @@ class AuditedActions:
             gone: set[int] = set()
             for first in range(0, len(letters), _LETTERS):
                 part = letters[first : first + _LETTERS]
-                gone |= await db.discard([(letter["id"], letter["burial"]) for letter in part])
+                gone |= await db.discard([(letter["id"], letter["delivery_id"]) for letter in part])
             return gone
 
         def summary(gone: set[int]) -> str:
@@ -185,7 +187,7 @@ def _changed(ids: Sequence[str]) -> str:
     return f"{len(ids)} changed"
 
 
-def _which(letters: Sequence[Mapping[str, Any]] | None, where: LetterFilter) -> str:
+def _which(letters: Sequence[Mapping[str, Any]] | None, where: DeadLetterFilter) -> str:
     if letters is not None:
         return listed([str(letter["id"]) for letter in letters])
     said = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]

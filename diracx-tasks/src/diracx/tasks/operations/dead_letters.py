@@ -108,7 +108,7 @@ def dead_letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
     """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
     return {
         **_about(letter),
-        "burial": letter["burial"],
+        "burial": letter["delivery_id"],
         "attempts": letter["attempts"],
         "history": letter["history"],
         **_message_record(letter["message"]),

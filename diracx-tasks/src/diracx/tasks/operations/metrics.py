@@ -29,7 +29,7 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, re
 
     Those that alerts watch are there from the start, at 0: an increase is not seen in a series that begins at 1.
     """
-    from ..plumbing.persistence.letter import DeadLetterReason
+    from ..plumbing.persistence.dead_letter import DeadLetterReason
     from ..plumbing.worker.reporter import Sums
 
     known = reporter.totals()

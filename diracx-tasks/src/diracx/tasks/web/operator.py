@@ -12,7 +12,7 @@ from ..plumbing.submission.client import Binding
 
 if TYPE_CHECKING:
     from ..plumbing.broker.cancel import TaskPlace
-    from ..plumbing.persistence.db import LetterFilter
+    from ..plumbing.persistence.db import DeadLetterFilter
     from .context import AppContext
 
 _PAGE = 200
@@ -98,7 +98,7 @@ class Operator(AuditedActions):
 
     # --- dead letters -----------------------------------------------------------------------------------
 
-    async def retry(self, numbers: Sequence[int] | None, where: LetterFilter, limit: int) -> Decided:
+    async def retry(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
         """Submit dead letters again, each once whoever does it.
 
         Args:
@@ -108,23 +108,23 @@ class Operator(AuditedActions):
         Raises:
             NotPossibleError: no database of dead letters is configured.
         """
-        from ..plumbing.persistence.resubmission import Fate, Resubmitter
+        from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 
         db = self._task_db()
         settings = await self.context.settings()
         resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)
         letters = None if numbers is None else await self._letters(numbers)
         decided = Decided([])
-        for verdict in await self.retry_dead_letters(resubmitter, letters, where, limit):
-            if verdict.fate is Fate.RESUBMITTED:
-                decided.done.append(verdict.letter)
-            elif verdict.fate is Fate.ALREADY:
-                decided.already.append(verdict.letter)
+        for result in await self.retry_dead_letters(resubmitter, letters, where, limit):
+            if result.status is ResubmitStatus.RESUBMITTED:
+                decided.done.append(result.dead_letter)
+            elif result.status is ResubmitStatus.ALREADY:
+                decided.already.append(result.dead_letter)
             else:
-                decided.refused.append((verdict.letter, verdict.why))
+                decided.refused.append((result.dead_letter, result.why))
         return decided
 
-    async def discard(self, numbers: Sequence[int] | None, where: LetterFilter, limit: int) -> Decided:
+    async def discard(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
         """Decide that dead letters will not run again. Arguments and errors as of `retry`."""
         db = self._task_db()
         chosen = await (self._letters(numbers) if numbers is not None else self._search(where, limit))
@@ -150,7 +150,7 @@ class Operator(AuditedActions):
             found += letters
         return found
 
-    async def _search(self, where: LetterFilter, limit: int) -> list[dict[str, Any]]:
+    async def _search(self, where: DeadLetterFilter, limit: int) -> list[dict[str, Any]]:
         db = self._task_db()
         found: list[dict[str, Any]] = []
         after_id = 0

@@ -15,8 +15,8 @@ from ... import operations
 from ...operations.audited_actions import AuditedActions
 from ...operations.dead_letters import dead_letter_record, dead_letter_summary
 from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
-from ...plumbing.persistence.letter import DeadLetterStatus
-from ...plumbing.persistence.resubmission import Fate, Resubmitter
+from ...plumbing.persistence.dead_letter import DeadLetterStatus
+from ...plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 from ...plumbing.task_names import AmbiguousTaskNameError
 from ..errors import CliError, UsageProblem, one_line
 from ..options import AfterOption, JsonOption, command_group
@@ -29,7 +29,7 @@ from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
 
 if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB
-    from ...plumbing.persistence.db import LetterFilter
+    from ...plumbing.persistence.db import DeadLetterFilter
 
     Letter = Mapping[str, Any]
 
@@ -204,16 +204,16 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
             actions = AuditedActions.at_command_line(broker.redis)
             return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
 
-    verdicts = _in_database(submit)
-    done = {fate: [verdict.letter for verdict in verdicts if verdict.fate is fate] for fate in Fate}
-    refused = [(verdict.letter, verdict.why) for verdict in verdicts if verdict.fate is Fate.REFUSED]
+    results = _in_database(submit)
+    done = {each: [result.dead_letter for result in results if result.status is each] for each in ResubmitStatus}
+    resubmitted, already = done[ResubmitStatus.RESUBMITTED], done[ResubmitStatus.ALREADY]
+    refused = [(result.dead_letter, result.why) for result in results if result.status is ResubmitStatus.REFUSED]
     if as_json:
-        _print_report(resubmitted=done[Fate.RESUBMITTED], already=done[Fate.ALREADY], refused=refused)
-    elif not verdicts:
+        _print_report(resubmitted=resubmitted, already=already, refused=refused)
+    elif not results:
         echo("no dead letters", err=True)
-    elif len(refused) < len(verdicts):
-        already = f", {len(done[Fate.ALREADY])} had been already" if done[Fate.ALREADY] else ""
-        echo(f"{len(done[Fate.RESUBMITTED])} submitted again{already}")
+    elif len(refused) < len(results):
+        echo(f"{len(resubmitted)} submitted again" + (f", {len(already)} had been already" if already else ""))
     _report_refusals(refused, "submitted again")
 
 
@@ -298,7 +298,7 @@ async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[st
     return letter
 
 
-async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIterator[dict[str, Any]]:
+async def _pages(db: TaskDB, where: DeadLetterFilter, limit: int | None) -> AsyncIterator[dict[str, Any]]:
     """Summaries of dead letters, read page by page."""
     after_id, left = 0, limit
     while left is None or left > 0:
@@ -311,7 +311,7 @@ async def _pages(db: TaskDB, where: LetterFilter, limit: int | None) -> AsyncIte
             yield letter
 
 
-async def _confirmed(db: TaskDB, where: LetterFilter, choice: Choice, question: str) -> None:
+async def _confirmed(db: TaskDB, where: DeadLetterFilter, choice: Choice, question: str) -> None:
     """Ask before something is done to all dead letters of a filter; errors as of `confirm`."""
     total = sum((await db.count(**where)).values())
     total = total if choice.limit is None else min(total, choice.limit)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...plumbing.persistence.letter import OPEN, DeadLetterReason, DeadLetterStatus
+from ...plumbing.persistence.dead_letter import OPEN, DeadLetterReason, DeadLetterStatus
 from ..errors import UsageProblem, shortened
 from ..options import YesOption
 
 if TYPE_CHECKING:
-    from ...plumbing.persistence.db import LetterFilter
+    from ...plumbing.persistence.db import DeadLetterFilter
 
 _AGE = re.compile(r"(\d{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -58,7 +58,7 @@ class Filters:
         str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
     ] = None
 
-    def letters(self, status: StatusFilter) -> LetterFilter:
+    def letters(self, status: StatusFilter) -> DeadLetterFilter:
         """The filter for the database.
 
         Raises:
@@ -99,7 +99,7 @@ class Choice(Filters):
     )
     yes: YesOption = False
 
-    def letters(self, status: StatusFilter) -> LetterFilter:
+    def letters(self, status: StatusFilter) -> DeadLetterFilter:
         """As of `Filters`.
 
         Raises:

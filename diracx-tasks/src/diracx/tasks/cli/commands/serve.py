@@ -202,13 +202,13 @@ def scheduler(
 
 async def _resubmit(resubmitter: Resubmitter) -> None:
     """Submit dead letters again beside the scheduler's own work, which no failure of this may end."""
-    fates: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
     try:
-        async for verdicts in resubmitter.all_by_itself():
-            fates.update(str(verdict.fate) for verdict in verdicts)
-            for verdict in verdicts:
-                if verdict.why:
-                    logger.warning("dead letter %d is left: %s", verdict.letter["id"], one_line(verdict.why))
+        async for results in resubmitter.resubmit_automatic():
+            statuses.update(str(result.status) for result in results)
+            for result in results:
+                if result.why:
+                    logger.warning("dead letter %d is left: %s", result.dead_letter["id"], one_line(result.why))
     except Exception as error:
         logger.error("dead letters are not submitted again: %s; the next start will", one_line(str(error)))
-    logger.info("dead letters: %d submitted again, %d left", fates["resubmitted"], fates["refused"])
+    logger.info("dead letters: %d submitted again, %d left", statuses["resubmitted"], statuses["refused"])

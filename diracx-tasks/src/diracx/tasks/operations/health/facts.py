@@ -94,7 +94,7 @@ async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) ->
 
 
 async def _rejected(redis: Redis, seen: Snapshot) -> list[Failure]:
-    from ...plumbing.persistence.letter import DeadLetterReason
+    from ...plumbing.persistence.dead_letter import DeadLetterReason
 
     reasons = {str(reason) for reason in DeadLetterReason}
     latest = (await failures(redis, limit=_FAILURES)).items

@@ -1,10 +1,10 @@
-"""What outlives Redis: the dead-letter queue, in SQL."""
+"""Dead letters in SQL: the table, its access, and submitting again."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .letter import OPEN, DeadLetter, DeadLetterReason, DeadLetterStatus
+from .dead_letter import OPEN, DeadLetter, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
     from .db import TaskDB

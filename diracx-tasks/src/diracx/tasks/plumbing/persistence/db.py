@@ -16,21 +16,21 @@ from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
 from ..sql.types import sanitize, truncate
 from ..task_names import resolve_task_name
-from .letter import OPEN, DeadLetter, DeadLetterStatus
+from .dead_letter import OPEN, DeadLetter, DeadLetterStatus
 from .schema import LONGEST_NAME, DeadLetters, TaskDBBase
 from .text import attempts_as_text, history_as_text
 
-#: A task that is buried again and again keeps the story of its last burials only.
-_CHAPTERS_KEPT = 20
+#: Earlier failures of a task that are kept in its history.
+_FAILURES_KEPT = 20
 _LONGEST_DETAIL = 10_000
 _AS_JSON = ("attempts", "history")
-#: What lists leave in the database: it may have megabytes.
+#: Columns that lists do not read: they may have megabytes.
 _BODIES = ("message", *_AS_JSON)
 _ATTRIBUTES = {column.name: attribute for attribute, column in DeadLetters.__mapper__.columns.items()}
 
 
-class LetterFilter(TypedDict, total=False):
-    """Which dead letters; each key narrows it down."""
+class DeadLetterFilter(TypedDict, total=False):
+    """Filter of dead letters; each key narrows it down."""
 
     task_name: str | None
     """`category:ClassName`, or the class name alone."""
@@ -38,9 +38,9 @@ class LetterFilter(TypedDict, total=False):
     status: DeadLetterStatus | Collection[DeadLetterStatus] | None
     """None for all."""
     since: datetime | None
-    """Buried then or later."""
+    """Stored then or later."""
     before: datetime | None
-    """Buried earlier."""
+    """Stored earlier."""
     vo: str | None
     """Only those of this VO; None: of all VOs, and of none."""
 
@@ -62,58 +62,59 @@ class TaskDB(Database):
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
-        """The engine, for as long as the context lasts."""
+        """Open the engine while the context lasts."""
         async with super().engine_context():
             self.clock.follow(self.engine)
             yield
 
-    # --- burying ----------------------------------------------------------------------------------------
+    # --- storing ----------------------------------------------------------------------------------------
 
     @transaction
-    async def insert_all(self, letters: Sequence[DeadLetter]) -> None:
+    async def insert_all(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Store dead letters: all of them or, on any error, none. Each as by `insert`."""
-        ids = {letter.task_id for letter in letters}
-        if await self._lock(DeadLetters.task_id.in_(ids)) == 0 and len(ids) == len(letters):
-            rows = [{"task_id": letter.task_id, "history": "[]", **self._values(letter)} for letter in letters]
+        ids = {each.task_id for each in dead_letters}
+        if await self._lock(DeadLetters.task_id.in_(ids)) == 0 and len(ids) == len(dead_letters):
+            rows = [{"task_id": each.task_id, "history": "[]", **self._values(each)} for each in dead_letters]
             # With several rows, SQLAlchemy knows columns by their own names only.
             named = [{column: row[name] for column, name in _ATTRIBUTES.items() if name in row} for row in rows]
             await self.conn.execute(insert(DeadLetters), named)
             return
-        for letter in letters:
-            await self.insert(letter)
+        for each in dead_letters:
+            await self.insert(each)
 
     @transaction
-    async def insert(self, letter: DeadLetter) -> None:
-        """Store a dead letter. Storing the same burial again changes nothing: safe to repeat.
+    async def insert(self, dead_letter: DeadLetter) -> None:
+        """Store a dead letter. Storing the same delivery again changes nothing: safe to repeat.
 
-        A task that was buried before and has run since keeps its row: what was known then moves to its
-        history, and the letter is pending again.
+        A task that failed before and has run since keeps its row: the earlier failure moves to its history, and
+        the dead letter is pending again.
         """
-        values = self._values(letter)
-        mine = DeadLetters.task_id == letter.task_id
+        values = self._values(dead_letter)
+        mine = DeadLetters.task_id == dead_letter.task_id
         if await self._lock(mine) == 0:
-            await self.conn.execute(insert(DeadLetters).values(task_id=letter.task_id, history="[]", **values))
+            new = insert(DeadLetters).values(task_id=dead_letter.task_id, history="[]", **values)
+            await self.conn.execute(new)
             return
         [row] = await self._rows(select(DeadLetters.__table__).where(mine))
-        if values["burial"] not in (row["burial"], *(chapter["burial"] for chapter in row["history"])):
-            history = history_as_text([*row["history"], _chapter(row)][-_CHAPTERS_KEPT:])
+        if values["delivery_id"] not in (row["delivery_id"], *(failure["burial"] for failure in row["history"])):
+            history = history_as_text([*row["history"], _failure_record(row)][-_FAILURES_KEPT:])
             await self.conn.execute(update(DeadLetters).where(mine).values(history=history, **values))
 
     async def _lock(self, rows: ColumnElement[bool]) -> int:
-        """Lock rows before they are read, on SQLite the database: then what is read is not stale. How many."""
+        """Lock rows (on SQLite the database), so that what is read is not stale. Returns their number."""
         locked = await self.conn.execute(update(DeadLetters).where(rows).values(task_id=DeadLetters.task_id))
         return locked.rowcount
 
-    def _values(self, letter: DeadLetter) -> dict[str, Any]:
+    def _values(self, dead_letter: DeadLetter) -> dict[str, Any]:
         now = self.clock.now()
         return {
-            "task_name": letter.task_name,
-            "vo": letter.vo,
-            "reason": letter.reason,
-            "detail": sanitize(letter.detail, _LONGEST_DETAIL),
-            "message": letter.data,
-            "attempts": attempts_as_text(letter.attempts),
-            "burial": truncate(letter.burial, LONGEST_NAME),
+            "task_name": dead_letter.task_name,
+            "vo": dead_letter.vo,
+            "reason": dead_letter.reason,
+            "detail": sanitize(dead_letter.detail, _LONGEST_DETAIL),
+            "message": dead_letter.data,
+            "attempts": attempts_as_text(dead_letter.attempts),
+            "delivery_id": truncate(dead_letter.delivery_id, LONGEST_NAME),
             "status": DeadLetterStatus.PENDING,
             "buried_at": now,
             "changed_at": now,
@@ -139,8 +140,8 @@ class TaskDB(Database):
         Args:
             task_name: `category:ClassName`, or the class name alone.
             status: one or several; None for all.
-            since: buried then or later.
-            before: buried earlier.
+            since: stored then or later.
+            before: stored earlier.
             vo: only of this VO.
             after_id: only rows with a greater id, for paging.
 
@@ -195,16 +196,16 @@ class TaskDB(Database):
                 return func.json_length(text)
 
     @transaction
-    async def messages(self, letters: Sequence[tuple[int, str]]) -> dict[int, bytes]:
-        """Number -> message of these letters, given by number and burial; without those that changed since."""
-        if not letters:
+    async def messages(self, chosen: Sequence[tuple[int, str]]) -> dict[int, bytes]:
+        """Read messages by id and delivery id; those of dead letters that changed since are left out."""
+        if not chosen:
             return {}
-        rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(letters)))
+        rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(chosen)))
         return {number: bytes(message) for number, message in rows}
 
     @transaction
     async def find(self, key: str) -> dict[str, Any] | None:
-        """The dead letter of this task id, else of this number; None when there is none."""
+        """Find the dead letter of this task id, else of this number; None when there is none."""
         found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == key))
         if not found and (number := _number(key)) is not None:
             found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == number))
@@ -212,7 +213,7 @@ class TaskDB(Database):
 
     @transaction
     async def find_summary(self, key: str) -> dict[str, Any] | None:
-        """As `find`, with what `summaries` has of it."""
+        """As `find`, with the columns of `summaries`."""
         query = self._summary_query()
         found = (await self.conn.execute(query.where(DeadLetters.task_id == key))).mappings().first()
         if found is None and (number := _number(key)) is not None:
@@ -252,39 +253,39 @@ class TaskDB(Database):
     # --- deciding ---------------------------------------------------------------------------------------
 
     @transaction
-    async def begin_resubmission(self, letters: Sequence[tuple[int, str]]) -> dict[int, datetime]:
-        """Mark pending letters as being re-submitted: the first of three steps.
+    async def begin_resubmission(self, chosen: Sequence[tuple[int, str]]) -> dict[int, datetime]:
+        """Mark pending dead letters as being re-submitted: the first of three steps.
 
         Args:
-            letters: id and burial of each.
+            chosen: id and delivery id of each.
 
         Returns:
-            id -> since when, of those that may be submitted now. What somebody else has begun is among them.
+            id -> since when, of those that may be submitted now, those that another process has begun included.
         """
-        if not letters:
+        if not chosen:
             return {}
-        these = _these(letters)
+        these = _these(chosen)
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
         query = select(DeadLetters.id, DeadLetters.changed_at)
         begun = query.where(these, DeadLetters.status == DeadLetterStatus.RESUBMITTING)
         return dict((await self.conn.execute(begun)).all())
 
     @transaction
-    async def end_resubmission(self, letters: Sequence[tuple[int, str]]) -> None:
-        """Note that letters were submitted: the last step. What has been buried again meanwhile stays pending."""
-        if letters:
-            await self._decide(_these(letters), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
+    async def end_resubmission(self, chosen: Sequence[tuple[int, str]]) -> None:
+        """Mark dead letters as re-submitted: the last step. Those that failed again meanwhile stay pending."""
+        if chosen:
+            await self._decide(_these(chosen), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
 
     @transaction
-    async def discard(self, letters: Sequence[tuple[int, str]]) -> set[int]:
-        """Decide that pending letters will not be submitted again. Returns the ids of all that are discarded now.
+    async def discard(self, chosen: Sequence[tuple[int, str]]) -> set[int]:
+        """Mark pending dead letters as discarded. Returns the ids of all that are discarded now.
 
         Args:
-            letters: id and burial of each.
+            chosen: id and delivery id of each.
         """
-        if not letters:
+        if not chosen:
             return set()
-        these = _these(letters)
+        these = _these(chosen)
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.DISCARDED)
         query = select(DeadLetters.id).where(these, DeadLetters.status == DeadLetterStatus.DISCARDED)
         return set((await self.conn.execute(query)).scalars())
@@ -294,7 +295,7 @@ class TaskDB(Database):
         await self.conn.execute(change.values(status=now, changed_at=self.clock.now()))
 
     async def _full_name(self, task_name: str | None) -> str | None:
-        """The registry name, from that or from the name of the class alone."""
+        """Return the registry name, from that or from the name of the class alone."""
         if task_name is None or ":" in task_name:
             return task_name
         of_class = DeadLetters.task_name.endswith(f":{task_name}", autoescape=True)
@@ -314,9 +315,9 @@ def _number(key: str) -> int | None:
     return int(key) if key.isdecimal() and len(key) < 11 and int(key) < 2**31 else None
 
 
-def _these(letters: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
-    """Exactly these letters as they were seen: a burial that happened since is none of them."""
-    return or_(*(and_(DeadLetters.id == number, DeadLetters.burial == burial) for number, burial in letters))
+def _these(chosen: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
+    """Select exactly these dead letters as they were read: not those that failed again since."""
+    return or_(*(and_(DeadLetters.id == number, DeadLetters.delivery_id == name) for number, name in chosen))
 
 
 def _conditions(
@@ -345,10 +346,10 @@ def _conditions(
     return conditions
 
 
-def _chapter(row: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a burial that is over."""
+def _failure_record(row: dict[str, Any]) -> dict[str, Any]:
+    """Make the history entry of a failure from its row."""
     return {
-        "burial": row["burial"],
+        "burial": row["delivery_id"],
         "reason": row["reason"],
         "detail": row["detail"],
         "attempts": row["attempts"],

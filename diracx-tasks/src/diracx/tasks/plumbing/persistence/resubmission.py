@@ -1,7 +1,7 @@
-"""Submitting dead letters again: each once, whoever tries, however often, and wherever it breaks off.
+"""Submit dead letters again: each once, also when several do it, it is repeated, or it breaks off.
 
-Three steps: the row says so (RESUBMITTING), the server takes the task and remembers the burial in one script,
-the row says that it is done (RESUBMITTED). Whoever repeats any of it changes nothing: ADR 16.
+Three steps: the row says so (RESUBMITTING), the server takes the task and remembers the delivery in one
+script, the row says that it is done (RESUBMITTED). Repeating any of them changes nothing: ADR 16.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
 from ..messages.arguments import rebuild
 from ..submission.client import Binding
 from ..submission.prepare import stream_of
-from .letter import OPEN, DeadLetterReason, DeadLetterStatus
+from .dead_letter import OPEN, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..config import TasksConfig
     from ..registry import TaskRegistry
-    from .db import LetterFilter, TaskDB
+    from .db import DeadLetterFilter, TaskDB
 
-#: Letters in one round: one statement, one script.
+#: Dead letters in one round: one statement, one script.
 BATCH = 100
-#: Bytes of their messages in one round, but for a single letter that has more.
+#: Bytes of their messages in one round, but for a single dead letter that has more.
 _BATCH_BYTES = 16_000_000
-#: Begun so long ago, and not ended: the server may have forgotten by now whether it took the task.
+#: After this time without an end, the server may have forgotten whether it took the task.
 _FORGOTTEN_AFTER = timedelta(seconds=RESUBMITTED_TTL_SECONDS - 86400)
-#: What is not submitted again without somebody's decision: it killed its workers, and would again.
-_NOT_BY_ITSELF = {DeadLetterReason.POISON, DeadLetterReason.UNPARSABLE}
+#: Not submitted again unless an operator decides so: poison tasks would end their workers again.
+_NEVER_AUTOMATIC = {DeadLetterReason.POISON, DeadLetterReason.UNPARSABLE}
 
 
-class Fate(StrEnum):
-    """What became of the wish to submit a letter again."""
+class ResubmitStatus(StrEnum):
+    """State of a dead letter after a re-submission."""
 
     RESUBMITTED = "resubmitted"
     """Submitted by us."""
     ALREADY = "already"
-    """Somebody else has, or we had before."""
+    """Submitted earlier, or by another process."""
     REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """A letter and what became of it."""
+class ResubmitResult:
+    """Result of the re-submission of one dead letter."""
 
-    letter: Mapping[str, Any]
-    fate: Fate
+    dead_letter: Mapping[str, Any]
+    status: ResubmitStatus
     why: str = ""
     """Why it was refused."""
 
@@ -70,79 +70,82 @@ class Resubmitter:
         self._broker = broker
         self._binding = Binding(broker, registry, config)
 
-    async def these(self, letters: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    async def resubmit(self, rows: Sequence[Mapping[str, Any]]) -> list[ResubmitResult]:
         """Submit these rows of the TaskDB (`summaries`) again; not inside a transaction of it.
 
         Raises:
-            SendTaskError: when the broker does not answer. The letters stay RESUBMITTING; repeat it.
+            SendTaskError: when the broker does not answer. The dead letters stay RESUBMITTING; repeat it.
             diracx.tasks.plumbing.sql.errors.DatabaseError: when the database does not.
         """
-        verdicts: list[Verdict] = []
-        for batch in _batches(letters):
-            verdicts += await self._round(batch)
-        return verdicts
+        results: list[ResubmitResult] = []
+        for batch in _batches(rows):
+            results += await self._round(batch)
+        return results
 
-    async def all(self, where: LetterFilter, *, limit: int | None = None) -> AsyncIterator[list[Verdict]]:
-        """Submit all open letters again that the filter lets through, oldest first, some at a time.
+    async def resubmit_all(
+        self, where: DeadLetterFilter, limit: int | None = None
+    ) -> AsyncIterator[list[ResubmitResult]]:
+        """Submit all open dead letters again that the filter lets through, oldest first, some at a time.
 
-        Errors as in `these`.
+        Errors as in `resubmit`.
         """
-        wanted: LetterFilter = {"status": OPEN, **where}
+        wanted: DeadLetterFilter = {"status": OPEN, **where}
         after_id, left = 0, limit
         while left is None or left > 0:
             size = BATCH if left is None else min(BATCH, left)
-            letters = await self._db.summaries(**wanted, limit=size, after_id=after_id)
-            if not letters:
+            rows = await self._db.summaries(**wanted, limit=size, after_id=after_id)
+            if not rows:
                 return
-            after_id = letters[-1]["id"]
-            left = None if left is None else left - len(letters)
-            yield await self.these(letters)
+            after_id = rows[-1]["id"]
+            left = None if left is None else left - len(rows)
+            yield await self.resubmit(rows)
 
-    async def all_by_itself(self) -> AsyncIterator[list[Verdict]]:
-        """The same for nobody in particular, at a start: without poison and what cannot be read.
+    async def resubmit_automatic(self) -> AsyncIterator[list[ResubmitResult]]:
+        """Submit all open dead letters again at a start, except poison tasks and unreadable messages.
 
-        Errors as in `these`.
+        Errors as in `resubmit`.
         """
         for reason in DeadLetterReason:
-            if reason not in _NOT_BY_ITSELF:
-                async for verdicts in self.all({"reason": reason}):
-                    yield verdicts
+            if reason not in _NEVER_AUTOMATIC:
+                async for results in self.resubmit_all({"reason": reason}):
+                    yield results
 
-    async def _round(self, letters: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        verdicts: dict[int, Verdict] = {}
+    async def _round(self, rows: Sequence[Mapping[str, Any]]) -> list[ResubmitResult]:
+        results: dict[int, ResubmitResult] = {}
         prepared: dict[int, tuple[str, Submission]] = {}
-        burials = {letter["id"]: letter["burial"] for letter in letters}
-        messages = await self._db.messages(list(burials.items()))
-        for letter in letters:
-            if (message := messages.get(letter["id"])) is None:
-                continue  # buried again, or taken away since it was looked at: somebody else's to decide about
+        ids = {row["id"]: row["delivery_id"] for row in rows}
+        messages = await self._db.messages(list(ids.items()))
+        for row in rows:
+            if (message := messages.get(row["id"])) is None:
+                continue  # it failed again or was removed since it was read
             try:
-                prepared[letter["id"]] = (ticket(letter), self._submission(letter, message))
+                prepared[row["id"]] = (ticket(row), self._submission(row, message))
             except _RefusedError as refused:
-                verdicts[letter["id"]] = Verdict(letter, Fate.REFUSED, str(refused))
-        begun = await self._db.begin_resubmission([(number, burials[number]) for number in prepared])
+                results[row["id"]] = ResubmitResult(row, ResubmitStatus.REFUSED, str(refused))
+        begun = await self._db.begin_resubmission([(number, ids[number]) for number in prepared])
         now = self._db.clock.now()
         forgotten = {number for number, since in begun.items() if now - since > _FORGOTTEN_AFTER}
         taken = [number for number in prepared if number in begun and number not in forgotten]
         if taken:
             submitted = await self._broker.resubmit([prepared[number] for number in taken])
-            await self._db.end_resubmission([(number, burials[number]) for number in taken])
+            await self._db.end_resubmission([(number, ids[number]) for number in taken])
         else:
             submitted = []
         ours = {number for number, first in zip(taken, submitted, strict=True) if first}
-        for letter in letters:
-            number = letter["id"]
-            if number in verdicts:
+        for row in rows:
+            number = row["id"]
+            if number in results:
                 continue
             if number in forgotten:
-                verdicts[number] = Verdict(letter, Fate.REFUSED, _forgotten(begun[number]))
+                results[number] = ResubmitResult(row, ResubmitStatus.REFUSED, _forgotten(begun[number]))
             else:
-                verdicts[number] = Verdict(letter, Fate.RESUBMITTED if number in ours else Fate.ALREADY)
-        return [verdicts[letter["id"]] for letter in letters]
+                status = ResubmitStatus.RESUBMITTED if number in ours else ResubmitStatus.ALREADY
+                results[number] = ResubmitResult(row, status)
+        return [results[row["id"]] for row in rows]
 
-    def _submission(self, letter: Mapping[str, Any], stored: bytes) -> Submission:
-        """The task of a letter, for the queue of its class, with no attempts behind it."""
-        if letter["status"] == DeadLetterStatus.DISCARDED:
+    def _submission(self, row: Mapping[str, Any], stored: bytes) -> Submission:
+        """Make the submission of a dead letter, for the queue of its class, without its former attempts."""
+        if row["status"] == DeadLetterStatus.DISCARDED:
             raise _RefusedError("it was discarded")
         try:
             message = TaskMessage.loadb(stored)
@@ -167,26 +170,26 @@ class Resubmitter:
         return Submission(message, stream)
 
 
-def _batches(letters: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def _batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     batch: list[Mapping[str, Any]] = []
     total = 0
-    for letter in letters:
-        total += letter["message_bytes"]
+    for row in rows:
+        total += row["message_bytes"]
         if batch and (len(batch) == BATCH or total > _BATCH_BYTES):
             yield batch
-            batch, total = [], letter["message_bytes"]
-        batch.append(letter)
+            batch, total = [], row["message_bytes"]
+        batch.append(row)
     if batch:
         yield batch
 
 
 class _RefusedError(Exception):
-    """This letter cannot be submitted again."""
+    """Refusal of a re-submission, with the reason."""
 
 
-def ticket(letter: Mapping[str, Any]) -> str:
-    """What the server remembers of a re-submission: the task and the delivery it was buried from."""
-    return f"{letter['task_id']}@{letter['burial']}"
+def ticket(row: Mapping[str, Any]) -> str:
+    """Name of a re-submission on the server: the task and its failed delivery."""
+    return f"{row['task_id']}@{row['delivery_id']}"
 
 
 def _forgotten(since: datetime) -> str:

@@ -1,4 +1,4 @@
-"""The tables that outlive Redis."""
+"""Tables of the dead-letter database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from ..sql.types import UTF8, AnyLongText, AnyName, AnyText
-from .letter import DeadLetterStatus
+from .dead_letter import DeadLetterStatus
 
 # MySQL's BLOB ends at 64 KiB.
 _LONG_BINARY = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
@@ -39,7 +39,7 @@ class TaskDBBase(DeclarativeBase):
 
 
 class DeadLetters(TaskDBBase):
-    """Tasks that will not run again by themselves, one row for each task."""
+    """Table of dead letters, one row for each task."""
 
     __tablename__ = "DeadLetters"
 
@@ -52,9 +52,9 @@ class DeadLetters(TaskDBBase):
     detail: Mapped[str] = mapped_column("Detail", AnyLongText())
     message: Mapped[bytes] = mapped_column("Message", _LONG_BINARY)
     attempts: Mapped[str] = mapped_column("Attempts", AnyLongText())
-    burial: Mapped[str] = mapped_column("Burial", AnyName(LONGEST_NAME))
+    delivery_id: Mapped[str] = mapped_column("Burial", AnyName(LONGEST_NAME))
     history: Mapped[str] = mapped_column("History", AnyLongText())
-    """Earlier burials of the same task, as JSON."""
+    """Earlier failures of the same task, as JSON."""
     status: Mapped[DeadLetterStatus] = mapped_column(
         "Status", Enum(DeadLetterStatus, native_enum=False, length=16), default=DeadLetterStatus.PENDING
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: Characters of all attempts of a letter, and of its history; servers refuse statements of 16 MB.
+#: Characters of all attempts of a dead letter, and of its history; servers refuse statements of 16 MB.
 _LONGEST_ATTEMPTS = 4_000_000
 
 
@@ -37,11 +37,11 @@ def attempts_as_text(attempts: Any) -> str:
     return json.dumps(kept[first:])
 
 
-def history_as_text(burials: list[dict[str, Any]]) -> str:
-    """Earlier burials as JSON. When they are too long, the oldest lose their attempts."""
+def history_as_text(failures: list[dict[str, Any]]) -> str:
+    """Write earlier failures as JSON. When they are too long, the oldest lose their attempts."""
     total = 0
-    for burial in reversed(burials):
-        total += len(json.dumps(burial))
+    for failure in reversed(failures):
+        total += len(json.dumps(failure))
         if total > _LONGEST_ATTEMPTS:
-            burial["attempts"] = []
-    return json.dumps(burials)
+            failure["attempts"] = []
+    return json.dumps(failures)

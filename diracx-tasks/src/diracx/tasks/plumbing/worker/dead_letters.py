@@ -18,9 +18,8 @@ from ..broker.dead_letter_stream import DEAD_LETTERS, dead_letters, delete_dead_
 from ..broker.groups import ask_for_audit, group_of
 from ..broker.models import id_at_head
 from ..broker.sizes import CALL_BYTES, in_calls
-from ..messages.codec import dumps
 from ..messages.error_info import one_line
-from ..persistence.letter import DeadLetter
+from ..persistence.dead_letter import DeadLetter
 from .keeper import PendingAck
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class _Queued(NamedTuple):
 
 def in_redis(letter: DeadLetter) -> dict[str, Any]:
     """The dead letter as settle.lua keeps it until a worker imports it into the database."""
-    return {"reason": letter.reason, "data": dumps({name: getattr(letter, name) for name in DeadLetter.__slots__})}
+    return {"reason": letter.reason, "data": letter.dumpb()}
 
 
 class DeadLetterStore:

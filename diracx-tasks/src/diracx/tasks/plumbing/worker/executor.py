@@ -20,7 +20,7 @@ from ..enums import Priority
 from ..exceptions import NewerMessageError
 from ..messages.error_info import describe_exception, one_line
 from ..messages.secrets import without_secrets_of
-from ..persistence.letter import DeadLetterReason
+from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
 from .execution import Execution
 from .outcome import Failed

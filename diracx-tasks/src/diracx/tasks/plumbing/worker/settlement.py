@@ -22,7 +22,7 @@ from ..exceptions import (
     WorkerStoppedError,
 )
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
-from ..persistence.letter import DeadLetter, DeadLetterReason
+from ..persistence.dead_letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of, vo_of_task
 from .outcome import Failed, LeaseLost, Outcome, Succeeded
 
@@ -271,7 +271,7 @@ def reject(
     if message is None:
         where = _burial(delivery)
         return Settlement(delivery), DeadLetter(
-            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, burial=where
+            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, delivery_id=where
         )
     settlement = Settlement(delivery)
     _failed_with(settlement, message, settings, describe_exception(TaskRejectedError(f"{reason}: {detail}")))
@@ -298,7 +298,7 @@ def unsettled(
         reason=DeadLetterReason.UNSETTLED,
         detail=f"{told['type']}: {told['message']}",
         data=execution.delivery.data,
-        burial=_burial(execution.delivery),
+        delivery_id=_burial(execution.delivery),
     )
     settlement = Settlement(execution.delivery, locks=execution.locks)
     _failed_with(settlement, message, settings, told)

@@ -25,7 +25,7 @@ from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
 from ...plumbing.config.active import active_configs
 from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
-from ...plumbing.persistence.db import LetterFilter
+from ...plumbing.persistence.db import DeadLetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
 from ..context import AppContext
@@ -280,7 +280,7 @@ class _Filter:
         since: Annotated[models.Moment | None, Query(description="Stored then or later.")] = None,
         before: Annotated[models.Moment | None, Query(description="Stored earlier.")] = None,
     ) -> None:
-        self.where: LetterFilter = {
+        self.where: DeadLetterFilter = {
             "task_name": task_name,
             "reason": reason,
             "status": status or OPEN,
@@ -300,7 +300,7 @@ async def get_dead_letters(
 
     async def ask() -> Any:
         db = _task_db(reader.system)
-        where: LetterFilter = {**chosen.where, "vo": reader.viewer.vo}
+        where: DeadLetterFilter = {**chosen.where, "vo": reader.viewer.vo}
         letters = await db.summaries(**where, limit=limit, after_id=after)
         total = sum((await db.count(**where)).values())
         return {

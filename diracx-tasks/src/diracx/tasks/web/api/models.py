@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingDeadLetter
 from ...operations.health import Alert, Severity
 from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
-from ...plumbing.persistence.db import LetterFilter
+from ...plumbing.persistence.db import DeadLetterFilter
 
 # What comes in is short, and has no control characters: it goes into databases, keys, logs and terminals.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
@@ -180,7 +180,7 @@ class DeadLetterChoice(BaseModel):
     before: Moment | None = None
     limit: int = Field(default=1000, ge=1, le=10_000, description="At most so many by filter.")
 
-    def where(self, status: Any) -> LetterFilter:
+    def where(self, status: Any) -> DeadLetterFilter:
         """As the database takes it.
 
         Raises:

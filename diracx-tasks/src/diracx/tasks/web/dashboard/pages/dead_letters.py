@@ -32,7 +32,7 @@ from ..page import (
 from ..tables import Table
 
 if TYPE_CHECKING:
-    from ....plumbing.persistence.db import LetterFilter
+    from ....plumbing.persistence.db import DeadLetterFilter
 
 _PAGE = 50
 #: A database that is cut off says nothing at all.
@@ -78,7 +78,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     if context.task_db is None:
         return shown
     try:
-        where: LetterFilter = {**_where(chosen, status), "vo": viewer.vo}
+        where: DeadLetterFilter = {**_where(chosen, status), "vo": viewer.vo}
         after = integer(query.get("after", "0"), most=2**31 - 1)
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
@@ -103,7 +103,7 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     return {"letter": letter, "arguments": arguments, "size": len(letter["message"])}
 
 
-def _where(chosen: dict[str, str], status: str) -> LetterFilter:
+def _where(chosen: dict[str, str], status: str) -> DeadLetterFilter:
     if status not in _STATUSES:
         raise NotPossibleError(f"{status[:40]!r} is no status of a dead letter")
     if chosen["reason"] and chosen["reason"] not in [str(reason) for reason in DeadLetterReason]:
@@ -118,7 +118,7 @@ def _where(chosen: dict[str, str], status: str) -> LetterFilter:
     }
 
 
-def _of_form(form: Form, status: str) -> tuple[list[int] | None, LetterFilter]:
+def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilter]:
     """The letters that were ticked, or (None) the filter when all of it are meant."""
     if form.one("scope") == "all":
         return None, _where({name: form.one(name) for name in ("task", "reason", "since")}, status)

@@ -1,4 +1,4 @@
-"""A dead letter: a task that nobody will run again unless somebody decides so."""
+"""Dead letters: tasks that do not run again unless an operator submits them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 from ..broker.streams import DEAD_LETTERS
-from ..messages.codec import loads
+from ..messages.codec import dumps, loads
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
 
 
 class DeadLetterReason(StrEnum):
-    """Why a task ended as a dead letter."""
+    """Reason for which a task became a dead letter."""
 
     EXHAUSTED = "exhausted"
     """It failed for good, and its class is `dlq_eligible`."""
@@ -31,32 +31,32 @@ class DeadLetterReason(StrEnum):
     ARGUMENTS = "arguments"
     """Its class does not take its arguments."""
     UNSETTLED = "unsettled"
-    """It ended, but what follows from its end could not be put into words: a defect of ours."""
+    """It ended, but its settlement could not be encoded: a defect of ours."""
 
 
 class DeadLetterStatus(StrEnum):
-    """What was decided about a dead letter."""
+    """Decision of the operator about a dead letter."""
 
     PENDING = "PENDING"
     RESUBMITTING = "RESUBMITTING"
-    """Somebody has begun to submit it again. If that broke off, whoever repeats it finishes it."""
+    """A re-submission has begun. If it broke off, repeating it finishes it."""
     RESUBMITTED = "RESUBMITTED"
     DISCARDED = "DISCARDED"
 
 
-#: Nothing has been decided yet, or what was decided is not done yet.
+#: Not decided yet, or the decision is not carried out yet.
 OPEN = (DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """The task as it was submitted, and why it ended here."""
+    """Task as it was submitted, with the reason for which it failed."""
 
     task_id: str
     task_name: str
     """Registry name; empty when the message could not be read."""
     vo: str | None = None
-    """The VO it belongs to; None: to none, or that cannot be told."""
+    """The VO it belongs to; None: to none, or it is not known."""
     reason: str
     """A `DeadLetterReason`."""
     detail: str
@@ -65,34 +65,39 @@ class DeadLetter:
     """The message (or the raw stream entry, when it could not be read)."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Every failed attempt: type, message, traceback, host, started, ended."""
-    burial: str = field(default_factory=lambda: uuid4().hex)
-    """The delivery that ended here, as `{stream}/{entry}`. Storing one burial again changes nothing; another
-    one of the same task (it was re-submitted and failed again) opens its letter anew."""
+    delivery_id: str = field(default_factory=lambda: uuid4().hex)
+    """The delivery that failed, as `{stream}/{entry}`. Storing it twice changes nothing; another delivery of the
+    same task (it was re-submitted and failed again) makes its dead letter pending again."""
 
     @classmethod
     def of_entry(cls, entry: str, fields: Mapping[bytes, bytes]) -> Self:
-        """A letter that waits in Redis, or what a script has found that nobody can read (lua/_queue.lua).
+        """Read an entry of the stream of pending dead letters; an unreadable task of lua/_queue.lua among them.
 
         Raises:
             Exception: when it is neither.
         """
         data = fields[b"data"]
         if b"task" not in fields:
-            return cls(**loads(data))
+            named = loads(data)
+            return cls(delivery_id=named.pop("burial"), **named)
         return cls(
             task_id=fields[b"task"].decode(errors="replace"),
             task_name="",
             reason=DeadLetterReason.UNPARSABLE,
             detail="cannot be decoded",
             data=data,
-            burial=f"{DEAD_LETTERS}/{entry}",
+            delivery_id=f"{DEAD_LETTERS}/{entry}",
         )
+
+    def dumpb(self) -> bytes:
+        """Encode it for the stream of pending dead letters; `of_entry` reads it."""
+        return dumps({"burial" if name == "delivery_id" else name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
     def of_message(
-        cls, message: TaskMessage, reason: str, detail: str, burial: str, vo: str | None = None
+        cls, message: TaskMessage, reason: str, detail: str, delivery_id: str, vo: str | None = None
     ) -> Self:
-        """The dead letter of a readable message."""
+        """Make the dead letter of a readable message."""
         return cls(
             task_id=message.task_id,
             task_name=message.task_name,
@@ -101,5 +106,5 @@ class DeadLetter:
             detail=detail,
             data=message.dumpb(),
             attempts=message.attempts,
-            burial=burial,
+            delivery_id=delivery_id,
         )
