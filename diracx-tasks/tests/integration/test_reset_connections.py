@@ -110,7 +110,7 @@ async def test_reset_connections_end_neither_workers_nor_what_they_run(
     monkeypatch.setattr(f"{__name__}.MAY_END", asyncio.Event())
     BEGUN.clear()
     proxy, url = proxy_and_url
-    async with TaskSystem([Waits], redis_url=url, settings={"lease_seconds": 3.0}) as system:
+    async with TaskSystem([Waits], redis_url=url, settings={"lease_seconds": 30.0}) as system:
         ids = [await Waits(name).schedule() for name in "abc"]
         while len(BEGUN) < 3:
             await asyncio.sleep(0.01)
