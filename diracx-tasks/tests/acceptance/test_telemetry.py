@@ -368,7 +368,7 @@ def _to(collector: _Collector) -> dict[str, str]:
 @pytest.mark.parametrize("role", ["worker", "scheduler"])
 @pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # of the scheduler alone nobody takes anything
 def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
-    served: Cli, collector: _Collector, wait_until: Callable[..., None], role: str
+    collector: _Collector, served: Cli, wait_until: Callable[..., None], role: str
 ) -> None:
     served.environment |= _to(collector)
     process = served.start(role, "--module", "my_tasks.py")
@@ -414,7 +414,7 @@ def _plain(attributes: Any) -> dict[str, Any]:
 
 @pytest.mark.leaves_keys("diracx:tasks:delayed:reasons")
 def test_spans_have_the_names_links_and_attributes_of_the_published_package(
-    served: Cli, collector: _Collector, wait_until: Callable[..., None]
+    collector: _Collector, served: Cli, wait_until: Callable[..., None]
 ) -> None:
     (served.directory / "traced.py").write_text(_TRACED)
     served.environment |= {
