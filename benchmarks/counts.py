@@ -236,7 +236,7 @@ async def drain_group(tasks: int) -> Counts:
 
 
 async def drain_behind_one_mutex(tasks: int) -> Counts:
-    """Tasks of which one may run at a time: each is parked, woken, and runs."""
+    """Tasks of which one may run at a time: each is parked, granted its lock, and runs."""
     return await _drain(min(tasks, 200), Alone)
 
 

@@ -225,10 +225,10 @@ async def _poisoned(world: World, queued: int) -> Waits:
 
     await world.until(ended)
     lasts = [world.runs(n)[-1][1] for n in innocent]
-    deaths = [len(world.runs(n)) - 1 for n in innocent]
+    redeliveries = [len(world.runs(n)) - 1 for n in innocent]
     return Waits(
         [at - killed for at in lasts],
-        [at - killed - died * world.lease for at, died in zip(lasts, deaths, strict=True)],
+        [at - killed - died * world.lease for at, died in zip(lasts, redeliveries, strict=True)],
         0,
     )
 

@@ -461,7 +461,7 @@ def _without_installed_schedules() -> dict[str, Any]:
 
 
 def keep(observed: Observed, path: Path) -> None:
-    """Write down what the verdict was made of, for whoever looks into a broken promise."""
+    """Write the observations behind the result, to investigate a broken promise."""
     path.write_text(
         json.dumps(
             {

@@ -39,9 +39,9 @@ class Executions:
         self._suicides = testimony.suicides
         self._outages = observed.outages
         self._serious_seconds = SERIOUS * lease
-        self.deaths = {**{pid: at for pid, (at, _) in history.ended.items()}, **history.killed}
+        self.process_ends = {**{pid: at for pid, (at, _) in history.ended.items()}, **history.killed}
         for pid, at in testimony.suicides.items():
-            self.deaths[pid] = min(at, self.deaths.get(pid, at))
+            self.process_ends[pid] = min(at, self.process_ends.get(pid, at))
         self.violent = {*history.killed, *testimony.suicides}
 
     def disturbances(self, run: Run) -> Iterator[tuple[float, str]]:
@@ -51,8 +51,8 @@ class Executions:
         def meets(begin: float, over: float) -> bool:
             return run.start <= over + AFTER_SECONDS and begin <= until
 
-        if run.pid in self.violent and self.deaths[run.pid] <= until:
-            yield self.deaths[run.pid], BESIDE_POISON if run.pid in self._suicides else KILLED
+        if run.pid in self.violent and self.process_ends[run.pid] <= until:
+            yield self.process_ends[run.pid], BESIDE_POISON if run.pid in self._suicides else KILLED
         for begin, over in self.pauses(run.pid):
             if meets(begin, over):
                 yield begin, PAUSED
@@ -85,7 +85,7 @@ class Executions:
 
     def end(self, run: Run) -> float:
         """Its end, or that of its process."""
-        return run.end if run.end is not None else self.deaths.get(run.pid, float("inf"))
+        return run.end if run.end is not None else self.process_ends.get(run.pid, float("inf"))
 
     def active(self, run: Run) -> Iterator[tuple[float, float, bool]]:
         """From when to when its process was able to run it, and whether that was after a serious pause.

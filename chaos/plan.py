@@ -26,8 +26,8 @@ _SHARES = {
 }
 #: Of those that hold their lock for longer than a lease: one for so many seconds of the storm, of each kind.
 _LONG_EVERY_SECONDS = 3.0
-#: Part of the storm in which they are submitted. A killer needs several deaths to be found out; a newer one comes
-#: again after a while, until one of the right workers takes it.
+#: Part of the storm in which they are submitted. A poison task has to end several workers to be found out; a newer
+#: one comes again after a while, until one of the right workers takes it.
 _UNTIL = {"Kills": 0.3, "KillsLocked": 0.3, "Newer": 0.3}
 _GROUPED = 150
 _GROUP_SIZE = 10
@@ -151,7 +151,7 @@ def make(*, seed: int, profile: str, seconds: float, number: int, workers: int, 
     kinds += ["Rated"] * min(number * 40 // 1000, int(seconds * tasks.RATE / tasks.RATE_SECONDS * 0.7))
     kinds += ["LockedLong", "ReadsLong"] * max(2, int(seconds / _LONG_EVERY_SECONDS))
     families = PROFILES[profile][0]
-    # Elsewhere the deaths of workers would hide what is to be seen.
+    # Elsewhere lost workers would hide what is to be seen.
     killers = max(1, int(seconds / 60)) if "processes" in families else 0
     kinds += ["Kills"] * killers + ["KillsLocked"] * killers
     groups = number * _GROUPED // 1000 // _GROUP_SIZE

@@ -14,7 +14,7 @@ from .witness import Run
 
 #: Kinds that wait for nothing but a worker.
 _WITHOUT_LOCKS = ("Quick", "Urgent", "Slow", "Child")
-#: Each death costs a lease, and suspects run one after another.
+#: Each death costs a lease, and poison candidates run one after another.
 BESIDE_POISON = "worker killed by a poison task"
 _CASES = {
     by.KILLED: "worker killed",
@@ -58,7 +58,8 @@ def recovery(
         lived = {
             run.pid
             for run in runs
-            if run.start < outage.begin and executions.deaths.get(run.pid, math.inf) > outage.end + _ALIVE_SECONDS
+            if run.start < outage.begin
+            and executions.process_ends.get(run.pid, math.inf) > outage.end + _ALIVE_SECONDS
         }
         first = min((run.start for run in runs if run.pid in lived and run.start > outage.end), default=None)
         if first is not None:

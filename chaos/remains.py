@@ -1,4 +1,4 @@
-"""What is left on the server: what should not be there, and all of it, for whoever looks into why."""
+"""Keys left on the server: those that should not be there, and a dump of all of them."""
 
 from __future__ import annotations
 

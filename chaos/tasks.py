@@ -1,4 +1,4 @@
-"""The tasks that are run under fire, one class for each kind of trouble."""
+"""Tasks that run during the disturbances, one class for each kind."""
 
 from __future__ import annotations
 

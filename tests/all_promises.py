@@ -19,15 +19,15 @@ class AllPromises(CERemoteConformance):
 
     Args:
         witness: a directory in which each start of a pilot leaves a line, in the file named by its stamp.
-        trouble: the contexts in which the site is `down`, and `hanging`.
+        disturbance: the contexts in which the site is `down`, and `hanging`.
     """
 
     deadline_seconds = 180
     pause_seconds = 1
 
-    def __init__(self, witness: Path, **trouble: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(self, witness: Path, **disturbance: Callable[[], AbstractContextManager[object]]) -> None:
         self._witness = witness
-        self._trouble = trouble
+        self._disturbance = disturbance
 
     def starts(self, stamp: str) -> int:
         return len((self._witness / stamp).read_text().splitlines())
@@ -36,21 +36,21 @@ class AllPromises(CERemoteConformance):
         """What went wrong: nothing, or the tracebacks of all that did."""
         promises = [getattr(self, name) for name in dir(self) if name.startswith("test_")]
         wanted = {promise: inspect.signature(promise).parameters.keys() - {"make"} for promise in promises}
-        assert sum(map(len, wanted.values())) == len(self._trouble) == 2
+        assert sum(map(len, wanted.values())) == len(self._disturbance) == 2
         broken = await asyncio.gather(*(self._broken(promise) for promise, names in wanted.items() if not names))
         for promise, names in wanted.items():
             for name in names:
-                broken.append(await self._broken(promise, **{name: self._trouble[name]()}))
+                broken.append(await self._broken(promise, **{name: self._disturbance[name]()}))
         return "\n".join(broken).strip()
 
     async def _broken(
-        self, promise: Callable[..., Awaitable[None]], **trouble: AbstractContextManager[object]
+        self, promise: Callable[..., Awaitable[None]], **disturbance: AbstractContextManager[object]
     ) -> str:
         try:
             if "make" in inspect.signature(promise).parameters:
-                await promise(make=self.make_backend, **trouble)
+                await promise(make=self.make_backend, **disturbance)
             else:
-                await promise(**trouble)
+                await promise(**disturbance)
         except Exception:
             return f"{promise}:\n{traceback.format_exc()}"
         return ""

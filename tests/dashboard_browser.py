@@ -34,9 +34,9 @@ class Tab:
     def __init__(self, page: Any, home: str) -> None:
         self.page = page
         self.home = home
-        self.complaints: list[str] = []
-        page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.errors: list[str] = []
+        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     async def open(self, path: str) -> None:
         """Go there, and see that nothing ran that should not."""

@@ -359,7 +359,7 @@ async def a_night(system: TaskSystem) -> None:
 
 
 async def steered(context: AppContext) -> None:
-    """What the processes said at their starts, and what somebody did tonight."""
+    """Write the start records of the processes, and the actions of operators tonight."""
     config = (await context.settings()).tasks
     for process, role in (("wn042", "worker medium"), ("wn043", "worker medium"), ("wn043", "scheduler")):
         announcer = Announcer(context.redis, f"{process}.example.org:21{len(role)}:5e1f00d5")
@@ -377,7 +377,7 @@ async def steered(context: AppContext) -> None:
 
 
 def loads(now: float) -> list[Load]:
-    """The last ten minutes, as if somebody had been looking."""
+    """Report the last ten minutes, as while a user watches."""
     chance = random.Random(5)
     found, waiting = [Load(now, 37, 13)], 37.0
     for second in range(2, 600, 2):

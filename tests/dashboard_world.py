@@ -35,7 +35,7 @@ from diracx.tasks.web.dashboard.page import Extension
 from diracx.tasks.web.sse import StreamSettings
 from redis.asyncio import Redis
 
-#: What somebody who wants to run code in an operator's browser would submit.
+#: Text of an attacker who wants to run code in an operator's browser.
 HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>"
 SECRET = "correct-horse-battery"
 WRITER, READER = "the-token-of-the-writer", "the-token-of-the-reader"
@@ -214,10 +214,10 @@ async def _world(
         for number in range(3):
             await Fail(f"{HOSTILE}{number}", SECRET).schedule()
 
-            async def buried(number: int = number) -> bool:
+            async def stored_again(number: int = number) -> bool:
                 return len(await world.dead_letters()) == number + 1
 
-            await until(buried)
+            await until(stored_again)
         unknown = TaskMessage(task_id="0" * 32, task_name=f"test:{HOSTILE}", task_args=[HOSTILE])
         waiting = TaskMessage(task_id="f" * 32, task_name="test:Urgent", task_args=[HOSTILE])
         await system.broker.submit(

@@ -38,7 +38,7 @@ class ForkedCommand:
 
     def _next(self) -> int:
         line = self._news.readline()
-        assert line, f"whoever was to start {self.args[0]} has ended: see what it wrote to standard error"
+        assert line, f"the process that was to start {self.args[0]} has ended: see what it wrote to standard error"
         return int(line)
 
     def poll(self) -> int | None:

@@ -61,7 +61,7 @@ def _bare(name: str, title: str, mode: str, *scenarios: str) -> Peer:
 
 _NO_LOCKS = {"mutex": "has no locks", "one-mutex": "has no locks"}
 _NO_WAITING = {"one-mutex": "a task that is refused its lock fails"}
-#: For those that leave the choice of the event loop to whoever starts them.
+#: For systems that leave the choice of the event loop to the program that starts them.
 _ON_UVLOOP = ("python", "-m", "benchmarks.peers.with_uvloop")
 _CELERY = (
     *("celery", "-A", f"{_ADAPTERS}.celery", "worker", "--pool", "threads", "--loglevel", "WARNING"),

@@ -28,7 +28,7 @@ class _Slot(threading.local):
     """The file of this thread, made when its first task runs."""
 
     def __init__(self) -> None:
-        # Threads that have ended leave their identifiers to others: what somebody reads must not be made anew.
+        # Threads that have ended leave their identifiers to others: a counter that is read must not be made anew.
         path = Path(os.environ[VARIABLE], f"{os.getpid()}-{os.urandom(8).hex()}")
         with path.open("xb+") as file:
             file.truncate(_BYTES)

@@ -1,6 +1,6 @@
 """Runs a peer's own command on uvloop: `python -m benchmarks.peers.with_uvloop PROGRAM ARGUMENTS…`.
 
-For those that leave the choice of the event loop to whoever starts them.
+For systems that leave the choice of the event loop to the program that starts them.
 """
 
 from __future__ import annotations

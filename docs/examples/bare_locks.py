@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 
 
 async def work_on(job_id: int, redis: Redis) -> bool:
-    """False when somebody else is at it."""
+    """False when another process holds it."""
     lock = MutexLock(JOB, job_id, ttl_ms=10_000)
     if not await lock.acquire(redis):
         return False

@@ -7,7 +7,7 @@ from diracx.tasks.plumbing import BaseTask
 
 @dataclass
 class Hello(BaseTask):
-    """Greets somebody."""
+    """Greets a user."""
 
     name: str
 

@@ -27,7 +27,7 @@ class SpoolSettings(CESettings):
 
 class SpoolBackend(CEBackend[SpoolSettings]):
     Settings = SpoolSettings
-    operator_only = True  # whoever may name a directory of our hosts must be their operator
+    operator_only = True  # only an operator may name a directory of our hosts
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         return {pilot.stamp: self._submit(pilot) for pilot in pilots}

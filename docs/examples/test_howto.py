@@ -127,8 +127,8 @@ async def test_retries() -> None:
         fetched = await system.result(await retries.Fetch("https://example.org").schedule())
         assert fetched.error is not None
         async with system.task_db as db:
-            [letter] = await db.search()
-        assert (letter["reason"], len(letter["attempts"])) == ("exhausted", 2)
+            [dead_letter] = await db.search()
+        assert (dead_letter["reason"], len(dead_letter["attempts"])) == ("exhausted", 2)
 
 
 async def test_a_group_calls_back() -> None:

@@ -19,8 +19,8 @@ async def test_a_bad_address_is_not_tried_again() -> None:
         assert result.error is not None
         assert result.error["type"] == "UnretryableError"
         async with system.task_db as db:
-            [letter] = await db.search(task_name="test:Download")
-        assert len(letter["attempts"]) == 1
+            [dead_letter] = await db.search(task_name="test:Download")
+        assert len(dead_letter["attempts"]) == 1
 
 
 async def test_one_account_is_settled_by_one_task_at_a_time() -> None:

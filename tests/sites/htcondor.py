@@ -187,7 +187,7 @@ class HTCondorSite:
         return done.stdout
 
     def make_token(self, user: str) -> str:
-        """An IDTOKEN of somebody whom the pool lets submit."""
+        """Make an IDTOKEN of a user whom the pool lets submit."""
         return self.run("condor_token_create", "-identity", f"{user}@tests")
 
     @contextlib.contextmanager

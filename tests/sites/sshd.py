@@ -60,7 +60,7 @@ class Sshd:
         self.make_key(directory / "host_key")
         self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {self.host_key()}\n")
         public = self.client_key.with_suffix(".pub").read_text()
-        # A home without profiles of somebody else's, which may be slow.
+        # A home without profiles, which may be slow.
         (directory / "authorized_keys").write_text(f'environment="HOME={self.home}" {public}')
         (directory / "config").write_text(_CONFIG.format(port=self.port, directory=directory))
 

@@ -31,7 +31,7 @@ class SigningKey:
 
     @property
     def published(self) -> dict[str, Any]:
-        """The JWK set that whoever checks its tokens fetches."""
+        """JWK set by which services check its tokens."""
         numbers = self._key.public_key().public_numbers()
         public = {"n": _base64(numbers.n.to_bytes(256, "big")), "e": _base64(numbers.e.to_bytes(3, "big"))}
         return {"keys": [{"kty": "RSA", "kid": "1", "use": "sig", "alg": "RS256", **public}]}

@@ -30,7 +30,7 @@ def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host
 ) -> None:
     served.environment["DIRACX_DB_URL_TASKDB"] = initialised_task_db
 
-    async def bury() -> None:
+    async def store_dead_letters() -> None:
         db = TaskDB(initialised_task_db)
         async with db.engine_context(), db:
             row = {
@@ -42,7 +42,7 @@ def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host
             for number in range(2):
                 await db.insert(DeadLetter(**row, task_id=f"task-{number}", delivery_id=f"test/{number}"))
 
-    asyncio.run(bury())
+    asyncio.run(store_dead_letters())
     mine = ("--module", "my_tasks.py")
     task = done(served, "submit", "my_tasks:Greet", "--args", '["you"]', *mine).split()[-1]
     done(served, "cancel", task)
@@ -52,7 +52,7 @@ def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host
     done(served, "schedule", "run-now", "my_tasks:Tick", *mine, code=1)
     done(served, "queue", "purge", "normal:medium", "--yes")
     with SyncRedis.from_url(redis_url) as client:
-        client.set("lock:mutex:job:42", "somebody", px=60_000)
+        client.set("lock:mutex:job:42", "another", px=60_000)
     done(served, "locks", "release", "lock:mutex:job:42", "--yes")
     done(served, "dlq", "retry", "1", code=1)
     done(served, "dlq", "discard", "--task", "Fail", "--yes")
@@ -71,7 +71,7 @@ def test_every_action_at_the_command_line_is_in_the_audit_log_with_user_and_host
             f"AlreadyQueuedError: the last occurrence, task {run}, still waits for a worker",
         ),
         ("purge queue", "normal:medium", True, "1 tasks removed"),
-        ("release lock", "lock:mutex:job:42", True, "1 released, from somebody"),
+        ("release lock", "lock:mutex:job:42", True, "1 released, from another"),
         ("retry dead letters", "1", True, "0 submitted again, 1 refused"),
         ("discard dead letters", "all with task_name Fail", True, "2 discarded, 0 refused"),
     ]
@@ -98,10 +98,10 @@ def test_an_invalid_cursor_is_refused_in_one_line(served: Cli, one_line: Callabl
 def test_an_action_that_cannot_be_logged_is_not_done(served: Cli, redis_url: str) -> None:
     with SyncRedis.from_url(redis_url) as client:
         client.set(keys.AUDIT, "in the way", ex=60)
-        client.set("lock:mutex:job:42", "somebody", px=60_000)
+        client.set("lock:mutex:job:42", "another", px=60_000)
         refused = served("locks", "release", "lock:mutex:job:42", "--yes")
         assert (refused.returncode, "refuses" in refused.stderr) == (1, True), refused.stderr
-        assert client.get("lock:mutex:job:42") == b"somebody"
+        assert client.get("lock:mutex:job:42") == b"another"
 
 
 @pytest.mark.parametrize("problem", [None, ValueError("the action itself")])

@@ -44,7 +44,7 @@ async def test_call_takes_the_structural_locks_and_gives_them_back(served, redis
     one_line(served.mine("call", "my_tasks:Locked", "--args", '["k"]'), 1, "my_tasks:Locked", "lock:mutex:task:k")
     await mutex.release(redis)
     for _ in range(2):  # given back at the end; and the limiter of one slot is not asked at all
-        await redis.zadd("limiter:conc:task:k", {"somebody": 2**50})
+        await redis.zadd("limiter:conc:task:k", {"another": 2**50})
         result = served.mine("call", "my_tasks:Locked", "--args", '["k"]')
         assert result.stdout == "Result: ran\n", result.stderr
     await redis.delete("limiter:conc:task:k")

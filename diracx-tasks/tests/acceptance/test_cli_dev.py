@@ -35,7 +35,7 @@ def dev(cli, tmp_path):
 
 
 def _parents() -> dict[int, int]:
-    """Living processes and their parents. A zombie is dead, whoever has not yet noticed."""
+    """Living processes and their parents. A zombie counts as ended."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

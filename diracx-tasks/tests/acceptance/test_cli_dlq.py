@@ -49,7 +49,7 @@ def dlq(served, tmp_path, initialised_task_db):
     return served
 
 
-def bury(cli, number: int = 1, *, first: int = 0, **changes) -> None:
+def store_dead_letters(cli, number: int = 1, *, first: int = 0, **changes) -> None:
     """Put dead letters of Flaky into the database, as a worker would."""
     from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 
@@ -132,7 +132,7 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
 
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_two_operators_at_once_submit_each_letter_once(dlq, redis_url):
-    bury(dlq, 150)
+    store_dead_letters(dlq, 150)
     running = [dlq.start("dlq", "retry", "--all", "--yes", "--json", "--module", "flaky.py") for _ in range(3)]
     assert [process.ends() for process in running] == [0, 0, 0], [process.output for process in running]
     assert sum(len(json.loads(process.output)["resubmitted"]) for process in running) == 150
@@ -160,7 +160,7 @@ def retry_that_cannot_submit(cli, redis, database, wait_until):
 
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_a_retry_killed_before_the_submission_is_finished_by_the_next(dlq, redis_url, wait_until):
-    bury(dlq, 3)
+    store_dead_letters(dlq, 3)
     with Redis.from_url(redis_url) as redis, database_of(dlq) as database:
         killed = retry_that_cannot_submit(dlq, redis, database, wait_until)
         killed.process.send_signal(signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_P34_a_retry_killed_before_the_submission_is_finished_by_the_next(dlq, r
 
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_a_retry_killed_after_the_submission_is_not_submitted_again(dlq, redis_url, wait_until):
-    bury(dlq, 3)
+    store_dead_letters(dlq, 3)
     with Redis.from_url(redis_url) as redis, database_of(dlq) as database:
         killed = retry_that_cannot_submit(dlq, redis, database, wait_until)
         database.execute("BEGIN IMMEDIATE")  # the last step of the retry must wait for us
@@ -192,9 +192,9 @@ def test_P34_a_retry_killed_after_the_submission_is_not_submitted_again(dlq, red
 
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_the_scheduler_submits_dead_letters_at_its_start_if_told_to(dlq, redis_url, wait_until):
-    bury(dlq, 2)
-    bury(dlq, first=2, reason="poison")
-    bury(dlq, first=3, data=TaskMessage(task_id="task-3", task_name="flaky:Gone").dumpb())
+    store_dead_letters(dlq, 2)
+    store_dead_letters(dlq, first=2, reason="poison")
+    store_dead_letters(dlq, first=3, data=TaskMessage(task_id="task-3", task_name="flaky:Gone").dumpb())
     plain = dlq.start("scheduler", "--module", "flaky.py")
     plain.until("leading")
     scheduler = dlq.start("scheduler", "--module", "flaky.py", "--resubmit-dead-letters")
@@ -214,10 +214,10 @@ def test_the_scheduler_wants_the_database_it_is_to_submit_from(served, one_line)
 
 @pytest.mark.leaves_keys(STREAM)
 def test_P34_what_cannot_be_submitted_is_refused_in_one_line(dlq, redis_url, one_line):
-    bury(dlq, data=b"\0garbage", reason="unparsable")
-    bury(dlq, first=1, data=TaskMessage(task_id="task-1", task_name="flaky:Flakey").dumpb())
-    bury(dlq, first=2, data=TaskMessage(task_id="task-2", task_name="flaky:Flaky").dumpb())
-    bury(dlq, first=3)
+    store_dead_letters(dlq, data=b"\0garbage", reason="unparsable")
+    store_dead_letters(dlq, first=1, data=TaskMessage(task_id="task-1", task_name="flaky:Flakey").dumpb())
+    store_dead_letters(dlq, first=2, data=TaskMessage(task_id="task-2", task_name="flaky:Flaky").dumpb())
+    store_dead_letters(dlq, first=3)
     one_line(retry(dlq, "task-0"), 1, "dead letter 1 (task-0)", "cannot be read")
     one_line(retry(dlq, "2"), 1, "'flaky:Flakey'", "--module")
     one_line(retry(dlq, "3"), 1, "does not take its arguments", "path")
@@ -231,7 +231,7 @@ def test_P34_what_cannot_be_submitted_is_refused_in_one_line(dlq, redis_url, one
 
 
 def test_discarded_letters_stay_discarded(dlq, one_line):
-    bury(dlq, 3)
+    store_dead_letters(dlq, 3)
     assert dlq("dlq", "discard", "task-0").stdout == "1 discarded\n"
     assert dlq("dlq", "discard", "1").stdout == "1 discarded\n", "safe to repeat"
     one_line(retry(dlq, "1"), 1, "discarded")
@@ -243,8 +243,8 @@ def test_discarded_letters_stay_discarded(dlq, one_line):
 
 def test_export_has_everything(dlq):
     data = TaskMessage(task_id="task-0", task_name="flaky:Flaky", task_args=[{1, 2}, b"\xff"]).dumpb()
-    bury(dlq, data=data, attempts=[{"type": "E", "message": "m", "traceback": "t"}])
-    bury(dlq, first=1, data=b"\xc1\0garbage", reason="unparsable", task_name="")
+    store_dead_letters(dlq, data=data, attempts=[{"type": "E", "message": "m", "traceback": "t"}])
+    store_dead_letters(dlq, first=1, data=b"\xc1\0garbage", reason="unparsable", task_name="")
     exported = [json.loads(line) for line in dlq("dlq", "export").stdout.splitlines()]
     assert exported == [json.loads(line) for line in dlq("dlq", "export", "--json").stdout.splitlines()]
     assert base64.b64decode(exported[0]["raw"]) == data
@@ -256,7 +256,7 @@ def test_export_has_everything(dlq):
 
 
 def test_an_export_into_a_closed_pipe_ends_quietly(dlq):
-    bury(dlq, 300, data=b"\xc1" * 10_000)
+    store_dead_letters(dlq, 300, data=b"\xc1" * 10_000)
     program = "diracx-task-run dlq export | head -n 1 | wc -l"
     environment = {**dlq.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ended = subprocess.run(
@@ -282,11 +282,11 @@ def test_an_export_into_a_closed_pipe_ends_quietly(dlq):
         (["discard", "7", "--task", "Flaky"], ["ids and filters"]),
         (["retry", "--all"], ["--yes", "Submit 1 dead letters again?"]),
         (["discard", "--all"], ["--yes", "Discard 1 dead letters?"]),
-        (["bury"], ["bury"]),
+        (["discrad"], ["discrad"]),
     ],
 )
 def test_contradictory_options_are_one_line_and_exit_code_2(dlq, one_line, args, said):
-    bury(dlq)
+    store_dead_letters(dlq)
     one_line(dlq("dlq", *args), 2, *said)
     assert statuses(dlq) == ["PENDING"]
 
@@ -304,7 +304,7 @@ def test_dlq_alone_shows_its_help(dlq):
 
 
 def test_a_refused_confirmation_changes_nothing(dlq):
-    bury(dlq, 2)
+    store_dead_letters(dlq, 2)
     for answer, code, after in (("n", 1, "PENDING"), ("y", 0, "DISCARDED")):
         leader, follower = pty.openpty()
         process = subprocess.Popen(
@@ -368,7 +368,7 @@ def test_a_table_of_another_version_is_named(served, one_line, tmp_path):
 
 
 def test_a_broker_that_is_down_leaves_letters_as_they_were(dlq, one_line):
-    bury(dlq)
+    store_dead_letters(dlq)
     dlq.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
     one_line(retry(dlq, "1"), 1, "cannot reach Redis")
     assert statuses(dlq) == ["PENDING"]
@@ -382,7 +382,7 @@ async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, req
     served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
     assert served("dlq", "init").stdout == "the table DeadLetters is there\n"
     assert served("dlq", "init").returncode == 0, "safe to repeat"
-    await asyncio.to_thread(bury, served, 2)
+    await asyncio.to_thread(store_dead_letters, served, 2)
     assert [row["task_id"] for row in listed(served, "--since", "1h")] == ["task-0", "task-1"]
     assert retry(served, "--all", "--yes").stdout == "2 submitted again\n"
     # A worker whose tasks want that database (`CountLetters`) takes it as well.

@@ -86,7 +86,7 @@ def _error(worker):
 
 
 def _starts_again(redis_url, waiting):
-    """It was cut off, and is back in its queue, for another worker: whoever waits for it waits on."""
+    """It was cut off, and is back in its queue for another worker: clients wait on."""
     with Redis.from_url(redis_url) as redis:
         assert redis.xlen("diracx:tasks:normal:medium:handover") == 1
         redis.delete("diracx:tasks:normal:medium:handover")
@@ -152,7 +152,7 @@ def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redi
     deaf = _submit(stubborn, "Deaf", tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it runs")
     with Redis.from_url(redis_url) as redis:
-        redis.set("lock:mutex:job:deaf", "somebody else", px=30_000)
+        redis.set("lock:mutex:job:deaf", "another", px=30_000)
     assert worker.ends() == 70, worker.output
     assert "stubborn:Deaf" in _error(worker)
     assert "LockLostError" in worker.output

@@ -19,7 +19,7 @@ STREAM = "diracx:tasks:normal:medium"
 
 
 async def fill(redis_url: str, database: str) -> None:
-    """Hostile text wherever somebody outside can put some."""
+    """Put hostile text into every field that users or other systems can set."""
     attempts = [{"type": NASTY, "message": NASTY, "traceback": NASTY, "host": NASTY, "started": NASTY}]
     message = TaskMessage(task_id=NASTY, task_name=NASTY, task_args=[NASTY], labels={NASTY: NASTY})
     broker = RedisStreamBroker(redis_url)

@@ -1,4 +1,4 @@
-"""`submit`: everything is checked before anything is sent, and whoever waits learns how it ended."""
+"""`submit` checks everything before it sends anything; with `--wait` it reports the outcome."""
 
 from __future__ import annotations
 

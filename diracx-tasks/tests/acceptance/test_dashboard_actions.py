@@ -84,7 +84,7 @@ async def test_a_task_is_cancelled_a_queue_emptied_and_a_lock_taken_away(
         ("purge queue", "realtime:large", "1 tasks removed"),
         ("cancel tasks", held.task_id, "1 running"),
     )
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_schedules_are_steered_and_dead_letters_decided_about(tab: Tab, world: World, redis: Redis) -> None:
@@ -125,7 +125,7 @@ async def test_schedules_are_steered_and_dead_letters_decided_about(tab: Tab, wo
         ("resume schedules", schedule, "1 changed"),
         ("pause schedules", schedule, "1 changed"),
     )
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def _failures(world: World, number: int) -> int:

@@ -67,7 +67,7 @@ async def test_every_page_is_harmless_light_and_usable_by_everyone(tab: Tab, wor
     await tab.page.goto(tab.home + "/locks")
     await tab.page.get_by_role("link", name=lock[:30]).first.click()
     await tab.page.get_by_role("button", name="Release it").wait_for()
-    unforeseen = [text for text in tab.complaints if "404" not in text]
+    unforeseen = [text for text in tab.errors if "404" not in text]
     assert not unforeseen, unforeseen
 
 
@@ -125,7 +125,7 @@ async def test_the_overview_draws_its_charts(tab: Tab) -> None:
     await tab.open("/")
     await expect(tab.page.locator("figure.chart canvas")).to_have_count(2)
     await expect(tab.page.get_by_role("img", name="Load, tasks in the queues; latest: waiting 1")).to_be_visible()
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_an_action_is_asked_about_in_a_dialog_and_done_by_keyboard_alone(
@@ -138,7 +138,7 @@ async def test_an_action_is_asked_about_in_a_dialog_and_done_by_keyboard_alone(
     await expect(tab.page.get_by_role("button", name="Resume")).to_be_visible()
     [entry] = await read_audit(redis)
     assert entry.action == "pause schedules"
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_several_dead_letters_are_chosen_and_discarded_at_once(tab: Tab, world: World) -> None:
@@ -157,7 +157,7 @@ async def test_several_dead_letters_are_chosen_and_discarded_at_once(tab: Tab, w
         return (await world.dead_letters()).count("DISCARDED") == 2
 
     await until(decided)
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_the_colours_are_as_chosen_on_the_next_page_as_well(tab: Tab) -> None:

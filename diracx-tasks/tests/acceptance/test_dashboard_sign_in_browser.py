@@ -53,7 +53,7 @@ async def test_an_operator_clicks_chooses_consents_and_is_where_he_wanted_to_be(
     await page.wait_for_url(f"{tab.home}/sign-in")
     assert [each["name"] for each in await page.context.cookies()] == ["tasks-dashboard-choice"]
     await expect(page.get_by_label("VO and group")).to_have_value("vo:gridpp group:admins")
-    assert not tab.complaints, tab.complaints
+    assert not tab.errors, tab.errors
 
 
 async def test_it_works_without_scripts_and_by_keyboard(tab: Tab) -> None:

@@ -30,11 +30,11 @@ class Talk(BaseTask):
         logging.getLogger(__name__).debug("said by the task")
         logging.getLogger("some.library").info("said by a library")
         await asyncio.to_thread(logging.getLogger(__name__).info, "said in a thread")
-        await asyncio.create_task(self._told())
+        await asyncio.create_task(self._log())
         warnings.warn("said by Python")
         raise ValueError("broken by redis://u:sesame@host\\n2026-11-28T12:00:00.000Z ERROR forged")
 
-    async def _told(self):
+    async def _log(self):
         logging.getLogger("some.library").error("an error\\u2028in redis://u:sesame@host", extra={"file": "f"})
 """
 

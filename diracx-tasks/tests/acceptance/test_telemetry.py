@@ -21,7 +21,7 @@ from redis import Redis as RedisClient
 from .conftest import MY_TASKS, Cli
 from .test_metrics import get, samples, series
 
-#: What whoever runs a worker may do: set up the SDK. Here it writes to a file.
+#: Sets up the SDK, as a site may do for its workers. Here it writes to a file.
 _SDK = """
 import os
 from opentelemetry import metrics
@@ -301,7 +301,7 @@ def test_dead_letters_in_the_database_are_counted_by_task_and_status(
 
 
 class _Collector(ThreadingHTTPServer):
-    """What a collector is to whoever sends: OTLP over HTTP, as protobuf."""
+    """Collector of OTLP over HTTP, as protobuf."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Receive)

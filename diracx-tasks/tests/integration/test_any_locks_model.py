@@ -125,7 +125,7 @@ class Task:
     delivery: Delivery | None = None
     specs: list[LockSpec] = field(default_factory=list)
     marked: bool = False
-    """It is to be cancelled by whoever has it."""
+    """It is to be cancelled by the worker that has it."""
 
 
 class LocksMachine(RuleBasedStateMachine):
@@ -142,7 +142,7 @@ class LocksMachine(RuleBasedStateMachine):
         }
         self.tasks: dict[str, Task] = {}
         self.foreign: list[BaseLock] = []
-        """Held by somebody who is no task."""
+        """Held by an owner that is no task."""
         self.units: Counter[str] = Counter()
         """Key of a rate limiter -> units that were granted."""
         LIMITS.update({f"{what} {key}": 2 for what in ("slot", "rate") for key in KEYS})
@@ -383,7 +383,7 @@ class LocksMachine(RuleBasedStateMachine):
             assert task.place == "waiting", f"{place}, and it is {task.place}"
             task.place = "gone"
 
-    # --- deaths ---------------------------------------------------------------------------------------------
+    # --- lost workers ---------------------------------------------------------------------------------------
 
     @rule(worker=st.sampled_from(list(WORKERS)))
     def kill(self, worker: str) -> None:
@@ -410,7 +410,7 @@ class LocksMachine(RuleBasedStateMachine):
             self._start(self._received(worker, deliveries))
             if self.sync.zscore(keys.ALIVE, other) is None:
                 break
-        assert self.sync.zscore(keys.ALIVE, other) is None, "a dead worker is never buried"
+        assert self.sync.zscore(keys.ALIVE, other) is None, "a lost worker is never reclaimed"
 
     # --- others, and time -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The broker against a model of it: any order of steps, deaths and late answers, on a real server.
+"""The broker against a model of it: any order of steps, lost workers and late answers, on a real server.
 
 The model knows where each task must be. After every step the server is asked where it is: in one place, always.
 """
@@ -128,7 +128,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _is_dead(self, worker: str) -> bool:
         ends = self.sync.zscore(keys.ALIVE, worker)
-        return ends is None or ends <= 0  # off the list, or below zero: buried
+        return ends is None or ends <= 0  # off the list, or below zero: reclaimed
 
     def _living(self, *places: str) -> list[str]:
         """Workers that live and, if places are given, hold a task there."""
@@ -253,7 +253,7 @@ class BrokerMachine(RuleBasedStateMachine):
             message = TaskMessage.loadb(delivery.data)
             task = self.tasks[message.task_id]
             assert message == task.message
-            assert delivery.deaths == task.deaths, "P9: who parks or hands back forgets no death"
+            assert delivery.deaths == task.deaths, "P9: parking or giving back keeps the redelivery count"
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
     def fetch(self, pick: int, free: int, answered: bool, begin: bool) -> None:
@@ -354,7 +354,7 @@ class BrokerMachine(RuleBasedStateMachine):
             settlement.group = {"id": task.group, "child": task.id, "failed": how != "done"}
         if how == "dead":
             settlement.dead = {"reason": "exhausted", "data": b"a dead letter"}
-        # A worker that is thought dead but was not buried yet may still settle.
+        # A worker whose lease has ended but that was not reclaimed yet may still settle.
         assert self.run(self.brokers[task.worker].settle([settlement])) == [True]
         self.late.append((task.worker, settlement))  # sent again, because the answer was lost
         task.delivery, task.locks, task.worker = None, [], ""
@@ -397,10 +397,10 @@ class BrokerMachine(RuleBasedStateMachine):
                 task.deaths -= late.deliveries not in task.survived
                 task.survived.add(late.deliveries)
 
-    # --- deaths ---------------------------------------------------------------------------------------------
+    # --- lost workers ---------------------------------------------------------------------------------------
 
     def crash(self, pick: int) -> None:
-        """Its lease ends. What it held stays with it until somebody buries it."""
+        """Its lease ends. What it held stays with it until it is reclaimed."""
         living = self._living("reserved", "running")
         self._crash(living[pick % len(living)])
 
@@ -435,7 +435,7 @@ class BrokerMachine(RuleBasedStateMachine):
         orphans = {task.id: task for task in self._in("reserved", "running", worker=other)} if dead else {}
         # P9: no worker has a message that several workers have died with, and another one beside it.
         mine = self._in("reserved", "running", worker=worker)
-        suspects = [task for task in orphans.values() if _is_suspect(task, 1)]
+        candidates = [task for task in orphans.values() if _is_suspect(task, 1)]
         convicted = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
@@ -447,7 +447,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert all(task.deaths >= MAX_DELIVERIES for task in mine)
         assert not (will_run and any(_is_suspect(task, 0) for task in mine))
         assert len(deliveries) >= min(free, len(convicted))
-        if not suspects and not any(_is_suspect(task, 0) for task in mine) and not made_room:
+        if not candidates and not any(_is_suspect(task, 0) for task in mine) and not made_room:
             assert len(taken) == min(free - len(fresh), len(orphans))
         order = [STREAMS.index(each.stream) for each in deliveries]
         assert convicted or order == sorted(order), "urgent first"
@@ -471,7 +471,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self._received(worker, deliveries)
         # An audit gives a consumer that is on no list one lease to show that it lives.
         if dead and not audit and len(taken) == len(orphans):
-            assert self.sync.zscore(keys.ALIVE, other) is None, "buried, and still on the list"
+            assert self.sync.zscore(keys.ALIVE, other) is None, "reclaimed, and still on the list"
             assert not self.sync.exists(keys.HELD_PREFIX + other)
 
     def flush(self) -> None:
@@ -508,7 +508,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        self.every_task_is_in_one_place()  # the first: it sees who was woken
+        self.every_task_is_in_one_place()  # the first: it sees which tasks were granted
         self.locks_have_the_owners_that_the_model_knows()
         self.only_those_wait_for_a_lock_who_do()
         self.a_free_lock_has_somebody_on_the_way()
@@ -623,8 +623,8 @@ class BrokerMachine(RuleBasedStateMachine):
                         self.holds()
             else:
                 for task in self._in("reserved", "running"):
-                    task.locks = []  # nobody was there to bury them: give them back as `b` would
-                self._bury_by_hand()
+                    task.locks = []  # nobody reclaimed them: release them as `b` would
+                self._reclaim_manually()
                 self._renew("b")
             self._renew("a")
         self._crash("b")
@@ -644,7 +644,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self._start_all("a")
         assert self.run(self.brokers["a"].leave()) is True
 
-    def _bury_by_hand(self) -> None:
+    def _reclaim_manually(self) -> None:
         """Both are dead: a third one buries them, and hands everything it got to nobody but the queue."""
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:

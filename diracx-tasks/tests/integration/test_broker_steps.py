@@ -93,7 +93,7 @@ async def test_P25_tasks_that_want_the_same_two_locks_do_not_refuse_each_other_f
     granted, locks = await start(broker, first, both("x", "y"))
     assert granted, "nobody holds a lock, and nobody stands before it"
     ended = {first.data}
-    while True:  # whoever comes next, somebody always gets on
+    while True:  # some task always gets on
         await broker.settle([Settlement(first, locks=locks)])
         begun = []
         for delivery in (await broker.fetch(4))[0]:
@@ -117,7 +117,7 @@ async def test_P25_a_retry_is_not_hastened_by_a_lock_for_which_the_task_once_wai
     [delivery], _ = await broker.fetch(1)
     parked = not (await start(broker, delivery, [MutexLock(JOB, "x")]))[0]
     assert parked
-    await redis.delete(lock.redis_key)  # it expires: nobody is woken, the timer brings the task back
+    await redis.delete(lock.redis_key)  # it expires: no task is granted it, the timer brings the task back
     await redis.zadd(keys.DELAYED, {"t": 0})
     await broker.promote()
     [delivery], _ = await broker.fetch(1)
@@ -142,16 +142,16 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
     assert len((await second.reclaim(10))[0]) == 5, "one death is nobody's fault: all start again at once"
     await dies(redis, second)
     third, fourth = await worker("3"), await worker("4")
-    [suspect], *_ = await third.reclaim(10)
+    [candidate], *_ = await third.reclaim(10)
     [other], *_ = await fourth.reclaim(10)
-    assert (suspect.deaths, other.deaths) == (2, 2)
+    assert (candidate.deaths, other.deaths) == (2, 2)
     assert (await third.reclaim(10))[0] == [], "one at a time"
-    await dies(redis, third)  # `suspect` was it
+    await dies(redis, third)  # `candidate` was it
     assert await fourth.settle([Settlement(other)]) == [True]
     begun = {other.data}
     while taken := (await fourth.reclaim(10, max_deliveries=4))[0]:
         assert len(taken) == 1
-        assert taken[0].deaths == (3 if taken[0].data == suspect.data else 2)
+        assert taken[0].deaths == (3 if taken[0].data == candidate.data else 2)
         begun.add(taken[0].data)
         await fourth.settle([Settlement(taken[0])])
     assert len(begun) == 5
@@ -163,7 +163,7 @@ async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_not
     worker: Worker, redis: Redis
 ) -> None:
     first, second = await worker("1"), await worker("2")
-    await submit(first, "suspect")
+    await submit(first, "candidate")
     await first.fetch(1)
     await dies(redis, first)
     await second.reclaim(1)
@@ -178,11 +178,11 @@ async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_not
     assert ([delivery.deaths for delivery in taken], draining) == ([1], True)
     assert (await fourth.reclaim(10))[::2] == ([], False), "one makes room, the others go on"
     idle = await worker("idle")
-    [suspect], _, draining = await idle.reclaim(10)
-    assert (suspect.deaths, draining) == (2, False)
-    await dies(redis, third)  # with two that are no suspects
+    [candidate], _, draining = await idle.reclaim(10)
+    assert (candidate.deaths, draining) == (2, False)
+    await dies(redis, third)  # with two that are no poison candidates
     assert (await idle.reclaim(10))[0] == []
-    assert len((await fourth.reclaim(10))[0]) == 1, "the other is a suspect by now"
+    assert len((await fourth.reclaim(10))[0]) == 1, "the other is a poison candidate by now"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
@@ -195,13 +195,13 @@ async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, r
         broker = await worker(name)
         await broker.reclaim(10, max_deliveries=1)  # so that it takes all of them
         if name == "2":
-            await submit(broker, "suspect", "another")
+            await submit(broker, "candidate", "another")
             await broker.fetch(10)
     await dies(redis, broker)
     last = await worker("last")
     taken, *_ = await last.reclaim(10, max_deliveries=3)
     assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
-    assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
+    assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
@@ -209,7 +209,7 @@ async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
     worker: Worker, redis: Redis
 ) -> None:
     first, second, third = await worker("1"), await worker("2"), await worker("3")
-    await submit(first, "convicted", "suspect", "another")
+    await submit(first, "convicted", "candidate", "another")
     died, *others = (await first.fetch(3))[0]
     assert died.data is not None
     assert await first.settle([Settlement(died)]) == [True]
@@ -220,9 +220,9 @@ async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
     await dies(redis, second)
     taken, *_ = await third.reclaim(10, max_deliveries=3)
     convicted = [delivery for delivery in taken if delivery.deaths == 3]
-    assert len(convicted) == 1, "two deaths here, and one before"
-    assert len(taken) == 2, "one suspect at a time"
-    assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other suspect waits"
+    assert len(convicted) == 1, "two lost workers here, and one before"
+    assert len(taken) == 2, "one poison candidate at a time"
+    assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
@@ -334,7 +334,7 @@ async def test_P6_who_asks_again_for_its_locks_and_is_refused_keeps_none_of_them
     [delivery], _ = await broker.fetch(1)
     locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y"), SharedRWLock(JOB, "z")]
     assert (await start(broker, delivery, locks))[0]
-    # Its answer is lost, and it takes so long to ask again that somebody else has the lock in the middle.
+    # Its answer is lost, and it takes so long to ask again that another owner has the lock in the middle.
     await redis.delete(locks[1].redis_key)
     assert await MutexLock(JOB, "y").acquire(redis)
     assert not (await start(broker, delivery, locks))[0]
@@ -356,6 +356,6 @@ async def test_P6_a_worker_that_leaves_gives_back_what_it_got_without_hearing_of
     other = await worker("b")
     assert len((await other.fetch(2))[0]) == 1
     assert await broker.leave()
-    [woken], _ = await other.fetch(2)
-    assert woken.data == writes.data
+    [granted], _ = await other.fetch(2)
+    assert granted.data == writes.data
     assert not await redis.exists(f"{keys.HELD_PREFIX}a")

@@ -216,7 +216,7 @@ async def test_a_running_task_is_cancelled_within_a_second_and_not_retried(redis
         asked = time.monotonic()
         assert await system.cancel(task_id) is TaskPlace.RUNNING
         await failed_as_cancelled(system, task_id)
-        assert time.monotonic() - asked < 10.0, "a second, and a busy machine's patience"
+        assert time.monotonic() - asked < 10.0, "a second, and what a busy machine needs"
         assert seen == ["begun", "begun", "cancelled"]
         Gate.event.set()
         assert not (await system.result(other)).is_err
@@ -317,7 +317,7 @@ async def test_a_cancelled_task_that_was_woken_for_a_lock_hands_it_on(
 ) -> None:
     [held] = kind(0).execution_locks
     assert await held.acquire(redis)
-    # The look-again timers are far away: only a hand-over can wake anybody.
+    # The timers are far away: only a grant can resume a task.
     settings = {"lock_retry_seconds": 3600}
     async with TaskSystem([kind], redis_url=redis_url, settings=settings) as system:
         first = await kind(1).schedule()
@@ -505,8 +505,8 @@ async def test_what_runs_on_after_the_server_lost_its_data_can_be_cancelled(redi
 
 
 async def _is_noted(redis: Redis) -> bool:
-    ledgers = await redis.keys(keys.HELD_PREFIX + "*")
-    fields = [field for ledger in ledgers for field in await redis.hkeys(ledger)]
+    records = await redis.keys(keys.HELD_PREFIX + "*")
+    fields = [field for record in records for field in await redis.hkeys(record)]
     return any(field.startswith(b"entry:") for field in fields)
 
 

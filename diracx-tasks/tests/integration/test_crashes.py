@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 sys.path.insert(0, str(Path(__file__).parent))
 from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks, MarksOnce, Notes
 
-# Workers that are killed leave their names, and the queue's group their consumers, until somebody buries them.
+# Workers that are killed leave their names, and the queue's group their consumers, until they are reclaimed.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
 
 SETTINGS = {"lease_seconds": LEASE_SECONDS}
@@ -72,7 +72,7 @@ async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
     assert not await ExclusiveRWLock(JOB, "a-read").acquire(redis), "the dead reader still counts"
     async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
         result = await system.result(task_id, timeout=60)
-        assert time.monotonic() - killed < LEASE_SECONDS + 10, "one lease, and a busy machine's patience"
+        assert time.monotonic() - killed < LEASE_SECONDS + 10, "one lease, and what a busy machine needs"
         assert result.return_value == os.getpid()
         await system.drain()
         assert await redis.llen("started:a") == 2

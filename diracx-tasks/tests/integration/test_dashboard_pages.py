@@ -128,7 +128,7 @@ async def test_addresses_of_what_is_not_there_say_so(world: World) -> None:
     async with operator(world) as client:
         for address in (
             "/queues/normal:tiny",
-            "/queues/normal:small?after=nonsense",
+            "/queues/normal:small?after=invalid",
             "/dead-letters/99",
             "/dead-letters?status=eaten",
             "/dead-letters?after=-1",

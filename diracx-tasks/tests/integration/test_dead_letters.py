@@ -165,9 +165,9 @@ async def test_P12_storing_twice_changes_nothing_and_a_new_failure_makes_it_pend
     [one, two] = await rows(db)
     assert one["status"] == DeadLetterStatus.PENDING
     assert (one["reason"], one["attempts"]) == ("poison", [{"type": "Second"}])
-    [chapter] = one["history"]
-    assert chapter["reason"] == "exhausted"
-    assert chapter["attempts"][0]["type"] == "ValueError"
+    [failure] = one["history"]
+    assert failure["reason"] == "exhausted"
+    assert failure["attempts"][0]["type"] == "ValueError"
     assert two["history"] == []
 
 
@@ -461,10 +461,10 @@ async def test_P12_a_database_that_answers_no_more_is_given_up_and_tried_anew(
         with mariadb_server.frozen():
             cut_off = await Doomed().schedule()
 
-            async def given_up() -> bool:
+            async def dropped() -> bool:
                 return "cannot store a dead letter" in caplog.text
 
-            await eventually(given_up)
+            await eventually(dropped)
         await system.drain(30)
         async with system.task_db as db:
             assert cut_off in [row["task_id"] for row in await db.search()]

@@ -67,12 +67,12 @@ class Database:
     url: str
     server_url: str
     network: Network
-    trouble: str
+    disturbance: str
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Inside the block the server refuses connections, or hangs: it takes them and answers nothing."""
-        if self.trouble == "hanging":
+        if self.disturbance == "hanging":
             self.network.hold()
         else:
             self.network.lead_to("tcp://127.0.0.1:1")
@@ -85,12 +85,12 @@ class Database:
 
 @pytest.fixture(params=["mariadb refusing", "mariadb hanging", "postgresql refusing", "postgresql hanging"])
 async def database(request: pytest.FixtureRequest, empty_database: Any) -> AsyncIterator[Database]:
-    kind, trouble = request.param.split()
+    kind, disturbance = request.param.split()
     server = request.getfixturevalue(f"{kind}_server")
     network = Network(server.url)
     network.start()
     url = make_url(await empty_database(kind)).set(port=make_url(network.url).port)
-    yield Database(url.render_as_string(hide_password=False), server.url, network, trouble)
+    yield Database(url.render_as_string(hide_password=False), server.url, network, disturbance)
     network.stop()
 
 

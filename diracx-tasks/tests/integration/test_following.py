@@ -348,7 +348,7 @@ async def test_a_configuration_that_is_wrong_leaves_a_test_system_as_it_was(redi
         assert system._config.common["test:Child"].max_retries == 2
 
 
-# --- whoever submits ----------------------------------------------------------------------------------------
+# --- submitters ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

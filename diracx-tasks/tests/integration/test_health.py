@@ -116,7 +116,7 @@ async def no_leader(redis: Redis) -> None:
 
 
 async def late_schedules(redis: Redis) -> None:
-    await redis.set(keys.LEADER, "somebody", ex=60)
+    await redis.set(keys.LEADER, "another", ex=60)
     await a_schedule(redis, 400)
 
 
@@ -145,7 +145,7 @@ async def past_limit(redis: Redis) -> None:
     await a_worker(redis, running=[running(overdue_since=time.time() - 70)])
 
 
-async def suspect(redis: Redis) -> None:
+async def poison_candidate(redis: Redis) -> None:
     await a_worker(redis, running=[running(deliveries=3)])
 
 
@@ -227,7 +227,7 @@ STATES: dict[str, tuple[Callable[[Redis], Awaitable[None]], str, Severity, int, 
     "silent": (silent, "worker_silent", Severity.CRITICAL, 1, 600, "has been silent for 10 min"),
     "dead": (dead, "workers_dead", Severity.WARNING, 1, 30, "1 worker is dead"),
     "past limit": (past_limit, "tasks_overdue", Severity.WARNING, 1, 70, "goes on after its time limit"),
-    "suspect": (suspect, "poison_candidates", Severity.WARNING, 3, 1000, "handed out 3 times"),
+    "poison candidate": (poison_candidate, "poison_candidates", Severity.WARNING, 3, 1000, "handed out 3 times"),
     "lock": (lock_held, "locks_held", Severity.WARNING, 2, 1000, "2 tasks wait for it"),
     "half fails": (half_fails, "tasks_failing", Severity.WARNING, 7, None, "test:Copy fails in 58%"),
     "all fails": (all_fails, "tasks_failing", Severity.CRITICAL, 26, None, "26 of 26"),
@@ -350,10 +350,10 @@ async def test_since_when_is_kept_for_all_who_look_and_begins_anew_after_it_was_
 
 
 async def test_who_sees_less_does_not_make_others_forget(redis: Redis) -> None:
-    async def trouble() -> list[Alert]:
+    async def failing_check() -> list[Alert]:
         return [Alert(check="ce_banned", severity=Severity.WARNING, summary="x", remedy="y", subject="ce1")]
 
-    whole, blind = HealthChecks(redis, {"pilots": trouble}), HealthChecks(redis)
+    whole, blind = HealthChecks(redis, {"pilots": failing_check}), HealthChecks(redis)
     [before] = (await whole.run()).alerts
     assert (await blind.run()).alerts == []
     [after] = (await whole.run()).alerts
@@ -385,7 +385,7 @@ def test_an_alert_is_one_line_of_printable_text_whatever_it_tells_of() -> None:
 
 
 async def test_what_cannot_be_read_in_redis_is_an_alert_and_no_traceback(redis: Redis) -> None:
-    await redis.hset(keys.CONFIG_IN_FORCE, "somebody", "rubbish")
+    await redis.hset(keys.CONFIG_IN_FORCE, "another", "rubbish")
     health = await HealthChecks(redis).run()
     [alert] = health.alerts
     assert (alert.check, alert.severity) == ("server_unreadable", Severity.UNKNOWN)

@@ -205,11 +205,11 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
     await redis.zadd(keys.GROUPS, {b"\xff\xfe": 1e13, "odd": 1e13})
     await redis.set(f"{keys.GROUPS_PREFIX}odd:pending", "no children")
     await redis.xadd(STREAMS[0], {"data": msgpack.packb({"task_id": "child of nobody", "task_name": 7})})
-    handover = STREAMS[2]
-    await redis.delete(handover)
+    resumed = STREAMS[2]
+    await redis.delete(resumed)
     for entry in ("1-1", "9999999999999-1", "18446744073709551615-18446744073709551615"):
-        await redis.xadd(handover, made.entry(), id=entry)  # type: ignore[arg-type]  # bytes are names, too
-    await redis.hset(keys.DELAYED_DATA, "full", f"{handover} retry 0\nno room there".encode())
+        await redis.xadd(resumed, made.entry(), id=entry)  # type: ignore[arg-type]  # bytes are names, too
+    await redis.hset(keys.DELAYED_DATA, "full", f"{resumed} retry 0\nno room there".encode())
     await redis.zadd(keys.DELAYED, {"full": 0.0})
     await redis.rpush(keys.STAGED, "no group", "g0")
     await redis.rpush(f"{keys.GROUPS_PREFIX}g0:staged", b"no line", b"elsewhere\nx", b"\xff\n\xff")
@@ -285,8 +285,8 @@ async def test_any_bytes_end_and_nobody_dies_of_them(redis_url: str, redis: Redi
         await redis.flushall()
 
 
-#: Keys of ours that somebody has made of another type, and whether honest tasks go on meanwhile. None: only what
-#: is given to workers that wait already, a third of a lease at most.
+#: Keys of ours that another client has made of another type, and whether honest tasks go on meanwhile. None: only
+#: what is given to workers that wait already, a third of a lease at most.
 IN_THE_WAY = {
     "diracx:tasks:realtime:medium": True,
     "diracx:tasks:normal:medium:handover": True,

@@ -346,9 +346,9 @@ async def test_sums_that_cannot_be_read_hold_nothing_up(redis_url: str, redis: R
     told_by = ended(redis_url, "host:1:x")
     await told_by.report()
     if wrong == "list":
-        await redis.rpush(keys.SUMS, b"\xc1", "nonsense")
+        await redis.rpush(keys.SUMS, b"\xc1", "invalid")
     else:
-        await redis.set(keys.SUMS, "nonsense")
+        await redis.set(keys.SUMS, "invalid")
     await finish(told_by)
     await told_by.report(if_new=True)
     await finish(told_by)

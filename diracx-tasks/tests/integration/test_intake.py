@@ -275,7 +275,7 @@ class Hands:
         self.intake.settled(settled)
 
 
-async def suspects(redis_url: str, redis: Redis, *names: str) -> None:
+async def poison_candidates(redis_url: str, redis: Redis, *names: str) -> None:
     """Two workers have died with these."""
     first, second = (RedisStreamBroker(redis_url, consumer_name=name) for name in ("first", "second"))
     await first.submit([submission(name) for name in names])
@@ -297,7 +297,7 @@ async def patient(redis_url: str) -> AsyncIterator[Hands]:
 async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(
     redis_url: str, redis: Redis, patient: Hands
 ) -> None:
-    await suspects(redis_url, redis, *"abc")
+    await poison_candidates(redis_url, redis, *"abc")
     for _ in "abc":
         assert len(await patient.take()) == 1, "one at a time, and each without delay"
         asked = asyncio.create_task(patient.take())
@@ -309,14 +309,14 @@ async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(
 async def test_P9_a_worker_that_holds_a_suspect_takes_nothing_else(
     redis_url: str, redis: Redis, patient: Hands
 ) -> None:
-    await suspects(redis_url, redis, "suspect")
+    await poison_candidates(redis_url, redis, "candidate")
     assert len(await patient.take()) == 1
     await patient.broker.submit([submission("fresh")])
     asked = asyncio.create_task(patient.take())
     for _ in range(20):  # each is a round trip
         await redis.ping()
     assert not asked.done()
-    assert await in_hand(redis) == 1, "only the suspect"
+    assert await in_hand(redis) == 1, "only the poison candidate"
     await patient.settle()
     assert await asked == []
     assert len(await patient.take()) == 1
@@ -327,7 +327,7 @@ async def test_P9_a_worker_at_work_makes_room_for_a_suspect_that_nobody_takes(
 ) -> None:
     await patient.broker.submit([submission("at work")])
     assert len(await patient.take()) == 1
-    await suspects(redis_url, redis, "suspect")
+    await poison_candidates(redis_url, redis, "candidate")
     patient.intake._reclaim_at = 0.0  # the lease of the dead one has ended
     await patient.broker.submit([submission("fresh")])
     asked = asyncio.create_task(patient.take())
@@ -338,8 +338,8 @@ async def test_P9_a_worker_at_work_makes_room_for_a_suspect_that_nobody_takes(
     assert not asked.done()
     await patient.settle()
     assert await asked == []
-    [suspect] = await patient.take()
-    assert suspect.deaths == 2
+    [candidate] = await patient.take()
+    assert candidate.deaths == 2
     assert not await redis.exists(keys.ROOM_PREFIX + patient.broker.streams[0])
 
 

@@ -26,7 +26,7 @@ CONFIG = Config.model_validate(
             "lhcb": {
                 "DefaultGroup": "lhcb_user",
                 "IdP": {"URL": "https://idp.invalid", "ClientID": "test"},
-                "Users": {"sub": {"PreferedUsername": "somebody"}},
+                "Users": {"sub": {"PreferedUsername": "jdoe"}},
                 "Groups": {"lhcb_user": {"Properties": ["NormalUser"], "Users": ["sub"]}},
             }
         },
@@ -50,7 +50,7 @@ async def databases(tmp_path: Path) -> AsyncIterator[dict[type[BaseSQLDB], BaseS
 
 async def test_received_jobs_are_led_to_done(databases: dict[type[BaseSQLDB], BaseSQLDB], redis_url: str) -> None:
     job_db, logging_db = databases[JobDB], databases[JobLoggingDB]
-    user = UserInfo(sub="lhcb:sub", preferred_username="somebody", dirac_group="lhcb_user", vo="lhcb", policies={})
+    user = UserInfo(sub="lhcb:sub", preferred_username="jdoe", dirac_group="lhcb_user", vo="lhcb", policies={})
     async with job_db, logging_db:
         inserted = await submit_jdl_jobs(
             ['Executable = "echo"; JobName = "x";'] * 3, job_db, logging_db, user, CONFIG

@@ -93,11 +93,11 @@ async def test_P9_workers_that_stay_away_have_died(
     owner, other = workers
     await submit(owner)
     [delivery], _ = await owner.fetch(1)
-    for deaths in range(1, 4):
+    for redeliveries in range(1, 4):
         renew(other)
         await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
         [delivery], *_ = await other.reclaim(1, max_deliveries=3)
-        assert delivery.deaths == deaths
+        assert delivery.deaths == redeliveries
         owner, other = other, owner
 
 

@@ -123,7 +123,7 @@ async def test_P3_finished_tasks_leave_nothing_but_their_results(redis_url: str,
         await system.drain()
     assert len(SEEN) == 200
     # The fixture looks for keys and consumers without a time to live; here, that there is nothing else either.
-    # The epoch, the last fencing token, and what the workers reported, do not grow with the number of tasks.
+    # The dataset id, the last fencing token, and what the workers reported, do not grow with the number of tasks.
     left = {key for key in await redis.keys("*") if not key.startswith(b"diracx:monitor:")}
     few = (keys.EPOCH, keys.FENCE, keys.GROUPS_AUDITED, keys.AUDITOR, keys.RENEWED)
     streams = keys.streams_of(Size.MEDIUM)
@@ -360,7 +360,7 @@ async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
         assert (await system.result(await Echo(7).schedule())).return_value == 7
         await system.drain()
         unknown = await system.result(nobody)
-        assert unknown.error is not None, "whoever waits for it learns why"
+        assert unknown.error is not None, "a client that waits for it learns why"
         assert "no task is registered as 'test:Nobody'" in unknown.error["message"]
         assert system.task_db is not None
         async with system.task_db as db:
@@ -467,7 +467,7 @@ async def test_P24_a_task_that_swallows_its_cancellation_has_not_succeeded(redis
         task_id = await Stubborn().schedule()
         while not SEEN:
             await asyncio.sleep(0.005)
-        await redis.set("lock:mutex:job:stubborn", "somebody else", px=1_000)
+        await redis.set("lock:mutex:job:stubborn", "another", px=1_000)
         assert (await system.result(task_id)).return_value == "the second time"
 
 
@@ -584,7 +584,7 @@ async def test_P24_an_execution_that_loses_its_lock_is_cancelled_and_started_aga
         task_id = await Holder().schedule()
         while not SEEN:
             await asyncio.sleep(0.005)
-        await redis.set("lock:mutex:job:lost", "somebody else", px=1_000)
+        await redis.set("lock:mutex:job:lost", "another", px=1_000)
         while not await redis.exists(keys.DELAYED):
             await asyncio.sleep(0.005)
         assert SEEN == [1], "it waits for its turn, as anybody does"
@@ -602,7 +602,7 @@ async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_
 
         async def execute(self) -> None:
             with SyncRedis.from_url(redis_url) as client:  # at once: a client of asyncio may swallow what comes
-                client.set("lock:mutex:job:unlucky", "somebody else", px=100)
+                client.set("lock:mutex:job:unlucky", "another", px=100)
             await asyncio.Event().wait()
 
     async with TaskSystem([Unlucky], redis_url=redis_url) as system:
@@ -634,7 +634,7 @@ async def test_a_task_that_must_not_begin_twice_fails_when_it_is_interrupted(red
         task_id = await Once().schedule()
         while not SEEN:
             await asyncio.sleep(0.005)
-        await redis.set("lock:mutex:job:once", "somebody else", px=100)
+        await redis.set("lock:mutex:job:once", "another", px=100)
         result = await system.result(task_id)
         assert result.error is not None
         assert result.error["type"] == "LockLostError"
@@ -743,7 +743,7 @@ async def test_a_refused_rate_limit_makes_the_task_wait_until_quota_returns(redi
 
 
 async def test_a_task_woken_in_vain_passes_the_lock_on(redis_url: str, redis: Redis) -> None:
-    """It was woken for one of its locks and refused by another; who waits for the first must not wait longer."""
+    """It was granted one of its locks and refused another; the next in line for the first must not wait longer."""
 
     class One(ConcurrencyLimiter):
         limit = 1

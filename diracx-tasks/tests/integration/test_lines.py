@@ -125,7 +125,7 @@ class Worker:
         assert await self.broker.settle([Settlement(ended.delivery, locks=ended.locks)]) == [True]
 
     async def park(self, number: int, lock: Callable[[], BaseLock], prefix: str = "t") -> list[str]:
-        """So many tasks in line for a lock that somebody else holds."""
+        """So many tasks in line for a lock that another owner holds."""
         names = [f"{prefix}{position:06}" for position in range(number)]
         for at in range(0, number, BATCH):
             await self.submit(*names[at : at + BATCH])

@@ -322,7 +322,7 @@ async def test_releasing_a_lock_wakes_who_waits_and_names_who_is_hit(redis_url: 
             return found if found and found.waiters and found.holders[0].task_id else None
 
         lock = await until(told)
-        nobody = await monitor.release_lock(redis, lock.key, owners=["somebody else"])
+        nobody = await monitor.release_lock(redis, lock.key, owners=["another"])
         assert (nobody.released, nobody.hit) == (0, [])
         released = await monitor.release_lock(redis, lock.key, owners=[lock.holders[0].owner])
         assert (released.released, released.hit[0].task_id) == (1, first)

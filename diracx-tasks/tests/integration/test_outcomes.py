@@ -461,7 +461,7 @@ class Odd(BaseTask):
 
 
 @pytest.mark.parametrize(
-    "odd", [{"kind": "nonsense"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}, {}]
+    "odd", [{"kind": "invalid"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}, {}]
 )
 async def test_a_lock_of_the_authors_own_that_nobody_understands_is_told_and_nothing_stays(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]

@@ -122,7 +122,7 @@ async def test_P4_P9_what_is_new_and_more_urgent_comes_before_what_a_dead_worker
 
 @pytest.mark.parametrize(
     ("left", "at_most_seconds"),
-    [("nothing", 40), ("ordinary tasks of another size", 40), ("a suspect", 1)],
+    [("nothing", 40), ("ordinary tasks of another size", 40), ("a poison candidate", 1)],
 )
 async def test_P9_a_worker_looks_again_when_the_next_lease_ends_and_every_second_while_a_suspect_waits(
     worker: Worker, redis: Redis, left: str, at_most_seconds: float
@@ -133,14 +133,14 @@ async def test_P9_a_worker_looks_again_when_the_next_lease_ends_and_every_second
     await worker("lives", 40)
     if left == "ordinary tasks of another size":
         await die_with(redis, await worker("small", size=Size.SMALL), "small")
-    elif left == "a suspect":
-        await die_with(redis, await worker("1"), "suspect")
+    elif left == "a poison candidate":
+        await die_with(redis, await worker("1"), "candidate")
         second = await worker("2")
         assert len((await second.reclaim(1))[0]) == 1
         await redis.zadd(keys.ALIVE, {"2": 1})
     taken, again_seconds, draining = await looks.reclaim(1, lease_seconds=600)
     assert taken == []
-    assert draining == (left == "a suspect")
+    assert draining == (left == "a poison candidate")
     assert at_most_seconds - 1 < again_seconds <= at_most_seconds + 0.002
 
 
@@ -150,7 +150,7 @@ async def test_P9_a_lease_that_ends_sooner_is_looked_at_when_it_ends_although_a_
     looks = await worker("looks")
     await submit(looks, "at work")
     assert len((await looks.fetch(1))[0]) == 1
-    await die_with(redis, await worker("1"), "suspect")
+    await die_with(redis, await worker("1"), "candidate")
     second = await worker("2")
     assert len((await second.reclaim(1))[0]) == 1
     await redis.zadd(keys.ALIVE, {"2": 1})

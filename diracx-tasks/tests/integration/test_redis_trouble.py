@@ -1,4 +1,4 @@
-"""A server in trouble: worker and scheduler wait, come back, make good what is missing, settle what they ran."""
+"""Outages of the server: worker and scheduler wait, reconnect, restore what is lost and settle what ran."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def until(condition: Callable[[], object | Awaitable[object]], what: str, 
 
 
 async def submitted(task: BaseTask) -> str:
-    """Submit, as a caller who knows that a submission may be refused while the server is in trouble."""
+    """Submit, as a caller who knows that a submission may be refused during an outage."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -243,12 +243,12 @@ async def test_P24_a_lock_that_somebody_took_after_the_loss_cancels_its_task(ser
         await until(lambda: BEGUN["stolen"], "it begins")
         async with system.broker.redis.pipeline(transaction=True) as pipe:
             pipe.flushall()
-            pipe.set(MutexLock(JOB, "stolen").redis_key, "somebody else", px=60_000)
+            pipe.set(MutexLock(JOB, "stolen").redis_key, "another", px=60_000)
             await pipe.execute()
         await until(lambda: system.broker.redis.hexists(keys.DELAYED_DATA, task_id), "it waits for the lock")
         assert BEGUN["stolen"] == 1
         assert not ENDED["stolen"]
-        assert await system.broker.redis.get(MutexLock(JOB, "stolen").redis_key) == b"somebody else"
+        assert await system.broker.redis.get(MutexLock(JOB, "stolen").redis_key) == b"another"
 
 
 async def test_P7_a_server_that_turns_read_only_is_waited_for(server: ValkeyProcess) -> None:

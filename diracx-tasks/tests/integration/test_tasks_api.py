@@ -215,7 +215,7 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
     below = "/api/tasks/dashboard"
     answer = await client.get(f"{below}/queues")
     assert answer.headers["location"] == f"{below}/sign-in?next=%2Fqueues"
-    for refused in ("nonsense", token("NormalUser"), token("Operator", seconds=-60), token("Operator", vo="x")):
+    for refused in ("invalid", token("NormalUser"), token("Operator", seconds=-60), token("Operator", vo="x")):
         answer = await client.post(f"{below}/sign-in", data={"credential": refused})
         assert answer.status_code == 403
     answer = await client.post(f"{below}/sign-in", data={"credential": token("Operator"), "next": "/queues"})
@@ -246,7 +246,7 @@ async def test_cookies_are_for_tls_alone_where_a_proxy_that_is_trusted_says_so(
     for trusted, scheme, secure in (
         ("127.0.0.1", "https", True),
         ("127.0.0.1", "http", False),
-        ("192.0.2.1", "https", False),  # whoever says so is not trusted
+        ("192.0.2.1", "https", False),  # a header of an untrusted client
     ):
         # As `uvicorn --forwarded-allow-ips` makes it.
         behind = ProxyHeadersMiddleware(transport.app, trusted_hosts=trusted)  # type: ignore[arg-type]

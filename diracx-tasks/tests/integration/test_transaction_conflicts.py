@@ -12,7 +12,7 @@ from diracx.tasks.plumbing._util import telemetry
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.persistence.schema import DeadLetters
 from diracx.tasks.plumbing.sql import session
-from diracx.tasks.plumbing.sql.errors import DatabaseError, Trouble
+from diracx.tasks.plumbing.sql.errors import DatabaseError, ErrorKind
 from sqlalchemy import select, text, update
 
 SERVERS = ["mariadb", "postgresql"]
@@ -40,7 +40,7 @@ async def task_db(request: pytest.FixtureRequest, empty_database: Any) -> AsyncI
 
 
 def beside(work: Awaitable[Any]) -> asyncio.Task[Any]:
-    """In a context of its own: not in the transaction of whoever starts it."""
+    """Run in a context of its own, outside the transaction of the caller."""
     return asyncio.create_task(work, context=contextvars.Context())  # type: ignore[arg-type]  # a coroutine
 
 
@@ -135,7 +135,7 @@ async def test_after_many_attempts_it_is_said_in_one_line(
 
         with pytest.raises(DatabaseError, match="TaskDB is busy") as caught:
             await beside(task_db.run(work))
-        assert caught.value.trouble is Trouble.CONFLICT
+        assert caught.value.kind is ErrorKind.CONFLICT
     assert conflicts == ["TaskDB"] * 3
     assert await details(task_db) == ["b", ""]
 

@@ -21,7 +21,7 @@ DELAY_SECONDS = 100.0
 
 
 class InNaiveUtc(RetryPolicyBase):
-    """A policy of somebody else, without time zones."""
+    """A policy of an extension, without time zones."""
 
     def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:
         return policies.datetime.now(UTC).replace(tzinfo=None) + timedelta(seconds=DELAY_SECONDS)

@@ -142,7 +142,7 @@ def test_what_a_url_may_not_say_is_one_line_at_every_door(url: str, said: str | 
 
 
 def test_every_option_of_the_library_is_decided_about() -> None:
-    """A new release of redis-py may know new options: whoever updates it decides if a URL may have them."""
+    """A new release of redis-py may know new options: the update decides whether a URL may have them."""
     from redis.asyncio.connection import URL_QUERY_ARGUMENT_PARSERS
 
     refused = {"legacy_responses", "protocol", "retry_on_timeout", "socket_read_size", "timeout"}

@@ -631,7 +631,7 @@ async def test_settings_that_cannot_be_read_are_logged_without_their_value(
 async def test_malformed_database_url_is_refused_without_its_password(
     clean_environment: pytest.MonkeyPatch,
 ) -> None:
-    clean_environment.setenv("DIRACX_DB_URL_JOBDB", "nonsense://user:s3cret@host/db")
+    clean_environment.setenv("DIRACX_DB_URL_JOBDB", "invalid://user:s3cret@host/db")
 
     async def execute(db: JobDB) -> None: ...
 

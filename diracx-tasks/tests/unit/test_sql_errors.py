@@ -6,11 +6,11 @@ import sqlite3
 from typing import Any
 
 import pytest
-from diracx.tasks.plumbing.sql.errors import DatabaseError, Trouble, classify, describe
+from diracx.tasks.plumbing.sql.errors import DatabaseError, ErrorKind, classify, describe
 from pymysql import err
 from sqlalchemy import exc
 
-T = Trouble
+T = ErrorKind
 
 
 class AsyncpgError(Exception):
@@ -56,15 +56,15 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize(("error", "trouble"), TOLD)
-def test_an_error_is_told_by_its_code(error: BaseException, trouble: Trouble | None) -> None:
-    assert classify(error) is trouble
+@pytest.mark.parametrize(("error", "kind"), TOLD)
+def test_an_error_is_told_by_its_code(error: BaseException, kind: ErrorKind | None) -> None:
+    assert classify(error) is kind
     told = describe("TaskDB", error)
-    if trouble in (None, T.REFUSED):
+    if kind in (None, T.REFUSED):
         assert told is None
         return
     assert isinstance(told, DatabaseError)
-    assert (told.trouble, classify(told)) == (trouble, trouble)
+    assert (told.kind, classify(told)) == (kind, kind)
     told.__cause__ = error
     assert "TaskDB" in str(told)
     assert "words of the driver" not in str(told)

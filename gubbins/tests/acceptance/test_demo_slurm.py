@@ -52,7 +52,7 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
 
 def test_demo_says_in_one_line_why_there_can_be_no_slurm_here() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
-    # Whoever may not start daemons, and whoever does not have them, is told so.
+    # A user who may not start the daemons, or does not have them, is told so.
     done = subprocess.run(
         [
             *(sys.executable, "-c"),

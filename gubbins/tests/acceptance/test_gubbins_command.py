@@ -206,7 +206,7 @@ def test_a_database_error_is_one_line_with_the_way_out(run: Run) -> None:
     refused(run("ce", "list"), 1, "gubbins db init")
     refused(run("ce", "load", str(EXAMPLE)), 1, "gubbins db init")
     refused(run("ce", "list", url="sqlite+aiosqlite:////nonexistent/x.db"), 1, "unable to open")
-    refused(run("ce", "list", url="nonsense"), 1, "DIRACX_DB_URL_MYPILOTDB")
+    refused(run("ce", "list", url="invalid"), 1, "DIRACX_DB_URL_MYPILOTDB")
     refused(run("ce", "list", url="mysql+nodriver://u:secret@127.0.0.1:1/x"), 1, "DIRACX_DB_URL_MYPILOTDB")
     down = run("db", "init", url="mysql+aiomysql://u:secret@127.0.0.1:1/x")
     refused(down, 1, "DIRACX_DB_URL_MYPILOTDB")

@@ -95,7 +95,7 @@ async def test_every_page_about_pilots_is_harmless_light_and_usable_by_everyone(
     await tab.page.get_by_role("link", name=HOSTILE).click()
     await expect(tab.page.get_by_text("1 pilot", exact=False).first).to_be_visible()
     assert await tab.page.evaluate("window.hacked") is None
-    assert not tab.complaints
+    assert not tab.errors
 
 
 @pytest.mark.parametrize("name", ["ce01.example.org", HOSTILE])
@@ -115,7 +115,7 @@ async def test_a_compute_element_is_closed_and_opened_by_keyboard_alone(
     assert (await sqlite_db.get_ce(name))["enabled"]
     assert [(entry.who, entry.target) for entry in await read_audit(redis)] == [("wilma", name)] * 2
     assert await tab.page.evaluate("window.hacked") is None
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_a_compute_element_is_banned_for_a_reason_and_let_back_and_a_pilot_is_cancelled(
@@ -146,7 +146,7 @@ async def test_a_compute_element_is_banned_for_a_reason_and_let_back_and_a_pilot
     for action in ("ban compute element", "open compute element", "cancel pilot"):
         await expect(tab.page.get_by_role("row").filter(has_text=action)).to_contain_text("wilma")
     assert await tab.page.evaluate("window.hacked") is None
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_compute_elements_are_filtered_and_paged_by_keyboard_alone(tab: Tab, sqlite_db: MyPilotDB) -> None:
@@ -165,7 +165,7 @@ async def test_compute_elements_are_filtered_and_paged_by_keyboard_alone(tab: Ta
     await expect(ces.last).to_have_text("farm-59.example.org")
     await tab.press(tab.page.get_by_role("link", name="From the beginning of the compute elements"), "Enter")
     await expect(ces.first).to_have_text("farm-00.example.org")
-    assert not tab.complaints
+    assert not tab.errors
 
 
 async def test_a_read_only_user_sees_pilots_and_can_change_nothing(

@@ -53,9 +53,9 @@ class TestSlurm(CERemoteConformance):
         return self.impatiently(slurm_site.frozen())
 
     @contextmanager
-    def impatiently(self, trouble: AbstractContextManager[object]) -> Iterator[None]:
+    def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         self.timeout_seconds = 1.0
-        with trouble:
+        with disturbance:
             yield
         del self.timeout_seconds
 

@@ -107,11 +107,11 @@ async def test_opening_or_closing_a_banned_compute_element_mentions_the_ban(
     found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
     assert found
     form = {"form_token": found[1], "ce": "ce01", "next": "/pilots"}
-    for deed in ("open", "close"):
-        assert "banned" not in (await client.post(f"/pilots/ce/{deed}", data=form)).text
+    for action in ("open", "close"):
+        assert "banned" not in (await client.post(f"/pilots/ce/{action}", data=form)).text
     await db.ban_ce("ce01", reason="drains for <good>")
-    for deed, told in (("open", "Opening lifts the ban"), ("close", "Closing lifts the ban")):
-        text = (await client.post(f"/pilots/ce/{deed}", data=form)).text
+    for action, told in (("open", "Opening lifts the ban"), ("close", "Closing lifts the ban")):
+        text = (await client.post(f"/pilots/ce/{action}", data=form)).text
         assert "It is banned: drains for &lt;good&gt;. " + told in text
     assert (await db.get_ce("ce01"))["banned_at"]
 

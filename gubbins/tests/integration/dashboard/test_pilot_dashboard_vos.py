@@ -119,8 +119,8 @@ async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_al
             assert "lhcb-ce" in text, page
             assert "dteam" not in text, page
     assert "2 pilots" in (await client.get("/pilots/list")).text
-    for deed in ("open", "close", "ban"):
-        assert f"/pilots/ce/{deed}" not in (await client.get("/pilots")).text
+    for action in ("open", "close", "ban"):
+        assert f"/pilots/ce/{action}" not in (await client.get("/pilots")).text
     assert "dteam-ce" not in (await client.get("/pilots?ce=-ce")).text
     assert (await client.get(f"/pilots/{pilots['lhcb']}/output")).status_code == 200
     unseen = (await client.get(f"/pilots/{pilots['dteam']}/output")).text
@@ -171,9 +171,9 @@ async def test_an_operator_of_one_vo_neither_cancels_pilots_of_another_nor_close
         operator = Operator(AppContext(broker, TaskRegistry.of({}), ConfigReader()), "alice", "dashboard", "lhcb")
         with pytest.raises(NotPossibleError, match="unknown pilot"):
             await do["/pilots/cancel"](Form({"pilot": [str(pilots["dteam"])]}), operator)
-        for deed in ("close", "ban"):
+        for action in ("close", "ban"):
             with pytest.raises(NotPossibleError, match="all VOs"):
-                await do[f"/pilots/ce/{deed}"](Form({"ce": ["shared-ce"], "reason": ["flood"]}), operator)
+                await do[f"/pilots/ce/{action}"](Form({"ce": ["shared-ce"], "reason": ["flood"]}), operator)
         assert (await sqlite_db.get_pilot(pilots["dteam"]))["cancel_requested_at"] is None
         assert (await sqlite_db.get_ce("shared-ce"))["enabled"]
         # Only what was done is in an audit log, and in that of the VO.

@@ -1,4 +1,4 @@
-"""A database of pilots that cannot be used is named in one line, with the way out, to whoever asks for it."""
+"""A database of pilots that cannot be used is reported in one line, with the way out."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ async def test_over_a_day_every_vo_gets_its_share_and_no_slot_stays_empty(db: My
     assert large == pytest.approx({"first": 4, "second": 8, "third": 4, "fourth": 4}, rel=0.08)
     assert sum(large.values()) > 19.5
     assert sum(tiny.values()) > 1.95
-    assert min(tiny.values()) > 0, "somebody never had a turn"
+    assert min(tiny.values()) > 0, "one VO never had a turn"
     # In turns, each VO gets as many pilots; those of some run longer.
     turns = {vo: slots / MEAN_MINUTES[vo] for vo, slots in tiny.items()}
     assert max(turns.values()) < 2 * min(turns.values())

@@ -50,7 +50,7 @@ async def pilots_of(db: MyPilotDB, scripted: Any, *names: str) -> list[int]:
     return [await logic.submit_pilot(db, name, "lhcb") for name in names]
 
 
-async def trouble(db: MyPilotDB, call: CECall, name: str = "mad") -> tuple[str, int, str]:
+async def breaker_state(db: MyPilotDB, call: CECall, name: str = "mad") -> tuple[str, int, str]:
     """State, failures and last words of a circuit."""
     circuit = (await db.get_ce(name))["circuits"][call]
     return str(circuit["state"]), circuit["failures"], str(circuit["last_error"])
@@ -71,14 +71,14 @@ async def a_poll_counts_and_the_others_move_on(
     assert (await db.get_pilot(well))["status"] is S.RUNNING
     pilot = await db.get_pilot(mad)
     assert (pilot["status"], pilot["reference"], pilot["missing_since"]) == (S.SUBMITTED, None, None)
-    state, failures, words = await trouble(db, CECall.STATUS)
+    state, failures, words = await breaker_state(db, CECall.STATUS)
     assert (state, failures) == ("closed", 1)
     assert said in words
-    assert await trouble(db, CECall.STATUS, "well") == ("closed", 0, "None")
+    assert await breaker_state(db, CECall.STATUS, "well") == ("closed", 0, "None")
 
     scripted.observations["well"] = Observation(Observed.DONE)
     assert await logic.transition_pilot_states(db, "lhcb") == {S.DONE: 1}
-    assert (await trouble(db, CECall.STATUS))[:2] == ("open", 2)
+    assert (await breaker_state(db, CECall.STATUS))[:2] == ("open", 2)
     polls = scripted.calls.count(("mad", "poll"))
     await logic.transition_pilot_states(db, "lhcb")
     assert scripted.calls.count(("mad", "poll")) == polls
@@ -151,7 +151,7 @@ async def test_errors_and_ban_reasons_are_readable_for_any_text(db: MyPilotDB, s
     [pilot] = await pilots_of(db, scripted, "ce")
     scripted.observations["ce"] = ConnectionError(WORDS)
     await logic.transition_pilot_states(db, "lhcb")
-    assert (await trouble(db, CECall.STATUS, "ce"))[2].startswith(BEGIN)
+    assert (await breaker_state(db, CECall.STATUS, "ce"))[2].startswith(BEGIN)
     scripted.observations["ce"] = Observation(RUNNING)
     await logic.transition_pilot_states(db, "lhcb")
     scripted.cancellations["ce"] = ConnectionError(WORDS)
@@ -172,7 +172,7 @@ async def test_the_error_of_a_submission_is_readable_for_any_text(
     with pytest.raises(CERefusedError, match=BEGIN) as refused:
         await logic.submit_pilot(db, "ce", "lhcb")
     assert str(refused.value).isprintable()
-    assert (await trouble(db, CECall.SUBMIT, "ce"))[2].startswith(BEGIN)
+    assert (await breaker_state(db, CECall.SUBMIT, "ce"))[2].startswith(BEGIN)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ async def test_after_a_nonsensical_submission_the_checks_find_out_and_the_site_i
             await logic.submit_pilot(db, "mad", "lhcb")
         assert said in str(refused.value)
         assert str(refused.value).endswith("the next checks will find out")
-    state, failures, words = await trouble(db, CECall.SUBMIT)
+    state, failures, words = await breaker_state(db, CECall.SUBMIT)
     assert (state, failures) == ("open", 2)
     assert said in words
     with pytest.raises(CEPausedError):
@@ -233,7 +233,7 @@ async def test_a_connection_that_cannot_be_closed_does_not_discard_the_response(
             await logic.cancel_pilot(sqlite_db, pilot, by="alice")
     assert scripted.cancelled
     for call in CECall:
-        assert await trouble(sqlite_db, call, "ce") == ("closed", 0, "None")
+        assert await breaker_state(sqlite_db, call, "ce") == ("closed", 0, "None")
     words = "no end within 0.01 s" if hangs else "reset by peer"
     assert f"Cannot give back the connections to ce: {words}" in caplog.text
 
@@ -248,7 +248,7 @@ async def test_an_error_while_closing_does_not_hide_the_first_error(
     await pilots_of(sqlite_db, scripted, "ce")
     scripted.observations["ce"] = ConnectionError("no route to host")
     await logic.transition_pilot_states(sqlite_db, "lhcb")
-    assert (await trouble(sqlite_db, CECall.STATUS, "ce"))[2] == "no route to host"
+    assert (await breaker_state(sqlite_db, CECall.STATUS, "ce"))[2] == "no route to host"
 
 
 async def test_why_the_settings_give_a_vo_no_pilots_is_kept_as_one_line_of_limited_length(

@@ -83,12 +83,12 @@ async def test_output_that_cannot_be_fetched_is_retried_and_then_abandoned(db: M
     assert len(writing.forgotten) == 1
 
 
-@pytest.mark.parametrize("nonsense", [None, "hello", PilotOutput("hello", None)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("invalid", [None, "hello", PilotOutput("hello", None)])  # type: ignore[arg-type]
 async def test_output_that_is_none_is_given_up_like_one_that_cannot_be_had_and_keeps_back_no_other(
-    sqlite_db: MyPilotDB, writing: Any, nonsense: Any
+    sqlite_db: MyPilotDB, writing: Any, invalid: Any
 ) -> None:
     [pilot], _ = await ended(sqlite_db, writing), await ended(sqlite_db, writing, ce="well")
-    writing.outputs["ce"] = nonsense
+    writing.outputs["ce"] = invalid
     assert await logic.collect_outputs(sqlite_db, "lhcb") == 1
     with pytest.raises(CEUnavailableError, match="invalid response"):
         await logic.get_pilot_output(sqlite_db, pilot)

@@ -1,4 +1,4 @@
-"""The rules of a compute element hold in the reservation, whoever submits and however many at once."""
+"""The limits of a compute element hold in the reservation, for every submitter and for many at once."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_P63_every_route_wants_a_token_a_known_vo_and_a_property(
         return int(client.request(method, API + path, json=body, headers=headers).status_code)
 
     assert status(None) == 401
-    assert status({"Authorization": "Bearer nonsense"}) == 401
+    assert status({"Authorization": "Bearer invalid"}) == 401
     assert status(as_("unheard-of", SERVICE_ADMINISTRATOR)) == 403
     assert status(as_("lhcb", "GenericPilot")) == 403
     managing = path.startswith("/ces") and method == "POST"

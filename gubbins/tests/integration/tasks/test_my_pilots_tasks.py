@@ -214,8 +214,10 @@ async def test_tasks_that_come_after_their_requests_were_given_up_submit_nothing
             tasks, redis_url=redis_url, workers=1, overrides=overrides, task_db_url=None
         ) as system:
             await system.drain(timeout=60)
-    submitted, by_hand = (await db.search_pilots(vo="lhcb"))[0], 0 if "max_waiting" in rules else 1
-    assert submitted == 10 + by_hand, "what the last round asked for, and the one by hand where the rules allow it"
+    submitted, requested = (await db.search_pilots(vo="lhcb"))[0], 0 if "max_waiting" in rules else 1
+    assert submitted == 10 + requested, (
+        "what the last round asked for, and the one by hand where the rules allow it"
+    )
 
 
 async def test_a_task_that_is_executed_again_needs_no_second_request(db: MyPilotDB) -> None:

@@ -90,7 +90,7 @@ class FakeArex:
                 "state": "None",
                 "info_document": "",
             }
-        info = {"ComputingActivity": self.infos.get(job, {"Name": "somebody else's"})}
+        info = {"ComputingActivity": self.infos.get(job, {"Name": "another user's"})}
         return {"status-code": "200", "reason": "OK", "id": job, "state": self.states[job], "info_document": info}
 
     @staticmethod

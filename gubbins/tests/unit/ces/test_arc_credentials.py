@@ -46,7 +46,7 @@ def test_credentials_that_are_of_no_use_are_named_with_the_reason(tmp_path: Path
     with_proxy = arc_settings(certificate=str(proxy))
     with pytest.raises(CredentialsError, match=r"proxy\.pem: No such file"):
         read_identity(with_proxy)
-    proxy.write_text("nonsense")
+    proxy.write_text("invalid")
     with pytest.raises(CredentialsError, match=r"cannot use the certificate .*proxy\.pem"):
         read_identity(with_proxy)
     write_certificate(proxy, expires=timedelta(days=-1))
@@ -57,7 +57,7 @@ def test_credentials_that_are_of_no_use_are_named_with_the_reason(tmp_path: Path
         read_identity(with_proxy)
     write_certificate(proxy, expires=timedelta(days=1))
     assert read_identity(with_proxy).token is None
-    (tmp_path / "ca").write_text("nonsense")
+    (tmp_path / "ca").write_text("invalid")
     with pytest.raises(CredentialsError, match="cannot read the CA certificates"):
         read_identity(arc_settings(certificate=str(proxy), ca=str(tmp_path / "ca")))
 

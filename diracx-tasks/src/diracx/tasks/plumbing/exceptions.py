@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class UnableToAcquireLockError(Exception):
-    """A lock of the task is held by somebody else."""
+    """A lock of the task is held by another owner."""
 
 
 class LockLostError(Exception):
-    """A lock or the lease of a running task could not be renewed: somebody else may hold it now.
+    """A lock or the lease of a running task could not be renewed: another owner may hold it now.
 
     Raised inside the execution, which is cancelled; the task's retry policy decides what follows.
     """

@@ -249,7 +249,7 @@ def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
 
 
 def _checked_spec(lock: BaseLock) -> LockSpec:
-    """The lock as the scripts understand it, whoever has written its class."""
+    """Return the lock as the scripts take it, also for classes outside this package."""
     spec = lock.spec()
     texts = isinstance(spec["key"], str) and isinstance(spec["owner"], str)
     ttl_ms, window_us = spec.get("ttl_ms", 1), spec.get("window_us", 1)

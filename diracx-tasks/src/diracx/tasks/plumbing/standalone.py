@@ -32,22 +32,22 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
     """Hold all the locks inside the block, renewing them; for code outside a worker.
 
     Raises:
-        UnableToAcquireLockError: when one of them is held by somebody else; none is taken then.
+        UnableToAcquireLockError: when one of them is held by another owner; none is taken then.
         LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
     """
     wanted = [lock for lock in locks if lock.enabled]
     specs = lock_specs(wanted)
-    asked_at = asyncio.get_running_loop().time()
+    reserved_after = asyncio.get_running_loop().time()
     token = await locking.acquire(redis, specs) if specs else None
     if specs and token is None:
         names = ", ".join(spec["key"] for spec in specs)
-        raise UnableToAcquireLockError(f"held by somebody else: {names}")
+        raise UnableToAcquireLockError(f"held by another owner: {names}")
     for lock in wanted:
         lock.token = token
     before = current_locks.get()
     current_locks.set(wanted)
     try:
-        async with _keep_renewed(redis, specs, asked_at):
+        async with _keep_renewed(redis, specs, reserved_after):
             yield
     finally:
         current_locks.set(before)
@@ -70,7 +70,7 @@ async def task_wrapper(
         kwargs: the dependencies of `execute`.
 
     Raises:
-        UnableToAcquireLockError: when a lock is held by somebody else.
+        UnableToAcquireLockError: when a lock is held by another owner.
     """
     task = rebuild(cls, args, {})
     locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]
@@ -91,11 +91,11 @@ def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
 
 
 @asynccontextmanager
-async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float) -> AsyncIterator[None]:
+async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], reserved_after: float) -> AsyncIterator[None]:
     """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
 
     Args:
-        asked_at: a moment (of the event loop's clock) before the server granted them.
+        reserved_after: a moment (of the event loop's clock) before the server granted them.
 
     Raises:
         LockLostError: when a lock could not be renewed.
@@ -110,7 +110,7 @@ async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], asked_at: float
     loop = asyncio.get_running_loop()
     shortest_seconds = min(lock["ttl_ms"] for lock in expiring) / 1000
     term_seconds = (1 - SAFETY_MARGIN) * shortest_seconds
-    expires_at = asked_at + term_seconds
+    expires_at = reserved_after + term_seconds
 
     async def renew() -> None:
         nonlocal expires_at

@@ -32,7 +32,7 @@ def hide(text: str, secrets: Iterable[Any]) -> str:
         return MASK
     hidden = bytearray(len(text))
     for form in forms:
-        if 1 < len(form) < _FRAGMENT:  # a single letter is anywhere
+        if 1 < len(form) < _FRAGMENT:  # a single character is everywhere
             for found in re.finditer(re.escape(form), text):
                 hidden[found.start() : found.end()] = b"\1" * len(form)
     places: dict[str, list[int]] = {}

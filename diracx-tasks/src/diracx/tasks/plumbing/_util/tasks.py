@@ -22,4 +22,4 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
         await asyncio.wait(running, timeout=_CANCEL_AGAIN_SECONDS)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # whoever wanted to know has asked
+            task.exception()  # it counts as retrieved

@@ -19,7 +19,7 @@ DATABASE_CONFLICTS = "diracx.tasks.database.conflicts"
 
 
 def is_collected() -> bool:
-    """Whether OpenTelemetry's SDK is set up in this process, so that somebody collects metrics."""
+    """Whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None:
         return False
@@ -29,7 +29,7 @@ def is_collected() -> bool:
 
 
 def count_submission(name: str, stream: str, delayed: bool) -> None:
-    """A task was submitted. Counted here, and not from what a process tells of itself, for whoever submits may be
+    """Count a submitted task. Counted here, and not from the reports of processes, for a submitter may be
     any program. Without OpenTelemetry's SDK nobody collects it, and nothing is done.
     """
     if is_collected():

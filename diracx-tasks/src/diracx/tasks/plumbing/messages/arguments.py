@@ -211,7 +211,7 @@ class Parameter:
 
 
 def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., Any], value: Any) -> Any:
-    """Validate what somebody typed, with the two validators of a pydantic type."""
+    """Validate typed input with the two validators of a pydantic type."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):  # a Python value, from code rather than from a command line
@@ -340,7 +340,7 @@ class TaskSignature:
             raise TypeError(f"missing argument{plural} {', '.join(map(repr, missing))}")
 
     def check(self, bound: dict[str, Any], rest: Any) -> Any:
-        """Return the task made of what somebody typed."""
+        """Return the task made from typed input."""
         if self.model:  # as a whole, so that its own validators see what was typed
             everything = {**bound, **rest[1]}
             return _validate_typed(self.cls.model_validate, self.cls.model_validate_json, everything)

@@ -10,7 +10,7 @@ value comes back as follows; Python code runs for these only.
 | subclass of a type above (named tuple, `OrderedDict`, str subclass, …) | the type it derives from |
 | Enum member | its value |
 | dataclass instance, pydantic model | dict of its fields |
-| pydantic secret | itself, so that whoever shows it knows; any other than str and bytes as `Secret` |
+| pydantic secret | itself, so that it is shown masked; any other than str and bytes as `Secret` |
 | Path, IP address or network, pydantic URL | str |
 
 Containers nest at most `MAX_DEPTH` deep, in both directions: what is sent can be read, and no message overflows

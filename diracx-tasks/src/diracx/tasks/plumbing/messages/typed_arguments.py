@@ -1,4 +1,4 @@
-"""Check the arguments of a task that somebody typed: JSON values, each converted by its annotation."""
+"""Check task arguments that a user typed: JSON values, each converted by its annotation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
-    """Make the task from arguments that somebody typed (JSON values), each converted by its annotation.
+    """Make the task from arguments that a user typed (JSON values), each converted by its annotation.
 
     Raises `TaskArgumentsError` with one line that names the class with its signature, the argument and what
     was given: missing, unknown or superfluous arguments, values of the wrong type, values that the class
@@ -35,7 +35,7 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def argument_problems(cls: type[Any], kwargs: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """All that is wrong with named arguments that somebody typed: which one (None: all together), and what.
+    """Return the errors in named arguments that a user typed: the name (None: all together) and the error.
 
     Finds what `check_arguments` refuses, and does not stop at the first.
     """

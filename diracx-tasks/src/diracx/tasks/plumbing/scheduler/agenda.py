@@ -48,12 +48,12 @@ class Agenda:
 
     # --- what cannot be submitted at the moment ----------------------------------------------------------
 
-    def put_aside(self, schedule: str, seconds: float) -> None:
+    def defer(self, schedule: str, seconds: float) -> None:
         """Leave it alone for a while."""
         self._aside[schedule] = (time.monotonic() + seconds, self._dues[schedule])
         self.forget(schedule)
 
-    def take_up(self) -> list[str]:
+    def requeue(self) -> list[str]:
         """Take up again what was put aside for long enough."""
         again = [schedule for schedule, (until, _) in self._aside.items() if until <= time.monotonic()]
         for schedule in again:
@@ -105,7 +105,7 @@ class Agenda:
     def take_due(self, now_ms: float, at_most: int, seconds: float) -> list[Occurrence]:
         """What is due now, in its order. What was not prepared is, for so long.
 
-        Each is to be answered with `note`, `forget`, `put_aside` or `pause`.
+        Each is to be answered with `note`, `forget`, `defer` or `pause`.
         """
         until = time.monotonic() + seconds
         taken: list[Occurrence] = []

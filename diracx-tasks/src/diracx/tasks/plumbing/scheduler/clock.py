@@ -18,7 +18,7 @@ class ServerClock:
 
     def __init__(self) -> None:
         self._ahead = 0.0
-        """Seconds since the epoch at the server, less our monotonic clock."""
+        """Offset of the server's Unix time to our monotonic clock (s)."""
         self._uncertain = float("inf")
 
     async def ask(self, redis: Redis) -> bool:
@@ -36,7 +36,7 @@ class ServerClock:
         return False
 
     def now_ms(self) -> float:
-        """Milliseconds since the epoch."""
+        """Unix time of the server (ms)."""
         return (time.monotonic() + self._ahead) * 1000
 
     def monotonic_at(self, moment_ms: float) -> float:

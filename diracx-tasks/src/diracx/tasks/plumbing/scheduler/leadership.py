@@ -65,8 +65,8 @@ class Leadership:
         return seconds if heard else min(seconds, _LOOK_SECONDS)
 
     async def release(self) -> None:
-        """Give up the lead, if it is ours, and say so to those who stand by."""
+        """Release the leadership, if it is ours, and notify the schedulers in standby."""
         try:
             await scheduling.release_lead(self._broker.redis, self.token, self._lease_ms)
         except RedisError as error:
-            logger.warning("could not hand over the lead: %s; the lease will end by itself", error)
+            logger.warning("could not release the leadership: %s; the lease will end by itself", error)

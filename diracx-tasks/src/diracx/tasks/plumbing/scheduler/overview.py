@@ -1,4 +1,4 @@
-"""What there is to know about schedules: one look at Redis, code and configuration, for whoever shows it."""
+"""Read model of schedules: their state from Redis, code and configuration."""
 
 from __future__ import annotations
 

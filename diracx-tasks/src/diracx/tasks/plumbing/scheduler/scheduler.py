@@ -107,7 +107,7 @@ class TaskScheduler:
         self._clock = ServerClock()
         self._scheduled: dict[str, ScheduledTask] = {}
         self._problems: dict[str, str] = {}
-        self._told: dict[str, str] | None = None
+        self._reported: dict[str, str] | None = None
         self._set_up_agenda()
         self.leads = asyncio.Event()
         """Set while this scheduler leads."""
@@ -244,12 +244,12 @@ class TaskScheduler:
     # --- the plan ---------------------------------------------------------------------------------------
 
     async def _renew(self) -> bool:
-        """Renew the lease, and take up what could not be submitted and now may. False: somebody else leads."""
+        """Renew the lease, and requeue what could not be submitted. False: another scheduler leads."""
         if not await self._leadership.renew():
             return False
         self._promote_at = 0.0
         await self._ask_clock()
-        self._agenda.take_up()
+        self._agenda.requeue()
         if self._agenda.has_paused:
             self._agenda.go_on(await scheduling.paused_schedules(self._broker.redis))
         return True
@@ -259,11 +259,11 @@ class TaskScheduler:
         self._agenda = Agenda(self._make, self._failed)
 
     async def _plan(self) -> bool:
-        """Bring the schedules in Redis up to date with code, configuration and VOs. False: somebody else leads."""
+        """Write the schedules of code, configuration and VOs to Redis. False: another scheduler leads."""
         redis = self._broker.redis
         self._outdated = False
         self._plan_again_at = float("inf")
-        self._problems, self._told = {}, None
+        self._problems, self._reported = {}, None
         self._set_up_agenda()
         instances = {}
         for number, found in enumerate(iter_schedules(self._registry, self._config, self._vos)):
@@ -296,7 +296,7 @@ class TaskScheduler:
                 return False
             await self._promote_due()
         steps = [*changed, *await self._no_more_scheduled(instances)]
-        # In parts: should we end between them, whoever leads next plans anew.
+        # In parts: should we end between them, the next leader plans anew.
         for first in range(0, max(1, len(steps)), PLAN_BATCH):
             if self._leadership.renewal_due and not await self._leadership.renew():
                 return False
@@ -399,7 +399,7 @@ class TaskScheduler:
         return True
 
     async def _submit_due(self) -> bool:
-        """Submit what is due; while the server is at one batch, the next is made. False: somebody else leads."""
+        """Submit what is due in batches; each is made during the one before. False: another scheduler leads."""
         sent: _Sent | None = None
         try:
             while (batch := self._take_batch()) or sent is not None:
@@ -444,8 +444,8 @@ class TaskScheduler:
         elif reply == _PAUSED:
             return self._agenda.pause(schedule)
         elif reply == _REFUSED:
-            return self._put_aside(schedule, f"the server does not let it into {occurrence['stream']}")
-        elif reply == _NOT_DUE:  # somebody else has changed it
+            return self._defer(schedule, f"the server does not let it into {occurrence['stream']}")
+        elif reply == _NOT_DUE:  # another process has changed it
             following = await scheduling.next_run(self._broker.redis, schedule)
         else:
             self._problems.pop(schedule, None)
@@ -471,21 +471,21 @@ class TaskScheduler:
     def _failed(self, schedule: str, error: Exception) -> None:
         self._note(schedule, None)
         self._report(schedule, error)
-        self._agenda.put_aside(schedule, _RETRY_SECONDS)
+        self._agenda.defer(schedule, _RETRY_SECONDS)
 
     def _report(self, schedule: str, error: Exception) -> None:
         logger.error("%s cannot be submitted; trying again in %g s", schedule, _RETRY_SECONDS, exc_info=error)
         self._problems[schedule] = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
 
-    def _put_aside(self, schedule: str, problem: str) -> None:
+    def _defer(self, schedule: str, problem: str) -> None:
         self._note(schedule, None)
         logger.error("%s cannot be submitted: %s; trying again in %g s", schedule, problem, _RETRY_SECONDS)
         self._problems[schedule] = problem
-        self._agenda.put_aside(schedule, _RETRY_SECONDS)
+        self._agenda.defer(schedule, _RETRY_SECONDS)
 
     async def _tell_problems(self) -> None:
         """Let everybody see what cannot be submitted."""
-        if self._problems == self._told:
+        if self._problems == self._reported:
             return
         await scheduling.publish_problems(self._broker.redis, self._problems)
-        self._told = dict(self._problems)
+        self._reported = dict(self._problems)

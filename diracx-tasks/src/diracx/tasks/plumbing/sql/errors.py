@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "DatabaseError",
-    "Trouble",
+    "ErrorKind",
     "classify",
     "connecting",
     "describe",
@@ -37,8 +37,8 @@ from sqlalchemy.exc import (
 from .._util.passwords import mask
 
 
-class Trouble(StrEnum):
-    """What mends an error of a database."""
+class ErrorKind(StrEnum):
+    """Kind of an error of a database, by its remedy."""
 
     CONFLICT = "conflict"
     """Running the whole transaction again: deadlock, lock wait, serialisation failure, busy SQLite file."""
@@ -59,12 +59,12 @@ class DatabaseError(SQLDBUnavailableError):
 
     Args:
         message: without secrets.
-        trouble: what mends it.
+        kind: by its remedy.
     """
 
-    def __init__(self, message: str, trouble: Trouble) -> None:
+    def __init__(self, message: str, kind: ErrorKind) -> None:
         super().__init__(message)
-        self.trouble = trouble
+        self.kind = kind
 
     @property
     def detail(self) -> str:
@@ -79,31 +79,31 @@ class DatabaseError(SQLDBUnavailableError):
 _MYSQL = {
     # 1305: the savepoint went with the transaction that a deadlock has ended. 1020, 3101: snapshot isolation
     # of MariaDB, group replication.
-    Trouble.CONFLICT: {1020, 1205, 1213, 1305, 1412, 3101},
-    Trouble.SETUP: {1044, 1045, 1049, 1142, 1143, 1227, 1251, 1524, 1698, 2059},
-    Trouble.NOT_READY: {1054, 1146},
-    Trouble.REFUSED: {1048, 1062, 1064, 1071, 1118, 1153, 1162, 1300, 1301, 1366, 1406, 1451, 1452, 4025},
+    ErrorKind.CONFLICT: {1020, 1205, 1213, 1305, 1412, 3101},
+    ErrorKind.SETUP: {1044, 1045, 1049, 1142, 1143, 1227, 1251, 1524, 1698, 2059},
+    ErrorKind.NOT_READY: {1054, 1146},
+    ErrorKind.REFUSED: {1048, 1062, 1064, 1071, 1118, 1153, 1162, 1300, 1301, 1366, 1406, 1451, 1452, 4025},
 }
 _POSTGRESQL = {
-    Trouble.CONFLICT: ("40", "55P03"),
-    Trouble.NOT_READY: ("42P01", "42703"),
-    Trouble.SETUP: ("28", "3D", "3F", "42501"),
-    Trouble.AWAY: ("08", "25006", "53", "57", "58"),
-    Trouble.REFUSED: ("0A", "21", "22", "23", "42", "54"),
+    ErrorKind.CONFLICT: ("40", "55P03"),
+    ErrorKind.NOT_READY: ("42P01", "42703"),
+    ErrorKind.SETUP: ("28", "3D", "3F", "42501"),
+    ErrorKind.AWAY: ("08", "25006", "53", "57", "58"),
+    ErrorKind.REFUSED: ("0A", "21", "22", "23", "42", "54"),
 }
 _SQLITE = {
-    Trouble.CONFLICT: {5, 6},  # BUSY, LOCKED
-    Trouble.SETUP: {3, 8, 11, 14, 23, 26},  # PERM, READONLY, CORRUPT, CANTOPEN, AUTH, NOTADB
-    Trouble.AWAY: {7, 9, 10, 13},  # NOMEM, INTERRUPT, IOERR, FULL
-    Trouble.REFUSED: {18, 19, 20, 25},  # TOOBIG, CONSTRAINT, MISMATCH, RANGE
+    ErrorKind.CONFLICT: {5, 6},  # BUSY, LOCKED
+    ErrorKind.SETUP: {3, 8, 11, 14, 23, 26},  # PERM, READONLY, CORRUPT, CANTOPEN, AUTH, NOTADB
+    ErrorKind.AWAY: {7, 9, 10, 13},  # NOMEM, INTERRUPT, IOERR, FULL
+    ErrorKind.REFUSED: {18, 19, 20, 25},  # TOOBIG, CONSTRAINT, MISMATCH, RANGE
 }
 _SQLITE_LACKS = ("no such table", "no such column", "has no column named")
 
 _SAYS = {
-    Trouble.CONFLICT: "the database {0} is busy: others stood in the way of this transaction each time; repeat it",
-    Trouble.AWAY: "cannot reach the database {0}: check that it runs, and {1}",
-    Trouble.SETUP: "the database {0} cannot be used: check user, password, name and rights in {1}",
-    Trouble.NOT_READY: "the database {0} lacks a table or a column: create or upgrade its tables, or correct {1}",
+    ErrorKind.CONFLICT: "the database {0} is busy: other transactions were in the way each time; repeat it",
+    ErrorKind.AWAY: "cannot reach the database {0}: check that it runs, and {1}",
+    ErrorKind.SETUP: "the database {0} cannot be used: check user, password, name and rights in {1}",
+    ErrorKind.NOT_READY: "the database {0} lacks a table or a column: create or upgrade them, or correct {1}",
 }
 _SAYS_OF_CODE: dict[int | str | None, str] = {
     **dict.fromkeys((1049, "3D000"), "the database {0} does not exist on its server: create it, or correct {1}"),
@@ -120,18 +120,18 @@ _SAYS_OF_CODE: dict[int | str | None, str] = {
 _UNUSABLE_URL = (ArgumentError, InvalidRequestError, ModuleNotFoundError)
 
 
-def classify(error: BaseException) -> Trouble | None:
-    """What mends the error; None: it does not come from a database."""
+def classify(error: BaseException) -> ErrorKind | None:
+    """Return the kind of an error; None: it does not come from a database."""
     if isinstance(error, DatabaseError):
-        return error.trouble
+        return error.kind
     if isinstance(error, DBUnavailableError):
-        return Trouble.AWAY if error.__cause__ is None else classify(error.__cause__) or Trouble.AWAY
+        return ErrorKind.AWAY if error.__cause__ is None else classify(error.__cause__) or ErrorKind.AWAY
     if isinstance(error, OSError | EOFError):
-        return Trouble.AWAY
+        return ErrorKind.AWAY
     code = _code(error)
     if isinstance(code, str):
         kinds = (kind for kind, prefixes in _POSTGRESQL.items() if code.startswith(prefixes))
-        return next(kinds, Trouble.AWAY)
+        return next(kinds, ErrorKind.AWAY)
     if code is not None and (found := _by_number(_original(error), code)) is not None:
         return found
     return _by_class(error)
@@ -145,26 +145,26 @@ def is_cut_off(error: BaseException) -> bool:
     return lost or _code(error) in (2006, 2013)
 
 
-def _by_number(original: BaseException, code: int) -> Trouble | None:
+def _by_number(original: BaseException, code: int) -> ErrorKind | None:
     if not hasattr(original, "sqlite_errorcode"):
         return next((kind for kind, codes in _MYSQL.items() if code in codes), None)
     if str(original).startswith("no such table") or any(words in str(original) for words in _SQLITE_LACKS):
-        return Trouble.NOT_READY
-    return next((kind for kind, codes in _SQLITE.items() if code in codes), Trouble.REFUSED)
+        return ErrorKind.NOT_READY
+    return next((kind for kind, codes in _SQLITE.items() if code in codes), ErrorKind.REFUSED)
 
 
-def _by_class(error: BaseException) -> Trouble | None:
+def _by_class(error: BaseException) -> ErrorKind | None:
     if isinstance(error, _UNUSABLE_URL):
-        return Trouble.SETUP
+        return ErrorKind.SETUP
     if not isinstance(error, SQLAlchemyError):
         # asyncpg's errors before there is a connection.
-        return Trouble.AWAY if type(error).__module__.startswith("asyncpg.") else None
+        return ErrorKind.AWAY if type(error).__module__.startswith("asyncpg.") else None
     if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return Trouble.AWAY
+        return ErrorKind.AWAY
     if isinstance(error, DataError | IntegrityError | NotSupportedError | ProgrammingError):
-        return Trouble.REFUSED
+        return ErrorKind.REFUSED
     # asyncpg could not encode a value.
-    return Trouble.REFUSED if isinstance(_original(error).__cause__, ValueError) else Trouble.AWAY
+    return ErrorKind.REFUSED if isinstance(_original(error).__cause__, ValueError) else ErrorKind.AWAY
 
 
 def _original(error: BaseException) -> Any:
@@ -189,23 +189,23 @@ def describe(database: str, error: BaseException) -> DatabaseError | None:
 
     None: it says nothing about the database, but about what was asked of it.
     """
-    trouble = classify(error)
-    if trouble is None or trouble is Trouble.REFUSED:
+    kind = classify(error)
+    if kind is None or kind is ErrorKind.REFUSED:
         return None
     if isinstance(error, DatabaseError):
         return error
-    says = _SAYS[trouble]
-    if trouble is Trouble.SETUP:
+    says = _SAYS[kind]
+    if kind is ErrorKind.SETUP:
         says = _SAYS_OF_CODE.get(_code(error), says)
     if isinstance(error, _UNUSABLE_URL):
         return unusable_url(database)
-    return DatabaseError(says.format(database, _variable(database)), trouble)
+    return DatabaseError(says.format(database, _variable(database)), kind)
 
 
 def unusable_url(database: str) -> DatabaseError:
     """The error for a URL of which the driver can make no connection."""
     return DatabaseError(
-        f"the database {database} has no usable URL: correct {_variable(database)}", Trouble.SETUP
+        f"the database {database} has no usable URL: correct {_variable(database)}", ErrorKind.SETUP
     )
 
 

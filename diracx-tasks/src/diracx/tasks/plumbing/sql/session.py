@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from .._util import telemetry
 from .._util.retrying import Backoff
 from .databases import report_lost_connections
-from .errors import DatabaseError, Trouble, connecting, describe, unusable_url
+from .errors import DatabaseError, ErrorKind, connecting, describe, unusable_url
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -111,7 +111,7 @@ class Database(BaseSQLDB):
                 async with self:
                     return await work()
             except DatabaseError as error:
-                if error.trouble is not Trouble.CONFLICT:
+                if error.kind is not ErrorKind.CONFLICT:
                     raise
                 telemetry.count_conflict(self.name)
                 if attempt == _ATTEMPTS or time.monotonic() - began > _LONGEST_SECONDS:
@@ -165,7 +165,7 @@ class Database(BaseSQLDB):
 
     async def _explained(self, error: BaseException) -> DatabaseError | None:
         told = describe(self.name, error)
-        if told is error or told is None or told.trouble is not Trouble.NOT_READY:
+        if told is error or told is None or told.kind is not ErrorKind.NOT_READY:
             return None if told is error else told
         with contextlib.suppress(Exception):
             async with self.engine.connect() as connection:
@@ -194,7 +194,7 @@ def not_ready(connection: Connection, database: type[BaseSQLDB], name: str) -> D
     else:
         return None
     variable = f"DIRACX_DB_URL_{name.upper()}"
-    return DatabaseError(f"the database {name} is {state} with the same {variable}", Trouble.NOT_READY)
+    return DatabaseError(f"the database {name} is {state} with the same {variable}", ErrorKind.NOT_READY)
 
 
 def _missing_columns(table: Table, there: Iterable[Mapping[str, Any]]) -> list[Any]:

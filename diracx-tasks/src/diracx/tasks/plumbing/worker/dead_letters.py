@@ -340,9 +340,9 @@ class DeadLetterStore:
 
         Servers close the connection on what is larger than a packet: then it counts if they answer others.
         """
-        from ..sql.errors import Trouble, classify, is_cut_off
+        from ..sql.errors import ErrorKind, classify, is_cut_off
 
-        if classify(error) in (Trouble.REFUSED, None):
+        if classify(error) in (ErrorKind.REFUSED, None):
             return True
         if is_cut_off(error):
             with suppress(Exception):
