@@ -104,6 +104,6 @@ def _comparable(key: str, value: Any, now_ms: int) -> Any:
     if key != keys.ALIVE:
         return pairs
     return [
-        (worker, "lives" if int(ends) > now_ms else "dead" if int(ends) >= 0 else "buried")
+        (worker, "lives" if int(ends) > now_ms else "dead" if int(ends) >= 0 else "reclaimed")
         for worker, ends in pairs
     ]
