@@ -103,7 +103,7 @@ WORDS = (
     Word(r"\breasons\(", "explain", 0),
     Word(r"\blay(_periodic)?\b(?! down)", "merge, merge_schedule", 4),
     Word(r"\bwhose\(", "owner", 0),
-    Word(r"\b(fitting|storable)\b", "truncate, sanitize", 5),
+    Word(r"\b(fitting|storable)\b", "truncate, sanitize", 3),
     Word(r"\b(Finding|Offer|Deeds|Claim|Shared)\b(?!RW)", "Alert, LoginOptions, AuditedActions, demand, cache", 9),
     Word(r"\bon_to\b", "redirect", 0),
     Word(r"\bSums\b", "TaskCounters", 25),
@@ -125,6 +125,10 @@ WORDS = (
         0,
     ),
 )
+
+#: Docstrings that begin with a question or a person. A first line says what the thing is or does.
+OPENINGS = re.compile(r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody)\b')
+OPENINGS_BOUND = 407
 
 
 def texts() -> dict[str, str]:
@@ -153,6 +157,19 @@ def main() -> int:
             print("   ", " ".join(places[:200]))
         elif "--lower" in sys.argv and len(places) < word.bound:
             print(f"{word.pattern}: the bound can be {len(places)} (now {word.bound})")
+    riddles = [
+        f"{path}:{number}"
+        for path, text in found.items()
+        if path.endswith(".py")
+        for number, line in enumerate(text.splitlines(), 1)
+        if OPENINGS.search(line)
+    ]
+    if len(riddles) > OPENINGS_BOUND:
+        exceeded = True
+        print(f"riddles as docstrings: {len(riddles)}, {OPENINGS_BOUND} allowed; say what it is or does")
+        print("   ", " ".join(riddles))
+    elif "--lower" in sys.argv and len(riddles) < OPENINGS_BOUND:
+        print(f"OPENINGS_BOUND can be {len(riddles)} (now {OPENINGS_BOUND})")
     print(f"words to be replaced: {total} in {len(found)} files")
     return int(exceeded)
 

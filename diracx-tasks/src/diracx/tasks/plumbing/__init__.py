@@ -1,4 +1,4 @@
-"""Everything an author of tasks imports. Names are loaded at their first use: this import is fast."""
+"""Public names for authors of tasks, loaded at their first use."""
 
 from __future__ import annotations
 

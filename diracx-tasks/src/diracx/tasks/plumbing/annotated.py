@@ -1,4 +1,4 @@
-"""The annotations that carry their dependency with them. `depends` and `child_results` import them when asked:
+"""Annotations that carry their dependency. `depends` and `child_results` import them when asked:
 FastAPI and the schema of the DiracX configuration take a quarter of a second.
 """
 

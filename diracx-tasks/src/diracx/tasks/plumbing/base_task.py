@@ -63,7 +63,7 @@ class BaseTask:
 
     @property
     def execution_locks(self) -> list[BaseLock]:
-        """All are taken before `execute`, or none; and given back after its transaction has ended.
+        """Return the locks of one execution: all or none are taken, and released after its transaction.
 
         By default a rate and a concurrency limiter without limits, which configuration can set.
         """
@@ -75,7 +75,7 @@ class BaseTask:
         raise NotImplementedError(f"{type(self).__name__} does not define execute()")
 
     def serialize(self) -> tuple[Any, ...]:
-        """The arguments, in the order of the fields: the class is rebuilt from them."""
+        """Return the arguments in the order of the fields; the class is rebuilt from them."""
         return serialize(self)
 
     async def schedule(self, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None) -> str:
@@ -109,7 +109,7 @@ async def schedule_many(
 
 
 class PeriodicBaseTask(BaseTask):
-    """A task that the scheduler submits by itself. It takes no arguments of its own.
+    """A task that the scheduler submits by its schedule. It takes no arguments of its own.
 
     Its default lock is a mutex: never two executions at a time.
     """

@@ -1,4 +1,4 @@
-"""Callback groups: when all children have ended, one more task starts.
+"""Callback groups: a callback task is submitted when all children have ended.
 
 The group is a set of child ids, so a child that is delivered twice is subtracted once, and the callback is
 submitted by the same script that settles the last child: exactly once, whatever dies in between. A child ends
@@ -77,7 +77,7 @@ async def spawn_with_callback(
 
 
 def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
-    """A task that is submitted later, by a script: its message, where it goes, and what it asks for."""
+    """Task that a script submits later: its message, stream and options."""
     asks = asks_for_results(type(task))
     labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
     submission = submitter.submission(task, labels=labels)
@@ -91,7 +91,7 @@ def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, tota
 
 
 async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker | None = None) -> bool:
-    """Submit a group's callback now, without waiting for its children. Only the first call does anything.
+    """Submit a group's callback now, without waiting for its children. Only the first call has an effect.
 
     When a child has failed it is `on_failure` that is submitted, if there is one.
     """

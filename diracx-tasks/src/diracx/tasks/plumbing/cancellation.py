@@ -1,4 +1,4 @@
-"""Cancelling a task by its id, whether it is queued, delayed, waiting for a lock, or running.
+"""Cancel tasks by id: queued, delayed, waiting for a lock, or running.
 
 What has not begun is gone at once. What runs is cancelled by its worker within about a second: its execution
 gets a `CancelledError` at its next `await`, its transaction is rolled back. Either way it is not retried and no

@@ -1,4 +1,4 @@
-"""What the children of a group returned, for the callback that asks for it."""
+"""Results of the children of a group, injected into its callback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["asks_for_results", "child_results"]
 
 
 async def child_results() -> dict[str, TaskResult[Any]]:
-    """The results of the children of the group whose callback is being executed.
+    """Return the results of the children of the group whose callback is executed.
 
     Raises:
         RuntimeError: when what is being executed is not the callback of a group.
@@ -30,7 +30,7 @@ async def child_results() -> dict[str, TaskResult[Any]]:
 
 
 def asks_for_results(task_class: type[BaseTask]) -> bool:
-    """Whether `execute` (or something it depends on) takes `ChildResults`."""
+    """Return whether `execute` (or a dependency of it) takes `ChildResults`."""
     from .injection.placeholders import calls_below
     from .injection.plan import compile_plan
 

@@ -1,4 +1,4 @@
-"""Dependency injection for FastAPI routes and tasks: what authors annotate parameters with.
+"""Annotations for dependency injection in FastAPI routes and tasks.
 
 How the types of parameters are understood is written in `injection.signatures`.
 """

@@ -1,4 +1,4 @@
-"""The two words by which a task finds its queue: how urgent it is and how big a worker it needs."""
+"""Priority and size of tasks, which determine their queue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Priority(StrEnum):
-    """How urgent a task is. A worker drains a higher priority before it looks at a lower one."""
+    """Priority of a task. A worker drains a higher priority before it looks at a lower one."""
 
     REALTIME = "realtime"
     NORMAL = "normal"
@@ -14,7 +14,7 @@ class Priority(StrEnum):
 
 
 class Size(StrEnum):
-    """How big a worker a task needs. A worker has one size and takes only tasks of that size."""
+    """Size of the worker that a task needs. A worker has one size and takes only tasks of that size."""
 
     SMALL = "small"
     MEDIUM = "medium"

@@ -1,4 +1,4 @@
-"""What can go wrong with a task, by name. Every message says what, which value, and the way out."""
+"""Exceptions of tasks. Every message names the thing, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TimeLimitExceededError(Exception):
 
 
 class TaskCancelledError(Exception):
-    """Somebody cancelled the task. It is not retried, it is no dead letter, and for its group it has failed.
+    """The task was cancelled by a user. It is not retried, it is no dead letter, and for its group it has failed.
 
     Its execution is cancelled as any asyncio task is, by a `CancelledError` at its next `await`.
     """
@@ -66,7 +66,7 @@ class TaskTooLargeError(SendTaskError):
 
 
 class ResultTooLargeError(Exception):
-    """What a task returned is too large to be kept: its result says so. The task itself has succeeded."""
+    """The return value of a task is too large to be kept: its result says so. The task itself has succeeded."""
 
 
 class ResultIsMissingError(Exception):

@@ -1,4 +1,4 @@
-"""The kinds of object a lock may be taken on. Extensions add theirs at import time.
+"""Registry of the kinds of lockable objects. Extensions add theirs at import time.
 
 A kind must be registered before it is used, so that a typing error in a lock key is refused at once
 and does not silently create a second, useless lock. An extension names a module in the entry-point
@@ -45,7 +45,7 @@ def register_locked_object_type(name: str) -> LockedObjectType:
 
 
 def locked_object_types() -> frozenset[str]:
-    """All kinds that are registered by now."""
+    """Return all registered kinds."""
     return frozenset(_registered)
 
 

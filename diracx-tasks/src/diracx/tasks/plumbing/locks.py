@@ -58,15 +58,15 @@ class BaseLock(ABC):
         return True
 
     def spec(self) -> LockSpec:
-        """This lock as the scripts understand it."""
+        """Return this lock as the scripts take it."""
         return {"kind": self._kind, "key": self.redis_key, "owner": self._owner_id, **self._numbers()}
 
     @abstractmethod
     def _numbers(self) -> dict[str, int]:
-        """The numbers that the scripts need for this kind of lock."""
+        """Return the numbers that the scripts need for this kind of lock."""
 
     async def acquire(self, redis: Redis) -> bool:
-        """Take the lock if it can be had now. True when it was granted."""
+        """Take the lock if it is free now. True when it was granted."""
         from .broker import locking
 
         if not self.enabled:
@@ -77,7 +77,7 @@ class BaseLock(ABC):
         return token is not None
 
     async def release(self, redis: Redis) -> None:
-        """Give the lock back. Nothing happens when it is not held by this instance."""
+        """Release the lock. No effect when it is not held by this instance."""
         from .broker import locking
 
         if self.enabled:
@@ -145,7 +145,7 @@ class BaseLimiter(BaseLock):
 
 
 class RateLimiter(BaseLimiter):
-    """At most `limit` units in any window of `window_seconds`, wherever on the time line it is put.
+    """Limiter: at most `limit` units in any window of `window_seconds`.
 
     Both ends belong to a window: a unit granted exactly `window_seconds` ago still counts.
     `release()` gives no quota back.
@@ -188,7 +188,7 @@ class RateLimiter(BaseLimiter):
         }
 
     async def release(self, redis: Redis) -> None:
-        """Nothing: spent quota is not given back."""
+        """No effect: spent quota is not returned."""
 
     async def extend(self, redis: Redis) -> bool:
         """Always False: there is nothing to extend."""
@@ -227,7 +227,7 @@ class ConcurrencyLimiter(BaseLimiter):
 
 
 def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
-    """The enabled ones of a task's locks as the scripts understand them, each key once.
+    """Return the enabled locks of a task as the scripts take them, each key once.
 
     Of two locks of one kind on one key, the longer time to live and the lower limit count, and the units of
     both are spent. A writer's lock is a reader's as well.
@@ -263,7 +263,7 @@ def _checked_spec(lock: BaseLock) -> LockSpec:
 
 
 def _merged(one: LockSpec, other: LockSpec) -> LockSpec:
-    """What two locks of one task on one key are together."""
+    """Merge two locks of one task on one key."""
     key, kinds = one["key"], {one["kind"], other["kind"]}
     if kinds == {"shared", "exclusive"}:
         return one if one["kind"] == "exclusive" else other

@@ -23,7 +23,7 @@ _BASES = {BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask}
 
 
 class TaskRegistry(dict[str, type[BaseTask]]):
-    """Registry name (`category:ClassName`) -> task class, and back.
+    """Mapping of registry names (`category:ClassName`) to task classes, and back.
 
     Several classes may go by one name: an extension that overrides a task of DiracX takes its place for
     everybody, also for code that schedules the original class.
@@ -37,7 +37,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
 
     @classmethod
     def of(cls, classes: Mapping[str, type[BaseTask]]) -> TaskRegistry:
-        """The mapping as a registry, itself when it is one."""
+        """Return the mapping as a registry, itself when it is one."""
         return classes if isinstance(classes, TaskRegistry) else cls(classes)
 
     def add(self, name: str, task_class: type[BaseTask]) -> None:
@@ -54,7 +54,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         self._names.setdefault(task_class, name)
 
     def name_of(self, task_class: type[BaseTask]) -> str:
-        """The name a class is submitted under.
+        """Return the name that a class is submitted under.
 
         Raises:
             SendTaskError: when it is not registered; the message says how to register it.
@@ -68,7 +68,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
             ) from None
 
     def ambiguous_names(self) -> list[str]:
-        """One line for each class name that two categories share: their default locks have the same key."""
+        """Name each class name that two categories share: their default locks have the same key."""
         by_class_name = defaultdict(list)
         for name, task_class in self.items():
             by_class_name[name.partition(":")[2]].append(f"{name} ({task_class.__module__})")
@@ -80,7 +80,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         ]
 
     def merged_with(self, other: Mapping[str, type[BaseTask]]) -> Self:
-        """A registry of both, this one's classes first."""
+        """Return a registry of both, this one's classes first."""
         merged = type(self)(self)
         merged._names |= self._names
         for name, task_class in other.items():
@@ -89,7 +89,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
 
 
 def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
-    """All installed tasks, from the entry points of the groups `diracx.tasks.{category}`.
+    """Load all installed tasks, from the entry points of the groups `diracx.tasks.{category}`.
 
     Args:
         groups: entry-point groups to look at; by default every one with that prefix.
@@ -122,7 +122,7 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
 
 
 def unselected_tasks() -> list[str]:
-    """One line for each installed distribution whose tasks are left out, because it is no extension of DiracX."""
+    """Name each installed distribution whose tasks are left out, because it is no extension of DiracX."""
     from importlib.metadata import entry_points
 
     from diracx.core.extensions import select_from_extension
@@ -145,7 +145,7 @@ def unselected_tasks() -> list[str]:
 
 
 def tasks_of_module(module: ModuleType) -> TaskRegistry:
-    """The tasks defined in a plain module, under the category of its last name."""
+    """Return the tasks defined in a plain module, under the category of its last name."""
     category = module.__name__.rpartition(".")[2]
     return TaskRegistry(
         {

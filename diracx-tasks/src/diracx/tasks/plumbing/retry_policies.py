@@ -1,4 +1,4 @@
-"""Whether a failed task runs again, and when.
+"""Retry policies: whether a failed task runs again, and when.
 
 A policy sees the exception that was raised. What it does not decide: `StopRetryingError` ends the retries
 and `TaskRetryRequestedError` asks for one before any policy is consulted; that is the worker's part.

@@ -1,4 +1,4 @@
-"""When a periodic task is due: every so many seconds, by cron expression, or by recurrence rule.
+"""Schedules of periodic tasks: intervals, cron expressions and recurrence rules.
 
 A schedule is a pure function from a moment to the next occurrence after it. It keeps no state, so the
 scheduler may ask it again after a restart, or ask for the occurrence that follows a missed one, and always
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TaskScheduleBase(ABC):
-    """What the scheduler asks of every schedule.
+    """Base class of schedules.
 
     Subclasses must define `next_occurrence`. One that also defines `next_after` keeps its phase when the
     scheduler is late; without it the scheduler falls back to `next_occurrence`.
@@ -43,7 +43,7 @@ class TaskScheduleBase(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """A string that is the same in every process and changes when the schedule does.
+        """Return a string that is the same in every process and changes when the schedule does.
 
         The scheduler stores it beside the next run: a changed fingerprint means that the stored run belongs
         to a schedule that is no longer in force.
@@ -66,7 +66,7 @@ _LONGEST_SECONDS = 36_525 * 86_400
 
 
 class IntervalSeconds(TaskScheduleBase):
-    """Every `seconds` seconds (fractions allowed), counted from the occurrence before."""
+    """Interval of `seconds` seconds (fractions allowed), counted from the occurrence before."""
 
     def __init__(self, seconds: float) -> None:
         """Raise `ValueError` unless `seconds` is a number above zero and at most a century."""
@@ -170,7 +170,7 @@ class CronSchedule(TaskScheduleBase):
 
 
 def _hours_of_rhythm(fields: list[str], hours: list[Any]) -> Collection[int]:
-    """The hours in which an expression goes on when the clocks are set back; none when it names its hours."""
+    """Return the hours in which it continues when the clocks are set back; none when it names its hours."""
     minute_field, hour_field = fields[:2]
     if not (minute_field.startswith("*") or {"*", "-", "/"} & set(hour_field)):
         return ()
@@ -230,7 +230,7 @@ class RRuleSchedule(TaskScheduleBase):
 
     @property
     def counts_from_nowhere(self) -> bool:
-        """Whether the rule has a COUNT and no DTSTART to count from."""
+        """Return whether the rule has a COUNT and no DTSTART to count from."""
         return "COUNT" in self._parameters and not _DTSTART.search(self.rule)
 
     def _parse(self, start: datetime) -> rrule | rruleset:
@@ -265,7 +265,7 @@ class RRuleSchedule(TaskScheduleBase):
         return None if found is None else found.astimezone(UTC)
 
     def _after(self, moment: datetime, start: datetime) -> datetime | None:
-        """The first occurrence after a moment, both at the UTC offset of the start."""
+        """Return the first occurrence after a moment, both at the UTC offset of the start."""
         return self._parse(self._start_near(moment, start)).after(moment)
 
     def _start_near(self, moment: datetime, start: datetime) -> datetime:
@@ -282,7 +282,7 @@ class RRuleSchedule(TaskScheduleBase):
 
     @property
     def _rhythm_hours(self) -> Collection[int]:
-        """The hours in which the rule goes on when the clocks are set back; none when it names its times."""
+        """Return the hours in which it continues when the clocks are set back; none when it names its times."""
         if self._parameters.get("FREQ") not in _TIMES_OF_DAY.values():
             return ()
         hours = self._parameters.get("BYHOUR")

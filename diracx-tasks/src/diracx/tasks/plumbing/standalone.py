@@ -1,4 +1,4 @@
-"""Executes a task under its locks without a worker, and holds locks in any code."""
+"""Execute a task under its locks without a worker, and hold locks in any code."""
 
 from __future__ import annotations
 

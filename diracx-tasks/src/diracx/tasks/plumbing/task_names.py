@@ -1,4 +1,4 @@
-"""Resolves the name of a task as people write it: the full registry name, or the class name alone."""
+"""Resolve task names: the full registry name, or the class name alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class AmbiguousTaskNameError(ValueError):
 
 
 def resolve_task_name(name: str, known: Iterable[str]) -> str | None:
-    """The registry name (`category:ClassName`) that a full name or a class name alone stands for.
+    """Return the registry name (`category:ClassName`) of a full name or a class name alone.
 
     Ids of schedules, which begin with such a name, are resolved likewise.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None:
-    """The VO that a message is for, as far as it can be told without making the task.
+    """Return the VO of a message, as far as it is known without making the task.
 
     Args:
         task_class: None where it is not installed: then only the label can be read.
@@ -24,12 +24,12 @@ def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None
 
 
 def vo_of_task(task: BaseTask, message: TaskMessage) -> str | None:
-    """The VO of a task that has been made of a message."""
+    """Return the VO of a task that was made from a message."""
     return _text(own_vo(task)) or _text(message.labels.get(LABEL_VO))
 
 
 def own_vo(task: BaseTask) -> str | None:
-    """The VO that a task says it is for. Never raises."""
+    """Return the VO that a task declares. Never raises."""
     try:
         vo = getattr(task, "vo", None)
         return str.__str__(vo) if isinstance(vo, str) else None

@@ -1,4 +1,4 @@
-"""Histograms of times: four buckets to each doubling, so that none is told more than 19 % too long."""
+"""Histograms of durations: four buckets to each doubling, so that none is reported more than 19 % too long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OFFSET = -_PER_DOUBLING * log2(_FIRST_SECONDS)
 
 
 def bucket_of(seconds: float) -> int:
-    """The bucket that a time belongs to; the first one ends with 1 ms."""
+    """Return the bucket of a duration; the first one ends with 1 ms."""
     if seconds <= _FIRST_SECONDS:
         return 0
     bucket = ceil(_PER_DOUBLING * log2(seconds) + _OFFSET)
@@ -20,5 +20,5 @@ def bucket_of(seconds: float) -> int:
 
 
 def end_of_bucket(bucket: int) -> float:
-    """The longest time (s) that belongs to a bucket."""
+    """Return the longest duration (s) of a bucket."""
     return float(_FIRST_SECONDS * 2 ** (bucket / _PER_DOUBLING))

@@ -1,4 +1,4 @@
-"""Names that a module imports at their first use, so that importing the module itself is quick.
+"""Lazy imports: names that a module imports at their first use.
 
 For modules with tasks this is worth a second and 50 MB: a worker imports them all, whatever it will execute. What
 only a signature names (databases, settings, `Config`) is needed when the signature is looked at:
@@ -24,7 +24,7 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(module_name: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """A `__getattr__` for the module that imports these names, each when it is first asked for.
+    """Make a `__getattr__` for a module that imports these names, each at its first use.
 
     Args:
         module_name: the module's `__name__`.
@@ -44,7 +44,7 @@ def lazy_names(module_name: str, names: Mapping[str, Sequence[str]]) -> Callable
 
 
 class LazyScope(dict[str, Any]):
-    """The names of a module, made from its globals, and those it imports lazily: to evaluate annotations in."""
+    """Scope to evaluate annotations in: the globals of a module, and the names that it imports lazily."""
 
     def __missing__(self, name: str) -> Any:
         lazily = self.get("__getattr__")

@@ -56,7 +56,7 @@ def next_in_zone(
 
 
 def _first_change(zone: tzinfo, begin: datetime, end: datetime) -> datetime | None:
-    """When the UTC offset changes first after `begin` (a whole second), until `end`; None: it does not."""
+    """Find the first change of the UTC offset after `begin` (a whole second), until `end`; None: there is none."""
     offset = _offset(zone, begin)
     while begin < end:
         here = min(begin + _LONGEST_CHANGE, end)

@@ -13,7 +13,7 @@ _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|api.?key|access.?ke
 
 
 def mask(text: str, longest: int | None = None) -> str:
-    """The text with the passwords of all URLs in it replaced by `***`: those of the user, and those in the query.
+    """Replace the passwords of all URLs in a text by `***`: those of the user, and those in the query.
 
     Where a password ends cannot be told in a text, for it may hold quotes, blanks and `@`: all is masked up to the
     last `@` of the line, and a line that begins with a URL is taken for nothing but a URL. The work grows with
@@ -32,7 +32,7 @@ def mask(text: str, longest: int | None = None) -> str:
 
 
 def last_lines(text: str, longest: int) -> str:
-    """The end of a text, from the beginning of a line on; the beginning of its last line where that is too long.
+    """Cut a text to its last whole lines; to the beginning of its last line where that is too long.
 
     No password that `mask` would find is cut.
     """
@@ -56,7 +56,7 @@ def _masked_line(line: str, cut: bool = False) -> str:
 
 
 def _without_password(after: str, alone: bool, cut: bool) -> str:
-    """What follows a `://`.
+    """Mask the password in what follows a `://`.
 
     Args:
         alone: nothing but a URL.
@@ -77,7 +77,7 @@ def _without_password(after: str, alone: bool, cut: bool) -> str:
 
 
 def _without_parameters(line: str, alone: bool) -> str:
-    """The line without the values of secret parameters: up to the next parameter, and no blank in a text."""
+    """Mask the values of secret parameters in a line: up to the next parameter, and no blank in a text."""
     shown, done = [], 0
     for found in _PARAMETER.finditer(line):
         if found.start() < done or not _SECRET_NAME.search(unquote_plus(found[2])):

@@ -1,4 +1,4 @@
-"""Text from outside, as a terminal or a log may have it."""
+"""Escape control characters of foreign text for terminals and logs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _REPLACEMENT = "�"
 
 
 def printable(text: str) -> str:
-    """The text without control and formatting characters (escape sequences, bidirectional overrides, halves of
+    """Remove control and formatting characters from a text (escape sequences, bidirectional overrides, halves of
     surrogate pairs): `�` stands where they were. Line feeds and tabs stay.
     """
     return text if text.isprintable() else _UNPRINTABLE.sub(_REPLACEMENT, text)
 
 
 def printable_line(text: str) -> str:
-    """The same on one line: all white space becomes single blanks."""
+    """As `printable`, on one line: all white space becomes single blanks."""
     return printable(" ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Going on when a server is away: back off, try again, say so once."""
+"""Retry calls while a server is unavailable: back off, try again, log it once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKIL
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the server may well accept the same call a little later."""
+    """Return whether the server may accept the same call a little later."""
     if isinstance(error, AuthenticationError | AuthorizationError):
         return False
     if isinstance(error, _PASSING):
@@ -68,7 +68,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an operator may well repair the data that the server refuses, as a key of another type than it
+    """Return whether an operator may repair the data that the server refuses, as a key of another type than it
     should be. For what a process does all the time, and must not end for.
 
     No repair of data helps where the server, or the user, cannot do what is asked.
@@ -80,7 +80,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def is_write_to_closed(error: BaseException) -> bool:
-    """Whether uvloop refuses a write because the connection was lost.
+    """Return whether uvloop refuses a write because the connection was lost.
 
     The event loop of asyncio accepts such a write, and the next read reports the loss.
     """
@@ -88,7 +88,7 @@ def is_write_to_closed(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What the error says, for one line. The sentinels' goes on about redis-py's own objects."""
+    """Return the message of an error on one line, without redis-py's own objects."""
     text = str(error).rstrip(".") or type(error).__name__
     if isinstance(error, NO_PRIMARY):
         said, silent, _ = text.partition(" : ")
@@ -97,19 +97,19 @@ def reason(error: BaseException) -> str:
 
 
 class Backoff:
-    """How long to wait before trying again: longer each time, and never all at the same moment."""
+    """Backoff between retries: longer each time, with jitter."""
 
     def __init__(self) -> None:
         self._pause = _SHORTEST_PAUSE_SECONDS
 
     def next(self) -> float:
-        """The next pause in seconds."""
+        """Return the next pause (s)."""
         pause = self._pause
         self._pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return pause * random.uniform(0.5, 1.0)
 
     def succeeded(self) -> None:
-        """Begin with the shortest again."""
+        """Reset to the shortest pause."""
         self._pause = _SHORTEST_PAUSE_SECONDS
 
 

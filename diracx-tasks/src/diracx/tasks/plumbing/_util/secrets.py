@@ -21,7 +21,7 @@ _SHORTEST_PART = 4
 
 
 def hide(text: str, secrets: Iterable[Any]) -> str:
-    """The text without these values, and without fragments of them: as they are, escaped or encoded.
+    """Remove these values, and fragments of them, from a text: as they are, escaped or encoded.
 
     The work grows with the length of the text plus that of the secrets.
     """
@@ -47,7 +47,7 @@ def hide(text: str, secrets: Iterable[Any]) -> str:
 
 
 def _forms(value: Any) -> Iterator[str]:
-    """How a value may stand in a text."""
+    """List the forms in which a value may stand in a text."""
     if hasattr(value, "get_secret_value"):
         value = value.get_secret_value()
     if value is None or isinstance(value, bool):  # in every text, and no secret
@@ -74,7 +74,7 @@ def _parts(values: Iterable[Any]) -> Iterator[str]:
 
 
 def _encoded(text: str) -> Iterator[str]:
-    """The text as URLs, JSON, HTML, Python literals, base64 and hexadecimal have it."""
+    """Encode a text as in URLs, JSON, HTML, Python literals, base64 and hexadecimal."""
     data = text.encode(errors="surrogatepass")
     yield json.dumps(text)[1:-1]
     yield from (repr(text)[1:-1], ascii(text)[1:-1], repr(data)[2:-1])
@@ -83,7 +83,7 @@ def _encoded(text: str) -> Iterator[str]:
 
 
 def _encoded_bytes(data: bytes) -> Iterator[str]:
-    """The bytes as URLs, base64 and hexadecimal have them."""
+    """Encode bytes as in URLs, base64 and hexadecimal."""
     for url in (quote(data), quote(data, safe=""), quote_plus(data)):
         yield from (url, re.sub("%..", lambda found: found[0].lower(), url))
     yield from (data.hex(), data.hex().upper())

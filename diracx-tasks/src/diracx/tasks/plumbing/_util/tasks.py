@@ -1,4 +1,4 @@
-"""Ending work that goes on beside other work."""
+"""Cancel asyncio tasks and wait for their end."""
 
 from __future__ import annotations
 

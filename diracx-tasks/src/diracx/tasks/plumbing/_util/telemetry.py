@@ -1,4 +1,4 @@
-"""Metrics: what cannot be counted from outside."""
+"""OpenTelemetry metrics that each process counts for itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATABASE_CONFLICTS = "diracx.tasks.database.conflicts"
 
 
 def is_collected() -> bool:
-    """Whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
+    """Return whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None:
         return False
@@ -47,7 +47,7 @@ def _submissions() -> Any:
 
 
 def count_conflict(database: str) -> None:
-    """A transaction was ended by a deadlock or the like, and is run again. Prometheus knows it with the suffix
+    """Count a transaction that is run again after a deadlock or the like. Prometheus knows it with the suffix
     `_total`."""
     if "opentelemetry.metrics" in sys.modules:
         _conflicts().add(1, {"database": database})
@@ -63,19 +63,19 @@ def _conflicts() -> Any:
 
 
 def count_reload_failure() -> None:
-    """A configuration was written that cannot come into force. Prometheus knows it with the suffix `_total`."""
+    """Count a configuration that cannot come into force. Prometheus knows it with the suffix `_total`."""
     if (instruments := _config_instruments()) is not None:
         instruments[0].add(1)
 
 
 def set_config_is_current(current: bool) -> None:
-    """Whether the process runs with what is written, or with an earlier configuration."""
+    """Set whether the process runs with the present configuration or an earlier one."""
     if (instruments := _config_instruments()) is not None:
         instruments[1].set(int(current))
 
 
 def _config_instruments() -> tuple[Any, Any] | None:
-    """Counter and gauge; None in a process that never imported OpenTelemetry, where nobody collects metrics."""
+    """Return counter and gauge; None in a process that never imported OpenTelemetry."""
     return _made_instruments() if "opentelemetry.metrics" in sys.modules else None
 
 

@@ -1,1 +1,1 @@
-"""What a task and its result look like as bytes: arguments, codec, secrets and errors in text."""
+"""Encoding of tasks and results: arguments, codec, secrets and errors."""

@@ -1,4 +1,4 @@
-"""Annotations of the arguments of task classes: looked up, and judged by what the wire does to their values."""
+"""Resolve the annotations of task arguments, and tell which values need to be restored."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str
 
 
 def is_plain(annotation: Any) -> bool:
-    """Whether values of this type are the same after the wire as before it."""
+    """Return whether values of this type are the same after encoding and decoding."""
     if any(annotation is plain for plain in _PLAIN_TYPES):
         return True
     if isinstance(annotation, NewType):
@@ -71,7 +71,7 @@ def is_named_tuple(cls: type[Any]) -> bool:
 
 
 def layouts(name: str, classes: Iterable[type[Any]]) -> list[str]:
-    """How a field is written in a signature: its name, and the fields of each named tuple in it.
+    """Describe the layout of a field in a signature: its name, and the fields of each named tuple in it.
 
     The values of a named tuple travel without their names. The first layout is today's; the others are those from
     before fields with defaults were added to a named tuple.

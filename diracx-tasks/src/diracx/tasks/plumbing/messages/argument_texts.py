@@ -1,4 +1,4 @@
-"""Arguments of tasks, their types and what is wrong with them, as text for a message: short, and on one line."""
+"""Format arguments of tasks, their types and errors for messages: short, on one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REQUIRED: Any = object()  # the default of a parameter that has none
 
 
 def type_text(annotation: Any) -> str:
-    """Return the annotation as a reader knows it: without the modules."""
+    """Return the annotation without its modules."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"(?<![\w<>])(?:[\w<>]+\.)+", "", text)
 
@@ -22,7 +22,7 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def reason(exc: BaseException) -> str:
-    """Why a secret value is refused, without a word that may quote it."""
+    """Explain why a secret value is refused, without quoting it."""
     from pydantic import ValidationError
 
     kind = (
@@ -32,7 +32,7 @@ def reason(exc: BaseException) -> str:
 
 
 def one_line(exc: BaseException, prefix: str = "", given: Any = REQUIRED) -> str:
-    """Return what an exception says, on one line; of what pydantic objects to, the first thing.
+    """Return the message of an exception on one line; of a validation error, the first one.
 
     `prefix` goes before the place in which pydantic found it.
     """

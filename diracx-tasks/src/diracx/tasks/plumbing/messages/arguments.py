@@ -1,4 +1,4 @@
-"""How a task becomes arguments, and arguments become the task again.
+"""Serialise tasks to arguments, and rebuild them.
 
 The fields of a task class are its arguments: those of a dataclass or a pydantic model, or the parameters of
 the `__init__` of a plain class (each kept in an attribute of the same name, or of that name with an
@@ -93,17 +93,17 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
 
 
 def is_made_for(cls: type[Any], sig: int, count: int) -> bool:
-    """Whether the first `count` arguments of a message are of the fields that the class has now, if it says so."""
+    """Return whether the first `count` arguments of a message match the present fields of the class."""
     return not sig or signature_of(cls).has_signature(sig, count)
 
 
 def secret_names(cls: type[Any]) -> frozenset[str]:
-    """The fields that are secret: those the class declares to be, and those that hold pydantic's secrets."""
+    """Return the secret fields: those the class declares, and those that hold pydantic's secrets."""
     return signature_of(cls).secret
 
 
 def check_secret_fields(cls: type[Any]) -> None:
-    """See that the class has every field that it declares to be secret: a misspelt one would be shown.
+    """Check that the class has every field that it declares to be secret: a misspelt one would be shown.
 
     Raises:
         TypeError: it has not; the message names it.
@@ -121,7 +121,7 @@ def check_secret_fields(cls: type[Any]) -> None:
 
 
 def secret_positions(cls: type[Any]) -> list[int]:
-    """Which of the positional arguments are secret.
+    """Return the positions of the secret arguments.
 
     All that can be, where the class makes its arguments itself and none can be told from another.
     """
@@ -134,7 +134,7 @@ def secret_positions(cls: type[Any]) -> list[int]:
 
 
 def knows_vo(cls: type[Any]) -> bool:
-    """Whether a task of this class may belong to a VO: it takes one, or its author has written an `__init__`."""
+    """Return whether a task of this class may belong to a VO: it takes one, or has an `__init__` of its own."""
     shape = signature_of(cls)
     generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names
     return "vo" in shape.names or shape.extra or hasattr(cls, "vo") or not generated
@@ -160,7 +160,7 @@ class Parameter:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether the wire gives the value back as it was, so that there is nothing to restore."""
+        """Whether decoding returns the value as it was, so that there is nothing to restore."""
         return self.annotation is UNKNOWN or is_plain(self.annotation)
 
     @cached_property
@@ -221,7 +221,7 @@ def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., An
 
 
 class TaskSignature:
-    """All that is known about the arguments of one class."""
+    """Signature of a task class: its arguments and how to rebuild it."""
 
     def __init__(self, cls: type[Any], parameters: Sequence[Parameter], *, model: bool, extra: bool) -> None:
         self.cls = cls
@@ -264,18 +264,18 @@ class TaskSignature:
         return _hash([each[0] for each in self._layouts[:count]])
 
     def has_signature(self, sig: int, count: int) -> bool:
-        """Whether it is theirs, or was before fields with defaults were added to their named tuples."""
+        """Return whether it is theirs, or was before fields with defaults were added to their named tuples."""
         if sig == self.signature(count):
             return True
         earlier = islice(product(*self._layouts[:count]), _MOST_LAYOUTS)
         return any(sig == _hash(each) for each in earlier)
 
     def shown(self, value: Any) -> str:
-        """A value for a message; of a class with secrets only its type."""
+        """Format a value for a message; of a class with secrets only its type."""
         return f"a value of type {type(value).__name__}" if self.secret else shown(value)
 
     def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Those of the arguments that are secret; all positional ones of a class that makes its own."""
+        """Return the secret arguments; all positional ones of a class that makes its own."""
         if not self.secret:
             return []
         every = self.own_serialize
@@ -285,7 +285,7 @@ class TaskSignature:
     def refusal(
         self, exc: Exception, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> TaskArgumentsError:
-        """The error that says why the class does not take these values."""
+        """Make the error that says why the class does not take these values."""
         from pydantic import ValidationError
 
         if not self.secret:
@@ -350,7 +350,7 @@ class TaskSignature:
         return self.parameters[name].restore(value)
 
     def construct(self, values: dict[str, Any], rest: Any) -> Any:
-        """Call the class: positionally as far as it goes, a pydantic model by keyword."""
+        """Construct the task: positionally as far as possible, a pydantic model by keyword."""
         more, keywords = rest or ((), {})
         if self.model:
             # Not cls(**values): a field with an alias would not be found under its name, and a strict model
@@ -371,7 +371,7 @@ _shapes: dict[type[Any], TaskSignature] = {}
 
 
 def signature_of(cls: type[Any]) -> TaskSignature:
-    """Return what is known about the arguments of `cls`, worked out at the first call."""
+    """Return the signature of `cls`, made at the first call."""
     shape = _shapes.get(cls)
     if shape is None:
         shape = _shapes[cls] = _work_out(cls)
@@ -391,7 +391,7 @@ def _work_out(cls: type[Any]) -> TaskSignature:
 
 
 def own_serialize(cls: type[Any]) -> bool:
-    """Whether the class overrides `serialize`."""
+    """Return whether the class overrides `serialize`."""
     function = getattr(cls, "serialize", None)
     return function is not None and getattr(function, "__module__", "") != "diracx.tasks.plumbing.base_task"
 
@@ -409,12 +409,12 @@ _MOST_LAYOUTS = 1000
 
 
 def _hash(layouts: Sequence[str]) -> int:
-    """Of the layouts of fields, in 32 bits; 0 for none."""
+    """Hash the layouts of fields to 32 bits; 0 for none."""
     return crc32(",".join(layouts).encode())
 
 
 def _classes_in(annotation: Any, seen: set[Any]) -> Iterator[type[Any]]:
-    """The classes that values of this type are made of, at any depth, each of them once."""
+    """Yield the classes that values of this type are made of, at any depth, each of them once."""
     if isinstance(annotation, NewType):
         annotation = annotation.__supertype__
     for part in get_args(annotation):
@@ -436,7 +436,7 @@ def _classes_in(annotation: Any, seen: set[Any]) -> Iterator[type[Any]]:
 
 
 def _generated_init(owner: type[Any]) -> bool:
-    """Whether the `__init__` that `owner` defines was written by `@dataclass`."""
+    """Return whether the `__init__` that `owner` defines was written by `@dataclass`."""
     parameters = vars(owner).get("__dataclass_params__")
     return parameters is not None and parameters.init
 

@@ -1,4 +1,4 @@
-"""What a Python value looks like in Redis: msgpack, extended by the types msgpack lacks. Never pickle.
+"""Encode Python values for Redis: msgpack, extended by the types it lacks. Never pickle.
 
 Plain values (None, bool, int, float, str, bytes, list, dict) go through msgpack's C code alone. Every other
 value comes back as follows; Python code runs for these only.
@@ -89,7 +89,7 @@ _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 
 def _may_be_too_deep(data: bytes) -> bool:
-    """Whether it has enough bytes that could begin a container: much cheaper than a look at every value."""
+    """Return whether it has enough bytes that could begin a container: much cheaper than a look at every value."""
     return len(data) > MAX_DEPTH and len(data.translate(None, _NO_CONTAINER)) > MAX_DEPTH
 
 
@@ -116,7 +116,7 @@ def _unpack_carefully(data: bytes) -> Any:
 
 
 class _Nesting(threading.local):
-    """How many extensions are being encoded or decoded inside each other: each takes 40 kB of the C stack."""
+    """Depth of the extensions that are encoded or decoded inside each other: each takes 40 kB of the C stack."""
 
     depth = 0
     unpackb: Callable[..., Any] = staticmethod(msgpack.unpackb)
@@ -135,7 +135,7 @@ _nesting = _Nesting()
 
 
 def _reason(error: Exception) -> str:
-    """What the error says, for one line: it may quote all of the value."""
+    """Return the message of an error, cut: it may quote all of the value."""
     try:
         said = str(error) or type(error).__name__
     except Exception:
@@ -144,7 +144,7 @@ def _reason(error: Exception) -> str:
 
 
 def leading_fields(data: bytes) -> tuple[dict[Any, Any], Any]:
-    """The whole fields at the beginning of an encoded dictionary, and the name of the one cut off, or None.
+    """Decode the whole fields at the beginning of a dictionary, and the name of the one cut off, or None.
 
     Raises `ValueError` when it is no such beginning.
     """
@@ -182,7 +182,7 @@ def _unpack(data: bytes) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    """Turn what msgpack does not know into something it knows. It asks once per value, so be final."""
+    """Convert a value that msgpack does not know, completely: it asks once per value."""
     encode = _ENCODERS.get(type(value))
     if encode is None:
         encode = _encoder_for(type(value))

@@ -1,4 +1,4 @@
-"""Exceptions as text. Describing one never raises, and is never long, whatever the exception is made of."""
+"""Describe exceptions as text. Describing never raises, and is never long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_TRACEBACK = 8_000
 def describe_exception(
     error: BaseException, *, longest: int = LONGEST_TRACEBACK, hide: Callable[[str], str] | None = None
 ) -> ErrorInfo:
-    """Type, message and (the end of) the traceback of an exception, as text. Never raises.
+    """Describe an exception: type, message and (the end of) the traceback. Never raises.
 
     Args:
         longest: characters of the traceback.
@@ -51,11 +51,11 @@ def _traceback(error: BaseException) -> str:
 
 
 def cut(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """The text, or its beginning, without half of a password that `mask` would find."""
+    """Cut a text, not in the middle of a password that `mask` would find."""
     return text if len(text) <= longest else mask(text, longest)
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an exception. Never raises."""
+    """Return type and message of an exception on one line. Never raises."""
     told = describe_exception(error, longest=0)
     return f"{told['type']}: {told['message']}"

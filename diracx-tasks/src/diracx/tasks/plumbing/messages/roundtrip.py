@@ -1,4 +1,4 @@
-"""Before a task is sent: whether its arguments arrive as they are.
+"""Check before submission that arguments arrive equal.
 
 The wire flattens values (`wire`), and annotations bring them back (`arguments`). Where both together would make
 something else of a value, it is refused here, while its author still looks. What a class needs is worked out once;
@@ -25,7 +25,7 @@ _WAY_OUT = "annotate it with its class, tell the classes of a union apart by a L
 
 
 def outgoing_arguments(task: Any, shape: TaskSignature | None = None) -> list[Any]:
-    """The arguments of a task, as they are sent.
+    """Return the arguments of a task as they are sent.
 
     Raises:
         TypeError: when one of them would not arrive equal and of the same type; names it.
@@ -89,7 +89,7 @@ def _changed(task: Any, name: str, value: Any, there: Any) -> TypeError:
 
 
 def _arrives_whole(value: Any) -> bool:
-    """Whether the wire gives it back as it is, without an annotation."""
+    """Return whether decoding returns the value as it is, without an annotation."""
     cls = type(value)
     if cls in _ATOMS:
         return True
@@ -105,7 +105,7 @@ def _all_whole(values: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal and of the same types, all the way down."""
+    """Return whether two values are equal and of the same types, at every depth."""
     return bool(_comparable(one) == _comparable(other))
 
 
@@ -130,7 +130,7 @@ def _comparable(value: Any) -> tuple[Any, ...]:
 
 
 def _state(task: Any) -> Any:
-    """What `same` can compare: a class with an `__init__` of its own says nothing about equality."""
+    """Return the state that `same` can compare: a hand-written `__init__` says nothing about equality."""
     return task if _has_parts(task) else vars(task)
 
 
@@ -139,7 +139,7 @@ def _has_parts(value: Any) -> bool:
 
 
 def _part_names(value: Any) -> list[str]:
-    """The attributes that make two values of this class equal, by its own definition."""
+    """Return the attributes by which the class compares its values."""
     if hasattr(value, "__pydantic_root_model__"):
         return [*type(value).__pydantic_fields__, "__pydantic_extra__", "__pydantic_private__"]
     if dataclasses.is_dataclass(value):

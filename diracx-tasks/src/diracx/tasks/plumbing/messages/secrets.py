@@ -10,7 +10,7 @@ from .arguments import secret_names, signature_of
 
 
 def without_secrets(text: str, task: Any) -> str:
-    """The text without the values of the task's secret fields."""
+    """Remove the values of the task's secret fields from a text."""
     names = secret_names(type(task))
     if not names:
         return text
@@ -18,5 +18,5 @@ def without_secrets(text: str, task: Any) -> str:
 
 
 def without_secrets_of(text: str, task_class: type[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """The same, for a message of which no task can be made."""
+    """As `without_secrets`, for a message of which no task can be made."""
     return hide(text, signature_of(task_class).secret_values(args, kwargs))

@@ -135,7 +135,7 @@ class TaskDB(Database):
         limit: int = 100,
         after_id: int = 0,
     ) -> list[dict[str, Any]]:
-        """Dead letters, oldest row first, one dict for each with the columns' attribute names, in full.
+        """Find dead letters, oldest row first, one dict for each with the columns' attribute names, in full.
 
         Args:
             task_name: `category:ClassName`, or the class name alone.
@@ -231,21 +231,21 @@ class TaskDB(Database):
         before: datetime | None = None,
         vo: str | None = None,
     ) -> dict[DeadLetterStatus, int]:
-        """Number of dead letters by status. Arguments and errors as in `search`."""
+        """Count dead letters by status. Arguments and errors as in `search`."""
         conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
         query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
         return dict((await self.conn.execute(query)).all())
 
     @transaction
     async def count_open(self) -> tuple[int, datetime | None]:
-        """Number of dead letters to be decided about, and when the first of them was stored."""
+        """Count dead letters to be decided about, and return when the first was stored."""
         query = select(func.count(), func.min(DeadLetters.buried_at)).where(DeadLetters.status.in_(OPEN))
         number, first = (await self.conn.execute(query)).one()
         return number, first
 
     @transaction
     async def count_by_task(self) -> dict[tuple[str, DeadLetterStatus], int]:
-        """Number of dead letters by name of the task and status."""
+        """Count dead letters by task name and status."""
         which = DeadLetters.task_name, DeadLetters.status
         rows = await self.conn.execute(select(*which, func.count()).group_by(*which))
         return {(name, status): number for name, status, number in rows}

@@ -18,7 +18,7 @@ LONGEST_NAME = 255
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment: stored as UTC, always aware in Python, whatever the database makes of time zones."""
+    """Timestamp column: stored as UTC, always aware in Python."""
 
     impl = DateTime
     cache_ok = True

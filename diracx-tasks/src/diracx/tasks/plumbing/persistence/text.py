@@ -1,4 +1,4 @@
-"""The failed attempts of a dead letter as text that every database takes."""
+"""Encode the failed attempts of dead letters as text for every database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LONGEST_ATTEMPTS = 4_000_000
 
 
 def attempts_as_text(attempts: Any) -> str:
-    """Attempts as JSON, in ASCII. Those of a strange message may be anything.
+    """Encode attempts as JSON, in ASCII. Those of an invalid message may be anything.
 
     When they are too long, the oldest lose their tracebacks first, and go then.
     """

@@ -1,4 +1,4 @@
-"""What starts tasks: leadership, periodic and delayed ones; and what is known of schedules."""
+"""Scheduler: leadership, periodic and delayed tasks; and the read model of schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator does to schedules by hand. Nobody needs to lead for it."""
+"""Actions of operators on schedules: run now, pause, resume. No scheduler has to run for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunNow:
-    """What came of it."""
+    """Result of `run_now`."""
 
     task_id: str
     """Of the task that was submitted, or of the one that still waits."""
@@ -48,7 +48,7 @@ async def pause(redis: Redis, ids: Sequence[str]) -> list[str]:
 
 
 async def resume(redis: Redis, ids: Sequence[str]) -> list[str]:
-    """Let these schedules go on; what came due meanwhile was missed. Returns those that had been paused."""
+    """Resume these schedules; what came due meanwhile was missed. Returns those that had been paused."""
     return await _set(redis, ids, False)
 
 

@@ -1,4 +1,4 @@
-"""What the leader keeps in mind: when each schedule is due, and its submission, ready before the moment comes."""
+"""Agenda of the leader: when each schedule is due, and its submission, prepared beforehand."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ class Agenda:
             self.note(schedule, due_ms)
 
     def note(self, schedule: str, due_ms: int) -> None:
-        """The schedule is due then (ms)."""
+        """Note when a schedule is due (ms)."""
         self._dues[schedule] = due_ms
         self._prepared.pop(schedule, None)
         heapq.heappush(self._by_due, (due_ms, schedule))
         heapq.heappush(self._unprepared, (due_ms, schedule))
 
     def forget(self, schedule: str) -> None:
-        """It has had its last run."""
+        """Remove a schedule after its last run."""
         self._dues.pop(schedule, None)
         self._prepared.pop(schedule, None)
 
     # --- what cannot be submitted at the moment ----------------------------------------------------------
 
     def defer(self, schedule: str, seconds: float) -> None:
-        """Leave it alone for a while."""
+        """Defer a schedule."""
         self._aside[schedule] = (time.monotonic() + seconds, self._dues[schedule])
         self.forget(schedule)
 
     def requeue(self) -> list[str]:
-        """Take up again what was put aside for long enough."""
+        """Requeue deferred schedules whose time has come."""
         again = [schedule for schedule, (until, _) in self._aside.items() if until <= time.monotonic()]
         for schedule in again:
             self.note(schedule, self._aside.pop(schedule)[1])
         return again
 
     def pause(self, schedule: str) -> None:
-        """It was found to be paused."""
+        """Note that a schedule is paused."""
         self._paused[schedule] = self._dues[schedule]
         self.forget(schedule)
 
@@ -71,7 +71,7 @@ class Agenda:
         return bool(self._paused)
 
     def go_on(self, paused: Iterable[str]) -> None:
-        """Take up again what was paused, but for these."""
+        """Resume all paused schedules but these."""
         still = set(paused)
         for schedule in [schedule for schedule in self._paused if schedule not in still]:
             self.note(schedule, self._paused.pop(schedule))
@@ -80,13 +80,13 @@ class Agenda:
 
     @property
     def first_due_ms(self) -> int | None:
-        """When the first one is due; None when nothing is."""
+        """Return when the first schedule is due (ms); None when none is."""
         while self._by_due and self._dues.get(self._by_due[0][1]) != self._by_due[0][0]:
             heapq.heappop(self._by_due)
         return self._by_due[0][0] if self._by_due else None
 
     def prepare(self, seconds: float) -> bool:
-        """Prepare submissions, the earliest first, for so long. Returns whether some are left to do."""
+        """Prepare submissions, the earliest first, for at most so long. Returns whether some are left."""
         until = time.monotonic() + seconds
         while self._unprepared and time.monotonic() < until:
             due_ms, schedule = heapq.heappop(self._unprepared)
@@ -103,7 +103,7 @@ class Agenda:
         return occurrence
 
     def take_due(self, now_ms: float, at_most: int, seconds: float) -> list[Occurrence]:
-        """What is due now, in its order. What was not prepared is, for so long.
+        """Take what is due now, in its order; the unprepared is prepared, for at most so long.
 
         Each is to be answered with `note`, `forget`, `defer` or `pause`.
         """

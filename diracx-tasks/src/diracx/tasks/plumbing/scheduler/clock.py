@@ -1,4 +1,4 @@
-"""The server's clock, which all schedulers share, read between two looks at it."""
+"""Clock of the Redis server, which all schedulers share, interpolated between two polls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SET_BACK_SECONDS = 10.0
 
 
 class ServerClock:
-    """Tells the server's time without asking for it each time."""
+    """Time of the server without a round trip each time."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -22,7 +22,7 @@ class ServerClock:
         self._uncertain = float("inf")
 
     async def ask(self, redis: Redis) -> bool:
-        """Set the clock. Returns whether the server's was set back since the last time, by more than it may be."""
+        """Poll the server's clock. Returns whether it was set back by more than it may be."""
         before = time.monotonic()
         seconds, microseconds = await redis.execute_command("TIME")
         after = time.monotonic()
@@ -40,5 +40,5 @@ class ServerClock:
         return (time.monotonic() + self._ahead) * 1000
 
     def monotonic_at(self, moment_ms: float) -> float:
-        """What our monotonic clock shows then."""
+        """Convert the time of the server to our monotonic clock."""
         return moment_ms / 1000 - self._ahead

@@ -1,4 +1,4 @@
-"""Who leads: a lock with a short lease, whose token fences everything that only the leader may do."""
+"""Leader election: a lock with a short lease, whose token fences what only the leader may do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARGIN_MS = 5
 
 
 class Leadership:
-    """One scheduler's claim to the lead.
+    """Leadership as one scheduler takes, renews and releases it.
 
     Args:
         lease_seconds: how long the lead is kept without renewal.
@@ -40,16 +40,16 @@ class Leadership:
 
     @property
     def renewal_due(self) -> bool:
-        """Whether it is time to renew the lease."""
+        """Return whether it is time to renew the lease."""
         return self.renew_at <= time.monotonic()
 
     async def take(self) -> bool:
-        """Take the lead if it is free, or still ours."""
+        """Take the leadership if it is free, or still ours."""
         self._renewed()
         return await scheduling.take_lead(self._broker.redis, self.token, self._lease_ms)
 
     async def renew(self) -> bool:
-        """Keep the lead. False: it is lost."""
+        """Renew the leadership. False: it is lost."""
         self._renewed()
         return await scheduling.renew_lead(self._broker.redis, self.token, self._lease_ms)
 
@@ -57,8 +57,9 @@ class Leadership:
         self.renew_at = time.monotonic() + self._lease_seconds / 3
 
     async def free_in_seconds(self, *, heard: bool) -> float:
-        """How long until the lead is free, if nobody renews it; not to be waited for without a look in between
-        by one that does not hear when it is given up.
+        """Return the time (s) until the leadership is free, unless it is renewed.
+
+        A scheduler that does not hear of its release (`heard` is false) polls in between.
         """
         left_ms = await scheduling.lead_left_ms(self._broker.redis)
         seconds = (max(0, left_ms) + _MARGIN_MS) / 1000

@@ -1,4 +1,4 @@
-"""Hearing at once what would else be found out at the next look."""
+"""Subscribe to a channel, to react at once and not at the next poll."""
 
 from __future__ import annotations
 

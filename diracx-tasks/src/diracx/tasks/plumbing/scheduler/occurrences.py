@@ -1,4 +1,4 @@
-"""Which schedules there are: one for each periodic task, and for each VO and configured instance of it."""
+"""Schedules: one for each periodic task, and for each VO and configured instance of it."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class ScheduledTask:
 
     @property
     def enabled(self) -> bool:
-        """Whether it is to be scheduled."""
+        """Return whether it is to be scheduled."""
         return self.disabled_by is None and self.rule is not None
 
     def build(self) -> PeriodicBaseTask:
-        """The task to submit.
+        """Make the task to submit.
 
         Raises:
             TaskArgumentsError: when its class does not accept its arguments.
@@ -61,12 +61,12 @@ class ScheduledTask:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the run after the next can be told beforehand: a rule without `next_after` counts from now."""
+        """Whether the run after the next is known beforehand: a rule without `next_after` counts from now."""
         assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
 
     def first_run_after(self, now: datetime) -> datetime | None:
-        """The first run of a rule that is new; None when it has come to its end."""
+        """Return the first run of a new rule; None when it has ended."""
         assert self.rule is not None
         try:
             return self.rule.next_after(now)
@@ -74,14 +74,14 @@ class ScheduledTask:
             return None
 
     def brought_back(self, due: datetime, now: datetime) -> datetime | None:
-        """The next run in place of one that was planned by a clock ahead of the present one."""
+        """Return the next run in place of one that was planned by a clock ahead of the present one."""
         if not isinstance(self.rule, IntervalSeconds):
             return self.first_run_after(now)
         period = timedelta(seconds=self.rule.seconds)
         return due - (due - now) // period * period  # which keeps the phase
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
-        """The first run after `moment` that is not missed already; None when the rule has come to its end."""
+        """Return the first run after `moment` that is not missed already; None when the rule has ended."""
         assert self.rule is not None
         try:
             run = self.rule.next_after(moment)
@@ -99,7 +99,7 @@ class ScheduledTask:
         return self.rule.next_after(now)
 
     def occurrence(self, binding: Binding, due_ms: int) -> dict[str, Any]:
-        """What lua/occur.lua needs to submit the run that is due then, but for the one that follows.
+        """Make the arguments of lua/occur.lua for the run that is due then, except for the next one.
 
         Raises:
             Exception: whatever the task's class does wrong.
@@ -132,7 +132,7 @@ class ScheduledTask:
 def iter_schedules(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> Iterator[ScheduledTask]:
-    """All instances of periodic tasks, those that are switched off included."""
+    """Iterate over all instances of periodic tasks, disabled ones included."""
     known_vos = sorted(vos)
     for name, task_class in registry.items():
         if not issubclass(task_class, PeriodicBaseTask):
@@ -186,14 +186,14 @@ def _rule(periodic: PeriodicTaskConfig) -> TaskScheduleBase | None:
 def _rule_of(
     schedule: str | None, timezone: str | None, interval_seconds: float | None, rrule: str | None
 ) -> TaskScheduleBase | None:
-    """What many VOs have in common is read once: a cron expression costs a third of a ms."""
+    """Make the rule of a schedule, once for all VOs: a cron expression costs a third of a ms."""
     return PeriodicTaskConfig(
         schedule=schedule, timezone=timezone, interval_seconds=interval_seconds, rrule=rrule
     ).as_schedule()
 
 
 def source_of(found: ScheduledTask, config: TasksConfig) -> str:
-    """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
+    """Return which layer of the configuration determines the schedule: `code`, `common` or `vo NAME`."""
     if found.disabled_by == "code":
         return "code"
     field_ = found.disabled_by or "periodic"
@@ -205,5 +205,5 @@ def source_of(found: ScheduledTask, config: TasksConfig) -> str:
 def scheduled_tasks(
     registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> dict[str, ScheduledTask]:
-    """All instances that should run, by id."""
+    """Return all instances that should run, by id."""
     return {found.id: found for found in iter_schedules(registry, config, vos) if found.enabled}

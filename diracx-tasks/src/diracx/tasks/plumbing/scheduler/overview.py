@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class State(StrEnum):
-    """What will become of a schedule."""
+    """State of a schedule."""
 
     ACTIVE = "active"
     """It has a next run."""
@@ -68,7 +68,7 @@ class ScheduleState:
 async def schedules(
     redis: Redis, registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> list[ScheduleState]:
-    """All schedules by id: those of code and configuration, switched off or not, and what only Redis knows."""
+    """Read all schedules by id: those of code and configuration, disabled or not, and what only Redis knows."""
     instances = {found.id: found for found in iter_schedules(registry, config, vos)}
     stored = await read_schedules(redis)
     running = await activities(redis, stored)
@@ -127,7 +127,7 @@ def _parts(id_: str) -> tuple[str, str | None, str | None]:
 
 
 def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The ids that the patterns (`*`, `?`, `[…]`) stand for, and the patterns that stand for none.
+    """Match ids with patterns (`*`, `?`, `[…]`); also returns the patterns that match none.
 
     An id may be given without its category, like the name of a task.
 

@@ -60,20 +60,20 @@ _NOT_DUE, _SUBMITTED, _TOO_EARLY, _PAUSED, _REFUSED = 0, 1, 3, 4, 6
 
 
 def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
-    """Each field of a hash and its value, at least once. However many there are, no call takes long."""
+    """Read all fields of a hash, each at least once, in bounded calls."""
     return redis.hscan_iter(key, count=SCANNED)
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """Occurrences that the server has been asked to submit."""
+    """Batch of occurrences that was sent to the server."""
 
     batch: list[Occurrence]
     answer: asyncio.Task[list[int] | None]
 
 
 class TaskScheduler:
-    """Submits what is due. Any number may run; the next one leads when the leader's lease ends.
+    """Submits periodic and delayed tasks that are due. Any number may run; one leads at a time.
 
     Args:
         vos: the VOs of which each VO-aware task has an instance.
@@ -115,7 +115,7 @@ class TaskScheduler:
         """Set when it leads for the first time, or knows that another does."""
 
     def reconfigure(self, config: TasksConfig, vos: Iterable[str]) -> None:
-        """Go on with these settings and VOs, from now on. To be called in the scheduler's event loop.
+        """Apply these settings and VOs from now on. To be called in the scheduler's event loop.
 
         What has the same rule as before keeps its next run; what is gone is forgotten; what could not be
         submitted is tried again.
@@ -159,7 +159,7 @@ class TaskScheduler:
         self._pauses.succeeded()
 
     async def _stand_by(self, stop: asyncio.Event) -> bool:
-        """Wait until the lead is ours. False: we are to stop."""
+        """Wait for the leadership. False: stop."""
         redis = self._broker.redis
         async with listening(redis, scheduling.LEADER_CHANNEL, lambda _: self._alarm.set()) as hearing:
             if hearing is not None:
@@ -316,7 +316,7 @@ class TaskScheduler:
         return True
 
     async def _no_more_scheduled(self, instances: Collection[str]) -> list[dict[str, Any]]:
-        """What lua/plan.lua is to do with all that the server knows, and that is switched off or there no more."""
+        """Make the changes of lua/plan.lua for schedules that are disabled or exist no more."""
         stored = await scheduling.stored_schedules(self._broker.redis)
         stored -= {schedule.encode() for schedule in self._scheduled}
         there = {schedule.encode() for schedule in instances}
@@ -325,7 +325,7 @@ class TaskScheduler:
     def _brought_back(
         self, scheduled: ScheduledTask, due_ms: int | None, now: datetime, latest: dict[str, datetime]
     ) -> int | None:
-        """When a schedule is due (ms) whose next run, or end, is later than its rule says; None: it is not.
+        """Return when a schedule is due (ms) whose next run, or end, is later than its rule says; None: it is not.
 
         Args:
             latest: by fingerprint, the latest next run that a rule may have now. Many schedules share a rule.
@@ -346,7 +346,7 @@ class TaskScheduler:
         return None if run is None else in_ms(run)
 
     async def _ask_clock(self) -> None:
-        """Look at the server's clock. When it was set back, the next runs are looked at again."""
+        """Poll the server's clock. When it was set back, the next runs are planned again."""
         if await self._clock.ask(self._broker.redis):
             self._outdated = True
 
@@ -360,7 +360,7 @@ class TaskScheduler:
     # --- what is due ------------------------------------------------------------------------------------
 
     async def _promote_due(self) -> None:
-        """Promote a batch of delayed tasks or look at lines of locks if some are due; note when the next is."""
+        """Promote a batch of delayed tasks or poll lines of locks if some are due; note when the next is."""
         asked = time.monotonic()
         if self._promote_at > asked and not self._earlier:
             return
@@ -381,7 +381,7 @@ class TaskScheduler:
         return occurrence
 
     def _made_now(self, occurrence: Occurrence, now_ms: float) -> bool:
-        """Bring up to date what was prepared. False: the schedule's rule fails."""
+        """Update a prepared submission. False: the schedule's rule fails."""
         schedule, due_ms = occurrence["id"], occurrence["due"]
         scheduled = self._scheduled[schedule]
         if scheduled.missed == "skip" and now_ms - due_ms > MISSED_SECONDS * 1000:
@@ -484,7 +484,7 @@ class TaskScheduler:
         self._agenda.defer(schedule, _RETRY_SECONDS)
 
     async def _tell_problems(self) -> None:
-        """Let everybody see what cannot be submitted."""
+        """Publish the schedules that cannot be submitted."""
         if self._problems == self._reported:
             return
         await scheduling.publish_problems(self._broker.redis, self._problems)

@@ -1,4 +1,4 @@
-"""The clock of a SQL server, which rules where several machines write moments into one database."""
+"""Clock of a SQL server, for timestamps that several machines write into one database."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _AGREE = timedelta(seconds=1)
 
 
 class DatabaseClock:
-    """The time as the database has it, told without asking each time."""
+    """Time of the database without a query each time."""
 
     def __init__(self) -> None:
         self._ahead = timedelta(0)
 
     def now(self) -> datetime:
-        """The present time, in UTC."""
+        """Return the present time in UTC."""
         return datetime.now(UTC) + self._ahead
 
     def follow(self, engine: AsyncEngine) -> None:
-        """Look at the server's clock whenever a connection is made. SQLite has no clock but ours."""
+        """Poll the server's clock whenever a connection is made. SQLite has no clock but ours."""
         query = _QUERIES.get(engine.dialect.name)
         if query is None:
             return

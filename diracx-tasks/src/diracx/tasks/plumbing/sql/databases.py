@@ -1,4 +1,4 @@
-"""SQL databases: which there are (`DIRACX_DB_URL_<NAME>`).
+"""Configured SQL databases (`DIRACX_DB_URL_<NAME>`).
 
 `database_urls` is in place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not
 say which of the variables is wrong.
@@ -24,7 +24,7 @@ _DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+
 
 
 def may_be_configured() -> bool:
-    """Whether there may be a database, SQL or OpenSearch: a variable names one, or a file with variables.
+    """Return whether there may be a database, SQL or OpenSearch: a variable names one, or a file with variables.
 
     What would tell for certain takes half a second to import.
     """
@@ -32,7 +32,7 @@ def may_be_configured() -> bool:
 
 
 def database_urls(only: str | None = None) -> dict[str, str]:
-    """URL by database name, of the installed databases that are configured.
+    """Return the URLs of the installed databases that are configured, by name.
 
     Args:
         only: look at this one alone, whatever is wrong with others.
@@ -56,7 +56,7 @@ def database_urls(only: str | None = None) -> dict[str, str]:
 
 
 async def join_threads(before: Collection[threading.Thread]) -> None:
-    """Wait for the threads of SQLite connections that failed: each still has a last word for this event loop.
+    """Wait for the threads of SQLite connections that failed: each still calls this event loop.
 
     Args:
         before: the threads that were there before these connections.

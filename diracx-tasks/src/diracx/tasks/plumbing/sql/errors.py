@@ -68,7 +68,7 @@ class DatabaseError(SQLDBUnavailableError):
 
     @property
     def detail(self) -> str:
-        """The line with the driver's own words, for operators."""
+        """Message with the driver's own text, for operators."""
         cause = self.__cause__
         if cause is None or isinstance(cause, TimeoutError):
             return str(self)
@@ -138,7 +138,7 @@ def classify(error: BaseException) -> ErrorKind | None:
 
 
 def is_cut_off(error: BaseException) -> bool:
-    """Whether the connection was lost: the server is away, or has closed it because of what it was sent."""
+    """Return whether the connection was lost: the server is away, or has closed it because of what it was sent."""
     if isinstance(error, DatabaseError) and error.__cause__ is not None:
         error = error.__cause__
     lost = isinstance(error, OSError | EOFError) or getattr(error, "connection_invalidated", False)
@@ -172,7 +172,7 @@ def _original(error: BaseException) -> Any:
 
 
 def _code(error: BaseException) -> int | str | None:
-    """SQLSTATE on PostgreSQL; on the others the number, of SQLite the primary one."""
+    """Return the SQLSTATE on PostgreSQL; on the others the number, of SQLite the primary one."""
     original = _original(error)
     if type(original).__module__.startswith("pymysql"):
         number = original.args[0] if original.args else None
@@ -185,7 +185,7 @@ def _code(error: BaseException) -> int | str | None:
 
 
 def describe(database: str, error: BaseException) -> DatabaseError | None:
-    """The error for a user of this database (`TaskDB`), to be raised from the given one.
+    """Make the error for a user of this database (`TaskDB`), to be raised from the given one.
 
     None: it says nothing about the database, but about what was asked of it.
     """
@@ -203,7 +203,7 @@ def describe(database: str, error: BaseException) -> DatabaseError | None:
 
 
 def unusable_url(database: str) -> DatabaseError:
-    """The error for a URL of which the driver can make no connection."""
+    """Make the error for a URL of which the driver can make no connection."""
     return DatabaseError(
         f"the database {database} has no usable URL: correct {_variable(database)}", ErrorKind.SETUP
     )
@@ -215,7 +215,7 @@ def _variable(database: str) -> str:
 
 @contextmanager
 def explained(database: str) -> Iterator[None]:
-    """Turn what goes wrong with the database inside the block, and nothing else is in it, into one line.
+    """Turn errors of the database inside the block, which has nothing else in it, into one line.
 
     Raises:
         DatabaseError: in place of every error that says something about the database itself.
@@ -230,7 +230,7 @@ def explained(database: str) -> Iterator[None]:
 
 @contextmanager
 def connecting(database: str) -> Iterator[None]:
-    """The same for a block that opens a connection: whatever else drivers raise there, a URL has led to.
+    """As `explained`, for a block that opens a connection: other errors of drivers count as errors of the URL.
 
     Raises:
         DatabaseError: in place of every error.

@@ -1,4 +1,4 @@
-"""Schema migrations of one SQL database, with Alembic: what revision a database is at, and how it gets to another.
+"""Schema migrations of one SQL database, with Alembic: read its revision, upgrade, downgrade.
 
 A database class has its revisions in a directory of its package (`env.py`, `versions/`) and its own version table,
 so that several databases share a schema. A database that `python -m diracx.db init-sql` made has no version table:
@@ -32,12 +32,12 @@ _WITHOUT_TRANSACTIONS = ("mysql", "mariadb")
 
 
 class MigrationError(Exception):
-    """The database cannot be taken to that revision: what is wrong, and the way out, in one line."""
+    """A migration is not possible: the error and the remedy in one line."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One revision."""
+    """Revision of a schema."""
 
     revision: str
     what: str
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class State:
-    """Where a database is."""
+    """Present revision of a database."""
 
     revision: str | None
     """None: it has no tables yet."""
@@ -60,7 +60,7 @@ class State:
 
 @dataclass(frozen=True)
 class Move:
-    """What an upgrade or a downgrade has done."""
+    """Result of an upgrade or a downgrade."""
 
     before: str | None
     after: str | None
@@ -83,13 +83,13 @@ class Migrations:
 
     @property
     def version_table(self) -> str:
-        """Holds the revision."""
+        """Name of the table that holds the revision."""
         return f"{self.database}Version"
 
     # --- what a caller wants --------------------------------------------------------------------------------
 
     async def current(self, url: str) -> State:
-        """Where the database at this URL is. Changes nothing.
+        """Return the revision of the database at this URL. Changes nothing.
 
         Raises:
             MigrationError: its tables are none that any revision makes, or it is newer than the software.
@@ -99,7 +99,7 @@ class Migrations:
             return await connection.run_sync(self._state)
 
     async def upgrade(self, url: str, to: str = HEAD) -> Move:
-        """Take a database to a newer revision; one without tables gets them, one without a version is stamped.
+        """Upgrade a database to a newer revision; one without tables gets them, one without a version is stamped.
 
         Args:
             url: of the database.
@@ -111,7 +111,7 @@ class Migrations:
         return await self._move(url, to, forward=True)
 
     async def downgrade(self, url: str, to: str) -> Move:
-        """Take a database back to an older revision. What that does not know is lost; `base` has no tables.
+        """Downgrade a database to an older revision. What that lacks is lost; `base` has no tables.
 
         Raises:
             MigrationError: as for `current`; there is no such revision, or it is newer.
@@ -182,7 +182,7 @@ class Migrations:
         return revision
 
     def _recognised(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
-        """The newest revision, if all that the models have is there."""
+        """Return the newest revision, if all tables and columns of the models are there."""
         there = _Tables(connection)
         if there.none_of(self.metadata.tables):
             return None
@@ -262,7 +262,7 @@ class Migrations:
         return config
 
     def differences(self, connection: Connection) -> list[Any]:
-        """What Alembic finds different between the database and the models; for tests, and for new revisions."""
+        """Return the differences between the database and the models; for tests, and for new revisions."""
         from alembic.autogenerate import compare_metadata
         from alembic.runtime.migration import MigrationContext
 
@@ -287,7 +287,7 @@ class Migrations:
 
 
 def run_env() -> None:
-    """All that the `env.py` of a directory of revisions does."""
+    """Run the revisions; called by the `env.py` of a directory of revisions."""
     from alembic import context
 
     migrations: Migrations = context.config.attributes["migrations"]
@@ -315,7 +315,7 @@ def _step(script: Script) -> Step:
 
 
 class _Tables:
-    """What there is in a database. Some MySQL servers keep the names of tables in lower case."""
+    """Tables of a database. Some MySQL servers keep the names of tables in lower case."""
 
     def __init__(self, connection: Connection) -> None:
         from sqlalchemy import inspect
@@ -327,7 +327,7 @@ class _Tables:
         return not any(name.casefold() in self._names for name in tables)
 
     def lacking(self, metadata: MetaData) -> str:
-        """What is not there of what the models have; empty when all of it is."""
+        """Return the tables and columns of the models that are missing."""
         for table in metadata.sorted_tables:
             name = self._names.get(table.name.casefold())
             if name is None:
@@ -345,8 +345,8 @@ class _Tables:
 
 @contextlib.asynccontextmanager
 async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]:
-    """A connection of its own: on SQLite it does not enforce foreign keys, without which a table that is replaced
-    by its copy would take the rows of others with it."""
+    """Open a connection of its own. On SQLite it does not enforce foreign keys: else replacing a table by its copy
+    would delete rows of other tables."""
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
@@ -366,7 +366,7 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
 
 @contextlib.asynccontextmanager
 async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[None]:
-    """Nobody else migrates this database meanwhile; all is one transaction, but on MySQL."""
+    """Exclude other migrations of this database; all is one transaction, except on MySQL."""
     dialect = connection.dialect.name
     if dialect in _WITHOUT_TRANSACTIONS:
         # Named after the schema as well: the lock is the server's.
@@ -388,7 +388,7 @@ async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[No
 
 
 def _check_encoding(connection: Connection) -> None:
-    """On PostgreSQL it belongs to the whole database, and no table can have another."""
+    """Check the encoding on PostgreSQL, where it belongs to the whole database."""
     if connection.dialect.name == "postgresql":
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":

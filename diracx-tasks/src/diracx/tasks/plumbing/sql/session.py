@@ -65,12 +65,12 @@ class Database(BaseSQLDB):
 
     @property
     def name(self) -> str:
-        """As in DIRACX_DB_URL_<NAME>."""
+        """Name of the database, as in DIRACX_DB_URL_<NAME>."""
         return self.migrations.database
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
-        """The engine, for as long as the context lasts.
+        """Open the engine while the context lasts.
 
         Raises:
             DatabaseError: no engine can be made of the URL.
@@ -90,7 +90,7 @@ class Database(BaseSQLDB):
 
     @property
     def in_transaction(self) -> bool:
-        """Whether this context has entered the database (`async with db`)."""
+        """Return whether this context has entered the database (`async with db`)."""
         return self._conn.get() is not None
 
     async def run(self, work: Callable[[], Awaitable[_Answer]]) -> _Answer:
@@ -174,7 +174,7 @@ class Database(BaseSQLDB):
 
 
 def not_ready(connection: Connection, database: type[BaseSQLDB], name: str) -> DatabaseError | None:
-    """Which tables of a database are not there, or lack columns, with the way out; None: all is well."""
+    """Return the error for missing tables or columns of a database; None: there are none."""
     inspector = inspect(connection)
     # MySQL on some platforms stores names in lower case.
     there = {table.casefold(): table for table in inspector.get_table_names()}
@@ -206,7 +206,7 @@ def _missing_columns(table: Table, there: Iterable[Mapping[str, Any]]) -> list[A
 
 
 def prepare(engine: AsyncEngine) -> None:
-    """Give each new connection of the engine the same meaning, whatever the server's defaults are."""
+    """Give each new connection of the engine the same settings, whatever the server's defaults are."""
     prepared = {"sqlite": _prepare_sqlite, "mysql": _prepare_mysql, "mariadb": _prepare_mysql}
     if (prepare_one := prepared.get(engine.dialect.name)) is not None:
         event.listen(engine.sync_engine, "connect", prepare_one)

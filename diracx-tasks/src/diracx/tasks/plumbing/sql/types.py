@@ -23,14 +23,14 @@ _END = "␠"
 
 
 def sanitize(text: str, longest: int | None = None) -> str:
-    """The text in characters that every database takes; what is too long is cut, and ends in an ellipsis."""
+    """Convert a text to characters that every database takes; a long one is cut, and ends in an ellipsis."""
     if not text.isascii() or "\0" in text:
         text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
     return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
 
 
 def truncate(name: str, longest: int) -> str:
-    """A name that fits its column; one that had to be changed ends in its hash, so that two of them stay two."""
+    """Fit a name to its column; one that is changed ends in its hash, so that different names stay different."""
     clean = sanitize(name)
     if clean == name and len(clean) <= longest:
         return clean
@@ -39,7 +39,7 @@ def truncate(name: str, longest: int) -> str:
 
 
 class AnyText(TypeDecorator[str]):
-    """Text for people: escaped as by `storable`, and cut to `length` characters."""
+    """Text for people: escaped as by `sanitize`, and cut to `length` characters."""
 
     impl = String
     cache_ok = True
@@ -53,7 +53,7 @@ class AnyText(TypeDecorator[str]):
 
 
 class AnyLongText(TypeDecorator[str]):
-    """Text of any length (4 GB on MySQL), escaped as by `storable`."""
+    """Text of any length (4 GB on MySQL), escaped as by `sanitize`."""
 
     impl = Text().with_variant(mysql.LONGTEXT(), *_MYSQL)  # its plain TEXT ends at 64 KiB
     cache_ok = True
@@ -63,7 +63,7 @@ class AnyLongText(TypeDecorator[str]):
 
 
 class AnyName(TypeDecorator[str]):
-    """A name to find a row by: two different ones are never the same, whatever their case, end or length."""
+    """Column of names: different names are never equal, whatever their case, end or length."""
 
     impl = String
     cache_ok = True

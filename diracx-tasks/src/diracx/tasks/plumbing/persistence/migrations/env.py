@@ -1,4 +1,4 @@
-"""Alembic runs this."""
+"""Entry point of Alembic."""
 
 from diracx.tasks.plumbing.sql.migrations import run_env
 

@@ -1,4 +1,4 @@
-"""Dead letters."""
+"""Create the table of dead letters."""
 
 import sqlalchemy as sa
 from alembic import op
