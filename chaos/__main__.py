@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ examples:
   make chaos ARGS="--profile server --redis everysec --json"
   make chaos ARGS="--profile all --plan"
 
-Exit code: 0 when every promise was kept, 1 when one was broken (files are kept, and named), 2 for wrong usage.
+Exit code: 0 when every promise was kept, 1 when one was broken (files are kept, and named), 2 for wrong usage, 3
+when chaos itself failed: a server did not start, a failover did not happen. Nothing is judged then.
 """
 
 #: Tasks for each 120 s of the storm.
@@ -98,6 +100,13 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+def causes(error: BaseException) -> str:
+    """On one line what has failed; of a group, each of its members."""
+    if isinstance(error, BaseExceptionGroup):
+        return ", ".join(map(causes, error.exceptions))
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def main() -> int:
     arguments = _arguments()
     plan = plans.make(
@@ -129,7 +138,12 @@ def main() -> int:
         rest_seconds=arguments.rest,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended, as with Ctrl-C
-    observed = asyncio.run(Driver(plan, settings, directory).run())
+    try:
+        observed = asyncio.run(Driver(plan, settings, directory).run())
+    except Exception as error:
+        (directory / "failure.txt").write_text("".join(traceback.format_exception(error)))
+        say(f"chaos itself failed, and has judged nothing: {causes(error)}; see {directory}/failure.txt")
+        return 3
     verdict = ChaosResult(plan, observed, read(directory / "witness"), arguments.lease)
     promises = verdict.promises()
     broken = [promise.name for promise in promises if promise.kept is False]

@@ -12,6 +12,7 @@ import sql_servers
 from .links import Link
 from .plan import Disturbance
 from .processes import History
+from .redis_servers import is_under_way
 
 
 class Database:
@@ -44,7 +45,7 @@ class Database:
 
     def strike(self, disturbance: Disturbance) -> bool:
         """Begin the disturbance, unless one is under way."""
-        if self._link is None or self._link.disturbed or (self._busy is not None and not self._busy.done()):
+        if self._link is None or self._link.disturbed or is_under_way(self._busy):
             return False
         if "link" in disturbance.what:
             self._link.strike(disturbance)

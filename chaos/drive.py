@@ -421,7 +421,8 @@ class Driver:
                 observed.left = left
             await asyncio.sleep(_TICK_SECONDS)
         else:
-            observed.remains = await everything(watching.redis)
+            with suppress(RedisError, OSError):  # it may be at no rest because the server is away
+                observed.remains = await everything(watching.redis)
         progress.cancel()
 
     async def _report(self, observed: Observed, broker: RedisStreamBroker) -> None:

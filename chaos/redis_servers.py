@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,14 @@ class Single:
     def look(self) -> None:
         """Note how much of the append-only file there is, for a power cut."""
         for path in self._directory.glob("appendonlydir/*.incr.aof"):
-            self._sizes.append((time.monotonic(), path, path.stat().st_size))
+            with suppress(FileNotFoundError):  # it has just been rewritten
+                self._sizes.append((time.monotonic(), path, path.stat().st_size))
 
     def strike(self, disturbance: Disturbance) -> bool:
         """Begin the disturbance, unless one is under way or this configuration does not know it."""
         if disturbance.what == "power cut" and self.configuration != "everysec":
             return False
-        if self._busy is not None and not self._busy.done():
+        if is_under_way(self._busy):
             return False
         self._busy = asyncio.create_task(self._disturb(disturbance))
         return True
@@ -205,7 +207,7 @@ class Sentinels:
 
     def strike(self, disturbance: Disturbance) -> bool:
         """Begin the disturbance of the primary, unless the last one is not got over yet."""
-        if disturbance.what == "power cut" or (self._busy is not None and not self._busy.done()):
+        if disturbance.what == "power cut" or is_under_way(self._busy):
             return False
         self._busy = asyncio.create_task(self._disturb(disturbance))
         return True
@@ -236,7 +238,7 @@ class Sentinels:
         elif disturbance.what.startswith("kill"):
             self._servers[old].kill()
         else:  # planned, as for maintenance
-            await asyncio.to_thread(self._ask_sentinel, "failover")
+            await _until(self._told_to_fail_over, "a sentinel begins a failover")
         await _until(lambda: self._promoted(old), "a replica is promoted")
         outage.end = time.monotonic()
         moving = asyncio.create_task(self._moved(old))
@@ -272,9 +274,10 @@ class Sentinels:
 
         await _until(told, "a server that has started is told to follow the primary")  # it may load its data first
 
-    def _ask_sentinel(self, what: str) -> None:
-        with Redis.from_url(f"redis://{self._places[0]}") as sentinel:
-            sentinel.execute_command("SENTINEL", what, SERVICE)
+    def _told_to_fail_over(self) -> bool:
+        """It refuses for a while after the last failover, and as long as it trusts no replica."""
+        with Redis.from_url(f"redis://{self._places[0]}", socket_timeout=1) as sentinel:
+            return bool(sentinel.execute_command("SENTINEL", "FAILOVER", SERVICE))
 
     def _promoted(self, old: int) -> bool:
         for number in range(len(self._servers)):
@@ -322,6 +325,15 @@ def make(configuration: str, directory: Path) -> Single | Sentinels:
     return (Sentinels if configuration.startswith("sentinel") else Single)(configuration, directory)
 
 
+def is_under_way(disturbance: asyncio.Task[None] | None) -> bool:
+    """Whether it is not over; raises what it has failed with, before another one takes its place."""
+    if disturbance is None:
+        return False
+    if disturbance.done():
+        disturbance.result()
+    return not disturbance.done()
+
+
 async def _paused(server: ValkeyProcess, seconds: float) -> None:
     pid = server.pid
     os.kill(pid, signal.SIGSTOP)
@@ -334,11 +346,12 @@ async def _paused(server: ValkeyProcess, seconds: float) -> None:
 async def _until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
+        why = ""
         try:
             if await asyncio.to_thread(condition):
                 return
-        except RedisError:
-            pass
+        except RedisError as error:
+            why = f" ({error})"
         if time.monotonic() > deadline:
-            raise RuntimeError(f"not within {_PATIENCE_SECONDS:g} s: {what}")
+            raise RuntimeError(f"not within {_PATIENCE_SECONDS:g} s: {what}{why}")
         await asyncio.sleep(_TICK_SECONDS)
