@@ -20,7 +20,8 @@ from .server import Server
 from .state import HEALTHY, NAMES, TASKS, Held, State, WorkerState, owner_of
 
 _SLOTS = 2
-_LEASE_SECONDS = 1000.0
+#: The search may take longer than an hour, and by the clock no lease may end, nor the server have been away, meanwhile.
+_LEASE_SECONDS = 100_000.0
 _MAX_DELIVERIES = 10
 
 Step = tuple[str, list[State] | Callable[[], list[State]]]

@@ -74,6 +74,20 @@ class Kills(BaseTask):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KillsTwice(BaseTask):
+    """Takes two workers with it. The next time it takes as long as it is told to."""
+
+    async def execute(self) -> int:
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(os.environ["TEST_REDIS_URL"]) as redis:
+            if await redis.incr("begun:twice") < 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            while not await redis.exists("may-end:twice"):
+                await asyncio.sleep(0.01)
+        return os.getpid()
+
+
 @dataclass
 class Notes(BaseTask):
     """Says where it ran. Needs no lock."""
@@ -89,7 +103,7 @@ class Notes(BaseTask):
         return os.getpid()
 
 
-TASKS = [Marks, MarksOnce, Blocks, Kills, Notes]
+TASKS = [Marks, MarksOnce, Blocks, Kills, KillsTwice, Notes]
 
 
 class PausesOnce(Worker):

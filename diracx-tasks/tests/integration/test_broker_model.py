@@ -6,9 +6,11 @@ The model knows where each task must be. After every step the server is asked wh
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from redis import Redis as SyncRedis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stays_away import stays_away
 
 WORKERS = ("a", "b")
 STREAMS = keys.streams_of("medium")
@@ -439,6 +444,11 @@ class BrokerMachine(RuleBasedStateMachine):
         convicted = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
+        if convicted and len(deliveries) < free:  # they are in doubt until the dead worker has stayed away
+            assert all(each.deaths < MAX_DELIVERIES for each in deliveries)
+            stays_away(self.url, other)
+            rest = self.brokers[worker].reclaim(free - len(deliveries), max_deliveries=MAX_DELIVERIES)
+            deliveries += self.run(rest)[0]
         fresh = [each for each in deliveries if each.deliveries == 1]
         taken = [each for each in deliveries if each.deliveries > 1]
         will_run = [each for each in taken if each.deaths < MAX_DELIVERIES]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settlement import hand_back
 from redis.asyncio import Redis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stays_away import stays_away
 
 QUEUE = "diracx:tasks:normal:medium"
 LATER_MS = 600_000
@@ -42,6 +47,13 @@ async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
 
 async def dies(redis: Redis, broker: RedisStreamBroker) -> None:
     await redis.zadd(keys.ALIVE, {broker.consumer_name: 1})
+
+
+async def died(redis: Redis, dead: RedisStreamBroker, finder: RedisStreamBroker) -> None:
+    """It has died, that has been noticed, and for some leases it has not come back."""
+    await dies(redis, dead)
+    assert (await finder.reclaim(10, max_deliveries=1))[0] == [], "it may yet come back"
+    stays_away(finder.url, dead.consumer_name)
 
 
 async def submit(broker: RedisStreamBroker, *names: str) -> None:
@@ -191,14 +203,14 @@ async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, r
     await submit(broker, *"abcd")
     await broker.fetch(10)
     for name in "23":
-        await dies(redis, broker)
-        broker = await worker(name)
+        before, broker = broker, await worker(name)
+        await died(redis, before, broker)
         await broker.reclaim(10, max_deliveries=1)  # so that it takes all of them
         if name == "2":
             await submit(broker, "candidate", "another")
             await broker.fetch(10)
-    await dies(redis, broker)
     last = await worker("last")
+    await died(redis, broker, last)
     taken, *_ = await last.reclaim(10, max_deliveries=3)
     assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
     assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
@@ -210,14 +222,14 @@ async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
 ) -> None:
     first, second, third = await worker("1"), await worker("2"), await worker("3")
     await submit(first, "convicted", "candidate", "another")
-    died, *others = (await first.fetch(3))[0]
-    assert died.data is not None
-    assert await first.settle([Settlement(died)]) == [True]
-    await redis.xadd(died.stream + keys.HANDOVER, {"data": died.data, "deaths": 1})  # parked since its worker died
+    parked, *others = (await first.fetch(3))[0]
+    assert parked.data is not None
+    assert await first.settle([Settlement(parked)]) == [True]
+    await redis.xadd(parked.stream + keys.HANDOVER, {"data": parked.data, "deaths": 1})  # its worker died
     others += (await first.fetch(1))[0]
-    await dies(redis, first)
+    await died(redis, first, second)
     assert len((await second.reclaim(10, max_deliveries=1))[0]) == 3
-    await dies(redis, second)
+    await died(redis, second, third)
     taken, *_ = await third.reclaim(10, max_deliveries=3)
     convicted = [delivery for delivery in taken if delivery.deaths == 3]
     assert len(convicted) == 1, "two lost workers here, and one before"
@@ -235,7 +247,7 @@ async def test_P9_deaths_are_remembered_on_the_way_through_a_lock_or_a_stop(
     for round_ in range(1, 4):
         [delivery], _ = await first.fetch(1)
         assert delivery.deaths == round_ - 1
-        await dies(redis, first)
+        await died(redis, first, second)
         [delivery], *_ = await second.reclaim(1)
         assert (delivery.deliveries, delivery.deaths) == (2, round_)
         if way == "parked":

@@ -17,10 +17,11 @@ from diracx.tasks.plumbing import ExclusiveRWLock
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem
+from network import Network
 from redis.asyncio import Redis
 
 sys.path.insert(0, str(Path(__file__).parent))
-from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, Marks, MarksOnce, Notes
+from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, KillsTwice, Marks, MarksOnce, Notes
 
 # Workers that are killed leave their names, and the queue's group their consumers, until they are reclaimed.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
@@ -29,14 +30,14 @@ SETTINGS = {"lease_seconds": LEASE_SECONDS}
 
 
 @pytest.fixture
-def worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts worker processes of their own, and ends them with the test."""
     monkeypatch.setenv("TEST_REDIS_URL", redis_url)
     started = []
 
-    def start() -> subprocess.Popen[str]:
+    def start(url: str = redis_url) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crashing_tasks.py")), redis_url],
+            [sys.executable, str(Path(__file__).with_name("crashing_tasks.py")), url],
             env={**os.environ, "TEST_HANGS": "1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -138,6 +139,39 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
             [dead_letter] = await db.search()
         assert dead_letter["reason"] == "poison"
         assert dead_letter["task_name"] == "test:Kills"
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*", "begun:twice", "may-end:twice")
+async def test_P9_a_worker_that_is_cut_off_is_no_third_death_of_its_task(
+    worker: Callable[..., subprocess.Popen[str]], redis_url: str, redis: Redis
+) -> None:
+    """Two workers have died with it. The third one is away for longer than its lease, and comes back."""
+    async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
+        task_id = await KillsTwice().schedule()
+    for _ in range(2):
+        assert worker().wait(timeout=60) == -signal.SIGKILL
+    network = Network(redis_url)
+    network.start()
+    try:
+        process = worker(network.url)
+        await until(lambda: _is(redis.get("begun:twice"), b"3"))
+        async with TaskSystem(TASKS, redis_url=redis_url, workers=1, settings=SETTINGS) as system:
+            network.hold()
+            name = next(n for n in await redis.zrange(keys.ALIVE, 0, -1) if f":{process.pid}:".encode() in n)
+            await until(lambda: _is(redis.zcount(keys.ALIVE, "-inf", 0), 1))
+            assert await redis.zscore(keys.ALIVE, name) < 0, "the other one has noticed it"
+            network.release()
+            await until(lambda: _is(redis.zcount(keys.ALIVE, 1, "+inf"), 2))
+            await redis.set("may-end:twice", 1)
+            result = await system.result(task_id, timeout=60)
+            assert result.return_value == process.pid, result.error
+            await system.drain()
+            assert system.task_db is not None
+            async with system.task_db as db:
+                assert await db.search() == []
+        assert await redis.get("begun:twice") == b"3"
+    finally:
+        network.stop()
 
 
 async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,9 @@ from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stays_away import stays_away
 
 BEGUN: list[int] = []
 
@@ -93,12 +99,75 @@ async def test_P9_workers_that_stay_away_have_died(
     owner, other = workers
     await submit(owner)
     [delivery], _ = await owner.fetch(1)
-    for redeliveries in range(1, 4):
+    for times in range(1, 4):
         renew(other)
         await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+        if times == 3:
+            assert (await other.reclaim(1, max_deliveries=3))[0] == [], "it may yet come back"
+            stays_away(owner.url, owner.consumer_name)
         [delivery], *_ = await other.reclaim(1, max_deliveries=3)
-        assert delivery.deaths == redeliveries
+        assert delivery.deaths == times
         owner, other = other, owner
+
+
+@pytest.mark.parametrize("lease_ms", [1000, LEASE_MS])
+async def test_P9_what_is_convicted_stays_with_its_last_worker_for_three_of_its_leases(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, lease_ms: int
+) -> None:
+    """The server cannot tell a worker that has vanished from one that is cut off."""
+    owner, other = workers
+    await submit(owner)
+    await owner.fetch(1)
+    renew(other)
+    await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+    await redis.zadd(keys.LEASES, {owner.consumer_name: lease_ms})
+    for _ in range(2):
+        taken, again_seconds, _ = await other.reclaim(1, max_deliveries=1)
+        assert taken == []
+        assert again_seconds <= 3 * lease_ms / 1000
+    [delivery] = await owner.recover([])
+    assert renew(owner, delivery) == [], "it is its own still"
+    assert (await other.reclaim(1, max_deliveries=1))[0] == []
+    assert await owner.settle([Settlement(delivery)]) == [True]
+
+
+async def test_P9_what_is_convicted_is_rejected_when_its_last_worker_has_stayed_away(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
+) -> None:
+    owner, other = workers
+    await submit(owner)
+    await owner.fetch(1)
+    renew(other)
+    await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+    await redis.zadd(keys.LEASES, {owner.consumer_name: 200})
+    began = time.monotonic()
+    while not (found := await other.reclaim(1, max_deliveries=1))[0]:
+        await asyncio.sleep(0.02)  # it renews at the pace of the shortest lease, and the server is not away
+        renew(other)
+    assert time.monotonic() - began >= 0.6
+    assert found[0][0].deliveries == 2
+    assert await redis.zscore(keys.LEASES, owner.consumer_name) is None
+
+
+async def test_P9_an_outage_of_the_server_does_not_count_as_time_in_which_a_worker_stayed_away(
+    workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
+) -> None:
+    owner, other = workers
+    await submit(owner)
+    await owner.fetch(1)
+    renew(other)
+    await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+    await redis.zadd(keys.LEASES, {owner.consumer_name: LEASE_MS})
+    assert (await other.reclaim(1, max_deliveries=1))[0] == []
+    stays_away(owner.url, owner.consumer_name)
+    await redis.set(keys.RENEWED, ENDED)
+    await redis.zadd(keys.ALIVE, {other.consumer_name: ENDED})
+    assert (await other.reclaim(1, max_deliveries=1))[0] == []
+    assert await redis.zscore(keys.ALIVE, owner.consumer_name) > 0, "it has another term"
+    await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
+    assert (await other.reclaim(1, max_deliveries=1))[0] == [], "and may come back after that as well"
+    stays_away(owner.url, owner.consumer_name)
+    assert len((await other.reclaim(1, max_deliveries=1))[0]) == 1
 
 
 @pytest.mark.parametrize("first_call", ["a renewal", "a fetch", "a look for dead workers"])

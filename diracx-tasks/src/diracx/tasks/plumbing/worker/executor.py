@@ -189,7 +189,7 @@ class Executor:
             self._settler.add(cancelled(delivery, message, self._settings))
             return None
         if is_poison:
-            detail = f"{delivery.deaths} workers have vanished while they had it"
+            detail = f"{delivery.deaths} workers have gone silent with it, the last one for more than three leases"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
         return message

@@ -13,9 +13,15 @@ local function shortest_lease()
   return shortest_ms
 end
 
+-- The longest lease of all (ms), `lease_ms` among them.
+local function longest_lease(lease_ms)
+  return math.max(lease_ms, tonumber(redis.call('ZREVRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2]) or 0)
+end
+
 -- Where the server was away, each worker that could not renew gets another term of its own length, but for those that
--- have signed off (0). To be called before any lease is judged. One whose length is unknown (it comes from an earlier
--- release, or the list was lost) counts with the longest that is known.
+-- have signed off (0), and for the dead (below 0) that nobody waits for: see reclaim.lua. To be called before any lease
+-- is judged. One whose length is unknown (it comes from an earlier release, or the list was lost) counts with the
+-- longest that is known.
 local function note_contact(lease_ms, now)
   local now_ms = now / 1000
   local heard = redis.pcall('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS, 'GET')
@@ -28,11 +34,12 @@ local function note_contact(lease_ms, now)
   end
   local unheard_ms = now_ms - heard
   if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return end
-  local unknown = math.max(lease_ms, tonumber(redis.call('ZREVRANGE', '$LEASES', 0, 0, 'WITHSCORES')[2]) or 0)
-  local listed = redis.call('ZRANGEBYSCORE', '$ALIVE', '(0', '+inf', 'WITHSCORES')
+  local unknown = longest_lease(lease_ms)
+  local listed = redis.call('ZRANGE', '$ALIVE', 0, -1, 'WITHSCORES')
   for at = 1, #listed, 2 do
-    local length = tonumber(redis.call('ZSCORE', '$LEASES', listed[at]) or unknown)
-    if unheard_ms >= UNHEARD * length and tonumber(listed[at + 1]) < now_ms + length then
+    local known, ends = redis.call('ZSCORE', '$LEASES', listed[at]), tonumber(listed[at + 1])
+    local length = tonumber(known or unknown)
+    if unheard_ms >= UNHEARD * length and ends < now_ms + length and (ends > 0 or ends < 0 and known) then
       redis.call('ZADD', '$ALIVE', int(now_ms + length), listed[at])
     end
   end

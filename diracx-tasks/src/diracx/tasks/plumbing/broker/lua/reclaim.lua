@@ -4,12 +4,14 @@
 --   the number of deaths that makes a message a suspect, the number that convicts it.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
--- the next death is its own. One that is convicted is no suspect: it will not run again, only be rejected.
+-- the next death is its own. One that is convicted is no suspect: it will not run again, only be rejected, but not
+-- before its last worker has had the time to come back.
 -- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
 -- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
 -- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
--- free slot (0) where the slots were too few or there is more to do, within a second while a suspect waits, and else
--- when the next lease ends, if it is not renewed before; 1 if the caller is to make room}.
+-- free slot (0) where the slots were too few or there is more to do, within a second while a suspect waits, when one
+-- that is convicted may be rejected, and else when the next lease ends, if it is not renewed before; 1 if the caller
+-- is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when somebody
 -- last looked at it.
@@ -31,7 +33,8 @@ local SIZE_MS = 1e13 -- between two sizes, more than any time
 local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
 local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at, less for large messages
 local BYTES = 2048
-local slots_too_few, suspect_waits, urgent_seen = false, false, 0
+local DOUBT = 3 -- leases for which the last worker of a convicted message is waited for, as it may only be cut off
+local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local suspect_left = false
@@ -87,8 +90,20 @@ local function take_more_urgent(position)
   end
 end
 
+-- How long to wait (ms) until what is convicted by the death of its worker may be rejected. If that comes back before,
+-- it has the message still. The time without a renewal begins anew when the death is noticed: the server may have been
+-- away.
+local function doubt_ms(stream, worker, entry, unrenewed_ms, is_new)
+  if is_new then
+    redis.call('XCLAIM', stream, '$GROUP', worker, 0, entry, 'JUSTID')
+    unrenewed_ms = 0
+  end
+  local lease_ms = redis.call('ZSCORE', '$LEASES', worker) or longest_lease(tonumber(ARGV[4]))
+  return DOUBT * lease_ms - unrenewed_ms
+end
+
 -- What a dead worker has left in one stream, as far as the caller has slots for it.
-local function take_over(position, stream, worker)
+local function take_over(position, stream, worker, is_new)
   local from, pending = '-', nil
   while looks_left > 0 do -- to the end: what may be taken can stand behind suspects that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
@@ -97,8 +112,11 @@ local function take_over(position, stream, worker)
       local what, bytes
       if free > 0 then what, bytes = verdict(stream, p[1], tonumber(p[4]) + 1) end
       looks_left = looks_left - 1 - (bytes or 0) / BYTES
-      if what and not may_take(what) then
-        suspect_waits = true
+      local doubt = what == 'convicted' and doubt_ms(stream, worker, p[1], p[3], is_new) or 0
+      if doubt > 0 then
+        waits_ms, doubtful[worker] = math.min(waits_ms, doubt), true
+      elseif what and not may_take(what) then
+        waits_ms = math.min(waits_ms, LEFT_OVER_MS)
       else
         if what == 'ordinary' then take_more_urgent(position) end
         if free <= 0 then
@@ -148,7 +166,7 @@ local function clear(worker)
       end
     end
   end
-  redis.call('ZREM', '$LEASES', worker)
+  if not doubtful[worker] then redis.call('ZREM', '$LEASES', worker) end
   if left then
     redis.call('ZADD', '$ALIVE', int(now_ms - left * SIZE_MS), worker)
   else
@@ -174,7 +192,7 @@ for _, worker in ipairs(dead) do
   end
 end
 for position, stream in ipairs(KEYS) do
-  for _, worker in ipairs(left) do take_over(position, stream, worker) end
+  for number, worker in ipairs(left) do take_over(position, stream, worker, number > earlier) end
 end
 for position, worker in ipairs(left) do
   if position > earlier or not slots_too_few then clear(worker) end
@@ -191,7 +209,6 @@ local again_ms = 0
 if not more then
   local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', int(now_ms), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[4])
-  again_ms = math.min(again_ms, look_within_ms)
-  if suspect_waits then again_ms = math.min(again_ms, LEFT_OVER_MS) end
+  again_ms = math.min(again_ms, look_within_ms, math.max(waits_ms, 1))
 end
 return {messages, again_ms, room_for == consumer and 1 or 0}

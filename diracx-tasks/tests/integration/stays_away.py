@@ -1,0 +1,21 @@
+"""A dead worker that stays away for some leases, without the test waiting for them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from diracx.tasks.plumbing.broker import keys
+from redis import Redis
+from redis.exceptions import ResponseError
+
+_LONG_MS = 10**7
+
+
+def stays_away(url: str, worker: str) -> None:
+    """What it holds was renewed long ago, as seen by the server. Its death must have been noticed before."""
+    with Redis.from_url(url) as redis:
+        for stream in keys.EVERY_STREAM:
+            with suppress(ResponseError):  # there is no such stream, or nobody has read it
+                for each in redis.xpending_range(stream, keys.GROUP, "-", "+", 1000, worker):
+                    entries = [each["message_id"]]
+                    redis.xclaim(stream, keys.GROUP, worker, 0, entries, idle=_LONG_MS, justid=True)
