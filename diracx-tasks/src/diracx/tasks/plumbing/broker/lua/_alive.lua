@@ -35,7 +35,7 @@ local function note_contact(lease_ms, now)
   local unheard_ms = now_ms - heard
   if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return end
   local unknown = longest_lease(lease_ms)
-  local listed = redis.call('ZRANGE', '$ALIVE', 0, -1, 'WITHSCORES')
+  local listed = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', '+inf', 'WITHSCORES')
   for at = 1, #listed, 2 do
     local known, ends = redis.call('ZSCORE', '$LEASES', listed[at]), tonumber(listed[at + 1])
     local length = tonumber(known or unknown)
