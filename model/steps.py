@@ -20,7 +20,7 @@ from .server import Server
 from .state import HEALTHY, NAMES, TASKS, Held, State, WorkerState, owner_of
 
 _SLOTS = 2
-#: The search may take longer than an hour, and by the clock no lease may end, nor the server have been away, meanwhile.
+#: By the clock no lease may end during a search, nor the server have been away: more than any search takes.
 _LEASE_SECONDS = 100_000.0
 _MAX_DELIVERIES = 10
 
