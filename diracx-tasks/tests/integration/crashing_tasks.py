@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diracx.tasks.plumbing import BaseTask, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker
@@ -17,6 +18,8 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker import worker as worker_module
+from diracx.tasks.plumbing.worker.executor import Executor
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 
@@ -106,22 +109,23 @@ class Notes(BaseTask):
 TASKS = [Marks, MarksOnce, Blocks, Kills, KillsTwice, Notes]
 
 
-class PausesOnce(Worker):
+class PausesOnce(Executor):
     """Is stopped between its first message and the start of that; its lease is renewed before it goes on."""
 
-    async def _begin(self, deliveries: Sequence[Delivery], stop: asyncio.Event) -> None:
+    async def start(self, deliveries: Sequence[Delivery], *args: Any, **kwargs: Any) -> None:
         if deliveries and not hasattr(self, "paused"):
             self.paused = True
             os.kill(os.getpid(), signal.SIGSTOP)
             while self._keeper.overdue:
                 await asyncio.sleep(0.01)
-        await super()._begin(deliveries, stop)
+        await super().start(deliveries, *args, **kwargs)
 
 
 async def serve_with_a_pause(redis_url: str) -> None:
     broker = RedisStreamBroker(redis_url)
     registry = TaskRegistry({"test:Notes": Notes})
-    worker = PausesOnce(broker, registry, settings=WorkerSettings(lease_seconds=LEASE_SECONDS))
+    worker_module.Executor = PausesOnce  # type: ignore[misc]  # in this process, which has one worker
+    worker = Worker(broker, registry, settings=WorkerSettings(lease_seconds=LEASE_SECONDS))
     running = asyncio.create_task(worker.run(asyncio.Event()))
     await worker.ready.wait()
     print("ready", flush=True)
