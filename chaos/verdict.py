@@ -27,7 +27,7 @@ from typing import Any
 
 from . import executions as by
 from . import tasks
-from .drive import Observed
+from .drive import MAX_DELIVERIES, Observed
 from .exclusion import AWAKENING_SECONDS, overlaps
 from .executions import Executions
 from .plan import Plan
@@ -37,6 +37,8 @@ from .witness import Run, Testimony
 RATE_SLACK_SECONDS = 1.0
 #: A process that is younger may still be starting: on a busy machine that takes seconds.
 START_SECONDS = 10.0
+#: The same for one that has begun no task: it takes longest where the machine does too much at once.
+_START_UNSEEN_SECONDS = 30.0
 #: A median of fewer waits says nothing.
 _FEW_WAITS = 5
 #: Clocks of server and witness differ by less.
@@ -313,8 +315,10 @@ class ChaosResult:
         """Was it cut off, whenever it had begun, by a disturbance? It may not have begun each time."""
         runs = self._by_task.get(row["n"], ())
         causes = [found and found[1] for found in map(self._executions.first_disturbance, runs)]
-        if row["reason"] == "poison":  # it was unlucky: all of its workers were killed
-            return bool(causes) and set(causes) <= {by.KILLED, by.BESIDE_POISON}
+        if row["reason"] == "poison":  # it was unlucky: so many of its workers were killed
+            ends = {by.KILLED, by.BESIDE_POISON}
+            lost = [any(cause in ends for _, cause in self._executions.disturbances(run)) for run in runs]
+            return sum(lost) >= MAX_DELIVERIES or (bool(lost) and all(lost))
         cut_off = row["reason"] == "interrupted" or (row["kind"], row["reason"]) == ("Once", "exhausted")
         return cut_off and None not in causes
 
@@ -336,7 +340,8 @@ class ChaosResult:
         away = [(outage.begin, outage.over) for outage in self._observed.outages]
         away += self._executions.cut_off(pid)
         meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in away)
-        return at - started < START_SECONDS + meanwhile
+        seen = any(run.pid == pid for run in self._runs)
+        return at - started < (START_SECONDS if seen else _START_UNSEEN_SECONDS) + meanwhile
 
     def _recovery(self) -> Iterable[Promise]:
         found = recovery(self._executions, self._observed, self._by_task.values(), self._runs)

@@ -133,7 +133,7 @@ def test_a_submission_without_an_answer_may_have_arrived_or_not() -> None:
 def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
     broken = promises(
         [run(1, 1, 2), run(2, 2.1, 3)],
-        History(started={5: 0.0}, ended={5: (20.0, 1)}),
+        History(started={5: 0.0}, ended={5: (40.0, 1)}),
         dead_letters=[{"n": 1, "kind": "Locked", "reason": "poison", "detail": ""}],
         leftover_keys=["k"],
     )
@@ -142,6 +142,26 @@ def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
         "Redis keys left over",
         "processes that ended by themselves or stopped badly",
     }
+
+
+@pytest.mark.parametrize(("killed", "kept"), [(4, True), (3, False)])
+def test_a_task_is_poison_by_as_many_workers_as_really_died_whatever_else_happened_before(
+    killed: int, kept: bool
+) -> None:
+    """The last worker may only have been cut off; and before some of the others the server may have lost data."""
+    runs = [run(1, 10 * n, None if n <= killed else 42, pid=n) for n in range(1, 5)]
+    history = History(
+        killed={n: 10 * n + 1 for n in range(1, killed + 1)},
+        names={4: "worker-3"},
+        cut_off={} if kept else {"worker-3": [(40.5, 45.0)]},
+    )
+    broken = promises(
+        [*runs, run(2, 50, 51)],
+        history,
+        outages=[Outage("kill server", 19.0, 19.5, 18.0, lost_until=20.5, over=20.5)],
+        dead_letters=[{"n": 1, "kind": "Locked", "reason": "poison", "detail": ""}],
+    )
+    assert ("dead letters that nobody expected" in broken) is not kept
 
 
 def test_a_run_that_failed_is_told_in_the_figures_and_ends_nothing() -> None:
