@@ -1,16 +1,16 @@
 -- Bury dead workers and take over what they were running, a part at a time.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   the streams of each size (msgpack list of lists), lease (ms): how long the caller lives from now,
---   the number of deaths that makes a message a suspect, the number that convicts it.
+--   the number of deaths that makes a message a suspect, the number that makes it poison.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
 -- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
--- the next death is its own. One that is convicted is no suspect: it will not run again, only be rejected, but not
+-- the next death is its own. One that is poison is no suspect: it will not run again, only be rejected, but not
 -- before its last worker has had the time to come back.
 -- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
 -- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
 -- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
 -- free slot (0) where the slots were too few or there is more to do, within a second while a suspect waits, when one
--- that is convicted may be rejected, and else when the next lease ends, if it is not renewed before; 1 if the caller
+-- that is poison may be rejected, and else when the next lease ends, if it is not renewed before; 1 if the caller
 -- is to make room}.
 -- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
 -- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when somebody
@@ -33,7 +33,7 @@ local SIZE_MS = 1e13 -- between two sizes, more than any time
 local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
 local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at, less for large messages
 local BYTES = 2048
-local DOUBT = 3 -- leases for which the last worker of a convicted message is waited for, as it may only be cut off
+local DOUBT = 3 -- leases for which the last worker of a poison message is waited for, as it may only be cut off
 local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
@@ -43,7 +43,7 @@ local suspect_left = false
 local function verdict(stream, entry, deliveries)
   local there = redis.call('XRANGE', stream, entry, entry)[1]
   local deaths = deaths_of(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
-  local what = deaths >= max_deliveries and 'convicted' or deaths >= suspect_from and 'suspect' or 'ordinary'
+  local what = deaths >= max_deliveries and 'poison' or deaths >= suspect_from and 'suspect' or 'ordinary'
   return what, #(there and data_of(there[2]) or '')
 end
 
@@ -64,7 +64,7 @@ end
 
 local in_hand, looked = nil, false
 local function may_take(what)
-  if what == 'convicted' then return true end
+  if what == 'poison' then return true end
   if not looked then in_hand, looked = found_in_hand(), true end
   if in_hand == 'suspect' then return false end
   if what == 'suspect' then
@@ -90,7 +90,7 @@ local function take_more_urgent(position)
   end
 end
 
--- How long to wait (ms) until what is convicted by the death of its worker may be rejected. If that comes back before,
+-- How long to wait (ms) until what is poison by the death of its worker may be rejected. If that comes back before,
 -- it has the message still. The time without a renewal begins anew when the death is noticed: the server may have been
 -- away.
 local function doubt_ms(stream, worker, entry, unrenewed_ms, is_new)
@@ -112,7 +112,7 @@ local function take_over(position, stream, worker, is_new)
       local what, bytes
       if free > 0 then what, bytes = verdict(stream, p[1], tonumber(p[4]) + 1) end
       looks_left = looks_left - 1 - (bytes or 0) / BYTES
-      local doubt = what == 'convicted' and doubt_ms(stream, worker, p[1], p[3], is_new) or 0
+      local doubt = what == 'poison' and doubt_ms(stream, worker, p[1], p[3], is_new) or 0
       if doubt > 0 then
         waits_ms, doubtful[worker] = math.min(waits_ms, doubt), true
       elseif what and not may_take(what) then
