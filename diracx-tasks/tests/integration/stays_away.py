@@ -12,7 +12,7 @@ _LONG_MS = 10**7
 
 
 def stays_away(url: str, worker: str) -> None:
-    """What it holds was renewed long ago, as seen by the server. Its death must have been noticed before."""
+    """Make the server see what it holds as renewed long ago. Its death must have been noticed before."""
     with Redis.from_url(url) as redis:
         for stream in keys.EVERY_STREAM:
             with suppress(ResponseError):  # there is no such stream, or nobody has read it

@@ -1,4 +1,4 @@
-"""What fails in the chaos driver, and not in what it disturbs."""
+"""Failures of the chaos driver itself, told from findings."""
 
 from __future__ import annotations
 
