@@ -89,6 +89,8 @@ def leaked_keys(client: SyncRedis) -> Iterator[str]:
         # What the scheduler knows of its schedules is there to outlive every process.
         if name in (keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PAUSED, keys.PROBLEMS):
             continue
+        if name == keys.SCHEMA:
+            continue  # of which version the data are
         if name == keys.DELAYED_REASONS and not client.exists(keys.DELAYED):
             continue  # a test has removed delayed tasks by hand; the count begins anew with the next one
         if client.ttl(name) == -1:

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[3]
 
 #: Per task: round trips, commands, bytes sent (with each script once), bytes received; a little above the counts.
 MOST = {
-    "enqueue one by one": (1.01, 1.0, 160, 30),
-    "enqueue in bulk": (0.01, 1.0, 140, 5),
-    "enqueue in bulk, delayed": (0.02, 7.5, 260, 5),
-    "drain": (0.1, 1.0, 215, 140),
-    "drain, one mutex per task": (0.13, 8.5, 655, 150),
-    "drain, results kept": (0.1, 5.1, 365, 140),
-    "drain, delayed": (0.15, 2.5, 215, 420),
+    "enqueue one by one": (1.01, 1.0, 200, 30),
+    "enqueue in bulk": (0.01, 1.0, 200, 5),
+    "enqueue in bulk, delayed": (0.02, 7.5, 270, 5),
+    "drain": (0.1, 1.0, 220, 180),
+    "drain, one mutex per task": (0.13, 8.5, 660, 190),
+    "drain, results kept": (0.1, 5.1, 375, 180),
+    "drain, delayed": (0.15, 2.5, 220, 420),
     "drain, failed once": (0.25, 17.5, 1300, 1500),
-    "drain, a callback group": (0.13, 7.5, 295, 210),
+    "drain, a callback group": (0.13, 7.5, 300, 220),
     "drain, one mutex for all": (5.2, 80, 3800, 12000),
     "one at a time": (4.1, 13, 1600, 450),
 }

@@ -179,6 +179,7 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "leave": lambda s: s.broker.leave(),
     "check": lambda s: s.broker.startup(Role.WORKER),
     "lines": lambda s: scripts.lines(s.redis, 10),
+    "finished": lambda s: scripts.script("finished")(s.redis, [QUEUE], ["-", 10, 1000]),
 }
 
 

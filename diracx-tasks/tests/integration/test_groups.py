@@ -120,7 +120,7 @@ async def brokers(redis_url: str) -> AsyncIterator[tuple[RedisStreamBroker, Redi
 def ended(delivery: Delivery, error: str | None = None) -> Settlement:
     assert delivery.data is not None
     message = TaskMessage.loadb(delivery.data)
-    group = {"id": message.labels["group"], "child": message.task_id, **({"error": error} if error else {})}
+    group = {"id": message.labels["group_id"], "child": message.task_id, **({"error": error} if error else {})}
     return Settlement(delivery, group=group)
 
 
@@ -421,7 +421,7 @@ async def test_a_group_of_10_000_holds_up_the_server_only_for_moments(redis_url:
 
 def staged(broker: RedisStreamBroker, number: int) -> dict[str, Any]:
     message = TaskMessage(task_id=f"child-{number}", task_name="test:Child", task_args=[number])
-    message.labels["group"] = "the-group"
+    message.labels["group_id"] = "the-group"
     return {"task": message.task_id, "staged": b"diracx:tasks:normal:medium\n" + message.dumpb()}
 
 

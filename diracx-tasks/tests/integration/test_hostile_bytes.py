@@ -112,8 +112,8 @@ class Bytes:
         rng = self.rng
         message: dict[str, Any] = {"task_id": self._id(), "task_name": rng.choice(NAMES[:3])}
         label = rng.choice(
-            ["group", "group_results", "child_results", "secret", "schedule", "schedule_due_ms", "attempts",
-             "result_ttl_seconds", "vo", "mine"]
+            ["group_id", "group_results", "child_results", "secret", "schedule", "schedule_due_ms", "attempts",
+             "_retry_attempt", "result_ttl_seconds", "vo", "mine"]
         )  # fmt: skip
         wrong: list[dict[str, Any]] = [
             {"labels": {label: self.value()}},

@@ -173,7 +173,7 @@ async def test_a_connection_that_was_closed_as_spare_is_not_taken_for_lost(redis
 async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing(redis: Redis) -> None:
     await scripts.promote(redis, 500)  # the server knows the script from here on
     before = await new_calls(redis)
-    assert await scripts.promote(redis, 500) == (0, None, 0, 0, False)
+    assert await scripts.promote(redis, 500) == (0, None, 0, 0, False, 0)
     assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}
 
 

@@ -400,7 +400,7 @@ async def test_value_that_cannot_be_stored_is_an_error_to_whoever_waits(redis_ur
 
 
 @pytest.mark.parametrize(
-    "labels", [{"result_ttl_seconds": 0}, {"result_ttl_seconds": "60"}, {"attempts": 3}, {"group": 7}]
+    "labels", [{"result_ttl_seconds": 0}, {"result_ttl_seconds": "60"}, {"attempts": 3}, {"group_id": 7}]
 )
 async def test_labels_that_mean_something_are_checked_when_submitted(
     redis_url: str, labels: dict[str, Any]

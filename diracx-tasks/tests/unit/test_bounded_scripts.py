@@ -8,7 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing.broker import cancel, group_audit, locking, redis_streams, scheduling, scripts, sizes
+from diracx.tasks.plumbing.broker import (
+    cancel,
+    group_audit,
+    locking,
+    published,
+    redis_streams,
+    scheduling,
+    scripts,
+    sizes,
+)
 from diracx.tasks.plumbing.locks import MAX_LOCKS
 from diracx.tasks.plumbing.scheduler.scheduler import OCCUR_BATCH, PLAN_BATCH
 
@@ -33,6 +42,7 @@ BATCHES = {
     "find": cancel.FIND_BATCH,
     "task_ids": group_audit.ENTRIES,
     "fail_children": group_audit.CHILDREN,
+    "finished": published.FINISHED_BATCH,
     "plan": PLAN_BATCH,
     "occur": OCCUR_BATCH,
     "start": MAX_LOCKS,

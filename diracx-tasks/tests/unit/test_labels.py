@@ -15,8 +15,8 @@ WRONG: list[tuple[str, Any]] = [
     ("child_results", {"group": 1, "total": 1}),
     ("child_results", {"group": "g", "total": -1}),
     ("child_results", None),
-    ("group", 5),
-    ("group", None),
+    ("group_id", 5),
+    ("group_id", None),
     ("group_results", "yes"),
     ("secret", "all"),
     ("secret", [-1]),
@@ -45,7 +45,7 @@ def test_a_label_of_the_task_system_with_another_value_is_refused_in_one_line(na
 
 
 def test_labels_of_the_users_own_may_hold_anything() -> None:
-    labels = {"mine": [{"a": (1, 2)}], "child": None, "group": "g", "group_results": True, "secret": [0, 2]}
+    labels = {"mine": [{"a": (1, 2)}], "child": None, "group_id": "g", "group_results": True, "secret": [0, 2]}
     assert checked_labels(labels) == labels
     given = {**labels, "attempts": [{"type": "E", "message": "m"}], "child_results": {"group": "g", "total": 0}}
     assert TaskMessage.loadb(dumps({"task_id": "t", "task_name": "n", "labels": given})).labels == given

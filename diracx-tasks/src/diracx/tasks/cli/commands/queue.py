@@ -13,6 +13,8 @@ from ...operations import DelayReason
 from ...operations.audited_actions import AuditedActions
 from ...operations.cursors import streams_of_queue
 from ...operations.views import DELAYED, QUEUED, QUEUES
+from ...plumbing.broker import published
+from ..errors import CliError
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
 from ..output import confirm, echo, echo_json, show
 from ..runtime.server import Server, ServerAndTasks
@@ -104,3 +106,23 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
         echo_json({"queue": queue, "cancelled": number})
     else:
         echo(f"{number} cancelled")
+
+
+@app.command("downgrade")
+def downgrade(*, as_json: JsonOption = False, server: Server) -> None:
+    """Give all that waits the form of diracx-tasks 0.7, for the way back to it. Stop workers and schedulers first.
+
+    Delayed tasks whose arguments 0.7 would lose stay here; exits with 1 when there are such, or something runs.
+
+    Example: diracx-task-run queue downgrade
+    """
+    try:
+        done = server.query(published.downgrade)
+    except published.StillRunningError as error:
+        raise CliError(f"{error}: stop it, and repeat this") from error
+    if as_json:
+        echo_json(done)
+    else:
+        echo(", ".join(f"{number} {what}" for what, number in done.items()))
+    if done["kept"]:
+        raise CliError(f"{done['kept']} delayed tasks have arguments that 0.7 would lose: they stay as they are")

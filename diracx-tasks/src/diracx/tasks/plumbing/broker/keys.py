@@ -48,6 +48,8 @@ CONFIG_IN_FORCE = "diracx:tasks:config-in-force"
 #: String, with a time to live: the fencing token that was given last.
 FENCE = "diracx:tasks:fence"
 
+#: Sorted set: `version` of the data that was written last, and `oldest` that can work beside it.
+SCHEMA = "diracx:tasks:schema"
 #: String: which life of the data this is. Another value, or none: the data were lost (FLUSHALL, a restart).
 EPOCH = "diracx:tasks:epoch"
 
@@ -81,6 +83,10 @@ AUDIT_PREFIX = "diracx:tasks:audit:"
 
 #: String: the leading scheduler's token, with a short lease. Also the channel that says that nobody leads now.
 LEADER = "diracx:scheduler:leader"
+#: String: who leads among schedulers of version 0.7. Whoever leads here holds it, too.
+PUBLISHED_LEADER = "diracx:scheduler:lock"
+#: String, with a time to live: a worker of version 0.7 was seen, which leaves what it has finished in its stream.
+PUBLISHED_SEEN = "diracx:tasks:published-seen"
 #: Sorted set: schedule -> next run (ms since the epoch).
 NEXT_RUNS = "diracx:scheduler:next"
 #: Hash: schedule -> fingerprint of the rule its next run was computed from.
@@ -130,6 +136,8 @@ def stream_name_for(priority: Priority | str, size: Size | str) -> str:
     return f"diracx:tasks:{Priority(priority)}:{Size(size)}"
 
 
+#: Where version 0.7 puts callbacks.
+PUBLISHED_QUEUE = stream_name_for(Priority.NORMAL, Size.MEDIUM)
 ALL_STREAM_NAMES = [stream_name_for(priority, size) for priority in Priority for size in Size]
 
 

@@ -9,7 +9,10 @@ from ..enums import Priority, Size
 from .keys import stream_name_for
 
 LABEL_ATTEMPTS = "attempts"
-LABEL_GROUP = "group"
+#: How often it was retried after a failure, as version 0.7 counts it.
+LABEL_RETRIES = "_retry_attempt"
+#: As version 0.7 writes it.
+LABEL_GROUP = "group_id"
 LABEL_GROUP_RESULTS = "group_results"
 LABEL_CHILD_RESULTS = "child_results"
 #: Positions of the arguments that nobody is to see, for those who do not know the class.
@@ -51,6 +54,7 @@ def _all(check: _Check) -> _Check:
 #: What each of them may hold, and in words.
 _CHECKS: Mapping[str, tuple[_Check, str]] = {
     LABEL_ATTEMPTS: (_all(_is_attempt), "a list of failed attempts"),
+    LABEL_RETRIES: (_is_number, "a number of retries"),
     LABEL_GROUP: (lambda value: isinstance(value, str), "the id of a group"),
     LABEL_GROUP_RESULTS: (lambda value: isinstance(value, bool | int), "true or false"),
     LABEL_CHILD_RESULTS: (_names_group, "the group and its number of children"),

@@ -63,22 +63,18 @@ class TaskMessage:
     """What a later version has added: carried along, for those who know it."""
 
     def dumpb(self) -> bytes:
-        """The message as it is stored; what is empty is left out.
+        """The message as it is stored, with all fields that version 0.7 needs.
 
         Raises:
             TypeError: when an argument or a label has a type that cannot travel.
         """
         fields: dict[str, Any] = {"task_id": self.task_id, "task_name": self.task_name}  # the id must be the first
-        if self.labels:
-            fields["labels"] = self.labels
+        fields["labels"] = self.labels
         if self.sig:  # before the arguments: who reads a beginning only, must know whose they are
             fields["sig"] = self.sig
-        if self.task_args:
-            fields["task_args"] = self.task_args
-        if self.task_kwargs:
-            fields["task_kwargs"] = self.task_kwargs
-        if self.trace_context:
-            fields["trace_context"] = self.trace_context
+        fields["task_args"] = self.task_args
+        fields["task_kwargs"] = self.task_kwargs
+        fields["trace_context"] = self.trace_context
         if self.later_fields:
             fields |= self.later_fields
         return dumps(fields)

@@ -26,7 +26,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from .._util.passwords import mask
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
-from . import cancel, keys, scripts
+from . import cancel, keys, published, scripts
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
@@ -34,15 +34,14 @@ from .labels import stream_of_labels
 from .line import Line
 from .locking import RELEASE_BATCH
 from .models import Delivery, LockSpec, Settlement, Submission, TaskMessage, TaskResult, in_ms
-from .server_check import UnusableServerError, obstacle, read_server
+from .schema_version import check_version, note_version
+from .server_check import Role, UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, CALL_BYTES, in_calls
 from .spans import submission_spans
 from .stored import SCANNED, number_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-
-    from .server_check import Role
 
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "stream_name_for"]
 
@@ -147,8 +146,15 @@ class RedisStreamBroker:
             UnusableServerError: when it cannot.
             redis.exceptions.RedisError: when the server does not answer.
         """
-        if problem := obstacle(await read_server(self.redis, role, settings=False)):
+        problem = obstacle(await read_server(self.redis, role, settings=False))
+        if problem is None and role is Role.WORKER:
+            other = await published.living_worker(self.redis)
+            problem = other and f"is in use by {other}: stop it first, and start again 10 s after its end"
+        if problem:
             raise UnusableServerError(f"Redis at {mask(self.url)} {problem}")
+        if role in (Role.WORKER, Role.SCHEDULER):
+            await check_version(self.redis)
+            await note_version(self.redis)
         await self.close_spare_connections(keep=0)  # it may be long until the next is needed
 
     async def close_spare_connections(self, keep: int = 1) -> None:
@@ -360,6 +366,7 @@ class RedisStreamBroker:
         """
         lease_ms = int(lease_seconds * 1000)
         if audit:
+            await check_version(self.redis)
             with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
                 await self._audit(lease_ms)
         messages, again_ms, make_room = await scripts.reclaim(
@@ -395,6 +402,7 @@ class RedisStreamBroker:
             unknown_ms = max(_UNKNOWN_LEASE_MS, lease_ms, *(length for _, length in longest))
             # No stream, or nobody has ever asked for what is in it: an error.
             streams = [consumers for consumers in found if not isinstance(consumers, ResponseError)]
+            await published.look_after(self.redis, streams, now_ms)
             names = list({consumer["name"] for consumers in streams for consumer in consumers})
             for first in range(0, len(names), SCANNED):
                 some = names[first : first + SCANNED]
@@ -466,8 +474,7 @@ class RedisStreamBroker:
             scheduler would end, which sees to it. None: nothing is delayed.
         """
         while True:
-            moved, next_due, now, leads_ms, more = await scripts.promote(self.redis, PROMOTE_BATCH)
-            self.counts.promoted += moved
+            next_due, now, leads_ms, more = await self._promote()
             if not more:
                 if next_due is None:
                     return None
@@ -476,14 +483,20 @@ class RedisStreamBroker:
                 await scripts.lines(self.redis, LINES_BATCH)
             await asyncio.sleep(0)
 
+    async def _promote(self) -> tuple[int | None, int, int, bool]:
+        moved, next_due, now, leads_ms, more, buried = await scripts.promote(self.redis, PROMOTE_BATCH)
+        self.counts.promoted += moved
+        if buried:
+            logger.error("%d delayed tasks cannot be read: they are dead letters now", buried)
+        return next_due, now, leads_ms, more
+
     async def promote_batch(self) -> tuple[bool, int | None]:
         """Move a batch of what is due, or look at lines of locks that are due.
 
         Returns:
             Whether more may be due now; and when the next is (ms since the epoch), None: nothing is delayed.
         """
-        moved, next_due, now, _, more = await scripts.promote(self.redis, PROMOTE_BATCH)
-        self.counts.promoted += moved
+        next_due, now, _, more = await self._promote()
         if more:
             return True, next_due
         lines_are_due = next_due is not None and next_due <= now

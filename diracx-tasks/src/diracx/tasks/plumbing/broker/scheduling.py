@@ -22,6 +22,8 @@ LEADER_CHANNEL = keys.LEADER
 #: Says that something earlier is due now, or is paused no more.
 WAKE_CHANNEL = keys.WAKE_SCHEDULER
 _PROBLEMS_BATCH = 250
+#: How often to look whether a scheduler of version 0.7 leads no more.
+_LOOK_MS = 400
 
 #: Schedules that one script call pauses.
 PAUSE_BATCH = 500
@@ -59,30 +61,34 @@ async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bo
 # --- the lead -----------------------------------------------------------------------------------------------
 
 
-def _lead(token: str, lease_ms: int) -> LockSpec:
-    return {"kind": "mutex", "key": keys.LEADER, "owner": token, "ttl_ms": lease_ms}
+def _lead(token: str, lease_ms: int) -> list[LockSpec]:
+    """Ours, and that of version 0.7: one scheduler leads, of whichever."""
+    locks = (keys.LEADER, keys.PUBLISHED_LEADER)
+    return [{"kind": "mutex", "key": key, "owner": token, "ttl_ms": lease_ms} for key in locks]
 
 
 async def take_lead(redis: Redis, token: str, lease_ms: int) -> bool:
     """Take the lead if it is free, or held with this token. True when it was granted."""
-    lead = [_lead(token, lease_ms)]
-    return bool(await acquire(redis, lead)) or (await extend(redis, lead))[0]
+    lead = _lead(token, lease_ms)
+    return bool(await acquire(redis, lead)) or all(await extend(redis, lead))
 
 
 async def renew_lead(redis: Redis, token: str, lease_ms: int) -> bool:
     """Renew the lead. False when it is lost."""
-    return (await extend(redis, [_lead(token, lease_ms)]))[0]
+    return all(await extend(redis, _lead(token, lease_ms)))
 
 
 async def release_lead(redis: Redis, token: str, lease_ms: int) -> None:
     """Give the lead back, and tell those who stand by. Nothing happens when it is not held with this token."""
-    if await release(redis, [_lead(token, lease_ms)]):
+    if await release(redis, _lead(token, lease_ms)):
         await redis.execute_command("PUBLISH", keys.LEADER, "free")
 
 
 async def lead_left_ms(redis: Redis) -> int:
     """For how long one leads, if the lease is not renewed; below zero when nobody does."""
     left_ms: int = await redis.execute_command("PTTL", keys.LEADER)
+    if left_ms < 0:  # 0.7 says nothing when it leads no more
+        left_ms = min(_LOOK_MS, await redis.execute_command("PTTL", keys.PUBLISHED_LEADER))
     return left_ms
 
 

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Submission, TaskMessage
 from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
 from ..messages.arguments import rebuild
@@ -163,6 +163,7 @@ class Resubmitter:
         except Exception as error:
             raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)
+        message.labels.pop(LABEL_RETRIES, None)
         try:
             stream = stream_of(message.task_name, task, self._binding.config, message.labels)
         except ValueError as error:

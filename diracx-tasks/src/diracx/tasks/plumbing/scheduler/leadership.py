@@ -10,6 +10,7 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from ..broker import scheduling
+from ..broker.schema_version import check_version
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -46,11 +47,13 @@ class Leadership:
     async def take(self) -> bool:
         """Take the leadership if it is free, or still ours."""
         self._renewed()
+        await check_version(self._broker.redis)
         return await scheduling.take_lead(self._broker.redis, self.token, self._lease_ms)
 
     async def renew(self) -> bool:
         """Renew the leadership. False: it is lost."""
         self._renewed()
+        await check_version(self._broker.redis)
         return await scheduling.renew_lead(self._broker.redis, self.token, self._lease_ms)
 
     def _renewed(self) -> None:

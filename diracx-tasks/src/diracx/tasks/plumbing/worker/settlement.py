@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..broker.effects import group_effect, release_results, result_effect, schedule_outcome, touch_group
-from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.spans import task_attributes
 from ..broker.streams import queue_stream, resumed_stream
@@ -105,7 +105,7 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[st
     Args:
         final: the message with this attempt.
     """
-    attempt = sum(not each.get("interrupted") for each in execution.message.attempts)
+    attempt = execution.message.labels.get(LABEL_RETRIES, 0)
     again = retry_at(execution.spec.retry_policy(execution.task), attempt, outcome.error)
     if again is None:
         return None
@@ -237,6 +237,7 @@ def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
     attempts = [*message.attempts, _attempt(outcome)]
     # Not by `dataclasses.replace`, which leaves out the fields of a later version.
     message.labels[LABEL_ATTEMPTS] = fitting_attempts(attempts)
+    message.labels[LABEL_RETRIES] = message.labels.get(LABEL_RETRIES, 0) + (not outcome.interrupted)
     message.trace_context = execution.message.trace_context
     return message
 
@@ -310,8 +311,9 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
         **outcome.told,
         "traceback": outcome.told["traceback"][-_LONGEST_ATTEMPT_TRACEBACK:],
         "host": socket.gethostname(),
-        "started": outcome.started,
-        "ended": outcome.started + timedelta(seconds=outcome.seconds),
+        # As text: 0.7 has no way for other types in the labels of what is delayed.
+        "started": outcome.started.isoformat(),
+        "ended": (outcome.started + timedelta(seconds=outcome.seconds)).isoformat(),
         **({"interrupted": True} if outcome.interrupted else {}),
     }
 

@@ -66,7 +66,7 @@ end
 local function child_done(g)
   local key = '$GROUPS_PREFIX' .. g.id
   local ttl_ms = redis.call('HGET', key, 'ttl_ms')
-  if not ttl_ms then return end
+  if not ttl_ms then return published_child_done(g) end -- _published_groups.lua
   if g.child then
     local news = redis.call('SREM', key .. ':pending', g.child) == 1
     if not news and not g.error then news = redis.call('HDEL', key .. ':failed', g.child) == 1 end

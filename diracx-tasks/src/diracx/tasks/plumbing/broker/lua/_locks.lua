@@ -17,28 +17,28 @@ kinds.mutex = {
   end,
 }
 
--- One hash for both sides: `writer` with a TTL on the key, or `readers` (a counter, no TTL) and a
+-- One hash for both sides: `writer_owner` with a TTL on the key, or `readers` (a counter, no TTL) and a
 -- field for each reader, which makes taking and giving back the same hold twice harmless.
 kinds.exclusive = {
   take = function(lock)
     if redis.call('EXISTS', lock.key) == 1 then return false end
-    redis.call('HSET', lock.key, 'writer', lock.owner)
+    redis.call('HSET', lock.key, 'writer_owner', lock.owner)
     redis.call('PEXPIRE', lock.key, lock.ttl_ms)
     return true
   end,
   release = function(lock)
-    if redis.call('HGET', lock.key, 'writer') ~= lock.owner then return false end
+    if redis.call('HGET', lock.key, 'writer_owner') ~= lock.owner then return false end
     return redis.call('DEL', lock.key) == 1
   end,
   keep = function(lock)
-    if redis.call('HGET', lock.key, 'writer') ~= lock.owner then return false end
+    if redis.call('HGET', lock.key, 'writer_owner') ~= lock.owner then return false end
     return redis.call('PEXPIRE', lock.key, lock.ttl_ms) == 1
   end,
 }
 
 kinds.shared = {
   take = function(lock)
-    if redis.call('HEXISTS', lock.key, 'writer') == 1 then return false end
+    if redis.call('HEXISTS', lock.key, 'writer_owner') == 1 then return false end
     if redis.call('HSETNX', lock.key, 'reader:' .. lock.owner, 1) == 1 then
       redis.call('HINCRBY', lock.key, 'readers', 1)
     end
@@ -142,20 +142,20 @@ kinds.rate = {
 
 kinds.concurrency = {
   take = function(lock, now)
-    trim(lock.key, int(now))
-    local from, expires = '(' .. int(now), redis.call('ZSCORE', lock.key, lock.owner)
-    if tonumber(expires or 0) <= now and redis.call('ZCOUNT', lock.key, from, '+inf') >= lock.limit then
+    trim(lock.key, in_ms(now))
+    local from, expires = '(' .. in_ms(now), redis.call('ZSCORE', lock.key, lock.owner)
+    if tonumber(expires or 0) <= now / 1000 and redis.call('ZCOUNT', lock.key, from, '+inf') >= lock.limit then
       return false
     end
-    redis.call('ZADD', lock.key, int(now + lock.ttl_ms * 1000), lock.owner)
+    redis.call('ZADD', lock.key, in_ms(now + lock.ttl_ms * 1000), lock.owner)
     live_at_least(lock.key, lock.ttl_ms)
     return true
   end,
   release = function(lock) return redis.call('ZREM', lock.key, lock.owner) == 1 end,
   keep = function(lock, now)
     local expires = redis.call('ZSCORE', lock.key, lock.owner)
-    if not expires or tonumber(expires) <= now then return false end
-    redis.call('ZADD', lock.key, 'XX', int(now + lock.ttl_ms * 1000), lock.owner)
+    if not expires or tonumber(expires) <= now / 1000 then return false end
+    redis.call('ZADD', lock.key, 'XX', in_ms(now + lock.ttl_ms * 1000), lock.owner)
     live_at_least(lock.key, lock.ttl_ms)
     return true
   end,
@@ -290,7 +290,7 @@ local function look_again_in(lock, at_most_ms)
   local left = -1
   if lock.kind == 'concurrency' then
     local first = redis.call('ZRANGE', lock.key, 0, 0, 'WITHSCORES')[2]
-    left = first and (tonumber(first) - now_us()) / 1000 or -1
+    left = first and tonumber(first) - now_us() / 1000 or -1
   elseif lock.kind ~= 'rate' then
     left = redis.call('PTTL', lock.key)
   elseif lock.limit then

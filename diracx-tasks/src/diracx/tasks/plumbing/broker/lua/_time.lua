@@ -14,6 +14,10 @@ local function int(number)
   return string.format('%.0f', number)
 end
 
+local function in_ms(us)
+  return string.format('%.3f', us / 1000)
+end
+
 -- Remove the members of a sorted set whose score is `up_to` at most, as of what has expired: so many at a time, the
 -- rest with the next calls.
 local AT_ONCE = 500

@@ -10,10 +10,10 @@ local work_left = 50 -- waiters that one run of a script looks at, less for larg
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
 local function room_for(kind, lock)
-  if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer') == 0 and math.huge or 0 end
+  if kind == 'shared' then return redis.call('HEXISTS', lock.key, 'writer_owner') == 0 and math.huge or 0 end
   if (kind == 'concurrency' or kind == 'rate') and not lock.limit then return 1 end
   if kind == 'concurrency' then
-    return lock.limit - redis.call('ZCOUNT', lock.key, '(' .. int(now_us()), '+inf')
+    return lock.limit - redis.call('ZCOUNT', lock.key, '(' .. in_ms(now_us()), '+inf')
   end
   if kind == 'rate' then
     return math.floor((lock.limit - spent(lock, now_us())) / lock.n_items)

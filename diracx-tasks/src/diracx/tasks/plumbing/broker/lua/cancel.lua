@@ -12,7 +12,7 @@
 -- Returns for each, or for the first ones (ask again for the others), {place, message}: place is the reason of the delayed set, `queued`, `running`, or '' for
 -- nowhere; a message comes with the place of a task that is not known yet: look at it and ask again.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _looks _wake _groups _cancel _schedules
+-- #include _time _lines _locks _queue _looks _wake _published_groups _groups _cancel _schedules
 local replies, running, lines, now_ms, keep_ms = {}, {}, {}, now_us() / 1000, tonumber(ARGV[1])
 local bytes_left = tonumber(ARGV[3])
 trim('$CANCELLED', int(now_ms))

@@ -2,7 +2,7 @@
 -- KEYS: none. ARGV: group id, error, child ids.
 -- Returns how many were still waited for.
 -- #flags allow-oom
--- #include _time _lines _queue _groups
+-- #include _time _lines _queue _published_groups _groups
 local failed = 0
 for position = 3, #ARGV do
   local child = ARGV[position]

@@ -14,7 +14,7 @@ function look.mutex(lock)
 end
 
 function look.rw(lock)
-  local writer = redis.call('HGET', lock.key, 'writer')
+  local writer = redis.call('HGET', lock.key, 'writer_owner')
   if writer then return 1, redis.call('PTTL', lock.key), 'exclusive', {writer, '0'} end
   local readers, fields = {}, redis.call('HSCAN', lock.key, 0, 'COUNT', at_most)[2]
   for field = 1, #fields, 2 do
@@ -28,11 +28,11 @@ function look.rw(lock)
 end
 
 function look.concurrency(lock)
-  local from = '(' .. int(now)
+  local from = '(' .. in_ms(now)
   local owners = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, at_most)
-  for score = 2, #owners, 2 do owners[score] = int(tonumber(owners[score])) end
+  for score = 2, #owners, 2 do owners[score] = int(1000 * tonumber(owners[score])) end
   local last = redis.call('ZRANGE', lock.key, -1, -1, 'WITHSCORES')[2]
-  local left = last and math.ceil((tonumber(last) - now) / 1000) or -1
+  local left = last and math.ceil(tonumber(last) - now / 1000) or -1
   return redis.call('ZCOUNT', lock.key, from, '+inf'), left, 'concurrency', owners
 end
 

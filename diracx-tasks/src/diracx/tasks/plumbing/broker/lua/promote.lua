@@ -3,11 +3,12 @@
 -- KEYS: none. ARGV: the most to move in one step (keeps the server free for others), the most bytes (but for what is
 -- larger alone).
 -- Returns {number moved, when the next is due in ms or -1, now in ms, how long the leading scheduler leads if it does
--- not renew (ms), 0 when none does, 1 when there is more to move}, all but the second 0 when there is nothing at all.
+-- not renew (ms), 0 when none does, 1 when there is more to move, how many are dead letters now for nobody can read
+-- them}, all but the second 0 when there is nothing at all.
 -- If there is no more to move, and the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
--- #include _time _lines _looks _queue _groups
-if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0, 0} end
+-- #include _time _lines _looks _queue _published _groups
+if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0, 0, 0} end
 local now, at_most, bytes_left = now_us() / 1000, tonumber(ARGV[1]), tonumber(ARGV[2])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
 local function first_due(timers)
@@ -31,7 +32,10 @@ local function undelay_all(tasks)
     local stored = stored_of[position]
     number = position
     local stream, reason, since, deaths, data, lock = parts_of(stored or '')
-    if stream and not lock then
+    if not stored then
+      published_delayed(task)
+      bytes_left = bytes_left - #task
+    elseif stream and not lock then
       plain[#plain + 1] = task
       reasons[reason] = (reasons[reason] or 0) + 1
       if not pcall(enqueue, stream, data, since, deaths) then bury(task, stored) end
@@ -63,4 +67,4 @@ end
 if readable and line_due and (not next_due or line_due < next_due) then next_due = line_due end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
 local more = (moved == at_most or bytes_left <= 0) and 1 or 0
-return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER')), more}
+return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER')), more, buried}

@@ -31,7 +31,7 @@ local ended, lines = {}, {}
 -- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
 -- collect them: that is most of what a plain settlement would cost.
 local function following()
-  -- #include _time _parts _lines _locks _queue _looks _wake _groups _cancel _schedules _redelivery
+  -- #include _time _parts _lines _locks _queue _looks _wake _published_groups _groups _cancel _schedules _redelivery
   -- One step that fails, as for a key of another type, must not keep the others from being done.
   local function try(refused, step, ...)
     local done, why = pcall(step, ...)

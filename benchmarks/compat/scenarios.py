@@ -1,0 +1,310 @@
+"""Migrations between the published package 0.7.0 and ours, with tasks in flight, as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.testing import embedded_redis
+from redis import Redis
+
+from benchmarks.peers.environments import ROOT, prepare
+
+from .numbered import TASKS
+from .submit import expected
+
+MODULE = "benchmarks.compat.numbered"
+#: A lost worker of 0.7 is found by the next audit, four leases after the last, and 30 s after its end.
+_LEASE_SECONDS = 5
+_DEADLINE_SECONDS = 100.0
+#: What ended so short a time before its worker was killed may not have been acknowledged.
+_UNACKNOWLEDGED_SECONDS = 1.5
+
+
+@dataclass
+class Verdict:
+    """How many tasks of a scenario were lost, …; all zero is right."""
+
+    lost: int = 0
+    """Not ended, and not in Redis."""
+    doubled: int = 0
+    """Ended twice, but for what ended just before its worker was killed."""
+    stuck: int = 0
+    """Not ended, and in Redis still; or left in Redis after its end."""
+    callbacks: int = 0
+    """Not called back, or twice."""
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class World:
+    """A server, the processes of both versions on it, and the file in which tasks note their ends."""
+
+    url: str
+    directory: Path
+    published: Path
+    """The environment of the published package."""
+    copies: dict[str, Path] = field(default_factory=dict)
+    database: str = ""
+    """URL of that of the dead letters."""
+    killed: dict[int, float] = field(default_factory=dict)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    wanted: set[tuple[str, int]] = field(default_factory=set)
+    verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "ended"
+
+    def environment(self, *paths: Path) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        return {
+            **kept,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths))),
+            "COMPAT_LOG": str(self.log),
+            "DIRACX_TASKS_REDIS_URL": self.url,
+            "DIRACX_LOG_LEVEL": "INFO",
+            "OTEL_SDK_DISABLED": "true",
+            **({"DIRACX_DB_URL_TASKDB": self.database} if self.database else {}),
+        }
+
+    def start(self, version: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command of `0.7`, `ours`, or a copy of ours of which `copies` has the directory."""
+        if version == "0.7":
+            program, environment = [str(self.published / "bin/diracx-tasks")], self.environment(self.directory)
+        else:
+            program = [sys.executable, "-m", "diracx.tasks"]
+            arguments = (*arguments, "--module", MODULE)
+            environment = self.environment(*([self.copies[version]] if version in self.copies else []))
+        with (self.directory / f"{version}.log").open("ab") as log:
+            process = subprocess.Popen([*program, *arguments], env=environment, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def worker(self, version: str, many: int = 4) -> subprocess.Popen[bytes]:
+        lease = () if version == "0.7" else ("--lease-seconds", str(_LEASE_SECONDS))
+        return self.start(
+            version, "worker", "--worker-size", "medium", "--max-concurrent-tasks", str(many), *lease
+        )
+
+    def both(self, version: str) -> list[subprocess.Popen[bytes]]:
+        """A worker and a scheduler."""
+        return [self.worker(version), self.start(version, "scheduler")]
+
+    def submit(self, version: str, first: int, *, groups: bool = True) -> None:
+        python = str(self.published / "bin/python") if version == "0.7" else sys.executable
+        more = () if groups else ("without groups",)
+        command = [python, "-m", "benchmarks.compat.submit", str(first), *more]
+        environment = self.environment(*((self.directory,) if version == "0.7" else ()))
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=60)
+        self.wanted |= {each for each in expected(first) if groups or each[0] not in ("Child", "Callback")}
+
+    def run_published(self, *arguments: str) -> None:
+        """Run Python code, or a module, with 0.7."""
+        command = [str(self.published / "bin/python"), *(("-c",) if len(arguments) == 1 else ()), *arguments]
+        subprocess.run(command, env=self.environment(self.directory), cwd=ROOT, check=True, timeout=60)
+
+    def end(self, processes: list[subprocess.Popen[bytes]], *, kill: bool) -> None:
+        """End processes by SIGTERM, or by SIGKILL."""
+        for process in processes:
+            process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+            if kill:
+                self.killed[process.pid] = time.time()
+        for process in processes:
+            process.wait(60)
+            self.processes.remove(process)
+
+    def ends(self) -> list[tuple[str, int, int, float]]:
+        """Task, number, process and time of each end so far."""
+        found = []
+        for line in self.log.read_text().splitlines():
+            what, number, pid, moment = line.split()
+            if what != "Tried":
+                found.append((what, int(number), int(pid), float(moment)))
+        return found
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = _DEADLINE_SECONDS) -> bool:
+        """Wait until something is so; whether it is."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                self.verdict.problems.append(f"not within {seconds:g} s: {what}")
+                return False
+            time.sleep(0.05)
+        return True
+
+    def until_ended(self, least: int) -> None:
+        """Wait until so many tasks have ended."""
+        self.until(lambda: len(self.ends()) >= least, f"{least} tasks have ended")
+
+    def done(self) -> bool:
+        return self.wanted <= {(what, number) for what, number, *_ in self.ends()}
+
+    def left(self) -> int:
+        """What is in Redis that has not run."""
+        with Redis.from_url(self.url) as redis:
+            queued = 0
+            for stream in keys.EVERY_STREAM:
+                for group in redis.xinfo_groups(stream) if redis.exists(stream) else ():
+                    queued += group["pending"] + len(
+                        redis.xrange(stream, f"({group['last-delivered-id'].decode()}")
+                    )
+            return queued + redis.zcard(keys.DELAYED) + redis.zcard(keys.GROUPS)
+
+    def judge(self) -> Verdict:
+        """Wait until all is done, end everything and count."""
+        self.until(lambda: self.done() and self.left() == 0, "everything has run")
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait(60)
+        verdict, left = self.verdict, self.left()
+        ended = Counter()
+        for what, number, pid, moment in self.ends():
+            if pid not in self.killed or moment < self.killed[pid] - _UNACKNOWLEDGED_SECONDS:
+                ended[what, number] += 1
+            else:
+                ended.setdefault((what, number), 0)
+        missing = {each for each in self.wanted if each not in ended}
+        missing_tasks = sum(what != "Callback" for what, _ in missing)
+        verdict.stuck = max(left, 0 if left == 0 else missing_tasks)
+        verdict.lost = 0 if left else missing_tasks
+        verdict.doubled = sum(times > 1 for (what, _), times in ended.items() if what != "Callback")
+        verdict.callbacks = sum(what == "Callback" for what, _ in missing)
+        verdict.callbacks += sum(times > 1 for (what, _), times in ended.items() if what == "Callback")
+        return verdict
+
+
+@contextmanager
+def world(directory: Path, *, published: bool = True) -> Iterator[World]:
+    """An empty server. Processes that are left are killed.
+
+    Args:
+        published: whether processes of the published package are to be started.
+
+    Raises:
+        EnvironmentFailedError: it cannot be installed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "ended").touch()
+    information = directory / "numbered-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: numbered\nVersion: 1.0\n")
+    tasks = "".join(f"{task.__name__} = {MODULE}:{task.__name__}\n" for task in TASKS)
+    (information / "entry_points.txt").write_text(f"[diracx.tasks.numbered]\n{tasks}")
+    with ExitStack() as stack:
+        new = World(
+            stack.enter_context(embedded_redis()), directory, prepare("reference") if published else directory
+        )
+        try:
+            yield new
+        finally:
+            for process in new.processes:
+                process.kill()
+
+
+# --- the scenarios ------------------------------------------------------------------------------------------
+
+
+def upgrade(world: World, *, kill: bool) -> None:
+    """0.7 queues and has run some; ours runs the rest."""
+    world.submit("0.7", 0)
+    before = world.both("0.7")
+    world.until_ended(20)
+    if not kill:
+        world.end(before, kill=False)
+        world.submit("0.7", 1000)
+    else:
+        world.submit("0.7", 1000)
+        world.end(before, kill=True)
+        world.until(lambda: not _lives(world), "0.7 is no more taken for living", 40)
+    world.both("ours")
+
+
+def rollback(world: World, *, kill: bool) -> None:
+    """Ours queues and has run some; what is left is given back, and 0.7 runs it."""
+    world.submit("ours", 0)
+    before = world.both("ours")
+    world.until_ended(20)
+    world.submit("ours", 1000)
+    world.end(before, kill=kill)
+    world.until(lambda: _downgraded(world), "what is left is given back", 40)
+    world.both("0.7")
+
+
+def together(world: World, *, kill: bool) -> None:
+    """Ours starts beside 0.7: its worker refuses, its scheduler stands by, and both go on when 0.7 has ended."""
+    world.submit("0.7", 0)
+    before = world.both("0.7")
+    world.until_ended(10)
+    refused = world.worker("ours")
+    world.until(lambda: refused.poll() is not None, "a worker of ours has ended", 30)
+    if refused.poll() != 1 or b"diracx-tasks 0.7" not in (world.directory / "ours.log").read_bytes():
+        world.verdict.problems.append("a worker of ours starts beside 0.7")
+    world.processes.remove(refused)
+    world.start("ours", "scheduler")
+    world.submit("0.7", 1000)
+    world.end(before, kill=kill)
+    world.until(lambda: not _lives(world), "0.7 is no more taken for living", 40)
+    world.worker("ours")
+    world.until_ended(150)
+    # One of 0.7 that comes beside ours takes tasks, which are not taken over while it lives.
+    late = world.both("0.7")
+    world.submit("ours", 2000, groups=False)
+    world.until_ended(190)
+    world.end(late, kill=kill)
+
+
+SCENARIOS: dict[str, Callable[[World], None]] = {
+    f"{name}, {how}": lambda world, run=run, kill=kill: run(world, kill=kill)
+    for name, run in (("upgrade", upgrade), ("rollback", rollback), ("together", together))
+    for how, kill in (("stopped", False), ("killed", True))
+}
+
+
+def _lives(world: World) -> bool:
+    """Whether a start of ours would be refused."""
+    return _runs(world, "-c", _LIVES)
+
+
+_LIVES = """
+import asyncio, os, sys
+from diracx.tasks.plumbing.broker.published import living_worker
+from redis.asyncio import Redis
+async def look():
+    async with Redis.from_url(os.environ["DIRACX_TASKS_REDIS_URL"]) as redis:
+        return await living_worker(redis)
+sys.exit(asyncio.run(look()) is None)
+"""
+
+
+def _downgraded(world: World) -> bool:
+    return _runs(world, "-m", "diracx.tasks", "queue", "downgrade")
+
+
+def _runs(world: World, *arguments: str) -> bool:
+    command = [sys.executable, *arguments]
+    with (world.directory / "ours.log").open("ab") as log:
+        done = subprocess.run(command, env=world.environment(), stdout=log, stderr=log, timeout=60, check=False)
+    return done.returncode == 0
+
+
+def run(name: str, directory: Path) -> Verdict:
+    """Run one scenario."""
+    with world(directory) as new:
+        SCENARIOS[name](new)
+        return new.judge()
+
+
+if __name__ == "__main__":  # one, in a process of its own
+    print(json.dumps(vars(run(sys.argv[1], Path(sys.argv[2])))))

@@ -1,0 +1,70 @@
+"""Submits numbered tasks, with whichever version is installed: `python -m benchmarks.compat.submit FIRST`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from diracx.tasks.plumbing import spawn_with_callback
+from diracx.tasks.plumbing.broker import RedisStreamBroker
+
+from .numbered import TASKS, Callback, Child, Flaky, Plain, Slow
+
+#: Of each kind, in one set.
+PLAIN, SLOW, FLAKY, SOON, LATER, GROUPS, CHILDREN = 30, 10, 10, 10, 10, 2, 4
+
+
+def expected(first: int) -> set[tuple[str, int]]:
+    """What ends when all of the set has run."""
+    kinds = (("Plain", PLAIN + SOON + LATER), ("Slow", SLOW), ("Flaky", FLAKY), ("Child", GROUPS * CHILDREN))
+    return {(kind, first + number) for kind, many in (*kinds, ("Callback", GROUPS)) for number in range(many)}
+
+
+@asynccontextmanager
+async def bound(url: str) -> AsyncIterator[Any]:
+    """A broker to which the tasks are bound."""
+    broker = RedisStreamBroker(url)
+    await broker.startup()
+    try:
+        try:
+            from diracx.tasks.plumbing.config import TasksConfig
+            from diracx.tasks.plumbing.current import use_broker
+            from diracx.tasks.plumbing.registry import TaskRegistry
+            from diracx.tasks.plumbing.submission.client import Binding
+        except ImportError:  # the published package
+            from diracx.tasks.plumbing import BaseTask, load_task_registry
+            from diracx.tasks.plumbing.factory import create_task_bindings
+            from redis.asyncio import Redis
+
+            BaseTask.bind_broker(create_task_bindings(broker, load_task_registry())[0])
+            yield {"redis": Redis(connection_pool=broker.connection_pool)}
+        else:
+            registry = TaskRegistry.of({f"numbered:{task.__name__}": task for task in TASKS})
+            with use_broker(lambda: Binding(broker, registry, TasksConfig())):
+                yield {}
+    finally:
+        await broker.shutdown()
+
+
+async def submit(url: str, first: int, *, groups: bool) -> None:
+    """Submit the set whose numbers begin with this."""
+    now = datetime.now(UTC)
+    async with bound(url) as options:
+        for task, many in ((Slow, SLOW), (Flaky, FLAKY), (Plain, PLAIN)):
+            for number in range(many):
+                await task(first + number).schedule()
+        for number in range(SOON + LATER):
+            at_time = now + timedelta(seconds=2 if number < SOON else 12)
+            await Plain(first + PLAIN + number).schedule(at_time=at_time)
+        for group in range(GROUPS if groups else 0):
+            children = [Child(first + group * CHILDREN + number) for number in range(CHILDREN)]
+            await spawn_with_callback(children, Callback(first + group), **options)
+
+
+if __name__ == "__main__":
+    asyncio.run(submit(os.environ["DIRACX_TASKS_REDIS_URL"], int(sys.argv[1]), groups=len(sys.argv) < 3))
