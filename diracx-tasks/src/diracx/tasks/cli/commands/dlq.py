@@ -16,6 +16,7 @@ from ...operations.audited_actions import AuditedActions
 from ...operations.dead_letters import dead_letter_record, dead_letter_summary
 from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
 from ...plumbing.persistence.dead_letter import DeadLetterStatus
+from ...plumbing.persistence.published import import_published
 from ...plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 from ...plumbing.task_names import AmbiguousTaskNameError
 from ..errors import CliError, UsageProblem, one_line
@@ -170,17 +171,21 @@ def export(
 def init() -> None:
     """Create the table of dead letters where it is missing. `diracx-task-run db` upgrades it to new versions.
 
-    As `python -m diracx.db init-sql` does, which does not support PostgreSQL.
+    As `python -m diracx.db init-sql` does, which does not support PostgreSQL. Imports what diracx-tasks 0.7 has
+    left in its table dlq_tasks of this database; its rows stay.
 
     Example: diracx-task-run dlq init
     """
 
-    async def create() -> None:
+    async def create() -> int:
         async with required_task_db(tables=False) as db:
             await db.migrations.create(db.engine)
+            return await import_published(db)
 
-    asyncio.run(create())
+    imported = asyncio.run(create())
     echo("the table DeadLetters is there")
+    if imported:
+        echo(f"{imported} dead letters of dlq_tasks, the table of diracx-tasks 0.7, are imported")
 
 
 @app.command()

@@ -484,10 +484,10 @@ class RedisStreamBroker:
             await asyncio.sleep(0)
 
     async def _promote(self) -> tuple[int | None, int, int, bool]:
-        moved, next_due, now, leads_ms, more, buried = await scripts.promote(self.redis, PROMOTE_BATCH)
+        moved, next_due, now, leads_ms, more, unreadable = await scripts.promote(self.redis, PROMOTE_BATCH)
         self.counts.promoted += moved
-        if buried:
-            logger.error("%d delayed tasks cannot be read: they are dead letters now", buried)
+        if unreadable:
+            logger.error("%d delayed tasks cannot be read: they are dead letters now", unreadable)
         return next_due, now, leads_ms, more
 
     async def promote_batch(self) -> tuple[bool, int | None]:

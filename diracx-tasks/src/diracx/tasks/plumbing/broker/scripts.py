@@ -221,9 +221,9 @@ async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int
     """Move what is due: (how many, next due in ms or None, now in ms, ms for which one leads, is there more, and
     how many could not be read).
     """
-    moved, next_due, now, leads_ms, more, buried = await script("promote")(redis, args=[at_most, CALL_BYTES])
+    moved, next_due, now, leads_ms, more, unreadable = await script("promote")(redis, args=[at_most, CALL_BYTES])
     next_due_ms = None if int(next_due) < 0 else int(next_due)
-    return int(moved), next_due_ms, int(now), int(leads_ms), more == 1, int(buried)
+    return int(moved), next_due_ms, int(now), int(leads_ms), more == 1, int(unreadable)
 
 
 async def lines(redis: Redis, at_most: int) -> None:

@@ -46,7 +46,7 @@ local function fire(group, forced)
     return 0
   end
   if not (is_stream(stored[1]) and stored[2] and pcall(enqueue, stored[1], stored[2])) then
-    bury(group, stored[2] or '')
+    to_dead_letters(group, stored[2] or '')
   end
   redis.call('UNLINK', key, key .. ':pending', key .. ':failed')
   redis.call('ZREM', '$GROUPS', group)
@@ -98,7 +98,7 @@ local function release_staged(at_most, bytes_left)
       redis.call('LPOP', '$STAGED')
     else
       local stream, data = head_of(child)
-      if not (is_stream(stream) and pcall(enqueue, stream, data)) then bury(group, child) end
+      if not (is_stream(stream) and pcall(enqueue, stream, data)) then to_dead_letters(group, child) end
       moved, bytes_left = moved + 1, bytes_left - #child
     end
   end

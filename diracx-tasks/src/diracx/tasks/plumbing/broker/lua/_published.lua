@@ -8,11 +8,11 @@ local function published_delayed(member)
   read = read and name == 'labels' and type(labels) == 'table'
   local stream = read and 'diracx:tasks:' .. tostring(labels.priority or 'normal') .. ':' .. tostring(labels.size or 'medium')
   if not read or not is_stream(stream) then
-    bury(string.sub(member, 1, 200), member)
+    to_dead_letters(string.sub(member, 1, 200), member)
   elseif due_ms > now_us() / 1000 then
     delay(task, due_ms, stream, labels._retry_attempt and 'retry' or 'at_time', '0', member)
   elseif not pcall(enqueue, stream, member) then
-    bury(task, member)
+    to_dead_letters(task, member)
   end
   redis.call('ZREM', '$DELAYED', member) -- last: what fails before it, is asked for again
 end

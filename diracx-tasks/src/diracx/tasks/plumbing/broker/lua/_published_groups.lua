@@ -19,6 +19,6 @@ local function published_child_done(g)
     pack('labels'), pack({callback_group_id = g.id}), pack('task_args'), string.sub(stored, at + 6),
     pack('task_kwargs'), '\128', pack('trace_context'), '\128'})
   if not (read and string.sub(stored, at + 1, at + 5) == '\164args' and pcall(enqueue, '$PUBLISHED_QUEUE', message)) then
-    bury(g.id, stored)
+    to_dead_letters(g.id, stored)
   end
 end

@@ -65,9 +65,9 @@ end
 
 -- What lies in one of our places and cannot be put into a stream ends here, with all its bytes. A group that waits for
 -- it is found by the next audit, which begins soon.
-local buried = 0
-local function bury(task, stored)
-  buried = buried + 1
+local unreadable = 0
+local function to_dead_letters(task, stored)
+  unreadable = unreadable + 1
   redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', 'unparsable', 'task', task, 'data', stored)
   redis.pcall('DEL', '$GROUPS_AUDITED')
 end
@@ -167,6 +167,6 @@ local function undelay(task, woken, stored)
     local added, entry = pcall(enqueue, stream, data, since, deaths, woken)
     if added then return entry end
   end
-  bury(task, stored)
+  to_dead_letters(task, stored)
   return false
 end

@@ -43,7 +43,7 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     local stream, reason, _, _, data = parts_of(stored)
     if not stream then -- nobody waits for what cannot be read
       take_delayed(t.task)
-      bury(t.task, stored)
+      to_dead_letters(t.task, stored)
       replies[position] = {'', ''}
     elseif t.known then
       local lock = select(6, take_delayed(t.task, stored))

@@ -38,7 +38,7 @@ local function undelay_all(tasks)
     elseif stream and not lock then
       plain[#plain + 1] = task
       reasons[reason] = (reasons[reason] or 0) + 1
-      if not pcall(enqueue, stream, data, since, deaths) then bury(task, stored) end
+      if not pcall(enqueue, stream, data, since, deaths) then to_dead_letters(task, stored) end
     else
       undelay(task, nil, stored)
     end
@@ -67,4 +67,4 @@ end
 if readable and line_due and (not next_due or line_due < next_due) then next_due = line_due end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'
 local more = (moved == at_most or bytes_left <= 0) and 1 or 0
-return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER')), more, buried}
+return {moved, next_due_ms, int(math.floor(now)), math.max(0, redis.call('PTTL', '$LEADER')), more, unreadable}

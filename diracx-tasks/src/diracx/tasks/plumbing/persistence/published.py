@@ -1,0 +1,70 @@
+"""Imports the dead letters of the published package 0.7, which keeps them in a table of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import String, cast, column, inspect, select, table
+
+from ..broker.labels import LABEL_VO
+from ..broker.models import TaskMessage
+from ..messages.codec import loads
+from .dead_letter import DeadLetter, DeadLetterReason
+from .schema import DeadLetters
+
+if TYPE_CHECKING:
+    from .db import TaskDB
+
+_NAME = "dlq_tasks"
+_ROWS = table(_NAME, *map(column, ("id", "task_class", "task_args", "submitted_at", "status", "last_error")))
+_PAGE = 100
+
+
+async def import_published(db: TaskDB) -> int:
+    """Import those for which nothing was done. Their rows stay, for the way back. Safe to repeat.
+
+    Returns:
+        How many are new.
+    """
+    new = after = 0
+    while True:
+        async with db:
+            if not await db.conn.run_sync(lambda connection: inspect(connection).has_table(_NAME)):
+                return 0
+            pending = (_ROWS.c.id > after, cast(_ROWS.c.status, String) == "PENDING")
+            query = select(_ROWS).where(*pending).order_by(_ROWS.c.id).limit(_PAGE)
+            dead_letters = [_dead_letter(row) for row in (await db.conn.execute(query)).mappings()]
+            if not dead_letters:
+                return new
+            after = int(dead_letters[-1].delivery_id.rpartition("/")[2])
+            ids = [each.task_id for each in dead_letters]
+            known = await db.conn.execute(select(DeadLetters.task_id).where(DeadLetters.task_id.in_(ids)))
+            new += len(dead_letters) - len(known.all())
+            await db.insert_all(dead_letters)
+
+
+def _dead_letter(row: Any) -> DeadLetter:
+    told = row["last_error"] or ""
+    last = told.strip().rpartition("\n")[2]
+    kind, _, message = last.partition(": ")
+    common: dict[str, Any] = {
+        "task_id": f"{_NAME}-{row['id']}",  # 0.7 does not keep that of the task
+        "task_name": row["task_class"],
+        "delivery_id": f"{_NAME}/{row['id']}",
+        "detail": last or "failed for good under diracx-tasks 0.7",
+    }
+    try:
+        stored = loads(row["task_args"])
+        task = TaskMessage(task_id=common["task_id"], task_name=common["task_name"], **stored)
+        vo = task.labels.get(LABEL_VO)
+        data = task.dumpb()
+    except Exception:  # whatever wrote it: the bytes are kept
+        return DeadLetter(reason=DeadLetterReason.UNPARSABLE, data=bytes(row["task_args"]), **common)
+    attempt = {"type": kind, "message": message, "traceback": told, "ended": str(row["submitted_at"])}
+    return DeadLetter(
+        reason=DeadLetterReason.EXHAUSTED,
+        data=data,
+        vo=vo if isinstance(vo, str) else None,
+        attempts=[attempt] if told else [],
+        **common,
+    )
