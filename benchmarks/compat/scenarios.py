@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from diracx.tasks.plumbing.broker import keys
@@ -32,7 +33,7 @@ _UNACKNOWLEDGED_SECONDS = 1.5
 
 
 @dataclass
-class Verdict:
+class Tally:
     """How many tasks of a scenario were lost, …; all zero is right."""
 
     lost: int = 0
@@ -60,7 +61,7 @@ class World:
     killed: dict[int, float] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     wanted: set[tuple[str, int]] = field(default_factory=set)
-    verdict: Verdict = field(default_factory=Verdict)
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def log(self) -> Path:
@@ -138,7 +139,7 @@ class World:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                self.verdict.problems.append(f"not within {seconds:g} s: {what}")
+                self.tally.problems.append(f"not within {seconds:g} s: {what}")
                 return False
             time.sleep(0.05)
         return True
@@ -159,17 +160,17 @@ class World:
                     queued += group["pending"] + len(
                         redis.xrange(stream, f"({group['last-delivered-id'].decode()}")
                     )
-            return queued + redis.zcard(keys.DELAYED) + redis.zcard(keys.GROUPS)
+            return int(queued + redis.zcard(keys.DELAYED) + redis.zcard(keys.GROUPS))
 
-    def judge(self) -> Verdict:
+    def judge(self) -> Tally:
         """Wait until all is done, end everything and count."""
         self.until(lambda: self.done() and self.left() == 0, "everything has run")
         for process in self.processes:
             process.terminate()
         for process in self.processes:
             process.wait(60)
-        verdict, left = self.verdict, self.left()
-        ended = Counter()
+        tally, left = self.tally, self.left()
+        ended: Counter[tuple[str, int]] = Counter()
         for what, number, pid, moment in self.ends():
             if pid not in self.killed or moment < self.killed[pid] - _UNACKNOWLEDGED_SECONDS:
                 ended[what, number] += 1
@@ -177,12 +178,12 @@ class World:
                 ended.setdefault((what, number), 0)
         missing = {each for each in self.wanted if each not in ended}
         missing_tasks = sum(what != "Callback" for what, _ in missing)
-        verdict.stuck = max(left, 0 if left == 0 else missing_tasks)
-        verdict.lost = 0 if left else missing_tasks
-        verdict.doubled = sum(times > 1 for (what, _), times in ended.items() if what != "Callback")
-        verdict.callbacks = sum(what == "Callback" for what, _ in missing)
-        verdict.callbacks += sum(times > 1 for (what, _), times in ended.items() if what == "Callback")
-        return verdict
+        tally.stuck = max(left, 0 if left == 0 else missing_tasks)
+        tally.lost = 0 if left else missing_tasks
+        tally.doubled = sum(times > 1 for (what, _), times in ended.items() if what != "Callback")
+        tally.callbacks = sum(what == "Callback" for what, _ in missing)
+        tally.callbacks += sum(times > 1 for (what, _), times in ended.items() if what == "Callback")
+        return tally
 
 
 @contextmanager
@@ -250,7 +251,7 @@ def together(world: World, *, kill: bool) -> None:
     refused = world.worker("ours")
     world.until(lambda: refused.poll() is not None, "a worker of ours has ended", 30)
     if refused.poll() != 1 or b"diracx-tasks 0.7" not in (world.directory / "ours.log").read_bytes():
-        world.verdict.problems.append("a worker of ours starts beside 0.7")
+        world.tally.problems.append("a worker of ours starts beside 0.7")
     world.processes.remove(refused)
     world.start("ours", "scheduler")
     world.submit("0.7", 1000)
@@ -266,7 +267,7 @@ def together(world: World, *, kill: bool) -> None:
 
 
 SCENARIOS: dict[str, Callable[[World], None]] = {
-    f"{name}, {how}": lambda world, run=run, kill=kill: run(world, kill=kill)
+    f"{name}, {how}": partial(run, kill=kill)
     for name, run in (("upgrade", upgrade), ("rollback", rollback), ("together", together))
     for how, kill in (("stopped", False), ("killed", True))
 }
@@ -299,7 +300,7 @@ def _runs(world: World, *arguments: str) -> bool:
     return done.returncode == 0
 
 
-def run(name: str, directory: Path) -> Verdict:
+def run(name: str, directory: Path) -> Tally:
     """Run one scenario."""
     with world(directory) as new:
         SCENARIOS[name](new)

@@ -37,12 +37,13 @@ async def bound(url: str) -> AsyncIterator[Any]:
             from diracx.tasks.plumbing.registry import TaskRegistry
             from diracx.tasks.plumbing.submission.client import Binding
         except ImportError:  # the published package
-            from diracx.tasks.plumbing import BaseTask, load_task_registry
-            from diracx.tasks.plumbing.factory import create_task_bindings
+            from diracx.tasks.plumbing import BaseTask, factory, load_task_registry
             from redis.asyncio import Redis
 
-            BaseTask.bind_broker(create_task_bindings(broker, load_task_registry())[0])
-            yield {"redis": Redis(connection_pool=broker.connection_pool)}
+            published: Any = factory, BaseTask, broker  # which mypy does not know
+            bindings, _ = published[0].create_task_bindings(broker, load_task_registry())
+            published[1].bind_broker(bindings)
+            yield {"redis": Redis(connection_pool=published[2].connection_pool)}
         else:
             registry = TaskRegistry.of({f"numbered:{task.__name__}": task for task in TASKS})
             with use_broker(lambda: Binding(broker, registry, TasksConfig())):

@@ -32,9 +32,8 @@ def prepare(name: str) -> Path:
     Raises:
         EnvironmentFailedError: with the end of what pip said.
     """
-    directory, stamp = ENVIRONMENTS / name, ENVIRONMENTS / name / "stamp"
-    wanted = _fingerprint(name)
-    if stamp.exists() and stamp.read_text() == wanted:
+    directory = ENVIRONMENTS / name
+    if is_ready(name):
         return directory
     print(f"making {directory.relative_to(ROOT)} from {requirements(name).relative_to(ROOT)}", file=sys.stderr)
     _run([sys.executable, "-m", "venv", "--clear", str(directory)])
@@ -42,8 +41,14 @@ def prepare(name: str) -> Path:
     _run([*pip, "--requirement", str(requirements(name))])
     if name in _WITH_ENTRY_POINTS:
         _register_tasks(directory)
-    stamp.write_text(wanted)
+    (directory / "stamp").write_text(_fingerprint(name))
     return directory
+
+
+def is_ready(name: str) -> bool:
+    """Whether the environment is there and up to date."""
+    stamp = ENVIRONMENTS / name / "stamp"
+    return stamp.exists() and stamp.read_text() == _fingerprint(name)
 
 
 def command_in(directory: Path, command: Command) -> list[str]:

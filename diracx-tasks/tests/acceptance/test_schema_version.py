@@ -42,8 +42,8 @@ def test_a_compatible_build_works_beside_this_one_and_can_be_rolled_back(later: 
     before = later.both("ours")  # back again
     later.submit("ours", 3000)
     later.end(new, kill=False)
-    verdict = later.judge()
-    assert vars(verdict) == {"lost": 0, "doubled": 0, "stuck": 0, "callbacks": 0, "problems": []}
+    tally = later.judge()
+    assert vars(tally) == {"lost": 0, "doubled": 0, "stuck": 0, "callbacks": 0, "problems": []}
     ran = [{pid for *_, pid, _ in later.ends()} >= {worker.pid} for worker in (before[0], new[0])]
     assert ran == [True, True], "both have run tasks"
 
@@ -60,5 +60,5 @@ def test_processes_that_do_not_know_the_data_say_so_and_stay_out(later: World) -
     again = [later.worker("ours"), later.start("ours", "scheduler")]
     assert [process.wait(60) for process in again] == [1, 1], "and does not start again"
     assert (later.directory / "ours.log").read_text().count("has data of schema 2") == 4
-    verdict = later.judge()
-    assert vars(verdict) == {"lost": 0, "doubled": 0, "stuck": 0, "callbacks": 0, "problems": []}
+    tally = later.judge()
+    assert vars(tally) == {"lost": 0, "doubled": 0, "stuck": 0, "callbacks": 0, "problems": []}

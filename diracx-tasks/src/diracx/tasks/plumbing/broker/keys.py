@@ -136,8 +136,6 @@ def stream_name_for(priority: Priority | str, size: Size | str) -> str:
     return f"diracx:tasks:{Priority(priority)}:{Size(size)}"
 
 
-#: Where version 0.7 puts callbacks.
-PUBLISHED_QUEUE = stream_name_for(Priority.NORMAL, Size.MEDIUM)
 ALL_STREAM_NAMES = [stream_name_for(priority, size) for priority in Priority for size in Size]
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 from redis.exceptions import ResponseError
@@ -155,8 +155,10 @@ async def _queue_again(redis: Redis, stream: str) -> int:
 
 async def _delayed_as_published(redis: Redis, now_ms: int) -> tuple[int, int]:
     moved = kept = 0
-    found: Any
-    while found := await redis.zrangebyscore(keys.DELAYED, _OURS_FROM, "+inf", kept, _BATCH, withscores=True):
+    while found := cast(
+        list[tuple[bytes, float]],
+        await redis.zrangebyscore(keys.DELAYED, _OURS_FROM, "+inf", kept, _BATCH, withscores=True),
+    ):
         stored: Any = await redis.execute_command("HMGET", keys.DELAYED_DATA, *(task for task, _ in found))
         async with redis.pipeline(transaction=True) as pipe:
             for (task, due_ms), whole in zip(found, stored, strict=True):
@@ -167,7 +169,7 @@ async def _delayed_as_published(redis: Redis, now_ms: int) -> tuple[int, int]:
                 waits = header.split(b" ")[1] in (b"lock", b"rate")  # it asks again
                 pipe.zrem(keys.DELAYED, task)
                 pipe.hdel(keys.DELAYED_DATA, task)
-                pipe.zadd(keys.DELAYED, {data: (now_ms if waits else float(due_ms)) / 1000})
+                pipe.zadd(keys.DELAYED, {data: (now_ms if waits else due_ms) / 1000})
                 moved += 1
             await pipe.execute()
     for lock in await redis.zrange(keys.LINES, 0, -1):

@@ -18,7 +18,7 @@ local function published_child_done(g)
     pack('task_id'), pack(string.sub(redis.sha1hex(key), 1, 32)), pack('task_name'), pack(name),
     pack('labels'), pack({callback_group_id = g.id}), pack('task_args'), string.sub(stored, at + 6),
     pack('task_kwargs'), '\128', pack('trace_context'), '\128'})
-  if not (read and string.sub(stored, at + 1, at + 5) == '\164args' and pcall(enqueue, '$PUBLISHED_QUEUE', message)) then
+  if not (read and string.sub(stored, at + 1, at + 5) == '\164args' and pcall(enqueue, 'diracx:tasks:normal:medium', message)) then
     to_dead_letters(g.id, stored)
   end
 end
