@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-dead-letters bench-count bench-size bench-idle vendor clean
+.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-dead-letters bench-count bench-size bench-idle vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ docs: $(STAMP) ## build the documentation into site/; a warning is an error
 
 pictures: $(STAMP) ## take the pictures of the dashboard in docs/images again (needs Chromium)
 	$(BIN)/python tests/dashboard_pictures.py docs/images
+
+compat: $(STAMP) ## run the published 0.7.0 and ours on one server, both ways, with kills; its own tests against ours
+	@$(BIN)/python -m benchmarks.compat $(ARGS)
 
 chaos: $(STAMP) ## disturb a real system, see if all promises are kept; ARGS="--profile all --seconds 60", ARGS=--help
 	@$(BIN)/python -m chaos $(ARGS)
