@@ -34,7 +34,7 @@ _UNACKNOWLEDGED_SECONDS = 1.5
 
 @dataclass
 class Tally:
-    """How many tasks of a scenario were lost, …; all zero is right."""
+    """Counts of tasks of a scenario; all zero is right."""
 
     lost: int = 0
     """Not ended, and not in Redis."""
@@ -152,7 +152,7 @@ class World:
         return self.wanted <= {(what, number) for what, number, *_ in self.ends()}
 
     def left(self) -> int:
-        """What is in Redis that has not run."""
+        """Number of tasks and groups in Redis that have not ended."""
         with Redis.from_url(self.url) as redis:
             queued = 0
             for stream in keys.EVERY_STREAM:

@@ -20,7 +20,7 @@ PLAIN, SLOW, FLAKY, SOON, LATER, GROUPS, CHILDREN = 30, 10, 10, 10, 10, 2, 4
 
 
 def expected(first: int) -> set[tuple[str, int]]:
-    """What ends when all of the set has run."""
+    """All ends that tasks of the set note."""
     kinds = (("Plain", PLAIN + SOON + LATER), ("Slow", SLOW), ("Flaky", FLAKY), ("Child", GROUPS * CHILDREN))
     return {(kind, first + number) for kind, many in (*kinds, ("Callback", GROUPS)) for number in range(many)}
 

@@ -1,4 +1,4 @@
-"""What the published package 0.7 leaves in Redis, piece by piece; test_migration.py runs the package itself."""
+"""Data of the published package 0.7 in Redis, piece by piece; test_migration.py runs the package itself."""
 
 from __future__ import annotations
 

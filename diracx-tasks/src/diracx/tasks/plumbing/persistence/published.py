@@ -51,7 +51,7 @@ def _dead_letter(row: Any) -> DeadLetter:
         "task_id": f"{_NAME}-{row['id']}",  # 0.7 does not keep that of the task
         "task_name": row["task_class"],
         "delivery_id": f"{_NAME}/{row['id']}",
-        "detail": last or "failed for good under diracx-tasks 0.7",
+        "detail": last or "failed under diracx-tasks 0.7",
     }
     try:
         stored = loads(row["task_args"])
