@@ -1,4 +1,4 @@
-"""What a task costs the server and the wire, counted, not timed: `make bench-count`.
+"""Costs of a task in round trips, commands and bytes, counted, not timed: `make bench-count`.
 
 These figures are the same on every machine, so a test (`test_counts.py` of diracx-tasks) holds them.
 """

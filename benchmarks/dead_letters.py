@@ -1,4 +1,4 @@
-"""What many failures at once cost other tasks and the memory of their worker, with the database up or away.
+"""Costs of many failures at once for other tasks and for memory, with the database up or away.
 
 `make bench-dead-letters` writes its section of RESULTS.md. Given the URLs of Redis and of the database, the module
 is such a worker: it ends with its input, and prints the latencies in seconds.
@@ -73,7 +73,7 @@ async def work(url: str, db_url: str) -> None:
 
 @dataclass(frozen=True)
 class Burst:
-    """What one burst of failures cost."""
+    """Costs of one burst of failures."""
 
     p50_ms: float
     p99_ms: float

@@ -1,4 +1,4 @@
-"""What waiting workers cost the server, and how soon one of them begins: `make bench-idle`."""
+"""Costs of idle workers, and the time until one of them starts a task: `make bench-idle`."""
 
 from __future__ import annotations
 

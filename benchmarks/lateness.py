@@ -1,4 +1,4 @@
-"""How late tasks are that have a time, periodic and delayed ones; and what an idle scheduler costs."""
+"""Lateness of periodic and delayed tasks, and the costs of an idle scheduler."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ async def lateness(
 
 
 async def _queued(system: TaskSystem, until: float) -> list[float]:
-    """How late occurrences are submitted: the server stamps stream entries with its time."""
+    """Measure how late occurrences are submitted: the server stamps stream entries with its time."""
     found: dict[bytes, float] = {}
     while time.time() < until:
         await asyncio.sleep(1.03)

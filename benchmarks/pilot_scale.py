@@ -197,7 +197,7 @@ async def _submit(db: MyPilotDB, asked: list[tuple[str, str]]) -> int:
 
 
 async def _active(db: MyPilotDB) -> Counter[tuple[str, str]]:
-    """Who holds how many slots, by compute element and VO."""
+    """Count the slots in use, by compute element and VO."""
     columns = (Pilots.ce_name, Pilots.vo)
     counted = select(*columns, func.count()).where(Pilots.status.in_(ACTIVE)).group_by(*columns)
     async with db:
@@ -217,7 +217,7 @@ def _say(cycle: Cycle) -> None:
 
 
 def broken_promises(run: Run) -> list[str]:
-    """What did not hold; empty when all is well."""
+    """List the broken promises; empty when all hold."""
     # A slot cannot be divided: two pilots more or less at each compute element are no matter of shares.
     apart = 0.05 + 2 * run.world.vos / run.world.capacity
     found = [

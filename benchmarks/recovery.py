@@ -1,4 +1,4 @@
-"""How soon a dead worker's tasks run again, in each case: `python -m benchmarks.recovery`.
+"""Time until the tasks of a lost worker run again, in each case: `python -m benchmarks.recovery`.
 
 Real worker processes on an embedded Valkey. Of every task that ran at the victim, the wait from the end of its
 worker to its next start, and the part of it after the moment at which the worker's lease had ended.
@@ -104,7 +104,7 @@ class Waits:
     after_lease: list[float]
     """Without the lease, or a lease for each death."""
     overtaken: int
-    """How often another task of the same queue took a slot more than a second after the lease had ended."""
+    """Number of times that another task of the same queue took a slot over a second after the end of the lease."""
 
 
 def waits(world: World, victims: range, others: range = range(0)) -> Waits:

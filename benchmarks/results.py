@@ -11,7 +11,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def machine() -> str:
-    """What the figures were measured on, in one line."""
+    """Describe the machine in one line."""
     model = next(
         (
             line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""How long the server is kept by one call, however much there is of something: `make bench-size`.
+"""Time of the slowest single call when there is very much of something: `make bench-size`.
 
 The server does one thing at a time, so while it is at one call everybody waits. Each state is built twice, at half
 its size and whole, on a server of its own; then what touches it is done, and the time of each call is taken from
@@ -34,7 +34,7 @@ _NAMES = {scripts.script(name).sha: f"{name}.lua" for name in SCRIPTS}
 
 
 async def calls_of(state: State, items: int) -> tuple[dict[tuple[str, int], float], float]:
-    """How long the server was at each call (ms), by its name and its place among those; and bytes per item."""
+    """Measure the time of each call on the server (ms), by its name and position; and bytes per item."""
     with embedded_redis("--slowlog-max-len", "1000000", "--slowlog-log-slower-than", "-1") as url:
         async with built(state, url, items) as (world, bytes_each):
             _let_nobody_interrupt((await world.redis.info("server"))["process_id"])
@@ -128,7 +128,7 @@ def _deals_with_all(command: Sequence[str]) -> bool:
 
 
 async def _members(redis: Redis) -> dict[str, int]:
-    """How much each key has."""
+    """Count the members of each key."""
     sizes = {"hash": "HLEN", "set": "SCARD", "zset": "ZCARD", "list": "LLEN", "stream": "XLEN"}
     found = {}
     async for key in redis.scan_iter(count=PORTION):

@@ -74,7 +74,7 @@ class World:
     url: str
     items: int
     kept: list[Any] = field(default_factory=list)
-    """What lasts as long as the state."""
+    """Objects that live as long as the state."""
 
     async def pipeline(self, commands: Iterable[Sequence[Any]]) -> None:
         pipe = self.redis.pipeline(transaction=False)
@@ -104,7 +104,7 @@ class World:
 
 @dataclass(frozen=True)
 class State:
-    """What there may be much of."""
+    """State of the server with very much of one thing."""
 
     name: str
     items: int

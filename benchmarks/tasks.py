@@ -1,4 +1,4 @@
-"""What the task system costs: rates, latency, bytes, import time."""
+"""Costs of the task system: rates, latency, bytes, import time."""
 
 from __future__ import annotations
 

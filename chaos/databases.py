@@ -84,6 +84,6 @@ class Database:
 
 
 def obstacle(kind: str) -> str | None:
-    """Why this kind of database cannot run here; None: it can."""
+    """Return why this kind of database cannot run here; None: it can."""
     names = {"mariadb": "MariaDB", "postgresql": "PostgreSQL"}
     return servers.obstacle(names[kind]) if kind in names else None

@@ -51,7 +51,7 @@ _GROWN_UP_SECONDS = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """What is started."""
+    """Settings of a run."""
 
     profile: str
     redis: str
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass
 class Observed:
-    """What the verdict is made of, beside the testimony of the tasks."""
+    """Observations from outside, beside the records of the tasks."""
 
     history: History
     started: float
@@ -76,7 +76,7 @@ class Observed:
     rested: float | None = None
     """When everything had come to rest; None: it never did."""
     left: dict[str, int] = field(default_factory=dict)
-    """What was still there when the wait ended."""
+    """Remaining work when the wait ended."""
     remains: dict[str, Any] = field(default_factory=dict)
     """Every key of the server with what was in it then."""
     due: dict[int, float] = field(default_factory=dict)
@@ -378,7 +378,7 @@ class Driver:
     # --- the end --------------------------------------------------------------------------------------------
 
     async def _left(self, broker: RedisStreamBroker) -> dict[str, int]:
-        """What keeps the system from being at rest."""
+        """Count what keeps the system from being at rest."""
         try:
             async with broker.redis.pipeline(transaction=True) as pipe:
                 for stream in keys.EVERY_STREAM:

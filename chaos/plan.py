@@ -1,4 +1,4 @@
-"""What is submitted and what is disturbed, and when: all of it from the seed, before anything starts."""
+"""Plan of submissions and disturbances, made from the seed before anything starts."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Disturbance:
     which: int
     """Picks the victim among those there are; or how many connections are cut."""
     seconds: float
-    """How long it takes; 0: it is over at once."""
+    """Duration; 0: it is over at once."""
     delay_seconds: float = 0.0
     """By how much a delayed link is delayed."""
 

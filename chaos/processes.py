@@ -16,7 +16,7 @@ RESTART_SECONDS = 0.2
 
 @dataclass
 class History:
-    """What was done to processes, by pid. Times are in seconds on the monotonic clock."""
+    """Disturbances of processes, by pid. Times are in seconds on the monotonic clock."""
 
     killed: dict[int, float] = field(default_factory=dict)
     pauses: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class History:
     cut_off: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Name of a place -> when its link was held or delayed."""
     stopped: dict[int, float] = field(default_factory=dict)
-    """Those that got a SIGTERM."""
+    """Processes that got a SIGTERM."""
 
 
 class Supervised:

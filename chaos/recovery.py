@@ -1,4 +1,4 @@
-"""How long tasks waited for another worker after something had happened to theirs, by case."""
+"""Waiting times of tasks for another worker after theirs was disturbed, by case."""
 
 from __future__ import annotations
 

@@ -68,14 +68,14 @@ class Outage:
     end: float = math.inf
     """When it answered again (or the promoted replica did)."""
     lost_from: float = math.inf
-    """What was written from then on may be lost; infinity: nothing may."""
+    """Time from which writes may be lost; infinity: none may."""
     lost_until: float = -math.inf
     over: float = math.inf
     """When no client could talk to a server any more that had been replaced."""
 
     @property
     def forgets_from(self) -> float:
-        """What happened from then on may be forgotten while what was before is known. Where all is lost, nothing
+        """Time from which writes may be lost while those before are kept. Where all is lost, nothing
         of what was before is known.
         """
         return self.begin if self.lost_from == -math.inf else self.lost_from
@@ -99,7 +99,7 @@ class Single:
 
     @property
     def primary_url(self) -> str:
-        """Where the primary is at the moment; behind this, links are put."""
+        """Return the URL of the present primary; links are put in front of it."""
         return self._server.url
 
     async def start(self) -> None:

@@ -256,7 +256,7 @@ class GroupDone(Quick):
 
 @dataclass
 class GroupFailed(Quick):
-    """Nobody should ever see it: no child fails for good."""
+    """Error callback that must never run: no child fails permanently."""
 
 
 @dataclass
@@ -285,7 +285,7 @@ class KillsLocked(Kills):
 
 
 class Beat(PeriodicBaseTask):
-    """What the schedulers submit."""
+    """Periodic task of the schedulers."""
 
     default_schedule = IntervalSeconds(BEAT_SECONDS)
     size = Size.SMALL

@@ -257,7 +257,7 @@ class ChaosResult:
         yield self._count("callbacks fired twice, early or as failed, or not", wrong)
 
     def _data_lost(self) -> int:
-        """How often data may have been lost."""
+        """Count how often data may have been lost."""
         return sum(outage.lost_from <= outage.lost_until for outage in self._observed.outages)
 
     def _early(self) -> Promise:
@@ -282,7 +282,7 @@ class ChaosResult:
         )
 
     def _dead_letters(self) -> Iterable[Promise]:
-        """Those of tasks that were begun; what never began and has none is lost."""
+        """Check the dead letters of tasks that were begun; a task that never began and has none is lost."""
         expected = {
             (n, "exhausted" if kind == "Failing" else "poison")
             for n, kind in self._observed.submitted.items()

@@ -1,4 +1,4 @@
-"""What the tasks did, told by themselves: one append-only file for each process, written without a buffer.
+"""Records that tasks write of themselves: one append-only file for each process, unbuffered.
 
 A line outlives the SIGKILL of its writer. Times are CLOCK_MONOTONIC, which all processes of a machine share.
 Redis has no part in it.

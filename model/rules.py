@@ -1,4 +1,4 @@
-"""What of the protocol is in force, and how much is disturbed."""
+"""Rules of the protocol that are in force, and the number of disturbances."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _BATCH = 50
 
 @dataclass
 class Found:
-    """What a search found."""
+    """Result of a search."""
 
     states: int = 0
     steps: int = 0
@@ -49,7 +49,7 @@ class Visited:
 
 @dataclass
 class Expanded:
-    """What can come after one state."""
+    """Successors of one state."""
 
     name: str
     steps: int = 0
@@ -182,7 +182,7 @@ def _way_to(name: str, origins: dict[str, tuple[str, str]]) -> list[str]:
 
 
 def _check(visited: Visited) -> None:
-    """What must hold in every state.
+    """Check the invariants of every state.
 
     Raises:
         Violation: what does not, in words.

@@ -79,7 +79,7 @@ class Server:
             self.redis.set(keys.RENEWED, 1)
 
     def end_turn(self, turn: str) -> None:
-        """Nobody has asked for the lock in time."""
+        """Let the reservation of a lock expire."""
         stored: Any = self.redis.get(turn)
         self.redis.set(turn, b"0 " + stored.partition(b" ")[2])
 

@@ -1,4 +1,4 @@
-"""What a state consists of: the data of the server, and what each worker believes."""
+"""State of the model: the data of the server, and the view of each worker."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class State:
 
     workers: tuple[WorkerState, WorkerState]
     settled: tuple[int, ...]
-    """How often each task has been settled as done."""
+    """Number of times that each task was settled as done."""
     begun: tuple[int, ...]
-    """How often each task has begun; 2 for more than once. It decides nothing, but is judged: see `excused`."""
+    """Number of times that each task has begun; 2 for more than once. It only counts for `excused`."""
     disturbed: tuple[str, ...] = ()
     """The disturbances so far."""
 

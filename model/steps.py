@@ -1,4 +1,4 @@
-"""What can happen next in a state: the steps of each worker, and of the world around them.
+"""Steps from a state: those of each worker, and the disturbances.
 
 A worker here does what `diracx.tasks.plumbing.worker` does: it asks for a lost answer first, begins nothing under
 a lock that it was not granted, and its lease timer ends what holds a lock before the lease does.
@@ -25,8 +25,8 @@ _LEASE_SECONDS = 100_000.0
 _MAX_DELIVERIES = 10
 
 Step = tuple[str, list[State] | Callable[[], list[State]]]
-"""What it is, and the states after it (two where an answer may be lost): known at once if the server has no part
-in it, else found by a call to the server, which must be in the state before it."""
+"""Name of a step, and the states after it (two where an answer may be lost): known at once if the server is not
+involved, else found by a call to the server, which must be in the state before it."""
 
 
 class Steps:

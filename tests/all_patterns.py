@@ -106,6 +106,6 @@ def _hostile_texts(pattern: re.Pattern[str]) -> Iterator[str]:
 
 
 def _words(pattern: str) -> list[str]:
-    """What a pattern demands literally, in its order: what is repeated, chosen or of a class left out."""
+    """Return the literal words of a pattern, in its order: what is repeated, chosen or of a class left out."""
     literal = re.sub(r"\[[^\]]*\]|\(\?<?[=!:]|\\[a-zA-Z]", "|", pattern)
     return [word for word in re.split(r"[|\\(){}*+?^$.\[\]]+", literal) if word][:7]

@@ -33,7 +33,7 @@ class AllPromises(CERemoteConformance):
         return len((self._witness / stamp).read_text().splitlines())
 
     async def broken(self) -> str:
-        """What went wrong: nothing, or the tracebacks of all that did."""
+        """Run all promises and return the tracebacks of the broken ones."""
         promises = [getattr(self, name) for name in dir(self) if name.startswith("test_")]
         wanted = {promise: inspect.signature(promise).parameters.keys() - {"make"} for promise in promises}
         assert sum(map(len, wanted.values())) == len(self._disturbance) == 2

@@ -338,7 +338,7 @@ async def system_of(redis_url: str) -> AsyncIterator[TaskSystem]:
 
 
 async def a_night(system: TaskSystem) -> None:
-    """What there is to see at 3 a.m."""
+    """Make the state of a system at 3 a.m."""
     for number in range(5):
         await CopyFile(f"/lhcb/MC/2026/{number:08}.dst", "CERN-EOS").schedule()
     for owner in ("j.doe", "j.doe", "a.smith"):

@@ -1,4 +1,4 @@
-"""A DiracX application whose users sign in at an identity provider, for the tests of the dashboard's door."""
+"""A DiracX application whose users sign in at an identity provider, for the tests of the dashboard's sign-in."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Browser:
 
 
 def onward(page: httpx.Response) -> str:
-    """Where a page goes by itself."""
+    """Return the address to which a page redirects."""
     found = re.search(r'http-equiv="refresh" content="0; url=([^"]+)"', page.text)
     assert found, page.text
     return found[1].replace("&amp;", "&")

@@ -1,4 +1,4 @@
-"""What comes in by HTTP: whether it is bounded, and requests that try to break a route."""
+"""Hostile HTTP requests, and a check that all inputs are bounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quoted(text: str) -> str:
 
 
 def unbounded_in(whole: dict[str, Any]) -> Iterator[str]:
-    """What may come in as long, or as large, as one likes, by the OpenAPI schema of an application."""
+    """Yield the unbounded inputs of an application by its OpenAPI schema."""
     for path, methods in whole["paths"].items():
         for method, operation in methods.items():
             for parameter in operation.get("parameters", ()):
@@ -33,7 +33,7 @@ def unbounded_in(whole: dict[str, Any]) -> Iterator[str]:
 
 
 def _unbounded(schema: dict[str, Any], whole: dict[str, Any], place: str) -> Iterator[str]:
-    """Where a value may be as long, or as large, as one likes."""
+    """Yield the places of unbounded values."""
     if "$ref" in schema:
         schema = whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     for part in (*schema.get("anyOf", ()), *schema.get("allOf", ())):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Bound(NamedTuple):
-    """How many lines a folder may have."""
+    """Upper bound of the lines of a folder."""
 
     folder: str
     bound: int

@@ -1,4 +1,4 @@
-"""What no installation brings to a machine: tests that need it are skipped, even where nothing else may be."""
+"""Abilities that no installation adds to a machine: tests that need one are skipped, even with NO_SKIPS."""
 
 from __future__ import annotations
 

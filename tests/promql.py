@@ -22,7 +22,7 @@ class PromQLError(ValueError):
 
 @dataclass
 class Asked:
-    """What an expression asks for."""
+    """Metrics and labels of an expression."""
 
     metrics: set[str] = field(default_factory=set)
     labels: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""How a server answers what a block sends to it: which tables it reads, and by which index."""
+"""Query plans of the statements of a block: the tables they read, and by which index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the revisions of any database class promise. A module of tests subclasses `SchemaPromises`."""
+"""Promises of the revisions of any database class. A module of tests subclasses `SchemaPromises`."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def install() -> None:
 
 
 def obstacle(name: str) -> str | None:
-    """Why the tests of this tool cannot run here, in one line; None: they can."""
+    """Return why the tests of this tool cannot run here, in one line; None: they can."""
     (tool,) = (tool for tool in TOOLS if tool.name == name)
     version, reason = _says(tool)
     return None if version else f"{name} is not installed: {reason} (`make servers` installs it)"

@@ -40,7 +40,7 @@ class SqlServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> tuple[list[str], dict[str, Any]]:
-        """What runs the server in the foreground, and how to start that."""
+        """Return the command that runs the server in the foreground, and the arguments of its start."""
         raise NotImplementedError
 
     def start(self) -> None:

@@ -31,7 +31,7 @@ WORDS = (
     Word(r"\bsomebody\b", "who it is: a user, a worker, an operator", 21),
     Word(r"\bsuspects?\b|is_suspect|_suspects\b", "poison candidate", 35),
     Word(r"(?<![\"_])burial", "delivery id", 3),
-    Word(r"\bbur(y|ied)\b", "stored as a dead letter", 12),
+    Word(r"\bbur(y|ied)\b", "stored as a dead letter", 8),
     Word(r"condemn", "mark_cancelled", 0),
     Word(r"\blapsed\b|lapsed_since", "expired", 0),
     Word(
@@ -101,22 +101,19 @@ WORDS = (
     Word(r"\bSTAGED\b", "group_outbox", 12),
     Word(r"\bFLOW\b", "throughput", 0),
     Word(r"\breasons\(", "explain", 0),
-    Word(r"\blay(_periodic)?\b(?! down)", "merge, merge_schedule", 4),
     Word(r"\bwhose\(", "owner", 0),
     Word(r"\b(fitting|storable)\b", "truncate, sanitize", 3),
-    Word(r"\b(Finding|Offer|Deeds|Claim|Shared)\b(?!RW)", "Alert, LoginOptions, AuditedActions, demand, cache", 9),
+    Word(r"\b(Finding|Offer|Deeds|Claim)\b", "Alert, LoginOptions, AuditedActions, demand", 3),
     Word(r"\bon_to\b", "redirect", 0),
-    Word(r"\bSums\b", "TaskCounters", 25),
-    Word(r"\b[Gg]ate\b", "AuthBackend; auth routes", 54),
-    Word(r"\b[Dd]oor\b", "auth routes; the broker as the only access", 15),
+    Word(r"\bSums\b(?=[(.,\]])", "TaskCounters", 14),
     Word(r"\bthere\(", "or_404", 0),
     Word(r"\b_Search\b", "CancellationSearch", 0),
     Word(r"\b(_Question|_Findings)\b", "PollRequest, StatusChanges", 0),
     Word(r"\bunit\(\)", "transaction()", 0),
     Word(r"\bstored_result\b", "result_effect", 0),
-    Word(r"\bmakes? room\b|\bmade room\b", "drain", 9),
-    Word(r"\bconvict", "poison; poison candidate", 18),
-    Word(r"\bfor good\b", "permanently; say what ends it", 30),
+    Word(r"\bmakes? room\b|\bmade room\b", "drain", 6),
+    Word(r"\bconvict", "poison; poison candidate", 0),
+    Word(r"\bfor good\b", "permanently; say what ends it", 18),
     Word(r"\bdear\b", "expensive", 1),
     Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"
@@ -128,7 +125,7 @@ WORDS = (
 
 #: Docstrings that begin with a question or a person. A first line says what the thing is or does.
 OPENINGS = re.compile(r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody)\b')
-OPENINGS_BOUND = 407
+OPENINGS_BOUND = 236
 
 
 def texts() -> dict[str, str]:
@@ -167,7 +164,7 @@ def main() -> int:
     if len(riddles) > OPENINGS_BOUND:
         exceeded = True
         print(f"riddles as docstrings: {len(riddles)}, {OPENINGS_BOUND} allowed; say what it is or does")
-        print("   ", " ".join(riddles))
+        print("   ", " ".join(riddles[:200]))
     elif "--lower" in sys.argv and len(riddles) < OPENINGS_BOUND:
         print(f"OPENINGS_BOUND can be {len(riddles)} (now {OPENINGS_BOUND})")
     print(f"words to be replaced: {total} in {len(found)} files")

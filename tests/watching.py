@@ -1,4 +1,4 @@
-"""What tests of back ends wait for: pilots, processes and files. Each wait ends with it, or fails."""
+"""Waits of tests of back ends for pilots, processes and files. Each succeeds in time, or fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def observe(backend: CEBackend[Any], pilot: PilotAtCE, *wanted: Observed) -> Observation:
-    """What the back end says of the pilot when that is one of these."""
+    """Wait until the back end reports one of these states of the pilot."""
     deadline = time.monotonic() + _SECONDS
     while True:
         seen = (await backend.poll([pilot])).get(pilot.stamp)
@@ -43,7 +43,7 @@ def ended(**ends: MyPilotStatus) -> list[PilotAtCE]:
 
 
 def written(path: Path) -> str:
-    """What stands in the file, without space around it; empty: there is none (yet)."""
+    """Return the text of a file, stripped; empty: there is no file (yet)."""
     return path.read_text().strip() if path.exists() else ""
 
 

@@ -29,7 +29,7 @@ class Peer:
     scheduler: Command | None = None
     """Further process that delayed tasks need."""
     bulk: str | None = None
-    """How many tasks are submitted at once; None: not at all."""
+    """Number of tasks that are submitted at once; None: not at all."""
     unable: Mapping[str, str] = field(default_factory=dict)
     """Scenario -> why it is left out."""
     only: frozenset[str] | None = None

@@ -1,4 +1,4 @@
-"""How tasks tell that they ran, at no cost worth naming: each thread of a worker counts in memory shared with
+"""Count executed tasks almost without cost: each thread of a worker counts in memory shared with
 the controller, and no task sends a command for it.
 
 One file per process and thread, of 8-byte words: executions, when the first and the last began (monotonic clock,
@@ -62,7 +62,7 @@ def sample(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """What all threads of all workers have counted so far."""
+    """Counts of all threads of all workers."""
 
     count: int
     first: float
@@ -70,7 +70,7 @@ class Reading:
     last: float
     """When the last one began."""
     processes: int
-    """How many processes have executed something."""
+    """Number of processes that executed a task."""
 
 
 class Meter:

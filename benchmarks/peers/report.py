@@ -15,7 +15,7 @@ from .catalogue import PEERS, Peer
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a figure is missing."""
+    """Reason for a missing figure."""
 
     peer: str
     scenario: str
@@ -247,7 +247,7 @@ def targets_table(taken: Measurements) -> str:
 
 
 def problems(taken: Measurements) -> str:
-    """What failed, and what does not take part, each once."""
+    """List the failures, and the peers that do not take part, each once."""
     titles = {peer.name: peer.title for peer in taken.peers}
     lines = []
     for problem in taken.problems:

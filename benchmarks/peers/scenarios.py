@@ -1,4 +1,4 @@
-"""What is measured, each on an empty server: a function from a peer to its figures."""
+"""Scenarios, each on an empty server: a function from a peer to its figures."""
 
 from __future__ import annotations
 

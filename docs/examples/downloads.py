@@ -26,7 +26,7 @@ class Download(BaseTask):
 
 
 def _count(url: str) -> int:
-    """How often this was tried, kept in a file because the next attempt may be another process's."""
+    """Count the attempts in a file, since the next attempt may run in another process."""
     counter = Path(gettempdir()) / f"attempts-{url.encode().hex()[-40:]}"
     attempt = int(counter.read_text()) + 1 if counter.exists() else 1
     if attempt < 3:

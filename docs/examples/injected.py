@@ -1,4 +1,4 @@
-"""What a task needs beside its arguments comes by type."""
+"""Dependencies of a task are injected by type."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

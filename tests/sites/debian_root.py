@@ -49,7 +49,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> None:
 
 
 def not_served(path: Path) -> str | None:
-    """Why the mirrors of this machine could not give what belongs in that directory."""
+    """Return why the mirrors of this machine lack the packages of a directory."""
     return _reason(path).read_text() if _reason(path).exists() else None
 
 
@@ -93,7 +93,7 @@ def unpack(release: str, packages: tuple[str, ...], directory: Path) -> Path:
 
 
 def _mirror() -> str:
-    """Where apt gets this machine's own Debian from."""
+    """Return the mirror of this machine's apt."""
     if not KEYRING.exists():
         raise ObstacleError("no debian-archive-keyring is installed")
     told = run("apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)",
@@ -106,7 +106,7 @@ def _mirror() -> str:
 
 
 def run(*command: str) -> str:
-    """What a program prints.
+    """Run a program and return its output.
 
     Raises:
         ObstacleError: it fails, with the last line of what it says.

@@ -168,7 +168,7 @@ class HTCondorSite:
         self._process.wait(_SECONDS)
 
     def run(self, *command: str) -> str:
-        """What one of HTCondor's commands says, run by root beside the daemons.
+        """Run a command of HTCondor as root beside the daemons, and return its output.
 
         Raises:
             CalledProcessError: it has failed.

@@ -1,4 +1,4 @@
-"""What the tests' HTCondor runs in: the files of a Debian release that has its daemons, unpacked.
+"""Root directory of the tests' HTCondor: the files of a Debian release that has its daemons.
 
 `main` (`make servers` runs it) builds it once for the machine, or says in one line why that cannot be.
 """
@@ -17,7 +17,7 @@ __all__ = ["ROOT", "check", "main"]
 _RELEASE = "trixie"
 _PACKAGES = ("condor", "base-files", "coreutils", "dash", "libc-bin")
 ROOT = CACHE / f"htcondor-{_RELEASE}-1"
-"""Where it is, complete or not at all. Not to be written to."""
+"""Path of the root directory, complete or absent; read-only."""
 
 _PROGRAMS = ("apt-get", "chroot", "dpkg-deb", "nsenter", "unshare")
 _USERS = {"root": 0, "condor": 64001, "pilot": 64002, "nobody": 65534}

@@ -26,7 +26,7 @@ _CONSENT = """<!doctype html><html lang="en"><title>Consent</title><link rel="ic
 
 
 class IdentityProvider:
-    """Whoever consents is `subject`. `url` is its issuer; it listens on loopback while it is `running`."""
+    """Identity provider on loopback for tests: `subject` is the user who consents, `url` the issuer."""
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
@@ -58,7 +58,7 @@ class IdentityProvider:
             server.server_close()
 
     def document(self, path: str) -> dict[str, Any] | None:
-        """What is published there."""
+        """Return the document that is published at a path."""
         if path == "/keys":
             return self._key.published
         if path != "/.well-known/openid-configuration":
@@ -81,7 +81,7 @@ class IdentityProvider:
         return _CONSENT.format(asked=asked)
 
     def consent(self, form: dict[str, str]) -> str | None:
-        """Where the browser goes then, with a code."""
+        """Consent, and return the redirect of the browser with a code."""
         if (question := self._asked.pop(form.get("asked", ""), None)) is None:
             return None
         code = secrets.token_urlsafe()

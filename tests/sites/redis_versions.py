@@ -126,7 +126,7 @@ def install() -> None:
 
 
 def version_of(version: str) -> str:
-    """What that server says of its version.
+    """Return the version that a server reports.
 
     Raises:
         ObstacleError: it is not there, or does not start.

@@ -51,7 +51,7 @@ class Sshd:
         self.port = free_port()
         self.user = pwd.getpwuid(os.geteuid()).pw_name
         self.home = directory / "home"
-        """Where commands begin, and what they take for their home."""
+        """Home and working directory of commands."""
         self.client_key = directory / "client_key"
         self.known_hosts = directory / "known_hosts"
         """Holds the host key that the server had at first."""
@@ -116,7 +116,7 @@ class Sshd:
         self._kill(_children(self._process.pid))
 
     def logins(self) -> int:
-        """How many there have been."""
+        """Count the logins."""
         return (self._directory / "log").read_text(errors="replace").count("Accepted publickey")
 
     @contextlib.contextmanager

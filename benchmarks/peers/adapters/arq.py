@@ -38,7 +38,7 @@ async def due(context: dict[str, Any], moment: float) -> None:
 
 
 class WorkerSettings:
-    """What `arq` looks for."""
+    """Settings that `arq` looks for."""
 
     functions = (noop, answer, nap, clock, due)
     redis_settings = RedisSettings.from_dsn(redis_url())

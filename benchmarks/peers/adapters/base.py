@@ -1,4 +1,4 @@
-"""What a client of any peer can do."""
+"""Interface of the clients of all peers."""
 
 from __future__ import annotations
 

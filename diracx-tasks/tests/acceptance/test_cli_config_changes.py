@@ -74,7 +74,7 @@ def start(live, command: str, *args: str):
 
 
 def said(live) -> list[ActiveConfig]:
-    """What processes say, asked for without starting a command."""
+    """Read the configurations that processes report, without starting a command."""
 
     async def ask() -> list[ActiveConfig]:
         redis = AsyncRedis.from_url(live.environment["DIRACX_TASKS_REDIS_URL"])
@@ -87,7 +87,7 @@ def said(live) -> list[ActiveConfig]:
 
 
 def in_force(live) -> list[dict[str, Any]]:
-    """What the command shows."""
+    """Run the command and return its rows."""
     found = live("config", "in-force", "--json")
     entries: list[dict[str, Any]] = json.loads(found.stdout)
     assert found.returncode == (1 if any(entry["problems"] for entry in entries) else 0)

@@ -131,7 +131,7 @@ def test_P34_a_dead_letter_is_listed_shown_submitted_again_and_runs(dlq, redis_u
 
 
 @pytest.mark.leaves_keys(STREAM)
-def test_P34_two_operators_at_once_submit_each_letter_once(dlq, redis_url):
+def test_P34_two_concurrent_operators_resubmit_each_dead_letter_once(dlq, redis_url):
     store_dead_letters(dlq, 150)
     running = [dlq.start("dlq", "retry", "--all", "--yes", "--json", "--module", "flaky.py") for _ in range(3)]
     assert [process.ends() for process in running] == [0, 0, 0], [process.output for process in running]
@@ -230,7 +230,7 @@ def test_P34_what_cannot_be_submitted_is_refused_in_one_line(dlq, redis_url, one
         assert redis.xlen(STREAM) == 1
 
 
-def test_discarded_letters_stay_discarded(dlq, one_line):
+def test_discarded_dead_letters_stay_discarded(dlq, one_line):
     store_dead_letters(dlq, 3)
     assert dlq("dlq", "discard", "task-0").stdout == "1 discarded\n"
     assert dlq("dlq", "discard", "1").stdout == "1 discarded\n", "safe to repeat"
@@ -367,7 +367,7 @@ def test_a_table_of_another_version_is_named(served, one_line, tmp_path):
     one_line(served("dlq", "list"), 1, "no column", "Burial in DeadLetters", "diracx-task-run db upgrade")
 
 
-def test_a_broker_that_is_down_leaves_letters_as_they_were(dlq, one_line):
+def test_a_broker_outage_leaves_dead_letters_as_they_were(dlq, one_line):
     store_dead_letters(dlq)
     dlq.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
     one_line(retry(dlq, "1"), 1, "cannot reach Redis")
@@ -376,7 +376,7 @@ def test_a_broker_that_is_down_leaves_letters_as_they_were(dlq, one_line):
 
 @pytest.mark.leaves_keys(STREAM)
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
-async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, request, kind, empty_database):
+async def test_P34_dead_letters_in_a_database_server(served, tmp_path, redis_url, request, kind, empty_database):
     request.getfixturevalue(f"{kind}_server")
     (tmp_path / "flaky.py").write_text(FLAKY)
     served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
@@ -392,7 +392,7 @@ async def test_P34_letters_in_a_database_server(served, tmp_path, redis_url, req
         assert redis.exists(f"{keys.RESUBMITTED_PREFIX}task-0@{STREAM}/0")
 
 
-async def test_P12_a_letter_survives_a_database_that_is_down(
+async def test_P12_a_dead_letter_survives_a_database_outage(
     served, tmp_path, redis_url, wait_until, empty_database, mariadb_server, stoppable
 ):
     server = stoppable(mariadb_server)

@@ -61,7 +61,7 @@ def test_P42_a_standby_leads_soon_and_no_occurrence_is_submitted_twice(served, r
         wait_until(lambda: len(submissions.dues) >= before + 5, "occurrences are submitted")
 
     def changes_hands(token: str | None, within: float) -> str:
-        """Somebody else leads, in time."""
+        """Wait until another scheduler leads."""
         wait_until(lambda: server.get(keys.LEADER) not in (None, token), "another leads", within)
         return server.get(keys.LEADER)
 

@@ -1,4 +1,4 @@
-"""What commands do not load: their time to start is what they import."""
+"""Commands import only what they need, since imports are their time to start."""
 
 from __future__ import annotations
 

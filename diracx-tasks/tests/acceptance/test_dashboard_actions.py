@@ -1,4 +1,4 @@
-"""What an operator does in a real browser happens in Redis and SQL, is written down, and is refused to readers."""
+"""Actions in a real browser change Redis and SQL, are audited, and are refused to readers."""
 
 from __future__ import annotations
 

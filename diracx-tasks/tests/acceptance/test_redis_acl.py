@@ -228,7 +228,7 @@ def test_no_role_may_do_what_is_an_administrators() -> None:
 
 
 class Monitor:
-    """What each role sends, commands of its scripts included, as the server's MONITOR has it.
+    """Record of the commands of each role, those of scripts included, by the server's MONITOR.
 
     A connection is known by its name. The commands of a script follow it.
     """

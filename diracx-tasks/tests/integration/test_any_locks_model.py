@@ -111,7 +111,7 @@ WISHES = st.one_of(
 
 @dataclass(eq=False)
 class Task:
-    """What the model knows of one task."""
+    """Model of one task."""
 
     message: TaskMessage
     order: tuple[int, int]
@@ -275,7 +275,7 @@ class LocksMachine(RuleBasedStateMachine):
         task.place, task.specs = "running", specs
 
     def _check_order(self, task: Task) -> None:
-        """Nobody waits who came before and wants the same, and nothing else."""
+        """Check that no task waits that came earlier and wants the same locks only."""
         wanted = self._waits_in_line(task)
         if wanted is None or (wanted[0] == "read" and self._is_read(wanted[1])):
             return  # a reader joins readers, whatever waits
@@ -434,7 +434,7 @@ class LocksMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.foreign)
     @rule()
     def expires_outside_tasks(self) -> None:
-        """Nobody gives it back, so nobody is told; readers have no time to live."""
+        """Let a lock expire without a release or a notification; readers have no time to live."""
         lock = self.foreign.pop(0)
         if isinstance(lock, SharedRWLock):
             self.run(lock.release(self.brokers["a"].redis))

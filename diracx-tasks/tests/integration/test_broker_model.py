@@ -65,7 +65,7 @@ WISHES: dict[str, Any] = {
 
 @dataclass(eq=False)
 class Task:
-    """What the model knows of one task."""
+    """Model of one task."""
 
     id: str
     wish: str
@@ -77,16 +77,16 @@ class Task:
     worker: str = ""
     delivery: Delivery | None = None
     locks: list[dict[str, Any]] = field(default_factory=list)
-    """What it holds, by the model."""
+    """Locks that it holds in the model."""
     deaths: int = 0
-    """How many workers have died with it since its last retry."""
+    """Number of workers lost with it since its last retry."""
     survived: set[int] = field(default_factory=set)
     """Deliveries of its entry whose worker has come back after others had taken the task over."""
     ended: int = 0
 
 
 def _is_suspect(task: Task, more: int) -> bool:
-    """One that is convicted is none any more: it will not run again."""
+    """One that is poison is no candidate any more: it will not run again."""
     assert task.delivery is not None
     delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more, survived=0)
     return is_suspect(delivery, MAX_DELIVERIES)
@@ -335,7 +335,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert again[0] == (1 if reply[0] == 1 else -1)
 
     def _turn_of(self, lock: dict[str, Any]) -> str | None:
-        """Whose turn it is, or was before it ended."""
+        """Return the task for which the lock is reserved, or was before the reservation ended."""
         stored = self.sync.get(f"{keys.TURN_PREFIX}medium:{lock['key']}")
         return None if stored is None else stored.decode().split(" ")[-1]
 
@@ -441,10 +441,10 @@ class BrokerMachine(RuleBasedStateMachine):
         # P9: no worker has a message that several workers have died with, and another one beside it.
         mine = self._in("reserved", "running", worker=worker)
         candidates = [task for task in orphans.values() if _is_suspect(task, 1)]
-        convicted = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
+        poisoned = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
-        if convicted and len(deliveries) < free:  # they are in doubt until the dead worker has stayed away
+        if poisoned and len(deliveries) < free:  # they are in doubt until the dead worker has stayed away
             stays_away(self.url, other)
             rest = self.brokers[worker].reclaim(free - len(deliveries), max_deliveries=MAX_DELIVERIES)
             deliveries += self.run(rest)[0]
@@ -455,11 +455,11 @@ class BrokerMachine(RuleBasedStateMachine):
             assert len(will_run) == 1
             assert all(task.deaths >= MAX_DELIVERIES for task in mine)
         assert not (will_run and any(_is_suspect(task, 0) for task in mine))
-        assert len(deliveries) >= min(free, len(convicted))
+        assert len(deliveries) >= min(free, len(poisoned))
         if not candidates and not any(_is_suspect(task, 0) for task in mine) and not made_room:
             assert len(taken) == min(free - len(fresh), len(orphans))
         order = [STREAMS.index(each.stream) for each in deliveries]
-        assert convicted or order == sorted(order), "urgent first"
+        assert poisoned or order == sorted(order), "urgent first"
         left = [STREAMS.index(task.delivery.stream) for task in orphans.values() if task.delivery]
         assert all(STREAMS.index(each.stream) < max(left) for each in fresh), "they are for a fetch"
         for task in orphans.values():
@@ -583,7 +583,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert self.sync.zcard(Two(JOB, "slots").redis_key) == slots <= 2
 
     def only_those_wait_for_a_lock_who_do(self) -> None:
-        """Whoever stands in a line is parked, or on the way since its timer ran out: never at work or gone."""
+        """Check that tasks in lines are parked, or on the way since their timer ended: never running or gone."""
         for key in self.sync.keys(keys.WAITING_PREFIX + "*"):
             for member in self.sync.zrange(key, 0, -1):
                 task = self.tasks[member.decode().partition(":")[2]]
@@ -619,7 +619,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self.runner.close()
 
     def _drain(self) -> None:
-        """The worker `b` dies for good; `a` does the rest."""
+        """The worker `b` ends permanently; `a` does the rest."""
         self.every_task_is_in_one_place()
         if self._is_dead("a"):
             if not self._is_dead("b"):

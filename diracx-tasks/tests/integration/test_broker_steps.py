@@ -145,7 +145,7 @@ async def test_P25_a_retry_is_not_hastened_by_a_lock_for_which_the_task_once_wai
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Worker, redis: Redis) -> None:
+async def test_P9_neighbours_of_a_poison_task_become_no_dead_letters(worker: Worker, redis: Redis) -> None:
     first = await worker("1")
     await submit(first, *"abcde")
     assert len((await first.fetch(5))[0]) == 5
@@ -171,9 +171,7 @@ async def test_P9_neighbours_of_a_poison_task_are_not_buried_with_it(worker: Wor
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_nothing_beside_it(
-    worker: Worker, redis: Redis
-) -> None:
+async def test_P9_a_poison_candidate_runs_alone_on_its_worker(worker: Worker, redis: Redis) -> None:
     first, second = await worker("1"), await worker("2")
     await submit(first, "candidate")
     await first.fetch(1)
@@ -188,7 +186,7 @@ async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_not
     await dies(redis, second)
     taken, _, draining = await third.reclaim(10)
     assert ([delivery.deaths for delivery in taken], draining) == ([1], True)
-    assert (await fourth.reclaim(10))[::2] == ([], False), "one makes room, the others go on"
+    assert (await fourth.reclaim(10))[::2] == ([], False), "one drains, the others go on"
     idle = await worker("idle")
     [candidate], _, draining = await idle.reclaim(10)
     assert (candidate.deaths, draining) == (2, False)
@@ -198,7 +196,9 @@ async def test_P9_a_suspect_is_given_only_to_a_worker_that_holds_nothing_and_not
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, redis: Redis) -> None:
+async def test_P9_a_task_that_will_not_run_again_waits_for_no_poison_candidate(
+    worker: Worker, redis: Redis
+) -> None:
     broker = await worker("1")
     await submit(broker, *"abcd")
     await broker.fetch(10)
@@ -217,11 +217,11 @@ async def test_P9_what_will_not_run_again_waits_for_no_suspect(worker: Worker, r
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
+async def test_P9_a_poison_task_by_earlier_redeliveries_waits_for_no_poison_candidate(
     worker: Worker, redis: Redis
 ) -> None:
     first, second, third = await worker("1"), await worker("2"), await worker("3")
-    await submit(first, "convicted", "candidate", "another")
+    await submit(first, "poison", "candidate", "another")
     parked, *others = (await first.fetch(3))[0]
     assert parked.data is not None
     assert await first.settle([Settlement(parked)]) == [True]
@@ -231,15 +231,15 @@ async def test_P9_what_is_convicted_for_earlier_deaths_too_waits_for_no_suspect(
     assert len((await second.reclaim(10, max_deliveries=1))[0]) == 3
     await died(redis, second, third)
     taken, *_ = await third.reclaim(10, max_deliveries=3)
-    convicted = [delivery for delivery in taken if delivery.deaths == 3]
-    assert len(convicted) == 1, "two lost workers here, and one before"
+    poison = [delivery for delivery in taken if delivery.deaths == 3]
+    assert len(poison) == 1, "two lost workers here, and one before"
     assert len(taken) == 2, "one poison candidate at a time"
     assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
 @pytest.mark.parametrize("way", ["parked", "handed back"])
-async def test_P9_deaths_are_remembered_on_the_way_through_a_lock_or_a_stop(
+async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_given_back(
     worker: Worker, redis: Redis, way: str
 ) -> None:
     first, second = await worker("1"), await worker("2")
@@ -298,7 +298,7 @@ async def test_P24_settling_an_old_delivery_leaves_a_newer_hold_of_the_same_entr
 async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
     worker: Worker, redis_url: str, redis: Redis
 ) -> None:
-    """What came since would be settled, and then noted as held by a renewal that had counted it before."""
+    """A delivery that came since would be settled, and then noted as held by a renewal that began before."""
     mine = await worker("mine")
     await submit(mine, "new")
     [delivery], _ = await mine.fetch(1)
@@ -325,9 +325,7 @@ async def test_a_worker_that_has_fallen_silent_and_left_is_on_no_list_again(
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
-    worker: Worker, redis: Redis
-) -> None:
+async def test_P6_a_repeated_start_keeps_the_locks_of_the_first_one(worker: Worker, redis: Redis) -> None:
     broker = await worker("a")
     await submit(broker, "t")
     [delivery], _ = await broker.fetch(1)
@@ -338,9 +336,7 @@ async def test_P6_who_asks_again_for_its_locks_has_them_whoevers_turn_it_is_now(
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-async def test_P6_who_asks_again_for_its_locks_and_is_refused_keeps_none_of_them(
-    worker: Worker, redis: Redis
-) -> None:
+async def test_P6_a_repeated_start_that_is_refused_keeps_no_lock(worker: Worker, redis: Redis) -> None:
     broker = await worker("a")
     await submit(broker, "t")
     [delivery], _ = await broker.fetch(1)

@@ -39,7 +39,7 @@ seen: list[Any] = []
 
 
 class Gate:
-    """What tasks wait for; a new one for each test and its event loop."""
+    """Event that tasks wait for; a new one for each test and its event loop."""
 
     event: asyncio.Event
 
@@ -268,7 +268,7 @@ async def _subscribers(redis: Redis) -> bool:
 
 
 @pytest.mark.leaves_keys("diracx:tasks:alive", "diracx:tasks:leases")  # the dead one may not be off the list yet
-async def test_a_marked_task_is_dropped_by_whoever_takes_it_in(redis_url: str, redis: Redis) -> None:
+async def test_a_task_marked_as_cancelled_is_dropped_when_it_is_fetched(redis_url: str, redis: Redis) -> None:
     """The worker that had it died, or it came back to the queue just before it was found."""
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0) as system:
         first, second, third = await schedule_many([Echo(1), Locked(2), Echo(3)])
@@ -312,7 +312,7 @@ class Slotted(Locked):
 
 @pytest.mark.parametrize("kind", [Locked, Slotted])
 @pytest.mark.parametrize("by_a_worker", [False, True])
-async def test_a_cancelled_task_that_was_woken_for_a_lock_hands_it_on(
+async def test_a_cancelled_task_passes_its_granted_lock_to_the_next(
     redis_url: str, redis: Redis, kind: type[Locked], by_a_worker: bool
 ) -> None:
     [held] = kind(0).execution_locks

@@ -26,7 +26,7 @@ SITE = register_locked_object_type("test_site")
 
 
 class Watch:
-    """How many are inside at a time, at most, by whatever they are counted by."""
+    """Highest number of concurrent executions by key."""
 
     def __init__(self) -> None:
         self.most: Counter[Any] = Counter()

@@ -15,7 +15,7 @@ CHANNELS = ("diracx:tasks:cancelled", "diracx:tasks:wake")
 
 
 class Heard:
-    """What was said on the channels, and how often they were subscribed to."""
+    """Record of the messages and subscriptions of channels."""
 
     def __init__(self) -> None:
         self.said: list[tuple[bytes, bytes]] = []

@@ -1,4 +1,4 @@
-"""What a task may cost the server and the wire. `make bench-count` shows the figures themselves."""
+"""Upper bounds of the round trips, commands and bytes of a task. `make bench-count` shows the figures."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
         await system.drain()
 
 
-async def test_P5_what_was_taken_over_while_its_worker_was_paused_does_not_begin_there(
+async def test_P5_a_task_taken_over_from_a_paused_worker_does_not_start_there(
     worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a lock to ask for, and although the lease is renewed before the worker looks at what it has."""

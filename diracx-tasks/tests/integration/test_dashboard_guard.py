@@ -1,4 +1,4 @@
-"""Nobody gets past the door of the dashboard, whatever they bring along."""
+"""The dashboard refuses every request without a valid sign-in."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ async def test_an_action_is_asked_about_first_then_done_told_and_written_down(ap
     assert (entry.ok, entry.outcome) == (True, "painted")
 
 
-async def test_a_name_that_somebody_else_points_to_us_is_refused(app: Any) -> None:
+async def test_a_foreign_host_name_is_refused(app: Any) -> None:
     async with browser(app, "http://rebound.example:8790") as client:
         assert (await client.get("/sign-in")).status_code == 421
     async with browser(app) as client:
@@ -230,7 +230,7 @@ def every_route(app: Any) -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_route_has_the_headers_that_keep_it_safe_for_whoever_asks(
+async def test_every_route_sends_the_security_headers_to_every_client(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with browser(app) as nobody, signed_in(app) as wilma:

@@ -1,4 +1,4 @@
-"""What the dashboard shows is what there is, harmless whatever it is; what is done there is done."""
+"""The dashboard shows the present state, escapes hostile text, and carries out actions."""
 
 from __future__ import annotations
 

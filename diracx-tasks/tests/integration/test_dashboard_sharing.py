@@ -131,7 +131,7 @@ def dashboard(context: AppContext, load: Any, templates: Path) -> DashboardApp:
 
 
 async def follow(app: DashboardApp, vo: str, query: str = "", path: str = "/live/counted") -> str:
-    """What a page, or its stream, sends."""
+    """Follow the fragments that a page, or its stream, sends."""
     headers = [(b"host", b"localhost"), (b"cookie", f"tasks-dashboard-http={vo}".encode())]
     scope = {"type": "http", "method": "GET", "path": path, "query_string": query.encode(), "headers": headers}
     scope |= {"scheme": "http", "server": ("localhost", 80), "root_path": "", "http_version": "1.1", "state": {}}

@@ -78,7 +78,7 @@ async def test_whoever_is_not_in_the_group_is_told_so(browser: Browser) -> None:
     assert session(browser) is None
 
 
-async def test_nobody_can_be_signed_in_by_an_address_of_somebody_else(app: Any, browser: Browser) -> None:
+async def test_a_foreign_address_cannot_sign_a_user_in(app: Any, browser: Browser) -> None:
     async with Browser(app) as attacker:
         address = await attacker.consent(await attacker.start(ADMIN))
     for begun in (False, True):  # whether the victim is about to sign in as well

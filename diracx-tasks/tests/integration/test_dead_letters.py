@@ -114,7 +114,7 @@ async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = 6
 # --- what is stored ---------------------------------------------------------------------------------------
 
 
-async def test_P12_any_letter_can_be_stored_and_comes_back(db: TaskDB) -> None:
+async def test_P12_any_dead_letter_is_read_as_it_was_stored(db: TaskDB) -> None:
     data = bytes(range(256)) * 8192
     odd = make(
         task_id="a",
@@ -251,7 +251,7 @@ async def test_filters_choose(db: TaskDB) -> None:
 # --- submitting again -------------------------------------------------------------------------------------
 
 
-async def test_P34_a_letter_goes_back_to_the_queue_of_its_class_with_its_id_and_no_attempts(
+async def test_P34_a_resubmitted_task_keeps_its_id_and_has_no_attempts(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis
 ) -> None:
     await store(db, make(5))
@@ -312,7 +312,7 @@ async def operators(number: int, url: str, redis_url: str) -> AsyncIterator[list
         yield found
 
 
-async def test_P34_operators_at_the_same_time_submit_each_letter_once(
+async def test_P34_concurrent_operators_resubmit_each_dead_letter_once(
     db: TaskDB, db_url: str, redis_url: str, broker: RedisStreamBroker, redis: Redis
 ) -> None:
     total = 230  # three rounds
@@ -331,7 +331,7 @@ async def test_P34_operators_at_the_same_time_submit_each_letter_once(
 
 
 @pytest.mark.parametrize("broke_off_after", ["the mark in SQL", "the submission"])
-async def test_P34_whoever_repeats_a_resubmission_that_broke_off_finishes_it(
+async def test_P34_repeating_an_interrupted_resubmission_finishes_it(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis, broke_off_after: str
 ) -> None:
     await store(db, make(1), make(2))
@@ -500,7 +500,7 @@ async def test_P12_a_commit_that_fails_does_not_spoil_the_next_transaction(
         assert len(await rows(database)) == 1
 
 
-async def test_P12_a_letter_that_waits_in_redis_and_cannot_be_taken_stops_nobody(
+async def test_P12_a_pending_dead_letter_that_cannot_be_imported_blocks_no_other(
     redis_url: str, redis: Redis
 ) -> None:
     async with TaskSystem([Doomed], redis_url=redis_url, task_db_url=None) as system:

@@ -1,4 +1,4 @@
-"""What the tasks of a worker depend on is loaded when it is needed, and no worker loads more than that."""
+"""Workers load the dependencies of their tasks at the first use, and no others."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def spent_seconds(workers: Workers, pid: int) -> float:
 
 
 @pytest.mark.parametrize("comes_last", ["the long lease", "the short lease"])
-async def test_P9_a_dead_workers_own_lease_counts_whoever_else_is_there(
+async def test_P9_the_lease_of_a_lost_worker_counts_not_that_of_others(
     workers: Workers, redis_url: str, redis: Redis, comes_last: str
 ) -> None:
     """Workers with a long lease hear of the short one, keep its pace and look when it ends."""

@@ -1,4 +1,4 @@
-"""What is written comes into force in a running system; what is wrong does not, and that is said."""
+"""Changed configuration comes into force in a running system; an invalid one does not and is reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from redis.asyncio import Redis
 
 @dataclass
 class Seen:
-    """What a follower has been told."""
+    """Record of the notifications of a watcher."""
 
     changes: list[tuple[TasksConfig, Any]] = field(default_factory=list)
 

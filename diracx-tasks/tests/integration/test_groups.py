@@ -125,7 +125,7 @@ def ended(delivery: Delivery, error: str | None = None) -> Settlement:
 
 
 async def names(broker: RedisStreamBroker) -> list[str]:
-    """What is queued, taken out of the queue."""
+    """Take all messages from the queue and return their names."""
     deliveries, _ = await broker.fetch(100)
     await broker.settle([Settlement(delivery) for delivery in deliveries])
     return [TaskMessage.loadb(delivery.data or b"").task_name for delivery in deliveries]
@@ -504,7 +504,7 @@ async def test_the_end_or_retry_of_a_child_renews_the_life_of_its_group(redis_ur
                 assert await redis.ttl(key) > 86_400
 
 
-async def test_a_group_nobody_can_submit_leaves_nothing(redis_url: str, redis: Redis) -> None:
+async def test_a_group_that_cannot_be_submitted_leaves_no_keys(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
         with pytest.raises(TypeError, match="object"):
             await spawn_with_callback([Child(1), Child(object())], Callback())  # type: ignore[arg-type]

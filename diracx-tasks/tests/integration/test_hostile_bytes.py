@@ -108,7 +108,7 @@ class Bytes:
         return b"\x83\xa7task_id\xa1d\xa9task_name\xa9test:Echo\xa9task_args\x91" + data
 
     def fields(self) -> dict[str, Any]:
-        """Those of a message, with something wrong."""
+        """Fields of a message with one defect."""
         rng = self.rng
         message: dict[str, Any] = {"task_id": self._id(), "task_name": rng.choice(NAMES[:3])}
         label = rng.choice(
@@ -258,7 +258,7 @@ async def _ended(redis: Redis) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_any_bytes_end_and_nobody_dies_of_them(redis_url: str, redis: Redis, seed: int) -> None:
+async def test_any_bytes_are_settled_and_end_no_process(redis_url: str, redis: Redis, seed: int) -> None:
     made = Bytes(seed)
     settings = {"max_concurrent_tasks": 8, "lease_seconds": 5.0}
     try:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
 
 async def new_calls(redis: Redis, before: dict[str, int] | None = None) -> dict[str, int]:
-    """How often the server was asked for each command, inside scripts or not, since `before`."""
+    """Count the calls of each command on the server, inside scripts or not, since `before`."""
     stats = await redis.info("commandstats")
     calls = {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
     known = before or {}
@@ -170,16 +170,14 @@ async def test_a_connection_that_was_closed_as_spare_is_not_taken_for_lost(redis
     await broker.shutdown()
 
 
-async def test_looking_for_what_is_due_costs_two_commands_while_there_is_nothing(redis: Redis) -> None:
+async def test_an_idle_promotion_costs_two_commands(redis: Redis) -> None:
     await scripts.promote(redis, 500)  # the server knows the script from here on
     before = await new_calls(redis)
     assert await scripts.promote(redis, 500) == (0, None, 0, 0, False, 0)
     assert await new_calls(redis, before) == {"info": 1, "evalsha": 1, "exists": 1}
 
 
-async def test_a_look_for_what_the_dead_have_left_costs_five_commands_while_there_is_nothing(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_an_idle_reclaim_costs_five_commands(redis_url: str, redis: Redis) -> None:
     brokers = [RedisStreamBroker(redis_url) for _ in range(3)]
     for broker in brokers:
         await broker.reclaim(1, lease_seconds=30)
@@ -204,7 +202,7 @@ async def test_a_look_for_dead_letters_costs_two_commands_while_there_are_none(r
 async def test_an_idle_worker_asks_for_little_more_than_a_command_in_a_second(
     redis_url: str, redis: Redis
 ) -> None:
-    """What it does again and again, at the pace of its defaults, with the commands inside scripts."""
+    """Its periodic work, at the default intervals, with the commands inside scripts."""
     settings = WorkerSettings()
     broker = RedisStreamBroker(redis_url)
 
@@ -258,7 +256,7 @@ async def finish(told_by: Reporter, tasks: int = 1) -> None:
 
 
 async def counted(redis: Redis) -> tuple[float, int]:
-    """How many tasks have ended: in the counts of all minutes, and in the flow of their queue."""
+    """Count ended tasks: in the counts of all minutes, and in the throughput of their queue."""
     minutes = [
         msgpack.unpackb(sums)
         async for key in redis.scan_iter(keys.MINUTE_PREFIX + "*")

@@ -1,4 +1,4 @@
-"""How a worker comes by its messages: at once when it is idle, and never before it can start them."""
+"""A worker fetches messages at once when it is idle, and never before it can start them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_an_idle_worker_is_given_the_most_urgent_of_what_comes_together(
 async def test_what_comes_together_for_a_worker_with_fewer_slots_stays_for_others(
     broker: RedisStreamBroker, redis: Redis
 ) -> None:
-    """Whoever waits is given some of each stream; what cannot begin is handed back, and nothing is lost."""
+    """A waiting worker is given some of each stream; what cannot start is given back, and nothing is lost."""
     streams = [keys.stream_name_for(priority, "medium") for priority in ("realtime", "normal", "background")]
     for free in (1, 2, 3, 10):
         await redis.flushall()
@@ -198,7 +198,7 @@ async def test_many_short_tasks_that_come_together_are_fetched_together(
 async def test_a_worker_that_runs_something_is_given_nothing_before_it_asks(
     broker: RedisStreamBroker, redis: Redis
 ) -> None:
-    """What runs may block its event loop; others can start the message meanwhile."""
+    """A running task may block its event loop; other workers can start the message meanwhile."""
     intake = intake_of(broker, idle=False)
     asked = asyncio.create_task(intake.next(10))
     await waits(redis)
@@ -294,7 +294,7 @@ async def patient(redis_url: str) -> AsyncIterator[Hands]:
     await broker.shutdown()
 
 
-async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(
+async def test_P9_the_next_poison_candidate_starts_when_the_last_is_settled(
     redis_url: str, redis: Redis, patient: Hands
 ) -> None:
     await poison_candidates(redis_url, redis, *"abc")
@@ -306,7 +306,7 @@ async def test_P9_when_a_suspect_is_settled_the_next_one_comes_at_once(
         assert await asked == []
 
 
-async def test_P9_a_worker_that_holds_a_suspect_takes_nothing_else(
+async def test_P9_a_worker_with_a_poison_candidate_fetches_nothing_else(
     redis_url: str, redis: Redis, patient: Hands
 ) -> None:
     await poison_candidates(redis_url, redis, "candidate")
@@ -322,7 +322,7 @@ async def test_P9_a_worker_that_holds_a_suspect_takes_nothing_else(
     assert len(await patient.take()) == 1
 
 
-async def test_P9_a_worker_at_work_makes_room_for_a_suspect_that_nobody_takes(
+async def test_P9_a_busy_worker_drains_for_a_poison_candidate(
     redis_url: str, redis: Redis, patient: Hands
 ) -> None:
     await patient.broker.submit([submission("at work")])
@@ -347,10 +347,10 @@ async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_conv
     redis_url: str, redis: Redis
 ) -> None:
     """Every worker takes what it can get, and dies if poison is among it; new poison comes all the time."""
-    innocent, convicted, poison, worker = False, 0, 0, 0
+    innocent, poisoned, poison, worker = False, 0, 0, 0
     broker = RedisStreamBroker(redis_url)
     await broker.submit([submission("innocent")])
-    while not innocent or convicted < 5:
+    while not innocent or poisoned < 5:
         worker += 1
         assert worker < 100
         hands = Hands(RedisStreamBroker(redis_url, consumer_name=f"{worker}"))
@@ -367,7 +367,7 @@ async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_conv
         if all(each.deaths >= 3 or name_of(each) == "innocent" for each in hands.held):
             for each in hands.held:
                 assert name_of(each) != "innocent" or each.deaths < 3
-                innocent, convicted = innocent or name_of(each) == "innocent", convicted + (each.deaths >= 3)
+                innocent, poisoned = innocent or name_of(each) == "innocent", poisoned + (each.deaths >= 3)
             await hands.settle()
         await redis.zadd(keys.ALIVE, {f"{worker}": 0})
         await hands.broker.shutdown()

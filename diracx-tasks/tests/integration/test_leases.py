@@ -111,7 +111,7 @@ async def test_P9_workers_that_stay_away_have_died(
 
 
 @pytest.mark.parametrize("lease_ms", [1000, LEASE_MS])
-async def test_P9_what_is_convicted_stays_with_its_last_worker_for_three_of_its_leases(
+async def test_P9_a_poison_task_stays_with_its_last_worker_for_three_of_its_leases(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, lease_ms: int
 ) -> None:
     """The server cannot tell a worker that has vanished from one that is cut off."""
@@ -131,7 +131,7 @@ async def test_P9_what_is_convicted_stays_with_its_last_worker_for_three_of_its_
     assert await owner.settle([Settlement(delivery)]) == [True]
 
 
-async def test_P9_what_is_convicted_is_rejected_when_its_last_worker_has_stayed_away(
+async def test_P9_a_poison_task_is_rejected_when_its_last_worker_has_stayed_away(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
 ) -> None:
     owner, other = workers
@@ -189,7 +189,7 @@ async def test_when_all_leases_have_ended_the_server_was_away_and_nobody_is_dead
 
 
 @pytest.mark.parametrize(("part_left", "dead"), [(0.33, False), (0.6, True)])
-async def test_a_server_that_was_away_until_some_leases_had_ended_takes_nobody_for_dead(
+async def test_a_server_outage_longer_than_a_lease_loses_no_worker(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, part_left: float, dead: bool
 ) -> None:
     """Workers renew every third of a lease. What is left of the newest one tells whether any of them could."""

@@ -253,7 +253,7 @@ async def test_P14_a_retried_task_keeps_its_id_and_its_result_is_found_under_it(
         assert (await system.result(await Second().schedule())).return_value == "at last"
 
 
-async def test_P5_what_a_living_worker_runs_is_nobody_elses_however_long_it_takes(redis_url: str) -> None:
+async def test_P5_a_task_of_a_live_worker_is_not_redelivered_however_long_it_runs(redis_url: str) -> None:
     class Long(BaseTask):
         async def execute(self) -> None:
             SEEN.append(1)
@@ -348,7 +348,7 @@ async def test_a_cancellation_that_a_library_swallowed_comes_again(redis_url: st
         assert result.error["type"] == TimeLimitExceededError.__name__
 
 
-async def test_P8_what_cannot_be_executed_is_quarantined_and_the_worker_goes_on(
+async def test_P8_tasks_that_cannot_be_executed_become_dead_letters_and_the_worker_continues(
     redis_url: str, redis: Redis
 ) -> None:
     stream = stream_name_for("normal", "medium")
@@ -410,7 +410,7 @@ async def test_labels_that_mean_something_are_checked_when_submitted(
             await Echo(1).schedule(labels=labels)
 
 
-async def test_an_outcome_that_cannot_be_told_holds_nothing_up(redis_url: str) -> None:
+async def test_an_outcome_that_cannot_be_reported_blocks_nothing(redis_url: str) -> None:
     """Whatever an author returns, raises or answers as a policy: the slot, the entry and the locks come back."""
 
     class OddPolicy(RetryPolicyBase):
@@ -742,7 +742,7 @@ async def test_a_refused_rate_limit_makes_the_task_wait_until_quota_returns(redi
     assert started[-1] - started[0] < 1.5, "three windows, and not a whole one more for each refusal"
 
 
-async def test_a_task_woken_in_vain_passes_the_lock_on(redis_url: str, redis: Redis) -> None:
+async def test_a_task_granted_in_vain_passes_the_lock_on(redis_url: str, redis: Redis) -> None:
     """It was granted one of its locks and refused another; the next in line for the first must not wait longer."""
 
     class One(ConcurrencyLimiter):

@@ -133,7 +133,7 @@ class Worker:
         return names
 
     async def granted(self) -> list[str]:
-        """Those that were granted a turn and have not asked yet."""
+        """Return the tasks that were granted a reservation and have not started yet."""
         return [
             TaskMessage.loadb(fields[b"data"]).task_id
             for _, fields in await self.redis.xrange(QUEUE + ":handover")
@@ -145,7 +145,7 @@ class Worker:
         await self.broker.promote()
 
     async def turn_ends(self, lock: BaseLock, size: str = "medium") -> None:
-        """Nobody has asked in time."""
+        """Let the reservation expire."""
         turn: Any = await self.redis.get(turn_key(lock, size))
         await self.redis.set(turn_key(lock, size), b"0 " + turn.partition(b" ")[2])
 
@@ -235,7 +235,7 @@ async def test_readers_begin_when_the_writer_before_them_is_cancelled(worker: Wo
             await worker.step(lambda: [reads()])
 
 
-async def test_a_line_lives_as_long_as_somebody_stands_in_it(worker: Worker, redis: Redis) -> None:
+async def test_a_line_is_kept_while_a_task_waits_in_it(worker: Worker, redis: Redis) -> None:
     assert await quota().acquire(redis)
     await worker.park(3, quota)
     await worker.submit("urgent", priority="realtime")
@@ -400,7 +400,7 @@ async def test_a_release_goes_at_once_to_the_first_whom_a_worker_takes(
     assert worker.began == ["holder", *names]
 
 
-async def test_a_line_does_not_stand_still_while_nobody_takes_what_was_granted_in_other_lines(
+async def test_a_line_advances_while_grants_of_other_lines_are_not_taken(
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     def other(number: int) -> BaseLock:
@@ -489,7 +489,7 @@ async def test_more_urgent_tasks_have_a_turn_of_their_own_before_they_are_passed
 
 
 @pytest.mark.parametrize("lock", [mutex, writes, slot, quota])
-async def test_a_hand_over_costs_the_same_whatever_the_length_of_the_line(
+async def test_a_grant_costs_the_same_for_any_length_of_the_line(
     worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
 ) -> None:
     costs = []

@@ -173,7 +173,7 @@ async def test_what_cannot_be_taken_leaves_nothing_taken(redis: Redis) -> None:
 
 
 async def test_a_worker_that_dies_while_it_takes_locks_leaves_none(redis_url: str, redis: Redis) -> None:
-    """What it took is noted before it is taken: the worker that reclaims them releases it."""
+    """Locks are recorded before they are taken: the worker that reclaims the delivery releases them."""
     brokers = {name: RedisStreamBroker(redis_url, consumer_name=name) for name in ("dies", "buries")}
     stream = "diracx:tasks:normal:medium"
     messages = [TaskMessage(task_id=f"task {n}", task_name="test:Task") for n in range(2)]

@@ -94,7 +94,7 @@ async def test_writer_excludes_everybody_and_readers_exclude_writers(redis: Redi
     assert await redis.exists(writer.redis_key) == 0
 
 
-async def test_P21_second_release_does_not_free_somebody_elses_hold(redis: Redis) -> None:
+async def test_P21_second_release_does_not_free_the_unit_of_another_owner(redis: Redis) -> None:
     first, second, writer = SharedRWLock(JOB, 1), SharedRWLock(JOB, 1), ExclusiveRWLock(JOB, 1)
     assert await first.acquire(redis)
     assert await second.acquire(redis)

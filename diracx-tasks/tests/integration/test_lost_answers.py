@@ -157,9 +157,7 @@ async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once
     assert SEEN == ["once-and-only-once", "afterwards", "and again"]
 
 
-async def test_P6_what_the_server_gives_to_a_connection_that_is_gone_is_executed(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str, redis: Redis) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url, lease_seconds=3) as (proxy, system):
 

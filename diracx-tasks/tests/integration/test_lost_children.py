@@ -159,7 +159,9 @@ async def test_a_delayed_child_that_cannot_be_put_into_a_stream_ends_its_group(
         assert await audit_if_due(redis) == 1
 
 
-async def test_a_message_of_a_later_version_comes_again_and_is_not_buried(redis_url: str, redis: Redis) -> None:
+async def test_a_message_of_a_later_version_is_redelivered_and_no_dead_letter(
+    redis_url: str, redis: Redis
+) -> None:
     newer = msgpack.packb(
         {"task_id": "new", "task_name": "test:Child", "format": 2, "task_args": {"what": "done"}}
     )

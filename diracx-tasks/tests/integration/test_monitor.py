@@ -1,4 +1,4 @@
-"""What an operator sees, on a real server: by workers that report, and without any."""
+"""Read models of operators on a real server: with workers that report, and without any."""
 
 from __future__ import annotations
 

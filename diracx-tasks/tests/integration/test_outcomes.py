@@ -153,7 +153,7 @@ class Raises(BaseTask):
 
 
 def _error() -> BaseException:
-    """What the task that runs is to raise."""
+    """Return the exception that the running task is to raise."""
     message = current_message.get()
     assert message is not None
     return RAISED[message.task_args[0]]()
@@ -463,7 +463,7 @@ class Odd(BaseTask):
 @pytest.mark.parametrize(
     "odd", [{"kind": "invalid"}, {"key": object()}, {"owner": None}, {"ttl_ms": "long"}, {"ttl_ms": 10**30}, {}]
 )
-async def test_a_lock_of_the_authors_own_that_nobody_understands_is_told_and_nothing_stays(
+async def test_an_unknown_lock_type_is_reported_and_leaves_no_keys(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(OddLock, "odd", odd, raising=False)

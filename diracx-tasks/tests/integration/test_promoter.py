@@ -44,7 +44,7 @@ async def test_without_any_scheduler_a_delayed_task_begins_when_it_is_due(redis_
         await forget(system.broker.redis)
 
 
-async def test_a_worker_that_starts_without_any_scheduler_knows_what_has_been_put_aside(redis_url: str) -> None:
+async def test_a_worker_without_a_scheduler_knows_the_delayed_tasks(redis_url: str) -> None:
     async with TaskSystem([Now], redis_url=redis_url, workers=0, scheduler=False) as system:
         due = datetime.now(UTC) + timedelta(seconds=0.5)
         task = await Now().schedule(at_time=due)

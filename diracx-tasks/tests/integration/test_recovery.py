@@ -1,4 +1,4 @@
-"""What a dead worker held is available when its lease has ended: with the next free slot, and in order."""
+"""Deliveries of a lost worker are available when its lease has ended: with the next free slot, in order."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def names(deliveries: list[Delivery]) -> list[str]:
     return [TaskMessage.loadb(delivery.data or b"").task_id for delivery in deliveries]
 
 
-async def test_P9_what_a_dead_worker_held_is_handed_out_with_every_free_slot_before_what_is_new(
-    worker: Worker, redis: Redis
-) -> None:
+async def test_P9_tasks_of_a_lost_worker_are_fetched_before_new_ones(worker: Worker, redis: Redis) -> None:
     dead, other = await worker("1"), await worker("2")
     left = {str(number) for number in range(250)}
     await die_with(redis, dead, *left)
@@ -124,7 +122,7 @@ async def test_P4_P9_what_is_new_and_more_urgent_comes_before_what_a_dead_worker
     ("left", "at_most_seconds"),
     [("nothing", 40), ("ordinary tasks of another size", 40), ("a poison candidate", 1)],
 )
-async def test_P9_a_worker_looks_again_when_the_next_lease_ends_and_every_second_while_a_suspect_waits(
+async def test_P9_a_worker_polls_at_the_end_of_the_next_lease_and_each_second_while_a_poison_candidate_waits(
     worker: Worker, redis: Redis, left: str, at_most_seconds: float
 ) -> None:
     looks = await worker("looks")
@@ -144,7 +142,7 @@ async def test_P9_a_worker_looks_again_when_the_next_lease_ends_and_every_second
     assert at_most_seconds - 1 < again_seconds <= at_most_seconds + 0.002
 
 
-async def test_P9_a_lease_that_ends_sooner_is_looked_at_when_it_ends_although_a_suspect_waits(
+async def test_P9_a_lease_that_ends_sooner_is_reclaimed_at_its_end_while_a_poison_candidate_waits(
     worker: Worker, redis: Redis
 ) -> None:
     looks = await worker("looks")

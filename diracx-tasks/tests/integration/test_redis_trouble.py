@@ -179,7 +179,7 @@ async def test_P6_dropped_connections_end_neither_workers_nor_what_they_run(serv
 
 
 @pytest.mark.parametrize("loss", ["flushall", "restart"])
-async def test_P7_what_runs_while_the_data_are_lost_ends_and_is_settled(server: ValkeyProcess, loss: str) -> None:
+async def test_P7_a_task_that_runs_during_a_data_loss_is_settled(server: ValkeyProcess, loss: str) -> None:
     async with system_on(server) as system:
         plain = await Waits("plain").schedule()
         locked = await WaitsLocked("locked").schedule()
@@ -237,7 +237,7 @@ async def test_P7_idle_workers_and_the_scheduler_survive_the_loss_of_all_data(
     assert ENDED == {"first": 1, "second": 1}
 
 
-async def test_P24_a_lock_that_somebody_took_after_the_loss_cancels_its_task(server: ValkeyProcess) -> None:
+async def test_P24_a_lock_that_another_took_after_a_data_loss_cancels_its_task(server: ValkeyProcess) -> None:
     async with TaskSystem(TASKS, redis_url=server.url, settings={"lease_seconds": 30.0}) as system:
         task_id = await WaitsLocked("stolen").schedule()
         await until(lambda: BEGUN["stolen"], "it begins")
@@ -302,7 +302,7 @@ async def test_leases_and_locks_are_renewed_while_memory_is_short(server: Valkey
     assert BEGUN == {"kept": 1}
 
 
-async def test_a_server_busy_with_somebody_elses_script_is_waited_for(server: ValkeyProcess) -> None:
+async def test_a_server_busy_with_another_clients_script_is_waited_for(server: ValkeyProcess) -> None:
     async with system_on(server, lease_seconds=30.0) as system:
         await system.broker.redis.config_set("lua-time-limit", 20)
         ids = [await Waits(name).schedule() for name in "ab"]

@@ -71,7 +71,7 @@ async def waiting(redis: Redis) -> list[bytes]:
 
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
-async def test_a_letter_larger_than_a_packet_waits_in_redis_and_its_lock_is_free(
+async def test_a_dead_letter_larger_than_a_packet_waits_in_redis_and_its_lock_is_free(
     small_packets: str, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with TaskSystem([Doomed], redis_url=redis_url, task_db_url=small_packets) as system:
@@ -90,7 +90,7 @@ async def test_a_letter_larger_than_a_packet_waits_in_redis_and_its_lock_is_free
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
 @pytest.mark.parametrize("kind", ["sqlite", "mariadb", "postgresql"])
-async def test_a_letter_that_the_database_refuses_waits_in_redis_until_it_is_taken(
+async def test_a_dead_letter_that_the_database_refuses_waits_in_redis(
     kind: str, request: pytest.FixtureRequest, empty_database: Any, redis_url: str, redis: Redis
 ) -> None:
     if kind != "sqlite":
@@ -132,7 +132,7 @@ def _waiting_letter(detail: str, task_id: str = "another") -> Any:
 
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
-async def test_letters_stay_in_redis_and_are_not_tried_one_by_one_while_the_database_is_away(
+async def test_dead_letters_stay_in_redis_during_a_database_outage(
     tmp_path: Any, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(5):

@@ -1,4 +1,4 @@
-"""What holds for schedules: whatever happens to schedulers, configuration and tasks."""
+"""Schedules stay in force when schedulers, configuration and tasks change."""
 
 from __future__ import annotations
 

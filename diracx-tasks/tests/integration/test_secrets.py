@@ -1,4 +1,4 @@
-"""What a task declares to be secret is in no text that is kept of its errors."""
+"""Values that a task declares secret are in no stored text of its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the task system needs of a server, on every version of Redis and Valkey that can be had here.
+"""The task system works on every version of Redis and Valkey that is available here.
 
 Everything is done as a user without administrative and dangerous commands.
 """

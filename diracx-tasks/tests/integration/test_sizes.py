@@ -1,4 +1,4 @@
-"""What passes through the server is bounded: messages, results, errors. What is refused for its size says so."""
+"""Sizes of messages, results and errors are bounded; a refusal names the size."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class FailsOnce(BaseTask):
 
 
 @pytest.mark.usefixtures("small_server")
-async def test_a_retry_that_the_server_refuses_for_its_attempts_goes_without_what_is_long_in_them(
+async def test_a_retry_refused_for_long_attempts_is_sent_without_them(
     redis_url: str,
 ) -> None:
     async with TaskSystem([FailsOnce], redis_url=redis_url, workers=1) as system:
@@ -172,7 +172,9 @@ class FailsAtLength(BaseTask):
 
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
-async def test_a_long_error_message_makes_small_retries_and_a_small_letter(redis_url: str, redis: Redis) -> None:
+async def test_a_long_error_message_makes_small_retries_and_a_small_dead_letter(
+    redis_url: str, redis: Redis
+) -> None:
     largest = 0
     async with TaskSystem([FailsAtLength], redis_url=redis_url, workers=1, task_db_url=None) as system:
         await FailsAtLength().schedule()

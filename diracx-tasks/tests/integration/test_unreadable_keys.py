@@ -1,4 +1,4 @@
-"""What another version, or something else, has written to a key for operators is named, and is no traceback."""
+"""Unreadable keys of operators are reported by name, and never as a traceback."""
 
 from __future__ import annotations
 

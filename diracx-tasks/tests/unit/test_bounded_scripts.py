@@ -89,7 +89,7 @@ SMALL = {
 
 
 def calls(source: str) -> Iterator[str]:
-    """What is in the parentheses of each command that a script sends."""
+    """Yield the arguments of each command that a script sends."""
     text = re.sub(r"--.*", "", source)  # no text of ours has two dashes
     for found in re.finditer(r"redis\.p?call\(", text):
         depth, at, quoted = 1, found.end(), False

@@ -36,7 +36,7 @@ def verdict_of(runs: list[Run], history: History | None = None, **observed: Any)
 
 
 def promises(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
-    """What is not kept, by name."""
+    """Return the broken promises by name."""
     found = verdict_of(runs, history, **observed).promises()
     return {promise.name: promise.value for promise in found if promise.kept is False}
 

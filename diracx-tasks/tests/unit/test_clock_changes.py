@@ -179,7 +179,7 @@ def test_the_next_occurrence_does_not_depend_on_where_one_asks_from(change, expr
 
 
 class TestTheNightsOfZurich:
-    """What users will look for: 25 October 2026 has 2:00 twice, 29 March has it not at all."""
+    """Clock changes in Zurich: 25 October 2026 has 2:00 twice, 29 March has it not at all."""
 
     BACK, FORWARD = datetime(2026, 10, 25, 1, tzinfo=UTC), datetime(2026, 3, 29, 1, tzinfo=UTC)
 

@@ -54,7 +54,7 @@ class TestSchedule:
         assert PeriodicTaskConfig().as_schedule() is None
         assert PeriodicTaskConfig(enabled=False, timezone="UTC").as_schedule() is None
 
-    def test_each_way_of_saying_when(self):
+    def test_each_format_of_a_time_is_accepted(self):
         assert PeriodicTaskConfig(schedule="*/5 * * * *").as_schedule() == CronSchedule("*/5 * * * *")
         assert PeriodicTaskConfig(interval_seconds=60).as_schedule() == IntervalSeconds(60)
         assert PeriodicTaskConfig(interval_seconds=0.5).as_schedule() == IntervalSeconds(0.5)

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration in an installation: all of it, each with its place and the way out."""
+"""Checks of a configuration report all errors, each with its place and the remedy."""
 
 from __future__ import annotations
 

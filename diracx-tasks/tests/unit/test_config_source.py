@@ -1,4 +1,4 @@
-"""What is written is read again when it has changed, however it was changed, and only then."""
+"""The source is read again when it has changed in any way, and only then."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_generators_and_sync_functions_come_back_themselves() -> None:
 def test_coroutine_functions_are_wrapped_transparently() -> None:
     @auto_inject
     async def func(db: JobDB) -> None:
-        """What it does."""
+        """Docstring of the function."""
 
     assert inspect.iscoroutinefunction(func)
     assert (func.__name__, func.__doc__, func.__module__) == ("func", "What it does.", __name__)

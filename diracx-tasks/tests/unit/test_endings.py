@@ -30,7 +30,7 @@ async def test_what_loses_a_cancellation_ends_all_the_same() -> None:
     assert lost == 2
 
 
-async def test_the_end_of_what_had_failed_raises_nothing() -> None:
+async def test_closing_after_a_failure_raises_nothing() -> None:
     async def fails() -> None:
         raise ValueError("nobody asked")
 

@@ -56,7 +56,7 @@ class LibraryDB(BaseSQLDB):
 
 
 class ExtendedLibraryDB(LibraryDB):
-    """What an extension would make of it."""
+    """Database that an extension derives."""
 
 
 class OtherDB(LibraryDB):
@@ -310,7 +310,7 @@ class SomeTask:
     async def unresolvable(self, db: "NotImported") -> None: ...  # noqa: F821
 
 
-def test_parameter_nobody_can_give_is_refused_by_name() -> None:
+def test_a_parameter_that_cannot_be_injected_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"SomeTask\.execute: parameter 'limit' \(int\)"):
         compile_plan(SomeTask.execute, skip_first=True)
     with pytest.raises(TypeError, match=r"^jobs:SomeTask: parameter 'limit'"):

@@ -1,4 +1,4 @@
-"""What listens, listens on loopback unless it is told otherwise."""
+"""Servers listen on loopback by default."""
 
 from __future__ import annotations
 

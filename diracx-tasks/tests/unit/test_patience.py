@@ -1,4 +1,4 @@
-"""Which refusals pass by themselves, told by the errors that redis-py makes of a server's words."""
+"""Transient errors of Redis are recognised by the errors of redis-py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(words: str) -> RedisError:
     ],
     ids=lambda words: words.split()[0],
 )
-def test_P6_what_passes_by_itself_is_waited_out(words: str) -> None:
+def test_P6_transient_errors_are_retried(words: str) -> None:
     assert is_transient(refusal(words))
 
 
@@ -94,7 +94,7 @@ def test_what_stays_wrong_is_not_waited_out(words: str) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_only_what_a_repair_of_data_can_mend_is_waited_for(words: str, repaired: bool) -> None:
+def test_only_errors_that_a_repair_of_data_mends_are_waited_for(words: str, repaired: bool) -> None:
     assert may_pass(refusal(words)) == repaired
 
 

@@ -1,4 +1,4 @@
-"""What `schedule()` accepts arrives equal and of the same types; all else is refused by name before it is sent."""
+"""Arguments that `schedule()` accepts arrive equal and of the same types; others are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a secret field was given is in no error about it: not cut, not escaped, not encoded."""
+"""Values of secret fields are in no error about them: not cut, not escaped, not encoded."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ TOLD = [
 
 
 @pytest.mark.parametrize(("error", "kind"), TOLD)
-def test_an_error_is_told_by_its_code(error: BaseException, kind: ErrorKind | None) -> None:
+def test_errors_are_classified_by_their_codes(error: BaseException, kind: ErrorKind | None) -> None:
     assert classify(error) is kind
     told = describe("TaskDB", error)
     if kind in (None, T.REFUSED):

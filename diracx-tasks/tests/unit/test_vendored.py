@@ -1,4 +1,4 @@
-"""What browsers are given of others is what was looked at when it was taken in."""
+"""Vendored files of the dashboard have the checksums of their review."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make servers` takes for installed, and what it does where something is missing or only half there."""
+"""`make servers` recognises installed servers, and completes missing or partial ones."""
 
 from __future__ import annotations
 

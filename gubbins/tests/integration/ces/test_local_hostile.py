@@ -91,7 +91,7 @@ async def test_a_directory_that_is_a_link_is_none_of_a_pilot(tmp_path: Path) -> 
 
 @pytest.fixture
 def victim() -> Iterator[subprocess.Popen[bytes]]:
-    """Somebody else's process, in a session of its own."""
+    """Start a process of another user, in a session of its own."""
     process = subprocess.Popen(["sleep", "300"], start_new_session=True)
     yield process
     process.kill()

@@ -1,4 +1,4 @@
-"""What sites do to pilots, and what becomes of submissions that nobody heard of; at a real Slurm."""
+"""Failures of pilots and submissions at a real Slurm."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ async def sign_in(
 
 
 async def first_fragment(client: httpx.AsyncClient, page: str) -> str:
-    """What the live stream of a page sends before it ends; httpx sees the whole of a stream only."""
+    """Return the first fragment of the live stream of a page; httpx sees the whole of a stream only."""
     answer = await client.get(f"/live{page}")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")

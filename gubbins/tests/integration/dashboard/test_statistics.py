@@ -19,7 +19,7 @@ DAY = timedelta(days=1)
 
 
 def _pilot(ce: str, vo: str, status: str, *ago: timedelta | None) -> dict[str, Any]:
-    """How long ago it was submitted, started and ended."""
+    """Make a pilot that was submitted, started and ended so long ago."""
     names = ("submitted_at", "started_at", "ended_at")
     times = {name: None if each is None else NOW - each for name, each in zip(names, ago, strict=True)}
     place = {"ce_name": ce, "vo": vo, "status": MyPilotStatus(status), "stamp": uuid.uuid4().hex}

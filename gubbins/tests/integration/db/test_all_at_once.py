@@ -13,7 +13,7 @@ from gubbins.logic import my_pilots as logic
 VOS = ("lhcb", "dteam", "gridpp")
 
 
-async def test_nothing_that_goes_on_at_once_stands_in_the_way_of_another(db: MyPilotDB) -> None:
+async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> None:
     for number, rate in enumerate((1.0, 0.5, 0.0)):
         await db.add_ce(f"ce{number}", 6, rate)
 

@@ -1,4 +1,4 @@
-"""What users, sites and VOs write comes out of every database as it went in, and names stay apart."""
+"""Text of users, sites and VOs is read from every database as it was written, and names stay distinct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the database layer promises, on every kind of server there is here."""
+"""Promises of the database layer on every kind of server."""
 
 from __future__ import annotations
 

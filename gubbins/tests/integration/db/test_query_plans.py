@@ -1,4 +1,4 @@
-"""What is asked all the time reads no more than it must, with many pilots of which few are active.
+"""Frequent queries read no more rows than needed, with many pilots of which few are active.
 
 The servers are asked how they would answer the very statements that the database class sends.
 """
@@ -167,7 +167,7 @@ HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
 
 
 async def _write_down(db: MyPilotDB, number: int) -> None:
-    """What a check of that many pilots writes; most are of other VOs, and looked up all the same."""
+    """Write the results of a check of that many pilots; most are of other VOs, and looked up all the same."""
     ids = range(PILOTS - 10 * number, PILOTS, 10)
     await db.advance_pilots({MyPilotStatus.RUNNING: [(id, None) for id in ids]}, vo="vo1")
     await db.confirm_pilots([(id, "x") for id in ids])

@@ -1,4 +1,4 @@
-"""How many pilots a VO asks for, by the rules of each compute element."""
+"""Demand of a VO for pilots by the rules of each compute element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compute element answers may be anything: it is noted there, and the pilots of the others move on."""
+"""Invalid responses of a compute element are recorded there and do not delay the pilots of others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNNING = Observed.RUNNING
 ACCEPTED = SubmitOutcome(reference="job.1")
 RULES = {"breaker_failures": 2}
 Answer = Callable[[str], Any]
-"""What is answered, as a whole, to a question about the pilot with this stamp."""
+"""Makes the whole response to a poll of the pilot with this stamp."""
 
 
 @pytest.fixture

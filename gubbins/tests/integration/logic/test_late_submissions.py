@@ -20,7 +20,7 @@ Meanwhile = Callable[[Callable[[], Awaitable[object]]], None]
 
 @pytest.fixture
 def meanwhile(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
-    """What happens while a submission is under way: its worker stands still then."""
+    """Run an action while a submission is under way: its worker is halted then."""
     happen: list[Callable[[], Awaitable[object]]] = []
 
     async def submit(self: Any, pilots: Sequence[PilotAtCE]) -> Any:

@@ -1,4 +1,4 @@
-"""What pilots have written is fetched at their end, before their site forgets it, and kept for a while."""
+"""Output of pilots is fetched at their end, before their site deletes it, and kept for a while."""
 
 from __future__ import annotations
 

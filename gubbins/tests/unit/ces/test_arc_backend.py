@@ -1,4 +1,4 @@
-"""What the back end `arc` makes of answers, whatever they are, and what it asks for. No CE is needed."""
+"""Requests of the back end `arc` and its handling of any response. No CE is needed."""
 
 from __future__ import annotations
 

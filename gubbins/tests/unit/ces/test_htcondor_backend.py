@@ -1,4 +1,4 @@
-"""What the back end `htcondor` makes of settings, of answers that are none, and of scripts, without a schedd."""
+"""Settings, invalid responses and scripts of the back end `htcondor`, without a schedd."""
 
 from __future__ import annotations
 

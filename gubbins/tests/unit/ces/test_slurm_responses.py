@@ -1,4 +1,4 @@
-"""What Slurm says, and what follows for a pilot."""
+"""Responses of Slurm and the resulting states of pilots."""
 
 from __future__ import annotations
 

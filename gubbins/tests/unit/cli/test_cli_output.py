@@ -1,4 +1,4 @@
-"""What sites and users have written does not steer the terminal of an operator of `gubbins`."""
+"""Text of sites and users cannot control the terminal of an operator of `gubbins`."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class DummyJobExecutorSettings(BaseModel):
     enabled: bool = False
     """Take up received jobs by themselves."""
     interval_seconds: int = Field(default=10, gt=0)
-    """How often to look for received jobs."""
+    """Interval between polls for received jobs (s)."""
 
     @classmethod
     def of_environment(cls) -> Self:

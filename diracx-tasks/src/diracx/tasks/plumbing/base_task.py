@@ -118,7 +118,7 @@ class PeriodicBaseTask(BaseTask):
     _enabled: ClassVar[bool] = True
     """Whether it is scheduled at all, unless configuration says otherwise."""
     missed: ClassVar[Literal["once", "skip"]] = "once"
-    """What becomes of runs that no scheduler was there to start: one late run for all of them, or none."""
+    """Handling of runs that were missed while no scheduler ran: one late run for all of them, or none."""
 
     @property
     def execution_locks(self) -> list[BaseLock]:

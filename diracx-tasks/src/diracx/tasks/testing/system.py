@@ -260,5 +260,5 @@ class TaskSystem:
             await self._unless_dead(asyncio.sleep(_LOOK_SECONDS))
 
     async def _left(self) -> dict[str, int]:
-        """What keeps the system from being drained, by place: all places at one instant."""
+        """Count what keeps the system from being drained, by place, all at one instant."""
         return await unfinished(self.broker.redis)

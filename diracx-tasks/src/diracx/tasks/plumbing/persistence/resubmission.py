@@ -53,7 +53,7 @@ class ResubmitResult:
     dead_letter: Mapping[str, Any]
     status: ResubmitStatus
     why: str = ""
-    """Why it was refused."""
+    """Reason of the refusal."""
 
 
 class Resubmitter:

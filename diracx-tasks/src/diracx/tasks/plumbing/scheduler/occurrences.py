@@ -39,7 +39,7 @@ class ScheduledTask:
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
     disabled_by: str | None = None
-    """What keeps it from being scheduled: `code`, or the field of the configuration; None: it is scheduled."""
+    """Layer that disables it: `code`, or the field of the configuration; None: it is scheduled."""
     missed: str = "once"
     """`once`: a missed occurrence is made up for; `skip`: it is left out."""
 

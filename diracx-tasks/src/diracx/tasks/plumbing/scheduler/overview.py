@@ -26,7 +26,7 @@ class State(StrEnum):
     ACTIVE = "active"
     """It has a next run."""
     PAUSED = "paused"
-    """Somebody has paused it."""
+    """Paused by an operator."""
     FINISHED = "finished"
     """Its rule has come to its end."""
     DISABLED = "disabled"
@@ -53,7 +53,7 @@ class ScheduleState:
     """`every 30 s`, `cron …`, `rrule …`."""
     missed: str | None
     source: str | None
-    """Who says when it is due, or that it is not scheduled: `code`, `common` or `vo NAME`; None where unknown."""
+    """Layer that determines the schedule: `code`, `common` or `vo NAME`; None where unknown."""
     next_run: datetime | None
     last_run: datetime | None
     """When the last occurrence was due; when it was submitted, if that was by hand."""
@@ -62,7 +62,7 @@ class ScheduleState:
     outcome: Outcome | None
     paused_since: datetime | None
     problem: str | None
-    """Why it cannot be submitted."""
+    """Reason for which it cannot be submitted."""
 
 
 async def schedules(

@@ -53,7 +53,7 @@ class State:
     head: str
     """The newest revision that the software knows, and needs."""
     pending: tuple[Step, ...]
-    """What an upgrade would do, oldest first."""
+    """Steps of an upgrade, oldest first."""
     stamped: bool
     """Whether the database says so itself; else it was recognised by its tables."""
 
@@ -79,7 +79,7 @@ class Migrations:
     metadata: MetaData
     directory: Path
     command: str
-    """What an operator types: `gubbins db`."""
+    """Command of the operator: `gubbins db`."""
 
     @property
     def version_table(self) -> str:

@@ -60,7 +60,7 @@ class Database(BaseSQLDB):
 
     migrations: ClassVar[Migrations]
     init_command: ClassVar[str]
-    """What an operator types to create its tables."""
+    """Command that creates its tables."""
     _turn: asyncio.Lock | None = None
 
     @property
