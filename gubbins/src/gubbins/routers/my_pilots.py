@@ -5,16 +5,16 @@ from __future__ import annotations
 __all__ = ["router"]
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
 from diracx.core.properties import SERVICE_ADMINISTRATOR
-from diracx.routers.dependencies import NoTransaction
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
-from diracx.tasks.web.api.audit_logger import Audited, AuditLogger
+from diracx.tasks.web.api.audit_logger import Audited
 from diracx.tasks.web.api.responses import BoundedRoute, database_errors, responses
 from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Body, Depends, HTTPException, Path, Query, Response
@@ -47,10 +47,6 @@ from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotW
 router = DiracxRouter(dependencies=[Depends(database_errors)])
 router.route_class = BoundedRoute
 
-# Without a transaction around the request: the logic layer commits before the answer leaves, and holds
-# nothing while a compute element is being talked to.
-PilotDB = Annotated[MyPilotDB, NoTransaction()]
-User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
 CEName = Annotated[
     str,
     Path(description="Name of a compute element.", examples=["ce01.example.org"], max_length=128, pattern=CE_NAME),
@@ -103,87 +99,94 @@ def _as_http(own_vo: str | None) -> Iterator[None]:
         raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), message) from error
 
 
-def _own_vo(user: User) -> str | None:
-    return None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+class _Access:
+    """What routes work with: the user of the request, the database, the audit log and the compute elements.
 
-
-OwnVO = Annotated[str | None, Depends(_own_vo)]
-"""The VO that the request is limited to; None: administrators, who see every VO."""
-
-
-Calls = Annotated[SiteCalls, Depends(site_calls)]
-"""Calls to sites, limited in number."""
-
-
-async def _pilot(
-    db: MyPilotDB, pilot_id: int, own_vo: str | None, check: Callable[..., Awaitable[None]]
-) -> dict[str, Any]:
-    """A pilot that the user may see.
-
-    Raises:
-        PilotNotFoundError: there is no such pilot, or the policy lets the user see none of its VO. Nothing tells
-            which.
+    There is no transaction around a request: the logic layer commits before the answer leaves, and holds nothing
+    while a compute element is being talked to.
     """
-    pilot = await logic.get_pilot(db, pilot_id, own_vo)
-    try:
-        await check(vo=pilot["vo"])
-    except HTTPException as error:
-        raise PilotNotFoundError(pilot_id) from error
-    return pilot
+
+    def __init__(
+        self,
+        db: Annotated[MyPilotDB, Depends(MyPilotDB.no_transaction)],
+        config: ConfigReader,
+        user: Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)],
+        check_permissions: CheckMyPilotsPolicyCallable,
+        audit: Audited,
+        calls: Annotated[SiteCalls, Depends(site_calls)],
+    ) -> None:
+        self.db = db
+        self.user = user
+        self.audit = audit
+        self.calls = calls
+        self.own_vo = None if SERVICE_ADMINISTRATOR in user.properties else user.vo
+        """The VO that the request is limited to; None: administrators, who see every VO."""
+        self._check = partial(check_permissions, config=config)
+
+    async def check(self, action: ActionType, vo: str | None = None) -> None:
+        """Ask the access policy.
+
+        Args:
+            vo: whose pilots are concerned; None: those of the token's VO.
+
+        Raises:
+            HTTPException: 403, it refuses.
+        """
+        await self._check(action=action, vo=vo)
+
+    async def pilot(self, pilot_id: int, action: ActionType) -> dict[str, Any]:
+        """A pilot that the user may see.
+
+        Raises:
+            PilotNotFoundError: there is no such pilot, or the policy lets the user see none of its VO. Nothing
+                tells which.
+        """
+        pilot = await logic.get_pilot(self.db, pilot_id, self.own_vo)
+        try:
+            await self.check(action, pilot["vo"])
+        except HTTPException as error:
+            raise PilotNotFoundError(pilot_id) from error
+        return pilot
+
+
+Access = Annotated[_Access, Depends(_Access)]
 
 
 @router.post("/submit/{ce_name}", responses=_responses(404, 409, 429, 502, 503))
-async def submit_pilot(
-    ce_name: CEName,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    user: User,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
-    calls: Calls,
-) -> Submission:
+async def submit_pilot(ce_name: CEName, access: Access) -> Submission:
     """Submit one pilot of your VO to a compute element. It has to serve your VO."""
-    await check_permissions(action=ActionType.SUBMIT, config=config, vo=user.vo)
-    with _as_http(own_vo):
+    db, user = access.db, access.user
+    await access.check(ActionType.SUBMIT, user.vo)
+    with _as_http(access.own_vo):
         try:
-            pilot_id = await recorder.perform(
+            pilot_id = await access.audit.perform(
                 AuditAction.SUBMIT_PILOT,
                 ce_name,
-                lambda: calls.submit(my_pilot_db, ce_name, user.vo, user=user.sub),
+                lambda: access.calls.submit(db, ce_name, user.vo, user=user.sub),
                 lambda pilot_id: f"pilot {pilot_id} of {user.vo}",
             )
         except VONotServedError:
-            if own_vo is None:
+            if access.own_vo is None:
                 raise
             raise UnknownCEError(ce_name) from None  # others must not find out which there are
     return Submission(pilot_id=pilot_id, ce_name=ce_name, vo=user.vo)
 
 
 @router.get("/summary", responses=_responses())
-async def get_summary(
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-) -> Summary:
+async def get_summary(access: Access) -> Summary:
     """Count your VO's pilots by compute element and state. Service administrators see every VO."""
-    await check_permissions(action=ActionType.READ, config=config)
-    pilots = await logic.get_pilot_summary(my_pilot_db, own_vo)
-    totals: dict[str, int] = {}
+    await access.check(ActionType.READ)
+    pilots = await logic.get_pilot_summary(access.db, access.own_vo)
+    totals: Counter[str] = Counter()
     for states in (states for ces in pilots.values() for states in ces.values()):
-        for state, count in states.items():
-            totals[state] = totals.get(state, 0) + count
+        totals.update(states)
     return Summary(pilots=pilots, totals=totals)
 
 
 @router.get("/pilots", responses=_responses())
 async def search_pilots(
     response: Response,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
+    access: Access,
     vo: Annotated[
         str | None, Query(description="Only this VO's; needs to be yours.", examples=["lhcb"], max_length=128)
     ] = None,
@@ -204,14 +207,10 @@ async def search_pilots(
 
     The header `Content-Range` says which of how many pilots the page holds.
     """
-    await check_permissions(action=ActionType.READ, config=config, vo=vo)
+    await access.check(ActionType.READ, vo)
+    of_vo = vo if access.own_vo is None else access.own_vo
     total, found = await logic.search_pilots(
-        my_pilot_db,
-        vo=vo if own_vo is None else own_vo,
-        ce_name=ce_name,
-        status=status,
-        page=page,
-        per_page=per_page,
+        access.db, vo=of_vo, ce_name=ce_name, status=status, page=page, per_page=per_page
     )
     first = (page - 1) * per_page
     shown = f"{first}-{first + len(found) - 1}" if found else "*"
@@ -221,63 +220,37 @@ async def search_pilots(
 
 
 @router.get("/pilots/{pilot_id}", responses=_responses(404))
-async def get_pilot(
-    pilot_id: PilotId,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-) -> PilotWithHistory:
+async def get_pilot(pilot_id: PilotId, access: Access) -> PilotWithHistory:
     """Show one pilot with its history."""
-    check = partial(check_permissions, action=ActionType.READ, config=config)
-    await check()
-    with _as_http(own_vo):
-        pilot = await _pilot(my_pilot_db, pilot_id, own_vo, check)
-    return PilotWithHistory.model_validate(pilot)
+    await access.check(ActionType.READ)
+    with _as_http(access.own_vo):
+        return PilotWithHistory.model_validate(await access.pilot(pilot_id, ActionType.READ))
 
 
 @router.get("/pilots/{pilot_id}/output", responses=_responses(404, 429, 502))
-async def get_pilot_output(
-    pilot_id: PilotId,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    user: User,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    calls: Calls,
-) -> PilotOutputPublic:
+async def get_pilot_output(pilot_id: PilotId, access: Access) -> PilotOutputPublic:
     """Show the output of a pilot of your VO: so far, or after its end for as long as it is kept."""
-    check = partial(check_permissions, action=ActionType.READ, config=config)
-    await check()
-    with _as_http(own_vo):
-        await _pilot(my_pilot_db, pilot_id, own_vo, check)
-        output = await calls.output(my_pilot_db, pilot_id, user=user.sub)
+    await access.check(ActionType.READ)
+    with _as_http(access.own_vo):
+        await access.pilot(pilot_id, ActionType.READ)
+        output = await access.calls.output(access.db, pilot_id, user=access.user.sub)
     return PilotOutputPublic.model_validate(output)
 
 
 @router.post("/pilots/{pilot_id}/cancel", status_code=202, responses=_responses(404, 409, 503))
-async def cancel_pilot(
-    pilot_id: PilotId,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    user: User,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
-    calls: Calls,
-) -> Pilot:
+async def cancel_pilot(pilot_id: PilotId, access: Access) -> Pilot:
     """Cancel a pilot of your VO.
 
     The pilot is FAILED once its compute element has confirmed that it ended, which the next checks find out.
     """
-    check = partial(check_permissions, action=ActionType.SUBMIT, config=config)
-    await check()
-    with _as_http(own_vo):
-        await _pilot(my_pilot_db, pilot_id, own_vo, check)
-        pilot = await recorder.perform(
+    user = access.user
+    await access.check(ActionType.SUBMIT)
+    with _as_http(access.own_vo):
+        await access.pilot(pilot_id, ActionType.SUBMIT)
+        pilot = await access.audit.perform(
             AuditAction.CANCEL_PILOT,
             str(pilot_id),
-            lambda: calls.cancel(my_pilot_db, pilot_id, by=user.preferred_username, user=user.sub),
+            lambda: access.calls.cancel(access.db, pilot_id, by=user.preferred_username, user=user.sub),
             lambda pilot: f"requested at {pilot['ce_name']}",
         )
     return Pilot.model_validate(pilot)
@@ -285,124 +258,93 @@ async def cancel_pilot(
 
 @router.get("/ces", responses=_responses())
 async def list_ces(
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
+    access: Access,
     with_room: Annotated[bool, Query(description="Only the enabled ones with a free slot.")] = False,
 ) -> list[CEPublic]:
     """List the compute elements that serve your VO, with their free slots. Administrators see all."""
-    await check_permissions(action=ActionType.READ, config=config)
+    await access.check(ActionType.READ)
     return [
-        CEPublic.model_validate(logic.as_seen_by(own_vo, ce))
-        for ce in await logic.list_ces(my_pilot_db, own_vo)
+        CEPublic.model_validate(logic.as_seen_by(access.own_vo, ce))
+        for ce in await logic.list_ces(access.db, access.own_vo)
         if not with_room or (ce["enabled"] and ce["available_slots"])
     ]
 
 
 @router.get("/ces/{ce_name}", responses=_responses(404))
-async def get_ce(
-    ce_name: CEName,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    own_vo: OwnVO,
-    check_permissions: CheckMyPilotsPolicyCallable,
-) -> CEPublic:
+async def get_ce(ce_name: CEName, access: Access) -> CEPublic:
     """Show one compute element with its circuits and all its rules. It has to serve your VO.
 
     The last error of the site, and rules of other VOs, are for administrators only.
     """
-    await check_permissions(action=ActionType.READ, config=config)
-    with _as_http(own_vo):
-        return CEPublic.model_validate(await logic.get_ce(my_pilot_db, ce_name, own_vo))
+    await access.check(ActionType.READ)
+    with _as_http(access.own_vo):
+        return CEPublic.model_validate(await logic.get_ce(access.db, ce_name, access.own_vo))
 
 
 @router.post("/ces", status_code=201, responses=_responses(409, 503))
 async def create_ce(
-    spec: Annotated[CESpec, Body(description="The compute element to create.")],
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
+    spec: Annotated[CESpec, Body(description="The compute element to create.")], access: Access
 ) -> CEPublic:
     """Create a compute element. Needs ServiceAdministrator.
 
     Back ends that run commands on the workers' own hosts, or with their keys or credentials (`arc`, `local`,
     `slurm`, `ssh`), are refused here: `gubbins ce load`.
     """
-    await check_permissions(action=ActionType.MANAGE, config=config)
+    await access.check(ActionType.MANAGE)
     with _as_http(None):
-        ce = await recorder.perform(
+        ce = await access.audit.perform(
             AuditAction.CREATE_CE,
             spec.name,
-            lambda: logic.add_ce(my_pilot_db, spec, by_operator=False),
+            lambda: logic.add_ce(access.db, spec, by_operator=False),
             lambda ce: f"{ce['backend']}, {ce['capacity']} slots",
         )
     return CEPublic.model_validate({**ce, "active": 0, "available_slots": ce["capacity"]})
 
 
 @router.post("/ces/{ce_name}/enable", status_code=204, responses=_responses(404, 503))
-async def enable_ce(
-    ce_name: CEName,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
-) -> None:
+async def enable_ce(ce_name: CEName, access: Access) -> None:
     """Open a compute element for new pilots. Needs ServiceAdministrator.
 
     Lifts a ban, and ends the pause of one that failed too often.
     """
-    await check_permissions(action=ActionType.MANAGE, config=config)
-    await _set_enabled(my_pilot_db, recorder, ce_name, True)
+    await _set_enabled(access, ce_name, True)
 
 
 @router.post("/ces/{ce_name}/disable", status_code=204, responses=_responses(404, 503))
-async def disable_ce(
-    ce_name: CEName,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
-) -> None:
+async def disable_ce(ce_name: CEName, access: Access) -> None:
     """Close a compute element for new pilots; those it has go on and are followed. Needs ServiceAdministrator.
 
     Lifts a ban.
     """
-    await check_permissions(action=ActionType.MANAGE, config=config)
-    await _set_enabled(my_pilot_db, recorder, ce_name, False)
+    await _set_enabled(access, ce_name, False)
 
 
-async def _set_enabled(my_pilot_db: MyPilotDB, recorder: AuditLogger, ce_name: str, enabled: bool) -> None:
+async def _set_enabled(access: _Access, ce_name: str, enabled: bool) -> None:
     state = "open" if enabled else "closed"
+    await access.check(ActionType.MANAGE)
     with _as_http(None):
-        await recorder.perform(
+        await access.audit.perform(
             AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE,
             ce_name,
-            lambda: logic.set_ce_enabled(my_pilot_db, ce_name, enabled),
+            lambda: logic.set_ce_enabled(access.db, ce_name, enabled),
             lambda changed: state if changed else f"was {state} already",
         )
 
 
 @router.post("/ces/{ce_name}/ban", status_code=204, responses=_responses(404, 503))
 async def ban_ce(
-    ce_name: CEName,
-    my_pilot_db: PilotDB,
-    config: ConfigReader,
-    check_permissions: CheckMyPilotsPolicyCallable,
-    recorder: Audited,
-    ban: Annotated[CEBan | None, Body(description="Why.")] = None,
+    ce_name: CEName, access: Access, ban: Annotated[CEBan | None, Body(description="Why.")] = None
 ) -> None:
     """Ban a compute element. Needs ServiceAdministrator.
 
     It gets no pilots, and those it has are not polled until it is enabled or disabled again.
     """
-    await check_permissions(action=ActionType.MANAGE, config=config)
+    await access.check(ActionType.MANAGE)
     reason = None if ban is None else ban.reason
     with _as_http(None):
-        await recorder.perform(
+        await access.audit.perform(
             AuditAction.BAN_CE,
             ce_name,
-            lambda: logic.ban_ce(my_pilot_db, ce_name, reason=reason),
+            lambda: logic.ban_ce(access.db, ce_name, reason=reason),
             lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),
         )

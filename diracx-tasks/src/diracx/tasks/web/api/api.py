@@ -4,12 +4,12 @@ from __future__ import annotations
 
 __all__ = ["router"]
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
 
 from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Body, Depends, Path, Query
-from fastapi.responses import JSONResponse
 
 from ... import operations
 from ...operations import DelayReason, Window
@@ -31,7 +31,7 @@ from ...plumbing.task_names import resolve_task_name
 from ..context import AppContext
 from ..operator import Decided, NotPossibleError
 from . import models
-from .dependencies import AllVOsReader, Reader, Writer, or_404
+from .dependencies import AllVOsReader, Reader, Writer, answered, or_404
 from .responses import BoundedRoute, database_errors, responses
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
@@ -39,7 +39,21 @@ router.route_class = BoundedRoute
 
 _MOST = 1_000
 _WRONG = "what is written has mistakes: the settings before it hold; administrators see which"
-_responses = partial(responses, 503)
+
+
+def _route(method: str, path: str, model: Any, *codes: int) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
+    """Make a route of a function.
+
+    Args:
+        model: what it returns, for the description of the interface.
+        codes: statuses of its errors, beside 401, 403 and 503.
+    """
+    add = router.api_route(path, methods=[method], response_model=model, responses=responses(503, *codes))
+    return lambda endpoint: add(answered(endpoint))
+
+
+_get = partial(_route, "GET")
+_post = partial(_route, "POST")
 
 Limit = Annotated[int, Query(ge=1, le=_MOST, description="At most so many.")]
 After = Annotated[str | None, Query(max_length=400, description="`after` of the page before.")]
@@ -50,86 +64,72 @@ TaskName = models.TaskName
 # --- looking ------------------------------------------------------------------------------------------------
 
 
-@router.get("/summary", response_model=operations.Snapshot, responses=_responses())
-async def get_summary(reader: Reader) -> JSONResponse:
+@_get("/summary", operations.Snapshot)
+async def get_summary(reader: Reader) -> Any:
     """The whole system at one moment: queues, workers, and what is to be counted."""
-
-    async def ask() -> Any:
-        return reader.viewer.snapshot(await reader.system.snapshot())
-
-    return await reader.answer(ask)
+    return reader.viewer.snapshot(await reader.system.snapshot())
 
 
-@router.get("/health", response_model=models.HealthReport, responses=_responses())
-async def get_health(reader: Reader) -> JSONResponse:
+@_get("/health", models.HealthReport)
+async def get_health(reader: Reader) -> Any:
     """What the health checks found: alerts, the worst first, and what is not looked at."""
-
-    async def ask() -> Any:
-        health = (await reader.system.health()).for_viewer(reader.viewer)
-        return {"severity": health.severity, "alerts": health.alerts, "unchecked": health.unchecked}
-
-    return await reader.answer(ask)
+    health = (await reader.system.health()).for_viewer(reader.viewer)
+    return {"severity": health.severity, "alerts": health.alerts, "unchecked": health.unchecked}
 
 
-@router.get("/queues", response_model=list[operations.Queue], responses=_responses())
-async def get_queues(reader: Reader) -> JSONResponse:
+@_get("/queues", list[operations.Queue])
+async def get_queues(reader: Reader) -> Any:
     """The nine queues, most urgent first."""
-    return await reader.answer(lambda: operations.queues(reader.system.redis))
+    return await operations.queues(reader.system.redis)
 
 
-@router.get("/queues/{queue}", response_model=models.QueuedTaskPage, responses=_responses(404))
-async def get_queued_tasks(
-    reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None
-) -> JSONResponse:
+@_get("/queues/{queue}", models.QueuedTaskPage, 404)
+async def get_queued_tasks(reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None) -> Any:
     """The backlog of a queue, in the order in which workers will take it."""
     look = partial(operations.peek, reader.system.redis, queue, registry=reader.system.registry)
-    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
+    return await reader.viewer.page(look, limit, after)
 
 
-@router.get("/running", response_model=models.RunningTaskPage, responses=_responses())
-async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+@_get("/running", models.RunningTaskPage)
+async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> Any:
     """What runs, longest first, as workers reported it within the last seconds."""
     look = partial(operations.running, reader.system.redis, registry=reader.system.registry)
-    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
+    return await reader.viewer.page(look, limit, after)
 
 
-@router.get("/delayed", response_model=models.DelayedTaskPage, responses=_responses())
+@_get("/delayed", models.DelayedTaskPage)
 async def get_delayed_tasks(
     reader: Reader,
     reason: Annotated[DelayReason | None, Query(description="Only those that wait for this.")] = None,
     limit: Limit = 100,
     after: After = None,
-) -> JSONResponse:
+) -> Any:
     """Tasks delayed until a time, for a retry, a lock or quota, in the order in which they are due."""
     look = partial(operations.delayed, reader.system.redis, reason, registry=reader.system.registry)
-    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
+    return await reader.viewer.page(look, limit, after)
 
 
-@router.get("/workers", response_model=list[operations.Worker], responses=_responses())
-async def get_workers(reader: Reader) -> JSONResponse:
+@_get("/workers", list[operations.Worker])
+async def get_workers(reader: Reader) -> Any:
     """All workers that live, or were heard of within the last minute."""
-
-    async def ask() -> Any:
-        return reader.viewer.workers(await operations.workers(reader.system.redis))
-
-    return await reader.answer(ask)
+    return reader.viewer.workers(await operations.workers(reader.system.redis))
 
 
-@router.get("/stats", response_model=list[operations.TaskStats], responses=_responses())
+@_get("/stats", list[operations.TaskStats])
 async def get_stats(
     reader: Reader, window: Annotated[Window, Query(description="The past hour or day.")] = "hour"
-) -> JSONResponse:
+) -> Any:
     """How each class of tasks did: counts, failure rate, run time and time in the queue."""
-    return await reader.answer(lambda: operations.stats(reader.system.redis, window))
+    return await operations.stats(reader.system.redis, window)
 
 
-@router.get("/history", response_model=list[operations.Point], responses=_responses())
-async def get_history(reader: Reader) -> JSONResponse:
+@_get("/history", list[operations.Point])
+async def get_history(reader: Reader) -> Any:
     """The past hour, minute by minute, oldest first."""
-    return await reader.answer(lambda: operations.history(reader.system.redis))
+    return await operations.history(reader.system.redis)
 
 
-@router.get("/failures", response_model=models.FailurePage, responses=_responses())
+@_get("/failures", models.FailurePage)
 async def get_failures(
     reader: Reader,
     task_name: Annotated[
@@ -137,74 +137,56 @@ async def get_failures(
     ] = None,
     limit: Limit = 100,
     after: After = None,
-) -> JSONResponse:
+) -> Any:
     """Failed attempts with their tracebacks, newest first. The last 500 or so are kept."""
     look = partial(operations.failures, reader.system.redis, task_name=task_name)
-    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
+    return await reader.viewer.page(look, limit, after)
 
 
-@router.get("/locks", response_model=models.LockPage, responses=_responses())
-async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = None) -> JSONResponse:
+@_get("/locks", models.LockPage)
+async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = None) -> Any:
     """Locks that tasks hold or wait for, and limiters that were used within the last day."""
-    return await reader.answer(lambda: operations.locks(reader.system.redis, limit, after))
+    return await operations.locks(reader.system.redis, limit, after)
 
 
-@router.get("/locks/one", response_model=operations.Lock, responses=_responses(404))
+@_get("/locks/one", operations.Lock, 404)
 async def get_lock(
     reader: AllVOsReader,
     key: Annotated[models.LockKey, Query(description="Its Redis key.", examples=["lock:mutex:job:42"])],
-) -> JSONResponse:
+) -> Any:
     """One lock or limiter: who holds it, until when, how many wait, what is left of a quota."""
-
-    async def ask() -> Any:
-        return or_404(
-            await operations.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for"
-        )
-
-    return await reader.answer(ask)
+    return or_404(await operations.lock(reader.system.redis, key), f"lock {key!r} that anybody holds or waits for")
 
 
-@router.get("/schedules", response_model=list[ScheduleState], responses=_responses())
-async def get_schedules(reader: Reader) -> JSONResponse:
+@_get("/schedules", list[ScheduleState])
+async def get_schedules(reader: Reader) -> Any:
     """All schedules of periodic tasks: state, next and last run, how it went, and who says so."""
-
-    async def ask() -> Any:
-        settings = await reader.system.settings()
-        found = await schedules(reader.system.redis, reader.system.registry, settings.tasks, settings.vos)
-        return [state for state in found if reader.viewer.sees(state.vo)]
-
-    return await reader.answer(ask)
+    settings = await reader.system.settings()
+    found = await schedules(reader.system.redis, reader.system.registry, settings.tasks, settings.vos)
+    return [state for state in found if reader.viewer.sees(state.vo)]
 
 
-@router.get("/groups", response_model=list[GroupStatus], responses=_responses())
-async def get_groups(reader: AllVOsReader, limit: Limit = 100) -> JSONResponse:
+@_get("/groups", list[GroupStatus])
+async def get_groups(reader: AllVOsReader, limit: Limit = 100) -> Any:
     """Callback groups that have not called back, those that expire first first, without their children."""
-    return await reader.answer(lambda: operations.groups(reader.system.redis, limit))
+    return await operations.groups(reader.system.redis, limit)
 
 
-@router.get("/groups/{group_id}", response_model=GroupStatus, responses=_responses(404))
+@_get("/groups/{group_id}", GroupStatus, 404)
 async def get_group(
     reader: AllVOsReader, group_id: Annotated[str, Path(max_length=200, description="Its id.")]
-) -> JSONResponse:
+) -> Any:
     """One callback group with its children."""
-
-    async def ask() -> Any:
-        return or_404(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
-
-    return await reader.answer(ask)
+    return or_404(await read_group(reader.system.redis, group_id), f"group {group_id!r} (any more)")
 
 
-@router.get("/configuration", response_model=list[models.ConfigurationInForce], responses=_responses())
-async def get_configuration_in_force(reader: AllVOsReader) -> JSONResponse:
+@_get("/configuration", list[models.ConfigurationInForce])
+async def get_configuration_in_force(reader: AllVOsReader) -> Any:
     """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
-
-    async def ask() -> Any:
-        return [entry.as_dict() for entry in await active_configs(reader.system.redis)]
-
-    return await reader.answer(ask)
+    return [entry.as_dict() for entry in await active_configs(reader.system.redis)]
 
 
-@router.get("/configuration/settings", response_model=models.EffectiveSettings, responses=_responses(404))
+@_get("/configuration/settings", models.EffectiveSettings, 404)
 async def get_settings(
     reader: Reader,
     task_name: Annotated[
@@ -217,32 +199,28 @@ async def get_settings(
             "own; for operators, for their VO."
         ),
     ] = None,
-) -> JSONResponse:
+) -> Any:
     """The value of every setting of every task that holds in the end, and where it is written."""
-
-    async def ask() -> Any:
-        system, viewer = reader.system, reader.viewer
-        settings = await system.settings()
-        names = sorted(system.registry)
-        if task_name is not None:
-            if (name := resolve_task_name(task_name, names)) is None:
-                raise ValueError(f"there is no task {task_name!r}")
-            names = [name]
-        vo_shown = viewer.chosen(vo)
-        if vo_shown is not None and vo_shown not in settings.vos:
-            raise no_such_vo(vo_shown)
-        about = {
-            "source": system.config_source,
-            "vos": [known for known in settings.vos if viewer.sees(known)],
-            # They quote what is written, for whatever VO.
-            "problems": settings.problems if viewer.sees(None) else [_WRONG] * bool(settings.problems),
-        }
-        return about | settings_records(settings.tasks, system.registry, names, vo_shown, limits=task_name is None)
-
-    return await reader.answer(ask)
+    system, viewer = reader.system, reader.viewer
+    settings = await system.settings()
+    names = sorted(system.registry)
+    if task_name is not None:
+        if (name := resolve_task_name(task_name, names)) is None:
+            raise ValueError(f"there is no task {task_name!r}")
+        names = [name]
+    vo_shown = viewer.chosen(vo)
+    if vo_shown is not None and vo_shown not in settings.vos:
+        raise no_such_vo(vo_shown)
+    about = {
+        "source": system.config_source,
+        "vos": [known for known in settings.vos if viewer.sees(known)],
+        # They quote what is written, for whatever VO.
+        "problems": settings.problems if viewer.sees(None) else [_WRONG] * bool(settings.problems),
+    }
+    return about | settings_records(settings.tasks, system.registry, names, vo_shown, limits=task_name is None)
 
 
-@router.get("/audit", response_model=list[AuditEntry], responses=_responses(404))
+@_get("/audit", list[AuditEntry], 404)
 async def get_audit_log(
     reader: Reader,
     limit: Limit = 100,
@@ -257,13 +235,9 @@ async def get_audit_log(
             "their VO did."
         ),
     ] = None,
-) -> JSONResponse:
+) -> Any:
     """Who did what by dashboard, HTTP or command line, newest first."""
-
-    async def ask() -> Any:
-        return await read_audit(reader.system.redis, limit, before, vo=reader.viewer.chosen(vo))
-
-    return await reader.answer(ask)
+    return await read_audit(reader.system.redis, limit, before, vo=reader.viewer.chosen(vo))
 
 
 # --- dead letters -------------------------------------------------------------------------------------------
@@ -289,51 +263,41 @@ class _Filter:
         }
 
 
-@router.get("/dead-letters", response_model=models.DeadLetterPage, responses=_responses(409))
+@_get("/dead-letters", models.DeadLetterPage, 409)
 async def get_dead_letters(
     reader: Reader,
     chosen: Annotated[_Filter, Depends(_Filter)],
     limit: Limit = 100,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="`after` of the page before.")] = 0,
-) -> JSONResponse:
+) -> Any:
     """Dead letters, oldest first, without their messages and tracebacks."""
-
-    async def ask() -> Any:
-        db = _task_db(reader.system)
-        where: DeadLetterFilter = {**chosen.where, "vo": reader.viewer.vo}
-        letters = await db.summaries(**where, limit=limit, after_id=after)
-        total = sum((await db.count(**where)).values())
-        return {
-            "items": [dead_letter_summary(letter) for letter in letters],
-            "total": total,
-            "after": letters[-1]["id"] if len(letters) == limit else None,
-        }
-
-    return await reader.answer(ask)
+    db = _task_db(reader.system)
+    where: DeadLetterFilter = {**chosen.where, "vo": reader.viewer.vo}
+    letters = await db.summaries(**where, limit=limit, after_id=after)
+    total = sum((await db.count(**where)).values())
+    return {
+        "items": [dead_letter_summary(letter) for letter in letters],
+        "total": total,
+        "after": letters[-1]["id"] if len(letters) == limit else None,
+    }
 
 
-@router.get("/waiting-dead-letters", response_model=models.WaitingDeadLetterPage, responses=_responses())
-async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> JSONResponse:
+@_get("/waiting-dead-letters", models.WaitingDeadLetterPage)
+async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> Any:
     """Dead letters that wait in Redis until a worker with a database takes them, oldest first."""
     look = partial(operations.waiting_dead_letters, reader.system.redis, registry=reader.system.registry)
-    return await reader.answer(lambda: reader.viewer.page(look, limit, after))
+    return await reader.viewer.page(look, limit, after)
 
 
-@router.get("/dead-letters/{key}", response_model=models.DeadLetterWithAttempts, responses=_responses(404, 409))
+@_get("/dead-letters/{key}", models.DeadLetterWithAttempts, 404, 409)
 async def get_dead_letter(
     reader: Reader, key: Annotated[str, Path(max_length=255, description="Task id, or the number in the list.")]
-) -> JSONResponse:
+) -> Any:
     """One dead letter with its arguments (secrets masked) and all attempts."""
-
-    async def ask() -> Any:
-        system = reader.system
-        letter = or_404(await find_dead_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
-        shown = {
-            name: value for name, value in dead_letter_record(letter).items() if name not in ("message", "raw")
-        }
-        return shown | {"arguments": dead_letter_arguments(letter, system.registry)}
-
-    return await reader.answer(ask)
+    system = reader.system
+    letter = or_404(await find_dead_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
+    shown = {name: value for name, value in dead_letter_record(letter).items() if name not in ("message", "raw")}
+    return shown | {"arguments": dead_letter_arguments(letter, system.registry)}
 
 
 def _task_db(system: AppContext) -> Any:
@@ -345,25 +309,17 @@ def _task_db(system: AppContext) -> Any:
 Choice = Annotated[models.DeadLetterChoice, Body()]
 
 
-@router.post("/dead-letters/retry", response_model=models.Decision, responses=_responses(409))
-async def retry_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
+@_post("/dead-letters/retry", models.Decision, 409)
+async def retry_dead_letters(writer: Writer, choice: Choice) -> Any:
     """Submit dead letters again, under their old task ids. Each is submitted once, whoever repeats this."""
-
-    async def do() -> Any:
-        return _decision(await writer.operator.retry(choice.ids, choice.where(OPEN), choice.limit))
-
-    return await writer.answer(do)
+    return _decision(await writer.operator.retry(choice.ids, choice.where(OPEN), choice.limit))
 
 
-@router.post("/dead-letters/discard", response_model=models.Decision, responses=_responses(409))
-async def discard_dead_letters(writer: Writer, choice: Choice) -> JSONResponse:
+@_post("/dead-letters/discard", models.Decision, 409)
+async def discard_dead_letters(writer: Writer, choice: Choice) -> Any:
     """Decide that dead letters will not run again. Their rows stay, as discarded."""
-
-    async def do() -> Any:
-        where = choice.where(DeadLetterStatus.PENDING)
-        return _decision(await writer.operator.discard(choice.ids, where, choice.limit))
-
-    return await writer.answer(do)
+    where = choice.where(DeadLetterStatus.PENDING)
+    return _decision(await writer.operator.discard(choice.ids, where, choice.limit))
 
 
 def _decision(decided: Decided) -> dict[str, Any]:
@@ -377,28 +333,24 @@ def _decision(decided: Decided) -> dict[str, Any]:
 # --- acting -------------------------------------------------------------------------------------------------
 
 
-@router.post("/cancel", response_model=dict[str, str], responses=_responses())
+@_post("/cancel", dict[str, str])
 async def cancel_tasks(
     writer: Writer,
     task_ids: Annotated[
         list[models.TaskId], Body(embed=True, min_length=1, max_length=1000, description="Which.")
     ],
-) -> JSONResponse:
+) -> Any:
     """Cancel tasks wherever they are. Answers where each was found; `unknown`: there is none, or it has ended."""
-    return await writer.answer(lambda: writer.operator.cancel_tasks(task_ids))
+    return await writer.operator.cancel_tasks(task_ids)
 
 
-@router.post("/queues/{queue}/purge", response_model=models.Purged, responses=_responses(404))
-async def purge_queue(writer: Writer, queue: QueueName) -> JSONResponse:
+@_post("/queues/{queue}/purge", models.Purged, 404)
+async def purge_queue(writer: Writer, queue: QueueName) -> Any:
     """Cancel all that waits in a queue; what runs goes on."""
-
-    async def do() -> Any:
-        return {"cancelled": await writer.operator.purge(queue)}
-
-    return await writer.answer(do)
+    return {"cancelled": await writer.operator.purge(queue)}
 
 
-@router.post("/locks/release", response_model=operations.Released, responses=_responses(404))
+@_post("/locks/release", operations.Released, 404)
 async def release_lock(
     writer: Writer,
     key: Annotated[models.LockKey, Body(description="The Redis key of the lock.")],
@@ -409,9 +361,9 @@ async def release_lock(
             description="Only from these, as `GET /locks/one` has them; null: of all that hold it by then.",
         ),
     ] = None,
-) -> JSONResponse:
+) -> Any:
     """Take a lock away from those who hold it. A task that loses its lock is cancelled, and counts as failed."""
-    return await writer.answer(lambda: writer.operator.release_lock(key, owners))
+    return await writer.operator.release_lock(key, owners)
 
 
 ScheduleIds = Annotated[
@@ -420,33 +372,21 @@ ScheduleIds = Annotated[
 ]
 
 
-@router.post("/schedules/pause", response_model=models.Changed, responses=_responses(409))
-async def pause_schedules(writer: Writer, ids: ScheduleIds) -> JSONResponse:
+@_post("/schedules/pause", models.Changed, 409)
+async def pause_schedules(writer: Writer, ids: ScheduleIds) -> Any:
     """Submit no more occurrences of these schedules until they are resumed."""
-
-    async def do() -> Any:
-        return {"changed": await writer.operator.pause(ids)}
-
-    return await writer.answer(do)
+    return {"changed": await writer.operator.pause(ids)}
 
 
-@router.post("/schedules/resume", response_model=models.Changed, responses=_responses(409))
-async def resume_schedules(writer: Writer, ids: ScheduleIds) -> JSONResponse:
+@_post("/schedules/resume", models.Changed, 409)
+async def resume_schedules(writer: Writer, ids: ScheduleIds) -> Any:
     """Let paused schedules go on."""
-
-    async def do() -> Any:
-        return {"changed": await writer.operator.resume(ids)}
-
-    return await writer.answer(do)
+    return {"changed": await writer.operator.resume(ids)}
 
 
-@router.post("/schedules/run-now", response_model=models.Submitted, responses=_responses(409))
+@_post("/schedules/run-now", models.Submitted, 409)
 async def run_schedule_now(
     writer: Writer, schedule_id: Annotated[models.ScheduleId, Body(embed=True, description="Which schedule.")]
-) -> JSONResponse:
+) -> Any:
     """Submit a schedule's task at once. The next run stays as it is."""
-
-    async def do() -> Any:
-        return {"task_id": await writer.operator.run_schedule(schedule_id)}
-
-    return await writer.answer(do)
+    return {"task_id": await writer.operator.run_schedule(schedule_id)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["AllVOsReader", "Reader", "Writer", "or_404"]
+__all__ = ["AllVOsReader", "Reader", "Writer", "answered", "or_404"]
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -31,16 +32,8 @@ _Answer = TypeVar("_Answer")
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
 
 
-class _Answering:
-    """Answers a request with JSON without passwords, or with the status that an error means."""
-
-    async def answer(self, do: Callable[[], Awaitable[Any]]) -> JSONResponse:
-        """What `do` returns."""
-        return JSONResponse(masked_json(as_json(await _asked(do))))
-
-
 @dataclass(frozen=True)
-class _Reader(_Answering):
+class _Reader:
     """A user who may look."""
 
     system: AppContext
@@ -49,7 +42,7 @@ class _Reader(_Answering):
 
 
 @dataclass(frozen=True)
-class _Writer(_Answering):
+class _Writer:
     """A user who may act."""
 
     operator: Operator
@@ -84,17 +77,25 @@ AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
 Writer = Annotated[_Writer, Depends(_writer)]
 
 
-async def _asked(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
-    try:
-        return await ask()
-    except NotPossibleError as error:
-        raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
-    except ValueError as error:
-        raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
-    except SendTaskError as error:
-        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
-    except RedisError as error:
-        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"the broker does not answer: {error}") from error
+def answered(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[JSONResponse]]:
+    """Answer with what a function returns, as JSON without passwords, or with the status that its error means."""
+
+    @wraps(endpoint)
+    async def answer(*args: Any, **kwargs: Any) -> JSONResponse:
+        try:
+            value = await endpoint(*args, **kwargs)
+        except NotPossibleError as error:
+            raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
+        except ValueError as error:
+            raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
+        except SendTaskError as error:
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
+        except RedisError as error:
+            said = f"the broker does not answer: {error}"
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, said) from error
+        return JSONResponse(masked_json(as_json(value)))
+
+    return answer
 
 
 def or_404(value: _Answer | None, what: str) -> _Answer:

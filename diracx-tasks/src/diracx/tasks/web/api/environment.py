@@ -12,7 +12,13 @@ from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 
-from ...plumbing.broker.address import REDIS_URL_VARIABLE
+from ...plumbing._util.passwords import mask
+from ...plumbing.broker import RedisStreamBroker
+from ...plumbing.broker.address import REDIS_URL_VARIABLE, AddressError, redis_url_from_environment
+from ...plumbing.config.sources import ConfigReader
+from ...plumbing.exceptions import TaskConfigError
+from ...plumbing.registry import load_task_registry
+from ...plumbing.sql.databases import database_urls
 from ..context import AppContext
 
 if TYPE_CHECKING:
@@ -45,11 +51,6 @@ async def context_of_environment() -> AppContext:
 
 
 async def _open() -> AppContext:
-    from ...plumbing._util.passwords import mask
-    from ...plumbing.broker import RedisStreamBroker
-    from ...plumbing.config.sources import ConfigReader
-    from ...plumbing.registry import load_task_registry
-
     url = broker_url()
     if not url:
         raise HTTPException(
@@ -67,16 +68,12 @@ def broker_url() -> str | None:
     Raises:
         HTTPException: 503, when it is no address; the log says why.
     """
-    from ...plumbing.broker.address import redis_url_from_environment
-
     with _address_errors_as_503():
         return redis_url_from_environment()
 
 
 @contextmanager
 def _address_errors_as_503() -> Iterator[None]:
-    from ...plumbing.broker.address import AddressError
-
     try:
         yield
     except AddressError as error:
@@ -89,9 +86,7 @@ def _address_errors_as_503() -> Iterator[None]:
 
 async def _task_db() -> TaskDB | None:
     """The dead letters. An engine of our own: an application without this database must start as well."""
-    from ...plumbing.exceptions import TaskConfigError
     from ...plumbing.persistence import TaskDB
-    from ...plumbing.sql.databases import database_urls
 
     try:
         url = database_urls("TaskDB").get("TaskDB")

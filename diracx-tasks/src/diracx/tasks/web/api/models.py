@@ -11,6 +11,7 @@ from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, W
 from ...operations.health import Alert, Severity
 from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import DeadLetterFilter
+from ..operator import NotPossibleError
 
 # What comes in is short, and has no control characters: it goes into databases, keys, logs and terminals.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
@@ -186,8 +187,6 @@ class DeadLetterChoice(BaseModel):
         Raises:
             NotPossibleError: neither numbers nor `all` are given, or both.
         """
-        from ..operator import NotPossibleError
-
         if (self.ids is None) != self.all:
             raise NotPossibleError("give either `ids`, or `all` with filters")
         return {
