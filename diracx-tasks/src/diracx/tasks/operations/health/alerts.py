@@ -39,7 +39,7 @@ _WORST_LAST = (Severity.OK, Severity.WARNING, Severity.UNKNOWN, Severity.CRITICA
 class Alert(Shown):
     """A problem that operators should know of."""
 
-    check: str
+    check: str = ""
     """Name of the health check: `queue_without_worker`."""
     severity: Severity
     summary: str

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from functools import wraps
+from typing import TypeAlias
 from urllib.parse import quote
 
 from ...plumbing.broker.memory import SAFE_POLICY, eviction_problem
 from ...plumbing.broker.server_check import obstacle, risks
+from ..cursors import moment
 from ..models import Worker
 from .alerts import Alert, Severity, counted
-
-if TYPE_CHECKING:
-    from .facts import Facts
-    from .thresholds import HealthThresholds
+from .facts import Facts
+from .thresholds import HealthThresholds
 
 Check: TypeAlias = "Callable[[Facts, HealthThresholds], Iterator[Alert]]"
 
@@ -24,26 +25,38 @@ _GROWING = 1.1
 _LONGEST_NAME = 100
 #: Alerts of one check that are listed one by one.
 LISTED = 20
+_REJECTED_REMEDIES = {
+    "unknown task": "workers lack this task: install its package there, or start them with its --module",
+    "arguments": "they were submitted with another version of the task: install the same version everywhere",
+    "unparsable": "something else writes to the streams of the task system, or data were damaged",
+    "poison": "every worker that took it died: look at their log before it is submitted again",
+}
+
+CHECKS: dict[str, Check] = {}
+"""By name, in the order in which their alerts are listed."""
 
 
-def _name(check: Check) -> str:
-    return check.__name__
+def _check(*, public: bool) -> Callable[[Check], Check]:
+    """Register a check. Its alerts get its name.
+
+    Args:
+        public: whether those who see the numbers of the installation may see its alerts whole.
+    """
+
+    def register(check: Check) -> Check:
+        name = check.__name__
+
+        @wraps(check)
+        def named(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+            return (replace(alert, check=name, public=public) for alert in check(facts, limits))
+
+        CHECKS[name] = named
+        return named
+
+    return register
 
 
-def memory(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Redis comes near the limit at which it refuses new tasks."""
-    used, limit = facts.seen.memory_bytes, facts.seen.memory_limit_bytes
-    if used is None or not limit or used < limits.memory_warning_share * limit:
-        return
-    yield Alert(
-        check="memory",
-        public=True,
-        severity=Severity.CRITICAL if used >= limits.memory_critical_share * limit else Severity.WARNING,
-        summary=f"Redis uses {used / limit:.0%} of its memory: at 100 % it refuses new tasks",
-        remedy="find the queue that grows (`diracx-task-run queue list`); add workers, or memory",
-    )
-
-
+@_check(public=True)
 def server_unusable(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """The task system cannot work on this server."""
     if (problem := obstacle(facts.server)) is not None:
@@ -61,6 +74,7 @@ def unusable(problem: str) -> Alert:
     )
 
 
+@_check(public=True)
 def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Redis may throw tasks away, or has."""
     limit = facts.seen.memory_limit_bytes
@@ -71,8 +85,6 @@ def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     if problem is not None:
         may_happen = limit is not None and facts.seen.memory_policy != SAFE_POLICY
         yield Alert(
-            check="eviction",
-            public=True,
             severity=Severity.CRITICAL if may_happen else Severity.WARNING,
             summary=problem,
             remedy=f"set `maxmemory-policy {SAFE_POLICY}` in its configuration; caches belong on another server",
@@ -80,11 +92,13 @@ def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         )
 
 
+@_check(public=True)
 def persistence(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Redis loses tasks when it is restarted or its machine crashes."""
     yield from _risks(facts, "persistence")
 
 
+@_check(public=True)
 def replication(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """A failover of Redis may lose more than the last seconds."""
     yield from _risks(facts, "replication")
@@ -93,19 +107,29 @@ def replication(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 def _risks(facts: Facts, check: str) -> Iterator[Alert]:
     for risk in risks(facts.server):
         if risk.check == check:
-            yield Alert(
-                check=check, public=True, severity=Severity.WARNING, summary=risk.problem, remedy=risk.remedy
-            )
+            yield Alert(severity=Severity.WARNING, summary=risk.problem, remedy=risk.remedy)
 
 
+@_check(public=True)
+def memory(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Redis comes near the limit at which it refuses new tasks."""
+    used, limit = facts.seen.memory_bytes, facts.seen.memory_limit_bytes
+    if used is None or not limit or used < limits.memory_warning_share * limit:
+        return
+    yield Alert(
+        severity=Severity.CRITICAL if used >= limits.memory_critical_share * limit else Severity.WARNING,
+        summary=f"Redis uses {used / limit:.0%} of its memory: at 100 % it refuses new tasks",
+        remedy="find the queue that grows (`diracx-task-run queue list`); add workers, or memory",
+    )
+
+
+@_check(public=True)
 def no_scheduler(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Nothing periodic is submitted."""
     seen = facts.seen
     if seen.schedules and not seen.scheduler_leads:
         late = seen.schedule_lateness_seconds
         yield Alert(
-            check="no_scheduler",
-            public=True,
             severity=Severity.CRITICAL,
             summary=f"no scheduler leads: {counted(seen.schedules, 'schedule is', 'schedules are')} not submitted",
             remedy="start one: `diracx-task-run scheduler`",
@@ -115,13 +139,12 @@ def no_scheduler(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         )
 
 
+@_check(public=True)
 def schedules_late(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """A scheduler leads, and cannot keep up."""
     seen = facts.seen
     if seen.scheduler_leads and seen.schedule_lateness_seconds > limits.late_seconds:
         yield Alert(
-            check="schedules_late",
-            public=True,
             severity=Severity.CRITICAL,
             summary=f"{counted(seen.schedules_late, 'schedule is', 'schedules are')} late, "
             f"the worst by {_time(seen.schedule_lateness_seconds)}",
@@ -132,13 +155,13 @@ def schedules_late(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         )
 
 
+@_check(public=False)
 def schedules_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """The leading scheduler cannot submit some schedules: they are off until that is mended."""
     if facts.schedule_problems:
         first, why = min(facts.schedule_problems.items())
         number = len(facts.schedule_problems)
         yield Alert(
-            check="schedules_failing",
             severity=Severity.CRITICAL,
             summary=f"{counted(number, 'schedule', 'schedules')} cannot be submitted: {first}: {why}",
             remedy="`diracx-task-run schedule list` has them all, each with its reason",
@@ -147,14 +170,13 @@ def schedules_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
         )
 
 
+@_check(public=True)
 def delayed_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Retries and tasks with a time do not come into their queues."""
     seen = facts.seen
     if seen.overdue and seen.delayed_lateness_seconds > limits.late_seconds:
         tasks = counted(seen.overdue, "delayed task is", "delayed tasks are")
         yield Alert(
-            check="delayed_overdue",
-            public=True,
             severity=Severity.CRITICAL,
             summary=f"{tasks} overdue: no worker or scheduler moves them to their queues",
             remedy="start a worker or a scheduler",
@@ -164,6 +186,7 @@ def delayed_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         )
 
 
+@_check(public=True)
 def queue_without_worker(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Tasks wait, and no worker of their size runs."""
     served = _served(facts)
@@ -171,8 +194,6 @@ def queue_without_worker(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
         if queue.backlog and queue.size not in served and None not in served:
             tasks = counted(queue.backlog, "task waits", "tasks wait")
             yield Alert(
-                check="queue_without_worker",
-                public=True,
                 severity=Severity.CRITICAL,
                 summary=f"{queue.name}: {tasks}, and no worker of size {queue.size} runs",
                 remedy=f"start one: `diracx-task-run worker --worker-size {queue.size}`",
@@ -183,6 +204,89 @@ def queue_without_worker(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
             )
 
 
+@_check(public=False)
+def worker_blocked(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """A task blocks the event loop: nothing else of its worker goes on."""
+    for worker in facts.seen.workers:
+        if worker.alive and (blocked := worker.blocked) is not None:
+            which = f"{blocked.task_name} {blocked.task_id}" if blocked.task_id else "a task"
+            yield Alert(
+                severity=Severity.CRITICAL,
+                summary=f"worker {worker.name}: {which} blocks its event loop",
+                remedy="its stack is in `workers --json` and in the log: mend the task; end the process, and run "
+                "it with `--hard-limit`",
+                subject=worker.name,
+                since=blocked.since,
+                path="/workers",
+            )
+
+
+@_check(public=True)
+def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """A worker renews its lease and reports nothing."""
+    for worker in facts.seen.workers:
+        if not worker.alive or worker.blocked is not None or worker.seen is None:
+            continue
+        silent = (facts.seen.at - worker.seen).total_seconds()
+        if silent > limits.silent_seconds:
+            yield Alert(
+                severity=Severity.CRITICAL,
+                summary=f"worker {worker.name} lives, but has been silent for {_time(silent)}",
+                remedy="see its log: a task blocks it, or it may not write to the server",
+                subject=worker.name,
+                since=worker.seen,
+                path="/workers",
+            )
+
+
+@_check(public=True)
+def tasks_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """A class of tasks fails in most of its attempts."""
+    for each in facts.stats:
+        attempts, rate = each.done + each.failed, each.failure_rate or 0.0
+        if attempts < limits.failure_attempts or rate < limits.failure_warning_share:
+            continue
+        yield Alert(
+            severity=Severity.CRITICAL if rate >= limits.failure_critical_share else Severity.WARNING,
+            summary=f"{each.task_name} fails in {rate:.0%} of its attempts: "
+            f"{each.failed:,} of {attempts:,} within the past hour",
+            remedy=f"`diracx-task-run tasks stats --task {each.task_name} --failures 3` has the errors",
+            count=each.failed,
+            subject=each.task_name,
+            path=f"/failures?task={quote(each.task_name, safe='')}",
+        )
+
+
+@_check(public=False)
+def configuration(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Processes go on with an earlier configuration, or with different ones."""
+    wrong = [each for each in facts.configurations if each.problems]
+    digests = {each.digest for each in facts.configurations}
+    if wrong:
+        since = [each.problems_since for each in wrong if each.problems_since is not None]
+        yield Alert(
+            severity=Severity.CRITICAL,
+            summary=f"{counted(len(wrong), 'process goes', 'processes go')} on with an earlier configuration, as "
+            f"what is written now is wrong: {wrong[0].problems[0][:200]}",
+            remedy="`diracx-task-run config check` has every mistake with its line",
+            count=len(wrong),
+            since=moment(min(since)) if since else None,
+            path="/configuration",
+        )
+    elif len(digests) > 1:
+        newest = max(each.since for each in facts.configurations)
+        if facts.seen.at.timestamp() - newest > limits.configuration_seconds:
+            yield Alert(
+                severity=Severity.WARNING,
+                summary=f"{len(digests)} different configurations are in force",
+                remedy="`diracx-task-run config in-force` says which process has which",
+                count=len(digests),
+                since=moment(newest),
+                path="/configuration",
+            )
+
+
+@_check(public=True)
 def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """The workers of a queue do not keep up with it."""
     served = _served(facts)
@@ -197,8 +301,6 @@ def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         tasks = counted(queue.backlog, "task waits", "tasks wait")
         how = f", and {comes - goes:.1f} more a second come in than go out" if growing else ""
         yield Alert(
-            check="backlog",
-            public=True,
             severity=Severity.WARNING,
             summary=f"{queue.name}: {tasks}, the first for {_time(waits)}{how}",
             remedy="all slots are taken: `diracx-task-run running` says by what; add workers, or `--processes`",
@@ -209,59 +311,7 @@ def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         )
 
 
-def worker_blocked(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A task blocks the event loop: nothing else of its worker goes on."""
-    for worker in facts.seen.workers:
-        if worker.alive and (blocked := worker.blocked) is not None:
-            which = f"{blocked.task_name} {blocked.task_id}" if blocked.task_id else "a task"
-            yield Alert(
-                check="worker_blocked",
-                severity=Severity.CRITICAL,
-                summary=f"worker {worker.name}: {which} blocks its event loop",
-                remedy="its stack is in `workers --json` and in the log: mend the task; end the process, and run "
-                "it with `--hard-limit`",
-                subject=worker.name,
-                since=blocked.since,
-                path="/workers",
-            )
-
-
-def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A worker renews its lease and reports nothing."""
-    for worker in facts.seen.workers:
-        if not worker.alive or worker.blocked is not None or worker.seen is None:
-            continue
-        silent = (facts.seen.at - worker.seen).total_seconds()
-        if silent > limits.silent_seconds:
-            yield Alert(
-                check="worker_silent",
-                public=True,
-                severity=Severity.CRITICAL,
-                summary=f"worker {worker.name} lives, but has been silent for {_time(silent)}",
-                remedy="see its log: a task blocks it, or it may not write to the server",
-                subject=worker.name,
-                since=worker.seen,
-                path="/workers",
-            )
-
-
-def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Workers have died within the last three minutes; others take over what they ran."""
-    dead: list[Worker] = [worker for worker in facts.seen.workers if not worker.alive]
-    if dead:
-        names = ", ".join(worker.name for worker in dead[:3]) + (", …" if len(dead) > 3 else "")
-        yield Alert(
-            check="workers_dead",
-            public=True,
-            severity=Severity.WARNING,
-            summary=f"{counted(len(dead), 'worker is', 'workers are')} dead: {names}",
-            remedy="others take over what they ran; find out what they died of: their log, the kernel's (memory?)",
-            count=len(dead),
-            since=_earliest([worker.lease_until or worker.seen for worker in dead]),
-            path="/workers",
-        )
-
-
+@_check(public=False)
 def tasks_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Tasks go on after their time limit, or after they were cancelled."""
     for worker, task in facts.running:
@@ -269,41 +319,33 @@ def tasks_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         if since is None or facts.seen.at.timestamp() - since < limits.overdue_task_seconds:
             continue
         yield Alert(
-            check="tasks_overdue",
             severity=Severity.WARNING,
             summary=f"{task['task_name']} {task['task_id']} goes on after its time limit or its cancellation",
             remedy=f"its slot of {worker} is lost until it ends: mend the task, or use `--hard-limit`",
             subject=task["task_id"],
-            since=_moment(since),
+            since=moment(since),
             path="/running",
         )
 
 
+@_check(public=False)
 def poison_candidates(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """A running task has been with workers that died."""
     for _, task in facts.running:
         if task["deliveries"] >= limits.deliveries:
             yield Alert(
-                check="poison_candidates",
                 severity=Severity.WARNING,
                 summary=f"{task['task_name']} {task['task_id']} was handed out {task['deliveries']} times: the "
                 "workers that had it died",
                 remedy="look at the log of those workers; cancel it if it is what killed them",
                 count=task["deliveries"],
                 subject=task["task_id"],
-                since=_moment(task["since"]),
+                since=moment(task["since"]),
                 path="/running",
             )
 
 
-_REJECTED_REMEDIES = {
-    "unknown task": "workers lack this task: install its package there, or start them with its --module",
-    "arguments": "they were submitted with another version of the task: install the same version everywhere",
-    "unparsable": "something else writes to the streams of the task system, or data were damaged",
-    "poison": "every worker that took it died: look at their log before it is submitted again",
-}
-
-
+@_check(public=False)
 def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """Messages came within the past hour that no worker could execute."""
     for reason in dict.fromkeys(each.type for each in facts.rejected):
@@ -311,7 +353,6 @@ def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
         names = list(dict.fromkeys(each.task_name[:_LONGEST_NAME] or "no task" for each in these))
         which = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         yield Alert(
-            check="messages_rejected",
             severity=Severity.CRITICAL if reason == "poison" else Severity.WARNING,
             summary=f"{counted(len(these), 'message', 'messages')} could not be executed ({reason}): {which}",
             remedy=_REJECTED_REMEDIES.get(reason, "`diracx-task-run dlq list` has them"),
@@ -322,65 +363,13 @@ def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
         )
 
 
-def tasks_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A class of tasks fails in most of its attempts."""
-    for each in facts.stats:
-        attempts, rate = each.done + each.failed, each.failure_rate or 0.0
-        if attempts < limits.failure_attempts or rate < limits.failure_warning_share:
-            continue
-        yield Alert(
-            check="tasks_failing",
-            public=True,
-            severity=Severity.CRITICAL if rate >= limits.failure_critical_share else Severity.WARNING,
-            summary=f"{each.task_name} fails in {rate:.0%} of its attempts: "
-            f"{each.failed:,} of {attempts:,} within the past hour",
-            remedy=f"`diracx-task-run tasks stats --task {each.task_name} --failures 3` has the errors",
-            count=each.failed,
-            subject=each.task_name,
-            path=f"/failures?task={quote(each.task_name, safe='')}",
-        )
-
-
-def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Dead letters wait in Redis."""
-    seen = facts.seen
-    if seen.dead_letters_waiting:
-        letters = counted(seen.dead_letters_waiting, "dead letter waits", "dead letters wait")
-        yield Alert(
-            check="dead_letters_waiting",
-            public=True,
-            severity=Severity.WARNING,
-            summary=f"{letters} in Redis: no worker has stored them in the database",
-            remedy="`diracx-task-run dlq waiting` has them; workers with DIRACX_DB_URL_TASKDB import them: see "
-            "that one runs, that this database answers, and whether the log says that it refuses them",
-            count=seen.dead_letters_waiting,
-            since=seen.dead_letters_waiting_since,
-            path="/dead-letters",
-        )
-
-
-def groups_stuck(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Callback groups have shown no sign of life for a day."""
-    if facts.seen.groups_stuck:
-        yield Alert(
-            check="groups_stuck",
-            public=True,
-            severity=Severity.WARNING,
-            summary=f"{counted(facts.seen.groups_stuck, 'callback group', 'callback groups')} failed without "
-            "a callback for that, or had no child that ended for a day",
-            remedy="`diracx-task-run group list` has them; submit failed children again, or fire the callback",
-            count=facts.seen.groups_stuck,
-            path="/groups",
-        )
-
-
+@_check(public=False)
 def locks_held(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
     """A task holds a lock for long while others wait for it."""
     for lock in facts.contended:
         held = (facts.seen.at - lock.since).total_seconds()
         if held > limits.lock_held_seconds:
             yield Alert(
-                check="locks_held",
                 severity=Severity.WARNING,
                 summary=f"{lock.key}: {lock.task_name} {lock.task_id} has held it for {_time(held)}, and "
                 f"{counted(lock.waiters, 'task waits', 'tasks wait')} for it",
@@ -392,63 +381,51 @@ def locks_held(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
             )
 
 
-def configuration(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Processes go on with an earlier configuration, or with different ones."""
-    wrong = [each for each in facts.configurations if each.problems]
-    digests = {each.digest for each in facts.configurations}
-    if wrong:
-        since = [each.problems_since for each in wrong if each.problems_since is not None]
+@_check(public=True)
+def groups_stuck(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Callback groups have shown no sign of life for a day."""
+    if facts.seen.groups_stuck:
         yield Alert(
-            check="configuration",
-            severity=Severity.CRITICAL,
-            summary=f"{counted(len(wrong), 'process goes', 'processes go')} on with an earlier configuration, as "
-            f"what is written now is wrong: {wrong[0].problems[0][:200]}",
-            remedy="`diracx-task-run config check` has every mistake with its line",
-            count=len(wrong),
-            since=_moment(min(since)) if since else None,
-            path="/configuration",
+            severity=Severity.WARNING,
+            summary=f"{counted(facts.seen.groups_stuck, 'callback group', 'callback groups')} failed without "
+            "a callback for that, or had no child that ended for a day",
+            remedy="`diracx-task-run group list` has them; submit failed children again, or fire the callback",
+            count=facts.seen.groups_stuck,
+            path="/groups",
         )
-    elif len(digests) > 1:
-        newest = max(each.since for each in facts.configurations)
-        if facts.seen.at.timestamp() - newest > limits.configuration_seconds:
-            yield Alert(
-                check="configuration",
-                severity=Severity.WARNING,
-                summary=f"{len(digests)} different configurations are in force",
-                remedy="`diracx-task-run config in-force` says which process has which",
-                count=len(digests),
-                since=_moment(newest),
-                path="/configuration",
-            )
 
 
-CHECKS: dict[str, Check] = {
-    _name(check): check
-    for check in (
-        server_unusable,
-        eviction,
-        persistence,
-        replication,
-        memory,
-        no_scheduler,
-        schedules_late,
-        schedules_failing,
-        delayed_overdue,
-        queue_without_worker,
-        worker_blocked,
-        worker_silent,
-        tasks_failing,
-        configuration,
-        backlog,
-        tasks_overdue,
-        poison_candidates,
-        messages_rejected,
-        locks_held,
-        groups_stuck,
-        dead_letters_waiting,
-        workers_dead,
-    )
-}
+@_check(public=True)
+def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Dead letters wait in Redis."""
+    seen = facts.seen
+    if seen.dead_letters_waiting:
+        letters = counted(seen.dead_letters_waiting, "dead letter waits", "dead letters wait")
+        yield Alert(
+            severity=Severity.WARNING,
+            summary=f"{letters} in Redis: no worker has stored them in the database",
+            remedy="`diracx-task-run dlq waiting` has them; workers with DIRACX_DB_URL_TASKDB import them: see "
+            "that one runs, that this database answers, and whether the log says that it refuses them",
+            count=seen.dead_letters_waiting,
+            since=seen.dead_letters_waiting_since,
+            path="/dead-letters",
+        )
+
+
+@_check(public=True)
+def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
+    """Workers have died within the last three minutes; others take over what they ran."""
+    dead: list[Worker] = [worker for worker in facts.seen.workers if not worker.alive]
+    if dead:
+        names = ", ".join(worker.name for worker in dead[:3]) + (", …" if len(dead) > 3 else "")
+        yield Alert(
+            severity=Severity.WARNING,
+            summary=f"{counted(len(dead), 'worker is', 'workers are')} dead: {names}",
+            remedy="others take over what they ran; find out what they died of: their log, the kernel's (memory?)",
+            count=len(dead),
+            since=_earliest([worker.lease_until or worker.seen for worker in dead]),
+            path="/workers",
+        )
 
 
 def describe(check: str) -> str:
@@ -487,12 +464,6 @@ def _served(facts: Facts) -> set[str | None]:
 
 def _waiting_since(facts: Facts, seconds: float | None) -> datetime | None:
     return None if seconds is None else facts.seen.at - timedelta(seconds=seconds)
-
-
-def _moment(seconds: float) -> datetime:
-    from ..cursors import moment
-
-    return moment(seconds)
 
 
 def _earliest(moments: list[datetime | None]) -> datetime | None:

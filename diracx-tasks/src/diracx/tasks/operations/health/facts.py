@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from redis.asyncio import Redis
 
 from ...plumbing.broker.locking import waiter_counts
 from ...plumbing.broker.scheduling import schedule_problems
 from ...plumbing.broker.server_check import Server, read_server
 from ...plumbing.config.active import ActiveConfig, active_configs
+from ...plumbing.persistence.dead_letter import DeadLetterReason
 from ...plumbing.worker.reporter import REJECTED
 from ..cursors import moment
 from ..models import Failure, Snapshot, TaskStats
 from ..processes import reported_running
 from ..queued import snapshot
 from ..statistics import failures, stats
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 #: Locks of long-running tasks that are looked at.
 _LOCKS = 200
@@ -94,8 +94,6 @@ async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) ->
 
 
 async def _rejected(redis: Redis, seen: Snapshot) -> list[Failure]:
-    from ...plumbing.persistence.dead_letter import DeadLetterReason
-
     reasons = {str(reason) for reason in DeadLetterReason}
     latest = (await failures(redis, limit=_FAILURES)).items
     return [each for each in latest if each.type in reasons and (seen.at - each.at).total_seconds() < 3600]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeAlias
 
+from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from ...plumbing._util.retrying import reason
@@ -25,8 +26,6 @@ from .report import Health
 from .thresholds import HealthThresholds
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from ...plumbing.persistence import TaskDB
 
 logger = logging.getLogger(__name__)
