@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from redis.asyncio import Redis
 
 from ..plumbing.broker import locking
 from ..plumbing.broker.cancel import cancel_waiting
 from .cursors import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
 from .locks import lock
 from .models import Lock, Released
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 
 async def purge(redis: Redis, queue: str) -> int:

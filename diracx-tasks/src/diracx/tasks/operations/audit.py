@@ -14,12 +14,12 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from ..plumbing.broker import audit_stream
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,6 @@ class _Log:
 
     async def end(self, entry: str, outcome: str, *, ok: bool) -> None:
         """Write what came of an entry, or warn that this could not be written."""
-        from redis.exceptions import RedisError
-
         try:
             await self._write({"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, self._longest_outcome)})
         except RedisError as error:

@@ -6,20 +6,21 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from redis.asyncio import Redis
+
+from ..plumbing.broker import RedisStreamBroker
+from ..plumbing.broker.cancel import TaskPlace
+from ..plumbing.persistence.resubmission import ResubmitResult, ResubmitStatus, Resubmitter
+from ..plumbing.scheduler import admin
+from ..plumbing.scheduler.occurrences import ScheduledTask
+from ..plumbing.submission.client import Binding
 from .actions import purge, release_lock
 from .audit import audited, listed, user_at_host
 from .models import Released
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence import TaskDB
     from ..plumbing.persistence.db import DeadLetterFilter
-    from ..plumbing.persistence.resubmission import ResubmitResult, Resubmitter
-    from ..plumbing.scheduler.occurrences import ScheduledTask
-    from ..plumbing.submission.client import Binding
 
 _Outcome = TypeVar("_Outcome")
 #: Dead letters that are discarded in one transaction.
@@ -99,14 +100,10 @@ class AuditedActions:
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
         """Submit no more occurrences of these schedules. Returns those that were not paused before."""
-        from ..plumbing.scheduler import admin
-
         return await self.perform("pause schedules", listed(ids), lambda: admin.pause(self.redis, ids), _changed)
 
     async def resume(self, ids: Sequence[str]) -> list[str]:
         """Let these schedules go on. Returns those that had been paused."""
-        from ..plumbing.scheduler import admin
-
         return await self.perform("resume schedules", listed(ids), lambda: admin.resume(self.redis, ids), _changed)
 
     async def run_now(self, binding: Binding, scheduled: ScheduledTask) -> str:
@@ -116,7 +113,6 @@ class AuditedActions:
             AlreadyQueuedError: the last one has not begun.
             TaskArgumentsError, TypeError, ValueError: the class does not accept the arguments of the instance.
         """
-        from ..plumbing.scheduler import admin
 
         async def do() -> str:
             done = await admin.run_now(binding, scheduled)
@@ -143,7 +139,6 @@ class AuditedActions:
             SendTaskError: the broker does not answer; see `Resubmitter.resubmit`.
             diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not.
         """
-        from ..plumbing.persistence.resubmission import ResubmitStatus
 
         async def do() -> list[ResubmitResult]:
             if letters is not None:

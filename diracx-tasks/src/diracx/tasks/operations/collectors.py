@@ -9,14 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from .exposition import gauge
+from .exposition import MetricsSource, gauge
 from .single_flight import SingleFlightCache
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from ..plumbing.persistence import TaskDB
-    from .exposition import MetricsSource
 
 logger = logging.getLogger(__name__)
 

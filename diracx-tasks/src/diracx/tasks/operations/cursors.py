@@ -7,8 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from redis.asyncio import Redis
+
+from ..plumbing.base_task import BaseTask
 from ..plumbing.broker.inspection import last_delivered, stream_heads
 from ..plumbing.broker.models import TaskMessage
 from ..plumbing.broker.stored import UNDECODABLE, moment_of, text_of
@@ -16,11 +19,6 @@ from ..plumbing.broker.streams import ALL_STREAM_NAMES, resumed_stream
 from ..plumbing.messages.codec import dumps, leading_fields
 from ..plumbing.task_vo import vo_of
 from .masking import masked_arguments
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ..plumbing.base_task import BaseTask
 
 Registry = Mapping[str, "type[BaseTask]"]
 

@@ -8,6 +8,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+from redis.asyncio import Redis
+
 from ..plumbing._util.passwords import mask
 from ..plumbing.broker.dead_letter_stream import dead_letter_heads
 from ..plumbing.broker.models import TaskMessage
@@ -19,8 +22,6 @@ from .models import Page, WaitingDeadLetter, as_json
 from .visibility import Viewer
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from ..plumbing.persistence import TaskDB
 
 
@@ -116,8 +117,6 @@ def dead_letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message_record(data: bytes) -> dict[str, Any]:
-    from pydantic_core import to_jsonable_python
-
     raw = base64.b64encode(data).decode()
     try:
         message = TaskMessage.loadb(data)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from redis.asyncio import Redis
 
 from ..plumbing.broker import locking
 from ..plumbing.broker.inspection import server_time
 from .cursors import moment
 from .models import Holder, Lock, LockKind, Page
 from .processes import alive_workers, reported_running
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from redis.asyncio import Redis
 
 #: Holders that are named.
 HOLDERS_SHOWN = 100

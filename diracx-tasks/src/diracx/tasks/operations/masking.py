@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.secrets import MASK
+from ..plumbing.base_task import BaseTask
 from ..plumbing.broker.labels import LABEL_SECRET
+from ..plumbing.broker.models import TaskMessage
 from ..plumbing.messages.arguments import field_names, is_made_for, secret_names, secret_positions
 from .models import as_json
-
-if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.broker.models import TaskMessage
 
 #: Labels that are the task system's own, and shown in other ways.
 _OWN_LABELS = frozenset({"attempts", LABEL_SECRET})

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..plumbing.broker.counts import Counts
 from ..plumbing.broker.streams import stream_name_for
 from ..plumbing.enums import Priority
-from .cursors import queue_of
+from ..plumbing.persistence.dead_letter import DeadLetterReason
+from ..plumbing.worker.reporter import Reporter, Sums
+from .cursors import Registry, queue_of
 from .exposition import counter, gauge, histogram
+from .health import Health
+from .models import Snapshot
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
-
-    from ..plumbing.broker.counts import Counts
-    from ..plumbing.worker.reporter import Reporter
-    from .cursors import Registry
-    from .health import Health
-    from .models import Snapshot
 
 
 def _of_stream(stream: str) -> dict[str, str]:
@@ -29,9 +28,6 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, re
 
     Those that alerts watch are there from the start, at 0: an increase is not seen in a series that begins at 1.
     """
-    from ..plumbing.persistence.dead_letter import DeadLetterReason
-    from ..plumbing.worker.reporter import Sums
-
     known = reporter.totals()
     totals = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in known.items()]
     streams = [stream_name_for(priority, size) for priority in Priority]

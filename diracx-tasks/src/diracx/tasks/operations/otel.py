@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..plumbing._util.tasks import cancel_and_wait
 from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
+from ..plumbing.worker.reporter import Reporter
 from .cursors import queue_of
 from .exposition import BOUNDARIES
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
     from prometheus_client import Metric
-
-    from ..plumbing.worker.reporter import Reporter
 
 logger = logging.getLogger(__name__)
 

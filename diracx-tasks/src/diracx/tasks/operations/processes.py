@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from redis.asyncio import Redis
 
 from ..plumbing.broker import worker_state
 from ..plumbing.broker.inspection import server_time, stream_heads
@@ -11,9 +13,6 @@ from ..plumbing.broker.stored import reading
 from ..plumbing.messages.codec import loads
 from .cursors import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head
 from .models import BlockedLoop, Page, RunningTask, Worker
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 #: A worker whose lease has ended is listed for so long after its last report.
 _HEARD_SECONDS = 180.0

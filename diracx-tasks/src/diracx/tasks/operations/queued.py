@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from redis.asyncio import Redis
 
 from ..plumbing.broker import inspection
 from ..plumbing.broker.memory import read_memory
@@ -27,9 +29,6 @@ from .cursors import (
 )
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 #: Delayed tasks that one call of `delayed` looks at, if it looks for one reason.
 _DELAYED_READ = 2_000

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.config import Setting, Source, TasksConfig
+from ..plumbing.base_task import BaseTask, PeriodicBaseTask
+from ..plumbing.config import (
+    Setting,
+    Source,
+    TasksConfig,
+    instance_settings,
+    object_settings,
+    owner,
+    task_settings,
+)
+from ..plumbing.messages.arguments import knows_vo
 
 
 def settings_records(
@@ -30,9 +38,6 @@ def task_records(
     config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
 ) -> Iterator[dict[str, Any]]:
     """The settings of a task as `config show --json` has them: for everybody and some VOs, or for one VO."""
-    from ..plumbing.base_task import PeriodicBaseTask
-    from ..plumbing.config import instance_settings, task_settings
-
     for for_vo in [vo] if vo is not None else [None, *_vos_of(config, name, task_class)]:
         instances: dict[str, Any] = {}
         if issubclass(task_class, PeriodicBaseTask):
@@ -48,9 +53,6 @@ def task_records(
 
 def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[str]:
     """The VOs for which something about the task may be different."""
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.messages.arguments import knows_vo
-
     if not knows_vo(task_class):
         return []
     names = {name, name.rpartition(":")[2]}
@@ -62,8 +64,6 @@ def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[
 
 def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
     """The limits of objects as `config show --json` has them."""
-    from ..plumbing.config import object_settings
-
     return [
         {"object": obj, "key": key, "vo": for_vo, "settings": _records(settings, config.source)}
         for for_vo in ([vo] if vo is not None else [None, *sorted(config.vo_limits)])
@@ -72,8 +72,6 @@ def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
 
 
 def _records(settings: Mapping[str, Setting], source: Source) -> dict[str, Any]:
-    from ..plumbing.config import owner
-
     return {
         name: {
             "value": setting.value,

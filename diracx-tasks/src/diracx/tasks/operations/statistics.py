@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import msgpack
+from redis.asyncio import Redis
 
 from ..plumbing._util.histogram import end_of_bucket
 from ..plumbing.broker import inspection
@@ -15,9 +15,6 @@ from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
 from .cursors import as_mapping, moment, place_in_stream, text
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 #: Period, length of a bucket (s), number of full buckets before the present one.
 _WINDOWS: dict[str, tuple[str, int, int]] = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.retry_policies import RetryPolicyBase
+from ..plumbing._util.secrets import MASK
+from ..plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
+from ..plumbing.config import describe_schedule
+from ..plumbing.messages.arguments import secret_names
+from ..plumbing.retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBase
 
 
 def task_classes(registry: Mapping[str, type[BaseTask]]) -> list[dict[str, Any]]:
@@ -17,9 +19,6 @@ def task_classes(registry: Mapping[str, type[BaseTask]]) -> list[dict[str, Any]]
 
 
 def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
-    from ..plumbing.base_task import PeriodicBaseTask, PeriodicVoAwareBaseTask
-    from ..plumbing.config import describe_schedule
-
     periodic = issubclass(task_class, PeriodicBaseTask)
     if issubclass(task_class, PeriodicVoAwareBaseTask):
         kind = "periodic, per VO"
@@ -41,9 +40,6 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
 
 def _arguments(task_class: type[BaseTask]) -> str:
     """The signature of the class, as its author wrote it."""
-    from ..plumbing._util.secrets import MASK
-    from ..plumbing.messages.arguments import secret_names
-
     try:
         parameters = inspect.signature(task_class).parameters.values()
     except (TypeError, ValueError):
@@ -65,8 +61,6 @@ def _arguments(task_class: type[BaseTask]) -> str:
 
 
 def _retry(policy: RetryPolicyBase) -> str:
-    from ..plumbing.retry_policies import ExponentialBackoff, NoRetry
-
     match policy:
         case NoRetry():
             return "none"

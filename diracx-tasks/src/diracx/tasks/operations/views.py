@@ -6,26 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from ..plumbing.broker.groups import GroupStatus
-    from ..plumbing.broker.stored_schedules import Outcome
-    from ..plumbing.config.active import ActiveConfig
-    from ..plumbing.scheduler import ScheduleState
-    from .audit import AuditEntry
-    from .models import (
-        DelayedTask,
-        Holder,
-        Lock,
-        Queue,
-        QueuedTask,
-        RunningTask,
-        TaskStats,
-        WaitingDeadLetter,
-        Worker,
-    )
+from ..plumbing.broker.groups import GroupStatus
+from ..plumbing.broker.stored_schedules import Outcome
+from ..plumbing.config.active import ActiveConfig
+from ..plumbing.scheduler import ScheduleState
+from .audit import AuditEntry
+from .cursors import HEAD_BYTES
+from .models import DelayedTask, Holder, Lock, Queue, QueuedTask, RunningTask, TaskStats, WaitingDeadLetter, Worker
 
 _Row = TypeVar("_Row")
 Kind: TypeAlias = Literal[
@@ -157,8 +147,6 @@ class View(Generic[_Row]):
 
 
 def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingDeadLetter) -> str:
-    from .cursors import HEAD_BYTES
-
     if row.arguments is None:
         size = row.message_bytes
         return NONE if size is None or size <= HEAD_BYTES else f"({size / 1e6:.1f} MB)"

@@ -9,22 +9,20 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from redis.asyncio import Redis
+
 from .. import operations as monitor
-from ..operations.health import health_checks
+from ..operations import Point, Snapshot
+from ..operations.health import Health, HealthChecks, health_checks
 from ..operations.single_flight import SingleFlightCache
+from ..plumbing.base_task import BaseTask
+from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.config import TasksConfig
-from ..plumbing.config.sources import ConfigSnapshot, in_thread
+from ..plumbing.config.sources import ConfigReader, ConfigSnapshot, in_thread
+from ..plumbing.registry import TaskRegistry
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from ..operations import Point, Snapshot
-    from ..operations.health import Health, HealthChecks
-    from ..plumbing.base_task import BaseTask
-    from ..plumbing.broker import RedisStreamBroker
-    from ..plumbing.config.sources import ConfigReader
     from ..plumbing.persistence import TaskDB
-    from ..plumbing.registry import TaskRegistry
 
 #: How long a snapshot is shared.
 _SHARED_SECONDS = 1.0

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..operations.audited_actions import AlreadyQueuedError, AuditedActions
+from ..plumbing.broker.cancel import TaskPlace
 from ..plumbing.exceptions import TaskArgumentsError
+from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
+from ..plumbing.scheduler import schedules
+from ..plumbing.scheduler.occurrences import iter_schedules
 from ..plumbing.submission.client import Binding
+from .context import AppContext
 
 if TYPE_CHECKING:
-    from ..plumbing.broker.cancel import TaskPlace
     from ..plumbing.persistence.db import DeadLetterFilter
-    from .context import AppContext
 
 _PAGE = 200
 
@@ -69,8 +72,6 @@ class Operator(AuditedActions):
         return await super().resume(ids)
 
     async def _check_known(self, ids: Sequence[str]) -> None:
-        from ..plumbing.scheduler import schedules
-
         settings = await self.context.settings()
         states = await schedules(self.context.redis, self.context.registry, settings.tasks, settings.vos)
         if unknown := set(ids).difference(state.id for state in states):
@@ -82,8 +83,6 @@ class Operator(AuditedActions):
         Raises:
             NotPossibleError: it is not known here, its arguments do not fit, or its last occurrence still waits.
         """
-        from ..plumbing.scheduler.occurrences import iter_schedules
-
         settings = await self.context.settings()
         found = {known.id: known for known in iter_schedules(self.context.registry, settings.tasks, settings.vos)}
         if schedule not in found:
@@ -108,8 +107,6 @@ class Operator(AuditedActions):
         Raises:
             NotPossibleError: no database of dead letters is configured.
         """
-        from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
-
         db = self._task_db()
         settings = await self.context.settings()
         resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)

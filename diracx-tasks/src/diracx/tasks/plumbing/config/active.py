@@ -10,16 +10,14 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from redis.asyncio import Redis
 
 from ..broker.inspection import server_time
 from ..broker.running_configs import CONFIG_IN_FORCE, announce, announcements
 from ..broker.stored import reading
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from . import TasksConfig
+from . import TasksConfig
 
 #: A process that has not said so for longer runs no more.
 COUNTS_SECONDS = 60.0

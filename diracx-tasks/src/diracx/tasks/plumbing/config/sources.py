@@ -12,19 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
+
+from ..base_task import BaseTask
 from ..exceptions import TaskConfigError
 from . import CONFIG_PATH_VARIABLE, TasksConfig, checked_tasks_config, load_tasks_config
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from diracx.core.config import Config, ConfigSource
-
-    from ..base_task import BaseTask
 
     Registry = Mapping[str, type[BaseTask]]
 
@@ -251,8 +251,6 @@ class _Diracx:
 
 def explain(error: Exception) -> list[str]:
     """Why the DiracX configuration cannot be read: a line for each mistake in it, or what git said last."""
-    from pydantic import ValidationError
-
     if isinstance(error, ValidationError):
         return [f"{'.'.join(map(str, item['loc'])) or 'the top level'}: {item['msg']}" for item in error.errors()]
     if isinstance(error, KeyError):

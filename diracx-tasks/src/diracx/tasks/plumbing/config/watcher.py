@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import Self
+
+from redis.asyncio import Redis
 
 from .._util.tasks import cancel_and_wait
 from .._util.telemetry import count_reload_failure, set_config_is_current
 from . import TasksConfig
 from .active import ActiveConfig, Announcer, digest
 from .sources import ConfigReader, ConfigSnapshot, in_thread
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
 
 logger = logging.getLogger(__name__)
 

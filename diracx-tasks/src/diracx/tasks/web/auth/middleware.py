@@ -16,13 +16,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ..sse import event
-from .backends import Role, form_token
+from .backends import AuthBackend, Role, form_token
 from .hosts import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from .backends import AuthBackend
 
 #: Everything comes from here, nothing is written into the page, nobody may frame it.
 CONTENT_SECURITY_POLICY = (

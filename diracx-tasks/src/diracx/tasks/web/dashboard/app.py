@@ -26,8 +26,10 @@ from ...plumbing._util.passwords import mask
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
 from ...plumbing.sql.errors import DatabaseError
+from ..auth.backends import AuthBackend
 from ..auth.middleware import AuthMiddleware, cookie_name
 from ..auth.routes import AuthRoutes, own_path, root_of, set_cookie
+from ..context import AppContext
 from ..operator import NotPossibleError, Operator
 from ..sse import LivePage, StreamSettings
 from .health import probe
@@ -37,9 +39,6 @@ from .rendering import STATIC, environment, render, text_of
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
-
-    from ..auth.backends import AuthBackend
-    from ..context import AppContext
 
 #: What a page may raise and the server behind it may suffer from. Each has its own words.
 _FORESEEN: tuple[type[Exception], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,6 @@ from ...plumbing._util.passwords import last_lines, mask
 from ..auth.middleware import FORM_FIELD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from starlette.requests import Request
 
 HERE = Path(__file__).parent
