@@ -103,10 +103,12 @@ def limit_layers(raw: Any, obj: str, keys: Iterable[str], vo: str | None) -> Ite
         section = section_at(raw, place)
         if "default" in section:
             yield (*place, "default"), mapping(section["default"])
-        by_key = {str(key): value for key, value in mapping(section.get("keys")).items()}
+        by_key = mapping(section.get("keys"))
         for key in names:
-            if key in by_key:
-                yield (*place, "keys", key), mapping(by_key[key])
+            # Of a number, YAML makes no text.
+            found = int(key) if key not in by_key and key.isdecimal() else key
+            if found in by_key:
+                yield (*place, "keys", key), mapping(by_key[found])
 
 
 def section_at(raw: Any, path: Path) -> Mapping[Any, Any]:

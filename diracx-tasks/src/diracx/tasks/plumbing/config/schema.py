@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -24,11 +25,11 @@ from .merge import (
     KINDS,
     Path,
     TimezoneClashError,
-    limit_keys,
+    limit_layers,
     merge,
     merge_problems,
     provenance,
-    task_keys,
+    task_layers,
     timezone_clash,
     with_instances,
 )
@@ -323,7 +324,7 @@ class TasksConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_merged(self) -> Self:
-        problems = [f"{'.'.join(place)}: {what}" for place, what in merge_problems(self.written())]
+        problems = [f"{'.'.join(place)}: {what}" for place, what in merge_problems(self._written)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -334,8 +335,17 @@ class TasksConfig(BaseModel):
         return self._source
 
     def written(self) -> dict[str, Any]:
-        """Only what the operator wrote."""
+        """Only what the operator wrote; not to be changed."""
+        return self._written
+
+    @cached_property
+    def _written(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
+
+    @cached_property
+    def _overrides(self) -> dict[tuple[str, str | None], TaskOverride]:
+        """Those that were asked for, by task and VO."""
+        return {}
 
     def get_override(self, task_name: str, vo: str | None = None) -> TaskOverride:
         """Return what is set for `task_name`, for `vo` if one is given.
@@ -344,24 +354,11 @@ class TasksConfig(BaseModel):
         `periodic` of each of the instances is already laid over that of the task. A task nobody configured gets
         `TaskOverride()`.
         """
-        found = self._task_layers(task_name, vo)
-        if not found:
-            return TaskOverride()
-        if len(found) == 1 and not found[0][1].instances:
-            return found[0][1]
-        layers = (layer.model_dump(exclude_unset=True) for _, layer in found)
-        return TaskOverride.model_validate(with_instances(merge(layers)))
-
-    def _task_layers(self, task_name: str, vo: str | None) -> list[tuple[Path, TaskOverride]]:
-        sections: list[tuple[Path, dict[str, TaskOverride]]] = [(("common",), self.common)]
-        if vo is not None and vo in self.vo_overrides:
-            sections.append((("vo_overrides", vo), self.vo_overrides[vo]))
-        return [
-            ((*place, key), section[key])
-            for place, section in sections
-            for key in task_keys(task_name)
-            if key in section
-        ]
+        place = task_name, vo if vo in self.vo_overrides else None
+        if place not in self._overrides:
+            merged = merge(layer for _, layer in task_layers(self._written, *place))
+            self._overrides[place] = TaskOverride.model_validate(with_instances(merged))
+        return self._overrides[place]
 
     def get_limits(self, obj: str, *keys: str, vo: str | None = None) -> dict[str, Setting]:
         """Return the numbers for a limiter on the object of kind `obj` with these keys, by field.
@@ -370,22 +367,9 @@ class TasksConfig(BaseModel):
         that nobody wrote, or that is null, is not there: it stays as in the code.
         """
         found: dict[str, Setting] = {}
-        for place, limit in self._limit_layers(obj, keys, vo):
-            found |= {name: Setting(getattr(limit, name), (*place, name)) for name in limit.model_fields_set}
+        for place, layer in limit_layers(self._written, obj, keys, vo):
+            found |= {name: Setting(value, (*place, name)) for name, value in layer.items()}
         return {name: setting for name, setting in found.items() if setting.value is not None}
-
-    def _limit_layers(self, obj: str, keys: Iterable[str], vo: str | None) -> Iterable[tuple[Path, LimitConfig]]:
-        sections: list[tuple[Path, ObjectLimits | None]] = [(("limits", obj), self.limits.get(obj))]
-        if vo is not None and vo in self.vo_limits:
-            sections.append((("vo_limits", vo, obj), self.vo_limits[vo].get(obj)))
-        names = limit_keys(keys)
-        for place, limits in sections:
-            if limits is None:
-                continue
-            yield (*place, "default"), limits.default
-            for key in names:
-                if key in limits.keys:
-                    yield (*place, "keys", key), limits.keys[key]
 
     def path_of(self, task_name: str, vo: str | None, field: str, instance: str | None = None) -> Path | None:
         """Return where the value in force of a field is written; None when it is as in the code.
@@ -394,10 +378,8 @@ class TasksConfig(BaseModel):
             field: dotted for what is nested: `periodic.missed`. `periodic` alone asks for the way of saying when.
             instance: of which of the task's instances.
         """
-        layers = self._task_layers(task_name, vo)
-        paths: Any = with_instances(
-            merge(provenance(layer.model_dump(exclude_unset=True), at) for at, layer in layers)
-        )
+        layers = task_layers(self._written, task_name, vo)
+        paths: Any = with_instances(merge(provenance(layer, at) for at, layer in layers))
         if instance is not None:
             paths = (paths.get("instances") or {}).get(instance, {})
         for part in field.split("."):
