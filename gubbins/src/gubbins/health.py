@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["find_alerts", "source"]
-
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["pilot_metrics", "source"]
-
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager

@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "OUTPUT_LIMIT_BYTES",
-    "CEBackend",
-    "CEDescription",
-    "CESettings",
-    "Observation",
-    "Observed",
-    "PilotAtCE",
-    "PilotOutput",
-    "SubmitOutcome",
-    "observed_end",
-]
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["available_backends", "load_backend", "make_backend", "problem_of", "validate_settings"]
-
 import functools
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points

@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "AbsolutePath",
-    "DefaultScript",
-    "KeepDays",
-    "PilotSettings",
-    "Script",
-    "StartSeconds",
-    "Text",
-    "VariableName",
-    "executable_script",
-]
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["app"]
-
 import getpass
 import sys
 from itertools import groupby

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["NO_DATABASE", "emit", "in_database", "recorded", "table"]
-
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS"]
-
 from collections.abc import Awaitable, Callable
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PAGES"]
-
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any

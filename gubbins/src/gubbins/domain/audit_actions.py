@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["AuditAction"]
-
 from enum import StrEnum
 
 

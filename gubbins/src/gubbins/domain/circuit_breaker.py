@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CECall", "Circuit", "CircuitState"]
-
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum

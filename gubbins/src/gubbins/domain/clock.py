@@ -6,8 +6,6 @@ pilot of one that is ten minutes ahead must not be lost ten minutes early to the
 
 from __future__ import annotations
 
-__all__ = ["follow", "now", "simulated"]
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar

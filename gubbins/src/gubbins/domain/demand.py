@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["REQUEST_LIFETIME", "UNLIMITED", "Sharer", "apportion", "fair_part"]
-
 import heapq
 import math
 from collections.abc import Mapping, Sequence

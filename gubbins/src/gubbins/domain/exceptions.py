@@ -2,28 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CEDisabledError",
-    "CEExistsError",
-    "CEFileError",
-    "CEPausedError",
-    "CERefusedError",
-    "CESettingsError",
-    "CEUnavailableError",
-    "GubbinsError",
-    "IllegalTransitionError",
-    "NoRoomError",
-    "OutputUnavailableError",
-    "PilotEndedError",
-    "PilotNotFoundError",
-    "PilotSubmissionError",
-    "SiteBusyError",
-    "SubmissionLimitError",
-    "UnknownCEError",
-    "VONotServedError",
-]
-
-
 #: Characters of a name that an error repeats: no name that exists is longer.
 _NAME = 128
 

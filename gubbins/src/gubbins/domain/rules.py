@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CERules", "DemandPolicy", "VORules", "rules_error", "rules_of", "serves"]
-
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_LINE_CHARS", "one_line", "without_nul"]
-
 MAX_LINE_CHARS = 300
 """Longest reason about one pilot."""
 

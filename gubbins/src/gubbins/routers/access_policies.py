@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ActionType", "CheckMyPilotsPolicyCallable", "MyPilotsAccessPolicy"]
-
 from collections.abc import Awaitable, Callable
 from enum import StrEnum, auto
 from typing import Annotated, Any

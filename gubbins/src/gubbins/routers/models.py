@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CEBan",
-    "CEPublic",
-    "CircuitPublic",
-    "Pilot",
-    "PilotOutputPublic",
-    "PilotPage",
-    "PilotStep",
-    "PilotWithHistory",
-    "Submission",
-    "Summary",
-]
-
 from datetime import datetime
 from typing import Any
 

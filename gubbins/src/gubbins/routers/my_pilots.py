@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["router"]
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterator

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PilotDB", "WaitingJobs"]
-
 from typing import Annotated
 
 from diracx.db.sql import JobDB

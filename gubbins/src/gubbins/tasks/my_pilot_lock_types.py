@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MY_PILOT"]
-
 from diracx.tasks.plumbing.lock_registry import register_locked_object_type
 
 MY_PILOT = register_locked_object_type("my_pilot")

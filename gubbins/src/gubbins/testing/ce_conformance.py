@@ -18,15 +18,6 @@ pytest-asyncio.
 
 from __future__ import annotations
 
-__all__ = [
-    "CEConformance",
-    "CERemoteConformance",
-    "CESiteConformance",
-    "MakeBackend",
-    "Scenario",
-    "pilot_scripts",
-]
-
 import asyncio
 import time
 import uuid

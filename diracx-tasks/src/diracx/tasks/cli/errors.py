@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CliError",
-    "UsageProblem",
-    "mask",
-    "one_line",
-    "shortened",
-    "shortened_line",
-]
-
 from collections.abc import Sequence
 
 from ..plumbing._util.passwords import mask

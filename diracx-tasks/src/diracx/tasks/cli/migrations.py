@@ -15,8 +15,6 @@ from .options import Commands, JsonOption, YesOption
 from .output import confirm, echo, echo_json
 from .runtime.databases import database_classes, database_url, explained_database
 
-__all__ = ["add_migration_commands"]
-
 _Answer = TypeVar("_Answer")
 
 

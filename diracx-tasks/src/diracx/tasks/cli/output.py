@@ -4,8 +4,6 @@ taken for Rich markup, and no password of a URL is shown. JSON is lossless: it e
 
 from __future__ import annotations
 
-__all__ = ["confirm", "console", "echo", "echo_json", "print_json", "show", "show_fields", "styled", "table"]
-
 import json
 import sys
 from collections.abc import Iterable, Sequence

@@ -14,8 +14,6 @@ from ..plumbing._util.printable import printable
 from .errors import CliError, one_line
 from .options import Commands
 
-__all__ = ["run_program"]
-
 #: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 

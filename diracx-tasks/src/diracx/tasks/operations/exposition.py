@@ -5,8 +5,6 @@ Importing this module imports `prometheus_client` (70 ms, 3 MB): only where metr
 
 from __future__ import annotations
 
-__all__ = ["BOUNDARIES", "CONTENT_TYPE", "MetricsSource", "as_text", "counter", "gauge", "histogram"]
-
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TypeAlias

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ArcBackend"]
-
 import asyncio
 import logging
 import re
@@ -21,10 +19,10 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
+from gubbins.ces.transports.tokens import CredentialsError
 from gubbins.domain.exceptions import OutputUnavailableError
 from gubbins.domain.text import one_line
 
-from .credentials import CredentialsError
 from .description import STDERR, STDOUT, describe
 from .rest import ArcRest, NotAcceptedError
 from .settings import ArcSettings

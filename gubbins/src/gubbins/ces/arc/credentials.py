@@ -5,8 +5,6 @@ Everything here reads files and may take some milliseconds; the back end calls i
 
 from __future__ import annotations
 
-__all__ = ["CredentialsError", "Identity", "fingerprint", "read_identity"]
-
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["STDERR", "STDOUT", "describe"]
-
 from collections.abc import Mapping
 
 from .settings import ArcSettings

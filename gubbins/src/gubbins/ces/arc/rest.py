@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ArcRest", "NotAcceptedError"]
-
 import asyncio
 import contextlib
 import json
@@ -12,10 +10,11 @@ from typing import Any, NamedTuple, TypeGuard
 
 import httpx
 
+from gubbins.ces.transports.tokens import CredentialsError
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
-from .credentials import CredentialsError, Identity, fingerprint, read_identity
+from .credentials import Identity, fingerprint, read_identity
 from .settings import ArcSettings
 from .xrsl import join, name_in
 

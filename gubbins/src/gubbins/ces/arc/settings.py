@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ArcSettings"]
-
 from typing import Self
 from urllib.parse import urlsplit
 

@@ -7,18 +7,6 @@ unpacks it needs no character that means anything to any of them.
 
 from __future__ import annotations
 
-__all__ = [
-    "UNPACK_AND_RUN",
-    "VARIABLE",
-    "AttributeValue",
-    "check_attribute",
-    "check_text",
-    "join",
-    "name_in",
-    "pack",
-    "relation",
-]
-
 import base64
 import re
 import shlex

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["HTCondorBackend"]
-
 import asyncio
 import logging
 from collections import defaultdict

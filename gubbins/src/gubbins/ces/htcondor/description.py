@@ -6,8 +6,6 @@ environment is in the shell script that runs the pilot's own.
 
 from __future__ import annotations
 
-__all__ = ["Submission", "submission"]
-
 import re
 import shlex
 from pathlib import Path

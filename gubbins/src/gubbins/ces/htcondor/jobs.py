@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ABANDONED", "ATTRIBUTES", "Job", "judge", "parse_jobs", "pilots_own"]
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

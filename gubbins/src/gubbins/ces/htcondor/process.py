@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PROGRAM", "Bindings", "BindingsRefusal"]
-
 import asyncio
 import json
 import os

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["HTCondorSettings"]
-
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator

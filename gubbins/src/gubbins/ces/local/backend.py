@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalBackend", "LocalSettings"]
-
 import asyncio
 import os
 import socket

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["modified_at", "read_end", "read_start"]
-
 import errno
 import os
 import stat

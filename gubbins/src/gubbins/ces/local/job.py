@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalJob", "sweep"]
-
 import contextlib
 import logging
 import os

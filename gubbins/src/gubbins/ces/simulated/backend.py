@@ -6,8 +6,6 @@ worker, before and after any restart, gives the same answer.
 
 from __future__ import annotations
 
-__all__ = ["SimulatedBackend", "SimulatedSettings"]
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta

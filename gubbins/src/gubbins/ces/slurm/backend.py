@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SlurmBackend"]
-
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice

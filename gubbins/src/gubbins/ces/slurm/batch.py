@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["batch_script", "sbatch_options"]
-
 import base64
 import re
 import shlex

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["error_line", "is_refusal", "is_unreachable"]
-
 import re
 
 from gubbins.domain.text import MAX_LINE_CHARS, one_line

@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ACCOUNT_FORMAT",
-    "QUEUE_FORMAT",
-    "Job",
-    "Record",
-    "is_job_number",
-    "judge",
-    "parse_accounts",
-    "parse_completions",
-    "parse_queue",
-    "parse_records",
-]
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

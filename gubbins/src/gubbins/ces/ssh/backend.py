@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SSHBackend"]
-
 import asyncio
 import contextlib
 from collections import defaultdict

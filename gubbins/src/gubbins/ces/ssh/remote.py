@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["InvalidResponse", "Refused", "command", "is_stamp", "parse", "quote"]
-
 import re
 import secrets
 import shlex

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SSHSettings"]
-
 from pydantic import Field
 
 from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings, StartSeconds, Text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_ANSWER_BYTES", "Completed", "LocalShell", "Shell", "inherited_environment"]
-
 import asyncio
 import contextlib
 import os

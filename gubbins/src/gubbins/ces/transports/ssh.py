@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SSHError", "SSHHost", "SSHShell"]
-
 import asyncio
 import contextlib
 import logging

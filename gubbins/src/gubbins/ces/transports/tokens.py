@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CredentialsError", "expiry_of_token", "read_token"]
-
 import base64
 import binascii
 import json

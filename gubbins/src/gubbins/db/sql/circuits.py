@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CircuitsMixin", "delete_circuits", "read_circuits", "restore_last_error"]
-
 from datetime import datetime, timedelta
 from typing import Any
 

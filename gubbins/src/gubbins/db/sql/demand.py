@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Demand", "DemandMixin"]
-
 from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CYCLE_SECONDS", "check_limits"]
-
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any

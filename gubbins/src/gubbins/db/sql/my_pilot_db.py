@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MyPilotDB"]
-
 from .circuits import CircuitsMixin
 from .compute_elements import ComputeElementsMixin
 from .demand import DemandMixin

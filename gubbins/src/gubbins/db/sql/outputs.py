@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Output", "OutputsMixin"]
-
 import asyncio
 import zlib
 from collections.abc import Collection, Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PilotsMixin"]
-
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any

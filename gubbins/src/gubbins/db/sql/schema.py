@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "SELECT_CE",
-    "CECircuits",
-    "ComputeElements",
-    "MyPilotDBBase",
-    "PilotDemand",
-    "PilotHistory",
-    "PilotOutputs",
-    "PilotRequests",
-    "Pilots",
-    "UTCDateTime",
-    "columns_of",
-]
-
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, cast

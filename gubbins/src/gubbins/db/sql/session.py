@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PilotSession", "portions"]
-
 import contextlib
 import json
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["QUARTER", "StatisticsMixin"]
-
 from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["SubmissionsMixin"]
-
 import uuid
 from collections.abc import Sequence
 

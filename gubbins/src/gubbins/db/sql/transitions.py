@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["TransitionsMixin"]
-
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any

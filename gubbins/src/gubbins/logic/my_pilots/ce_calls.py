@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["at_ce", "backend_of", "describe_failure"]
-
 import asyncio
 import contextlib
 import logging

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CE_NAME", "CEFileError", "CESpec", "parse_ce_file"]
-
 from typing import Annotated, Any
 
 import yaml

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["transition_pilot_states"]
-
 import asyncio
 import logging
 import time

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Blocker", "half_open", "may_call", "may_submit", "note_failure", "note_success", "submission_blocker"]
-
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "add_ce",
-    "as_seen_by",
-    "ban_ce",
-    "get_available_ces",
-    "get_ce",
-    "list_ces",
-    "load_ces",
-    "set_ce_enabled",
-]
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["REQUEST_LIFETIME", "count_waiting_jobs", "request_pilots", "withdraw_requests"]
-
 import asyncio
 import logging
 from collections import Counter

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ask_for_output", "collect_outputs", "ends_with_output", "get_pilot_output", "stored_output"]
-
 import asyncio
 import contextlib
 import logging

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "cancel_pilot",
-    "count_ended_pilots",
-    "count_illegal_histories",
-    "count_steps",
-    "get_pilot",
-    "get_pilot_summary",
-    "prune_pilots",
-    "search_pilots",
-]
-
 import asyncio
 import logging
 from collections import Counter

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["check_observations", "check_outcome", "check_output"]
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ at once, and says when to come back. Workers have limits of their own.
 
 from __future__ import annotations
 
-__all__ = ["SiteCalls", "site_calls"]
-
 import asyncio
 import contextlib
 import time

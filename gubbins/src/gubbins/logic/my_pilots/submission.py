@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["submit_pilot", "submit_requested_pilot"]
-
 import asyncio
 import logging
 import uuid

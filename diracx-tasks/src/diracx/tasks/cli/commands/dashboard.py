@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...plumbing._util.passwords import mask
 from ...plumbing.broker.server_check import Role as ServerRole
 from ...plumbing.config.sources import ConfigReader
 from ...plumbing.registry import TaskRegistry
 from ...web.auth.backends import Principal, Role, TokenBackend, new_token
 from ...web.auth.hosts import host_name, is_loopback
 from ...web.context import AppContext
-from ..errors import CliError, UsageProblem, mask
+from ..errors import CliError, UsageProblem
 from ..options import LogLevel, LogLevelOption
 from ..runtime.broker import open_broker
 from ..runtime.databases import unchecked_task_db

@@ -14,6 +14,7 @@ import typer
 from prometheus_client import Metric
 
 from ...operations.metrics import scheduler_metrics, worker_metrics
+from ...plumbing._util.passwords import mask
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.base_task import PeriodicVoAwareBaseTask
 from ...plumbing.broker.server_check import Role
@@ -24,7 +25,7 @@ from ...plumbing.persistence.resubmission import Resubmitter
 from ...plumbing.scheduler import TaskScheduler
 from ...plumbing.worker import Worker
 from ...plumbing.worker.settings import WorkerSettings
-from ..errors import CliError, mask, one_line
+from ..errors import CliError, one_line
 from ..runtime.broker import explained_redis
 from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
 from ..runtime.databases import check_databases, open_task_db, required_task_db

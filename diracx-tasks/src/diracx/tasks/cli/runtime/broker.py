@@ -16,6 +16,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from ...plumbing._util.passwords import mask
 from ...plumbing._util.retrying import NO_PRIMARY, reason
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker import RedisStreamBroker
@@ -24,7 +25,7 @@ from ...plumbing.broker.server_check import Role, UnusableServerError, report_ch
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.enums import Size
 from ...plumbing.exceptions import SendTaskError
-from ..errors import CliError, mask
+from ..errors import CliError
 
 #: A server that does not answer for so long counts as down. Users were promised an answer within 5 s.
 ANSWER_SECONDS = 2.0

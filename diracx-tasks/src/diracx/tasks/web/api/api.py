@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["router"]
-
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["AuditLogger", "Audited", "UserActionRate", "name_of"]
-
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus

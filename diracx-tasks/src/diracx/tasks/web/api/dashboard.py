@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["router"]
-
 import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any

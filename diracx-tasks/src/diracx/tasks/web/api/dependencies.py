@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["AllVOsReader", "Reader", "Writer", "answered", "or_404"]
-
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import wraps

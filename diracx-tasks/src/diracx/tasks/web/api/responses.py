@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_BODY_BYTES", "BoundedRoute", "QuietRoute", "database_errors", "responses"]
-
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from http import HTTPStatus

@@ -7,8 +7,6 @@ the access token is used, and the refresh token forgotten.
 
 from __future__ import annotations
 
-__all__ = ["CodeFlow"]
-
 import base64
 import hashlib
 import hmac

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["POLICY", "DiracxAuthContext", "DiracxBackend", "name_of", "role_of"]
-
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 

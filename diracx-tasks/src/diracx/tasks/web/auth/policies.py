@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigReader", "check_vo_is_registered", "forbidden"]
-
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated
