@@ -32,7 +32,7 @@ overrides; everything else stays as the code has it.
 
 from __future__ import annotations
 
-from .effective import describe_schedule, instance_settings, object_settings, task_settings
+from .effective import describe_schedule, instance_settings, object_settings, schedule_in_force, task_settings
 from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
 from .schema import (
     LimitConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "object_settings",
     "owner",
     "problems",
+    "schedule_in_force",
     "task_settings",
     "unknown_names",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base_task import BaseTask, PeriodicBaseTask
 from ..lock_registry import TASK
 from ..retry_policies import ExponentialBackoff, NoRetry
 from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
-from .schema import PeriodicTaskConfig, Setting, TaskOverride, TasksConfig
+from .schema import Setting, TaskOverride, TasksConfig
 
 _LIMITS = ("rate_limit", "rate_window_seconds", "concurrency_limit")
 
@@ -25,9 +25,9 @@ def task_settings(
     override = config.get_override(name, vo)
     found: dict[str, Setting] = {}
     if issubclass(task_class, PeriodicBaseTask):
-        found["enabled"] = _enabled(config, name, task_class, vo, override)
-        if not override.instances:
-            found |= _schedule(config, name, task_class, vo, override.periodic, None)
+        found = _shown(schedule_in_force(config, name, task_class, vo))
+        if override.instances:
+            del found["schedule"], found["missed"]
     found |= _limits(config, name, task_class, vo, override)
     found |= _retries(config, name, task_class, vo, override)
     for field in ("time_limit_seconds", "priority"):
@@ -43,8 +43,7 @@ def instance_settings(
     override = config.get_override(name, vo)
     return {
         key: {
-            "enabled": _enabled(config, name, task_class, vo, override, key),
-            **_schedule(config, name, task_class, vo, instance.periodic, key),
+            **_shown(schedule_in_force(config, name, task_class, vo, key)),
             "args": Setting(instance.args, config.path_of(name, vo, "args", key)),
         }
         for key, instance in override.instances.items()
@@ -80,44 +79,50 @@ def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
     return f"{kind} {' '.join(text.split())}" + (f" ({zone})" if zone else "")
 
 
-def _enabled(
+class ScheduleInForce(NamedTuple):
+    """Whether and when a periodic task, or an instance of it, runs; each with the place that decides it."""
+
+    enabled: Setting
+    rule: Setting
+    """A `TaskScheduleBase`; None: neither code nor configuration has one."""
+    missed: Setting
+
+
+def schedule_in_force(
     config: TasksConfig,
     name: str,
     task_class: type[PeriodicBaseTask],
     vo: str | None,
-    override: TaskOverride,
     instance: str | None = None,
-) -> Setting:
-    """Whether it is scheduled; the path is that of whatever decides it."""
+) -> ScheduleInForce:
+    """The schedule of a periodic task, or of one of its instances, as it holds for a VO."""
+    override = config.get_override(name, vo)
+    own = override if instance is None else override.instances[instance]
+    rule, missed = None, None
     switches = [(override.enabled, config.path_of(name, vo, "enabled"))]
-    periodic = override.periodic if instance is None else override.instances[instance].periodic
     if instance is not None:
-        switches.append((override.instances[instance].enabled, config.path_of(name, vo, "enabled", instance)))
-    if periodic is not None:
-        switches.append((periodic.enabled, config.path_of(name, vo, "periodic.enabled", instance)))
+        switches.append((own.enabled, config.path_of(name, vo, "enabled", instance)))
+    if own.periodic is not None:
+        rule, missed = own.periodic.as_schedule(), own.periodic.missed
+        switches.append((own.periodic.enabled, config.path_of(name, vo, "periodic.enabled", instance)))
     if not task_class._enabled:
-        return Setting(False, None)
-    off = next((Setting(False, path) for on, path in switches if not on), None)
-    return off or Setting(True, next((path for _, path in switches if path is not None), None))
-
-
-def _schedule(
-    config: TasksConfig,
-    name: str,
-    task_class: type[PeriodicBaseTask],
-    vo: str | None,
-    periodic: PeriodicTaskConfig | None,
-    instance: str | None,
-) -> dict[str, Setting]:
-    rule = periodic.as_schedule() if periodic else None
-    missed = periodic.missed if periodic else None
-    return {
-        "schedule": Setting(
-            describe_schedule(rule or getattr(task_class, "default_schedule", None)),
-            config.path_of(name, vo, "periodic", instance),
+        enabled = Setting(False, None)
+    elif (off := next((path for on, path in switches if not on), None)) is not None:
+        enabled = Setting(False, off)
+    else:
+        enabled = Setting(True, next((path for _, path in switches if path is not None), None))
+    return ScheduleInForce(
+        enabled,
+        Setting(
+            rule or getattr(task_class, "default_schedule", None), config.path_of(name, vo, "periodic", instance)
         ),
-        "missed": Setting(missed or task_class.missed, config.path_of(name, vo, "periodic.missed", instance)),
-    }
+        Setting(missed or task_class.missed, config.path_of(name, vo, "periodic.missed", instance)),
+    )
+
+
+def _shown(found: ScheduleInForce) -> dict[str, Setting]:
+    rule = Setting(describe_schedule(found.rule.value), found.rule.path)
+    return {"enabled": found.enabled, "schedule": rule, "missed": found.missed}
 
 
 def _limits(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.models import in_ms
 from ..broker.spans import submission_spans
-from ..config import PeriodicTaskConfig, TasksConfig
+from ..config import TasksConfig, owner, schedule_in_force
 from ..messages.typed_arguments import check_arguments
 from ..schedules import IntervalSeconds, TaskScheduleBase
 
@@ -38,15 +37,12 @@ class ScheduledTask:
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
-    disabled_by: str | None = None
-    """Layer that disables it: `code`, or the field of the configuration; None: it is scheduled."""
+    enabled: bool = True
+    """Whether it is to be scheduled."""
+    source: str = "code"
+    """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
     missed: str = "once"
     """`once`: a missed occurrence is made up for; `skip`: it is left out."""
-
-    @property
-    def enabled(self) -> bool:
-        """Return whether it is to be scheduled."""
-        return self.disabled_by is None and self.rule is not None
 
     def build(self) -> PeriodicBaseTask:
         """Make the task to submit.
@@ -144,62 +140,22 @@ def iter_schedules(
 def _instances(
     name: str, task_class: type[PeriodicBaseTask], vo: str | None, config: TasksConfig
 ) -> Iterator[ScheduledTask]:
-    override = config.get_override(name, vo)
-    disabled_by = "code" if not task_class._enabled else None if override.enabled else "enabled"
+    instances = config.get_override(name, vo).instances
     suffix = "" if vo is None else f"/{vo}"
-    if not override.instances:
-        yield _scheduled(f"{name}{suffix}", name, task_class, vo, disabled_by, override.periodic)
-        return
-    for instance, given in override.instances.items():
-        yield _scheduled(
-            f"{name}@{instance}{suffix}",
+    for instance in instances or [None]:
+        enabled, rule, missed = schedule_in_force(config, name, task_class, vo, instance)
+        yield ScheduledTask(
+            name + ("" if instance is None else f"@{instance}") + suffix,
             name,
             task_class,
             vo,
-            disabled_by or (None if given.enabled else "enabled"),
-            given.periodic,
+            rule.value,
             instance=instance,
-            args=given.args,
+            args={} if instance is None else instances[instance].args,
+            enabled=enabled.value and rule.value is not None,
+            source=owner(rule.path if enabled.value else enabled.path),
+            missed=missed.value,
         )
-
-
-def _scheduled(
-    id_: str,
-    name: str,
-    task_class: type[PeriodicBaseTask],
-    vo: str | None,
-    disabled_by: str | None,
-    periodic: PeriodicTaskConfig | None,
-    **instance: Any,
-) -> ScheduledTask:
-    rule = (_rule(periodic) if periodic else None) or getattr(task_class, "default_schedule", None)
-    disabled_by = disabled_by or ("periodic.enabled" if periodic and not periodic.enabled else None)
-    missed = (periodic.missed if periodic else None) or task_class.missed
-    return ScheduledTask(id_, name, task_class, vo, rule, disabled_by=disabled_by, missed=missed, **instance)
-
-
-def _rule(periodic: PeriodicTaskConfig) -> TaskScheduleBase | None:
-    return _rule_of(periodic.schedule, periodic.timezone, periodic.interval_seconds, periodic.rrule)
-
-
-@lru_cache(maxsize=1024)
-def _rule_of(
-    schedule: str | None, timezone: str | None, interval_seconds: float | None, rrule: str | None
-) -> TaskScheduleBase | None:
-    """Make the rule of a schedule, once for all VOs: a cron expression costs a third of a ms."""
-    return PeriodicTaskConfig(
-        schedule=schedule, timezone=timezone, interval_seconds=interval_seconds, rrule=rrule
-    ).as_schedule()
-
-
-def source_of(found: ScheduledTask, config: TasksConfig) -> str:
-    """Return which layer of the configuration determines the schedule: `code`, `common` or `vo NAME`."""
-    if found.disabled_by == "code":
-        return "code"
-    field_ = found.disabled_by or "periodic"
-    said = config.source_of(found.name, found.vo, field_, found.instance)
-    # Switched off for the task as a whole, and not for this instance.
-    return config.source_of(found.name, found.vo, field_) if said == "code" and found.disabled_by else said
 
 
 def scheduled_tasks(

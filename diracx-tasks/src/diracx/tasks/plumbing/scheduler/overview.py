@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..broker.stored_schedules import Activity, Outcome, StoredSchedules, activities, read_schedules
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
-from .occurrences import ScheduledTask, iter_schedules, source_of
+from .occurrences import ScheduledTask, iter_schedules
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -73,7 +73,7 @@ async def schedules(
     stored = await read_schedules(redis)
     running = await activities(redis, stored)
     known = {*instances, *stored.next_runs, *stored.fingerprints, *stored.paused}
-    return [_state(id_, instances.get(id_), config, stored, running.get(id_)) for id_ in sorted(known)]
+    return [_state(id_, instances.get(id_), stored, running.get(id_)) for id_ in sorted(known)]
 
 
 def _moment(ms: int) -> datetime:
@@ -81,7 +81,7 @@ def _moment(ms: int) -> datetime:
 
 
 def _state(
-    id_: str, found: ScheduledTask | None, config: TasksConfig, stored: StoredSchedules, activity: Activity | None
+    id_: str, found: ScheduledTask | None, stored: StoredSchedules, activity: Activity | None
 ) -> ScheduleState:
     name, instance, vo = (found.name, found.instance, found.vo) if found else _parts(id_)
     last = stored.last_runs.get(id_)
@@ -94,7 +94,7 @@ def _state(
         vo=vo,
         rule=describe_schedule(found.rule) if found else None,
         missed=found.missed if found else None,
-        source=source_of(found, config) if found else None,
+        source=found.source if found else None,
         next_run=None if due is None or paused is not None else _moment(due),
         last_run=None if last is None else _moment(last[3]),
         last_task_id=None if last is None else last[2],
