@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ from .visibility import Viewer
 
 if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
+    from ..plumbing.persistence.db import DeadLetterFilter
+
+_PAGE = 200
 
 
 async def waiting_dead_letters(
@@ -67,6 +70,21 @@ async def find_dead_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, An
     """The dead letter of this task id or number; None where there is none that the viewer sees."""
     letter = await db.find(key)
     return letter if letter is not None and viewer.sees(letter["vo"]) else None
+
+
+async def dead_letter_summaries(
+    db: TaskDB, where: DeadLetterFilter, limit: int | None = None
+) -> AsyncIterator[dict[str, Any]]:
+    """The dead letters that a filter lets through, oldest first, without their contents; read page by page."""
+    after_id, left = 0, limit
+    while left is None or left > 0:
+        page = await db.summaries(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
+        if not page:
+            return
+        after_id = page[-1]["id"]
+        left = None if left is None else left - len(page)
+        for dead_letter in page:
+            yield dead_letter
 
 
 def _text(value: Any) -> str:

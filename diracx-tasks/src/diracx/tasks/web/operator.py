@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..operations.audited_actions import AlreadyQueuedError, AuditedActions
+from ..operations.dead_letters import dead_letter_summaries
 from ..plumbing.broker.cancel import TaskPlace
 from ..plumbing.exceptions import TaskArgumentsError
 from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
@@ -17,8 +18,6 @@ from .context import AppContext
 
 if TYPE_CHECKING:
     from ..plumbing.persistence.db import DeadLetterFilter
-
-_PAGE = 200
 
 
 class NotPossibleError(Exception):
@@ -124,7 +123,10 @@ class Operator(AuditedActions):
     async def discard(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
         """Decide that dead letters will not run again. Arguments and errors as of `retry`."""
         db = self._task_db()
-        chosen = await (self._letters(numbers) if numbers is not None else self._search(where, limit))
+        if numbers is not None:
+            chosen = await self._letters(numbers)
+        else:
+            chosen = [letter async for letter in dead_letter_summaries(db, where, limit)]
         gone = await self.discard_dead_letters(db, chosen, None if numbers is not None else where)
         decided = Decided([letter for letter in chosen if letter["id"] in gone])
         for letter in chosen:
@@ -145,16 +147,4 @@ class Operator(AuditedActions):
             if not letters or letters[0]["id"] != number:
                 raise NotPossibleError(f"there is no dead letter {number}")
             found += letters
-        return found
-
-    async def _search(self, where: DeadLetterFilter, limit: int) -> list[dict[str, Any]]:
-        db = self._task_db()
-        found: list[dict[str, Any]] = []
-        after_id = 0
-        while len(found) < limit:
-            page = await db.summaries(**where, limit=min(_PAGE, limit - len(found)), after_id=after_id)
-            if not page:
-                break
-            after_id = page[-1]["id"]
-            found += page
         return found

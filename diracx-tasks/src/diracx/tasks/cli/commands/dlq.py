@@ -6,14 +6,14 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ... import operations
 from ...operations.audited_actions import AuditedActions
-from ...operations.dead_letters import dead_letter_record, dead_letter_summary
+from ...operations.dead_letters import dead_letter_record, dead_letter_summaries, dead_letter_summary
 from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
 from ...plumbing.persistence.dead_letter import DeadLetterStatus
 from ...plumbing.persistence.published import import_published
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     Letter = Mapping[str, Any]
 
-_PAGE = 200
 #: Refusals that are shown one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
 _Answer = TypeVar("_Answer")
@@ -68,7 +67,7 @@ def list_letters(
 
     async def read(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
         counts = await db.count(**where)
-        return [letter async for letter in _pages(db, where, limit)], sum(counts.values())
+        return [letter async for letter in dead_letter_summaries(db, where, limit)], sum(counts.values())
 
     letters, total = _in_database(read)
     if as_json:
@@ -156,7 +155,9 @@ def export(
     where = filters.letters(status)
 
     async def write(db: TaskDB) -> None:
-        async for summary in _pages(db, where, limit):  # one body at a time: each may have megabytes
+        async for summary in dead_letter_summaries(
+            db, where, limit
+        ):  # one body at a time: each may have megabytes
             if (letter := await db.find(summary["task_id"])) is not None:
                 sys.stdout.write(json.dumps(dead_letter_record(letter)) + "\n")
         sys.stdout.flush()
@@ -236,7 +237,7 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")
-            chosen = [letter async for letter in _pages(db, where, choice.limit)]
+            chosen = [letter async for letter in dead_letter_summaries(db, where, choice.limit)]
         if not chosen:
             return [], set()
         async with server.connected() as broker:
@@ -301,19 +302,6 @@ async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[st
     if letter is None:
         raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
     return letter
-
-
-async def _pages(db: TaskDB, where: DeadLetterFilter, limit: int | None) -> AsyncIterator[dict[str, Any]]:
-    """Summaries of dead letters, read page by page."""
-    after_id, left = 0, limit
-    while left is None or left > 0:
-        page = await db.summaries(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
-        if not page:
-            return
-        after_id = page[-1]["id"]
-        left = None if left is None else left - len(page)
-        for letter in page:
-            yield letter
 
 
 async def _confirmed(db: TaskDB, where: DeadLetterFilter, choice: Choice, question: str) -> None:
