@@ -7,10 +7,10 @@ from enum import StrEnum, auto
 from typing import Annotated, Any
 
 from diracx.core.config.schema import Config
-from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
+from diracx.core.properties import NORMAL_USER, OPERATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
-from diracx.tasks.web.auth.policies import check_vo_is_registered, forbidden
+from diracx.tasks.web.auth.policies import check_properties, forbidden
 from fastapi import Depends
 
 
@@ -22,10 +22,16 @@ class ActionType(StrEnum):
     MANAGE = auto()  # create, open and close compute elements
 
 
+_NEEDED: dict[ActionType, tuple[str, ...]] = {
+    ActionType.READ: (NORMAL_USER, OPERATOR),
+    ActionType.SUBMIT: (NORMAL_USER,),
+    ActionType.MANAGE: (),
+}
+
+
 class MyPilotsAccessPolicy(BaseAccessPolicy):
     """A VO sees and touches its own pilots; management is for service administrators.
 
-    * The token's VO must be in the registry. DiracX checks a token's signature, not its contents.
     * READ needs NormalUser, Operator or ServiceAdministrator; SUBMIT needs NormalUser or ServiceAdministrator;
       MANAGE needs ServiceAdministrator.
     * Pilots of another VO are for service administrators only. Routes answer as if they did not exist.
@@ -42,28 +48,13 @@ class MyPilotsAccessPolicy(BaseAccessPolicy):
         vo: str | None = None,
         **_: Any,
     ) -> None:
-        """Allow or refuse.
+        """Allow or refuse. See `check_properties`.
 
         Args:
             policy_name: the name it is registered under.
-            user_info: what the token says.
-            action: what is wanted.
-            config: reads the configuration, for its registry of VOs.
             vo: whose pilots are concerned; None: those of the token's VO.
-
-        Raises:
-            HTTPException: 403, with the reason.
-            ValueError: the route gave no action or no configuration.
         """
-        if action is None or config is None:
-            raise ValueError("MyPilotsAccessPolicy needs `action` and `config`")
-        await check_vo_is_registered(user_info.vo, config)
-        is_admin = SERVICE_ADMINISTRATOR in user_info.properties
-        if action is ActionType.MANAGE and not is_admin:
-            raise forbidden("managing compute elements needs the property ServiceAdministrator")
-        needed = (NORMAL_USER, OPERATOR) if action is ActionType.READ else (NORMAL_USER,)
-        if not is_admin and not any(each in user_info.properties for each in needed):
-            raise forbidden(f"this needs the property {' or '.join(needed)} or ServiceAdministrator")
+        is_admin = await check_properties(user_info, action, _NEEDED, config)
         if vo is not None and vo != user_info.vo and not is_admin:
             raise forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
 

@@ -7,12 +7,12 @@ from enum import StrEnum, auto
 from typing import Annotated, Any
 
 from diracx.core.config.schema import Config
-from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
+from diracx.core.properties import OPERATOR
 from diracx.routers.access_policies import BaseAccessPolicy
 from diracx.routers.utils.users import AuthorizedUserInfo
 from fastapi import Depends
 
-from .policies import check_vo_is_registered, forbidden
+from .policies import check_properties
 
 
 class ActionType(StrEnum):
@@ -23,11 +23,17 @@ class ActionType(StrEnum):
     WRITE = auto()  # cancel, purge, release, pause, retry, discard: of all VOs
 
 
+_NEEDED: dict[ActionType, tuple[str, ...]] = {
+    ActionType.READ: (OPERATOR,),
+    ActionType.READ_ALL: (),
+    ActionType.WRITE: (),
+}
+
+
 class TasksAccessPolicy(BaseAccessPolicy):
     """An operator sees the tasks of the own VO; a service administrator sees, and acts on, those of all.
 
-    * The token's VO must be in the registry. DiracX checks a token's signature, not its contents.
-    * READ needs Operator or ServiceAdministrator, READ_ALL and WRITE need ServiceAdministrator.
+    READ needs Operator or ServiceAdministrator, READ_ALL and WRITE need ServiceAdministrator.
     """
 
     @staticmethod
@@ -40,28 +46,8 @@ class TasksAccessPolicy(BaseAccessPolicy):
         config: Callable[[], Awaitable[Config]] | None = None,
         **_: Any,
     ) -> None:
-        """Allow or refuse.
-
-        Args:
-            policy_name: the name it is registered under.
-            user_info: what the token says.
-            action: what is wanted.
-            config: reads the configuration, for its registry of VOs.
-
-        Raises:
-            HTTPException: 403, with the reason.
-            ValueError: the route gave no action or no configuration.
-        """
-        if action is None or config is None:
-            raise ValueError("TasksAccessPolicy needs `action` and `config`")
-        await check_vo_is_registered(user_info.vo, config)
-        is_admin = SERVICE_ADMINISTRATOR in user_info.properties
-        if action is ActionType.WRITE and not is_admin:
-            raise forbidden("acting on tasks needs the property ServiceAdministrator")
-        if action is ActionType.READ_ALL and not is_admin:
-            raise forbidden("this is about all VOs: looking at it needs the property ServiceAdministrator")
-        if not is_admin and OPERATOR not in user_info.properties:
-            raise forbidden("looking at tasks needs the property Operator or ServiceAdministrator")
+        """Allow or refuse; `policy_name` is the name it is registered under. See `check_properties`."""
+        await check_properties(user_info, action, _NEEDED, config)
 
 
 CheckTasksPolicyCallable = Annotated[Callable[..., Any], Depends(TasksAccessPolicy.check)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import StrEnum
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
 from diracx.core.config import ConfigSource
 from diracx.core.config.schema import Config
+from diracx.core.properties import SERVICE_ADMINISTRATOR
+from diracx.routers.utils.users import AuthorizedUserInfo
 from fastapi import Depends, HTTPException, Request
 
 
@@ -16,14 +19,35 @@ def forbidden(detail: str) -> HTTPException:
     return HTTPException(status_code=HTTPStatus.FORBIDDEN, detail=detail)
 
 
-async def check_vo_is_registered(vo: str, config: Callable[[], Awaitable[Config]]) -> None:
-    """DiracX checks a token's signature, not whether its VO is still known.
+async def check_properties(
+    user_info: AuthorizedUserInfo,
+    action: StrEnum | None,
+    needed: Mapping[Any, Sequence[str]],
+    config: Callable[[], Awaitable[Config]] | None,
+) -> bool:
+    """Check that the properties of a token allow an action, and that its VO is in the registry.
+
+    DiracX checks a token's signature, not its contents. Service administrators may do everything.
+
+    Args:
+        needed: for each action the properties of which one is enough.
+
+    Returns:
+        Whether the user is a service administrator.
 
     Raises:
-        HTTPException: 403, when the registry lacks the VO.
+        HTTPException: 403, with the reason.
+        ValueError: the route gave no action or no configuration.
     """
-    if vo not in (await config()).registry:
-        raise forbidden(f"VO {vo!r} is not in the registry of this installation")
+    if action is None or config is None:
+        raise ValueError("the access policy needs `action` and `config`")
+    if user_info.vo not in (await config()).registry:
+        raise forbidden(f"VO {user_info.vo!r} is not in the registry of this installation")
+    is_admin = SERVICE_ADMINISTRATOR in user_info.properties
+    if not is_admin and not any(each in user_info.properties for each in needed[action]):
+        wanted = " or ".join([*needed[action], SERVICE_ADMINISTRATOR])
+        raise forbidden(f"this ({action}) needs the property {wanted}")
+    return is_admin
 
 
 def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
