@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,12 +9,14 @@ from redis.asyncio import Redis
 
 from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.broker.cancel import TaskPlace
-from ..plumbing.persistence.resubmission import ResubmitResult, ResubmitStatus, Resubmitter
+from ..plumbing.persistence.dead_letter import DeadLetterStatus
+from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 from ..plumbing.scheduler import admin
 from ..plumbing.scheduler.occurrences import ScheduledTask
 from ..plumbing.submission.client import Binding
 from .actions import purge, release_lock
 from .audit import audited, listed, user_at_host
+from .dead_letters import Decided
 from .models import Released
 
 if TYPE_CHECKING:
@@ -125,14 +126,14 @@ class AuditedActions:
     async def retry_dead_letters(
         self,
         resubmitter: Resubmitter,
-        letters: Sequence[Mapping[str, Any]] | None,
+        dead_letters: Sequence[Mapping[str, Any]] | None,
         where: DeadLetterFilter,
         limit: int | None = None,
-    ) -> list[ResubmitResult]:
-        """Submit dead letters again, each once whoever does it. Returns what became of each.
+    ) -> Decided:
+        """Submit dead letters again, each once however often it is asked for. Returns what became of each.
 
         Args:
-            letters: which; None: those that the filter lets through.
+            dead_letters: which; None: those that the filter lets through.
             limit: at most so many by filter.
 
         Raises:
@@ -140,50 +141,67 @@ class AuditedActions:
             diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not.
         """
 
-        async def do() -> list[ResubmitResult]:
-            if letters is not None:
-                return await resubmitter.resubmit(letters)
-            return [result async for part in resubmitter.resubmit_all(where, limit=limit) for result in part]
-
-        def summary(results: list[ResubmitResult]) -> str:
-            numbers = Counter(result.status for result in results)
-            done, refused = numbers[ResubmitStatus.RESUBMITTED], numbers[ResubmitStatus.REFUSED]
-            already = numbers[ResubmitStatus.ALREADY]
-            return f"{done} submitted again, {refused} refused" + (
-                f", {already} had been already" if already else ""
+        async def do() -> Decided:
+            if dead_letters is not None:
+                results = await resubmitter.resubmit(dead_letters)
+            else:
+                parts = resubmitter.resubmit_all(where, limit=limit)
+                results = [result async for part in parts for result in part]
+            found = {
+                status: [result for result in results if result.status is status] for status in ResubmitStatus
+            }
+            return Decided(
+                done=[result.dead_letter for result in found[ResubmitStatus.RESUBMITTED]],
+                already=[result.dead_letter for result in found[ResubmitStatus.ALREADY]],
+                refused=[(result.dead_letter, result.why) for result in found[ResubmitStatus.REFUSED]],
             )
 
-        return await self.perform("retry dead letters", _which(letters, where), do, summary)
+        def summary(decided: Decided) -> str:
+            already = f", {len(decided.already)} had been already" if decided.already else ""
+            return f"{len(decided.done)} submitted again, {len(decided.refused)} refused{already}"
+
+        return await self.perform("retry dead letters", _which(dead_letters, where), do, summary)
 
     async def discard_dead_letters(
-        self, db: TaskDB, letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None = None
-    ) -> set[int]:
-        """Decide that dead letters will not run again. Returns the numbers of those that are discarded now.
+        self, db: TaskDB, dead_letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None = None
+    ) -> Decided:
+        """Decide that dead letters will not run again. Returns what became of each.
 
         Args:
             where: the filter they were found by; None: they were named.
         """
 
-        async def do() -> set[int]:
+        async def do() -> Decided:
             gone: set[int] = set()
-            for first in range(0, len(letters), _LETTERS):
-                part = letters[first : first + _LETTERS]
-                gone |= await db.discard([(letter["id"], letter["delivery_id"]) for letter in part])
-            return gone
+            for first in range(0, len(dead_letters), _LETTERS):
+                part = dead_letters[first : first + _LETTERS]
+                gone |= await db.discard([(each["id"], each["delivery_id"]) for each in part])
+            done = [each for each in dead_letters if each["id"] in gone]
+            left = [(each, _why_not_discarded(each)) for each in dead_letters if each["id"] not in gone]
+            return Decided(done=done, already=[], refused=left)
 
-        def summary(gone: set[int]) -> str:
-            return f"{len(gone)} discarded, {len(letters) - len(gone)} refused"
+        def summary(decided: Decided) -> str:
+            return f"{len(decided.done)} discarded, {len(decided.refused)} refused"
 
-        target = _which(letters if where is None else None, where or {})
+        target = _which(dead_letters if where is None else None, where or {})
         return await self.perform("discard dead letters", target, do, summary)
+
+
+def _why_not_discarded(dead_letter: Mapping[str, Any]) -> str:
+    match dead_letter["status"]:
+        case DeadLetterStatus.RESUBMITTED:
+            return "it was submitted again, and is no longer here to be discarded"
+        case DeadLetterStatus.RESUBMITTING:
+            return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
+    return "its status has changed meanwhile; list it again"
 
 
 def _changed(ids: Sequence[str]) -> str:
     return f"{len(ids)} changed"
 
 
-def _which(letters: Sequence[Mapping[str, Any]] | None, where: DeadLetterFilter) -> str:
-    if letters is not None:
-        return listed([str(letter["id"]) for letter in letters])
+def _which(dead_letters: Sequence[Mapping[str, Any]] | None, where: DeadLetterFilter) -> str:
+    if dead_letters is not None:
+        return listed([str(dead_letter["id"]) for dead_letter in dead_letters])
     said = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]
     return "all" + (f" with {', '.join(said)}" if said else "")

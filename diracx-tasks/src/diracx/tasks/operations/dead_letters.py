@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_jsonable_python
@@ -38,8 +38,8 @@ async def waiting_dead_letters(
     """
     first = "-" if after is None else f"({place_in_stream(after)}"
     entries = await dead_letter_heads(redis, first, limit + 1, HEAD_BYTES)
-    letters = [_waiting(*entry, registry) for entry in entries[:limit]]
-    return Page(items=letters, after=letters[-1].entry if len(entries) > limit else None)
+    dead_letters = [_waiting(*entry, registry) for entry in entries[:limit]]
+    return Page(items=dead_letters, after=dead_letters[-1].entry if len(entries) > limit else None)
 
 
 def _waiting(
@@ -68,8 +68,20 @@ def _waiting(
 
 async def find_dead_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | None:
     """The dead letter of this task id or number; None where there is none that the viewer sees."""
-    letter = await db.find(key)
-    return letter if letter is not None and viewer.sees(letter["vo"]) else None
+    dead_letter = await db.find(key)
+    return dead_letter if dead_letter is not None and viewer.sees(dead_letter["vo"]) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What became of dead letters that a user has decided about."""
+
+    done: list[Mapping[str, Any]]
+    """Those that were submitted again, or discarded."""
+    already: list[Mapping[str, Any]]
+    """Those for which another user had done so."""
+    refused: list[tuple[Mapping[str, Any], str]]
+    """The others, and why."""
 
 
 async def dead_letter_summaries(
@@ -88,7 +100,7 @@ async def dead_letter_summaries(
 
 
 def _text(value: Any) -> str:
-    """A field of a letter that anybody may have written."""
+    """A field of a dead letter that anybody may have written."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
 
@@ -99,38 +111,38 @@ def _message(data: Any) -> TaskMessage | None:
         return None
 
 
-def dead_letter_summary(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter of `TaskDB.summaries` as `dlq list --json` has it: without its message and its tracebacks."""
+def dead_letter_summary(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
+    """A dead letter of `TaskDB.summaries` as `dlq list --json` has it: without its message and its tracebacks."""
     return {
-        **_about(letter),
-        "failed_attempts": letter["failed_attempts"],
-        "earlier_burials": letter["earlier_burials"],
-        "message_bytes": letter["message_bytes"],
+        **_about(dead_letter),
+        "failed_attempts": dead_letter["failed_attempts"],
+        "earlier_burials": dead_letter["earlier_burials"],
+        "message_bytes": dead_letter["message_bytes"],
     }
 
 
-def _about(letter: Mapping[str, Any]) -> dict[str, Any]:
+def _about(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": letter["id"],
-        "task_id": letter["task_id"],
-        "task_name": letter["task_name"],
-        "vo": letter["vo"],
-        "reason": letter["reason"],
-        "detail": mask(letter["detail"]),
-        "status": str(letter["status"]),
-        "buried_at": letter["buried_at"].isoformat(),
-        "changed_at": letter["changed_at"].isoformat(),
+        "id": dead_letter["id"],
+        "task_id": dead_letter["task_id"],
+        "task_name": dead_letter["task_name"],
+        "vo": dead_letter["vo"],
+        "reason": dead_letter["reason"],
+        "detail": mask(dead_letter["detail"]),
+        "status": str(dead_letter["status"]),
+        "buried_at": dead_letter["buried_at"].isoformat(),
+        "changed_at": dead_letter["changed_at"].isoformat(),
     }
 
 
-def dead_letter_record(letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A letter with everything. `message` is None where it cannot be read, `raw` where there are secrets in it."""
+def dead_letter_record(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a dead letter. `message` is None where it cannot be read, `raw` where there are secrets in it."""
     return {
-        **_about(letter),
-        "burial": letter["delivery_id"],
-        "attempts": letter["attempts"],
-        "history": letter["history"],
-        **_message_record(letter["message"]),
+        **_about(dead_letter),
+        "burial": dead_letter["delivery_id"],
+        "attempts": dead_letter["attempts"],
+        "history": dead_letter["history"],
+        **_message_record(dead_letter["message"]),
     }
 
 
@@ -149,7 +161,7 @@ def _message_record(data: bytes) -> dict[str, Any]:
     return {"message": message_shown, "raw": None if has_secrets(message) else raw}
 
 
-def dead_letter_arguments(letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
-    """The arguments in the message of a letter, as anybody may see them; None where it cannot be read."""
-    message = _message(letter["message"])
+def dead_letter_arguments(dead_letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
+    """The arguments in the message of a dead letter, as anybody may see them; None where it cannot be read."""
+    message = _message(dead_letter["message"])
     return None if message is None else masked_arguments(registry.get(message.task_name), message)

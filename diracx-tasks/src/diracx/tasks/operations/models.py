@@ -298,11 +298,11 @@ class WaitingDeadLetter(Shown):
     detail: str
     """One line about the last error."""
     failed_attempts: int | None
-    """None when the letter has more than 64 KiB."""
+    """None when the dead letter has more than 64 KiB."""
     arguments: dict[str, Any] | None
     """By name, secret ones as `•••`; None when the message could not be read, or has more than 64 KiB."""
     message_bytes: int = 0
-    """Size of the letter."""
+    """Size of the dead letter."""
     vo: str | None = None
 
 

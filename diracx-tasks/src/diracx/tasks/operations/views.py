@@ -307,7 +307,7 @@ WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
         Column("stored (UTC)", "buried", whole=True, kind="age"),
         Column("task", "task_name", kind="task"),
         Column("task id", "task_id", kind="id"),
-        Column("reason", "reason", style=lambda letter: "red" if letter.reason == "poison" else ""),
+        Column("reason", "reason", style=lambda dead_letter: "red" if dead_letter.reason == "poison" else ""),
         Column("attempts", "failed_attempts", right=True),
         _ARGUMENTS,
         Column("detail", "detail", longest=_LONGEST_ARGUMENTS),
@@ -315,8 +315,8 @@ WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
 )
 
 
-def _message_size(letter: Mapping[str, Any]) -> str:
-    size = letter["message_bytes"]
+def _message_size(dead_letter: Mapping[str, Any]) -> str:
+    size = dead_letter["message_bytes"]
     return f"{size / 1e6:,.1f} MB" if size >= 50_000 else " "
 
 
@@ -328,7 +328,7 @@ DEAD_LETTERS: View[Mapping[str, Any]] = View(
         Column("task", "task_name"),
         Column("task id", "task_id"),
         Column("reason", "reason"),
-        Column("status", lambda letter: str(letter["status"]).lower()),
+        Column("status", lambda dead_letter: str(dead_letter["status"]).lower()),
         Column("attempts", "failed_attempts"),
         Column("size", _message_size),
         Column("detail", "detail", longest=_LONGEST_TEXT),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..operations.audited_actions import AlreadyQueuedError, AuditedActions
-from ..operations.dead_letters import dead_letter_summaries
+from ..operations.dead_letters import Decided, dead_letter_summaries
 from ..plumbing.broker.cancel import TaskPlace
 from ..plumbing.exceptions import TaskArgumentsError
-from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
+from ..plumbing.persistence.resubmission import Resubmitter
 from ..plumbing.scheduler import schedules
 from ..plumbing.scheduler.occurrences import iter_schedules
 from ..plumbing.submission.client import Binding
@@ -22,18 +21,6 @@ if TYPE_CHECKING:
 
 class NotPossibleError(Exception):
     """It cannot be done; the message says why, and what can."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What became of dead letters."""
-
-    done: list[Mapping[str, Any]]
-    """Those that were submitted again, or discarded."""
-    already: list[Mapping[str, Any]] = field(default_factory=list)
-    """Those for which another user had done so."""
-    refused: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
-    """The others, and why."""
 
 
 class Operator(AuditedActions):
@@ -97,7 +84,7 @@ class Operator(AuditedActions):
     # --- dead letters -----------------------------------------------------------------------------------
 
     async def retry(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
-        """Submit dead letters again, each once whoever does it.
+        """Submit dead letters again, each once however often it is asked for.
 
         Args:
             numbers: which; None: those that the filter lets through.
@@ -109,16 +96,8 @@ class Operator(AuditedActions):
         db = self._task_db()
         settings = await self.context.settings()
         resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)
-        letters = None if numbers is None else await self._letters(numbers)
-        decided = Decided([])
-        for result in await self.retry_dead_letters(resubmitter, letters, where, limit):
-            if result.status is ResubmitStatus.RESUBMITTED:
-                decided.done.append(result.dead_letter)
-            elif result.status is ResubmitStatus.ALREADY:
-                decided.already.append(result.dead_letter)
-            else:
-                decided.refused.append((result.dead_letter, result.why))
-        return decided
+        dead_letters = None if numbers is None else await self._letters(numbers)
+        return await self.retry_dead_letters(resubmitter, dead_letters, where, limit)
 
     async def discard(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
         """Decide that dead letters will not run again. Arguments and errors as of `retry`."""
@@ -126,13 +105,8 @@ class Operator(AuditedActions):
         if numbers is not None:
             chosen = await self._letters(numbers)
         else:
-            chosen = [letter async for letter in dead_letter_summaries(db, where, limit)]
-        gone = await self.discard_dead_letters(db, chosen, None if numbers is not None else where)
-        decided = Decided([letter for letter in chosen if letter["id"] in gone])
-        for letter in chosen:
-            if letter["id"] not in gone:
-                decided.refused.append((letter, "it has been decided about already"))
-        return decided
+            chosen = [dead_letter async for dead_letter in dead_letter_summaries(db, where, limit)]
+        return await self.discard_dead_letters(db, chosen, None if numbers is not None else where)
 
     def _task_db(self) -> Any:
         if self.context.task_db is None:
@@ -143,8 +117,8 @@ class Operator(AuditedActions):
         db = self._task_db()
         found: list[dict[str, Any]] = []
         for number in dict.fromkeys(numbers):
-            letters = await db.summaries(limit=1, after_id=number - 1)
-            if not letters or letters[0]["id"] != number:
+            dead_letters = await db.summaries(limit=1, after_id=number - 1)
+            if not dead_letters or dead_letters[0]["id"] != number:
                 raise NotPossibleError(f"there is no dead letter {number}")
-            found += letters
+            found += dead_letters
         return found

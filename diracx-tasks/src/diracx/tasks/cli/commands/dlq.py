@@ -13,11 +13,9 @@ import typer
 
 from ... import operations
 from ...operations.audited_actions import AuditedActions
-from ...operations.dead_letters import dead_letter_record, dead_letter_summaries, dead_letter_summary
+from ...operations.dead_letters import Decided, dead_letter_record, dead_letter_summaries, dead_letter_summary
 from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
-from ...plumbing.persistence.dead_letter import DeadLetterStatus
-from ...plumbing.persistence.published import import_published
-from ...plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
+from ...plumbing.persistence.resubmission import Resubmitter
 from ...plumbing.task_names import AmbiguousTaskNameError
 from ..errors import CliError, UsageProblem, one_line
 from ..options import AfterOption, JsonOption, command_group
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB
     from ...plumbing.persistence.db import DeadLetterFilter
 
-    Letter = Mapping[str, Any]
+    DeadLetter = Mapping[str, Any]
 
 #: Refusals that are shown one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
@@ -63,19 +61,19 @@ def list_letters(
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
-    where = filters.letters(status)
+    where = filters.dead_letters(status)
 
     async def read(db: TaskDB) -> tuple[list[dict[str, Any]], int]:
         counts = await db.count(**where)
-        return [letter async for letter in dead_letter_summaries(db, where, limit)], sum(counts.values())
+        return [dead_letter async for dead_letter in dead_letter_summaries(db, where, limit)], sum(counts.values())
 
-    letters, total = _in_database(read)
+    dead_letters, total = _in_database(read)
     if as_json:
-        echo_json([dead_letter_summary(letter) for letter in letters], indent=2)
+        echo_json([dead_letter_summary(dead_letter) for dead_letter in dead_letters], indent=2)
         return
-    show(DEAD_LETTERS, letters, as_json)
-    if 0 < len(letters) < total:
-        echo(f"{len(letters)} of {total}; --limit shows more", err=True)
+    show(DEAD_LETTERS, dead_letters, as_json)
+    if 0 < len(dead_letters) < total:
+        echo(f"{len(dead_letters)} of {total}; --limit shows more", err=True)
 
 
 @app.command()
@@ -113,7 +111,7 @@ def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
     _print_attempts(shown["attempts"])
 
 
-def _fields(shown: Letter) -> Iterator[tuple[str, str]]:
+def _fields(shown: DeadLetter) -> Iterator[tuple[str, str]]:
     yield "number", str(shown["id"])
     yield "task", shown["task_name"] or "-"
     yield "task id", shown["task_id"]
@@ -130,7 +128,7 @@ def _fields(shown: Letter) -> Iterator[tuple[str, str]]:
         yield "labels", json.dumps(message["labels"])
 
 
-def _print_attempts(attempts: Sequence[Letter]) -> None:
+def _print_attempts(attempts: Sequence[DeadLetter]) -> None:
     for number, attempt in enumerate(attempts, 1):
         where = f"{attempt.get('started', '?')} on {attempt.get('host', '?')}"
         failure = f"{attempt.get('type', '?')}: {attempt.get('message', '')}"
@@ -152,14 +150,14 @@ def export(
 
     Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
     """
-    where = filters.letters(status)
+    where = filters.dead_letters(status)
 
     async def write(db: TaskDB) -> None:
         async for summary in dead_letter_summaries(
             db, where, limit
         ):  # one body at a time: each may have megabytes
-            if (letter := await db.find(summary["task_id"])) is not None:
-                sys.stdout.write(json.dumps(dead_letter_record(letter)) + "\n")
+            if (dead_letter := await db.find(summary["task_id"])) is not None:
+                sys.stdout.write(json.dumps(dead_letter_record(dead_letter)) + "\n")
         sys.stdout.flush()
 
     try:
@@ -198,9 +196,9 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
 
     Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
     """
-    where = choice.letters(StatusFilter.OPEN)
+    where = choice.dead_letters(StatusFilter.OPEN)
 
-    async def submit(db: TaskDB) -> list[Any]:
+    async def submit(db: TaskDB) -> Decided:
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         registry, config = server.registry, tasks_config()
         async with server.connected() as broker:
@@ -210,17 +208,13 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
             actions = AuditedActions.at_command_line(broker.redis)
             return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
 
-    results = _in_database(submit)
-    done = {each: [result.dead_letter for result in results if result.status is each] for each in ResubmitStatus}
-    resubmitted, already = done[ResubmitStatus.RESUBMITTED], done[ResubmitStatus.ALREADY]
-    refused = [(result.dead_letter, result.why) for result in results if result.status is ResubmitStatus.REFUSED]
+    decided = _in_database(submit)
     if as_json:
-        _print_report(resubmitted=resubmitted, already=already, refused=refused)
-    elif not results:
-        echo("no dead letters", err=True)
-    elif len(refused) < len(results):
-        echo(f"{len(resubmitted)} submitted again" + (f", {len(already)} had been already" if already else ""))
-    _report_refusals(refused, "submitted again")
+        _print_report(decided.refused, resubmitted=decided.done, already=decided.already)
+    elif decided.done or decided.already:
+        already = f", {len(decided.already)} had been already" if decided.already else ""
+        echo(f"{len(decided.done)} submitted again{already}")
+    _report_refusals(decided.refused, "submitted again", as_json or decided.done or decided.already)
 
 
 @app.command()
@@ -231,57 +225,50 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
 
     Example: diracx-task-run dlq discard --reason unparsable --yes
     """
-    where = choice.letters(StatusFilter.PENDING)
+    where = choice.dead_letters(StatusFilter.PENDING)
 
-    async def decide(db: TaskDB) -> tuple[Sequence[Letter], set[int]]:
+    async def decide(db: TaskDB) -> Decided:
         chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")
-            chosen = [letter async for letter in dead_letter_summaries(db, where, choice.limit)]
+            chosen = [dead_letter async for dead_letter in dead_letter_summaries(db, where, choice.limit)]
         if not chosen:
-            return [], set()
+            return Decided([], [], [])
         async with server.connected() as broker:
             actions = AuditedActions.at_command_line(broker.redis)
-            return chosen, await actions.discard_dead_letters(db, chosen, None if choice.ids else where)
+            return await actions.discard_dead_letters(db, chosen, None if choice.ids else where)
 
-    chosen, done = _in_database(decide)
-    discarded = [letter for letter in chosen if letter["id"] in done]
-    refused = [(letter, _why_not_discarded(letter)) for letter in chosen if letter["id"] not in done]
+    decided = _in_database(decide)
     if as_json:
-        _print_report(discarded=discarded, refused=refused)
-    elif discarded:
-        echo(f"{len(discarded)} discarded")
-    elif not refused:
-        echo("no dead letters", err=True)
-    _report_refusals(refused, "discarded")
+        _print_report(decided.refused, discarded=decided.done)
+    elif decided.done:
+        echo(f"{len(decided.done)} discarded")
+    _report_refusals(decided.refused, "discarded", as_json or decided.done)
 
 
-def _why_not_discarded(letter: Letter) -> str:
-    match letter["status"]:
-        case DeadLetterStatus.RESUBMITTED:
-            return "it was submitted again, and is no longer here to be discarded"
-        case DeadLetterStatus.RESUBMITTING:
-            return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
-    return "its status has changed meanwhile; list it again"
+def _print_report(refused: Sequence[tuple[DeadLetter, str]], **done: Sequence[DeadLetter]) -> None:
+    def ids(dead_letter: DeadLetter) -> dict[str, Any]:
+        return {"id": dead_letter["id"], "task_id": dead_letter["task_id"]}
+
+    report = {name: list(map(ids, dead_letters)) for name, dead_letters in done.items()}
+    print_json(report | {"refused": [ids(each) | {"why": why} for each, why in refused]}, indent=None)
 
 
-def _print_report(*, refused: Sequence[tuple[Letter, str]], **done: Sequence[Letter]) -> None:
-    def ids(letter: Letter) -> dict[str, Any]:
-        return {"id": letter["id"], "task_id": letter["task_id"]}
+def _report_refusals(refused: Sequence[tuple[DeadLetter, str]], what: str, reported: object) -> None:
+    """Raise a CliError where dead letters were refused; reasons are in it, or printed before.
 
-    report = {name: [ids(letter) for letter in letters] for name, letters in done.items()}
-    print_json(report | {"refused": [ids(letter) | {"why": why} for letter, why in refused]}, indent=None)
-
-
-def _report_refusals(refused: Sequence[tuple[Letter, str]], what: str) -> None:
-    """Raise a CliError where dead letters were refused; reasons are in it, or printed before."""
+    Args:
+        reported: false when nothing was printed yet: say so where there were none at all.
+    """
     if not refused:
+        if not reported:
+            echo("no dead letters", err=True)
         return
     if len(refused) == 1:
-        [(letter, why)] = refused
-        raise CliError(f"dead letter {letter['id']} ({letter['task_id']}) was not {what}: {why}")
-    for letter, why in refused[:_REFUSALS_SHOWN]:
-        echo(one_line(f"dead letter {letter['id']} ({letter['task_id']}): {why}"), err=True)
+        [(dead_letter, why)] = refused
+        raise CliError(f"dead letter {dead_letter['id']} ({dead_letter['task_id']}) was not {what}: {why}")
+    for dead_letter, why in refused[:_REFUSALS_SHOWN]:
+        echo(one_line(f"dead letter {dead_letter['id']} ({dead_letter['task_id']}): {why}"), err=True)
     raise CliError(f"{len(refused)} dead letters were not {what}")
 
 
@@ -298,10 +285,10 @@ def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
 
 
 async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[str, Any]:
-    letter = await (db.find_summary if summary else db.find)(letter_id)
-    if letter is None:
+    dead_letter = await (db.find_summary if summary else db.find)(letter_id)
+    if dead_letter is None:
         raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
-    return letter
+    return dead_letter
 
 
 async def _confirmed(db: TaskDB, where: DeadLetterFilter, choice: Choice, question: str) -> None:

@@ -58,7 +58,7 @@ class Filters:
         str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
     ] = None
 
-    def letters(self, status: StatusFilter) -> DeadLetterFilter:
+    def dead_letters(self, status: StatusFilter) -> DeadLetterFilter:
         """The filter for the database.
 
         Raises:
@@ -99,13 +99,13 @@ class Choice(Filters):
     )
     yes: YesOption = False
 
-    def letters(self, status: StatusFilter) -> DeadLetterFilter:
+    def dead_letters(self, status: StatusFilter) -> DeadLetterFilter:
         """As of `Filters`.
 
         Raises:
             UsageProblem: also when nothing was chosen, or ids and filters were mixed.
         """
-        where = super().letters(status)
+        where = super().dead_letters(status)
         by_filter = self.everything or self.narrow
         if self.letter_ids and (by_filter or self.limit is not None):
             raise UsageProblem("ids and filters exclude each other; give one or the other")

@@ -400,10 +400,10 @@ def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
     """Dead letters wait in Redis."""
     seen = facts.seen
     if seen.dead_letters_waiting:
-        letters = counted(seen.dead_letters_waiting, "dead letter waits", "dead letters wait")
+        dead_letters = counted(seen.dead_letters_waiting, "dead letter waits", "dead letters wait")
         yield Alert(
             severity=Severity.WARNING,
-            summary=f"{letters} in Redis: no worker has stored them in the database",
+            summary=f"{dead_letters} in Redis: no worker has stored them in the database",
             remedy="`diracx-task-run dlq waiting` has them; workers with DIRACX_DB_URL_TASKDB import them: see "
             "that one runs, that this database answers, and whether the log says that it refuses them",
             count=seen.dead_letters_waiting,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BACKEND_URL_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 
-#: A file that changes is read when it has not changed for so long: whoever writes it may not be done.
+#: A file that changes is read when it has not changed for so long: it may still be written.
 _SETTLED_SECONDS = 0.5
 _SETTLING_ROUNDS = 4
 #: A file that was written so short a time before it was read may change once more with the same time stamp.

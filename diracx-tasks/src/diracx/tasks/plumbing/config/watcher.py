@@ -231,9 +231,9 @@ class CachedConfig:
             self._reading = in_thread(self._reader.read, "diracx-configuration")
             self._reading.add_done_callback(self._take)
             self._wait_until = time.monotonic() + _SUBMITTER_PATIENCE_SECONDS
-        patience = self._wait_until - time.monotonic()
-        if patience > 0:
-            await asyncio.wait({self._reading}, timeout=patience)
+        left = self._wait_until - time.monotonic()
+        if left > 0:
+            await asyncio.wait({self._reading}, timeout=left)
 
     def _take(self, reading: asyncio.Future[ConfigSnapshot]) -> None:
         self._reading = None

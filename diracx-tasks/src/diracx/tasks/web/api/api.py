@@ -13,6 +13,7 @@ from ... import operations
 from ...operations import DelayReason, Window
 from ...operations.audit import AuditEntry, read_audit
 from ...operations.dead_letters import (
+    Decided,
     dead_letter_arguments,
     dead_letter_record,
     dead_letter_summary,
@@ -27,7 +28,7 @@ from ...plumbing.persistence.db import DeadLetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
 from ..context import AppContext
-from ..operator import Decided, NotPossibleError
+from ..operator import NotPossibleError
 from . import models
 from .dependencies import AllVOsReader, Reader, Writer, answered, or_404
 from .responses import BoundedRoute, database_errors, responses
@@ -271,12 +272,12 @@ async def get_dead_letters(
     """Dead letters, oldest first, without their messages and tracebacks."""
     db = _task_db(reader.system)
     where: DeadLetterFilter = {**chosen.where, "vo": reader.viewer.vo}
-    letters = await db.summaries(**where, limit=limit, after_id=after)
+    dead_letters = await db.summaries(**where, limit=limit, after_id=after)
     total = sum((await db.count(**where)).values())
     return {
-        "items": [dead_letter_summary(letter) for letter in letters],
+        "items": [dead_letter_summary(dead_letter) for dead_letter in dead_letters],
         "total": total,
-        "after": letters[-1]["id"] if len(letters) == limit else None,
+        "after": dead_letters[-1]["id"] if len(dead_letters) == limit else None,
     }
 
 
@@ -293,9 +294,11 @@ async def get_dead_letter(
 ) -> Any:
     """One dead letter with its arguments (secrets masked) and all attempts."""
     system = reader.system
-    letter = or_404(await find_dead_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
-    shown = {name: value for name, value in dead_letter_record(letter).items() if name not in ("message", "raw")}
-    return shown | {"arguments": dead_letter_arguments(letter, system.registry)}
+    dead_letter = or_404(await find_dead_letter(_task_db(system), key, reader.viewer), f"dead letter {key!r}")
+    shown = {
+        name: value for name, value in dead_letter_record(dead_letter).items() if name not in ("message", "raw")
+    }
+    return shown | {"arguments": dead_letter_arguments(dead_letter, system.registry)}
 
 
 def _task_db(system: AppContext) -> Any:
@@ -309,7 +312,7 @@ Choice = Annotated[models.DeadLetterChoice, Body()]
 
 @_post("/dead-letters/retry", models.Decision, 409)
 async def retry_dead_letters(writer: Writer, choice: Choice) -> Any:
-    """Submit dead letters again, under their old task ids. Each is submitted once, whoever repeats this."""
+    """Submit dead letters again, under their old task ids: each once, however often this is repeated."""
     return _decision(await writer.operator.retry(choice.ids, choice.where(OPEN), choice.limit))
 
 
@@ -322,9 +325,9 @@ async def discard_dead_letters(writer: Writer, choice: Choice) -> Any:
 
 def _decision(decided: Decided) -> dict[str, Any]:
     return {
-        "done": [letter["id"] for letter in decided.done],
-        "already": [letter["id"] for letter in decided.already],
-        "refused": [{"id": letter["id"], "why": why} for letter, why in decided.refused],
+        "done": [dead_letter["id"] for dead_letter in decided.done],
+        "already": [dead_letter["id"] for dead_letter in decided.already],
+        "refused": [{"id": dead_letter["id"], "why": why} for dead_letter, why in decided.refused],
     }
 
 

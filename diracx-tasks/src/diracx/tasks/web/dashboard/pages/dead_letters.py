@@ -11,11 +11,10 @@ from diracx.db.exceptions import DBUnavailableError
 from sqlalchemy.exc import SQLAlchemyError
 
 from ....operations import waiting_dead_letters
-from ....operations.dead_letters import dead_letter_arguments, find_dead_letter
+from ....operations.dead_letters import Decided, dead_letter_arguments, find_dead_letter
 from ....operations.health.runner import database_error
 from ....operations.views import WAITING_DEAD_LETTERS
 from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
-from ...operator import Decided
 from ..page import (
     Action,
     AppContext,
@@ -54,7 +53,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
     status = query.get("status", "open")
     shown: dict[str, Any] = {
-        "letters": [],
+        "dead_letters": [],
         "total": 0,
         "chosen": chosen,
         "status": status,
@@ -84,23 +83,23 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         raise NotFoundError(str(error)) from error
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            letters = await context.task_db.summaries(**where, limit=_PAGE, after_id=after)
+            dead_letters = await context.task_db.summaries(**where, limit=_PAGE, after_id=after)
             total = sum((await context.task_db.count(**where)).values())
     except (SQLAlchemyError, DBUnavailableError, OSError, TimeoutError) as error:
         return shown | {"away": database_error(error)}
-    more = str(letters[-1]["id"]) if len(letters) == _PAGE else None
-    return shown | {"letters": letters, "total": total, "after": more}
+    more = str(dead_letters[-1]["id"]) if len(dead_letters) == _PAGE else None
+    return shown | {"dead_letters": dead_letters, "total": total, "after": more}
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     key = request.path_params["letter"]
     if context.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
-    letter = await find_dead_letter(context.task_db, key, viewer_of(request))
-    if letter is None:
+    dead_letter = await find_dead_letter(context.task_db, key, viewer_of(request))
+    if dead_letter is None:
         raise NotFoundError(f"There is no dead letter {key!r}.")
-    arguments = dead_letter_arguments(letter, context.registry)
-    return {"letter": letter, "arguments": arguments, "size": len(letter["message"])}
+    arguments = dead_letter_arguments(dead_letter, context.registry)
+    return {"dead_letter": dead_letter, "arguments": arguments, "size": len(dead_letter["message"])}
 
 
 def _where(chosen: dict[str, str], status: str) -> DeadLetterFilter:
@@ -119,7 +118,7 @@ def _where(chosen: dict[str, str], status: str) -> DeadLetterFilter:
 
 
 def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilter]:
-    """The letters that were ticked, or (None) the filter when all of it are meant."""
+    """The dead letters that were ticked, or (None) the filter when all of it are meant."""
     if form.one("scope") == "all":
         return None, _where({name: form.one(name) for name in ("task", "reason", "since")}, status)
     numbers = form.numbers("letter")
@@ -147,7 +146,7 @@ async def _ask_retry(form: Form, context: AppContext) -> Question:
     return Question(
         f"Submit {_letters(number)} again?",
         "They go to their queues under their old task ids, with all their retries. Each is submitted once, "
-        "whoever else does the same.",
+        "however often this is repeated.",
         "Submit again",
         details,
     )
@@ -166,15 +165,15 @@ async def _ask_discard(form: Form, context: AppContext) -> Question:
 
 async def _retry(form: Form, operator: Operator) -> str:
     numbers, where = _of_form(form, "open")
-    return _told(await operator.retry(numbers, where, _MOST), "submitted again")
+    return _summary_of(await operator.retry(numbers, where, _MOST), "submitted again")
 
 
 async def _discard(form: Form, operator: Operator) -> str:
     numbers, where = _of_form(form, "pending")
-    return _told(await operator.discard(numbers, where, _MOST), "discarded")
+    return _summary_of(await operator.discard(numbers, where, _MOST), "discarded")
 
 
-def _told(decided: Decided, verb: str) -> str:
+def _summary_of(decided: Decided, verb: str) -> str:
     parts = [f"{_letters(len(decided.done))} {verb}"]
     if decided.already:
         parts.append(f"{len(decided.already)} had been already")

@@ -38,12 +38,12 @@ async def load(request: Request, context: AppContext) -> dict[str, Any]:
         others = (alert for alert in health.alerts if alert.check != "server_unreadable")
         alerts = sorted([unreadable(error), *others], key=lambda alert: -alert.severity.rank)
         return shown | {"health": replace(health, alerts=alerts, severity=worst(alerts))}
-    letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
+    dead_letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
     away = context.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
     return shown | {
         "snapshot": snapshot,
         "failures": failures.items,
-        "letters": None if away else sum(letters),
+        "dead_letters": None if away else sum(dead_letters),
         "no_letters": "no database here" if context.task_db is None else "database away",
         "waiting": sum(queue.backlog for queue in snapshot.queues),
         "running": sum(queue.running for queue in snapshot.queues),
@@ -83,7 +83,7 @@ def throughput(points: list[Point]) -> dict[str, Any]:
 def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
     """Tasks in the queues, for a chart of the past hour.
 
-    By the minute one knows those that wait and those that run together; apart while somebody was looking.
+    By the minute one knows those that wait and those that run together; apart while a page was open.
     """
     begin = points[0].at.timestamp()
     seen = [look for look in looks if look.at >= begin]

@@ -84,7 +84,7 @@ async def _ask_pause(form: Form, context: AppContext) -> Question:
     ids = _chosen(form)
     return Question(
         f"Pause {_about(ids)}?",
-        "No more occurrences are submitted until somebody resumes. What has been submitted goes on.",
+        "No more occurrences are submitted until they are resumed. What has been submitted goes on.",
         "Pause",
         ids,
     )
