@@ -20,6 +20,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from ..plumbing.broker import audit_stream
+from .cursors import place_in_stream
+from .models import Page
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +172,18 @@ async def read_audit(
         if len(rows) < 2 * limit:
             break
     return found
+
+
+async def audit_page(
+    redis: Redis, limit: int = 100, after: str | None = None, *, vo: str | None = None
+) -> Page[AuditEntry]:
+    """A page of the last actions, newest first. Arguments and errors as of `read_audit`.
+
+    Raises:
+        ValueError: when `after` is not from a page before.
+    """
+    found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)
+    return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
 
 
 async def _ends(redis: Redis, vo: str | None, since: str) -> dict[str, dict[str, str]]:

@@ -10,9 +10,8 @@ import typer
 from redis.asyncio import Redis
 
 from ... import operations
-from ...operations import Failure, Page
-from ...operations.audit import AuditEntry, read_audit
-from ...operations.cursors import place_in_stream
+from ...operations import Failure
+from ...operations.audit import audit_page
 from ...operations.task_classes import task_classes
 from ...operations.views import AUDIT, RUNNING, STATISTICS, TASK_CLASSES, WORKERS
 from ...plumbing.registry import unselected_tasks
@@ -87,12 +86,7 @@ def audit(
     Example: diracx-task-run audit --limit 10
     """
 
-    async def read(redis: Redis) -> Page[AuditEntry]:
-        # One more tells whether there are more.
-        found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)
-        return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
-
-    show(AUDIT, server.query(read), as_json)
+    show(AUDIT, server.query(lambda redis: audit_page(redis, limit, after, vo=vo)), as_json)
 
 
 task_statistics = command_group("tasks", "Inspect classes of tasks.")

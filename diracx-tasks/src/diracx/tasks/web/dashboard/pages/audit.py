@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from ....operations.audit import read_audit
-from ....operations.cursors import place_in_stream
+from ....operations.audit import audit_page
 from ....operations.views import AUDIT
 from ..page import AppContext, Page, Request, viewer_of
 from ..tables import Link, Table, TablePage
@@ -16,8 +15,8 @@ _PAGE = 100
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     query, viewer = request.query_params, viewer_of(request)
-    before, vo = query.get("after"), viewer.chosen(query.get("vo") or None)
-    entries = await read_audit(context.redis, _PAGE, place_in_stream(before) if before else None, vo=vo)
+    vo = viewer.chosen(query.get("vo") or None)
+    page = await audit_page(context.redis, _PAGE, query.get("after") or None, vo=vo)
     # Which logs there are: the administrators', and one of each VO.
     vos = list((await context.settings()).vos) if viewer.sees(None) else [vo] if vo else []
     administrators = [Link("administrators", "/audit", vo is None)] if viewer.sees(None) and vos else []
@@ -29,9 +28,9 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         filters_label="Logs",
         table=Table(
             view=AUDIT,
-            rows=entries,
+            rows=page.items,
             caption=f"{did}, newest first.",
-            after=entries[-1].id if len(entries) == _PAGE else None,
+            after=page.after,
         ),
     ).values()
 
