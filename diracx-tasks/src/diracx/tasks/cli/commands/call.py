@@ -61,7 +61,6 @@ def call(
 
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
-
     set_up_logging(log_level)
     checked = options.checked()
     set_task_log_level(checked.registry)

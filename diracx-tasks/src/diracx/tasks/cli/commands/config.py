@@ -44,7 +44,6 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
 
     Example: diracx-task-run config check tasks.yaml
     """
-
     registry = load_registry(module)
     _, problems, source, vos = _read(file, registry)
     lines = source.report(problems)

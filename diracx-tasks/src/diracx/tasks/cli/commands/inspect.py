@@ -85,7 +85,6 @@ def audit(
 
     Example: diracx-task-run audit --limit 10
     """
-
     show(AUDIT, server.query(lambda redis: audit_page(redis, limit, after, vo=vo)), as_json)
 
 

@@ -192,7 +192,6 @@ def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration |
     Schedulers go on with the last good configuration, and an operator must be able to inspect and pause their
     schedules meanwhile: Redis has what they have planned.
     """
-
     registry = server.registry
     try:
         return read_configuration(registry)

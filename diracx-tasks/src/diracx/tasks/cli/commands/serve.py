@@ -155,7 +155,6 @@ def scheduler(
 
     Example: diracx-task-run scheduler --redis-url redis://localhost
     """
-
     set_up_logging(options.log_level)
     service = Service(options)
     address = options.metrics_host, options.metrics_port

@@ -125,7 +125,6 @@ async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Colle
 @asynccontextmanager
 async def _task_db() -> AsyncIterator[TaskDB | None]:
     """The database of dead letters, where one is configured; a scheduler does its work without."""
-
     async with AsyncExitStack() as stack:
         database: TaskDB | None = None
         if os.environ.get(TASK_DB_VARIABLE):

@@ -123,7 +123,6 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
         CliError: when there is none; lists those there are, and suggests what could be meant.
         UsageProblem: when there are several.
     """
-
     try:
         found = resolve_task_name(name, registry)
     except AmbiguousTaskNameError as error:

@@ -39,7 +39,6 @@ class Server:
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[RedisStreamBroker]:
         """A broker whose server has answered; what the server refuses inside the block is a CliError."""
-
         url = self.url
         async with open_broker(url) as broker:
             with explained_redis(url):
@@ -80,7 +79,6 @@ class ServerAndTasks(Server):
     @cached_property
     def registry(self) -> TaskRegistry:
         """The tasks; errors as of `load_registry`."""
-
         return load_registry(self.module)
 
 

@@ -60,7 +60,6 @@ class Service:
         Raises:
             CliError: when the server cannot be used, or a module or the configuration is wrong.
         """
-
         broker = await stack.enter_async_context(open_broker(self.url, size, role=role))
         registry = self.options.registry
         set_task_log_level(registry)

@@ -34,7 +34,6 @@ class TaskOptions(ServerAndTasks):
         Raises:
             CliError: for arguments that do not fit, and for modules that cannot be loaded.
         """
-
         url = self.url
         registry = load_registry(self.module, only=self.name if alone else None)
         name, task = make_task(registry, self.name, self.args, self.kwargs)
