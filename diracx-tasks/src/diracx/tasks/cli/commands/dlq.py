@@ -153,9 +153,8 @@ def export(
     where = filters.dead_letters(status)
 
     async def write(db: TaskDB) -> None:
-        async for summary in dead_letter_summaries(
-            db, where, limit
-        ):  # one body at a time: each may have megabytes
+        # One body at a time: each may have megabytes.
+        async for summary in dead_letter_summaries(db, where, limit):
             if (dead_letter := await db.find(summary["task_id"])) is not None:
                 sys.stdout.write(json.dumps(dead_letter_record(dead_letter)) + "\n")
         sys.stdout.flush()
@@ -177,6 +176,8 @@ def init() -> None:
     """
 
     async def create() -> int:
+        from ...plumbing.persistence.published import import_published
+
         async with required_task_db(tables=False) as db:
             await db.migrations.create(db.engine)
             return await import_published(db)
