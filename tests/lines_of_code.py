@@ -23,9 +23,9 @@ class Bound(NamedTuple):
 
 
 BOUNDS = (
-    Bound("diracx-tasks/src", 35_333, 21_000),
-    Bound("diracx-tasks/src/diracx/tasks/cli", 4_647, 3_200),
-    Bound("gubbins/src", 11_200, 11_000),
+    Bound("diracx-tasks/src", 35_190, 21_000),
+    Bound("diracx-tasks/src/diracx/tasks/cli", 4_600, 3_200),
+    Bound("gubbins/src", 10_880, 11_000),
 )
 
 

@@ -27,8 +27,8 @@ class Word(NamedTuple):
 
 
 WORDS = (
-    Word(r"\bwhoever\b", "who or what it is", 25),
-    Word(r"\bsomebody\b", "who it is: a user, a worker, an operator", 21),
+    Word(r"\bwhoever\b", "who or what it is", 20),
+    Word(r"\bsomebody\b", "who it is: a user, a worker, an operator", 19),
     Word(r"\bsuspects?\b|is_suspect|_suspects\b", "poison candidate", 35),
     Word(r"(?<![\"_])burial", "delivery id", 3),
     Word(r"\bbur(y|ied)\b", "stored as a dead letter", 8),
@@ -44,7 +44,7 @@ WORDS = (
     Word(r"\bsign(s|ed)?[ _]on\b", "heartbeat", 0),
     Word(r"(?<!`)\bwoken\b(?!`)", "grant, reservation", 51),
     Word(r"(?<!:)\bhand[- ]?overs?\b", "resumed queue; release of the leadership", 20),
-    Word(r"\bpatien(ce|tly)\b", "retry_until_available", 6),
+    Word(r"\bpatien(ce|tly)\b", "retry_until_available", 3),
     Word(r"\b[Dd]eeds?\b", "audited action", 0),
     Word(r"\btroubles?\b", "health check", 0),
     Word(r"\bgrave\b", "severity", 0),
@@ -54,7 +54,7 @@ WORDS = (
     Word(r"\b[Cc]omplaints?\b|complaints", "error_parsing, error", 3),
     Word(r"\b[Nn]onsense", "invalid_response", 0),
     Word(r"\b_?courses\b", "statistics", 0),
-    Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 5),
+    Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 2),
     Word(r"(?<!task\.)\bgiven_up\b", "abandoned_outcome", 0),
     Word(r"(?<!`)\bdeaths\b(?!`)", "redelivery_count", 69),
     Word(r"(?<!since the )(?<!tasks:)\bepoch\b", "dataset_id", 32),
