@@ -323,6 +323,8 @@ class BrokerMachine(RuleBasedStateMachine):
         if reply[0] == 1:
             assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
             task.place, task.locks = "running", locks
+            # Readers and users of slots begin together: the next one in their line is granted its turn.
+            self.may_wake |= any(lock["kind"] in ("shared", "concurrency") for lock in locks)
         else:
             assert reply[0] == 0
             # A turn may have ended between our look and the script's.
