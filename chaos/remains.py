@@ -9,8 +9,8 @@ from diracx.tasks.plumbing.broker import keys
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: Empty streams aside, what schedulers must not forget.
-_FURNITURE = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES}
+#: Empty streams aside: what schedulers must not forget, and the version of the data.
+_FURNITURE = {keys.NEXT_RUNS, keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.SCHEMA}
 #: Things of one key, and characters of one thing, that are written down.
 _MOST, _LONGEST = 200, 200
 
