@@ -316,8 +316,7 @@ WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
 
 
 def _message_size(dead_letter: Mapping[str, Any]) -> str:
-    size = dead_letter["message_bytes"]
-    return f"{size / 1e6:,.1f} MB" if size >= 50_000 else " "
+    return f"{size / 1e6:,.1f} MB" if (size := dead_letter["message_bytes"]) >= 50_000 else " "
 
 
 DEAD_LETTERS: View[Mapping[str, Any]] = View(
