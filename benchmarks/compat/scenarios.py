@@ -27,7 +27,9 @@ from .submit import expected
 MODULE = "benchmarks.compat.numbered"
 #: A lost worker of 0.7 is found by the next audit, four leases after the last, and 30 s after its end.
 _LEASE_SECONDS = 5
-_DEADLINE_SECONDS = 100.0
+_DEADLINE_SECONDS = 150.0
+#: Imports take seconds, and many processes start at a time.
+_START_SECONDS = 180
 #: What ended so short a time before its worker was killed may not have been acknowledged.
 _UNACKNOWLEDGED_SECONDS = 1.5
 
@@ -107,13 +109,13 @@ class World:
         more = () if groups else ("without groups",)
         command = [python, "-m", "benchmarks.compat.submit", str(first), *more]
         environment = self.environment(*((self.directory,) if version == "0.7" else ()))
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=60)
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=_START_SECONDS)
         self.wanted |= {each for each in expected(first) if groups or each[0] not in ("Child", "Callback")}
 
     def run_published(self, *arguments: str) -> None:
         """Run Python code, or a module, with 0.7."""
         command = [str(self.published / "bin/python"), *(("-c",) if len(arguments) == 1 else ()), *arguments]
-        subprocess.run(command, env=self.environment(self.directory), cwd=ROOT, check=True, timeout=60)
+        subprocess.run(command, env=self.environment(self.directory), cwd=ROOT, check=True, timeout=_START_SECONDS)
 
     def end(self, processes: list[subprocess.Popen[bytes]], *, kill: bool) -> None:
         """End processes by SIGTERM, or by SIGKILL."""
@@ -228,7 +230,7 @@ def upgrade(world: World, *, kill: bool) -> None:
     else:
         world.submit("0.7", 1000)
         world.end(before, kill=True)
-        world.until(lambda: not _lives(world), "0.7 is no more taken for living", 40)
+        world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
     world.both("ours")
 
 
@@ -239,7 +241,7 @@ def rollback(world: World, *, kill: bool) -> None:
     world.until_ended(20)
     world.submit("ours", 1000)
     world.end(before, kill=kill)
-    world.until(lambda: _downgraded(world), "what is left is given back", 40)
+    world.until(lambda: _downgraded(world), "what is left is given back", _START_SECONDS)
     world.both("0.7")
 
 
@@ -249,14 +251,14 @@ def together(world: World, *, kill: bool) -> None:
     before = world.both("0.7")
     world.until_ended(10)
     refused = world.worker("ours")
-    world.until(lambda: refused.poll() is not None, "a worker of ours has ended", 30)
+    world.until(lambda: refused.poll() is not None, "a worker of ours has ended", _START_SECONDS)
     if refused.poll() != 1 or b"diracx-tasks 0.7" not in (world.directory / "ours.log").read_bytes():
         world.tally.problems.append("a worker of ours starts beside 0.7")
     world.processes.remove(refused)
     world.start("ours", "scheduler")
     world.submit("0.7", 1000)
     world.end(before, kill=kill)
-    world.until(lambda: not _lives(world), "0.7 is no more taken for living", 40)
+    world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
     world.worker("ours")
     world.until_ended(150)
     # One of 0.7 that comes beside ours takes tasks, which are not taken over while it lives.
@@ -296,7 +298,9 @@ def _downgraded(world: World) -> bool:
 def _runs(world: World, *arguments: str) -> bool:
     command = [sys.executable, *arguments]
     with (world.directory / "ours.log").open("ab") as log:
-        done = subprocess.run(command, env=world.environment(), stdout=log, stderr=log, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=world.environment(), stdout=log, stderr=log, timeout=_START_SECONDS, check=False
+        )
     return done.returncode == 0
 
 

@@ -60,7 +60,7 @@ async def submit(url: str, first: int, *, groups: bool) -> None:
             for number in range(many):
                 await task(first + number).schedule()
         for number in range(SOON + LATER):
-            at_time = now + timedelta(seconds=2 if number < SOON else 12)
+            at_time = now + timedelta(seconds=2 if number < SOON else 9)
             await Plain(first + PLAIN + number).schedule(at_time=at_time)
         for group in range(GROUPS if groups else 0):
             children = [Child(first + group * CHILDREN + number) for number in range(CHILDREN)]

@@ -46,7 +46,7 @@ def test_redis_key_is_the_contracts(lock: BaseLock, key: str) -> None:
 
 
 def test_unregistered_object_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'planet' is not a registered lock object type"):
+    with pytest.raises(ValueError, match="Unknown LockedObjectType 'planet'"):
         MutexLock("planet", 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="planet"):
         LockedObjectType("planet")

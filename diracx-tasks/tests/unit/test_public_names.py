@@ -3,6 +3,8 @@
 from importlib import import_module
 
 import pytest
+from diracx.tasks.plumbing import BaseTask, LockedObjectType, wrap_task
+from diracx.tasks.plumbing.broker.models import TaskResult
 
 EVERYTHING = """
     AvailableSecurityProperties BaseLimiter BaseLock BaseTask CallbackSpawner ConcurrencyLimiter Config
@@ -52,3 +54,23 @@ def test_a_name_is_one_object_whatever_path_it_is_imported_from() -> None:
         found = import_module(module)
         for name in set(names.split()) & set(EVERYTHING.split()):
             assert getattr(found, name) is getattr(plumbing, name), f"{module}.{name}"
+
+
+class Plain(BaseTask):
+    """Any task."""
+
+    async def execute(self) -> None:
+        pass
+
+
+async def test_texts_that_tests_of_extensions_match() -> None:
+    with pytest.raises(RuntimeError, match="not bound to a broker"):
+        await Plain().schedule()
+    with pytest.raises(ValueError, match="Unknown LockedObjectType"):
+        LockedObjectType("nonexistent")
+    with pytest.raises(RuntimeError, match=r"\[ValueError\] boom"):
+        TaskResult.from_exception(ValueError("boom"), 0.1).raise_for_error()
+
+
+def test_a_wrapped_task_has_the_name_of_its_class() -> None:
+    assert wrap_task(Plain).__name__ == "Plain"

@@ -26,7 +26,7 @@ class LockedObjectType(str):
         if value not in _registered:
             known = ", ".join(sorted(_registered))
             raise ValueError(
-                f"{value!r} is not a registered lock object type (known: {known}); "
+                f"Unknown LockedObjectType {value!r} (known: {known}); "
                 "register it with register_locked_object_type()"
             )
         return super().__new__(cls, value)

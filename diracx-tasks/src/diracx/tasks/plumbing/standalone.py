@@ -87,6 +87,7 @@ def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
 
     parameters = list(inspect.signature(cls.execute).parameters.values())[1:]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect
+    wrapped.__name__, wrapped.__qualname__ = cls.__name__, cls.__qualname__
     return wrapped
 
 

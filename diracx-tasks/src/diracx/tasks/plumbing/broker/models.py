@@ -218,7 +218,7 @@ class TaskResult(Generic[_Value]):
         """
         if self.is_err:
             error = self.error or {}
-            raise RuntimeError(f"{error.get('type', 'Exception')}: {error.get('message', '')}")
+            raise RuntimeError(f"[{error.get('type', 'Exception')}] {error.get('message', '')}")
         return self
 
     def dumpb(self) -> bytes:
