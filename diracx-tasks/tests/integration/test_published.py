@@ -128,7 +128,7 @@ async def test_messages_of_a_living_worker_of_0_7_stay_its_own_and_what_it_has_f
     assert await redis.xlen(QUEUE) == 3
     seconds, _ = await redis.time()
     left = (await redis.zscore(keys.ALIVE, name) or 0) / 1000 - seconds
-    assert left > 500, "it is not buried while it lives"
+    assert left > 500, "it is not reclaimed while it lives"
     # Half a minute after its last sign of life, what it had is taken over.
     await published.look_after(redis, [[{"name": name.encode(), "idle": 31_000}]], seconds * 1000)
     deliveries, *_ = await broker.reclaim(10, lease_seconds=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -27,3 +28,25 @@ def test_every_file_that_a_page_for_contributors_names_exists(page: str) -> None
     assert [
         name for name in files if name not in tests and not any((base / name).exists() for base in BASES)
     ] == []
+
+
+def test_every_step_of_the_walk_names_a_function_that_exists() -> None:
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+    steps = re.findall(r"`(plumbing/[\w/]+\.py)`: `([\w.]+)`", page)
+    assert len(steps) > 10
+    for file, name in steps:
+        body = ast.parse((TASKS / file).read_text()).body
+        for part in name.split("."):
+            found = [node for node in body if getattr(node, "name", None) == part]
+            assert found, f"{file} has no {name}"
+            body = getattr(found[0], "body", [])
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/adr/index.md", "docs/tutorial", "docs/how-to"]
+)
+def test_the_glossary_is_linked_from_every_section(page: str) -> None:
+    path = ROOT / page
+    pages = sorted(path.glob("*.md")) if path.is_dir() else [path]
+    assert pages
+    assert [each.name for each in pages if "reference/glossary.md" not in each.read_text()] == []

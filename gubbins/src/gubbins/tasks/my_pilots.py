@@ -209,7 +209,7 @@ class MyPrunePilotsTask(PeriodicBaseTask):
     """
 
     keep_days: float = field(default=30.0, kw_only=True)
-    """How long after its end a pilot is kept; more than 0."""
+    """Time for which a pilot is kept after its end; more than 0."""
     batch: int = field(default=1_000, kw_only=True)
     """Pilots in one transaction, 1-10,000."""
     at_most: int = field(default=100_000, kw_only=True)

@@ -68,7 +68,7 @@ class CEConformance:
     """Promises of every back end."""
 
     deadline_seconds: ClassVar[float] = 60
-    """How long anything that a site does by itself may take."""
+    """Longest duration of anything that a site does by itself (s)."""
 
     pause_seconds: ClassVar[float] = 0.1
     """Between two polls."""

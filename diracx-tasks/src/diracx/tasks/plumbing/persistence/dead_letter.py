@@ -19,7 +19,7 @@ class DeadLetterReason(StrEnum):
     """Reason for which a task became a dead letter."""
 
     EXHAUSTED = "exhausted"
-    """It failed for good, and its class is `dlq_eligible`."""
+    """It failed permanently, and its class is `dlq_eligible`."""
     POISON = "poison"
     """Delivered too often: every worker that took it died with it."""
     INTERRUPTED = "interrupted"

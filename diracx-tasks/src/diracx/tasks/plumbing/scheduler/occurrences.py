@@ -40,7 +40,7 @@ class ScheduledTask:
     enabled: bool = True
     """Whether it is to be scheduled."""
     source: str = "code"
-    """Who says when it is due, or that it is not to be scheduled: `code`, `common` or `vo NAME`."""
+    """Layer that determines the schedule: `code`, `common` or `vo NAME`."""
     missed: str = "once"
     """`once`: a missed occurrence is made up for; `skip`: it is left out."""
 
