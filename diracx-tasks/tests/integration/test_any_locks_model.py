@@ -31,7 +31,7 @@ from diracx.tasks.plumbing.enums import Priority, Size
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS, lock_specs
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.submission.prepare import submission_of
+from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.settlement import cancelled, defer, hand_back
 from hypothesis import HealthCheck, Phase, settings
@@ -171,9 +171,9 @@ class LocksMachine(RuleBasedStateMachine):
         task = Wants(wishes)
         if self._is_refused(wishes):
             with pytest.raises(ValueError, match="Wants"):
-                submission_of(task, REGISTRY)
+                Binding(None, REGISTRY).submission(task)
             return
-        submission = replace(submission_of(task, REGISTRY), stream=keys.stream_name_for(priority, size))
+        submission = replace(Binding(None, REGISTRY).submission(task), stream=keys.stream_name_for(priority, size))
         self.run(self.brokers["a"].submit([submission]))
         self._next_ms()  # the place in line is told by the clock, where tasks are in streams of their own
         order = (list(Priority).index(priority), len(self.tasks))

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, MutexLock
+from diracx.tasks.plumbing.broker.clients import DirectConnection
 from diracx.tasks.plumbing.broker.connection import async_client
-from diracx.tasks.plumbing.broker.line import Line
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
@@ -60,10 +60,10 @@ async def test_each_way_to_the_server_says_that_a_reset_connection_was_lost_and_
 ) -> None:
     proxy, url = proxy_and_url
     client = async_client(url)
-    line, pubsub = Line(client), client.pubsub()
+    line, pubsub = DirectConnection(client), client.pubsub()
     await pubsub.subscribe("first")
     ways: list[Callable[[], Awaitable[object]]] = [
-        lambda: line.ask(("ECHO", "1")),
+        lambda: line.execute(("ECHO", "1")),
         client.ping,
         lambda: client.pipeline().ping().ping().execute(),
         lambda: pubsub.subscribe("other"),

@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.submission.prepare import submission_of
+from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.plumbing.task_vo import vo_of
 from diracx.tasks.plumbing.worker.task_spec import TaskSpec
 from hypothesis import given, settings
@@ -49,7 +49,7 @@ from typing_extensions import TypedDict
 def arrived(task: Any) -> Any:
     """Submit a task, and build it as the worker does."""
     registry = TaskRegistry({"test:Task": type(task)})
-    data = submission_of(task, registry).message.dumpb()
+    data = Binding(None, registry).submission(task).message.dumpb()
     return TaskSpec("test:Task", type(task), TasksConfig()).build(TaskMessage.loadb(data))
 
 
@@ -470,7 +470,11 @@ def test_plain_arguments_of_plain_classes_are_only_looked_at(monkeypatch: pytest
 
     for name in ("_check", "dumps", "loads", "rebuild"):
         monkeypatch.setattr(f"diracx.tasks.plumbing.messages.roundtrip.{name}", refuse)
-    assert submission_of(Plain("a"), TaskRegistry({"test:Task": Plain})).message.task_args == ["a", 1, None]
+    assert Binding(None, TaskRegistry({"test:Task": Plain})).submission(Plain("a")).message.task_args == [
+        "a",
+        1,
+        None,
+    ]
 
 
 # ---- versions of a class ----
@@ -486,7 +490,7 @@ def received(data: bytes, cls: Any) -> Any:
 
 
 def sent(task: Any) -> bytes:
-    return submission_of(task, TaskRegistry({"test:Task": type(task)})).message.dumpb()
+    return Binding(None, TaskRegistry({"test:Task": type(task)})).submission(task).message.dumpb()
 
 
 @pytest.mark.parametrize(

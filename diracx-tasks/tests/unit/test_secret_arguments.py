@@ -24,7 +24,7 @@ from diracx.tasks.plumbing.messages.roundtrip import outgoing_arguments
 from diracx.tasks.plumbing.messages.secrets import without_secrets
 from diracx.tasks.plumbing.messages.typed_arguments import argument_problems, check_arguments
 from diracx.tasks.plumbing.registry import TaskRegistry
-from diracx.tasks.plumbing.submission.prepare import submission_of
+from diracx.tasks.plumbing.submission.client import Binding
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 SECRET = "correct/horse&battery=staple+é'" + "0123456789" * 5
@@ -221,7 +221,7 @@ def test_a_pydantic_secret_makes_the_argument_secret_that_holds_it_in_whatever_w
 
 
 def test_a_pydantic_secret_is_masked_wherever_arguments_are_shown() -> None:
-    message = submission_of(Typed("me", SecretStr(SECRET)), TaskRegistry({"t:T": Typed})).message
+    message = Binding(None, TaskRegistry({"t:T": Typed})).submission(Typed("me", SecretStr(SECRET))).message
     there = TaskMessage.loadb(message.dumpb())
     assert there.task_args[1] == SecretStr(SECRET)
     for cls in (Typed, None):

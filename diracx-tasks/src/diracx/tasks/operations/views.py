@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from ..plumbing.broker.groups import GroupStatus
-from ..plumbing.broker.stored_schedules import Outcome
+from ..plumbing.broker.scheduling import Outcome
 from ..plumbing.config.active import ActiveConfig
 from ..plumbing.scheduler import ScheduleState
 from .audit import AuditEntry

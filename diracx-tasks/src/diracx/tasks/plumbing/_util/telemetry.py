@@ -28,24 +28,6 @@ def is_collected() -> bool:
     return isinstance(metrics.get_meter_provider(), sdk.MeterProvider)
 
 
-def count_submission(name: str, stream: str, delayed: bool) -> None:
-    """Count a submitted task. Counted here, and not from the reports of processes, for a submitter may be
-    any program. Without OpenTelemetry's SDK nobody collects it, and nothing is done.
-    """
-    if is_collected():
-        priority, size = (*stream.split(":")[2:4], "", "")[:2]
-        attributes = {"task_name": name, "priority": priority, "size": size, "delayed": delayed}
-        _submissions().add(1, attributes)
-
-
-@cache
-def _submissions() -> Any:
-    from opentelemetry import metrics
-
-    meter = metrics.get_meter(METER)
-    return meter.create_counter(TASKS_SUBMITTED, description="Tasks that were submitted.")
-
-
 def count_conflict(database: str) -> None:
     """Count a transaction that is run again after a deadlock or the like. Prometheus knows it with the suffix
     `_total`."""

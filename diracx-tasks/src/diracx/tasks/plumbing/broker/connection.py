@@ -58,7 +58,7 @@ def async_client(url: str, *, max_connections: int | None = None, **options: Any
         AddressError: when the URL cannot be used.
         ValueError: when an option cannot be.
     """
-    from .pools import client_of
+    from .clients import client_of
 
     address = _usable(url)
     if fixed := _FIXED.keys() & options.keys():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from .._util import telemetry
+from .._util.telemetry import METER, TASKS_SUBMITTED, is_collected
 
 if TYPE_CHECKING:
     from .models import Delivery, Submission
@@ -35,7 +36,7 @@ class Counts:
         """One was sent."""
         which = (name, stream, delayed)
         self.submitted[which] = self.submitted.get(which, 0) + 1
-        telemetry.count_submission(name, stream, delayed)
+        count_submission(name, stream, delayed)
 
     def note_reclaimed(self, deliveries: Iterable[Delivery]) -> None:
         """These were taken over."""
@@ -52,3 +53,21 @@ class Counts:
         """A run of a schedule was submitted, or could not be."""
         which = (name, submitted)
         self.occurrences[which] = self.occurrences.get(which, 0) + 1
+
+
+def count_submission(name: str, stream: str, delayed: bool) -> None:
+    """A task was submitted. Counted here, and not from what a process tells of itself, for whoever submits may be
+    any program. Without OpenTelemetry's SDK nobody collects it, and nothing is done.
+    """
+    if is_collected():
+        priority, size = (*stream.split(":")[2:4], "", "")[:2]
+        attributes = {"task_name": name, "priority": priority, "size": size, "delayed": delayed}
+        _submissions().add(1, attributes)
+
+
+@cache
+def _submissions() -> Any:
+    from opentelemetry import metrics
+
+    meter = metrics.get_meter(METER)
+    return meter.create_counter(TASKS_SUBMITTED, description="Tasks that were submitted.")

@@ -27,18 +27,18 @@ from .._util.passwords import mask
 from ..enums import Size
 from ..exceptions import DuplicateTaskIdError, SendTaskError
 from . import cancel, keys, published, scripts
+from .clients import DirectConnection
 from .connection import async_client
 from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
-from .line import Line
 from .locking import RELEASE_BATCH
 from .models import Delivery, LockSpec, Settlement, Submission, TaskMessage, TaskResult, in_ms
 from .schema_version import check_version, note_version
 from .server_check import Role, UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, CALL_BYTES, in_calls
 from .spans import submission_spans
-from .stored import SCANNED, number_of
+from .stored import SCANNED, number_of, text_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -120,7 +120,7 @@ class RedisStreamBroker:
             max_connections=max_connection_pool_size,
             **{"retry": Retry(NoBackoff(), 0), **connection_kwargs},
         )
-        self._submitting, self._waiting = Line(self.redis), Line(self.redis)
+        self._submitting, self._waiting = DirectConnection(self.redis), DirectConnection(self.redis)
         self._large_bytes = 1
         """About the largest message that came lately."""
 
@@ -159,7 +159,7 @@ class RedisStreamBroker:
 
     async def close_spare_connections(self, keep: int = 1) -> None:
         """Close what was opened for many calls at a time, in a process with nothing to do."""
-        from .pools import close_spare
+        from .clients import close_spare
 
         await close_spare(self.redis, keep)
 
@@ -227,10 +227,10 @@ class RedisStreamBroker:
 
     async def _add(self, stream: str, data: bytes) -> None:
         command = ("XADD", stream, "*", "data", data)
-        if self._submitting.busy:
+        if self._submitting.in_use:
             await self.redis.execute_command(*command)
             return
-        [answer] = await self._submitting.ask(command)
+        [answer] = await self._submitting.execute(command)
         if isinstance(answer, Exception):
             raise answer
 
@@ -317,7 +317,7 @@ class RedisStreamBroker:
         )
         if messages:
             return self._deliveries(messages), []
-        now_last = [_text(last_id) for last_id in new_ids] or list(last_ids)
+        now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
         return [], [now or before for now, before in zip(now_last, last_ids or now_last, strict=True)]
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
@@ -604,7 +604,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         since=str(number_of(values.get(b"since"))),
         earlier_deaths=number_of(values.get(b"deaths")),
         survived=number_of(values.get(b"survived")),
-        occurrence=_text(values[b"occurrence"]) if b"occurrence" in values else None,
+        occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
         woken=values.get(b"woken"),
     )
 
@@ -614,7 +614,3 @@ def _about_size(largest: int) -> str:
     if largest < ALWAYS_TAKEN_BYTES:
         return ""
     return f" (the largest message has {largest} bytes; the server's proto-max-bulk-len is its limit)"
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from redis import Redis as SyncRedis
     from redis.asyncio import Redis
 
+    from .clients import DirectConnection
     from .control import ControlConnection
-    from .line import Line
     from .models import Settlement
 
 #: Messages that one script call finds again.
@@ -56,7 +56,7 @@ class Script:
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(
-        self, redis: Redis | Line, script_keys: Sequence[str] = (), args: Sequence[Any] = ()
+        self, redis: Redis | DirectConnection, script_keys: Sequence[str] = (), args: Sequence[Any] = ()
     ) -> Any:
         try:
             return await redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
@@ -117,7 +117,7 @@ async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes
 
 
 async def fetch(
-    redis: Redis | Line,
+    redis: Redis | DirectConnection,
     streams: Sequence[str],
     consumer: str,
     free: int,
@@ -129,7 +129,7 @@ async def fetch(
 
 
 async def reserve_next(
-    line: Line, streams: Sequence[str], consumer: str, at_most: int, wait_ms: int
+    line: DirectConnection, streams: Sequence[str], consumer: str, at_most: int, wait_ms: int
 ) -> tuple[Any, bool]:
     """Wait until there is a message and reserve up to `at_most` of each stream, which wakes no other worker.
 
@@ -139,7 +139,7 @@ async def reserve_next(
     anything = [">"] * len(streams)
     group = ("XREADGROUP", "GROUP", keys.GROUP, consumer, "COUNT", at_most)
     wait = (*group, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *anything)
-    reply, marks = await line.ask(wait, ("EXISTS", keys.CANCELLED))
+    reply, marks = await line.execute(wait, ("EXISTS", keys.CANCELLED))
     for answer in (reply, marks):
         if isinstance(answer, Exception):
             raise answer
@@ -195,7 +195,7 @@ def packed_settlements(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]
 
 
 async def reclaim(
-    redis: Redis | Line,
+    redis: Redis | DirectConnection,
     streams: Sequence[str],
     consumer: str,
     free: int,
@@ -209,7 +209,11 @@ async def reclaim(
 
 
 async def recover(
-    redis: Redis | Line, streams: Sequence[str], consumer: str, known: Sequence[str], locks: Sequence[bytes]
+    redis: Redis | DirectConnection,
+    streams: Sequence[str],
+    consumer: str,
+    known: Sequence[str],
+    locks: Sequence[bytes],
 ) -> tuple[list[Any], bool]:
     """Some of what the worker reserved without hearing of it, and whether there is more. See lua/recover.lua."""
     args = [consumer, pack(known), pack(locks), RECOVER_BATCH, CALL_BYTES]

@@ -16,8 +16,7 @@ from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Submission, TaskMessage
 from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
 from ..messages.arguments import rebuild
-from ..submission.client import Binding
-from ..submission.prepare import stream_of
+from ..submission.client import Binding, stream_of
 from .dead_letter import OPEN, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:

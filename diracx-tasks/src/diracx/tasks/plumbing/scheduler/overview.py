@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ..broker.stored_schedules import Activity, Outcome, StoredSchedules, activities, read_schedules
+from ..broker.scheduling import Activity, Outcome, StoredSchedules, activities, read_schedules
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, iter_schedules

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,8 @@ from ..messages.error_info import describe_exception, one_line
 from ..messages.secrets import without_secrets_of
 from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
-from .execution import Execution
-from .outcome import Failed
+from .execution import Execution, Failed, note_settlement, processing_span
 from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reject, settle, unsettled
-from .spans import note_settlement, processing_span
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -34,9 +32,9 @@ if TYPE_CHECKING:
     from .control_channel import ControlChannel
     from .dead_letters import DeadLetterStore
     from .dependencies import Dependencies
+    from .execution import Outcome
     from .intake import Intake
     from .keeper import LeaseKeeper
-    from .outcome import Outcome
     from .reporter import Reporter
     from .settings import WorkerSettings
     from .settler import Settler
@@ -53,7 +51,7 @@ class Executor:
     """Runs what is delivered to one worker.
 
     Args:
-        running: what runs; kept up to date here.
+        running: kept up to date with what runs.
         specs: of all tasks, by registry name; they may be replaced at any time.
         stop: set when the worker is to stop.
     """
@@ -77,7 +75,7 @@ class Executor:
         self._settings = settings
         self._specs = specs
         self._stop = stop
-        self._running = running
+        self.running = running
         self._dependencies = dependencies
         self._control = control
         self._keeper = keeper
@@ -85,11 +83,6 @@ class Executor:
         self._dead_letters = dead_letters
         self._reporter = reporter
         self._slot_freed = asyncio.Event()
-
-    @property
-    def running(self) -> Collection[Execution]:
-        """What runs; a live view."""
-        return self._running
 
     async def fetch_loop(self, intake: Intake) -> None:
         """Take as much from the intake as there are free slots, until the worker is to stop."""
@@ -111,7 +104,7 @@ class Executor:
     async def _free_slots(self) -> int:
         """Wait for a free slot, and count them; 0 when the worker is to stop."""
         while not self._stop.is_set():
-            if (free := self._settings.max_concurrent_tasks - len(self._running)) > 0:
+            if (free := self._settings.max_concurrent_tasks - len(self.running)) > 0:
                 return free
             self._slot_freed.clear()
             await _first_of(self._slot_freed, self._stop)
@@ -143,7 +136,7 @@ class Executor:
         for execution in await self._acquire(executions, fetched_at):
             if self._control.cancelled_since(reserved_after, execution.message.task_id):
                 execution.cancel()
-            self._running.add(execution)
+            self.running.add(execution)
             execution.running = asyncio.create_task(self.run(execution))
 
     async def run(self, execution: Execution) -> None:
@@ -159,14 +152,22 @@ class Executor:
                 raise
             self._end(execution, execution.failed(error))
         finally:
-            self._running.discard(execution)
+            self.running.discard(execution)
             self._slot_freed.set()
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
-        settlement, letter = self._settlement_of(execution, outcome)
+        try:
+            settlement, letter = settle(execution, outcome, self._settings)
+        except BaseException as error:
+            told = describe_exception(error, hide=execution.hide)["traceback"]
+            logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
+            settlement, letter = unsettled(execution, error, self._settings)
         if isinstance(outcome, Failed):
             note_settlement(execution.message, settlement, letter)
-        self._report(execution, outcome, settlement, letter)
+        try:
+            self._reporter.ended(execution, outcome, settlement, letter)
+        except Exception:  # it only counts
+            logger.exception("the end of %s cannot be counted", execution.message.task_id)
         self._settle(settlement, letter)
 
     # --- decode and build -------------------------------------------------------------------------------
@@ -307,24 +308,6 @@ class Executor:
             "woken": delivery.woken,
         }
 
-    # --- outcome, settlement, report --------------------------------------------------------------------
-
-    def _settlement_of(self, execution: Execution, outcome: Outcome) -> tuple[Settlement, DeadLetter | None]:
-        try:
-            return settle(execution, outcome, self._settings)
-        except BaseException as error:
-            told = describe_exception(error, hide=execution.hide)["traceback"]
-            logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
-            return unsettled(execution, error, self._settings)
-
-    def _report(
-        self, execution: Execution, outcome: Outcome, settlement: Settlement, letter: DeadLetter | None
-    ) -> None:
-        try:
-            self._reporter.ended(execution, outcome, settlement, letter)
-        except Exception:  # it only counts
-            logger.exception("the end of %s cannot be counted", execution.message.task_id)
-
     def _reject(
         self,
         delivery: Delivery,
@@ -352,7 +335,7 @@ class Executor:
 
     def tasks(self) -> list[asyncio.Task[None]]:
         """The tasks of asyncio that run executions."""
-        return [execution.running for execution in self._running if execution.running is not None]
+        return [execution.running for execution in self.running if execution.running is not None]
 
     async def flush(self) -> None:
         """Store all dead letters and send all settlements."""

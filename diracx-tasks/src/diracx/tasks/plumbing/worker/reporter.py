@@ -29,7 +29,7 @@ from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
 from ..task_vo import vo_of_task
-from .outcome import Failed, LeaseLost, Outcome
+from .execution import Failed, LeaseLost, Outcome
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis

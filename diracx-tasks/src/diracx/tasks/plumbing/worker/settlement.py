@@ -24,7 +24,7 @@ from ..exceptions import (
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
 from ..persistence.dead_letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of, vo_of_task
-from .outcome import Failed, LeaseLost, Outcome, Succeeded
+from .execution import Failed, LeaseLost, Outcome, Succeeded
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.broker.line import Line
+from diracx.tasks.plumbing.broker.clients import DirectConnection
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -20,34 +20,36 @@ NORMAL = "diracx:tasks:normal:medium"
 
 
 @pytest.fixture
-async def line(redis: Redis) -> AsyncIterator[Line]:
-    line = Line(redis)
-    yield line
-    await line.close()
+async def direct(redis: Redis) -> AsyncIterator[DirectConnection]:
+    direct = DirectConnection(redis)
+    yield direct
+    await direct.close()
 
 
-async def test_a_refusal_is_one_of_the_answers(line: Line) -> None:
-    first, refusal, last = await line.ask(("ECHO", "1"), ("LPOP",), ("ECHO", "2"))
+async def test_a_refusal_is_one_of_the_answers(direct: DirectConnection) -> None:
+    first, refusal, last = await direct.execute(("ECHO", "1"), ("LPOP",), ("ECHO", "2"))
     assert (first, last) == (b"1", b"2")
     assert isinstance(refusal, ResponseError)
 
 
-async def test_whoever_asks_after_one_who_was_cancelled_gets_his_own_answer(line: Line, redis: Redis) -> None:
-    asking = asyncio.create_task(line.ask(("BLPOP", "nothing", 60)))
+async def test_a_caller_after_a_cancelled_one_gets_its_own_answer(direct: DirectConnection, redis: Redis) -> None:
+    asking = asyncio.create_task(direct.execute(("BLPOP", "nothing", 60)))
     while not any(client["cmd"] == "blpop" for client in await redis.client_list()):
         await asyncio.sleep(0.002)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    assert await line.ask(("ECHO", "mine")) == [b"mine"]
+    assert await direct.execute(("ECHO", "mine")) == [b"mine"]
 
 
-async def test_a_connection_that_the_server_has_closed_is_made_again(line: Line, redis: Redis) -> None:
-    [number] = await line.ask(("CLIENT", "ID"))
+async def test_a_connection_that_the_server_has_closed_is_made_again(
+    direct: DirectConnection, redis: Redis
+) -> None:
+    [number] = await direct.execute(("CLIENT", "ID"))
     await redis.client_kill_filter(_id=str(number))
     for _ in range(100):  # until its end has reached us, it may be used in vain
         try:
-            assert await line.ask(("ECHO", "again")) == [b"again"]
+            assert await direct.execute(("ECHO", "again")) == [b"again"]
             return
         except RedisConnectionError:
             continue
@@ -56,10 +58,10 @@ async def test_a_connection_that_the_server_has_closed_is_made_again(line: Line,
 
 async def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_by_its_client(redis_url: str) -> None:
     async with Redis.from_url(redis_url, socket_timeout=0.5) as impatient:
-        line = Line(impatient)
+        direct = DirectConnection(impatient)
         with pytest.raises(RedisTimeoutError):
-            await line.ask(("BLPOP", "nothing", 60))
-        await line.close()
+            await direct.execute(("BLPOP", "nothing", 60))
+        await direct.close()
 
 
 async def test_tasks_that_are_submitted_at_once_all_arrive(redis: Redis, redis_url: str) -> None:
