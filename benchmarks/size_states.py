@@ -124,7 +124,7 @@ async def start(
     locks: Sequence[Any] = (),
 ) -> list[Any]:
     """Begin deliveries, each behind a lock of its own or behind these; returns their locks."""
-    wanted = [
+    wanted: list[Any] = [
         {
             **{"stream": each.stream, "entry": each.entry, "deliveries": each.deliveries, "since": each.since},
             **{"task": TaskMessage.loadb(each.data or b"").task_id, "rank": 1, "retry_ms": _HOUR_MS},
@@ -180,7 +180,8 @@ async def _parked(world: World) -> None:
 async def _use_parked(world: World) -> None:
     key = MutexLock(JOB, "one").redis_key
     await monitor.lock(world.redis, key)
-    await locking.release(world.redis, [{"kind": "mutex", "key": key, "owner": await world.redis.get(key)}])
+    owner: Any = await world.redis.get(key)
+    await locking.release(world.redis, [{"kind": "mutex", "key": key, "owner": owner}])
     for _ in range(CALLS):  # one after another gets it
         deliveries, _ = await world.worker.fetch(100, lease_seconds=600)
         locks = await start(world, deliveries, lambda _: MutexLock(JOB, "one"))

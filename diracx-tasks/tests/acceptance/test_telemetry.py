@@ -512,8 +512,8 @@ def test_telemetry_that_cannot_be_set_up_is_one_line(served: Cli, one_line: Call
 
 def test_a_process_without_the_sdk_does_not_even_import_it(cli: Cli) -> None:
     program = (
-        "import sys; from diracx.tasks.plumbing._util import telemetry; "
-        "telemetry.count_submission('a', 'b', False); "
+        "import sys; from diracx.tasks.plumbing.broker import counts; "
+        "counts.count_submission('a', 'b', False); "
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=cli.environment)

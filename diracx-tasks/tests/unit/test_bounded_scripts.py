@@ -8,16 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing.broker import (
-    cancel,
-    group_audit,
-    locking,
-    published,
-    redis_streams,
-    scheduling,
-    scripts,
-    sizes,
-)
+from diracx.tasks.plumbing.broker import cancel, group_audit, locking, published, redis_streams, scheduling, sizes
 from diracx.tasks.plumbing.locks import MAX_LOCKS
 from diracx.tasks.plumbing.scheduler.scheduler import OCCUR_BATCH, PLAN_BATCH
 
@@ -34,7 +25,7 @@ BATCHES = {
     "settle": redis_streams.SETTLE_BATCH,
     "promote": redis_streams.PROMOTE_BATCH,
     "lines": redis_streams.LINES_BATCH,
-    "recover": scripts.RECOVER_BATCH,
+    "recover": redis_streams.RECOVER_BATCH,
     "release": locking.RELEASE_BATCH,
     "extend": locking.RELEASE_BATCH,
     "pause": scheduling.PAUSE_BATCH,

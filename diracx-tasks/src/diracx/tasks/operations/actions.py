@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from redis.asyncio import Redis
 
-from ..plumbing.broker import locking
+from ..plumbing.broker import inspection, locking
 from ..plumbing.broker.cancel import cancel_waiting
-from .cursors import PAGE, entry_parts, read_head, streams_of_queue, text, waiting_heads
+from ..plumbing.broker.requests import LockSpec
+from .cursors import PAGE, entry_parts, read_head, streams_of_queue, waiting_heads
 from .locks import lock
 from .models import Lock, Released
 
@@ -25,10 +25,10 @@ async def purge(redis: Redis, queue: str) -> int:
     """
     number = 0
     for stream in streams_of_queue(queue):
-        newest: Any = await redis.xrevrange(stream, count=1)
-        if not newest:
+        newest = await inspection.last_entry(redis, stream)
+        if newest is None:
             continue
-        last, after = entry_parts(text(newest[0][0])), None
+        last, after = entry_parts(newest), None
         while entries := [
             (entry, await _without_arguments(redis, stream, entry, fields.get(b"data", b""), length))
             for entry, fields, length in await waiting_heads(redis, stream, after, PAGE)
@@ -46,8 +46,7 @@ async def _without_arguments(redis: Redis, stream: str, entry: str, data: bytes,
         return data
     if head.labels_known:
         return head.message.dumpb()
-    found: Any = await redis.xrange(stream, entry, entry)
-    return bytes(found[0][1][b"data"]) if found else data
+    return await inspection.entry_data(redis, stream, entry) or data
 
 
 async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = None) -> Released:
@@ -66,13 +65,14 @@ async def release_lock(redis: Redis, key: str, owners: Sequence[str] | None = No
     if found is None:
         return Released(key=key, released=0)
     if found.kind == "rate":
-        deleted = await redis.unlink(key)
-        return Released(key=key, released=found.held if deleted else 0)
+        return Released(key=key, released=found.held if await locking.reset_rate(redis, key) else 0)
     hit = [holder for holder in found.holders if owners is None or holder.owner in owners]
     released = await locking.release(redis, [_spec(found, holder.owner) for holder in hit]) if hit else 0
     return Released(key=key, released=released, hit=hit)
 
 
-def _spec(found: Lock, owner: str) -> dict[str, Any]:
-    spec: dict[str, Any] = {"kind": found.kind, "key": found.key, "owner": owner}
-    return spec if found.limit is None else {**spec, "limit": found.limit}
+def _spec(found: Lock, owner: str) -> LockSpec:
+    spec: LockSpec = {"kind": found.kind, "key": found.key, "owner": owner}
+    if found.limit is not None:
+        spec["limit"] = found.limit
+    return spec

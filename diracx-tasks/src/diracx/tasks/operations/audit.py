@@ -162,7 +162,7 @@ async def read_audit(
         # Of an action that took its time, what came of it is newer than actions of the page before.
         ends.update(await _ends(redis, vo, before))
     while len(found) < limit:
-        rows = await audit_stream.newest_first(redis, vo, newest, 2 * limit)
+        rows = await audit_stream.entries(redis, vo, newest, 2 * limit, backwards=True)
         for entry, data in _decoded(rows):
             newest = f"({entry}"
             if "of" in data:
@@ -187,7 +187,7 @@ async def audit_page(
 
 
 async def _ends(redis: Redis, vo: str | None, since: str) -> dict[str, dict[str, str]]:
-    rows = await audit_stream.oldest_first(redis, vo, since, 1000)
+    rows = await audit_stream.entries(redis, vo, since, 1000)
     return {data["of"]: data for _, data in _decoded(rows) if "of" in data}
 
 
@@ -195,9 +195,8 @@ def _decoded(rows: Sequence[Any]) -> list[tuple[str, dict[str, str]]]:
     # Other processes write here, and of other versions: what cannot be read is left out.
     found = []
     for entry, fields in rows:
-        pairs = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
         try:
-            data = json.loads(pairs[b"data"])
+            data = json.loads(fields[b"data"])
         except (KeyError, ValueError):
             continue
         found.append((_text(entry), {str(name): str(value) for name, value in data.items()}))

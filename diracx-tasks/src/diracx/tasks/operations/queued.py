@@ -9,7 +9,7 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from ..plumbing.broker import inspection
-from ..plumbing.broker.memory import read_memory
+from ..plumbing.broker.server_check import read_memory
 from ..plumbing.broker.stored import number_of
 from ..plumbing.broker.streams import ALL_STREAM_NAMES
 from .cursors import (

@@ -8,17 +8,16 @@ Contract: the seed's lock reference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from operator import add
+from collections.abc import Iterable
 from os import urandom
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from .lock_registry import LockedObjectType
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .broker.models import LockSpec
+    from .broker.requests import LockNumbers, LockSpec
 
 #: The part of a lease, or of a lock's time to live, that is left for a cancellation to take effect.
 SAFETY_MARGIN = 0.1
@@ -27,8 +26,6 @@ MAX_LOCKS = 200
 #: Ten years: no lock lives longer, and no window is wider.
 _LONGEST_MS = 315_576_000_000
 _KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
-#: What two locks of one kind on one key ask for together, number by number.
-_MERGED: dict[str, Callable[[Any, Any], Any]] = {"ttl_ms": max, "limit": min, "n_items": add}
 
 
 class BaseLock(ABC):
@@ -62,7 +59,7 @@ class BaseLock(ABC):
         return {"kind": self._kind, "key": self.redis_key, "owner": self._owner_id, **self._numbers()}
 
     @abstractmethod
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> LockNumbers:
         """Return the numbers that the scripts need for this kind of lock."""
 
     async def acquire(self, redis: Redis) -> bool:
@@ -104,7 +101,7 @@ class _ExpiringLock(BaseLock):
             raise ValueError(f"ttl_ms must be a positive number of milliseconds, not {ttl_ms!r}")
         self.ttl_ms = ttl_ms
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> LockNumbers:
         return {"ttl_ms": self.ttl_ms}
 
 
@@ -132,7 +129,7 @@ class SharedRWLock(BaseLock):
     _kind = "shared"
     _prefix = "lock:rw"
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> LockNumbers:
         return {}
 
     async def extend(self, redis: Redis) -> bool:
@@ -173,7 +170,7 @@ class RateLimiter(BaseLimiter):
         """False while `limit` or `window_seconds` is None."""
         return self.limit is not None and self.window_seconds is not None
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> LockNumbers:
         assert self.limit is not None
         assert self.window_seconds is not None
         if self.n_items > self.limit:
@@ -219,7 +216,7 @@ class ConcurrencyLimiter(BaseLimiter):
         """False while `limit` is None."""
         return self.limit is not None
 
-    def _numbers(self) -> dict[str, int]:
+    def _numbers(self) -> LockNumbers:
         assert self.limit is not None
         if self.limit < 1:
             raise ValueError(f"{self.redis_key} has a limit of {self.limit}: it could never be granted")
@@ -271,11 +268,15 @@ def _merged(one: LockSpec, other: LockSpec) -> LockSpec:
         raise ValueError(
             f"{key} is declared as {' and as '.join(sorted(kinds))}: give one of the locks another key"
         )
-    if kinds == {"rate"} and any(one[number] != other[number] for number in ("limit", "window_us")):
+    if kinds == {"rate"} and (one["limit"], one["window_us"]) != (other["limit"], other["window_us"]):
         raise ValueError(f"{key} is declared with two rates: give one of the limiters another key")
-    merged = one | {
-        number: merge(one[number], other[number]) for number, merge in _MERGED.items() if number in one
-    }
+    merged = one.copy()
+    if "ttl_ms" in one:
+        merged["ttl_ms"] = max(one["ttl_ms"], other["ttl_ms"])
+    if "limit" in one:
+        merged["limit"] = min(one["limit"], other["limit"])
+    if "n_items" in one:
+        merged["n_items"] = one["n_items"] + other["n_items"]
     if "n_items" in merged and merged["n_items"] > merged["limit"]:
         raise ValueError(
             f"{key} is declared more than once, with n_items={merged['n_items']} in all but its limit is "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from .base_task import BaseTask
-    from .broker.models import LockSpec
+    from .broker.requests import LockSpec
 
 logger = logging.getLogger(__name__)
 

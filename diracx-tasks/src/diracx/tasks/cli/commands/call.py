@@ -21,7 +21,7 @@ from ...plumbing._util.printable import printable
 from ...plumbing.base_task import BaseTask
 from ...plumbing.broker.connection import sync_client
 from ...plumbing.broker.locking import extend_now
-from ...plumbing.broker.models import LockSpec
+from ...plumbing.broker.requests import LockSpec
 from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
 from ...plumbing.injection.plan import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
 from ...plumbing.locks import BaseLimiter, lock_specs

@@ -9,8 +9,7 @@ from functools import wraps
 from typing import TypeAlias
 from urllib.parse import quote
 
-from ...plumbing.broker.memory import SAFE_POLICY, eviction_problem
-from ...plumbing.broker.server_check import obstacle, risks
+from ...plumbing.broker.server_check import SAFE_POLICY, eviction_problem, obstacle, risks
 from ..cursors import moment
 from ..models import Worker
 from .alerts import Alert, Severity, counted

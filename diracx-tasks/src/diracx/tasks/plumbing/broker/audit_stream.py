@@ -29,11 +29,10 @@ async def append(redis: Redis, vo: str | None, data: str, *, kept: int, ttl_seco
     return entry
 
 
-async def newest_first(redis: Redis, vo: str | None, newest: str, count: int) -> Any:
-    """Entries up to `newest` (as of XREVRANGE)."""
-    return await redis.execute_command("XREVRANGE", _key(vo), newest, "-", "COUNT", count)
-
-
-async def oldest_first(redis: Redis, vo: str | None, oldest: str, count: int) -> Any:
-    """Entries from `oldest` on (as of XRANGE)."""
-    return await redis.execute_command("XRANGE", _key(vo), oldest, "+", "COUNT", count)
+async def entries(
+    redis: Redis, vo: str | None, first: str, count: int, *, backwards: bool = False
+) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """Entries from `first` on (as of XRANGE), or backwards from there (as of XREVRANGE)."""
+    read: Any = redis.xrevrange if backwards else redis.xrange
+    found: list[tuple[bytes, dict[bytes, bytes]]] = await read(_key(vo), first, "-" if backwards else "+", count)
+    return found

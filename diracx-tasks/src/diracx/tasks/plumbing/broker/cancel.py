@@ -8,20 +8,23 @@ the worker that runs it is told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..exceptions import TaskCancelledError
 from ..messages.error_info import describe_exception
 from . import keys, scripts
-from .effects import group_effect, release_results, result_effect, schedule_outcome
+from .effects import completion_effects
 from .groups import ask_for_audit, group_of
 from .models import TaskMessage, TaskResult
 from .stored import SCANNED
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+    from .requests import CancelRequest
 
 #: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
 MARK_SECONDS = 604_800
@@ -82,14 +85,14 @@ class CancellationSearch:
         self.missing = dict.fromkeys(task_ids)
         self.found: dict[str, TaskPlace] = {}
 
-    async def ask(self, wanted: Sequence[Mapping[str, Any]]) -> None:
+    async def ask(self, wanted: Sequence[CancelRequest]) -> None:
         """Cancel what is where we believe it to be; of the delayed ones, look at the message and ask again."""
         first = 0
         while first < len(wanted):
             batch = wanted[first : first + CANCEL_BATCH]
             replies = await scripts.cancel(self._redis, MARK_SECONDS * 1000, batch)
             first += len(replies)
-            again = []
+            again: list[CancelRequest] = []
             for asked, (place, message) in zip(batch, replies, strict=False):
                 task = asked["task"]
                 if message:
@@ -161,12 +164,13 @@ class CancellationSearch:
                     announced = scripts.pack(tasks[first : first + CANCEL_BATCH])
                     await redis.publish(keys.CANCELLED_CHANNEL_PREFIX + worker, announced)
 
-    async def _known(self, task: str, data: bytes) -> dict[str, Any]:
-        following = _what_follows(data, self._ttl_seconds)
-        if following is None and (group := await group_of(self._redis, task.encode())):
+    async def _known(self, task: str, data: bytes) -> CancelRequest:
+        request: CancelRequest = {"task": task, "known": 1, "marked": 1}
+        known = _add_effects(request, data, self._ttl_seconds)
+        if not known and (group := await group_of(self._redis, task.encode())):
             error = f"{TaskCancelledError.__name__}: {_CANCELLED}"
-            following = {"group": {"id": group, "child": task, "error": error}}
-        return {"task": task, "known": 1, "marked": 1, **(following or {})}
+            request["group"] = {"id": group, "child": task, "error": error}
+        return request
 
 
 async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str, bytes]]) -> int:
@@ -181,37 +185,32 @@ async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str,
     places: list[tuple[str, bytes]] = []
     unreadable = False
     while len(places) < len(entries):
-        wanted = []
+        wanted: list[CancelRequest] = []
         for entry, data in entries[len(places) : len(places) + CANCEL_BATCH]:
             try:
                 task = TaskMessage.loadb(data).task_id
             except ValueError:
                 task, unreadable = "", True
-            where = {"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1}
-            wanted.append({**where, **(_what_follows(data, None) or {})})
+            wanted.append({"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1})
+            _add_effects(wanted[-1], data, None)
         places += await scripts.cancel(redis, MARK_SECONDS * 1000, wanted)
     if unreadable:
         await ask_for_audit(redis)
     return sum(place == "queued" for place, _ in places)
 
 
-def _what_follows(data: bytes, ttl_seconds: float | None) -> dict[str, Any] | None:
-    """What follows from the end of a task that is cancelled before it began: see lua/cancel.lua.
+def _add_effects(request: CancelRequest, data: bytes, ttl_seconds: float | None) -> bool:
+    """Add what follows from the end of a task that is cancelled before it began.
 
-    None when it cannot be read, as one of a later version.
+    False when it cannot be read, as one of a later version.
     """
     try:
         message = TaskMessage.loadb(data)
     except ValueError:
-        return None
+        return False
     error = TaskCancelledError(_CANCELLED)
-    told = describe_exception(error)
-    result = result_effect(message, ttl_seconds, lambda: TaskResult.from_exception(error, 0.0))
-    group = group_effect(message, told, lambda: TaskResult.from_exception(error, 0.0))
-    following = {
-        "result": result,
-        "group": group,
-        "release_results": release_results(message),
-        "outcome": schedule_outcome(message, told, 0.0),
-    }
-    return {name: value for name, value in following.items() if value}
+    make = partial(TaskResult.from_exception, error, 0.0)
+    request |= cast(
+        "CancelRequest", completion_effects(message, make, describe_exception(error), 0.0, ttl_seconds)
+    )
+    return True

@@ -82,6 +82,18 @@ async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
     return dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
 
 
+async def last_entry(redis: Redis, stream: str) -> str | None:
+    """The id of the last entry of a stream; None: it is empty."""
+    found: Any = await redis.xrevrange(stream, count=1)
+    return text_of(found[0][0]) if found else None
+
+
+async def entry_data(redis: Redis, stream: str, entry: str) -> bytes | None:
+    """The message of an entry; None: it is gone, or has none."""
+    found: Any = await redis.xrange(stream, entry, entry)
+    return found[0][1].get(b"data") if found else None
+
+
 async def last_delivered(redis: Redis, stream: str) -> str | None:
     """The last entry of a stream that was given to a worker; None: there is no such stream."""
     try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from redis import Redis as SyncRedis
     from redis.asyncio import Redis
 
-    from .models import LockSpec
+    from .requests import LockSpec
 
 #: Locks that one script call gives back, or renews: 1 ms of the server's time.
 RELEASE_BATCH = 250
@@ -48,6 +48,11 @@ async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
 def extend_now(redis: SyncRedis, locks: Sequence[LockSpec]) -> None:
     """`extend` on a blocking connection, for a thread."""
     script("extend").run(redis, args=[pack(locks)])
+
+
+async def reset_rate(redis: Redis, key: str) -> bool:
+    """Give all spent quota of a rate limiter back. False: none was spent."""
+    return bool(await redis.unlink(key))
 
 
 def can_be_packed(value: Any) -> bool:

@@ -16,6 +16,15 @@ from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..messages.codec import dumps, loads
 from ..messages.error_info import ErrorInfo, cut, describe_exception
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
+from .requests import (
+    DelayedRetry,
+    GroupEffect,
+    LockSpec,
+    Requeue,
+    ResultEffect,
+    ScheduleEffect,
+    StoredDeadLetter,
+)
 from .sizes import LOCK_BYTES, checked_size
 
 _Value = TypeVar("_Value")
@@ -23,10 +32,6 @@ _Value = TypeVar("_Value")
 _SEQUENCE = (list, tuple)
 _LONGEST_REASON = 300
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-#: A lock as the scripts understand it: kind, key, owner and the numbers of its kind.
-LockSpec = dict[str, Any]
-
 
 #: Of messages. One that older versions cannot execute, or not decode, says so by a greater number in its field
 #: `format`, and is still a msgpack map that begins with the task's id.
@@ -327,20 +332,20 @@ class Settlement:
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
-    result: Mapping[str, Any] | None = None
-    retry: Mapping[str, Any] | None = None
-    requeue: Mapping[str, Any] | None = None
-    group: Mapping[str, Any] | None = None
-    dead: Mapping[str, Any] | None = None
-    collected: str | None = None
+    result: ResultEffect | None = None
+    retry: DelayedRetry | None = None
+    requeue: Requeue | None = None
+    group: GroupEffect | None = None
+    dead: StoredDeadLetter | None = None
+    release_results: str | None = None
     """The group whose children's results are needed no more: its callback has ended."""
-    outcome: Mapping[str, Any] | None = None
-    """What is kept of an occurrence of a schedule: see `ending.schedule_outcome`."""
+    outcome: ScheduleEffect | None = None
+    """What is kept of an occurrence of a schedule."""
 
-    def follows(self) -> dict[str, Any]:
+    def effects(self) -> dict[str, Any]:
         """What is set, for lua/settle.lua; of most tasks nothing is."""
-        values = _what_follows(self)
-        found = {name: value for name, value in zip(_FOLLOWS, values, strict=True) if value} if any(values) else {}
+        values = _effects(self)
+        found = {name: value for name, value in zip(_EFFECTS, values, strict=True) if value} if any(values) else {}
         if self.delivery.woken and not self.requeue:
             found["woken"] = self.delivery.woken
         return found
@@ -355,8 +360,8 @@ class Settlement:
         return size + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
-_FOLLOWS = ("locks", "result", "retry", "requeue", "group", "dead", "collected", "outcome")
-_what_follows = attrgetter(*_FOLLOWS)
+_EFFECTS = ("locks", "result", "retry", "requeue", "group", "dead", "release_results", "outcome")
+_effects = attrgetter(*_EFFECTS)
 
 
 class SubmitsMessages(Protocol):

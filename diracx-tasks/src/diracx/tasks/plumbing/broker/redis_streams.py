@@ -33,8 +33,9 @@ from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
 from .locking import RELEASE_BATCH
-from .models import Delivery, LockSpec, Settlement, Submission, TaskMessage, TaskResult, in_ms
+from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult, in_ms
 from .schema_version import check_version, note_version
+from .scripts import EVERY_STREAM, script
 from .server_check import Role, UnusableServerError, obstacle, read_server
 from .sizes import ALWAYS_TAKEN_BYTES, CALL_BYTES, in_calls
 from .spans import submission_spans
@@ -43,7 +44,11 @@ from .stored import SCANNED, number_of, text_of
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+    from .requests import GroupChild, GroupFields, LockSpec, Resubmission, StartRequest
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "stream_name_for"]
+
+#: Everything that the script may need to know of all streams, size by size.
+_STREAMS_BY_SIZE = msgpack.packb([keys.streams_of(size) for size in Size])
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ _SUSPECT_FROM = 2
 AUDIT_LEASES = 4
 #: The least that a worker may be silent of which not even the length of its lease is known.
 _UNKNOWN_LEASE_MS = 30_000
+#: Messages that one script call finds again.
+RECOVER_BATCH = 100
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
@@ -235,7 +242,7 @@ class RedisStreamBroker:
             raise answer
 
     async def submit_group(
-        self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
+        self, group_id: str, children: Sequence[Submission], fields: GroupFields, ttl_seconds: int
     ) -> None:
         """Create a callback group and submit its children: all of them or none.
 
@@ -256,11 +263,13 @@ class RedisStreamBroker:
                 logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
 
     async def _submit_group(
-        self, group_id: str, children: Sequence[Submission], fields: dict[str, Any], ttl_seconds: int
+        self, group_id: str, children: Sequence[Submission], fields: GroupFields, ttl_seconds: int
     ) -> int:
         _check_ids(children)
-        packed = [{"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.dumpb()} for c in children]
-        first_fields: dict[str, Any] | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
+        packed: list[GroupChild] = [
+            {"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.dumpb()} for c in children
+        ]
+        first_fields: GroupFields | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
         reply = 0
         try:
             portions = list(in_calls(packed, GROUP_BATCH, lambda child: len(child["staged"]))) or [[]]
@@ -284,7 +293,7 @@ class RedisStreamBroker:
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
-        letters = [
+        letters: list[Resubmission] = [
             {"ticket": ticket, "stream": submission.stream, "data": submission.message.dumpb()}
             for ticket, submission in tickets
         ]
@@ -311,10 +320,8 @@ class RedisStreamBroker:
         Returns:
             The deliveries, and when there are none the last id of each stream, to wait from.
         """
-        lease_ms = int(lease_seconds * 1000)
-        messages, new_ids = await scripts.fetch(
-            self._waiting, self.streams, self.consumer_name, self._at_once(free), lease_ms, last_ids
-        )
+        args = [self.consumer_name, self._at_once(free), int(lease_seconds * 1000), *last_ids]
+        messages, new_ids = await script("fetch")(self._waiting, self.streams, args)
         if messages:
             return self._deliveries(messages), []
         now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
@@ -322,8 +329,8 @@ class RedisStreamBroker:
 
     async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
         """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
-        command = scripts.waiting(self.streams, last_ids, int(timeout * 1000))
-        return bool(await self._waiting.execute_command(*command))
+        wait = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids)
+        return bool(await self._waiting.execute_command(*wait))
 
     async def reserve_next(self, at_most: int, timeout: float) -> tuple[list[Delivery], bool]:
         """Wait for up to `timeout` seconds for messages and reserve up to `at_most` of the stream that has some.
@@ -337,15 +344,19 @@ class RedisStreamBroker:
         Raises:
             redis.exceptions.ResponseError: a stream or its group is missing; `fetch` makes them.
         """
-        reply, marks = await scripts.reserve_next(
-            self._waiting, self.streams, self.consumer_name, self._at_once(at_most), int(timeout * 1000)
-        )
+        group = ("XREADGROUP", "GROUP", keys.GROUP, self.consumer_name, "COUNT", self._at_once(at_most))
+        wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *[">"] * len(self.streams))
+        answers = await self._waiting.execute(wait, ("EXISTS", keys.CANCELLED))
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        reply, marks = answers
         messages: list[Any] = []
         for stream, entries in reply or []:
             for entry, fields in entries:
                 data = fields[1] if len(fields) == 2 and fields[0] == b"data" else fields
                 messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
-        return self._deliveries(messages), marks and bool(messages)
+        return self._deliveries(messages), bool(marks and messages)
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
@@ -369,15 +380,9 @@ class RedisStreamBroker:
             await check_version(self.redis)
             with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
                 await self._audit(lease_ms)
-        messages, again_ms, make_room = await scripts.reclaim(
-            self._waiting,
-            self.streams,
-            self.consumer_name,
-            self._at_once(free),
-            lease_ms,
-            _suspect_from(max_deliveries),
-            max_deliveries,
-        )
+        args = [self.consumer_name, self._at_once(free), _STREAMS_BY_SIZE, lease_ms]
+        args += [_suspect_from(max_deliveries), max_deliveries]
+        messages, again_ms, make_room = await script("reclaim")(self._waiting, self.streams, args)
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
         return deliveries, again_ms / 1000, bool(make_room)
@@ -425,14 +430,21 @@ class RedisStreamBroker:
         held = [f"{stream} {entry}" for stream, entry in known]
         unknown = [] if locks is None else await self._unknown_locks(locks)
         for part in in_calls(unknown, RELEASE_BATCH, lambda _: 0):
-            await scripts.recover(self._waiting, (), self.consumer_name, (), part)
+            await self._recover((), (), part)
         deliveries: list[Delivery] = []
-        more = True
+        more = 1
         while more:
-            messages, more = await scripts.recover(self._waiting, self.streams, self.consumer_name, held, ())
+            messages, more = await self._recover(self.streams, held, ())
             deliveries += (found := self._deliveries(messages))
             held += [f"{each.stream} {each.entry}" for each in found]
         return deliveries
+
+    async def _recover(
+        self, streams: Sequence[str], known: Sequence[str], locks: Sequence[bytes]
+    ) -> tuple[list[Any], int]:
+        args = [self.consumer_name, scripts.pack(known), scripts.pack(locks), RECOVER_BATCH, CALL_BYTES]
+        messages, more = await script("recover")(self._waiting, streams, args)
+        return messages, more
 
     async def _unknown_locks(self, known: Iterable[LockSpec]) -> list[bytes]:
         ours = {scripts.pack(f"{lock['owner']}:{lock['key']}") for lock in known}
@@ -522,12 +534,16 @@ class RedisStreamBroker:
         return await cancel.cancel(self.redis, task_ids, result_ttl_seconds)
 
     async def start(
-        self, deliveries: Sequence[dict[str, Any]], *, lease_seconds: float = 0
+        self, requests: Sequence[StartRequest], *, lease_seconds: float = 0
     ) -> tuple[list[list[int]], int]:
-        """Take the locks of each delivery or park it. See `scripts.start` for what is returned."""
-        lease_ms = int(lease_seconds * 1000)
-        replies, token = await scripts.start(self.redis, self.consumer_name, deliveries, lease_ms)
-        return [[int(number) for number in reply] for reply in replies], token
+        """Take the locks of each delivery or park it.
+
+        Returns:
+            The replies of lua/start.lua, and the fencing token of the first: each of the others has the next one.
+        """
+        args = [self.consumer_name, scripts.pack(requests), int(lease_seconds * 1000)]
+        *replies, token = await script("start")(self.redis, args=args)
+        return [[int(number) for number in reply] for reply in replies], int(token)
 
     async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | str | None]:
         """End deliveries.
@@ -545,8 +561,8 @@ class RedisStreamBroker:
         return accepted
 
     async def leave(self) -> bool:
-        """Take this broker's worker off every list."""
-        return await scripts.leave(self.redis, self.consumer_name)
+        """Take this broker's worker off every list. False: it holds messages, which others will reclaim."""
+        return bool(await script("leave")(self.redis, args=[self.consumer_name, EVERY_STREAM]) == 1)
 
     # --- results ----------------------------------------------------------------------------------------
 

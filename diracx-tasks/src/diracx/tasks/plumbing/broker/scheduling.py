@@ -19,7 +19,7 @@ from .stored import SCANNED, moment_of, ms_of, reading, text_of
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .models import LockSpec
+    from .requests import LockSpec, Occurrence, PlanStep
 
 #: Says that nobody leads any more.
 LEADER_CHANNEL = keys.LEADER
@@ -33,12 +33,12 @@ _LOOK_MS = 400
 PAUSE_BATCH = 500
 
 
-async def plan(redis: Redis, token: str, schedules: Sequence[Mapping[str, Any]]) -> bool:
+async def plan(redis: Redis, token: str, steps: Sequence[PlanStep]) -> bool:
     """Bring schedules up to date, see lua/plan.lua. False when somebody else leads."""
-    return bool(await script("plan")(redis, args=[token, pack(schedules)]) == 1)
+    return bool(await script("plan")(redis, args=[token, pack(steps)]) == 1)
 
 
-async def occur(redis: Redis, token: str, occurrences: Sequence[Mapping[str, Any]]) -> list[int] | None:
+async def occur(redis: Redis, token: str, occurrences: Sequence[Occurrence]) -> list[int] | None:
     """Submit occurrences of schedules.
 
     Returns:

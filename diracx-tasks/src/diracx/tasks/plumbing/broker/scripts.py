@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 from redis.exceptions import NoScriptError
 
-from ..enums import Size
 from . import keys
 from .sizes import CALL_BYTES
 
@@ -27,13 +26,10 @@ if TYPE_CHECKING:
     from .clients import DirectConnection
     from .control import ControlConnection
     from .models import Settlement
+    from .requests import CancelRequest, GroupChild, GroupFields, Resubmission
 
-#: Messages that one script call finds again.
-RECOVER_BATCH = 100
 #: Everything a script may need to know about all streams.
 EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
-#: The same, size by size.
-_STREAMS_BY_SIZE = msgpack.packb([keys.streams_of(size) for size in Size])
 #: The nine queues.
 QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
@@ -116,53 +112,6 @@ async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes
     return None if reply == 1 else reply
 
 
-async def fetch(
-    redis: Redis | DirectConnection,
-    streams: Sequence[str],
-    consumer: str,
-    free: int,
-    lease_ms: int = 0,
-    last_ids: Sequence[str] = (),
-) -> Any:
-    """Reserve up to `free` messages. See lua/fetch.lua for the reply."""
-    return await script("fetch")(redis, streams, [consumer, free, lease_ms, *last_ids])
-
-
-async def reserve_next(
-    line: DirectConnection, streams: Sequence[str], consumer: str, at_most: int, wait_ms: int
-) -> tuple[Any, bool]:
-    """Wait until there is a message and reserve up to `at_most` of each stream, which wakes no other worker.
-
-    Returns:
-        The reply of `XREADGROUP`, and whether there are marks of cancelled tasks.
-    """
-    anything = [">"] * len(streams)
-    group = ("XREADGROUP", "GROUP", keys.GROUP, consumer, "COUNT", at_most)
-    wait = (*group, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *anything)
-    reply, marks = await line.execute(wait, ("EXISTS", keys.CANCELLED))
-    for answer in (reply, marks):
-        if isinstance(answer, Exception):
-            raise answer
-    return reply, bool(marks)
-
-
-def waiting(streams: Sequence[str], last_ids: Sequence[str], wait_ms: int) -> list[Any]:
-    """The command that waits for something after `last_ids`, and reserves nothing."""
-    return ["XREAD", "COUNT", 1, "BLOCK", max(1, wait_ms), "STREAMS", *streams, *last_ids]
-
-
-async def start(
-    redis: Redis, consumer: str, deliveries: Sequence[Mapping[str, Any]], lease_ms: int = 0
-) -> tuple[list[list[Any]], int]:
-    """Take the locks of each delivery or park it. See lua/start.lua for the replies.
-
-    Returns:
-        The replies, and the fencing token of the first delivery: each of the others has the next one.
-    """
-    *replies, token = await script("start")(redis, args=[consumer, pack(deliveries), lease_ms])
-    return replies, int(token)
-
-
 async def settle(
     redis: Redis, consumer: str, settlements: Sequence[Settlement], epoch: str = ""
 ) -> list[bool | str | None]:
@@ -189,36 +138,9 @@ def packed_settlements(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]
     for position, settlement in enumerate(settlements, start=1):
         delivery = settlement.delivery
         places += (delivery.stream, delivery.entry, delivery.deliveries)
-        if what := settlement.follows():
+        if what := settlement.effects():
             follows[position] = what
     return pack(places), pack(follows)
-
-
-async def reclaim(
-    redis: Redis | DirectConnection,
-    streams: Sequence[str],
-    consumer: str,
-    free: int,
-    lease_ms: int,
-    suspect_from: int,
-    max_deliveries: int,
-) -> Any:
-    """Bury dead workers and take over up to `free` of their messages. See lua/reclaim.lua."""
-    args = [consumer, free, _STREAMS_BY_SIZE, lease_ms, suspect_from, max_deliveries]
-    return await script("reclaim")(redis, streams, args)
-
-
-async def recover(
-    redis: Redis | DirectConnection,
-    streams: Sequence[str],
-    consumer: str,
-    known: Sequence[str],
-    locks: Sequence[bytes],
-) -> tuple[list[Any], bool]:
-    """Some of what the worker reserved without hearing of it, and whether there is more. See lua/recover.lua."""
-    args = [consumer, pack(known), pack(locks), RECOVER_BATCH, CALL_BYTES]
-    messages, more = await script("recover")(redis, streams, args)
-    return messages, more == 1
 
 
 async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int, bool, int]:
@@ -235,16 +157,11 @@ async def lines(redis: Redis, at_most: int) -> None:
     await script("lines")(redis, args=[at_most])
 
 
-async def leave(redis: Redis, consumer: str) -> bool:
-    """Take a worker off every list. False when it still holds messages, which others will reclaim."""
-    return bool(await script("leave")(redis, args=[consumer, EVERY_STREAM]) == 1)
-
-
 async def group(
     redis: Redis,
     group_id: str,
-    fields: Mapping[str, Any] | None,
-    children: Sequence[Mapping[str, Any]],
+    fields: GroupFields | None,
+    children: Sequence[GroupChild],
     last: bool,
 ) -> int:
     """Put children into a callback group; `fields` come with the first. See lua/group.lua for the reply."""
@@ -252,7 +169,7 @@ async def group(
     return int(await script("group")(redis, args=[group_id, packed, pack(children), int(last)]))
 
 
-async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, bytes]]:
+async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[CancelRequest]) -> list[tuple[str, bytes]]:
     """Cancel tasks: where each was, and its message if that has to be looked at. See lua/cancel.lua.
 
     Where messages are large, only the first ones: ask again for the others.
@@ -278,6 +195,6 @@ async def fail_children(redis: Redis, group_id: str, error: str, children: Seque
     return int(await script("fail_children")(redis, args=[group_id, error, *children]))
 
 
-async def resubmit(redis: Redis, letters: Sequence[Mapping[str, Any]], ttl_ms: int) -> list[bool]:
+async def resubmit(redis: Redis, letters: Sequence[Resubmission], ttl_ms: int) -> list[bool]:
     """Submit dead letters again. Returns which of them were; the others had been before."""
     return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]

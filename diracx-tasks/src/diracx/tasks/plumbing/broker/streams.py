@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from .keys import ALL_STREAM_NAMES, DEAD_LETTERS, EVERY_STREAM, HANDOVER, stream_name_for
 
-__all__ = [
-    "ALL_STREAM_NAMES",
-    "DEAD_LETTERS",
-    "EVERY_STREAM",
-    "queue_stream",
-    "resumed_stream",
-    "stream_name_for",
-]
+__all__ = ["ALL_STREAM_NAMES", "DEAD_LETTERS", "EVERY_STREAM", "queue_stream", "resumed_stream", "stream_name_for"]
 
 
 def queue_stream(stream: str) -> str:

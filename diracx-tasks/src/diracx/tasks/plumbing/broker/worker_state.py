@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from .control import ControlConnection
-    from .models import LockSpec, Settlement
+    from .models import Settlement
+    from .requests import Entry, LockSpec
 
 #: The id of a task that is cancelled.
 CANCELLED_CHANNEL = keys.CANCELLED
@@ -28,7 +29,7 @@ def renew(
     redis: SyncRedis | ControlConnection,
     consumer: str,
     lease_ms: int,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Entry],
     locks: Sequence[LockSpec],
     epoch: str = "",
 ) -> tuple[list[int], list[int], list[int], str, int]:

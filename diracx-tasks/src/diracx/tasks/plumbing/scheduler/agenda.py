@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
-Occurrence = dict[str, Any]
+if TYPE_CHECKING:
+    from ..broker.requests import Occurrence
 
 
 class Agenda:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from ..broker.inspection import server_time
+
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
@@ -24,9 +26,9 @@ class ServerClock:
     async def ask(self, redis: Redis) -> bool:
         """Poll the server's clock. Returns whether it was set back by more than it may be."""
         before = time.monotonic()
-        seconds, microseconds = await redis.execute_command("TIME")
+        server = await server_time(redis)
         after = time.monotonic()
-        ahead = int(seconds) + int(microseconds) / 1e6 - (before + after) / 2
+        ahead = server - (before + after) / 2
         uncertain = (after - before) / 2
         # An answer that took its time says less than an earlier one, unless it contradicts that.
         if uncertain <= self._uncertain or abs(ahead - self._ahead) > uncertain:

@@ -16,6 +16,7 @@ from ..messages.typed_arguments import check_arguments
 from ..schedules import IntervalSeconds, TaskScheduleBase
 
 if TYPE_CHECKING:
+    from ..broker.requests import Occurrence
     from ..submission.client import Binding
 
 #: An occurrence that is later than this was missed: nobody led, or it was paused. Longer than any fail-over.
@@ -94,7 +95,7 @@ class ScheduledTask:
             return run + timedelta(seconds=missed * self.rule.seconds)
         return self.rule.next_after(now)
 
-    def occurrence(self, binding: Binding, due_ms: int) -> dict[str, Any]:
+    def occurrence(self, binding: Binding, due_ms: int) -> Occurrence:
         """Make the arguments of lua/occur.lua for the run that is due then, except for the next one.
 
         Raises:
@@ -110,19 +111,21 @@ class ScheduledTask:
                 "data": submission.dumpb(),
             }
 
-    def following(self, due_ms: int, now_ms: float) -> dict[str, int]:
-        """`next`: when it is due after the run of `due_ms`, and after now; nothing when that was the last run.
+    def set_next(self, occurrence: Occurrence, now_ms: float) -> None:
+        """Set `next`: when it is due after this occurrence, and after now; unset when that is the last run.
 
         Raises:
             RuntimeError: when the rule does not go forward.
         """
+        occurrence.pop("next", None)
+        due_ms = occurrence["due"]
         moment = datetime.fromtimestamp(due_ms / 1000, UTC)
         run = self.next_run_after(moment, datetime.fromtimestamp(now_ms / 1000, UTC))
         if run is None:
-            return {}
+            return
         if (following := in_ms(run)) <= due_ms:
             raise RuntimeError(f"{self.rule!r}: after {moment.isoformat()} it gives {run.isoformat()}")
-        return {"next": following}
+        occurrence["next"] = following
 
 
 def iter_schedules(

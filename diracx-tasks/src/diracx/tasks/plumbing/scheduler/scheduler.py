@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
@@ -17,21 +17,19 @@ from .._util.tasks import cancel_and_wait
 from ..broker import scheduling
 from ..broker.group_audit import audit_for_ever
 from ..broker.models import in_ms
-from ..broker.stored import SCANNED
 from ..config import TasksConfig
 from ..registry import TaskRegistry
 from ..submission.client import Binding
-from .agenda import Agenda, Occurrence
+from .agenda import Agenda
 from .clock import SET_BACK_SECONDS, ServerClock
 from .leadership import Leadership
 from .listening import listening
 from .occurrences import MISSED_SECONDS, ScheduledTask, iter_schedules
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
+    from ..broker.requests import Occurrence, PlanStep
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +55,6 @@ _SMALL_PORTION = 20
 
 #: Replies of lua/occur.lua that mean that its schedule is still, or no more, as we believed.
 _NOT_DUE, _SUBMITTED, _TOO_EARLY, _PAUSED, _REFUSED = 0, 1, 3, 4, 6
-
-
-def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
-    """Read all fields of a hash, each at least once, in bounded calls."""
-    return redis.hscan_iter(key, count=SCANNED)
 
 
 @dataclass(frozen=True)
@@ -277,13 +270,16 @@ class TaskScheduler:
         planned, now = await scheduling.next_runs(redis), datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
         latest: dict[str, datetime] = {}
         brought_back: list[str] = []
-        changed: list[dict[str, Any]] = []
+        changed: list[PlanStep] = []
         for scheduled in list(self._scheduled.values()):
             try:
                 assert scheduled.rule is not None
                 fingerprint = scheduled.rule.fingerprint
                 if known.get(scheduled.id.encode()) != fingerprint.encode():
-                    changed.append({"id": scheduled.id, "fingerprint": fingerprint} | self._first_run(scheduled))
+                    first_ms = self._first_run(scheduled)
+                    changed.append({"id": scheduled.id, "fingerprint": fingerprint})
+                    if first_ms is not None:
+                        changed[-1]["due"] = first_ms
                 elif (due_ms := self._brought_back(scheduled, planned.get(scheduled.id), now, latest)) is not None:
                     changed.append({"id": scheduled.id, "fingerprint": fingerprint, "due": due_ms})
                     brought_back.append(scheduled.id)
@@ -315,7 +311,7 @@ class TaskScheduler:
         logger.info("%d schedules, %d of them new or changed", len(self._scheduled), new)
         return True
 
-    async def _no_more_scheduled(self, instances: Collection[str]) -> list[dict[str, Any]]:
+    async def _no_more_scheduled(self, instances: Collection[str]) -> list[PlanStep]:
         """Make the changes of lua/plan.lua for schedules that are disabled or exist no more."""
         stored = await scheduling.stored_schedules(self._broker.redis)
         stored -= {schedule.encode() for schedule in self._scheduled}
@@ -350,12 +346,12 @@ class TaskScheduler:
         if await self._clock.ask(self._broker.redis):
             self._outdated = True
 
-    def _first_run(self, scheduled: ScheduledTask) -> dict[str, int]:
+    def _first_run(self, scheduled: ScheduledTask) -> int | None:
         run = scheduled.first_run_after(datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC))
         if run is None:
             logger.error("%s has no run left: its rule has come to its end", scheduled.id)
-            return {}
-        return {"due": in_ms(run)}
+            return None
+        return in_ms(run)
 
     # --- what is due ------------------------------------------------------------------------------------
 
@@ -377,7 +373,7 @@ class TaskScheduler:
         scheduled = self._scheduled[schedule]
         occurrence = scheduled.occurrence(self._binding, due_ms)
         if scheduled.deterministic:
-            occurrence |= scheduled.following(due_ms, due_ms)
+            scheduled.set_next(occurrence, due_ms)
         return occurrence
 
     def _made_now(self, occurrence: Occurrence, now_ms: float) -> bool:
@@ -386,13 +382,11 @@ class TaskScheduler:
         scheduled = self._scheduled[schedule]
         if scheduled.missed == "skip" and now_ms - due_ms > MISSED_SECONDS * 1000:
             logger.info("%s: what was missed is left out", schedule)
-            for name in ("stream", "task", "data"):
-                del occurrence[name]
+            del occurrence["stream"], occurrence["task"], occurrence["data"]
         if scheduled.deterministic and occurrence.get("next", float("inf")) > now_ms:
             return True
-        occurrence.pop("next", None)
         try:
-            occurrence |= scheduled.following(due_ms, now_ms)
+            scheduled.set_next(occurrence, now_ms)
         except Exception as error:
             self._failed(schedule, error)
             return False

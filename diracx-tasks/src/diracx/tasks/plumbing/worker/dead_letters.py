@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from redis.exceptions import ResponseError
 
@@ -25,6 +25,7 @@ from .keeper import PendingAck
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Settlement
+    from ..broker.requests import StoredDeadLetter
     from ..persistence import TaskDB
     from .keeper import LeaseKeeper
     from .settler import Settler
@@ -60,7 +61,7 @@ class _Queued(NamedTuple):
     since: float  # time.monotonic()
 
 
-def in_redis(letter: DeadLetter) -> dict[str, Any]:
+def in_redis(letter: DeadLetter) -> StoredDeadLetter:
     """The dead letter as settle.lua keeps it until a worker imports it into the database."""
     return {"reason": letter.reason, "data": letter.dumpb()}
 

@@ -26,7 +26,8 @@ from ..messages.secrets import without_secrets
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
-    from ..broker.models import Delivery, LockSpec, Settlement, TaskMessage
+    from ..broker.models import Delivery, Settlement, TaskMessage
+    from ..broker.requests import LockSpec
     from ..locks import BaseLock
     from ..persistence import DeadLetter
     from .task_spec import TaskSpec

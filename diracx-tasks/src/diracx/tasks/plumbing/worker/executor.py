@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._util.retrying import is_transient, may_pass, retry_until_available
 from ..broker.locking import can_be_packed
@@ -27,7 +27,8 @@ from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reje
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery, LockSpec, Settlement
+    from ..broker.models import Delivery, Settlement
+    from ..broker.requests import LockSpec, StartRequest
     from ..persistence import DeadLetter
     from .control_channel import ControlChannel
     from .dead_letters import DeadLetterStore
@@ -293,7 +294,7 @@ class Executor:
             return False
         return True
 
-    def _start_request(self, execution: Execution) -> dict[str, Any]:
+    def _start_request(self, execution: Execution) -> StartRequest:
         delivery = execution.delivery
         return {
             "stream": delivery.stream,

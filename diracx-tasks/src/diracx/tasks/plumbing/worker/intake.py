@@ -15,7 +15,8 @@ from .settlement import hand_back
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery, LockSpec
+    from ..broker.models import Delivery
+    from ..broker.requests import LockSpec
     from .settings import WorkerSettings
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..broker import worker_state
 from ..broker.control import ControlConnection
@@ -28,7 +28,8 @@ from ..broker.sizes import LOCK_BYTES, in_calls
 from ..locks import SAFETY_MARGIN
 
 if TYPE_CHECKING:
-    from ..broker.models import Delivery, LockSpec
+    from ..broker.models import Delivery
+    from ..broker.requests import Entry, LockSpec
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +335,7 @@ class LeaseKeeper:
                 self._report(hold, f"the lock {lock['key']} could not be renewed")
 
     def _renew_some(self, holds: Sequence[Leased]) -> _Renewed:
-        entries: list[dict[str, Any]] = [
+        entries: list[Entry] = [
             {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
             for h in holds
         ]

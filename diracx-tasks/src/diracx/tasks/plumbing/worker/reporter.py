@@ -198,39 +198,32 @@ class Reporter:
             fate = "cancelled" if issubclass(type(outcome.error), TaskCancelledError) else "dropped"
         if issubclass(type(outcome.error), LockLostError):
             sums.locks_lost += 1
-        message = execution.message
-        told = outcome.told
-        self._failures.append(
-            {
-                "at": time.time() + self._clock_ahead,
-                "task_id": message.task_id,
-                "task_name": message.task_name,
-                "vo": vo_of_task(execution.task, message),
-                "type": told["type"],
-                "message": cut(told["message"], _LONGEST_TEXT),
-                "traceback": last_lines(told["traceback"], _LONGEST_TRACEBACK),
-                "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
-                "worker": self._broker.consumer_name,
-                "outcome": fate,
-            }
-        )
+        message, error = execution.message, outcome.told
+        text = cut(error["message"], _LONGEST_TEXT)
+        traceback = last_lines(error["traceback"], _LONGEST_TRACEBACK)
+        self._note_failure(message, vo_of_task(execution.task, message), error["type"], text, traceback, fate)
 
     def rejected(self, message: TaskMessage | None, reason: str, detail: str, vo: str | None = None) -> None:
         """A delivery cannot be executed, and is put with the dead letters."""
         self._stats.setdefault((REJECTED, ""), Sums()).dead += 1
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
+        self._note_failure(message, vo, reason, detail[:_LONGEST_TEXT], "", "dead")
+
+    def _note_failure(
+        self, message: TaskMessage | None, vo: str | None, type_: str, text: str, traceback: str, outcome: str
+    ) -> None:
         self._failures.append(
             {
                 "at": time.time() + self._clock_ahead,
                 "task_id": "" if message is None else message.task_id[:_LONGEST_TEXT],
                 "task_name": "" if message is None else message.task_name[:_LONGEST_TEXT],
                 "vo": vo,
-                "type": reason,
-                "message": detail[:_LONGEST_TEXT],
-                "traceback": "",
+                "type": type_,
+                "message": text,
+                "traceback": traceback,
                 "attempt": 1 if message is None else len(message.attempts) + 1,
                 "worker": self._broker.consumer_name,
-                "outcome": "dead",
+                "outcome": outcome,
             }
         )
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..broker.effects import group_effect, release_results, result_effect, schedule_outcome, touch_group
+from ..broker.effects import completion_effects, retry_effects
 from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.spans import task_attributes
@@ -24,11 +24,12 @@ from ..exceptions import (
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
 from ..persistence.dead_letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of, vo_of_task
-from .execution import Failed, LeaseLost, Outcome, Succeeded
+from .execution import Failed, LeaseLost, Outcome
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
     from ..broker.models import Delivery
+    from ..broker.requests import DelayedRetry, LockSpec, Requeue
     from ..retry_policies import RetryPolicyBase
     from .execution import Execution
     from .settings import WorkerSettings
@@ -87,51 +88,53 @@ def settle(
     execution: Execution, outcome: Outcome, settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter | None]:
     """What becomes of a delivery, and the dead letter to store before the broker is told."""
-    settlement = Settlement(execution.delivery, locks=execution.locks)
-    message = execution.message
-    if isinstance(outcome, Succeeded):
-        if _is_awaited(message, settings):
-            make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
-            _ended(settlement, message, settings, None, make, outcome.seconds)
-        return settlement, None
-    if isinstance(outcome, LeaseLost):
-        return settlement, None
-    return settlement, _failed(execution, outcome, settlement, settings)
+    if isinstance(outcome, Failed):
+        return _failed(execution, outcome, settings)
+    if isinstance(outcome, LeaseLost) or not _is_awaited(execution.message, settings):
+        return Settlement(execution.delivery, execution.locks), None
+    make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
+    return _ended(
+        execution.delivery, execution.message, settings, None, make, outcome.seconds, execution.locks
+    ), None
 
 
-def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> dict[str, Any] | None:
+def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> DelayedRetry | None:
     """What is put aside for the next attempt; None when there is none.
 
     Args:
         final: the message with this attempt.
     """
-    attempt = execution.message.labels.get(LABEL_RETRIES, 0)
-    again = retry_at(execution.spec.retry_policy(execution.task), attempt, outcome.error)
-    if again is None:
+    if execution.spec.task_class.at_most_once:
         return None
-    # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
-    delay_ms = max(0, in_ms(again) - in_ms(datetime.now(UTC)))
-    return defer(execution.delivery, final.task_id, delay_ms, final.dumpb())
+    attempt = execution.message.labels.get(LABEL_RETRIES, 0)
+    try:
+        again = retry_at(execution.spec.retry_policy(execution.task), attempt, outcome.error)
+        # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
+        delay_ms = 0 if again is None else max(0, in_ms(again) - in_ms(datetime.now(UTC)))
+    except BaseException as error:  # a policy is code of the task's author, as `execute` is
+        told = describe_exception(error, hide=execution.hide)["traceback"]
+        what = f"{final.task_name} {final.task_id}"
+        logger.error("the retry policy of %s failed: no retry\n%s", what, told)
+        return None
+    return None if again is None else defer(execution.delivery, final.task_id, delay_ms, final.dumpb())
 
 
-def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> dict[str, Any]:
+def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> DelayedRetry:
     """What lua/settle.lua needs to put a message into the delayed set for so long, by the server's clock."""
     stream = queue_stream(delivery.stream)
-    again: dict[str, Any] = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
+    again: DelayedRetry = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
     if delivery.occurrence is not None:
         again["occurrence"] = delivery.occurrence
     return again
 
 
-def hand_back(delivery: Delivery, data: bytes | None = None) -> Settlement:
-    """A delivery that was not begun, for another worker to start at once.
+def hand_back(delivery: Delivery) -> Settlement:
+    """A delivery that was not begun, for another worker to start at once."""
+    return Settlement(delivery, requeue=_requeue(delivery, delivery.data))
 
-    Args:
-        data: the message, if it is another one by now.
-    """
-    stream = resumed_stream(delivery.stream)
-    again = {"stream": stream, "data": delivery.data if data is None else data, "since": delivery.since}
-    return Settlement(delivery, requeue=again)
+
+def _requeue(delivery: Delivery, data: bytes | None) -> Requeue:
+    return {"stream": resumed_stream(delivery.stream), "data": data, "since": delivery.since}
 
 
 def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
@@ -146,66 +149,42 @@ def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings
     """What becomes of a delivery that was cancelled before it was begun."""
     which = task_attributes(message)
     logger.warning("%s %s is cancelled before it has begun", *which.values(), extra=which)
-    settlement = Settlement(delivery)
-    error = TaskCancelledError("cancelled before it had begun")
-    _failed_with(settlement, message, settings, describe_exception(error))
-    return settlement
+    return _failure(
+        delivery, message, settings, describe_exception(TaskCancelledError("cancelled before it had begun"))
+    )
 
 
 def _failed(
-    execution: Execution, outcome: Failed, settlement: Settlement, settings: WorkerSettings
-) -> DeadLetter | None:
-    message = execution.message
+    execution: Execution, outcome: Failed, settings: WorkerSettings
+) -> tuple[Settlement, DeadLetter | None]:
+    message, delivery, told = execution.message, execution.delivery, outcome.told
+    task_class = execution.spec.task_class
     what = f"{message.task_name} {message.task_id}"
+    end = partial(_failure, delivery, message, settings, told, outcome.seconds, execution.locks)
+    again = partial(retry_effects, message, told, outcome.seconds)
     if issubclass(type(outcome.error), TaskCancelledError):
-        _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
-        return None
+        return end(), None
     final = _with_attempt(execution, outcome)
-    at_most_once = execution.spec.task_class.at_most_once
-    if outcome.interrupted and not at_most_once:
-        return _interrupted(execution, outcome, settlement, final, settings)
-    try:
-        retry = None if at_most_once else _retry(execution, outcome, final)
-    except BaseException as error:  # a policy is code of the task's author, as `execute` is
-        told = describe_exception(error, hide=execution.hide)["traceback"]
-        logger.error("the retry policy of %s failed: no retry\n%s", what, told)
-        retry = None
-    if retry is not None:
-        _log(logging.WARNING, f"{what} failed, to be retried", outcome)
-        settlement.retry = retry
-        settlement.group = touch_group(message)
-        settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, retry["delay_ms"] / 1000)
-        return None
-    _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
-    if not execution.spec.task_class.dlq_eligible:
-        _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", outcome)
-        return None
-    _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", outcome)
-    settlement.collected = None  # whoever takes the letter up again may want the results of its children
-    where = _burial(execution.delivery)
+    reason, detail = DeadLetterReason.EXHAUSTED, told["message"]
+    if outcome.interrupted and not task_class.at_most_once:  # it starts again at once, and not for ever
+        times = sum(bool(each.get("interrupted")) for each in final.attempts)
+        if times < settings.max_deliveries:
+            _log(logging.WARNING, f"{what} was interrupted, and starts again", outcome)
+            requeue = _requeue(delivery, final.dumpb())
+            return Settlement(delivery, execution.locks, requeue=requeue, **again(0.0)), None
+        reason = DeadLetterReason.INTERRUPTED
+        detail = f"interrupted {times} times, the last time by {told['type']}: {told['message']}"
+        _log(logging.ERROR, f"{what} goes to the dead letters: {detail}", outcome)
+    else:
+        if (retry := _retry(execution, outcome, final)) is not None:
+            _log(logging.WARNING, f"{what} failed, to be retried", outcome)
+            return Settlement(delivery, execution.locks, retry=retry, **again(retry["delay_ms"] / 1000)), None
+        if not task_class.dlq_eligible:
+            _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", outcome)
+            return end(), None
+        _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", outcome)
     vo = vo_of_task(execution.task, message)
-    return DeadLetter.of_message(final, DeadLetterReason.EXHAUSTED, outcome.told["message"], where, vo)
-
-
-def _interrupted(
-    execution: Execution, outcome: Failed, settlement: Settlement, final: TaskMessage, settings: WorkerSettings
-) -> DeadLetter | None:
-    """It starts again at once, as after a crash, and not for ever."""
-    message, delivery = execution.message, execution.delivery
-    what = f"{message.task_name} {message.task_id}"
-    times = sum(bool(each.get("interrupted")) for each in final.attempts)
-    if times < settings.max_deliveries:
-        _log(logging.WARNING, f"{what} was interrupted, and starts again", outcome)
-        settlement.requeue = hand_back(delivery, final.dumpb()).requeue
-        settlement.group = touch_group(message)
-        settlement.outcome = schedule_outcome(message, outcome.told, outcome.seconds, 0.0)
-        return None
-    detail = f"interrupted {times} times, the last time by {outcome.told['type']}: {outcome.told['message']}"
-    _log(logging.ERROR, f"{what} goes to the dead letters: {detail}", outcome)
-    _failed_with(settlement, message, settings, outcome.told, outcome.seconds)
-    settlement.collected = None
-    vo = vo_of_task(execution.task, message)
-    return DeadLetter.of_message(final, DeadLetterReason.INTERRUPTED, detail, _burial(delivery), vo)
+    return end(keep_results=True), DeadLetter.of_message(final, reason, detail, _delivery_id(delivery), vo)
 
 
 def begun_before(
@@ -217,13 +196,11 @@ def begun_before(
     )
     which = task_attributes(message)
     logger.error("%s %s has failed: %s", *which.values(), told["message"], extra=which)
-    settlement = Settlement(delivery)
-    _failed_with(settlement, message, settings, told)
     if not task_class.dlq_eligible:
-        return settlement, None
-    settlement.collected = None
-    where, vo = _burial(delivery), vo_of(task_class, message)
-    return settlement, DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
+        return _failure(delivery, message, settings, told), None
+    where, vo = _delivery_id(delivery), vo_of(task_class, message)
+    letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
+    return _failure(delivery, message, settings, told, keep_results=True), letter
 
 
 def _log(level: int, line: str, outcome: Failed) -> None:
@@ -270,17 +247,16 @@ def reject(
         extra=None if message is None else task_attributes(message),
     )
     if message is None:
-        where = _burial(delivery)
+        where = _delivery_id(delivery)
         return Settlement(delivery), DeadLetter(
             task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, delivery_id=where
         )
-    settlement = Settlement(delivery)
-    _failed_with(settlement, message, settings, describe_exception(TaskRejectedError(f"{reason}: {detail}")))
-    settlement.collected = None
-    return settlement, DeadLetter.of_message(message, reason, detail, _burial(delivery), vo)
+    told = describe_exception(TaskRejectedError(f"{reason}: {detail}"))
+    settlement = _failure(delivery, message, settings, told, keep_results=True)
+    return settlement, DeadLetter.of_message(message, reason, detail, _delivery_id(delivery), vo)
 
 
-def _burial(delivery: Delivery) -> str:
+def _delivery_id(delivery: Delivery) -> str:
     """The same for everybody who has this delivery in hand, and never again."""
     return f"{delivery.stream}/{delivery.entry}"
 
@@ -299,11 +275,9 @@ def unsettled(
         reason=DeadLetterReason.UNSETTLED,
         detail=f"{told['type']}: {told['message']}",
         data=execution.delivery.data,
-        delivery_id=_burial(execution.delivery),
+        delivery_id=_delivery_id(execution.delivery),
     )
-    settlement = Settlement(execution.delivery, locks=execution.locks)
-    _failed_with(settlement, message, settings, told)
-    return settlement, letter
+    return _failure(execution.delivery, message, settings, told, locks=execution.locks), letter
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:
@@ -324,29 +298,37 @@ def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
 
 
 def _ended(
-    settlement: Settlement,
+    delivery: Delivery,
     message: TaskMessage,
     settings: WorkerSettings,
     error: ErrorInfo | None,
     make: Callable[[], TaskResult[Any]],
-    seconds: float = 0.0,
-) -> None:
-    """What follows from the end of a task, however it ended."""
+    seconds: float,
+    locks: Sequence[LockSpec],
+) -> Settlement:
     if not _is_awaited(message, settings):
-        return
-    longest = settings.max_result_bytes
-    settlement.result = result_effect(message, settings.result_ttl_seconds, make, longest)
-    settlement.group = group_effect(message, error, make, longest)
-    settlement.collected = release_results(message)
-    settlement.outcome = schedule_outcome(message, error, seconds)
+        return Settlement(delivery, locks)
+    ttl_seconds, longest = settings.result_ttl_seconds, settings.max_result_bytes
+    return Settlement(delivery, locks, **completion_effects(message, make, error, seconds, ttl_seconds, longest))
 
 
-def _failed_with(
-    settlement: Settlement,
+def _failure(
+    delivery: Delivery,
     message: TaskMessage,
     settings: WorkerSettings,
     told: ErrorInfo,
     seconds: float = 0.0,
-) -> None:
-    """What follows from its end by an error."""
-    _ended(settlement, message, settings, told, partial(TaskResult.from_error, told, seconds), seconds)
+    locks: Sequence[LockSpec] = (),
+    *,
+    keep_results: bool = False,
+) -> Settlement:
+    """What becomes of a delivery that has ended by an error.
+
+    Args:
+        keep_results: those of the children of its group: a dead letter that is submitted again may want them.
+    """
+    make = partial(TaskResult.from_error, told, seconds)
+    settlement = _ended(delivery, message, settings, told, make, seconds, locks)
+    if keep_results:
+        settlement.release_results = None
+    return settlement

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -15,15 +15,18 @@ from .._util.retrying import is_transient, retry_until_available
 from ..broker import locking
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
+from ..broker.requests import DelayedRetry, Requeue
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
 from ..exceptions import ResultTooLargeError
 from ..messages.error_info import one_line
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import LockSpec
+    from ..broker.requests import LockSpec
     from .intake import Intake
     from .keeper import LeaseKeeper
+
+_Again = TypeVar("_Again", DelayedRetry, Requeue)
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +159,13 @@ def _without_value(settlement: Settlement, refused: str) -> Settlement:
         result = {**result, "value": value}
     if group is not None and "result" in group:
         group = {**group, "result": value}
-    retry, requeue = map(_with_short_attempts, (settlement.retry, settlement.requeue))
+    retry, requeue = _with_short_attempts(settlement.retry), _with_short_attempts(settlement.requeue)
     return replace(settlement, result=result, group=group, retry=retry, requeue=requeue)
 
 
-def _with_short_attempts(again: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if again is None:
-        return None
+def _with_short_attempts(again: _Again | None) -> _Again | None:
+    if again is None or again["data"] is None:
+        return again
     try:
         message = TaskMessage.loadb(again["data"])
     except ValueError:  # it is for a later version
@@ -170,7 +173,9 @@ def _with_short_attempts(again: Mapping[str, Any] | None) -> Mapping[str, Any] |
     attempts = [{**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts]
     if attempts:
         message.labels[LABEL_ATTEMPTS] = attempts
-    return {**again, "data": message.dumpb()}
+    again = again.copy()
+    again["data"] = message.dumpb()
+    return again
 
 
 def _report(settlement: Settlement, answer: bool | str) -> None:

@@ -5,7 +5,7 @@
 -- KEYS: none. ARGV: time a mark is kept (ms), tasks (msgpack list of {task} with any of
 --   marked = 1, when we have marked it before; no mark then means that the worker that had it has settled it
 --   known  = 1, once its message was looked at, and then:
---   result, group, collected, outcome, as in settle.lua;
+--   result, group, release_results, outcome, as in settle.lua;
 --   stream, entry: where it was found,
 --   waiting = 1, if it is to be cancelled only as long as it waits there),
 -- and the most bytes of messages to read (but for what is larger alone).
@@ -25,7 +25,7 @@ end
 local function finish(t)
   redis.call('ZREM', '$CANCELLED', t.task)
   if t.group then pcall(child_done, t.group) end
-  if t.collected then pcall(forget_results, t.collected) end
+  if t.release_results then pcall(forget_results, t.release_results) end
   if t.outcome then pcall(note_outcome, t.outcome) end
   if t.result then
     redis.call('SET', t.result.key, t.result.value, 'PX', t.result.ttl_ms)

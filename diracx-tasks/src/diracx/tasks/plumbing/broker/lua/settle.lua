@@ -7,7 +7,7 @@
 --   retry   = {task, delay_ms, stream, data, occurrence}    put aside for so long, by the server's clock
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
---   collected = group id                        its callback has ended and needs the results no more
+--   release_results = group id                  its callback has ended and needs the results no more
 --   woken   = lock                              it had the turn for it: the next has it, unless it took the lock
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker imports it into a database).
@@ -67,7 +67,7 @@ local function following()
     remove(stream, entry) -- before the rest: should that go wrong, it must not be done twice
     if task and marks and not s.retry then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
     if s.group then try(refused, child_done, s.group) end
-    if s.collected then try(refused, forget_results, s.collected) end
+    if s.release_results then try(refused, forget_results, s.release_results) end
     if s.outcome then try(refused, note_outcome, s.outcome) end
     if s.woken then try(refused, give_up_turn, {key = s.woken}, task) end
     if s.result then try(refused, store, s.result) end
