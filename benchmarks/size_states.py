@@ -128,7 +128,7 @@ async def start(
         {
             **{"stream": each.stream, "entry": each.entry, "deliveries": each.deliveries, "since": each.since},
             **{"task": TaskMessage.loadb(each.data or b"").task_id, "rank": 1, "retry_ms": _HOUR_MS},
-            **{"handover": each.stream + keys.HANDOVER, "locks": [lock_of(number).spec()] if lock_of else locks},
+            **{"resumed": each.stream + keys.HANDOVER, "locks": [lock_of(number).spec()] if lock_of else locks},
         }
         for number, each in enumerate(deliveries)
     ]

@@ -32,7 +32,7 @@ class Held:
     entry: str
     deliveries: int
     since: str
-    woken: bytes | None = None
+    granted: bytes | None = None
     phase: str = "reserved"
     """reserved; running; ended (to be settled); cut off (to be handed back)."""
     locked: bool = False

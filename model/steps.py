@@ -130,7 +130,7 @@ class Steps:
         for each in deliveries:
             assert each.data is not None
             task = TaskMessage.loadb(each.data).task_id
-            taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since, each.woken))
+            taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since, each.granted))
             self._check_deaths(state, which, each)
         # A call for work is a sign of life: what it gives cannot be taken over at once.
         lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "recover" else worker
@@ -155,11 +155,11 @@ class Steps:
             "deliveries": held.deliveries,
             "task": held.task,
             "rank": 1,
-            "handover": held.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "resumed": held.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
             "since": held.since,
             "locks": lock,
             "retry_ms": 10_000_000,
-            "woken": held.woken,
+            "granted": held.granted,
         }
         [reply], _ = self._call(self._brokers[which].start([wanted], lease_seconds=_LEASE_SECONDS))
         if reply[0] == 1:
@@ -184,7 +184,9 @@ class Steps:
         return self._with(after, which, self._timed(replace(worker, held=in_hand)))
 
     def _settle(self, state: State, which: int, held: Held) -> list[State]:
-        delivery = Delivery(held.stream, held.entry, held.deliveries, b"", b"", since=held.since, woken=held.woken)
+        delivery = Delivery(
+            held.stream, held.entry, held.deliveries, b"", b"", since=held.since, granted=held.granted
+        )
         if held.phase == "cut off":
             delivery.data = TaskMessage(task_id=held.task, task_name="model:Task").dumpb()
             settlement = replace(hand_back(delivery), locks=self._lock(which, held))

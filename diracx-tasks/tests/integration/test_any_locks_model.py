@@ -249,11 +249,11 @@ class LocksMachine(RuleBasedStateMachine):
                 "deliveries": delivery.deliveries,
                 "task": task.message.task_id,
                 "rank": task.order[0],
-                "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+                "resumed": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
                 "since": delivery.since,
                 "locks": specs,
                 "retry_ms": LONG_MS,
-                "woken": delivery.woken,
+                "granted": delivery.granted,
             }
             asked.append((task, wanted))
         if not asked:

@@ -309,11 +309,11 @@ class BrokerMachine(RuleBasedStateMachine):
             "deliveries": delivery.deliveries,
             "task": task.id,
             "rank": list(Priority).index(delivery.priority),
-            "handover": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "resumed": delivery.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
             "since": delivery.since,
             "locks": locks,
             "retry_ms": LONG_MS,
-            "woken": delivery.woken,
+            "granted": delivery.granted,
         }
         others = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
         others += [
@@ -329,7 +329,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert reply[0] == 0
             # A turn may have ended between our look and the script's.
             assert others or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
-            task.place, task.delivery, task.stream = "parked", None, wanted["handover"]
+            task.place, task.delivery, task.stream = "parked", None, wanted["resumed"]
             task.survived.clear()
             self.may_wake = True  # a turn that it had is passed on
         if twice:  # the answer was lost: asking again says the same, or that there is nothing to ask for

@@ -70,7 +70,7 @@ async def start(broker: RedisStreamBroker, delivery: Delivery, locks: Sequence[B
         "deliveries": delivery.deliveries,
         "task": TaskMessage.loadb(delivery.data).task_id,
         "rank": 1,
-        "handover": QUEUE + keys.HANDOVER,
+        "resumed": QUEUE + keys.HANDOVER,
         "since": delivery.since,
         "locks": specs,
         "retry_ms": LATER_MS,

@@ -125,7 +125,7 @@ class Scene:
             "deliveries": self.delivery.deliveries,
             "task": "running",
             "rank": 1,
-            "handover": QUEUE + keys.HANDOVER,
+            "resumed": QUEUE + keys.HANDOVER,
             "since": "0",
             "locks": [self.lock.spec()],
             "retry_ms": 1000,

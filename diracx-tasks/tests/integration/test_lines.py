@@ -96,11 +96,11 @@ class Worker:
                 "deliveries": each.deliveries,
                 "task": name_of(each),
                 "rank": ["realtime", "normal", "background"].index(each.priority),
-                "handover": each.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+                "resumed": each.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
                 "since": each.since,
                 "locks": [lock.spec() for lock in needs()],
                 "retry_ms": 600_000,
-                "woken": each.woken,
+                "granted": each.granted,
             }
             for each in deliveries
         ]
@@ -281,7 +281,7 @@ async def test_who_hands_a_task_back_keeps_its_turn_with_it(worker: Worker, redi
     [delivery], _ = await worker.broker.fetch(BATCH)
     assert await worker.broker.settle([hand_back(delivery)]) == [True]
     [again], _ = await worker.broker.fetch(BATCH)
-    assert (name_of(again), again.woken) == (first, mutex().redis_key.encode())
+    assert (name_of(again), again.granted) == (first, mutex().redis_key.encode())
     assert await worker.broker.settle([Settlement(again)]) == [True]
     assert await worker.granted() == [second]
 

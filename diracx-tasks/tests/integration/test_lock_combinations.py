@@ -187,7 +187,7 @@ async def test_a_worker_that_dies_while_it_takes_locks_leaves_none(redis_url: st
             "deliveries": delivery.deliveries,
             "task": f"task {position}",
             "rank": 1,
-            "handover": stream + keys.HANDOVER,
+            "resumed": stream + keys.HANDOVER,
             "since": "0",
             "locks": [SharedRWLock(JOB, position).spec()],
             "retry_ms": 1000,

@@ -62,7 +62,7 @@ class Occurrences:
             "deliveries": delivery.deliveries,
             "task": TaskMessage.loadb(delivery.data).task_id,
             "rank": 1,
-            "handover": QUEUE + keys.HANDOVER,
+            "resumed": QUEUE + keys.HANDOVER,
             "since": delivery.since,
             "locks": [lock.spec() for lock in locks],
             "retry_ms": 60_000,

@@ -29,7 +29,7 @@ def completion_effects(
     """What follows from the end of a task.
 
     Args:
-        make: makes its result, which is stored where somebody asked for it.
+        make: makes its result, which is stored where it was asked for.
         error: None when it has succeeded.
         seconds: how long the last execution took.
         ttl_seconds: how long the result is kept where the task's own label says nothing; None: not at all.

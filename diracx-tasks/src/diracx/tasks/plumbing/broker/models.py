@@ -299,7 +299,7 @@ class Delivery:
     """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
     survived: int = 0
     """How many of the workers that lost this entry live after all."""
-    woken: bytes | None = None
+    granted: bytes | None = None
     """The key of the lock for which it was granted the turn, after it had waited."""
 
     @property
@@ -346,8 +346,8 @@ class Settlement:
         """What is set, for lua/settle.lua; of most tasks nothing is."""
         values = _effects(self)
         found = {name: value for name, value in zip(_EFFECTS, values, strict=True) if value} if any(values) else {}
-        if self.delivery.woken and not self.requeue:
-            found["woken"] = self.delivery.woken
+        if self.delivery.granted and not self.requeue:
+            found["granted"] = self.delivery.granted
         return found
 
     def bytes(self) -> int:

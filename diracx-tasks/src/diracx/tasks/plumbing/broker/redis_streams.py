@@ -545,11 +545,11 @@ class RedisStreamBroker:
         *replies, token = await script("start")(self.redis, args=args)
         return [[int(number) for number in reply] for reply in replies], int(token)
 
-    async def settle(self, settlements: Sequence[Settlement], epoch: str = "") -> list[bool | str | None]:
+    async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[bool | str | None]:
         """End deliveries.
 
         Args:
-            epoch: see `scripts.settle`.
+            dataset_id: see `scripts.settle`.
 
         Returns:
             Which settlements were accepted. False: it had been taken over; None: the server has lost its data;
@@ -557,7 +557,7 @@ class RedisStreamBroker:
         """
         accepted: list[bool | str | None] = []
         for batch in in_calls(settlements, SETTLE_BATCH, Settlement.bytes):
-            accepted += await scripts.settle(self.redis, self.consumer_name, batch, epoch)
+            accepted += await scripts.settle(self.redis, self.consumer_name, batch, dataset_id)
         return accepted
 
     async def leave(self) -> bool:
@@ -621,7 +621,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         earlier_deaths=number_of(values.get(b"deaths")),
         survived=number_of(values.get(b"survived")),
         occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
-        woken=values.get(b"woken"),
+        granted=values.get(b"woken"),
     )
 
 

@@ -28,11 +28,11 @@ class Entry(TypedDict):
 class StartRequest(Entry):
     task: str
     rank: int
-    handover: str
+    resumed: str
     since: str
     locks: Sequence[LockSpec]
     retry_ms: int
-    woken: bytes | None
+    granted: bytes | None
 
 
 class DelayedRetry(TypedDict):
@@ -93,7 +93,7 @@ class CancelRequest(Effects, total=False):
 
 
 class Occurrence(TypedDict):
-    """A run of a schedule that is due (ms since the epoch); without a stream, it is passed over."""
+    """A run of a schedule that is due (ms since 1970); without a stream, it is passed over."""
 
     id: str
     due: int

@@ -34,7 +34,7 @@ PAUSE_BATCH = 500
 
 
 async def plan(redis: Redis, token: str, steps: Sequence[PlanStep]) -> bool:
-    """Bring schedules up to date, see lua/plan.lua. False when somebody else leads."""
+    """Bring schedules up to date, see lua/plan.lua. False when another scheduler leads."""
     return bool(await script("plan")(redis, args=[token, pack(steps)]) == 1)
 
 
@@ -42,7 +42,7 @@ async def occur(redis: Redis, token: str, occurrences: Sequence[Occurrence]) -> 
     """Submit occurrences of schedules.
 
     Returns:
-        What became of each, see lua/occur.lua; None when somebody else leads.
+        What became of each, see lua/occur.lua; None when another scheduler leads.
     """
     replies: list[int] = await script("occur")(redis, args=[token, pack(occurrences)])
     return None if replies == [-1] else replies

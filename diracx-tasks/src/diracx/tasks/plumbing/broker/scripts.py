@@ -113,18 +113,18 @@ async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes
 
 
 async def settle(
-    redis: Redis, consumer: str, settlements: Sequence[Settlement], epoch: str = ""
+    redis: Redis, consumer: str, settlements: Sequence[Settlement], dataset_id: str = ""
 ) -> list[bool | str | None]:
     """Tell the broker how executions ended.
 
     Args:
-        epoch: the life of the server's data in which the worker last renewed what it holds.
+        dataset_id: the life of the server's data in which the worker last renewed what it holds.
 
     Returns:
         Which settlements were accepted; None: the server has lost its data since, renew and ask again; a text:
         what of it the server has refused.
     """
-    unsettled = await script("settle")(redis, args=[consumer, epoch, *packed_settlements(settlements)])
+    unsettled = await script("settle")(redis, args=[consumer, dataset_id, *packed_settlements(settlements)])
     accepted: list[bool | str | None] = [True] * len(settlements)
     for position, why in zip(unsettled[::2], unsettled[1::2], strict=True):
         accepted[position - 1] = why.decode(errors="replace") if isinstance(why, bytes) else None if why else False

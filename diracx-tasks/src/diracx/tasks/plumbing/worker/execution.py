@@ -66,23 +66,6 @@ Outcome = Succeeded | Failed | LeaseLost
 class Execution:
     """A task that may run now."""
 
-    __slots__ = (
-        "_cancelled_at",
-        "_cancelled_for",
-        "_held",
-        "_interrupted",
-        "_lease_lost",
-        "_limit",
-        "_started",
-        "delivery",
-        "locks",
-        "locks_expire_at",
-        "message",
-        "running",
-        "spec",
-        "task",
-    )
-
     def __init__(
         self,
         delivery: Delivery,
@@ -167,7 +150,7 @@ class Execution:
         return TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
 
     def cancel(self) -> None:
-        """Cancel it because somebody asked for that."""
+        """Cancel it on request."""
         if self._cancelled_for is None:
             which = task_attributes(self.message)
             logger.warning("%s %s is cancelled on request", *which.values(), extra=which)

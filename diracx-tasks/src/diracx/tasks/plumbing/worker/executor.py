@@ -226,7 +226,7 @@ class Executor:
         """Those that have their locks now, and are kept leased."""
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
         expired = self._keeper.expired_since(fetched_at)
-        asked = [execution for execution in executions if execution.locks or execution.delivery.woken or expired]
+        asked = [execution for execution in executions if execution.locks or execution.delivery.granted or expired]
         refused: set[Execution] = set()
         granted_at = math.inf
         if asked:
@@ -302,11 +302,11 @@ class Executor:
             "deliveries": delivery.deliveries,
             "task": execution.message.task_id,
             "rank": _RANK[delivery.priority],
-            "handover": resumed_stream(delivery.stream),
+            "resumed": resumed_stream(delivery.stream),
             "since": delivery.since,
             "locks": execution.locks,
             "retry_ms": int(self._settings.lock_retry_seconds * 1000),
-            "woken": delivery.woken,
+            "granted": delivery.granted,
         }
 
     def _reject(

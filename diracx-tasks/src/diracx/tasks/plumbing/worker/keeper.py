@@ -57,7 +57,7 @@ class Leased(Protocol):
         """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
 
     def cancel(self) -> None:
-        """Called in the event loop when somebody cancelled the task."""
+        """Called in the event loop when the task was cancelled."""
 
     def mark_cancelled(self) -> None:
         """Called at once, in the keeper's thread, before either of the others."""

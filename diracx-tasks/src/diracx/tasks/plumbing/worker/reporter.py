@@ -78,20 +78,6 @@ _NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
 class Sums:
     """What became of the executions of one class from one queue."""
 
-    __slots__ = (
-        "dead",
-        "done",
-        "failed",
-        "lock_waits",
-        "locks_lost",
-        "queue",
-        "queue_times",
-        "retried",
-        "run",
-        "run_times",
-        "taken_over",
-    )
-
     def __init__(self) -> None:
         self.done = self.failed = self.retried = self.dead = 0
         self.lock_waits = self.locks_lost = self.taken_over = 0

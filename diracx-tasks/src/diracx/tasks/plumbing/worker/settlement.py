@@ -293,7 +293,7 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
 
 
 def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
-    """Whether somebody waits for its end, or a group counts on it."""
+    """Whether its result is kept, or a group counts on it."""
     return bool(message.labels) or settings.result_ttl_seconds is not None
 
 

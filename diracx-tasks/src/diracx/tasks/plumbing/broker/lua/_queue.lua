@@ -23,8 +23,8 @@ local function note_moved(occurrence, stream, entry)
 end
 
 -- `deaths`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
--- `woken`: the key of the lock that was handed to it, if one was.
-local function enqueue(stream, data, since, deaths, woken)
+-- `granted`: the key of the lock that it was granted, if one was.
+local function enqueue(stream, data, since, deaths, granted)
   local fields, occurrence = {'data', data}, nil
   if since and since ~= '0' then
     since, occurrence = string.match(since, '^(%d+)@?(%x*)$')
@@ -38,9 +38,9 @@ local function enqueue(stream, data, since, deaths, woken)
     fields[#fields + 1] = 'deaths'
     fields[#fields + 1] = deaths
   end
-  if woken then
+  if granted then
     fields[#fields + 1] = 'woken'
-    fields[#fields + 1] = woken
+    fields[#fields + 1] = granted
   end
   local entry = redis.call('XADD', stream, '*', unpack(fields))
   if occurrence and occurrence ~= '' then note_moved(occurrence, stream, entry) end
@@ -156,15 +156,15 @@ local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
   return task
 end
 
--- Out of the delayed set, into its stream; `woken` is the key of the lock that was handed to it, if one was.
+-- Out of the delayed set, into its stream; `granted` is the key of the lock that it was granted, if one was.
 -- Returns the entry. False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or
 -- its stream refuses it (its key is none of a stream, or has had the last possible id).
-local function undelay(task, woken, stored)
+local function undelay(task, granted, stored)
   local stream, since, deaths, data
   stored, stream, since, deaths, data = take_delayed(task, stored)
   if not stored then return false end
   if stream then
-    local added, entry = pcall(enqueue, stream, data, since, deaths, woken)
+    local added, entry = pcall(enqueue, stream, data, since, deaths, granted)
     if added then return entry end
   end
   to_dead_letters(task, stored)

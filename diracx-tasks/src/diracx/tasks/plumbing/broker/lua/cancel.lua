@@ -59,8 +59,8 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
     if pending.err or #pending == 0 then
       redis.call('XDEL', t.stream, t.entry)
       finish(t)
-      local woken = field_of(there[2], 'woken')
-      if woken then give_up_turn({key = woken}, t.task) end
+      local granted = field_of(there[2], 'woken')
+      if granted then give_up_turn({key = granted}, t.task) end
       replies[position] = {'queued', ''}
     elseif t.waiting then
       replies[position] = {'', ''}

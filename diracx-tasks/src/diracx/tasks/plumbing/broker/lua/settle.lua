@@ -1,6 +1,6 @@
 -- The end of executions. For each: remove the entry, give the locks back (waking whoever waits), and do the
 -- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
--- KEYS: none. ARGV: consumer, epoch as the worker knows it (or ''), the deliveries (msgpack list of stream, entry,
+-- KEYS: none. ARGV: consumer, dataset id as the worker knows it (or ''), the deliveries (msgpack list of stream, entry,
 -- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
 --   locks   = those it holds
 --   result  = {key, value, ttl_ms}
@@ -8,7 +8,7 @@
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   release_results = group id                  its callback has ended and needs the results no more
---   woken   = lock                              it had the turn for it: the next has it, unless it took the lock
+--   granted = lock                              it had the turn for it: the next has it, unless it took the lock
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker imports it into a database).
 -- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
@@ -58,9 +58,9 @@ local function following()
   local function follow(stream, entry, deliveries, s)
     local refused = {}
     for _, lock in ipairs(s.locks or {}) do
-      if lock.key == s.woken then s.woken = nil end
+      if lock.key == s.granted then s.granted = nil end
     end
-    local looked = s.woken or s.requeue or (marks and not s.retry)
+    local looked = s.granted or s.requeue or (marks and not s.retry)
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
     local task = there and not s.requeue and task_of(data_of(there[2]))
     if not try(refused, keep, stream, entry, deliveries, s, there) then return 'kept: ' .. refused[1] end
@@ -69,7 +69,7 @@ local function following()
     if s.group then try(refused, child_done, s.group) end
     if s.release_results then try(refused, forget_results, s.release_results) end
     if s.outcome then try(refused, note_outcome, s.outcome) end
-    if s.woken then try(refused, give_up_turn, {key = s.woken}, task) end
+    if s.granted then try(refused, give_up_turn, {key = s.granted}, task) end
     if s.result then try(refused, store, s.result) end
     return refused[1] and table.concat(refused, '; ')
   end

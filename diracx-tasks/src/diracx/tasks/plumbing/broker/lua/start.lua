@@ -1,7 +1,7 @@
 -- For each delivery: take all the locks of its task, or park it until they can be had.
 -- KEYS: none. ARGV: consumer, deliveries (msgpack list of
---   {stream, entry, deliveries, task, rank, handover, since, locks, retry_ms, woken}), the consumer's lease (ms) or 0;
---   `woken`: the lock for which it was granted the turn, if it was.
+--   {stream, entry, deliveries, task, rank, resumed, since, locks, retry_ms, granted}), the consumer's lease (ms) or 0;
+--   `granted`: the lock for which it was granted the turn, if it was.
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, when its line is looked at if
 -- nothing is given back before (ms)} parked;
 -- {-1} no longer ours. At its end the fencing token of the first delivery, or 0; each of the others has the next one.
@@ -25,8 +25,8 @@ local function park(d, since, place, lock, before)
   local now_ms, reason = now_us() / 1000, lock.kind == 'rate' and 'rate' or 'lock'
   remove(d.stream, d.entry)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
-  local name = delay(d.task, now_ms + PARKED_MS, d.handover, reason, since, data, deaths, lock.key)
-  local waiting, waiter = '$WAITING_PREFIX' .. size_of(d.handover) .. ':' .. lock.key, lock.kind .. ':' .. name
+  local name = delay(d.task, now_ms + PARKED_MS, d.resumed, reason, since, data, deaths, lock.key)
+  local waiting, waiter = '$WAITING_PREFIX' .. size_of(d.resumed) .. ':' .. lock.key, lock.kind .. ':' .. name
   -- No line where its key is of another type: the task asks again by itself.
   if type(redis.pcall('ZADD', waiting, int(place), waiter)) == 'table' then
     redis.call('ZADD', '$DELAYED', int(now_ms + d.retry_ms), name)
@@ -44,7 +44,7 @@ local function leave_to_others(d, refusing, before)
     local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
     if behind and d.since == '0' then
       pcall(grant_next, lock, 'asked')
-    elseif not behind and (has_turn(lock, d.task) or lock.key == d.woken or position ~= refusing and not limits) then
+    elseif not behind and (has_turn(lock, d.task) or lock.key == d.granted or position ~= refusing and not limits) then
       give_up_turn(lock, d.task)
     end
   end
@@ -53,9 +53,9 @@ end
 -- It was granted the turn for a lock that it does not want any more.
 local function leave_unwanted(d)
   for _, lock in ipairs(d.locks) do
-    if lock.key == d.woken then return end
+    if lock.key == d.granted then return end
   end
-  give_up_turn({key = d.woken}, d.task)
+  give_up_turn({key = d.granted}, d.task)
 end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
@@ -94,7 +94,7 @@ for position, d in ipairs(deliveries) do
       in_parts(returned, function(...) redis.call('HDEL', ledger, ...) end)
       replies[position] = {0, refusing, due}
     end
-    if d.woken then leave_unwanted(d) end
+    if d.granted then leave_unwanted(d) end
   end
 end
 replies[#deliveries + 1] = any_granted and take_tokens(#deliveries, now) or 0
