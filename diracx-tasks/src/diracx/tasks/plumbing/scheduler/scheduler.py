@@ -16,6 +16,7 @@ from .._util.retrying import Backoff, is_transient
 from .._util.tasks import cancel_and_wait
 from ..broker import scheduling
 from ..broker.group_audit import audit_for_ever
+from ..broker.listening import listening
 from ..broker.models import in_ms
 from ..config import TasksConfig
 from ..registry import TaskRegistry
@@ -23,7 +24,6 @@ from ..submission.client import Binding
 from .agenda import Agenda
 from .clock import SET_BACK_SECONDS, ServerClock
 from .leadership import Leadership
-from .listening import listening
 from .occurrences import MISSED_SECONDS, ScheduledTask, iter_schedules
 
 if TYPE_CHECKING:

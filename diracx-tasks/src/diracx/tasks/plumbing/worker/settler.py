@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from .._util.retrying import is_transient, retry_until_available
 from ..broker import locking
+from ..broker.inspection import server_time
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.models import Settlement, TaskMessage, TaskResult
 from ..broker.requests import DelayedRetry, Requeue
@@ -107,7 +108,7 @@ class Settler:
             except RedisConnectionError as error:
                 if not is_transient(error):
                     raise
-                await retry_until_available(self._broker.redis.ping, "settle tasks")
+                await retry_until_available(partial(server_time, self._broker.redis), "settle tasks")
         return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
 
     async def _send_alone(self, settlement: Settlement) -> bool | str:
