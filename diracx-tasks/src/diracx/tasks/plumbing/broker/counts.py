@@ -56,7 +56,7 @@ class Counts:
 
 
 def count_submission(name: str, stream: str, delayed: bool) -> None:
-    """A task was submitted. Counted here, and not from what a process tells of itself, for whoever submits may be
+    """Count a submitted task. Counted here, and not from the reports of processes, for a submitter may be
     any program. Without OpenTelemetry's SDK nobody collects it, and nothing is done.
     """
     if is_collected():
