@@ -76,11 +76,6 @@ class Worker:
         """What the tasks depend on, but for those that are looked at when the first of them comes."""
         return self._dependencies.plans
 
-    @property
-    def busy(self) -> int:
-        """Number of slots in use."""
-        return len(self._running)
-
     def cancel_running(self) -> None:
         """Cancel what runs, as the end of the grace period would."""
         for execution in self._running:
@@ -154,10 +149,12 @@ class Worker:
     async def _finish(self, executor: Executor) -> None:
         """Let what runs end, then cancel it; tell the broker everything that can still be told."""
         if self._running:
-            logger.info("stopping: %d tasks may run for another %g s", self.busy, self._settings.grace_seconds)
+            logger.info(
+                "stopping: %d tasks may run for another %g s", len(self._running), self._settings.grace_seconds
+            )
             await asyncio.wait(executor.tasks(), timeout=self._settings.grace_seconds)
         if self._running:
-            logger.warning("stopping: %d tasks are cancelled", self.busy)
+            logger.warning("stopping: %d tasks are cancelled", len(self._running))
             self.cancel_running()
             # With a hard limit, what ignores this ends with the process, and not before.
             seconds = SHUTDOWN_FLUSH_SECONDS if self._settings.hard_limit_seconds is None else None
