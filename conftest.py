@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import pytest
 import uvloop
+from diracx.tasks.plumbing.base_task import _bound
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.plumbing.current import _bound
 from diracx.tasks.testing import embedded_redis
 from machine import NotForThisMachine
 from redis import Redis as SyncRedis

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 from diracx.tasks.plumbing import BaseTask, MutexLock, RetryPolicyBase, schedule_many, spawn_with_callback
+from diracx.tasks.plumbing.base_task import current_message
 from diracx.tasks.plumbing.broker.keys import stream_name_for
-from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem, embedded_redis

@@ -15,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from diracx.tasks.plumbing import BaseTask, PeriodicVoAwareBaseTask, Size, schedule_many
+from diracx.tasks.plumbing.base_task import current_message
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.scheduler import TaskScheduler
 from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
 from diracx.tasks.plumbing.schedules import CronSchedule

@@ -22,11 +22,11 @@ from dashboard_world import until
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing import BaseTask, schedule_many, spawn_with_callback
+from diracx.tasks.plumbing.base_task import use_broker
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config.sources import ConfigReader
-from diracx.tasks.plumbing.current import use_broker
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding

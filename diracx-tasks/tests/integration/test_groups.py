@@ -23,9 +23,11 @@ from diracx.tasks.plumbing import (
     spawn_with_callback,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scripts
+from diracx.tasks.plumbing.broker.cancel import TaskPlace
 from diracx.tasks.plumbing.broker.groups import GroupState, list_groups, read_group
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import GROUP_BATCH
+from diracx.tasks.plumbing.cancellation import cancel_tasks
 from diracx.tasks.plumbing.exceptions import ResultIsMissingError, TaskRejectedError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
@@ -341,6 +343,26 @@ async def test_on_failure_gets_the_errors_too(redis_url: str, redis: Redis) -> N
         await system.drain()
     assert seen == [9, TaskRejectedError.__name__, "TypeError"]
     assert await redis.keys("diracx:groups*") == []
+
+
+async def test_a_cancelled_callback_releases_the_results_of_its_children(redis_url: str, redis: Redis) -> None:
+    class Waits(Collects):
+        @property
+        def execution_locks(self) -> list[BaseLock]:
+            return [MutexLock(JOB, "busy")]
+
+    busy = MutexLock(JOB, "busy")
+    assert await busy.acquire(redis)
+    async with TaskSystem([Child, Waits], redis_url=redis_url) as system:
+        await spawn_with_callback([Child(1)], Waits())
+        while not (waiting := await redis.hkeys(keys.DELAYED_DATA)):
+            await asyncio.sleep(0.005)
+        assert await redis.keys("diracx:groups:*"), "the results"
+        [callback] = [task.decode() for task in waiting]
+        assert await cancel_tasks([callback]) == {callback: TaskPlace.WAITING}
+        assert await redis.keys("diracx:groups:*") == []
+        await system.drain()
+    await busy.release(redis)
 
 
 async def test_results_are_kept_only_for_callbacks_that_ask(redis_url: str, redis: Redis) -> None:

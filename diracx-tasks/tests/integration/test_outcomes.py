@@ -19,8 +19,8 @@ from diracx.tasks.plumbing import (
     TaskRetryRequestedError,
     spawn_with_callback,
 )
+from diracx.tasks.plumbing.base_task import current_message
 from diracx.tasks.plumbing.broker.models import LockSpec
-from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.exceptions import TaskCancelledError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock

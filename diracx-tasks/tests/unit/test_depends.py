@@ -16,8 +16,8 @@ from diracx.db.sql import JobDB
 from diracx.logic.rss.source import SiteStatusSource
 from diracx.tasks import depends as public
 from diracx.tasks.plumbing import depends
+from diracx.tasks.plumbing.base_task import current_broker
 from diracx.tasks.plumbing.callbacks import callback_spawner
-from diracx.tasks.plumbing.current import current_broker
 from diracx.tasks.plumbing.depends import (
     AvailableSecurityProperties,
     CallbackSpawner,

@@ -22,8 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing._util.lazy import lazy_names
-from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
-from diracx.tasks.plumbing.current import current_message
+from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, current_message
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase

@@ -12,8 +12,8 @@ import pytest
 from diracx.core.config import ConfigSource
 from diracx.core.config.schema import Config
 from diracx.tasks.plumbing import NoRetry
+from diracx.tasks.plumbing.base_task import current_message
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.current import current_message
 from diracx.tasks.plumbing.lock_registry import LockedObjectType
 from diracx.tasks.testing import TaskSystem
 

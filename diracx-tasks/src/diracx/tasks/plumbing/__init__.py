@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .annotated import ChildResults
-    from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, schedule_many
+    from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, held_locks, schedule_many
     from .callbacks import fire_callback, spawn_with_callback
     from .cancellation import TaskPlace, cancel_task, cancel_tasks
     from .config import PeriodicTaskConfig, TaskOverride, TasksConfig
-    from .current import held_locks
     from .depends import (
         AvailableSecurityProperties,
         CallbackSpawner,

@@ -1,13 +1,14 @@
-"""Base classes of tasks."""
+"""Base classes of tasks, and the context in which they run: the task, its locks, and the broker that is bound."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from .current import current_submitter
 from .enums import Priority, Size
 from .lock_registry import TASK
 from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
@@ -15,7 +16,100 @@ from .messages.arguments import serialize
 from .retry_policies import NoRetry, RetryPolicyBase
 
 if TYPE_CHECKING:
+    from .broker.models import Submission, TaskMessage
+    from .broker.redis_streams import RedisStreamBroker
     from .schedules import TaskScheduleBase
+
+current_message: ContextVar[TaskMessage | None] = ContextVar("diracx_tasks_message", default=None)
+current_locks: ContextVar[Sequence[BaseLock]] = ContextVar("diracx_tasks_locks", default=())
+
+
+def held_locks() -> Sequence[BaseLock]:
+    """The locks that this execution holds, in the order of `execution_locks`; limiters without a limit left out.
+
+    Each has the fencing token of its grant: `lock.token`.
+    """
+    return current_locks.get()
+
+
+class Submitter(Protocol):
+    """A broker, and how tasks become messages for it."""
+
+    @property
+    def broker(self) -> RedisStreamBroker:
+        """Where the messages go."""
+
+    def submission(
+        self,
+        task: BaseTask,
+        *,
+        at_time: datetime | None = None,
+        labels: Mapping[str, Any] | None = None,
+        task_id: str | None = None,
+    ) -> Submission:
+        """The task as a message for its queue. Raises as `BaseTask.schedule`."""
+
+
+class SubmitterSource(Protocol):
+    """A submitter whose settings may change."""
+
+    @property
+    def broker(self) -> RedisStreamBroker:
+        """Where the messages go."""
+
+    async def latest(self) -> Submitter:
+        """The submitter with the operator's settings as they are now.
+
+        Raises:
+            TaskConfigError: when they are wrong and no others were read before.
+        """
+
+
+_bound: ContextVar[Callable[[], SubmitterSource] | None] = ContextVar("diracx_tasks_binding", default=None)
+
+
+def is_bound() -> bool:
+    """Return whether a broker is bound to this context."""
+    return _bound.get() is not None
+
+
+def _source() -> SubmitterSource:
+    bound = _bound.get()
+    if bound is None:
+        raise RuntimeError(
+            "no task broker is bound here: run this in a worker, a DiracX route or `diracx-task-run call`, "
+            "or wrap it in `async with diracx.tasks.plumbing.task_broker():`"
+        )
+    return bound()
+
+
+async def current_submitter() -> Submitter:
+    """Return the submitter of this context, with the operator's settings as they are now.
+
+    Raises:
+        RuntimeError: when no broker is bound.
+        TaskConfigError: when the settings are wrong and no others were read before.
+    """
+    return await _source().latest()
+
+
+def current_broker() -> RedisStreamBroker:
+    """Return the broker of this context.
+
+    Raises:
+        RuntimeError: when none is bound.
+    """
+    return _source().broker
+
+
+@contextmanager
+def use_broker(find: Callable[[], SubmitterSource]) -> Iterator[None]:
+    """Bind the broker that `find` returns, for everything that is called inside the block."""
+    token = _bound.set(find)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
 
 
 class BaseTask:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from .base_task import Submitter, current_submitter
 from .broker.groups import GroupStatus, fire, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .broker.spans import submission_spans
 from .child_results import asks_for_results
-from .current import Submitter, current_submitter
 from .submission.client import bound_from_environment
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .base_task import current_broker
 from .broker.cancel import TaskPlace
-from .current import current_broker
 
 __all__ = ["TaskPlace", "cancel_task", "cancel_tasks"]
 

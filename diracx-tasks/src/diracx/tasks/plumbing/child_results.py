@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base_task import BaseTask
+from .base_task import BaseTask, current_broker, current_message
 from .broker.groups import read_results
 from .broker.labels import LABEL_CHILD_RESULTS
 from .broker.models import TaskResult
-from .current import current_broker, current_message
 
 __all__ = ["asks_for_results", "child_results"]
 

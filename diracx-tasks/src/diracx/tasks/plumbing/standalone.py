@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
+from .base_task import current_locks
 from .broker import locking
-from .current import current_locks
 from .exceptions import LockLostError, UnableToAcquireLockError
 from .locks import SAFETY_MARGIN, BaseLimiter, BaseLock, lock_specs
 from .messages.arguments import rebuild

@@ -9,12 +9,11 @@ from contextlib import AsyncExitStack
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
-from ..plumbing.base_task import BaseTask
+from ..plumbing.base_task import BaseTask, use_broker
 from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.broker.inspection import unfinished
 from ..plumbing.broker.models import TaskResult
 from ..plumbing.config import TasksConfig, load_tasks_config
-from ..plumbing.current import use_broker
 from ..plumbing.enums import Size
 from ..plumbing.registry import TaskRegistry
 from ..plumbing.scheduler import TaskScheduler

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from ...operations import collectors
 from ...operations.health import Health, health_checks
-from ...plumbing._util.telemetry import is_collected
+from ...plumbing.broker.counts import is_collected
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.worker.reporter import Reporter
 from ..errors import CliError

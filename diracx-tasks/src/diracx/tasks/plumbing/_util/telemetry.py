@@ -18,16 +18,6 @@ CONFIG_IS_CURRENT = "diracx.tasks.config.current"
 DATABASE_CONFLICTS = "diracx.tasks.database.conflicts"
 
 
-def is_collected() -> bool:
-    """Return whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
-    sdk = sys.modules.get("opentelemetry.sdk.metrics")
-    if sdk is None:
-        return False
-    from opentelemetry import metrics  # others load the SDK, too, without setting it up
-
-    return isinstance(metrics.get_meter_provider(), sdk.MeterProvider)
-
-
 def count_conflict(database: str) -> None:
     """Count a transaction that is run again after a deadlock or the like. Prometheus knows it with the suffix
     `_total`."""

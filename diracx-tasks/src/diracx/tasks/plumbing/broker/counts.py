@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .._util.telemetry import METER, TASKS_SUBMITTED, is_collected
+from .._util.telemetry import METER, TASKS_SUBMITTED
 
 if TYPE_CHECKING:
     from .models import Delivery, Submission
@@ -53,6 +54,16 @@ class Counts:
         """A run of a schedule was submitted, or could not be."""
         which = (name, submitted)
         self.occurrences[which] = self.occurrences.get(which, 0) + 1
+
+
+def is_collected() -> bool:
+    """Whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
+    sdk = sys.modules.get("opentelemetry.sdk.metrics")
+    if sdk is None:
+        return False
+    from opentelemetry import metrics  # others load the SDK, too, without setting it up
+
+    return isinstance(metrics.get_meter_provider(), sdk.MeterProvider)
 
 
 def count_submission(name: str, stream: str, delayed: bool) -> None:

@@ -25,7 +25,7 @@ from .requests import (
     ScheduleEffect,
     StoredDeadLetter,
 )
-from .sizes import LOCK_BYTES, checked_size
+from .sizes import LOCK_BYTES, SMALL_BYTES, checked_size
 
 _Value = TypeVar("_Value")
 
@@ -275,7 +275,8 @@ class Submission:
             TypeError: when an argument or a label has a type that cannot travel.
             TaskTooLargeError: when it is too large.
         """
-        return checked_size(self.message.dumpb(), self.message.task_name)
+        data = self.message.dumpb()
+        return data if len(data) <= SMALL_BYTES else checked_size(data, self.message.task_name)
 
 
 @dataclass(slots=True)  # frozen would cost more than everything else that is done to make one

@@ -556,7 +556,9 @@ class RedisStreamBroker:
             a text: what of it the server has refused.
         """
         accepted: list[bool | str | None] = []
-        for batch in in_calls(settlements, SETTLE_BATCH, Settlement.bytes):
+        for batch in (
+            in_calls(settlements, SETTLE_BATCH, Settlement.bytes) if len(settlements) > 1 else [settlements]
+        ):
             accepted += await scripts.settle(self.redis, self.consumer_name, batch, dataset_id)
         return accepted
 

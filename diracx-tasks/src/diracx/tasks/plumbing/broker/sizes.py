@@ -18,7 +18,7 @@ LOCK_BYTES = 5_000
 #: What every server takes: `proto-max-bulk-len` is at least 1 MiB.
 ALWAYS_TAKEN_BYTES = 1_000_000
 #: No limit is below this.
-_SMALL_BYTES = 10_000
+SMALL_BYTES = 10_000
 
 _Item = TypeVar("_Item")
 
@@ -32,9 +32,9 @@ def max_message_bytes() -> int:
     given = os.environ.get(MAX_MESSAGE_BYTES_VARIABLE)
     if not given:
         return MAX_BYTES
-    if not (given.isascii() and given.isdigit() and int(given[:19]) >= _SMALL_BYTES):
+    if not (given.isascii() and given.isdigit() and int(given[:19]) >= SMALL_BYTES):
         raise TaskConfigError(
-            f"{MAX_MESSAGE_BYTES_VARIABLE} must be a number of bytes, at least {_SMALL_BYTES}, not {given[:50]!r}"
+            f"{MAX_MESSAGE_BYTES_VARIABLE} must be a number of bytes, at least {SMALL_BYTES}, not {given[:50]!r}"
         )
     return int(given[:19])
 
@@ -45,7 +45,7 @@ def checked_size(data: bytes, task_name: str) -> bytes:
     Raises:
         TaskTooLargeError: when it is too large.
     """
-    if len(data) > _SMALL_BYTES and len(data) > (longest := max_message_bytes()):
+    if len(data) > (longest := max_message_bytes()):
         raise TaskTooLargeError(
             f"cannot submit {task_name}: its message has {len(data)} bytes, more than {longest}; pass where the "
             f"data are instead of the data, or raise {MAX_MESSAGE_BYTES_VARIABLE}"

@@ -14,11 +14,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..base_task import BaseTask
+from ..base_task import BaseTask, is_bound, use_broker
 from ..broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
 from ..broker.models import Submission, TaskMessage, new_task_id
 from ..broker.streams import stream_name_for
-from ..current import is_bound, use_broker
 from ..locks import lock_specs
 from ..messages.arguments import secret_positions, signature_of
 from ..messages.roundtrip import outgoing_arguments

@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._util.passwords import mask
+from ..base_task import current_locks, current_message
 from ..broker.spans import TRACER, is_traced, queue_attributes, task_attributes
-from ..current import current_locks, current_message
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
 from ..locks import lock_specs

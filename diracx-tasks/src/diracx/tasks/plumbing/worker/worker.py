@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
 from .._util.tasks import cancel_and_wait
+from ..base_task import use_broker
 from ..config import TasksConfig
-from ..current import use_broker
 from ..registry import TaskRegistry
 from ..submission.client import Binding
 from .control_channel import ControlChannel
