@@ -366,7 +366,7 @@ async def test_the_child_of_a_large_group_can_be_cancelled_on_its_way_to_the_que
         fields |= {"callback_stream": "diracx:tasks:normal:medium", "callback": _message("the-callback")}
         await scripts.group(redis, "the-group", fields, [], last=False)
         await scripts.group(redis, "the-group", None, [child], last=True)
-        assert await redis.exists(keys.STAGED)
+        assert await redis.exists(keys.GROUP_OUTBOX)
         assert await system.cancel("the-child") is TaskPlace.QUEUED
         await failed_as_cancelled(system, "the-child")
 

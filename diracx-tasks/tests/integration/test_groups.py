@@ -471,7 +471,7 @@ async def test_a_crash_amid_the_submission_leaves_nothing_that_runs_and_nothing_
         assert seen == [100]
         for key in await redis.keys("diracx:groups*"):
             assert 0 < await redis.ttl(key) <= 600, key
-        assert not await redis.exists(keys.STAGED)
+        assert not await redis.exists(keys.GROUP_OUTBOX)
         # And if it lives but was too slow, it learns that its group is no more.
         await redis.delete("diracx:groups:the-group")
         reply = await scripts.group(redis, "the-group", None, [staged(system.broker, 3)], last=True)

@@ -211,7 +211,7 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
         await redis.xadd(resumed, made.entry(), id=entry)  # type: ignore[arg-type]  # bytes are names, too
     await redis.hset(keys.DELAYED_DATA, "full", f"{resumed} retry 0\nno room there".encode())
     await redis.zadd(keys.DELAYED, {"full": 0.0})
-    await redis.rpush(keys.STAGED, "no group", "g0")
+    await redis.rpush(keys.GROUP_OUTBOX, "no group", "g0")
     await redis.rpush(f"{keys.GROUPS_PREFIX}g0:staged", b"no line", b"elsewhere\nx", b"\xff\n\xff")
 
 
@@ -293,7 +293,7 @@ IN_THE_WAY = {
     keys.DELAYED: True,
     keys.DELAYED_DATA: True,
     keys.DELAYED_REASONS: True,
-    keys.STAGED: True,
+    keys.GROUP_OUTBOX: True,
     keys.GROUPS: True,
     keys.DEAD_LETTERS: True,
     keys.CANCELLED: True,

@@ -251,7 +251,7 @@ def ended(redis_url: str, name: str) -> Reporter:
 
 
 async def finish(told_by: Reporter, tasks: int = 1) -> None:
-    sums = told_by._stats.setdefault(("task", "diracx:tasks:normal:medium"), reporter.Sums())
+    sums = told_by._stats.setdefault(("task", "diracx:tasks:normal:medium"), reporter.TaskCounters())
     sums.done += tasks
 
 

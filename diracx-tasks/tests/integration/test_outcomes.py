@@ -25,7 +25,7 @@ from diracx.tasks.plumbing.exceptions import TaskCancelledError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.messages.error_info import describe_exception
-from diracx.tasks.plumbing.worker.settlement import fitting_attempts, retry_at
+from diracx.tasks.plumbing.worker.settlement import retry_at, truncate_attempts
 from diracx.tasks.testing import TaskSystem
 from fastapi import Depends
 from redis.asyncio import Redis
@@ -277,7 +277,7 @@ def test_a_long_message_leaves_the_frames_in_the_traceback() -> None:
 
 def test_all_attempts_are_kept_and_the_oldest_are_shortened() -> None:
     attempts = [{"type": "E", "message": "m" * 4000, "traceback": "t" * 4000, "host": str(n)} for n in range(1000)]
-    kept = fitting_attempts(attempts)
+    kept = truncate_attempts(attempts)
     assert [attempt["host"] for attempt in kept] == [str(n) for n in range(1000)]
     assert kept[-1] == attempts[-1]
     assert len(kept[0]["traceback"]) == 0

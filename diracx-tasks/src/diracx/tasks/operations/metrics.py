@@ -8,7 +8,7 @@ from ..plumbing.broker.counts import Counts
 from ..plumbing.broker.streams import stream_name_for
 from ..plumbing.enums import Priority
 from ..plumbing.persistence.dead_letter import DeadLetterReason
-from ..plumbing.worker.reporter import Reporter, Sums
+from ..plumbing.worker.reporter import Reporter, TaskCounters
 from .cursors import Registry, queue_of
 from .exposition import counter, gauge, histogram
 from .health import Health
@@ -32,7 +32,7 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, re
     totals = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in known.items()]
     streams = [stream_name_for(priority, size) for priority in Priority]
     names = [name for name, task_class in registry.items() if task_class.size == size]
-    awaited = {(name, stream): Sums() for name in names for stream in streams} | known
+    awaited = {(name, stream): TaskCounters() for name in names for stream in streams} | known
     watched = [({"task_name": n, **_of_stream(stream)}, sums) for (n, stream), sums in awaited.items()]
     # The others are those of tasks that were executed.
     reasons = [each for each in DeadLetterReason if each not in ("exhausted", "unsettled")]

@@ -25,7 +25,7 @@ current_locks: ContextVar[Sequence[BaseLock]] = ContextVar("diracx_tasks_locks",
 
 
 def held_locks() -> Sequence[BaseLock]:
-    """The locks that this execution holds, in the order of `execution_locks`; limiters without a limit left out.
+    """Return the locks that this execution holds, in the order of `execution_locks`; no limiters without a limit.
 
     Each has the fencing token of its grant: `lock.token`.
     """
@@ -33,11 +33,11 @@ def held_locks() -> Sequence[BaseLock]:
 
 
 class Submitter(Protocol):
-    """A broker, and how tasks become messages for it."""
+    """Protocol: a broker, and the making of messages for it."""
 
     @property
     def broker(self) -> RedisStreamBroker:
-        """Where the messages go."""
+        """Broker to which the messages are submitted."""
 
     def submission(
         self,
@@ -47,18 +47,18 @@ class Submitter(Protocol):
         labels: Mapping[str, Any] | None = None,
         task_id: str | None = None,
     ) -> Submission:
-        """The task as a message for its queue. Raises as `BaseTask.schedule`."""
+        """Make the message of a task for its queue. Raises as `BaseTask.schedule`."""
 
 
 class SubmitterSource(Protocol):
-    """A submitter whose settings may change."""
+    """Protocol: a submitter whose settings may change."""
 
     @property
     def broker(self) -> RedisStreamBroker:
-        """Where the messages go."""
+        """Broker to which the messages are submitted."""
 
     async def latest(self) -> Submitter:
-        """The submitter with the operator's settings as they are now.
+        """Return the submitter with the present settings.
 
         Raises:
             TaskConfigError: when they are wrong and no others were read before.
@@ -84,7 +84,7 @@ def _source() -> SubmitterSource:
 
 
 async def current_submitter() -> Submitter:
-    """Return the submitter of this context, with the operator's settings as they are now.
+    """Return the submitter of this context, with the present settings.
 
     Raises:
         RuntimeError: when no broker is bound.

@@ -116,7 +116,7 @@ class CancellationSearch:
                     [
                         {**await self._known(task, message), "stream": stream, "entry": entry}
                         for task, entry, message in found
-                        if task in self.missing  # and not somebody else's
+                        if task in self.missing  # and not one that another call cancels
                     ]
                 )
 

@@ -147,7 +147,7 @@ class DirectConnection:
         self._pool: Any = redis.connection_pool
         self._connection: Any = None
         self.in_use = False
-        """Whether somebody waits for an answer."""
+        """Whether a caller waits for an answer."""
 
     async def execute(self, *commands: Sequence[Any]) -> list[Any]:
         """The answers as the server gave them, refusals among them as exceptions.

@@ -137,7 +137,7 @@ def _check_tls(address: Address, options: Mapping[str, Any]) -> None:
         raise AddressError(f"the URL of the broker has options of TLS that cannot be used: {error}") from error
     if options.get("ssl_cert_reqs") == "none":
         unchecked = (
-            "certificate of the server, by ssl_cert_reqs=none: whoever is in between can read and change all"
+            "certificate of the server, by ssl_cert_reqs=none: a machine in between can read and change all"
         )
     elif not options["ssl_check_hostname"]:
         unchecked = "name in the certificate, by ssl_check_hostname: any server with a good certificate will do"

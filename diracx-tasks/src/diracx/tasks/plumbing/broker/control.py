@@ -147,7 +147,7 @@ class ControlConnection:
         with self._in_use:
             self._connection.disconnect()
         self._client.close()
-        woken, waker = self._woken, self._waker
+        called, waker = self._woken, self._waker
         self._woken = self._waker = -1
-        os.close(woken)
+        os.close(called)
         os.close(waker)

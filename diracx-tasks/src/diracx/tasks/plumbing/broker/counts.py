@@ -1,4 +1,4 @@
-"""What one broker has done since it was made: a few additions, for whoever collects metrics."""
+"""What one broker has done since it was made: a few additions, for metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Counts:
-    """Sums that only grow."""
+    """Counters that only grow."""
 
     __slots__ = ("occurrences", "promoted", "reclaimed", "submitted")
 

@@ -92,5 +92,5 @@ def _packed(result: TaskResult[Any], longest: int) -> bytes:
             "or raise max_result_bytes"
         )
     except BaseException as error:  # a property of the value's own may raise anything
-        # The work is done and stays done; whoever waits learns why there is no value.
+        # The work is done and stays done; who waits learns why there is no value.
         return TaskResult.from_exception(error, result.execution_time).dumpb()

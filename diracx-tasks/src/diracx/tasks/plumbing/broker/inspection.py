@@ -146,7 +146,7 @@ async def unfinished(redis: Redis) -> dict[str, int]:
         for stream in keys.EVERY_STREAM:
             pipe.xlen(stream)
         pipe.zcount(keys.DELAYED, "-inf", now_ms)
-        pipe.llen(keys.STAGED)
+        pipe.llen(keys.GROUP_OUTBOX)
         pipe.hvals(keys.DELAYED_DATA)
         *lengths, due, staged, delayed = await pipe.execute()
     # Tasks that a lock or limiter holds up are queued, whatever their timer says.
@@ -154,7 +154,7 @@ async def unfinished(redis: Redis) -> dict[str, int]:
     places = {
         **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
         keys.DELAYED: due,
-        keys.STAGED: staged,
+        keys.GROUP_OUTBOX: staged,
         "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
     }
     return {place: number for place, number in places.items() if number}

@@ -62,7 +62,7 @@ GROUPS_PREFIX = "diracx:groups:"
 #: String, with a time to live: the server whose groups were audited last.
 GROUPS_AUDITED = "diracx:tasks:groups-audited"
 #: List: complete callback groups whose children are on their way from `:staged` into their streams.
-STAGED = "diracx:tasks:staged"
+GROUP_OUTBOX = "diracx:tasks:staged"
 #: Sorted set: cancelled task -> until when its mark is kept (ms). Also a channel: the id of one that is cancelled.
 CANCELLED = "diracx:tasks:cancelled"
 #: String, with a time to live: CANCELLED may have marks. Read together with EPOCH, by one command.
@@ -142,7 +142,7 @@ ALL_STREAM_NAMES = [stream_name_for(priority, size) for priority in Priority for
 def streams_of(size: Size) -> list[str]:
     """The streams a worker of this size drains, in the order in which it drains them.
 
-    Tasks that were woken after waiting for a lock come before new ones of the same priority: they
+    Tasks that were granted a lock after waiting for it come before new ones of the same priority: they
     have stood in line already.
     """
     names = [stream_name_for(priority, size) for priority in Priority]
@@ -154,7 +154,7 @@ def of_all_sizes(prefix: str, lock_key: str) -> list[str]:
     return [f"{prefix}{size}:{lock_key}" for size in Size]
 
 
-#: Every stream that may hold tasks, the hand-over streams included.
+#: Every stream that may hold tasks, those of resumed tasks included.
 EVERY_STREAM = [stream for size in Size for stream in streams_of(size)]
 
 

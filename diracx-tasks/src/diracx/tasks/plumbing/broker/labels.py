@@ -104,7 +104,7 @@ def _routing(labels: Mapping[str, Any], name: str, default: Priority | Size) -> 
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
-    """Check those of a message, whoever has made it.
+    """Check those of a message of any origin.
 
     Raises:
         ValueError: names the label, its value and what it must be.

@@ -121,7 +121,7 @@ class RedisStreamBroker:
         self.streams = keys.streams_of(self.worker_size)
         self.counts = Counts()
         # A submission that was sent and not answered must not be sent again behind the caller's back,
-        # hence no retries in the client: whoever can repeat safely (the worker) does so itself.
+        # hence no retries in the client: what can repeat safely (the worker) does so itself.
         self.redis: Redis = async_client(
             url,
             max_connections=max_connection_pool_size,
@@ -293,16 +293,16 @@ class RedisStreamBroker:
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
-        letters: list[Resubmission] = [
+        requests: list[Resubmission] = [
             {"ticket": ticket, "stream": submission.stream, "data": submission.message.dumpb()}
             for ticket, submission in tickets
         ]
         done: list[bool] = []
         try:
-            for portion in in_calls(letters, SUBMIT_BATCH, lambda letter: len(letter["data"])):
+            for portion in in_calls(requests, SUBMIT_BATCH, lambda each: len(each["data"])):
                 done += await scripts.resubmit(self.redis, portion, RESUBMITTED_TTL_SECONDS * 1000)
         except RedisError as error:
-            raise SendTaskError(f"cannot submit {len(letters)} dead letters again: {error}") from error
+            raise SendTaskError(f"cannot submit {len(requests)} dead letters again: {error}") from error
         self.counts.note_submitted(submission for (_, submission), new in zip(tickets, done, strict=True) if new)
         return done
 
@@ -335,7 +335,7 @@ class RedisStreamBroker:
     async def reserve_next(self, at_most: int, timeout: float) -> tuple[list[Delivery], bool]:
         """Wait for up to `timeout` seconds for messages and reserve up to `at_most` of the stream that has some.
 
-        No other worker is woken for them. If several streams have some, it is as many of each, most urgent first.
+        No other worker is called for them. If several streams have some, it is as many of each, most urgent first.
 
         Returns:
             The deliveries; and whether there are cancelled tasks, so that what was reserved has to be looked at:

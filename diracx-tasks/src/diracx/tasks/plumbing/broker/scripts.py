@@ -195,6 +195,6 @@ async def fail_children(redis: Redis, group_id: str, error: str, children: Seque
     return int(await script("fail_children")(redis, args=[group_id, error, *children]))
 
 
-async def resubmit(redis: Redis, letters: Sequence[Resubmission], ttl_ms: int) -> list[bool]:
+async def resubmit(redis: Redis, requests: Sequence[Resubmission], ttl_ms: int) -> list[bool]:
     """Submit dead letters again. Returns which of them were; the others had been before."""
-    return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(letters)])]
+    return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(requests)])]

@@ -1,4 +1,4 @@
-"""Numbers, moments and texts as the server has them: whoever wrote them, reading them never fails."""
+"""Numbers, moments and texts as the server has them: reading them never fails."""
 
 from __future__ import annotations
 

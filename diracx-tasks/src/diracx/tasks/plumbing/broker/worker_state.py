@@ -38,7 +38,7 @@ def renew(
 
     Args:
         epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
-            worker runs is, but the locks that somebody else has taken since.
+            worker runs is, but the locks that another task has taken since.
     """
     args = [consumer, lease_ms, pack(entries), pack(locks), epoch]
     *replies, now_in, shortest_ms = script("renew").run(redis, args=args)

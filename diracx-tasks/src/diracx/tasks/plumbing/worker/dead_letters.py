@@ -40,7 +40,7 @@ _MAX_QUEUED_BYTES = 16 * 1024 * 1024
 _MAX_SECONDS = 30.0
 #: A database that is cut off says nothing at all; then a new connection must be tried some time.
 _ANSWER_SECONDS = 10.0
-#: So often the database refuses a letter, or closes the connection on it and answers others, until it is believed.
+#: So often the database refuses a dead letter, or closes the connection on it and answers others, to be believed.
 _REFUSALS = 3
 #: How often to look for dead letters in Redis, and how often to try again those that the database has refused.
 _IMPORT_SECONDS = 60.0
@@ -56,14 +56,14 @@ class _RefusedError(Exception):
 
 
 class _Queued(NamedTuple):
-    letter: DeadLetter
+    dead_letter: DeadLetter
     settlement: Settlement
     since: float  # time.monotonic()
 
 
-def in_redis(letter: DeadLetter) -> StoredDeadLetter:
+def in_redis(dead_letter: DeadLetter) -> StoredDeadLetter:
     """The dead letter as settle.lua keeps it until a worker imports it into the database."""
-    return {"reason": letter.reason, "data": letter.dumpb()}
+    return {"reason": dead_letter.reason, "data": dead_letter.dumpb()}
 
 
 class DeadLetterStore:
@@ -101,40 +101,40 @@ class DeadLetterStore:
         self._imported = 0
         self._complaint = ""
 
-    def add(self, letter: DeadLetter, settlement: Settlement) -> None:
+    def add(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
         """Store the dead letter, then settle its task."""
         self._keeper.add([PendingAck(settlement.delivery, settlement.locks)])
-        if letter.task_name:
-            self._enqueue(letter, settlement)
+        if dead_letter.task_name:
+            self._enqueue(dead_letter, settlement)
             return
-        search = asyncio.create_task(self._add_child(letter, settlement))
+        search = asyncio.create_task(self._add_child(dead_letter, settlement))
         self._searches.add(search)
         search.add_done_callback(self._searches.discard)
 
-    async def _add_child(self, letter: DeadLetter, settlement: Settlement) -> None:
+    async def _add_child(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
         """Store the dead letter of what cannot be read, and may be the child of a group."""
-        child = id_at_head(letter.data)
+        child = id_at_head(dead_letter.data)
         redis = self._broker.redis
         find = partial(group_of, redis, child) if child else partial(ask_for_audit, redis)
         group: str | None = None
         try:
             group = await retry_until_available(find, "find the group of a child")
-        except ResponseError as error:  # as of a key of another type: the letter must not wait for it
+        except ResponseError as error:  # as of a key of another type: the dead letter must not wait for it
             logger.error("cannot look for the group of %r: %s", child, error)
         if group is not None and child is not None:
-            told = f"{letter.reason}: {letter.detail}"
+            told = f"{dead_letter.reason}: {dead_letter.detail}"
             settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
-        self._enqueue(letter, settlement)
+        self._enqueue(dead_letter, settlement)
 
-    def _enqueue(self, letter: DeadLetter, settlement: Settlement) -> None:
-        queued = _Queued(letter, settlement, time.monotonic())
+    def _enqueue(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
+        queued = _Queued(dead_letter, settlement, time.monotonic())
         if self._closed:
             self._send_to_redis(queued)
-        elif self._is_full(len(letter.data)) or self._away_for_long():
+        elif self._is_full(len(dead_letter.data)) or self._away_for_long():
             self._divert(queued)
         else:
             self._queue.append(queued)
-            self._queued_bytes += len(letter.data)
+            self._queued_bytes += len(dead_letter.data)
             self._arrived.set()
             self._idle.clear()
 
@@ -209,17 +209,17 @@ class DeadLetterStore:
     # --- the queue --------------------------------------------------------------------------------------
 
     async def _store_next(self) -> None:
-        batch = next(in_calls(self._queue, self._batch, lambda queued: len(queued.letter.data)))
+        batch = next(in_calls(self._queue, self._batch, lambda queued: len(queued.dead_letter.data)))
         try:
-            if not await self._stored([queued.letter for queued in batch]):
+            if not await self._stored([queued.dead_letter for queued in batch]):
                 return
         except _RefusedError as error:
-            letter = batch[0].letter
+            dead_letter = batch[0].dead_letter
             logger.error(
                 "the database refuses the dead letter of task %s (%d bytes): it waits in Redis, and `dlq "
                 "waiting` shows it: %s",
-                letter.task_id,
-                len(letter.data),
+                dead_letter.task_id,
+                len(dead_letter.data),
                 error,
             )
             finish = self._send_to_redis
@@ -231,7 +231,7 @@ class DeadLetterStore:
 
     def _pop(self) -> _Queued:
         queued = self._queue.popleft()
-        self._queued_bytes -= len(queued.letter.data)
+        self._queued_bytes -= len(queued.dead_letter.data)
         return queued
 
     def _settle_stored(self, queued: _Queued) -> None:
@@ -252,7 +252,7 @@ class DeadLetterStore:
         self._send_to_redis(queued)
 
     def _send_to_redis(self, queued: _Queued) -> None:
-        queued.settlement.dead = in_redis(queued.letter)
+        queued.settlement.dead = in_redis(queued.dead_letter)
         self._settler.add(queued.settlement)
 
     # --- what waits in Redis ----------------------------------------------------------------------------
@@ -280,27 +280,27 @@ class DeadLetterStore:
                 at_most=self._batch,
                 at_most_bytes=CALL_BYTES,
             )
-        except Exception as error:  # also of a key of another type: somebody may mend that
+        except Exception as error:  # also of a key of another type: an operator may mend that
             self._complain(error)
             return False
-        letters = {entry: letter for entry, fields in entries if (letter := _readable(entry, fields))}
+        found = {entry: dead_letter for entry, fields in entries if (dead_letter := _readable(entry, fields))}
         try:
-            if letters and not await self._stored(list(letters.values())):
+            if found and not await self._stored(list(found.values())):
                 return True
         except _RefusedError as error:
-            logger.error("the dead letter %s stays in Redis: %s", *letters, error)
-            letters = {}
+            logger.error("the dead letter %s stays in Redis: %s", *found, error)
+            found = {}
         if entries:
             # Those that stay, because they cannot be read or are refused, are passed over from now on.
             self._after = f"({entries[-1][0]}"
-        if letters:
+        if found:
             try:
-                await delete_dead_letters(self._broker.redis, list(letters))
+                await delete_dead_letters(self._broker.redis, list(found))
             except Exception as error:
                 self._complain(error)
                 self._after = "-"  # importing them again changes nothing
             else:
-                self._imported += len(letters)
+                self._imported += len(found)
         return bool(entries)
 
     def _complain(self, error: Exception) -> None:
@@ -311,7 +311,7 @@ class DeadLetterStore:
 
     # --- the database -----------------------------------------------------------------------------------
 
-    async def _stored(self, letters: Sequence[DeadLetter]) -> bool:
+    async def _stored(self, batch: Sequence[DeadLetter]) -> bool:
         """Store these in one transaction. False: there is one among them to be found, by fewer at a time.
 
         Raises:
@@ -321,12 +321,12 @@ class DeadLetterStore:
         assert self._db is not None
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                await self._db.insert_all(letters)
+                await self._db.insert_all(batch)
         except Exception as error:
             if not await self._is_refusal(error):
                 raise
-            if len(letters) > 1:
-                self._batch = len(letters) // 2
+            if len(batch) > 1:
+                self._batch = len(batch) // 2
                 return False
             self._refusals += 1
             if self._refusals < _REFUSALS:

@@ -1,4 +1,4 @@
-"""What the tasks of a worker depend on: found out and opened at the start, or, where that is dear, when needed.
+"""Dependencies of a worker's tasks: found out and opened at the start, or, where that is expensive, when needed.
 
 Databases take a second to import and twice the memory of all the rest. A worker for which none is configured most
 likely never executes a task that wants one: what has to be imported to understand such a task waits for the first

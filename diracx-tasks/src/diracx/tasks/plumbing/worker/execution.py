@@ -316,7 +316,7 @@ def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Outc
         yield ended
 
 
-def note_settlement(message: TaskMessage, settlement: Settlement, letter: DeadLetter | None) -> None:
+def note_settlement(message: TaskMessage, settlement: Settlement, dead_letter: DeadLetter | None) -> None:
     """Tell in the span of a failed delivery what follows."""
     if not is_traced():
         return
@@ -335,4 +335,4 @@ def note_settlement(message: TaskMessage, settlement: Settlement, letter: DeadLe
             },
         )
     elif settlement.requeue is None:
-        span.add_event("task.given_up", {"task.action": "discarded" if letter is None else "dlq"})
+        span.add_event("task.given_up", {"task.action": "discarded" if dead_letter is None else "dlq"})

@@ -120,21 +120,21 @@ class Executor:
 
     # --- the pipe ---------------------------------------------------------------------------------------
 
-    async def start(self, deliveries: Sequence[Delivery], reserved_after: float, fetched_at: float) -> None:
+    async def start(self, deliveries: Sequence[Delivery], reserved_after: float, called_at: float) -> None:
         """Decode, build, acquire; then each runs in a task of asyncio of its own.
 
         One call takes the locks of all that came together. What lacks a lock is parked by the broker.
 
         Args:
             reserved_after: `time.monotonic`; what was cancelled after this moment may not have been marked.
-            fetched_at: a moment before the call that reserved them.
+            called_at: a moment before the call that reserved them.
         """
         messages = [(delivery, self._decode(delivery)) for delivery in deliveries]
         built = [self._build(delivery, message) for delivery, message in messages if message is not None]
         executions = [execution for execution in built if execution is not None]
         if not self._dependencies.deferred.isdisjoint(execution.spec.name for execution in executions):
             await self._dependencies.load(self._specs)
-        for execution in await self._acquire(executions, fetched_at):
+        for execution in await self._acquire(executions, called_at):
             if self._control.cancelled_since(reserved_after, execution.message.task_id):
                 execution.cancel()
             self.running.add(execution)
@@ -158,18 +158,18 @@ class Executor:
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
         try:
-            settlement, letter = settle(execution, outcome, self._settings)
+            settlement, dead_letter = settle(execution, outcome, self._settings)
         except BaseException as error:
             told = describe_exception(error, hide=execution.hide)["traceback"]
             logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
-            settlement, letter = unsettled(execution, error, self._settings)
+            settlement, dead_letter = unsettled(execution, error, self._settings)
         if isinstance(outcome, Failed):
-            note_settlement(execution.message, settlement, letter)
+            note_settlement(execution.message, settlement, dead_letter)
         try:
-            self._reporter.ended(execution, outcome, settlement, letter)
+            self._reporter.ended(execution, outcome, settlement, dead_letter)
         except Exception:  # it only counts
             logger.exception("the end of %s cannot be counted", execution.message.task_id)
-        self._settle(settlement, letter)
+        self._settle(settlement, dead_letter)
 
     # --- decode and build -------------------------------------------------------------------------------
 
@@ -222,10 +222,10 @@ class Executor:
 
     # --- acquire ----------------------------------------------------------------------------------------
 
-    async def _acquire(self, executions: Sequence[Execution], fetched_at: float) -> Sequence[Execution]:
+    async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
         """Those that have their locks now, and are kept leased."""
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
-        expired = self._keeper.expired_since(fetched_at)
+        expired = self._keeper.expired_since(called_at)
         asked = [execution for execution in executions if execution.locks or execution.delivery.granted or expired]
         refused: set[Execution] = set()
         granted_at = math.inf
@@ -233,9 +233,9 @@ class Executor:
             answers = []
             try:
                 for some in in_calls(asked, len(asked), lambda each: LOCK_BYTES * len(each.locks)):
-                    portion, asked_at = await self._take_locks(some)
+                    portion, sent_at = await self._take_locks(some)
                     answers += portion
-                    granted_at = min(granted_at, asked_at)
+                    granted_at = min(granted_at, sent_at)
             except Exception:
                 if not self._stop.is_set():
                     raise
@@ -322,15 +322,15 @@ class Executor:
             spec = self._specs.get(message.task_name)
             vo = vo_of(None if spec is None else spec.task_class, message)
         self._reporter.rejected(message, reason, detail, vo)
-        settlement, letter = reject(delivery, message, vo, reason, detail, self._settings)
+        settlement, dead_letter = reject(delivery, message, vo, reason, detail, self._settings)
         settlement.locks = locks  # it may have some of them
-        self._settle(settlement, letter)
+        self._settle(settlement, dead_letter)
 
-    def _settle(self, settlement: Settlement, letter: DeadLetter | None) -> None:
-        if letter is None:
+    def _settle(self, settlement: Settlement, dead_letter: DeadLetter | None) -> None:
+        if dead_letter is None:
             self._settler.add(settlement)
         else:
-            self._dead_letters.add(letter, settlement)
+            self._dead_letters.add(dead_letter, settlement)
 
     # --- the end ----------------------------------------------------------------------------------------
 

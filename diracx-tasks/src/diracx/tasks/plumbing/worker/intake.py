@@ -151,7 +151,7 @@ class Intake:
     async def _news(self, last_ids: Sequence[str]) -> bool:
         """Whether something comes while we run something: a task may block the event loop, so it is not reserved.
 
-        All that wait so are woken. One that is idle by then must not wait so for much longer than its tasks took.
+        All that wait so are told. One that is idle by then must not wait so for much longer than its tasks took.
         """
         began = now = time.monotonic()
         end = began + self._timeout()

@@ -246,7 +246,7 @@ class LeaseKeeper:
             for delivery in deliveries:
                 place = delivery.stream, delivery.entry
                 hold = self._holds.get(place)
-                # The same entry may be in our hands again, taken over from whoever had taken it over from us.
+                # The same entry may be in our hands again, taken back from the worker that had taken it over.
                 if hold is not None and hold.delivery.deliveries == delivery.deliveries:
                     del self._holds[place]
 

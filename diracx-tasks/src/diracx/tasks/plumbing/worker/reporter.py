@@ -70,12 +70,12 @@ _MEBIBYTE = 1 << 20
 REJECTED = "(cannot be executed)"
 
 
-#: Sums that the server is told, and all of them.
+#: TaskCounters that the server is told, and all of them.
 _TOLD = ("done", "failed", "retried", "dead", "run", "queue")
 _NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
 
 
-class Sums:
+class TaskCounters:
     """What became of the executions of one class from one queue."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Sums:
         self.run_times = [0] * BUCKETS
         self.queue_times = [0] * BUCKETS
 
-    def add(self, other: Sums) -> None:
+    def add(self, other: TaskCounters) -> None:
         """Add up."""
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -95,8 +95,8 @@ class Sums:
     def counters(self) -> dict[str, float]:
         """By name, as they are added up on the server; what is 0 is left out."""
         counters: dict[str, float] = {name: getattr(self, name) for name in _TOLD}
-        for letter, times in (("r", self.run_times), ("q", self.queue_times)):
-            counters.update((f"{letter}{bucket}", number) for bucket, number in enumerate(times) if number)
+        for prefix, times in (("r", self.run_times), ("q", self.queue_times)):
+            counters.update((f"{prefix}{bucket}", number) for bucket, number in enumerate(times) if number)
         return {name: number for name, number in counters.items() if number}
 
 
@@ -116,8 +116,8 @@ class Reporter:
         self._began = time.time()
         self._clock_ahead = 0.0  # of the server's clock against ours, in s
         self._number = 0
-        self._stats: dict[tuple[str, str], Sums] = {}  # by task and stream, since the last report
-        self._totals: dict[tuple[str, str], Sums] = {}  # the same, before that
+        self._stats: dict[tuple[str, str], TaskCounters] = {}  # by task and stream, since the last report
+        self._totals: dict[tuple[str, str], TaskCounters] = {}  # the same, before that
         self._rejected: dict[str, int] = {}
         self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
         self._locks: dict[str, None] = {}
@@ -140,7 +140,7 @@ class Reporter:
     # --- what is noted ----------------------------------------------------------------------------------
 
     def ended(
-        self, execution: Execution, outcome: Outcome, settlement: Settlement, letter: DeadLetter | None
+        self, execution: Execution, outcome: Outcome, settlement: Settlement, dead_letter: DeadLetter | None
     ) -> None:
         """An execution has ended."""
         delivery = execution.delivery
@@ -148,7 +148,7 @@ class Reporter:
         which = (execution.spec.name, stream)
         sums = self._stats.get(which)
         if sums is None:
-            sums = self._stats[which] = Sums()
+            sums = self._stats[which] = TaskCounters()
         if isinstance(outcome, LeaseLost):
             sums.taken_over += 1
             return
@@ -162,7 +162,7 @@ class Reporter:
             self.timed(which[0], stream, seconds, queued)
         if isinstance(outcome, Failed):
             sums.failed += 1
-            self._failed(execution, outcome, settlement, letter, sums)
+            self._failed(execution, outcome, settlement, dead_letter, sums)
         else:
             sums.done += 1
 
@@ -171,13 +171,13 @@ class Reporter:
         execution: Execution,
         outcome: Failed,
         settlement: Settlement,
-        letter: DeadLetter | None,
-        sums: Sums,
+        dead_letter: DeadLetter | None,
+        sums: TaskCounters,
     ) -> None:
         if settlement.retry is not None or settlement.requeue is not None:  # the latter was interrupted
             fate = "retried"
             sums.retried += 1
-        elif letter is not None:
+        elif dead_letter is not None:
             fate = "dead"
             sums.dead += 1
         else:
@@ -191,7 +191,7 @@ class Reporter:
 
     def rejected(self, message: TaskMessage | None, reason: str, detail: str, vo: str | None = None) -> None:
         """A delivery cannot be executed, and is put with the dead letters."""
-        self._stats.setdefault((REJECTED, ""), Sums()).dead += 1
+        self._stats.setdefault((REJECTED, ""), TaskCounters()).dead += 1
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
         self._note_failure(message, vo, reason, detail[:_LONGEST_TEXT], "", "dead")
 
@@ -219,7 +219,7 @@ class Reporter:
             refusing = reply[1] - 1 if reply[0] == 0 else -1
             if refusing >= 0:
                 which = (execution.spec.name, execution.delivery.stream)
-                self._stats.setdefault(which, Sums()).lock_waits += 1
+                self._stats.setdefault(which, TaskCounters()).lock_waits += 1
             for position, lock in enumerate(execution.locks):
                 if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
                     len(self._locks) < _LOCKS_TOLD
@@ -272,7 +272,7 @@ class Reporter:
                     return
             self._unsent = (self._next_number(), self._taken())
         number, added = self._unsent
-        asked_at = time.time()
+        sent_at = time.time()
         older_ms = 0 if self._adds_up else None if added else _SUMS_OLD_MS
         now_ms, known, self._adds_up = await worker_state.report(
             self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last, older_ms
@@ -280,7 +280,7 @@ class Reporter:
         self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
         self._said_memory = state.get("memory_bytes")
-        self._clock_ahead = now_ms / 1000 - (asked_at + time.time()) / 2
+        self._clock_ahead = now_ms / 1000 - (sent_at + time.time()) / 2
 
     def _is_news(self, state: dict[str, Any]) -> bool:
         """Whether anything but the memory, which changes all the time, is another than what was said."""
@@ -328,12 +328,12 @@ class Reporter:
     def _taken(self) -> dict[str, Any]:
         """What has come together since the last time."""
         ended: dict[str, int] = {}
-        told: dict[str, Sums] = {}
+        told: dict[str, TaskCounters] = {}
         for (name, stream), sums in self._stats.items():
-            told.setdefault(name, Sums()).add(sums)
+            told.setdefault(name, TaskCounters()).add(sums)
             if stream:
                 queue = queue_stream(stream)
-                self._totals.setdefault((name, queue), Sums()).add(sums)
+                self._totals.setdefault((name, queue), TaskCounters()).add(sums)
                 ended[queue] = ended.get(queue, 0) + sums.done + sums.failed
         added = {
             "stats": {name: counters for name, sums in told.items() if (counters := sums.counters())},
@@ -347,13 +347,13 @@ class Reporter:
 
     # --- what metrics tell ------------------------------------------------------------------------------
 
-    def totals(self) -> dict[tuple[str, str], Sums]:
+    def totals(self) -> dict[tuple[str, str], TaskCounters]:
         """Since the worker began: by name of the task, and stream of its queue."""
-        found: dict[tuple[str, str], Sums] = {}
+        found: dict[tuple[str, str], TaskCounters] = {}
         for sums_by in (self._totals, self._stats):
             for (name, stream), sums in sums_by.items():
                 if stream:
-                    found.setdefault((name, queue_stream(stream)), Sums()).add(sums)
+                    found.setdefault((name, queue_stream(stream)), TaskCounters()).add(sums)
         return found
 
     def rejected_totals(self) -> dict[str, int]:

@@ -199,8 +199,8 @@ def begun_before(
     if not task_class.dlq_eligible:
         return _failure(delivery, message, settings, told), None
     where, vo = _delivery_id(delivery), vo_of(task_class, message)
-    letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
-    return _failure(delivery, message, settings, told, keep_results=True), letter
+    dead_letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
+    return _failure(delivery, message, settings, told, keep_results=True), dead_letter
 
 
 def _log(level: int, line: str, outcome: Failed) -> None:
@@ -213,20 +213,20 @@ def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
     message = TaskMessage.loadb(execution.delivery.data)
     attempts = [*message.attempts, _attempt(outcome)]
     # Not by `dataclasses.replace`, which leaves out the fields of a later version.
-    message.labels[LABEL_ATTEMPTS] = fitting_attempts(attempts)
+    message.labels[LABEL_ATTEMPTS] = truncate_attempts(attempts)
     message.labels[LABEL_RETRIES] = message.labels.get(LABEL_RETRIES, 0) + (not outcome.interrupted)
     message.trace_context = execution.message.trace_context
     return message
 
 
-def fitting_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def truncate_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All attempts; when they are too long together, the oldest ones without what is long in them."""
-    left, fitting = _LONGEST_ATTEMPTS, []
+    left, kept = _LONGEST_ATTEMPTS, []
     for attempt in reversed(attempts):
         left -= len(attempt.get("message", "")) + len(attempt.get("traceback", ""))
         shorter = {"message": cut(attempt.get("message", ""), _LONGEST_OLD_MESSAGE), "traceback": ""}
-        fitting.append(attempt if left >= 0 else {**attempt, **shorter})
-    return fitting[::-1]
+        kept.append(attempt if left >= 0 else {**attempt, **shorter})
+    return kept[::-1]
 
 
 def reject(
@@ -268,7 +268,7 @@ def unsettled(
     message = execution.message
     assert execution.delivery.data is not None
     told = describe_exception(error, hide=execution.hide)
-    letter = DeadLetter(
+    dead_letter = DeadLetter(
         task_id=message.task_id,
         task_name=message.task_name,
         vo=vo_of_task(execution.task, message),
@@ -277,7 +277,7 @@ def unsettled(
         data=execution.delivery.data,
         delivery_id=_delivery_id(execution.delivery),
     )
-    return _failure(execution.delivery, message, settings, told, locks=execution.locks), letter
+    return _failure(execution.delivery, message, settings, told, locks=execution.locks), dead_letter
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:

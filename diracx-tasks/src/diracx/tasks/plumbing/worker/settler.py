@@ -119,7 +119,7 @@ class Settler:
         else:
             return answer
         smaller = [_without_value(settlement, refused)]
-        # What keeps the task (or its letter) is not left out: without it, the entry stays where it is.
+        # What keeps the task (or its dead letter) is not left out: without it, the entry stays where it is.
         if not (settlement.retry or settlement.requeue or settlement.dead):
             smaller += [Settlement(settlement.delivery, settlement.locks), Settlement(settlement.delivery)]
         for each in smaller:

@@ -154,9 +154,11 @@ class Watchdog:
             outcome = execution.abandoned_outcome()
             if outcome is None:
                 continue  # not ours any more
-            settlement, letter = settle(execution, outcome, self._settings)
-            if letter is not None:  # a database needs the event loop: it waits for the next worker that has one
-                settlement.dead = in_redis(letter)
+            settlement, dead_letter = settle(execution, outcome, self._settings)
+            if (
+                dead_letter is not None
+            ):  # a database needs the event loop: it waits for the next worker that has one
+                settlement.dead = in_redis(dead_letter)
             settlements.append(settlement)
         self._keeper.stop_renewing()
         with sync_client(

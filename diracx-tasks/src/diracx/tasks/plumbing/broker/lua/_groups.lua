@@ -91,11 +91,11 @@ end
 local function release_staged(at_most, bytes_left)
   local moved = 0
   while moved < at_most and bytes_left > 0 do
-    local group = redis.call('LINDEX', '$STAGED', 0)
+    local group = redis.call('LINDEX', '$GROUP_OUTBOX', 0)
     if not group then break end
     local child = redis.pcall('LPOP', '$GROUPS_PREFIX' .. group .. ':staged')
     if type(child) ~= 'string' then
-      redis.call('LPOP', '$STAGED')
+      redis.call('LPOP', '$GROUP_OUTBOX')
     else
       local stream, data = head_of(child)
       if not (is_stream(stream) and pcall(enqueue, stream, data)) then to_dead_letters(group, child) end

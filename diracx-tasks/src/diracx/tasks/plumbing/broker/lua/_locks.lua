@@ -226,9 +226,9 @@ local function undo(lock)
   if kind then pcall(kind.undo or kind.release, lock) end
 end
 
--- Who is to have the lock before a task: 'turn' (it is reserved), 'line' (somebody waits), or nobody.
+-- Who is to have the lock before a task: 'turn' (it is reserved), 'line' (a task waits), or nobody.
 -- Those that would stand before all of these need not wait: two tasks that want the same two locks, each with the
--- turn of one of them, would else refuse each other for ever. Readers join readers, whoever waits.
+-- turn of one of them, would else refuse each other for ever. Readers join readers, also when others wait.
 local function goes_before(lock, turns, task, place)
   local before
   for _, turn in pairs(turns) do
@@ -268,7 +268,7 @@ local function take_all(locks, now, task, place)
     end
     local looked, granted, again = true, false, nil
     if not before then looked, granted, again = pcall(take, lock, now) end
-    -- A worker that lost the connection while it asked, asks again: what it got then is still its own, whoever's
+    -- A worker that lost the connection while it asked, asks again: what it got then is still its own, no matter whose
     -- turn it is now.
     if looked and not granted and task and lock.kind ~= 'rate' then
       looked, granted = pcall(kinds[lock.kind].keep, lock, now)
@@ -299,12 +299,12 @@ local function look_again_in(lock, at_most_ms)
   return left >= 0 and math.min(left + 1, at_most_ms) or at_most_ms
 end
 
--- A worker's ledger holds what is needed to give its locks back should it die: "{owner}:{key}" -> "{kind} {limit}".
-local function ledger_line(lock)
+-- A worker's held-locks record: "{owner}:{key}" -> "{kind} {limit}", to give its locks back should it die.
+local function held_line(lock)
   return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit or '')
 end
 
--- The locks in lines of a ledger, which has other ones as well (see orphan() in _pending.lua).
+-- The locks in lines of a held-locks record, which has other ones as well (see orphan() in _pending.lua).
 local function locks_in(lines)
   local locks = {}
   for line = 1, #lines, 2 do

@@ -41,7 +41,7 @@ local function all_pending_of(consumer, list, step)
   return found
 end
 
--- The field in a worker's ledger for an entry that it runs and that the server has lost: see renew.lua.
+-- The field in a worker's held-locks record for an entry that it runs and that the server has lost: see renew.lua.
 local function orphan(stream, entry)
   return 'entry:' .. stream .. ' ' .. entry
 end

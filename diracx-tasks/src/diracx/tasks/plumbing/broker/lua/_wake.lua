@@ -72,7 +72,7 @@ local function let_readers_join(lock, turns, heads)
 end
 
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
--- more), 'asked' (by somebody who must wait) or 'timer'. What turns_of() and heads_of() say, if that is known already.
+-- more), 'asked' (by a task that must wait) or 'timer'. What turns_of() and heads_of() say, if that is known already.
 local function grant_next(lock, why, turns, reserved, heads, any)
   if why == 'released' and redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock.key)) == 0 then return end
   if not turns then turns, reserved = turns_of(lock) end
@@ -117,7 +117,7 @@ local function release_all(locks)
     local looked, held = pcall(kind and kind.release, lock)
     if looked and held then
       released = released + 1
-      pcall(grant_next, lock, 'released') -- else whoever waits is found by the timer
+      pcall(grant_next, lock, 'released') -- else who waits is found by the timer
     end
   end
   return released

@@ -1,4 +1,4 @@
--- Since when alerts are so whose data do not say it: whoever makes the health checks notes what they find.
+-- Since when alerts are so whose data do not say it: the process that makes the health checks notes what they find.
 -- KEYS: none. ARGV: the health checks that were made (msgpack list), the alerts they found (msgpack list of
 --   `{check} {subject}`).
 -- Returns for each alert since when it is noticed (ms). What was not noticed for a quarter of an hour begins anew, and

@@ -1,5 +1,5 @@
 -- Cancel tasks. What waits in the delayed set, or is queued at the given place, is gone with this step, and its
--- group and whoever waits for its result are told; what runs is announced to the worker that runs it, all in one
+-- group and who waits for its result are told; what runs is announced to the worker that runs it, all in one
 -- message, and a mark stays for those that hear of it in another way (fetch.lua, reclaim.lua, recover.lua, renew.lua),
 -- until the task has ended or the mark's time is over.
 -- KEYS: none. ARGV: time a mark is kept (ms), tasks (msgpack list of {task} with any of

@@ -27,7 +27,7 @@ end
 redis.call('HDEL', key, 'submitting')
 if redis.call('EXISTS', key .. ':pending') == 0 then return fire(group, false) end
 remember(group, living_ms(redis.call('HGET', key, 'ttl_ms')))
-redis.call('RPUSH', '$STAGED', group)
+redis.call('RPUSH', '$GROUP_OUTBOX', group)
 -- A group that came in one piece needs no second step, if nothing is before it.
 if first then release_staged(#children, math.huge) end
-return redis.call('EXISTS', '$STAGED') * 2
+return redis.call('EXISTS', '$GROUP_OUTBOX') * 2

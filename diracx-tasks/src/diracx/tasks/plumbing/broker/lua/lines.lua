@@ -4,7 +4,7 @@
 -- #flags allow-oom
 -- #include _time _lines _locks _queue _looks _wake
 local now = now_us() / 1000
-looking = true -- and tells nobody when to look next: whoever asks, asks promote.lua after that
+looking = true -- and tells nobody when to look next: the caller asks promote.lua after that
 
 local quiet = quiet_ms()
 

@@ -1,8 +1,8 @@
--- Submit occurrences of schedules and set their next runs, each of them once, whoever believes to lead.
+-- Submit occurrences of schedules and set their next runs, each of them once, even if two schedulers believe to lead.
 -- KEYS: none. ARGV: leader's token, occurrences (msgpack list of {id, due (ms)} with
 --   next = when it is due after that (ms); without it, this is the last run
 --   stream, task, data; without them, the occurrence is passed over).
--- Returns {-1} when somebody else leads, else for each occurrence 1 submitted, 2 left out because its predecessor
+-- Returns {-1} when another scheduler leads, else for each occurrence 1 submitted, 2 left out because its predecessor
 -- still waits, 3 not due yet, 4 paused, 5 passed over, 6 its stream refuses it, 0 not due any more.
 -- What is not due yet, paused or refused stays due.
 -- #include _time _lines _queue _schedules

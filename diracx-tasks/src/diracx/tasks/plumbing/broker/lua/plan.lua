@@ -3,7 +3,7 @@
 --   fingerprint, due (ms): it is new or has changed; without a due time its rule has come to its end;
 --   neither: it is switched off, or it is forgotten = 1).
 -- What is switched off has no next run, and its history is kept. Of what is forgotten only its pause is. Returns 1, or
--- 0 when somebody else leads.
+-- 0 when another scheduler leads.
 -- #flags allow-oom
 -- #include _time
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return 0 end

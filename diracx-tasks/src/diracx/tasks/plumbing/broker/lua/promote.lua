@@ -8,7 +8,7 @@
 -- If there is no more to move, and the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
 -- #include _time _lines _looks _queue _published _groups
-if redis.pcall('EXISTS', '$DELAYED', '$STAGED', '$LINES') == 0 then return {0, '-1', '0', 0, 0, 0} end
+if redis.pcall('EXISTS', '$DELAYED', '$GROUP_OUTBOX', '$LINES') == 0 then return {0, '-1', '0', 0, 0, 0} end
 local now, at_most, bytes_left = now_us() / 1000, tonumber(ARGV[1]), tonumber(ARGV[2])
 local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
 local function first_due(timers)

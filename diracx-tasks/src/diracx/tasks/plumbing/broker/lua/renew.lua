@@ -35,7 +35,7 @@ for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   local looked, ours = pcall(kind.keep, lock, now)
   ours = looked and ours -- a key of another type is no lock of ours
   if not ours and data_lost then
-    redis.call('HSET', held, ledger_line(lock))
+    redis.call('HSET', held, held_line(lock))
     looked, ours = pcall(kind.take, lock, now)
     ours = looked and ours
   end

@@ -43,17 +43,17 @@ end
 local flow = '$FLOW_PREFIX' .. minute
 local due = known == 0 or ARGV[5] ~= '' or tonumber(minute) % FLOW_MINUTES == 0
 if new_minute and due and redis.call('HEXISTS', flow, 'at') == 0 then
-  local noted, streams, handovers = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
-  for position, stream in ipairs(streams) do handovers[position] = stream .. '$HANDOVER' end
+  local noted, streams, resumed_streams = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
+  for position, stream in ipairs(streams) do resumed_streams[position] = stream .. '$HANDOVER' end
   -- In most installations the queues of some sizes were never used: a worker makes all of its size.
-  local SIZES, used, handed_over = 3, {}, {}
+  local SIZES, used, resumed_pending = 3, {}, {}
   for size = 1, SIZES do
     local queues, resumed = {}, {}
     for position = size, #streams, SIZES do
-      queues[#queues + 1], resumed[#resumed + 1] = streams[position], handovers[position]
+      queues[#queues + 1], resumed[#resumed + 1] = streams[position], resumed_streams[position]
     end
-    used[size % SIZES], handed_over[size % SIZES] = redis.call('EXISTS', unpack(queues)), 0
-    if used[size % SIZES] > 0 then handed_over[size % SIZES] = redis.call('EXISTS', unpack(resumed)) end
+    used[size % SIZES], resumed_pending[size % SIZES] = redis.call('EXISTS', unpack(queues)), 0
+    if used[size % SIZES] > 0 then resumed_pending[size % SIZES] = redis.call('EXISTS', unpack(resumed)) end
   end
   for position, stream in ipairs(streams) do
     local added, length, of_size = 0, 0, used[position % SIZES]
@@ -64,7 +64,7 @@ if new_minute and due and redis.call('HEXISTS', flow, 'at') == 0 then
         if info[field] == 'length' then length = info[field + 1] end
       end
     end
-    if handed_over[position % SIZES] > 0 then length = length + redis.call('XLEN', handovers[position]) end
+    if resumed_pending[position % SIZES] > 0 then length = length + redis.call('XLEN', resumed_streams[position]) end
     for _, value in ipairs({stream .. ' added', added, stream .. ' length', length}) do noted[#noted + 1] = value end
   end
   redis.call('HSET', flow, unpack(noted))
@@ -90,7 +90,7 @@ local function add_up(bucket, lives_ms)
   end
 end
 
--- What workers have told since somebody last did this.
+-- What workers have told since this was done last.
 local more = 0
 local function take_sums()
   local workers, numbers, all = {}, {}, {}

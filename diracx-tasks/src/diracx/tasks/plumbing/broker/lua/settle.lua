@@ -1,4 +1,4 @@
--- The end of executions. For each: remove the entry, give the locks back (waking whoever waits), and do the
+-- The end of executions. For each: remove the entry, give the locks back (waking who waits), and do the
 -- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
 -- KEYS: none. ARGV: consumer, dataset id as the worker knows it (or ''), the deliveries (msgpack list of stream, entry,
 -- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
@@ -11,7 +11,7 @@
 --   granted = lock                              it had the turn for it: the next has it, unless it took the lock
 --   outcome = {id, text}                        how an occurrence of a schedule ended
 --   dead    = {reason, data}                    kept until a worker imports it into a database).
--- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by somebody else) or
+-- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by another worker) or
 -- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again); or, as text,
 -- what of that which follows was refused: the rest was done. What has to be kept and cannot be (retry, requeue, dead)
 -- leaves the entry where it is, which is then not settled: the text begins with `kept`.
@@ -20,7 +20,7 @@
 local consumer, unsettled = ARGV[1], {}
 local dataset_id, marks = unpack(redis.call('MGET', '$EPOCH', '$ANY_CANCELLED'))
 local data_lost = ARGV[2] ~= '' and dataset_id ~= ARGV[2]
-local places, follows, ledger = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
+local places, follows, held = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
 if marks and redis.call('TYPE', '$CANCELLED').ok ~= 'zset' then
   redis.call('DEL', '$ANY_CANCELLED')
   marks = nil
@@ -75,7 +75,7 @@ local function following()
   end
   local function unlock(locks)
     release_all(locks)
-    for _, lock in ipairs(locks) do lines[#lines + 1] = ledger_line(lock) end
+    for _, lock in ipairs(locks) do lines[#lines + 1] = held_line(lock) end
   end
   return follow, unlock, in_parts
 end
@@ -91,10 +91,10 @@ for at = 1, #places, 3 do
   local s = follows[position]
   -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
   local ours = not data_lost and (pending[stream][entry] == places[at + 2]
-    or redis.call('HDEL', ledger, orphan(stream, entry)) == 1)
+    or redis.call('HDEL', held, orphan(stream, entry)) == 1)
   if (s or marks) and not follow then follow, unlock, in_parts = following() end
   if ours then
-    pending[stream][entry] = nil -- whoever says it twice is refused the second time
+    pending[stream][entry] = nil -- who says it twice is refused the second time
     if follow and (s or marks) then
       local refused = follow(stream, entry, places[at + 2], s or {})
       if refused then
@@ -112,7 +112,7 @@ for at = 1, #places, 3 do
   end
   if s and s.locks and not data_lost then unlock(s.locks) end
 end
-if lines[1] then in_parts(lines, function(...) redis.call('HDEL', ledger, ...) end) end
+if lines[1] then in_parts(lines, function(...) redis.call('HDEL', held, ...) end) end
 for stream, entries in pairs(ended) do
   for from = 1, #entries, 1000 do -- as in _parts.lua
     local to = math.min(from + 999, #entries)

@@ -3,11 +3,11 @@
 -- Returns a msgpack map:
 --   now      (ms)
 --   queues   = for each stream {length, in the hands of workers, since when the first of the others waits (µs, or
---              0), entries ever added}, hand-overs included but for the last
+--              0), entries ever added}, resumed tasks included but for the last
 --   flow     = {since (ms), {stream ` added` = …, stream ` ended` = …}}: what was noted up to five minutes ago,
 --              and what has ended since; absent when nobody reports
 --   delayed  = {reason, number, …};  overdue = delayed tasks that are more than 10 s late
---   schedules, late (of the first 1,000 that are due and not paused), leads (1: somebody does), groups, dead;
+--   schedules, late (of the first 1,000 that are due and not paused), leads (1: a scheduler does), groups, dead;
 --   schedule_lateness, delayed_lateness: how late the latest one is (ms);
 --   groups_stuck: groups that have shown no sign of life for a day, or failed;  dead_since: when the first of the
 --   dead letters came (ms), absent without one.
@@ -96,6 +96,6 @@ found.groups = redis.call('ZCARD', '$GROUPS')
 -- A sign of life keeps a group for 7 days, and one that is being submitted for 10 minutes: see _groups.lua.
 found.groups_stuck = redis.call('ZCOUNT', '$GROUPS', int(now_ms + 600000), int(now_ms + 518400000))
 found.dead = redis.call('XLEN', '$DEAD_LETTERS')
-local letter = redis.call('XRANGE', '$DEAD_LETTERS', '-', '+', 'COUNT', 1)[1]
-if letter then found.dead_since = tonumber(string.match(letter[1], '^%d+')) end
+local dead_letter = redis.call('XRANGE', '$DEAD_LETTERS', '-', '+', 'COUNT', 1)[1]
+if dead_letter then found.dead_since = tonumber(string.match(dead_letter[1], '^%d+')) end
 return cmsgpack.pack(found)

@@ -11,7 +11,7 @@
 local PARKED_MS = 86400000 -- the line brings a task back; should that be lost, its own timer does
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
--- The place in line is that of the submission (µs), not of whoever happened to ask first.
+-- The place in line is that of the submission (µs), not of the first question.
 local function queued_at(entry)
   local ms, sequence = string.match(entry, '^(%d+)-(%d+)$')
   return int(tonumber(ms) * 1000 + math.min(tonumber(sequence), 999))
@@ -59,7 +59,7 @@ local function leave_unwanted(d)
 end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
-local ledger = '$HELD_PREFIX' .. consumer
+local held = '$HELD_PREFIX' .. consumer
 ensure_alive(consumer, tonumber(ARGV[3]), now)
 local deliveries = cmsgpack.unpack(ARGV[2])
 local places = {}
@@ -68,10 +68,10 @@ local pending = all_pending_of(consumer, places, 2)
 -- What is noted and not held does no harm. What is held and not noted nobody would give back.
 for _, d in ipairs(deliveries) do
   for _, lock in ipairs(pending[d.stream][d.entry] == d.deliveries and d.locks or {}) do
-    lines[#lines + 1], lines[#lines + 2] = ledger_line(lock)
+    lines[#lines + 1], lines[#lines + 2] = held_line(lock)
   end
 end
-in_parts(lines, function(...) redis.call('HSET', ledger, ...) end)
+in_parts(lines, function(...) redis.call('HSET', held, ...) end)
 for position, d in ipairs(deliveries) do
   if pending[d.stream][d.entry] ~= d.deliveries then
     replies[position] = {-1}
@@ -90,8 +90,8 @@ for position, d in ipairs(deliveries) do
       local due = park(d, since, place, d.locks[refusing], before)
       leave_to_others(d, refusing, before)
       local returned = {}
-      for _, each in ipairs(d.locks) do returned[#returned + 1] = ledger_line(each) end
-      in_parts(returned, function(...) redis.call('HDEL', ledger, ...) end)
+      for _, each in ipairs(d.locks) do returned[#returned + 1] = held_line(each) end
+      in_parts(returned, function(...) redis.call('HDEL', held, ...) end)
       replies[position] = {0, refusing, due}
     end
     if d.granted then leave_unwanted(d) end
