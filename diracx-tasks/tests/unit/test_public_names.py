@@ -74,3 +74,8 @@ async def test_texts_that_tests_of_extensions_match() -> None:
 
 def test_a_wrapped_task_has_the_name_of_its_class() -> None:
     assert wrap_task(Plain).__name__ == "Plain"
+
+
+def test_every_name_that_plumbing_lists_is_there() -> None:
+    plumbing = import_module("diracx.tasks.plumbing")
+    assert all(getattr(plumbing, name) for name in plumbing.__all__)

@@ -56,12 +56,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "annotated": ("ChildResults",),
-    "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "schedule_many"),
+    "base_task": ("BaseTask", "PeriodicBaseTask", "PeriodicVoAwareBaseTask", "held_locks", "schedule_many"),
     "submission.client": ("task_broker",),
     "callbacks": ("fire_callback", "spawn_with_callback"),
     "cancellation": ("TaskPlace", "cancel_task", "cancel_tasks"),
     "config": ("PeriodicTaskConfig", "TaskOverride", "TasksConfig"),
-    "current": ("held_locks",),
     "depends": (
         "AvailableSecurityProperties",
         "CallbackSpawner",

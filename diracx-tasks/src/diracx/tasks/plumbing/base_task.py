@@ -77,8 +77,8 @@ def _source() -> SubmitterSource:
     bound = _bound.get()
     if bound is None:
         raise RuntimeError(
-            "no task broker is bound here: run this in a worker, a DiracX route or `diracx-task-run call`, "
-            "or wrap it in `async with diracx.tasks.plumbing.task_broker():`"
+            "tasks are not bound to a broker here: run this in a worker, a DiracX route or `diracx-task-run call` "
+            "or in `async with diracx.tasks.plumbing.task_broker():`"
         )
     return bound()
 

@@ -32,7 +32,7 @@ class StartRequest(Entry):
     since: str
     locks: Sequence[LockSpec]
     retry_ms: int
-    granted: bytes | None
+    granted: NotRequired[bytes]
 
 
 class DelayedRetry(TypedDict):

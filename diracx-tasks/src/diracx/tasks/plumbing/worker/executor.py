@@ -296,7 +296,7 @@ class Executor:
 
     def _start_request(self, execution: Execution) -> StartRequest:
         delivery = execution.delivery
-        return {
+        request: StartRequest = {
             "stream": delivery.stream,
             "entry": delivery.entry,
             "deliveries": delivery.deliveries,
@@ -306,8 +306,10 @@ class Executor:
             "since": delivery.since,
             "locks": execution.locks,
             "retry_ms": int(self._settings.lock_retry_seconds * 1000),
-            "granted": delivery.granted,
         }
+        if delivery.granted is not None:
+            request["granted"] = delivery.granted
+        return request
 
     def _reject(
         self,
