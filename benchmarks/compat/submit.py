@@ -32,8 +32,8 @@ async def bound(url: str) -> AsyncIterator[Any]:
     await broker.startup()
     try:
         try:
+            from diracx.tasks.plumbing.base_task import use_broker
             from diracx.tasks.plumbing.config import TasksConfig
-            from diracx.tasks.plumbing.current import use_broker
             from diracx.tasks.plumbing.registry import TaskRegistry
             from diracx.tasks.plumbing.submission.client import Binding
         except ImportError:  # the published package
