@@ -37,7 +37,7 @@ WORDS = (
     Word(
         r"(?i)(?<!dead )(?<!dead-)(?<!dead_)(?<!dead)(?<!capital )(?<!small )\bletters?\b(?!, digits)",
         "dead letter",
-        110,
+        28,
     ),
     Word(r"\bledgers?\b", "held-locks record", 3),
     Word(r"\b(hand_on|pass_on)\b", "grant_next", 0),
@@ -113,8 +113,8 @@ WORDS = (
     Word(r"\bstored_result\b", "result_effect", 0),
     Word(r"\bmakes? room\b|\bmade room\b", "drain", 5),
     Word(r"\bconvict", "poison; poison candidate", 0),
-    Word(r"\bfor good\b", "permanently; say what ends it", 16),
-    Word(r"\bdear\b", "expensive", 1),
+    Word(r"\bfor good\b", "permanently; say what ends it", 14),
+    Word(r"\bdear\b", "expensive", 0),
     Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"
         r"|claims|courses|complaints|answers|following|patience|ending|door|live|guard|letter)\.py\b",
