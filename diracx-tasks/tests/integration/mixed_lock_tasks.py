@@ -19,7 +19,7 @@ from diracx.tasks.plumbing import (
     Size,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.lock_registry import JOB, LockedObjectType
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker
@@ -37,12 +37,20 @@ class Rate(RateLimiter):
     window_seconds = 0.5
 
 
+class WholeRate(Rate):
+    """All of the quota at once."""
+
+    def __init__(self, obj: LockedObjectType, key: int) -> None:
+        super().__init__(obj, key, n_items=Rate.limit)
+
+
 KINDS: dict[str, type[BaseLock]] = {
     "mutex": MutexLock,
     "write": ExclusiveRWLock,
     "read": SharedRWLock,
     "slot": Slots,
     "rate": Rate,
+    "all": WholeRate,
 }
 
 

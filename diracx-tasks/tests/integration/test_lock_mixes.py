@@ -28,6 +28,10 @@ from mixed_lock_tasks import KINDS, REGISTRY, SLOTS, Mixed, SmallMixed, UrgentMi
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
 
 TASKS, KILLS = 150, 4
+ANY_KINDS = [kind for kind in KINDS if kind != "all"]
+#: So many tasks want a slot, and so many all of a quota; few that want little of it may begin before one of those
+#: that was granted its turn earlier, in another process.
+CROWD, IN_LINE, MAY_PASS = 60, 3, 5
 #: Of which size the worker processes are.
 SIZES = ("medium", "medium", "small")
 
@@ -76,7 +80,7 @@ def any_wishes(chance: random.Random) -> list[tuple[str, int]]:
     """Locks on few keys: some tasks have none, some the same one twice, one reads a thousand."""
     if chance.random() < 0.05:
         return [("read", number) for number in range(chance.choice([50, 200]))]
-    return [(chance.choice(list(KINDS)), chance.randrange(3)) for _ in range(chance.choice([0, 1, 1, 2, 3, 5]))]
+    return [(chance.choice(ANY_KINDS), chance.randrange(3)) for _ in range(chance.choice([0, 1, 1, 2, 3, 5]))]
 
 
 def judge(notes: list[tuple[float, int, str, str]], killed: dict[int, float], tasks: dict[str, Mixed]) -> None:
@@ -98,6 +102,12 @@ def judge(notes: list[tuple[float, int, str, str]], killed: dict[int, float], ta
                 "slot": held["slot"] < SLOTS,
             }
             assert may.get(kind, True), f"{name} with {kind} {key} began at {begin} beside {held}"
+
+
+def overtaken(notes: list[tuple[float, int, str, str]], in_line: list[str], newcomers: list[str]) -> int:
+    """How many newcomers began before the task of the line that most of them passed."""
+    begins = {name: at for at, _, what, name in notes if what == "begins"}
+    return max(sum(begins[other] < begins[name] for other in newcomers) for name in in_line)
 
 
 @pytest.mark.parametrize(
@@ -135,16 +145,36 @@ async def test_any_mixes_of_locks_on_processes_that_are_killed_exclude_each_othe
         list(REGISTRY.values()), redis_url=redis_url, workers=0, scheduler=False, task_db_url=None
     ):
         await schedule_many(made)
-    async with asyncio.timeout(100):  # on a quiet machine: 10 s
-        for kill in range(1, KILLS + 1):
-            while len({name for _, _, what, name in processes.notes() if what == "ends"}) < kill * TASKS / 8:
-                await asyncio.sleep(0.01)
-            processes.kill(chance.randrange(len(SIZES)))
-        while len({name for _, _, what, name in processes.notes() if what == "ends"}) < TASKS:
-            await asyncio.sleep(0.05)
-        while any([await redis.xlen(stream) for stream in keys.EVERY_STREAM]) or await redis.exists(keys.DELAYED):
-            await asyncio.sleep(0.05)
-        processes.stop()
+        async with asyncio.timeout(100):  # on a quiet machine: 10 s
+            for kill in range(1, KILLS + 1):
+                while len({name for _, _, what, name in processes.notes() if what == "ends"}) < kill * TASKS / 8:
+                    await asyncio.sleep(0.01)
+                processes.kill(chance.randrange(len(SIZES)))
+            while len({name for _, _, what, name in processes.notes() if what == "ends"}) < TASKS:
+                await asyncio.sleep(0.05)
+            # Nothing is killed any more. One key for all shows how many hold it at a time; those who want all of a
+            # quota, whether newcomers that want little of it pass them.
+            crowd = [Mixed(f"crowd{number}", [("slot", 9)]) for number in range(CROWD)]
+            line = [Mixed(f"line{number}", [("all", 9)]) for number in range(IN_LINE)]
+            tasks |= {task.name: task for task in (*crowd, *line)}
+            await schedule_many([*crowd, *line])
+            key = line[0].execution_locks[0].spec()["key"]
+            while not await redis.exists(f"{keys.WAITING_PREFIX}medium:{key}"):
+                await asyncio.sleep(0.001)
+            newcomers = [Mixed(f"new{number}", [("rate", 9)]) for number in range(CROWD)]
+            tasks |= {task.name: task for task in newcomers}
+            for task in newcomers:
+                await task.schedule()
+                await asyncio.sleep(0.02)
+            while len({name for _, _, what, name in processes.notes() if what == "ends"}) < len(tasks):
+                await asyncio.sleep(0.05)
+            while any([await redis.xlen(stream) for stream in keys.EVERY_STREAM]) or await redis.exists(
+                keys.DELAYED
+            ):
+                await asyncio.sleep(0.05)
+            processes.stop()
     judge(processes.notes(), processes.killed, tasks)
+    passed = overtaken(processes.notes(), [task.name for task in line], [task.name for task in newcomers])
+    assert passed <= MAY_PASS, "newcomers pass those who stand in line"
     left = {key.decode() for key in await redis.keys() if await redis.ttl(key) < 0}
     assert left <= {*keys.EVERY_STREAM, keys.ALIVE}, "left behind"
