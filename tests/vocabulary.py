@@ -54,7 +54,7 @@ WORDS = (
     Word(r"\b[Cc]omplaints?\b|complaints", "error_parsing, error", 3),
     Word(r"\b[Nn]onsense", "invalid_response", 0),
     Word(r"\b_?courses\b", "statistics", 0),
-    Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 2),
+    Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 0),
     Word(r"(?<!task\.)\bgiven_up\b", "abandoned_outcome", 0),
     Word(r"(?<!`)\bdeaths\b(?!`)", "redelivery_count", 69),
     Word(r"(?<!since the )(?<!tasks:)\bepoch\b", "dataset_id", 25),
@@ -113,7 +113,7 @@ WORDS = (
     Word(r"\bstored_result\b", "result_effect", 0),
     Word(r"\bmakes? room\b|\bmade room\b", "drain", 5),
     Word(r"\bconvict", "poison; poison candidate", 0),
-    Word(r"\bfor good\b", "permanently; say what ends it", 14),
+    Word(r"\bfor good\b", "permanently; say what ends it", 12),
     Word(r"\bdear\b", "expensive", 0),
     Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"

@@ -18,7 +18,7 @@ from chaos.processes import History
 from chaos.redis_servers import Outage
 from chaos.verdict import ChaosResult
 from chaos.witness import Run
-from chaos.witness import Testimony as Told  # pytest takes a name that begins with Test for a test
+from chaos.witness import Testimony as Records  # pytest takes a name that begins with Test for a test
 
 LEASE = 2.0
 OVERLAPS = "overlaps of executions that exclude each other"
@@ -32,7 +32,7 @@ def verdict_of(runs: list[Run], history: History | None = None, **observed: Any)
     known: dict[str, Any] = {"submitted": {1: "Locked", 2: "Locked"}, "acknowledged": {1: 0.5, 2: 0.5}}
     seen = Observed(history or History(), 0.0, rested=11.0, **known | observed)
     beats = [Run("Beat", 0, 9, 1.0, 1.0, "ok")]
-    return ChaosResult(plan, seen, Told([*runs, *beats]), LEASE)
+    return ChaosResult(plan, seen, Records([*runs, *beats]), LEASE)
 
 
 def promises(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:

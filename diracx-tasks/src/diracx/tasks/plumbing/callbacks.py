@@ -2,7 +2,7 @@
 
 The group is a set of child ids, so a child that is delivered twice is subtracted once, and the callback is
 submitted by the same script that settles the last child: exactly once, whatever dies in between. A child ends
-when it has succeeded, or failed for good: a retry, or waiting for a lock, is no end.
+when it has succeeded, or failed permanently: a retry, or waiting for a lock, is no end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def spawn_with_callback(
         ttl_seconds: how long a failed group is kept to be seen. One whose children have not all ended
             lives on, for at least 7 days after the last sign of life of a child.
         on_failure: submitted instead of the callback when all children have ended and one of them has
-            failed for good. Without it the group stays, marked as failed, for `ttl_seconds`.
+            failed permanently. Without it the group stays, marked as failed, for `ttl_seconds`.
 
     Returns:
         The group's id. A group without children fires its callback at once.
