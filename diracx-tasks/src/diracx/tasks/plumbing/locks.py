@@ -7,8 +7,9 @@ Contract: the seed's lock reference.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterable
+from functools import cache
 from os import urandom
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,11 +29,14 @@ _LONGEST_MS = 315_576_000_000
 _KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
 
 
-class BaseLock(ABC):
-    """A lock on one object, known by the object's kind and key."""
+class BaseLock(ABC):  # noqa: B024  # classes derived from it may have abstract methods
+    """A lock on one object, known by the object's kind and key.
 
-    _kind: ClassVar[str]
-    _prefix: ClassVar[str]
+    A class of yours may bring its own `acquire` and `release`, and `extend`: see `is_custom`.
+    """
+
+    _kind: ClassVar[str] = ""
+    _prefix: ClassVar[str] = ""
 
     def __init__(self, obj: LockedObjectType, key: int | str, *extra_keys: int | str) -> None:
         self.obj = LockedObjectType(obj)
@@ -47,7 +51,8 @@ class BaseLock(ABC):
     @property
     def redis_key(self) -> str:
         """`{prefix}:{obj}:{key}:{extra keys}`."""
-        return ":".join([self._prefix, self.obj, str(self.key), *map(str, self.extra_keys)])
+        prefix = [self._prefix] if self._prefix else []
+        return ":".join([*prefix, self.obj, str(self.key), *map(str, self.extra_keys)])
 
     @property
     def enabled(self) -> bool:
@@ -58,9 +63,9 @@ class BaseLock(ABC):
         """Return this lock as the scripts take it."""
         return {"kind": self._kind, "key": self.redis_key, "owner": self._owner_id, **self._numbers()}
 
-    @abstractmethod
     def _numbers(self) -> LockNumbers:
         """Return the numbers that the scripts need for this kind of lock."""
+        return {}
 
     async def acquire(self, redis: Redis) -> bool:
         """Take the lock if it is free now. True when it was granted."""
@@ -84,6 +89,8 @@ class BaseLock(ABC):
         """Renew the lock to its full time to live. False when it is lost, or has none."""
         from .broker import locking
 
+        if not self._kind:
+            return False
         return not self.enabled or (await locking.extend(redis, [self.spec()]))[0]
 
     def __repr__(self) -> str:
@@ -128,9 +135,6 @@ class SharedRWLock(BaseLock):
 
     _kind = "shared"
     _prefix = "lock:rw"
-
-    def _numbers(self) -> LockNumbers:
-        return {}
 
     async def extend(self, redis: Redis) -> bool:
         """Always False: a shared lock has no time to live that could be extended."""
@@ -223,8 +227,23 @@ class ConcurrencyLimiter(BaseLimiter):
         return {"limit": self.limit, "ttl_ms": self.ttl_ms}
 
 
+@cache
+def is_custom(lock_class: type[BaseLock]) -> bool:
+    """Return whether a class brings an `acquire`, `release` or `extend` that the scripts cannot run.
+
+    Such locks are taken one by one after the others are granted, and asked again after a while when one refuses.
+    """
+    bases = [vars(base) for base in lock_class.__mro__ if base.__module__ != __name__]
+    return any(name in base for base in bases for name in ("acquire", "release", "extend"))
+
+
+def needed(locks: Iterable[BaseLock]) -> list[BaseLock]:
+    """Return the locks that have to be asked: not limiters without a limit, but for those of custom classes."""
+    return [lock for lock in locks if lock.enabled or is_custom(type(lock))]
+
+
 def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
-    """Return the enabled locks of a task as the scripts take them, each key once.
+    """Return the enabled locks of a task as the scripts take them, each key once; without custom ones.
 
     Of two locks of one kind on one key, the longer time to live and the lower limit count, and the units of
     both are spent. A writer's lock is a reader's as well.
@@ -235,7 +254,7 @@ def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
     """
     specs: dict[str, LockSpec] = {}
     for lock in locks:
-        if not lock.enabled:
+        if not lock.enabled or is_custom(type(lock)):
             continue
         spec = _checked_spec(lock)
         key = spec["key"]

@@ -7,15 +7,16 @@ import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
 from .base_task import current_locks
 from .broker import locking
+from .custom_locks import acquire_custom
 from .exceptions import LockLostError, UnableToAcquireLockError
-from .locks import SAFETY_MARGIN, BaseLimiter, BaseLock, lock_specs
+from .locks import SAFETY_MARGIN, BaseLimiter, BaseLock, is_custom, lock_specs, needed
 from .messages.arguments import rebuild
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
         UnableToAcquireLockError: when one of them is held by another owner; none is taken then.
         LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
     """
-    wanted = [lock for lock in locks if lock.enabled]
+    wanted = needed(locks)
+    custom = [lock for lock in wanted if is_custom(type(lock))]
     specs = lock_specs(wanted)
     reserved_after = asyncio.get_running_loop().time()
     token = await locking.acquire(redis, specs) if specs else None
@@ -47,7 +49,9 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
     before = current_locks.get()
     current_locks.set(wanted)
     try:
-        async with _keep_renewed(redis, specs, reserved_after):
+        async with _keep_renewed(redis, specs, reserved_after), AsyncExitStack() as stack:
+            if custom and (refused := await acquire_custom(stack, custom, redis, logger.error)):
+                raise UnableToAcquireLockError(refused)
             yield
     finally:
         current_locks.set(before)

@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .._util.passwords import mask
 from ..base_task import current_locks, current_message
 from ..broker.spans import TRACER, is_traced, queue_attributes, task_attributes
+from ..custom_locks import acquire_custom
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
-from ..locks import lock_specs
+from ..locks import is_custom, lock_specs
 from ..messages.arguments import secret_names
 from ..messages.error_info import ErrorInfo, describe_exception
 from ..messages.secrets import without_secrets
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from ..base_task import BaseTask
     from ..broker.models import Delivery, Settlement, TaskMessage
     from ..broker.requests import LockSpec
@@ -60,7 +63,14 @@ class LeaseLost:
     """The lease ended meanwhile and another worker has the task now. It is not ours to judge."""
 
 
-Outcome = Succeeded | Failed | LeaseLost
+@dataclass(frozen=True, slots=True)
+class LockRefused:
+    """A custom lock was not granted, so `execute` was not called."""
+
+    why: str
+
+
+Outcome = Succeeded | Failed | LeaseLost | LockRefused
 
 
 class Execution:
@@ -170,17 +180,17 @@ class Execution:
             if self.running is not None and self._started is not None:
                 self.running.cancel()
 
-    async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
-        """Resolve the dependencies, execute, commit. Never raises: whatever leaves the task is its outcome."""
+    async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
+        """Take custom locks, resolve, execute, commit. Never raises: whatever leaves the task is its outcome."""
         self._started = time.monotonic()
         if not is_traced():
-            return await self._run(overrides)
+            return await self._run(overrides, redis)
         with execution_span(self.message, self.delivery.stream) as ended:
-            outcome = await self._run(overrides)
+            outcome = await self._run(overrides, redis)
             ended(outcome)
             return outcome
 
-    async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Outcome:
+    async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
         current_message.set(self.message)
         if self._held:
             current_locks.set(self._held)
@@ -194,7 +204,12 @@ class Execution:
                 # Not `asyncio.timeout`: it decides by a counter that code in the task may move.
                 deadline = asyncio.get_running_loop().call_later(limit, self._exceed)
                 self._limit = limit
-            value = await self._execute(overrides)
+            async with AsyncExitStack() as stack:
+                if custom := [lock for lock in self._held if is_custom(type(lock))]:
+                    lost = partial(self.on_lease_lost, taken_over=False)
+                    if refused := await acquire_custom(stack, custom, redis, lost):
+                        return LockRefused(refused)
+                value = await self._execute(overrides)
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._lease_lost:
                 return LeaseLost()

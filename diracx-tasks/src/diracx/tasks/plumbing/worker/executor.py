@@ -146,7 +146,7 @@ class Executor:
         outcome: Outcome | None = None
         try:
             with processing_span(execution.message, execution.delivery):
-                outcome = await execution.run(self._dependencies.overrides)
+                outcome = await execution.run(self._dependencies.overrides, self._broker.redis)
                 self._end(execution, outcome)
         except BaseException as error:  # not of the task: of what traces it
             if outcome is not None:

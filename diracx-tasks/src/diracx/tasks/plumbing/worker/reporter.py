@@ -29,7 +29,7 @@ from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
 from ..task_vo import vo_of_task
-from .execution import Failed, LeaseLost, Outcome
+from .execution import Failed, LeaseLost, LockRefused, Outcome
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -151,6 +151,9 @@ class Reporter:
             sums = self._stats[which] = TaskCounters()
         if isinstance(outcome, LeaseLost):
             sums.taken_over += 1
+            return
+        if isinstance(outcome, LockRefused):
+            sums.lock_waits += 1
             return
         seconds = outcome.seconds
         queued = max(0.0, time.time() + self._clock_ahead - seconds - delivery.queued_at)

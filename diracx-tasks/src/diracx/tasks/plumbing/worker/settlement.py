@@ -19,12 +19,13 @@ from ..exceptions import (
     TaskCancelledError,
     TaskRejectedError,
     TaskRetryRequestedError,
+    UnableToAcquireLockError,
     WorkerStoppedError,
 )
 from ..messages.error_info import ErrorInfo, cut, describe_exception, one_line
 from ..persistence.dead_letter import DeadLetter, DeadLetterReason
 from ..task_vo import vo_of, vo_of_task
-from .execution import Failed, LeaseLost, Outcome
+from .execution import Failed, LeaseLost, LockRefused, Outcome
 
 if TYPE_CHECKING:
     from ..base_task import BaseTask
@@ -90,6 +91,8 @@ def settle(
     """What becomes of a delivery, and the dead letter to store before the broker is told."""
     if isinstance(outcome, Failed):
         return _failed(execution, outcome, settings)
+    if isinstance(outcome, LockRefused):
+        return _refused(execution, outcome, settings), None
     if isinstance(outcome, LeaseLost) or not _is_awaited(execution.message, settings):
         return Settlement(execution.delivery, execution.locks), None
     make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
@@ -126,6 +129,16 @@ def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> Delay
     if delivery.occurrence is not None:
         again["occurrence"] = delivery.occurrence
     return again
+
+
+def _refused(execution: Execution, outcome: LockRefused, settings: WorkerSettings) -> Settlement:
+    """A delivery whose custom lock is not free: it comes again in `lock_retry_seconds`. No attempt is counted."""
+    delivery, message, seconds = execution.delivery, execution.message, settings.lock_retry_seconds
+    assert delivery.data is not None
+    told = describe_exception(UnableToAcquireLockError(outcome.why))
+    logger.info("%s %s waits %g s: %s", message.task_name, message.task_id, seconds, outcome.why)
+    again = defer(delivery, message.task_id, int(seconds * 1000), delivery.data)
+    return Settlement(delivery, execution.locks, retry=again, **retry_effects(message, told, 0.0, seconds))
 
 
 def hand_back(delivery: Delivery) -> Settlement:

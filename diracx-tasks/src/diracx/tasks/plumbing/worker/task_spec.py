@@ -13,7 +13,7 @@ from ..config import TaskOverride, TasksConfig
 from ..injection.placeholders import innermost
 from ..injection.plan import Plan, compile_plan
 from ..lock_registry import TASK
-from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter
+from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter, needed
 from ..messages.arguments import rebuild
 from ..retry_policies import ExponentialBackoff, RetryPolicyBase
 from ..task_vo import own_vo
@@ -83,7 +83,7 @@ class TaskSpec:
     def locks(self, task: BaseTask) -> list[BaseLock]:
         """The locks the task needs now: its own, with the operator's limits; disabled ones left out."""
         if not (self._overridden or self._limited):
-            return [lock for lock in task.execution_locks if lock.enabled] if self._declares_locks else []
+            return needed(task.execution_locks) if self._declares_locks else []
         locks = list(task.execution_locks)
         vo = own_vo(task)
         override = self._resolved(vo).override
@@ -91,7 +91,7 @@ class TaskSpec:
             locks = [self._limit(lock, vo, override) if isinstance(lock, BaseLimiter) else lock for lock in locks]
         if override.rate_limit is not None or override.concurrency_limit is not None:
             self._override_limits(locks, vo)
-        return [lock for lock in locks if lock.enabled]
+        return needed(locks)
 
     def _limit(self, limiter: BaseLimiter, vo: str | None, override: TaskOverride) -> BaseLimiter:
         """The limiter with the numbers that are set for its object, unless the task itself has some."""
