@@ -22,7 +22,6 @@ _PATCHES_LOGIC = "private: replaces names that the published module imports; see
 #: Test, or all of a file -> why it fails.
 REASONS = {
     "test_callbacks_integration.py": "private: a step of the published Worker; see test_groups.py",
-    "test_config.py::test_tasks_config_vo_override": "not yet: a rate limit without a window",
     "test_dummy_job_executor.py::test_monitor_schedule_activation_is_environment_controlled": (
         "private: runs the published Worker's registry in a process, with a mock of its broker"
     ),

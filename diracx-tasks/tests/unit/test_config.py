@@ -77,7 +77,7 @@ class TestSchedule:
             ({"interval_seconds": float("nan")}, "finite"),
             ({"interval_seconds": 1e18}, "at most a century"),
             ({"timezone": "Europe/Atlantis"}, "unknown time zone 'Europe/Atlantis'"),
-            ({"schedule": "0 0 * * *", "interval_seconds": 1}, "schedule and interval_seconds exclude"),
+            ({"schedule": "0 0 * * *", "rrule": "FREQ=DAILY"}, "schedule and rrule exclude"),
             ({"rrule": "FREQ=DAILY", "interval_seconds": 1}, "interval_seconds and rrule exclude"),
             ({"interval_seconds": 1, "timezone": "UTC"}, "timezone: goes with schedule or rrule"),
             ({"cron": "0 0 * * *"}, "Extra inputs"),
@@ -176,10 +176,8 @@ class TestOverride:
         assert of_vo.periodic.enabled
         assert not both.get_override(SUBMIT, "cms").enabled
 
-    def test_half_a_rate_limit_is_refused_after_merging(self):
+    def test_window_without_a_rate_limit_is_refused_after_merging(self):
         config({SUBMIT: {"rate_limit": 5, "rate_window_seconds": 1}}, lhcb={SUBMIT: {"rate_window_seconds": 9}})
-        with pytest.raises(ValidationError, match=f"common.{SUBMIT}.rate_limit: needs rate_window_seconds"):
-            config({SUBMIT: {"rate_limit": 5}})
         with pytest.raises(ValidationError, match=f"vo_overrides.lhcb.{SUBMIT}.rate_window_seconds: needs"):
             config(lhcb={SUBMIT: {"rate_window_seconds": 5}})
 
@@ -254,13 +252,13 @@ class TestLoad:
                 periodic: {schedule: "61 * * * *", enabld: true}
                 concurrency_limit: -1
               "my_pilots:Y": 5
-              "my_pilots:Z": {rate_limit: 5}
+              "my_pilots:Z": {rate_window_seconds: 5}
             vo_overrides:
               lhcb:
                 "my_pilots:X":
                   priority: urgent
                   rate_limt: 7
-                  periodic: {schedule: "0 0 * * *", interval_seconds: 5}
+                  periodic: {schedule: "0 0 * * *", rrule: FREQ=DAILY}
             """,
         )
         found = dict(line.split(": ", 1) for line in problems(path))
@@ -270,7 +268,7 @@ class TestLoad:
             "common.my_pilots:X.periodic.enabld",
             "common.my_pilots:X.concurrency_limit",
             "common.my_pilots:Y",
-            "common.my_pilots:Z.rate_limit",
+            "common.my_pilots:Z.rate_window_seconds",
             "vo_overrides.lhcb.my_pilots:X.priority",
             "vo_overrides.lhcb.my_pilots:X.rate_limt",
             "vo_overrides.lhcb.my_pilots:X.periodic",
@@ -284,8 +282,8 @@ class TestLoad:
         assert found["vo_overrides.lhcb.my_pilots:X.rate_limt"] == "unknown field (did you mean 'rate_limit'?)"
 
     def test_a_single_merge_problem_is_reported_by_path(self, tmp_path):
-        path = written(tmp_path, "common: {'a:Z': {rate_limit: 5}}")
-        assert problems(path) == ["common.a:Z.rate_limit: needs rate_window_seconds beside it"]
+        path = written(tmp_path, "common: {'a:Z': {rate_window_seconds: 5}}")
+        assert problems(path) == ["common.a:Z.rate_window_seconds: needs rate_limit beside it"]
 
     @pytest.mark.parametrize(
         ("text", "start"),

@@ -228,7 +228,6 @@ vo_overrides:
             [":4", "common.Submitt.max_retries"],
             [":7", "common.Submit.periodic.schedule"],
             [":8", "common.Submit.rate_limit"],
-            [":8", "common.Submit.rate_limit"],
             [":10", "common.Submit.instances.a/b"],
             [":14", "common.Report.instances.daily.args.too"],
             [":14", "common.Report.instances.daily.args"],

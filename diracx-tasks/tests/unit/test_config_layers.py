@@ -129,11 +129,10 @@ class TestLimits:
         big = self.GIVEN.get_limits("ce", "big")
         assert big["concurrency_limit"].path == ("limits", "ce", "keys", "big", "concurrency_limit")
 
-    def test_half_a_rate_limit_is_refused_after_merging(self):
+    def test_window_without_a_rate_limit_is_refused_after_merging(self):
         whole = {"rate_limit": 1, "rate_window_seconds": 1}
         config(limits={"ce": {"default": whole, "keys": {"a": {"rate_limit": 2}}}})
         config(limits={"ce": {"default": whole}}, vo_limits={"lhcb": {"ce": {"keys": {"a": {"rate_limit": 2}}}}})
-        assert "limits.ce.keys.a.rate_limit: needs" in wrong(limits={"ce": {"keys": {"a": {"rate_limit": 2}}}})
         assert "vo_limits.lhcb.ce.default.rate_window_seconds: needs" in wrong(
             vo_limits={"lhcb": {"ce": {"default": {"rate_window_seconds": 2}}}}
         )
@@ -193,7 +192,8 @@ class TestLines:
 
     def test_every_problem_has_the_line_of_its_place(self, tmp_path):
         text = (
-            "common:\n  A:\n    periodic:\n      schedule: nope\n    rate_limit: 5\nlimits:\n  ce: {defualt: {}}\n"
+            "common:\n  A:\n    periodic:\n      schedule: nope\n    rate_window_seconds: 5\n"
+            "limits:\n  ce: {defualt: {}}\n"
         )
         path = self.written(tmp_path, text)
         with pytest.raises(TaskConfigError) as caught:
@@ -201,7 +201,7 @@ class TestLines:
         places = [line.split(": ")[:2] for line in str(caught.value).splitlines()]
         assert places == [
             [f"{path}:4", "common.A.periodic.schedule"],
-            [f"{path}:5", "common.A.rate_limit"],
+            [f"{path}:5", "common.A.rate_window_seconds"],
             [f"{path}:7", "limits.ce.defualt"],
         ]
         assert "did you mean 'default'?" in str(caught.value)

@@ -15,6 +15,8 @@ from ..schedules import CronSchedule, RRuleSchedule
 Path = tuple[str, ...]
 Layer = Mapping[str, Any]
 
+#: The window of a rate limit for which none is written.
+RATE_WINDOW_SECONDS = 60.0
 #: The three ways to say when; at most one of them.
 KINDS = ("schedule", "interval_seconds", "rrule")
 
@@ -31,9 +33,9 @@ def task_keys(task_name: str) -> tuple[str, ...]:
 
 
 def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """The names under which a limiter may be configured: its first key, and all of them with colons between."""
+    """The names under which a limiter may be configured, the most particular last; `*`: any first key."""
     names = tuple(keys)
-    return names if len(names) < 2 else (names[0], ":".join(names))
+    return names if len(names) < 2 else (":".join(["*", *names[1:]]), names[0], ":".join(names))
 
 
 def merge(layers: Iterable[Layer]) -> dict[str, Any]:
@@ -65,6 +67,13 @@ def merge_schedule(below: Layer, above: Layer) -> dict[str, Any]:
     if any(above.get(kind) is not None for kind in KINDS):
         below = {name: value for name, value in below.items() if name not in (*KINDS, "timezone")}
     return {**below, **above}
+
+
+def with_window(merged: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with the window that a rate limit has where none is written."""
+    if merged.get("rate_limit") is not None and merged.get("rate_window_seconds") is None:
+        return {**merged, "rate_window_seconds": RATE_WINDOW_SECONDS}
+    return merged
 
 
 def with_instances(merged: Layer) -> dict[str, Any]:
@@ -133,9 +142,9 @@ def _mark(value: Any, place: Path, name: str) -> Any:
 
 
 def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
-    """What is wrong with the layers put together: half a rate limit, and schedules that clash."""
+    """What is wrong with the layers put together: a window without a rate limit, and schedules that clash."""
     for place, merged in _merged_tasks(raw):
-        yield from half_a_rate(place, merged)
+        yield from _only_window(place, merged)
         yield from _clashes((*place, "periodic"), merged.get("periodic"))
         instances = mapping(with_instances(merged).get("instances"))
         own = mapping(section_at(raw, place).get("instances"))
@@ -146,16 +155,12 @@ def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
                     (*place, "instances", str(name), "periodic"), mapping(instance).get("periodic")
                 )
     for place, merged in _merged_limits(raw):
-        yield from half_a_rate(place, merged)
+        yield from _only_window(place, merged)
 
 
-def half_a_rate(place: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
-    """A rate limit without its window, or the reverse."""
-    limit, window = merged.get("rate_limit"), merged.get("rate_window_seconds")
-    if limit is not None and window is None:
-        yield (*place, "rate_limit"), "needs rate_window_seconds beside it"
+def _only_window(place: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
     # An explicit null switches an inherited limit off and may leave its window behind.
-    if window is not None and "rate_limit" not in merged:
+    if merged.get("rate_window_seconds") is not None and "rate_limit" not in merged:
         yield (*place, "rate_window_seconds"), "needs rate_limit beside it"
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
 from .merge import Path, TimezoneClashError, mapping, merge_problems
+from .published import as_ours
 from .schema import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
@@ -40,7 +41,7 @@ def read_written(path: FilePath | None = None, config: object | None = None) -> 
         path = FilePath(os.environ[CONFIG_PATH_VARIABLE])
     if path is not None:
         return _read_yaml(path)
-    return mapping(getattr(config, "systems", None)).get("Tasks"), Source(_SECTION)
+    return as_ours(mapping(getattr(config, "systems", None)).get("Tasks")), Source(_SECTION)
 
 
 def _read_yaml(path: FilePath) -> tuple[Any, Source]:
@@ -48,7 +49,10 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
+        raw, source = yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
+        if isinstance(raw, dict) and raw.keys() == {"tasks"}:
+            raw, source = raw["tasks"], source.below("tasks")
+        return as_ours(raw), source
     except OSError as exc:
         raise TaskConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     except yaml.MarkedYAMLError as exc:

@@ -23,6 +23,7 @@ from ..enums import Priority
 from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
 from .merge import (
     KINDS,
+    RATE_WINDOW_SECONDS,
     Path,
     TimezoneClashError,
     limit_layers,
@@ -32,6 +33,7 @@ from .merge import (
     task_layers,
     timezone_clash,
     with_instances,
+    with_window,
 )
 from .source import Source
 
@@ -85,7 +87,7 @@ def _field(
 
 
 class PeriodicTaskConfig(BaseModel):
-    """Whether and when a periodic task runs. At most one of `schedule`, `interval_seconds` and `rrule`."""
+    """Whether and when a periodic task runs. `schedule` goes before `interval_seconds`; `rrule` excludes both."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
 
@@ -105,6 +107,13 @@ class PeriodicTaskConfig(BaseModel):
         example="skip",
         stands_for="as in the code; `once` where that says nothing",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_wins(cls, written: Any) -> Any:
+        if isinstance(written, Mapping) and written.get("schedule") is not None:
+            return {name: value for name, value in written.items() if name != "interval_seconds"}
+        return written
 
     @field_validator("schedule")
     @classmethod
@@ -202,7 +211,7 @@ class LimitConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     rate_limit: _Count | None = _field(
-        "Executions allowed in any window of `rate_window_seconds`; both or neither.",
+        "Executions allowed in any window of `rate_window_seconds`, or of 60 s.",
         unit="executions",
         example=100,
     )
@@ -219,7 +228,7 @@ class TaskOverride(BaseModel):
 
     enabled: _Switch = _field("False: the scheduler leaves the task alone.", default=True, example=False)
     rate_limit: _Count | None = _field(
-        "Executions allowed in any window of `rate_window_seconds`; both or neither.",
+        "Executions allowed in any window of `rate_window_seconds`, or of 60 s.",
         unit="executions",
         example=100,
     )
@@ -272,8 +281,8 @@ class ObjectLimits(BaseModel):
         stands_for="no limits",
     )
     keys: Annotated[dict[str, LimitConfig], BeforeValidator(_with_text_keys)] = _field(
-        "By the key of the object, on top of `default`. For an object of several keys: by the first, and on top "
-        "of that by all of them with colons between.",
+        "By the key of the object, on top of `default`. For an object of several keys: by all but the first, as "
+        "`*:second`, on top of that by the first, and then by all of them with colons between.",
         default={},
         keys=("key of the object",),
         example={"CERN": {"concurrency_limit": 50}},
@@ -368,7 +377,7 @@ class TasksConfig(BaseModel):
         place = task_name, vo if vo in self.vo_overrides else None
         if place not in self._overrides:
             merged = merge(layer for _, layer in task_layers(self._written, *place))
-            self._overrides[place] = TaskOverride.model_validate(with_instances(merged))
+            self._overrides[place] = TaskOverride.model_validate(with_window(with_instances(merged)))
         return self._overrides[place]
 
     def get_limits(self, obj: str, *keys: str, vo: str | None = None) -> dict[str, Setting]:
@@ -380,6 +389,9 @@ class TasksConfig(BaseModel):
         found: dict[str, Setting] = {}
         for place, layer in limit_layers(self._written, obj, keys, vo):
             found |= {name: Setting(value, (*place, name)) for name, value in layer.items()}
+        rate, window = found.get("rate_limit"), found.get("rate_window_seconds")
+        if rate is not None and rate.value is not None and (window is None or window.value is None):
+            found["rate_window_seconds"] = Setting(RATE_WINDOW_SECONDS, rate.path)
         return {name: setting for name, setting in found.items() if setting.value is not None}
 
     def path_of(self, task_name: str, vo: str | None, field: str, instance: str | None = None) -> Path | None:

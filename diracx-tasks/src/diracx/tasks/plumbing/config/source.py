@@ -43,6 +43,11 @@ class Source:
             line, node = found
         return line
 
+    def below(self, part: str) -> Source:
+        """What is written below a key."""
+        found = _entry(self.root, part)
+        return Source(self.name, None if found is None else found[1])
+
     def at(self, path: Path) -> str:
         """`file:line`, or what is known of it."""
         line = self.line(path)
@@ -90,7 +95,7 @@ def _entry(node: Node | None, part: str) -> tuple[int, Node] | None:
         item = node.value[int(part)]
         return item.start_mark.line + 1, item
     for key, value in reversed(_pairs(node)):
-        if key.value == part:
+        if key.value in (part, part.replace("_", "-")):
             return key.start_mark.line + 1, value
     for key, value in _pairs(node):
         if key.tag == _MERGE_TAG:

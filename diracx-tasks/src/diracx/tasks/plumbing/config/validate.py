@@ -152,8 +152,10 @@ def _of_task(raw: Any, place: Path, entry: Layer, registry: Registry) -> Iterato
         yield Problem(place, "has no effect: the task belongs to no VO; put it below `common`")
     if not any(issubclass(cls, PeriodicBaseTask) for cls in found.values()):
         for field in _OF_PERIODIC_TASKS:
-            if field in entry:
-                yield Problem((*place, field), "has no effect: the task is not periodic")
+            if field in entry and entry[field] is not True:
+                # As the published documents have it, `enabled` may stand in any task.
+                message, tolerated = "has no effect: the task is not periodic", field == "enabled"
+                yield Problem((*place, field), message, maybe_elsewhere=tolerated)
     for known, cls in found.items():
         layers = list(task_layers(raw, known, vo))
         merged = with_instances(merge(layer for _, layer in layers))
