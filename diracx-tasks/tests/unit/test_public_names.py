@@ -29,14 +29,21 @@ PUBLIC = {
     "diracx.tasks.plumbing.retry_policies": "RetryPolicyBase NoRetry ExponentialBackoff",
     "diracx.tasks.plumbing.base_task": "BaseTask PeriodicBaseTask PeriodicVoAwareBaseTask",
     "diracx.tasks.plumbing.enums": "Priority Size",
-    "diracx.tasks.plumbing.broker": "RedisStreamBroker",
-    "diracx.tasks.plumbing.broker.models": "TaskMessage TaskResult submit_task",
+    "diracx.tasks.plumbing.broker": (
+        "RedisStreamBroker ReceivedMessage RedisResultBackend TaskBinding TaskMessage TaskResult submit_task"
+    ),
+    "diracx.tasks.plumbing.broker.result_backend": "RedisResultBackend",
+    "diracx.tasks.plumbing.broker.models": "ReceivedMessage TaskBinding TaskMessage TaskResult submit_task",
     "diracx.tasks.plumbing.broker.redis_streams": "RedisStreamBroker ALL_STREAM_NAMES stream_name_for",
     "diracx.tasks.plumbing.worker": "Worker",
     "diracx.tasks.plumbing.scheduler": "TaskScheduler",
     "diracx.tasks.plumbing.persistence": "TaskDB",
+    "diracx.tasks.plumbing.persistence.dlq": "TaskDB",
     "diracx.tasks.plumbing.depends": DEPENDS,
-    "diracx.tasks.plumbing.factory": "load_task_registry task_wrapper wrap_task",
+    "diracx.tasks.plumbing.factory": (
+        "create_task_bindings find_missing_overrides load_task_registry setup_dependency_overrides task_wrapper "
+        "wrap_task"
+    ),
     "diracx.tasks.depends": DEPENDS,
     "diracx.tasks.jobs": "CleanSandboxStoreTask DummyJobExecutorMonitorTask DummyJobExecutorTask",
 }

@@ -155,6 +155,21 @@ class BaseTask:
                 type.__setattr__(cls, "__init__", vars(base)["__init__"])
                 break
 
+    @classmethod
+    def bind_broker(cls, task_bindings: Mapping[type[BaseTask], Any]) -> None:
+        """Bind what `create_task_bindings` returns to this context; `task_broker` does it for a block.
+
+        Raises:
+            RuntimeError: when a broker is bound here.
+            TypeError: when it was made in another way.
+        """
+        if is_bound():
+            raise RuntimeError("Tasks are already bound to a broker in this context")
+        source: SubmitterSource | None = getattr(task_bindings, "source", None)
+        if source is None:
+            raise TypeError("bind_broker takes what create_task_bindings returns; in tests use TaskSystem")
+        _bound.set(lambda: source)
+
     @property
     def execution_locks(self) -> list[BaseLock]:
         """Return the locks of one execution: all or none are taken, and released after its transaction.

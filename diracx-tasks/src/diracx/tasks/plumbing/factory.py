@@ -1,6 +1,41 @@
-"""The registry of tasks and their execution without a worker, under the module name of the published package."""
+"""The registry of tasks, their bindings and their execution without a worker, under the published module name."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .base_task import BaseTask
+from .broker.models import TaskBinding
+from .injection.plan import find_missing_overrides, setup_dependency_overrides
 from .registry import TaskRegistry, load_task_registry
 from .standalone import task_wrapper, wrap_task
+from .submission.client import Binding
 
-__all__ = ["TaskRegistry", "load_task_registry", "task_wrapper", "wrap_task"]
+if TYPE_CHECKING:
+    from .broker import RedisStreamBroker
+
+__all__ = [
+    "TaskRegistry",
+    "create_task_bindings",
+    "find_missing_overrides",
+    "load_task_registry",
+    "setup_dependency_overrides",
+    "task_wrapper",
+    "wrap_task",
+]
+
+
+class TaskBindings(dict[type[BaseTask], TaskBinding]):
+    """Task class -> its name at a broker; what `BaseTask.bind_broker` takes."""
+
+    source: Binding
+
+
+def create_task_bindings(
+    broker: RedisStreamBroker, task_registry: Mapping[str, type[BaseTask]]
+) -> tuple[TaskBindings, dict[str, Callable[..., Any]]]:
+    """Return what binds the tasks to a broker, and by name the functions that execute them without a worker."""
+    bindings = TaskBindings((cls, TaskBinding(broker, name)) for name, cls in task_registry.items())
+    bindings.source = Binding(broker, TaskRegistry.of(task_registry))
+    return bindings, {name: wrap_task(cls) for name, cls in task_registry.items()}

@@ -14,7 +14,7 @@ from ...operations.views import ACTIVE_CONFIGS, SETTINGS
 from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, TasksConfig, check_written
 from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.exceptions import TaskConfigError
-from ...plumbing.factory import TaskRegistry
+from ...plumbing.registry import TaskRegistry
 from ..errors import CliError, UsageProblem, one_line
 from ..options import JsonOption, ModuleOption, command_group
 from ..output import console, echo, echo_json, print_json, show, styled

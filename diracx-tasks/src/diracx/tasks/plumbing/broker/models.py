@@ -365,6 +365,10 @@ _EFFECTS = ("locks", "result", "retry", "requeue", "group", "dead", "release_res
 _effects = attrgetter(*_EFFECTS)
 
 
+ReceivedMessage = Delivery
+"""The published name of what a worker receives. Its fields are ours."""
+
+
 class SubmitsMessages(Protocol):
     """A broker, as `submit_task` needs it."""
 
@@ -404,3 +408,19 @@ async def submit_task(
     )
     await broker.submit([Submission(message, stream_of_labels(message.labels, priority, size), run_at)])
     return message.task_id
+
+
+@dataclass
+class TaskBinding:
+    """The registry name of a task at a broker."""
+
+    broker: SubmitsMessages
+    task_name: str
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    async def submit(
+        self, *args: Any, labels: Mapping[str, Any] | None = None, run_at: datetime | None = None, **kwargs: Any
+    ) -> str:
+        """Submit the task with these arguments. Returns its id; raises as `submit_task`."""
+        merged = {**self.labels, **(labels or {})}
+        return await submit_task(self.broker, self.task_name, args, kwargs, labels=merged, run_at=run_at)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
@@ -18,8 +18,9 @@ from ..broker import scheduling
 from ..broker.group_audit import audit_for_ever
 from ..broker.listening import listening
 from ..broker.models import in_ms
-from ..config import TasksConfig
-from ..registry import TaskRegistry
+from ..broker.server_check import Role
+from ..config import TasksConfig, load_tasks_config
+from ..registry import TaskRegistry, load_task_registry
 from ..submission.client import Binding
 from .agenda import Agenda
 from .clock import SET_BACK_SECONDS, ServerClock
@@ -27,6 +28,8 @@ from .leadership import Leadership
 from .occurrences import MISSED_SECONDS, ScheduledTask, iter_schedules
 
 if TYPE_CHECKING:
+    from diracx.core.config import Config
+
     from ..base_task import BaseTask
     from ..broker import RedisStreamBroker
     from ..broker.requests import Occurrence, PlanStep
@@ -71,19 +74,34 @@ class TaskScheduler:
     Args:
         vos: the VOs of which each VO-aware task has an instance.
         lease_seconds: how long a dead leader keeps the others waiting, at most.
+        redis_url: of the published package, as are `task_registry` (`registry`), a DiracX `config` and whatever
+            else it takes: the broker's connection is used, and there are no intervals to set.
+
+    Raises:
+        TaskConfigError: when a DiracX `config` is given whose settings of tasks are wrong.
     """
 
     def __init__(
         self,
         broker: RedisStreamBroker,
-        registry: Mapping[str, type[BaseTask]],
+        registry: Mapping[str, type[BaseTask]] | str | None = None,
         *,
-        config: TasksConfig | None = None,
+        config: TasksConfig | Config | None = None,
         vos: Iterable[str] = (),
         lease_seconds: float = 6.0,
+        redis_url: str | None = None,
+        task_registry: Mapping[str, type[BaseTask]] | None = None,
+        **published: Any,
     ) -> None:
+        if isinstance(registry, str):
+            registry, redis_url = None, registry
+        if published and redis_url is None:
+            raise TypeError(f"TaskScheduler does not know {', '.join(published)}")
         self._broker = broker
-        self._registry = TaskRegistry.of(registry)
+        classes = registry if task_registry is None else task_registry
+        self._registry = TaskRegistry.of(load_task_registry() if classes is None else classes)
+        if config is not None and not isinstance(config, TasksConfig):
+            vos, config = sorted(config.registry), load_tasks_config(config=config)
         self._config = config or TasksConfig()
         self._vos = list(vos)
         self._leadership = Leadership(broker, lease_seconds)
@@ -117,6 +135,17 @@ class TaskScheduler:
         self._vos = list(vos)
         self._outdated = True
         self._alarm.set()
+
+    async def startup(self) -> None:
+        """Check the server, as the broker's `startup` does."""
+        await self._broker.startup(Role.SCHEDULER)
+
+    async def shutdown(self) -> None:
+        """Do nothing: connections are the broker's."""
+
+    async def run_forever(self, finish_event: asyncio.Event | None = None) -> None:
+        """`run` under its published name; without an event until it is cancelled."""
+        await self.run(finish_event or asyncio.Event())
 
     async def run(self, stop: asyncio.Event) -> None:
         """Schedule until `stop` is set.

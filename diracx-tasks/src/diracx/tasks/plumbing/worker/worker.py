@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._util.retrying import reason, retry_until_available
 from .._util.tasks import cancel_and_wait
 from ..base_task import use_broker
+from ..broker.server_check import Role
 from ..config import TasksConfig
 from ..registry import TaskRegistry
 from ..submission.client import Binding
@@ -47,21 +48,30 @@ class Worker:
         overrides: replacements of dependencies, as FastAPI's `dependency_overrides`; they win over
             what the environment provides.
         config: the operator's settings of tasks.
+        task_class_registry: published name of `registry`, beside the functions of `create_task_bindings`, which
+            are not used; `max_concurrent_tasks` is that of the settings, and nothing is fetched before it can run.
     """
 
     def __init__(
         self,
         broker: RedisStreamBroker,
-        registry: Mapping[str, type[BaseTask]],
-        *,
-        settings: WorkerSettings | None = None,
+        registry: Mapping[str, Any] | None = None,
+        task_class_registry: Mapping[str, type[BaseTask]] | None = None,
+        max_concurrent_tasks: int = 10,
+        max_prefetch: int = 0,
         task_db: TaskDB | None = None,
+        *,
+        task_registry: Mapping[str, Any] | None = None,
+        settings: WorkerSettings | None = None,
         overrides: Overrides | None = None,
         config: TasksConfig | None = None,
     ) -> None:
         self._broker = broker
-        self._registry = TaskRegistry.of(registry)
-        self._settings = settings or WorkerSettings()
+        classes = task_class_registry if task_class_registry is not None else registry
+        if classes is None:
+            raise TypeError("a Worker needs its task classes: the argument `registry`, or `task_class_registry`")
+        self._registry = TaskRegistry.of(classes)
+        self._settings = settings or WorkerSettings(max_concurrent_tasks=max_concurrent_tasks)
         self._binding = Binding(broker, self._registry, config or TasksConfig())
         self._specs = task_specs(self._registry, config or TasksConfig())
         self._dependencies = Dependencies(self._specs, overrides or {})
@@ -90,6 +100,11 @@ class Worker:
         """
         self._specs.update(task_specs(self._registry, config, self._specs))
         self._binding = replace(self._binding, config=config)
+
+    async def listen(self, finish_event: asyncio.Event) -> None:
+        """`run` under its published name, on a broker that may not have been started."""
+        await self._broker.startup(Role.WORKER)
+        await self.run(finish_event)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then let what runs end within the grace period.

@@ -1,0 +1,107 @@
+"""A program that drives worker and scheduler as those of the published package do runs its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from diracx.core.config import Config
+from diracx.tasks.plumbing import BaseTask, IntervalSeconds, PeriodicVoAwareBaseTask, ResultIsMissingError
+from diracx.tasks.plumbing.broker import RedisResultBackend, RedisStreamBroker, TaskResult
+from diracx.tasks.plumbing.factory import create_task_bindings
+from diracx.tasks.plumbing.scheduler import TaskScheduler
+from diracx.tasks.plumbing.worker import Worker
+
+pytestmark = pytest.mark.leaves_keys("diracx:*")
+SEEN: list[str] = []
+
+
+@dataclass
+class Note(BaseTask):
+    text: str
+
+    async def execute(self) -> None:
+        SEEN.append(self.text)
+        if self.text == "outer":
+            await Note("inner").schedule()
+
+
+class OfVo(PeriodicVoAwareBaseTask):
+    default_schedule = IntervalSeconds(0.05)
+
+    async def execute(self) -> None:
+        SEEN.append(self.vo)
+
+
+CLASSES: dict[str, type[BaseTask]] = {"test:Note": Note, "test:OfVo": OfVo}
+
+
+def diracx_config() -> Config:
+    groups = {"user": {"Properties": [], "Users": []}}
+    vo = {"IdP": {"URL": "https://idp.invalid", "ClientID": "x"}, "DefaultGroup": "user", "Groups": groups}
+    return Config.model_validate({"DIRAC": {}, "Operations": {}, "Registry": {"lhcb": {**vo, "Users": {}}}})
+
+
+async def until(*texts: str) -> None:
+    async with asyncio.timeout(20):
+        while not set(texts) <= set(SEEN):  # tasks note it in a list
+            await asyncio.sleep(0.01)
+
+
+async def test_program_in_the_published_form_runs_its_tasks(redis_url: str) -> None:
+    SEEN.clear()
+    broker = RedisStreamBroker(url=redis_url)
+    bindings, functions = create_task_bindings(broker, CLASSES)
+    BaseTask.bind_broker(bindings)
+    with pytest.raises(RuntimeError, match="already bound to a broker"):
+        BaseTask.bind_broker(bindings)
+    worker = Worker(
+        broker=broker,
+        task_registry=functions,
+        task_class_registry=CLASSES,
+        max_concurrent_tasks=2,
+        max_prefetch=0,
+        task_db=None,
+    )
+    scheduler = TaskScheduler(
+        broker, redis_url, task_registry=CLASSES, config=diracx_config(), check_interval=1.0, task_db=None
+    )
+    stop = asyncio.Event()
+    await scheduler.startup()
+    async with asyncio.TaskGroup() as running:
+        running.create_task(worker.listen(stop))
+        running.create_task(scheduler.run_forever(stop))
+        await Note("outer").schedule()
+        await bindings[Note].submit("by its binding")
+        await until("outer", "inner", "by its binding", "lhcb")
+        stop.set()
+    await scheduler.shutdown()
+    await broker.shutdown()
+
+
+def test_arguments_that_mean_nothing_are_refused(redis_url: str) -> None:
+    broker = RedisStreamBroker(redis_url)
+    with pytest.raises(TypeError, match="needs its task classes"):
+        Worker(broker)
+    with pytest.raises(TypeError, match="does not know lease"):
+        TaskScheduler(broker, CLASSES, lease=5)
+    with pytest.raises(TypeError, match="takes what create_task_bindings returns"):
+        BaseTask.bind_broker({})
+
+
+@pytest.mark.parametrize("prefix", [None, "mine"])
+async def test_result_backend_reads_what_it_has_written(redis_url: str, prefix: str | None) -> None:
+    named: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
+    backend = RedisResultBackend(redis_url, result_ttl_seconds=60, **named)
+    broker = RedisStreamBroker(redis_url)
+    await backend.startup()
+    with pytest.raises(ResultIsMissingError):
+        await backend.get_result("t")
+    await backend.set_result("t", TaskResult.from_value({"n": 1}, 0.5))
+    assert await backend.is_result_ready("t")
+    assert (await backend.get_result("t")).return_value == {"n": 1}
+    assert await broker.is_result_ready("t") is (prefix is None)
+    await backend.shutdown()
+    await broker.shutdown()
