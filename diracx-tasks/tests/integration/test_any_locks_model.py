@@ -405,12 +405,21 @@ class LocksMachine(RuleBasedStateMachine):
         for task in orphans:
             task.specs, task.plain, task.place, task.worker = [], False, "waiting", ""
         for _ in range(20):
-            # Who has died with it once is rejected at once, and not kept from others: here it runs again.
+            # Who has died with it once is rejected, and not kept from others: here it runs again.
             deliveries, *_ = self.run(self.brokers[worker].reclaim(1000, max_deliveries=1))
             self._start(self._received(worker, deliveries))
+            self._let_leases_pass(other)
             if self.sync.zscore(keys.ALIVE, other) is None:
                 break
         assert self.sync.zscore(keys.ALIVE, other) is None, "a lost worker is never reclaimed"
+
+    def _let_leases_pass(self, dead: str) -> None:
+        """As many as are waited for the last worker of a poison task."""
+        for stream in keys.streams_of(WORKERS[dead]):
+            if self.sync.exists(stream) and self.sync.xinfo_groups(stream):
+                for pending in self.sync.xpending_range(stream, keys.GROUP, "-", "+", 1000, dead):
+                    entry = pending["message_id"]
+                    self.sync.xclaim(stream, keys.GROUP, dead, 0, [entry], idle=10 * LONG_MS, justid=True)
 
     # --- others, and time -----------------------------------------------------------------------------------
 
@@ -467,7 +476,7 @@ class LocksMachine(RuleBasedStateMachine):
             pipe.hgetall(key)
         for fields in pipe.execute():
             held |= {name.decode().removeprefix("reader:") for name in fields if name.startswith(b"reader:")}
-            held |= {owner.decode() for name, owner in fields.items() if name == b"writer"}
+            held |= {owner.decode() for name, owner in fields.items() if name == b"writer_owner"}
         assert held <= owners, "a lock is held by nobody"
 
     # --- the end --------------------------------------------------------------------------------------------

@@ -579,7 +579,7 @@ class BrokerMachine(RuleBasedStateMachine):
         writers = [lock["owner"].encode() for lock in held if lock["kind"] == "exclusive"]
         rw = SharedRWLock(JOB, "rw").redis_key
         assert int(self.sync.hget(rw, "readers") or 0) == len(readers)
-        assert self.sync.hget(rw, "writer") == (writers[0] if writers else None)
+        assert self.sync.hget(rw, "writer_owner") == (writers[0] if writers else None)
         assert not (readers and writers)
         slots = sum(lock["kind"] == "concurrency" for lock in held)
         assert self.sync.zcard(Two(JOB, "slots").redis_key) == slots <= 2

@@ -380,7 +380,8 @@ async def test_who_can_run_waits_for_one_turn_however_many_stand_before_whom_no_
             await worker.end(name)
     assert worker.began == names
     taken = await redis.xlen("diracx:tasks:normal:small:handover")
-    assert taken == (min(before, 50) if lock is reads else 1), "one stands for all of its size"
+    # Of readers one call resumes 50, fewer where messages are larger; else one stands for all of its size.
+    assert taken in (range(40, 51) if lock is reads else (1,))
 
 
 @pytest.mark.parametrize("lock", [mutex, writes, slot])

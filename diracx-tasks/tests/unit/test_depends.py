@@ -156,8 +156,8 @@ def test_coroutine_functions_are_wrapped_transparently() -> None:
         """Docstring of the function."""
 
     assert inspect.iscoroutinefunction(func)
-    assert (func.__name__, func.__doc__, func.__module__) == ("func", "What it does.", __name__)
-    assert "What it does." in inspect.getsource(func)
+    assert (func.__name__, func.__doc__, func.__module__) == ("func", "Docstring of the function.", __name__)
+    assert "Docstring of the function." in inspect.getsource(func)
     assert inspect.unwrap(func) is not func
     assert depends_of(auto_inject(func)) == depends_of(func)
 
