@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, worker_state
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms, new_task_id
-from diracx.tasks.plumbing.broker.redis_streams import is_suspect, stream_name_for
+from diracx.tasks.plumbing.broker.redis_streams import is_poison_candidate, stream_name_for
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, ConcurrencyLimiter, ExclusiveRWLock, MutexLock, SharedRWLock
@@ -85,11 +85,11 @@ class Task:
     ended: int = 0
 
 
-def _is_suspect(task: Task, more: int) -> bool:
+def _is_poison_candidate(task: Task, more: int) -> bool:
     """One that is poison is no candidate any more: it will not run again."""
     assert task.delivery is not None
     delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more, survived=0)
-    return is_suspect(delivery, MAX_DELIVERIES)
+    return is_poison_candidate(delivery, MAX_DELIVERIES)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -442,7 +442,7 @@ class BrokerMachine(RuleBasedStateMachine):
         orphans = {task.id: task for task in self._in("reserved", "running", worker=other)} if dead else {}
         # P9: no worker has a message that several workers have died with, and another one beside it.
         mine = self._in("reserved", "running", worker=worker)
-        candidates = [task for task in orphans.values() if _is_suspect(task, 1)]
+        candidates = [task for task in orphans.values() if _is_poison_candidate(task, 1)]
         poisoned = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
@@ -453,12 +453,12 @@ class BrokerMachine(RuleBasedStateMachine):
         fresh = [each for each in deliveries if each.deliveries == 1]
         taken = [each for each in deliveries if each.deliveries > 1]
         will_run = [each for each in taken if each.deaths < MAX_DELIVERIES]
-        if any(is_suspect(each, MAX_DELIVERIES) for each in will_run):
+        if any(is_poison_candidate(each, MAX_DELIVERIES) for each in will_run):
             assert len(will_run) == 1
             assert all(task.deaths >= MAX_DELIVERIES for task in mine)
-        assert not (will_run and any(_is_suspect(task, 0) for task in mine))
+        assert not (will_run and any(_is_poison_candidate(task, 0) for task in mine))
         assert len(deliveries) >= min(free, len(poisoned))
-        if not candidates and not any(_is_suspect(task, 0) for task in mine) and not made_room:
+        if not candidates and not any(_is_poison_candidate(task, 0) for task in mine) and not made_room:
             assert len(taken) == min(free - len(fresh), len(orphans))
         order = [STREAMS.index(each.stream) for each in deliveries]
         assert poisoned or order == sorted(order), "urgent first"

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.redis_streams import is_poison_candidate
 from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.plumbing.worker.settlement import hand_back
 from redis.asyncio import Redis
 
 # What is in hand, or still queued, when the test ends.
@@ -341,6 +343,36 @@ async def test_P9_a_busy_worker_drains_for_a_poison_candidate(
     [candidate] = await patient.take()
     assert candidate.deaths == 2
     assert not await redis.exists(keys.ROOM_PREFIX + patient.broker.streams[0])
+
+
+@pytest.mark.parametrize("beside", ["a task at work", "a task that comes with it", "a poison candidate"])
+async def test_P9_a_poison_candidate_that_comes_through_a_queue_runs_alone(
+    redis_url: str, redis: Redis, patient: Hands, beside: str
+) -> None:
+    """It has waited for a lock, or a worker that stopped has handed it back."""
+    names = ("candidate", "another") if beside == "a poison candidate" else ("candidate",)
+    if beside != "a task that comes with it":
+        await patient.broker.submit([submission("at work")])
+        assert len(await patient.take()) == 1
+    await poison_candidates(redis_url, redis, *names)
+    stopping = Hands(SaysOnce(redis_url))
+    for _ in names:
+        candidates = await stopping.take()
+        assert all(await stopping.broker.settle([hand_back(each) for each in candidates]))
+        stopping.held.clear()
+    await stopping.broker.shutdown()
+    if beside == "a task that comes with it":
+        await patient.broker.submit([submission("fresh")])
+        assert [TaskMessage.loadb(each.data or b"").task_id for each in await patient.take()] == ["fresh"]
+    else:
+        assert await patient.take() == [], "it waits until this worker has nothing else"
+    for _ in names:
+        await patient.settle()
+        while not patient.held:
+            await patient.take()
+        [candidate] = patient.held
+        assert is_poison_candidate(candidate, 3), "as before: no worker was lost with it meanwhile"
+    assert not any(b":aside" in name for name in await redis.zrange(keys.ALIVE, 0, -1))
 
 
 async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_convicted(

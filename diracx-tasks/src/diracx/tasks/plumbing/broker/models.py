@@ -329,13 +329,15 @@ class Delivery:
 
 @dataclass(slots=True)
 class Settlement:
-    """What the broker is told of one delivery. At most one of retry, requeue and dead is set."""
+    """What the broker is told of one delivery. At most one of retry, requeue, aside and dead is set."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
     result: ResultEffect | None = None
     retry: DelayedRetry | None = None
     requeue: Requeue | None = None
+    aside: bool = False
+    """Leave it for a worker that holds nothing else."""
     group: GroupEffect | None = None
     dead: StoredDeadLetter | None = None
     release_results: str | None = None
@@ -361,7 +363,7 @@ class Settlement:
         return size + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
-_EFFECTS = ("locks", "result", "retry", "requeue", "group", "dead", "release_results", "outcome")
+_EFFECTS = ("locks", "result", "retry", "requeue", "aside", "group", "dead", "release_results", "outcome")
 _effects = attrgetter(*_EFFECTS)
 
 

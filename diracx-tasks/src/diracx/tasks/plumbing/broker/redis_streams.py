@@ -86,7 +86,7 @@ def _suspect_from(max_deliveries: int) -> int:
     return max(1, min(_SUSPECT_FROM, max_deliveries - 1))
 
 
-def is_suspect(delivery: Delivery, max_deliveries: int) -> bool:
+def is_poison_candidate(delivery: Delivery, max_deliveries: int) -> bool:
     """Whether it may be what its workers died of, and runs once more all the same."""
     return _suspect_from(max_deliveries) <= delivery.deaths < max_deliveries
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from redis.exceptions import ResponseError
 
-from ..broker.redis_streams import AUDIT_LEASES, is_suspect
+from ..broker.models import Settlement
+from ..broker.redis_streams import AUDIT_LEASES, is_poison_candidate
 from .settlement import hand_back
 
 if TYPE_CHECKING:
@@ -106,10 +107,16 @@ class Intake:
         return deliveries
 
     async def _as_many_as(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
-        """The first of them; the others are handed back, but for those that cannot run anyway."""
-        others = [delivery for delivery in deliveries[free:] if delivery.data is not None]
-        if others:
-            await self._broker.settle([hand_back(delivery) for delivery in others])
+        """The first of them; the others are handed back, but for those that cannot run anyway. A poison candidate
+        that comes through a queue and would not be alone is set aside for a worker that holds nothing else.
+        """
+        settlements = [hand_back(delivery) for delivery in deliveries[free:] if delivery.data is not None]
+        if not self._is_idle() or len(deliveries) > 1:
+            most, new = self._settings.max_deliveries, [each for each in deliveries[:free] if each.deliveries == 1]
+            settlements += [Settlement(each, aside=True) for each in new if is_poison_candidate(each, most)]
+        if settlements:
+            await self._broker.settle(settlements)
+        others = [settlement.delivery for settlement in settlements]
         return [delivery for delivery in deliveries if delivery not in others]
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
@@ -240,7 +247,7 @@ class Intake:
     def _watched(self, deliveries: _Deliveries) -> _Deliveries:
         """These, with the suspects among them noted."""
         for delivery in deliveries:
-            if is_suspect(delivery, self._settings.max_deliveries):
+            if is_poison_candidate(delivery, self._settings.max_deliveries):
                 self._suspects.add((delivery.stream, delivery.entry))
         return deliveries
 

@@ -2,10 +2,10 @@
 -- deliveries that were taken over from workers which lived, as it turned out. It is empty nearly always.
 local SURVIVED_MS = 86400000 -- longer than any worker is silent and comes back
 
--- The worker of that delivery has come back: if others have the message now, it has not died of it.
-local function note_survivor(stream, entry, deliveries)
+-- The worker of that delivery has come back: if others have the message now (`is_passed_on`), it has not died of it.
+local function note_survivor(stream, entry, deliveries, is_passed_on)
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
-  if not pending.err and pending[1] and tonumber(pending[1][4]) > deliveries then
+  if is_passed_on or not pending.err and pending[1] and tonumber(pending[1][4]) > deliveries then
     redis.call('SADD', '$SURVIVED', stream .. ' ' .. entry .. ' ' .. int(deliveries))
     redis.call('PEXPIRE', '$SURVIVED', SURVIVED_MS)
   end

@@ -6,6 +6,7 @@
 --   result  = {key, value, ttl_ms}
 --   retry   = {task, delay_ms, stream, data, occurrence}    put aside for so long, by the server's clock
 --   requeue = {stream, data, since}             handed back, to start elsewhere at once
+--   aside   = true                              left for a worker that holds nothing else, as the dead leave theirs
 --   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
 --   release_results = group id                  its callback has ended and needs the results no more
 --   granted = lock                              it had the turn for it: the next has it, unless it took the lock
@@ -49,6 +50,12 @@ local function following()
       local deaths = deaths_of(stream, entry, deliveries, field_of(fields, 'deaths'))
       enqueue(s.requeue.stream, s.requeue.data, since, deaths, field_of(fields, 'woken'))
     end
+    if s.aside then -- to a name that has signed off; nobody has died of it
+      redis.call('XCLAIM', stream, '$GROUP', consumer .. ':aside', 0, entry, 'JUSTID')
+      note_survivor(stream, entry, deliveries, true)
+      redis.call('ZADD', '$ALIVE', 0, consumer .. ':aside')
+      redis.pcall('PUBLISH', '$LEASES', '0') -- so that all look for what the dead have left
+    end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
   end
   local function store(result)
@@ -64,6 +71,7 @@ local function following()
     local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
     local task = there and not s.requeue and task_of(data_of(there[2]))
     if not try(refused, keep, stream, entry, deliveries, s, there) then return 'kept: ' .. refused[1] end
+    if s.aside then return end
     remove(stream, entry) -- before the rest: should that go wrong, it must not be done twice
     if task and marks and not s.retry then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
     if s.group then try(refused, child_done, s.group) end
