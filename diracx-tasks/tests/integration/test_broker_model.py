@@ -158,7 +158,7 @@ class BrokerMachine(RuleBasedStateMachine):
             if t.delivery
         ]
         locks = [lock for task in held for lock in task.locks]
-        *lost, _epoch, _shortest = worker_state.renew(self.sync, worker, LONG_MS, entries, locks)
+        *lost, _epoch, _shortest, _quiet = worker_state.renew(self.sync, worker, LONG_MS, entries, locks)
         assert lost == [[], [], []], "what the model knows to be held was not renewed"
 
     def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,10 +37,11 @@ def intake_of(
     idle: bool = True,
     held: Sequence[Delivery] = (),
     lease_seconds: float = 30,
+    quiet_until: Callable[[], float] = lambda: 0.0,
 ) -> Intake:
     settings = WorkerSettings(lease_seconds=lease_seconds)
     places = lambda: [(each.stream, each.entry) for each in held]  # noqa: E731
-    return Intake(broker, settings, stop or asyncio.Event(), places, lambda: idle)
+    return Intake(broker, settings, stop or asyncio.Event(), places, lambda: idle, quiet_until=quiet_until)
 
 
 def submission(task_id: str, stream: str = NORMAL) -> Submission:
@@ -61,6 +63,44 @@ async def in_hand(redis: Redis) -> int:
 async def evaluations(redis: Redis) -> int:
     stats = await redis.info("commandstats")
     return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+class CountsLooks(RedisStreamBroker):
+    """Counts its looks for dead workers, with and without an audit."""
+
+    looks: Counter[bool]
+
+    async def reclaim(self, free: int, *, audit: bool = False, **options: Any) -> Any:
+        self.looks[audit] += 1
+        return await super().reclaim(free, audit=audit, **options)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+async def test_a_worker_looks_for_dead_ones_only_when_a_lease_may_have_ended(redis_url: str, quiet: bool) -> None:
+    broker = CountsLooks(redis_url)
+    broker.looks = Counter()
+    intake = intake_of(broker, lease_seconds=1.1, quiet_until=lambda: time.monotonic() + 60 if quiet else 0.0)
+    while broker.looks[True] < 2:
+        assert await intake.next(10) == []
+    assert (broker.looks[False] == 0) == quiet
+    await broker.shutdown()
+
+
+async def test_what_the_dead_have_left_is_looked_for_whatever_the_renewals_say(
+    redis_url: str, redis: Redis
+) -> None:
+    """A worker that signs off or is taken for dead leaves before its lease would have ended."""
+    broker = CountsLooks(redis_url)
+    broker.looks = Counter()
+    intake = intake_of(broker, quiet_until=lambda: time.monotonic() + 60)
+    gone = RedisStreamBroker(redis_url)
+    await broker.submit([submission(str(number)) for number in range(3)])
+    assert len((await gone.fetch(3, lease_seconds=30))[0]) == 3
+    assert not await gone.leave()
+    for _ in range(3):
+        assert len(await intake.next(1)) == 1
+    for each in (broker, gone):
+        await each.shutdown()
 
 
 async def test_an_idle_worker_is_given_what_comes_without_asking_again(

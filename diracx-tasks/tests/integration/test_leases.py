@@ -286,7 +286,8 @@ def let_pass(redis: SyncRedis, milliseconds: int, *, heard: str | None = None) -
     """So much time passes. `heard`: a worker that renews all the time."""
     for worker in redis.zrangebyscore(keys.ALIVE, "(0", "+inf"):
         redis.zincrby(keys.ALIVE, -milliseconds, worker)
-    redis.set(keys.RENEWED, int(redis.get(keys.RENEWED) or 0) - milliseconds)
+    heard_ms, *known = (redis.get(keys.RENEWED) or b"0").split(b" ", 1)
+    redis.set(keys.RENEWED, b" ".join([str(int(heard_ms) - milliseconds).encode(), *known]))
     if heard is not None:
         renew_for(redis, heard, LONG_MS)
 
@@ -298,6 +299,38 @@ def left_ms(redis: SyncRedis, worker: str) -> float:
 
 def near(milliseconds: float, expected: float) -> bool:
     return expected - 1000 < milliseconds <= expected + 1
+
+
+def brief(redis: SyncRedis, worker: str, lease_ms: int, known: tuple[str, int]) -> tuple[str, int, int]:
+    """A renewal that looks whether anything has changed since the last one, and at nothing else."""
+    return worker_state.renew(redis, worker, lease_ms, [], [], *known)[3:]  # type: ignore[return-value]
+
+
+def test_a_renewal_tells_for_how_long_no_lease_can_end(sync: SyncRedis) -> None:
+    renew_for(sync, "first", LONG_MS)
+    let_pass(sync, 3_000)
+    *known, quiet_ms = worker_state.renew(sync, "second", LONG_MS, [], [])[3:]
+    assert near(quiet_ms, LONG_MS - 3_000)
+    sync.zadd(keys.ALIVE, {"gone": 0})
+    assert brief(sync, "second", LONG_MS, (known[0], known[1]))[2] == 0
+    sync.zrem(keys.ALIVE, "gone", "first")
+    renew_for(sync, "short", SHORT_MS)
+    _, shortest_ms, quiet_ms = brief(sync, "second", LONG_MS, (known[0], known[1]))
+    assert shortest_ms == SHORT_MS, "it keeps the pace of a worker that has come since"
+    assert near(quiet_ms, SHORT_MS)
+
+
+@pytest.mark.parametrize("lost", ["everything", "epoch", "renewed", "alive", "leases"])
+def test_a_brief_renewal_notices_what_the_server_has_lost(sync: SyncRedis, lost: str) -> None:
+    dataset_id, shortest_ms = worker_state.renew(sync, "worker", LONG_MS, [], [])[3:5]
+    assert brief(sync, "worker", LONG_MS, (dataset_id, shortest_ms))[:2] == (dataset_id, shortest_ms)
+    sync.delete(*(sync.keys("*") if lost == "everything" else [f"diracx:tasks:{lost}"]))
+    now = brief(sync, "worker", LONG_MS, (dataset_id, shortest_ms))
+    if lost in ("epoch", "leases"):  # nobody else loses these alone: the next complete renewal notices
+        now = worker_state.renew(sync, "worker", LONG_MS, [], [], dataset_id)[3:]
+    assert (now[0] != dataset_id) == (lost in ("everything", "epoch"))
+    assert sync.zscore(keys.LEASES, "worker") == LONG_MS
+    assert left_ms(sync, "worker") > LONG_MS - 1000
 
 
 @pytest.mark.parametrize("first_call", ["of a short lease", "of a long lease", "a look for dead workers"])

@@ -397,18 +397,20 @@ class RedisStreamBroker:
         # Over when the worker with the shortest lease comes again.
         if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=max(1, int(kept_ms))):
             return
+        sizes = [keys.streams_of(size) for size in Size]  # a worker makes all streams of its own
+        streams = [stream for size in sizes if await self.redis.exists(*size) for stream in size]
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.zrange(keys.LEASES, -1, -1, withscores=True)
-            for stream in keys.EVERY_STREAM:
+            for stream in streams:
                 pipe.xinfo_consumers(stream, keys.GROUP)
             (seconds, microseconds), longest, *found = await pipe.execute(raise_on_error=False)
             now_ms = seconds * 1000 + microseconds // 1000
             unknown_ms = max(_UNKNOWN_LEASE_MS, lease_ms, *(length for _, length in longest))
             # No stream, or nobody has ever asked for what is in it: an error.
-            streams = [consumers for consumers in found if not isinstance(consumers, ResponseError)]
-            await published.look_after(self.redis, streams, now_ms)
-            names = list({consumer["name"] for consumers in streams for consumer in consumers})
+            known = [consumers for consumers in found if not isinstance(consumers, ResponseError)]
+            await published.look_after(self.redis, known, now_ms)
+            names = list({consumer["name"] for consumers in known for consumer in consumers})
             for first in range(0, len(names), SCANNED):
                 some = names[first : first + SCANNED]
                 lengths = zip(some, await self.redis.zmscore(keys.LEASES, some), strict=True)

@@ -31,19 +31,23 @@ def renew(
     lease_ms: int,
     entries: Sequence[Entry],
     locks: Sequence[LockSpec],
-    epoch: str = "",
-) -> tuple[list[int], list[int], list[int], str, int]:
+    dataset_id: str = "",
+    shortest_ms: int | None = None,
+) -> tuple[list[int], list[int], list[int], str, int, int]:
     """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
-    the epoch, and the shortest lease of all workers (ms).
+    the dataset id, the shortest lease of all workers (ms), and for how long from now (ms) no lease can end.
 
     Args:
-        epoch: what the last call returned. When the server has another, its data were lost: nothing of what the
-            worker runs is, but the locks that another task has taken since.
+        dataset_id: what the last call returned. When the server has another, its data were lost: nothing of what
+            the worker runs is, but the locks that another task has taken since.
+        shortest_ms: what the last call returned, if the server need not look whether its lists are complete: that
+            is to be done now and then.
     """
-    args = [consumer, lease_ms, pack(entries), pack(locks), epoch]
-    *replies, now_in, shortest_ms = script("renew").run(redis, args=args)
+    known = "" if shortest_ms is None else shortest_ms
+    args = [consumer, lease_ms, pack(entries), pack(locks), dataset_id, known]
+    *replies, now_in, shortest_ms, quiet_ms = script("renew").run(redis, args=args)
     lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
-    return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms)
+    return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms), int(quiet_ms)
 
 
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:

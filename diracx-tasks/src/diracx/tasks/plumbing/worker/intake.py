@@ -32,6 +32,8 @@ _PART_OF_PATIENCE = 2 / 3
 _BATCH = 50
 #: Messages that an idle worker takes the moment they come; the others stay for the next that asks.
 _AT_ONCE = 10
+#: What the dead have left is looked at so often, as far as nobody could take it.
+_LEFT_OVER_SECONDS = 1.0
 #: What was reserved while we waited was so short a time before its answer is read.
 _ANSWER_SECONDS = 1.0
 
@@ -43,6 +45,7 @@ class Intake:
         held: stream and entry of what the worker has in hand.
         is_idle: whether nothing runs, so that whatever comes can begin at once.
         held_locks: the locks of what it has in hand; None keeps whatever the server takes for ours.
+        quiet_until: before that (`time.monotonic`) no worker's lease ends, as far as the lease keeper knows.
     """
 
     def __init__(
@@ -53,10 +56,14 @@ class Intake:
         held: Callable[[], Iterable[tuple[str, str]]],
         is_idle: Callable[[], bool],
         held_locks: Callable[[], Iterable[LockSpec] | None] = lambda: None,
+        quiet_until: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._broker = broker
         self._held = held
         self._held_locks = held_locks
+        self._quiet_until = quiet_until
+        self._nothing_left = False
+        """Whether the dead have left nothing, so that nobody has to look before the next lease ends."""
         self._is_idle = is_idle
         self._answer_lost = False
         self._reconnects = broker.reconnects
@@ -75,7 +82,7 @@ class Intake:
         self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
         # Over before the lease could be, which has two thirds left at least: should we die meanwhile, what we are
         # given is taken over when it ends.
-        self._longest_reservation = min(self._longest_wait, settings.lease_seconds / 2)
+        self._longest_reservation = min(self._longest_wait, 0.6 * settings.lease_seconds)
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self._recover_at = math.inf
@@ -133,7 +140,7 @@ class Intake:
 
     def look_at_once(self) -> None:
         """Look for dead workers now, whatever is waited for."""
-        self._reclaim_at = 0.0
+        self._reclaim_at, self._nothing_left = 0.0, False
         self._interrupt()
 
     async def _look(self, free: int) -> list[Delivery]:
@@ -254,6 +261,8 @@ class Intake:
     async def _reclaim(self, free: int) -> list[Delivery]:
         """Take over from dead workers, at the moment when the next lease ends."""
         now = time.monotonic()
+        if self._nothing_left:
+            self._reclaim_at = min(max(self._reclaim_at, self._quiet_until()), self._audit_at)
         if now < self._reclaim_at:
             return []
         lease_seconds = self._settings.lease_seconds
@@ -267,6 +276,7 @@ class Intake:
             max_deliveries=self._settings.max_deliveries,
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
+        self._nothing_left = again_seconds > _LEFT_OVER_SECONDS
         if audit:  # now and then, whatever was seen before
             if not self._is_idle():  # whose wait finds whatever nobody was given
                 self._last_ids = None

@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
+#: The part of a lease by which the end of others' leases may be noticed late.
+_SLACK = 0.01
+#: One of so many renewals looks whether the lists of the server are complete.
+_COMPLETE_EVERY = 12
 #: Deliveries that one call renews: 1 ms of the server's time.
 _RENEW_BATCH = 250
 
@@ -90,6 +94,7 @@ class _Renewed:
     cancelled: list[Leased]
     dataset_id: str
     shortest_ms: int  # the shortest lease of all workers
+    quiet_ms: int  # for so long no worker's lease can end
 
 
 def _size(hold: Leased) -> int:
@@ -151,6 +156,9 @@ class LeaseKeeper:
         self._renewing = threading.Lock()
         self.epoch = ""
         """The life of the server's data in which everything was renewed last."""
+        self.quiet_until = 0.0
+        """No worker's lease ends before that (`time.monotonic`)."""
+        self._renewals = 0
         self._stop = False
         self._shortest_lease = lease_seconds
         self._shortest_ttl = math.inf
@@ -268,7 +276,7 @@ class LeaseKeeper:
             self._redis.listen(self._interval)
             while not self._stop:
                 try:
-                    self._renew()
+                    self._renew(complete=False)
                     break
                 except Exception as error:
                     logger.warning("cannot renew the lease of %s: %s", self._consumer, error)
@@ -299,26 +307,30 @@ class LeaseKeeper:
         """
         await asyncio.to_thread(self._renew)
 
-    def _renew(self) -> None:
+    def _renew(self, *, complete: bool = True) -> None:
         with self._renewing:
             if not self._stop:
-                self._renew_alone()
+                self._renewals += 1
+                # Where the lease has ended, others may have taken the worker off their lists.
+                self._renew_alone(complete or self.overdue or self._renewals % _COMPLETE_EVERY == 0)
 
-    def _renew_alone(self) -> None:
+    def _renew_alone(self, complete: bool) -> None:
         with self._mutex:
             holds = list(self._holds.values())
         # Some in each call; the lease counts from the moment before the first of them, once all are confirmed.
         portions = list(in_calls(holds, _RENEW_BATCH, _size)) or [[]]
         started = time.monotonic()
-        renewed = [self._renew_some(portion) for portion in portions]
+        renewed = [self._renew_some(portion, complete) for portion in portions]
         while len({each.dataset_id for each in renewed}) > 1:  # the server has lost its data in between
-            renewed = [self._renew_some(portion) for portion in portions]
+            renewed = [self._renew_some(portion, complete) for portion in portions]
         dataset_id = renewed[0].dataset_id
         if time.monotonic() - self._renewed_at >= self._lease_seconds:
             self._revived_at = time.monotonic()
         self._renewed_at = started
         # Else nobody could tell a worker that died from a server that was away for longer than its lease.
         self._shortest_lease = renewed[-1].shortest_ms / 1000
+        # With a little more, a wait that ends then knows of the renewal that is just due.
+        self.quiet_until = started + renewed[0].quiet_ms / 1000 + _SLACK * self._lease_seconds
         with self._mutex:
             for hold in holds:
                 if hold.locks and hold.locks_expire_at > time.monotonic():
@@ -334,19 +346,20 @@ class LeaseKeeper:
             for hold, lock in each.lost_locks:
                 self._report(hold, f"the lock {lock['key']} could not be renewed")
 
-    def _renew_some(self, holds: Sequence[Leased]) -> _Renewed:
+    def _renew_some(self, holds: Sequence[Leased], complete: bool) -> _Renewed:
         entries: list[Entry] = [
             {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
             for h in holds
         ]
         locks = [(hold, lock) for hold in holds for lock in hold.locks]
-        lost_entries, lost_locks, cancelled, dataset_id, shortest_ms = worker_state.renew(
+        lost_entries, lost_locks, cancelled, dataset_id, shortest_ms, quiet_ms = worker_state.renew(
             self._redis,
             self._consumer,
             int(self._lease_seconds * 1000),
             entries,
             [lock for _, lock in locks],
             self.epoch,
+            None if complete else round(1000 * self._shortest_lease),
         )
         return _Renewed(
             [holds[position] for position in lost_entries],
@@ -354,6 +367,7 @@ class LeaseKeeper:
             [holds[position] for position in cancelled],
             dataset_id,
             shortest_ms,
+            quiet_ms,
         )
 
     def _report(self, hold: Leased, what: str, *, taken_over: bool = False) -> None:

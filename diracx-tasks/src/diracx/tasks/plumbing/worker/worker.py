@@ -125,7 +125,15 @@ class Worker:
             control.receive,
             control.listening,
         )
-        intake = Intake(broker, settings, stop, keeper.held, lambda: not running, keeper.held_locks)
+        intake = Intake(
+            broker,
+            settings,
+            stop,
+            keeper.held,
+            lambda: not running,
+            keeper.held_locks,
+            lambda: keeper.quiet_until,
+        )
         control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
         async with keeper, self._dependencies.open():
             reporter.dataset = lambda: keeper.epoch

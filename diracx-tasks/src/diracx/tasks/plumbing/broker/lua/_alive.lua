@@ -1,5 +1,6 @@
 -- Who lives. `$ALIVE` is a sorted set: worker -> when its lease ends (ms); `$LEASES`: worker -> how long its lease is
--- (ms); `$RENEWED`: when a lease was last renewed, or dead workers were looked for (ms).
+-- (ms); `$RENEWED`: when a lease was last renewed, or dead workers were looked for (ms); after a renewal also the shortest
+-- lease (ms) and the dataset id, so that one command tells the next renewal whether anything has changed.
 
 -- All workers renew at the pace of the shortest lease: each third of it. Where nobody was heard for this part of a
 -- lease, its worker could not renew it, for the server was away.
@@ -22,18 +23,23 @@ end
 -- have signed off (0), and for the dead (below 0) that nobody waits for: see reclaim.lua. To be called before any lease
 -- is judged. One whose length is unknown (it comes from an earlier release, or the list was lost) counts with the
 -- longest that is known.
-local function note_contact(lease_ms, now)
+-- `known`: what a renewal leaves beside the moment, or nil. Returns whether nothing has changed since it was left.
+local function note_contact(lease_ms, now, known)
   local now_ms = now / 1000
-  local heard = redis.pcall('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS, 'GET')
-  if type(heard) == 'table' then redis.call('SET', '$RENEWED', int(now_ms), 'PX', RENEWED_MS) end -- of another type
-  heard = tonumber(type(heard) == 'string' and heard or nil)
+  local noted = int(now_ms) .. (known and ' ' .. known or '')
+  local heard = redis.pcall('SET', '$RENEWED', noted, 'PX', RENEWED_MS, 'GET')
+  if type(heard) == 'table' then redis.call('SET', '$RENEWED', noted, 'PX', RENEWED_MS) end -- of another type
+  local rest
+  heard, rest = string.match(type(heard) == 'string' and heard or '', '^(%d+) ?(.*)$')
+  heard = tonumber(heard)
   if not heard then
     local newest = redis.call('ZREVRANGE', '$ALIVE', 0, 0, 'WITHSCORES')
     local length = newest[1] and redis.call('ZSCORE', '$LEASES', newest[1]) or lease_ms
     heard = newest[1] and tonumber(newest[2]) - tonumber(length) or now_ms
   end
   local unheard_ms = now_ms - heard
-  if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return end
+  if known and rest == known then shortest_ms = tonumber(string.match(known, '^%d+')) end
+  if unheard_ms < UNHEARD * math.min(lease_ms, shortest_lease() or lease_ms) then return known and rest == known end
   local unknown = longest_lease(lease_ms)
   local listed = redis.call('ZRANGEBYSCORE', '$ALIVE', '-inf', '+inf', 'WITHSCORES')
   for at = 1, #listed, 2 do
@@ -47,10 +53,12 @@ end
 
 -- The worker lives for another `lease_ms`. If that is the shortest lease of all, the others must hear of it: they are to
 -- renew at its pace, and to look when it ends.
-local function heartbeat(consumer, lease_ms, now)
-  note_contact(lease_ms, now)
+-- `known` as for note_contact: where that holds, the length of the lease is there. Returns whether it holds.
+local function heartbeat(consumer, lease_ms, now, known)
+  local unchanged = note_contact(lease_ms, now, known)
+  if redis.call('ZADD', '$ALIVE', int(now / 1000 + lease_ms), consumer) == 0 and unchanged then return true end
+  if unchanged then shortest_ms = nil end -- it was on no list: what others know does not count
   local shortest = shortest_lease()
-  redis.call('ZADD', '$ALIVE', int(now / 1000 + lease_ms), consumer)
   redis.call('ZADD', '$LEASES', int(lease_ms), consumer)
   shortest_ms = math.min(shortest or lease_ms, lease_ms)
   if shortest and lease_ms < shortest then redis.call('PUBLISH', '$LEASES', int(lease_ms)) end

@@ -6,7 +6,7 @@
 -- call, or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held.
 -- #flags allow-oom
 -- #include _time _lines _locks _queue _looks _wake _cancel _redelivery
-local consumer, known, messages, marks = ARGV[1], {}, {}, any_cancelled()
+local consumer, known, messages, marks = ARGV[1], {}, {}, nil
 local unknown, messages_left, bytes_left = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 if unknown[1] then
   local held_key = '$HELD_PREFIX' .. consumer
@@ -25,6 +25,7 @@ for position, stream in ipairs(KEYS) do
       if messages_left <= 0 or bytes_left <= 0 then return {messages, 1} end
       local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1], 'RETRYCOUNT', p[4])
       if claimed[1] then
+        if not messages[1] then marks = any_cancelled() end
         messages_left, bytes_left = messages_left - 1, bytes_left - #(data_of(claimed[1][2]) or '')
         hand_out(messages, position, with_survivals(stream, claimed[1], p[4]), p[4], marks)
       end

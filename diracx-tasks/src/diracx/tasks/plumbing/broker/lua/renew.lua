@@ -1,21 +1,26 @@
 -- Renew everything a worker holds: its own life, its stream entries, its locks.
 -- KEYS: none. ARGV: consumer, lease (ms), entries (msgpack list of {stream, entry, deliveries}), locks (list),
---   epoch as the worker knows it ('' at first).
--- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, epoch,
---   the shortest lease of all (ms): at its pace everybody renews}.
--- Another epoch means that the server has lost its data. What this worker runs is then known to nobody else:
+--   dataset_id as the worker knows it ('' at first), the shortest lease as it knows it (ms), or '' to look at everything.
+-- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, dataset_id,
+--   the shortest lease of all (ms): at its pace everybody renews; for how long (ms) no lease can end}.
+-- Another dataset_id means that the server has lost its data. What this worker runs is then known to nobody else:
 -- it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
 -- #flags allow-oom
 -- #include _time _alive _pending _lines _locks _queue _cancel _redelivery
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
 local consumer, now, held = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1]
-local epoch = redis.pcall('GETEX', '$EPOCH', 'PX', EPOCH_MS)
-if type(epoch) ~= 'string' then
-  epoch = consumer .. ' ' .. int(now)
-  redis.call('SET', '$EPOCH', epoch, 'PX', EPOCH_MS)
+local known = ARGV[5] ~= '' and ARGV[6] ~= '' and ARGV[6] .. ' ' .. ARGV[5] or nil
+local dataset_id = ARGV[5]
+if not heartbeat(consumer, tonumber(ARGV[2]), now, known) then
+  dataset_id = redis.pcall('GETEX', '$EPOCH', 'PX', EPOCH_MS)
+  if type(dataset_id) ~= 'string' then
+    dataset_id = consumer .. ' ' .. int(now)
+    redis.call('SET', '$EPOCH', dataset_id, 'PX', EPOCH_MS)
+  end
+  local changed = int(now / 1000) .. ' ' .. int(shortest_lease()) .. ' ' .. dataset_id
+  redis.call('SET', '$RENEWED', changed, 'PX', RENEWED_MS)
 end
-local data_lost = ARGV[5] ~= '' and ARGV[5] ~= epoch
-heartbeat(consumer, tonumber(ARGV[2]), now)
+local data_lost = ARGV[5] ~= '' and ARGV[5] ~= dataset_id
 local lost_entries, lost_locks, cancelled, entries = {}, {}, {}, cmsgpack.unpack(ARGV[3])
 local marks = entries[1] and any_cancelled()
 for position, e in ipairs(entries) do
@@ -41,4 +46,6 @@ for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   end
   if not ours then lost_locks[#lost_locks + 1] = position end
 end
-return {lost_entries, lost_locks, cancelled, epoch, shortest_lease()}
+local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2])
+local quiet_ms = math.max(0, math.min(first_end - now / 1000, shortest_lease()))
+return {lost_entries, lost_locks, cancelled, dataset_id, shortest_lease(), math.floor(quiet_ms)}
