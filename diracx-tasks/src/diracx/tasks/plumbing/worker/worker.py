@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
@@ -26,6 +27,7 @@ from .reporter import Reporter
 from .settings import WorkerSettings
 from .settler import Settler
 from .task_spec import task_specs
+from .unread import UnreadGuard
 from .watchdog import SHUTDOWN_FLUSH_SECONDS, Watchdog
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ class Worker:
             control.receive,
             control.listening,
         )
+        unread = UnreadGuard(loop, partial(keeper.hand_back_unread, broker.streams))
         intake = Intake(
             broker,
             settings,
@@ -133,6 +136,7 @@ class Worker:
             lambda: not running,
             keeper.held_locks,
             lambda: keeper.quiet_until,
+            unread,
         )
         control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
         async with keeper, self._dependencies.open():
@@ -167,6 +171,7 @@ class Worker:
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
                     await cancel_and_wait(settling, promoting, *companions)
+                    await asyncio.to_thread(unread.close)
         await self._leave()
 
     async def _finish(self, executor: Executor) -> None:
