@@ -42,7 +42,7 @@ async def test_two_vos_fill_a_compute_element_and_no_more(db: MyPilotDB) -> None
             for vo in VOS.registry:
                 await MyCheckPilotsTask(vo).schedule()
             await system.drain()
-            summary = await logic.get_pilot_summary(db)
+            summary = await logic.count_pilots(db)
             assert {state for ces in summary.values() for state in ces["ce01"]} == expected
 
 

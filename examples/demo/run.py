@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 0.25
 _STOP_SECONDS = 10.0
-_WORKERS = 3
+_WORKERS = ("medium", "small", "small")
+"""Their sizes: single pilots are submitted by small ones."""
 _SLOTS = "8"
 _SLURM_CPUS = 16
 
@@ -61,8 +62,10 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
 
 def _processes() -> list[Child]:
     """The scheduler, the workers and the API, with their real commands."""
-    arguments = ["worker", "--worker-size", "medium", "--max-concurrent-tasks", _SLOTS]
-    workers = [Child(f"worker-{number}", arguments) for number in range(1, _WORKERS + 1)]
+    workers = [
+        Child(f"worker-{number}", ["worker", "--worker-size", size, "--max-concurrent-tasks", _SLOTS])
+        for number, size in enumerate(_WORKERS, start=1)
+    ]
     return [Child("scheduler", ["scheduler"]), *workers, Child("api", module="examples.demo.api")]
 
 

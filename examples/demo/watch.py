@@ -32,7 +32,7 @@ class Watch:
         """Read the state of all pilots in one transaction."""
 
         async def look() -> None:
-            self.summary = await logic.get_pilot_summary(self.db)
+            self.summary = await logic.count_pilots(self.db)
             self.ces = await logic.list_ces(self.db)
 
         await self.db.run(look)

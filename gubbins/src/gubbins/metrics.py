@@ -34,7 +34,7 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | 
 
 async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     """The metrics, from a constant number of statements."""
-    summary = await logic.get_pilot_summary(db, None)
+    summary = await logic.count_pilots(db, None)
     ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
 

@@ -77,7 +77,7 @@ class Site:
     def worker(self, stall: str) -> subprocess.Popen[bytes]:
         log = (self.directory / f"worker-{len(self._workers)}.log").open("wb")
         process = subprocess.Popen(
-            [PROGRAM, "worker", "--lease-seconds", "1"],
+            [PROGRAM, "worker", "--worker-size", "small", "--lease-seconds", "1"],
             cwd=self.directory,
             env=self.environment | {"STALL": stall},
             stdin=subprocess.DEVNULL,

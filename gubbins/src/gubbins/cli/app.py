@@ -277,7 +277,7 @@ def list_pilots(
 @pilots_app.command("summary")
 def summarise_pilots(vo: OfVO = None, as_json: JsonOption = False) -> None:
     """Count pilots by VO, compute element and state."""
-    summary = in_database(lambda db: logic.get_pilot_summary(db, vo))
+    summary = in_database(lambda db: logic.count_pilots(db, vo))
     if as_json:
         emit(summary)
         return

@@ -67,7 +67,7 @@ class PilotReadModels:
     async def summary(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
         """{VO: {compute element: {state: number}}}, as of some seconds ago."""
         db = self.database()
-        return await self._answers.get(("summary", vo), lambda: logic.get_pilot_summary(db, vo), _COUNTED_SECONDS)
+        return await self._answers.get(("summary", vo), lambda: logic.count_pilots(db, vo), _COUNTED_SECONDS)
 
     async def statistics(self, vo: str | None) -> PilotStatistics:
         """The past day, as of some seconds ago."""

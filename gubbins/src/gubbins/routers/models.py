@@ -186,14 +186,17 @@ class CEPublic(BaseModel):
 
 
 class Summary(BaseModel):
-    """Numbers of pilots; what is absent is zero."""
+    """Numbers of pilots; what is absent is zero. Each state is a field, too, as in the published extension."""
 
     model_config = _example(
         {
             "pilots": {"lhcb": {"ce01.example.org": {"RUNNING": 18, "DONE": 411, "FAILED": 20}}},
             "totals": {"RUNNING": 18, "DONE": 411, "FAILED": 20},
+            "RUNNING": 18,
+            "DONE": 411,
+            "FAILED": 20,
         }
-    )
+    ) | {"extra": "allow"}
 
     pilots: dict[str, dict[str, dict[str, int]]] = Field(description="By VO, compute element and state.")
     totals: dict[str, int] = Field(description="By state.")

@@ -174,11 +174,11 @@ async def submit_pilot(ce_name: CEName, access: Access) -> Submission:
 async def get_summary(access: Access) -> Summary:
     """Count your VO's pilots by compute element and state. Service administrators see every VO."""
     await access.check(ActionType.READ)
-    pilots = await logic.get_pilot_summary(access.db, access.own_vo)
+    pilots = await logic.count_pilots(access.db, access.own_vo)
     totals: Counter[str] = Counter()
     for states in (states for ces in pilots.values() for states in ces.values()):
         totals.update(states)
-    return Summary(pilots=pilots, totals=totals)
+    return Summary(pilots=pilots, totals=totals, **totals)
 
 
 @router.get("/pilots", responses=_responses())

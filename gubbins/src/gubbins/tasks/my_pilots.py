@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing._util.lazy import lazy_names
 from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, current_message
+from diracx.tasks.plumbing.enums import Size
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
@@ -58,6 +59,7 @@ class MyPilotTask(BaseTask):
     ce_name: str
     vo: str
 
+    size: ClassVar[Size] = Size.SMALL
     retry_policy: ClassVar[RetryPolicyBase] = NoRetry()
     dlq_eligible: ClassVar[bool] = False
 
@@ -111,6 +113,11 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
     def __post_init__(self) -> None:
         if self.compute_elements is not None and self.all_but is not None:
             raise ValueError("compute_elements and all_but exclude each other: give one of them")
+
+    def serialize(self) -> tuple[Any, ...]:
+        """Return the VO alone, as the published task does, unless compute elements are named."""
+        values = super().serialize()
+        return values if any(value is not None for value in values[1:]) else values[:1]
 
     async def execute(
         self,
@@ -188,7 +195,7 @@ class MyPilotReportTask(PeriodicBaseTask):
         """Return what was logged, as {VO: {compute element: {state: number}}}."""
         from gubbins.logic import my_pilots as logic
 
-        summary = await logic.get_pilot_summary(my_pilot_db)
+        summary = await logic.count_pilots(my_pilot_db)
         totals: dict[str, int] = {}
         for vo, ces in sorted(summary.items()):
             for ce_name, states in sorted(ces.items()):

@@ -41,7 +41,7 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
     async def steer() -> None:
         for number in range(12):
             await logic.set_ce_enabled(db, "ce0", number % 2 == 1)
-            await logic.get_pilot_summary(db)
+            await logic.count_pilots(db)
 
     async with asyncio.TaskGroup() as group:
         for vo in VOS:

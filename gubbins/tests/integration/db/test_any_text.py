@@ -103,7 +103,7 @@ async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB)
     assert {ce["name"] for ce in await db.get_ces()} == kept
     assert set(await db.get_demand()) == set(await db.count_slots()) == both
     assert set(await db.pending_requests(since=NOW - timedelta(days=1))) == both
-    assert {vo: list(by_ce) for vo, by_ce in (await db.get_pilot_summary()).items()} == {n: [n] for n in kept}
+    assert {vo: list(by_ce) for vo, by_ce in (await db.count_pilots()).items()} == {n: [n] for n in kept}
     for name, pilot_id in pilots.items():
         assert [row.pilot_id for row in await db.get_active_pilots(vo=name)] == [pilot_id]
         total, [found] = await db.search_pilots(vo=name, ce_name=name)

@@ -85,7 +85,7 @@ async def test_P60_gate_says_why_and_creates_nothing(db: MyPilotDB) -> None:
             await db.submit_pilot(name, vo="lhcb")
         assert isinstance(caught.value, PilotSubmissionError)
         assert name in str(caught.value)
-    assert await db.get_pilot_summary() == {"lhcb": {"full": {"SUBMITTED": 1}}}
+    assert await db.count_pilots() == {"lhcb": {"full": {"SUBMITTED": 1}}}
 
 
 async def test_P60_ended_pilots_give_their_slot_back(db: MyPilotDB) -> None:
@@ -199,10 +199,10 @@ async def test_rollback_of_the_callers_transaction_undoes_everything(db: MyPilot
 
     with pytest.raises(RuntimeError):
         await fail_after_submitting()
-    assert await db.get_pilot_summary() == {}
+    assert await db.count_pilots() == {}
     async with db:
         await db.submit_pilot("ce", vo="lhcb")
-    assert await db.get_pilot_summary() == {"lhcb": {"ce": {"SUBMITTED": 1}}}
+    assert await db.count_pilots() == {"lhcb": {"ce": {"SUBMITTED": 1}}}
 
 
 async def test_only_unconfirmed_reservations_can_be_released(db: MyPilotDB) -> None:
@@ -226,7 +226,7 @@ async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
     assert (await db.search_pilots(vo=None, ce_name="a", status=S.SUBMITTED))[0] == 2
     assert [p["pilot_id"] for p in await db.get_pilots_by_status(S.RUNNING, vo="lhcb")] == [ids[0]]
     assert await db.get_pilots_by_status(S.RUNNING, vo="dteam") == []
-    assert await db.get_pilot_summary("dteam") == {"dteam": {"a": {"SUBMITTED": 1}, "b": {"SUBMITTED": 1}}}
+    assert await db.count_pilots("dteam") == {"dteam": {"a": {"SUBMITTED": 1}, "b": {"SUBMITTED": 1}}}
 
 
 async def test_requests_are_counted_struck_out_and_given_up(db: MyPilotDB) -> None:

@@ -154,7 +154,7 @@ HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "what ended lately, of a VO": lambda db: db.count_ended_pilots(LATELY, vo="vo1"),
     "the course of things": lambda db: db.count_steps(LATELY, LAST, vo=None),
     "the course of things, of a VO": lambda db: db.count_steps(LATELY, LAST, vo="vo1"),
-    "summary of a VO": lambda db: db.get_pilot_summary("vo1"),
+    "summary of a VO": lambda db: db.count_pilots("vo1"),
     "cancel": lambda db: db.request_cancel(1000, reason="x"),
     "step": lambda db: db.update_pilot_status(1020 - 10, MyPilotStatus.RUNNING),
     "one output": lambda db: db.get_output(1002),

@@ -51,7 +51,7 @@ async def test_logic_works_inside_a_transaction_of_the_caller(db: MyPilotDB) -> 
         await logic.submit_pilot(db, "ce", "lhcb")
         await logic.transition_pilot_states(db, "lhcb")
         assert await logic.transition_pilot_states(db, "lhcb") == {S.FAILED: 1}
-    assert await logic.get_pilot_summary(db) == {"lhcb": {"ce": {"FAILED": 1}}}
+    assert await logic.count_pilots(db) == {"lhcb": {"ce": {"FAILED": 1}}}
 
 
 @pytest.mark.parametrize("scale", ["small", "large"])

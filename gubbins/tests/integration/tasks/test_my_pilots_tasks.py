@@ -150,7 +150,7 @@ async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
         assert await asked(MySubmitPilotsTask("lhcb", compute_elements=[])) == {}
         assert await asked(MySubmitPilotsTask("lhcb", all_but=["fast"])) == {"slow": 1, "slower": 1}
         assert (await asked(MySubmitPilotsTask("dteam"))).keys() == {"fast", "slow", "slower"}
-    assert set((await db.get_pilot_summary())["lhcb"]) == {"fast", "slow", "slower"}
+    assert set((await db.count_pilots())["lhcb"]) == {"fast", "slow", "slower"}
 
 
 async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(db: MyPilotDB, config: Config) -> None:
@@ -173,12 +173,12 @@ async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(db: MyPilotDB,
             await run(*(MySubmitPilotsTask(vo) for vo in VOS))
             for ce in await db.list_ces(vo=None):
                 assert ce["active"] == ce["capacity"], "every slot is filled, and not one more"
-            submitted = await db.get_pilot_summary()
+            submitted = await db.count_pilots()
             # Nobody was left out of the shared one.
             assert all("reliable" in submitted[vo] for vo in VOS)
             await run(*(MyCheckPilotsTask(vo) for vo in VOS))
             await run(*(MyCheckPilotsTask(vo) for vo in VOS))
-        summary = await db.get_pilot_summary()
+        summary = await db.count_pilots()
     assert sum(summary[vo]["reliable"]["DONE"] for vo in VOS) == 15
     assert summary["lhcb"]["hopeless"] == {"FAILED": 12}
     assert all(set(states) == {"DONE"} for vo in VOS for ce, states in summary[vo].items() if ce == "reliable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
@@ -140,7 +141,7 @@ class PilotsMixin(PilotSession):
         return {**_as_dict(row), "history": history}
 
     @transaction
-    async def get_pilot_summary(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
+    async def count_pilots(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
         """Count pilots, as {VO: {compute element: {state: number}}}; absent means none."""
         statement = (
             select(Pilots.vo, Pilots.ce_name, Pilots.status, func.count())
@@ -153,6 +154,14 @@ class PilotsMixin(PilotSession):
         for vo_name, ce_name, status, count in await self.conn.execute(statement):
             summary.setdefault(vo_name, {}).setdefault(ce_name, {})[str(status)] = count
         return summary
+
+    async def get_pilot_summary(self, vo: str | None = None) -> dict[str, int]:
+        """Count pilots (of one VO, or of all), as {state: number}; absent means none."""
+        totals: Counter[str] = Counter()
+        for by_ce in (await self.count_pilots(vo)).values():
+            for states in by_ce.values():
+                totals.update(states)
+        return dict(totals)
 
     async def delete_ended_pilots(self, *, ended_before: datetime, limit: int) -> int:
         """Delete pilots that ended before then, with their history, and return how many were.

@@ -25,8 +25,13 @@ PRUNE_PAUSE_SECONDS = 0.05
 """Pause between two batches, for others that wait for the database."""
 
 
-async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
+async def count_pilots(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
     """Count pilots (of one VO, or of all), as {VO: {compute element: {state: number}}}."""
+    return await db.count_pilots(vo)
+
+
+async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, int]:
+    """Count pilots (of one VO, or of all), as {state: number}."""
     return await db.get_pilot_summary(vo)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .circuits import CircuitsMixin
-from .compute_elements import ComputeElementsMixin
-from .demand import DemandMixin
-from .outputs import OutputsMixin
-from .pilots import PilotsMixin
-from .statistics import StatisticsMixin
-from .submissions import SubmissionsMixin
-from .transitions import TransitionsMixin
+from ..circuits import CircuitsMixin
+from ..compute_elements import ComputeElementsMixin
+from ..demand import DemandMixin
+from ..outputs import OutputsMixin
+from ..pilots import PilotsMixin
+from ..statistics import StatisticsMixin
+from ..submissions import SubmissionsMixin
+from ..transitions import TransitionsMixin
 
 
 class MyPilotDB(
