@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from diracx.core.config import Config
-from diracx.tasks.plumbing import BaseTask, IntervalSeconds, PeriodicVoAwareBaseTask, ResultIsMissingError
-from diracx.tasks.plumbing.broker import RedisResultBackend, RedisStreamBroker, TaskResult
+from diracx.core.settings import FactorySettings
+from diracx.tasks.plumbing import (
+    BaseTask,
+    IntervalSeconds,
+    MutexLock,
+    PeriodicVoAwareBaseTask,
+    ResultIsMissingError,
+)
+from diracx.tasks.plumbing.broker import RedisResultBackend, RedisStreamBroker, TaskResult, submit_task
 from diracx.tasks.plumbing.factory import create_task_bindings
+from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.scheduler import TaskScheduler
 from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.testing import embedded_redis
+from redis.asyncio import Redis
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
 SEEN: list[str] = []
@@ -105,3 +116,32 @@ async def test_result_backend_reads_what_it_has_written(redis_url: str, prefix: 
     assert await broker.is_result_ready("t") is (prefix is None)
     await backend.shutdown()
     await broker.shutdown()
+
+
+@pytest.fixture
+def redis_in_place_of_a_fake() -> Any:
+    """As the page on migration says."""
+    with embedded_redis() as url:
+        yield Redis.from_url(url)
+
+
+async def test_embedded_server_takes_the_place_of_fakeredis(redis_in_place_of_a_fake: Redis) -> None:
+    redis = redis_in_place_of_a_fake
+    mine, other = MutexLock(JOB, 1), MutexLock(JOB, 1)
+    assert await mine.acquire(redis)
+    assert not await other.acquire(redis)
+    await mine.release(redis)
+    where = redis.connection_pool.connection_kwargs
+    broker = RedisStreamBroker(f"redis://{where['host']}:{where['port']}")
+    await submit_task(broker, "test:Note", ["later"], run_at=datetime.now(UTC) + timedelta(hours=1))
+    assert await redis.zcard("diracx:tasks:delayed") == 1
+    await broker.shutdown()
+    await redis.aclose()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_diracx_switches_our_services_off(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    for service in ("TASKS", "DASHBOARD"):
+        monkeypatch.setenv(f"DIRACX_SERVICE_{service}_ENABLED", str(enabled).lower())
+    services = FactorySettings().enabled_services
+    assert [services.get(name, True) for name in ("tasks", "dashboard")] == [enabled, enabled]
