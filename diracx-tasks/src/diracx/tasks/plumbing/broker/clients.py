@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import Redis
@@ -149,13 +149,8 @@ class DirectConnection:
         self.in_use = False
         """Whether a caller waits for an answer."""
 
-    async def execute(
-        self, *commands: Sequence[Any], sent: Callable[[int], None] = lambda socket: None
-    ) -> list[Any]:
+    async def execute(self, *commands: Sequence[Any]) -> list[Any]:
         """The answers as the server gave them, refusals among them as exceptions.
-
-        Args:
-            sent: called with the descriptor of the socket by which they come, before they can be read.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer. Some commands may have been executed
@@ -169,17 +164,16 @@ class DirectConnection:
         try:
             async with asyncio.timeout(self._pool.connection_kwargs.get("socket_timeout")):
                 await self._pool.ensure_connection(self._connection)
-                return await self._execute(commands, sent)
+                return await self._execute(commands)
         except TimeoutError:
             raise RedisTimeoutError("no answer in time") from None
         finally:
             self.in_use = False
 
-    async def _execute(self, commands: Sequence[Sequence[Any]], sent: Callable[[int], None]) -> list[Any]:
+    async def _execute(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         answers: list[Any] = []
         try:
             await self._connection.send_packed_command(self._connection.pack_commands(commands))
-            sent(self._connection._writer.get_extra_info("socket").fileno())
             for _ in commands:
                 try:
                     answers.append(await self._connection.read_response())

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ..broker.models import Delivery
     from ..broker.requests import LockSpec
     from .settings import WorkerSettings
-    from .unread import UnreadGuard
 
 
 _Answer = TypeVar("_Answer")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 _LONGEST_WAIT_SECONDS = 20.0
+_SHORTEST_WAIT_SECONDS = 0.05
 #: The part of the time after which a connection counts as dead that a wait may take.
 _PART_OF_PATIENCE = 2 / 3
 #: Messages in one call: while they begin, the server has the next ones ready.
@@ -43,10 +43,9 @@ class Intake:
 
     Args:
         held: stream and entry of what the worker has in hand.
-        is_idle: whether nothing runs, so that nothing can block the event loop.
+        is_idle: whether nothing runs, so that whatever comes can begin at once.
         held_locks: the locks of what it has in hand; None keeps whatever the server takes for ours.
         quiet_until: before that (`time.monotonic`) no worker's lease ends, as far as the lease keeper knows.
-        unread: hands back what comes while what runs blocks the event loop.
     """
 
     def __init__(
@@ -58,13 +57,11 @@ class Intake:
         is_idle: Callable[[], bool],
         held_locks: Callable[[], Iterable[LockSpec] | None] = lambda: None,
         quiet_until: Callable[[], float] = lambda: 0.0,
-        unread: UnreadGuard | None = None,
     ) -> None:
         self._broker = broker
         self._held = held
         self._held_locks = held_locks
         self._quiet_until = quiet_until
-        self._unread = unread
         self._nothing_left = False
         """Whether the dead have left nothing, so that nobody has to look before the next lease ends."""
         self._is_idle = is_idle
@@ -159,13 +156,25 @@ class Intake:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        if self._unread is None or self._is_idle():
+        if self._is_idle():
             return await self._reserve_next(free)
-        try:
-            deliveries = await self._reserve_next(free, self._unread.expect)
-        finally:
-            handed_back = await self._unread.read()
-        return await self._recover() if handed_back else deliveries
+        if await self._unless_stopped(self._news(self._last_ids)):
+            self._all_seen = False
+        return []
+
+    async def _news(self, last_ids: Sequence[str]) -> bool:
+        """Whether something comes while we run something: a task may block the event loop, so it is not reserved.
+
+        All that wait so are told. One that is idle by then must not wait so for much longer than its tasks took.
+        """
+        began = now = time.monotonic()
+        end = began + self._timeout()
+        while now < end and not self._is_idle():
+            timeout = max(_SHORTEST_WAIT_SECONDS, 2 * (now - began))
+            if await self._broker.wait(last_ids, min(timeout, end - now)):
+                return True
+            now = time.monotonic()
+        return False
 
     async def _fetch(self, asked: int) -> list[Delivery]:
         deliveries, last_ids = await self._broker.fetch(
@@ -177,12 +186,12 @@ class Intake:
             self._last_ids = last_ids
         return deliveries
 
-    async def _reserve_next(self, free: int, sent: Callable[[int], None] = lambda socket: None) -> list[Delivery]:
+    async def _reserve_next(self, free: int) -> list[Delivery]:
         """What comes next, and goes to no other worker."""
         timeout = min(self._timeout(), self._longest_reservation)
         asked = min(free, _AT_ONCE)
         try:
-            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout, sent))
+            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout))
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
@@ -268,6 +277,9 @@ class Intake:
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         self._nothing_left = again_seconds > _LEFT_OVER_SECONDS
-        if audit and not deliveries and not first:  # what the server takes for ours: a failover may go unnoticed
-            return await self._recover()
+        if audit:  # now and then, whatever was seen before
+            if not self._is_idle():  # whose wait finds whatever nobody was given
+                self._last_ids = None
+            if not deliveries and not first:  # and whatever the server takes for ours: a failover may go unnoticed
+                return await self._recover()
         return self._watched(deliveries)

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What was reserved for a shorter time (ms) is on its way to the event loop.
-_RESERVED_MS = 10
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
 #: The part of a lease by which the end of others' leases may be noticed late.
@@ -193,14 +191,6 @@ class LeaseKeeper:
         """
         with self._renewing:
             self._stop = True
-
-    def hand_back_unread(self, streams: Sequence[str]) -> None:
-        """Hand back what was reserved for the worker and is not kept renewed, as its event loop does not read it.
-
-        Raises:
-            redis.exceptions.RedisError: when the server does not answer.
-        """
-        worker_state.hand_back(self._redis, self._consumer, streams, self.held(), _RESERVED_MS)
 
     def renew_soon(self) -> None:
         """Renew everything now, in the keeper's thread."""

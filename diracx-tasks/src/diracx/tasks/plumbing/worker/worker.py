@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
@@ -27,7 +26,6 @@ from .reporter import Reporter
 from .settings import WorkerSettings
 from .settler import Settler
 from .task_spec import task_specs
-from .unread import UnreadGuard
 from .watchdog import SHUTDOWN_FLUSH_SECONDS, Watchdog
 
 if TYPE_CHECKING:
@@ -127,7 +125,6 @@ class Worker:
             control.receive,
             control.listening,
         )
-        unread = UnreadGuard(loop, partial(keeper.hand_back_unread, broker.streams))
         intake = Intake(
             broker,
             settings,
@@ -136,7 +133,6 @@ class Worker:
             lambda: not running,
             keeper.held_locks,
             lambda: keeper.quiet_until,
-            unread,
         )
         control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
         async with keeper, self._dependencies.open():
@@ -171,7 +167,6 @@ class Worker:
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
                     await cancel_and_wait(settling, promoting, *companions)
-                    await asyncio.to_thread(unread.close)
         await self._leave()
 
     async def _finish(self, executor: Executor) -> None:
