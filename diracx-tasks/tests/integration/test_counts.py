@@ -17,12 +17,12 @@ MOST = {
     "enqueue in bulk": (0.01, 1.0, 200, 5),
     "enqueue in bulk, delayed": (0.02, 7.5, 270, 5),
     "drain": (0.1, 1.0, 220, 180),
-    "drain, one mutex per task": (0.13, 8.5, 660, 190),
+    "drain, one mutex per task": (0.15, 8.8, 670, 195),
     "drain, results kept": (0.1, 5.1, 375, 180),
     "drain, delayed": (0.15, 2.5, 220, 470),
-    "drain, failed once": (0.25, 17.5, 1300, 1500),
+    "drain, failed once": (0.25, 17.5, 1320, 1700),
     "drain, a callback group": (0.13, 7.5, 300, 220),
-    "drain, one mutex for all": (5.2, 80, 3800, 13000),
+    "drain, one mutex for all": (5.2, 80, 3800, 13500),
     "one at a time": (4.1, 13, 1600, 450),
 }
 

@@ -158,12 +158,12 @@ async def test_a_renewal_of_very_much_is_several_calls_and_all_of_it_or_none_is_
         asked = []
         renew_some = keeper._renew_some
 
-        def lose_then_renew(some: list[PendingAck]) -> object:
+        def lose_then_renew(some: list[PendingAck], complete: bool) -> object:
             asked.append(len(some))
             if len(asked) == 2:
                 with SyncRedis.from_url(redis_url) as sync:
                     sync.flushdb()
-            return renew_some(some)
+            return renew_some(some, complete)
 
         keeper._renew_some = lose_then_renew  # type: ignore[method-assign,assignment]
     for lock in locks:
