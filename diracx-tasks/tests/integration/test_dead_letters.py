@@ -362,7 +362,7 @@ async def test_P34_a_task_that_fails_again_before_its_row_is_written_stays_pendi
     async with db:
         await db.end_resubmission([(row["id"], row["delivery_id"])])
     assert await statuses(db) == ["PENDING"]
-    # Whoever saw the dead letter before cannot decide about the new one.
+    # A user who saw the dead letter before cannot decide about the new one.
     [result] = await Resubmitter(db, broker, REGISTRY).resubmit([row])
     assert result.status is ResubmitStatus.ALREADY
     async with db:

@@ -83,7 +83,7 @@ AUDIT_PREFIX = "diracx:tasks:audit:"
 
 #: String: the leading scheduler's token, with a short lease. Also the channel that says that nobody leads now.
 LEADER = "diracx:scheduler:leader"
-#: String: who leads among schedulers of version 0.7. Whoever leads here holds it, too.
+#: String: who leads among schedulers of version 0.7. Our leading scheduler holds it, too.
 PUBLISHED_LEADER = "diracx:scheduler:lock"
 #: String, with a time to live: a worker of version 0.7 was seen, which leaves what it has finished in its stream.
 PUBLISHED_SEEN = "diracx:tasks:published-seen"
