@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,19 @@ def test_nothing_is_lost_doubled_or_stuck(scenario: str, tmp_path: Path) -> None
     assert run(scenario, tmp_path) == Tally()
 
 
-def test_dead_letters_of_0_7_are_imported_and_can_be_retried(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "mariadb"])  # all that 0.7 knows
+async def test_dead_letters_of_0_7_are_imported_and_can_be_retried(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]
+) -> None:
+    if kind == "mariadb":
+        request.getfixturevalue("mariadb_server")
+    database = await empty_database(kind)
+    await asyncio.to_thread(_import_dead_letters, tmp_path, database)
+
+
+def _import_dead_letters(tmp_path: Path, database: str) -> None:
     with world(tmp_path) as new:
-        new.database = f"sqlite+aiosqlite:///{tmp_path}/tasks.db"
+        new.database = database
 
         def ours(*arguments: str) -> str:
             command = [sys.executable, "-m", "diracx.tasks", *arguments]

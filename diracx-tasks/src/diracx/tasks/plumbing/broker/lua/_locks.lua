@@ -140,6 +140,8 @@ kinds.rate = {
   keep = function() return true end,
 }
 
+-- Each slot ends by its score. The set lives longer, for version 0.7 renews its slots and not the set.
+local SLOTS_MS = 86400000
 kinds.concurrency = {
   take = function(lock, now)
     trim(lock.key, in_ms(now))
@@ -148,7 +150,7 @@ kinds.concurrency = {
       return false
     end
     redis.call('ZADD', lock.key, in_ms(now + lock.ttl_ms * 1000), lock.owner)
-    live_at_least(lock.key, lock.ttl_ms)
+    live_at_least(lock.key, math.max(lock.ttl_ms, SLOTS_MS))
     return true
   end,
   release = function(lock) return redis.call('ZREM', lock.key, lock.owner) == 1 end,
@@ -156,7 +158,7 @@ kinds.concurrency = {
     local expires = redis.call('ZSCORE', lock.key, lock.owner)
     if not expires or tonumber(expires) <= now / 1000 then return false end
     redis.call('ZADD', lock.key, 'XX', in_ms(now + lock.ttl_ms * 1000), lock.owner)
-    live_at_least(lock.key, lock.ttl_ms)
+    live_at_least(lock.key, math.max(lock.ttl_ms, SLOTS_MS))
     return true
   end,
 }
