@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
+import msgpack
 import pytest
 from diracx.db.exceptions import DBUnavailableError
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, Priority, Size
@@ -18,12 +20,25 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.persistence import OPEN, DeadLetter, DeadLetterStatus, TaskDB
+from diracx.tasks.plumbing.persistence.published import import_published
 from diracx.tasks.plumbing.persistence.resubmission import ResubmitStatus, Resubmitter, ticket
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.task_names import AmbiguousTaskNameError
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
-from sqlalchemy import update
+from sqlalchemy import (
+    Column,
+    DateTime,
+    Enum,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    insert,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 STREAM = "diracx:tasks:background:small"
@@ -515,3 +530,32 @@ async def test_P12_a_pending_dead_letter_that_cannot_be_imported_blocks_no_other
             assert [row["task_id"] for row in await db.search()] == [task_id]
     assert await redis.xlen(keys.DEAD_LETTERS) == 2
     await redis.delete(keys.DEAD_LETTERS)
+
+
+async def test_all_pending_rows_of_0_7_are_imported_whatever_is_in_them(db: TaskDB) -> None:
+    columns = [Column("id", Integer, primary_key=True), Column("task_class", String(255))]
+    columns += [Column("task_args", LargeBinary), Column("submitted_at", DateTime), Column("last_error", Text)]
+    status = Enum("PENDING", "DISPATCHED", "FAILED", name="dlqstatus")
+    published = Table("dlq_tasks", MetaData(), *columns, Column("status", status))
+    whole = msgpack.packb({"task_args": [1], "task_kwargs": {}, "labels": {"vo": "lhcb"}})
+    when, error = (
+        datetime(2026, 1, 2, tzinfo=UTC).replace(tzinfo=None),
+        "Traceback\nValueError: né: 7",
+    )
+    plain = {"task_class": "test:Work", "task_args": whole, "submitted_at": when, "last_error": error}
+    rows = [plain | {"status": "PENDING"} for _ in range(230)]
+    odd: list[dict[str, Any]] = [{"task_args": b"\xff no msgpack \x00"}, {"task_args": b""}, {"last_error": None}]
+    odd += [{"task_class": "x" * 255}, {"last_error": "y" * 60_000}, {"task_args": msgpack.packb([1])}]
+    rows += [plain | {"status": "PENDING"} | each for each in odd]
+    rows += [plain | {"status": each} for each in ("FAILED", "DISPATCHED")]
+    async with db.engine.begin() as connection:
+        await connection.run_sync(published.create)
+        await connection.execute(insert(published), rows)
+    assert await import_published(db) == 236
+    found = await db.search(limit=1000)
+    assert Counter(each["reason"] for each in found) == {"exhausted": 233, "unparsable": 3}
+    assert {each["detail"] for each in found} >= {"ValueError: né: 7", "failed under diracx-tasks 0.7"}
+    assert sum(each["vo"] == "lhcb" for each in found) == 233
+    await db.discard([(each["id"], each["delivery_id"]) for each in found[:5]])
+    assert await import_published(db) == 0, "also of those that were decided"
+    assert await db.count(status=DeadLetterStatus.PENDING) == {DeadLetterStatus.PENDING: 231}
