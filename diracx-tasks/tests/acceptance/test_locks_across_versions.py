@@ -35,7 +35,7 @@ def _installed() -> None:
 
 
 class Holder:
-    """A process with locks, of either version: each is made once, by its name, and then asked by a method of its own."""
+    """A process of either version with locks, which are made as they are named."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -87,7 +87,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-@pytest.mark.parametrize(("held", "asked", "options"), _EXCLUDING, ids=lambda each: str(each))
+@pytest.mark.parametrize(("held", "asked", "options"), _EXCLUDING, ids=str)
 async def test_what_one_version_holds_the_other_is_refused(
     holders: dict[str, Holder], first: str, second: str, held: str, asked: str, options: dict[str, Any]
 ) -> None:
