@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from sites.sshd import Sshd
+from watching import observe
 
 from examples.demo.slurm import SlurmSite
-from gubbins.ces import CEDescription
+from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
 from gubbins.ces.transports.ssh import SSHHost
-from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.testing.ce_conformance import (
+    CERemoteConformance,
+    CESiteConformance,
+    MakeBackend,
+    Scenario,
+    pilot_scripts,
+)
 
 pytestmark = pytest.mark.event_loops("uvloop")
 
@@ -73,3 +84,99 @@ class TestSlurmThroughSSH(TestSlurm):
     @pytest.fixture
     def down(self, sshd: Sshd) -> AbstractContextManager[object]:
         return sshd.down()
+
+
+class PlainAccount(LocalShell):
+    """Runs commands as a user who is no operator of the site."""
+
+    async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
+        plain = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        return await super().run([*plain, *argv], stdin=stdin, timeout=timeout)
+
+
+class TestHiddenPartition(CESiteConformance):
+    """The same promises in a partition that the site hides from all but its operators."""
+
+    @pytest.fixture
+    def make(self, slurm_site: SlurmSite) -> Iterator[MakeBackend]:
+        directory = Path(tempfile.mkdtemp(prefix="gubbins-hidden-"))  # which the plain account can enter
+        slurm_site.directory.chmod(0o755)
+        slurm_site.command("scontrol", "update", "PartitionName=short", "Hidden=YES")
+        directory.chmod(0o777)
+        self.witness = directory / "witness"
+        self.witness.mkdir()
+        self.witness.chmod(0o777)
+        scripts = pilot_scripts(self.witness)
+        shell = PlainAccount(inherited_environment() | {"SLURM_CONF": str(slurm_site.slurm_conf)})
+
+        def make(scenario: Scenario) -> SlurmBackend:
+            settings = SlurmSettings(directory=directory / "pilots", default_script=scripts[scenario], keep="all")
+            return SlurmBackend(CEDescription("slurm", 100, 1.0), settings, shell)
+
+        try:
+            yield make
+        finally:
+            slurm_site.command("scontrol", "update", "PartitionName=short", "Hidden=NO")
+            slurm_site.directory.chmod(0o700)
+            shutil.rmtree(directory)
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())
+
+
+class TestClusters(CESiteConformance):
+    """The same promises at a site of several clusters, whose `sbatch` answers `number;cluster`."""
+
+    many = 10
+
+    @pytest.fixture
+    def make(self, accounting_slurm_site: SlurmSite, tmp_path: Path) -> MakeBackend:
+        self.witness = tmp_path / "witness"
+        self.witness.mkdir()
+        scripts = pilot_scripts(self.witness)
+
+        def make(scenario: Scenario) -> SlurmBackend:
+            settings = SlurmSettings(
+                directory=tmp_path / "pilots",
+                slurm_conf=accounting_slurm_site.slurm_conf,
+                clusters="private",
+                default_script=scripts[scenario],
+                keep="all",
+            )
+            return SlurmBackend(CEDescription("slurm", 100, 1.0), settings)
+
+        return make
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())
+
+    async def test_a_cluster_that_only_the_answer_of_sbatch_names_is_asked_for_by_it(
+        self, accounting_slurm_site: SlurmSite, tmp_path: Path
+    ) -> None:
+        commands = tmp_path / "commands"
+        commands.mkdir()
+        for name, option in (("sbatch", "-Mprivate"), ("squeue", ""), ("scancel", "")):
+            (commands / name).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}\nexec {name} {option} "$@"\n')
+            (commands / name).chmod(0o755)
+        conf = accounting_slurm_site.slurm_conf
+        settings = SlurmSettings(
+            directory=tmp_path / "pilots", slurm_conf=conf, commands=commands, default_script="sleep 300"
+        )
+        backend, pilot = SlurmBackend(CEDescription("slurm", 9, 1.0), settings), PilotAtCE("s", "vo")
+        reference = (await backend.submit([pilot]))["s"].reference
+        assert str(reference).endswith(";private")
+        pilot = pilot._replace(reference=reference)
+        await observe(backend, pilot, Observed.RUNNING)
+        await backend.cancel([pilot])
+        await observe(backend, pilot, Observed.FAILED)
+        for name in ("squeue", "scancel"):
+            assert "--clusters=private" in (tmp_path / name).read_text()
+
+    async def test_a_cluster_that_does_not_answer_is_no_empty_queue(
+        self, accounting_slurm_site: SlurmSite, tmp_path: Path
+    ) -> None:
+        conf = accounting_slurm_site.slurm_conf
+        settings = SlurmSettings(directory=tmp_path, slurm_conf=conf, clusters="private,nowhere")
+        backend = SlurmBackend(CEDescription("slurm", 100, 1.0), settings)
+        with pytest.raises(CEUnavailableError, match="squeue: No cluster 'nowhere' known by database"):
+            await backend.poll([PilotAtCE("s", "vo", reference="1;nowhere")])

@@ -80,6 +80,16 @@ def test_of_two_jobs_of_one_stamp_the_one_that_runs_is_the_pilot() -> None:
     assert judge(jobs, None, reference=None) == (Observed.RUNNING, None, "10")
 
 
+def test_what_a_federation_keeps_of_a_job_that_another_cluster_has_taken_is_no_end_of_it() -> None:
+    taken = job("REVOKED")
+    assert judge([taken, job("RUNNING")], None, reference="7") == (Observed.RUNNING, None, None)
+    assert judge([taken, job("COMPLETED")], None, reference="7") == (Observed.DONE, None, None)
+    seen = judge([taken], None, reference="7")
+    assert seen is not None
+    assert seen.state is Observed.NO_NEWS
+    assert judge([taken], Record("7", "0", False, ""), reference="7") == (Observed.DONE, None, None)
+
+
 def test_of_two_jobs_that_have_ended_the_one_that_has_left_its_exit_code_was_the_pilot() -> None:
     jobs = [job("COMPLETED", number="9"), job("FAILED", number="10")]
     assert judge(jobs, Record("10", "3", False, ""), reference=None) == (Observed.FAILED, "exit code 3", "10")
@@ -122,7 +132,8 @@ def test_the_work_on_a_completed_job_grows_with_its_length_only() -> None:
 
 
 def test_a_queue_is_read_by_name() -> None:
-    text = "5|FAILED|1|BadConstraints|one|\n6|PENDING|0|None|two|\nslurm_load_jobs error\n"
+    text = "5|FAILED|1|BadConstraints|one|c|\n6|PENDING|0|None|two|c|\nslurm_load_jobs error\n"
+    assert [each.reference for each in parse_queue(text, clusters=True)["two"]] == ["6;c"]
     assert parse_queue(text) == {
         "one": [Job("5", "FAILED", "1", "BadConstraints")],
         "two": [job("PENDING", number="6")],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from gubbins.ces.protocol import (
@@ -26,7 +27,8 @@ from .jobs import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,
     Job,
-    is_job_number,
+    cluster_of,
+    is_reference,
     judge,
     parse_accounts,
     parse_completions,
@@ -85,8 +87,8 @@ class SlurmBackend(CEBackend[SlurmSettings]):
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         if not pilots:
             return {}
-        jobs = await self._queue()
-        over = [pilot.stamp for pilot in pilots if all(job.ended for job in jobs.get(pilot.stamp, ()))]
+        jobs = await self._queue(pilots)
+        over = [pilot.stamp for pilot in pilots if not any(job.active for job in jobs.get(pilot.stamp, ()))]
         records = parse_records(
             await self._script("look", _lines(over)) if over and self.settings.nodes_see_directory else ""
         )
@@ -105,17 +107,19 @@ class SlurmBackend(CEBackend[SlurmSettings]):
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if not pilots:
             return
-        jobs = await self._queue()
-        active = {
-            pilot.stamp: [job.number for job in jobs.get(pilot.stamp, ()) if not job.ended] for pilot in pilots
-        }
-        await self._tidy(("cancelled", stamp) for stamp, numbers in active.items() if numbers)
-        waiting = iter([number for numbers in active.values() for number in numbers])
-        while some := list(islice(waiting, _MAX_IDS)):
-            done = await self._run(self._command("scancel", *some))
-            # A job that ended in the meantime is an error as well, but not of ours.
-            if done.returncode != 0 and is_unreachable(done.stderr):
-                raise CEUnavailableError(f"scancel: {error_line(done.stderr)}")
+        jobs = await self._queue(pilots)
+        active = {pilot.stamp: [job for job in jobs.get(pilot.stamp, ()) if not job.ended] for pilot in pilots}
+        await self._tidy(("cancelled", stamp) for stamp, own in active.items() if own)
+        by_cluster: dict[str, list[str]] = defaultdict(list)
+        for job in chain.from_iterable(active.values()):
+            by_cluster[job.cluster].append(job.number)
+        for cluster, numbers in by_cluster.items():
+            waiting = iter(numbers)
+            while some := list(islice(waiting, _MAX_IDS)):
+                done = await self._run(self._command("scancel", *_of_clusters(cluster), *some))
+                # A job that ended in the meantime is an error as well, but not of ours.
+                if done.returncode != 0 and is_unreachable(done.stderr):
+                    raise CEUnavailableError(f"scancel: {error_line(done.stderr)}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self.settings.nodes_see_directory:
@@ -144,13 +148,14 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             pilot.stamp,
             f"{self.settings.timeout_seconds:g}",
             self._path("squeue"),
+            self.settings.clusters or "",
             self._path("sbatch"),
             *sbatch_options(self.settings, pilot),
         ]
         job = batch_script(self.settings, self.ce.name, pilot)
         done = await self._run([*_script("submit"), *arguments], job, what="sbatch")
         number = done.stdout.strip()
-        if done.returncode == 0 and is_job_number(number):
+        if done.returncode == 0 and is_reference(number):
             return SubmitOutcome(reference=number)
         if done.returncode == _TIMED_OUT:
             raise CEUnavailableError(f"sbatch has not answered within {self.settings.timeout_seconds:g} s")
@@ -159,10 +164,19 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             return SubmitOutcome(error=f"Slurm: {said}")
         raise CEUnavailableError(f"sbatch: {said}")
 
-    async def _queue(self) -> dict[str, list[Job]]:
-        """All jobs of this user that Slurm knows, by name."""
-        done = await self._run(self._command("squeue", "-h", "--me", "-t", "all", "-O", QUEUE_FORMAT))
-        return parse_queue(_text_of(done, "squeue"))
+    async def _queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
+        """All jobs of this user in these clusters, by name; those in hidden partitions, too."""
+        elsewhere = ",".join(sorted({name for pilot in pilots if (name := cluster_of(pilot.reference))}))
+        found: dict[str, list[Job]] = defaultdict(list)
+        for clusters in [self.settings.clusters] if self.settings.clusters else dict.fromkeys(("", elsewhere)):
+            options = ("-h", "--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)
+            done = await self._run(self._command("squeue", *_of_clusters(clusters), *options))
+            text = _text_of(done, "squeue")
+            if clusters and done.stderr.strip():  # of a cluster that does not answer, it says that it has no jobs
+                raise CEUnavailableError(f"squeue: {error_line(done.stderr)}")
+            for stamp, jobs in parse_queue(text, clusters=bool(clusters)).items():
+                found[stamp] += jobs
+        return found
 
     async def _completions(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
         """Jobs that have ended and that Slurm has forgotten, by name, as its log and its accounts know them."""
@@ -183,7 +197,9 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         names = f"--name={','.join(stamps)}"
         since = ("--starttime=now-30days", "--endtime=now")  # else it looks at this day alone
         listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
-        return parse_accounts(_text_of(await self._run(self._command("sacct", *listed, *since, names)), "sacct"))
+        clusters = _of_clusters(self.settings.clusters)
+        done = await self._run(self._command("sacct", *clusters, *listed, *since, names))
+        return parse_accounts(_text_of(done, "sacct"))
 
     async def _tidy(self, lines: Iterable[tuple[str, str]], *, remove_after_minutes: str = "") -> None:
         text = "".join(f"{what} {stamp}\n" for what, stamp in lines)
@@ -212,6 +228,10 @@ class SlurmBackend(CEBackend[SlurmSettings]):
 def _script(name: str) -> list[str]:
     """The beginning of a command that runs one of our scripts, wherever that is."""
     return ["/bin/sh", "-c", _HERE.joinpath(f"{name}.sh").read_text(), name]
+
+
+def _of_clusters(clusters: str | None) -> list[str]:
+    return [f"--clusters={clusters}"] if clusters else []
 
 
 def _lines(stamps: Iterable[str]) -> bytes:

@@ -25,6 +25,7 @@ def sbatch_options(settings: SlurmSettings, pilot: PilotAtCE) -> list[str]:
         "chdir": "/",
         "output": job / "stdout" if see else "/dev/null",
         "error": job / "stderr" if see else "/dev/null",
+        "clusters": settings.clusters,
         "partition": settings.partition,
         "account": settings.account,
         "qos": settings.qos,
@@ -44,6 +45,7 @@ def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> byt
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "job": shlex.quote(str(settings.directory / pilot.stamp)) if settings.nodes_see_directory else "",
+        "id": "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID",
         "script": base64.encodebytes(script.encode()).decode().strip(),
     }
     # In one pass: what is put in is not looked at again.

@@ -11,7 +11,7 @@ note() {
 if [ -n "$job" ] && ! (set -C; echo "$SLURM_JOB_ID" > "$job/started") 2> /dev/null; then
     [ "$(cat "$job/started")" = "$SLURM_JOB_ID" ] || exit 0
 fi
-[ -z "$job" ] || [ -s "$job/id" ] || note id "$SLURM_JOB_ID"
+[ -z "$job" ] || [ -s "$job/id" ] || note id "@id@"
 # Slurm signals everybody. This shell stays to write the exit code.
 trap : HUP INT TERM
 work=$(mktemp -d "${TMPDIR:-/tmp}/pilot.XXXXXX") || { note rc 1; exit 1; }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gubbins.ces.protocol import Observation, Observed
 from gubbins.domain.text import one_line
 
-QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|"
+QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|,Cluster:|"
 """For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""
 
 ACCOUNT_FORMAT = "JobID,State,ExitCode,JobName"
@@ -29,12 +29,13 @@ _FAILURES = {
     "OUT_OF_MEMORY": "it used more memory than it may",
     "PREEMPTED": "it had to make way for other jobs",
     "RECONFIG_FAIL": "its node could not be configured",
-    "REVOKED": "another cluster has taken it",
     "TIMEOUT": "it ran longer than it may",
 }
+_ELSEWHERE = "REVOKED"  # what a cluster of a federation keeps of a job that another one has taken
 # Reasons without information, or that cannot be changed.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_REFERENCE = re.compile(r"[0-9]{1,18}(;([A-Za-z0-9_.-]{1,64}))?")
 
 
 class Job(NamedTuple):
@@ -44,11 +45,22 @@ class Job(NamedTuple):
     state: str
     exit_code: str
     reason: str
+    cluster: str = ""  # empty: that of the commands
 
     @property
     def ended(self) -> bool:
         """Whether the job has ended."""
         return self.state == "COMPLETED" or self.state in _FAILURES
+
+    @property
+    def reference(self) -> str:
+        """The job's number, with its cluster where it is not that of the commands."""
+        return f"{self.number};{self.cluster}" if self.cluster else self.number
+
+    @property
+    def active(self) -> bool:
+        """Whether this cluster has the job, and it has not ended."""
+        return not self.ended and self.state != _ELSEWHERE
 
 
 class Record(NamedTuple):
@@ -68,13 +80,27 @@ def is_job_number(text: str) -> bool:
     return _NUMBER.fullmatch(text) is not None
 
 
-def parse_queue(text: str) -> dict[str, list[Job]]:
-    """The jobs of each name, from `squeue -O QUEUE_FORMAT`; a line of another shape is skipped."""
+def is_reference(text: str) -> bool:
+    """Whether the text is `number`, or `number;cluster`."""
+    return _REFERENCE.fullmatch(text) is not None
+
+
+def cluster_of(reference: str | None) -> str | None:
+    """The cluster in a reference `number;cluster`, which sbatch gives where there are several."""
+    found = _REFERENCE.fullmatch(reference or "")
+    return found[2] if found else None
+
+
+def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
+    """The jobs of each name, from `squeue -O QUEUE_FORMAT`; a line of another shape is skipped.
+
+    With `clusters`, each with its own, which `scancel` has to be told.
+    """
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
         fields = [field.strip() for field in line.split("|")]
-        if len(fields) >= 5 and is_job_number(fields[0]):
-            jobs[fields[4]].append(Job(*fields[:4]))
+        if len(fields) >= 6 and is_job_number(fields[0]):
+            jobs[fields[4]].append(Job(*fields[:4])._replace(cluster=fields[5] if clusters else ""))
     return jobs
 
 
@@ -134,23 +160,24 @@ def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) 
         record: of its directory.
         reference: the job's number as the database knows it; reported if it does not.
     """
-    active = [job for job in jobs if not job.ended]
+    active = [job for job in jobs if job.active]
     if active:
         job = min(active, key=lambda each: (each.state not in _RUNNING, int(each.number)))
-        return _with_reference(_of_active(job), job.number, reference)
+        return _with_reference(_of_active(job), job.reference, reference)
     record = record or _NO_RECORD
+    elsewhere, jobs = jobs, [job for job in jobs if job.ended]
     if len(jobs) > 1 and record.exit_code:
         jobs = []  # one of them was the pilot, which has left its exit code
     if jobs:
         job = min(jobs, key=lambda each: int(each.number))
-        return _with_reference(_of_ended(job, record), job.number, reference)
+        return _with_reference(_of_ended(job, record), job.reference, reference)
     if record.exit_code:
         return _with_reference(_of_record(record), record.number, reference)
-    return None
+    return Observation(Observed.NO_NEWS, "Slurm: another cluster has it (REVOKED)") if elsewhere else None
 
 
 def _with_reference(seen: Observation, number: str, reference: str | None) -> Observation:
-    return seen if reference is not None else seen._replace(reference=number if is_job_number(number) else None)
+    return seen if reference is not None else seen._replace(reference=number if is_reference(number) else None)
 
 
 def _of_active(job: Job) -> Observation:

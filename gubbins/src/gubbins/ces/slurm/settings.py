@@ -43,6 +43,10 @@ class SlurmSettings(PilotSettings):
         description="Whether the nodes have that directory under the same name. If not, there is no output, and "
         "the end of a job is known only for as long as Slurm knows it.",
     )
+    clusters: Word | None = Field(
+        default=None,
+        description="Clusters of a site with several (`--clusters`), with commas; needs slurmdbd there.",
+    )
     partition: Word | None = Field(default=None, description="Partition, or several with commas.")
     account: Word | None = Field(default=None, description="Account that is charged.")
     qos: Word | None = Field(default=None, description="Quality of service.")

@@ -1,12 +1,12 @@
 # Submits one pilot, and no second one of the same stamp.
 #
-#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE SBATCH…  < batch script
+#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE CLUSTERS SBATCH…  < batch script
 #
 # Prints the job's number. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
 # called, however that went), id (the job's number). Exit code 75: not known
 # whether it has been submitted; 124: sbatch has not answered in time. All others but those of sbatch: it has not.
-directory=$1 stamp=$2 seconds=$3 squeue=$4
-shift 4
+directory=$1 stamp=$2 seconds=$3 squeue=$4 clusters=$5
+shift 5
 mkdir -p "$directory" && cd "$directory" || exit 73
 mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || { echo "$directory/$stamp cannot be made" >&2; exit 73; }
 exec 9> "$stamp/lock" || exit 73
@@ -23,7 +23,8 @@ note() {
 known
 if [ -e "$stamp/tried" ]; then
     # Its result is not known. The queue knows.
-    found=$(timeout --foreground "$seconds" "$squeue" -h --me -t all -n "$stamp" -o %i) || {
+    found=$(timeout --foreground "$seconds" "$squeue" -h --me --all -t all ${clusters:+"--clusters=$clusters"} \
+        -n "$stamp" -o %i) || {
         [ $? -ne 124 ] || echo "squeue has not answered within $seconds s" >&2
         exit 75
     }
@@ -35,6 +36,5 @@ if [ -e "$stamp/tried" ]; then
 fi
 : > "$stamp/tried" || exit 73
 id=$(timeout --foreground "$seconds" "$@") || exit $?
-# With several clusters it is `number;cluster`.
-note "${id%%;*}"
+note "$id" # with several clusters it is `number;cluster`
 known
