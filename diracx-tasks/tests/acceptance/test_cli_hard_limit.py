@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from network import Network
 from redis import Redis
 
 STUBBORN = """
@@ -157,6 +158,27 @@ def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redi
     assert "stubborn:Deaf" in _error(worker)
     assert "LockLostError" in worker.output
     _starts_again(redis_url, deaf)
+
+
+def test_a_task_that_ignores_the_loss_of_its_lock_does_not_wait_for_the_grace_period_of_others(
+    stubborn, redis_url, tmp_path, wait_until
+):
+    """Another task may have the lock by then."""
+    network = Network(redis_url)
+    network.start()
+    stubborn.environment["DIRACX_TASKS_REDIS_URL"] = network.url
+    worker = stubborn.start("worker", "--lease-seconds", "3", "--hard-limit", "1", "--grace", "600", *MODULE)
+    worker.until("ready")
+    stubborn.environment["DIRACX_TASKS_REDIS_URL"] = redis_url
+    _submit(stubborn, "Deaf", tmp_path / "begun")
+    _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
+    wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "begun").exists(), "both run")
+    network.hold()
+    assert worker.ends() == 70, worker.output
+    assert "stubborn:Deaf" in _error(worker)
+    network.stop()
+    with Redis.from_url(redis_url) as redis:
+        redis.flushdb()
 
 
 def test_a_task_that_ignores_the_stop_of_its_worker_ends_it(stubborn, redis_url, tmp_path, wait_until):

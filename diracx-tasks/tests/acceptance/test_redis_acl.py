@@ -54,6 +54,8 @@ BASIC = {
 
 #: Scripts that take an accident, or a caller outside of tasks and routes.
 RARELY = {"blocked", "extend", "fail_children", "finished", "fire", "recover", "acquire", "release", "task_ids"}
+# A worker looks at the lines of locks only where one of them is due while no scheduler leads.
+RARELY |= {"lines"}
 #: What is sent when there are groups after a change of the server, or one of their children cannot be read; and
 #: when an answer was lost.
 RARELY_SENT = {"hscan", "sscan", "sismember"}

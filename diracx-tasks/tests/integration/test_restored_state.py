@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, SharedRWLock
+import pytest
+from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, MutexLock, SharedRWLock
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
+from diracx.tasks.plumbing.worker.settler import Settler
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+QUEUE = "diracx:tasks:normal:medium"
 BEGUN: list[str] = []
 MAY_END: list[bool] = []
 
@@ -74,3 +83,159 @@ async def test_a_shared_lock_that_comes_back_with_a_snapshot_is_given_back_by_it
             await system.drain(10)
     finally:
         server.kill()
+
+
+@dataclass
+class Works(BaseTask):
+    locked: bool
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "object")] if self.locked else []
+
+    async def execute(self) -> str:
+        BEGUN.append("works")
+        try:
+            while not MAY_END:
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            BEGUN.append("cancelled")
+            raise
+        return "done"
+
+
+@pytest.mark.event_loops("asyncio", "uvloop")
+@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize("snapshot", ["before it was submitted", "while it waited", "while it ran"])
+@pytest.mark.parametrize("ends", ["while the server is away", "long after"])
+async def test_what_runs_when_the_server_goes_back_to_a_snapshot_runs_on_and_is_settled(
+    tmp_path: Path, locked: bool, snapshot: str, ends: str
+) -> None:
+    BEGUN.clear()
+    MAY_END.clear()
+    server = ValkeyProcess(tmp_path)
+    server.start()
+    try:
+        async with AsyncExitStack() as stack:
+            submitter = await stack.enter_async_context(TaskSystem([Works], redis_url=server.url, workers=0))
+            redis = submitter.broker.redis
+            if snapshot == "before it was submitted":
+                await redis.save()
+            task_id = await Works(locked).schedule()
+            if snapshot == "while it waited":
+                await redis.save()
+            settings = {"lease_seconds": 6.0}
+            system = await stack.enter_async_context(
+                TaskSystem([Works], redis_url=server.url, workers=1, scheduler=False, settings=settings)
+            )
+            await until(lambda: BEGUN == ["works"])
+            if snapshot == "while it ran":
+                await redis.save()
+            server.kill()
+            if ends == "while the server is away":
+                MAY_END.append(True)
+            server.start()
+            if ends == "long after":
+                await until_renewed(server.url, 3)
+                MAY_END.append(True)
+            assert (await system.result(task_id)).return_value == "done"
+            await system.drain(10)
+        assert BEGUN == ["works"], "it has run once"
+    finally:
+        server.kill()
+
+
+async def until_renewed(url: str, times: int) -> None:
+    """The worker has renewed its lease so often."""
+    moments = set()
+    async with Redis.from_url(url) as redis:
+        while len(moments) < times:
+            with suppress(RedisError):
+                moments.add(await redis.get(keys.RENEWED))
+            await asyncio.sleep(0.05)
+
+
+class _Slots:
+    """What has been settled."""
+
+    def __init__(self) -> None:
+        self.left: list[Delivery] = []
+
+    def settled(self, deliveries: Iterable[Delivery]) -> None:
+        self.left += deliveries
+
+
+async def test_what_is_settled_before_the_next_renewal_is_still_ours_when_the_server_went_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = ValkeyProcess(tmp_path)
+    server.start()
+    broker = RedisStreamBroker(server.url)
+    try:
+        await broker.startup()
+        keeper = LeaseKeeper(server.url, broker.consumer_name, 600, asyncio.get_running_loop())
+        await keeper.renew()
+        await broker.redis.save()
+        await broker.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), QUEUE)])
+        [delivery], _ = await broker.fetch(1)
+        keeper.add([PendingAck(delivery)])
+        server.kill()
+        server.start()
+        slots = _Slots()
+        settler = Settler(broker, keeper, slots)
+        sending = asyncio.create_task(settler.run())
+        settler.add(Settlement(delivery, result={"key": "diracx:results:task", "value": b"x", "ttl_ms": 60_000}))
+        await settler.drained()
+        assert await broker.redis.get("diracx:results:task") == b"x"
+        assert "not ours" not in caplog.text
+        assert slots.left == [delivery]
+        sending.cancel()
+    finally:
+        await broker.shutdown()
+        server.kill()
+
+
+@pytest.mark.parametrize("had", ["it was declared dead", "it lives"])
+async def test_a_worker_whose_lease_had_ended_believes_that_another_has_settled_its_task(
+    tmp_path: Path, had: str
+) -> None:
+    """The server was restarted as well, and has kept everything."""
+    server = ValkeyProcess(tmp_path, options=("--appendonly", "yes", "--appendfsync", "always"))
+    server.start()
+    owner, other = RedisStreamBroker(server.url), RedisStreamBroker(server.url)
+    try:
+        for broker in (owner, other):
+            await broker.startup()
+        seconds = 0.05 if had == "it was declared dead" else 600
+        keeper = LeaseKeeper(server.url, owner.consumer_name, seconds, asyncio.get_running_loop())
+        await keeper.renew()
+        await owner.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), QUEUE)])
+        [delivery], _ = await owner.fetch(1)
+        hold = _Hold(delivery)
+        keeper.add([hold])
+        await owner.redis.zadd(keys.ALIVE, {other.consumer_name: 9e12, owner.consumer_name: 1})
+        await owner.redis.zadd(keys.LEASES, {other.consumer_name: 600_000, owner.consumer_name: 600_000})
+        await owner.redis.set(keys.RENEWED, int(time.time() * 1000))
+        [taken], *_ = await other.reclaim(1, lease_seconds=600)
+        assert await other.settle([Settlement(taken)]) == [True]
+        server.kill()
+        server.start()
+        await until(lambda: keeper.overdue or seconds > 1)
+        with suppress(RedisError):  # by the connection that is gone
+            await keeper.renew()
+        await keeper.renew()
+        await asyncio.sleep(0)
+        # One that has renewed in time all along cannot have been taken over: here it was, behind its back.
+        assert hold.taken_over == (had == "it was declared dead")
+    finally:
+        for broker in (owner, other):
+            await broker.shutdown()
+        server.kill()
+
+
+@dataclass
+class _Hold(PendingAck):
+    taken_over: bool = False
+
+    def on_lease_lost(self, what: str, taken_over: bool) -> None:
+        self.taken_over = taken_over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import select
 import threading
 import time
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
 _MESSAGE, _SUBSCRIBED = b"message", b"subscribe"
 
 
@@ -47,6 +49,7 @@ class ControlConnection:
         self._channels = channels
         self._hear, self._connected = hear, connected
         self._deaf = False
+        self._run_id = ""
         self._in_use = threading.Lock()
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
@@ -73,9 +76,24 @@ class ControlConnection:
                 connection.disconnect()  # or others would get what is still answered
                 raise
 
+    def run_id(self) -> str:
+        """That of the server's process, another one after each restart or failover; empty when it does not say.
+
+        Raises:
+            redis.exceptions.RedisError: when no server answers.
+        """
+        with self._in_use:
+            if self._connection._sock is None:
+                self._connect()
+            return self._run_id
+
     def _connect(self) -> None:
         connection = self._connection
         connection.connect()
+        connection.send_packed_command(connection.pack_command("INFO", "server"), check_health=False)
+        with suppress(ResponseError):
+            found = _RUN_ID.search(connection.read_response())
+            self._run_id = found[1].decode() if found else ""
         if not self._channels:
             return
         connection.send_packed_command(connection.pack_command("SUBSCRIBE", *self._channels), check_health=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
+
 from . import keys
+from .control import ControlConnection
 from .scripts import EVERY_STREAM, QUEUES, pack, packed_settlements, script
 from .stored import SCANNED, text_of
 
@@ -13,7 +16,6 @@ if TYPE_CHECKING:
     from redis import Redis as SyncRedis
     from redis.asyncio import Redis
 
-    from .control import ControlConnection
     from .models import Settlement
     from .requests import Entry, LockSpec
 
@@ -33,19 +35,24 @@ def renew(
     locks: Sequence[LockSpec],
     dataset_id: str = "",
     shortest_ms: int | None = None,
+    may_be_declared_dead: bool = False,
 ) -> tuple[list[int], list[int], list[int], str, int, int]:
     """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
     the dataset id, the shortest lease of all workers (ms), and for how long from now (ms) no lease can end.
 
     Args:
-        dataset_id: what the last call returned. When the server has another, its data were lost: nothing of what
-            the worker runs is, but the locks that another task has taken since.
+        dataset_id: what the last call returned. When the server has another, its data were lost, or it went back
+            to earlier ones: nothing of what the worker runs is lost, but what another worker has by now.
         shortest_ms: what the last call returned, if the server need not look whether its lists are complete: that
             is to be done now and then.
+        may_be_declared_dead: the lease of the worker may have ended.
     """
     known = "" if shortest_ms is None else shortest_ms
-    args = [consumer, lease_ms, pack(entries), pack(locks), dataset_id, known]
+    run_id = redis.run_id() if isinstance(redis, ControlConnection) else ""
+    args = [consumer, lease_ms, pack(entries), pack(locks), dataset_id, known, run_id, int(may_be_declared_dead)]
     *replies, now_in, shortest_ms, quiet_ms = script("renew").run(redis, args=args)
+    if isinstance(redis, ControlConnection) and redis.run_id() != run_id:
+        raise RedisConnectionError("another server has answered")
     lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
     return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms), int(quiet_ms)
 

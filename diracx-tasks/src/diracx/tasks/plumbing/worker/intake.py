@@ -117,6 +117,9 @@ class Intake:
         """The first of them; the others are handed back, but for those that cannot run anyway. A poison candidate
         that comes through a queue and would not be alone is set aside for a worker that holds nothing else.
         """
+        if self._broker.reconnects:  # a server that has gone back to earlier data hands out again what runs here
+            held = set(self._held())
+            deliveries = [d for d in deliveries if d.deliveries > 1 or (d.stream, d.entry) not in held]
         settlements = [hand_back(delivery) for delivery in deliveries[free:] if delivery.data is not None]
         if not self._is_idle() or len(deliveries) > 1:
             most, new = self._settings.max_deliveries, [each for each in deliveries[:free] if each.deliveries == 1]

@@ -336,11 +336,13 @@ class LeaseKeeper:
                 if hold.locks and hold.locks_expire_at > time.monotonic():
                     self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
         if self.epoch not in ("", dataset_id):
-            logger.warning("the server has lost its data; %d running tasks go on", len(holds))
+            logger.warning(
+                "the server has lost data, or was restarted and may have; %d running tasks go on", len(holds)
+            )
         self.epoch = dataset_id
         for each in renewed:
             for hold in each.lost:
-                self._report(hold, "its lease ended and another worker took it over", taken_over=True)
+                self._report(hold, "another worker has it, or had it and has settled it", taken_over=True)
             for hold in each.cancelled:
                 self._loop.call_soon_threadsafe(hold.cancel)
             for hold, lock in each.lost_locks:
@@ -360,6 +362,7 @@ class LeaseKeeper:
             [lock for _, lock in locks],
             self.epoch,
             None if complete else round(1000 * self._shortest_lease),
+            self.overdue,
         )
         return _Renewed(
             [holds[position] for position in lost_entries],
@@ -379,5 +382,7 @@ class LeaseKeeper:
                 del self._holds[place]
             else:  # still ours to settle
                 self._holds[place] = _WithoutLocks(hold)
+        if hold.locks:
+            hold.locks_expire_at = min(hold.locks_expire_at, time.monotonic())
         hold.mark_cancelled()
         self._loop.call_soon_threadsafe(hold.on_lease_lost, what, taken_over)

@@ -90,11 +90,13 @@ class Settler:
         Raises:
             Exception: when the server refuses the call.
         """
+        epoch = self._keeper.epoch
         replies = await self._ask(batch)
         answers = [False if reply is None else reply for reply in replies]
-        if None in replies:  # the server has lost its data: it must learn first what we hold
+        if None in replies or False in replies:  # it may have lost its data: it must learn first what we hold
             await retry_until_available(self._keeper.renew, "renew the lease")
-            unknown = [position for position, ours in enumerate(replies) if ours is None]
+            lost = (None,) if self._keeper.epoch == epoch else (None, False)
+            unknown = [position for position, ours in enumerate(replies) if ours in lost]
             again = await self._send([batch[position] for position in unknown])
             for position, ours in zip(unknown, again, strict=True):
                 answers[position] = ours

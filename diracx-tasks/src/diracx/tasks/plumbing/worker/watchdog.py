@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .._util.passwords import mask
@@ -38,6 +39,8 @@ EXIT_CODE = 70
 #: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end; and how long
 #: the event loop may take to show that it is alive.
 SHUTDOWN_FLUSH_SECONDS = 5.0
+#: The same of a worker that ends because a task goes on although its lock may be another's.
+_URGENT_FLUSH_SECONDS = 0.5
 _LOOK_SECONDS = 0.5
 _PUBLISH_SECONDS = 5.0
 _LONGEST_STACK = 4_000
@@ -128,26 +131,42 @@ class Watchdog:
             self._report(execution, limit, f"the process ends with exit code {EXIT_CODE}")
         try:
             self._let_others_end(limit)
-            self._settle({*unresponsive, *self._unresponsive(limit)})
+            self._settle({*unresponsive, *self._unresponsive(limit)}, self._flush_seconds(limit))
         except Exception as error:
             logger.error("ending without the last settlements (%s): others will run these tasks again", error)
         finally:
             os._exit(EXIT_CODE)
 
+    def _is_without_lock(self, limit: float) -> bool:
+        """Whether one of them goes on under a lock that may be another's: nothing is worth waiting for then."""
+        return any(execution.locks_expire_at <= time.monotonic() for execution in self._unresponsive(limit))
+
+    def _flush_seconds(self, limit: float) -> float:
+        """How long the server may take: not long where one goes on under a lock that may be another's."""
+        now = time.monotonic()
+        is_without_lock = any(execution.locks_expire_at <= now for execution in self._unresponsive(limit))
+        return _URGENT_FLUSH_SECONDS if is_without_lock else SHUTDOWN_FLUSH_SECONDS
+
     def _let_others_end(self, limit: float) -> None:
-        """The other tasks have the grace period, unless the event loop is blocked and they cannot go on."""
+        """The other tasks have the grace period, unless the event loop is blocked and they cannot go on, or what
+        does not end has lost its lock.
+        """
         self._loop.call_soon_threadsafe(self._stop.set)
         answered = threading.Event()
         self._loop.call_soon_threadsafe(answered.set)
-        if not answered.wait(SHUTDOWN_FLUSH_SECONDS):
+        if not answered.wait(self._flush_seconds(limit)):
             logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
             return
         deadline = time.monotonic() + self._settings.grace_seconds
         while time.monotonic() < deadline and len(self._running()) > len(self._unresponsive(limit)):
+            if self._flush_seconds(limit) < SHUTDOWN_FLUSH_SECONDS:
+                break
             time.sleep(0.05)
-        asyncio.run_coroutine_threadsafe(self._executor.flush(), self._loop).result(SHUTDOWN_FLUSH_SECONDS)
+        flushed = asyncio.run_coroutine_threadsafe(self._executor.flush(), self._loop)
+        with suppress(TimeoutError):
+            flushed.result(self._flush_seconds(limit))
 
-    def _settle(self, unresponsive: Collection[Execution]) -> None:
+    def _settle(self, unresponsive: Collection[Execution], timeout_seconds: float) -> None:
         """What did not end has failed, by its policy. Last of all: its locks go with it."""
         settlements = []
         for execution in unresponsive:
@@ -162,7 +181,10 @@ class Watchdog:
             settlements.append(settlement)
         self._keeper.stop_renewing()
         with sync_client(
-            self._broker.url, protocol=2, socket_timeout=SHUTDOWN_FLUSH_SECONDS, socket_connect_timeout=2.0
+            self._broker.url,
+            protocol=2,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=min(2.0, timeout_seconds),
         ) as redis:
             worker = self._broker.consumer_name
             worker_state.settle_now(redis, worker, settlements)
