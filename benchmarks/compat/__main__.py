@@ -15,7 +15,7 @@ from benchmarks.peers.environments import ROOT, prepare
 from .published_tests import report, results
 from .scenarios import SCENARIOS, Tally
 
-_COLUMNS = ("lost", "doubled", "stuck", "callbacks")
+_COLUMNS = ("lost", "doubled", "stuck", "callbacks", "overlaps")
 
 
 def main() -> int:

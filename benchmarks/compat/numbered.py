@@ -8,7 +8,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from diracx.tasks.plumbing import BaseTask, ExponentialBackoff
+from diracx.tasks.plumbing import (
+    BaseTask,
+    ConcurrencyLimiter,
+    ExclusiveRWLock,
+    ExponentialBackoff,
+    LockedObjectType,
+    MutexLock,
+    SharedRWLock,
+    Size,
+)
+from diracx.tasks.plumbing.locks import BaseLock
 
 
 def note(what: str, number: int) -> None:
@@ -72,4 +82,32 @@ class Doomed(Plain):
         raise RuntimeError(f"number {self.number} is doomed")
 
 
-TASKS = (Plain, Slow, Flaky, Child, Callback, Doomed)
+class Slots(ConcurrencyLimiter):
+    """Of two."""
+
+    limit = 2
+
+
+@dataclass
+class Held(Plain):
+    """Holds a lock for a while; its number says of which kind."""
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        kinds = (MutexLock, ExclusiveRWLock, SharedRWLock, Slots)
+        return [kinds[self.number % len(kinds)](LockedObjectType("job"), "held")]
+
+    async def execute(self) -> None:
+        note("Begins", self.number)
+        await asyncio.sleep(0.6)
+        await super().execute()
+
+
+@dataclass
+class HeldSmall(Held):
+    """Ours queues it for small workers, 0.7 for medium ones."""
+
+    size = Size.SMALL
+
+
+TASKS = (Plain, Slow, Flaky, Child, Callback, Doomed, Held, HeldSmall)

@@ -46,6 +46,8 @@ class Tally:
     """Not ended, and in Redis still; or left in Redis after its end."""
     callbacks: int = 0
     """Not called back, or twice."""
+    overlaps: int = 0
+    """Begun while a lock of theirs was held by others."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -94,23 +96,20 @@ class World:
         self.processes.append(process)
         return process
 
-    def worker(self, version: str, many: int = 4) -> subprocess.Popen[bytes]:
+    def worker(self, version: str, many: int = 4, size: str = "medium") -> subprocess.Popen[bytes]:
         lease = () if version == "0.7" else ("--lease-seconds", str(_LEASE_SECONDS))
-        return self.start(
-            version, "worker", "--worker-size", "medium", "--max-concurrent-tasks", str(many), *lease
-        )
+        return self.start(version, "worker", "--worker-size", size, "--max-concurrent-tasks", str(many), *lease)
 
     def both(self, version: str) -> list[subprocess.Popen[bytes]]:
         """A worker and a scheduler."""
         return [self.worker(version), self.start(version, "scheduler")]
 
-    def submit(self, version: str, first: int, *, groups: bool = True) -> None:
+    def submit(self, version: str, first: int, chosen: str = "all") -> None:
         python = str(self.published / "bin/python") if version == "0.7" else sys.executable
-        more = () if groups else ("without groups",)
-        command = [python, "-m", "benchmarks.compat.submit", str(first), *more]
+        command = [python, "-m", "benchmarks.compat.submit", str(first), chosen]
         environment = self.environment(*((self.directory,) if version == "0.7" else ()))
         subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=_START_SECONDS)
-        self.wanted |= {each for each in expected(first) if groups or each[0] not in ("Child", "Callback")}
+        self.wanted |= expected(first, chosen)
 
     def run_published(self, *arguments: str) -> None:
         """Run Python code, or a module, with 0.7."""
@@ -132,7 +131,7 @@ class World:
         found = []
         for line in self.log.read_text().splitlines():
             what, number, pid, moment = line.split()
-            if what != "Tried":
+            if what not in ("Tried", "Begins"):
                 found.append((what, int(number), int(pid), float(moment)))
         return found
 
@@ -185,7 +184,23 @@ class World:
         tally.doubled = sum(times > 1 for (what, _), times in ended.items() if what != "Callback")
         tally.callbacks = sum(what == "Callback" for what, _ in missing)
         tally.callbacks += sum(times > 1 for (what, _), times in ended.items() if what == "Callback")
+        tally.overlaps = self._overlaps()
         return tally
+
+    def _overlaps(self) -> int:
+        """Number of tasks that have begun while others held a lock that excludes them."""
+        holders: dict[int, int] = {}
+        found = 0
+        lines = sorted((line.split() for line in self.log.read_text().splitlines()), key=lambda line: line[3])
+        for what, number, *_ in lines:
+            if what == "Begins":
+                mutex, writers, readers, slots = (
+                    sum(many for each, many in holders.items() if each % 4 == kind) for kind in range(4)
+                )
+                found += (mutex, writers + readers, writers, slots // 2)[int(number) % 4] > 0
+            if what in ("Begins", "HeldSmall"):
+                holders[int(number)] = holders.get(int(number), 0) + (1 if what == "Begins" else -1)
+        return found
 
 
 @contextmanager
@@ -263,16 +278,29 @@ def together(world: World, *, kill: bool) -> None:
     world.until_ended(150)
     # One of 0.7 that comes beside ours takes tasks, which are not taken over while it lives.
     late = world.both("0.7")
-    world.submit("ours", 2000, groups=False)
+    world.submit("ours", 2000, "without groups")
     world.until_ended(190)
     world.end(late, kill=kill)
+
+
+def locks(world: World) -> None:
+    """Workers of both versions take tasks that exclude each other, each from the queues of one size."""
+    world.worker("ours", 20, "small")
+    world.start("ours", "scheduler")
+    world.submit("ours", 0, "held")
+    world.until_ended(1)
+    world.submit("0.7", 1000, "held")
+    world.worker("0.7", 20)
+    world.until(lambda: any(number >= 1000 for _, number, *_ in world.ends()), "0.7 has run some")
+    world.submit("ours", 2000, "held")
+    world.submit("ours", 3000, "held")
 
 
 SCENARIOS: dict[str, Callable[[World], None]] = {
     f"{name}, {how}": partial(run, kill=kill)
     for name, run in (("upgrade", upgrade), ("rollback", rollback), ("together", together))
     for how, kill in (("stopped", False), ("killed", True))
-}
+} | {"locks": locks}
 
 
 def _lives(world: World) -> bool:

@@ -1,4 +1,4 @@
-"""Submits numbered tasks, with whichever version is installed: `python -m benchmarks.compat.submit FIRST`."""
+"""Submits numbered tasks, with whichever version is installed: `python -m benchmarks.compat.submit FIRST SET`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from typing import Any
 from diracx.tasks.plumbing import spawn_with_callback
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 
-from .numbered import TASKS, Callback, Child, Flaky, Plain, Slow
+from .numbered import TASKS, Callback, Child, Flaky, HeldSmall, Plain, Slow
 
 #: Of each kind, in one set.
-PLAIN, SLOW, FLAKY, SOON, LATER, GROUPS, CHILDREN = 30, 10, 10, 10, 10, 2, 4
+PLAIN, SLOW, FLAKY, SOON, LATER, GROUPS, CHILDREN, HELD = 30, 10, 10, 10, 10, 2, 4, 24
+
+_WITHOUT_GROUPS = {"Plain": PLAIN + SOON + LATER, "Slow": SLOW, "Flaky": FLAKY}
+#: Set -> how many of each kind end.
+SETS = {
+    "all": _WITHOUT_GROUPS | {"Child": GROUPS * CHILDREN, "Callback": GROUPS},
+    "without groups": _WITHOUT_GROUPS,
+    "held": {"HeldSmall": HELD},
+}
 
 
-def expected(first: int) -> set[tuple[str, int]]:
+def expected(first: int, chosen: str) -> set[tuple[str, int]]:
     """All ends that tasks of the set note."""
-    kinds = (("Plain", PLAIN + SOON + LATER), ("Slow", SLOW), ("Flaky", FLAKY), ("Child", GROUPS * CHILDREN))
-    return {(kind, first + number) for kind, many in (*kinds, ("Callback", GROUPS)) for number in range(many)}
+    return {(kind, first + number) for kind, many in SETS[chosen].items() for number in range(many)}
 
 
 @asynccontextmanager
@@ -52,20 +59,24 @@ async def bound(url: str) -> AsyncIterator[Any]:
         await broker.shutdown()
 
 
-async def submit(url: str, first: int, *, groups: bool) -> None:
-    """Submit the set whose numbers begin with this."""
+async def submit(url: str, first: int, chosen: str) -> None:
+    """Submit the set, with numbers that begin with this."""
     now = datetime.now(UTC)
     async with bound(url) as options:
+        if chosen == "held":
+            for number in range(HELD):
+                await HeldSmall(first + number).schedule()
+            return
         for task, many in ((Slow, SLOW), (Flaky, FLAKY), (Plain, PLAIN)):
             for number in range(many):
                 await task(first + number).schedule()
         for number in range(SOON + LATER):
             at_time = now + timedelta(seconds=2 if number < SOON else 9)
             await Plain(first + PLAIN + number).schedule(at_time=at_time)
-        for group in range(GROUPS if groups else 0):
+        for group in range(SETS[chosen].get("Callback", 0)):
             children = [Child(first + group * CHILDREN + number) for number in range(CHILDREN)]
             await spawn_with_callback(children, Callback(first + group), **options)
 
 
 if __name__ == "__main__":
-    asyncio.run(submit(os.environ["DIRACX_TASKS_REDIS_URL"], int(sys.argv[1]), groups=len(sys.argv) < 3))
+    asyncio.run(submit(os.environ["DIRACX_TASKS_REDIS_URL"], int(sys.argv[1]), sys.argv[2]))
