@@ -62,6 +62,8 @@ class World:
     copies: dict[str, Path] = field(default_factory=dict)
     database: str = ""
     """URL of that of the dead letters."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """More environment variables, for all processes."""
     killed: dict[int, float] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     wanted: set[tuple[str, int]] = field(default_factory=set)
@@ -81,6 +83,7 @@ class World:
             "DIRACX_LOG_LEVEL": "INFO",
             "OTEL_SDK_DISABLED": "true",
             **({"DIRACX_DB_URL_TASKDB": self.database} if self.database else {}),
+            **self.variables,
         }
 
     def start(self, version: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -105,16 +108,15 @@ class World:
         return [self.worker(version), self.start(version, "scheduler")]
 
     def submit(self, version: str, first: int, chosen: str = "all") -> None:
-        python = str(self.published / "bin/python") if version == "0.7" else sys.executable
-        command = [python, "-m", "benchmarks.compat.submit", str(first), chosen]
-        environment = self.environment(*((self.directory,) if version == "0.7" else ()))
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=_START_SECONDS)
+        self.run(version, "-m", "benchmarks.compat.submit", str(first), chosen)
         self.wanted |= expected(first, chosen)
 
-    def run_published(self, *arguments: str) -> None:
-        """Run Python code, or a module, with 0.7."""
-        command = [str(self.published / "bin/python"), *(("-c",) if len(arguments) == 1 else ()), *arguments]
-        subprocess.run(command, env=self.environment(self.directory), cwd=ROOT, check=True, timeout=_START_SECONDS)
+    def run(self, version: str, *arguments: str) -> None:
+        """Run Python code, or a module: `-m`, its name, and its arguments."""
+        python = str(self.published / "bin/python") if version == "0.7" else sys.executable
+        command = [python, *(("-c",) if len(arguments) == 1 else ()), *arguments]
+        environment = self.environment(*((self.directory,) if version == "0.7" else ()))
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=_START_SECONDS)
 
     def end(self, processes: list[subprocess.Popen[bytes]], *, kill: bool) -> None:
         """End processes by SIGTERM, or by SIGKILL."""

@@ -49,9 +49,9 @@ def _import_dead_letters(tmp_path: Path, database: str) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        new.run_published(_CREATE)
+        new.run("0.7", CREATE)
         worker = new.worker("0.7")
-        new.run_published(_SUBMIT)
+        new.run("0.7", _SUBMIT)
         new.until(lambda: new.log.read_text().count("Tried") == 2, "both have failed", 60)
         new.end([worker], kill=False)
 
@@ -67,7 +67,7 @@ def _import_dead_letters(tmp_path: Path, database: str) -> None:
         assert "dlq_tasks" not in ours("dlq", "init"), "nor what has failed again"
 
 
-_CREATE = """
+CREATE = """
 import asyncio, os
 from diracx.tasks.plumbing.persistence import TaskDB
 async def create():

@@ -22,7 +22,7 @@ from .conftest import MY_TASKS, Cli
 from .test_metrics import get, samples, series
 
 #: Sets up the SDK, as a site may do for its workers. Here it writes to a file.
-_SDK = """
+SDK = """
 import os
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
@@ -70,7 +70,7 @@ def exported(directory: Path, pid: int) -> dict[str, list[dict[str, Any]]]:
         metric["name"]: metric["data"]["data_points"]
         for resource in json.loads(complete[-1])["resource_metrics"]
         for scope in resource["scope_metrics"]
-        if scope["scope"]["name"] == "diracx.tasks"
+        if scope["scope"]["name"].startswith("diracx.tasks")
         for metric in scope["metrics"]
     }
 
@@ -81,7 +81,7 @@ def named(text: str) -> set[str]:
 
 
 def with_sdk(served: Cli) -> Cli:
-    (served.directory / "my_tasks.py").write_text(MY_TASKS + _SDK)
+    (served.directory / "my_tasks.py").write_text(MY_TASKS + SDK)
     served.environment |= {
         "EXPORTED": str(served.directory / "exported"),
         "OTEL_METRIC_EXPORT_INTERVAL": "400",
@@ -177,7 +177,7 @@ def test_values_mean_what_they_mean_in_the_published_package(
     served: Cli, redis_url: str, wait_until: Callable[..., None]
 ) -> None:
     """The figures are those that version 0.7.0 exported of the same tasks, but for the wait of `Locked`."""
-    (served.directory / "load.py").write_text(_WORKLOAD + _SDK)
+    (served.directory / "load.py").write_text(_WORKLOAD + SDK)
     with_sdk(served)
     with RedisClient.from_url(redis_url) as client:
         client.xadd("diracx:tasks:normal:medium", {"data": b"no message"})
