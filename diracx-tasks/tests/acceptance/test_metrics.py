@@ -14,6 +14,7 @@ from diracx.tasks.plumbing.base_task import schedule_many
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import free_port
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis as RedisClient
 
 from .conftest import Cli
 
@@ -110,7 +111,10 @@ def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_
     assert get(first, "/readyz") == (200, "ok\ncritical queue_without_worker\n")
     served.start("scheduler", "--metrics-port", str(second))
     wait_until(lambda: get(second, "/readyz")[0] == 200, "the second is ready")
-    assert samples(get(second, "/metrics")[1]) == {"scheduler_leader": 0}
+    assert samples(get(second, "/metrics")[1]) == {
+        "scheduler_leader": 0,
+        "delayed_tasks_unparsable_total": 0,
+    }
     worker = served.start("worker", "--module", "my_tasks.py")
     worker.until("ready")
     wait_until(
@@ -118,6 +122,19 @@ def test_the_leading_scheduler_tells_of_the_whole_system_and_one_that_stands_by_
     )
     wait_until(lambda: samples(get(first, "/metrics")[1])["health_status"] == 0, "all is well")
     assert get(first, "/readyz") == (200, "ok\n")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:dead-letters")
+def test_what_cannot_be_read_of_version_0_7_is_counted(
+    served: Cli, redis_url: str, wait_until: Callable[..., None]
+) -> None:
+    with RedisClient.from_url(redis_url) as client:
+        client.zadd("diracx:tasks:delayed", {b"no message": 1, b"nor this": 2})
+        port = free_port()
+        served.start("scheduler", "--metrics-port", str(port))
+        counted = "\ndelayed_tasks_unparsable_total 2.0\n"
+        wait_until(lambda: counted in get(port, "/metrics")[1], "both are counted")
+        assert client.xlen("diracx:tasks:dead-letters") == 2, "and kept"
 
 
 def test_a_port_that_is_taken_is_one_line(served: Cli, wait_until: Callable[..., None]) -> None:

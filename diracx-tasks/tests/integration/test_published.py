@@ -78,6 +78,7 @@ async def test_what_is_not_understood_is_kept_and_told_once(
     await broker.promote()
     [(_, kept)] = await redis.xrange(keys.DEAD_LETTERS)
     assert kept[b"data"] == member
+    assert broker.counts.unparsable == 1
     assert caplog.text.count("1 delayed tasks cannot be read: they are dead letters now") == 1
     await redis.delete(keys.DEAD_LETTERS)
 

@@ -103,7 +103,7 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, re
 
 
 def _submitted(counts: Counts) -> list[Metric]:
-    """Return the metrics of submissions by workers and schedulers."""
+    """Return the metrics of submitted and of delayed tasks, by workers and schedulers."""
     return [
         counter(
             "tasks_submitted_total",
@@ -117,6 +117,11 @@ def _submitted(counts: Counts) -> list[Metric]:
             "delayed_tasks_promoted_total",
             "Delayed tasks that this process moved into their queues.",
             [({}, counts.promoted)] if counts.promoted else [],
+        ),
+        counter(
+            "delayed_tasks_unparsable_total",
+            "Delayed tasks that this process could not read, and has put with the dead letters.",
+            [({}, counts.unparsable)],
         ),
     ]
 

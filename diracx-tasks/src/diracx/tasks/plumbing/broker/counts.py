@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class Counts:
     """Counters that only grow."""
 
-    __slots__ = ("occurrences", "promoted", "reclaimed", "submitted")
+    __slots__ = ("occurrences", "promoted", "reclaimed", "submitted", "unparsable")
 
     def __init__(self) -> None:
         self.submitted: dict[tuple[str, str, bool], int] = {}
         """By name of the task, stream of its queue, and whether it has to wait for a moment."""
         self.promoted = 0
         """Delayed tasks and children of groups that were moved into their queues."""
+        self.unparsable = 0
+        """Delayed tasks that could not be read, and are dead letters now."""
         self.reclaimed: dict[str, int] = {}
         """Deliveries taken over from dead workers, by stream."""
         self.occurrences: dict[tuple[str, bool], int] = {}

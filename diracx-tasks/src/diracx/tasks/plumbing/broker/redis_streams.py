@@ -500,6 +500,7 @@ class RedisStreamBroker:
     async def _promote(self) -> tuple[int | None, int, int, bool]:
         moved, next_due, now, leads_ms, more, unreadable = await scripts.promote(self.redis, PROMOTE_BATCH)
         self.counts.promoted += moved
+        self.counts.unparsable += unreadable
         if unreadable:
             logger.error("%d delayed tasks cannot be read: they are dead letters now", unreadable)
         return next_due, now, leads_ms, more
