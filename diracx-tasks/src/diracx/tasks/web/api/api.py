@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any
 
 from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Body, Depends, Path, Query
+from pydantic import TypeAdapter
 
 from ... import operations
 from ...operations import DelayReason, Window
@@ -33,7 +35,9 @@ from . import models
 from .dependencies import AllVOsReader, Reader, Writer, answered, or_404
 from .responses import BoundedRoute, database_errors, responses
 
-router = DiracxRouter(dependencies=[Depends(database_errors)])
+# DiracX's own factories for tests and clients mount services that are switched off, too.
+_ENABLED = TypeAdapter(bool).validate_python(os.environ.get("DIRACX_SERVICE_TASKS_ENABLED") or True)
+router = DiracxRouter(dependencies=[Depends(database_errors)], include_in_schema=_ENABLED)
 router.route_class = BoundedRoute
 
 _MOST = 1_000
