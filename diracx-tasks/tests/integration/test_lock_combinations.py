@@ -44,6 +44,18 @@ class OneSlot(ConcurrencyLimiter):
     limit = 1
 
 
+class AnyNumber(ConcurrencyLimiter):
+    limit = 2**53
+
+
+class HalfSlot(ConcurrencyLimiter):
+    limit = 2.5  # type: ignore[assignment]
+
+
+class HalfRate(Rate):
+    limit = 4.5  # type: ignore[assignment]
+
+
 class AsMutex(SharedRWLock):
     """Of an author who has taken the prefix of another kind."""
 
@@ -63,6 +75,8 @@ ONCE = {
     "mutexes, and limiters that are off": lambda: [MutexLock(JOB, 1), RateLimiter(JOB, 1), MutexLock(JOB, 1)],
     "all there are": lambda: [MutexLock(JOB, n) for n in range(MAX_LOCKS)],
     "one key thousands of times": lambda: [MutexLock(JOB, 1) for _ in range(5 * MAX_LOCKS)],
+    "more slots than anybody has": lambda: [AnyNumber(JOB, 1)],
+    "whole units, given as a float": lambda: [Rate(JOB, 1, n_items=1.0)],  # type: ignore[arg-type]
     "all kinds on one object, twice": lambda: [
         kind(JOB, 1) for kind in (MutexLock, SharedRWLock, ExclusiveRWLock, Slots, Rate) for _ in range(2)
     ],
@@ -77,6 +91,16 @@ NEVER = {
     ),
     "too many": (lambda: [SharedRWLock(JOB, n) for n in range(MAX_LOCKS + 1)], f"more than {MAX_LOCKS} locks"),
     "too long": (lambda: [MutexLock(JOB, 1, ttl_ms=2**63)], "lock:mutex:job:1: ttl_ms must be"),
+    "parts of units": (
+        lambda: [Rate(JOB, 1, n_items=0.4)],  # type: ignore[arg-type]
+        "limiter:rate:job:1: n_items must be",
+    ),
+    "no number of units": (
+        lambda: [Rate(JOB, 1, n_items=float("nan"))],  # type: ignore[arg-type]
+        "limiter:rate:job:1: n_items must be",
+    ),
+    "parts of a rate": (lambda: [HalfRate(JOB, 1)], "limiter:rate:job:1: limit must be"),
+    "parts of slots": (lambda: [HalfSlot(JOB, 1)], "limiter:conc:job:1: limit must be"),
     "parts of ms": (lambda: [Slots(JOB, 1, ttl_ms=0.5)], "limiter:conc:job:1: ttl_ms must be"),  # type: ignore[arg-type]
 }
 
@@ -170,6 +194,41 @@ async def test_what_cannot_be_taken_leaves_nothing_taken(redis: Redis) -> None:
             await locking.acquire(redis, [lock.spec() for lock in wanted])
         assert await locks_left(redis) == [b"lock:rw:job:7"]
         assert not await redis.exists(Rate(JOB, 1).redis_key)
+
+
+@pytest.mark.parametrize("units", [0.4, 1.5, float("inf")])
+async def test_parts_of_units_are_refused_for_the_server_would_round_them(redis: Redis, units: float) -> None:
+    limiter = Rate(JOB, 1, n_items=units)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_items must be a whole number"):
+        await limiter.acquire(redis)
+    assert not await redis.exists(limiter.redis_key)
+
+
+async def test_slots_of_the_dead_are_given_back_whatever_their_limit(redis_url: str, redis: Redis) -> None:
+    """Their limit stands in the held-locks record, and must be read again from it."""
+    dies, buries = (RedisStreamBroker(redis_url, consumer_name=name) for name in ("dies", "buries"))
+    stream = "diracx:tasks:normal:medium"
+    await dies.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), stream)])
+    [delivery], _ = await dies.fetch(1, lease_seconds=60)
+    asked: dict[str, Any] = {
+        "stream": delivery.stream,
+        "entry": delivery.entry,
+        "deliveries": delivery.deliveries,
+        "task": "task",
+        "rank": 1,
+        "resumed": stream + keys.HANDOVER,
+        "since": "0",
+        "locks": [AnyNumber(JOB, 1, ttl_ms=600_000).spec()],
+        "retry_ms": 1000,
+    }
+    assert (await dies.start([asked]))[0] == [[1]]
+    await redis.zadd(keys.ALIVE, {"dies": 1, "buries": 2**50})
+    [again], *_ = await buries.reclaim(1, lease_seconds=60)
+    assert await locks_left(redis) == []
+    assert await buries.settle([Settlement(again)]) == [True]
+    for broker in (dies, buries):
+        await broker.leave()
+        await broker.shutdown()
 
 
 async def test_a_worker_that_dies_while_it_takes_locks_leaves_none(redis_url: str, redis: Redis) -> None:

@@ -26,6 +26,8 @@ SAFETY_MARGIN = 0.1
 MAX_LOCKS = 200
 #: Ten years: no lock lives longer, and no window is wider.
 _LONGEST_MS = 315_576_000_000
+#: The server counts in doubles.
+_LARGEST = 2**53
 _KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
 
 
@@ -141,6 +143,12 @@ class SharedRWLock(BaseLock):
         return False
 
 
+def _check_whole(lock: BaseLock, name: str, number: float) -> None:
+    """Refuse parts of a unit, which the server would round, and numbers that it cannot count up to."""
+    if not (abs(number) <= _LARGEST and number == int(number)):
+        raise ValueError(f"{lock.redis_key}: {name} must be a whole number up to {_LARGEST}, not {number!r}")
+
+
 class BaseLimiter(BaseLock):
     """A lock that limits instead of excluding. Limiters are skipped in interactive mode (`call`)."""
 
@@ -155,7 +163,8 @@ class RateLimiter(BaseLimiter):
         n_items: units of quota that one acquire spends.
 
     Raises:
-        ValueError: on acquire, when `n_items` is more than `limit`, so that it could never be granted.
+        ValueError: on acquire, when `n_items` is more than `limit`, so that it could never be granted, or one of
+            them is no whole number.
     """
 
     limit: int | None = None
@@ -177,6 +186,8 @@ class RateLimiter(BaseLimiter):
     def _numbers(self) -> LockNumbers:
         assert self.limit is not None
         assert self.window_seconds is not None
+        _check_whole(self, "n_items", self.n_items)
+        _check_whole(self, "limit", self.limit)
         if self.n_items > self.limit:
             raise ValueError(
                 f"{self.redis_key} asks for n_items={self.n_items} at once but its limit is {self.limit}: "
@@ -200,7 +211,7 @@ class ConcurrencyLimiter(BaseLimiter):
     """At most `limit` holders at a time. A holder's slot ends `ttl_ms` after its last acquire or extend.
 
     Raises:
-        ValueError: on acquire, when `limit` is less than 1, so that it could never be granted.
+        ValueError: on acquire, when `limit` is less than 1, so that it could never be granted, or no whole number.
     """
 
     limit: int | None = None
@@ -222,6 +233,7 @@ class ConcurrencyLimiter(BaseLimiter):
 
     def _numbers(self) -> LockNumbers:
         assert self.limit is not None
+        _check_whole(self, "limit", self.limit)
         if self.limit < 1:
             raise ValueError(f"{self.redis_key} has a limit of {self.limit}: it could never be granted")
         return {"limit": self.limit, "ttl_ms": self.ttl_ms}

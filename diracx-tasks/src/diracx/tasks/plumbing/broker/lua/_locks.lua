@@ -303,7 +303,7 @@ end
 
 -- A worker's held-locks record: "{owner}:{key}" -> "{kind} {limit}", to give its locks back should it die.
 local function held_line(lock)
-  return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit or '')
+  return lock.owner .. ':' .. lock.key, lock.kind .. ' ' .. (lock.limit and int(lock.limit) or '')
 end
 
 -- The locks in lines of a held-locks record, which has other ones as well (see orphan() in _pending.lua).
