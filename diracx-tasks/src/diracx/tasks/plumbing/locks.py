@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 #: The part of a lease, or of a lock's time to live, that is left for a cancellation to take effect.
 SAFETY_MARGIN = 0.1
+DEFAULT_LOCK_TTL_MS = 30_000
 #: Locks of one task. Each is taken, renewed and given back in one step on the server.
 MAX_LOCKS = 200
 #: Ten years: no lock lives longer, and no window is wider.
@@ -103,7 +104,7 @@ class _ExpiringLock(BaseLock):
     """A lock that the server drops `ttl_ms` after its last acquire or extend: the safety net for crashes."""
 
     def __init__(
-        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = 30_000
+        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = DEFAULT_LOCK_TTL_MS
     ) -> None:
         super().__init__(obj, key, *extra_keys)
         if ttl_ms <= 0:
@@ -219,7 +220,7 @@ class ConcurrencyLimiter(BaseLimiter):
     _prefix = "limiter:conc"
 
     def __init__(
-        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = 30_000
+        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = DEFAULT_LOCK_TTL_MS
     ) -> None:
         super().__init__(obj, key, *extra_keys)
         if ttl_ms <= 0:
