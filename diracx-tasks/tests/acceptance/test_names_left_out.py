@@ -1,4 +1,4 @@
-"""Every name that the published package 0.7.0 defines is here, or the page on migration says that it is left out."""
+"""Every name that the published package 0.7.0 defines is here, or listed in the page on migration."""
 
 from __future__ import annotations
 
