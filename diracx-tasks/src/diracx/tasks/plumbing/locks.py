@@ -208,7 +208,7 @@ class RateLimiter(BaseLimiter):
         return False
 
 
-class ConcurrencyLimiter(BaseLimiter):
+class ConcurrencyLimiter(BaseLimiter, _ExpiringLock):
     """At most `limit` holders at a time. A holder's slot ends `ttl_ms` after its last acquire or extend.
 
     Raises:
@@ -218,14 +218,6 @@ class ConcurrencyLimiter(BaseLimiter):
     limit: int | None = None
     _kind = "concurrency"
     _prefix = "limiter:conc"
-
-    def __init__(
-        self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = DEFAULT_LOCK_TTL_MS
-    ) -> None:
-        super().__init__(obj, key, *extra_keys)
-        if ttl_ms <= 0:
-            raise ValueError(f"ttl_ms must be a positive number of milliseconds, not {ttl_ms!r}")
-        self.ttl_ms = ttl_ms
 
     @property
     def enabled(self) -> bool:
