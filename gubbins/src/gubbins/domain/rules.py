@@ -64,6 +64,12 @@ class CERules(BaseModel):
     lost_seconds: _Seconds = Field(
         default=3600, description="A pilot that the site has not known for so long has failed."
     )
+    max_missing: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
+        default=5,
+        description="Submissions stop when so many confirmed pilots in a row have gone missing, none ever seen; or "
+        "so many are missing that they are more than `max_missing_share` of those that are active.",
+    )
+    max_missing_share: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="As above; 0.0-1.0.")
     breaker_failures: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
         default=3, description="After so many failed calls in a row there is a pause."
     )

@@ -65,7 +65,7 @@ async def test_a_database_of_an_older_version_says_so(
     url = await empty_database("sqlite")
     await MyPilotDB.migrations.upgrade(url)
     with closing(sqlite3.connect(url.partition("///")[2])) as connection, connection:
-        connection.execute("ALTER TABLE Pilots DROP COLUMN MissingSince")
+        connection.execute("ALTER TABLE Pilots DROP COLUMN CancelRequestedAt")
     db = MyPilotDB(url)
     async with db.engine_context():
         with pytest.raises(DatabaseError, match="gubbins db upgrade"):

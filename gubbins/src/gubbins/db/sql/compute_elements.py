@@ -20,6 +20,14 @@ from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots
 from .session import PilotSession
 
 
+_SELECT_CE = SELECT_CE.add_columns(
+    select(func.count())
+    .where(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
+    .scalar_subquery()
+    .label("missing")
+)
+
+
 class ComputeElementsMixin(PilotSession):
     """Statements about compute elements."""
 
@@ -167,20 +175,20 @@ class ComputeElementsMixin(PilotSession):
 
     @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
-        """One compute element, all its fields, with its `circuits`.
+        """One compute element, all its fields, with its `circuits` and how many pilots are `missing`.
 
         Raises:
             UnknownCEError: there is none of that name.
         """
-        row = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == name))).one_or_none()
+        row = (await self.conn.execute(_SELECT_CE.where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
         return {**row._mapping, "circuits": _circuits_of(row.name, await read_circuits(self.conn, name))}
 
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
-        """Every compute element, by name: all its fields, with its `circuits`."""
-        rows = (await self.conn.execute(SELECT_CE.order_by(ComputeElements.name))).all()
+        """Every compute element, by name: all its fields, with its `circuits` and how many pilots are `missing`."""
+        rows = (await self.conn.execute(_SELECT_CE.order_by(ComputeElements.name))).all()
         circuits = await read_circuits(self.conn)
         return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
 
@@ -222,6 +230,19 @@ class ComputeElementsMixin(PilotSession):
         if lock:
             await self.lock_ces([name])
         return (await self.conn.execute(taken)).scalar_one_or_none() is not None
+
+    @transaction
+    async def count_active(self, name: str) -> int:
+        """Count the pilots of all VOs that hold a slot of the compute element."""
+        taken = select(func.count()).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
+        return int((await self.conn.execute(taken)).scalar_one())
+
+    @transaction
+    async def count_missing(self, name: str, gone: int, *, any_seen: bool) -> None:
+        """Note how many more confirmed pilots went missing without having been seen, and whether others were seen."""
+        before = 0 if any_seen else func.coalesce(ComputeElements.missing_in_row, 0)
+        statement = update(ComputeElements).where(ComputeElements.name == name)
+        await self.conn.execute(statement.values(missing_in_row=before + gone))
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
         """The enabled compute elements that serve the VO and have a free slot.

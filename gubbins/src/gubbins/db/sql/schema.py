@@ -118,6 +118,11 @@ class ComputeElements(MyPilotDBBase):
     # The last refusal or failed poll, until one succeeds.
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
+    # Confirmed pilots that went missing and were never seen, since one was seen last; NULL: none.
+    missing_in_row: Mapped[int | None] = mapped_column("MissingInRow", Integer, key="missing_in_row")
+    # Pilots that the site held when it refused more of them, and when that was; NULL: it has not.
+    quota: Mapped[int | None] = mapped_column("Quota", Integer, key="quota")
+    quota_at: Mapped[datetime | None] = mapped_column("QuotaAt", UTCDateTime, key="quota_at")
     created_at: Mapped[datetime] = mapped_column("CreatedAt", UTCDateTime, key="created_at")
     updated_at: Mapped[datetime] = mapped_column("UpdatedAt", UTCDateTime, key="updated_at")
 
@@ -184,10 +189,14 @@ class Pilots(MyPilotDBBase):
         "CancelRequestedAt", UTCDateTime, key="cancel_requested_at"
     )
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
+    # What it waits for, as the CE says; NULL: for its turn.
+    waiting_reason: Mapped[str | None] = mapped_column("WaitingReason", _Reason, key="waiting_reason")
 
     __table_args__ = (
         # The active ones of a compute element: among a million that ended they are few.
         Index("idx_pilots_ce_status", "ce_name", "status"),
+        # Those that a compute element does not know.
+        Index("idx_pilots_ce_missing", "ce_name", "missing_since"),
         # Slots held, by compute element and VO.
         Index("idx_pilots_status_ce_vo", "status", "ce_name", "vo"),
         # Those of a VO, by state and compute element.

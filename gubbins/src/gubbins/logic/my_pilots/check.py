@@ -84,6 +84,8 @@ class StatusChanges:
     never_submitted: list[int] = field(default_factory=list)
     ended: dict[str, list[PilotAtCE]] = field(default_factory=lambda: defaultdict(list))  # by compute element
     outputs: list[int] = field(default_factory=list)
+    unseen: Counter[str] = field(default_factory=Counter)  # gone missing before they were seen; by compute element
+    alive: set[str] = field(default_factory=set)  # compute elements whose pilots have moved, or were found again
 
     def end(self, request: PollRequest, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
@@ -203,6 +205,9 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         await db.set_pilots_missing(changes.gone_missing, now)
         await db.set_pilots_missing(changes.found_again, None)
         released = await db.release_pilots(changes.never_submitted)
+        for name in sorted(cancel_errors):
+            if changes.unseen[name] or (name in changes.alive and ces[name]["missing_in_row"]):
+                await db.count_missing(name, changes.unseen[name], any_seen=name in changes.alive)
         for name in sorted({*failures, *cancel_errors}):
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
@@ -232,6 +237,8 @@ def _evaluate(
             continue
         if pilot.missing_since is not None:
             changes.found_again.append(pilot.pilot_id)
+        if pilot.missing_since is not None or seen.state is not Observed.WAITING:
+            changes.alive.add(request.ce["name"])
         if pilot.reference is None and seen.reference is not None:
             changes.confirmed.append((pilot.pilot_id, seen.reference))
         if pilot.status is MyPilotStatus.SUBMITTED:
@@ -250,6 +257,7 @@ def _evaluate_unknown(
             changes.never_submitted.append(pilot.pilot_id)
     elif pilot.missing_since is None:
         changes.gone_missing.append(pilot.pilot_id)
+        changes.unseen[request.ce["name"]] += pilot.status is MyPilotStatus.SUBMITTED
     elif now - pilot.missing_since > timedelta(seconds=rules.lost_seconds):
         if pilot.status is MyPilotStatus.SUBMITTED:
             # The only way to an end leads through RUNNING: it stays missing there, and the next check ends it.

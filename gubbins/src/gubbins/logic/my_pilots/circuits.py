@@ -30,6 +30,9 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     """
     if (problem := rules_error(ce)) is not None:
         return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
+    active = await db.count_active(ce["name"]) if ce["missing"] else 0
+    if (missing := missing_pilots(ce, active)) is not None:
+        return Blocker(missing, "")
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
     if status["failures"] and (_pauses(ce) or await db.holds_pilots(ce["name"])):
         return Blocker("its status cannot be read", status["last_error"])
@@ -38,6 +41,22 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
         return Blocker(
             f"{submit['failures']} submissions in a row failed, no more until {until}", submit["last_error"]
         )
+    return None
+
+
+def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
+    """Say that so many confirmed pilots are missing that submissions stop; None: they go on.
+
+    A site that answers and does not list our pilots would get new ones in place of those taken for lost, for ever.
+    """
+    rules = rules_of(ce)
+    if (ce["missing_in_row"] or 0) >= rules.max_missing:
+        return (
+            f"it has accepted {ce['missing_in_row']} pilots in a row that it does not list, and none that was seen: "
+            f"when that is mended, `gubbins ce enable {ce['name']}`"
+        )
+    if ce["missing"] >= rules.max_missing and ce["missing"] > rules.max_missing_share * active:
+        return f"{ce['missing']} of its {active} pilots are missing: it answers, and does not list them"
     return None
 
 

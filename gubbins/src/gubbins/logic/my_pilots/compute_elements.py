@@ -13,6 +13,7 @@ from gubbins.domain.rules import CERules, rules_error, rules_of
 from gubbins.domain.text import one_line
 
 from .ce_file import CESpec
+from .circuits import missing_pilots
 
 
 async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
@@ -159,9 +160,9 @@ def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
-    """The compute element, with an error in its rules in place of its last error."""
+    """The compute element, with the reason why it gets no pilots, if that is none of the site, as its last error."""
     if (problem := rules_error(ce)) is None:
-        return dict(ce)
+        return {**ce, "last_error": missing_pilots(ce, ce["active"]) or ce["last_error"]}
     return {**ce, "last_error": f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"}
 
 
