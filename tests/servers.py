@@ -134,6 +134,7 @@ TOOLS = (
     Tool("Slurm", "slurm-wlm slurmctld slurmd slurm-client munge", _slurm),
     Tool("slurmdbd", "slurmdbd slurm-wlm-mysql-plugin", _slurm_accounts),
     Tool("Prometheus", "prometheus", lambda: _output(_program("promtool"), "--version")),
+    Tool("tcsh", "tcsh", lambda: _output(_program("tcsh"), "--version")),
     Tool("OpenSSH", "openssh-server openssh-client", _sshd),
     Tool(
         "ARC",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from diracx.tasks.testing.server import free_port
 
 _SECONDS = 30
@@ -44,8 +45,9 @@ PrintLastLog no
 class Sshd:
     """A private server, which can be stopped, cut off, frozen and given another identity."""
 
-    def __init__(self, program: str, directory: Path) -> None:
+    def __init__(self, program: str, directory: Path, login_shell: str | None = None) -> None:
         self._program = program
+        self._before: list[str] = []
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
@@ -60,9 +62,21 @@ class Sshd:
         self.make_key(directory / "host_key")
         self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {self.host_key()}\n")
         public = self.client_key.with_suffix(".pub").read_text()
+        if login_shell is not None:
+            self._give(login_shell)
         # A home without profiles, which may be slow.
         (directory / "authorized_keys").write_text(f'environment="HOME={self.home}" {public}')
         (directory / "config").write_text(_CONFIG.format(port=self.port, directory=directory))
+
+    def _give(self, login_shell: str) -> None:
+        """Give the user another login shell, for this server alone: it sees another /etc/passwd."""
+        entries = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+        for entry in entries:
+            if entry[0] == self.user:
+                entry[-1] = login_shell
+        (self._directory / "passwd").write_text("".join(":".join(entry) + "\n" for entry in entries))
+        mount = f'mount --bind {self._directory}/passwd /etc/passwd && exec "$@"'
+        self._before = ["unshare", "--mount", "/bin/sh", "-c", mount, "sh"]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -91,7 +105,7 @@ class Sshd:
         """Start it, if it does not run; return when it answers."""
         if self._process is not None:
             return
-        command = [self._program, "-D", "-e", "-f", str(self._directory / "config")]
+        command = [*self._before, self._program, "-D", "-e", "-f", str(self._directory / "config")]
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + _SECONDS
@@ -192,16 +206,34 @@ def _is_sshd(pid: int) -> bool:
     return False
 
 
-@pytest.fixture(scope="session")
-def _sshd() -> Iterator[Sshd]:
+def _program() -> str:
     pytest.importorskip("asyncssh")
     program = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if program is None or shutil.which("ssh-keygen") is None:
         pytest.skip("OpenSSH is not installed: there is no program sshd, or no ssh-keygen")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # it insists on it
+    return program
+
+
+@pytest.fixture(scope="session")
+def _sshd() -> Iterator[Sshd]:
+    yield from _running()
+
+
+@pytest.fixture(scope="session")
+def _csh_sshd() -> Iterator[Sshd]:
+    if (obstacle := servers.obstacle("tcsh")) is not None:
+        pytest.skip(obstacle)
+    if os.geteuid() != 0:
+        pytest.skip("another login shell can be given by root only")
+    yield from _running(shutil.which("tcsh"))
+
+
+def _running(login_shell: str | None = None) -> Iterator[Sshd]:
+    program = _program()
     with tempfile.TemporaryDirectory(prefix="gubbins-sshd-") as directory:
-        server = Sshd(program, Path(directory))
+        server = Sshd(program, Path(directory), login_shell)
         server.start()
         try:
             yield server
@@ -215,3 +247,12 @@ def sshd(_sshd: Sshd) -> Iterator[Sshd]:
     _sshd.start()
     yield _sshd
     _sshd.start()
+
+
+@pytest.fixture
+def csh_sshd(_csh_sshd: Sshd) -> Iterator[Sshd]:
+    """A server whose user has tcsh as login shell, which prints at each log-in."""
+    _csh_sshd.home.joinpath(".cshrc").write_text("echo Welcome\necho 42\n")
+    _csh_sshd.start()
+    yield _csh_sshd
+    _csh_sshd.start()

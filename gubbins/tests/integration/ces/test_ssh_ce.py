@@ -59,6 +59,14 @@ class TestConformance(CERemoteConformance):
         return len((self.witness / stamp).read_text().splitlines())
 
 
+class TestConformanceOfCsh(TestConformance):
+    """The same promises on a host where the user has tcsh that prints at each log-in."""
+
+    @pytest.fixture
+    def sshd(self, csh_sshd: Sshd) -> Sshd:
+        return csh_sshd
+
+
 @pytest.fixture
 async def make(sshd: Sshd, tmp_path: Path) -> AsyncIterator[Make]:
     """A new back end each time, as after a restart of the worker; all are closed with the test, which takes

@@ -16,6 +16,7 @@ import pytest
 from sites.sshd import Sshd
 
 from gubbins.ces.transports.ssh import SSHError, SSHHost, SSHShell
+from gubbins.domain.exceptions import CEUnavailableError
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -55,6 +56,32 @@ async def test_commands_see_the_environment_that_is_given(sshd: Sshd) -> None:
     ours = SSHShell(SSHHost(**sshd.settings), {"SLURM_CONF": "/a b/$x'"})
     assert (await ours.run(["/bin/sh", "-c", 'printf %s "$SLURM_CONF"'])).stdout == "/a b/$x'"
     await ours.close()
+
+
+@pytest.mark.parametrize("server", ["sshd", "csh_sshd"])
+async def test_what_a_log_in_prints_is_no_part_of_an_answer(server: str, request: pytest.FixtureRequest) -> None:
+    sshd: Sshd = request.getfixturevalue(server)
+    noise = sshd.home / ".bashrc"
+    noise.write_text("echo Welcome; echo Welcome >&2; trap 'echo Bye' EXIT\n")
+    ours = SSHShell(SSHHost(**sshd.settings), {"WORD": "it's !x $HOME\n{}"})
+    try:
+        script = 'printf "%s" "$WORD$1"; cat; echo no >&2; exit 5'
+        done = await ours.run(["/bin/sh", "-c", script, "sh", "a'b\n!c"], stdin=b"$x\n'")
+        assert done == (5, "it's !x $HOME\n{}a'b\n!c$x\n'\n", "no\n")
+        assert await ours.run(["true"]) == (0, "", "")
+    finally:
+        noise.unlink()
+        await ours.close()
+
+
+async def test_a_shell_that_lets_nobody_in_is_quoted(shell: Shell, sshd: Sshd) -> None:
+    noise = sshd.home / ".bashrc"
+    noise.write_text("echo This account is closed.; exit 1\n")
+    try:
+        with pytest.raises(CEUnavailableError, match=r"not the answer of a shell .*: This account is closed\."):
+            await shell().run(["true"])
+    finally:
+        noise.unlink()
 
 
 async def test_output_that_is_no_text_is_no_error(shell: Shell) -> None:

@@ -2,22 +2,28 @@
 #
 #   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE CLUSTERS SBATCH…  < batch script
 #
-# Prints the job's number. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
-# called, however that went), id (the job's number). Exit code 75: not known
-# whether it has been submitted; 124: sbatch has not answered in time. All others but those of sbatch: it has not.
+# Prints `number`, or `number;cluster`. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
+# called, however that went), id (what is printed). Exit code 73: it has not been submitted; 75: not known whether it has
+# been; 124: sbatch has not answered in time. All others are those of sbatch.
 directory=$1 stamp=$2 seconds=$3 squeue=$4 clusters=$5
 shift 5
-mkdir -p "$directory" && cd "$directory" || exit 73
+{ mkdir -p "$directory" && cd "$directory"; } || exit 73
 mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || { echo "$directory/$stamp cannot be made" >&2; exit 73; }
 exec 9> "$stamp/lock" || exit 73
 # Held by what is started from here as well: an sbatch that outlives this shell still submits.
 flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }
 
+# The one number among lines of anything: a filter or a wrapper of the site may print more.
+number() {
+    sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9]\{1,18\}\(;[A-Za-z0-9_.-]\{1,64\}\)\{0,1\}\)[[:space:]]*$/\2/p' | sort -un
+}
 known() {
-    [ -f "$stamp/id" ] && [ ! -h "$stamp/id" ] && [ -s "$stamp/id" ] && exec head -c 64 "$stamp/id"
+    [ -f "$stamp/id" ] && [ ! -h "$stamp/id" ] || return 0
+    id=$(head -c 128 "$stamp/id" | tr -d '\000' | number)
+    [ -z "$id" ] || { printf '%s\n' "$id" | head -n 1; exit 0; }
 }
 note() {
-    printf '%s\n' "$1" > "$stamp/id.new" && mv "$stamp/id.new" "$stamp/id" || exit 73
+    printf '%s\n' "$1" > "$stamp/id.new" && mv "$stamp/id.new" "$stamp/id" || exit 75
 }
 
 known
@@ -29,12 +35,25 @@ if [ -e "$stamp/tried" ]; then
         exit 75
     }
     known
-    if [ -n "$found" ]; then
-        note "$(printf '%s\n' "$found" | sort -n | head -n 1)"
-        known
-    fi
+    found=$(printf '%s\n' "$found" | number | head -n 1)
+    [ -z "$found" ] || note "$found"
+    known
 fi
-: > "$stamp/tried" || exit 73
-id=$(timeout --foreground "$seconds" "$@") || exit $?
-note "$id" # with several clusters it is `number;cluster`
+[ -e "$stamp/tried" ] || : > "$stamp/tried" || exit 73
+said=$(timeout --foreground "$seconds" "$@") || {
+    code=$?
+    printf '%s\n' "$said"
+    case $code in
+        73 | 75) exit 1 ;;
+    esac
+    exit $code
+}
+id=$(printf '%s\n' "$said" | number)
+case $id in
+    '' | *[!0-9A-Za-z_.\;-]*)
+        printf 'not the number of a job: %s\n' "$said"
+        exit 75
+        ;;
+esac
+note "$id"
 known

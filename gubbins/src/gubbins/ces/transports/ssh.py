@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shlex
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from gubbins.ces.protocol import CESettings
+from gubbins.ces.transports.framing import SHELL, framed, unframed
 from gubbins.ces.transports.shell import MAX_ANSWER_BYTES, Completed
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
@@ -91,14 +92,13 @@ class SSHShell:
     ) -> None:
         self._max_bytes = max_bytes
         self._host = host
-        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
-        self._before = ["env", *variables] if variables else []
+        self._environment = dict(environment or {})
         self._connection: asyncssh.SSHClientConnection | None = None
         self._connecting = asyncio.Lock()
         self._sessions = asyncio.Semaphore(host.max_sessions)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float | None = None) -> Completed:
-        """Run a command by the user's shell there, each argument quoted for a POSIX shell.
+        """Run a command by `/bin/sh` there, whatever the user's shell is and prints.
 
         `timeout` is in seconds, the connection not included; default `command_timeout_seconds`. After it, the
         command is no longer listened to; whether it goes on is the host's affair.
@@ -108,11 +108,14 @@ class SSHShell:
         """
         asyncssh = _asyncssh()
         timeout = self._host.command_timeout_seconds if timeout is None else timeout
+        mark = secrets.token_hex(12)
+        text = framed(argv, stdin, self._environment, mark)
         async with self._sessions:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(timeout):
-                    return await _run(connection, shlex.join([*self._before, *argv]), stdin, self._max_bytes)
+                    answer = await _run(connection, SHELL, text, self._max_bytes)
+                return unframed(answer, mark, host=self._name)
             except TimeoutError as error:
                 raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
