@@ -7,10 +7,11 @@ keeps accounts in MariaDB. Where Slurm is not installed, their tests are skipped
 from __future__ import annotations
 
 import contextlib
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import servers
@@ -20,6 +21,8 @@ from sql_servers import SqlServer
 from examples.demo.slurm import SlurmSite
 
 MIN_JOB_AGE = 5
+
+_Site = TypeVar("_Site", bound=SlurmSite)
 
 
 class AccountingSlurmSite(SlurmSite):
@@ -40,15 +43,28 @@ class AccountingSlurmSite(SlurmSite):
                 "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\nStorageUser=root\n"
                 f"StoragePort={self._database.port}\nStorageLoc=accounts\n"
             )
-            self._run("slurmdbd", "-D")
-            self._wait("slurmdbd", lambda: "root" in self.command("sacctmgr", "-n", "show", "user"))
+            self._start_accounts()
             self.command("sacctmgr", "-i", "add", "cluster", "private")
         super().start_controller()
+
+    @contextlib.contextmanager
+    def without_accounts(self) -> Iterator[None]:
+        """Stop slurmdbd inside this context."""
+        self._end("slurmdbd", signal.SIGKILL)
+        try:
+            yield
+        finally:
+            self._start_accounts()
+
+    def _start_accounts(self) -> None:
+        self._run("slurmdbd", "-D")
+        self._wait("slurmdbd", lambda: "root" in self.command("sacctmgr", "-n", "show", "user"))
 
     def _configuration(self) -> str:
         accounts = (
             "accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
-            f"AccountingStoragePort={self._port}\nAccountingStoragePass={self.directory}/munge.socket"
+            f"AccountingStoragePort={self._port}\nAccountingStoragePass={self.directory}/munge.socket\n"
+            "AccountingStorageEnforce=limits"
         )
         return super()._configuration().replace("accounting_storage/none", accounts)
 
@@ -63,7 +79,7 @@ def slurm_site() -> Iterator[SlurmSite]:
 
 
 @pytest.fixture(scope="session")
-def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[SlurmSite]:
+def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[AccountingSlurmSite]:
     """Slurm with accounts."""
     if (obstacle := SlurmSite.obstacle()) is not None:
         pytest.skip(obstacle)
@@ -73,7 +89,7 @@ def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[SlurmSite]:
         yield from _running(AccountingSlurmSite(directory, mariadb_server, cpus=4, min_job_age=MIN_JOB_AGE))
 
 
-def _running(site: SlurmSite) -> Iterator[SlurmSite]:
+def _running(site: _Site) -> Iterator[_Site]:
     try:
         site.start()
         yield site

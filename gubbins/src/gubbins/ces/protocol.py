@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -11,8 +11,9 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.text import one_line
 
 OUTPUT_LIMIT_BYTES = 1 << 20
 """No more of a pilot's stdout, or stderr, is fetched: its last part."""
@@ -52,6 +53,7 @@ class SubmitOutcome:
 
     reference: str | None = None
     error: str | None = None
+    quota: bool = False  # refused because we have as many there as we may: no failure of the site
 
 
 class Observed(StrEnum):
@@ -99,6 +101,7 @@ def observed_end(code: int | None, *, cancelled: bool, last_line: Callable[[], s
 
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)
+AnswerT = TypeVar("AnswerT")
 
 
 class CEBackend(ABC, Generic[SettingsT]):
@@ -119,9 +122,29 @@ class CEBackend(ABC, Generic[SettingsT]):
     close_seconds: ClassVar[float] = 5
     """Longest time that `close` may take: the response of the compute element waits for it."""
 
+    complaint: str | None = None
+    """What did not work in the calls of this instance, although they were answered: kept as the last error of the
+    compute element, and no failure of it."""
+
     def __init__(self, ce: CEDescription, settings: SettingsT) -> None:
         self.ce = ce
         self.settings = settings
+
+    def complain(self, what: object) -> None:
+        """Add to the complaint."""
+        self.complaint = one_line(f"{self.complaint}; {what}" if self.complaint else what)
+
+    async def side_source(self, answer: Awaitable[AnswerT]) -> AnswerT | None:
+        """The answer of a source beside the main one, for pilots that this one does not know; None: it has failed.
+
+        Then nothing follows for those pilots (NO_NEWS), what the main source says of the others holds, and the
+        failure is a complaint.
+        """
+        try:
+            return await answer
+        except CEUnavailableError as error:
+            self.complain(error)
+            return None
 
     def why_not(self, vo: str) -> str | None:
         """The reason why the settings give this VO no pilots; None: they do.

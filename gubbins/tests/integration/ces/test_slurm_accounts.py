@@ -6,9 +6,9 @@ import uuid
 from pathlib import Path
 
 import pytest
+from sites.slurm import AccountingSlurmSite
 from watching import ENDED, observe, until
 
-from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.event_loops("uvloop")
 
 
 async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(
-    accounting_slurm_site: SlurmSite, tmp_path: Path
+    accounting_slurm_site: AccountingSlurmSite, tmp_path: Path
 ) -> None:
     site = accounting_slurm_site
 
@@ -48,4 +48,15 @@ async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(
         bad.stamp: (Observed.FAILED, "exit code 3"),
         killed.stamp: (Observed.FAILED, "cancelled at the site (CANCELLED)"),
     }
+    running = PilotAtCE(uuid.uuid4().hex, "vo")
+    await make("sleep 600").submit([running])
+    await observe(make(), running, Observed.RUNNING)
+    with site.without_accounts():
+        backend = make()
+        seen = await backend.poll([good, bad, killed, never, running])
+        assert seen.pop(running.stamp).state is Observed.RUNNING
+        assert {each.state for each in seen.values()} == {Observed.NO_NEWS}
+        assert "sacct: " in str(backend.complaint)
+    await observe(make(), good, Observed.DONE)
+    await make().cancel([running])
     assert await make(accounting=False).poll([good, bad, killed, never]) == {}

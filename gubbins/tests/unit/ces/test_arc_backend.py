@@ -205,6 +205,26 @@ async def test_a_second_job_that_cannot_be_killed_is_searched_again() -> None:
     assert arex.killed == ["b"]
 
 
+async def test_a_side_source_that_fails_silences_no_other_pilot() -> None:
+    arex = FakeArex({"a": "RUNNING", "b": "FAILED"})
+
+    def half(request: httpx.Request) -> httpx.Response:
+        action = request.url.params.get("action")
+        return httpx.Response(503) if action is None or action == "info" else arex(request)
+
+    backend = backend_that_hears(half)
+    pilots = [PilotAtCE("sa", "vo", "x/a"), PilotAtCE("sb", "vo", "x/b"), PilotAtCE("lost", "vo")]
+    seen = await backend.poll(pilots)
+    assert {stamp: each.state for stamp, each in seen.items()} == {
+        "sa": Observed.RUNNING,
+        "sb": Observed.FAILED,
+        "lost": Observed.NO_NEWS,
+    }
+    assert "503" in str(backend.complaint)
+    with pytest.raises(CEUnavailableError, match="503"):  # with nothing else to ask about, it is the main source
+        await backend_that_hears(half).poll(pilots[2:])
+
+
 async def test_a_reference_of_somewhere_else_is_no_news() -> None:
     seen = await backend_that_hears(FakeArex()).poll([PilotAtCE("s", "vo", "sim://../../etc ?")])
     assert seen == {"s": Observation(Observed.NO_NEWS)}

@@ -176,8 +176,10 @@ async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silen
     if known:
         assert await backend.poll([PILOT]) == {}
     else:
-        with pytest.raises(CEUnavailableError):
-            await backend.poll([PILOT])
+        assert await backend.poll([PILOT]) == {PILOT.stamp: (Observed.NO_NEWS, None, None)}
+        assert backend.complaint
+        with pytest.raises(CEUnavailableError):  # who does not know whether there is one must not submit a second
+            await backend_with(program, tmp_path, Impatient).submit([PILOT._replace(reference=None)])
 
 
 async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(

@@ -13,6 +13,7 @@ from gubbins.ces.protocol import (
     CEBackend,
     CEDescription,
     Observation,
+    Observed,
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
@@ -22,7 +23,7 @@ from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 
 from .batch import batch_script, sbatch_options
-from .error_parsing import error_line, is_refusal, is_unreachable
+from .error_parsing import error_line, has_ended, is_unreachable, submission_error
 from .jobs import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,
@@ -42,7 +43,7 @@ _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
 _MINUTES_OF_A_DAY = 24 * 60
 _NOT_THERE = 66  # of output.sh
-_TIMED_OUT = 124  # of timeout, in submit.sh
+_NOT_BEGUN, _NOT_KNOWN, _TIMED_OUT = 73, 75, 124  # of submit.sh
 
 
 class SlurmBackend(CEBackend[SlurmSettings]):
@@ -81,7 +82,8 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             raise
         stamps = (pilot.stamp for pilot in pilots)
         answer = dict(zip(stamps, outcomes, strict=True))
-        await self._tidy(("remove", stamp) for stamp, outcome in answer.items() if outcome.error is not None)
+        refused = [("remove", stamp) for stamp, outcome in answer.items() if outcome.error is not None]
+        await self.side_source(self._tidy(refused))
         return answer
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
@@ -89,20 +91,24 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             return {}
         jobs = await self._queue(pilots)
         over = [pilot.stamp for pilot in pilots if not any(job.active for job in jobs.get(pilot.stamp, ()))]
-        records = parse_records(
-            await self._script("look", _lines(over)) if over and self.settings.nodes_see_directory else ""
-        )
+        looked: str | None = ""
+        if over and self.settings.nodes_see_directory:
+            looked = await self.side_source(self._script("look", _lines(over)))
+        records = parse_records(looked or "")
         forgotten = [
             stamp
             for stamp in over
             if stamp not in jobs and not ((record := records.get(stamp)) and record.exit_code)
         ]
-        jobs |= await self._completions(forgotten)
+        completions, all_asked = await self._completions(forgotten)
+        jobs |= completions
+        silent = set() if looked is not None and all_asked else {stamp for stamp in forgotten if stamp not in jobs}
         seen = (
             (pilot.stamp, judge(jobs.get(pilot.stamp, ()), records.get(pilot.stamp), reference=pilot.reference))
             for pilot in pilots
         )
-        return {stamp: observation for stamp, observation in seen if observation is not None}
+        known = {stamp: observation for stamp, observation in seen if observation is not None}
+        return dict.fromkeys(silent, Observation(Observed.NO_NEWS)) | known
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if not pilots:
@@ -117,9 +123,10 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             waiting = iter(numbers)
             while some := list(islice(waiting, _MAX_IDS)):
                 done = await self._run(self._command("scancel", *_of_clusters(cluster), *some))
-                # A job that ended in the meantime is an error as well, but not of ours.
-                if done.returncode != 0 and is_unreachable(done.stderr):
-                    raise CEUnavailableError(f"scancel: {error_line(done.stderr)}")
+                if done.returncode != 0 and is_unreachable(done):
+                    raise CEUnavailableError(f"scancel: {error_line(done)}")
+                if done.stderr.strip() and not has_ended(done):
+                    self.complain(f"scancel: {error_line(done)}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self.settings.nodes_see_directory:
@@ -154,15 +161,17 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         ]
         job = batch_script(self.settings, self.ce.name, pilot)
         done = await self._run([*_script("submit"), *arguments], job, what="sbatch")
-        number = done.stdout.strip()
-        if done.returncode == 0 and is_reference(number):
-            return SubmitOutcome(reference=number)
+        reference = done.stdout.strip()
+        if done.returncode == 0 and is_reference(reference):
+            return SubmitOutcome(reference=reference)
         if done.returncode == _TIMED_OUT:
             raise CEUnavailableError(f"sbatch has not answered within {self.settings.timeout_seconds:g} s")
-        said = error_line(done.stderr)
-        if done.returncode != 0 and is_refusal(done.stderr):
-            return SubmitOutcome(error=f"Slurm: {said}")
-        raise CEUnavailableError(f"sbatch: {said}")
+        if done.returncode == _NOT_BEGUN:
+            return SubmitOutcome(error=f"the directory of {self.ce.name}: {error_line(done)}")
+        refused = submission_error(done) if done.returncode not in (0, _NOT_KNOWN) else None
+        if refused is None:
+            raise CEUnavailableError(f"sbatch: {error_line(done)}")
+        return refused
 
     async def _queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
         """All jobs of this user in these clusters, by name; those in hidden partitions, too."""
@@ -173,27 +182,33 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             done = await self._run(self._command("squeue", *_of_clusters(clusters), *options))
             text = _text_of(done, "squeue")
             if clusters and done.stderr.strip():  # of a cluster that does not answer, it says that it has no jobs
-                raise CEUnavailableError(f"squeue: {error_line(done.stderr)}")
+                raise CEUnavailableError(f"squeue: {error_line(done)}")
             for stamp, jobs in parse_queue(text, clusters=bool(clusters)).items():
                 found[stamp] += jobs
         return found
 
-    async def _completions(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
-        """Jobs that have ended and that Slurm has forgotten, by name, as its log and its accounts know them."""
+    async def _completions(self, stamps: Sequence[str]) -> tuple[dict[str, list[Job]], bool]:
+        """Jobs that have ended and that Slurm has forgotten, by name, as its log and its accounts know them.
+
+        And whether all of these could be asked.
+        """
         if not stamps:
-            return {}
-        found: dict[str, list[Job]] = {}
-        if self.settings.accounting:
-            names = iter(stamps)
-            while some := list(islice(names, _MAX_NAMES)):
-                found |= await self._accounts(some)
-        if (log := self.settings.completion_log) is not None:
-            done = await self._run(["grep", "-a", "-F", "-f", "-", "--", str(log)], _lines(stamps))
-            found |= parse_completions(done.stdout if done.returncode == 1 else _text_of(done, "grep"))
+            return {}, True
+        sources = [self._accounts(stamps[at : at + _MAX_NAMES]) for at in range(0, len(stamps), _MAX_NAMES)]
+        answers = [await self.side_source(source) for source in (*sources, self._completion_log(stamps))]
+        found = {stamp: jobs for answer in answers if answer is not None for stamp, jobs in answer.items()}
         wanted = set(stamps)
-        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}
+        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}, None not in answers
+
+    async def _completion_log(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+        if (log := self.settings.completion_log) is None:
+            return {}
+        done = await self._run(["grep", "-a", "-F", "-f", "-", "--", str(log)], _lines(stamps))
+        return parse_completions(done.stdout if done.returncode == 1 else _text_of(done, "grep"))
 
     async def _accounts(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+        if not self.settings.accounting:
+            return {}
         names = f"--name={','.join(stamps)}"
         since = ("--starttime=now-30days", "--endtime=now")  # else it looks at this day alone
         listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
@@ -245,5 +260,5 @@ def _text_of(done: Completed, what: str) -> str:
         CEUnavailableError: it has not.
     """
     if done.returncode != 0:
-        raise CEUnavailableError(f"{what}: {error_line(done.stderr)} (exit code {done.returncode})")
+        raise CEUnavailableError(f"{what}: {error_line(done)} (exit code {done.returncode})")
     return done.stdout

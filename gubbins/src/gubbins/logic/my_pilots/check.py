@@ -44,7 +44,7 @@ class PollResult:
     """Response of one compute element."""
 
     observations: Mapping[str, Observation]
-    cancel_error: str | None  # of the cancellations; the poll succeeded
+    complaint: str | None  # what did not work beside the poll, which succeeded
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,6 @@ async def _ask(request: PollRequest) -> PollResult:
     ce = request.ce
     described = [request.described(pilot) for pilot in request.pilots]
     seconds = rules_of(ce).timeout_seconds
-    cancel_error = None
     async with backend_of(ce) as backend:
         # A cancellation is repeated until the pilot has ended: the first request may have been lost.
         if to_cancel := [pilot for pilot in described if pilot.cancel_requested]:
@@ -167,10 +166,11 @@ async def _ask(request: PollRequest) -> PollResult:
                 async with asyncio.timeout(seconds):
                     await backend.cancel(to_cancel)
             except Exception as error:
-                cancel_error = f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}"
+                backend.complain(f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}")
         async with asyncio.timeout(seconds):
             answer = await backend.poll(described)
-        return PollResult(check_observations(ce, answer, (pilot.stamp for pilot in described)), cancel_error)
+        checked = check_observations(ce, answer, (pilot.stamp for pilot in described))
+        return PollResult(checked, backend.complaint)
 
 
 async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
@@ -181,7 +181,7 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
     """
     changes = StatusChanges()
     failures: dict[str, str] = {}
-    cancel_errors: dict[str, str | None] = {}
+    complaints: dict[str, str | None] = {}
     ces = {request.ce["name"]: request.ce for request in answered.values()}
     now = clock.now()
     for task, request in answered.items():
@@ -194,7 +194,7 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
             raise error
         else:
             answer = task.result()
-            cancel_errors[name] = answer.cancel_error
+            complaints[name] = answer.complaint
             _evaluate(request, answer.observations, now, changes)
 
     async def write() -> tuple[dict[MyPilotStatus, int], int]:
@@ -205,17 +205,17 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         await db.set_pilots_missing(changes.gone_missing, now)
         await db.set_pilots_missing(changes.found_again, None)
         released = await db.release_pilots(changes.never_submitted)
-        for name in sorted(cancel_errors):
+        for name in sorted(complaints):
             if changes.unseen[name] or (name in changes.alive and ces[name]["missing_in_row"]):
                 await db.count_missing(name, changes.unseen[name], any_seen=name in changes.alive)
-        for name in sorted({*failures, *cancel_errors}):
+        for name in sorted({*failures, *complaints}):
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
                 continue
-            # A response to a poll is a success, although not all pilots may be cancelled there.
+            # A response to a poll is a success, although not all may have worked there.
             await note_success(db, ces[name], CECall.STATUS)
-            if (cancel_error := cancel_errors[name]) is not None:
-                await db.record_ce_error(name, cancel_error)
+            if (complaint := complaints[name]) is not None:
+                await db.record_ce_error(name, complaint)
         return entered, released
 
     entered, released = await db.run(write)
