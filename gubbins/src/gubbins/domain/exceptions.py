@@ -92,11 +92,26 @@ class SubmissionLimitError(PilotSubmissionError):
         self.retry_after_seconds = retry_after_seconds
 
 
-class CERefusedError(PilotSubmissionError):
-    """The compute element itself refused the pilot or could not be reached."""
+class CEQuotaError(PilotSubmissionError):
+    """The site takes no more of our pilots now.
 
-    def __init__(self, name: str, reason: str, *, public: str | None = None) -> None:
-        refused = f"compute element {name!r} refused the pilot: "
+    Args:
+        name: the compute element.
+        quota: how many it has.
+        said: the site's words: for administrators.
+    """
+
+    def __init__(self, name: str, quota: int, said: str) -> None:
+        full = f"no room at compute element {name!r}: quota of the site: {quota}"
+        super().__init__(f"{full} ({said})", full)
+
+
+class CERefusedError(PilotSubmissionError):
+    """The compute element itself refused the pilot, or has not answered (`answered` is false)."""
+
+    def __init__(self, name: str, reason: str, *, public: str | None = None, answered: bool = True) -> None:
+        what = "refused the pilot" if answered else "has not said whether it has the pilot"
+        refused = f"compute element {name!r} {what}: "
         super().__init__(refused + reason, refused + (reason if public is None else public))
 
 

@@ -66,8 +66,8 @@ class CERules(BaseModel):
     )
     max_missing: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
         default=5,
-        description="Submissions stop when so many confirmed pilots in a row have gone missing, none ever seen; or "
-        "so many are missing that they are more than `max_missing_share` of those that are active.",
+        description="Submissions stop when so many confirmed pilots in a row have gone missing, none ever seen; "
+        "or when so many are missing, and more than `max_missing_share` of those that are active.",
     )
     max_missing_share: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="As above; 0.0-1.0.")
     breaker_failures: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(

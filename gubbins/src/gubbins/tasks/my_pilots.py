@@ -28,7 +28,13 @@ from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
 
-from gubbins.domain.exceptions import CEDisabledError, CEPausedError, NoRoomError, SubmissionLimitError
+from gubbins.domain.exceptions import (
+    CEDisabledError,
+    CEPausedError,
+    CEQuotaError,
+    NoRoomError,
+    SubmissionLimitError,
+)
 from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
@@ -87,7 +93,7 @@ class MyPilotTask(BaseTask):
             stamp = hashlib.blake2b(message.task_id.encode(), digest_size=16).hexdigest()
             submit = logic.submit_requested_pilot if LABEL_REQUESTED in message.labels else logic.submit_pilot
             return await submit(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
-        except (NoRoomError, SubmissionLimitError, CEDisabledError, CEPausedError) as error:
+        except (NoRoomError, SubmissionLimitError, CEDisabledError, CEPausedError, CEQuotaError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
 

@@ -148,6 +148,7 @@ class CEConformance:
             before = watch.seen
             await watch.cancel()
             assert await watch.poll() == before
+        assert not any(backend.complaint for backend in watch._used)
         async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
@@ -201,6 +202,54 @@ class CESiteConformance(CEConformance):
     def starts(self, stamp: str) -> int | None:
         """Override: how often that pilot was started, as it has noted itself; None: that cannot be known."""
         return None
+
+    @pytest.fixture
+    def half_down(self) -> AbstractContextManager[object] | None:
+        """Override: inside this context a side source of the site fails (accounts, a log, a directory).
+
+        None: it has none.
+        """
+        return None
+
+    async def test_a_side_source_that_fails_silences_no_pilot_that_the_main_one_knows(
+        self, make: MakeBackend, half_down: AbstractContextManager[object] | None
+    ) -> None:
+        if half_down is None:
+            return
+        async with _Watch(self, make, Scenario.LONG) as running, _Watch(self, make, Scenario.QUICK) as ended:
+            await running.submit()
+            await ended.submit()
+            await running.until(Observed.RUNNING)
+            await ended.until(Observed.DONE)
+            with half_down:
+                backend = running.backend()
+                seen = await backend.poll([*running.pilots, *ended.pilots])
+            assert seen[running.pilots[0].stamp].state is Observed.RUNNING
+            # Unknown it is not: that would be the beginning of its loss.
+            assert seen[ended.pilots[0].stamp].state in (Observed.DONE, Observed.NO_NEWS)
+            assert backend.complaint
+
+    @pytest.fixture
+    def full(self) -> AbstractContextManager[object] | None:
+        """Override: inside this context the site takes no second pilot of ours; None: it cannot be made to."""
+        return None
+
+    async def test_a_site_that_takes_no_more_of_our_pilots_shows_its_quota_and_has_not_failed(
+        self, make: MakeBackend, full: AbstractContextManager[object] | None
+    ) -> None:
+        if full is None:
+            return
+        async with _Watch(self, make, Scenario.LONG) as watch, _Watch(self, make, Scenario.LONG) as refused:
+            await watch.submit()
+            await watch.until(Observed.RUNNING)
+            with full:
+                outcomes = await refused.backend().submit(refused.pilots)
+            (outcome,) = outcomes.values()
+            assert outcome.quota, outcome
+            assert outcome.error
+            assert outcome.reference is None
+            assert await refused.poll() == {}
+            await refused.submit()
 
     async def test_a_stamp_that_the_site_has_never_had_is_missing_from_the_answer(self, make: MakeBackend) -> None:
         async with _Watch(self, make, Scenario.LONG) as watch:

@@ -30,7 +30,7 @@ class _Promises(AllPromises):
     call_seconds = 60
 
     def __init__(self, site: HTCondorSite, witness: Path) -> None:
-        super().__init__(witness, down=site.down, hanging=self._frozen)
+        super().__init__(witness, down=site.down, hanging=self._frozen, full=self._full)
         self._site = site
         self._timeout_seconds = 30
         # Inside, the site's directory has another name.
@@ -39,6 +39,9 @@ class _Promises(AllPromises):
     def make_backend(self, scenario: Scenario) -> HTCondorBackend:
         script = self._scripts[scenario]
         return make_backend(self._site, default_script=script, timeout_seconds=self._timeout_seconds, keep="none")
+
+    def _full(self) -> contextlib.AbstractContextManager[object]:
+        return self._site.configured("MAX_JOBS_PER_OWNER = 1\n")
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -143,6 +146,29 @@ async def test_a_submission_that_is_killed_before_its_files_are_sent_is_found_an
     assert (await backend.submit([pilot]))[pilot.stamp].reference == seen.reference
 
 
+async def test_a_pilot_that_is_removed_runs_until_its_node_has_ended_it(htcondor_site: HTCondorSite) -> None:
+    backend = make_backend(htcondor_site, default_script="sleep 600")
+    (pilot,) = await submit(backend, "vo")
+    await until_seen(backend, pilot, Observation(Observed.RUNNING))
+    with htcondor_site.frozen_jobs():
+        await backend.cancel([pilot])
+        await until(lambda: htcondor_site.run("condor_q", str(pilot.reference), "-af", "JobStatus").strip() == "3")
+        assert (await backend.poll([pilot]))[pilot.stamp] == Observation(Observed.RUNNING)
+    assert (await until_ended(backend, [pilot]))[0].state is Observed.FAILED
+
+
+async def test_a_schedd_that_takes_no_more_jobs_of_anybody_is_a_quota(htcondor_site: HTCondorSite) -> None:
+    pilot = new_pilot("vo")
+    with htcondor_site.configured("MAX_JOBS_SUBMITTED = 0\n"):
+        outcome = (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp]
+    assert outcome.quota, outcome
+    assert "MAX_JOBS_SUBMITTED" in str(outcome.error)
+    deadline = time.monotonic() + 120
+    while (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp].reference is None:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+
+
 async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTCondorSite) -> None:
     backend = make_backend(htcondor_site, default_script="sleep 600")
     pilot = new_pilot("vo")._replace(maybe_submitted=False)
@@ -202,8 +228,8 @@ async def test_jobs_of_others_are_none_of_our_pilots(htcondor_site: HTCondorSite
     (pilot,) = await submit(stranger, "vo")
     ours = make_backend(htcondor_site)
     assert await ours.poll([pilot]) == {}
-    with pytest.raises(CEUnavailableError, match="another's"):
-        await ours.cancel([pilot])
+    await ours.cancel([pilot])
+    assert "does not let us remove 1 of the jobs" in str(ours.complaint)
     await stranger.cancel([pilot])
 
 

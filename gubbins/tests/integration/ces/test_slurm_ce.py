@@ -63,6 +63,23 @@ class TestSlurm(CERemoteConformance):
     def hanging(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
         return self.impatiently(slurm_site.frozen())
 
+    @pytest.fixture
+    def half_down(self, tmp_path: Path) -> AbstractContextManager[object]:
+        """The directories of the pilots are away."""
+
+        @contextmanager
+        def away() -> Iterator[None]:
+            there = tmp_path / "pilots"
+            there.rename(tmp_path / "away")
+            there.touch()
+            try:
+                yield
+            finally:
+                there.unlink()
+                (tmp_path / "away").rename(there)
+
+        return away()
+
     @contextmanager
     def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         self.timeout_seconds = 1.0
@@ -75,15 +92,15 @@ class TestSlurm(CERemoteConformance):
 
 
 class TestSlurmThroughSSH(TestSlurm):
-    """The same promises when the commands are on another host."""
+    """The same promises when the commands are on another host, where tcsh prints at each log-in."""
 
     @pytest.fixture
-    def ssh(self, sshd: Sshd) -> SSHHost | None:
-        return SSHHost(**sshd.settings)
+    def ssh(self, csh_sshd: Sshd) -> SSHHost | None:
+        return SSHHost(**csh_sshd.settings)
 
     @pytest.fixture
-    def down(self, sshd: Sshd) -> AbstractContextManager[object]:
-        return sshd.down()
+    def down(self, csh_sshd: Sshd) -> AbstractContextManager[object]:
+        return csh_sshd.down()
 
 
 class PlainAccount(LocalShell):
@@ -149,6 +166,19 @@ class TestClusters(CESiteConformance):
 
     def starts(self, stamp: str) -> int:
         return len((self.witness / stamp).read_text().splitlines())
+
+    @pytest.fixture
+    def full(self, accounting_slurm_site: SlurmSite) -> AbstractContextManager[object]:
+        @contextmanager
+        def limited() -> Iterator[None]:
+            limit = ("sacctmgr", "-i", "modify", "user", "root", "set")
+            accounting_slurm_site.command(*limit, "maxsubmitjobs=1")
+            try:
+                yield
+            finally:
+                accounting_slurm_site.command(*limit, "maxsubmitjobs=-1")
+
+        return limited()
 
     async def test_a_cluster_that_only_the_answer_of_sbatch_names_is_asked_for_by_it(
         self, accounting_slurm_site: SlurmSite, tmp_path: Path

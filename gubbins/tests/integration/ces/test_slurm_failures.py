@@ -71,6 +71,9 @@ async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_ke
     assert answer[seen.stamp].state is Observed.DONE
     assert answer[bad.stamp][:2] == (Observed.FAILED, "exit code 3: no luck")
     log = slurm_site.completion_log
+    rotated = make(completion_log=log.with_suffix(".1"), **blind)
+    assert await rotated.poll([unseen]) == {unseen.stamp: (Observed.NO_NEWS, None, None)}
+    assert "grep: " in str(rotated.complaint)
     answer = await make(completion_log=log, **blind).poll([seen, bad, unseen, pilot("never")])
     assert {stamp: observation[:2] for stamp, observation in answer.items()} == {
         seen.stamp: (Observed.DONE, None),
@@ -149,11 +152,74 @@ async def test_of_two_jobs_of_one_stamp_only_the_first_becomes_a_pilot(
     assert (tmp_path / "starts").read_text() == "started\n"
 
 
+@pytest.fixture
+def sbatch(tmp_path: Path) -> Callable[[str], Path]:
+    """Puts a wrapper in place of sbatch: the directory of commands."""
+
+    def wrap(script: str) -> Path:
+        commands = tmp_path / "wrapped"
+        commands.mkdir(exist_ok=True)
+        for name in ("squeue", "scancel"):
+            if not (commands / name).exists():
+                (commands / name).symlink_to(shutil.which(name) or "")
+        (commands / "sbatch").write_text(f"#!/bin/sh\n{script.replace('SBATCH', shutil.which('sbatch') or '')}\n")
+        (commands / "sbatch").chmod(0o755)
+        return commands
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        'echo "Welcome, 55 jobs"; SBATCH "$@"; echo "quota: 12 %"',
+        'SBATCH "$@" | sed "s/^/Submitted batch job /"; echo',
+        'SBATCH "$@"; echo "sbatch: lua: project charged" >&2',
+    ],
+)
+async def test_text_around_the_number_of_a_job_is_none_of_it(
+    make: Make, slurm_site: SlurmSite, sbatch: Callable[[str], Path], script: str
+) -> None:
+    backend, talked = make(commands=sbatch(script), default_script="sleep 300"), pilot("talked")
+    reference = (await backend.submit([talked]))[talked.stamp].reference
+    assert slurm_site.command("squeue", "-h", "-n", talked.stamp, "-o", "%i").split() == [reference]
+    assert (await backend.submit([talked]))[talked.stamp].reference == reference
+    await backend.cancel([talked])
+
+
+@pytest.mark.parametrize("script", ['SBATCH "$@"; echo 7', 'echo Job; SBATCH "$@" | sed "s/^/Number /"'])
+async def test_an_answer_without_one_number_is_quoted_and_the_queue_knows_the_job(
+    make: Make, slurm_site: SlurmSite, sbatch: Callable[[str], Path], script: str
+) -> None:
+    backend, talked = make(commands=sbatch(script), default_script="sleep 300"), pilot("talked")
+    with pytest.raises(CEUnavailableError, match=r"sbatch: not the number of a job: .*(7|Number \d)"):
+        await backend.submit([talked])
+    (number,) = slurm_site.command("squeue", "-h", "-n", talked.stamp, "-o", "%i").split()
+    assert (await backend.submit([talked]))[talked.stamp].reference == number
+    await backend.cancel([talked])
+
+
+async def test_rubbish_that_was_kept_as_the_number_of_a_job_is_healed_by_the_next_submission(
+    make: Make, slurm_site: SlurmSite, tmp_path: Path
+) -> None:
+    backend, healed = make(default_script="sleep 300"), pilot("healed")
+    number = (await backend.submit([healed]))[healed.stamp].reference
+    (tmp_path / "pilots" / healed.stamp / "id").write_text("Welcome\nNo jobs, 3 nodes\n")
+    assert (await backend.submit([healed]))[healed.stamp].reference == number
+    await backend.cancel([healed])
+
+
+async def test_what_sbatch_says_on_stdout_alone_is_quoted(make: Make, sbatch: Callable[[str], Path]) -> None:
+    with pytest.raises(CEUnavailableError, match="sbatch: no budget is left"):
+        await make(commands=sbatch("echo no budget is left; exit 1")).submit([pilot("x")])
+
+
 async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
     nowhere, greedy = pilot("nowhere"), pilot("greedy")
     outcomes = await make(partition="nowhere").submit([nowhere])
     assert outcomes[nowhere.stamp] == (await make(partition="nowhere").submit([nowhere]))[nowhere.stamp]
-    assert outcomes[nowhere.stamp].error == "Slurm: Invalid partition name specified"
+    assert str(outcomes[nowhere.stamp].error).startswith("Slurm: ")
+    assert "Invalid partition name specified" in str(outcomes[nowhere.stamp].error)
     outcome = (await make(extra_options=["--frobnicate"]).submit([greedy]))[greedy.stamp]
     assert outcome.reference is None
     assert outcome.error
@@ -213,8 +279,10 @@ async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Pa
     with pytest.raises(CEUnavailableError, match="squeue cannot be started: No such file"):
         await make(commands=tmp_path, slurm_conf=None).poll([pilot("x")])
     (tmp_path / "file").touch()
-    with pytest.raises(CEUnavailableError, match="File exists"):
-        await make(directory=tmp_path / "file").submit([pilot("x")])
+    refused = pilot("x")
+    # Nothing has been submitted: that is known at once.
+    outcome = (await make(directory=tmp_path / "file").submit([refused]))[refused.stamp]
+    assert "File exists" in str(outcome.error)
 
 
 @pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])

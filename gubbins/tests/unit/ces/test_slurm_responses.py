@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
-from gubbins.ces.slurm.error_parsing import error_line, is_refusal, is_unreachable
+from gubbins.ces.slurm.error_parsing import error_line, is_unreachable, submission_error
 from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
+from gubbins.ces.transports.shell import Completed
 
 DOCS = Path(__file__).parents[4] / "docs"
 DOWN = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n"
@@ -140,18 +141,79 @@ def test_a_queue_is_read_by_name() -> None:
     }
 
 
-def test_a_controller_that_cannot_be_asked_has_refused_nothing() -> None:
-    assert is_unreachable(DOWN)
-    assert not is_refusal(DOWN)
-    assert is_refusal(REFUSED)
-    assert not is_unreachable(REFUSED)
-    assert error_line(REFUSED) == "Requested node configuration is not available"
-    assert is_refusal("sbatch: unrecognized option '--frob'\nTry \"sbatch --help\" for more information\n")
-    assert not is_refusal("sbatch: fatal: Could not establish a configuration source\n")
-    assert not is_refusal("/bin/sh: 1: sbatch: not found\n")
-    assert not is_refusal("")
-    assert is_unreachable("slurm_load_jobs error: Socket timed out on send/recv operation\n")
-    assert error_line("") == "no message"
+def said(stderr: str, stdout: str = "") -> Completed:
+    return Completed(1, stdout, stderr)
+
+
+FAILED = "sbatch: error: Batch job submission failed: "
+QUOTA = FAILED + "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)\n"
+
+
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        DOWN,
+        "sbatch: fatal: Could not establish a configuration source\n",
+        "/bin/sh: 1: sbatch: not found\n",
+        "",
+        FAILED + 'Socket timed out on send/recv operation\nTry "sbatch --help" for more information\n',
+        "sbatch: error: invalid thing said before\n" + FAILED + "Socket timed out on send/recv operation\n",
+        FAILED + "Message receive failure\n",
+        FAILED + "Unexpected message received\n",
+        FAILED + "Zero Bytes were transmitted or received\n",
+        FAILED + "Unable to contact slurm controller (receive failure)\n",
+        FAILED + "Invalid authentication credential\n",
+        FAILED + "Resource temporarily unavailable\n",
+        FAILED + "Slurm backup controller in standby mode\n",
+        FAILED + "An error of tomorrow\n",
+    ],
+)
+def test_an_error_that_is_no_known_refusal_leaves_open_what_became_of_the_job(stderr: str) -> None:
+    assert submission_error(said(stderr)) is None
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        (REFUSED, "Memory specification can not be satisfied; Requested node configuration is not available"),
+        (
+            "sbatch: unrecognized option '--frob'\nTry \"sbatch --help\" for more information\n",
+            "unrecognized option '--frob'",
+        ),
+        (FAILED + "Invalid account or account/partition combination specified\n", "Invalid account"),
+        (FAILED + "User's group not permitted to use this partition\n", "User's group not permitted"),
+        (FAILED + "Access/permission denied\n", "Access/permission denied"),
+        (FAILED + "Requested time limit is invalid (missing or exceeds some limit)\n", "Requested time limit"),
+        ("sbatch: error: no project\n" + FAILED + "Unspecified error\n", "no project; Unspecified error"),
+        ("sbatch: error: cli_filter plugin terminated with error\n", "cli_filter plugin"),
+        (FAILED + "Invalid qos specification\nand a line below it\n", "Invalid qos specification"),
+        (QUOTA, "Job violates accounting/QOS policy"),
+    ],
+)
+def test_a_definite_refusal_is_one_at_once_and_keeps_all_that_was_said(stderr: str, message: str) -> None:
+    outcome = submission_error(said(stderr))
+    assert outcome is not None
+    assert str(outcome.error).startswith(f"Slurm: {message}")
+    assert not outcome.quota
+
+
+@pytest.mark.parametrize(
+    "limit", ["AssocMaxSubmitJobLimit", "QOSMaxSubmitJobPerUserLimit", "AssocGrpSubmitJobsLimit"]
+)
+def test_a_limit_on_submitted_jobs_is_a_quota(limit: str) -> None:
+    outcome = submission_error(said(f"sbatch: error: {limit}\n{QUOTA}"))
+    assert outcome is not None
+    assert outcome.quota
+    assert str(outcome.error).startswith(f"Slurm: {limit}; Job violates")
+
+
+def test_what_a_command_says_is_quoted_from_wherever_it_says_it() -> None:
+    assert error_line(said("")) == "no message"
+    assert error_line(said("", "no budget left\n")) == "no budget left"
+    assert error_line(said("Welcome\nsqueue: error: Invalid user\n")) == "Invalid user"
+    assert is_unreachable(said(DOWN))
+    assert is_unreachable(said("slurm_load_jobs error: Socket timed out on send/recv operation\n"))
+    assert not is_unreachable(said(REFUSED))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gubbins.domain.exceptions import OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import STDERR, STDOUT, describe
-from .rest import ArcRest, NotAcceptedError
+from .rest import WORDS, ArcRest, NotAcceptedError
 from .settings import ArcSettings
 
 # A state that is not here (OTHER, or one of a newer CE) says nothing.
@@ -84,12 +84,18 @@ class ArcBackend(CEBackend[ArcSettings]):
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         if not pilots:
             return {}
-        ids = await self._ids_of(pilots)
+        ids = await self._ids_of([pilot for pilot in pilots if pilot.reference])
         states = await self._rest.status(list(ids.values()))
-        told = await self._rest.info(
-            [job for job, state in states.items() if _STATES.get(state) is Observed.FAILED]
-        )
-        seen = {}
+        lost = [pilot for pilot in pilots if not pilot.reference]
+        found = self._ids_of(lost, set(ids.values()))
+        # Where there is nothing else to ask about, the list of jobs is the main source.
+        of_lost = await self.side_source(found) if ids else await found
+        seen = {pilot.stamp: Observation(Observed.NO_NEWS) for pilot in lost if of_lost is None}
+        if of_lost:
+            states |= await self._rest.status(list(of_lost.values()))
+            ids |= of_lost
+        failed = [job for job, state in states.items() if _STATES.get(state) is Observed.FAILED]
+        told = await self.side_source(self._rest.info(failed)) or {}
         for pilot in pilots:
             job = ids.get(pilot.stamp)
             if job is None:
@@ -104,7 +110,9 @@ class ArcBackend(CEBackend[ArcSettings]):
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if pilots and (ids := await self._ids_of(pilots)):
-            await self._rest.kill(list(ids.values()))
+            refused = await self._rest.kill(list(ids.values()))
+            if refused:
+                self.complain(f"cannot cancel {len(refused)} pilots: {self.ce.name} answers {refused[0]}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         job = (await self._ids_of([pilot])).get(pilot.stamp)
@@ -138,16 +146,16 @@ class ArcBackend(CEBackend[ArcSettings]):
         try:
             answers = await self._rest.submit(list(described.values()))
         except (NotAcceptedError, CredentialsError) as error:
-            return outcomes | dict.fromkeys(described, SubmitOutcome(error=one_line(error)))
+            return outcomes | dict.fromkeys(described, _refusal(str(error)))
         for stamp, answer in zip(described, answers, strict=True):
             job = str(answer.job.get("id"))
             if answer.code < 300 and _ID.match(job):
                 outcomes[stamp] = SubmitOutcome(self._reference(job))
             else:
-                outcomes[stamp] = SubmitOutcome(error=one_line(f"{answer.code} {answer.reason}"))
+                outcomes[stamp] = _refusal(f"{answer.code} {answer.reason}")
         return outcomes
 
-    async def _ids_of(self, pilots: Iterable[PilotAtCE]) -> dict[str, str]:
+    async def _ids_of(self, pilots: Iterable[PilotAtCE], others: Collection[str] = ()) -> dict[str, str]:
         """The ids of jobs by stamp; pilots without a reference are looked for by their stamp."""
         known = {}
         lost = []
@@ -156,7 +164,7 @@ class ArcBackend(CEBackend[ArcSettings]):
                 lost.append(pilot.stamp)
             elif _ID.match(job := pilot.reference.rpartition("/")[2]):
                 known[pilot.stamp] = job
-        await self._find(lost, set(known.values()))
+        await self._find(lost, {*others, *known.values()})
         return known | {stamp: self._ids[stamp] for stamp in lost if stamp in self._ids}
 
     async def _find(self, stamps: Sequence[str], others: Collection[str] = ()) -> None:
@@ -191,6 +199,10 @@ class ArcBackend(CEBackend[ArcSettings]):
 
     def _reference(self, job: str) -> str:
         return f"{self.settings.url}/rest/1.0/jobs/{job}"
+
+
+def _refusal(said: str) -> SubmitOutcome:
+    return WORDS.outcome(said) or SubmitOutcome(error=one_line(said))
 
 
 def _why(pilot: PilotAtCE, state: str, told: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import httpx
 
+from gubbins.ces.judging import SiteWords
 from gubbins.ces.transports.tokens import CredentialsError
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
@@ -17,6 +18,9 @@ from gubbins.domain.text import one_line
 from .credentials import Identity, fingerprint, read_identity
 from .settings import ArcSettings
 from .xrsl import join, name_in
+
+WORDS = SiteWords(quota=r"\bno more jobs allowed\b", refusal=r"(?!)")
+"""What A-REX says of submissions; any other inner answer of an error is a refusal by its number."""
 
 _API = "/rest/1.0"
 _SUBMIT_AT_ONCE = 100
@@ -90,9 +94,13 @@ class ArcRest:
                 found[job] = activity
         return found
 
-    async def kill(self, ids: Sequence[str]) -> None:
-        """Ask for the end of jobs. Those that have ended, or are unknown, stay as they are."""
-        await self._about("kill", ids, _ASK_AT_ONCE)
+    async def kill(self, ids: Sequence[str]) -> list[str]:
+        """Ask for the end of jobs, and return what the CE says of those that it does not kill.
+
+        Those that are unknown stay as they are.
+        """
+        answers = await self._about("kill", ids, _ASK_AT_ONCE)
+        return [f"{code} {reason}" for code, reason, _ in answers.values() if code >= 400 and code != 404]
 
     async def clean(self, ids: Sequence[str]) -> None:
         """Have jobs that have ended removed, with their session directories."""
@@ -229,7 +237,7 @@ def _accept(response: httpx.Response) -> None:
     if advice := _ADVICE.get(code):
         words = f"{words} ({advice})"
     message = one_line(f"{response.url.host} answers {words}")
-    if 400 <= code < 500 and code not in (408, 425, 429):
+    if (400 <= code < 500 and code not in (408, 425, 429)) or WORDS.outcome(message) is not None:
         raise NotAcceptedError(message)
     raise CEUnavailableError(message)
 

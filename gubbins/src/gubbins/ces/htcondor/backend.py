@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from weakref import WeakValueDictionary
 
+from gubbins.ces.judging import SiteWords
 from gubbins.ces.protocol import (
     OUTPUT_LIMIT_BYTES,
     CEBackend,
     CEDescription,
     Observation,
+    Observed,
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
@@ -24,6 +26,8 @@ from .description import submission
 from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own
 from .process import Bindings, BindingsRefusal
 from .settings import HTCondorSettings
+
+WORDS = SiteWords(quota=r"\bMAX_JOBS_(PER_OWNER|SUBMITTED)\b", refusal=r"(?!)")
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,9 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             return outcomes
         key = (id(asyncio.get_running_loop()), f"{self.settings.collector} {self._name}")
         async with _submitting.setdefault(key, asyncio.Lock()):
-            found = await self._find([pilot for pilot in new.values() if pilot.maybe_submitted])
+            found, silent = await self._find([pilot for pilot in new.values() if pilot.maybe_submitted])
+            if silent:
+                raise CEUnavailableError(str(self.complaint))
             for stamp, job in found.items():
                 outcomes[stamp] = SubmitOutcome(job.reference)
                 del new[stamp]
@@ -61,12 +67,13 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         return outcomes
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        found = await self._find(pilots)
-        return {pilot.stamp: judge(pilot, found[pilot.stamp]) for pilot in pilots if pilot.stamp in found}
+        found, silent = await self._find(pilots)
+        seen = {pilot.stamp: judge(pilot, found[pilot.stamp]) for pilot in pilots if pilot.stamp in found}
+        return seen | dict.fromkeys(silent, Observation(Observed.NO_NEWS))
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if pilots:
-            self._check_allowed(await self._bindings.call("remove", stamps=[pilot.stamp for pilot in pilots]))
+            self._note_denied(await self._bindings.call("remove", stamps=[pilot.stamp for pilot in pilots]))
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         job = pilots_own(pilot, (await self._queue()).get(pilot.stamp, ()))
@@ -105,21 +112,23 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             case {"reference": str(reference)} if reference:
                 return SubmitOutcome(reference)
             case {"error": str(error)}:
-                return SubmitOutcome(error=one_line(error) or "no reason given")
+                return WORDS.outcome(error) or SubmitOutcome(error=one_line(error) or "no reason given")
         raise CEUnavailableError(f"{self.ce.name} did not respond about the pilot {stamp}")
 
-    async def _find(self, pilots: Sequence[PilotAtCE]) -> dict[str, Job]:
+    async def _find(self, pilots: Sequence[PilotAtCE]) -> tuple[dict[str, Job], Collection[str]]:
         """The jobs of these pilots, from the queue, or of those that have left it from the history.
+
+        And the stamps of those of which nothing is known, because the history does not answer.
 
         An unconfirmed submission may have left two jobs of one stamp. The one that the database knows,
         or else the first, is the pilot; the other is removed.
         """
         if not pilots:
-            return {}
+            return {}, ()
         jobs = await self._queue()
         gone = {pilot.stamp: pilot.reference for pilot in pilots if pilot.stamp not in jobs}
-        if gone:
-            jobs |= await self._history(gone)
+        told = await self.side_source(self._history(gone)) if gone else {}
+        jobs |= told or {}
         found = {}
         for pilot in pilots:
             own = pilots_own(pilot, jobs.get(pilot.stamp, ()))
@@ -130,13 +139,13 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         await self._remove(
             ABANDONED, [job for job in found.values() if job.abandoned(60 * self.settings.spool_minutes)]
         )
-        return found
+        return found, gone if told is None else ()
 
     async def _remove(self, reason: str, jobs: Sequence[Job]) -> None:
         if jobs:
             numbers = [job.reference for job in jobs]
             logger.warning("%s: removing %s: %s", self.ce.name, ", ".join(numbers), reason)
-            self._check_allowed(await self._bindings.call("remove_jobs", jobs=numbers, reason=reason))
+            self._note_denied(await self._bindings.call("remove_jobs", jobs=numbers, reason=reason))
 
     async def _queue(self) -> dict[str, list[Job]]:
         return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
@@ -159,8 +168,6 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         }
         return {stamp: jobs for stamp, jobs in known.items() if jobs}
 
-    def _check_allowed(self, denied: object) -> None:
+    def _note_denied(self, denied: object) -> None:
         if denied:
-            raise CEUnavailableError(
-                f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's"
-            )
+            self.complain(f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's")

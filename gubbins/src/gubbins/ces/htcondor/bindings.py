@@ -23,12 +23,16 @@ import htcondor2
 _AT_ONCE = 500  # stamps in one expression
 # HTCondor's numbers for refusing one more job.
 _LIMITS = {
+    "-2": "it has as many jobs as it takes of all users (MAX_JOBS_SUBMITTED)",
     "-3": "we have as many jobs there as we may (MAX_JOBS_PER_OWNER)",
     "-4": "there are more jobs in one submission than it takes (MAX_JOBS_PER_SUBMISSION)",
 }
 _LIMIT = re.compile(r"expected next ProcId to be (\d+), but Schedd says (-\d+)")
 # What is said before anything is in the queue; for the last, the whole submission was undone.
-_REFUSALS = re.compile(r"^(Failed to create job ad, errmsg=|Unable to commit transaction, SCHEDD:\d+:)")
+_REFUSALS = re.compile(
+    r"^((?=Failed to create new cluster)|Failed to create job ad, errmsg="
+    r"|Unable to commit transaction, SCHEDD:\d+:)"
+)
 _MAX_FILE_BYTES = 64 << 20
 
 

@@ -13,7 +13,7 @@ from gubbins.domain.text import one_line
 ATTRIBUTES = (
     "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",
     "HoldReason", "HoldReasonCode", "LastHoldReason", "LastHoldReasonCode", "RemoveReason",
-    "EnteredCurrentStatus", "ServerTime",
+    "EnteredCurrentStatus", "ServerTime", "RemoteHost",
 )  # fmt: skip
 """What is asked of each job, in the order of the answer."""
 
@@ -39,6 +39,7 @@ class Job(NamedTuple):
     last_hold_code: int | None
     remove_reason: str | None
     seconds: int | None  # since it is in this state
+    remote_host: str | None  # where it runs, also while its removal is under way
 
     @property
     def reference(self) -> str:
@@ -47,8 +48,8 @@ class Job(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        """Whether the job has ended."""
-        return self.status in (_REMOVED, _COMPLETED)
+        """Whether the job has ended; one that was removed may still run."""
+        return self.status == _COMPLETED or (self.status == _REMOVED and self.remote_host is None)
 
     def abandoned(self, spool_seconds: float) -> bool:
         """Whether the files of the job were never spooled because their sender died; it would wait for ever."""
@@ -87,6 +88,7 @@ def parse_jobs(rows: object) -> dict[str, list[Job]]:
                 last_hold_code=numbers["LastHoldReasonCode"],
                 remove_reason=texts["RemoveReason"],
                 seconds=None if since is None or now is None else now - since,
+                remote_host=texts["RemoteHost"],
             )
         )
     return {stamp: sorted(each, key=lambda job: (job.cluster, job.proc)) for stamp, each in jobs.items()}
@@ -111,6 +113,8 @@ def _judge(pilot: PilotAtCE, job: Job) -> tuple[Observed, str | None]:
         case 1:
             seen = Observed.WAITING, None
         case 2 | 6 | 7:  # 6: it has ended, and sends its output
+            seen = Observed.RUNNING, None
+        case 3 if not job.ended:
             seen = Observed.RUNNING, None
         case 3:
             seen = Observed.FAILED, "cancelled" if pilot.cancel_requested else _why_removed(job)

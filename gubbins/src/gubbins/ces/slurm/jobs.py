@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
     number: str
     state: str
-    exit_code: str
+    exit_code: str  # `code`, or `code:signal`
     reason: str
     cluster: str = ""  # empty: that of the commands
 
@@ -132,7 +132,7 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
             and is_job_number(code)
             and signal
         ):
-            jobs[name].append(Job(number, state, code, ""))
+            jobs[name].append(Job(number, state, ended.strip(), ""))
     return jobs
 
 
@@ -146,7 +146,7 @@ def parse_accounts(text: str) -> dict[str, list[Job]]:
         fields = [field.strip() for field in line.split("|")]
         if len(fields) == 4 and is_job_number(fields[0]):
             number, state, code, name = fields
-            job = Job(number, state.partition(" ")[0], code.partition(":")[0], "")  # CANCELLED by 1000
+            job = Job(number, state.partition(" ")[0], code, "")  # CANCELLED by 1000
             if job.ended:
                 jobs[name].append(job)
     return jobs
@@ -195,8 +195,11 @@ def _of_ended(job: Job, record: Record) -> Observation:
         return Observation(Observed.DONE)
     if job.state == "CANCELLED" and record.cancelled:
         return Observation(Observed.FAILED, "cancelled")
-    if job.state == "FAILED" and (code := record.exit_code or job.exit_code) not in {"", "0"}:
+    code, _, signal = (record.exit_code or job.exit_code).partition(":")
+    if job.state == "FAILED" and code not in {"", "0"}:
         return _failed(f"exit code {code}", job.reason, record.last_line)
+    if job.state == "FAILED" and signal not in {"", "0"}:
+        return _failed(f"ended by signal {signal}", job.reason, record.last_line)
     return _failed(f"{_FAILURES[job.state]} ({job.state})", job.reason, record.last_line)
 
 

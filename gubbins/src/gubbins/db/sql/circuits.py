@@ -108,10 +108,10 @@ async def read_circuits(conn: AsyncConnection, ce_name: str | None = None) -> di
 
 
 async def delete_circuits(conn: AsyncConnection, ce_name: str) -> None:
-    """Close all circuits of a compute element, and forget how many of its pilots went missing."""
+    """Close all circuits of a compute element, and forget its quota and which of its pilots went missing."""
     await conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
     fresh = update(ComputeElements).where(ComputeElements.name == ce_name)
-    await conn.execute(fresh.values(missing_in_row=None))
+    await conn.execute(fresh.values(missing_in_row=None, quota=None, quota_at=None))
 
 
 async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:

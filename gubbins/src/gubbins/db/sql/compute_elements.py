@@ -19,7 +19,6 @@ from .circuits import delete_circuits, read_circuits, restore_last_error
 from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots
 from .session import PilotSession
 
-
 _SELECT_CE = SELECT_CE.add_columns(
     select(func.count())
     .where(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
@@ -187,7 +186,7 @@ class ComputeElementsMixin(PilotSession):
 
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
-        """Every compute element, by name: all its fields, with its `circuits` and how many pilots are `missing`."""
+        """Every compute element, by name: as `get_ce` has it."""
         rows = (await self.conn.execute(_SELECT_CE.order_by(ComputeElements.name))).all()
         circuits = await read_circuits(self.conn)
         return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
@@ -238,8 +237,16 @@ class ComputeElementsMixin(PilotSession):
         return int((await self.conn.execute(taken)).scalar_one())
 
     @transaction
+    async def record_quota(self, name: str) -> int:
+        """Note that the site takes no more pilots than it has now, and return their number."""
+        quota = await self.count_active(name)
+        statement = update(ComputeElements).where(ComputeElements.name == name)
+        await self.conn.execute(statement.values(quota=quota, quota_at=clock.now()))
+        return quota
+
+    @transaction
     async def count_missing(self, name: str, gone: int, *, any_seen: bool) -> None:
-        """Note how many more confirmed pilots went missing without having been seen, and whether others were seen."""
+        """Note how many more confirmed pilots went missing and were never seen, and whether others were seen."""
         before = 0 if any_seen else func.coalesce(ComputeElements.missing_in_row, 0)
         statement = update(ComputeElements).where(ComputeElements.name == name)
         await self.conn.execute(statement.values(missing_in_row=before + gone))

@@ -30,7 +30,10 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     """
     if (problem := rules_error(ce)) is not None:
         return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
-    active = await db.count_active(ce["name"]) if ce["missing"] else 0
+    limit = quota_limit(ce)
+    active = await db.count_active(ce["name"]) if ce["missing"] or limit is not None else 0
+    if limit is not None and active >= limit:
+        return Blocker(f"quota of the site: {ce['quota']}", "")
     if (missing := missing_pilots(ce, active)) is not None:
         return Blocker(missing, "")
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
@@ -44,6 +47,19 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     return None
 
 
+def quota_limit(ce: Mapping[str, Any]) -> int | None:
+    """How many pilots the compute element may have, by the quota that the site has shown; None: by its capacity.
+
+    None are added for a moment (`breaker_pause_seconds`); then a tenth of the quota each time that moment passes
+    without another refusal, beside what pilots that end leave free.
+    """
+    if ce["quota"] is None:
+        return None
+    steps = (clock.now() - ce["quota_at"]) // timedelta(seconds=rules_of(ce).breaker_pause_seconds)
+    limit = int(ce["quota"]) + steps * max(1, ce["quota"] // 10) if steps > 0 else 0
+    return limit if limit < ce["capacity"] else None
+
+
 def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
     """Say that so many confirmed pilots are missing that submissions stop; None: they go on.
 
@@ -52,8 +68,8 @@ def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
     rules = rules_of(ce)
     if (ce["missing_in_row"] or 0) >= rules.max_missing:
         return (
-            f"it has accepted {ce['missing_in_row']} pilots in a row that it does not list, and none that was seen: "
-            f"when that is mended, `gubbins ce enable {ce['name']}`"
+            f"it has accepted {ce['missing_in_row']} pilots in a row that it does not list, "
+            f"and none that was seen: when that is mended, `gubbins ce enable {ce['name']}`"
         )
     if ce["missing"] >= rules.max_missing and ce["missing"] > rules.max_missing_share * active:
         return f"{ce['missing']} of its {active} pilots are missing: it answers, and does not list them"

@@ -13,7 +13,7 @@ from gubbins.domain.rules import CERules, rules_error, rules_of
 from gubbins.domain.text import one_line
 
 from .ce_file import CESpec
-from .circuits import missing_pilots
+from .circuits import missing_pilots, quota_limit
 
 
 async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
@@ -160,9 +160,10 @@ def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
-    """The compute element, with the reason why it gets no pilots, if that is none of the site, as its last error."""
+    """The compute element, with our own reason why it gets no pilots, if there is one, as its last error."""
     if (problem := rules_error(ce)) is None:
-        return {**ce, "last_error": missing_pilots(ce, ce["active"]) or ce["last_error"]}
+        quota = None if quota_limit(ce) is None else f"quota of the site: {ce['quota']}"
+        return {**ce, "last_error": missing_pilots(ce, ce["active"]) or quota or ce["last_error"]}
     return {**ce, "last_error": f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"}
 
 

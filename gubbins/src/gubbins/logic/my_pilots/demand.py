@@ -18,7 +18,7 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
 from gubbins.domain.text import one_line
 
-from .circuits import half_open, submission_blocker
+from .circuits import half_open, quota_limit, submission_blocker
 
 if TYPE_CHECKING:
     from diracx.db.sql import JobDB
@@ -121,7 +121,8 @@ class _Situation:
     def part(self, ce: Mapping[str, Any], rules: CERules, wanted: int) -> int:
         """Number of them that it gets now."""
         name = ce["name"]
-        room = ce["capacity"] - self.active[name] - self.pending[name]
+        limit = quota_limit(ce)
+        room = (ce["capacity"] if limit is None else limit) - self.active[name] - self.pending[name]
         if half_open(ce):
             room = min(room, 1 - self.pending[name])
         if rules.max_per_cycle is not None:

@@ -47,7 +47,7 @@ def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOu
     if not isinstance(outcome, SubmitOutcome):
         raise _invalid_response(ce, f"{one_line(repr(outcome), 80)} in place of a reference or an error")
     _check_reference(ce, stamp, outcome.reference)
-    return SubmitOutcome(outcome.reference, _reason(ce, stamp, outcome.error))
+    return SubmitOutcome(outcome.reference, _reason(ce, stamp, outcome.error), outcome.quota is True)
 
 
 def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:

@@ -15,6 +15,7 @@ from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import (
     CEPausedError,
+    CEQuotaError,
     CERefusedError,
     CESettingsError,
     PilotSubmissionError,
@@ -112,7 +113,8 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
             except Exception as error:
                 reason = describe_failure(ce, error)
                 await note_failure(db, ce, CECall.SUBMIT, reason)
-                raise CERefusedError(ce_name, f"{reason}; the next checks will find out") from error
+                said = f"{reason}; the next checks will find out"
+                raise CERefusedError(ce_name, said, answered=False) from error
             if outcome.reference is not None:
                 return await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     except CESettingsError as error:
@@ -121,12 +123,19 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
         raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
     reason = outcome.error or "no reason given"
 
-    async def abandon() -> None:
-        await note_failure(db, ce, CECall.SUBMIT, reason)
+    async def abandon() -> int:
+        await db.lock_ces([ce_name])
         if begun is None:  # else the first attempt may have been accepted: the next checks find out
             await db.release_pilots([pilot_id])
+        if outcome.quota:
+            await note_success(db, ce, CECall.SUBMIT)
+            return await db.record_quota(ce_name)
+        await note_failure(db, ce, CECall.SUBMIT, reason)
+        return 0
 
-    await db.run(abandon)
+    quota = await db.run(abandon)
+    if outcome.quota:
+        raise CEQuotaError(ce_name, quota, reason)
     raise CERefusedError(ce_name, reason)
 
 

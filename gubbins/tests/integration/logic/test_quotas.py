@@ -1,0 +1,157 @@
+"""A quota of the site: submissions pause for a moment and grow again with what is free; no circuit opens."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+import pytest
+
+from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import CESettings
+from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
+from gubbins.domain.exceptions import CEPausedError, CEQuotaError, CERefusedError
+from gubbins.logic import my_pilots as logic
+from gubbins.tasks.my_pilots import MyPilotTask
+
+
+class Limited(CEBackend[CESettings]):
+    """A site that takes so many of our pilots."""
+
+    Settings = CESettings
+    quota: ClassVar[int] = 20
+    pilots: ClassVar[dict[str, Observed]] = {}
+    refused: ClassVar[list[str]] = []
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        (pilot,) = pilots
+        if sum(state is Observed.RUNNING for state in self.pilots.values()) >= self.quota:
+            self.refused.append(pilot.stamp)
+            return {pilot.stamp: SubmitOutcome(error="QOSMaxSubmitJobPerUserLimit", quota=True)}
+        self.pilots[pilot.stamp] = Observed.RUNNING
+        return {pilot.stamp: SubmitOutcome(reference=pilot.stamp)}
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        return {
+            pilot.stamp: Observation(self.pilots[pilot.stamp]) for pilot in pilots if pilot.stamp in self.pilots
+        }
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        pass
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.at = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.at
+
+
+@pytest.fixture
+def time() -> Any:
+    moving = Clock()
+    with clock.simulated(moving):
+        yield moving
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[Limited]:
+    monkeypatch.setattr(Limited, "quota", 20)
+    monkeypatch.setattr(Limited, "pilots", {})
+    monkeypatch.setattr(Limited, "refused", [])
+    install_backend("limited", Limited)
+    return Limited
+
+
+async def cycle(db: MyPilotDB, time: Clock) -> None:
+    for _ in range((await logic.request_pilots(db, "lhcb", vos=["lhcb"])).get("ce", 0)):
+        with contextlib.suppress(CEQuotaError, CEPausedError):
+            await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=uuid.uuid4().hex)
+    await logic.transition_pilot_states(db, "lhcb")
+    time.at += timedelta(seconds=60)
+
+
+async def test_a_quota_opens_no_circuit_and_is_tried_once_a_minute(
+    db: MyPilotDB, site: type[Limited], time: Clock
+) -> None:
+    await db.add_ce("ce", 100, 1.0, backend="limited")
+    await cycle(db, time)
+    assert (len(site.pilots), len(site.refused)) == (20, 1)
+    (ce,) = await logic.list_ces(db)
+    assert ce["last_error"] == "quota of the site: 20"
+    assert [circuit["failures"] for circuit in ce["circuits"].values()] == [0, 0]
+    for _ in range(20):
+        await cycle(db, time)
+    # At most one try in a minute: neither a flood of refusals, nor an ever longer pause.
+    assert 5 <= len(site.refused) <= 21
+    assert len(site.pilots) == 20
+    site.quota = 60
+    for _ in range(20):
+        await cycle(db, time)
+    assert len(site.pilots) == 60
+    site.quota = 1000
+    for _ in range(60):
+        await cycle(db, time)
+    assert len(site.pilots) == 100
+    assert (await logic.list_ces(db))[0]["last_error"] is None
+
+
+async def test_what_pilots_that_end_leave_free_is_filled_again(
+    db: MyPilotDB, site: type[Limited], time: Clock
+) -> None:
+    await db.add_ce("ce", 100, 1.0, backend="limited")
+    for _ in range(2):
+        await cycle(db, time)
+    for stamp in list(site.pilots)[:10]:
+        site.pilots[stamp] = Observed.DONE
+    for _ in range(4):
+        await cycle(db, time)
+    assert sum(state is Observed.RUNNING for state in site.pilots.values()) == 20
+    assert len(site.pilots) == 30
+
+
+async def test_who_submits_by_hand_is_told_the_quota_and_an_operator_can_try_at_once(
+    db: MyPilotDB, site: type[Limited], time: Clock
+) -> None:
+    await db.add_ce("ce", 100, 1.0, backend="limited")
+    site.quota = 1
+    await logic.submit_pilot(db, "ce", "lhcb")
+    with pytest.raises(CEQuotaError, match=r"quota of the site: 1 \(QOSMaxSubmitJobPerUserLimit\)") as refusal:
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert refusal.value.public == "no room at compute element 'ce': quota of the site: 1"
+    assert await db.count_active("ce") == 1
+    with pytest.raises(CEPausedError, match="quota of the site: 1"):
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db) is None
+    site.quota = 2
+    await logic.set_ce_enabled(db, "ce", True)
+    await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def test_a_site_that_does_not_answer_has_not_refused(db: MyPilotDB, scripted: Any) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted")
+    scripted.submissions["ce"] = TimeoutError("sbatch has not answered within 20 s")
+    with pytest.raises(CERefusedError, match="has not said whether it has the pilot: sbatch has not answered"):
+        await logic.submit_pilot(db, "ce", "lhcb")
+
+
+async def test_a_complaint_is_kept_and_is_no_failure(db: MyPilotDB, scripted: Any) -> None:
+    await db.add_ce("ce", 9, 1.0, backend="scripted")
+    scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    scripted.observations["ce"] = Observation(Observed.NO_NEWS)
+    scripted.complaint = "sacct: down"
+    await logic.submit_pilot(db, "ce", "lhcb")
+    for _ in range(9):
+        await logic.transition_pilot_states(db, "lhcb")
+    (ce,) = await logic.list_ces(db)
+    assert ce["last_error"] == "sacct: down"
+    assert ce["circuits"]["status"]["failures"] == 0
+    assert await logic.submit_pilot(db, "ce", "lhcb")
+    scripted.complaint = None
+    await logic.transition_pilot_states(db, "lhcb")
+    assert (await logic.list_ces(db))[0]["last_error"] is None
