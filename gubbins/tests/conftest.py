@@ -154,7 +154,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[Scri
     """The back end `scripted`, installed for one test."""
     for name in ("submissions", "observations", "cancellations", "forgotten"):
         monkeypatch.setattr(ScriptedBackend, name, {})
-    monkeypatch.setattr(ScriptedBackend, "complaint", None)
+    monkeypatch.setattr(ScriptedBackend, "warning", None)
     for name in ("cancelled", "calls"):
         monkeypatch.setattr(ScriptedBackend, name, [])
     install_backend("scripted", ScriptedBackend)

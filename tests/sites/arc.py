@@ -218,7 +218,7 @@ class ArcSite:
         """Inside the block it takes no more jobs than one, of all users."""
         configuration = self.directory / "arc.conf"
         text = configuration.read_text()
-        configuration.write_text(text.replace("[arex]\n", "[arex]\nmaxjobs=-1 -1 -1 1 -1\n"))
+        configuration.write_text(text.replace("[arex]\n", "[arex]\nmaxjobs=1 1 1 1 1\n"))
         try:
             with self.down():
                 pass

@@ -18,9 +18,9 @@ class SiteWords(NamedTuple):
     """Words of a kind of site, as regular expressions, in any case."""
 
     quota: str
-    """It takes no more of our pilots now: no failure of the site."""
+    """No more of our pilots now: no failure of the site."""
     refusal: str
-    """It has not taken the pilot."""
+    """The pilot was definitely not taken."""
 
     def outcome(self, decisive: str, said: Iterable[str] = (), *, name: str = "") -> SubmitOutcome | None:
         """The outcome of a submission that went wrong; None: nobody knows.

@@ -122,28 +122,28 @@ class CEBackend(ABC, Generic[SettingsT]):
     close_seconds: ClassVar[float] = 5
     """Longest time that `close` may take: the response of the compute element waits for it."""
 
-    complaint: str | None = None
-    """What did not work in the calls of this instance, although they were answered: kept as the last error of the
+    warning: str | None = None
+    """Errors in the calls of this instance, although they were answered: kept as the last error of the
     compute element, and no failure of it."""
 
     def __init__(self, ce: CEDescription, settings: SettingsT) -> None:
         self.ce = ce
         self.settings = settings
 
-    def complain(self, what: object) -> None:
-        """Add to the complaint."""
-        self.complaint = one_line(f"{self.complaint}; {what}" if self.complaint else what)
+    def warn(self, what: object) -> None:
+        """Add to the warning."""
+        self.warning = one_line(f"{self.warning}; {what}" if self.warning else what)
 
     async def side_source(self, answer: Awaitable[AnswerT]) -> AnswerT | None:
         """The answer of a source beside the main one, for pilots that this one does not know; None: it has failed.
 
         Then nothing follows for those pilots (NO_NEWS), what the main source says of the others holds, and the
-        failure is a complaint.
+        failure is a warning.
         """
         try:
             return await answer
         except CEUnavailableError as error:
-            self.complain(error)
+            self.warn(error)
             return None
 
     def why_not(self, vo: str) -> str | None:

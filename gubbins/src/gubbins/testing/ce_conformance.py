@@ -148,7 +148,7 @@ class CEConformance:
             before = watch.seen
             await watch.cancel()
             assert await watch.poll() == before
-        assert not any(backend.complaint for backend in watch._used)
+        assert not any(backend.warning for backend in watch._used)
         async with _Watch(self, make, Scenario.QUICK) as watch:
             await watch.submit()
             await watch.until(Observed.DONE)
@@ -227,7 +227,7 @@ class CESiteConformance(CEConformance):
             assert seen[running.pilots[0].stamp].state is Observed.RUNNING
             # Unknown it is not: that would be the beginning of its loss.
             assert seen[ended.pilots[0].stamp].state in (Observed.DONE, Observed.NO_NEWS)
-            assert backend.complaint
+            assert backend.warning
 
     @pytest.fixture
     def full(self) -> AbstractContextManager[object] | None:

@@ -56,7 +56,7 @@ async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(
         seen = await backend.poll([good, bad, killed, never, running])
         assert seen.pop(running.stamp).state is Observed.RUNNING
         assert {each.state for each in seen.values()} == {Observed.NO_NEWS}
-        assert "sacct: " in str(backend.complaint)
+        assert "sacct: " in str(backend.warning)
     await observe(make(), good, Observed.DONE)
     await make().cancel([running])
     assert await make(accounting=False).poll([good, bad, killed, never]) == {}

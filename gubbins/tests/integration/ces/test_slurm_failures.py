@@ -73,7 +73,7 @@ async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_ke
     log = slurm_site.completion_log
     rotated = make(completion_log=log.with_suffix(".1"), **blind)
     assert await rotated.poll([unseen]) == {unseen.stamp: (Observed.NO_NEWS, None, None)}
-    assert "grep: " in str(rotated.complaint)
+    assert "grep: " in str(rotated.warning)
     answer = await make(completion_log=log, **blind).poll([seen, bad, unseen, pilot("never")])
     assert {stamp: observation[:2] for stamp, observation in answer.items()} == {
         seen.stamp: (Observed.DONE, None),

@@ -140,11 +140,11 @@ async def test_a_site_that_does_not_answer_has_not_refused(db: MyPilotDB, script
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_complaint_is_kept_and_is_no_failure(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_warning_is_kept_and_is_no_failure(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.observations["ce"] = Observation(Observed.NO_NEWS)
-    scripted.complaint = "sacct: down"
+    scripted.warning = "sacct: down"
     await logic.submit_pilot(db, "ce", "lhcb")
     for _ in range(9):
         await logic.transition_pilot_states(db, "lhcb")
@@ -152,6 +152,6 @@ async def test_a_complaint_is_kept_and_is_no_failure(db: MyPilotDB, scripted: An
     assert ce["last_error"] == "sacct: down"
     assert ce["circuits"]["status"]["failures"] == 0
     assert await logic.submit_pilot(db, "ce", "lhcb")
-    scripted.complaint = None
+    scripted.warning = None
     await logic.transition_pilot_states(db, "lhcb")
     assert (await logic.list_ces(db))[0]["last_error"] is None

@@ -220,7 +220,7 @@ async def test_a_side_source_that_fails_silences_no_other_pilot() -> None:
         "sb": Observed.FAILED,
         "lost": Observed.NO_NEWS,
     }
-    assert "503" in str(backend.complaint)
+    assert "503" in str(backend.warning)
     with pytest.raises(CEUnavailableError, match="503"):  # with nothing else to ask about, it is the main source
         await backend_that_hears(half).poll(pilots[2:])
 

@@ -177,7 +177,7 @@ async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silen
         assert await backend.poll([PILOT]) == {}
     else:
         assert await backend.poll([PILOT]) == {PILOT.stamp: (Observed.NO_NEWS, None, None)}
-        assert backend.complaint
+        assert backend.warning
         with pytest.raises(CEUnavailableError):  # who does not know whether there is one must not submit a second
             await backend_with(program, tmp_path, Impatient).submit([PILOT._replace(reference=None)])
 

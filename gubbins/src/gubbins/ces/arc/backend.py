@@ -112,7 +112,7 @@ class ArcBackend(CEBackend[ArcSettings]):
         if pilots and (ids := await self._ids_of(pilots)):
             refused = await self._rest.kill(list(ids.values()))
             if refused:
-                self.complain(f"cannot cancel {len(refused)} pilots: {self.ce.name} answers {refused[0]}")
+                self.warn(f"cannot cancel {len(refused)} pilots: {self.ce.name} answers {refused[0]}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         job = (await self._ids_of([pilot])).get(pilot.stamp)

@@ -20,7 +20,7 @@ from .settings import ArcSettings
 from .xrsl import join, name_in
 
 WORDS = SiteWords(quota=r"\bno more jobs allowed\b", refusal=r"(?!)")
-"""What A-REX says of submissions; any other inner answer of an error is a refusal by its number."""
+"""Words of A-REX; an inner answer to a submission is an error by its number."""
 
 _API = "/rest/1.0"
 _SUBMIT_AT_ONCE = 100

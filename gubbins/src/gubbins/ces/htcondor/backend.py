@@ -58,7 +58,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         async with _submitting.setdefault(key, asyncio.Lock()):
             found, silent = await self._find([pilot for pilot in new.values() if pilot.maybe_submitted])
             if silent:
-                raise CEUnavailableError(str(self.complaint))
+                raise CEUnavailableError(str(self.warning))
             for stamp, job in found.items():
                 outcomes[stamp] = SubmitOutcome(job.reference)
                 del new[stamp]
@@ -170,4 +170,4 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
 
     def _note_denied(self, denied: object) -> None:
         if denied:
-            self.complain(f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's")
+            self.warn(f"{self.ce.name} does not let us remove {denied} of the jobs: they are another's")

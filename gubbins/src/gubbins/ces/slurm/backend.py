@@ -126,7 +126,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
                 if done.returncode != 0 and is_unreachable(done):
                     raise CEUnavailableError(f"scancel: {error_line(done)}")
                 if done.stderr.strip() and not has_ended(done):
-                    self.complain(f"scancel: {error_line(done)}")
+                    self.warn(f"scancel: {error_line(done)}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self.settings.nodes_see_directory:

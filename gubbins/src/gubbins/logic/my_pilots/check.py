@@ -44,7 +44,7 @@ class PollResult:
     """Response of one compute element."""
 
     observations: Mapping[str, Observation]
-    complaint: str | None  # what did not work beside the poll, which succeeded
+    warning: str | None  # what did not work beside the poll, which succeeded
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ async def _ask(request: PollRequest) -> PollResult:
                 async with asyncio.timeout(seconds):
                     await backend.cancel(to_cancel)
             except Exception as error:
-                backend.complain(f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}")
+                backend.warn(f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}")
         async with asyncio.timeout(seconds):
             answer = await backend.poll(described)
         checked = check_observations(ce, answer, (pilot.stamp for pilot in described))
-        return PollResult(checked, backend.complaint)
+        return PollResult(checked, backend.warning)
 
 
 async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
@@ -181,7 +181,7 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
     """
     changes = StatusChanges()
     failures: dict[str, str] = {}
-    complaints: dict[str, str | None] = {}
+    warnings: dict[str, str | None] = {}
     ces = {request.ce["name"]: request.ce for request in answered.values()}
     now = clock.now()
     for task, request in answered.items():
@@ -194,7 +194,7 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
             raise error
         else:
             answer = task.result()
-            complaints[name] = answer.complaint
+            warnings[name] = answer.warning
             _evaluate(request, answer.observations, now, changes)
 
     async def write() -> tuple[dict[MyPilotStatus, int], int]:
@@ -205,17 +205,17 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         await db.set_pilots_missing(changes.gone_missing, now)
         await db.set_pilots_missing(changes.found_again, None)
         released = await db.release_pilots(changes.never_submitted)
-        for name in sorted(complaints):
+        for name in sorted(warnings):
             if changes.unseen[name] or (name in changes.alive and ces[name]["missing_in_row"]):
                 await db.count_missing(name, changes.unseen[name], any_seen=name in changes.alive)
-        for name in sorted({*failures, *complaints}):
+        for name in sorted({*failures, *warnings}):
             if name in failures:
                 await note_failure(db, ces[name], CECall.STATUS, failures[name])
                 continue
             # A response to a poll is a success, although not all may have worked there.
             await note_success(db, ces[name], CECall.STATUS)
-            if (complaint := complaints[name]) is not None:
-                await db.record_ce_error(name, complaint)
+            if (warning := warnings[name]) is not None:
+                await db.record_ce_error(name, warning)
         return entered, released
 
     entered, released = await db.run(write)

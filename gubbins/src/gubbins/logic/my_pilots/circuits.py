@@ -48,7 +48,7 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
 
 
 def quota_limit(ce: Mapping[str, Any]) -> int | None:
-    """How many pilots the compute element may have, by the quota that the site has shown; None: by its capacity.
+    """Number of pilots that the compute element may have, by the quota of the site; None: by its capacity.
 
     None are added for a moment (`breaker_pause_seconds`); then a tenth of the quota each time that moment passes
     without another refusal, beside what pilots that end leave free.
