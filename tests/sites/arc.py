@@ -214,21 +214,6 @@ class ArcSite:
             self.start()
 
     @contextlib.contextmanager
-    def full(self) -> Iterator[None]:
-        """Inside the block it takes no more jobs than one, of all users."""
-        configuration = self.directory / "arc.conf"
-        text = configuration.read_text()
-        configuration.write_text(text.replace("[arex]\n", "[arex]\nmaxjobs=1 1 1 1 1\n"))
-        try:
-            with self.down():
-                pass
-            yield
-        finally:
-            configuration.write_text(text)
-            with self.down():
-                pass
-
-    @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside the block it accepts connections and answers nobody."""
         pid = self._pid("ws.pid")

@@ -54,13 +54,6 @@ async def test_all_promises_of_a_back_end_are_kept(arc_site: ArcSite, witness: P
     assert await promises.broken() == ""
 
 
-async def test_a_ce_that_takes_no_more_jobs_shows_its_quota(arc_site: ArcSite, witness: Path) -> None:
-    promises = _Promises(arc_site, witness)
-    await promises.test_a_site_that_takes_no_more_of_our_pilots_shows_its_quota_and_has_not_failed(
-        promises.make_backend, arc_site.full()
-    )
-
-
 async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_site: ArcSite) -> None:
     hostile = 'a\'b"c $(touch pwned) `touch pwned` $HOME \\ (* *) )(executable="/bin/false") ^#x# \t ü\nline 2; \''
     script = 'printf %s "$HOSTILE"; echo "$PILOT_CE $PILOT_VO ${GUBBINS_PILOT-clean}" >&2; ls'

@@ -265,6 +265,27 @@ async def test_when_it_is_not_known_whether_a_pilot_came_through_nothing_is_conc
         await backend_that_hears(handler).submit([PilotAtCE("s", "vo", maybe_submitted=False)])
 
 
+@pytest.mark.parametrize("outer", [True, False])
+async def test_a_ce_that_takes_no_more_jobs_shows_its_quota(outer: bool) -> None:
+    inner = {"job": {"status-code": "500", "reason": "No more jobs allowed"}}
+
+    def full(request: httpx.Request) -> httpx.Response:
+        if outer:
+            return httpx.Response(500, extensions={"reason_phrase": b"No more jobs allowed"})
+        return httpx.Response(201, json=inner)
+
+    outcome = (await backend_that_hears(full).submit([PilotAtCE("s", "vo", maybe_submitted=False)]))["s"]
+    assert outcome.quota
+    assert "No more jobs allowed" in str(outcome.error)
+
+
+async def test_a_cancellation_that_the_ce_refuses_is_told() -> None:
+    answer = {"job": {"id": "a", "status-code": "505", "reason": "Failed to cancel job"}}
+    backend = backend_that_hears(lambda _: httpx.Response(201, json=answer))
+    await backend.cancel([PilotAtCE("sa", "vo", "x/a")])
+    assert backend.warning == "cannot cancel 1 pilots: ce answers 505 Failed to cancel job"
+
+
 async def test_a_refusal_now_says_nothing_of_an_earlier_submission() -> None:
     with pytest.raises(CEUnavailableError, match="403"):
         await backend_that_hears(lambda _: httpx.Response(403)).submit([PilotAtCE("s", "vo")])
