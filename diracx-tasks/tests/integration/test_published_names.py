@@ -22,7 +22,7 @@ from diracx.tasks.plumbing.factory import create_task_bindings
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.scheduler import TaskScheduler
 from diracx.tasks.plumbing.worker import Worker
-from diracx.tasks.testing import embedded_redis
+from diracx.tasks.testing import TaskSystem, embedded_redis
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
@@ -90,6 +90,49 @@ async def test_program_in_the_published_form_runs_its_tasks(redis_url: str) -> N
         stop.set()
     await scheduler.shutdown()
     await broker.shutdown()
+
+
+@dataclass
+class Dry(BaseTask):
+    vo: str
+    number: int = 0
+
+    async def execute(self, dry_run: bool = False) -> list[Any]:
+        return [self.vo, self.number, dry_run]
+
+
+@dataclass
+class TakesAll(Dry):
+    async def execute(self, **more: Any) -> list[Any]:
+        return [self.vo, more]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "result"),
+    [
+        (["lhcb"], {"dry_run": True}, ["lhcb", 0, True]),
+        (["lhcb", 1], {}, ["lhcb", 1, False]),
+        ([], {"vo": "lhcb", "number": 2, "dry_run": True}, ["lhcb", 2, True]),
+        (["lhcb"], {"dry": True}, "unknown argument 'dry'"),
+    ],
+)
+async def test_keyword_arguments_of_a_message_are_for_execute_as_in_0_7(
+    redis_url: str, args: list[Any], kwargs: dict[str, Any], result: Any
+) -> None:
+    async with TaskSystem([Dry], redis_url=redis_url) as system:
+        task_id = await submit_task(system.broker, "test:Dry", args, kwargs)
+        ended = await system.result(task_id)
+    if isinstance(result, str):
+        assert ended.error is not None
+        assert result in ended.error["message"]
+    else:
+        assert ended.return_value == result
+
+
+async def test_execute_that_takes_any_keyword_gets_those_that_the_class_does_not_take(redis_url: str) -> None:
+    async with TaskSystem([TakesAll], redis_url=redis_url) as system:
+        task_id = await submit_task(system.broker, "test:TakesAll", [], {"vo": "lhcb", "more": 1, "other": 2})
+        assert (await system.result(task_id)).return_value == ["lhcb", {"more": 1, "other": 2}]
 
 
 def test_arguments_that_mean_nothing_are_refused(redis_url: str) -> None:

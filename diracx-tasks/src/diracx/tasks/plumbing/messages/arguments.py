@@ -85,11 +85,21 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
         if shape.all_plain and not kwargs and len(args) == len(shape.names):
             task = cls(*args)
             return task
-        bound, rest = shape.bind(args, kwargs)
+        of_execute = execute_arguments(cls, kwargs)
+        bound, rest = shape.bind(args, {name: v for name, v in kwargs.items() if name not in of_execute})
         task = shape.construct({name: shape.restore(name, v) for name, v in bound.items()}, rest)
         return task
     except (TypeError, ValueError) as exc:
         raise shape.refusal(exc, "", args, kwargs) from (None if shape.secret else exc)
+
+
+def execute_arguments(cls: type[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that `execute` takes and the class does not: in version 0.7 it gets all keywords."""
+    shape = signature_of(cls)
+    theirs = inspect.signature(cls.execute).parameters if kwargs and not shape.extra else {}
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in theirs.values())
+    of_class = {*shape.names, *shape.aliases}
+    return {name: v for name, v in kwargs.items() if name not in of_class and (takes_all or name in theirs)}
 
 
 def is_made_for(cls: type[Any], sig: int, count: int) -> bool:

@@ -21,7 +21,7 @@ from ..custom_locks import acquire_custom
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
 from ..locks import is_custom, lock_specs
-from ..messages.arguments import secret_names
+from ..messages.arguments import execute_arguments, secret_names
 from ..messages.error_info import ErrorInfo, describe_exception
 from ..messages.secrets import without_secrets
 
@@ -228,14 +228,17 @@ class Execution:
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
         if not self.spec.plan.parameters:
-            value = await self.task.execute()
+            value = await self.task.execute(**self._arguments())
             self._raise_if_cancelled()
             return value
         async with AsyncExitStack() as stack:
             dependencies = await resolve(self.spec.plan, overrides, stack)
-            value = await self.task.execute(**dependencies)
+            value = await self.task.execute(**{**dependencies, **self._arguments()})
             self._raise_if_cancelled()
             return value
+
+    def _arguments(self) -> Mapping[str, Any]:
+        return self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
 
     def _raise_if_cancelled(self) -> None:
         """A task that swallowed its cancellation must not commit: not without its lock, not after its time.
