@@ -227,18 +227,16 @@ class Execution:
         self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
 
     async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
+        given = self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
         if not self.spec.plan.parameters:
-            value = await self.task.execute(**self._arguments())
+            value = await self.task.execute(**given)
             self._raise_if_cancelled()
             return value
         async with AsyncExitStack() as stack:
             dependencies = await resolve(self.spec.plan, overrides, stack)
-            value = await self.task.execute(**{**dependencies, **self._arguments()})
+            value = await self.task.execute(**{**dependencies, **given})
             self._raise_if_cancelled()
             return value
-
-    def _arguments(self) -> Mapping[str, Any]:
-        return self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
 
     def _raise_if_cancelled(self) -> None:
         """A task that swallowed its cancellation must not commit: not without its lock, not after its time.
