@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -734,3 +734,150 @@ async def test_nothing_stays_of_a_line_whose_tasks_are_all_gone(worker: Worker, 
     async with asyncio.timeout(5):
         while await redis.exists(line_key(mutex()), keys.LINES):
             await worker.broker.promote()
+
+
+# --- several locks ------------------------------------------------------------------------------------------
+
+LONG_AGO_MS = 600_000
+
+
+def named(name: str, kind: type[MutexLock | ExclusiveRWLock] = MutexLock) -> BaseLock:
+    return kind(JOB, name, ttl_ms=600_000)
+
+
+async def waits_since(worker: Worker, name: str, ms_ago: int, needs: Callable[[], Sequence[BaseLock]]) -> None:
+    """A task that was submitted so long ago asks for its locks, and is refused."""
+    await worker.submit(name)
+    [delivery], _ = await worker.broker.fetch(BATCH)
+    seconds, _ = await worker.redis.time()
+    since = str((int(seconds) * 1000 - ms_ago) * 1000)
+    assert await worker.start([replace(delivery, since=since)], needs) == 0
+
+
+async def all_step(worker: Worker, needs: Mapping[str, Callable[[], Sequence[BaseLock]]]) -> None:
+    """Each task, "{what it needs}-{number}", that there is."""
+    while deliveries := (await worker.broker.fetch(BATCH))[0]:
+        for delivery in deliveries:
+            await worker.start([delivery], needs[name_of(delivery).partition("-")[0]])
+
+
+@pytest.mark.parametrize("kind", [MutexLock, ExclusiveRWLock])
+@pytest.mark.parametrize("order", ["ab", "ba", "abc", "cab"])
+async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one_of_them(
+    worker: Worker, order: str, kind: type[MutexLock | ExclusiveRWLock]
+) -> None:
+    """They are never free at the same time, as each goes on to the next task at once."""
+    names = sorted(order)
+    needs: dict[str, Callable[[], Sequence[BaseLock]]] = {
+        name: lambda name=name: [named(name, kind)]  # type: ignore[misc]
+        for name in names
+    }
+    needs["all"] = lambda: [named(name, kind) for name in order]
+    await worker.submit(*[f"{name}-0" for name in names])
+    await all_step(worker, needs)
+    await waits_since(worker, "all-0", LONG_AGO_MS, needs["all"])
+    for number in range(1, 20):
+        await worker.submit(*[f"{name}-{number}" for name in names])
+        await all_step(worker, needs)
+        for name in names:
+            if ended := next((each for each in worker.running if each.startswith(f"{name}-")), None):
+                await worker.end(ended)
+                await all_step(worker, needs)
+        if "all-0" in worker.began:
+            break
+    passed = worker.began.index("all-0") - len(names)
+    assert passed <= 2 * len(names), "once for each lock before it has the first turn, and on its way to the last"
+    while worker.running:
+        await worker.end(next(iter(worker.running)))
+        await all_step(worker, needs)
+    assert not await worker.redis.exists(keys.DELAYED, keys.LINES)
+    assert not await worker.redis.keys(keys.TURN_PREFIX + "*")
+
+
+@dataclass
+class Kept:
+    """`both` waits for `b`, which `b-0` has, and has kept its turn for `a`; `a-1` waits for that."""
+
+    worker: Worker
+    needs: dict[str, Callable[[], Sequence[BaseLock]]]
+
+    async def is_next_at(self, lock: str) -> list[str]:
+        await self.worker.look(named(lock))
+        await all_step(self.worker, self.needs)
+        return self.worker.began[2:]
+
+
+async def kept(worker: Worker, since_ms: int = LONG_AGO_MS) -> Kept:
+    needs: dict[str, Callable[[], Sequence[BaseLock]]] = {
+        "a": lambda: [named("a")],
+        "b": lambda: [named("b")],
+        "both": lambda: [named("a"), named("b")],
+    }
+    await worker.submit("a-0", "b-0")
+    await all_step(worker, needs)
+    await waits_since(worker, "both-0", since_ms, needs["both"])
+    await worker.submit("a-1")
+    await all_step(worker, needs)
+    await worker.end("a-0")
+    await all_step(worker, needs)
+    return Kept(worker, needs)
+
+
+async def test_a_turn_is_kept_for_a_tenth_of_the_time_that_its_task_has_waited(
+    worker: Worker, redis: Redis
+) -> None:
+    scene = await kept(worker)
+    seconds, _ = await redis.time()
+    ends = int((await redis.get(turn_key(named("a")))).partition(b" ")[0])  # type: ignore[union-attr]
+    assert LONG_AGO_MS / 10 - 5_000 < ends - int(seconds) * 1000 < LONG_AGO_MS / 10 + 5_000
+    assert await scene.is_next_at("a") == []
+    due = await redis.zscore(keys.LINES, named("a").redis_key)
+    assert due is not None
+    assert due < int(seconds) * 1000 + 10_000, "it is noticed within seconds that it waits no more"
+    await worker.turn_ends(named("a"))
+    assert await scene.is_next_at("a") == ["a-1"]
+
+
+async def test_who_has_waited_for_seconds_only_keeps_no_turn(worker: Worker) -> None:
+    await kept(worker, since_ms=5_000)
+    assert worker.began[2:] == ["a-1"]
+
+
+async def test_a_kept_turn_ends_when_its_task_is_cancelled(worker: Worker, redis: Redis) -> None:
+    scene = await kept(worker)
+    await worker.broker.cancel(["both-0"])
+    assert await scene.is_next_at("a") == ["a-1"]
+
+
+async def test_a_kept_turn_ends_when_the_lock_that_its_task_waits_for_is_not_taken(worker: Worker) -> None:
+    scene = await kept(worker)
+    await worker.end("b-0")
+    [delivery], _ = await worker.broker.fetch(BATCH)
+    assert name_of(delivery) == "both-0"
+    assert await worker.broker.settle([Settlement(delivery)]) == [True]
+    assert await scene.is_next_at("a") == ["a-1"]
+
+
+async def test_who_stands_before_a_task_takes_the_lock_that_is_kept_for_it(worker: Worker) -> None:
+    scene = await kept(worker)
+    await worker.submit("a-urgent", priority="realtime")
+    await all_step(worker, scene.needs)
+    assert worker.began[2:] == ["a-urgent"]
+    await worker.end("b-0")
+    await all_step(worker, scene.needs)
+    await worker.end("a-urgent")
+    await all_step(worker, scene.needs)
+    assert worker.began[2:] == ["a-urgent", "both-0"]
+
+
+async def test_two_tasks_of_the_same_locks_never_keep_them_from_each_other(worker: Worker) -> None:
+    scene = await kept(worker)
+    scene.needs["reversed"] = lambda: [named("b"), named("a")]
+    await waits_since(worker, "reversed-0", LONG_AGO_MS - 10_000, scene.needs["reversed"])
+    await waits_since(worker, "reversed-1", LONG_AGO_MS + 10_000, scene.needs["reversed"])
+    await worker.end("b-0")
+    await all_step(worker, scene.needs)
+    for name in ["reversed-1", "both-0", "a-1", "reversed-0"]:
+        assert name == worker.began[-1]
+        await worker.end(name)
+        await all_step(worker, scene.needs)

@@ -165,19 +165,38 @@ kinds.concurrency = {
 
 -- Who was granted the turn to take a lock and has not asked for it since, the last of each size; and until when (ms)
 -- nobody behind one of them may take it, if that is so. Noted as "{ends} {1: reserved} {place} {stream} {entry} {task}".
-local TURN_MS = 1000
+-- A task that another lock refused may keep its turn while it waits for that one (see start.lua). Noted as
+-- "{ends} 2 {place} {kind of the other lock} {bytes of task} {task}{key of the other lock}".
+local TURN_MS, KEPT_MS = 1000, 3600000
+local TURN = '^(%d+) ([012]) (%d+) (%S+) (%S+) (.*)$'
+
+-- Whether a task waits for a lock, or has the turn for it.
+local function waits_still(task, size, kind, key, now_ms)
+  if type(redis.pcall('ZSCORE', '$WAITING_PREFIX' .. size .. ':' .. key, kind .. ':' .. task)) == 'string' then
+    return true
+  end
+  local turn = redis.pcall('GET', '$TURN_PREFIX' .. size .. ':' .. key)
+  local ends, flag, _, _, _, has = string.match(type(turn) == 'string' and turn or '', TURN)
+  return has == task and flag ~= '2' and tonumber(ends) > now_ms
+end
+
 local function turns_of(lock)
   local turns, reserved, now_ms = {}, nil, now_us() / 1000
   for position, stored in ipairs(redis.call('MGET', of_all_sizes('$TURN_PREFIX', lock.key))) do
-    local ends, flag, place, stream, entry, task =
-      string.match(stored or '', '^(%d+) ([01]) (%d+) (%S+) (%S+) (.*)$')
+    local ends, flag, place, stream, entry, task = string.match(stored or '', TURN)
     if task then
+      local size, longest = EACH_SIZE[position], TURN_MS
       local turn = {place = tonumber(place), stream = stream, entry = entry, task = task, stored = stored}
-      -- None lasts longer than TURN_MS, also when the clock was set back.
-      turn.expired = tonumber(ends) <= now_ms or tonumber(ends) > now_ms + TURN_MS + 1
-      turn.reserved = flag == '1' and not turn.expired
+      if flag == '2' then
+        local bytes = tonumber(entry) or 0
+        turn.kept, turn.task, longest = true, string.sub(task, 1, bytes), KEPT_MS
+        turn.expired = not waits_still(turn.task, size, stream, string.sub(task, bytes + 1), now_ms)
+      end
+      -- None lasts longer than that, also when the clock was set back.
+      turn.expired = turn.expired or tonumber(ends) <= now_ms or tonumber(ends) > now_ms + longest + 1
+      turn.reserved = flag ~= '0' and not turn.expired
       if turn.reserved then reserved = tonumber(ends) end
-      turns[EACH_SIZE[position]] = turn
+      turns[size] = turn
     end
   end
   return turns, reserved
@@ -192,7 +211,7 @@ end
 
 -- Whether a task that was granted a turn still waits for a worker.
 local function is_untaken(turn)
-  local found = turn and redis.pcall('XRANGE', turn.stream, turn.entry, turn.entry)
+  local found = turn and not turn.kept and redis.pcall('XRANGE', turn.stream, turn.entry, turn.entry)
   if not found or not found[1] then return false end
   local pending = redis.pcall('XPENDING', turn.stream, '$GROUP', turn.entry, turn.entry, 1)
   return pending.err ~= nil or not pending[1]

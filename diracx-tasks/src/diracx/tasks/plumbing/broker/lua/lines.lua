@@ -14,7 +14,8 @@ local function look_at_line(key)
   local heads, first = heads_of(lock, turns)
   if not first then return redis.call('ZREM', '$LINES', key) end
   lock.kind = string.match(first, '^%a+')
-  look_at(key, reserved and reserved + 1 or now + math.max(look_again_in(lock, LOOK_MS), quiet))
+  local again = now + math.max(reserved and TURN_MS + 1 or look_again_in(lock, LOOK_MS), quiet)
+  look_at(key, reserved and math.min(reserved + 1, again) or again)
   grant_next(lock, 'timer', turns, reserved, heads, first)
 end
 

@@ -36,16 +36,32 @@ local function park(d, since, place, lock, before)
   return int(math.ceil(due))
 end
 
+-- A task that wants several locks would be passed by for ever by tasks that want one of them each. So when it has waited
+-- long, and is the next for the lock that refuses it, it keeps its turn for another for a tenth of that time. What
+-- stands before it in line goes first all the same: two tasks never wait for each other.
+local function keeps_turn(d, lock, waited_ms, place, refusing)
+  local ms, size = math.min(waited_ms / 10, KEPT_MS), size_of(d.resumed)
+  if ms < TURN_MS or not (lock.kind == 'mutex' or lock.kind == 'exclusive') then return false end
+  local turn, next_one = turns_of(lock)[size], heads_of(refusing, turns_of(refusing))[1]
+  if not (turn and turn.reserved and turn.task == d.task and next_one and next_one.place == place) then return false end
+  local ends = int(now_us() / 1000 + ms)
+  turn = table.concat({ends, '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
+  redis.call('SET', '$TURN_PREFIX' .. size .. ':' .. lock.key, turn, 'PX', int(ms))
+  look_at(lock.key, now_us() / 1000 + TURN_MS + 1)
+  return true
+end
+
 -- A refused task leaves its other locks, and the turns that it was granted, to the next. Somebody new who must wait may
 -- have another limit than those before it: the first of them is to ask.
-local function leave_to_others(d, refusing, before)
+local function leave_to_others(d, refusing, before, waited_ms, place)
   for position, lock in ipairs(d.locks) do
     local behind = position == refusing and before == 'line'
     local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
     if behind and d.since == '0' then
       pcall(grant_next, lock, 'asked')
     elseif not behind and (has_turn(lock, d.task) or lock.key == d.granted or position ~= refusing and not limits) then
-      give_up_turn(lock, d.task)
+      local keeps = position ~= refusing and not before
+      if not (keeps and keeps_turn(d, lock, waited_ms, place, d.locks[refusing])) then give_up_turn(lock, d.task) end
     end
   end
 end
@@ -88,7 +104,7 @@ for position, d in ipairs(deliveries) do
       replies[position] = {1}
     else
       local due = park(d, since, place, d.locks[refusing], before)
-      leave_to_others(d, refusing, before)
+      leave_to_others(d, refusing, before, (now - tonumber(since)) / 1000, place)
       local returned = {}
       for _, each in ipairs(d.locks) do returned[#returned + 1] = held_line(each) end
       in_parts(returned, function(...) redis.call('HDEL', held, ...) end)
