@@ -672,6 +672,27 @@ async def test_readers_behind_a_writer_join_the_readers_that_newcomers_join(work
     assert await worker.granted() == ["next writer"]
 
 
+async def test_readers_far_behind_writers_join_the_readers_that_have_the_lock(
+    worker: Worker, redis: Redis
+) -> None:
+    """Where the timer looks is another part of the line each time."""
+    assert await writes().acquire(redis)
+    await worker.park(700, writes, "writer")
+    readers = await worker.park(3, reads, "reader")
+    await worker.park(700, writes, "x writer")
+    await redis.delete(reads().redis_key)
+    assert await reads().acquire(redis)
+    for _ in range(200):  # each has a chance of one in three
+        await worker.look(reads())
+        await worker.step(lambda: [reads()])
+        if len(worker.began) == len(readers):
+            break
+    assert sorted(worker.began) == readers
+    due = await redis.zscore(keys.LINES, reads().redis_key)
+    assert due is not None
+    assert due < in_ms(datetime.now(UTC)) + 5_000, "it looks again soon"
+
+
 async def test_limiters_of_tasks_that_know_different_limits_come_to_rest(worker: Worker, redis: Redis) -> None:
     """Each would let the other go, and be refused itself: that must not go on for ever."""
     limits = {"strict": 1, "lax": 10}

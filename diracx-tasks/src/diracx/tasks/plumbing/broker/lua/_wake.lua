@@ -53,13 +53,25 @@ local function note_turns(lock, granted, last, before)
 end
 
 -- Readers that wait behind writers join the readers that have the lock, as newcomers do: else these would pass them
--- by for ever. The timer sees to it, among the first in line of each size.
+-- by for ever. The timer sees to it, among the first in line of each size, and in a part of a long line that is another
+-- one each time.
+local function waiters_of(line)
+  local waiters, length = redis.call('ZRANGE', line, 0, AHEAD - 1, 'WITHSCORES'), redis.call('ZCARD', line)
+  if length <= AHEAD then return waiters, false end
+  local from = 1 + now_us() % length
+  for _, each in ipairs(redis.call('ZRANGE', line, from, from + AHEAD - 1, 'WITHSCORES')) do
+    waiters[#waiters + 1] = each
+  end
+  return waiters, true
+end
+
 local function let_readers_join(lock, turns, heads)
   if redis.call('EXISTS', lock.key) == 0 or room_for('shared', lock) < 1 then return end
-  local granted = {}
+  local granted, soon = {}, false
   for _, head in ipairs(heads) do
-    local waiters = is_untaken(turns[head.size]) and {}
-      or redis.call('ZRANGE', head.line, 0, AHEAD - 1, 'WITHSCORES')
+    local waiters, is_long = {}, false
+    if not is_untaken(turns[head.size]) then waiters, is_long = waiters_of(head.line) end
+    soon = soon or is_long
     for at = 1, #waiters, 2 do
       if string.find(waiters[at], 'shared:', 1, true) == 1 and work_left > 0 then
         head.waiter, head.place = waiters[at], tonumber(waiters[at + 1])
@@ -68,7 +80,7 @@ local function let_readers_join(lock, turns, heads)
     end
   end
   note_turns(lock, granted)
-  if work_left <= 0 then look_at(lock.key, now_us() / 1000 + TURN_MS) end
+  if work_left <= 0 or soon then look_at(lock.key, now_us() / 1000 + math.max(TURN_MS, soon and quiet_ms() or 0)) end
 end
 
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
