@@ -675,7 +675,7 @@ async def test_readers_behind_a_writer_join_the_readers_that_newcomers_join(work
 async def test_readers_far_behind_writers_join_the_readers_that_have_the_lock(
     worker: Worker, redis: Redis
 ) -> None:
-    """Where the timer looks is another part of the line each time."""
+    """The timer looks at another part of the line each time."""
     assert await writes().acquire(redis)
     await worker.park(700, writes, "writer")
     readers = await worker.park(3, reads, "reader")

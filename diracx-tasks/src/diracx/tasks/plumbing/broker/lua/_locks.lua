@@ -168,7 +168,7 @@ kinds.concurrency = {
 -- A task that another lock refused may keep its turn while it waits for that one (see start.lua). Noted as
 -- "{ends} 2 {place} {kind of the other lock} {bytes of task} {task}{key of the other lock}".
 local TURN_MS, KEPT_MS = 1000, 3600000
-local TURN = '^(%d+) ([012]) (%d+) (%S+) (%S+) (.*)$'
+local RESERVATION = '^(%d+) ([012]) (%d+) (%S+) (%S+) (.*)$'
 
 -- Whether a task waits for a lock, or has the turn for it.
 local function waits_still(task, size, kind, key, now_ms)
@@ -176,14 +176,14 @@ local function waits_still(task, size, kind, key, now_ms)
     return true
   end
   local turn = redis.pcall('GET', '$TURN_PREFIX' .. size .. ':' .. key)
-  local ends, flag, _, _, _, has = string.match(type(turn) == 'string' and turn or '', TURN)
+  local ends, flag, _, _, _, has = string.match(type(turn) == 'string' and turn or '', RESERVATION)
   return has == task and flag ~= '2' and tonumber(ends) > now_ms
 end
 
 local function turns_of(lock)
   local turns, reserved, now_ms = {}, nil, now_us() / 1000
   for position, stored in ipairs(redis.call('MGET', of_all_sizes('$TURN_PREFIX', lock.key))) do
-    local ends, flag, place, stream, entry, task = string.match(stored or '', TURN)
+    local ends, flag, place, stream, entry, task = string.match(stored or '', RESERVATION)
     if task then
       local size, longest = EACH_SIZE[position], TURN_MS
       local turn = {place = tonumber(place), stream = stream, entry = entry, task = task, stored = stored}
