@@ -249,6 +249,12 @@ def sshd(_sshd: Sshd) -> Iterator[Sshd]:
     _sshd.start()
 
 
+@pytest.fixture(scope="session")
+def jump_sshd() -> Iterator[Sshd]:
+    """A second server, to go through."""
+    yield from _running()
+
+
 @pytest.fixture
 def csh_sshd(_csh_sshd: Sshd) -> Iterator[Sshd]:
     """A server whose user has tcsh as login shell, which prints at each log-in."""

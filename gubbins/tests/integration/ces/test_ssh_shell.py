@@ -207,6 +207,31 @@ async def test_with_key_files_the_agent_is_not_asked(
         del os.environ["SSH_AUTH_SOCK"]
 
 
+async def test_a_host_is_reached_through_others_whose_keys_are_verified_as_well(
+    sshd: Sshd, jump_sshd: Sshd, tmp_path: Path
+) -> None:
+    through = jump_sshd.settings | {"jump": jump_sshd.settings}  # a chain: twice through the same one
+    before = (sshd.logins(), jump_sshd.logins())
+    ours = SSHShell(SSHHost(**sshd.settings, jump=through))
+    answers = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(3)))
+    assert [answer.stdout for answer in answers] == ["0\n", "1\n", "2\n"]
+    assert (sshd.logins(), jump_sshd.logins()) == (before[0] + 1, before[1] + 2)
+    jump_sshd.cut()
+    deadline = time.monotonic() + 30
+    while True:  # what was under way is lost, and the next command makes the whole way anew
+        try:
+            assert (await ours.run(["echo", "again"])).stdout == "again\n"
+            break
+        except SSHError:
+            assert time.monotonic() < deadline
+    await ours.close()
+    stranger = jump_sshd.settings | {"known_hosts": str(tmp_path / "none")}
+    untrusted = SSHShell(SSHHost(**sshd.settings, jump=stranger))
+    with pytest.raises(SSHError, match=rf"127\.0\.0\.1:{jump_sshd.port} has the host key .* knows none"):
+        await untrusted.run(["true"])
+    await untrusted.close()
+
+
 async def test_a_host_that_is_down_or_hangs_is_given_up(shell: Shell, sshd: Sshd) -> None:
     with sshd.down(), pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{sshd.port}"):
         await shell().run(["true"])

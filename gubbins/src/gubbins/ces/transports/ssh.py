@@ -59,6 +59,10 @@ class SSHHost(CESettings):
     agent_socket: OurPath | None = Field(
         default=None, description="Socket of an SSH agent; default: SSH_AUTH_SOCK, unless there are `client_keys`."
     )
+    jump: SSHHost | None = Field(
+        default=None,
+        description="Host to go through, with its own `host`, `username`, `known_hosts`…, and perhaps a `jump`.",
+    )
     connect_timeout_seconds: float = Field(
         default=15, gt=0, le=60, description="For the connection and the log-in together."
     )
@@ -93,6 +97,7 @@ class SSHShell:
         self._max_bytes = max_bytes
         self._host = host
         self._environment = dict(environment or {})
+        self._jump = None if host.jump is None else SSHShell(host.jump)
         self._connection: asyncssh.SSHClientConnection | None = None
         self._connecting = asyncio.Lock()
         self._sessions = asyncio.Semaphore(host.max_sessions)
@@ -124,14 +129,15 @@ class SSHShell:
     async def close(self) -> None:
         """Give back the connection. It is not waited for a host that does not answer."""
         connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        connection.close()
-        try:
-            async with asyncio.timeout(2):
-                await connection.wait_closed()
-        except TimeoutError:
-            connection.abort()
+        if connection is not None:
+            connection.close()
+            try:
+                async with asyncio.timeout(2):
+                    await connection.wait_closed()
+            except TimeoutError:
+                connection.abort()
+        if self._jump is not None:
+            await self._jump.close()
 
     @property
     def _name(self) -> str:
@@ -147,6 +153,7 @@ class SSHShell:
         import asyncssh
 
         host = self._host
+        tunnel = None if self._jump is None else await self._jump._connected()
         known_hosts = await asyncio.to_thread(self._known_hosts)
         seen: list[asyncssh.SSHKey] = []
 
@@ -169,6 +176,7 @@ class SSHShell:
                 client_factory=Client,
                 known_hosts=known_hosts,
                 config=None,  # these settings say everything, and no file of the user changes it
+                tunnel=tunnel or (),
                 preferred_auth=["publickey"],
                 agent_forwarding=False,
                 keepalive_interval=_KEEPALIVE_SECONDS,
