@@ -30,7 +30,8 @@ CES = ROOT / "gubbins/src/gubbins/ces"
         ("htcondor/jobs.py", "interrupted on its node; it is not started a second time"),
         ("htcondor/jobs.py", "its files have never come to the schedd"),
         ("htcondor/jobs.py", "removed at the site: "),
-        ("htcondor/bindings.py", "we have as many jobs there as we may (MAX_JOBS_PER_OWNER)"),
+        ("../logic/my_pilots/compute_elements.py", "quota of the site: "),
+        ("../logic/my_pilots/check.py", "cancelled, for it "),
         ("../logic/my_pilots/check.py", "unknown to its compute element since"),
     ],
 )

@@ -170,7 +170,7 @@ def show_ce(name: CEName, as_json: JsonOption = False) -> None:
     if as_json:
         emit(ce)
         return
-    circuits, rules, settings = ce.pop("circuits"), ce.pop("rules"), ce.pop("settings")
+    circuits, rules, settings, waiting = (ce.pop(key) for key in ("circuits", "rules", "settings", "waiting"))
     table(f"Compute element {name}", ("field", "value"), [("state", _state_of(ce)), *ce.items()])
     table(
         "Circuits",
@@ -181,6 +181,8 @@ def show_ce(name: CEName, as_json: JsonOption = False) -> None:
         ],
     )
     table("Rules", ("rule", "value"), [*((k, v) for k, v in rules.items() if k != "vos"), *_rules_of_vos(rules)])
+    if waiting:
+        table("Waiting pilots", ("for", "pilots"), list(waiting.items()))
     table("Settings of the back end", ("setting", "value"), list(settings.items()))
 
 
@@ -266,10 +268,19 @@ def list_pilots(
     if as_json:
         emit({"items": pilots, "total": total, "page": page, "per_page": per_page})
         return
-    columns = ("pilot_id", "vo", "ce_name", "status", "submitted_at", "last_update", "last_error")
+    columns = (
+        "pilot_id",
+        "vo",
+        "ce_name",
+        "status",
+        "submitted_at",
+        "last_update",
+        "waiting_reason",
+        "last_error",
+    )
     table(
         f"{len(pilots)} of {total} pilots (page {page})",
-        ("id", "VO", "CE", "state", "submitted (UTC)", "last change (UTC)", "last error"),
+        ("id", "VO", "CE", "state", "submitted (UTC)", "last change (UTC)", "waits for", "last error"),
         [tuple(pilot[column] for column in columns) for pilot in pilots],
     )
 

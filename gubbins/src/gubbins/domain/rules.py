@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 _MAX = 2**31 - 1
 _Share = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 _Number = Annotated[int, Field(strict=True, ge=0, le=_MAX)]
+_Hours = Annotated[float, Field(gt=0, le=10 * 366 * 24, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 86400, allow_inf_nan=False)]
 
 
@@ -63,6 +64,12 @@ class CERules(BaseModel):
     )
     lost_seconds: _Seconds = Field(
         default=3600, description="A pilot that the site has not known for so long has failed."
+    )
+    max_waiting_hours: _Hours | None = Field(
+        default=None, description="A pilot that has waited for so long is cancelled: it is stale."
+    )
+    max_running_hours: _Hours | None = Field(
+        default=None, description="A pilot that has run for so long is cancelled: it is stalled."
     )
     max_missing: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
         default=5,

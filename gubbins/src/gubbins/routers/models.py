@@ -24,6 +24,7 @@ _PILOT: dict[str, Any] = {
     "missing_since": None,
     "cancel_requested_at": None,
     "last_error": None,
+    "waiting_reason": None,
 }
 _HISTORY: list[dict[str, Any]] = [
     {"status": "SUBMITTED", "at": "2026-01-01T12:00:00Z", "reason": None},
@@ -63,6 +64,7 @@ class Pilot(BaseModel):
     missing_since: datetime | None = Field(description="Since when the compute element does not know it.")
     cancel_requested_at: datetime | None
     last_error: str | None
+    waiting_reason: str | None = Field(description="What it waits for, as the site says; null: for its turn.")
 
 
 class PilotStep(BaseModel):

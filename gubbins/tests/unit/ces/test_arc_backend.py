@@ -146,6 +146,11 @@ async def test_a_failed_pilot_has_a_reason(state: str, info: dict[str, Any], can
     assert await backend_that_hears(arex).poll([pilot]) == {pilot.stamp: Observation(Observed.FAILED, reason)}
 
 
+async def test_a_job_that_is_held_says_so() -> None:
+    seen = await backend_that_hears(FakeArex({"j": "HELD"})).poll([PilotAtCE("s", "vo", "x/j")])
+    assert seen["s"] == Observation(Observed.WAITING, "held at the CE (HELD)")
+
+
 async def test_calls_are_in_bulk_and_known_jobs_are_not_searched() -> None:
     arex = FakeArex(dict.fromkeys((f"j{number}" for number in range(1000)), "RUNNING"))
     backend = backend_that_hears(arex)

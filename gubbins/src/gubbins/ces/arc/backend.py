@@ -104,6 +104,7 @@ class ArcBackend(CEBackend[ArcSettings]):
             elif (state := states.get(job)) is not None:
                 what = _STATES.get(state, Observed.NO_NEWS)
                 reason = _why(pilot, state, told.get(job, {})) if what is Observed.FAILED else None
+                reason = "held at the CE (HELD)" if state == "HELD" else reason
                 reference = self._reference(job) if pilot.reference is None else None
                 seen[pilot.stamp] = Observation(what, reason, reference)
         return seen

@@ -15,14 +15,14 @@ from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots, columns_of
-from .session import PilotSession
+from .session import PilotSession, portions
 
 _ID = Pilots.id.label("pilot_id")
 _COLUMNS = (_ID, *(column for column in columns_of(Pilots) if column.name != "id"))
 _CHECK_COLUMNS = (
     _ID,
     *columns_of(Pilots, "ce_name", "status", "stamp", "reference", "submitted_at", "started_at", "missing_since"),
-    Pilots.cancel_requested_at.label("cancel_requested_at"),
+    *columns_of(Pilots, "cancel_requested_at", "last_error", "waiting_reason"),
 )
 
 
@@ -39,6 +39,38 @@ class PilotsMixin(PilotSession):
         if pilot_ids:
             these = await self._staged([(id, None) for id in pilot_ids])
             await self.conn.execute(update(Pilots).where(self._are(these)).values(missing_since=since))
+
+    @transaction
+    async def set_waiting_reasons(self, reasons: Sequence[tuple[int, str | None]]) -> None:
+        """Note what these pilots (id, reason) wait for; None: for their turn."""
+        for portion in portions(reasons):
+            these = await self._staged(portion)
+            await self.conn.execute(update(Pilots).where(self._are(these)).values(waiting_reason=these.c.reason))
+
+    @transaction
+    async def count_waiting_reasons(self, ce_name: str, limit: int = 10) -> dict[str, int]:
+        """Count the waiting pilots of a compute element by what they wait for, the most frequent first."""
+        waiting = (Pilots.ce_name == ce_name, Pilots.status == MyPilotStatus.SUBMITTED)
+        count = func.count()
+        rows = await self.conn.execute(
+            select(Pilots.waiting_reason, count)
+            .where(*waiting, Pilots.waiting_reason.is_not(None))
+            .group_by(Pilots.waiting_reason)
+            .order_by(count.desc(), Pilots.waiting_reason)
+            .limit(limit)
+        )
+        return {str(reason): int(number) for reason, number in rows}
+
+    @transaction
+    async def request_cancels(self, pilots: Sequence[tuple[int, str | None]]) -> None:
+        """Note that these pilots (id, reason) are to be ended, if that is not requested already."""
+        for portion in portions(pilots):
+            these = await self._staged(portion)
+            await self.conn.execute(
+                update(Pilots)
+                .where(self._are(these), Pilots.status.in_(ACTIVE), Pilots.cancel_requested_at.is_(None))
+                .values(cancel_requested_at=clock.now(), last_error=these.c.reason)
+            )
 
     @transaction
     async def request_cancel(self, pilot_id: int, *, reason: str) -> None:
@@ -64,7 +96,7 @@ class PilotsMixin(PilotSession):
         """All pilots of the VO that hold a slot, in one statement.
 
         Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, missing_since,
-        cancel_requested_at`: no more than a check needs, for there may be very many.
+        cancel_requested_at, last_error, waiting_reason`: no more than a check needs, for there may be very many.
         """
         return (
             await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))

@@ -24,7 +24,7 @@ def _entering(status: MyPilotStatus, now: datetime) -> dict[str, Any]:
     """Columns to update in a pilot that enters a state, beside its last error."""
     if status is MyPilotStatus.RUNNING:
         # `missing_since` stays: a lost pilot, too, becomes RUNNING before it fails.
-        return {"status": status, "started_at": now, "last_update": now}
+        return {"status": status, "started_at": now, "last_update": now, "waiting_reason": None}
     return {"status": status, "ended_at": now, "last_update": now, "missing_since": None}
 
 

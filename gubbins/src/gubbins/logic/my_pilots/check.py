@@ -36,6 +36,7 @@ Cleaning up at compute elements gets so much time after the last response, and n
 CYCLE_SECONDS = 30
 """Compute elements that have responded are polled again after that, while others keep the check from ending."""
 
+_OVERDUE = "cancelled, for it "
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
 
@@ -85,10 +86,16 @@ class StatusChanges:
     ended: dict[str, list[PilotAtCE]] = field(default_factory=lambda: defaultdict(list))  # by compute element
     outputs: list[int] = field(default_factory=list)
     unseen: Counter[str] = field(default_factory=Counter)  # gone missing before they were seen; by compute element
+    waiting: list[tuple[int, str | None]] = field(default_factory=list)  # with what they wait for now
+    overdue: list[tuple[int, str | None]] = field(
+        default_factory=list
+    )  # to be cancelled, with the rule as the reason
     alive: set[str] = field(default_factory=set)  # compute elements whose pilots have moved, or were found again
 
     def end(self, request: PollRequest, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
+        if status is MyPilotStatus.FAILED and (pilot.last_error or "").startswith(_OVERDUE):
+            reason = pilot.last_error
         self.moves[status].append((pilot.pilot_id, reason))
         if status in request.ends_with_output:
             self.outputs.append(pilot.pilot_id)  # cleaned up when that is stored
@@ -204,6 +211,8 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         await db.confirm_pilots(changes.confirmed)
         await db.set_pilots_missing(changes.gone_missing, now)
         await db.set_pilots_missing(changes.found_again, None)
+        await db.set_waiting_reasons(changes.waiting)
+        await db.request_cancels(changes.overdue)
         released = await db.release_pilots(changes.never_submitted)
         for name in sorted(warnings):
             if changes.unseen[name] or (name in changes.alive and ces[name]["missing_in_row"]):
@@ -241,11 +250,27 @@ def _evaluate(
             changes.alive.add(request.ce["name"])
         if pilot.reference is None and seen.reference is not None:
             changes.confirmed.append((pilot.pilot_id, seen.reference))
+        if pilot.cancel_requested_at is None and (why := _overdue(pilot, seen, rules, now)) is not None:
+            changes.overdue.append((pilot.pilot_id, why))
         if pilot.status is MyPilotStatus.SUBMITTED:
-            if seen.state is not Observed.WAITING:
+            if seen.state is Observed.WAITING:
+                if seen.reason != pilot.waiting_reason:
+                    changes.waiting.append((pilot.pilot_id, seen.reason))
+            else:
                 changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
             changes.end(request, pilot, end, seen.reason)
+
+
+def _overdue(pilot: Any, seen: Observation, rules: CERules, now: datetime) -> str | None:
+    """The reason to cancel a pilot that has waited, or run, for longer than the rules allow."""
+    hours = rules.max_waiting_hours
+    if seen.state is Observed.WAITING and hours and now - pilot.submitted_at > timedelta(hours=hours):
+        return f"{_OVERDUE}waited longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
+    hours, since = rules.max_running_hours, pilot.started_at
+    if seen.state is Observed.RUNNING and hours and since and now - since > timedelta(hours=hours):
+        return f"{_OVERDUE}ran longer than {hours:g} h"
+    return None
 
 
 def _evaluate_unknown(

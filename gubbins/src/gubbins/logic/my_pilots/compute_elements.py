@@ -35,6 +35,8 @@ async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]
 async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, Any]:
     """One compute element with its `active`, its `available_slots` and all its rules.
 
+    For administrators also with `waiting`: the number of its pilots by what they wait for.
+
     Args:
         db: the database.
         name: which.
@@ -48,7 +50,12 @@ async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, A
         raise UnknownCEError(name)
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
     left_out = None if vo is None else {"vos"}
-    return {**as_seen_by(vo, _with_trouble(ce)), "rules": rules.model_dump(mode="json", exclude=left_out)}
+    waiting = {} if vo is not None else {"waiting": await db.count_waiting_reasons(name)}
+    return {
+        **as_seen_by(vo, _with_trouble(ce)),
+        **waiting,
+        "rules": rules.model_dump(mode="json", exclude=left_out),
+    }
 
 
 async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str, Any]:
