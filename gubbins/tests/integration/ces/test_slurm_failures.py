@@ -227,6 +227,31 @@ async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path:
     assert list((tmp_path / "pilots").iterdir()) == []
 
 
+async def test_a_cancellation_that_slurm_refuses_is_told(
+    make: Make, slurm_site: SlurmSite, tmp_path: Path
+) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "squeue").symlink_to(shutil.which("squeue") or "")
+    (commands / "scancel").write_text(
+        f'#!/bin/sh\nexec setpriv --reuid=65534 --regid=65534 --clear-groups {shutil.which("scancel")} "$@"\n'
+    )
+    (commands / "scancel").chmod(0o755)
+    backend, ours = make(default_script="sleep 300"), pilot("ours")
+    await backend.submit([ours])
+    slurm_site.directory.chmod(0o755)
+    try:
+        strange = make(commands=commands)
+        await strange.cancel([ours])
+    finally:
+        slurm_site.directory.chmod(0o700)
+    assert "scancel: " in str(strange.warning)
+    assert "permission denied" in str(strange.warning)
+    await backend.cancel([ours])
+    await observe(backend, ours, *ENDED)
+    assert backend.warning is None
+
+
 async def test_a_waiting_pilot_has_its_reason_and_can_be_cancelled(make: Make, slurm_site: SlurmSite) -> None:
     settings = {
         "partition": "long",

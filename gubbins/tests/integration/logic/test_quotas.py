@@ -145,6 +145,8 @@ async def test_a_warning_is_kept_and_is_no_failure(db: MyPilotDB, scripted: Any)
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.observations["ce"] = Observation(Observed.NO_NEWS)
     scripted.warning = "sacct: down"
+    await logic.cancel_pilot(db, await logic.submit_pilot(db, "ce", "lhcb"), by="alice")
+    assert (await logic.list_ces(db))[0]["last_error"] == "sacct: down"
     await logic.submit_pilot(db, "ce", "lhcb")
     for _ in range(9):
         await logic.transition_pilot_states(db, "lhcb")

@@ -1,4 +1,4 @@
-"""What a pilot waits for is kept, and one that waits or runs for too long is cancelled and says so."""
+"""Reasons for waiting are kept, and a pilot that waits or runs for too long is cancelled and says so."""
 
 from __future__ import annotations
 

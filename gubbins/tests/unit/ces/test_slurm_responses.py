@@ -17,7 +17,15 @@ from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.ces.slurm.error_parsing import error_line, is_unreachable, submission_error
-from gubbins.ces.slurm.jobs import Job, Record, judge, parse_completions, parse_queue, parse_records
+from gubbins.ces.slurm.jobs import (
+    Job,
+    Record,
+    judge,
+    parse_accounts,
+    parse_completions,
+    parse_queue,
+    parse_records,
+)
 from gubbins.ces.transports.shell import Completed
 
 DOCS = Path(__file__).parents[4] / "docs"
@@ -96,6 +104,13 @@ def test_of_two_jobs_that_have_ended_the_one_that_has_left_its_exit_code_was_the
     assert judge(jobs, Record("10", "3", False, ""), reference=None) == (Observed.FAILED, "exit code 3", "10")
 
 
+def test_an_account_of_a_killed_job_says_which_signal() -> None:
+    (killed,) = parse_accounts("7|FAILED|0:9|one\n")["one"]
+    assert judge([killed], None, reference="7") == (Observed.FAILED, "ended by signal 9", None)
+    (bad,) = parse_accounts("7|FAILED|3:0|one\n")["one"]
+    assert judge([bad], None, reference="7") == (Observed.FAILED, "exit code 3", None)
+
+
 @given(st.text())
 def test_lines_of_another_shape_are_no_news_and_no_error(text: str) -> None:
     for jobs in (parse_queue(text), parse_completions(text)):
@@ -122,7 +137,7 @@ def test_a_completed_job_is_found_by_name_with_any_directory_name() -> None:
         f"JobId=5 UserId=me(1) Name=one JobState=COMPLETED Partition=p {forged} DerivedExitCode=0:0 ExitCode=0:0 "
     )
     assert parse_completions(f"{line}\nx{line}\nJobId=6 Name=a JobState=b\n") == {
-        "one": [job("COMPLETED", "", "5")]
+        "one": [job("COMPLETED", "", "5", "0:0")]
     }
 
 

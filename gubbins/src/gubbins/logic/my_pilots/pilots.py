@@ -116,6 +116,8 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
         try:
             async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
+            if backend.warning is not None:
+                await db.record_ce_error(ce["name"], backend.warning)
         except Exception as error:
             reason = describe_failure(ce, error)
             await note_failure(db, ce, CECall.STATUS, reason)
