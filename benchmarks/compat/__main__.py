@@ -22,7 +22,9 @@ def main() -> int:
     """Print the table and the tests that fail; 1 when something is wrong."""
     parser = argparse.ArgumentParser(prog="compat", description=__doc__)
     parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; default: all")
-    parser.add_argument("--at-once", type=int, default=6, help="how many run at a time: mostly they wait")
+    parser.add_argument(
+        "--at-once", type=int, default=len(SCENARIOS), help="how many run at a time: mostly they wait"
+    )
     options = parser.parse_args()
     prepare("reference")
     names = options.scenarios or list(SCENARIOS)
