@@ -619,6 +619,36 @@ async def test_a_limit_that_is_lifted_is_noticed_without_newcomers(
     assert worker.began == names
 
 
+@pytest.mark.parametrize("lock", [slot, quota])
+async def test_a_line_whose_limiter_is_off_drains_several_at_a_time(
+    worker: Worker, redis: Redis, lock: Callable[[int], BaseLock]
+) -> None:
+    """Newcomers ask for nothing, and begin meanwhile."""
+    assert await lock(1).acquire(redis)
+    names = await worker.park(200, lambda: lock(1))
+    await worker.look(lock(1))
+    steps = 0
+    while await worker.step(list):
+        steps += 1
+    assert worker.began == names
+    assert steps <= len(names) / 10 + 1
+    assert not await redis.exists(keys.LINES, line_key(lock(1)))
+
+
+async def test_who_still_wants_a_limiter_that_is_off_for_others_waits_on_in_line(
+    worker: Worker, redis: Redis
+) -> None:
+    assert await slot().acquire(redis)
+    names = await worker.park(50, slot)
+    await worker.look(slot())
+    assert await worker.step(list) == 1
+    async with Counted(redis) as counted:
+        await worker.all_steps(lambda: [slot()])
+    assert worker.began == names[:1]
+    assert await line_of(redis, slot()) == names[1:]
+    assert counted.commands < BOUNDED
+
+
 async def test_a_limit_that_is_lowered_holds_and_each_release_costs_one_look(worker: Worker, redis: Redis) -> None:
     await worker.submit(*"abcd")
     assert await worker.step(lambda: [slot(4)]) == 4

@@ -5,7 +5,7 @@
 -- Who is granted a turn asks for its locks as anybody does. A turn is reserved for a moment, and a lock that is not
 -- asked for in that time is granted to the next; and as long as no worker takes the one that did not ask, to those of
 -- other sizes only. Of several of one size that are granted side by side, the last has the turn.
-local TURN_NOTED_MS, LOOK_MS, AHEAD, BYTES = 3600000, 10000, 500, 8192
+local TURN_NOTED_MS, LOOK_MS, AHEAD, BYTES, UNWANTED = 3600000, 10000, 500, 8192, 10
 local work_left = 50 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
@@ -84,7 +84,7 @@ local function let_readers_join(lock, turns, heads)
 end
 
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
--- more), 'asked' (by a task that must wait) or 'timer'. What turns_of() and heads_of() say, if that is known already.
+-- more), 'asked' (by a task that must wait), 'unwanted' (by the task that had the turn) or 'timer'. What turns_of() and heads_of() say, if that is known already.
 local function grant_next(lock, why, turns, reserved, heads, any)
   if why == 'released' and redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock.key)) == 0 then return end
   if not turns then turns, reserved = turns_of(lock) end
@@ -98,6 +98,8 @@ local function grant_next(lock, why, turns, reserved, heads, any)
     local kind = string.match(head.waiter, '^%a+')
     room = room or room_for(kind, lock)
     if reserved or why == 'asked' then room = math.min(room, 1) end
+    -- A limiter that is not wanted any more has most likely been lifted, for those behind as well.
+    if why == 'unwanted' and not last and (kind == 'rate' or kind == 'concurrency') then room = UNWANTED end
     if room < 1 or (last and kind == 'exclusive') then
       if why == 'timer' and kind == 'exclusive' then let_readers_join(lock, turns, heads) end
       break
@@ -136,9 +138,9 @@ local function release_all(locks)
 end
 
 -- A task that had the turn for a lock does not take it: the next one, please.
-local function give_up_turn(lock, task)
+local function give_up_turn(lock, task, why)
   for size, turn in pairs(turns_of(lock)) do
     if turn.task == task then redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key) end
   end
-  pcall(grant_next, lock, 'asked')
+  pcall(grant_next, lock, why or 'asked')
 end

@@ -71,7 +71,7 @@ local function leave_unwanted(d)
   for _, lock in ipairs(d.locks) do
     if lock.key == d.granted then return end
   end
-  give_up_turn({key = d.granted}, d.task)
+  give_up_turn({key = d.granted}, d.task, 'unwanted')
 end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false
