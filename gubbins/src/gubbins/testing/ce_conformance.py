@@ -224,10 +224,12 @@ class CESiteConformance(CEConformance):
             with half_down:
                 backend = running.backend()
                 seen = await backend.poll([*running.pilots, *ended.pilots])
+                await running.cancel()
             assert seen[running.pilots[0].stamp].state is Observed.RUNNING
             # Unknown it is not: that would be the beginning of its loss.
             assert seen[ended.pilots[0].stamp].state in (Observed.DONE, Observed.NO_NEWS)
             assert backend.warning
+            await running.until(Observed.FAILED)
 
     @pytest.fixture
     def full(self) -> AbstractContextManager[object] | None:

@@ -115,7 +115,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
             return
         jobs = await self._queue(pilots)
         active = {pilot.stamp: [job for job in jobs.get(pilot.stamp, ()) if not job.ended] for pilot in pilots}
-        await self._tidy(("cancelled", stamp) for stamp, own in active.items() if own)
+        await self.side_source(self._tidy(("cancelled", stamp) for stamp, own in active.items() if own))
         by_cluster: dict[str, list[str]] = defaultdict(list)
         for job in chain.from_iterable(active.values()):
             by_cluster[job.cluster].append(job.number)
