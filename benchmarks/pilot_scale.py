@@ -138,15 +138,15 @@ async def simulate(world: World, minutes: int, at_most_seconds: float) -> Run:
 
 async def _cycle(db: MyPilotDB, world: World, minute: int, statements: _Statements) -> Cycle:
     took: dict[str, float] = {}
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str, str]] = []
     moved = 0
     with statements.counted() as asking:
         async with _timed(took, "ask"):
             # Whoever asks first does so one minute, and last another.
             for number in range(world.vos):
                 vo = world.vo_names[(number + minute) % world.vos]
-                counts = await logic.request_pilots(db, vo, vos=world.vo_names)
-                asked += [(ce, vo) for ce, count in counts.items() for _ in range(count)]
+                requested = await logic.request_pilots(db, vo, vos=world.vo_names)
+                asked += [(ce, vo, stamp) for ce, stamps in requested.items() for stamp in stamps]
     with statements.counted() as submitting:
         async with _timed(took, "submit"):
             refused = await _submit(db, asked)
@@ -180,15 +180,15 @@ async def _cycle(db: MyPilotDB, world: World, minute: int, statements: _Statemen
     )
 
 
-async def _submit(db: MyPilotDB, asked: list[tuple[str, str]]) -> int:
+async def _submit(db: MyPilotDB, asked: list[tuple[str, str, str]]) -> int:
     todo = iter(asked)
     refused = 0
 
     async def slot() -> None:
         nonlocal refused
-        for ce, vo in todo:
+        for ce, vo, stamp in todo:
             try:
-                await logic.submit_requested_pilot(db, ce, vo)
+                await logic.submit_requested_pilot(db, ce, vo, stamp=stamp)
             except NoRoomError:
                 refused += 1
 

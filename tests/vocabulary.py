@@ -151,7 +151,7 @@ def main() -> int:
         if len(places) > word.bound:
             exceeded = True
             print(f"{word.pattern}: {len(places)} times, {word.bound} allowed; write {word.instead}")
-            print("   ", " ".join(places[:200]))
+            print("   ", " ".join(places[:20]))
         elif "--lower" in sys.argv and len(places) < word.bound:
             print(f"{word.pattern}: the bound can be {len(places)} (now {word.bound})")
     riddles = [
@@ -164,7 +164,7 @@ def main() -> int:
     if len(riddles) > OPENINGS_BOUND:
         exceeded = True
         print(f"riddles as docstrings: {len(riddles)}, {OPENINGS_BOUND} allowed; say what it is or does")
-        print("   ", " ".join(riddles[:200]))
+        print("   ", " ".join(riddles[:20]))
     elif "--lower" in sys.argv and len(riddles) < OPENINGS_BOUND:
         print(f"OPENINGS_BOUND can be {len(riddles)} (now {OPENINGS_BOUND})")
     print(f"words to be replaced: {total} in {len(found)} files")

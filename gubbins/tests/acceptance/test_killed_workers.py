@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 from redis import Redis
 
 from gubbins.ces.local import LocalBackend
@@ -162,7 +163,7 @@ async def test_a_pilot_that_never_came_to_the_site_is_undone_and_asked_for_again
     with clock.simulated(lambda: datetime.now(UTC) + timedelta(minutes=11)):
         await logic.transition_pilot_states(db, "lhcb")
         assert (await db.search_pilots(vo=None))[0] == 0
-        assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 2}
+        assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 2}
     assert site.pilots_run() == 0
 
 

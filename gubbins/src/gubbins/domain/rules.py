@@ -57,6 +57,9 @@ class CERules(BaseModel):
     vos: dict[Annotated[str, Field(max_length=128)], VORules] = Field(
         default={}, max_length=1_000, description="What is different for some VOs, by name."
     )
+    max_batch: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(
+        default=100, description="So many requested pilots, of all VOs, are submitted by one call."
+    )
     timeout_seconds: _Seconds = Field(default=60, description="No call waits longer for an answer.")
     unconfirmed_seconds: _Seconds = Field(
         default=600,

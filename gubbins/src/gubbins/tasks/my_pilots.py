@@ -39,7 +39,7 @@ from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 
-#: Label of tasks that a round has requested, as against those submitted by hand.
+#: Label of tasks that a round has requested, as against those submitted by hand: the stamp of the pilot.
 LABEL_REQUESTED = "pilot_requested"
 
 # Every worker and scheduler imports this module, and few of them ever open the database of the pilots.
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MyPilotTask(BaseTask):
-    """Submits one pilot of a VO to a compute element.
+    """Submits one pilot of a VO to a compute element; in one call with those of the tasks that wait behind it.
 
     Not retried and not kept when it fails: the next round of `MySubmitPilotsTask` looks again.
     """
@@ -90,9 +90,11 @@ class MyPilotTask(BaseTask):
             if message is None:
                 return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo)
             # A task may be executed again, when its worker died: by its stamp, that is no second pilot.
+            if (requested := message.labels.get(LABEL_REQUESTED)) is not None:
+                stamp = requested if isinstance(requested, str) else None
+                return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
             stamp = hashlib.blake2b(message.task_id.encode(), digest_size=16).hexdigest()
-            submit = logic.submit_requested_pilot if LABEL_REQUESTED in message.labels else logic.submit_pilot
-            return await submit(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
+            return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
         except (NoRoomError, SubmissionLimitError, CEDisabledError, CEPausedError, CEQuotaError) as error:
             logger.info("No pilot for %s: %s", self.vo, error)
             return None
@@ -148,16 +150,16 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
             all_but=self.all_but or (),
             waiting_jobs=lambda: logic.count_waiting_jobs(job_db, self.vo),
         )
-        for ce_name, count in asked.items():
+        for ce_name, stamps in asked.items():
             spawned = 0
             try:
-                for _ in range(count):
-                    await MyPilotTask(ce_name, self.vo).schedule(labels={LABEL_REQUESTED: True})
+                for stamp in stamps:
+                    await MyPilotTask(ce_name, self.vo).schedule(labels={LABEL_REQUESTED: stamp})
                     spawned += 1
             finally:
-                if spawned < count:
-                    await logic.withdraw_requests(my_pilot_db, ce_name, self.vo, count - spawned)
-        return asked
+                if spawned < len(stamps):
+                    await logic.withdraw_requests(my_pilot_db, ce_name, stamps[spawned:])
+        return {ce_name: len(stamps) for ce_name, stamps in asked.items()}
 
 
 @dataclass

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from datetime import timedelta
 
+from pilot_requests import request_pilots
+
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError, PilotSubmissionError
 from gubbins.logic import my_pilots as logic
@@ -28,7 +30,7 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
 
     async def live(vo: str) -> None:
         for _ in range(6):
-            asked = await logic.request_pilots(db, vo, vos=VOS)
+            asked = await request_pilots(db, vo, vos=VOS)
             async with asyncio.TaskGroup() as group:
                 for name, count in asked.items():
                     for _ in range(count):

@@ -229,26 +229,35 @@ async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
     assert await db.count_pilots("dteam") == {"dteam": {"a": {"SUBMITTED": 1}, "b": {"SUBMITTED": 1}}}
 
 
-async def test_requests_are_counted_struck_out_and_given_up(db: MyPilotDB) -> None:
-    await db.add_requests("ce", vo="lhcb", count=3)
-    await db.add_requests("ce", vo="dteam", count=1)
-    assert await db.take_requests("ce", vo="lhcb") == 1
-    assert await db.take_requests("other", vo="lhcb") == 0
-    assert await db.take_requests("ce", vo="dteam", count=2) == 1
-    await db.add_requests("ce", vo="dteam", count=1)
+async def test_requests_are_counted_deleted_refused_and_given_up(db: MyPilotDB) -> None:
+    first, second, third = await db.add_requests("ce", vo="lhcb", count=3)
+    [other] = await db.add_requests("ce", vo="dteam", count=1)
+    assert await db.delete_requests("ce", [first]) == 1
+    assert await db.delete_requests("ce", [first, other]) == 1
+    [last] = await db.add_requests("ce", vo="dteam", count=1)
+    await db.refuse_requests("ce", {first: ("lhcb", "no"), other: ("dteam", "no")})
+    assert await db.waiting_requests("ce", at_most=9) == [(second, "lhcb"), (third, "lhcb"), (last, "dteam")]
+    assert await db.waiting_requests("ce", vo="lhcb", at_most=1) == [(second, "lhcb")]
+    assert await db.waiting_requests("other", at_most=9) == []
+    assert [await db.find_submission(stamp) for stamp in (first, second, "none")] == [
+        (None, False, "no"),
+        (None, False, None),
+        None,
+    ]
     now = datetime.now(tz=UTC)
     pending = await db.pending_requests(since=now - timedelta(minutes=1))
     assert pending == {("ce", "lhcb"): 2, ("ce", "dteam"): 1}
     assert await db.pending_requests(since=now + timedelta(minutes=1)) == {}
 
 
-async def test_each_of_many_that_start_at_once_strikes_out_one_request(db: MyPilotDB) -> None:
+async def test_each_of_many_that_start_at_once_deletes_its_request(db: MyPilotDB) -> None:
     now = datetime.now(tz=UTC)
     names, vos = ("a", "b"), ("lhcb", "dteam")
+    stamps = {}
     for name in names:
         await db.add_ce(name, 100, 1.0)
         for vo in vos:
-            await db.add_requests(name, vo=vo, count=25)
+            stamps[name, vo] = iter(await db.add_requests(name, vo=vo, count=25))
 
     async def ask(vo: str) -> None:
         for _ in range(5):
@@ -259,7 +268,7 @@ async def test_each_of_many_that_start_at_once_strikes_out_one_request(db: MyPil
 
     async def start(name: str, vo: str) -> None:
         for _ in range(5):
-            await db.take_requests(name, vo=vo)
+            assert await db.delete_requests(name, [next(stamps[name, vo])]) == 1
 
     starts = [start(name, vo) for _ in range(5) for name in names for vo in vos]
     await asyncio.gather(*(asyncio.create_task(one) for one in [*starts, *(ask(vo) for vo in vos)]))

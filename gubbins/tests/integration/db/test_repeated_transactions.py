@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
@@ -62,7 +63,7 @@ async def _add(db: MyPilotDB, scripted: Any) -> Any:
 
 
 async def _request(db: MyPilotDB, scripted: Any) -> Any:
-    return await logic.request_pilots(db, "lhcb", vos=["lhcb", "dteam"])
+    return await request_pilots(db, "lhcb", vos=["lhcb", "dteam"])
 
 
 async def _submit(db: MyPilotDB, scripted: Any) -> Any:
@@ -70,15 +71,16 @@ async def _submit(db: MyPilotDB, scripted: Any) -> Any:
 
 
 async def _submit_requested(db: MyPilotDB, scripted: Any) -> Any:
-    await db.add_requests("ce", vo="lhcb", count=2)
-    return await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=STAMP)
+    stamps = await db.add_requests("ce", vo="lhcb", count=2)
+    return await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps[1])
 
 
 async def _refused(db: MyPilotDB, scripted: Any) -> Any:
     scripted.submissions["ce"] = SubmitOutcome(None, "no")
-    await db.add_requests("ce", vo="lhcb", count=2)
-    with pytest.raises(CERefusedError):
-        await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=STAMP)
+    stamps = await db.add_requests("ce", vo="lhcb", count=2)
+    for stamp in stamps:
+        with pytest.raises(CERefusedError):
+            await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
 
 
 async def _check(db: MyPilotDB, scripted: Any) -> Any:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 from sqlalchemy import update
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
@@ -121,7 +122,7 @@ async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_les
     scripted.calls.clear()
     await logic.transition_pilot_states(db, "lhcb")
     assert "its status cannot be read (no route to host)" in await paused(db)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
     for _ in range(20):  # a check every 30 s, for ten minutes
         time.passes(30)
         await logic.transition_pilot_states(db, "lhcb")
@@ -151,10 +152,10 @@ async def test_a_ce_with_failed_status_calls_and_no_pilots_gets_one_pilot_as_a_p
     await db.release_pilots([reserved])
     assert await circuit(db, CECall.STATUS) == ("closed", 1)
     time.passes(59)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {}
     assert "its status cannot be read" in await paused(db)
     time.passes(1)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 1}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 1}
     # Many try at once: one of them may.
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     tried = await asyncio.gather(
@@ -168,11 +169,11 @@ async def test_a_ce_with_failed_status_calls_and_no_pilots_gets_one_pilot_as_a_p
     assert await circuit(db, CECall.STATUS) == ("open", 2)
     time.passes(60)
     assert "its status cannot be read" in await paused(db)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {}
     scripted.observations["ce"] = Observation(Observed.WAITING)
     await logic.transition_pilot_states(db, "lhcb")
     assert await circuit(db, CECall.STATUS) == ("closed", 0)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ async def test_a_ce_with_invalid_rules_in_the_database_gets_no_pilots_and_others
         row = update(ComputeElements).where(ComputeElements.name == "ce")
         await db.conn.execute(row.values(rules=rules))
     assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 2}
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"well": 1}
     assert said in await paused(db)
     assert said in (await logic.get_ce(db, "ce"))["last_error"]
     assert {ce["name"]: said in (ce["last_error"] or "") for ce in await logic.list_ces(db)} == {
@@ -214,7 +215,7 @@ async def test_rules_that_only_another_version_knows_are_left_out(sqlite_db: MyP
     rules = (await logic.get_ce(sqlite_db, "ce"))["rules"]
     assert (rules["max_waiting"], rules["vos"]["lhcb"]["share"]) == (3, 2)
     assert "moon" not in rules
-    assert await logic.request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"ce": 2}
+    assert await request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"ce": 2}
 
 
 async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
@@ -318,14 +319,14 @@ async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilo
     assert (await logic.get_ce(db, "ce"))["ban_reason"] == "long maintenance"
     assert await logic.transition_pilot_states(db, "lhcb") == {}
     await logic.cancel_pilot(db, pilot_id, by="alice")
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {}
     assert scripted.calls == []
     assert await logic.set_ce_enabled(db, "ce", False)
     assert await logic.transition_pilot_states(db, "lhcb") == {MyPilotStatus.RUNNING: 1}
     assert scripted.calls == [("ce", "cancel"), ("ce", "poll")]
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {}
     assert await logic.set_ce_enabled(db, "ce", True)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
 
 
 async def test_opening_a_ce_and_changing_it_end_its_pause(db: MyPilotDB, scripted: Any) -> None:

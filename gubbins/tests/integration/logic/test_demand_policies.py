@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from diracx.db.sql import JobDB
+from pilot_requests import request_pilots
 from sqlalchemy import update
 
 from gubbins.db.sql import MyPilotDB
@@ -25,7 +26,7 @@ async def ask(
     async def waiting_jobs() -> int | None:
         return jobs
 
-    return await logic.request_pilots(db, vo, vos=vos, waiting_jobs=waiting_jobs)
+    return await request_pilots(db, vo, vos=vos, waiting_jobs=waiting_jobs)
 
 
 async def test_no_more_pilots_than_waiting_jobs_justify(db: MyPilotDB) -> None:
@@ -75,7 +76,7 @@ async def test_without_a_job_database_there_is_a_trickle_only(db: MyPilotDB, kno
     if known == "unreadable":
         assert await ask(db, None) == {"a": 1}
     else:
-        assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"a": 1}
+        assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"a": 1}
 
 
 async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
@@ -86,7 +87,9 @@ async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
     assert await ask(db, None) == {"ce": 2}
     assert await ask(db, None) == {}
     assert await ask(db, None, "dteam") == {"ce": 1}
-    await logic.withdraw_requests(db, "ce", "lhcb", 6)
+    stamps = [stamp for stamp, vo in await db.waiting_requests("ce", at_most=99) if vo == "lhcb"]
+    assert len(stamps) == 6
+    await logic.withdraw_requests(db, "ce", stamps)
     for at in range(6):
         with clock.simulated(lambda at=at: datetime.now(UTC) - timedelta(minutes=10 - at)):
             await logic.submit_pilot(db, "ce", "lhcb")

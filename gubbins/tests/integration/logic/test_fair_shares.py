@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.simulated import SimulatedBackend
@@ -56,7 +57,7 @@ async def a_day(db: MyPilotDB, jobs: Callable[[str, timedelta], int]) -> list[Co
                 async def waiting(vo: str = vo, passed: timedelta = passed) -> int:
                     return jobs(vo, passed)
 
-                asked = await logic.request_pilots(db, vo, vos=VOS, waiting_jobs=waiting)
+                asked = await request_pilots(db, vo, vos=VOS, waiting_jobs=waiting)
                 for ce, count in asked.items():
                     for _ in range(count):
                         await logic.submit_requested_pilot(db, ce, vo)

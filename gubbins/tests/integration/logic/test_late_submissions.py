@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -83,7 +84,7 @@ async def test_a_late_pilot_takes_a_slot_beyond_the_capacity_and_a_warning_says_
     assert (ce["active"], ce["available_slots"]) == (2, 0)
     with pytest.raises(logic.PilotSubmissionError):
         await logic.submit_pilot(db, "ce", "lhcb")
-    assert await logic.request_pilots(db, "dteam", vos=["dteam", "lhcb"]) == {}
+    assert await request_pilots(db, "dteam", vos=["dteam", "lhcb"]) == {}
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pilot_requests import request_pilots
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 
@@ -221,26 +222,26 @@ async def test_loading_ces_is_all_or_nothing(db: MyPilotDB) -> None:
 async def test_one_vo_asks_for_one_pilot_per_slot_and_not_twice(db: MyPilotDB) -> None:
     await db.add_ce("ce", 5, 1.0)
     await logic.submit_pilot(db, "ce", "lhcb")
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 4}
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
-    await logic.submit_requested_pilot(db, "ce", "lhcb")
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {}
-    await logic.withdraw_requests(db, "ce", "lhcb", 3)
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 3}
+    stamps = (await logic.request_pilots(db, "lhcb", vos=["lhcb"]))["ce"]
+    assert len(stamps) == 4
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {}
+    await logic.withdraw_requests(db, "ce", stamps[1:])
+    await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps[0])
+    assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 3}
 
 
 async def test_the_first_vo_leaves_room_for_the_others(db: MyPilotDB) -> None:
     await db.add_ce("ce", 6, 1.0)
     await db.add_ce("own", 4, 1.0, vos=["b"])
     vos = ["a", "b", "c"]
-    asked = [await logic.request_pilots(db, vo, vos=vos) for vo in vos]
+    asked = [await request_pilots(db, vo, vos=vos) for vo in vos]
     assert asked == [{"ce": 2}, {"ce": 2, "own": 4}, {"ce": 2}]
 
 
 async def test_P60_concurrent_rounds_never_ask_for_more_than_there_is_room(db: MyPilotDB) -> None:
     await db.add_ce("ce", 7, 1.0)
     vos = [f"vo{i}" for i in range(6)]
-    asked = await asyncio.gather(*(logic.request_pilots(db, vo, vos=vos) for vo in vos))
+    asked = await asyncio.gather(*(request_pilots(db, vo, vos=vos) for vo in vos))
     assert sum(round_.get("ce", 0) for round_ in asked) <= 7
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
@@ -25,15 +24,17 @@ class Limited(CEBackend[CESettings]):
     Settings = CESettings
     quota: ClassVar[int] = 20
     pilots: ClassVar[dict[str, Observed]] = {}
-    refused: ClassVar[list[str]] = []
+    refused: ClassVar[list[list[str]]] = []
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        (pilot,) = pilots
-        if sum(state is Observed.RUNNING for state in self.pilots.values()) >= self.quota:
-            self.refused.append(pilot.stamp)
-            return {pilot.stamp: SubmitOutcome(error="QOSMaxSubmitJobPerUserLimit", quota=True)}
-        self.pilots[pilot.stamp] = Observed.RUNNING
-        return {pilot.stamp: SubmitOutcome(reference=pilot.stamp)}
+        free = max(0, self.quota - sum(state is Observed.RUNNING for state in self.pilots.values()))
+        self.pilots.update({pilot.stamp: Observed.RUNNING for pilot in pilots[:free]})
+        if refused := [pilot.stamp for pilot in pilots[free:]]:
+            self.refused.append(refused)
+        return {
+            **{pilot.stamp: SubmitOutcome(reference=pilot.stamp) for pilot in pilots[:free]},
+            **{stamp: SubmitOutcome(error="QOSMaxSubmitJobPerUserLimit", quota=True) for stamp in refused},
+        }
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         return {
@@ -69,9 +70,9 @@ def site(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[Limited]
 
 
 async def cycle(db: MyPilotDB, time: Clock) -> None:
-    for _ in range((await logic.request_pilots(db, "lhcb", vos=["lhcb"])).get("ce", 0)):
+    for stamp in (await logic.request_pilots(db, "lhcb", vos=["lhcb"])).get("ce", ()):
         with contextlib.suppress(CEQuotaError, CEPausedError):
-            await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=uuid.uuid4().hex)
+            await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
     await logic.transition_pilot_states(db, "lhcb")
     time.at += timedelta(seconds=60)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain import clock
@@ -62,9 +63,9 @@ async def test_no_rule_is_exceeded_however_many_submit_at_once(
 
     async def take_part_in_rounds(vo: str) -> None:
         asked = await logic.request_pilots(db, vo, vos=VOS, compute_elements=[name])
-        for _ in range(asked.get(name, 0)):
+        for stamp in asked.get(name, ()):
             with contextlib.suppress(PilotSubmissionError):
-                await logic.submit_requested_pilot(db, name, vo)
+                await logic.submit_requested_pilot(db, name, vo, stamp=stamp)
 
     async with asyncio.TaskGroup() as group:
         for vo in VOS:
@@ -100,18 +101,19 @@ async def test_slots_that_no_other_vo_wants_are_anybodys(db: MyPilotDB) -> None:
     await db.add_ce("ce", 4, 1.0, vos=["lhcb", "dteam"])
     # dteam asked once, long ago, and has not been heard of since.
     with clock.simulated(lambda: datetime.now(UTC) - timedelta(hours=1)):
-        assert await logic.request_pilots(db, "dteam", vos=["lhcb", "dteam"]) == {"ce": 2}
+        assert await request_pilots(db, "dteam", vos=["lhcb", "dteam"]) == {"ce": 2}
     for _ in range(4):
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
 async def test_slots_that_a_round_has_granted_another_vo_are_not_to_be_had(db: MyPilotDB) -> None:
     await db.add_ce("ce", 3, 1.0)
-    assert await logic.request_pilots(db, "dteam", vos=["dteam"]) == {"ce": 3}
+    stamps = (await logic.request_pilots(db, "dteam", vos=["dteam"]))["ce"]
+    assert len(stamps) == 3
     with pytest.raises(NoRoomError, match="3 of them by pilots of other VOs"):
         await logic.submit_pilot(db, "ce", "lhcb")
-    for _ in range(3):
-        assert await logic.submit_requested_pilot(db, "ce", "dteam")
+    pilots = {await logic.submit_requested_pilot(db, "ce", "dteam", stamp=stamp) for stamp in stamps}
+    assert len(pilots - {None}) == 3
     assert await logic.submit_requested_pilot(db, "ce", "dteam") is None
 
 
@@ -142,14 +144,17 @@ async def test_pilots_that_ended_within_the_cycle_count_as_well(db: MyPilotDB) -
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_refused_request_is_struck_out_and_holds_no_slot(db: MyPilotDB) -> None:
+async def test_a_refused_request_is_deleted_and_holds_no_slot(db: MyPilotDB) -> None:
     await db.add_ce("ce", 4, 1.0, rules={"max_waiting": 2})
-    assert await logic.request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 2}
+    first, second = (await logic.request_pilots(db, "lhcb", vos=["lhcb"]))["ce"]
     await db.set_ce("ce", capacity=4, success_rate=1.0, rules={"max_waiting": 1})
-    assert await logic.submit_requested_pilot(db, "ce", "lhcb")
+    pilot_id = await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=first)
+    assert pilot_id == await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=first)
+    assert await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=second) is None
+    [third] = await db.add_requests("ce", vo="lhcb", count=1)
     with pytest.raises(SubmissionLimitError):
-        await logic.submit_requested_pilot(db, "ce", "lhcb")
-    assert await logic.submit_requested_pilot(db, "ce", "lhcb") is None
+        await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=third)
+    assert await db.waiting_requests("ce", at_most=9) == []
 
 
 async def test_names_that_no_vo_and_no_compute_element_can_have_are_refused_and_not_repeated(

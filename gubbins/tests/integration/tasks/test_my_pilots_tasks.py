@@ -222,10 +222,15 @@ async def test_tasks_that_come_after_their_requests_were_given_up_submit_nothing
 
 async def test_a_task_that_is_executed_again_needs_no_second_request(db: MyPilotDB) -> None:
     await db.add_ce("ce", 5, 1.0)
-    await db.add_requests("ce", vo="lhcb", count=1)
-    labels = {my_pilots.LABEL_REQUESTED: True}
+    [stamp] = await db.add_requests("ce", vo="lhcb", count=1)
     seen = []
-    for task_id in ("one", "one", "another"):
+    for task_id, requested in (
+        ("one", stamp),
+        ("one", stamp),
+        ("another", "expired"),
+        ("of an older build", True),
+    ):
+        labels = {my_pilots.LABEL_REQUESTED: requested}
         message = TaskMessage(task_id=task_id, task_name="my_pilots:MyPilotTask", labels=labels)
         token = current_message.set(message)
         try:
@@ -233,4 +238,4 @@ async def test_a_task_that_is_executed_again_needs_no_second_request(db: MyPilot
         finally:
             current_message.reset(token)
     assert seen[0] is not None
-    assert seen == [seen[0], seen[0], None]
+    assert seen == [seen[0], seen[0], None, None]

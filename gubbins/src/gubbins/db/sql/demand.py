@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -28,28 +29,51 @@ class DemandMixin(PilotSession):
     """Statements about requests and demand."""
 
     @transaction
-    async def add_requests(self, ce_name: str, *, vo: str, count: int) -> None:
-        """Add `count` requests: as many `MyPilotTask`s of the VO are on their way to the compute element."""
-        now = clock.now()
-        if count > 0:
-            row = {"ce_name": ce_name, "vo": vo, "requested_at": now}
-            await self.conn.execute(insert(PilotRequests), [row] * count)
+    async def add_requests(self, ce_name: str, *, vo: str, count: int) -> list[str]:
+        """Add `count` requests: as many `MyPilotTask`s of the VO are on their way to the compute element.
+
+        Returns:
+            The stamps of their pilots, which those tasks are to have.
+        """
+        row = {"ce_name": ce_name, "vo": vo, "requested_at": clock.now()}
+        stamps = [uuid.uuid4().hex for _ in range(count)]
+        if stamps:
+            await self.conn.execute(insert(PilotRequests), [{**row, "stamp": stamp} for stamp in stamps])
+        return stamps
 
     @transaction
-    async def take_requests(self, ce_name: str, *, vo: str, count: int = 1) -> int:
-        """Delete the oldest requests, for their tasks have started; return the number deleted."""
-        oldest = (
-            select(PilotRequests.id)
-            .where(PilotRequests.ce_name == ce_name, PilotRequests.vo == vo)
-            .order_by(PilotRequests.id)
-            .limit(count)
+    async def delete_requests(self, ce_name: str, stamps: Sequence[str]) -> int:
+        """Delete requests, for there is an answer, or there will be none; return the number deleted."""
+        await self.lock_ces([ce_name])  # as all who read them do: on MariaDB two would deadlock
+        deleted = await self.conn.execute(delete(PilotRequests).where(PilotRequests.stamp.in_(stamps)))
+        return int(deleted.rowcount)
+
+    @transaction
+    async def refuse_requests(self, ce_name: str, refusals: Mapping[str, tuple[str, str]]) -> None:
+        """Keep refusals, as stamp → (VO, reason), until the tasks of these requests ask for them."""
+        if not refusals:
+            return
+        row = {"ce_name": ce_name, "requested_at": clock.now()}
+        await self.conn.execute(
+            insert(PilotRequests),
+            [{**row, "vo": vo, "stamp": stamp, "refusal": why} for stamp, (vo, why) in refusals.items()],
         )
-        # Two that start at once would choose the same request, or on MariaDB deadlock over it.
+
+    @transaction
+    async def waiting_requests(
+        self, ce_name: str, *, vo: str | None = None, at_most: int
+    ) -> list[tuple[str, str]]:
+        """Stamp and VO of the oldest requests that wait (None: of all VOs); the compute element is locked."""
         await self.lock_ces([ce_name])
-        ids = (await self.conn.execute(oldest)).scalars().all()
-        if ids:
-            await self.conn.execute(delete(PilotRequests).where(PilotRequests.id.in_(ids)))
-        return len(ids)
+        waiting = (
+            select(PilotRequests.stamp, PilotRequests.vo)
+            .where(PilotRequests.ce_name == ce_name, PilotRequests.refusal.is_(None))
+            .order_by(PilotRequests.id)
+            .limit(at_most)
+        )
+        if vo is not None:
+            waiting = waiting.where(PilotRequests.vo == vo)
+        return [(row[0], row[1]) for row in await self.conn.execute(waiting)]
 
     @transaction
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
@@ -61,9 +85,9 @@ class DemandMixin(PilotSession):
         await self.lock_ces()
         await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
         rows = await self.conn.execute(
-            select(PilotRequests.ce_name, PilotRequests.vo, func.count()).group_by(
-                PilotRequests.ce_name, PilotRequests.vo
-            )
+            select(PilotRequests.ce_name, PilotRequests.vo, func.count())
+            .where(PilotRequests.refusal.is_(None))
+            .group_by(PilotRequests.ce_name, PilotRequests.vo)
         )
         return {(ce_name, vo): count for ce_name, vo, count in rows}
 

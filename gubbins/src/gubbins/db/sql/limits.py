@@ -22,14 +22,12 @@ CYCLE_SECONDS = 60
 """The round of `max_per_cycle`, for pilots that no round has asked for."""
 
 
-async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str, *, granted: bool) -> None:
+async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str) -> None:
     """Refuse a pilot that the rules do not allow. The caller holds the row of the compute element.
 
     Args:
         ce: the compute element as it is in this transaction.
         vo: whose pilot.
-        granted: a round has asked for it and dealt out the slots by `share` and `max_per_cycle`: what is
-            granted is not dealt out again.
 
     Raises:
         SubmissionLimitError, NoRoomError: as they say.
@@ -37,16 +35,10 @@ async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str, *,
     name, now = ce["name"], clock.now()
     all_rules = rules_of(ce)
     rules = all_rules.of(vo)
-    if granted and rules.max_waiting is None:
-        return
-    pilots = await _pilots_at(conn, name)
-    requests = {} if granted else await _requests_at(conn, name, now - REQUEST_LIFETIME)
+    pilots = await pilots_at(conn, name)
+    requests = await _requests_at(conn, name, now - REQUEST_LIFETIME)
     own_requests = requests.get(vo, 0)
-    waiting = pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests
-    if rules.max_waiting is not None and waiting >= rules.max_waiting:
-        raise SubmissionLimitError(name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested")
-    if granted:
-        return
+    check_waiting(name, vo, rules, pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests)
     if rules.max_per_cycle is not None:
         await _check_cycle(conn, name, vo, rules.max_per_cycle, own_requests, now)
     held = dict(requests)
@@ -73,6 +65,16 @@ async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str, *,
         )
 
 
+def check_waiting(name: str, vo: str, rules: CERules, waiting: int) -> None:
+    """Refuse a pilot beyond `max_waiting`.
+
+    Raises:
+        SubmissionLimitError: as many pilots of the VO wait.
+    """
+    if rules.max_waiting is not None and waiting >= rules.max_waiting:
+        raise SubmissionLimitError(name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested")
+
+
 async def _check_cycle(
     conn: AsyncConnection, name: str, vo: str, limit: int, requested: int, now: datetime
 ) -> None:
@@ -97,7 +99,8 @@ async def _check_cycle(
         )
 
 
-async def _pilots_at(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
+async def pilots_at(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
+    """Count the pilots that hold a slot, as {(VO, state): number}."""
     rows = await conn.execute(
         select(Pilots.vo, Pilots.status, func.count())
         .where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
@@ -109,7 +112,7 @@ async def _pilots_at(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilo
 async def _requests_at(conn: AsyncConnection, name: str, since: datetime) -> dict[str, int]:
     rows = await conn.execute(
         select(PilotRequests.vo, func.count())
-        .where(PilotRequests.ce_name == name, PilotRequests.requested_at >= since)
+        .where(PilotRequests.ce_name == name, PilotRequests.requested_at >= since, PilotRequests.refusal.is_(None))
         .group_by(PilotRequests.vo)
     )
     return {row[0]: int(row[1]) for row in rows}

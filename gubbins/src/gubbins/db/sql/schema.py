@@ -231,17 +231,22 @@ class PilotHistory(MyPilotDBBase):
 
 
 class PilotRequests(MyPilotDBBase):
-    """A `MyPilotTask` that was spawned and not yet started: the next round must not spawn it again."""
+    """A `MyPilotTask` that was spawned and whose pilot has no slot yet: the next round must not spawn it again."""
 
     __tablename__ = "PilotRequests"
 
     id: Mapped[int] = mapped_column("RequestID", _Id, primary_key=True, autoincrement=True, key="id")
     ce_name: Mapped[str] = mapped_column("CEName", _CEName, key="ce_name")
     vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
+    # The stamp that its pilot will have; its task knows it.
+    stamp: Mapped[str] = mapped_column("Stamp", String(32), key="stamp")
     requested_at: Mapped[datetime] = mapped_column("RequestedAt", UTCDateTime, key="requested_at")
+    # The compute element refused its pilot: its task has not heard of it yet. NULL: it waits.
+    refusal: Mapped[str | None] = mapped_column("Refusal", _Reason, key="refusal")
 
     __table_args__ = (
         Index("idx_requests_ce_vo", "ce_name", "vo"),
+        Index("idx_requests_stamp", "stamp", unique=True),
         Index("idx_requests_at", "requested_at"),
         UTF8,
     )

@@ -72,4 +72,5 @@ from .pilots import (
     prune_pilots,
     search_pilots,
 )
-from .submission import submit_pilot, submit_requested_pilot
+from .requested import submit_requested_pilot
+from .submission import submit_pilot

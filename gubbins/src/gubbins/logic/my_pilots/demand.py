@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,8 @@ async def request_pilots(
     compute_elements: Collection[str] | None = None,
     all_but: Collection[str] = (),
     waiting_jobs: Callable[[], Awaitable[int | None]] | None = None,
-) -> dict[str, int]:
-    """Request pilots: the number that the VO should submit now to each compute element with room.
+) -> dict[str, list[str]]:
+    """Request pilots: those that the VO should submit now, by compute element, as the stamps of their requests.
 
     Requests are recorded, and those of every VO are subtracted from the room first, so that tasks do not pile up
     while workers are busy. `submit_requested_pilot` deletes a request.
@@ -70,7 +70,7 @@ async def request_pilots(
     if waiting_jobs is not None and any(each.policy is DemandPolicy.WAITING_JOBS for each in rules.values()):
         jobs = await waiting_jobs()
 
-    async def ask() -> dict[str, int]:
+    async def ask() -> dict[str, list[str]]:
         situation = await _look(db, vo, vos, ces)
         budget = 0 if jobs is None else jobs - situation.waiting
         wanted = {name: situation.wanted(ces[name], rules[name], budget) for name in ces}
@@ -85,10 +85,9 @@ async def request_pilots(
             more = wanted[name] - asked[name]
             demand[name] = situation.next_demand(name, min(more, left) if name in by_jobs else more, asked[name])
         await db.put_demand(vo, demand)
-        asked = {name: count for name, count in asked.items() if count > 0}
-        for name, count in asked.items():
-            await db.add_requests(name, vo=vo, count=count)
-        return asked
+        return {
+            name: await db.add_requests(name, vo=vo, count=count) for name, count in asked.items() if count > 0
+        }
 
     return await db.run(ask)
 
@@ -177,9 +176,9 @@ def _rounded_up(number: float) -> int:
     return -int(-number // 1)
 
 
-async def withdraw_requests(db: MyPilotDB, ce_name: str, vo: str, count: int) -> None:
+async def withdraw_requests(db: MyPilotDB, ce_name: str, stamps: Sequence[str]) -> None:
     """Delete requests whose tasks could not be spawned."""
-    await db.take_requests(ce_name, vo=vo, count=count)
+    await db.delete_requests(ce_name, stamps)
 
 
 async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
@@ -18,7 +18,6 @@ from gubbins.domain.exceptions import (
     CEQuotaError,
     CERefusedError,
     CESettingsError,
-    PilotSubmissionError,
     VONotServedError,
 )
 from gubbins.domain.pilot_states import MyPilotStatus
@@ -53,74 +52,24 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         PilotSubmissionError: a subclass says why not: unknown, disabled or paused compute element, VO not
             served, no room, a rule, refused.
     """
-    pilot_id = await _submit(db, ce_name, vo, stamp, None)
-    assert pilot_id is not None  # only a request can be gone
-    return pilot_id
-
-
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
-    """Submit one pilot that `request_pilots` asked for; see `submit_pilot`, also for what is raised.
-
-    Its request is deleted in the transaction that reserves its slot, so that no other submission takes it in
-    between. None where there is no request any more, and nothing is submitted. Only what has begun
-    already (there is a pilot with this stamp, for the worker died) goes on without one.
-    """
-    if stamp is not None and await db.find_pilot(stamp) is not None:
-        return await submit_pilot(db, ce_name, vo, stamp=stamp)
-    request = _Request()
-    try:
-        pilot_id = await _submit(db, ce_name, vo, stamp, request)
-    except PilotSubmissionError:
-        if not request.struck:
-            await db.take_requests(ce_name, vo=vo)
-        raise
-    if pilot_id is None:
-        logger.info("No pilot for %s at %s: its request has expired", vo, ce_name)
-    return pilot_id
-
-
-@dataclass
-class _Request:
-    """The oldest request of a VO at a compute element: to be deleted once, also when no pilot comes of it."""
-
-    struck: bool = False
-
-
-async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, request: _Request | None) -> int | None:
-    ce = await db.get_ce(ce_name)
-    if not serves(ce["vos"], vo):  # before any of its errors is shown
-        raise VONotServedError(ce_name, vo)
-    if ce["enabled"] and (obstacle := await submission_blocker(db, ce)) is not None:
-        raise CEPausedError(ce_name, *obstacle)
-    try:
-        async with backend_of(ce) as backend:
-            if (reason := backend.why_not(vo)) is not None:
-                reason = one_line(reason, MAX_REASON_CHARS)
-                await db.record_ce_error(ce_name, reason)
-                raise CERefusedError(ce_name, reason)
-            stamp = stamp or uuid.uuid4().hex
-            begun = await db.find_pilot(stamp)
-            if begun is not None and await _is_known(db, begun):
-                return begun
-            pilot_id = await _reserve(db, ce, vo, stamp, begun, request)
-            if pilot_id is None:
-                return None
-            pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
-            try:
-                async with asyncio.timeout(rules_of(ce).timeout_seconds):
-                    answer = await backend.submit([pilot])
-                outcome = check_outcome(ce, answer, stamp)
-            except Exception as error:
-                reason = describe_failure(ce, error)
-                await note_failure(db, ce, CECall.SUBMIT, reason)
-                said = f"{reason}; the next checks will find out"
-                raise CERefusedError(ce_name, said, answered=False) from error
-            if outcome.reference is not None:
-                return await _confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
-    except CESettingsError as error:
-        reason = describe_failure(ce, error)
-        await note_failure(db, ce, CECall.SUBMIT, reason)
-        raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
+    async with open_for_submission(db, ce_name, vo) as (ce, backend):
+        stamp = stamp or uuid.uuid4().hex
+        begun = await db.find_pilot(stamp)
+        if begun is not None and await _is_known(db, begun):
+            return begun
+        pilot_id = await _reserve(db, ce, vo, stamp, begun)
+        pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
+        try:
+            async with asyncio.timeout(rules_of(ce).timeout_seconds):
+                answer = await backend.submit([pilot])
+            outcome = check_outcome(ce, answer, stamp)
+        except Exception as error:
+            reason = describe_failure(ce, error)
+            await note_failure(db, ce, CECall.SUBMIT, reason)
+            said = f"{reason}; the next checks will find out"
+            raise CERefusedError(ce_name, said, answered=False) from error
+        if outcome.reference is not None:
+            return await confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     reason = outcome.error or "no reason given"
 
     async def abandon() -> int:
@@ -139,34 +88,51 @@ async def _submit(db: MyPilotDB, ce_name: str, vo: str, stamp: str | None, reque
     raise CERefusedError(ce_name, reason)
 
 
-async def _reserve(
-    db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None, request: _Request | None
-) -> int | None:
-    """Reserve a slot: the id of its pilot; None: the request is gone. A refusal deletes the request as well."""
+@contextlib.asynccontextmanager
+async def open_for_submission(
+    db: MyPilotDB, ce_name: str, vo: str
+) -> AsyncIterator[tuple[dict[str, Any], CEBackend[Any]]]:
+    """Open the back end of a compute element that may get a pilot of the VO now, as far as can be told so far.
+
+    Raises:
+        PilotSubmissionError: a subclass says why not.
+    """
+    ce = await db.get_ce(ce_name)
+    if not serves(ce["vos"], vo):  # before any of its errors is shown
+        raise VONotServedError(ce_name, vo)
+    if ce["enabled"] and (obstacle := await submission_blocker(db, ce)) is not None:
+        raise CEPausedError(ce_name, *obstacle)
+    try:
+        async with backend_of(ce) as backend:
+            if (reason := backend.why_not(vo)) is not None:
+                reason = one_line(reason, MAX_REASON_CHARS)
+                await db.record_ce_error(ce_name, reason)
+                raise CERefusedError(ce_name, reason)
+            yield ce, backend
+    except CESettingsError as error:
+        reason = describe_failure(ce, error)
+        await note_failure(db, ce, CECall.SUBMIT, reason)
+        raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
+
+
+async def claim_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> None:
+    """Take the right to submit now, in the transaction that reserves slots.
+
+    Raises:
+        CEPausedError: another task has it.
+    """
+    if ce["enabled"] and not await may_submit(db, ce):
+        raise CEPausedError(ce["name"], "another pilot probes whether it works again")
+
+
+async def _reserve(db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None) -> int:
+    """Reserve a slot: the id of its pilot."""
 
     async def reserve() -> int:
-        if ce["enabled"] and not await may_submit(db, ce):
-            raise CEPausedError(ce["name"], "another pilot probes whether it works again")
-        if begun is not None:
-            return begun
-        return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp, granted=request is not None)
+        await claim_submission(db, ce)
+        return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp) if begun is None else begun
 
-    async def reserve_for_request() -> tuple[int | None, PilotSubmissionError | None]:
-        if not await db.take_requests(ce["name"], vo=vo):
-            return None, None
-        try:
-            async with db.conn.begin_nested():
-                return await reserve(), None
-        except PilotSubmissionError as refusal:
-            return None, refusal
-
-    if request is None:
-        return await db.run(reserve)
-    pilot_id, refusal = await db.run(reserve_for_request)
-    request.struck = True  # only now: what a deadlock ends is run again
-    if refusal is not None:
-        raise refusal
-    return pilot_id
+    return await db.run(reserve)
 
 
 async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
@@ -175,7 +141,7 @@ async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
     return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 
 
-async def _confirm(
+async def confirm(
     db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
 ) -> int:
     """Record that the compute element has the pilot, and return its id.
@@ -185,7 +151,7 @@ async def _confirm(
     """
     name, reference = ce["name"], str(pilot.reference)
 
-    async def confirm() -> tuple[tuple[int, str] | None, int]:
+    async def record() -> tuple[tuple[int, str] | None, int]:
         await note_success(db, ce, CECall.SUBMIT)
         confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
         if confirmed is not None:
@@ -196,7 +162,7 @@ async def _confirm(
             name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_ABANDONED
         )
 
-    confirmed, taken = await db.run(confirm)
+    confirmed, taken = await db.run(record)
     if confirmed is None:
         over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
         logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _ABANDONED, over)

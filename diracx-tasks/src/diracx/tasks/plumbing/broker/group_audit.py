@@ -29,7 +29,7 @@ POLL_SECONDS = 15.0
 AUDIT_SECONDS = 86_400
 #: A child that moves while we look for it is behind us; in each of so many rounds it is not.
 _ROUNDS = 3
-ENTRIES = 250
+ENTRIES = 100
 CHILDREN = 200
 _ERROR = "LostByServer: it is in no place any more; the server has lost it"
 
