@@ -114,6 +114,8 @@ class Execution:
 
     def on_lease_lost(self, what: str, taken_over: bool) -> None:
         """Cancel it because a lock is gone, or the lease and so the task itself."""
+        if self.running is not None and self.running.done():
+            return  # it was being settled meanwhile
         which = task_attributes(self.message)
         logger.warning("%s %s is cancelled: %s", *which.values(), what, extra=which)
         self._lease_lost = taken_over
