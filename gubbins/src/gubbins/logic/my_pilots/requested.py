@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 _FIND_OUT = "the next checks will find out"
 
+#: Outcomes by stamp for the tasks of this process that wait behind; those of others read them in the database.
+_outcomes: dict[str, int | PilotSubmissionError | None] = {}
+_MOST_OUTCOMES = 10_000
+
 
 async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
     """Submit a pilot that `request_pilots` asked for, and those that wait behind it; return its id.
@@ -45,6 +49,12 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
     Raises:
         PilotSubmissionError: as by `submit_pilot`.
     """
+    if stamp in _outcomes:
+        outcome = _outcomes.pop(stamp)
+        if isinstance(outcome, PilotSubmissionError):
+            await db.delete_requests(ce_name, [stamp])
+            raise outcome
+        return outcome
     if stamp is None:
         waiting = await db.waiting_requests(ce_name, vo=vo, at_most=1)
         stamp = waiting[0][0] if waiting else ""
@@ -102,6 +112,10 @@ class _Batch:
                 "No slots for %d pilots at %s: %s", len(refused), self.ce["name"], next(iter(refused.values()))
             )
         failed: dict[str, PilotSubmissionError] = await self._call(ids, pilots) if pilots else {}
+        _outcomes.update(dict.fromkeys(refused) | ids | failed)
+        _outcomes.pop(self.own, None)
+        while len(_outcomes) > _MOST_OUTCOMES:
+            del _outcomes[next(iter(_outcomes))]
         if (error := refused.get(self.own) or failed.get(self.own)) is not None:
             raise error
         return ids.get(self.own)
