@@ -84,8 +84,7 @@ class CommandLog:
     def of_tasks(self, deliveries: int) -> int:
         """The commands that so many tasks have caused. What cannot be told apart from others counts.
 
-        Each was delivered by a wait, which is two commands; other waits have ended with nothing. An idle worker
-        waits with `XREADGROUP`.
+        Each was delivered by a wait, which is two commands; other waits have ended with nothing.
         """
         return 2 * deliveries + sum(len(call) for call in self._calls if not self._of_waiting(call))
 
@@ -158,7 +157,7 @@ async def measure(
     return Cost(
         workers=workers,
         busy=busy,
-        per_task=log.of_tasks(0 if busy else tasks) / tasks,
+        per_task=log.of_tasks(tasks) / tasks,
         p50_ms=1000 * seconds[len(seconds) // 2],
         p99_ms=1000 * seconds[int(0.99 * len(seconds))],
         server_ms_per_task=1000 * used / tasks,
@@ -171,7 +170,7 @@ async def _make_busy(workers: int) -> None:
     """Give each worker a task to run, and wait until each waits beside it."""
     Holds.running, Holds.over = 0, asyncio.Event()
     for number in range(1, workers + 1):
-        await Holds().schedule()  # an idle worker is given it: those at work only hear of it
+        await Holds().schedule()  # the worker that has waited longest is given it: not one that was given one
         while Holds.running < number:
             await asyncio.sleep(0.005)
 

@@ -37,6 +37,13 @@ class Deaf(BaseTask):
                 pass
 
 
+class BlocksWithALock(Deaf):
+    async def execute(self):
+        await asyncio.sleep(1)  # its worker waits beside it
+        Path(self.begun).touch()
+        time.sleep(600)
+
+
 class DeafAfterASecond(Deaf):
     time_limit_seconds = 1
     dlq_eligible = True
@@ -147,16 +154,18 @@ def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(s
     assert (tmp_path / "slow").read_text() == "xx"
 
 
-def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redis_url, tmp_path, wait_until):
+@pytest.mark.parametrize("task", ["Deaf", "BlocksWithALock"])
+def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redis_url, tmp_path, wait_until, task):
     worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "1", *MODULE)
     worker.until("ready")
-    deaf = _submit(stubborn, "Deaf", tmp_path / "begun")
+    deaf = _submit(stubborn, task, tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it runs")
     with Redis.from_url(redis_url) as redis:
         redis.set("lock:mutex:job:deaf", "another", px=30_000)
     assert worker.ends() == 70, worker.output
-    assert "stubborn:Deaf" in _error(worker)
-    assert "LockLostError" in worker.output
+    assert f"stubborn:{task}" in _error(worker)
+    if task == "Deaf":
+        assert "LockLostError" in worker.output
     _starts_again(redis_url, deaf)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.registry import TaskRegistry
@@ -22,6 +24,7 @@ from redis.asyncio import Redis
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
+NORMAL = "diracx:tasks:normal:medium"
 SEEN: list[str] = []
 
 
@@ -41,14 +44,15 @@ class Marked(BaseTask):
 class LossyProxy:
     """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
     after `stop_answering()` passes nothing on by the connections that there are, and leaves them open;
-    `forget()` closes those, and does not tell the server.
+    `forget()` closes those, and does not tell the server; after `keep_open()` the server hears of no end at all.
     """
 
     def __init__(self, url: str) -> None:
         self._target = urlsplit(url)
         self._needle = b""
         self._countdown = 0
-        self._connections = self._silent = self._forgotten = 0
+        self._connections = self._silent = 0
+        self._forgotten: float = 0
         self._clients: list[asyncio.StreamWriter] = []
         self._over = asyncio.Event()
         self.lost = asyncio.Event()
@@ -65,6 +69,9 @@ class LossyProxy:
         self._forgotten = self._connections
         for client in self._clients:
             client.transport.abort()
+
+    def keep_open(self) -> None:
+        self._forgotten = math.inf
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
@@ -226,3 +233,69 @@ async def test_a_silent_connection_for_announcements_is_replaced(redis_url: str)
     await direct.leave()
     await direct.redis.delete(keys.ALIVE, keys.LEASES, keys.EPOCH)
     await direct.shutdown()
+
+
+@dataclass
+class Endless(BaseTask):
+    async def execute(self) -> None:
+        await asyncio.Event().wait()
+
+
+def endless(task_id: str) -> Submission:
+    return Submission(TaskMessage(task_id=task_id, task_name="test:Endless"), NORMAL)
+
+
+class AddsTasks(RedisStreamBroker):
+    """Submits a task behind each settlement of a worker that stops, and before it signs off."""
+
+    def __init__(self, url: str, stop: asyncio.Event, direct: RedisStreamBroker) -> None:
+        super().__init__(url)
+        self._stopping, self._direct = stop, direct
+        self.added = 0
+
+    async def _add_one(self) -> None:
+        if self._stopping.is_set():
+            self.added += 1
+            await self._direct.submit([endless(f"{self.added}")])
+
+    async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[bool | str | None]:
+        accepted = await super().settle(settlements, dataset_id)
+        await self._add_one()
+        return accepted
+
+    async def leave(self) -> bool:
+        await self._add_one()
+        return await super().leave()
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+@pytest.mark.parametrize("running", [0, 1, 3])
+async def test_nothing_is_delivered_to_a_worker_that_has_begun_to_hand_back(
+    redis_url: str, redis: Redis, running: int
+) -> None:
+    """Not even where the server does not hear of the end of a connection by which it waits."""
+    proxy, stop, direct = LossyProxy(redis_url), asyncio.Event(), RedisStreamBroker(redis_url)
+    async with proxy.serve() as url:
+        broker = AddsTasks(url, stop, direct)
+        settings = WorkerSettings(grace_seconds=0)
+        worker = Worker(broker, TaskRegistry({"test:Endless": Endless}), settings=settings)
+        working = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        for number in range(running):
+            await direct.submit([endless(f"running {number}")])
+        while len(worker._running) < running or not await waiting(redis):
+            await asyncio.sleep(0.005)
+        proxy.keep_open()
+        stop.set()
+        await working
+        await broker.shutdown()
+    deliveries, _ = await direct.fetch(100)
+    assert len(deliveries) == running + broker.added, "all of them are in the queue"
+    assert {delivery.deliveries for delivery in deliveries} == {1}
+    assert broker.added >= 1 + bool(running), "a task came at every step"
+    assert await redis.zcard(keys.ALIVE) == 0
+    await direct.shutdown()
+
+
+async def waiting(redis: Redis) -> bool:
+    return any(client["cmd"] == "xreadgroup" for client in await redis.client_list())

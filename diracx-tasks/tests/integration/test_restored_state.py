@@ -164,6 +164,9 @@ class _Slots:
     def settled(self, deliveries: Iterable[Delivery]) -> None:
         self.left += deliveries
 
+    async def closed_if_stopping(self) -> None:
+        pass
+
 
 async def test_what_is_settled_before_the_next_renewal_is_still_ours_when_the_server_went_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

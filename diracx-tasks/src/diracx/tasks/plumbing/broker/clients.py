@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.asyncio import Redis
@@ -149,8 +152,13 @@ class DirectConnection:
         self.in_use = False
         """Whether a caller waits for an answer."""
 
-    async def execute(self, *commands: Sequence[Any]) -> list[Any]:
+    async def execute(
+        self, *commands: Sequence[Any], sent: Callable[[int], None] = lambda socket: None
+    ) -> list[Any]:
         """The answers as the server gave them, refusals among them as exceptions.
+
+        Args:
+            sent: called with the descriptor of the socket by which they come, before they can be read.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer. Some commands may have been executed
@@ -164,16 +172,17 @@ class DirectConnection:
         try:
             async with asyncio.timeout(self._pool.connection_kwargs.get("socket_timeout")):
                 await self._pool.ensure_connection(self._connection)
-                return await self._execute(commands)
+                return await self._execute(commands, sent)
         except TimeoutError:
             raise RedisTimeoutError("no answer in time") from None
         finally:
             self.in_use = False
 
-    async def _execute(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    async def _execute(self, commands: Sequence[Sequence[Any]], sent: Callable[[int], None]) -> list[Any]:
         answers: list[Any] = []
         try:
             await self._connection.send_packed_command(self._connection.pack_commands(commands))
+            sent(self._descriptor())
             for _ in commands:
                 try:
                     answers.append(await self._connection.read_response())
@@ -199,9 +208,16 @@ class DirectConnection:
 
     async def close(self) -> None:
         """Close the connection; the next call opens one."""
-        if self._connection is not None:
-            await self._connection.disconnect(nowait=True)
-            # Both event loops close a transport in their next round. Nothing may be asked before that: the server
-            # could still do what was sent here, and nobody would hear of it.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+        if self._connection is None:
+            return
+        writer = self._connection._writer
+        if writer is not None and not writer.is_closing():
+            # At once: both event loops close a socket in their next round, and the system not while a thread polls
+            # it. The server could still do what was sent here, and nobody would hear of it.
+            with suppress(OSError), socket.socket(fileno=os.dup(self._descriptor())) as same:
+                same.shutdown(socket.SHUT_RDWR)
+        await self._connection.disconnect(nowait=True)
+
+    def _descriptor(self) -> int:
+        descriptor: int = self._connection._writer.get_extra_info("socket").fileno()
+        return descriptor

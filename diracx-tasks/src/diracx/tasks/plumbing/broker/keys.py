@@ -37,6 +37,8 @@ RENEWED = "diracx:tasks:renewed"
 AUDITOR = "diracx:tasks:auditor"
 #: Hash per worker: lock owner -> the lock. Given back when the worker is dead.
 HELD_PREFIX = "diracx:tasks:held:"
+#: Stream per worker, empty, with a time to live: part of its wait for tasks, which ends when this is deleted.
+WAIT_PREFIX = "diracx:tasks:wait:"
 #: Set, with a time to live: "{stream} {entry} {deliveries}" of what was taken over from workers that lived.
 SURVIVED = "diracx:tasks:survived"
 #: String per size of worker (its first stream): the worker that makes room for a suspect; lives a moment.

@@ -13,7 +13,7 @@ import math
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -327,26 +327,27 @@ class RedisStreamBroker:
         now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
         return [], [now or before for now, before in zip(now_last, last_ids or now_last, strict=True)]
 
-    async def wait(self, last_ids: Sequence[str], timeout: float) -> bool:
-        """Whether a stream of ours has something newer than `last_ids`; asks for up to `timeout` seconds."""
-        wait = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *last_ids)
-        return bool(await self._waiting.execute_command(*wait))
-
-    async def reserve_next(self, at_most: int, timeout: float) -> tuple[list[Delivery], bool]:
+    async def reserve_next(
+        self, at_most: int, timeout: float, sent: Callable[[int], None] = lambda socket: None
+    ) -> tuple[list[Delivery], bool]:
         """Wait for up to `timeout` seconds for messages and reserve up to `at_most` of the stream that has some.
 
         No other worker is called for them. If several streams have some, it is as many of each, most urgent first.
+
+        Args:
+            sent: called with the descriptor of the socket by which the answer comes, before it can be read.
 
         Returns:
             The deliveries; and whether there are cancelled tasks, so that what was reserved has to be looked at:
             `recover` does.
 
         Raises:
-            redis.exceptions.ResponseError: a stream or its group is missing; `fetch` makes them.
+            redis.exceptions.ResponseError: a stream or group is missing, as after `end_wait`; `fetch` makes them.
         """
         group = ("XREADGROUP", "GROUP", keys.GROUP, self.consumer_name, "COUNT", self._at_once(at_most))
-        wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *self.streams, *[">"] * len(self.streams))
-        answers = await self._waiting.execute(wait, ("EXISTS", keys.CANCELLED))
+        streams = (*self.streams, keys.WAIT_PREFIX + self.consumer_name)
+        wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *streams, *[">"] * len(streams))
+        answers = await self._waiting.execute(wait, ("EXISTS", keys.CANCELLED), sent=sent)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -357,6 +358,10 @@ class RedisStreamBroker:
                 data = fields[1] if len(fields) == 2 and fields[0] == b"data" else fields
                 messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
         return self._deliveries(messages), bool(marks and messages)
+
+    async def end_wait(self) -> None:
+        """End `reserve_next` on the server, which gives us nothing more, nor on a later call before a `fetch`."""
+        await self.redis.unlink(keys.WAIT_PREFIX + self.consumer_name)
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
@@ -444,7 +449,7 @@ class RedisStreamBroker:
     async def _recover(
         self, streams: Sequence[str], known: Sequence[str], locks: Sequence[bytes]
     ) -> tuple[list[Any], int]:
-        args = [self.consumer_name, scripts.pack(known), scripts.pack(locks), RECOVER_BATCH, CALL_BYTES]
+        args = [self.consumer_name, scripts.pack(known), scripts.pack(locks), RECOVER_BATCH, CALL_BYTES, 0]
         messages, more = await script("recover")(self._waiting, streams, args)
         return messages, more
 

@@ -57,6 +57,24 @@ def renew(
     return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms), int(quiet_ms)
 
 
+def hand_back(
+    redis: SyncRedis | ControlConnection,
+    consumer: str,
+    streams: Sequence[str],
+    known: Sequence[tuple[str, str]],
+) -> None:
+    """Put back into their queues what is reserved for the worker, and not among what it knows to hold (stream and
+    entry).
+    """
+    held = pack([f"{stream} {entry}" for stream, entry in known])
+    script("recover").run(redis, streams, [consumer, held, pack([]), 0, 0, 1])
+
+
+def end_wait(redis: SyncRedis, consumer: str) -> None:
+    """End a worker's wait for tasks on the server, which gives it none after this."""
+    redis.unlink(keys.WAIT_PREFIX + consumer)
+
+
 def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
     """`settle` on a blocking connection, for a worker whose event loop is blocked."""
     script("settle").run(redis, args=[consumer, "", *packed_settlements(settlements)])

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .._util.retrying import is_transient, may_pass, retry_until_available
+from .._util.retrying import is_transient, may_pass, reason, retry_until_available
 from ..broker.locking import can_be_packed
 from ..broker.models import TaskMessage
 from ..broker.sizes import LOCK_BYTES, in_calls
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: How long the database has to store dead letters when the worker stops, before they go to Redis.
 _DATABASE_SECONDS = 2.0
+#: How long a stopping worker asks what it has reserved and not begun.
+_RECOVER_SECONDS = 2.0
 _RANK = {priority: rank for rank, priority in enumerate(Priority)}
 
 
@@ -83,7 +85,7 @@ class Executor:
         self._settler = settler
         self._dead_letters = dead_letters
         self._reporter = reporter
-        self._slot_freed = asyncio.Event()
+        self._slot_freed, self._intake_closed = asyncio.Event(), asyncio.Event()
 
     async def fetch_loop(self, intake: Intake) -> None:
         """Take as much from the intake as there are free slots, until the worker is to stop."""
@@ -96,11 +98,24 @@ class Executor:
             except Exception:
                 if not self._stop.is_set():
                     raise
-                break  # stopped while the server is away; what was reserved there is reclaimed from us
-            if self._stop.is_set():
-                self._hand_back(deliveries)
-            else:
+                break  # stopped while the server is away
+            if not self._stop.is_set():
                 await self.start(deliveries, intake.reserved_after, called_at)
+
+    async def close_intake(self, intake: Intake) -> None:
+        """Hand back what is reserved and not begun, once the server gives us nothing more.
+
+        While the server is away, that is left to others, who reclaim it from us.
+        """
+        try:
+            await intake.close()
+            async with asyncio.timeout(_RECOVER_SECONDS):
+                await self._settler.drained()  # what was rejected is not held, and not to be found again
+                self._hand_back(await intake.recover())
+        except Exception as error:
+            logger.warning("stopping without what was reserved and has not begun: %s", reason(error))
+        finally:
+            self._intake_closed.set()
 
     async def _free_slots(self) -> int:
         """Wait for a free slot, and count them; 0 when the worker is to stop."""
@@ -341,7 +356,8 @@ class Executor:
         return [execution.running for execution in self.running if execution.running is not None]
 
     async def flush(self) -> None:
-        """Store all dead letters and send all settlements."""
+        """Store all dead letters and send all settlements, once nothing more is taken."""
+        await self._intake_closed.wait()
         await self._dead_letters.close(_DATABASE_SECONDS)
         await self._settler.drained()
 

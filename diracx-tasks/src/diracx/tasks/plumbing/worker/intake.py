@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from redis.exceptions import ResponseError
 
+from .._util.retrying import reason, retry_until_available
 from ..broker.models import Settlement
 from ..broker.redis_streams import AUDIT_LEASES, is_poison_candidate
 from .settlement import hand_back
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
     from ..broker.models import Delivery
     from ..broker.requests import LockSpec
     from .settings import WorkerSettings
+    from .unread import UnreadGuard
 
+
+logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 _LONGEST_WAIT_SECONDS = 20.0
-_SHORTEST_WAIT_SECONDS = 0.05
 #: The part of the time after which a connection counts as dead that a wait may take.
 _PART_OF_PATIENCE = 2 / 3
 #: Messages in one call: while they begin, the server has the next ones ready.
@@ -36,6 +40,8 @@ _AT_ONCE = 10
 _LEFT_OVER_SECONDS = 1.0
 #: What was reserved while we waited was so short a time before its answer is read.
 _ANSWER_SECONDS = 1.0
+#: How long a stopping worker asks the server to end its wait.
+_END_WAIT_SECONDS = 2.0
 
 
 class Intake:
@@ -43,9 +49,10 @@ class Intake:
 
     Args:
         held: stream and entry of what the worker has in hand.
-        is_idle: whether nothing runs, so that whatever comes can begin at once.
+        is_idle: whether nothing runs, so that nothing can block the event loop.
         held_locks: the locks of what it has in hand; None keeps whatever the server takes for ours.
         quiet_until: before that (`time.monotonic`) no worker's lease ends, as far as the lease keeper knows.
+        unread: hands back what comes while what runs blocks the event loop.
     """
 
     def __init__(
@@ -57,17 +64,20 @@ class Intake:
         is_idle: Callable[[], bool],
         held_locks: Callable[[], Iterable[LockSpec] | None] = lambda: None,
         quiet_until: Callable[[], float] = lambda: 0.0,
+        unread: UnreadGuard | None = None,
     ) -> None:
         self._broker = broker
         self._held = held
         self._held_locks = held_locks
         self._quiet_until = quiet_until
+        self._unread = unread
         self._nothing_left = False
         """Whether the dead have left nothing, so that nobody has to look before the next lease ends."""
         self._is_idle = is_idle
         self._answer_lost = False
         self._reconnects = broker.reconnects
         self._stop = stop
+        self._closed = asyncio.Event()
         self._settings = settings
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
@@ -91,9 +101,10 @@ class Intake:
         """What was returned last was reserved after this moment (`time.monotonic`)."""
 
     async def next(self, free: int) -> list[Delivery]:
-        """Up to `free` messages; an empty list when nothing came for a while, or when the worker stops.
+        """Up to `free` messages; an empty list when nothing came for a while.
 
-        A call that fails may have reserved messages all the same; the next one finds them.
+        A call that fails may have reserved messages all the same; the next one finds them. When the worker stops,
+        drop what is returned: `close` and `recover` find it.
         """
         self.reserved_after = time.monotonic()
         if self._suspects:
@@ -101,7 +112,7 @@ class Intake:
         if self._recover_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may have missed settlements that the old one has confirmed.
             self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
-        if self._answer_lost and (recovered := await self._recover()):
+        if self._answer_lost and (recovered := await self.recover()):
             return await self._as_many_as(free, recovered)
         self._answer_lost = True
         try:
@@ -113,10 +124,31 @@ class Intake:
         self._answer_lost = False
         return deliveries
 
+    async def close(self) -> None:
+        """End the wait on the server, which gives us nothing more. Without an answer, give up after some time."""
+        try:
+            async with asyncio.timeout(_END_WAIT_SECONDS):
+                await retry_until_available(self._broker.end_wait, "end the wait for tasks")
+        except Exception as error:
+            logger.warning("stopping with a wait for tasks that may go on: %s", reason(error))
+        finally:
+            self._closed.set()
+
+    async def closed_if_stopping(self) -> None:
+        """Return when nothing that is handed back can come back to us by our own wait, because we stop."""
+        if self._stop.is_set():
+            await self._closed.wait()
+
+    async def recover(self) -> list[Delivery]:
+        """Return what is reserved for us and not held."""
+        return self._watched(await self._broker.recover(self._held(), self._held_locks()))
+
     async def _as_many_as(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
         """The first of them; the others are handed back, but for those that cannot run anyway. A poison candidate
         that comes through a queue and would not be alone is set aside for a worker that holds nothing else.
         """
+        if self._stop.is_set():
+            return deliveries
         if self._broker.reconnects:  # a server that has gone back to earlier data hands out again what runs here
             held = set(self._held())
             deliveries = [d for d in deliveries if d.deliveries > 1 or (d.stream, d.entry) not in held]
@@ -159,25 +191,15 @@ class Intake:
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # what has just been started may have ended after that
-        if self._is_idle():
+        if self._stop.is_set():
+            return []
+        if self._unread is None or self._is_idle():
             return await self._reserve_next(free)
-        if await self._unless_stopped(self._news(self._last_ids)):
-            self._all_seen = False
-        return []
-
-    async def _news(self, last_ids: Sequence[str]) -> bool:
-        """Whether something comes while we run something: a task may block the event loop, so it is not reserved.
-
-        All that wait so are told. One that is idle by then must not wait so for much longer than its tasks took.
-        """
-        began = now = time.monotonic()
-        end = began + self._timeout()
-        while now < end and not self._is_idle():
-            timeout = max(_SHORTEST_WAIT_SECONDS, 2 * (now - began))
-            if await self._broker.wait(last_ids, min(timeout, end - now)):
-                return True
-            now = time.monotonic()
-        return False
+        try:
+            deliveries = await self._reserve_next(free, self._unread.expect)
+        finally:
+            handed_back = await self._unread.read()
+        return await self.recover() if handed_back else deliveries
 
     async def _fetch(self, asked: int) -> list[Delivery]:
         deliveries, last_ids = await self._broker.fetch(
@@ -189,22 +211,22 @@ class Intake:
             self._last_ids = last_ids
         return deliveries
 
-    async def _reserve_next(self, free: int) -> list[Delivery]:
+    async def _reserve_next(self, free: int, sent: Callable[[int], None] = lambda socket: None) -> list[Delivery]:
         """What comes next, and goes to no other worker."""
         timeout = min(self._timeout(), self._longest_reservation)
         asked = min(free, _AT_ONCE)
         try:
-            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout))
+            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout, sent))
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
             # The streams are gone, and a fetch makes them anew; or the server is the primary no more, and what we
             # have settled there lately may be ours again on the next one.
             self._last_ids = None
-            return await self._recover()
+            return await self.recover()
         if found is None:
             self._leave_wait()
-            return await self._recover()
+            return [] if self._stop.is_set() else await self.recover()
         deliveries, may_be_cancelled = found
         if not deliveries:
             return []
@@ -212,7 +234,7 @@ class Intake:
         # With fewer slots than streams, look before the next wait: it may be given one of each.
         self._all_seen = len(deliveries) < asked and free >= len(self._broker.streams)
         self._note(deliveries)
-        return await self._recover() if may_be_cancelled else deliveries
+        return await self.recover() if may_be_cancelled else deliveries
 
     def _timeout(self) -> float:
         """How long to wait (s) before others' leases, or what a wait that we left was given, are looked at."""
@@ -251,9 +273,6 @@ class Intake:
         if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(0)
 
-    async def _recover(self) -> list[Delivery]:
-        return self._watched(await self._broker.recover(self._held(), self._held_locks()))
-
     def _watched(self, deliveries: _Deliveries) -> _Deliveries:
         """These, with the suspects among them noted."""
         for delivery in deliveries:
@@ -280,9 +299,6 @@ class Intake:
         )
         self._reclaim_at = min(now + again_seconds, self._audit_at)
         self._nothing_left = again_seconds > _LEFT_OVER_SECONDS
-        if audit:  # now and then, whatever was seen before
-            if not self._is_idle():  # whose wait finds whatever nobody was given
-                self._last_ids = None
-            if not deliveries and not first:  # and whatever the server takes for ours: a failover may go unnoticed
-                return await self._recover()
+        if audit and not deliveries and not first:  # what the server takes for ours: a failover may go unnoticed
+            return await self.recover()
         return self._watched(deliveries)

@@ -192,6 +192,14 @@ class LeaseKeeper:
         with self._renewing:
             self._stop = True
 
+    def hand_back_unread(self, streams: Sequence[str]) -> None:
+        """Hand back what was reserved for the worker and is not kept renewed, as its event loop does not read it.
+
+        Raises:
+            redis.exceptions.RedisError: when the server does not answer.
+        """
+        worker_state.hand_back(self._redis, self._consumer, streams, self.held())
+
     def renew_soon(self) -> None:
         """Renew everything now, in the keeper's thread."""
         self._redis.interrupt()

@@ -283,7 +283,10 @@ class Reporter:
         self._unsent, self._left_out = None, 0
         self._said = (line, running) if known or all(news) else (b"", b"")
         self._said_memory = state.get("memory_bytes")
-        self._clock_ahead = now_ms / 1000 - (sent_at + time.time()) / 2
+        half = (time.time() - sent_at) / 2
+        ahead, error = now_ms / 1000 - (time.time() - half), half + 0.001
+        if abs(ahead - self._clock_ahead) > error:  # else what runs would seem to have begun at another moment
+            self._clock_ahead = ahead
 
     def _is_news(self, state: dict[str, Any]) -> bool:
         """Whether anything but the memory, which changes all the time, is another than what was said."""

@@ -103,7 +103,7 @@ class Settler:
         return answers
 
     async def _ask(self, batch: Sequence[Settlement]) -> list[bool | str | None]:
-        call = partial(self._broker.settle, batch, self._keeper.epoch)
+        call = partial(self._settle, batch, self._keeper.epoch)
         for _ in range(_TRIES - 1):
             try:
                 return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
@@ -112,6 +112,10 @@ class Settler:
                     raise
                 await retry_until_available(partial(server_time, self._broker.redis), "settle tasks")
         return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
+
+    async def _settle(self, batch: Sequence[Settlement], dataset_id: str) -> list[bool | str | None]:
+        await self._intake.closed_if_stopping()  # our own wait must not be given what goes back to its queue
+        return await self._broker.settle(batch, dataset_id)
 
     async def _send_alone(self, settlement: Settlement) -> bool | str:
         try:

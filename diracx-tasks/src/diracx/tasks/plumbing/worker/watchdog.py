@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .keeper import LeaseKeeper
     from .reporter import Reporter
     from .settings import WorkerSettings
+    from .unread import UnreadGuard
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Watchdog:
         executor: Executor,
         keeper: LeaseKeeper,
         reporter: Reporter,
+        unread: UnreadGuard,
     ) -> None:
         self._broker = broker
         self._settings = settings
@@ -69,6 +71,7 @@ class Watchdog:
         self._executor = executor
         self._keeper = keeper
         self._reporter = reporter
+        self._unread = unread
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
         self._blocked_loop = BlockedLoopDetector(
@@ -157,7 +160,8 @@ class Watchdog:
         if not answered.wait(self._flush_seconds(limit)):
             logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
             return
-        deadline = time.monotonic() + self._settings.grace_seconds
+        # They are cancelled when the grace period is over, and then need a moment.
+        deadline = time.monotonic() + self._settings.grace_seconds + SHUTDOWN_FLUSH_SECONDS
         while time.monotonic() < deadline and len(self._running()) > len(self._unresponsive(limit)):
             if self._flush_seconds(limit) < SHUTDOWN_FLUSH_SECONDS:
                 break
@@ -187,6 +191,9 @@ class Watchdog:
             socket_connect_timeout=min(2.0, timeout_seconds),
         ) as redis:
             worker = self._broker.consumer_name
+            # Before our own wait could be given what goes back to its queue.
+            worker_state.end_wait(redis, worker)
+            self._unread.give_back()
             worker_state.settle_now(redis, worker, settlements)
             worker_state.leave_now(redis, worker)
 

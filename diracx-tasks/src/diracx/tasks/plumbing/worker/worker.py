@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
@@ -26,6 +27,7 @@ from .reporter import Reporter
 from .settings import WorkerSettings
 from .settler import Settler
 from .task_spec import task_specs
+from .unread import UnreadGuard
 from .watchdog import SHUTDOWN_FLUSH_SECONDS, Watchdog
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ class Worker:
             control.receive,
             control.listening,
         )
+        unread = UnreadGuard(loop, partial(keeper.hand_back_unread, broker.streams))
         intake = Intake(
             broker,
             settings,
@@ -133,6 +136,7 @@ class Worker:
             lambda: not running,
             keeper.held_locks,
             lambda: keeper.quiet_until,
+            unread,
         )
         control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
         async with keeper, self._dependencies.open():
@@ -152,7 +156,7 @@ class Worker:
                 dead_letters=dead_letters,
                 reporter=reporter,
             )
-            watchdog = Watchdog(broker, settings, stop, executor, keeper, reporter)
+            watchdog = Watchdog(broker, settings, stop, executor, keeper, reporter, unread)
             with use_broker(lambda: self._binding):
                 settling, promoting = asyncio.create_task(settler.run()), asyncio.create_task(promoter.run())
                 companions = {asyncio.create_task(each.run()) for each in (dead_letters, reporter)}
@@ -162,20 +166,24 @@ class Worker:
                     self.ready.set()
                     await run_supervised({settling, promoting}, executor.fetch_loop(intake))
                 finally:
-                    await self._finish(executor)
+                    await self._finish(executor, intake)
                     watchdog.finish()
                     if watchdog.ending:  # the process ends any moment now, with an exit code of its own
                         await loop.create_future()
                     await cancel_and_wait(settling, promoting, *companions)
+                    await asyncio.to_thread(unread.close)
         await self._leave()
 
-    async def _finish(self, executor: Executor) -> None:
-        """Let what runs end, then cancel it; tell the broker everything that can still be told."""
+    async def _finish(self, executor: Executor, intake: Intake) -> None:
+        """Take no more, let what runs end, then cancel it; tell the broker everything that can still be told."""
+        loop = asyncio.get_running_loop()
+        grace_ends = loop.time() + self._settings.grace_seconds
+        await executor.close_intake(intake)
         if self._running:
             logger.info(
                 "stopping: %d tasks may run for another %g s", len(self._running), self._settings.grace_seconds
             )
-            await asyncio.wait(executor.tasks(), timeout=self._settings.grace_seconds)
+            await asyncio.wait(executor.tasks(), timeout=max(0.0, grace_ends - loop.time()))
         if self._running:
             logger.warning("stopping: %d tasks are cancelled", len(self._running))
             self.cancel_running()

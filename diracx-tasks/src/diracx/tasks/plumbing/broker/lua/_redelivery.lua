@@ -34,3 +34,10 @@ end
 local function deaths_of(stream, entry, deliveries, noted)
   return deliveries - 1 - survivals(stream, entry, deliveries) + (tonumber(noted) or 0)
 end
+
+-- Under another entry, with what the fields of this one say.
+local function put_back(stream, entry, deliveries, fields, to, data, since)
+  since = with_occurrence(since, field_of(fields, 'occurrence'))
+  local died = deaths_of(stream, entry, deliveries, field_of(fields, 'deaths'))
+  enqueue(to, data, since, died, field_of(fields, 'woken'))
+end

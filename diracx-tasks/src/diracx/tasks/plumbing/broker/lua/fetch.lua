@@ -4,9 +4,10 @@
 -- Returns {messages (see hand_out() in _cancel.lua), last ids}: the last ids are given only when there was nothing,
 -- as the place from which to wait for something new; '' for a stream of which the given one still holds.
 -- A stream without a group (new, written before any worker, or after FLUSHALL) gets it here, from the very first entry:
--- who waits for messages of a group needs both.
+-- who waits for messages of a group needs both. So it has the worker's own stream, which is deleted to end its wait.
 -- #flags allow-oom
 -- #include _time _alive _cancel
+local WAIT_MS = 86400000 -- without it, a wait is refused, and a fetch follows
 local news
 if ARGV[4] then
   local looked = {'COUNT', 1, 'STREAMS'}
@@ -45,6 +46,10 @@ for position, stream in ipairs(KEYS) do
 end
 local last_ids = {}
 if #messages == 0 then
+  if not news then
+    redis.pcall('XGROUP', 'CREATE', '$WAIT_PREFIX' .. ARGV[1], '$GROUP', '0', 'MKSTREAM')
+    redis.call('PEXPIRE', '$WAIT_PREFIX' .. ARGV[1], WAIT_MS)
+  end
   for position, stream in ipairs(KEYS) do
     last_ids[position] = ''
     if not news or news[stream] then

@@ -1,11 +1,11 @@
 -- Hand a worker what it reserved without hearing of it: the connection was lost before the answer came.
 -- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry"), some
 --   locks that its held-locks record has and that it does not know (msgpack list of "owner:key"), the most messages,
---   the most bytes (but for what is larger alone).
+--   the most bytes (but for what is larger alone); 1 if they go back to the others, for the worker's event loop is blocked.
 -- Returns {messages as reclaim.lua does, 1 if there are more}. The locks are given back: they were granted in such a
 -- call, or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _looks _wake _cancel _redelivery
+-- #include _time _lines _locks _queue _looks _wake _cancel _redelivery _pending
 local consumer, known, messages, marks = ARGV[1], {}, {}, nil
 local unknown, messages_left, bytes_left = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 if unknown[1] then
@@ -17,11 +17,24 @@ if unknown[1] then
   release_all(locks_in(lines))
   redis.call('HDEL', held_key, unpack(unknown))
 end
+
+local function hand_back(stream, entry, deliveries)
+  local there = redis.call('XRANGE', stream, entry, entry)[1]
+  local data = there and data_of(there[2])
+  if not data then return end
+  local resumed = string.gsub(stream, '$HANDOVER', '') .. '$HANDOVER'
+  put_back(stream, entry, deliveries, there[2], resumed, data, field_of(there[2], 'since') or '0')
+  remove(stream, entry)
+end
+
 for _, held in ipairs(cmsgpack.unpack(ARGV[2])) do known[held] = true end
 for position, stream in ipairs(KEYS) do
   local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
   for _, p in ipairs(pending.err and {} or pending) do
-    if not known[stream .. ' ' .. p[1]] then
+    local unknown = not known[stream .. ' ' .. p[1]]
+    if unknown and ARGV[6] == '1' then
+      hand_back(stream, p[1], tonumber(p[4]))
+    elseif unknown then
       if messages_left <= 0 or bytes_left <= 0 then return {messages, 1} end
       local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1], 'RETRYCOUNT', p[4])
       if claimed[1] then

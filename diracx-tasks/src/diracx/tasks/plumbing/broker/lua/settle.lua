@@ -45,10 +45,8 @@ local function following()
       delay(s.retry.task, due, s.retry.stream, 'retry', with_occurrence('0', s.retry.occurrence), s.retry.data)
     end
     if s.requeue then
-      local fields = there and there[2] or {}
-      local since = with_occurrence(s.requeue.since, field_of(fields, 'occurrence'))
-      local deaths = deaths_of(stream, entry, deliveries, field_of(fields, 'deaths'))
-      enqueue(s.requeue.stream, s.requeue.data, since, deaths, field_of(fields, 'woken'))
+      local again = s.requeue
+      put_back(stream, entry, deliveries, there and there[2] or {}, again.stream, again.data, again.since)
     end
     if s.aside then -- to a name that has signed off; nobody has died of it
       redis.call('XCLAIM', stream, '$GROUP', consumer .. ':aside', 0, entry, 'JUSTID')
