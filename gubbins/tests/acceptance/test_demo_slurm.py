@@ -30,7 +30,7 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
         demo = subprocess.Popen([*COMMAND, "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
         try:
             deadline = time.monotonic() + 150
-            while not re.search(r"slurm 16/16", log.read_text()):
+            while not re.search(r"[1-9]\d* RUNNING, .*slurm 16/16", log.read_text()):
                 assert demo.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import event
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import (
     CEPausedError,
@@ -158,6 +160,11 @@ async def test_a_quota_is_no_failure_and_ends_the_requests_beyond_it(db: MyPilot
     ce = await db.get_ce("ce")
     assert (ce["quota"], ce["circuits"][CECall.SUBMIT]["failures"]) == (2, 0)
     assert len(await stamps_held(db)) == 2
+    # After a pause, no more than the quota may have grown to, whatever waits.
+    later = [(stamp, "lhcb") for stamp in await db.add_requests("ce", vo="lhcb", count=4)]
+    with clock.simulated(lambda: datetime.now(UTC) + timedelta(seconds=61)):
+        await submit(db, *later[0])
+    assert [len(call) for call in site.calls] == [6, 1]
 
 
 async def test_an_answer_that_leaves_one_out_says_nothing_about_that_one(db: MyPilotDB, site: Site) -> None:

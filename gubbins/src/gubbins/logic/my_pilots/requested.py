@@ -20,7 +20,7 @@ from gubbins.domain.exceptions import CEQuotaError, CERefusedError, CEUnavailabl
 from gubbins.domain.rules import rules_of, serves
 
 from .ce_calls import describe_failure
-from .circuits import half_open, note_failure, note_success
+from .circuits import half_open, note_failure, note_success, quota_limit
 from .response_validation import check_outcome
 from .submission import claim_submission, confirm, open_for_submission, submit_pilot
 
@@ -125,6 +125,8 @@ class _Batch:
         db, name = self.db, self.ce["name"]
         is_probe = half_open(self.ce)
         at_most = 1 if is_probe else rules_of(self.ce).max_batch
+        if (limit := quota_limit(self.ce)) is not None:
+            at_most = max(1, min(at_most, limit - await db.count_active(name)))
         waiting = dict(await db.waiting_requests(name, at_most=at_most))
         if self.own not in waiting:
             if (found := await db.find_submission(self.own)) is None or found.pilot_id or found.error:
