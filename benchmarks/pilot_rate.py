@@ -1,7 +1,7 @@
 """Rate at which pilots are submitted, from the requests of rounds to the last task: `make bench-pilot-rate`.
 
-One worker process (this one), SQLite, a server of its own. The simulated back end answers at once, or with the
-latency of a far one: each call of its `submit` takes so long, however many pilots it has.
+One worker process (this one) on uvloop, SQLite, a server of its own. The simulated back end answers at once, or
+with the latency of a far one: each call of its `submit` takes so long, however many pilots it has.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import uvloop
 from diracx.tasks.testing import TaskSystem
 from sqlalchemy import event
 
@@ -120,4 +121,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
