@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from moving_clock import Clock
 from sqlalchemy import event
 
 from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome, registry
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain import clock
 from gubbins.domain.pilot_states import MyPilotStatus
 
 
@@ -159,3 +161,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[Scri
         monkeypatch.setattr(ScriptedBackend, name, [])
     install_backend("scripted", ScriptedBackend)
     return ScriptedBackend
+
+
+@pytest.fixture
+def time() -> Iterator[Clock]:
+    """The clock of the pilots, moved by the test alone."""
+    moving = Clock()
+    with clock.simulated(moving):
+        yield moving

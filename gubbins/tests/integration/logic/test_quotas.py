@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
+from moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
-from gubbins.domain import clock
 from gubbins.domain.exceptions import CEPausedError, CEQuotaError, CERefusedError
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyPilotTask
@@ -43,21 +43,6 @@ class Limited(CEBackend[CESettings]):
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         pass
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.at = datetime(2026, 1, 1, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.at
-
-
-@pytest.fixture
-def time() -> Any:
-    moving = Clock()
-    with clock.simulated(moving):
-        yield moving
 
 
 @pytest.fixture

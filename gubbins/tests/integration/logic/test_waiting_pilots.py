@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from moving_clock import Clock
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
-from gubbins.domain import clock
 from gubbins.logic import my_pilots as logic
 
 HELD = Observation(Observed.WAITING, "Slurm: JobHeldAdmin")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.at = datetime(2026, 1, 1, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.at
-
-
-@pytest.fixture
-def time() -> Any:
-    moving = Clock()
-    with clock.simulated(moving):
-        yield moving
 
 
 async def check(db: MyPilotDB, scripted: Any, seen: Observation) -> dict[str, Any]:

@@ -172,7 +172,6 @@ class _Batch:
             confirmed = await self.db.confirm_submissions(
                 {ids[s]: (s, reference) for s, reference in references.items()}
             )
-
             return confirmed, await self.db.record_quota(name) if outcomes.over_quota else 0
 
         confirmed, quota = await self.db.run(record)

@@ -92,7 +92,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
 async def open_for_submission(
     db: MyPilotDB, ce_name: str, vo: str
 ) -> AsyncIterator[tuple[dict[str, Any], CEBackend[Any]]]:
-    """Open the back end of a compute element that may get a pilot of the VO now, as far as can be told so far.
+    """Open the back end of a compute element that may get a pilot of the VO now, as far as is known so far.
 
     Raises:
         PilotSubmissionError: a subclass says why not.
