@@ -13,9 +13,11 @@ import pytest
 from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.requests import LockSpec, StartRequest
+from diracx.tasks.plumbing.broker.streams import resumed_stream
 from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.locks import BaseLock, lock_specs
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settler import Settler
 from diracx.tasks.testing import TaskSystem
@@ -242,3 +244,75 @@ class _Hold(PendingAck):
 
     def on_lease_lost(self, what: str, taken_over: bool) -> None:
         self.taken_over = taken_over
+
+
+def start_request(delivery: Delivery, locks: list[LockSpec]) -> StartRequest:
+    return {
+        "stream": delivery.stream,
+        "entry": delivery.entry,
+        "deliveries": delivery.deliveries,
+        "task": "task",
+        "rank": 1,
+        "resumed": resumed_stream(delivery.stream),
+        "since": delivery.since,
+        "locks": locks,
+        "retry_ms": 1000,
+    }
+
+
+class _EndsMeanwhile(PendingAck):
+    """A delivery that is settled after a renewal has listed it and before it is sent."""
+
+    keeper: LeaseKeeper | None = None
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "locks" and self.keeper is not None:
+            keeper, self.keeper = self.keeper, None
+            keeper.forget([self.delivery])
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("answered", ["before the renewal", "while the renewal is sent", "after the renewal"])
+async def test_what_was_settled_just_before_the_renewal_after_a_restart_has_ended(
+    tmp_path: Path, answered: str
+) -> None:
+    """The snapshot has it as running, so its settlement is accepted before the worker knows of the restart."""
+    server = ValkeyProcess(tmp_path)
+    server.start()
+    broker = RedisStreamBroker(server.url)
+    try:
+        await broker.startup()
+        keeper = LeaseKeeper(server.url, broker.consumer_name, 600, asyncio.get_running_loop())
+        await keeper.renew()
+        await broker.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), QUEUE)])
+        [delivery], _ = await broker.fetch(1)
+        locks = lock_specs([MutexLock(JOB, "object"), SharedRWLock(JOB, "other")])
+        await broker.start([start_request(delivery, locks)])
+        hold = _EndsMeanwhile(delivery, locks)
+        keeper.add([hold])
+        await keeper.renew()
+        await broker.redis.save()
+        server.kill()
+        server.start()
+        with suppress(RedisError):  # by the connection that is gone
+            await broker.redis.ping()
+        assert await broker.settle([Settlement(delivery, locks)], keeper.epoch) == [True]
+        renewed = False
+        while not renewed:  # not at once, by the connection that is gone
+            if answered == "before the renewal":
+                keeper.forget([delivery])
+            elif answered == "while the renewal is sent":
+                keeper.add([hold])
+                hold.keeper = keeper
+            with suppress(RedisError):
+                await keeper.renew()
+                renewed = True
+        if answered == "after the renewal":
+            assert await broker.redis.exists(keys.HELD_PREFIX + broker.consumer_name)
+            keeper.forget([delivery])
+            await keeper.renew()
+        assert not await broker.redis.keys(keys.HELD_PREFIX + "*")
+        assert not [key async for key in broker.redis.scan_iter("lock:*")]
+    finally:
+        await broker.shutdown()
+        server.kill()

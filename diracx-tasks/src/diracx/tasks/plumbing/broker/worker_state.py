@@ -75,8 +75,8 @@ def end_wait(redis: SyncRedis, consumer: str) -> None:
     redis.unlink(keys.WAIT_PREFIX + consumer)
 
 
-def settle_now(redis: SyncRedis, consumer: str, settlements: Sequence[Settlement]) -> None:
-    """`settle` on a blocking connection, for a worker whose event loop is blocked."""
+def settle_now(redis: SyncRedis | ControlConnection, consumer: str, settlements: Sequence[Settlement]) -> None:
+    """`settle` on a blocking connection, outside the event loop."""
     script("settle").run(redis, args=[consumer, "", *packed_settlements(settlements)])
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..broker import worker_state
 from ..broker.control import ControlConnection
+from ..broker.models import Settlement
 from ..broker.sizes import LOCK_BYTES, in_calls
 from ..locks import SAFETY_MARGIN
 
@@ -150,6 +151,8 @@ class LeaseKeeper:
         self._lease_seconds = lease_seconds
         self._loop = loop
         self._holds: dict[tuple[str, str], Leased] = {}
+        self._restored: dict[tuple[str, str], Leased] = {}
+        """Deliveries noted as ours on a server that had lost its data, until they are settled."""
         self._mutex = threading.Lock()
         self._timer_set = threading.Condition(self._mutex)
         self._timer_at = math.inf
@@ -265,6 +268,8 @@ class LeaseKeeper:
                 # The same entry may be in our hands again, taken back from the worker that had taken it over.
                 if hold is not None and hold.delivery.deliveries == delivery.deliveries:
                     del self._holds[place]
+                if place in self._restored:
+                    self._redis.interrupt()
 
     def held(self) -> list[tuple[str, str]]:
         """Stream and entry of everything that is kept renewed."""
@@ -347,6 +352,8 @@ class LeaseKeeper:
             logger.warning(
                 "the server has lost data, or was restarted and may have; %d running tasks go on", len(holds)
             )
+            with self._mutex:
+                self._restored = {(hold.delivery.stream, hold.delivery.entry): hold for hold in holds}
         self.epoch = dataset_id
         for each in renewed:
             for hold in each.lost:
@@ -355,6 +362,20 @@ class LeaseKeeper:
                 self._loop.call_soon_threadsafe(hold.cancel)
             for hold, lock in each.lost_locks:
                 self._report(hold, f"the lock {lock['key']} could not be renewed")
+        if self._restored:
+            self._settle_restored()
+
+    def _settle_restored(self) -> None:
+        """Settle once more what a settlement and a renewal after a loss of data have met in: the settlement came
+        first, and the renewal noted as ours, and locked, what had just ended.
+        """
+        with self._mutex:
+            over = {place: hold for place, hold in self._restored.items() if place not in self._holds}
+        settlements = [Settlement(hold.delivery, hold.locks) for hold in over.values()]
+        for portion in in_calls(settlements, _RENEW_BATCH, Settlement.bytes):
+            worker_state.settle_now(self._redis, self._consumer, portion)
+        for place in over:
+            del self._restored[place]
 
     def _renew_some(self, holds: Sequence[Leased], complete: bool) -> _Renewed:
         entries: list[Entry] = [
