@@ -57,7 +57,13 @@ changes nothing. Compute elements that it does not mention are left alone.
           max_per_cycle: 5           # new ones of one VO in a round
           trickle: 1                 # with waiting_jobs: that many even without jobs
           vos: {lhcb: {share: 2}}    # what is different for one VO
+          site: LCG.Example.org      # which waiting jobs can run here; also tags,
+          processors: 8              # required_tags, platform, max_cpu_seconds…
           timeout_seconds: 60        # `gubbins ce show` shows all the others
+        queues:                      # optional: each is a compute element of its own,
+          short:                     # here ce01.example.org:short, with settings,
+            settings: {seed: 2}      # rules, capacity of its own
+            rules: {max_cpu_seconds: 3600}
 
 \b
 Settings of the back ends:

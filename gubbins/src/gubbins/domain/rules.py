@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 _MAX = 2**31 - 1
 _Share = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 _Number = Annotated[int, Field(strict=True, ge=0, le=_MAX)]
 _Hours = Annotated[float, Field(gt=0, le=10 * 366 * 24, allow_inf_nan=False)]
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
+_Names = Annotated[tuple[_Name, ...], Field(max_length=1_000)]
 _Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 86400, allow_inf_nan=False)]
 
 
@@ -56,6 +58,30 @@ class CERules(BaseModel):
     )
     vos: dict[Annotated[str, Field(max_length=128)], VORules] = Field(
         default={}, max_length=1_000, description="What is different for some VOs, by name."
+    )
+    site: _Name | None = Field(
+        default=None,
+        description="Site that it belongs to, as jobs name it; left out: it gets no jobs that name any.",
+    )
+    grid_ce: _Name | None = Field(default=None, description="Name by which jobs ask for it; left out: its own.")
+    queue: _Name | None = Field(default=None, description="Its queue, as the pilot registry has it.")
+    platform: Annotated[_Names, BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = (
+        Field(default=(), description="Platforms of jobs that run here, one or a list; left out: all.")
+    )
+    job_types: _Names = Field(default=(), description="Types of jobs that run here; left out: all.")
+    tags: _Names = Field(
+        default=(), description="Tags of jobs that may run here, beside those without tags (`GPU`)."
+    )
+    required_tags: _Names = Field(default=(), description="Only jobs with all these tags run here.")
+    max_cpu_seconds: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
+        default=None, description="Only jobs with so much CPU time, or less, run here."
+    )
+    processors: Annotated[int, Field(strict=True, ge=1, le=10_000)] = Field(
+        default=1,
+        description="Processors of a pilot: jobs for so many (`8Processors`, `MultiProcessor`) run here.",
+    )
+    max_memory_mb: Annotated[int, Field(strict=True, ge=1, le=10**8)] | None = Field(
+        default=None, description="Memory of a pilot, in MiB: jobs for so much (`16GB`) run here."
     )
     max_batch: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(
         default=100, description="So many requested pilots, of all VOs, are submitted by one call."

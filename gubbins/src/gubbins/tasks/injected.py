@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from diracx.db.sql import JobDB
+from diracx.db.sql import JobDB, TaskQueueDB
 from diracx.tasks.plumbing.depends import NoTransaction
 
 from gubbins.db.sql import MyPilotDB
@@ -12,3 +12,4 @@ from gubbins.db.sql import MyPilotDB
 # The aliases carry the marker; the names of the parameters are what extensions already pass by keyword.
 PilotDB = Annotated[MyPilotDB, NoTransaction()]
 WaitingJobs = Annotated[JobDB, NoTransaction()]
+TaskQueues = Annotated[TaskQueueDB, NoTransaction()]

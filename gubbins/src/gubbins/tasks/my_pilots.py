@@ -46,10 +46,11 @@ LABEL_REQUESTED = "pilot_requested"
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
-    from .injected import PilotDB, WaitingJobs
+    from .injected import PilotDB, TaskQueues, WaitingJobs
 else:
     __getattr__ = lazy_names(
-        __name__, {".injected": ["PilotDB", "WaitingJobs"], "diracx.tasks.plumbing.depends": ["Config"]}
+        __name__,
+        {".injected": ["PilotDB", "TaskQueues", "WaitingJobs"], "diracx.tasks.plumbing.depends": ["Config"]},
     )
 
 logger = logging.getLogger(__name__)
@@ -132,12 +133,14 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
         my_pilot_db: PilotDB,
         config: Config = None,  # type: ignore[assignment]  # injected where there is one
         job_db: WaitingJobs = None,  # type: ignore[assignment]  # likewise
+        task_queue_db: TaskQueues = None,  # type: ignore[assignment]  # likewise
         **kwargs: Any,
     ) -> dict[str, int]:
         """Return how many were spawned, per compute element.
 
         The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
-        The job database says how many jobs wait, where the rules of a compute element ask for that.
+        Where the rules of a compute element ask for waiting jobs, the database of task queues says what they
+        require, or else the job database how many there are.
         """
         from gubbins.logic import my_pilots as logic
 
@@ -148,7 +151,11 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
             vos=vos,
             compute_elements=self.compute_elements,
             all_but=self.all_but or (),
-            waiting_jobs=lambda: logic.count_waiting_jobs(job_db, self.vo),
+            waiting_jobs=lambda: (
+                logic.count_waiting_jobs(job_db, self.vo)
+                if task_queue_db is None
+                else logic.read_task_queues(task_queue_db, self.vo)
+            ),
         )
         for ce_name, stamps in asked.items():
             spawned = 0

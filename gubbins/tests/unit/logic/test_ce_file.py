@@ -115,3 +115,44 @@ def test_another_shape_is_refused(text: str) -> None:
 def test_broken_yaml_and_double_keys_are_reported_with_their_line() -> None:
     assert all(path.startswith("line ") for path in problems_of("compute_elements:\n  - {name: a"))
     assert "appears twice" in problems_of("compute_elements:\n- name: a\n  name: b\n")["line 3"]
+
+
+QUEUES = """
+compute_elements:
+  - name: ce01.example.org
+    capacity: 10
+    vos: [lhcb]
+    backend: slurm
+    settings: {directory: /scratch/pilots, cpus: 1}
+    rules: {site: LCG.Example.org, max_waiting: 3}
+    queues:
+      short: {settings: {partition: short}, rules: {max_cpu_seconds: 3600}}
+      gpu: {capacity: 2, settings: {partition: gpu, cpus: 8}, rules: {tags: [GPU], processors: 8, queue: gpu-long}}
+"""
+
+
+def test_each_queue_of_a_compute_element_has_settings_and_rules_of_its_own() -> None:
+    short, gpu = parse_ce_file(QUEUES)
+    assert (short.name, short.capacity, short.vos) == ("ce01.example.org:short", 10, ["lhcb"])
+    assert short.settings == {"directory": "/scratch/pilots", "cpus": 1, "partition": "short"}
+    assert (short.rules.site, short.rules.max_cpu_seconds, short.rules.max_waiting) == ("LCG.Example.org", 3600, 3)
+    assert (short.rules.grid_ce, short.rules.queue) == ("ce01.example.org", "short")
+    assert (gpu.name, gpu.capacity, gpu.settings["cpus"]) == ("ce01.example.org:gpu", 2, 8)
+    assert (gpu.rules.tags, gpu.rules.processors, gpu.rules.queue) == (("GPU",), 8, "gpu-long")
+
+
+@pytest.mark.parametrize(
+    ("queues", "path"),
+    [
+        ("{}", "compute_elements[0].queues"),
+        ("[short]", "compute_elements[0].queues"),
+        ("{short: 1}", "compute_elements[0].queues"),
+        ("{short: {rules: {max_cpu_seconds: soon}}}", "compute_elements[0].queues.short.rules.max_cpu_seconds"),
+        ("{short: {settings: 1}}", "compute_elements[0].queues.short.settings"),
+        ("{short: {rules: [1]}}", "compute_elements[0].queues.short.rules"),
+        ("{'sh ort': {}}", "compute_elements[0].queues.sh ort.name"),
+        ("{short: {capacity: -1}}", "compute_elements[0].queues.short.capacity"),
+    ],
+)
+def test_a_mistake_in_a_queue_is_reported_with_its_path(queues: str, path: str) -> None:
+    assert list(problems_of(f"compute_elements: [{{name: ce, capacity: 1, queues: {queues}}}]")) == [path]

@@ -34,6 +34,7 @@ __all__ = [
     "load_ces",
     "parse_ce_file",
     "prune_pilots",
+    "read_task_queues",
     "request_pilots",
     "search_pilots",
     "set_ce_enabled",
@@ -59,7 +60,7 @@ from .compute_elements import (
     load_ces,
     set_ce_enabled,
 )
-from .demand import count_waiting_jobs, request_pilots, withdraw_requests
+from .demand import request_pilots, withdraw_requests
 from .outputs import collect_outputs, get_pilot_output
 from .pilots import (
     cancel_pilot,
@@ -74,3 +75,4 @@ from .pilots import (
 )
 from .requested import submit_requested_pilot
 from .submission import submit_pilot
+from .waiting_jobs import count_waiting_jobs, read_task_queues

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import yaml
@@ -85,6 +86,8 @@ class _Loader(yaml.SafeLoader):
 def parse_ce_file(text: str) -> list[CESpec]:
     """The compute elements of a file.
 
+    Each of the `queues` of one (name → what is different there) is a compute element of its own, `name:queue`.
+
     Raises:
         CEFileError: with every mistake, so that all can be mended at once.
     """
@@ -100,17 +103,16 @@ def parse_ce_file(text: str) -> list[CESpec]:
         if key != "compute_elements"
     ]
     specs: list[CESpec] = []
-    first_seen: dict[str, int] = {}
-    for index, entry in enumerate(document["compute_elements"]):
-        at = f"compute_elements[{index}]"
+    first_seen: dict[str, str] = {}
+    for at, entry in _entries(document["compute_elements"]):
         try:
             spec = CESpec.model_validate(entry)
         except ValidationError as error:
             problems += [_problem(at, problem) for problem in error.errors()]
             continue
         if spec.name in first_seen:
-            problems.append((f"{at}.name", f"{spec.name!r} is already compute_elements[{first_seen[spec.name]}]"))
-        first_seen.setdefault(spec.name, index)
+            problems.append((f"{at}.name", f"{spec.name!r} is already {first_seen[spec.name]}"))
+        first_seen.setdefault(spec.name, at)
         try:
             validate_settings(spec.backend, spec.settings)
         except CESettingsError as error:
@@ -119,6 +121,25 @@ def parse_ce_file(text: str) -> list[CESpec]:
     if problems:
         raise CEFileError(problems)
     return specs
+
+
+def _entries(given: list[Any]) -> Iterator[tuple[str, Any]]:
+    """The entries with their paths; in place of one with `queues`, one for each of them."""
+    for index, entry in enumerate(given):
+        at = f"compute_elements[{index}]"
+        queues = entry.get("queues") if isinstance(entry, dict) else None
+        if not (isinstance(queues, dict) and queues and all(isinstance(own, dict) for own in queues.values())):
+            yield at, entry  # without queues; or these are an unknown field, and refused
+            continue
+        shared = {field: value for field, value in entry.items() if field != "queues"}
+        for queue, own in queues.items():
+            merged = {**shared, **own, "name": f"{entry.get('name')}:{queue}"}
+            for field in ("settings", "rules"):
+                if all(isinstance(each.get(field, {}), dict) for each in (shared, own)):
+                    merged[field] = shared.get(field, {}) | own.get(field, {})
+            if isinstance(merged["rules"], dict):
+                merged["rules"] = {"grid_ce": entry.get("name"), "queue": str(queue)} | merged["rules"]
+            yield f"{at}.queues.{queue}", merged
 
 
 def _problem(at: str, problem: Any) -> tuple[str, str]:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.demand import Demand
 from gubbins.domain import clock
-from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, apportion, fair_part
+from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, fair_part
+from gubbins.domain.matching import TaskQueue, group_jobs, jobs_for, match, share_jobs
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
-from gubbins.domain.text import one_line
 
 from .circuits import half_open, quota_limit, submission_blocker
-
-if TYPE_CHECKING:
-    from diracx.db.sql import JobDB
-
-logger = logging.getLogger(__name__)
-
-JOB_DB_TIMEOUT_SECONDS = 30
 
 
 async def request_pilots(
@@ -35,7 +26,7 @@ async def request_pilots(
     vos: Collection[str],
     compute_elements: Collection[str] | None = None,
     all_but: Collection[str] = (),
-    waiting_jobs: Callable[[], Awaitable[int | None]] | None = None,
+    waiting_jobs: Callable[[], Awaitable[int | Sequence[TaskQueue] | None]] | None = None,
 ) -> dict[str, list[str]]:
     """Request pilots: those that the VO should submit now, by compute element, as the stamps of their requests.
 
@@ -53,37 +44,39 @@ async def request_pilots(
         vos: all VOs there are; those that the compute element serves share it.
         compute_elements: names of the only ones to look at; None: all.
         all_but: names of those not to look at.
-        waiting_jobs: counts the waiting jobs of the VO; called only where rules say `waiting_jobs`. None, and
-            the result None: not known, and only compute elements that are empty get pilots.
+        waiting_jobs: finds the waiting jobs of the VO, by what they require, or only their number; called only
+            where rules say `waiting_jobs`. None, and the result None: not known, and only compute elements that
+            are empty get pilots.
     """
+    served = {ce["name"]: ce for ce in await db.get_ces() if serves(ce["vos"], vo)}
     ces = {
-        ce["name"]: ce
-        for ce in await db.get_ces()
+        name: ce
+        for name, ce in served.items()
         if ce["enabled"]
-        and serves(ce["vos"], vo)
-        and ce["name"] not in all_but
-        and (compute_elements is None or ce["name"] in compute_elements)
+        and name not in all_but
+        and (compute_elements is None or name in compute_elements)
         and await submission_blocker(db, ce) is None
     }
-    rules = {name: rules_of(ce).of(vo) for name, ce in ces.items()}
-    jobs = None
-    if waiting_jobs is not None and any(each.policy is DemandPolicy.WAITING_JOBS for each in rules.values()):
-        jobs = await waiting_jobs()
+    rules = {name: rules_of(ce).of(vo) for name, ce in served.items()}
+    by_jobs = [name for name in ces if rules[name].policy is DemandPolicy.WAITING_JOBS]
+    jobs = await waiting_jobs() if by_jobs and waiting_jobs is not None else None
+    queues = [TaskQueue(jobs)] if isinstance(jobs, int) else jobs or ()
+    groups = group_jobs(queues, rules)
 
     async def ask() -> dict[str, list[str]]:
         situation = await _look(db, vo, vos, ces)
-        budget = 0 if jobs is None else jobs - situation.waiting
-        wanted = {name: situation.wanted(ces[name], rules[name], budget) for name in ces}
+        without_pilot, _ = match(groups, situation.waiting)
+        wanted = {name: situation.wanted(ces[name], rules[name], jobs_for(name, without_pilot)) for name in ces}
         asked = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
-        by_jobs = [name for name in ces if rules[name].policy is DemandPolicy.WAITING_JOBS]
-        for name, cut in zip(by_jobs, apportion(budget, [asked[name] for name in by_jobs]), strict=True):
+        given, left = share_jobs(without_pilot, {name: asked[name] for name in by_jobs})
+        for name in by_jobs:
             trickle = rules[name].trickle if situation.held[name, vo] == 0 else 0
-            asked[name] = max(cut, min(asked[name], trickle))
-        left = max(0, budget - sum(asked[name] for name in by_jobs))
+            asked[name] = max(given[name], min(asked[name], trickle))
         demand = {}
         for name in ces:
             more = wanted[name] - asked[name]
-            demand[name] = situation.next_demand(name, min(more, left) if name in by_jobs else more, asked[name])
+            more = min(more, jobs_for(name, left)) if name in by_jobs else more
+            demand[name] = situation.next_demand(name, more, asked[name])
         await db.put_demand(vo, demand)
         return {
             name: await db.add_requests(name, vo=vo, count=count) for name, count in asked.items() if count > 0
@@ -104,7 +97,7 @@ class _Situation:
     pending: Counter[str]  # requests of all VOs, by compute element
     active: Counter[str]  # pilots of all VOs, by compute element
     demand: Mapping[tuple[str, str], Demand]
-    waiting: int  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
+    waiting: Mapping[str, int]  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
 
     def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
         """Further pilots that the VO wants, without regard to the others."""
@@ -168,7 +161,7 @@ async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, 
         held[name, owner] += sum(states.values())
         submitted[name, owner] += states.get(MyPilotStatus.SUBMITTED, 0)
         active[name] += sum(states.values())
-    waiting = sum(count for (name, owner), count in submitted.items() if owner == vo and name not in banned)
+    waiting = {name: count for (name, owner), count in submitted.items() if owner == vo and name not in banned}
     return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_demand(), waiting)
 
 
@@ -179,27 +172,3 @@ def _rounded_up(number: float) -> int:
 async def withdraw_requests(db: MyPilotDB, ce_name: str, stamps: Sequence[str]) -> None:
     """Delete requests whose tasks could not be spawned."""
     await db.delete_requests(ce_name, stamps)
-
-
-async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
-    """Count jobs of the VO in the state Waiting; None: there is no job database, or it does not respond.
-
-    `job_db` is not in a transaction; a short one is opened.
-    """
-    if job_db is None:
-        logger.warning("Cannot count the waiting jobs of %s: DIRACX_DB_URL_JOBDB is not set", vo)
-        return None
-    from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
-
-    equal = ScalarSearchOperator.EQUAL
-    search = [
-        ScalarSearchSpec(parameter="VO", operator=equal, value=vo),
-        ScalarSearchSpec(parameter="Status", operator=equal, value=JobStatus.WAITING),
-    ]
-    try:
-        async with asyncio.timeout(JOB_DB_TIMEOUT_SECONDS), job_db:
-            counted = await job_db.summary(["VO"], list(search))
-    except Exception as error:
-        logger.warning("Cannot count the waiting jobs of %s: %s", vo, one_line(error))
-        return None
-    return sum(int(row["count"]) for row in counted)

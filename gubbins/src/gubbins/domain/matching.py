@@ -1,0 +1,177 @@
+"""Matching of waiting jobs and compute elements: which jobs a pilot could run there. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+from .demand import apportion
+from .rules import CERules
+
+_MB_PER_GB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQueue:
+    """Waiting jobs of one VO with the same requirements; an empty set requires nothing."""
+
+    jobs: int
+    cpu_seconds: int = 0
+    sites: frozenset[str] = frozenset()
+    banned_sites: frozenset[str] = frozenset()
+    grid_ces: frozenset[str] = frozenset()
+    platforms: frozenset[str] = frozenset()
+    job_types: frozenset[str] = frozenset()
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Resource:
+    name: str
+    site: str | None
+    platforms: frozenset[str]
+    job_types: frozenset[str]
+    tags: frozenset[str]
+    required_tags: frozenset[str]
+    cpu_seconds: int | None
+
+    def serves(self, queue: TaskQueue) -> bool:
+        return (
+            (not queue.sites or self.site in queue.sites)
+            and self.site not in queue.banned_sites
+            and (not queue.grid_ces or self.name in queue.grid_ces)
+            and not (queue.platforms and self.platforms and queue.platforms.isdisjoint(self.platforms))
+            and not (queue.job_types and self.job_types and queue.job_types.isdisjoint(self.job_types))
+            and queue.tags <= self.tags
+            and self.required_tags <= queue.tags
+            and (self.cpu_seconds is None or queue.cpu_seconds <= self.cpu_seconds)
+        )
+
+
+def tags_of(rules: CERules) -> frozenset[str]:
+    """Tags of jobs that a pilot may take: those of the rules, and those that DIRAC derives from its size.
+
+    A pilot with 4 processors takes jobs for 2, 3 and 4 (`4Processors`), and for as many as there are
+    (`MultiProcessor`); one with 8 GB of memory takes jobs for 1 to 8 (`8GB`).
+    """
+    tags = set(rules.tags) | set(rules.required_tags)
+    if rules.processors > 1:
+        tags |= {"MultiProcessor", *(f"{number}Processors" for number in range(2, rules.processors + 1))}
+    if rules.max_memory_mb:
+        tags |= {f"{number}GB" for number in range(1, rules.max_memory_mb // _MB_PER_GB + 1)}
+    return frozenset(tags)
+
+
+Group: TypeAlias = frozenset[str]
+"""Names of all compute elements that could serve some jobs."""
+
+
+def group_jobs(queues: Iterable[TaskQueue], ces: Mapping[str, CERules]) -> dict[Group, int]:
+    """Count jobs by the compute elements that could serve them; those that none could are left out.
+
+    Args:
+        queues: the waiting jobs of a VO.
+        ces: the compute elements that serve the VO, with their rules for it.
+    """
+    resources = {
+        name: _Resource(
+            rules.grid_ce or name,
+            rules.site,
+            frozenset(rules.platform),
+            frozenset(rules.job_types),
+            tags_of(rules),
+            frozenset(rules.required_tags),
+            rules.max_cpu_seconds,
+        )
+        for name, rules in ces.items()
+    }
+    groups: Counter[Group] = Counter()
+    for queue in queues:
+        served = frozenset(name for name, resource in resources.items() if resource.serves(queue))
+        if served and queue.jobs > 0:
+            groups[served] += queue.jobs
+    return dict(groups)
+
+
+def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[Group, int], dict[str, int]]:
+    """Match waiting pilots with jobs: as many as can be, one each (a maximum flow).
+
+    Args:
+        groups: jobs, by the compute elements that could serve them.
+        pilots: pilots that wait, by compute element.
+
+    Returns:
+        The jobs without a pilot, and the pilots without a job.
+    """
+    jobs, free = dict(groups), {name: number for name, number in pilots.items() if number > 0}
+    taken: Counter[tuple[Group, str]] = Counter()
+    for group in sorted(jobs, key=lambda group: (len(group), sorted(group))):
+        while jobs[group] and (path := _path(group, jobs, free, taken)) is not None:
+            # The jobs of this group go to the first compute element, whose pilots leave theirs to the next…
+            moved = min(
+                jobs[group], free[path[-1][0]], *(taken[other, ce] for (ce, _), (_, other) in _steps(path))
+            )
+            jobs[group] -= moved
+            free[path[-1][0]] -= moved
+            taken[group, path[0][0]] += moved
+            for (ce, _), (next_ce, other) in _steps(path):
+                taken[other, ce] -= moved
+                taken[other, next_ce] += moved
+    return {group: number for group, number in jobs.items() if number}, free
+
+
+_Path: TypeAlias = list[tuple[str, Group]]
+"""Compute elements, the last of which has a free pilot; each but the first with jobs that can move there."""
+
+
+def _steps(path: _Path) -> list[tuple[tuple[str, Group], tuple[str, Group]]]:
+    return list(pairwise(path))
+
+
+def _path(
+    group: Group, groups: Iterable[Group], free: Mapping[str, int], taken: Mapping[tuple[Group, str], int]
+) -> _Path | None:
+    came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group), (None, group))
+    waiting = deque(came)
+    while waiting:
+        ce = waiting.popleft()
+        if free.get(ce):
+            path: _Path = []
+            step: str | None = ce
+            while step is not None:
+                before, other = came[step]
+                path.append((step, other))
+                step = before
+            return path[::-1]
+        for other in groups:
+            if taken.get((other, ce)):
+                for next_ce in sorted(other - came.keys()):
+                    came[next_ce] = ce, other
+                    waiting.append(next_ce)
+    return None
+
+
+def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[dict[str, int], dict[Group, int]]:
+    """Share jobs among the compute elements that could serve them, in proportion to their room.
+
+    Jobs that few compute elements could serve come first.
+
+    Returns:
+        How many each gets, no more than its room; and the jobs that are left.
+    """
+    given, left = dict.fromkeys(room, 0), dict(groups)
+    for group in sorted(groups, key=lambda group: (len(group), sorted(group))):
+        names = [name for name in room if name in group]
+        parts = apportion(left[group], [room[name] - given[name] for name in names])
+        for name, part in zip(names, parts, strict=True):
+            given[name] += part
+        left[group] -= sum(parts)
+    return given, left
+
+
+def jobs_for(name: str, groups: Mapping[Group, int]) -> int:
+    """Number of the jobs that a compute element could serve."""
+    return sum(jobs for group, jobs in groups.items() if name in group)

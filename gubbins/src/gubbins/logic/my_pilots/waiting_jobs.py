@@ -1,0 +1,93 @@
+"""Waiting jobs of a VO, as the databases of DiracX have them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from gubbins.domain.matching import TaskQueue
+from gubbins.domain.text import one_line
+
+if TYPE_CHECKING:
+    from diracx.db.sql import JobDB, TaskQueueDB
+
+logger = logging.getLogger(__name__)
+
+JOB_DB_TIMEOUT_SECONDS = 30
+
+MOST_TASK_QUEUES = 20_000
+"""No more task queues of a VO are read: those with most jobs."""
+
+
+async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
+    """Count jobs of the VO in the state Waiting; None: there is no job database, or it does not respond.
+
+    `job_db` is not in a transaction; a short one is opened.
+    """
+    if job_db is None:
+        logger.warning("Cannot count the waiting jobs of %s: DIRACX_DB_URL_JOBDB is not set", vo)
+        return None
+    from diracx.core.models import JobStatus, ScalarSearchOperator, ScalarSearchSpec
+
+    equal = ScalarSearchOperator.EQUAL
+    search = [
+        ScalarSearchSpec(parameter="VO", operator=equal, value=vo),
+        ScalarSearchSpec(parameter="Status", operator=equal, value=JobStatus.WAITING),
+    ]
+    try:
+        async with asyncio.timeout(JOB_DB_TIMEOUT_SECONDS), job_db:
+            counted = await job_db.summary(["VO"], list(search))
+    except Exception as error:
+        logger.warning("Cannot count the waiting jobs of %s: %s", vo, one_line(error))
+        return None
+    return sum(int(row["count"]) for row in counted)
+
+
+async def read_task_queues(task_queue_db: TaskQueueDB, vo: str) -> list[TaskQueue] | None:
+    """Waiting jobs of the VO by what they require, in eight statements; None: the database does not respond.
+
+    `task_queue_db` is not in a transaction; a short one is opened.
+    """
+    from diracx.db.sql.task_queue import schema
+    from sqlalchemy import func, select
+
+    queues, jobs = schema.TaskQueues, schema.JobsQueue
+    # Enabled is a number in the database of DIRAC.
+    of_vo = select(queues.TQId).where(queues.VO.in_([vo]), queues.Enabled >= 1)
+    number = func.count()
+    counted = (
+        select(queues.TQId, queues.CPUTime, number)
+        .join(jobs, jobs.TQId == queues.TQId)
+        .where(queues.TQId.in_(of_vo))
+        .group_by(queues.TQId, queues.CPUTime)
+        .order_by(number.desc(), queues.TQId)
+        .limit(MOST_TASK_QUEUES + 1)
+    )
+    tables: dict[str, Any] = {
+        "sites": schema.SitesQueue,
+        "banned_sites": schema.BannedSitesQueue,
+        "grid_ces": schema.GridCEsQueue,
+        "platforms": schema.PlatformsQueue,
+        "job_types": schema.JobTypesQueue,
+        "tags": schema.TagsQueue,
+    }
+    required: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    try:
+        async with asyncio.timeout(JOB_DB_TIMEOUT_SECONDS), task_queue_db:
+            rows: Any = (await task_queue_db.conn.execute(counted)).all()
+            for field, table in tables.items():
+                values = select(table.TQId, table.Value).where(table.TQId.in_(of_vo))
+                for queue, value in await task_queue_db.conn.execute(values):
+                    required[queue][field].add(value)
+    except Exception as error:
+        logger.warning("Cannot read the task queues of %s: %s", vo, one_line(error))
+        return None
+    if len(rows) > MOST_TASK_QUEUES:
+        logger.warning("%s has more than %d task queues: the others wait", vo, MOST_TASK_QUEUES)
+        rows = rows[:MOST_TASK_QUEUES]
+    return [
+        TaskQueue(jobs, cpu_seconds, **{field: frozenset(values) for field, values in required[queue].items()})
+        for queue, cpu_seconds, jobs in rows
+    ]
