@@ -295,6 +295,7 @@ def test_every_check_and_every_limit_is_in_the_reference() -> None:
         "ce_banned",
         "ce_circuit_open",
         "ce_pilots_failing",
+        "ce_pilots_missing",
     )
     assert [check for check in (*CHECKS, *others) if f"| `{check}` |" not in text] == []
     limits = HealthThresholds.model_fields.items()

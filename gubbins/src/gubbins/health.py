@@ -50,7 +50,9 @@ def find_alerts(ces: Sequence[Mapping[str, Any]], ended: Mapping[str, Mapping[st
         ended: compute element -> state -> pilots that ended so within the past hour.
     """
     return [
-        alert for ce in ces for alert in (*_banned(ce), *_circuits(ce), *_failing(ce, ended.get(ce["name"], {})))
+        alert
+        for ce in ces
+        for alert in (*_banned(ce), *_circuits(ce), *_missing(ce), *_failing(ce, ended.get(ce["name"], {})))
     ]
 
 
@@ -83,6 +85,21 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
                 subject=f"{ce['name']} {call}",
                 path="/pilots?state=failing",
             )
+
+
+def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
+    from gubbins.logic.my_pilots.circuits import missing_pilots  # slow to import, and only of use with a database
+
+    if ce["banned_at"] is None and (why := missing_pilots(ce, ce["active"])) is not None:
+        yield Alert(
+            check="ce_pilots_missing",
+            severity=Severity.CRITICAL,
+            summary=f"{ce['name']} gets no more pilots: {why}",
+            remedy="see with the account of the pilots if the site lists their jobs",
+            count=max(ce["missing"], ce["missing_in_row"] or 0),
+            subject=ce["name"],
+            path=f"/pilots?ce={ce['name']}",
+        )
 
 
 def _failing(ce: Mapping[str, Any], ended: Mapping[str, int]) -> Iterator[Alert]:

@@ -73,10 +73,13 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     ]
     shown = [ce for ce in ces if ce["name"] > query.get("after", "")][:_CES]
     first = _number(query.get("rows", "0"))
+    bound = request.state.principal.vo is not None
+    waiting = {} if bound else await READ_MODELS.waiting(tuple(ce["name"] for ce in shown))
     return {
         "vo": vo,
         "vos": sorted(summary),
-        "bound": request.state.principal.vo is not None,
+        "bound": bound,
+        "waiting": waiting,
         "chosen": {"ce": text, "state": state},
         "ce_states": _CE_STATES,
         "rows": rows[first : first + _ROWS],

@@ -69,6 +69,13 @@ class PilotReadModels:
         db = self.database()
         return await self._answers.get(("summary", vo), lambda: logic.count_pilots(db, vo), _COUNTED_SECONDS)
 
+    async def waiting(self, ce_names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+        """{compute element: {what pilots wait for there: number}}, as of some seconds ago."""
+        db = self.database()
+        return await self._answers.get(
+            ("waiting", ce_names), lambda: db.count_waiting_reasons(ce_names), _COUNTED_SECONDS
+        )
+
     async def statistics(self, vo: str | None) -> PilotStatistics:
         """The past day, as of some seconds ago."""
         db = self.database()

@@ -232,6 +232,67 @@ class CESiteConformance(CEConformance):
             await running.until(Observed.FAILED)
 
     @pytest.fixture
+    def unreadable(self) -> Callable[[str], AbstractContextManager[object]] | None:
+        """Override: makes a context in which what the site keeps of the pilot of that stamp cannot be read.
+
+        None: it keeps nothing that could be.
+        """
+        return None
+
+    async def test_a_pilot_whose_files_cannot_be_read_silences_no_other_and_is_not_lost(
+        self, make: MakeBackend, unreadable: Callable[[str], AbstractContextManager[object]] | None
+    ) -> None:
+        if unreadable is None:
+            return
+        async with _Watch(self, make, Scenario.LONG, 2) as watch:
+            await watch.submit()
+            await watch.until(Observed.RUNNING)
+            ill, well = watch.pilots
+            deadline = time.monotonic() + self.deadline_seconds
+            while not (await watch.backend().output(ill)).stdout:
+                assert time.monotonic() < deadline, "it has not begun"
+                await asyncio.sleep(self.pause_seconds)
+            with unreadable(ill.stamp):
+                for _ in range(2):  # as asked for the first time, and again
+                    backend = watch.backend()
+                    seen = await backend.poll(watch.pilots)
+                    assert seen[ill.stamp].state in (Observed.RUNNING, Observed.NO_NEWS)
+                    assert seen[well.stamp].state is Observed.RUNNING
+                assert backend.warning or seen[ill.stamp].state is Observed.RUNNING
+                with pytest.raises(Exception, match=r"\S") as raised:
+                    await watch.backend().output(ill)
+                assert not isinstance(raised.value, OutputUnavailableError), "that would be for good"
+                await watch.backend().cancel([ill, well])
+                await watch.until(Observed.FAILED, of=[well])
+            watch.pilots = [ill]
+            await watch.cancel()
+            await watch.until(Observed.FAILED)
+
+    @pytest.fixture
+    def holding(self) -> AbstractContextManager[object] | None:
+        """Override: inside this context the site takes pilots, starts none, and can say why.
+
+        None: it starts what it takes, or says nothing.
+        """
+        return None
+
+    async def test_a_site_that_holds_a_pilot_says_why(
+        self, make: MakeBackend, holding: AbstractContextManager[object] | None
+    ) -> None:
+        if holding is None:
+            return
+        async with _Watch(self, make, Scenario.LONG) as watch:
+            with holding:
+                await watch.submit()
+                deadline = time.monotonic() + self.deadline_seconds
+                while not all(seen.reason for seen in (await watch.poll()).values()):
+                    assert time.monotonic() < deadline, f"no reason: {_few(watch.seen.values())}"
+                    await asyncio.sleep(self.pause_seconds)
+                assert [seen.state for seen in watch.seen.values()] == [Observed.WAITING]
+                watch.assert_reasons()
+            await watch.until(Observed.RUNNING)
+
+    @pytest.fixture
     def full(self) -> AbstractContextManager[object] | None:
         """Override: inside this context the site takes no second pilot of ours; None: it cannot be made to."""
         return None

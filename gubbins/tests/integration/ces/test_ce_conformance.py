@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from sites.dead_mount import dead_mount
 
 from gubbins.ces import CEDescription
 from gubbins.ces.local import LocalBackend, LocalSettings
@@ -40,6 +43,10 @@ class TestLocal(CESiteConformance):
             return LocalBackend(CEDescription("local", 100, 1.0), settings)
 
         return make
+
+    @pytest.fixture
+    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
 
     def starts(self, stamp: str) -> int:
         return len((self.witness / stamp).read_text().splitlines())

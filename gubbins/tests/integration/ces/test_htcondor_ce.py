@@ -30,7 +30,7 @@ class _Promises(AllPromises):
     call_seconds = 60
 
     def __init__(self, site: HTCondorSite, witness: Path) -> None:
-        super().__init__(witness, down=site.down, hanging=self._frozen, full=self._full)
+        super().__init__(witness, down=site.down, hanging=self._frozen, full=self._full, holding=self._holding)
         self._site = site
         self._timeout_seconds = 30
         # Inside, the site's directory has another name.
@@ -42,6 +42,13 @@ class _Promises(AllPromises):
 
     def _full(self) -> contextlib.AbstractContextManager[object]:
         return self._site.configured("MAX_JOBS_PER_OWNER = 1\n")
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        words = 'SYSTEM_PERIODIC_HOLD = True\nSYSTEM_PERIODIC_HOLD_REASON = "maintenance"\n'
+        with self._site.configured(words):
+            yield
+        self._site.run("condor_release", "-all")
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:

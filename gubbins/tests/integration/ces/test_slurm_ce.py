@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from sites.dead_mount import dead_mount
 from sites.sshd import Sshd
 from watching import observe
 
@@ -80,6 +81,22 @@ class TestSlurm(CERemoteConformance):
 
         return away()
 
+    @pytest.fixture
+    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
+
+    @pytest.fixture
+    def holding(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
+        @contextmanager
+        def partition_down() -> Iterator[None]:
+            slurm_site.command("scontrol", "update", "PartitionName=short", "State=DOWN")
+            try:
+                yield
+            finally:
+                slurm_site.command("scontrol", "update", "PartitionName=short", "State=UP")
+
+        return partition_down()
+
     @contextmanager
     def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         self.timeout_seconds = 1.0
@@ -97,6 +114,10 @@ class TestSlurmThroughSSH(TestSlurm):
     @pytest.fixture
     def ssh(self, csh_sshd: Sshd) -> SSHHost | None:
         return SSHHost(**csh_sshd.settings)
+
+    @pytest.fixture
+    def unreadable(self) -> None:
+        """It has mounts of its own, in which ours are not seen."""
 
     @pytest.fixture
     def down(self, csh_sshd: Sshd) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
+from sites.dead_mount import dead_mount
 from sites.sshd import Sshd
 from watching import ENDED, ended, observe, until, written
 
@@ -55,6 +56,10 @@ class TestConformance(CERemoteConformance):
     def hanging(self, sshd: Sshd) -> AbstractContextManager[object]:
         return sshd.frozen()
 
+    @pytest.fixture
+    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
+
     def starts(self, stamp: str) -> int:
         return len((self.witness / stamp).read_text().splitlines())
 
@@ -65,6 +70,10 @@ class TestConformanceOfCsh(TestConformance):
     @pytest.fixture
     def sshd(self, csh_sshd: Sshd) -> Sshd:
         return csh_sshd
+
+    @pytest.fixture
+    def unreadable(self) -> None:
+        """It has mounts of its own, in which ours are not seen."""
 
 
 @pytest.fixture

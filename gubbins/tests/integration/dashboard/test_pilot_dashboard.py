@@ -69,6 +69,17 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
         assert (await client.get(address)).status_code == 404, address
 
 
+async def test_a_compute_element_shows_how_many_pilots_wait_there_for_what(
+    client: httpx.AsyncClient, db: MyPilotDB
+) -> None:
+    await db.set_waiting_reasons([(1, "Slurm: JobHeldAdmin"), (2, "Slurm: JobHeldAdmin"), (3, HOSTILE)])
+    text = (await client.get("/pilots")).text
+    assert "2 wait: Slurm: JobHeldAdmin" in text
+    assert "1 wait: &lt;script&gt;" in text
+    assert "<script>window" not in text
+    assert "Slurm: JobHeldAdmin" in (await client.get("/pilots/1")).text
+
+
 async def test_a_compute_element_that_failed_too_often_shows_its_circuit(
     client: httpx.AsyncClient, db: MyPilotDB
 ) -> None:

@@ -7,12 +7,14 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
+from diracx.tasks.operations.health import Severity
 from moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain.exceptions import CEPausedError
+from gubbins.health import find_alerts
 from gubbins.logic import my_pilots as logic
 
 
@@ -71,13 +73,18 @@ async def test_a_site_that_lists_none_of_our_pilots_gets_no_second_set_in_a_day(
     (ce,) = await logic.list_ces(db)
     assert ce["active"] == 0
     assert "10 pilots in a row that it does not list" in ce["last_error"]
+    (alert,) = find_alerts([ce], {})
+    assert (alert.check, alert.severity, alert.count) == ("ce_pilots_missing", Severity.CRITICAL, 10)
+    assert ce["last_error"] in alert.summary
     with pytest.raises(CEPausedError, match="10 pilots in a row that it does not list"):
         await logic.submit_pilot(db, "ce", "lhcb")
     # An operator who has mended it says so, and pilots that are seen leave it open.
     await logic.set_ce_enabled(db, "ce", True)
     site.lists_every = 1
     assert await cycle(db, time) == 10
-    assert (await logic.list_ces(db))[0]["last_error"] is None
+    (ce,) = await logic.list_ces(db)
+    assert ce["last_error"] is None
+    assert find_alerts([ce], {}) == []
 
 
 async def test_a_small_site_is_stopped_as_well_and_opens_by_itself_when_pilots_are_found_again(
@@ -110,6 +117,7 @@ async def test_where_others_are_seen_a_share_of_missing_ones_stops_submissions(
         assert await cycle(db, time) == 0
     (ce,) = await logic.list_ces(db)
     assert ce["last_error"] == "8 of its 10 pilots are missing: it answers, and does not list them"
+    assert [(alert.check, alert.count) for alert in find_alerts([ce], {})] == [("ce_pilots_missing", 8)]
     with pytest.raises(CEPausedError, match="8 of its 10 pilots are missing"):
         await logic.submit_pilot(db, "ce", "lhcb")
     counted = await db.get_pilot_summary("lhcb")

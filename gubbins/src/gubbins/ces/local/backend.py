@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +22,7 @@ from gubbins.ces.protocol import (
 )
 from gubbins.ces.settings import AbsolutePath, DefaultScript, KeepDays, PilotSettings, StartSeconds
 from gubbins.ces.transports.shell import inherited_environment
-from gubbins.domain.exceptions import OutputUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .account import Account
@@ -72,19 +72,26 @@ class LocalBackend(CEBackend[LocalSettings]):
         return await asyncio.to_thread(lambda: {pilot.stamp: self._submit(pilot) for pilot in pilots})
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        def look() -> dict[str, Observation]:
-            seen = ((pilot.stamp, self._observe(pilot)) for pilot in pilots)
-            return {stamp: observation for stamp, observation in seen if observation is not None}
+        seen: dict[str, Observation] = {}
 
-        return await asyncio.to_thread(look)
+        def look(pilot: PilotAtCE) -> None:
+            seen[pilot.stamp] = Observation(Observed.NO_NEWS)  # what holds if its directory cannot be read
+            if (observation := self._observe(pilot)) is not None:
+                seen[pilot.stamp] = observation
+            elif pilot.reference is not None and not self._directory().is_dir():
+                raise FileNotFoundError(f"{self._directory()} is gone, or not mounted")
+            else:
+                del seen[pilot.stamp]
+
+        await self._each(pilots, look)
+        return seen
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        def ask() -> None:
-            for pilot in pilots:
-                if self._is_here(pilot):
-                    self._job(pilot.stamp).cancel(kill_after_seconds=self.settings.kill_after_seconds)
+        def ask(pilot: PilotAtCE) -> None:
+            if self._is_here(pilot):
+                self._job(pilot.stamp).cancel(kill_after_seconds=self.settings.kill_after_seconds)
 
-        await asyncio.to_thread(ask)
+        await self._each(pilots, ask)
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self._is_here(pilot):
@@ -93,18 +100,31 @@ class LocalBackend(CEBackend[LocalSettings]):
             return await asyncio.to_thread(self._job(pilot.stamp).output)
         except FileNotFoundError as error:
             raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was") from error
+        except OSError as error:
+            raise CEUnavailableError(str(error)) from error
 
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        def remove(pilot: PilotAtCE) -> None:
+            if self.settings.keeps(pilot.status):
+                self._job(pilot.stamp).mark_forgotten()
+            else:
+                self._job(pilot.stamp).remove()
 
-        def remove() -> None:
+        await self._each(pilots, remove)
+        keep_seconds = self.settings.keep_days * _SECONDS_OF_A_DAY
+        await asyncio.to_thread(sweep, self._directory(), keep_seconds=keep_seconds)
+
+    async def _each(self, pilots: Sequence[PilotAtCE], do: Callable[[PilotAtCE], None]) -> None:
+        """Do it for each pilot, in a thread; an error of one directory is a warning, and stops no other."""
+
+        def do_all() -> None:
             for pilot in pilots:
-                if self.settings.keeps(pilot.status):
-                    self._job(pilot.stamp).mark_forgotten()
-                else:
-                    self._job(pilot.stamp).remove()
-            sweep(self._directory(), keep_seconds=self.settings.keep_days * _SECONDS_OF_A_DAY)
+                try:
+                    do(pilot)
+                except OSError as error:
+                    self.warn(error)
 
-        await asyncio.to_thread(remove)
+        await asyncio.to_thread(do_all)
 
     def _directory(self) -> Path:
         if self.settings.directory is not None:

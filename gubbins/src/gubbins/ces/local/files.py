@@ -7,6 +7,9 @@ import os
 import stat
 from pathlib import Path
 
+# The last: a socket.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
+
 
 def read_start(directory: Path, name: str, limit_bytes: int) -> bytes:
     """The first bytes of a regular file in a directory, neither of them a symbolic link.
@@ -32,11 +35,25 @@ def read_end(directory: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def modified_at(path: Path) -> float | None:
-    """Modification time of a file or directory (s since 1970); None: there is none. Follows no link."""
+    """Modification time of a file or directory (s since 1970); None: there is none. Follows no link.
+
+    Raises:
+        OSError: it cannot be known.
+    """
     try:
         return path.lstat().st_mtime
-    except OSError:
+    except OSError as error:
+        raise_unless_absent(error)
         return None
+
+
+def raise_unless_absent(error: OSError) -> None:
+    """Raise the error, unless it says that there is no such file, or that something else is in its place.
+
+    Of a file that cannot be read now (stale handle, lost connection, no permission) nothing is known.
+    """
+    if error.errno not in _ABSENT:
+        raise error
 
 
 def _open(directory: Path, name: str) -> int:

@@ -19,7 +19,7 @@ from gubbins.ces.settings import executable_script
 from gubbins.domain.exceptions import CEUnavailableError
 
 from .account import Account
-from .files import modified_at, read_end, read_start
+from .files import modified_at, raise_unless_absent, read_end, read_start
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,12 @@ class LocalJob:
     account: Account | None = None  # of the pilot; None: the worker's own
 
     def create(self, script: str) -> bool:
-        """Make the directory with the pilot script; False when it exists: the pilot was submitted before."""
+        """Make the directory with the pilot script; False when it exists: the pilot was submitted before.
+
+        Raises:
+            OSError: it could not be made.
+            CEUnavailableError: neither made nor looked at: it may have been submitted before.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.account is not None:
             self.path.parent.chmod(0o711)
@@ -88,8 +93,11 @@ class LocalJob:
             prepared.rename(self.path)
         except OSError:
             shutil.rmtree(prepared, ignore_errors=True)
-            if self.path.is_dir():
-                return False
+            try:
+                if modified_at(self.path) is not None and self.path.is_dir():
+                    return False
+            except OSError as error:
+                raise CEUnavailableError(str(error)) from error
             raise
         return True
 
@@ -120,7 +128,11 @@ class LocalJob:
             raise
 
     def observe(self, *, start_seconds: float) -> Observation | None:
-        """The observed state of the pilot; None: there is no such directory."""
+        """The observed state of the pilot; None: there is no such directory.
+
+        Raises:
+            OSError: it cannot be read now.
+        """
         # In this order: it may end meanwhile, and one that writes an exit code while it runs has not ended.
         process = self._process()
         if process is not None and process.alive():
@@ -132,32 +144,42 @@ class LocalJob:
         return observed_end(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
 
     def cancel(self, *, kill_after_seconds: float) -> None:
-        """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL)."""
+        """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL).
+
+        Raises:
+            OSError: its directory cannot be read now, or not marked, as on a full disk: it was asked all the same.
+        """
         if not self._is_there():
             return
         process = self._process()
         alive = process is not None and process.alive()
         if not alive and self._exit_code() is not None:
             return
-        mark = self.path / "cancelled"
-        with contextlib.suppress(FileExistsError):
+        mark, unmarked = self.path / "cancelled", None
+        try:
             mark.touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            unmarked = error
         # Without a process file the wrapper has yet to look for the mark.
-        if process is None or not alive:
-            return
-        if not process.belongs_to(self.path.name):
-            logger.warning("Pilot %s says that process %d is its own, which is not", self.path.name, process.pid)
-            return
-        asked_at = modified_at(mark) or 0.0
-        kill = time.time() - asked_at >= kill_after_seconds
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.group, signal.SIGKILL if kill else signal.SIGTERM)
+        if process is not None and alive:
+            if process.belongs_to(self.path.name):
+                asked_at = time.time() if unmarked else modified_at(mark) or 0.0
+                kill = time.time() - asked_at >= kill_after_seconds
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.group, signal.SIGKILL if kill else signal.SIGTERM)
+            else:
+                logger.warning("Process %d is not of the pilot %s, which says so", process.pid, self.path.name)
+        if unmarked is not None:
+            raise unmarked
 
     def output(self) -> PilotOutput:
         """Read stdout and stderr of the pilot.
 
         Raises:
             FileNotFoundError: there is no such directory.
+            OSError: they cannot be read now.
         """
         if not self._is_there():
             raise FileNotFoundError(self.path)
@@ -178,7 +200,7 @@ class LocalJob:
         return written_at is not None and written_at <= timestamp
 
     def _is_there(self) -> bool:
-        return self.path.is_dir() and not self.path.is_symlink()
+        return modified_at(self.path) is not None and self.path.is_dir() and not self.path.is_symlink()
 
     def _not_started(self, start_seconds: float) -> Observation | None:
         made_at = modified_at(self.path)
@@ -191,7 +213,8 @@ class LocalJob:
     def _exit_code(self) -> int | None:
         try:
             return int(read_start(self.path, "rc", _MAX_CODE_BYTES))
-        except OSError:
+        except OSError as error:
+            raise_unless_absent(error)
             return None
         except ValueError:
             return 1  # a full disk leaves an empty file: it ended, and not well
@@ -200,7 +223,10 @@ class LocalJob:
         try:
             pid, group, start_ticks, boot_id = read_start(self.path, "pid", _MAX_PID_BYTES).decode().split()
             process = _Process(int(pid), int(group), start_ticks, boot_id)
-        except (OSError, ValueError):
+        except OSError as error:
+            raise_unless_absent(error)
+            return None
+        except ValueError:
             return None
         # A signal to the groups 0 and 1 would reach far more than a pilot.
         return process if process.pid > 1 and process.group > 1 else None
@@ -212,7 +238,8 @@ class LocalJob:
     def _tail(self, name: str, limit_bytes: int) -> str:
         try:
             return read_end(self.path, name, limit_bytes).decode(errors="replace")
-        except OSError:
+        except OSError as error:
+            raise_unless_absent(error)
             return ""  # the pilot has not come so far, or has put something else there
 
 
@@ -222,9 +249,9 @@ def sweep(directory: Path, *, keep_seconds: float) -> None:
     now = time.time()
     for path in directory.glob("*/script"):
         job = LocalJob(path.parent)
-        if path.parent.is_symlink():
-            continue
-        if job.wrote_before("forgotten", now - keep_seconds) or job.wrote_before(
-            "rc", now - keep_seconds - _UNHEARD_OF_SECONDS
-        ):
-            job.remove()
+        with contextlib.suppress(OSError):
+            if not path.parent.is_symlink() and (
+                job.wrote_before("forgotten", now - keep_seconds)
+                or job.wrote_before("rc", now - keep_seconds - _UNHEARD_OF_SECONDS)
+            ):
+                job.remove()

@@ -42,7 +42,7 @@ _HERE = Path(__file__).parent
 _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
 _MINUTES_OF_A_DAY = 24 * 60
-_NOT_THERE = 66  # of output.sh
+_NOT_THERE = 66  # of output.sh and look.sh
 _NOT_BEGUN, _NOT_KNOWN, _TIMED_OUT = 73, 75, 124  # of submit.sh
 
 
@@ -90,19 +90,19 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         if not pilots:
             return {}
         jobs = await self._queue(pilots)
-        over = [pilot.stamp for pilot in pilots if not any(job.active for job in jobs.get(pilot.stamp, ()))]
-        looked: str | None = ""
-        if over and self.settings.nodes_see_directory:
-            looked = await self.side_source(self._script("look", _lines(over)))
-        records = parse_records(looked or "")
+        over = [pilot for pilot in pilots if not any(job.active for job in jobs.get(pilot.stamp, ()))]
+        looked = await self.side_source(self._look(over))
+        records, unreadable = parse_records(looked or "")
+        for stamp, why in unreadable.items():
+            self.warn(f"the directory of {stamp}: {why}")
         forgotten = [
-            stamp
-            for stamp in over
-            if stamp not in jobs and not ((record := records.get(stamp)) and record.exit_code)
+            pilot.stamp
+            for pilot in over
+            if pilot.stamp not in jobs and not ((record := records.get(pilot.stamp)) and record.exit_code)
         ]
         completions, all_asked = await self._completions(forgotten)
         jobs |= completions
-        silent = set() if looked is not None and all_asked else {stamp for stamp in forgotten if stamp not in jobs}
+        silent = set(unreadable if looked is not None and all_asked else forgotten) - set(jobs)
         seen = (
             (pilot.stamp, judge(jobs.get(pilot.stamp, ()), records.get(pilot.stamp), reference=pilot.reference))
             for pilot in pilots
@@ -187,6 +187,17 @@ class SlurmBackend(CEBackend[SlurmSettings]):
                 found[stamp] += jobs
         return found
 
+    async def _look(self, pilots: Sequence[PilotAtCE]) -> str:
+        """What the directories of these pilots say; nothing where none of them can have one."""
+        if not pilots or not self.settings.nodes_see_directory:
+            return ""
+        what = f"the directory of {self.ce.name}"
+        argv = [*_script("look"), str(self.settings.directory)]
+        done = await self._run(argv, _lines(pilot.stamp for pilot in pilots), what=what)
+        if done.returncode == _NOT_THERE and not any(pilot.reference for pilot in pilots):
+            return ""
+        return _text_of(done, what)
+
     async def _completions(self, stamps: Sequence[str]) -> tuple[dict[str, list[Job]], bool]:
         """Jobs that have ended and that Slurm has forgotten, by name, as its log and its accounts know them.
 
@@ -219,12 +230,9 @@ class SlurmBackend(CEBackend[SlurmSettings]):
     async def _tidy(self, lines: Iterable[tuple[str, str]], *, remove_after_minutes: str = "") -> None:
         text = "".join(f"{what} {stamp}\n" for what, stamp in lines)
         if text:
-            await self._script("tidy", text.encode(), remove_after_minutes)
-
-    async def _script(self, name: str, stdin: bytes, *arguments: str) -> str:
-        argv = [*_script(name), str(self.settings.directory), *arguments]
-        what = f"the directory of {self.ce.name}"
-        return _text_of(await self._run(argv, stdin, what=what), what)
+            what = f"the directory of {self.ce.name}"
+            argv = [*_script("tidy"), str(self.settings.directory), remove_after_minutes]
+            _text_of(await self._run(argv, text.encode(), what=what), what)
 
     async def _run(self, argv: Sequence[str], stdin: bytes = b"", *, what: str | None = None) -> Completed:
         try:

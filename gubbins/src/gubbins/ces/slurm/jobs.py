@@ -104,15 +104,17 @@ def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
     return jobs
 
 
-def parse_records(text: str) -> dict[str, Record]:
-    """The records of each stamp, from `look.sh`."""
-    records = {}
+def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
+    """The records of each stamp, and the errors of those that cannot be read now, from `look.sh`."""
+    records, unreadable = {}, {}
     for line in text.splitlines():
         fields = line.split("|", 4)
         if len(fields) == 5:
             stamp, number, exit_code, cancelled, words = fields
             records[stamp] = Record(number, exit_code.strip(), bool(cancelled), words.strip())
-    return records
+        elif len(fields) == 3 and fields[1] == "unreadable":
+            unreadable[fields[0]] = fields[2]
+    return records, unreadable
 
 
 def parse_completions(text: str) -> dict[str, list[Job]]:

@@ -2,10 +2,16 @@
 #
 #   /bin/sh -c "$(cat look.sh)" look DIRECTORY  < stamps, one in a line
 #
-# For each directory that exists: stamp|job number|exit code|cancelled or not (1 or nothing)|last words, if it failed.
-[ -e "$1" ] || exit 0
+# For each directory that exists: stamp|job number|exit code|cancelled or not (1 or nothing)|last words, if it failed;
+# for each that cannot be read now: stamp|unreadable|why. Exit code 66: there is no DIRECTORY.
+[ -e "$1" ] || { echo "$1 is gone, or not mounted" >&2; exit 66; }
 cd "$1" || exit 73
 stamps=$(cat)
+# A stale handle, a lost connection: not the same as a directory that is not there.
+printf '%s\n' "$stamps" | sed 's#$#/.#' | LC_ALL=C xargs ls -d 2>&1 > /dev/null | sed -n "
+    /: No such file or directory\$/d
+    /: Not a directory\$/d
+    s#^.*[ ']\([^ ']*\)/\.'\{0,1\}: \(.*\)#\1|unreadable|\2#p"
 # What a pilot has put in place of small files: this shell would follow it, wait for it, or read it without end.
 bad=" $(printf '%s\n' "$stamps" | xargs sh -c '[ $# = 0 ] ||
     find "$@" -maxdepth 1 \( -name id -o -name rc \) \( ! -type f -o -size +1 \)' sh 2> /dev/null | tr '\n' ' ')"

@@ -8,7 +8,14 @@
 directory=$1 stamp=$2 seconds=$3 squeue=$4 clusters=$5
 shift 5
 { mkdir -p "$directory" && cd "$directory"; } || exit 73
-mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || { echo "$directory/$stamp cannot be made" >&2; exit 73; }
+mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || {
+    echo "$directory/$stamp cannot be made" >&2
+    why=$(LC_ALL=C ls -d "$stamp" 2>&1) || case $why in
+        *': No such file or directory') ;;
+        *) echo "$why" >&2; exit 75 ;; # a stale handle: it may be there
+    esac
+    exit 73
+}
 exec 9> "$stamp/lock" || exit 73
 # Held by what is started from here as well: an sbatch that outlives this shell still submits.
 flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }

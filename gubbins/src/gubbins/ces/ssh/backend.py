@@ -83,6 +83,8 @@ class SSHBackend(CEBackend[SSHSettings]):
                 [pilot.stamp], [self._enter], lambda stamp: f"output {stamp} {OUTPUT_LIMIT_BYTES}"
             )
         except Refused as error:
+            if pilot.reference is not None:  # its file system may not be mounted
+                raise
             raise OutputUnavailableError(pilot.stamp, str(error)) from error
         records = dict(asked)
         if set(records) != {"stdout", "stderr"}:
@@ -124,6 +126,8 @@ class SSHBackend(CEBackend[SSHSettings]):
         }
         for word, rest in records:
             stamp, _, why = rest.partition(" ")
+            if word == "unreadable":
+                raise CEUnavailableError(f"{self._host}: {one_line(why)}")
             refused = word == "refused"
             outcomes[stamp] = SubmitOutcome(
                 reference=None if refused else self._reference(stamp),
@@ -177,6 +181,8 @@ class SSHBackend(CEBackend[SSHSettings]):
                 state, reason = Observed.FAILED, "the pilot process was never started"
             case "running":
                 state = Observed.RUNNING
+            case "unreadable":
+                self.warn(f"{self._host}: {detail}")
             case "elsewhere":
                 reason = f"it runs on {one_line(detail)}, and another host answers as {self.settings.host}"
             case "restarted":

@@ -44,7 +44,7 @@ submit() {
             return
         fi
     elif ! [ -d "$1" ]; then
-        say refused "$1" "$why"
+        if is_unreadable "$1"; then say unreadable "$1" "$trouble"; else say refused "$1" "$why"; fi
         return
     fi
     say submitted "$1"
@@ -71,6 +71,16 @@ is_file() {
     return 1
 }
 
+# is_unreadable DIRECTORY: whether nothing is known of it or of what is in it, and why, in $trouble: a stale handle, a
+# lost connection. One that is not there, and what is no directory, is known.
+is_unreadable() {
+    trouble=$(LC_ALL=C ls -la "$1" 2>&1 > /dev/null) && return 1
+    trouble=${trouble%%"$line_break"*}
+    case $trouble in
+        *': No such file or directory') return 1 ;;
+    esac
+}
+
 # is_text FILE: a regular file, of any size.
 is_text() {
     [ -f "$1" ] && ! [ -h "$1" ]
@@ -78,11 +88,19 @@ is_text() {
 
 # observe STAMP, after find_files
 # -> prepared STAMP SECONDS | elsewhere STAMP HOST | running STAMP | restarted STAMP
-#    | ended STAMP CODE CANCELLED LAST-WORDS; CODE is - when there is none. Nothing for one that is unknown.
+#    | ended STAMP CODE CANCELLED LAST-WORDS; CODE is - when there is none | unreadable STAMP WHY.
+# Nothing for one that is unknown.
 observe() {
-    is_job "$1" || return 0
+    if ! is_job "$1"; then
+        ! is_unreadable "$1" || say unreadable "$1" "$trouble"
+        return 0
+    fi
     if ! has_ended "$1"; then
         if ! read_process "$1"; then
+            if is_unreadable "$1"; then
+                say unreadable "$1" "$trouble"
+                return
+            fi
             made=$(stat -c %Y "$1") && say prepared "$1" $(($(date +%s) - made))
             return 0
         fi
@@ -226,6 +244,7 @@ cancel() {
 
 # output STAMP BYTES -> stdout, stderr, each followed by a line break and the last so many bytes
 output() {
+    is_job "$1" || ! is_unreadable "$1" || fail "$trouble"
     is_job "$1" || return 0
     for name in stdout stderr; do
         say "$name"

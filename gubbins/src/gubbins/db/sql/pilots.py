@@ -48,18 +48,22 @@ class PilotsMixin(PilotSession):
             await self.conn.execute(update(Pilots).where(self._are(these)).values(waiting_reason=these.c.reason))
 
     @transaction
-    async def count_waiting_reasons(self, ce_name: str, limit: int = 10) -> dict[str, int]:
-        """Count the waiting pilots of a compute element by what they wait for, the most frequent first."""
-        waiting = (Pilots.ce_name == ce_name, Pilots.status == MyPilotStatus.SUBMITTED)
+    async def count_waiting_reasons(self, ce_names: Collection[str], limit: int = 10) -> dict[str, dict[str, int]]:
+        """Count the waiting pilots of each compute element by what they wait for: the most frequent ones first,
+        and on average `limit` of them."""
         count = func.count()
         rows = await self.conn.execute(
-            select(Pilots.waiting_reason, count)
-            .where(*waiting, Pilots.waiting_reason.is_not(None))
-            .group_by(Pilots.waiting_reason)
+            select(Pilots.ce_name, Pilots.waiting_reason, count)
+            .where(Pilots.ce_name.in_(ce_names), Pilots.status == MyPilotStatus.SUBMITTED)
+            .where(Pilots.waiting_reason.is_not(None))
+            .group_by(Pilots.ce_name, Pilots.waiting_reason)
             .order_by(count.desc(), Pilots.waiting_reason)
-            .limit(limit)
+            .limit(limit * len(ce_names))
         )
-        return {str(reason): int(number) for reason, number in rows}
+        waiting: dict[str, dict[str, int]] = {name: {} for name in ce_names}
+        for name, reason, number in rows:
+            waiting[name][str(reason)] = int(number)
+        return waiting
 
     @transaction
     async def request_cancels(self, pilots: Sequence[tuple[int, str | None]]) -> None:

@@ -50,7 +50,7 @@ async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, A
         raise UnknownCEError(name)
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
     left_out = None if vo is None else {"vos"}
-    waiting = {} if vo is not None else {"waiting": await db.count_waiting_reasons(name)}
+    waiting = {} if vo is not None else {"waiting": (await db.count_waiting_reasons([name]))[name]}
     return {
         **as_seen_by(vo, _with_trouble(ce)),
         **waiting,
