@@ -261,7 +261,7 @@ class CESiteConformance(CEConformance):
                 assert backend.warning or seen[ill.stamp].state is Observed.RUNNING
                 with pytest.raises(Exception, match=r"\S") as raised:
                     await watch.backend().output(ill)
-                assert not isinstance(raised.value, OutputUnavailableError), "that would be for good"
+                assert not isinstance(raised.value, OutputUnavailableError), "that is permanent"
                 await watch.backend().cancel([ill, well])
                 await watch.until(Observed.FAILED, of=[well])
             watch.pilots = [ill]

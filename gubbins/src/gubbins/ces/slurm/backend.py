@@ -188,7 +188,7 @@ class SlurmBackend(CEBackend[SlurmSettings]):
         return found
 
     async def _look(self, pilots: Sequence[PilotAtCE]) -> str:
-        """What the directories of these pilots say; nothing where none of them can have one."""
+        """Read the directories of these pilots; nothing where none of them can have one."""
         if not pilots or not self.settings.nodes_see_directory:
             return ""
         what = f"the directory of {self.ce.name}"

@@ -44,7 +44,7 @@ submit() {
             return
         fi
     elif ! [ -d "$1" ]; then
-        if is_unreadable "$1"; then say unreadable "$1" "$trouble"; else say refused "$1" "$why"; fi
+        if is_unreadable "$1"; then say unreadable "$1" "$failure"; else say refused "$1" "$why"; fi
         return
     fi
     say submitted "$1"
@@ -71,12 +71,12 @@ is_file() {
     return 1
 }
 
-# is_unreadable DIRECTORY: whether nothing is known of it or of what is in it, and why, in $trouble: a stale handle, a
+# is_unreadable DIRECTORY: whether nothing is known of it or of what is in it, and why, in $failure: a stale handle, a
 # lost connection. One that is not there, and what is no directory, is known.
 is_unreadable() {
-    trouble=$(LC_ALL=C ls -la "$1" 2>&1 > /dev/null) && return 1
-    trouble=${trouble%%"$line_break"*}
-    case $trouble in
+    failure=$(LC_ALL=C ls -la "$1" 2>&1 > /dev/null) && return 1
+    failure=${failure%%"$line_break"*}
+    case $failure in
         *': No such file or directory') return 1 ;;
     esac
 }
@@ -92,13 +92,13 @@ is_text() {
 # Nothing for one that is unknown.
 observe() {
     if ! is_job "$1"; then
-        ! is_unreadable "$1" || say unreadable "$1" "$trouble"
+        ! is_unreadable "$1" || say unreadable "$1" "$failure"
         return 0
     fi
     if ! has_ended "$1"; then
         if ! read_process "$1"; then
             if is_unreadable "$1"; then
-                say unreadable "$1" "$trouble"
+                say unreadable "$1" "$failure"
                 return
             fi
             made=$(stat -c %Y "$1") && say prepared "$1" $(($(date +%s) - made))
@@ -244,7 +244,7 @@ cancel() {
 
 # output STAMP BYTES -> stdout, stderr, each followed by a line break and the last so many bytes
 output() {
-    is_job "$1" || ! is_unreadable "$1" || fail "$trouble"
+    is_job "$1" || ! is_unreadable "$1" || fail "$failure"
     is_job "$1" || return 0
     for name in stdout stderr; do
         say "$name"
