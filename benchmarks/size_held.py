@@ -82,6 +82,24 @@ async def _use_locks_of_one_task(world: World) -> None:
         await world.worker.settle([Settlement(delivery, locks=locks)])
 
 
+async def _lines_before_one_task(world: World) -> None:
+    """Each of the locks of one task is free, but for the last, and has a line behind that task."""
+    await queue(world, CALLS + 2 + world.items)
+    world.kept.extend((await world.worker.fetch(CALLS, lease_seconds=600))[0])
+    locks = [MutexLock(JOB, number) for number in range(MAX_LOCKS)]
+    for some in (locks[:-1], locks[-1:]):
+        await start(world, (await world.worker.fetch(1))[0], locks=[lock.spec() for lock in some])
+    for number, delivery in enumerate(await _taken(world)):
+        await start(world, [delivery], locks=[MutexLock(JOB, number % (MAX_LOCKS - 1)).spec()])
+    await world.redis.unlink(*[lock.redis_key for lock in locks[:-1]])
+
+
+async def _use_lines_before_one_task(world: World) -> None:
+    """It is refused by the last one, and leaves the others to who waits for them."""
+    for delivery in world.kept:
+        await start(world, [delivery], locks=[MutexLock(JOB, number).spec() for number in range(MAX_LOCKS)])
+
+
 async def _large_messages(world: World) -> None:
     """Half of them queued, half of them delayed and all due."""
     for number in range(world.items):
@@ -125,6 +143,7 @@ HELD_STATES = [
     State("locks that one worker holds", 20_000, _locks_of_one_worker, _use_locks_of_one_worker),
     State("tasks that one worker runs", 1_000, _slots_of_one_worker, _use_slots_of_one_worker),
     State("locks of one task", MAX_LOCKS, _locks_of_one_task, _use_locks_of_one_task),
+    State("lines for the locks of one task", 2_000, _lines_before_one_task, _use_lines_before_one_task),
     State("messages of 1 MB", 200, _large_messages, _use_large_messages),
     State("tasks cancelled together, 1,000 listeners", 20_000, _cancelled, _use_cancelled),
 ]

@@ -196,6 +196,26 @@ async def test_P9_a_poison_candidate_runs_alone_on_its_worker(worker: Worker, re
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_P9_a_worker_with_more_tasks_than_one_call_looks_at_takes_over_others_and_no_poison_candidate(
+    worker: Worker, redis: Redis
+) -> None:
+    first, second, busy = [await worker(name) for name in ("first", "second", "busy")]
+    await submit(first, "candidate")
+    await first.fetch(1)
+    await dies(redis, first)
+    assert len((await second.reclaim(1))[0]) == 1
+    await submit(busy, *(f"runs {number}" for number in range(300)))
+    for _ in range(6):
+        assert len((await busy.fetch(50))[0]) == 50
+    await submit(second, "ordinary")
+    assert len((await second.fetch(1))[0]) == 1
+    await dies(redis, second)
+    taken, _, makes_room = await busy.reclaim(10)
+    assert [each.deaths for each in taken] == [1], "the ordinary one"
+    assert makes_room, "for the poison candidate"
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
 async def test_P9_a_task_that_will_not_run_again_waits_for_no_poison_candidate(
     worker: Worker, redis: Redis
 ) -> None:

@@ -79,7 +79,7 @@ def processes(redis_url: str, tmp_path: Path) -> Iterator[Processes]:
 def any_wishes(chance: random.Random) -> list[tuple[str, int]]:
     """Locks on few keys: some tasks have none, some the same one twice, one reads a thousand."""
     if chance.random() < 0.05:
-        return [("read", number) for number in range(chance.choice([50, 200]))]
+        return [("read", number) for number in range(chance.choice([50, 100]))]
     return [(chance.choice(ANY_KINDS), chance.randrange(3)) for _ in range(chance.choice([0, 1, 1, 2, 3, 5]))]
 
 

@@ -56,7 +56,6 @@ EXCEPTIONS = {
     ): "a log, whose grants are merged; only after the clock was set back",
     ("_pending.lua", "'XPENDING', stream, '$GROUP', first, last, 10000, consumer"): "slots of one worker",
     ("recover.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
-    ("reclaim.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
     (
         "report.lua",
         "'ZREMRANGEBYRANK', '$LOCKS_SEEN', 0, -LOCKS - 1",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SAFETY_MARGIN = 0.1
 DEFAULT_LOCK_TTL_MS = 30_000
 #: Locks of one task. Each is taken, renewed and given back in one step on the server.
-MAX_LOCKS = 200
+MAX_LOCKS = 100
 #: Ten years: no lock lives longer, and no window is wider.
 _LONGEST_MS = 315_576_000_000
 #: The server counts in doubles.

@@ -31,7 +31,7 @@ MARK_SECONDS = 604_800
 #: Stream entries that one script call looks at, one by one: about a ms of the server's time.
 FIND_BATCH = 200
 #: Tasks that one script call cancels.
-CANCEL_BATCH = 200
+CANCEL_BATCH = 100
 #: A task that moved while we looked for it is behind us once; more often is bad luck, and the mark is there.
 _ROUNDS = 3
 _CANCELLED = "cancelled before it had begun"

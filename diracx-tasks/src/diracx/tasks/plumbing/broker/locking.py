@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .requests import LockSpec
 
 #: Locks that one script call gives back, or renews: 1 ms of the server's time.
-RELEASE_BATCH = 250
+RELEASE_BATCH = 200
 
 
 async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:

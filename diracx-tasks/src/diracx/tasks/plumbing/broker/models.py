@@ -355,7 +355,7 @@ class Settlement:
 
     def bytes(self) -> int:
         """About how much has to be sent, or keeps the server busy for as long."""
-        size = 100 + LOCK_BYTES * len(self.locks)
+        size = 100 + LOCK_BYTES * (len(self.locks) or bool(self.delivery.granted))
         if not (self.result or self.retry or self.requeue or self.group or self.dead):  # nearly always
             return size
         parts = (self.result, self.retry, self.requeue, self.group, self.dead)

@@ -181,7 +181,7 @@ local function waits_still(task, size, kind, key, now_ms)
 end
 
 local function turns_of(lock)
-  local turns, reserved, now_ms = {}, nil, now_us() / 1000
+  local turns, now_ms = {}, now_us() / 1000
   for position, stored in ipairs(redis.call('MGET', of_all_sizes('$TURN_PREFIX', lock.key))) do
     local ends, flag, place, stream, entry, task = string.match(stored or '', RESERVATION)
     if task then
@@ -194,19 +194,27 @@ local function turns_of(lock)
       end
       -- None lasts longer than that, also when the clock was set back.
       turn.expired = turn.expired or tonumber(ends) <= now_ms or tonumber(ends) > now_ms + longest + 1
-      turn.reserved = flag ~= '0' and not turn.expired
-      if turn.reserved then reserved = tonumber(ends) end
+      turn.reserved = flag ~= '0' and not turn.expired and tonumber(ends)
       turns[size] = turn
     end
   end
-  return turns, reserved
+  return turns
 end
 
-local function has_turn(lock, task)
-  for _, turn in pairs(turns_of(lock)) do
-    if turn.task == task then return true end
+-- Until when (ms) the lock is reserved for one of them, or nil.
+local function reserved_until(turns)
+  for _, turn in pairs(turns) do
+    if turn.reserved then return turn.reserved end
   end
-  return false
+end
+
+-- The sizes for which a task has the turn.
+local function sizes_of_turns(turns, task)
+  local sizes = {}
+  for size, turn in pairs(turns) do
+    if turn.task == task then sizes[#sizes + 1] = size end
+  end
+  return sizes
 end
 
 -- Whether a task that was granted a turn still waits for a worker.
@@ -223,14 +231,15 @@ end
 
 -- The first in line of each size, in their order; and one who waits, if anybody does. Those of a size whose worker did not
 -- come in time for the last one are left out until it has: then that one has its place in line again, before them.
-local function heads_of(lock, turns)
+-- `before`: only those that stand before this place.
+local function heads_of(lock, turns, before)
   local heads, any = {}, nil
   for position, line in ipairs({of_all_sizes('$WAITING_PREFIX', lock.key)}) do
     local first = redis.pcall('ZRANGE', line, 0, 0, 'WITHSCORES') -- an error where its key is of another type
     local size, place = EACH_SIZE[position], tonumber(first[2])
     local turn = place and turns[size]
     any = any or first[1]
-    if place and not (turn and turn.expired and turn.place <= place and is_untaken(turn)) then
+    if place and place < (before or math.huge) and not (turn and turn.expired and turn.place <= place and is_untaken(turn)) then
       heads[#heads + 1] = {waiter = first[1], place = place, size = size, line = line}
     end
   end
@@ -256,8 +265,7 @@ local function goes_before(lock, turns, task, place)
     if turn.reserved and turn.task == task then return nil end
     if turn.reserved and turn.place < place then before = 'turn' end
   end
-  local head = not before and heads_of(lock, turns)[1]
-  if not head or head.place >= place then return before end
+  if before or not heads_of(lock, turns, place)[1] then return before end
   return not (lock.kind == 'shared' and redis.call('EXISTS', lock.key) == 1) and 'line' or nil
 end
 
@@ -270,14 +278,16 @@ end
 -- All of the locks or none of them: a refusal gives back what was taken before it, quota included, and so does a
 -- lock that cannot be taken at all, as one whose key is of another type: that is an error.
 -- `task` and its `place` in line are nil for a lock that is taken outside the task system.
+-- Each lock that was asked for knows its turns, if anybody waits for it (`turns`), or that nobody does (false).
 -- Returns true and the locks for which others wait too, or false, the position of the refusing lock, when to try
 -- again (µs, or nil), and who goes before if that is why.
 local function take_all(locks, now, task, place)
   local wanted, ended = {}, {}
   for position, lock in ipairs(locks) do
     local before
-    if task and waits_or_turns(lock) then
-      local turns = turns_of(lock)
+    lock.turns = task and waits_or_turns(lock) and turns_of(lock)
+    if lock.turns then
+      local turns = lock.turns
       before = goes_before(lock, turns, task, place)
       wanted[#wanted + 1] = lock
       local alone = lock.kind == 'mutex' or lock.kind == 'exclusive'

@@ -6,7 +6,7 @@
 -- asked for in that time is granted to the next; and as long as no worker takes the one that did not ask, to those of
 -- other sizes only. Of several of one size that are granted side by side, the last has the turn.
 local TURN_NOTED_MS, LOOK_MS, AHEAD, BYTES, UNWANTED = 3600000, 10000, 500, 8192, 10
-local work_left = 50 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
+local work_left = 40 -- waiters that one run of a script looks at, less for large messages; the timer does the rest
 
 -- For how many waiters of a kind there is room. Of a limiter whose limit is unknown here the first is to ask.
 local function room_for(kind, lock)
@@ -85,9 +85,11 @@ end
 
 -- Grant the turn to those in front, if the lock can be had. `why`: 'released', 'granted' (who asked last left room for
 -- more), 'asked' (by a task that must wait), 'unwanted' (by the task that had the turn) or 'timer'. What turns_of() and heads_of() say, if that is known already.
-local function grant_next(lock, why, turns, reserved, heads, any)
+local function grant_next(lock, why, turns, heads, any)
   if why == 'released' and redis.call('EXISTS', of_all_sizes('$WAITING_PREFIX', lock.key)) == 0 then return end
-  if not turns then turns, reserved = turns_of(lock) end
+  if work_left <= 0 then return look_at(lock.key, now_us() / 1000) end
+  turns = turns or turns_of(lock)
+  local reserved = reserved_until(turns)
   -- Only slots are given back while others are on their way to take some.
   if reserved and not (why == 'released' and lock.kind == 'concurrency') then return end
   if not heads then heads, any = heads_of(lock, turns) end
@@ -137,10 +139,12 @@ local function release_all(locks)
   return released
 end
 
--- A task that had the turn for a lock does not take it: the next one, please.
-local function give_up_turn(lock, task, why)
-  for size, turn in pairs(turns_of(lock)) do
-    if turn.task == task then redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key) end
+-- A task that had the turn for a lock does not take it: the next one, please. What turns_of() says, if that is known.
+local function give_up_turn(lock, task, why, turns)
+  turns = turns or turns_of(lock)
+  for _, size in ipairs(sizes_of_turns(turns, task)) do
+    redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key)
+    turns[size] = nil
   end
-  pcall(grant_next, lock, why or 'asked')
+  pcall(grant_next, lock, why or 'asked', turns)
 end

@@ -4,7 +4,7 @@
 -- #flags allow-oom
 -- #include _time _lines _locks _queue _looks _wake
 redis.call('UNLINK', '$WAIT_PREFIX' .. ARGV[1])
-local MOST = 200 -- locks that one call gives back: more are left to others, as those of the dead are
+local MOST = 150 -- locks that one call gives back: more are left to others, as those of the dead are
 local held = '$HELD_PREFIX' .. ARGV[1]
 local lines = redis.pcall('HRANDFIELD', held, MOST + 1, 'WITHVALUES')
 local locks = locks_in(lines.err and {} or lines) -- a key of another type is no record

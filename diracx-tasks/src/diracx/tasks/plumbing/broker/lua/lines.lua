@@ -10,13 +10,14 @@ local quiet = quiet_ms()
 
 local function look_at_line(key)
   local lock = {key = key}
-  local turns, reserved = turns_of(lock)
+  local turns = turns_of(lock)
+  local reserved = reserved_until(turns)
   local heads, first = heads_of(lock, turns)
   if not first then return redis.call('ZREM', '$LINES', key) end
   lock.kind = string.match(first, '^%a+')
   local again = now + math.max(reserved and TURN_MS + 1 or look_again_in(lock, LOOK_MS), quiet)
   look_at(key, reserved and math.min(reserved + 1, again) or again)
-  grant_next(lock, 'timer', turns, reserved, heads, first)
+  grant_next(lock, 'timer', turns, heads, first)
 end
 
 local function look_at_lines(from, to)

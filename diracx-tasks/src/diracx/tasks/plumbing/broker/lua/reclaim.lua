@@ -31,7 +31,8 @@ local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(A
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
 local SIZE_MS = 1e13 -- between two sizes, more than any time
 local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
-local locks_left, looks_left = 200, 500 -- that one call gives back, that it looks at, less for large messages
+-- That one call gives back; that it looks at, of those of the dead and of those in hand, fewer large messages.
+local locks_left, looks_left, looks_in_hand = 150, 400, 100
 local BYTES = 2048
 local DOUBT = 3 -- leases for which the last worker of a poison message is waited for, as it may only be cut off
 local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
@@ -47,14 +48,17 @@ local function verdict(stream, entry, deliveries)
   return what, #(there and data_of(there[2]) or '')
 end
 
--- What is in the caller's hands, but for what will not run: 'suspect', 'ordinary' or nothing.
+-- What is in the caller's hands, but for what will not run: 'suspect', 'ordinary' or nothing. Nothing that runs is taken
+-- beside a suspect, so where more is held than is looked at, there is none.
 local function found_in_hand()
   -- Of what runs after a loss of data only the ledger knows.
   local found = redis.call('EXISTS', '$HELD_PREFIX' .. consumer) == 1 and 'ordinary' or nil
   for _, stream in ipairs(KEYS) do
-    local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 10000, consumer)
+    local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', PORTION, consumer)
     for _, p in ipairs(pending.err and {} or pending) do
-      local what = verdict(stream, p[1], tonumber(p[4]))
+      if looks_in_hand <= 0 then return found or 'ordinary' end
+      local what, bytes = verdict(stream, p[1], tonumber(p[4]))
+      looks_in_hand = looks_in_hand - 1 - bytes / BYTES
       if what == 'suspect' then return what end
       if what == 'ordinary' then found = what end
     end

@@ -39,11 +39,13 @@ end
 -- A task that wants several locks would be passed by for ever by tasks that want one of them each. So when it has waited
 -- long, and is the next for the lock that refuses it, it keeps its turn for another for a tenth of that time. What
 -- stands before it in line goes first all the same: two tasks never wait for each other.
-local function keeps_turn(d, lock, waited_ms, place, refusing)
+local function keeps_turn(d, lock, turns, waited_ms, place, refusing)
   local ms, size = math.min(waited_ms / 10, KEPT_MS), size_of(d.resumed)
   if ms < TURN_MS or not (lock.kind == 'mutex' or lock.kind == 'exclusive') then return false end
-  local turn, next_one = turns_of(lock)[size], heads_of(refusing, turns_of(refusing))[1]
-  if not (turn and turn.reserved and turn.task == d.task and next_one and next_one.place == place) then return false end
+  local turn = turns[size]
+  if not (turn and turn.reserved and turn.task == d.task) then return false end
+  local next_one = heads_of(refusing, turns_of(refusing))[1]
+  if not (next_one and next_one.place == place) then return false end
   local ends = int(now_us() / 1000 + ms)
   turn = table.concat({ends, '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
   redis.call('SET', '$TURN_PREFIX' .. size .. ':' .. lock.key, turn, 'PX', int(ms))
@@ -55,13 +57,19 @@ end
 -- have another limit than those before it: the first of them is to ask.
 local function leave_to_others(d, refusing, before, waited_ms, place)
   for position, lock in ipairs(d.locks) do
-    local behind = position == refusing and before == 'line'
-    local limits = lock.kind == 'rate' or lock.kind == 'concurrency'
+    local behind, turns = position == refusing and before == 'line', lock.turns
+    if position > refusing and waits_or_turns(lock) then turns = turns_of(lock) end
     if behind and d.since == '0' then
       pcall(grant_next, lock, 'asked')
-    elseif not behind and (has_turn(lock, d.task) or lock.key == d.granted or position ~= refusing and not limits) then
+    elseif turns and not behind then
+      local limits = position == refusing or lock.kind == 'rate' or lock.kind == 'concurrency'
       local keeps = position ~= refusing and not before
-      if not (keeps and keeps_turn(d, lock, waited_ms, place, d.locks[refusing])) then give_up_turn(lock, d.task) end
+      if limits and lock.key ~= d.granted and not sizes_of_turns(turns, d.task)[1] then
+        keeps = true -- it has taken nothing that others could have now
+      elseif keeps then
+        keeps = keeps_turn(d, lock, turns, waited_ms, place, d.locks[refusing])
+      end
+      if not keeps then give_up_turn(lock, d.task, 'asked', turns) end
     end
   end
 end
