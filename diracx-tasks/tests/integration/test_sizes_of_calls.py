@@ -11,8 +11,8 @@ ITEMS = 600
 SLACK = 5
 #: What keeps the server busy for up to 5 ms.
 MOST = 1700
-#: What grows with the number of workers, once and by a µs for each (ADR 67); and what would fill the memory here: see
-#: test_large_messages.py.
+#: What grows with the number of workers, once and by a µs for each (ADR 67); and what would fill the memory here:
+#: see test_large_messages.py.
 LEFT_OUT = {"workers after the server was away", "messages of 1 MB"}
 
 

@@ -163,3 +163,33 @@ async def retried_beside(o: Occurrences, delivery: Delivery) -> None:
     again: dict[str, Any] = defer(delivery, "occurrence-1", 0, delivery.data or b"")
     await o.settle(Settlement(delivery, retry=again))
     await o.time_passes()
+
+
+async def forget(o: Occurrences) -> None:
+    """Its class is gone, or the configuration names it no more."""
+    assert await scheduling.plan(o.redis, "leader", [{"id": SCHEDULE, "forgotten": 1}])
+
+
+@pytest.mark.parametrize("move", MOVES)
+async def test_a_schedule_that_was_forgotten_and_returns_knows_where_its_last_occurrence_waits(
+    occurrences: Occurrences, move: str
+) -> None:
+    assert await occurrences.submit()
+    await forget(occurrences)
+    assert not await occurrences.submit(), "it is queued"
+    delivery = await occurrences.fetch()
+    await forget(occurrences)  # while it runs
+    await MOVES[move](occurrences, delivery)
+    await forget(occurrences)
+    assert not await occurrences.submit(), f"{move}: it is queued under another entry"
+
+
+async def test_of_a_forgotten_schedule_nothing_is_kept_when_its_last_occurrence_has_ended(
+    occurrences: Occurrences,
+) -> None:
+    assert await occurrences.submit()
+    delivery = await occurrences.fetch()
+    await forget(occurrences)
+    await occurrences.settle(Settlement(delivery))
+    await forget(occurrences)  # with the next plan
+    assert SCHEDULE.encode() not in await scheduling.stored_schedules(occurrences.redis)

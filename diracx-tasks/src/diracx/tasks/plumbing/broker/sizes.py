@@ -13,8 +13,8 @@ MAX_MESSAGE_BYTES_VARIABLE = "DIRACX_TASKS_MAX_MESSAGE_BYTES"
 MAX_BYTES = 4 * 1024 * 1024
 #: Bytes in one call of a script, but for what is larger alone.
 CALL_BYTES = 1024 * 1024
-#: What a lock counts in a call: 100 of them, as one task may have, keep the server busy for up to 5 ms, where others
-#: wait for each of them.
+#: What a lock counts in a call: 100 of them, as one task may have, keep the server busy for up to 5 ms, where
+#: others wait for each.
 LOCK_BYTES = 10_000
 #: What every server takes: `proto-max-bulk-len` is at least 1 MiB.
 ALWAYS_TAKEN_BYTES = 1_000_000

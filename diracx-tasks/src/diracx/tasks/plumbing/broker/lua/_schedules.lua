@@ -1,16 +1,15 @@
 -- What is known of schedules. `$LAST_RUNS` is a hash: schedule -> "{stream} {entry} {task} {due}" of the last
 -- occurrence that was submitted.
 
--- Does that occurrence still wait, in its stream or put aside?
-local function still_waits(last)
-  if not last then return false end
-  local stream, entry, task = string.match(last, '^(%S+) (%S+) (%S+)')
-  if not stream then return false end
-  if redis.call('HEXISTS', '$DELAYED_DATA', task) == 1 then return true end
+-- Where that occurrence is: it 'waits', in its stream or put aside; it 'runs'; or nil when it has ended.
+local function state_of(last)
+  local stream, entry, task = string.match(last or '', '^(%S+) (%S+) (%S+)')
+  if not stream then return nil end
+  if redis.call('HEXISTS', '$DELAYED_DATA', task) == 1 then return 'waits' end
   local found = redis.pcall('XRANGE', stream, entry, entry)
-  if found.err or #found == 0 then return false end
+  if found.err or #found == 0 then return nil end
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
-  return pending.err ~= nil or #pending == 0
+  return (pending.err or #pending == 0) and 'waits' or 'runs'
 end
 
 local function last_run(stream, entry, task, due)

@@ -20,7 +20,7 @@ local function decide(o, position)
   if o.due * 1000 > now then return 3 end
   if paused[position] then return 4 end
   if not o.data then return 5 end
-  if still_waits(lasts[position]) then return 2 end
+  if state_of(lasts[position]) == 'waits' then return 2 end
   local added, entry = pcall(enqueue, o.stream, o.data, with_occurrence('0', in_hex(o.id .. ' ' .. o.task)))
   if not added then return 6 end
   last_runs[#last_runs + 1] = o.id

@@ -2,11 +2,13 @@
 -- KEYS: none. ARGV: leader's token, schedules (msgpack list of {id} with
 --   fingerprint, due (ms): it is new or has changed; without a due time its rule has come to its end;
 --   neither: it is switched off, or it is forgotten = 1).
--- What is switched off has no next run, and its history is kept. Of what is forgotten only its pause is. Returns 1, or
--- 0 when another scheduler leads.
+-- What is switched off has no next run, and its history is kept. Of what is forgotten only its pause is, and its last
+-- occurrence until that has ended: should it return before, none is to be submitted beside that. Returns 1, or 0 when
+-- another scheduler leads.
 -- #flags allow-oom
--- #include _time
+-- #include _time _schedules
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return 0 end
+local forgotten = {}
 for _, s in ipairs(cmsgpack.unpack(ARGV[2])) do
   if s.fingerprint then
     redis.call('HSET', '$FINGERPRINTS', s.id, s.fingerprint)
@@ -18,8 +20,12 @@ for _, s in ipairs(cmsgpack.unpack(ARGV[2])) do
   else
     redis.call('ZREM', '$NEXT_RUNS', s.id)
   end
-  if s.forgotten then
-    for _, key in ipairs({'$LAST_RUNS', '$OUTCOMES', '$PROBLEMS'}) do redis.call('HDEL', key, s.id) end
+  if s.forgotten then forgotten[#forgotten + 1] = s.id end
+end
+if forgotten[1] then
+  for _, key in ipairs({'$OUTCOMES', '$PROBLEMS'}) do redis.call('HDEL', key, unpack(forgotten)) end
+  for position, last in ipairs(redis.call('HMGET', '$LAST_RUNS', unpack(forgotten))) do
+    if last and not state_of(last) then redis.call('HDEL', '$LAST_RUNS', forgotten[position]) end
   end
 end
 return 1
