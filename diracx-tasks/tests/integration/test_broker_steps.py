@@ -210,9 +210,9 @@ async def test_P9_a_worker_with_more_tasks_than_one_call_looks_at_takes_over_oth
     await submit(second, "ordinary")
     assert len((await second.fetch(1))[0]) == 1
     await dies(redis, second)
-    taken, _, makes_room = await busy.reclaim(10)
+    taken, _, draining = await busy.reclaim(10)
     assert [each.deaths for each in taken] == [1], "the ordinary one"
-    assert makes_room, "for the poison candidate"
+    assert draining, "for the poison candidate"
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
