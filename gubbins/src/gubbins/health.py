@@ -36,8 +36,10 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Alert]]] | s
     async with database.engine_context():
 
         async def ask() -> list[Alert]:
-            ended = await logic.count_ended_pilots(database, clock.now() - timedelta(hours=1))
-            return find_alerts(await logic.list_ces(database), ended)
+            hour_ago = clock.now() - timedelta(hours=1)
+            ended = await logic.count_ended_pilots(database, hour_ago)
+            quiet = await logic.ces_in_downtime(database, hour_ago)
+            return find_alerts([ce for ce in await logic.list_ces(database) if ce["name"] not in quiet], ended)
 
         yield ask
 

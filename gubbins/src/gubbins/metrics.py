@@ -75,6 +75,11 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
             "1 if a compute element is banned.",
             lambda ce: int(ce["banned_at"] is not None),
         ),
+        of_ces(
+            "compute_element_downtime",
+            "1 if a compute element is in downtime, or drained for one.",
+            lambda ce: int(ce["downtime"] is not None),
+        ),
         gauge(
             "compute_element_circuit",
             "1 for the state of the circuit of each kind of call, 0 for the others.",

@@ -122,6 +122,35 @@ def test_a_ce_is_shown_with_its_rules_and_banned_until_it_is_enabled(initialised
     refused(run("ce", "ban", "b"), 1, "'b'", "gubbins ce list")
 
 
+def test_a_downtime_is_planned_listed_shown_and_removed(initialised: Run, redis_url: str) -> None:
+    run = partial(initialised, redis=redis_url)
+    run("ce", "load", "-", stdin="compute_elements: [{name: a, capacity: 1}]")
+    assert run("ce", "downtime", "list").returncode == 0
+    added = run("ce", "downtime", "add", "a", "--hours", "5", "--reason", "new switches")
+    assert added.stdout.startswith("a: downtime 1, ")
+    assert "downtime" in run("ce", "list").stdout
+    assert "in downtime until" in run("ce", "show", "a").stdout
+    [listed] = json.loads(run("ce", "downtime", "list", "a", "--json").stdout)
+    assert (listed["id"], listed["ce_name"], listed["reason"]) == (1, "a", "new switches")
+    assert "new switches" in run("ce", "downtime", "list").stdout
+    assert json.loads(run("ce", "show", "a", "--json").stdout)["downtime"]["id"] == 1
+    planned = ("--start", "2099-12-01T08:00", "--end", "2099-12-01T10:00+01:00", "--reason", "later")
+    refused(run("ce", "downtime", "add", "a", *planned), 1, "starts within 366 days")
+    assert run("ce", "downtime", "remove", "1").stdout.startswith("a: downtime 1 removed")
+    assert "in downtime" not in run("ce", "show", "a").stdout
+    refused(run("ce", "downtime", "remove", "1"), 1, "no downtime 1", "gubbins ce downtime list")
+    refused(run("ce", "downtime", "add", "b", "--hours", "5", "--reason", "x"), 1, "'b'", "gubbins ce list")
+    refused(run("ce", "downtime", "add", "a", "--reason", "x"), 2, "either --end or --hours")
+    refused(run("ce", "downtime", "add", "a", "--end", "soon", "--reason", "x"), 2, "'soon' is no time like")
+
+    async def look() -> list[AuditEntry]:
+        async with Redis.from_url(redis_url) as client:
+            return await read_audit(client)
+
+    done = [(entry.action, entry.target) for entry in asyncio.run(look())[::-1] if entry.ok]
+    assert done == [("load compute elements", "a"), ("add downtime", "a"), ("remove downtime", "1")]
+
+
 def test_actions_are_in_the_audit_log_of_the_task_system(initialised: Run, redis_url: str) -> None:
     run = partial(initialised, redis=redis_url)
     ces = "compute_elements: [{name: a, capacity: 1}, {name: b, capacity: 1}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -16,11 +15,13 @@ from diracx.tasks.cli.output import echo
 from diracx.tasks.operations.audit import listed
 from diracx.tasks.plumbing._util.printable import printable
 
+from gubbins.domain import clock
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
-from .session import NO_DATABASE, emit, in_database, recorded, table
+from .downtimes import downtime_app
+from .session import NO_DATABASE, emit, in_database, me, recorded, table
 
 _HELP = """Compute elements and pilots.
 
@@ -92,10 +93,11 @@ app = command_group(
     context_settings={"max_content_width": 110},
 )
 ce_app = command_group(
-    "ce", "Compute elements: load from a file, list, show, open, close, ban.", rich_markup_mode=None
+    "ce", "Compute elements: load from a file, list, show, open, close, ban, downtimes.", rich_markup_mode=None
 )
 pilots_app = command_group("pilots", "Pilots: list, count, show, output, cancel.", rich_markup_mode=None)
 db_app = command_group("db", _DB_HELP, rich_markup_mode=None)
+ce_app.add_typer(downtime_app)
 for _group in (ce_app, pilots_app, db_app):
     app.add_typer(_group)
 
@@ -161,6 +163,8 @@ def list_ces(vo: OfVO = None, as_json: JsonOption = False) -> None:
 
 
 def _state_of(ce: dict[str, Any]) -> str:
+    if ce["enabled"] and ce["downtime"] is not None:
+        return "downtime"
     return "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
 
 
@@ -177,6 +181,8 @@ def show_ce(name: CEName, as_json: JsonOption = False) -> None:
         emit(ce)
         return
     circuits, rules, settings, waiting = (ce.pop(key) for key in ("circuits", "rules", "settings", "waiting"))
+    if (downtime := ce["downtime"]) is not None:
+        ce["downtime"] = downtime.describe(clock.now())
     table(f"Compute element {name}", ("field", "value"), [("state", _state_of(ce)), *ce.items()])
     table(
         "Circuits",
@@ -330,7 +336,7 @@ def cancel_pilot(pilot_id: PilotId, as_json: JsonOption = False) -> None:
     pilot: dict[str, Any] = recorded(
         AuditAction.CANCEL_PILOT,
         str(pilot_id),
-        lambda db: logic.cancel_pilot(db, pilot_id, by=_me()),
+        lambda db: logic.cancel_pilot(db, pilot_id, by=me()),
         lambda pilot: f"requested at {pilot['ce_name']}",
     )
     if as_json:
@@ -351,13 +357,6 @@ def show_output(pilot_id: PilotId, as_json: JsonOption = False) -> None:
     else:
         typer.echo(printable(output["stdout"]), nl=False)
         typer.echo(printable(output["stderr"]), nl=False, err=True)
-
-
-def _me() -> str:
-    try:
-        return f"operator {getpass.getuser()}"
-    except (KeyError, OSError):  # a container's user has no name
-        return "operator"
 
 
 @db_app.command("init")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -84,12 +86,22 @@ def recorded(
         ) from error
 
 
+def me() -> str:
+    """The user of the command, for records."""
+    try:
+        return f"operator {getpass.getuser()}"
+    except (KeyError, OSError):  # a container's user has no name
+        return "operator"
+
+
 def emit(value: Any) -> None:
     """Print a result for scripts."""
     print(json.dumps(value, indent=2, default=_plain))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 

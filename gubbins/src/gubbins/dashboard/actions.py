@@ -15,7 +15,9 @@ from diracx.tasks.web.dashboard.page import (
     integer,
 )
 
+from gubbins.domain import clock
 from gubbins.domain.audit_actions import AuditAction
+from gubbins.domain.downtimes import parse_moment
 from gubbins.domain.exceptions import GubbinsError, PilotEndedError, UnknownCEError
 from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
@@ -114,6 +116,61 @@ async def _perform(operator: Operator, action: AuditAction, name: str, do: Calla
     return await operator.perform(action, name, do)
 
 
+async def _ask_downtime(form: Form, context: AppContext) -> Question:
+    ce = await _ce(form)
+    return Question(
+        f"Plan a downtime of {ce['name']}?",
+        "From its start to its end it gets no pilots and raises no alarms; then it is open again by itself. The "
+        f"{ce['active']} pilots that hold a slot there go on and are followed.",
+        "Plan it",
+        reason="Start, end (UTC) and why, as 2026-12-01T08:00 2026-12-01T18:00 new switches",
+    )
+
+
+async def _add_downtime(form: Form, operator: Operator) -> str:
+    name, (start, end, *why) = form.one("ce"), (*form.one("reason").split(), "", "")
+    try:
+        starts_at, ends_at = parse_moment(start), parse_moment(end)
+    except ValueError as error:
+        raise NotPossibleError(f"Give start, end and the reason in one line: {error}") from error
+
+    async def add() -> str:
+        try:
+            added = await logic.add_downtime(
+                READ_MODELS.database(), name, starts_at, ends_at, " ".join(why)[:_LONGEST_REASON], by=operator.who
+            )
+        except GubbinsError as error:
+            raise NotPossibleError(str(error)) from error
+        return f"planned, {added.describe(clock.now())}"
+
+    return f"{name}: downtime {await _perform(operator, AuditAction.ADD_DOWNTIME, name, add)}."
+
+
+async def _ask_end_downtime(form: Form, context: AppContext) -> Question:
+    ce = await _ce(form)
+    if ce["downtime"] is None:
+        raise NotPossibleError(f"{ce['name']} is in no downtime.")
+    return Question(
+        f"End the downtime of {ce['name']}?",
+        f"It is {ce['downtime'].describe(clock.now())}. The next round of submission fills its free slots.",
+        "End it",
+        fields={"downtime": [str(ce["downtime"].id)]},
+    )
+
+
+async def _end_downtime(form: Form, operator: Operator) -> str:
+    name, number = form.one("ce"), integer(form.one("downtime"), 1)
+
+    async def end() -> str:
+        try:
+            await logic.remove_downtime(READ_MODELS.database(), number)
+        except GubbinsError as error:
+            raise NotPossibleError(str(error)) from error
+        return "ended"
+
+    return f"{name}: downtime {await _perform(operator, AuditAction.REMOVE_DOWNTIME, name, end)}."
+
+
 async def _ask_cancel(form: Form, context: AppContext) -> Question:
     number = integer(form.one("pilot"), 1)
     return Question(
@@ -150,5 +207,7 @@ ACTIONS = [
     Action("/pilots/ce/close", _ask_close, _close, all_vos=True),
     Action("/pilots/ce/open", _ask_open, _open, all_vos=True),
     Action("/pilots/ce/ban", _ask_ban, _ban, all_vos=True),
+    Action("/pilots/ce/downtime", _ask_downtime, _add_downtime, all_vos=True),
+    Action("/pilots/ce/downtime/end", _ask_end_downtime, _end_downtime, all_vos=True),
     Action("/pilots/cancel", _ask_cancel, _cancel),
 ]

@@ -13,5 +13,7 @@ class AuditAction(StrEnum):
     OPEN_CE = "open compute element"
     CLOSE_CE = "close compute element"
     BAN_CE = "ban compute element"
+    ADD_DOWNTIME = "add downtime"
+    REMOVE_DOWNTIME = "remove downtime"
     SUBMIT_PILOT = "submit pilot"
     CANCEL_PILOT = "cancel pilot"

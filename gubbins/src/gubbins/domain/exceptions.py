@@ -29,6 +29,17 @@ class UnknownCEError(PilotSubmissionError):
         self.name = name
 
 
+class DowntimeError(GubbinsError):
+    """There can be no such downtime, or it cannot be imported."""
+
+
+class DowntimeNotFoundError(GubbinsError):
+    """There is no downtime of that id."""
+
+    def __init__(self, downtime_id: int) -> None:
+        super().__init__(f"there is no downtime {downtime_id}: `gubbins ce downtime list` shows those that exist")
+
+
 class CEDisabledError(PilotSubmissionError):
     """The compute element exists and takes no new pilots."""
 

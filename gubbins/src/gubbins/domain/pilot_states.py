@@ -26,3 +26,6 @@ PREDECESSOR = {
 
 That makes every transition a compare-and-set with a constant on its right-hand side.
 """
+
+CANCELLED_FOR = "cancelled, for "
+"""Beginning of the last error of pilots that a rule cancels, which is also the reason of their end."""

@@ -56,6 +56,11 @@ class CERules(BaseModel):
         default=1,
         description="With `waiting_jobs`: so many pilots even without jobs, where the VO has none.",
     )
+    max_surplus_seconds: _Seconds | None = Field(
+        default=None,
+        description="With `waiting_jobs`: when for so long more pilots have waited than jobs justify, the oldest "
+        "of them are cancelled.",
+    )
     vos: dict[Annotated[str, Field(max_length=128)], VORules] = Field(
         default={}, max_length=1_000, description="What is different for some VOs, by name."
     )

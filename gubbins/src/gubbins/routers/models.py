@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from gubbins.domain.circuit_breaker import CircuitState
 from gubbins.domain.pilot_states import MyPilotStatus
@@ -147,6 +147,58 @@ class CEBan(BaseModel):
     reason: str | None = Field(default=None, max_length=1024)
 
 
+_DOWNTIME: dict[str, Any] = {
+    "id": 7,
+    "ce_name": "ce01.example.org",
+    "starts_at": "2026-12-01T08:00:00Z",
+    "ends_at": "2026-12-01T18:00:00Z",
+    "drain_from": "2026-11-30T08:00:00Z",
+    "reason": "new switches",
+    "added_by": "operator alice",
+    "source": None,
+}
+
+
+class DowntimePublic(BaseModel):
+    """A downtime of a compute element. All times are UTC."""
+
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"examples": [_DOWNTIME]})
+
+    id: int
+    ce_name: str
+    starts_at: datetime
+    ends_at: datetime
+    drain_from: datetime = Field(description="No pilots are submitted from then on.")
+    reason: str
+    added_by: str
+    source: str | None = Field(description="Where it was imported from; null: a user has added it.")
+
+
+class NewDowntime(BaseModel):
+    """Request to plan a downtime."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "starts_at": "2026-12-01T08:00:00Z",
+                    "ends_at": "2026-12-01T18:00:00Z",
+                    "reason": "new switches",
+                    "drain_seconds": 86400,
+                }
+            ]
+        },
+    )
+
+    starts_at: AwareDatetime
+    ends_at: AwareDatetime
+    reason: str = Field(min_length=1, max_length=1024)
+    drain_seconds: float = Field(
+        default=0, ge=0, le=366 * 86400, description="For so long before its start nothing is submitted."
+    )
+
+
 class CEPublic(BaseModel):
     """A compute element as its users see it."""
 
@@ -164,6 +216,7 @@ class CEPublic(BaseModel):
             "last_error_at": None,
             "banned_at": None,
             "ban_reason": None,
+            "downtime": None,
             "circuits": {"submit": _CIRCUIT, "status": _CIRCUIT},
             "rules": {"policy": "waiting_jobs", "max_waiting": 10},
         }
@@ -181,6 +234,7 @@ class CEPublic(BaseModel):
     last_error_at: datetime | None
     banned_at: datetime | None = Field(description="Since when it is not touched at all; null: it is not banned.")
     ban_reason: str | None
+    downtime: DowntimePublic | None = Field(description="That it is in, or drained for; null: none.")
     circuits: dict[str, CircuitPublic] = Field(description="By kind of call: `submit` and `status`.")
     rules: dict[str, Any] | None = Field(
         description="Its rules for your VO, as far as they are not the default ones."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -27,6 +28,8 @@ from gubbins.domain.exceptions import (
     CERefusedError,
     CESettingsError,
     CEUnavailableError,
+    DowntimeError,
+    DowntimeNotFoundError,
     GubbinsError,
     NoRoomError,
     OutputUnavailableError,
@@ -41,7 +44,18 @@ from gubbins.logic.my_pilots import CE_NAME, CESpec
 from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
 
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable
-from .models import CEBan, CEPublic, Pilot, PilotOutputPublic, PilotPage, PilotWithHistory, Submission, Summary
+from .models import (
+    CEBan,
+    CEPublic,
+    DowntimePublic,
+    NewDowntime,
+    Pilot,
+    PilotOutputPublic,
+    PilotPage,
+    PilotWithHistory,
+    Submission,
+    Summary,
+)
 
 router = DiracxRouter(dependencies=[Depends(database_errors)])
 router.route_class = BoundedRoute
@@ -67,6 +81,8 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     CERefusedError: HTTPStatus.BAD_GATEWAY,
     CEUnavailableError: HTTPStatus.BAD_GATEWAY,
     OutputUnavailableError: HTTPStatus.NOT_FOUND,
+    DowntimeNotFoundError: HTTPStatus.NOT_FOUND,
+    DowntimeError: HTTPStatus.UNPROCESSABLE_ENTITY,
 }
 _responses = partial(
     responses,
@@ -347,4 +363,52 @@ async def ban_ce(
             ce_name,
             lambda: logic.ban_ce(access.db, ce_name, reason=reason),
             lambda changed: ("banned" if changed else "was banned already") + (f": {reason}" if reason else ""),
+        )
+
+
+@router.get("/downtimes", responses=_responses())
+async def list_downtimes(access: Access) -> list[DowntimePublic]:
+    """List the downtimes, planned or begun, of the compute elements that serve your VO. Administrators see all."""
+    await access.check(ActionType.READ)
+    found = await logic.list_downtimes(access.db, vo=access.own_vo)
+    return [DowntimePublic.model_validate(each) for each in found]
+
+
+@router.post("/ces/{ce_name}/downtimes", status_code=201, responses=_responses(404, 503))
+async def add_downtime(
+    ce_name: CEName, downtime: Annotated[NewDowntime, Body(description="When and why.")], access: Access
+) -> DowntimePublic:
+    """Plan a downtime of a compute element: no submissions and no alarms. Needs ServiceAdministrator."""
+    await access.check(ActionType.MANAGE)
+    with _as_http(None):
+        added = await access.audit.perform(
+            AuditAction.ADD_DOWNTIME,
+            ce_name,
+            lambda: logic.add_downtime(
+                access.db,
+                ce_name,
+                downtime.starts_at,
+                downtime.ends_at,
+                downtime.reason,
+                by=access.user.preferred_username,
+                drain=timedelta(seconds=downtime.drain_seconds),
+            ),
+            lambda added: f"{added.id}: {added.starts_at} to {added.ends_at}, {added.reason}",
+        )
+    return DowntimePublic.model_validate(added)
+
+
+@router.delete("/downtimes/{downtime_id}", status_code=204, responses=_responses(404, 503))
+async def remove_downtime(
+    downtime_id: Annotated[int, Path(description="Id of a downtime.", ge=1, le=2**63 - 1, examples=[7])],
+    access: Access,
+) -> None:
+    """Remove a downtime; one that has begun ends at once. Needs ServiceAdministrator."""
+    await access.check(ActionType.MANAGE)
+    with _as_http(None):
+        await access.audit.perform(
+            AuditAction.REMOVE_DOWNTIME,
+            str(downtime_id),
+            lambda: logic.remove_downtime(access.db, downtime_id),
+            lambda removed: f"of {removed.ce_name}",
         )

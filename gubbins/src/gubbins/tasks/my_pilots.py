@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "MyCheckPilotsTask",
     "MyCollectOutputsTask",
+    "MyImportDowntimesTask",
     "MyPilotReportTask",
     "MyPilotTask",
     "MyPrunePilotsTask",
@@ -46,11 +47,14 @@ LABEL_REQUESTED = "pilot_requested"
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
-    from .injected import PilotDB, TaskQueues, WaitingJobs
+    from .injected import PilotDB, ResourceStatus, TaskQueues, WaitingJobs
 else:
     __getattr__ = lazy_names(
         __name__,
-        {".injected": ["PilotDB", "TaskQueues", "WaitingJobs"], "diracx.tasks.plumbing.depends": ["Config"]},
+        {
+            ".injected": ["PilotDB", "ResourceStatus", "TaskQueues", "WaitingJobs"],
+            "diracx.tasks.plumbing.depends": ["Config"],
+        },
     )
 
 logger = logging.getLogger(__name__)
@@ -198,6 +202,28 @@ class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
         from gubbins.logic import my_pilots as logic
 
         return await logic.collect_outputs(my_pilot_db, self.vo)
+
+
+@dataclass
+class MyImportDowntimesTask(PeriodicBaseTask):
+    """Takes downtimes over from DiracX's resource status, where that database is configured."""
+
+    default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(300)
+
+    async def execute(
+        self,
+        my_pilot_db: PilotDB,
+        resource_status_db: ResourceStatus = None,  # type: ignore[assignment]  # injected where there is one
+        **kwargs: Any,
+    ) -> dict[str, str]:
+        """Return why each compute element is down that is.
+
+        Raises:
+            DowntimeError: the resource status cannot be read.
+        """
+        from gubbins.logic import my_pilots as logic
+
+        return {} if resource_status_db is None else await logic.import_downtimes(my_pilot_db, resource_status_db)
 
 
 @dataclass

@@ -34,6 +34,9 @@ class TestPilotSchema(SchemaPromises):
             await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)
             await db.put_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
+            now = datetime.now(tz=UTC)
+            times = {"starts_at": now, "ends_at": now, "drain_from": now}
+            await db.add_downtime("ce1", **times, reason="switches 🚧", added_by="alice")
 
 
 async def test_both_databases_live_in_one_schema(db_url: str) -> None:

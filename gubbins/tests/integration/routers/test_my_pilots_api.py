@@ -313,6 +313,25 @@ def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any
     assert client.get(f"{API}/ces/ce", headers=as_()).json()["banned_at"] is None
 
 
+def test_a_downtime_is_planned_seen_and_removed(client: Any, as_: As) -> None:
+    admin, now = as_("lhcb", SERVICE_ADMINISTRATOR), datetime.now(UTC)
+    start, end = ((now + timedelta(hours=hours)).isoformat() for hours in (-1, 5))
+    downtime = {"starts_at": start, "ends_at": end, "reason": "new switches", "drain_seconds": 60}
+    added = client.post(f"{API}/ces/ce/downtimes", json=downtime, headers=admin)
+    assert added.status_code == 201, added.text
+    assert datetime.fromisoformat(added.json()["drain_from"]) == now - timedelta(hours=1, seconds=60)
+    assert client.get(f"{API}/downtimes", headers=as_()).json() == [added.json()]
+    assert client.get(f"{API}/ces/ce", headers=as_()).json()["downtime"] == added.json()
+    refused = client.post(f"{API}/submit/ce", headers=as_())
+    assert (refused.status_code, "new switches" in refused.json()["detail"]) == (409, True)
+    for wrong in ({"ends_at": start}, {"ends_at": "soon"}, {"reason": ""}, {"drain_seconds": -1}, {"x": 1}):
+        assert client.post(f"{API}/ces/ce/downtimes", json=downtime | wrong, headers=admin).status_code == 422
+    assert client.post(f"{API}/ces/none/downtimes", json=downtime, headers=admin).status_code == 404
+    where = f"{API}/downtimes/{added.json()['id']}"
+    assert [client.delete(where, headers=admin).status_code for _ in range(2)] == [204, 404]
+    assert client.post(f"{API}/submit/ce", headers=as_()).status_code == 200
+
+
 def test_a_ce_of_another_vo_is_as_unknown_to_a_submission_as_one_that_is_not_there(
     app: Any, client: Any, as_: As
 ) -> None:
@@ -352,7 +371,7 @@ def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_:
 def test_openapi_is_complete_with_examples(client: Any) -> None:
     schema = client.get("/api/openapi.json").json()
     routes = {path: item for path, item in schema["paths"].items() if path.startswith(API)}
-    assert len(routes) == 11
+    assert len(routes) == 13
     for path, item in routes.items():
         for operation in item.values():
             assert operation["description"], path

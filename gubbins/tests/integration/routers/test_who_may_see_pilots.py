@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
+from gubbins.logic.my_pilots import add_downtime
 from gubbins.routers.my_pilots import router
 
 TABLE = Path(__file__).parents[4] / "docs" / "reference" / "who-may-see-what.md"
@@ -34,6 +36,11 @@ ROLES = {
     "user": (NORMAL_USER,),
     "operator": (OPERATOR,),
     "administrator": (SERVICE_ADMINISTRATOR,),
+}
+START, END = ((datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="seconds") for days in (30, 31))
+BODIES: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "/ces": lambda vo, owner: {"name": f"{vo}.{owner}", "capacity": 1},
+    "/ces/{ce_name}/downtimes": lambda vo, owner: {"starts_at": START, "ends_at": END, "reason": "new switches"},
 }
 SITE_SAID = "what-the-site-said"
 
@@ -53,7 +60,7 @@ class Row:
 def rows(heading: str) -> list[Row]:
     text = TABLE.read_text().partition(f"### {heading}")[2].partition("\n### ")[0]
     found = []
-    for line in re.findall(r"^\| `(?:GET|POST) .*$", text, re.MULTILINE):
+    for line in re.findall(r"^\| `(?:GET|POST|DELETE) .*$", text, re.MULTILINE):
         route, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         method, path = route.strip("`").split()
         found.append(Row(method, path, dict(zip(ROLES, cells, strict=True))))
@@ -80,6 +87,13 @@ class World:
     db: MyPilotDB
     pilots: dict[str, int]
     stamps: dict[str, str]
+
+    async def planned(self, owner: str) -> int:
+        """A new downtime, far away, of the compute element of that VO."""
+        start = clock.now() + timedelta(days=1)
+        end = start + timedelta(hours=1)
+        downtime = await add_downtime(self.db, f"{owner}-ce", start, end, "new switches", by="alice")
+        return downtime.id
 
     def marks(self, text: str) -> set[str]:
         """The VOs of which something is in the text."""
@@ -156,8 +170,11 @@ async def test_each_role_gets_by_http_what_the_table_says(world: World, role: st
             for row in ROUTES:
                 cell = row.cells[role]
                 for owner in VOS:
-                    path = row.path.format(pilot_id=world.pilots[owner], ce_name=f"{owner}-ce")
-                    body = {"name": f"{vo}.{owner}", "capacity": 1} if row.path == "/ces" else None
+                    names = {"pilot_id": world.pilots[owner], "ce_name": f"{owner}-ce"}
+                    path = row.path.format(downtime_id=await world.planned(owner), **names)
+                    body = (
+                        BODIES.get(row.path, lambda vo, owner: None)(vo, owner) if row.method == "POST" else None
+                    )
                     answer = await client.request(row.method, API + path, json=body)
                     of_one = "{" in row.path
                     if cell == REFUSED:
@@ -204,8 +221,13 @@ async def test_each_role_gets_in_the_dashboard_what_the_table_says(
                 for owner in VOS:
                     path = row.path.format(pilot=world.pilots[owner])
                     if row.method == "POST":
-                        fields = {"form_token": form[1] if form else "", "confirmed": "yes", "reason": "a flood"}
+                        fields = {
+                            "form_token": form[1] if form else "",
+                            "confirmed": "yes",
+                            "reason": f"{START} {END} a flood",
+                        }
                         fields |= {"pilot": str(world.pilots[owner]), "ce": f"{owner}-ce"}
+                        fields |= {"downtime": str(await world.planned(owner))}
                         answer = await client.post(BELOW + path, data=fields)
                         if answer.status_code != (303 if cell == "all" else 403 if signed_in else 401):
                             wrong.append(f"{row} of {owner}, {role} of {vo}: {answer.status_code}")

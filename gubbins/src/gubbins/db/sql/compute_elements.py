@@ -11,13 +11,14 @@ from sqlalchemy.exc import IntegrityError
 
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit
+from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
 from gubbins.domain.pilot_states import ACTIVE
 from gubbins.domain.rules import serves
 
 from .circuits import delete_circuits, read_circuits, restore_last_error
+from .downtimes import DowntimesMixin
 from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots
-from .session import PilotSession
 
 _SELECT_CE = SELECT_CE.add_columns(
     select(func.count())
@@ -27,7 +28,7 @@ _SELECT_CE = SELECT_CE.add_columns(
 )
 
 
-class ComputeElementsMixin(PilotSession):
+class ComputeElementsMixin(DowntimesMixin):
     """Statements about compute elements."""
 
     @transaction
@@ -174,7 +175,8 @@ class ComputeElementsMixin(PilotSession):
 
     @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
-        """One compute element, all its fields, with its `circuits` and how many pilots are `missing`.
+        """One compute element, all its fields, with its `circuits`, how many pilots are `missing`, and its
+        `downtime`: the one that it is in, or drained for; None: there is none.
 
         Raises:
             UnknownCEError: there is none of that name.
@@ -182,14 +184,25 @@ class ComputeElementsMixin(PilotSession):
         row = (await self.conn.execute(_SELECT_CE.where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
-        return {**row._mapping, "circuits": _circuits_of(row.name, await read_circuits(self.conn, name))}
+        circuits, downtimes = await read_circuits(self.conn, name), await self._downtimes(name)
+        return {**row._mapping, "circuits": _circuits_of(name, circuits), "downtime": downtimes.get(name)}
 
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
         """Every compute element, by name: as `get_ce` has it."""
         rows = (await self.conn.execute(_SELECT_CE.order_by(ComputeElements.name))).all()
-        circuits = await read_circuits(self.conn)
-        return [{**row._mapping, "circuits": _circuits_of(row.name, circuits)} for row in rows]
+        circuits, downtimes = await read_circuits(self.conn), await self._downtimes()
+        return [
+            {**row._mapping, "circuits": _circuits_of(row.name, circuits), "downtime": downtimes.get(row.name)}
+            for row in rows
+        ]
+
+    async def _downtimes(self, name: str | None = None) -> dict[str, Downtime]:
+        now = clock.now()
+        found = await self.get_downtimes(ends_after=now, ce_name=name)
+        # Of several the one that ends last.
+        last = sorted((each for each in found if each.drain_from <= now), key=lambda each: each.ends_at)
+        return {each.ce_name: each for each in last}
 
     @transaction
     async def list_ces(self, *, vo: str | None) -> list[dict[str, Any]]:

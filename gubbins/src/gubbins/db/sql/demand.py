@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, func, insert, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
@@ -23,6 +23,7 @@ class Demand(NamedTuple):
     wanted: int
     asked_at: datetime
     granted_at: datetime | None  # when it last got a slot
+    surplus_since: datetime | None = None  # since when more pilots wait than jobs justify
 
 
 class DemandMixin(PilotSession):
@@ -122,3 +123,43 @@ class DemandMixin(PilotSession):
             insert(PilotDemand),
             [{"ce_name": name, "vo": vo, **wanted._asdict()} for name, wanted in demand.items()],
         )
+
+    @transaction
+    async def set_surplus_since(self, ce_name: str, vo: str, since: datetime | None) -> None:
+        """Note since when more pilots of the VO wait there than jobs justify; None: no more than that wait."""
+        mine = (PilotDemand.ce_name == ce_name, PilotDemand.vo == vo)
+        await self.conn.execute(update(PilotDemand).where(*mine).values(surplus_since=since))
+
+    @transaction
+    async def count_leaving(self, vo: str) -> dict[str, int]:
+        """Count the VO's waiting pilots that are to be cancelled, by compute element; absent means none."""
+        leaving = (
+            select(Pilots.ce_name, func.count())
+            .where(
+                Pilots.vo == vo, Pilots.status == MyPilotStatus.SUBMITTED, Pilots.cancel_requested_at.is_not(None)
+            )
+            .group_by(Pilots.ce_name)
+        )
+        return {row[0]: int(row[1]) for row in await self.conn.execute(leaving)}
+
+    @transaction
+    async def cancel_oldest_waiting(
+        self, ce_name: str, vo: str, *, submitted_before: datetime, count: int, reason: str
+    ) -> list[int]:
+        """Request to end so many of the VO's pilots that have waited longest; return their ids."""
+        oldest = (
+            select(Pilots.id)
+            .where(
+                Pilots.ce_name == ce_name,
+                Pilots.vo == vo,
+                Pilots.status == MyPilotStatus.SUBMITTED,
+                Pilots.cancel_requested_at.is_(None),
+                Pilots.submitted_at < submitted_before,
+            )
+            .order_by(Pilots.submitted_at, Pilots.id)
+            .limit(count)
+        )
+        ids = [int(id) for id in (await self.conn.execute(oldest)).scalars()]
+        leave = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
+        await self.conn.execute(leave.values(cancel_requested_at=clock.now(), last_error=reason))
+        return ids

@@ -164,6 +164,27 @@ class CECircuits(MyPilotDBBase):
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
 
 
+class CEDowntimes(MyPilotDBBase):
+    """A time in which a compute element gets no pilots and raises no alarms."""
+
+    __tablename__ = "CEDowntimes"
+
+    id: Mapped[int] = mapped_column("DowntimeID", _Id, primary_key=True, autoincrement=True, key="id")
+    ce_name: Mapped[str] = mapped_column(
+        "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), key="ce_name"
+    )
+    starts_at: Mapped[datetime] = mapped_column("StartsAt", UTCDateTime, key="starts_at")
+    ends_at: Mapped[datetime] = mapped_column("EndsAt", UTCDateTime, key="ends_at")
+    # No pilots are submitted from then on.
+    drain_from: Mapped[datetime] = mapped_column("DrainFrom", UTCDateTime, key="drain_from")
+    reason: Mapped[str] = mapped_column("Reason", _Reason, key="reason")
+    added_by: Mapped[str] = mapped_column("AddedBy", _Reason, key="added_by")
+    # NULL: a user has added it.
+    source: Mapped[str | None] = mapped_column("Source", AnyName(64), key="source")
+
+    __table_args__ = (Index("idx_downtimes_ce", "ce_name"), Index("idx_downtimes_end", "ends_at"), UTF8)
+
+
 class Pilots(MyPilotDBBase):
     """One pilot: submitted once, followed to its end."""
 
@@ -267,6 +288,8 @@ class PilotDemand(MyPilotDBBase):
     asked_at: Mapped[datetime] = mapped_column("AskedAt", UTCDateTime, key="asked_at")
     # When it last got a slot; NULL: never.
     granted_at: Mapped[datetime | None] = mapped_column("GrantedAt", UTCDateTime, key="granted_at")
+    # Since when more of its pilots wait there than jobs justify; NULL: no more than that.
+    surplus_since: Mapped[datetime | None] = mapped_column("SurplusSince", UTCDateTime, key="surplus_since")
 
 
 class PilotOutputs(MyPilotDBBase):

@@ -16,9 +16,11 @@ __all__ = [
     "PilotSubmissionError",
     "VORules",
     "add_ce",
+    "add_downtime",
     "as_seen_by",
     "ban_ce",
     "cancel_pilot",
+    "ces_in_downtime",
     "collect_outputs",
     "count_ended_pilots",
     "count_illegal_histories",
@@ -30,11 +32,14 @@ __all__ = [
     "get_pilot",
     "get_pilot_output",
     "get_pilot_summary",
+    "import_downtimes",
     "list_ces",
+    "list_downtimes",
     "load_ces",
     "parse_ce_file",
     "prune_pilots",
     "read_task_queues",
+    "remove_downtime",
     "request_pilots",
     "search_pilots",
     "set_ce_enabled",
@@ -61,6 +66,7 @@ from .compute_elements import (
     set_ce_enabled,
 )
 from .demand import request_pilots, withdraw_requests
+from .downtimes import add_downtime, ces_in_downtime, import_downtimes, list_downtimes, remove_downtime
 from .outputs import collect_outputs, get_pilot_output
 from .pilots import (
     cancel_pilot,

@@ -17,7 +17,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEUnavailableError
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
 from gubbins.domain.rules import CERules, rules_of
 
 from .ce_calls import backend_of, describe_failure
@@ -36,7 +36,6 @@ Cleaning up at compute elements gets so much time after the last response, and n
 CYCLE_SECONDS = 30
 """Compute elements that have responded are polled again after that, while others keep the check from ending."""
 
-_OVERDUE = "cancelled, for it "
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
 
@@ -94,7 +93,7 @@ class StatusChanges:
 
     def end(self, request: PollRequest, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
         """The pilot has ended so."""
-        if status is MyPilotStatus.FAILED and (pilot.last_error or "").startswith(_OVERDUE):
+        if status is MyPilotStatus.FAILED and (pilot.last_error or "").startswith(CANCELLED_FOR):
             reason = pilot.last_error
         self.moves[status].append((pilot.pilot_id, reason))
         if status in request.ends_with_output:
@@ -266,10 +265,10 @@ def _overdue(pilot: Any, seen: Observation, rules: CERules, now: datetime) -> st
     """The reason to cancel a pilot that has waited, or run, for longer than the rules allow."""
     hours = rules.max_waiting_hours
     if seen.state is Observed.WAITING and hours and now - pilot.submitted_at > timedelta(hours=hours):
-        return f"{_OVERDUE}waited longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
+        return f"{CANCELLED_FOR}it waited longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
     hours, since = rules.max_running_hours, pilot.started_at
     if seen.state is Observed.RUNNING and hours and since and now - since > timedelta(hours=hours):
-        return f"{_OVERDUE}ran longer than {hours:g} h"
+        return f"{CANCELLED_FOR}it ran longer than {hours:g} h"
     return None
 
 

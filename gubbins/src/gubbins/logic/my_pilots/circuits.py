@@ -28,8 +28,8 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     One whose status could not be read gets none, from the first failure on: its load is not known. But one
     without pilots is not polled: after a pause, one pilot gives the checks something to poll.
     """
-    if (problem := rules_error(ce)) is not None:
-        return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
+    if (blocker := _planned(ce)) is not None:
+        return blocker
     limit = quota_limit(ce)
     active = await db.count_active(ce["name"]) if ce["missing"] or limit is not None else 0
     if limit is not None and active >= limit:
@@ -45,6 +45,13 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
             f"{submit['failures']} submissions in a row failed, no more until {until}", submit["last_error"]
         )
     return None
+
+
+def _planned(ce: Mapping[str, Any]) -> Blocker | None:
+    if (problem := rules_error(ce)) is not None:
+        return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
+    downtime = ce["downtime"]
+    return None if downtime is None else Blocker(downtime.describe(clock.now()), "")
 
 
 def quota_limit(ce: Mapping[str, Any]) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from gubbins.db.sql import MyPilotDB
@@ -13,10 +14,12 @@ from gubbins.db.sql.demand import Demand
 from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, fair_part
 from gubbins.domain.matching import TaskQueue, group_jobs, jobs_for, match, share_jobs
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
 
 from .circuits import half_open, quota_limit, submission_blocker
+
+logger = logging.getLogger(__name__)
 
 
 async def request_pilots(
@@ -59,13 +62,14 @@ async def request_pilots(
     }
     rules = {name: rules_of(ce).of(vo) for name, ce in served.items()}
     by_jobs = [name for name in ces if rules[name].policy is DemandPolicy.WAITING_JOBS]
-    jobs = await waiting_jobs() if by_jobs and waiting_jobs is not None else None
+    limited = [name for name, own in rules.items() if own.max_surplus_seconds is not None]
+    jobs = await waiting_jobs() if (by_jobs or limited) and waiting_jobs is not None else None
     queues = [TaskQueue(jobs)] if isinstance(jobs, int) else jobs or ()
     groups = group_jobs(queues, rules)
 
     async def ask() -> dict[str, list[str]]:
         situation = await _look(db, vo, vos, ces)
-        without_pilot, _ = match(groups, situation.waiting)
+        without_pilot, without_job = match(groups, situation.waiting)
         wanted = {name: situation.wanted(ces[name], rules[name], jobs_for(name, without_pilot)) for name in ces}
         asked = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
         given, left = share_jobs(without_pilot, {name: asked[name] for name in by_jobs})
@@ -78,6 +82,8 @@ async def request_pilots(
             more = min(more, jobs_for(name, left)) if name in by_jobs else more
             demand[name] = situation.next_demand(name, more, asked[name])
         await db.put_demand(vo, demand)
+        if jobs is not None:
+            await _cancel_surplus(db, situation, rules, without_job)
         return {
             name: await db.add_requests(name, vo=vo, count=count) for name, count in asked.items() if count > 0
         }
@@ -144,7 +150,7 @@ class _Situation:
         """The VO's demand to record after this round."""
         before = self.demand.get((name, self.vo))
         granted_at = self.now if granted > 0 else None if before is None else before.granted_at
-        return Demand(max(0, wanted), self.now, granted_at)
+        return Demand(max(0, wanted), self.now, granted_at, None if before is None else before.surplus_since)
 
 
 async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, Mapping[str, Any]]) -> _Situation:
@@ -161,8 +167,36 @@ async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, 
         held[name, owner] += sum(states.values())
         submitted[name, owner] += states.get(MyPilotStatus.SUBMITTED, 0)
         active[name] += sum(states.values())
-    waiting = {name: count for (name, owner), count in submitted.items() if owner == vo and name not in banned}
+    leaving = await db.count_leaving(vo)
+    waiting = {
+        name: count - leaving.get(name, 0)
+        for (name, owner), count in submitted.items()
+        if owner == vo and name not in banned
+    }
     return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_demand(), waiting)
+
+
+async def _cancel_surplus(
+    db: MyPilotDB, situation: _Situation, rules: Mapping[str, CERules], without_job: Mapping[str, int]
+) -> None:
+    """Cancel pilots that wait although there has been no job for them for as long as the rules allow."""
+    vo, now = situation.vo, situation.now
+    for name, own in rules.items():
+        if own.max_surplus_seconds is None or own.policy is not DemandPolicy.WAITING_JOBS:
+            continue
+        surplus = without_job.get(name, 0) - own.trickle
+        since = known.surplus_since if (known := situation.demand.get((name, vo))) else None
+        if surplus <= 0:
+            if since is not None:
+                await db.set_surplus_since(name, vo, None)
+        elif since is None:
+            await db.set_surplus_since(name, vo, now)
+        elif since < (before := now - timedelta(seconds=own.max_surplus_seconds)):
+            reason = f"{CANCELLED_FOR}no job has waited for it since {since:%Y-%m-%d %H:%M:%S} UTC"
+            cancelled = await db.cancel_oldest_waiting(
+                name, vo, submitted_before=before, count=surplus, reason=reason
+            )
+            logger.info("Cancelled %d pilots of %s at %s: more wait than jobs justify", len(cancelled), vo, name)
 
 
 def _rounded_up(number: float) -> int:

@@ -1,0 +1,122 @@
+"""The commands of `gubbins ce downtime`."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Annotated
+
+import typer
+from diracx.tasks.cli.errors import UsageProblem
+from diracx.tasks.cli.options import JsonOption, command_group
+from diracx.tasks.cli.output import echo
+
+from gubbins.domain import clock
+from gubbins.domain.audit_actions import AuditAction
+from gubbins.domain.downtimes import Downtime, parse_moment
+from gubbins.logic import my_pilots as logic
+
+from .session import emit, in_database, me, recorded, table
+
+_HELP = """Downtimes of compute elements, planned ones and others.
+
+From its start to its end a compute element gets no pilots, and raises no alarms; then it is open again by itself.
+The pilots that it has are followed as always. With --drain-before nothing is submitted for some hours before, so
+that pilots end in time.
+
+\b
+    gubbins ce downtime add ce01.example.org --start 2026-12-01T08:00 --end 2026-12-01T18:00 \\
+        --reason "new switches" --drain-before 24
+    gubbins ce downtime list
+    gubbins ce downtime remove 7"""
+
+downtime_app = command_group("downtime", _HELP, rich_markup_mode=None)
+
+
+def _moment(text: str | None, otherwise: datetime) -> datetime:
+    try:
+        return otherwise if text is None else parse_moment(text)
+    except ValueError as error:
+        raise UsageProblem(str(error)) from error
+
+
+@downtime_app.command("add")
+def add_downtime(
+    name: Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")],
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the others.")],
+    start: Annotated[
+        str | None, typer.Option("--start", metavar="TIME", help="When it starts, 2026-12-01T08:00; default: now.")
+    ] = None,
+    end: Annotated[str | None, typer.Option("--end", metavar="TIME", help="When it ends.")] = None,
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0.01, max=24 * 366, help="In place of --end: how long it is.")
+    ] = None,
+    drain_before: Annotated[
+        float,
+        typer.Option(
+            "--drain-before", min=0, max=24 * 366, metavar="HOURS", help="No submissions so long before."
+        ),
+    ] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a downtime. Times are UTC unless they say otherwise (2026-12-01T08:00+01:00)."""
+    if (end is None) == (hours is None):
+        raise UsageProblem("say when it ends: give either --end or --hours")
+    starts_at = _moment(start, clock.now())
+    ends_at = _moment(end, starts_at + timedelta(hours=hours or 0))
+    added: Downtime = recorded(
+        AuditAction.ADD_DOWNTIME,
+        name,
+        lambda db: logic.add_downtime(
+            db, name, starts_at, ends_at, reason, by=me(), drain=timedelta(hours=drain_before)
+        ),
+        lambda added: f"{added.id}: {_span(added)}, {added.reason}",
+    )
+    if as_json:
+        emit(added)
+    else:
+        echo(
+            f"{name}: downtime {added.id}, {_span(added)} (no submissions from {added.drain_from:%Y-%m-%d %H:%M})"
+        )
+
+
+def _span(downtime: Downtime) -> str:
+    return f"{downtime.starts_at:%Y-%m-%d %H:%M} to {downtime.ends_at:%Y-%m-%d %H:%M} UTC"
+
+
+@downtime_app.command("list")
+def list_downtimes(
+    name: Annotated[str | None, typer.Argument(help="Only of this compute element.", metavar="[NAME]")] = None,
+    past: Annotated[bool, typer.Option("--past", help="Those that have ended, too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List downtimes that have not ended, the earliest first."""
+    found = in_database(lambda db: logic.list_downtimes(db, name, past=past))
+    if as_json:
+        emit(found)
+        return
+    table(
+        "Downtimes",
+        ("id", "CE", "no submissions from (UTC)", "start (UTC)", "end (UTC)", "reason", "added by"),
+        [
+            (str(each.id), each.ce_name, each.drain_from, each.starts_at, each.ends_at, each.reason, each.added_by)
+            for each in found
+        ],
+    )
+
+
+@downtime_app.command("remove")
+def remove_downtime(
+    downtime_id: Annotated[int, typer.Argument(help="As in the list.", metavar="ID", min=1, max=2**63 - 1)],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove a downtime: one that has begun ends at once."""
+    removed: Downtime = recorded(
+        AuditAction.REMOVE_DOWNTIME,
+        str(downtime_id),
+        lambda db: logic.remove_downtime(db, downtime_id),
+        lambda removed: f"of {removed.ce_name}: {_span(removed)}",
+    )
+    if as_json:
+        emit(removed)
+    else:
+        echo(f"{removed.ce_name}: downtime {downtime_id} removed ({_span(removed)})")

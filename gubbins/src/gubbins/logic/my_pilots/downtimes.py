@@ -1,0 +1,173 @@
+"""Downtimes of compute elements: add, list, remove, import from DiracX's resource status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.schema import MAX_REASON_CHARS
+from gubbins.domain import clock
+from gubbins.domain.downtimes import Downtime, problem_with
+from gubbins.domain.exceptions import DowntimeError
+from gubbins.domain.rules import rules_of
+from gubbins.domain.text import one_line
+
+from .compute_elements import get_ce
+
+if TYPE_CHECKING:
+    from diracx.db.sql import ResourceStatusDB
+
+logger = logging.getLogger(__name__)
+
+RESOURCE_STATUS = "resource status"
+"""Source of downtimes that were imported from DiracX."""
+
+IMPORT_LIFETIME = timedelta(hours=1)
+"""Time for which an imported downtime holds when it is not confirmed; each import confirms it."""
+
+_TIMEOUT_SECONDS = 30
+_DOWN = ("Banned", "Error")
+
+
+async def add_downtime(
+    db: MyPilotDB,
+    ce_name: str,
+    starts_at: datetime,
+    ends_at: datetime,
+    reason: str,
+    *,
+    by: str,
+    drain: timedelta = timedelta(),
+) -> Downtime:
+    """Plan a downtime: no submissions and no alarms from its start to its end.
+
+    Args:
+        db: the database.
+        ce_name: of which compute element.
+        starts_at: when it starts.
+        ends_at: when it ends; the compute element gets pilots again then, by itself.
+        reason: why, for all who may see the compute element.
+        by: who adds it.
+        drain: for how long before its start nothing is submitted, so that pilots end in time.
+
+    Raises:
+        DowntimeError: there can be no such downtime.
+        UnknownCEError: there is no such compute element.
+    """
+    if (problem := problem_with(starts_at, ends_at, drain, clock.now())) is not None:
+        raise DowntimeError(problem)
+    reason = one_line(reason, MAX_REASON_CHARS)
+    if not reason:
+        raise DowntimeError("a downtime needs a reason: others will ask for it")
+    added = await db.add_downtime(
+        ce_name, starts_at=starts_at, ends_at=ends_at, drain_from=starts_at - drain, reason=reason, added_by=by
+    )
+    return await db.get_downtime(added)
+
+
+async def list_downtimes(
+    db: MyPilotDB, ce_name: str | None = None, vo: str | None = None, *, past: bool = False
+) -> list[Downtime]:
+    """Downtimes that have not ended (`past`: all), the earliest first.
+
+    Args:
+        db: the database.
+        ce_name: only of this compute element.
+        vo: only of compute elements that serve this VO; None: of all.
+
+    Raises:
+        UnknownCEError: there is no such compute element (that serves the VO).
+    """
+    if ce_name is not None:
+        await get_ce(db, ce_name, vo)
+    found = await db.get_downtimes(ends_after=None if past else clock.now(), ce_name=ce_name)
+    if vo is None:
+        return found
+    served = {ce["name"] for ce in await db.list_ces(vo=vo)}
+    return [downtime for downtime in found if downtime.ce_name in served]
+
+
+async def ces_in_downtime(db: MyPilotDB, since: datetime) -> set[str]:
+    """Names of the compute elements that are in downtime, or were since then."""
+    now = clock.now()
+    return {each.ce_name for each in await db.get_downtimes(ends_after=since) if each.starts_at <= now}
+
+
+async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
+    """Remove a downtime and return it; one that has begun ends at once.
+
+    Raises:
+        DowntimeNotFoundError: there is none of that id.
+    """
+
+    async def remove() -> Downtime:
+        downtime = await db.get_downtime(downtime_id)
+        await db.delete_downtime(downtime_id)
+        return downtime
+
+    return await db.run(remove)
+
+
+async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) -> dict[str, str]:
+    """Take over from DiracX's resource status which compute elements are down for all VOs.
+
+    One that is banned there, or whose site is, gets a downtime, which ends when that is no longer so, or is no
+    longer confirmed. Those that users have added are left alone.
+
+    Args:
+        db: the database.
+        resource_status_db: not in a transaction; a short one is opened.
+
+    Returns:
+        The reason of each compute element that is down.
+
+    Raises:
+        DowntimeError: the other database does not respond; the downtimes stay as they are until they expire.
+    """
+    try:
+        async with asyncio.timeout(_TIMEOUT_SECONDS), resource_status_db:
+            sites = await resource_status_db.get_site_statuses()
+            resources = await resource_status_db.get_resource_statuses(element_type="ComputeElement")
+    except Exception as error:
+        raise DowntimeError(f"the resource status of DiracX cannot be read: {one_line(error)}") from error
+    down = {
+        name: f"{status} in DiracX: {reason}"
+        for name, status, reason, vo in sites
+        if status in _DOWN and vo == "all"
+    }
+    for name, by_type in resources.get("all", {}).items():
+        if (row := by_type.get("all")) is not None and row.Status in _DOWN:
+            down[name] = f"{row.Status} in DiracX: {row.Reason}"
+    ces = {}
+    for ce in await db.get_ces():
+        rules = rules_of(ce)
+        names = (ce["name"], rules.grid_ce, rules.site)
+        if (why := next((down[name] for name in names if name in down), None)) is not None:
+            ces[ce["name"]] = one_line(why, MAX_REASON_CHARS)
+
+    async def write() -> None:
+        await db.lock_ces()
+        now = clock.now()
+        known = {
+            downtime.ce_name: downtime
+            for downtime in await db.get_downtimes(ends_after=now)
+            if downtime.source == RESOURCE_STATUS
+        }
+        await db.set_downtime_end([d.id for name, d in known.items() if name in ces], now + IMPORT_LIFETIME)
+        await db.set_downtime_end([d.id for name, d in known.items() if name not in ces], now)
+        for name in ces.keys() - known.keys():
+            await db.add_downtime(
+                name,
+                starts_at=now,
+                ends_at=now + IMPORT_LIFETIME,
+                drain_from=now,
+                reason=ces[name],
+                added_by="import",
+                source=RESOURCE_STATUS,
+            )
+
+    await db.run(write)
+    return ces
