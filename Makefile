@@ -30,7 +30,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 	touch $@
 
 test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
-	$(BIN)/python -m pytest -n 4 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(STAMP) ## run the unit tests alone, which need no servers
 	$(BIN)/python -m pytest -n 2 diracx-tasks/tests/unit gubbins/tests/unit $(ARGS)

@@ -18,6 +18,9 @@ from redis.asyncio import Redis
 
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
+SLOW_FIRST = ("/integration/ces/", "/acceptance/", "/integration/", "")
+"""Parts of the names of files, those of slow tests first."""
+
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
 
@@ -27,6 +30,11 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
     mark = item.get_closest_marker("event_loops")
     names = mark.args if mark is not None else ("asyncio",)
     return {name: EVENT_LOOPS[name] for name in names}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take long begin first, so that none of several processes is left alone with one."""
+    items.sort(key=lambda item: next(n for n, part in enumerate(SLOW_FIRST) if part in item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -22,21 +22,24 @@ def patterns_of(source: Path) -> dict[str, tuple[re.Pattern[str], set[str]]]:
     """Every pattern that is written out in a call of `re`, by file and line, with the methods it is used with."""
     found = {}
     for path in sorted(source.rglob("*.py")):
-        text = path.read_text()
-        for line in ast.walk(ast.parse(text)):
-            if not isinstance(line, ast.Assign | ast.Return | ast.Expr | ast.If | ast.Call | ast.Dict):
+        if "import re\n" not in (text := path.read_text()):
+            continue
+        nodes = list(ast.walk(ast.parse(text)))
+        names: dict[ast.AST, list[str]] = {}
+        for line in nodes:
+            if isinstance(line, ast.Assign):
+                variables = [each.id for each in line.targets if isinstance(each, ast.Name)]
+                for part in ast.walk(line.value):
+                    names.setdefault(part, []).extend(variables)
+        for call in nodes:
+            if (used := _used(call)) is None:
                 continue
-            for call in ast.walk(line):
-                if (used := _used(call)) is None:
-                    continue
-                where = f"{path.relative_to(source)}:{call.lineno}:{call.col_offset}"  # type: ignore[attr-defined]
-                methods = {used}
-                if used == "compile":
-                    names = [each.id for each in getattr(line, "targets", ()) if isinstance(each, ast.Name)]
-                    methods = {each for each in _METHODS for name in names if f"{name}.{each}(" in text}
-                methods |= found.get(where, (None, set()))[1]
-                found[where] = (_compiled(call), methods)
-    return {where: (pattern, methods or {"search"}) for where, (pattern, methods) in found.items()}
+            methods = {used}
+            if used == "compile":
+                methods = {each for each in _METHODS for name in names.get(call, ()) if f"{name}.{each}(" in text}
+            where = f"{path.relative_to(source)}:{call.lineno}:{call.col_offset}"  # type: ignore[attr-defined]
+            found[where] = (_compiled(call), methods or {"search"})
+    return found
 
 
 def _used(node: ast.AST) -> str | None:

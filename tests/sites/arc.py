@@ -1,6 +1,6 @@
 """A pytest plugin: an ARC CE of the tests' own, A-REX with its REST interface and a test CA.
 
-`arc_site` runs for the session; a test that stops it must start it again, or uses `arc_site.down()`. What is not
+`arc_site` runs for a file of tests; a test that stops it must start it again, or uses `arc_site.down()`. What is not
 installed is skipped, with a line that says what is missing.
 """
 
@@ -272,7 +272,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def arc_site() -> Iterator[ArcSite]:
     """An ARC CE that runs jobs as processes of this host."""
     if (obstacle := servers.obstacle("ARC")) is not None:

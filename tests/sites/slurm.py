@@ -1,6 +1,6 @@
 """A pytest plugin: `slurm_site`, a real Slurm of the tests' own, with one node, on the loopback interface.
 
-It runs for the session, and forgets jobs a few seconds after their end. `accounting_slurm_site` is another, which
+It runs for a file of tests, and forgets jobs a few seconds after their end. `accounting_slurm_site` is another, which
 keeps accounts in MariaDB. Where Slurm is not installed, their tests are skipped with a line that says so.
 """
 
@@ -69,7 +69,7 @@ class AccountingSlurmSite(SlurmSite):
         return super()._configuration().replace("accounting_storage/none", accounts)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm_site() -> Iterator[SlurmSite]:
     """Slurm."""
     if (obstacle := SlurmSite.obstacle()) is not None:
@@ -78,7 +78,7 @@ def slurm_site() -> Iterator[SlurmSite]:
         yield from _running(SlurmSite(directory, cpus=32, min_job_age=MIN_JOB_AGE))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def accounting_slurm_site(mariadb_server: SqlServer) -> Iterator[AccountingSlurmSite]:
     """Slurm with accounts."""
     if (obstacle := SlurmSite.obstacle()) is not None:

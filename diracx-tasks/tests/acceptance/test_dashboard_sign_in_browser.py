@@ -15,7 +15,7 @@ from diracx_application import with_short_streams
 pytestmark = needs_chromium
 
 
-@pytest.fixture(params=["light", "dark"])
+@pytest.fixture
 async def tab(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str, request: pytest.FixtureRequest
 ) -> AsyncIterator[Tab]:
@@ -25,11 +25,12 @@ async def tab(
         async with (
             application(monkeypatch, tmp_path, redis_url, [home + CALLBACK]) as app,
             served(with_short_streams(app, 1.0), listening),
-            new_tab(home + BELOW, request.param) as made,
+            new_tab(home + BELOW, getattr(request, "param", "light")) as made,
         ):
             yield made
 
 
+@pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
 async def test_an_operator_clicks_chooses_consents_and_is_where_he_wanted_to_be(tab: Tab) -> None:
     page = tab.page
     asked: list[str] = []
