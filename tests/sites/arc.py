@@ -1,7 +1,7 @@
 """A pytest plugin: an ARC CE of the tests' own, A-REX with its REST interface and a test CA.
 
-`arc_site` runs for a file of tests; a test that stops it must start it again, or uses `arc_site.down()`. What is not
-installed is skipped, with a line that says what is missing.
+`arc_site` runs for a file of tests; a test that stops it must start it again, or uses `arc_site.down()`. What is
+not installed is skipped, with a line that says what is missing.
 """
 
 from __future__ import annotations

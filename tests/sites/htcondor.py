@@ -1,7 +1,8 @@
 """A pytest plugin: `htcondor_site`, an HTCondor pool of the tests' own on the loopback interface.
 
-It runs for one file of tests, as its daemons never rest, in namespaces of its own, on the files that `htcondor_root`
-has unpacked: what it mounts and starts ends with the first of its processes. What cannot be had here is skipped, with a line that says what is missing.
+It runs for one file of tests, as its daemons never rest, in namespaces of its own, on the files that
+`htcondor_root` has unpacked: what it mounts and starts ends with the first of its processes. What cannot be had
+here is skipped, with a line that says what is missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pytest plugin: `slurm_site`, a real Slurm of the tests' own, with one node, on the loopback interface.
 
-It runs for a file of tests, and forgets jobs a few seconds after their end. `accounting_slurm_site` is another, which
-keeps accounts in MariaDB. Where Slurm is not installed, their tests are skipped with a line that says so.
+It runs for a file of tests, and forgets jobs a few seconds after their end. `accounting_slurm_site` is another,
+which keeps accounts in MariaDB. Where Slurm is not installed, their tests are skipped with a line that says so.
 """
 
 from __future__ import annotations
