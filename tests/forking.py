@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _IMPORTED = (
-    *("diracx.tasks.jobs", "diracx.tasks.web.dashboard.app"),
+    *("diracx.tasks.jobs", "diracx.tasks.testing", "diracx.tasks.web.dashboard.app"),
     *("diracx.tasks.plumbing.worker", "diracx.tasks.plumbing.scheduler", "diracx.tasks.plumbing.persistence.db"),
     *("diracx.db.sql", "sqlalchemy.dialects.sqlite.aiosqlite", "aiosqlite", "rich.table", "uvicorn", "yaml"),
     *("alembic.command", "mako.template", "uvloop", "rich._emoji_codes", "typer._adapters", "asyncpg", "aiomysql"),
@@ -74,8 +75,11 @@ def _keep(request: dict[str, Any], stdin: int, stdout: int, stderr: int, news: i
     path = Path(sys.executable).parent / request["program"]
     sys.argv = [str(path), *request["args"]]
     sys.path[0] = str(path.parent)
-    (command,) = importlib.metadata.entry_points(group="console_scripts", name=path.name)
     try:
+        if path.suffix == ".py":
+            runpy.run_path(str(path), run_name="__main__")
+            sys.exit(0)
+        (command,) = importlib.metadata.entry_points(group="console_scripts", name=path.name)
         sys.exit(command.load()())
     except SystemExit as end:
         if not isinstance(end.code, int):

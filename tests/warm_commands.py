@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import forking
 import pytest
 
 _DIRECTORY = Path(sys.executable).parent
@@ -89,7 +88,7 @@ class WarmCommands:
         unwanted = ("DIRACX_", "FORCE_COLOR")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, forking.__file__, str(theirs.fileno())],
+                [sys.executable, str(Path(__file__).with_name("forking.py")), str(theirs.fileno())],
                 env={name: value for name, value in os.environ.items() if not name.startswith(unwanted)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -112,24 +111,34 @@ class WarmCommands:
         cwd: Path | None = None,
         new_python: bool = False,
     ) -> Running:
-        """Start a command, by its name.
+        """Start a command, by its name, or a script in Python, by its path.
 
         Args:
-            command: name and arguments.
+            command: name or path, and arguments.
             stdin: None is empty.
             new_python: not forked, but from the start.
         """
         program, *args = command
         if new_python or _pythons_own(env) != self._python:
             path = str(_DIRECTORY / program)
+            before = [sys.executable] if path.endswith(".py") else []
             stdio: dict[str, Any] = {"stdin": stdin or subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
-            return subprocess.Popen([path, *args], cwd=cwd, env=env, **stdio)
+            return subprocess.Popen([*before, path, *args], cwd=cwd, env=env, **stdio)
         request = {"program": program, "args": args, "cwd": str(cwd or Path.cwd()), "env": dict(env)}
         reader, writer = os.pipe()
         with open(os.devnull, "rb") as nothing, os.fdopen(writer, "wb") as news:
             files = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno(), news.fileno()]
             socket.send_fds(self._requests, [json.dumps(request).encode()], files)
         return ForkedCommand(command, os.fdopen(reader, "rb", buffering=0))
+
+    def worker(self, script: Path, *args: str, env: Mapping[str, str]) -> Running:
+        """Start a script that prints the one line `ready`, and wait until it has."""
+        reader, writer = os.pipe()
+        with os.fdopen(reader) as said:
+            with os.fdopen(writer, "wb") as stdout, os.fdopen(os.dup(2), "wb") as stderr:
+                process = self.start([str(script), *args], env=env, stdout=stdout, stderr=stderr)
+            assert said.readline() == "ready\n"
+        return process
 
     def run(
         self,

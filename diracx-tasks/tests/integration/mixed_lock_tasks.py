@@ -96,7 +96,10 @@ async def serve(redis_url: str, size: str) -> None:
     worker = Worker(broker, TaskRegistry(REGISTRY), settings=settings)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(15, stop.set)
-    await worker.run(stop)
+    running = asyncio.create_task(worker.run(stop))
+    await worker.ready.wait()
+    print("ready", flush=True)
+    await running
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem
 from network import Network
 from redis.asyncio import Redis
+from warm_commands import Running, WarmCommands
 
 sys.path.insert(0, str(Path(__file__).parent))
 from crashing_tasks import LEASE_SECONDS, TASKS, Blocks, Kills, KillsTwice, Marks, MarksOnce, Notes
@@ -31,22 +31,17 @@ SETTINGS = {"lease_seconds": LEASE_SECONDS}
 
 
 @pytest.fixture
-def worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def worker(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, warm_commands: WarmCommands
+) -> Iterator[Callable[..., Running]]:
     """Starts worker processes of their own, and ends them with the test."""
     monkeypatch.setenv("TEST_REDIS_URL", redis_url)
     started = []
 
-    def start(url: str = redis_url) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crashing_tasks.py")), url],
-            env={**os.environ, "TEST_HANGS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return process
+    def start(url: str = redis_url) -> Running:
+        script = Path(__file__).with_name("crashing_tasks.py")
+        started.append(warm_commands.worker(script, url, env={**os.environ, "TEST_HANGS": "1"}))
+        return started[-1]
 
     yield start
     for process in started:
@@ -62,7 +57,7 @@ async def until(condition: Any, seconds: float = 60.0) -> None:
 
 
 async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+    worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
@@ -84,7 +79,7 @@ async def test_P10_P16_a_killed_workers_task_starts_elsewhere_within_one_lease(
 
 
 async def test_a_task_that_must_not_begin_twice_has_failed_when_its_worker_dies(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+    worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
@@ -105,7 +100,7 @@ async def test_a_task_that_must_not_begin_twice_has_failed_when_its_worker_dies(
 
 
 async def test_P21_a_dead_workers_reader_counts_come_back(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+    worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
@@ -127,7 +122,7 @@ async def _is(call: Any, value: Any) -> bool:
 
 
 async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str
+    worker: Callable[[], Running], redis_url: str
 ) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
         await Kills().schedule()
@@ -144,7 +139,7 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "begun:twice", "may-end:twice")
 async def test_P9_a_worker_that_is_cut_off_is_no_third_death_of_its_task(
-    worker: Callable[..., subprocess.Popen[str]], redis_url: str, redis: Redis
+    worker: Callable[..., Running], redis_url: str, redis: Redis
 ) -> None:
     """Two workers have died with it. The third one is away for longer than its lease, and comes back."""
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
@@ -176,7 +171,7 @@ async def test_P9_a_worker_that_is_cut_off_is_no_third_death_of_its_task(
 
 
 async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str
+    worker: Callable[[], Running], redis_url: str
 ) -> None:
     first, second = worker(), worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0) as system:
@@ -187,7 +182,7 @@ async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(
 
 
 async def test_a_paused_worker_finds_out_and_settles_nothing(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis
+    worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0):
@@ -207,7 +202,7 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
 
 
 async def test_P5_a_task_taken_over_from_a_paused_worker_does_not_start_there(
-    worker: Callable[[], subprocess.Popen[str]], redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    worker: Callable[[], Running], redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a lock to ask for, and although the lease is renewed before the worker looks at what it has."""
     monkeypatch.setenv("TEST_PAUSES", "1")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import TaskSystem
 from network import Network
 from redis.asyncio import Redis
+from warm_commands import Running, WarmCommands
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exclusive_tasks import BlocksUnderLock, WorksUnderLock
@@ -35,26 +35,21 @@ SCHEDULING_DELAY_SECONDS = 0.3
 class Workers:
     """Worker processes, each behind a network of its own."""
 
-    def __init__(self, redis_url: str, directory: Path) -> None:
+    def __init__(self, redis_url: str, directory: Path, commands: WarmCommands) -> None:
         self._redis_url = redis_url
+        self._commands = commands
         self.witness = directory / "witness"
         self.networks: list[Network] = []
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Running] = []
 
     def start(self, lease_seconds: float = LEASE_SECONDS, loop: str = "asyncio") -> int:
         """Start one, wait until it is ready, and return its position."""
         self.networks.append(Network(self._redis_url))
         self.networks[-1].start()
-        script = str(Path(__file__).with_name("exclusive_tasks.py"))
-        process = subprocess.Popen(
-            [sys.executable, script, self.networks[-1].url, str(lease_seconds), loop],
-            env={**os.environ, "TEST_WITNESS": str(self.witness), "TEST_REDIS_URL": self._redis_url},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        script = Path(__file__).with_name("exclusive_tasks.py")
+        env = {**os.environ, "TEST_WITNESS": str(self.witness), "TEST_REDIS_URL": self._redis_url}
+        arguments = self.networks[-1].url, str(lease_seconds), loop
+        self.processes.append(self._commands.worker(script, *arguments, env=env))
         return len(self.processes) - 1
 
     def stop(self) -> None:
@@ -80,8 +75,8 @@ class Workers:
 
 
 @pytest.fixture
-def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
-    started = Workers(redis_url, tmp_path)
+def workers(redis_url: str, tmp_path: Path, warm_commands: WarmCommands) -> Iterator[Workers]:
+    started = Workers(redis_url, tmp_path, warm_commands)
     yield started
     started.stop()
 

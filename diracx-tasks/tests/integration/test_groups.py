@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -34,6 +33,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.messages.codec import loads
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from warm_commands import WarmCommands
 
 sys.path.insert(0, str(Path(__file__).parent))
 from crashing_tasks import LEASE_SECONDS, Marks
@@ -163,13 +163,13 @@ async def test_P33_a_redelivered_child_is_subtracted_once(redis_url: str, redis:
 
 @pytest.mark.leaves_keys("diracx:tasks:*")  # the name of the dead worker, should nobody have looked again
 async def test_P33_a_child_whose_worker_was_killed_runs_again_and_the_callback_comes_once(
-    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, warm_commands: WarmCommands
 ) -> None:
     monkeypatch.setenv("TEST_REDIS_URL", redis_url)
     async with TaskSystem(CRASHING_TASKS, redis_url=redis_url, workers=0):
         await spawn_with_callback([Marks("a"), Marks("b", ends=True)], Marks("callback", ends=True))
-    script = str(Path(__file__).with_name("crashing_tasks.py"))
-    process = subprocess.Popen([sys.executable, script, redis_url], env={**os.environ, "TEST_HANGS": "1"})
+    script = Path(__file__).with_name("crashing_tasks.py")
+    process = warm_commands.worker(script, redis_url, env={**os.environ, "TEST_HANGS": "1"})
     try:
         deadline = time.monotonic() + 30
         while await redis.exists("started:a", "started:b") < 2:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from diracx.tasks.plumbing import schedule_many
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from warm_commands import Running, WarmCommands
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mixed_lock_tasks import KINDS, REGISTRY, SLOTS, Mixed, SmallMixed, UrgentMixed
@@ -37,15 +37,15 @@ SIZES = ("medium", "medium", "small")
 
 
 class Processes:
-    def __init__(self, redis_url: str, witness: Path) -> None:
-        self._redis_url, self._witness = redis_url, witness
+    def __init__(self, redis_url: str, witness: Path, commands: WarmCommands) -> None:
+        self._redis_url, self._witness, self._commands = redis_url, witness, commands
         self.running = [self.start(size) for size in SIZES]
         self.killed: dict[int, float] = {}
 
-    def start(self, size: str) -> subprocess.Popen[bytes]:
-        script = str(Path(__file__).with_name("mixed_lock_tasks.py"))
+    def start(self, size: str) -> Running:
+        script = Path(__file__).with_name("mixed_lock_tasks.py")
         env = {**os.environ, "TEST_WITNESS": str(self._witness)}
-        return subprocess.Popen([sys.executable, script, self._redis_url, size], env=env)
+        return self._commands.worker(script, self._redis_url, size, env=env)
 
     def kill(self, which: int) -> None:
         """`kill -9`, and another one in its place."""
@@ -68,8 +68,8 @@ class Processes:
 
 
 @pytest.fixture
-def processes(redis_url: str, tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(redis_url, tmp_path / "witness")
+def processes(redis_url: str, tmp_path: Path, warm_commands: WarmCommands) -> Iterator[Processes]:
+    started = Processes(redis_url, tmp_path / "witness", warm_commands)
     yield started
     for process in started.running:
         process.kill()

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,21 +19,21 @@ from redis.asyncio import Redis
 from warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB
+from gubbins.logic.my_pilots import submit_pilot
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ces.yaml"
-SUBMIT = """
-import asyncio, sys
-from gubbins.db.sql import MyPilotDB
-from gubbins.logic.my_pilots import submit_pilot
 
-async def main(url):
-    db = MyPilotDB(url)
-    async with db.engine_context():
-        print(await submit_pilot(db, "flaky.example.org", "lhcb"))
 
-asyncio.run(main(sys.argv[1]))
-"""
+def submit(url: str) -> str:
+    """Submit a pilot there, without a command; returns its number."""
+
+    async def submitted() -> int:
+        db = MyPilotDB(url)
+        async with db.engine_context():
+            return await submit_pilot(db, "flaky.example.org", "lhcb")
+
+    return str(asyncio.run(submitted()))
 
 
 @pytest.fixture
@@ -76,9 +75,7 @@ def test_a_first_session(run: Run, sqlite_url: str) -> None:
     assert [ce["name"] for ce in ces] == ["reliable.example.org", "this-host"]
     assert "reliable.example.org" in run("ce", "list").stdout
 
-    pilot_id = subprocess.run(
-        [sys.executable, "-c", SUBMIT, sqlite_url], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    pilot_id = submit(sqlite_url)
     page = json.loads(run("pilots", "list", "--status", "submitted", "--json").stdout)
     assert [str(pilot["pilot_id"]) for pilot in page["items"]] == [pilot_id]
     summary = json.loads(run("pilots", "summary", "--json").stdout)
@@ -197,9 +194,9 @@ def test_output_of_a_pilot_goes_where_it_was_written(initialised: Run, sqlite_ur
     settings = f"{{directory: {tmp_path}/ce, default_script: 'echo out; echo err >&2'}}"
     ce = f"{{name: flaky.example.org, capacity: 1, backend: local, settings: {settings}}}"
     assert initialised("ce", "load", "-", stdin=f"compute_elements: [{ce}]").returncode == 0
-    pilot = subprocess.run([sys.executable, "-c", SUBMIT, sqlite_url], capture_output=True, text=True, check=True)
+    pilot_id = submit(sqlite_url)
     deadline = time.monotonic() + 30
-    while (shown := initialised("pilots", "output", pilot.stdout.strip())).stderr != "err\n":
+    while (shown := initialised("pilots", "output", pilot_id)).stderr != "err\n":
         assert time.monotonic() < deadline, shown
     assert (shown.returncode, shown.stdout) == (0, "out\n")
     refused(initialised("pilots", "output", "7"), 1, "unknown pilot 7")

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 from diracx.tasks.testing.server import free_port
+from warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB
 
-PROGRAM = Path(sys.executable).with_name("diracx-task-run")
 DEADLINE_SECONDS = 60.0
 
 
 @contextmanager
-def _scheduler(redis_url: str, database_url: str, port: int, log: Path) -> Iterator[None]:
+def _scheduler(commands: WarmCommands, redis_url: str, database_url: str, port: int, log: Path) -> Iterator[None]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
     environment |= {"DIRACX_TASKS_REDIS_URL": redis_url, "DIRACX_DB_URL_MYPILOTDB": database_url}
     with log.open("wb") as output:
-        command = [str(PROGRAM), "scheduler", "--metrics-port", str(port)]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        command = ["diracx-task-run", "scheduler", "--metrics-port", str(port)]
+        process = commands.start(command, env=environment, stdout=output, stderr=output)
         try:
             yield
         finally:
@@ -34,12 +32,12 @@ def _scheduler(redis_url: str, database_url: str, port: int, log: Path) -> Itera
 
 
 async def test_the_leading_scheduler_tells_of_pilots(
-    sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, tmp_path: Path
+    sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, tmp_path: Path, warm_commands: WarmCommands
 ) -> None:
     await sqlite_db.add_ce("ce01", 5, 1.0)
     await sqlite_db.submit_pilot("ce01", "lhcb")
     port, log = free_port(), tmp_path / "scheduler.log"
-    with _scheduler(redis_url, sqlite_url, port, log):
+    with _scheduler(warm_commands, redis_url, sqlite_url, port, log):
         async with asyncio.timeout(DEADLINE_SECONDS), httpx.AsyncClient() as client:
             text = ""
             while 'pilots{ce="ce01",state="SUBMITTED",vo="lhcb"} 1.0\n' not in text:
