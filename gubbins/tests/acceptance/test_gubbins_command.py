@@ -148,6 +148,54 @@ def test_a_downtime_is_planned_listed_shown_and_removed(initialised: Run, redis_
     assert done == [("load compute elements", "a"), ("add downtime", "a"), ("remove downtime", "1")]
 
 
+SITES = """
+Resources
+{
+  Sites
+  {
+    DIRAC
+    {
+      DIRAC.Example.org
+      {
+        CEs
+        {
+          host.example.org
+          {
+            CEType = SSH
+            SSHUser = pilot
+            SSHPassword = s3cret
+            MaxTotalJobs = 8
+            VO = lhcb
+          }
+        }
+      }
+    }
+  }
+}
+"""
+
+
+def test_a_configuration_of_dirac_becomes_a_file_to_load(initialised: Run, tmp_path: Path) -> None:
+    run = initialised
+    source, target = tmp_path / "dirac.cfg", tmp_path / "ces.yaml"
+    source.write_text(SITES)
+    made = run("ce", "import-dirac", str(source), "--output", str(target), "--share", "0.5")
+    assert made.stdout == f"{target}: 1 compute elements, 1 remarks\n"
+    where = "Resources/Sites/DIRAC/DIRAC.Example.org/CEs/host.example.org/SSHPassword"
+    assert made.stderr == f"{where}: has no counterpart\n"
+    assert run("ce", "load", str(target)).stdout == "host.example.org: created\n"
+    assert json.loads(run("ce", "show", "host.example.org", "--json").stdout)["capacity"] == 4
+    refused(run("ce", "import-dirac", str(source), "--output", str(target)), 2, str(target), "File exists")
+    shown = run("ce", "import-dirac", "-", stdin=SITES)
+    assert shown.stdout.startswith("compute_elements:\n- name: host.example.org\n")
+    told = json.loads(run("ce", "import-dirac", "-", "--json", stdin=SITES).stdout)
+    assert [remark["path"] for remark in told["remarks"]] == [where]
+    assert "s3cret" not in shown.stdout + shown.stderr + str(told)
+    refused(run("ce", "import-dirac", "-", stdin="Resources\n{\n"), 2, "no configuration of DIRAC")
+    refused(run("ce", "import-dirac", "-", stdin=""), 1, "Resources/Sites")
+    refused(run("ce", "import-dirac", str(tmp_path / "none.cfg")), 2, "cannot read", "No such file")
+
+
 def test_actions_are_in_the_audit_log_of_the_task_system(initialised: Run, redis_url: str) -> None:
     run = partial(initialised, redis=redis_url)
     ces = "compute_elements: [{name: a, capacity: 1}, {name: b, capacity: 1}]"

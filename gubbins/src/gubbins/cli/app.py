@@ -20,6 +20,7 @@ from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
+from . import dirac_import
 from .downtimes import downtime_app
 from .session import NO_DATABASE, emit, in_database, me, recorded, table
 
@@ -98,6 +99,7 @@ ce_app = command_group(
 pilots_app = command_group("pilots", "Pilots: list, count, show, output, cancel.", rich_markup_mode=None)
 db_app = command_group("db", _DB_HELP, rich_markup_mode=None)
 ce_app.add_typer(downtime_app)
+ce_app.command("import-dirac", help=dirac_import.HELP)(dirac_import.import_dirac)
 for _group in (ce_app, pilots_app, db_app):
     app.add_typer(_group)
 

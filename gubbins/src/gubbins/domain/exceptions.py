@@ -153,6 +153,13 @@ class CEFileError(CESettingsError):
     separator = "\n"
 
 
+class DiracConfigurationError(GubbinsError):
+    """A configuration of DIRAC cannot be read."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this is no configuration of DIRAC: {reason}")
+
+
 class CEUnavailableError(GubbinsError):
     """A compute element did not respond, or not validly. Nothing follows from that for any pilot."""
 

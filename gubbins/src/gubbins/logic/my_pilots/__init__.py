@@ -32,6 +32,7 @@ __all__ = [
     "get_pilot",
     "get_pilot_output",
     "get_pilot_summary",
+    "import_dirac",
     "import_downtimes",
     "list_ces",
     "list_downtimes",
@@ -66,6 +67,7 @@ from .compute_elements import (
     set_ce_enabled,
 )
 from .demand import request_pilots, withdraw_requests
+from .dirac_import import import_dirac
 from .downtimes import add_downtime, ces_in_downtime, import_downtimes, list_downtimes, remove_downtime
 from .outputs import collect_outputs, get_pilot_output
 from .pilots import (

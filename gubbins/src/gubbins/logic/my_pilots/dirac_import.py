@@ -1,0 +1,417 @@
+"""Read compute elements from a configuration of DIRAC, as its SiteDirector submits to them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from gubbins.domain.exceptions import CEFileError, DiracConfigurationError
+from gubbins.domain.rules import DemandPolicy
+from gubbins.domain.text import one_line
+
+from .ce_file import CE_NAME, parse_ce_file
+
+MAX_CONFIGURATION_BYTES = 64 * 1024 * 1024
+
+_SITES = "Resources/Sites"
+_DIRAC_SLOTS, _DIRAC_WAITING = 10, 10  # SiteDirector's own limits where none is given
+_SECONDS = 60  # maxCPUTime is in minutes
+
+#: What DIRAC keeps of sites, compute elements and queues that is not about pilots.
+_NOT_ABOUT_PILOTS = {"CE", "Coordinates", "Country", "Description", "Mail", "MoUTierLevel", "Name", "OS", "SE"}
+_NOT_ABOUT_PILOTS |= {"SI00", "SubmissionMode", "Tier", "architecture"}
+
+
+class Remark(NamedTuple):
+    """A part of the configuration that was not taken over, or not as it is."""
+
+    path: str
+    why: str
+
+
+@dataclass
+class DiracImport:
+    """Compute elements of a configuration of DIRAC."""
+
+    compute_elements: list[dict[str, Any]] = field(default_factory=list)
+    """Entries of a file for `gubbins ce load`."""
+    remarks: list[Remark] = field(default_factory=list)
+    """Everything that has no counterpart or needs attention, in the order of the configuration."""
+
+
+class _Section:
+    """A section of the configuration that knows which options were read."""
+
+    def __init__(self, values: Mapping[str, Any], path: str, outer: _Section | None = None) -> None:
+        self.path, self.outer = path, outer
+        self.options = {name: str(value) for name, value in values.items() if not isinstance(value, Mapping)}
+        self.sections = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+        self.read: set[str] = set()
+
+    def section(self, name: str) -> _Section:
+        """A section below this one; an empty one if there is none of that name."""
+        return _Section(self.sections.get(name, {}), f"{self.path}/{name}", self)
+
+    def text(self, *names: str, inherit: bool = False) -> str | None:
+        """The first of these options that is here; with `inherit`, or else in a section around this one."""
+        for name in names:
+            if name in self.options:
+                self.read.add(name)
+                return self.options[name].strip() or None
+        return self.outer.text(*names, inherit=True) if inherit and self.outer is not None else None
+
+    def words(self, *names: str, inherit: bool = False) -> list[str]:
+        """The option as a list."""
+        return [word for word in re.split(r"[,\s]+", self.text(*names, inherit=inherit) or "") if word]
+
+    def unread(self) -> Iterator[Remark]:
+        """The options that were not read."""
+        for name in self.options:
+            if name not in self.read:
+                about = "not about pilots" if name in _NOT_ABOUT_PILOTS else "has no counterpart"
+                yield Remark(f"{self.path}/{name}", about)
+
+
+def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
+    """Translate a configuration of DIRAC into entries of a file of compute elements.
+
+    Each compute element of `Resources/Sites` becomes an entry, its queues become `queues`. Whatever has no
+    counterpart is a remark with its path; values are never repeated, for they may be secrets.
+
+    Args:
+        text: the configuration, in DIRAC's format.
+        share: part of the slots, 0.0-1.0, for a start side by side with SiteDirector.
+
+    Raises:
+        DiracConfigurationError: it cannot be read.
+    """
+    if len(text) > MAX_CONFIGURATION_BYTES:
+        raise DiracConfigurationError(f"it is longer than {MAX_CONFIGURATION_BYTES >> 20} MB")
+    from diraccfg import CFG
+
+    result = DiracImport()
+    result.remarks += _stray_lines(text)
+    try:
+        tree: Any = CFG().loadFromBuffer(text).getAsDict()
+    except Exception as error:  # the library raises what it meets
+        raise DiracConfigurationError(one_line(error.args[0] if error.args else error, 300)) from error
+    if not isinstance(tree.get("Resources", {}), Mapping):
+        raise DiracConfigurationError("`Resources` is no section")
+    result.remarks += [
+        Remark(name, "not about compute elements") for name in tree if name not in ("Resources", "Systems")
+    ]
+    resources: Mapping[str, Any] = tree.get("Resources", {})
+    result.remarks += [
+        Remark(f"Resources/{name}", "not about compute elements") for name in resources if name != "Sites"
+    ]
+    result.remarks += _site_directors(tree.get("Systems", {}), "Systems")
+    sites = _Section(resources, "Resources").section("Sites")
+    result.remarks += sites.unread()
+    seen: dict[str, str] = {}
+    for grid in sites.sections:
+        of_grid = sites.section(grid)
+        result.remarks += of_grid.unread()
+        for name in of_grid.sections:
+            _import_site(of_grid.section(name), name, share, result, seen)
+    return result
+
+
+def _stray_lines(text: str) -> Iterator[Remark]:
+    """Lines that DIRAC's parser leaves out, and options that are given twice, of which it takes the last."""
+    open_sections: list[set[str]] = [set()]
+    name, at = "", 0
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        if name and not line.startswith("{"):
+            yield Remark(f"line {at}", "is no option and no section: left out")
+            name = ""
+        if "=" in line and "{" not in line.partition("=")[0]:
+            option = line.partition("=")[0].rstrip("+ ")
+            if option in open_sections[-1] and "+=" not in line:
+                yield Remark(f"line {number}", f"{option[:80]!r} is given twice: the last one counts")
+            open_sections[-1].add(option)
+            continue
+        for character in line:
+            if character == "{":
+                open_sections.append(set())
+                name = ""
+            elif character == "}" and len(open_sections) > 1:
+                open_sections.pop()
+        name = line.rpartition("}")[2].rpartition("{")[2].strip()
+        at = number
+    if name:
+        yield Remark(f"line {at}", "is no option and no section: left out")
+
+
+def _site_directors(tree: Any, path: str) -> Iterator[Remark]:
+    """The agents that submit today: their options are ours to know, and yours to stop."""
+    for name, value in tree.items() if isinstance(tree, Mapping) else ():
+        if not isinstance(value, Mapping):
+            continue
+        if name.startswith("SiteDirector"):
+            for option in value:
+                yield Remark(
+                    f"{path}/{name}/{option}", "an option of SiteDirector: see the rules of compute elements"
+                )
+            yield Remark(f"{path}/{name}", "this agent submits pilots until you stop it")
+        else:
+            yield from _site_directors(value, f"{path}/{name}")
+
+
+def _import_site(site: _Section, name: str, share: float, result: DiracImport, seen: dict[str, str]) -> None:
+    ces = site.section("CEs")
+    if not ces.sections:
+        result.remarks.append(Remark(site.path, "has no section `CEs`"))
+    found: list[tuple[_Section, dict[str, Any]]] = []
+    remarks: list[Remark] = []
+    for ce_name in ces.sections:
+        ce = ces.section(ce_name)
+        if ce_name in seen:
+            remarks.append(Remark(ce.path, f"left out: its name is that of {seen[ce_name]}"))
+            continue
+        seen[ce_name] = ce.path
+        if not re.match(CE_NAME, ce_name):
+            remarks.append(Remark(ce.path, "left out: names have letters, digits and . _ : -"))
+            continue
+        queues = ce.section("Queues")
+        entry = _entry(ce, ce_name, name, queues, share, remarks)
+        if entry is not None:
+            found.append((ce, entry))
+    result.remarks += [*site.unread(), *_other_sections(site, "CEs"), *ces.unread(), *remarks]
+    for ce, entry in found:
+        result.remarks += _check(ce.path, entry)
+        result.compute_elements.append(entry)
+
+
+def _other_sections(section: _Section, *known: str) -> Iterator[Remark]:
+    for name in section.sections:
+        if name not in known:
+            yield Remark(f"{section.path}/{name}", "has no counterpart")
+
+
+def _entry(
+    ce: _Section, name: str, site: str, queues: _Section, share: float, remarks: list[Remark]
+) -> dict[str, Any] | None:
+    """One entry of the file; None: there is no back end for it."""
+    kind = ce.text("CEType") or "no CEType"
+    batch = (ce.text("BatchSystem") or "Host").lower()
+    backend = _BACKENDS.get((kind.lower(), batch)) or _BACKENDS.get((kind.lower(), "host"))
+    if backend is None or (batch != "host" and (kind.lower(), batch) not in _BACKENDS):
+        remarks.append(
+            Remark(ce.path, f"left out: no back end for {kind[:40]} with the batch system {batch[:40]}")
+        )
+        return None
+    made: dict[str, dict[str, Any]] = {}
+    for queue_name in queues.sections or ("",):
+        queue = queues.section(queue_name) if queue_name else ce
+        made[queue_name] = _queue(ce, queue, queue_name, name, site, backend, share, remarks)
+        if queue is not ce:
+            remarks += queue.unread()
+            remarks += _other_sections(queue)
+    remarks += queues.unread()
+    remarks += ce.unread()
+    remarks += _other_sections(ce, "Queues")
+    if len(made) == 1:
+        [entry] = made.values()
+        return {"name": name, "backend": backend.name, **entry}
+    first, *others = made.values()
+    shared = {key: value for key, value in first.items() if all(own.get(key) == value for own in others)}
+    return {
+        "name": name,
+        "backend": backend.name,
+        **shared,
+        "queues": {
+            queue: {key: value for key, value in own.items() if key not in shared} for queue, own in made.items()
+        },
+    }
+
+
+def _queue(
+    ce: _Section,
+    queue: _Section,
+    queue_name: str,
+    name: str,
+    site: str,
+    backend: _Backend,
+    share: float,
+    remarks: list[Remark],
+) -> dict[str, Any]:
+    def number(*names: str) -> int | None:
+        given = queue.text(*names, inherit=True)
+        if given is None:
+            return None
+        try:
+            return max(0, int(float(given)))
+        except (ValueError, OverflowError):
+            remarks.append(Remark(f"{queue.path}/{names[0]}", "is no number: left out"))
+            return None
+
+    slots = number("MaxTotalJobs")
+    if slots is None:
+        remarks.append(
+            Remark(f"{queue.path}/MaxTotalJobs", f"not given: {_DIRAC_SLOTS} slots, as SiteDirector has it")
+        )
+        slots = _DIRAC_SLOTS
+    waiting = number("MaxWaitingJobs")
+    minutes, processors, memory = number("maxCPUTime"), number("NumberOfProcessors"), number("MaxRAM")
+    tags = [word for word in queue.words("Tag", inherit=True) if not _comes_by_itself(word)]
+    rules: dict[str, Any] = {"policy": str(DemandPolicy.WAITING_JOBS), "site": site}
+    rules["max_waiting"] = _DIRAC_WAITING if waiting is None else waiting
+    optional: dict[str, Any] = {
+        "queue": queue_name,
+        "platform": queue.words("Platform", inherit=True),
+        "tags": tags,
+        "required_tags": queue.words("RequiredTag", inherit=True),
+        "max_cpu_seconds": _SECONDS * minutes if minutes else None,
+        "processors": processors if processors and processors > 1 else None,
+        "max_memory_mb": memory,
+    }
+    rules |= {rule: value for rule, value in optional.items() if value}
+    entry: dict[str, Any] = {"capacity": round(slots * share) or (1 if slots and share else 0)}
+    if vos := queue.words("VO", inherit=True):
+        entry["vos"] = vos
+    own = {"cpus": processors, "memory_mb": memory, "queue": queue_name}
+    entry["settings"] = backend.settings(queue, name, own, remarks)
+    entry["rules"] = rules
+    return entry
+
+
+def _comes_by_itself(tag: str) -> bool:
+    return re.fullmatch(r"MultiProcessor|\d+Processors|\d+GB", tag) is not None
+
+
+class _Backend(NamedTuple):
+    name: str
+    settings: Callable[[_Section, str, Mapping[str, Any], list[Remark]], dict[str, Any]]
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value not in (None, "", [], {})}
+
+
+def _path(queue: _Section, *names: str) -> str | None:
+    return queue.text(*names, inherit=True)
+
+
+def _ssh(queue: _Section, name: str) -> dict[str, Any]:
+    host = queue.text("SSHHost", inherit=True) or name
+    key = queue.text("SSHKey", inherit=True)
+    port = queue.text("SSHPort", "Port", inherit=True)
+    return _given(
+        host=host.partition("/")[0],
+        username=queue.text("SSHUser", inherit=True),
+        port=int(port) if port and port.isdigit() else None,
+        client_keys=[key] if key else None,
+    )
+
+
+def _on_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    return _given(**_ssh(queue, name), workdir=_path(queue, "SharedArea", "WorkArea"))
+
+
+def _on_this_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    return _given(directory=_path(queue, "SharedArea", "WorkArea"))
+
+
+def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    directory = _path(queue, "SharedArea", "WorkArea")
+    if directory is None or not directory.startswith("/"):
+        remarks.append(Remark(f"{queue.path}/SharedArea", "no absolute directory: check `settings.directory`"))
+        directory = "/var/lib/gubbins/pilots"
+    options, account, partition = [], None, own["queue"] or None
+    try:
+        words = shlex.split(queue.text("SubmitOptions", inherit=True) or "")
+    except ValueError:
+        remarks.append(Remark(f"{queue.path}/SubmitOptions", "cannot be parsed: left out"))
+        words = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option == "--account" and value:
+            account = value
+        elif option == "--partition" and value:
+            partition = value
+        elif word.startswith("--"):
+            options.append(word)
+        else:
+            remarks.append(
+                Remark(f"{queue.path}/SubmitOptions", "has words that are no `--option=value`: left out")
+            )
+    return _given(
+        directory=directory,
+        partition=partition,
+        account=account,
+        cpus=own["cpus"],
+        memory_mb=own["memory_mb"],
+        extra_options=options,
+    )
+
+
+def _slurm_by_ssh(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    return {"ssh": _ssh(queue, name), **_slurm(queue, name, own, remarks)}
+
+
+def _arc(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    port = queue.text("Port", inherit=True)
+    host = queue.text("Host", inherit=True) or name
+    remarks.append(
+        Remark(queue.path, f"needs credentials: put a certificate (or a `token`) at /etc/gubbins/{name}.pem")
+    )
+    return _given(
+        url=f"https://{host}{f':{port}' if port else ''}/arex",
+        certificate=f"/etc/gubbins/{name}.pem",
+        queue=(own["queue"] or "").rpartition("-")[2],  # nordugrid-SLURM-grid: the queue `grid`
+        cpus=own["cpus"],
+        memory_mb=own["memory_mb"],
+    )
+
+
+def _htcondor(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    remarks.append(Remark(queue.path, f"needs credentials: put a token at /etc/gubbins/{name}.token"))
+    commands = {}
+    for line in re.split(r"\\n|\n", queue.text("ExtraSubmitString", inherit=True) or ""):
+        command, equals, value = line.partition("=")
+        if equals and re.fullmatch(r"(\+|(?i:MY)\.)?[A-Za-z_]\w*", command.strip()):
+            commands[command.strip()] = value.strip()
+        elif line.strip():
+            remarks.append(
+                Remark(f"{queue.path}/ExtraSubmitString", "has a line that is no `name = value`: left out")
+            )
+    return _given(
+        collector=f"{name}:{queue.text('Port', inherit=True) or 9619}",
+        schedd=name,
+        token=f"/etc/gubbins/{name}.token",
+        cpus=own["cpus"],
+        memory_mb=own["memory_mb"],
+        submit_commands=commands,
+    )
+
+
+_BACKENDS = {
+    ("ssh", "host"): _Backend("ssh", _on_host),
+    ("ssh", "slurm"): _Backend("slurm", _slurm_by_ssh),
+    ("sshbatch", "host"): _Backend("ssh", _on_host),
+    ("local", "host"): _Backend("local", _on_this_host),
+    ("local", "slurm"): _Backend("slurm", _slurm),
+    ("slurm", "host"): _Backend("slurm", _slurm),
+    ("slurm", "slurm"): _Backend("slurm", _slurm),
+    ("arc", "host"): _Backend("arc", _arc),
+    ("arc6", "host"): _Backend("arc", _arc),
+    ("arex", "host"): _Backend("arc", _arc),
+    ("htcondorce", "host"): _Backend("htcondor", _htcondor),
+}
+
+
+def _check(path: str, entry: Mapping[str, Any]) -> Sequence[Remark]:
+    """Remarks on mistakes in the entry, which `gubbins ce load` would refuse."""
+    import yaml
+
+    try:
+        parse_ce_file(yaml.safe_dump({"compute_elements": [entry]}))
+    except CEFileError as error:
+        return [Remark(path, f"to be mended by hand: {where}: {what}") for where, what in error.problems]
+    return ()

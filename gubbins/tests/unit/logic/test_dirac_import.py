@@ -1,0 +1,324 @@
+"""A configuration of DIRAC as compute elements of ours; what has no counterpart is listed line by line."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import yaml
+from diraccfg import CFG
+
+from gubbins.domain.exceptions import DiracConfigurationError
+from gubbins.logic.my_pilots import import_dirac, parse_ce_file
+from gubbins.logic.my_pilots.dirac_import import DiracImport
+
+CONFIGURATION = """
+# A part of the configuration of a VO's installation.
+DIRAC
+{
+  Setup = LHCb-Production
+}
+Systems
+{
+  WorkloadManagement
+  {
+    Agents
+    {
+      SiteDirectorCERN
+      {
+        MaxPilotsToSubmit = 100
+        CETypes = HTCondorCE
+      }
+      JobCleaningAgent
+      {
+        PollingTime = 3600
+      }
+    }
+  }
+}
+Resources
+{
+  StorageElements
+  {
+    CERN-disk
+    {
+      BackendType = EOS
+    }
+  }
+  Sites
+  {
+    LCG
+    {
+      LCG.CERN.ch
+      {
+        Name = CERN-PROD
+        VO = lhcb
+        Coordinates = 6.0458:46.2325
+        CEs
+        {
+          ce503.cern.ch
+          {
+            CEType = HTCondorCE
+            MaxRAM = 16384
+            architecture = x86_64
+            Platform = x86_64-el9
+            NumberOfProcessors = 8
+            ExtraSubmitString = +JobFlavour = "nextweek"\\nrequest_disk = 20000
+            GridEnv = /etc/gridenv
+            Queues
+            {
+              ce503.cern.ch-condor
+              {
+                maxCPUTime = 9000
+                SI00 = 3125
+                MaxTotalJobs = 500
+                MaxWaitingJobs = 40
+                Tag = GPU, 8Processors
+              }
+            }
+          }
+        }
+      }
+      LCG.NDGF.se
+      {
+        CEs
+        {
+          arc.ndgf.se
+          {
+            CEType = AREX
+            Port = 8443
+            VO = lhcb, dteam
+            Queues
+            {
+              nordugrid-SLURM-grid
+              {
+                maxCPUTime = 2880
+                MaxTotalJobs = 20
+              }
+            }
+          }
+        }
+      }
+    }
+    DIRAC
+    {
+      DIRAC.Cluster.org
+      {
+        CEs
+        {
+          cluster.example.org
+          {
+            CEType = SSH
+            BatchSystem = SLURM
+            SSHHost = login.example.org
+            SSHUser = pilot
+            SSHPassword = s3cret-word
+            SSHKey = /etc/dirac/id_cluster
+            SharedArea = /scratch/pilots
+            SubmitOptions = --account=lhcb --constraint=avx2 -p old
+            VO = lhcb
+            Queues
+            {
+              short
+              {
+                maxCPUTime = 120
+                MaxTotalJobs = 30
+              }
+              gpu
+              {
+                maxCPUTime = 1440
+                MaxTotalJobs = 4
+                RequiredTag = GPU
+              }
+            }
+          }
+          host.example.org
+          {
+            CEType = SSH
+            SSHUser = pilot
+            MaxTotalJobs = 3
+          }
+          torque.example.org
+          {
+            CEType = SSH
+            BatchSystem = Torque
+          }
+          cream.example.org
+          {
+            CEType = CREAM
+          }
+        }
+      }
+    }
+  }
+}
+"""
+CLUSTER = "DIRAC/DIRAC.Cluster.org/CEs"
+
+
+def entries_of(found: DiracImport) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in found.compute_elements}
+
+
+def why(found: DiracImport) -> dict[str, str]:
+    return {remark.path.removeprefix("Resources/Sites/"): remark.why for remark in found.remarks}
+
+
+def test_compute_elements_come_with_their_back_ends_limits_vos_and_tags() -> None:
+    found = import_dirac(CONFIGURATION)
+    entries = entries_of(found)
+    assert list(entries) == ["ce503.cern.ch", "arc.ndgf.se", "cluster.example.org", "host.example.org"]
+    condor = entries["ce503.cern.ch"]
+    assert (condor["backend"], condor["capacity"], condor["vos"]) == ("htcondor", 500, ["lhcb"])
+    assert condor["settings"] == {
+        "collector": "ce503.cern.ch:9619",
+        "schedd": "ce503.cern.ch",
+        "token": "/etc/gubbins/ce503.cern.ch.token",
+        "cpus": 8,
+        "memory_mb": 16384,
+        "submit_commands": {"+JobFlavour": '"nextweek"', "request_disk": "20000"},
+    }
+    assert condor["rules"] == {
+        "policy": "waiting_jobs",
+        "site": "LCG.CERN.ch",
+        "max_waiting": 40,
+        "queue": "ce503.cern.ch-condor",
+        "platform": ["x86_64-el9"],
+        "tags": ["GPU"],
+        "max_cpu_seconds": 9000 * 60,
+        "processors": 8,
+        "max_memory_mb": 16384,
+    }
+    arc = entries["arc.ndgf.se"]
+    assert (arc["backend"], arc["settings"]["url"], arc["settings"]["queue"]) == (
+        "arc",
+        "https://arc.ndgf.se:8443/arex",
+        "grid",
+    )
+    assert (arc["vos"], arc["rules"]["max_waiting"]) == (["lhcb", "dteam"], 10)
+    host = entries["host.example.org"]
+    assert (host["backend"], host["capacity"], host["settings"]) == (
+        "ssh",
+        3,
+        {"host": "host.example.org", "username": "pilot"},
+    )
+
+
+def test_queues_of_a_compute_element_share_what_they_have_in_common() -> None:
+    slurm = entries_of(import_dirac(CONFIGURATION))["cluster.example.org"]
+    assert (slurm["backend"], slurm["vos"]) == ("slurm", ["lhcb"])
+    assert {name: own["capacity"] for name, own in slurm["queues"].items()} == {"short": 30, "gpu": 4}
+    short, gpu = parse_ce_file(yaml.safe_dump({"compute_elements": [slurm]}, sort_keys=False))
+    assert (short.name, gpu.name) == ("cluster.example.org:short", "cluster.example.org:gpu")
+    assert short.settings == {
+        "ssh": {"host": "login.example.org", "username": "pilot", "client_keys": ["/etc/dirac/id_cluster"]},
+        "directory": "/scratch/pilots",
+        "partition": "short",
+        "account": "lhcb",
+        "extra_options": ["--constraint=avx2"],
+    }
+    assert (short.rules.max_cpu_seconds, short.rules.required_tags) == (7200, ())
+    assert (gpu.rules.max_cpu_seconds, gpu.rules.required_tags) == (86400, ("GPU",))
+
+
+def test_what_has_no_counterpart_is_listed_with_its_path_and_without_its_value() -> None:
+    found = import_dirac(CONFIGURATION)
+    said = why(found)
+    expected = {
+        "DIRAC": "not about compute elements",
+        "Resources/StorageElements": "not about compute elements",
+        "LCG/LCG.CERN.ch/Name": "not about pilots",
+        "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/GridEnv": "has no counterpart",
+        "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/Queues/ce503.cern.ch-condor/SI00": "not about pilots",
+        f"{CLUSTER}/cluster.example.org/SSHPassword": "has no counterpart",
+        f"{CLUSTER}/torque.example.org": "left out: no back end for SSH with the batch system torque",
+        f"{CLUSTER}/cream.example.org": "left out: no back end for CREAM with the batch system host",
+        "Systems/WorkloadManagement/Agents/SiteDirectorCERN": "this agent submits pilots until you stop it",
+    }
+    assert {path: said.get(path) for path in expected} == expected
+    assert any(path.endswith("SiteDirectorCERN/MaxPilotsToSubmit") for path in said)
+    assert any(path.endswith("short/SubmitOptions") and "left out" in why for path, why in said.items())
+    assert any("needs credentials" in why for path, why in said.items() if "arc.ndgf.se" in path)
+    assert "s3cret-word" not in str(found)
+
+
+def test_every_option_is_taken_over_or_listed() -> None:
+    """An option with a name that nobody knows, put into each section, is listed once for each."""
+    tree = CFG().loadFromBuffer(CONFIGURATION).getAsDict()
+    sections = []
+
+    def add(section: Any, path: str) -> None:
+        section["Unheard"] = "of"
+        sections.append(f"{path}/Unheard")
+        for name, value in section.items():
+            if isinstance(value, dict):
+                add(value, f"{path}/{name}")
+
+    add(tree["Resources"]["Sites"], "Resources/Sites")
+    found = import_dirac(str(CFG().loadFromDict(tree)))
+    listed = {remark.path for remark in found.remarks}
+    unsupported = ("torque.example.org", "cream.example.org")  # listed as a whole
+    wanted = {path for path in sections if not any(name in path for name in unsupported)}
+    assert wanted <= listed
+
+
+def test_what_is_written_is_accepted_by_load() -> None:
+    found = import_dirac(CONFIGURATION)
+    text = yaml.safe_dump({"compute_elements": found.compute_elements}, sort_keys=False)
+    assert len(parse_ce_file(text)) == 5
+    assert not [remark for remark in found.remarks if "mended by hand" in remark.why]
+
+
+def test_a_share_of_the_slots_leaves_the_others_to_site_director() -> None:
+    entries = entries_of(import_dirac(CONFIGURATION, share=0.25))
+    assert (entries["ce503.cern.ch"]["capacity"], entries["host.example.org"]["capacity"]) == (125, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Resources\n{\n",
+        "Resources\n{\n}\n}\n",
+        "{ x = 1 }",
+        "A += 1",
+        "Resources = 1",
+        "Resources { Sites { { } } }",
+    ],
+)
+def test_what_is_no_configuration_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(DiracConfigurationError, match="no configuration of DIRAC") as caught:
+        import_dirac(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("Resources\n{\n  a line that says nothing\n  x = 1\n}\n", "line 3"),
+        ("Resources\n{\n  x = 1\n}\nlast words", "line 5"),
+        ("Resources\n{\n  MaxRAM = 1\n  MaxRAM = 2\n}\n", "line 4"),
+    ],
+)
+def test_what_the_parser_would_drop_in_silence_is_listed(text: str, path: str) -> None:
+    assert path in {remark.path for remark in import_dirac(text).remarks}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_configuration_breaks_it(seed: int) -> None:
+    """Lines removed, doubled, exchanged, with values that are no numbers, no paths, no names."""
+    chance = random.Random(seed)
+    lines = CONFIGURATION.splitlines()
+    for _ in range(chance.randint(1, 30)):
+        at = chance.randrange(len(lines))
+        change = chance.randrange(4)
+        if change == 0:
+            del lines[at]
+        elif change == 1:
+            lines.insert(at, lines[chance.randrange(len(lines))])
+        elif "=" in lines[at]:
+            value = chance.choice(["", "many", "1e400", "-5", "'", "ü", "a b c", "../x", "NaN", "--x=" * 50])
+            lines[at] = f"{lines[at].partition('=')[0]}= {value}"
+    with suppress(DiracConfigurationError):
+        yaml.safe_dump(import_dirac("\n".join(lines)).compute_elements)
