@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-dead-letters bench-count bench-size bench-idle vendor clean
+.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-dead-letters bench-cancel bench-count bench-size bench-idle vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -91,6 +91,9 @@ bench-count: $(STAMP) ## count round trips, commands and bytes per task: the sam
 
 bench-idle: $(STAMP) ## what waiting workers cost the server, and how soon one begins; ARGS="--workers 8 --dry-run"
 	$(BIN)/python -m benchmarks.idle $(ARGS)
+
+bench-cancel: $(STAMP) ## how long mass cancellation holds up the event loop of a worker; ARGS="--rounds 1 --dry-run"
+	$(BIN)/python -m benchmarks.cancellations $(ARGS)
 
 bench-size: $(STAMP) ## the slowest single call when there is very much of something; ARGS="--scale 0.01 --json"
 	$(BIN)/python -m benchmarks.size $(ARGS)

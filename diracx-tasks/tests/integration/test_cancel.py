@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -452,6 +453,34 @@ async def test_of_many_that_are_cancelled_only_those_that_run_are_announced_and_
     assert len(messages) <= 2 * (len(running) / CANCEL_BATCH + 1)
 
 
+async def test_many_that_run_and_are_cancelled_together_end_a_few_at_a_time(redis_url: str) -> None:
+    """So that their worker's event loop has time for others in between."""
+    rounds, ends = 0, Counter[int]()
+
+    async def count_rounds() -> None:
+        nonlocal rounds
+        while True:
+            await asyncio.sleep(0)
+            rounds += 1
+
+    class Ends(Hangs):
+        async def execute(self) -> None:
+            try:
+                await super().execute()
+            finally:
+                ends[rounds] += 1
+
+    settings = {"lease_seconds": 600}
+    async with TaskSystem([Ends], redis_url=redis_url, concurrency=500, settings=settings) as system:
+        ids = await schedule_many([Ends() for _ in range(500)])
+        await until(lambda: len(seen) == 500)
+        counting = asyncio.create_task(count_rounds())
+        await system.broker.cancel(ids)
+        await until(lambda: ends.total() == 500)
+        counting.cancel()
+    assert max(ends.values()) <= 25
+
+
 async def test_what_a_cancellation_sends_grows_no_faster_than_the_number_of_tasks(
     redis_url: str, redis: Redis
 ) -> None:
@@ -485,9 +514,9 @@ async def test_any_number_of_cancelled_tasks_is_noted_in_one_pass(redis_url: str
     channel._heard = Counted()
     ids = [f"task {number}" for number in range(20_000)]
     for first in range(0, 10_000, CANCEL_BATCH):
-        channel._hear(ids[first : first + CANCEL_BATCH])
+        channel._hear(set(ids[first : first + CANCEL_BATCH]))
     for task_id in ids[10_000:]:
-        channel._hear([task_id])
+        channel._hear({task_id})
     assert Counted.looked_at < 2 * len(ids)
     assert all(channel.cancelled_since(0.0, task_id) for task_id in ids)
 

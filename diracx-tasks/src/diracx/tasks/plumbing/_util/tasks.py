@@ -1,13 +1,39 @@
-"""Cancel asyncio tasks and wait for their end."""
+"""Cancel asyncio tasks, and wait for their end."""
 
 from __future__ import annotations
 
-__all__ = ["cancel_and_wait"]
+__all__ = ["CallsInRounds", "cancel_and_wait"]
 
 import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _CANCEL_AGAIN_SECONDS = 0.1
+#: Cancellations in one round of the event loop: their tasks end in the next ones, a few ms each.
+_AT_ONCE = 10
+
+
+class CallsInRounds:
+    """Makes a few calls in each round of the event loop, so that nothing else waits for all of them."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], object]] = deque()
+        self._going = False
+
+    def add(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Make these calls after those that were added before, which must not raise."""
+        self._calls.extend(calls)
+        if not self._going:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        some = [self._calls.popleft() for _ in range(min(_AT_ONCE, len(self._calls)))]
+        self._going = bool(some)
+        for call in some:
+            call()
+        if some:
+            asyncio.get_running_loop().call_soon(self._go_on)
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:

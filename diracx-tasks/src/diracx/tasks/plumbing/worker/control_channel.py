@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
+from .._util.tasks import CallsInRounds
 from ..broker.worker_state import CANCELLED_CHANNEL, LEASES_CHANNEL, WAKE_CHANNEL, control_channels
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ControlChannel:
         self._promoter = promoter
         self._at_shorter_lease: tuple[Callable[[], None], ...] = ()
         self._heard: dict[str, float] = {}  # the earliest first
+        self._cancelling = CallsInRounds()
 
     def call_at_shorter_lease(self, *calls: Callable[[], None]) -> None:
         """Make these calls when there is a worker whose lease is the shortest of all."""
@@ -65,19 +67,17 @@ class ControlChannel:
                 for call in self._at_shorter_lease:
                     call()
             elif channel == _CANCELLED:
-                self._hear([data.decode()])
+                self._hear({data.decode()})
             else:
-                self._hear(msgpack.unpackb(data, unicode_errors="surrogatepass"))
+                self._hear(set(msgpack.unpackb(data, unicode_errors="surrogatepass")))
         except Exception as error:  # whatever it is: without it, all is found a little later
             logger.warning("a message on the channel %r cannot be read: %s", channel, error)
 
-    def _hear(self, task_ids: Collection[str]) -> None:
+    def _hear(self, task_ids: set[str]) -> None:
         now = time.monotonic()
         while self._heard and self._heard[earliest := next(iter(self._heard))] < now - _REMEMBERED_SECONDS:
             del self._heard[earliest]
         for task_id in task_ids:
             self._heard.pop(task_id, None)
             self._heard[task_id] = now
-        for execution in self._running:
-            if execution.message.task_id in task_ids:
-                execution.cancel()
+        self._cancelling.add(each.cancel for each in self._running if each.message.task_id in task_ids)

@@ -163,6 +163,8 @@ class Execution:
 
     def cancel(self) -> None:
         """Cancel it on request."""
+        if self.running is not None and self.running.done():
+            return
         if self._cancelled_for is None:
             which = task_attributes(self.message)
             logger.warning("%s %s is cancelled on request", *which.values(), extra=which)

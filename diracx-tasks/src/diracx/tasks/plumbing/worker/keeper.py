@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .._util.tasks import CallsInRounds
 from ..broker import worker_state
 from ..broker.control import ControlConnection
 from ..broker.models import Settlement
@@ -166,6 +167,7 @@ class LeaseKeeper:
         self._shortest_lease = lease_seconds
         self._shortest_ttl = math.inf
         self._renewed_at = time.monotonic()
+        self._cancelling = CallsInRounds()
         self._revived_at = float("-inf")
         """When a lease was renewed that may have ended before."""
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
@@ -358,8 +360,8 @@ class LeaseKeeper:
         for each in renewed:
             for hold in each.lost:
                 self._report(hold, "another worker has it, or had it and has settled it", taken_over=True)
-            for hold in each.cancelled:
-                self._loop.call_soon_threadsafe(hold.cancel)
+            if each.cancelled:
+                self._loop.call_soon_threadsafe(self._cancelling.add, [hold.cancel for hold in each.cancelled])
             for hold, lock in each.lost_locks:
                 self._report(hold, f"the lock {lock['key']} could not be renewed")
         if self._restored:
