@@ -1,4 +1,4 @@
-"""How long mass cancellation holds up the event loop of a worker: `make bench-cancel`.
+"""Mass cancellation: its stalls of the event loop of a worker, measured by `make bench-cancel`.
 
 Another process cancels; the worker's own event loop says how much later than it asked for it was called.
 """
@@ -38,7 +38,7 @@ class Held(BaseTask):
 
 @dataclass(frozen=True)
 class Case:
-    """What is cancelled together, and by how many slots of the worker some of it runs."""
+    """Tasks that are cancelled together, and how many of them run."""
 
     name: str
     runs: int
