@@ -86,7 +86,8 @@ async def measure(case: Case) -> tuple[float, float]:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        assert canceller.stdin and canceller.stdout
+        assert canceller.stdin
+        assert canceller.stdout
         await canceller.stdout.readline()  # it has connected
         stalls = Stalls()
         watching = asyncio.create_task(stalls.watch())
