@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-dead-letters bench-cancel bench-count bench-size bench-idle vendor clean
+.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-pilot-matching bench-dead-letters bench-cancel bench-count bench-size bench-idle vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -79,6 +79,9 @@ bench-peers: $(STAMP) ## measure other task systems side by side with this one; 
 
 bench-pilots: $(STAMP) ## 200 CEs, 10 VOs, 100,000 active pilots in simulated time; ARGS="--scale 0.1 --minutes 5"
 	$(BIN)/python -m benchmarks.pilot_scale $(ARGS)
+
+bench-pilot-matching: $(STAMP) ## pilots without work under each demand policy, over a simulated day; ARGS="--json"
+	$(BIN)/python -m benchmarks.pilot_matching $(ARGS)
 
 bench-pilot-rate: $(STAMP) ## pilots submitted in a second, near and far; ARGS="--json"
 	$(BIN)/python -m benchmarks.pilot_rate $(ARGS)
