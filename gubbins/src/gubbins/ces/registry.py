@@ -44,6 +44,34 @@ def load_backend(name: str) -> type[CEBackend[Any]]:
     )
 
 
+OF_VOS = "vos"
+"""Key of the settings under which there are those that differ for some VOs."""
+
+
+def settings_for(settings: Mapping[str, Any], vo: str | None) -> dict[str, Any]:
+    """The settings with which a VO uses a compute element; None: those that hold for all."""
+    common = {name: value for name, value in settings.items() if name != OF_VOS}
+    return common | (settings.get(OF_VOS, {}).get(vo) or {})
+
+
+def validate_all_settings(backend: str, settings: Mapping[str, Any]) -> None:
+    """Check the settings of each VO that has some of its own, or else those for all.
+
+    Raises:
+        CESettingsError: as `validate_settings` does; a mistake of one VO is below `vos.NAME`.
+    """
+    of_vos: Mapping[str, Any] = settings.get(OF_VOS, {})
+    for vo in of_vos or (None,):
+        try:
+            validate_settings(backend, settings_for(settings, vo))
+        except CESettingsError as error:
+            if vo is None or error.problems[0][0] == "backend":
+                raise
+            raise CESettingsError(
+                [(path.replace("settings", f"vos.{vo}", 1), what) for path, what in error.problems]
+            ) from error
+
+
 def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
     """The settings of a back end, checked.
 

@@ -49,7 +49,8 @@ changes nothing. Compute elements that it does not mention are left alone.
         capacity: 20                 # required, slots for pilots of all VOs, >= 0
         success_rate: 0.95           # 0.0-1.0, default 1.0
         enabled: true                # left out: as it is, or true when new
-        vos: [lhcb, dteam]           # left out: all VOs
+        vos: [lhcb, dteam]           # left out: all VOs; {lhcb: {account: prod}} for
+                                     # settings that differ for a VO
         backend: simulated           # or local, or any other installed one
         settings: {run_seconds: 60}  # what the back end understands
         rules:                       # all optional

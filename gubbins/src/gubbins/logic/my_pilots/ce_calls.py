@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gubbins.ces import CEBackend, CEDescription, PilotAtCE, make_backend
+from gubbins.ces.registry import settings_for
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
@@ -17,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def backend_of(ce: Mapping[str, Any]) -> AsyncIterator[CEBackend[Any]]:
-    """Open the back end of a compute element; errors while it is closed are only logged.
+async def backend_of(ce: Mapping[str, Any], vo: str) -> AsyncIterator[CEBackend[Any]]:
+    """Open the back end of a compute element as the VO uses it; errors while it is closed are only logged.
 
     Raises:
         CESettingsError: the back end is not installed here, or its settings are wrong.
     """
     description = CEDescription(ce["name"], ce["capacity"], ce["success_rate"])
-    backend = make_backend(ce["backend"], description, ce["settings"])
+    backend = make_backend(ce["backend"], description, settings_for(ce["settings"], vo))
     try:
         yield backend
     finally:

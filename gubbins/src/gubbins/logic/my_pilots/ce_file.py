@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gubbins.ces.registry import problem_of, validate_settings
+from gubbins.ces.registry import OF_VOS, problem_of, validate_all_settings
 from gubbins.domain.exceptions import CEFileError, CESettingsError
 from gubbins.domain.rules import CERules, VORules
 
@@ -57,7 +57,12 @@ class CESpec(BaseModel):
     ] = None
     vos: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=128)]] | None,
-        Field(min_length=1, max_length=1_000, description="The VOs it serves; left out: all."),
+        Field(
+            min_length=1,
+            max_length=1_000,
+            description="The VOs it serves, as a list, or as a mapping with the settings that differ for each "
+            "(account, credentials, queue); left out: all.",
+        ),
     ] = None
     backend: Annotated[
         str, Field(max_length=64, description="How it is spoken to: an entry point of `gubbins.ces`.")
@@ -66,6 +71,17 @@ class CESpec(BaseModel):
     rules: Annotated[
         CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")
     ] = CERules()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_vos(cls, given: Any) -> Any:
+        """Put what is given for each VO below the settings, where back ends find it."""
+        if not isinstance(given, dict) or not isinstance(own := given.get("vos"), dict):
+            return given
+        settings = given.get("settings", {})
+        if not (own and isinstance(settings, dict) and all(isinstance(each, dict) for each in own.values())):
+            return given  # refused as no list
+        return {**given, "vos": [str(vo) for vo in own], "settings": {**settings, OF_VOS: own}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,7 +130,7 @@ def parse_ce_file(text: str) -> list[CESpec]:
             problems.append((f"{at}.name", f"{spec.name!r} is already {first_seen[spec.name]}"))
         first_seen.setdefault(spec.name, at)
         try:
-            validate_settings(spec.backend, spec.settings)
+            validate_all_settings(spec.backend, spec.settings)
         except CESettingsError as error:
             problems += [(f"{at}.{path}", message) for path, message in error.problems]
         specs.append(spec)

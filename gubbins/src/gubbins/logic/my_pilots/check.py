@@ -165,7 +165,7 @@ async def _ask(request: PollRequest) -> PollResult:
     ce = request.ce
     described = [request.described(pilot) for pilot in request.pilots]
     seconds = rules_of(ce).timeout_seconds
-    async with backend_of(ce) as backend:
+    async with backend_of(ce, request.vo) as backend:
         # A cancellation is repeated until the pilot has ended: the first request may have been lost.
         if to_cancel := [pilot for pilot in described if pilot.cancel_requested]:
             try:
@@ -294,7 +294,7 @@ def _evaluate_unknown(
 async def _cleanup(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
     """Clean up after ended pilots; a failure is only logged, for the check is already recorded."""
     try:
-        async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
+        async with backend_of(ce, ended[0].vo) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             await backend.cleanup(ended)
     except Exception as error:
         logger.warning("Cannot clean up after pilots at %s: %s", ce["name"], describe_failure(ce, error))

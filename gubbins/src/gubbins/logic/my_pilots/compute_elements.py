@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from gubbins.ces.registry import load_backend, validate_settings
+from gubbins.ces.registry import load_backend, validate_all_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.exceptions import CESettingsError, UnknownCEError
@@ -81,7 +81,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
                 )
             ]
         )
-    validate_settings(spec.backend, spec.settings)
+    validate_all_settings(spec.backend, spec.settings)
 
     async def add() -> dict[str, Any]:
         await db.add_ce(

@@ -71,7 +71,7 @@ async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any], per_ce: int) -
     collected = 0
     turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=per_ce))
     try:
-        async with backend_of(ce) as backend:
+        async with backend_of(ce, vo) as backend:
             collector = _OutputCollector(ce, vo, backend)
             while not collector.over and (chunk := list(islice(turns, _CHUNK))):
                 fetched = await asyncio.gather(*(collector.fetch(pilot) for pilot in chunk))
@@ -191,7 +191,7 @@ async def ask_for_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, A
         )
     asked = at_ce(pilot)
     try:
-        async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
+        async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             answer = await backend.output(asked)
         output = check_output(ce, answer, asked.stamp)
     except OutputUnavailableError:

@@ -114,7 +114,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
     # A compute element that is paused or banned gets it from the first check that may call it again.
     if send_now and await may_call(db, ce, CECall.STATUS):
         try:
-            async with backend_of(ce) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
+            async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
             if backend.warning is not None:
                 await db.record_ce_error(ce["name"], backend.warning)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
+from gubbins.ces.registry import OF_VOS
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEQuotaError, CERefusedError, CEUnavailableError, PilotSubmissionError
@@ -127,7 +128,9 @@ class _Batch:
         at_most = 1 if is_probe else rules_of(self.ce).max_batch
         if (limit := quota_limit(self.ce)) is not None:
             at_most = max(1, min(at_most, limit - await db.count_active(name)))
-        waiting = dict(await db.waiting_requests(name, at_most=at_most))
+        # VOs with settings of their own are not combined: it would be with the credentials of another.
+        alone = self.vo if OF_VOS in self.ce["settings"] else None
+        waiting = dict(await db.waiting_requests(name, vo=alone, at_most=at_most))
         if self.own not in waiting:
             if (found := await db.find_submission(self.own)) is None or found.pilot_id or found.error:
                 return {}, [], {}

@@ -103,7 +103,7 @@ async def open_for_submission(
     if ce["enabled"] and (obstacle := await submission_blocker(db, ce)) is not None:
         raise CEPausedError(ce_name, *obstacle)
     try:
-        async with backend_of(ce) as backend:
+        async with backend_of(ce, vo) as backend:
             if (reason := backend.why_not(vo)) is not None:
                 reason = one_line(reason, MAX_REASON_CHARS)
                 await db.record_ce_error(ce_name, reason)

@@ -1,0 +1,135 @@
+"""Settings of a compute element that differ for each VO: account, credentials, queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
+from gubbins.ces.protocol import CESettings
+from gubbins.db.sql import MyPilotDB
+from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots import CEFileError, parse_ce_file
+
+VOS = ("lhcb", "dteam", "gridpp")
+
+
+class AccountSettings(CESettings):
+    account: str
+    nodes: int = 1
+
+
+class AccountBackend(CEBackend[AccountSettings]):
+    """Notes which account each call is made with."""
+
+    Settings = AccountSettings
+    calls: ClassVar[list[tuple[str, str, list[str]]]] = []
+
+    def _note(self, call: str, pilots: Sequence[PilotAtCE]) -> None:
+        self.calls.append((call, self.settings.account, sorted({pilot.vo for pilot in pilots})))
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        self._note("submit", pilots)
+        return {pilot.stamp: SubmitOutcome(reference=pilot.stamp) for pilot in pilots}
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        self._note("poll", pilots)
+        return {pilot.stamp: Observation(Observed.DONE) for pilot in pilots}
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        self._note("cancel", pilots)
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        self._note("output", [pilot])
+        return PilotOutput("", "")
+
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        self._note("cleanup", pilots)
+
+
+FILE = """
+compute_elements:
+  - name: ce
+    capacity: 50
+    backend: account
+    settings: {nodes: 2, account: shared}
+    vos: {lhcb: {account: prod}, dteam: {account: test, nodes: 1}, gridpp: {}}
+"""
+ACCOUNTS = {"lhcb": "prod", "dteam": "test", "gridpp": "shared"}
+
+
+@pytest.fixture(autouse=True)
+def backend(install_backend: Any) -> type[AccountBackend]:
+    install_backend("account", AccountBackend)
+    AccountBackend.calls.clear()
+    return AccountBackend
+
+
+async def test_every_call_is_made_with_the_settings_of_the_vo(
+    sqlite_db: MyPilotDB, backend: type[AccountBackend]
+) -> None:
+    db = sqlite_db
+    await logic.load_ces(db, parse_ce_file(FILE))
+    assert (await logic.get_ce(db, "ce"))["vos"] == ["lhcb", "dteam", "gridpp"]
+    for vo in VOS:
+        pilot = await logic.submit_pilot(db, "ce", vo)
+        await logic.cancel_pilot(db, pilot, by="alice")
+        for _ in range(2):
+            await logic.transition_pilot_states(db, vo)
+        await logic.collect_outputs(db, vo)
+    made = {(call, vo): account for call, account, [vo] in backend.calls}
+    assert made == {
+        (call, vo): ACCOUNTS[vo] for vo in VOS for call in ("submit", "poll", "cancel", "output", "cleanup")
+    }
+
+
+async def test_requests_of_vos_with_other_credentials_are_not_submitted_in_the_same_call(
+    sqlite_db: MyPilotDB, backend: type[AccountBackend]
+) -> None:
+    db = sqlite_db
+    await logic.load_ces(db, parse_ce_file(FILE))
+    stamps = {vo: await db.add_requests("ce", vo=vo, count=3) for vo in VOS}
+    pilots = [
+        await logic.submit_requested_pilot(db, "ce", vo, stamp=stamp)
+        for vo, own in stamps.items()
+        for stamp in own
+    ]
+    assert len(set(pilots)) == 9
+    assert None not in pilots
+    assert backend.calls == [("submit", ACCOUNTS[vo], [vo]) for vo in VOS]
+
+
+async def test_vos_without_settings_of_their_own_are_combined(
+    sqlite_db: MyPilotDB, backend: type[AccountBackend]
+) -> None:
+    db = sqlite_db
+    await db.add_ce("ce", 50, 1.0, backend="account", settings={"account": "shared"}, vos=VOS)
+    stamps = {vo: await db.add_requests("ce", vo=vo, count=2) for vo in VOS}
+    await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps["lhcb"][0])
+    assert backend.calls == [("submit", "shared", sorted(VOS))]
+
+
+def test_what_every_vo_has_of_its_own_needs_no_common_setting() -> None:
+    [spec] = parse_ce_file(FILE.replace(", account: shared", "").replace(", gridpp: {}", ""))
+    assert spec.vos == ["lhcb", "dteam"]
+
+
+@pytest.mark.parametrize(
+    ("vos", "path"),
+    [
+        ("{lhcb: {account: [1]}}", "vos.lhcb.account"),
+        ("{lhcb: {}, dteam: {nods: 1}}", "vos.dteam.nods"),
+        ("{}", "vos"),
+        ("{lhcb: prod}", "vos"),
+        ("{lhcb: }", "vos"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_a_vo_is_reported_with_its_path(vos: str, path: str) -> None:
+    document = (
+        f"compute_elements: [{{name: ce, capacity: 1, backend: account, settings: {{account: a}}, vos: {vos}}}]"
+    )
+    with pytest.raises(CEFileError) as caught:
+        parse_ce_file(document)
+    assert list(dict(caught.value.problems)) == [f"compute_elements[0].{path}"]
