@@ -232,6 +232,37 @@ async def test_a_host_is_reached_through_others_whose_keys_are_verified_as_well(
     await untrusted.close()
 
 
+async def test_a_configuration_file_of_openssh_is_read_when_it_is_named(
+    sshd: Sshd, jump_sshd: Sshd, tmp_path: Path
+) -> None:
+    entries = []
+    for name, server, more in (("site", sshd, "ProxyJump gate"), ("gate", jump_sshd, "")):
+        (key,) = server.settings["client_keys"]
+        entries.append(
+            f"Host {name}\nHostName 127.0.0.1\nPort {server.port}\nUser {server.settings['username']}\n"
+            f"IdentityFile {key}\nUserKnownHostsFile {server.settings['known_hosts']}\n{more}\n"
+        )
+    config = tmp_path / "config"
+    config.write_text("\n".join(entries))
+    before = (sshd.logins(), jump_sshd.logins())
+    ours = SSHShell(SSHHost(host="site", ssh_config=config, known_hosts=sshd.settings["known_hosts"]))
+    assert (await ours.run(["echo", "there"])).stdout == "there\n"
+    await ours.close()
+    assert (sshd.logins(), jump_sshd.logins()) == (before[0] + 1, before[1] + 1)
+    # The keys of both are verified as always.
+    (tmp_path / "none").touch()
+    stranger = SSHShell(SSHHost(host="site", ssh_config=config, known_hosts=tmp_path / "none"))
+    with pytest.raises(SSHError, match="knows none"):
+        await stranger.run(["true"])
+    await stranger.close()
+    config.write_text(config.read_text().replace(str(jump_sshd.settings["known_hosts"]), str(tmp_path / "none")))
+    stranger = SSHShell(SSHHost(host="site", ssh_config=config, known_hosts=sshd.settings["known_hosts"]))
+    with pytest.raises(SSHError, match=f"or a host on the way to it, is not who it should be, by {config}"):
+        await stranger.run(["true"])
+    await stranger.close()
+    assert sshd.logins() == before[0] + 1
+
+
 async def test_a_host_that_is_down_or_hangs_is_given_up(shell: Shell, sshd: Sshd) -> None:
     with sshd.down(), pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{sshd.port}"):
         await shell().run(["true"])

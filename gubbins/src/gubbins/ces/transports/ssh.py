@@ -59,6 +59,11 @@ class SSHHost(CESettings):
     agent_socket: OurPath | None = Field(
         default=None, description="Socket of an SSH agent; default: SSH_AUTH_SOCK, unless there are `client_keys`."
     )
+    ssh_config: OurPath | None = Field(
+        default=None,
+        description="File of OpenSSH's client settings, for what is not set here: HostName, Port, User, IdentityFile, "
+        "ProxyJump, ProxyCommand…; default: none is read.",
+    )
     jump: SSHHost | None = Field(
         default=None,
         description="Host to go through, with its own `host`, `username`, `known_hosts`…, and perhaps a `jump`.",
@@ -168,14 +173,16 @@ class SSHShell:
             options["agent_path"] = None
         if host.agent_socket is not None:
             options["agent_path"] = str(host.agent_socket)
+        if host.ssh_config is None or "port" in host.model_fields_set:
+            options["port"] = host.port
 
         async def connect(**more: Any) -> asyncssh.SSHClientConnection:
             return await asyncssh.connect(
                 host.host,
-                host.port,
                 client_factory=Client,
                 known_hosts=known_hosts,
-                config=None,  # these settings say everything, and no file of the user changes it
+                # These settings say everything, and no file that they do not name changes it.
+                config=None if host.ssh_config is None else [str(host.ssh_config)],
                 tunnel=tunnel or (),
                 preferred_auth=["publickey"],
                 agent_forwarding=False,
@@ -231,7 +238,8 @@ class SSHShell:
     ) -> str:
         host, path = self._host, self._host.known_hosts
         if not seen:
-            return f"{self._name} is not who it should be, by {path}: {error}"
+            name = self._name if host.ssh_config is None else f"{self._name}, or a host on the way to it,"
+            return f"{name} is not who it should be, by {host.ssh_config or path}: {error}"
         has = f"{self._name} has the host key {seen[0].get_fingerprint()}"
         entry = host.host if host.port == 22 else f"[{host.host}]:{host.port}"
         if self._known_keys(known_hosts):
