@@ -127,12 +127,20 @@ def _sshd() -> str:
     return _output(_program("ssh"), "-V")
 
 
+def _gridengine() -> str:
+    for name in ("sge_qmaster", "sge_execd", "qsub", "qstat", "qdel", "qconf", "nsenter", "unshare"):
+        _program(name)
+    # Its own commands say nothing without a qmaster.
+    return "Grid Engine " + _output(_program("dpkg-query"), "-W", "-f", "${Version}", "gridengine-client")
+
+
 TOOLS = (
     Tool("MariaDB", "mariadb-server", _mariadb),
     Tool("PostgreSQL", "postgresql", _postgresql),
     Tool("Chromium", "chromium", lambda: _output(chromium(), "--version")),
     Tool("Slurm", "slurm-wlm slurmctld slurmd slurm-client munge", _slurm),
     Tool("slurmdbd", "slurmdbd slurm-wlm-mysql-plugin", _slurm_accounts),
+    Tool("Grid Engine", "gridengine-master gridengine-exec gridengine-client", _gridengine),
     Tool("Prometheus", "prometheus", lambda: _output(_program("promtool"), "--version")),
     Tool("tcsh", "tcsh", lambda: _output(_program("tcsh"), "--version")),
     Tool("OpenSSH", "openssh-server openssh-client", _sshd),

@@ -46,7 +46,7 @@ def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
     looked = run("look", str(tmp_path), stdin="hostile\nwell\nunknown\n").stdout
     shown = "".join(run("output", str(tmp_path), "hostile", each, "1000").stdout for each in ("stdout", "stderr"))
     tidied = run("tidy", str(tmp_path), "", stdin="cancelled hostile\nended hostile\n")
-    known = run("submit", str(tmp_path), "well", "5", "false", "", "false").stdout
+    known = run("submit", str(tmp_path), "well", "5", "s,^[0-9]*$,&,p", "false", "false").stdout
     assert "well|7|3||no luck" in looked
     assert SECRET not in looked + shown
     assert len(shown) <= 2_000

@@ -10,7 +10,7 @@ from pathlib import Path
 from gubbins.ces.protocol import PilotAtCE
 from gubbins.ces.settings import executable_script
 
-from .settings import SlurmSettings
+from .settings import SlurmSettings, SubmitHostSettings
 
 _TEMPLATE = Path(__file__).with_name("batch.sh")
 
@@ -40,12 +40,38 @@ def sbatch_options(settings: SlurmSettings, pilot: PilotAtCE) -> list[str]:
 
 def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> bytes:
     """The script of the job, with the pilot's own script in it."""
+    id = "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID"
+    job = settings.directory / pilot.stamp if settings.nodes_see_directory else None
+    return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id)
+
+
+def job_script(
+    settings: SubmitHostSettings,
+    ce_name: str,
+    pilot: PilotAtCE,
+    job: Path | None,
+    *,
+    number: str,
+    id: str,
+    output: str = "",
+) -> bytes:
+    """The script of a job of any batch system.
+
+    Args:
+        settings, ce_name, pilot: as they are.
+        job: the pilot's directory, if the nodes have it.
+        number: the job's number there, as text for a shell.
+        id: what submissions print of it.
+        output: redirections to that directory, where the batch system does not make them.
+    """
     variables = settings.variables(ce_name, pilot.vo, pilot.stamp)
     script = executable_script(settings.scripts.get(pilot.vo, settings.default_script))
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-        "job": shlex.quote(str(settings.directory / pilot.stamp)) if settings.nodes_see_directory else "",
-        "id": "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID",
+        "job": "" if job is None else shlex.quote(str(job)),
+        "number": number,
+        "id": id,
+        "output": output,
         "script": base64.encodebytes(script.encode()).decode().strip(),
     }
     # In one pass: what is put in is not looked at again.

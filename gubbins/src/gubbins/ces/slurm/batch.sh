@@ -8,18 +8,18 @@ note() {
     [ -z "$job" ] || { printf '%s\n' "$2" > "$job/$1.new" && mv "$job/$1.new" "$job/$1"; }
 }
 # An unconfirmed submission may have left two jobs of one stamp. The first to start is the pilot.
-if [ -n "$job" ] && ! (set -C; echo "$SLURM_JOB_ID" > "$job/started") 2> /dev/null; then
-    [ "$(cat "$job/started")" = "$SLURM_JOB_ID" ] || exit 0
+if [ -n "$job" ] && ! (set -C; echo "@number@" > "$job/started") 2> /dev/null; then
+    [ "$(cat "$job/started")" = "@number@" ] || exit 0
 fi
 [ -z "$job" ] || [ -s "$job/id" ] || note id "@id@"
-# Slurm signals everybody. This shell stays to write the exit code.
+# A batch system signals everybody. This shell stays to write the exit code.
 trap : HUP INT TERM
 work=$(mktemp -d "${TMPDIR:-/tmp}/pilot.XXXXXX") || { note rc 1; exit 1; }
 base64 -d > "$work/run" << 'SCRIPT'
 @script@
 SCRIPT
 chmod 700 "$work/run"
-(cd "$work" && exec ./run) < /dev/null
+(cd "$work" && exec ./run) < /dev/null@output@
 code=$?
 rm -rf "$work"
 note rc "$code"

@@ -26,18 +26,39 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/+-]+$")]
 
 
-class SlurmSettings(PilotSettings):
-    """Settings of a Slurm compute element."""
+class SubmitHostSettings(PilotSettings):
+    """Settings of a site whose batch system is commanded on a submit host, with a directory for each pilot."""
 
     ssh: SSHHost | None = Field(
         default=None,
         description="The submit host and what it takes to get there (`host`, `username`…; needs the extra `ssh`); "
         "left out: the worker's own host. All paths below are there.",
     )
-
     directory: AbsolutePath = Field(
         description="Where the pilots' directories are, absolute; the same for all workers that use this site."
     )
+    account: Word | None = Field(default=None, description="Account that is charged.")
+    cpus: int | None = Field(default=None, ge=1, description="CPUs of a pilot.")
+    memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
+    wall_minutes: int | None = Field(default=None, ge=1, description="Time limit of a pilot, in minutes.")
+    default_script: DefaultScript = "sleep 1"
+    commands: AbsolutePath | None = Field(
+        default=None, description="Directory of the commands of the batch system; left out: they are in PATH."
+    )
+    timeout_seconds: float = Field(
+        default=20, gt=0, allow_inf_nan=False, description="How long one command may take."
+    )
+    concurrent_submissions: int = Field(
+        default=8,
+        ge=1,
+        description="How many pilots are submitted at the same time, each by a command of its own.",
+    )
+    keep_days: KeepDays = 7
+
+
+class SlurmSettings(SubmitHostSettings):
+    """Settings of a Slurm compute element."""
+
     nodes_see_directory: bool = Field(
         default=True,
         description="Whether the nodes have that directory under the same name. If not, there is no output, and "
@@ -48,15 +69,10 @@ class SlurmSettings(PilotSettings):
         description="Clusters of a site with several (`--clusters`), with commas; needs slurmdbd there.",
     )
     partition: Word | None = Field(default=None, description="Partition, or several with commas.")
-    account: Word | None = Field(default=None, description="Account that is charged.")
     qos: Word | None = Field(default=None, description="Quality of service.")
-    cpus: int | None = Field(default=None, ge=1, description="CPUs of a pilot.")
-    memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
-    wall_minutes: int | None = Field(default=None, ge=1, description="Time limit of a pilot, in minutes.")
     extra_options: list[Annotated[str, Field(pattern=r"^--[a-z]")]] = Field(
         default=[], description="More options of sbatch, each as one string (`--constraint=avx2`)."
     )
-    default_script: DefaultScript = "sleep 1"
     completion_log: AbsolutePath | None = Field(
         default=None,
         description="The file of `jobcomp/filetxt`, if the site has one: ends are known when Slurm has forgotten.",
@@ -66,19 +82,6 @@ class SlurmSettings(PilotSettings):
         description="Whether the site keeps accounts (slurmdbd): `sacct` knows ends that Slurm has forgotten.",
     )
     slurm_conf: AbsolutePath | None = Field(default=None, description="SLURM_CONF of the commands.")
-    commands: AbsolutePath | None = Field(
-        default=None, description="Directory of sbatch, squeue, scancel and sacct; left out: they are in PATH."
-    )
-    timeout_seconds: float = Field(
-        default=20, gt=0, allow_inf_nan=False, description="How long one command may take."
-    )
-    concurrent_submissions: int = Field(
-        default=8,
-        ge=1,
-        description="How many sbatch run at the same time when `submit` is given many pilots. A `MyPilotTask` "
-        "gives it one, and there is one such task at a time for each compute element.",
-    )
-    keep_days: KeepDays = 7
 
     @field_validator("extra_options")
     @classmethod

@@ -1,11 +1,12 @@
 # Submits one pilot, and no second one of the same stamp.
 #
-#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS SQUEUE CLUSTERS SBATCH…  < batch script
+#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS NUMBER FIND SBATCH…  < batch script
 #
-# Prints `number`, or `number;cluster`. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
+# NUMBER is a sed script that prints what is a job's number of a line, and nothing of others; FIND is shell text that prints
+# the numbers of jobs of this pilot in the queue. Prints `number`, or `number;cluster`. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
 # called, however that went), id (what is printed). Exit code 73: it has not been submitted; 75: not known whether it has
 # been; 124: sbatch has not answered in time. All others are those of sbatch.
-directory=$1 stamp=$2 seconds=$3 squeue=$4 clusters=$5
+directory=$1 stamp=$2 seconds=$3 number=$4 find=$5
 shift 5
 { mkdir -p "$directory" && cd "$directory"; } || exit 73
 mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || {
@@ -22,7 +23,7 @@ flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit
 
 # The one number among lines of anything: a filter or a wrapper of the site may print more.
 number() {
-    sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9]\{1,18\}\(;[A-Za-z0-9_.-]\{1,64\}\)\{0,1\}\)[[:space:]]*$/\2/p' | sort -un
+    sed -n "$number" | sort -un
 }
 known() {
     [ -f "$stamp/id" ] && [ ! -h "$stamp/id" ] || return 0
@@ -36,9 +37,8 @@ note() {
 known
 if [ -e "$stamp/tried" ]; then
     # Its result is not known. The queue knows.
-    found=$(timeout --foreground "$seconds" "$squeue" -h --me --all -t all ${clusters:+"--clusters=$clusters"} \
-        -n "$stamp" -o %i) || {
-        [ $? -ne 124 ] || echo "squeue has not answered within $seconds s" >&2
+    found=$(timeout --foreground "$seconds" /bin/sh -c "$find") || {
+        [ $? -ne 124 ] || echo "the queue has not answered within $seconds s" >&2
         exit 75
     }
     known

@@ -61,8 +61,8 @@ class SSHHost(CESettings):
     )
     ssh_config: OurPath | None = Field(
         default=None,
-        description="File of OpenSSH's client settings, for what is not set here: HostName, Port, User, IdentityFile, "
-        "ProxyJump, ProxyCommand…; default: none is read.",
+        description="File of OpenSSH's client settings, for what is not set here: HostName, Port, User, "
+        "IdentityFile, ProxyJump, ProxyCommand…; default: none is read.",
     )
     jump: SSHHost | None = Field(
         default=None,

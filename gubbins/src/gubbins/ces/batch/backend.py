@@ -1,0 +1,81 @@
+"""The back end `batch`: jobs of Grid Engine, PBS or LSF, on the host of the worker or through SSH."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome
+from gubbins.ces.slurm.batch import job_script
+from gubbins.ces.slurm.error_parsing import error_line, error_lines, is_unreachable
+from gubbins.ces.slurm.jobs import Job, Record
+from gubbins.ces.slurm.submit_host import Submission, SubmitHostBackend, text_of
+from gubbins.ces.transports.shell import Completed, Shell
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.pilot_states import MyPilotStatus
+
+from .settings import BatchSettings
+from .systems import SYSTEMS
+
+_MAX_IDS = 500  # in one command
+
+
+class BatchBackend(SubmitHostBackend[BatchSettings]):
+    """A job that has left the queue has ended as the exit code in its directory says.
+
+    One without an exit code that was seen in the queue and was to be cancelled is cancelled; any other is unknown.
+    """
+
+    Settings = BatchSettings
+
+    def __init__(self, ce: CEDescription, settings: BatchSettings, shell: Shell | None = None) -> None:
+        super().__init__(ce, settings, shell, settings.command_environment)
+        self._system = SYSTEMS[settings.system]
+
+    def submission(self, pilot: PilotAtCE) -> Submission:
+        command, *options = self._system.submit(self.settings, pilot)
+        job, number = self.settings.directory / pilot.stamp, self._system.variable
+        output = ' > "$job/stdout" 2> "$job/stderr"'
+        script = job_script(self.settings, self.ce.name, pilot, job, number=number, id=number, output=output)
+        path = "" if self.settings.commands is None else f'PATH="{self.settings.commands}:$PATH"; '
+        find = path + self._system.find(pilot.stamp)
+        argv = self.command(command, *options, *self.settings.extra_options)
+        return Submission(argv, script, self._system.number, find)
+
+    def refusal(self, done: Completed) -> SubmitOutcome | None:
+        lines = error_lines(done)
+        if is_unreachable(done) or any("has been submitted" in line for line in lines):
+            return None
+        outcomes = (self._system.words.outcome(line, lines, name=self.settings.system) for line in lines)
+        return next((outcome for outcome in outcomes if outcome is not None), None)
+
+    async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
+        command, *options = self._system.queue
+        done = await self.run_command(self.command(command, *options))
+        if done.returncode != 0 and re.search(self._system.nothing, error_line(done), re.IGNORECASE):
+            return {}
+        return self._system.parse(text_of(done, command))
+
+    async def completions(
+        self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]
+    ) -> tuple[dict[str, list[Job]], bool]:
+        found = {}
+        for pilot in pilots:
+            record = records.get(pilot.stamp)
+            ran = pilot.cancel_requested and pilot.status is MyPilotStatus.RUNNING
+            number = pilot.reference or (record.number if record is not None else "")
+            if number and (ran or (record is not None and record.cancelled)):
+                found[pilot.stamp] = [Job(number, "CANCELLED", "", "")]
+        return found, True
+
+    async def cancel_jobs(self, jobs: Iterable[Job]) -> None:
+        waiting = (job.number for job in jobs)
+        while some := list(islice(waiting, _MAX_IDS)):
+            done = await self.run_command(self.command(self._system.cancel, *some))
+            if done.returncode == 0:
+                continue
+            if is_unreachable(done):
+                raise CEUnavailableError(f"{self._system.cancel}: {error_line(done)}")
+            if not all(re.search(self._system.gone, line, re.IGNORECASE) for line in error_lines(done)):
+                self.warn(f"{self._system.cancel}: {error_line(done)}")

@@ -1,0 +1,103 @@
+"""The back end `batch` at a real Grid Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from sites.dead_mount import dead_mount
+from sites.gridengine import GridEngineSite
+from watching import observe
+
+from gubbins.ces import CEDescription, Observed, PilotAtCE
+from gubbins.ces.batch import BatchBackend, BatchSettings
+from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
+
+pytestmark = pytest.mark.event_loops("uvloop")
+
+
+class TestGridEngine(CERemoteConformance):
+    timeout_seconds = 20.0
+
+    @pytest.fixture
+    def make(self, gridengine_site: GridEngineSite, tmp_path: Path) -> MakeBackend:
+        self.witness = tmp_path / "witness"
+        self.witness.mkdir()
+        scripts = pilot_scripts(self.witness)
+
+        def make(scenario: Scenario) -> BatchBackend:
+            return make_backend(
+                gridengine_site, tmp_path, default_script=scripts[scenario], timeout_seconds=self.timeout_seconds
+            )
+
+        return make
+
+    @pytest.fixture
+    def down(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
+        return self.impatiently(gridengine_site.down())
+
+    @pytest.fixture
+    def hanging(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
+        return self.impatiently(gridengine_site.frozen())
+
+    @pytest.fixture
+    def holding(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
+        return gridengine_site.holding()
+
+    @pytest.fixture
+    def full(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
+        return gridengine_site.full()
+
+    @pytest.fixture
+    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
+
+    @contextmanager
+    def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
+        with disturbance:
+            self.timeout_seconds = 1.0
+            yield
+            del self.timeout_seconds
+
+    def starts(self, stamp: str) -> int:
+        return len((self.witness / stamp).read_text().splitlines())
+
+
+def make_backend(site: GridEngineSite, directory: Path, **settings: object) -> BatchBackend:
+    values = {"system": "gridengine", "directory": directory / "pilots", "keep": "all", **settings}
+    return BatchBackend(CEDescription("batch", 100, 1.0), BatchSettings.model_validate(values), site)
+
+
+async def test_what_grid_engine_refuses_is_refused_with_its_words(
+    gridengine_site: GridEngineSite, tmp_path: Path
+) -> None:
+    for settings, words in (
+        ({"queue": "nowhere"}, 'Job was rejected because job requests unknown queue "nowhere"'),
+        ({"extra_options": ["-l", "no_such=1"]}, "unknown resource"),
+        ({"extra_options": ["-nonsense"]}, "invalid option argument"),
+    ):
+        backend = make_backend(gridengine_site, tmp_path, **settings)
+        outcome = (await backend.submit([PilotAtCE("s", "vo")]))["s"]
+        assert words in str(outcome.error), outcome
+        assert not outcome.quota
+        assert not (tmp_path / "pilots" / "s").exists()
+
+
+async def test_a_job_that_is_submitted_with_a_warning_is_found_by_its_name(
+    gridengine_site: GridEngineSite, tmp_path: Path
+) -> None:
+    backend, pilot = make_backend(gridengine_site, tmp_path), PilotAtCE("s", "vo")
+    gridengine_site.command("qconf", "-au", "root", "unwanted")
+    gridengine_site.command("qconf", "-rattr", "queue", "xuser_lists", "unwanted", "pilots")
+    try:
+        with pytest.raises(CEUnavailableError, match="not allowed to run in any queue"):
+            await backend.submit([pilot])
+        seen = await observe(backend, pilot, Observed.WAITING)
+        assert (await backend.submit([pilot]))["s"].reference == seen.reference
+    finally:
+        gridengine_site.command("qconf", "-rattr", "queue", "xuser_lists", "NONE", "pilots")
+    await backend.cancel([pilot])
+    assert (await observe(backend, pilot, Observed.FAILED)).reason == "cancelled"
