@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from gubbins.ces.judging import SiteWords
 from gubbins.ces.protocol import PilotAtCE
-from gubbins.ces.slurm.jobs import Job
+from gubbins.ces.slurm.jobs import Job, is_job_number
 from gubbins.domain.exceptions import CEUnavailableError
 
 from .settings import BatchSettings
@@ -81,21 +81,19 @@ def _gridengine(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     ]
 
 
-_GRIDENGINE_ROW = re.compile(
-    r"<JB_job_number>(\d{1,18})</JB_job_number>.*?<JB_name>p([^<]*)</JB_name>.*?<state>([A-Za-z]*)</state>", re.S
-)
-
-
 def _gridengine_jobs(text: str) -> Jobs:
     if "</job_info>" not in text[-200:]:
         raise CEUnavailableError("qstat: its answer is cut off")
     jobs: Jobs = defaultdict(list)
     for row in text.split("<job_list")[1:]:
-        if (found := _GRIDENGINE_ROW.search(row)) is not None:
-            number, stamp, state = found.groups()
+        fields = dict(re.findall(r"<(JB_job_number|JB_name|state)>([^<]*)<", row))
+        number, name, state = (fields.get(field, "") for field in ("JB_job_number", "JB_name", "state"))
+        if is_job_number(number) and name.startswith("p"):
             reason = "in error state (Eqw)" if "E" in state else "on hold (hqw)" if "h" in state else ""
             known = "PENDING" if "q" in state else "RUNNING"
-            jobs[html.unescape(stamp)].append(Job(number, known, "", f"Grid Engine: {reason}" if reason else ""))
+            jobs[html.unescape(name[1:])].append(
+                Job(number, known, "", f"Grid Engine: {reason}" if reason else "")
+            )
     return jobs
 
 
