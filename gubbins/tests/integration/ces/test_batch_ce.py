@@ -77,7 +77,7 @@ async def test_what_grid_engine_refuses_is_refused_with_its_words(
     for settings, words in (
         ({"queue": "nowhere"}, 'Job was rejected because job requests unknown queue "nowhere"'),
         ({"extra_options": ["-l", "no_such=1"]}, "unknown resource"),
-        ({"extra_options": ["-nonsense"]}, "invalid option argument"),
+        ({"extra_options": ["-unheard-of"]}, "invalid option argument"),
     ):
         backend = make_backend(gridengine_site, tmp_path, **settings)
         outcome = (await backend.submit([PilotAtCE("s", "vo")]))["s"]

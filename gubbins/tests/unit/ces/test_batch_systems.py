@@ -54,7 +54,7 @@ LSF_BJOBS = f"""\
 104|DONE|pdone|-|-
 105|EXIT|pfailed|3|-
 106|SSUSP|psuspended|-|-
-107|RUN|somebody|-|-
+107|RUN|another|-|-
 """
 
 NUMBERS = {

@@ -1,4 +1,4 @@
-"""What is different in each batch system: the words of its commands, and of their answers.
+"""Templates of batch systems: the words of their commands and of their answers.
 
 Grid Engine is tested for real; PBS and LSF by answers as their manuals have them.
 """
@@ -45,9 +45,9 @@ class BatchSystem(NamedTuple):
     cancel: str
     words: SiteWords
     nothing: str = r"(?!)"
-    """What `queue` says, and fails, when there is no job."""
+    """Message of `queue` when there is no job, and it fails."""
     gone: str = r"does not exist|unknown job|already finished|has finished|not found"
-    """What `cancel` says of jobs that have ended."""
+    """Message of `cancel` about jobs that have ended."""
 
 
 def name_of(stamp: str) -> str:
