@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from diracx.tasks import operations
 from diracx.tasks.plumbing import (
     BaseTask,
     ConcurrencyLimiter,
@@ -792,7 +793,11 @@ async def test_nothing_stays_of_a_line_whose_tasks_are_all_gone(worker: Worker, 
 LONG_AGO_MS = 600_000
 
 
-def named(name: str, kind: type[MutexLock | ExclusiveRWLock] = MutexLock) -> BaseLock:
+class ThreeSlots(ConcurrencyLimiter):
+    limit = 3
+
+
+def named(name: str, kind: type[MutexLock | ExclusiveRWLock | ConcurrencyLimiter] = MutexLock) -> BaseLock:
     return kind(JOB, name, ttl_ms=600_000)
 
 
@@ -812,10 +817,10 @@ async def all_step(worker: Worker, needs: Mapping[str, Callable[[], Sequence[Bas
             await worker.start([delivery], needs[name_of(delivery).partition("-")[0]])
 
 
-@pytest.mark.parametrize("kind", [MutexLock, ExclusiveRWLock])
+@pytest.mark.parametrize("kind", [MutexLock, ExclusiveRWLock, Slots, ThreeSlots])
 @pytest.mark.parametrize("order", ["ab", "ba", "abc", "cab"])
 async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one_of_them(
-    worker: Worker, order: str, kind: type[MutexLock | ExclusiveRWLock]
+    worker: Worker, order: str, kind: type[MutexLock | ExclusiveRWLock | ConcurrencyLimiter]
 ) -> None:
     """They are never free at the same time, as each goes on to the next task at once."""
     names = sorted(order)
@@ -824,10 +829,11 @@ async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one
         for name in names
     }
     needs["all"] = lambda: [named(name, kind) for name in order]
-    await worker.submit(*[f"{name}-0" for name in names])
+    first = getattr(kind, "limit", 1)  # so many of each have it at a time
+    await worker.submit(*[f"{name}-{number}" for name in names for number in range(first)])
     await all_step(worker, needs)
     await waits_since(worker, "all-0", LONG_AGO_MS, needs["all"])
-    for number in range(1, 20):
+    for number in range(first, 20):
         await worker.submit(*[f"{name}-{number}" for name in names])
         await all_step(worker, needs)
         for name in names:
@@ -836,7 +842,7 @@ async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one
                 await all_step(worker, needs)
         if "all-0" in worker.began:
             break
-    passed = worker.began.index("all-0") - len(names)
+    passed = worker.began.index("all-0") - first * len(names)
     assert passed <= 2 * len(names), "once for each lock before it has the first turn, and on its way to the last"
     while worker.running:
         await worker.end(next(iter(worker.running)))
@@ -932,3 +938,59 @@ async def test_two_tasks_of_the_same_locks_never_keep_them_from_each_other(worke
         assert name == worker.began[-1]
         await worker.end(name)
         await all_step(worker, scene.needs)
+
+
+async def test_a_task_of_several_limiters_keeps_one_slot_and_others_have_the_rest(
+    worker: Worker, redis: Redis
+) -> None:
+    slots = named("a", ThreeSlots)
+    needs: dict[str, Callable[[], Sequence[BaseLock]]] = {
+        "a": lambda: [named("a", ThreeSlots)],
+        "b": lambda: [named("b")],
+        "both": lambda: [named("a", ThreeSlots), named("b")],
+    }
+    await worker.submit("a-0", "a-1", "a-2", "b-0")
+    await all_step(worker, needs)
+    await waits_since(worker, "both-0", LONG_AGO_MS, needs["both"])
+    await worker.submit("a-3", "a-4")
+    await all_step(worker, needs)
+    for ended in ("a-0", "a-1"):
+        await worker.end(ended)
+        await all_step(worker, needs)
+    assert worker.began[4:] == ["a-3"], "of two slots the task keeps one"
+    holders = await operations.lock(redis, slots.redis_key)
+    assert "kept:both-0" in str(holders), "an operator sees for which task"
+    await worker.end("b-0")
+    await all_step(worker, needs)
+    assert worker.began[5:] == ["both-0"]
+    await worker.end("a-2")
+    await all_step(worker, needs)
+    assert worker.began[6:] == ["a-4"], "the slot that it kept is the one that it has"
+
+
+@pytest.mark.parametrize("order", ["qb", "bq"])
+async def test_a_task_of_a_rate_limiter_and_a_lock_is_not_passed_by_for_ever(
+    worker: Worker, redis: Redis, order: str
+) -> None:
+    quota = Quota(JOB, "q")
+    locks: dict[str, Callable[[], BaseLock]] = {"q": lambda: Quota(JOB, "q"), "b": lambda: named("b")}
+    needs: dict[str, Callable[[], Sequence[BaseLock]]] = {
+        "q": lambda: [locks["q"]()],
+        "b": lambda: [locks["b"]()],
+        "both": lambda: [locks[name]() for name in order],
+    }
+    await worker.submit("q-0", "b-0")
+    await all_step(worker, needs)
+    await waits_since(worker, "both-0", LONG_AGO_MS, needs["both"])
+    for number in range(1, 10):
+        await worker.submit(f"q-{number}", f"b-{number}")
+        await all_step(worker, needs)
+        for name in [each for each in worker.running if each != "both-0"]:
+            await worker.end(name)
+            await all_step(worker, needs)
+        await redis.delete(quota.redis_key)  # its window is over
+        await worker.look(quota)
+        await all_step(worker, needs)
+        if "both-0" in worker.began:
+            break
+    assert worker.began.index("both-0") - 2 <= 4

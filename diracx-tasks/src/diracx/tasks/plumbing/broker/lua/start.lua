@@ -9,6 +9,7 @@
 -- #flags allow-oom
 -- #include _time _alive _pending _parts _lines _locks _queue _looks _wake _cancel _redelivery _fencing
 local PARKED_MS = 86400000 -- the line brings a task back; should that be lost, its own timer does
+local KEPT_SLOT = 'kept:'
 local MAX_PRIORITY_SPAN = 2251799813685248 -- 2^51 µs: later than any time, small enough to stay exact
 
 -- The place in line is that of the submission (µs), not of the first question.
@@ -38,15 +39,23 @@ end
 
 -- A task that wants several locks would be passed by for ever by tasks that want one of them each. So when it has waited
 -- long, and is the next for the lock that refuses it, it keeps its turn for another for a tenth of that time. What
--- stands before it in line goes first all the same: two tasks never wait for each other.
+-- stands before it in line goes first all the same: two tasks never wait for each other. Of a concurrency limiter it keeps
+-- a slot, until it asks again; others have the rest of them.
 local function keeps_turn(d, lock, turns, waited_ms, place, refusing)
-  local ms, size = math.min(waited_ms / 10, KEPT_MS), size_of(d.resumed)
-  if ms < TURN_MS or not (lock.kind == 'mutex' or lock.kind == 'exclusive') then return false end
-  local turn = turns[size]
-  if not (turn and turn.reserved and turn.task == d.task) then return false end
+  local ms, size, slot = math.min(waited_ms / 10, KEPT_MS), size_of(d.resumed), lock.kind == 'concurrency'
+  if ms < TURN_MS or not (slot or lock.kind == 'mutex' or lock.kind == 'exclusive') then return false end
+  local turn = turns and turns[size]
+  if not (lock.kept or turn and turn.reserved and turn.task == d.task) then return false end
   local next_one = heads_of(refusing, turns_of(refusing))[1]
   if not (next_one and next_one.place == place) then return false end
   local ends = int(now_us() / 1000 + ms)
+  if slot then
+    if room_for(lock.kind, lock) < 1 then return false end
+    redis.call('ZADD', lock.key, ends, KEPT_SLOT .. d.task)
+    live_at_least(lock.key, math.max(ms, SLOTS_MS))
+    if turn and turn.task == d.task then redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key) end
+    return true
+  end
   turn = table.concat({ends, '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
   redis.call('SET', '$TURN_PREFIX' .. size .. ':' .. lock.key, turn, 'PX', int(ms))
   look_at(lock.key, now_us() / 1000 + TURN_MS + 1)
@@ -61,10 +70,10 @@ local function leave_to_others(d, refusing, before, waited_ms, place)
     if position > refusing and waits_or_turns(lock) then turns = turns_of(lock) end
     if behind and d.since == '0' then
       pcall(grant_next, lock, 'asked')
-    elseif turns and not behind then
+    elseif (turns or lock.kept) and not behind then
       local limits = position == refusing or lock.kind == 'rate' or lock.kind == 'concurrency'
       local keeps = position ~= refusing and not before
-      if limits and lock.key ~= d.granted and not sizes_of_turns(turns, d.task)[1] then
+      if limits and lock.key ~= d.granted and not lock.kept and not sizes_of_turns(turns, d.task)[1] then
         keeps = true -- it has taken nothing that others could have now
       elseif keeps then
         keeps = keeps_turn(d, lock, turns, waited_ms, place, d.locks[refusing])
@@ -103,6 +112,9 @@ for position, d in ipairs(deliveries) do
     local since = d.since
     if since == '0' then since = queued_at(d.entry) end
     local place = d.rank * MAX_PRIORITY_SPAN + tonumber(since)
+    for _, lock in ipairs(since == d.since and d.locks or {}) do
+      lock.kept = lock.kind == 'concurrency' and redis.call('ZREM', lock.key, KEPT_SLOT .. d.task) == 1
+    end
     local granted, refusing, _, before = take_all(d.locks, now, d.task, place)
     if granted then
       any_granted = any_granted or d.locks[1] ~= nil
