@@ -23,9 +23,9 @@ class Bound(NamedTuple):
 
 
 BOUNDS = (
-    Bound("diracx-tasks/src", 36_087, 21_000),
-    Bound("diracx-tasks/src/diracx/tasks/cli", 4_600, 3_200),
-    Bound("gubbins/src", 14_181, 11_000),
+    Bound("diracx-tasks/src", 36_104, 21_000),
+    Bound("diracx-tasks/src/diracx/tasks/cli", 4_605, 3_200),
+    Bound("gubbins/src", 15_156, 11_000),
 )
 
 

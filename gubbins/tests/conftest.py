@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from diracx.db.sql import PilotAgentsDB
 from moving_clock import Clock
 from sqlalchemy import event
 
-from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome, registry
+from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome
+from gubbins.ces import registry as back_ends
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
@@ -50,6 +52,38 @@ async def db(db_url: str) -> AsyncIterator[MyPilotDB]:
     async with database.engine_context():
         await database.create_tables()
         yield database
+
+
+@pytest.fixture
+async def registry(
+    db_server: str, empty_database: Callable[[str], Awaitable[str]]
+) -> AsyncIterator[PilotAgentsDB]:
+    """DiracX's own pilot registry with its tables, beside each kind of server; it does not know PostgreSQL."""
+    kind = "sqlite" if db_server == "postgresql" else db_server
+    async with _registry_at(await empty_database(kind)) as made:
+        yield made
+
+
+@pytest.fixture
+async def sqlite_registry(tmp_path: Path) -> AsyncIterator[PilotAgentsDB]:
+    """The same, on SQLite only."""
+    async with _registry_at(f"sqlite+aiosqlite:///{tmp_path}/registry.db") as made:
+        yield made
+
+
+@pytest.fixture
+def registry_at() -> Callable[[str], contextlib.AbstractAsyncContextManager[PilotAgentsDB]]:
+    """Makes one with its tables in the empty database of a URL."""
+    return _registry_at
+
+
+@contextlib.asynccontextmanager
+async def _registry_at(url: str) -> AsyncIterator[PilotAgentsDB]:
+    registry = PilotAgentsDB(url)
+    async with registry.engine_context():
+        async with registry.engine.begin() as connection:
+            await connection.run_sync(registry.metadata.create_all)
+        yield registry
 
 
 @pytest.fixture
@@ -135,7 +169,7 @@ def install_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type[CEBa
     """`install_backend("name", Class)`: as if a package had brought it, for one test."""
 
     def install(name: str, backend: type[CEBackend[Any]]) -> None:
-        installed = registry.entry_points
+        installed = back_ends.entry_points
 
         class Ours(EntryPoint):
             def load(self) -> Any:
@@ -146,7 +180,7 @@ def install_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type[CEBa
                 **params
             )
 
-        monkeypatch.setattr(registry, "entry_points", entry_points)
+        monkeypatch.setattr(back_ends, "entry_points", entry_points)
 
     return install
 

@@ -88,6 +88,37 @@ def test_a_worker_takes_its_dead_letter_database(served, initialised_task_db):
     assert "DIRACX_DB_URL_TASKDB" not in worker.output
 
 
+OPTIONAL = """
+from typing import Annotated, Any
+
+from diracx.db.sql import PilotAgentsDB
+from diracx.tasks.plumbing.base_task import BaseTask
+from diracx.tasks.plumbing.depends import NoTransaction
+
+
+class CountPilots(BaseTask):
+    async def execute(self, registry: Annotated[PilotAgentsDB, NoTransaction()]{default}, **kwargs: Any) -> int:
+        return 0
+"""
+
+
+@pytest.mark.parametrize("default", ["", " = None"])
+def test_a_worker_starts_without_a_database_that_its_tasks_can_do_without(served, tmp_path, default):
+    (tmp_path / "counting.py").write_text(OPTIONAL.format(default=default))
+    served.environment["DIRACX_DB_URL_PILOTAGENTSDB"] = "mysql+aiomysql://user:sesame@127.0.0.1:1/pilots"
+    if not default:
+        refused = served("worker", "--module", "counting.py")
+        assert refused.returncode == 1
+        assert "cannot reach the database PilotAgentsDB" in refused.stderr.splitlines()[-1]
+        return
+    worker = served.start("worker", "--module", "counting.py")
+    worker.until("ready")
+    [line] = [line for line in worker.output.splitlines() if "PilotAgentsDB" in line]
+    assert "WARNING" in line
+    assert "cannot reach the database PilotAgentsDB" in line
+    assert "sesame" not in worker.output
+
+
 def test_unknown_names_in_the_configuration_are_reported(served, tmp_path):
     (tmp_path / "tasks.yaml").write_text("common: {'my_tasks:Gret': {concurrency_limit: 3}}")
     served.environment["DIRACX_TASKS_CONFIG"] = "tasks.yaml"

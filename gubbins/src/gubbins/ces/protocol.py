@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -119,6 +119,12 @@ class CEBackend(ABC, Generic[SettingsT]):
     """Whether such compute elements come from the operator's files alone, never through the API: for back
     ends whose settings amount to running commands on our own hosts."""
 
+    grid_type: ClassVar[str] = ""
+    """Its name in DIRAC, for the pilot registry; empty: that of the back end."""
+
+    queue_setting: ClassVar[str] = ""
+    """The setting that names the queue; empty: there is none."""
+
     close_seconds: ClassVar[float] = 5
     """Longest time that `close` may take: the response of the compute element waits for it."""
 
@@ -145,6 +151,11 @@ class CEBackend(ABC, Generic[SettingsT]):
         except CEUnavailableError as error:
             self.warn(error)
             return None
+
+    @classmethod
+    def grid_type_of(cls, settings: Mapping[str, Any]) -> str:
+        """The `grid_type` of a compute element with these settings, which may be invalid."""
+        return cls.grid_type
 
     def why_not(self, vo: str) -> str | None:
         """The reason why the settings give this VO no pilots; None: they do.

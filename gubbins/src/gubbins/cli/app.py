@@ -15,12 +15,13 @@ from diracx.tasks.cli.output import echo
 from diracx.tasks.operations.audit import listed
 from diracx.tasks.plumbing._util.printable import printable
 
+from gubbins.db.registry import open_registry
 from gubbins.domain import clock
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
-from . import dirac_import
+from . import dirac_import, reconciliation
 from .downtimes import downtime_app
 from .session import NO_DATABASE, emit, in_database, me, recorded, table
 
@@ -97,9 +98,12 @@ app = command_group(
 ce_app = command_group(
     "ce", "Compute elements: load from a file, list, show, open, close, ban, downtimes.", rich_markup_mode=None
 )
-pilots_app = command_group("pilots", "Pilots: list, count, show, output, cancel.", rich_markup_mode=None)
+pilots_app = command_group(
+    "pilots", "Pilots: list, count, show, output, cancel, reconcile.", rich_markup_mode=None
+)
 db_app = command_group("db", _DB_HELP, rich_markup_mode=None)
 ce_app.add_typer(downtime_app)
+pilots_app.command("reconcile")(reconciliation.reconcile_pilots)
 ce_app.command("import-dirac", help=dirac_import.HELP)(dirac_import.import_dirac)
 for _group in (ce_app, pilots_app, db_app):
     app.add_typer(_group)
@@ -272,14 +276,25 @@ def list_pilots(
     status: Annotated[
         MyPilotStatus | None, typer.Option("--status", case_sensitive=False, help="Only in this state.")
     ] = None,
+    job: Annotated[
+        int | None, typer.Option("--job", min=1, max=2**63 - 1, help="Only those on which this job ran.")
+    ] = None,
     page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
     per_page: Annotated[int, typer.Option(min=1, max=10_000, help="Pilots on a page.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
     """List pilots, newest first."""
-    total, pilots = in_database(
-        lambda db: logic.search_pilots(db, vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
-    )
+
+    async def search(db: Any) -> tuple[int, list[dict[str, Any]]]:
+        stamps = None
+        if job is not None:
+            async with open_registry() as registry:
+                stamps = await logic.stamps_of_job(registry, job)
+        return await logic.search_pilots(
+            db, vo=vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
+        )
+
+    total, pilots = in_database(search)
     if as_json:
         emit({"items": pilots, "total": total, "page": page, "per_page": per_page})
         return
@@ -320,12 +335,20 @@ def summarise_pilots(vo: OfVO = None, as_json: JsonOption = False) -> None:
 
 @pilots_app.command("show")
 def show_pilot(pilot_id: PilotId, as_json: JsonOption = False) -> None:
-    """Show one pilot and every step it made."""
-    pilot = in_database(lambda db: logic.get_pilot(db, pilot_id))
+    """Show one pilot, every step it made, and the jobs that ran on it."""
+
+    async def show(db: Any) -> dict[str, Any]:
+        pilot = await logic.get_pilot(db, pilot_id)
+        async with open_registry() as registry:
+            return {**pilot, "jobs": await logic.jobs_of_pilot(registry, pilot)}
+
+    pilot = in_database(show)
     if as_json:
         emit(pilot)
         return
-    history = pilot.pop("history")
+    history, jobs = pilot.pop("history"), pilot.pop("jobs")
+    if jobs is not None:
+        pilot["jobs"] = ", ".join(map(str, jobs))
     table(f"Pilot {pilot_id}", ("field", "value"), list(pilot.items()))
     table("History", ("state", "at (UTC)", "reason"), [(s["status"], s["at"], s["reason"]) for s in history])
 

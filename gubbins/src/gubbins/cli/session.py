@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import json
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
@@ -21,6 +22,7 @@ from diracx.tasks.plumbing.broker.connection import AddressError, async_client, 
 from redis.exceptions import RedisError
 
 from gubbins.db import URL_VARIABLE
+from gubbins.db.registry import REGISTRY, REGISTRY_VARIABLE
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.exceptions import GubbinsError
 from gubbins.domain.text import one_line
@@ -28,6 +30,12 @@ from gubbins.domain.text import one_line
 T = TypeVar("T")
 
 NO_DATABASE = f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
+
+NO_REGISTRY = (
+    f"no pilot registry is configured: set {REGISTRY_VARIABLE} to the URL of DiracX's {REGISTRY}, as in "
+    "mysql+aiomysql://db.example.org/PilotAgentsDB"
+)
+_PROGRESS_SECONDS = 5.0
 
 
 def in_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -> T:
@@ -48,6 +56,29 @@ def in_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -> 
         return asyncio.run(connected())
     except GubbinsError as error:
         raise CliError(str(error)) from error
+
+
+async def in_registry(work: Callable[[Any], Awaitable[T]]) -> T:
+    """Do something with the pilot registry named in the environment.
+
+    Raises:
+        CliError: it is not named, cannot be reached, or has no tables.
+    """
+    async with open_database(REGISTRY, NO_REGISTRY) as registry:
+        return await work(registry)
+
+
+def show_progress(what: str) -> Callable[[int], None]:
+    """Make a function that tells on stderr, every few seconds, how many are done."""
+    told = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _PROGRESS_SECONDS:
+            told = time.monotonic()
+            echo(f"gubbins: {done:,} {what}", err=True)
+
+    return show
 
 
 def recorded(

@@ -9,7 +9,13 @@ from typing import Any
 from diracx.tasks.web.dashboard.page import AppContext, NotFoundError, NotPossibleError, Page, Request, integer
 
 from gubbins.domain.circuit_breaker import CircuitState
-from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError, PilotNotFoundError, SiteBusyError
+from gubbins.domain.exceptions import (
+    CEUnavailableError,
+    OutputUnavailableError,
+    PilotNotFoundError,
+    RegistryUnavailableError,
+    SiteBusyError,
+)
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.site_calls import site_calls
@@ -111,9 +117,9 @@ def _is_wanted(ce: Mapping[str, Any], text: str, state: str) -> bool:
     return in_state and text.lower() in ce["name"].lower()
 
 
-def _number(text: str, least: int = 0) -> int:
+def _number(text: str, least: int = 0, most: int = 1_000_000) -> int:
     try:
-        return integer(text, least, 1_000_000)
+        return integer(text, least, most)
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
 
@@ -128,11 +134,19 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     if status is not None and status not in _STATES:
         raise NotFoundError(f"{status[:40]!r} is no state of a pilot.")
     number = _number(query.get("page", "1"), 1)
+    stamps: list[str] | None = None
+    problem = ""
+    if job := query.get("job", "").strip():
+        try:
+            stamps = await logic.stamps_of_job(READ_MODELS.registry, _number(job, 1, 2**63 - 1))
+        except RegistryUnavailableError as error:
+            stamps, problem = [], f"Pilots of a job are not known: {error.public}."
     total, pilots = await logic.search_pilots(
         READ_MODELS.database(),
         vo=await _chosen_vo(request, context),
         ce_name=query.get("ce") or None,
         status=None if status is None else MyPilotStatus(status),
+        stamps=stamps,
         page=number,
         per_page=_PAGE,
     )
@@ -141,7 +155,8 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "total": total,
         "number": number,
         "pages": -(-total // _PAGE),
-        "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status")},
+        "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status", "job")},
+        "problem": problem,
         "states": _STATES,
         "vos": sorted(await READ_MODELS.summary(request.state.principal.vo)),
         "ces": [ce["name"] for ce in await _ces(request.state.principal.vo, request.state.principal.vo)],
@@ -155,7 +170,12 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
         None,
         *((after["at"] - before["at"]).total_seconds() for before, after in pairwise(steps)),
     ]
-    return {"pilot": pilot, "steps": list(zip(steps, took, strict=True)), "active": pilot["status"] in ACTIVE}
+    return {
+        "pilot": pilot,
+        "steps": list(zip(steps, took, strict=True)),
+        "active": pilot["status"] in ACTIVE,
+        "jobs": await logic.jobs_of_pilot(READ_MODELS.registry, pilot),
+    }
 
 
 async def _pilot(request: Request) -> dict[str, Any]:

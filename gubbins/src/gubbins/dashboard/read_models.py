@@ -7,17 +7,21 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diracx.tasks.operations.single_flight import SingleFlightCache
 from diracx.tasks.web.dashboard.page import UnavailableError
 
 from gubbins.db import URL_VARIABLE
+from gubbins.db.registry import open_registry
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.statistics import QUARTER
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
+
+if TYPE_CHECKING:
+    from diracx.db.sql import PilotAgentsDB
 
 #: Counting a million pilots is no work for every second.
 _COUNTED_SECONDS = 10.0
@@ -45,9 +49,10 @@ class PilotReadModels:
     def __init__(self) -> None:
         self.use(None)
 
-    def use(self, db: MyPilotDB | None) -> None:
-        """Use this database from now on, in this event loop."""
+    def use(self, db: MyPilotDB | None, registry: PilotAgentsDB | None = None) -> None:
+        """Use this database, and this pilot registry, from now on, in this event loop."""
         self.db = db
+        self.registry = registry
         self._answers = SingleFlightCache()
 
     def database(self) -> MyPilotDB:
@@ -137,8 +142,8 @@ async def opened() -> AsyncIterator[None]:
         yield
         return
     database = MyPilotDB(url)
-    async with database.engine_context():
-        READ_MODELS.use(database)
+    async with database.engine_context(), open_registry() as registry:
+        READ_MODELS.use(database, registry)
         try:
             yield
         finally:

@@ -17,3 +17,4 @@ class AuditAction(StrEnum):
     REMOVE_DOWNTIME = "remove downtime"
     SUBMIT_PILOT = "submit pilot"
     CANCEL_PILOT = "cancel pilot"
+    RECONCILE_PILOTS = "reconcile pilots"

@@ -197,6 +197,10 @@ class PilotNotFoundError(GubbinsError):
         super().__init__(f"unknown pilot {pilot_id}: `gubbins pilots list` shows those that exist")
 
 
+class RegistryUnavailableError(GubbinsError):
+    """DiracX's pilot registry is not configured, or does not answer."""
+
+
 class IllegalTransitionError(GubbinsError):
     """A pilot was asked to leave the path SUBMITTED → RUNNING → DONE or FAILED. Nothing was changed."""
 

@@ -69,7 +69,9 @@ class CERules(BaseModel):
         description="Site that it belongs to, as jobs name it; left out: it gets no jobs that name any.",
     )
     grid_ce: _Name | None = Field(default=None, description="Name by which jobs ask for it; left out: its own.")
-    queue: _Name | None = Field(default=None, description="Its queue, as the pilot registry has it.")
+    queue: _Name | None = Field(
+        default=None, description="Its queue, for the pilot registry; left out: that of the settings."
+    )
     platform: Annotated[_Names, BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = (
         Field(default=(), description="Platforms of jobs that run here, one or a list; left out: all.")
     )
@@ -87,6 +89,9 @@ class CERules(BaseModel):
     )
     max_memory_mb: Annotated[int, Field(strict=True, ge=1, le=10**8)] | None = Field(
         default=None, description="Memory of a pilot, in MiB: jobs for so much (`16GB`) run here."
+    )
+    registry_output: bool = Field(
+        default=False, description="Whether the output that is kept is written to the pilot registry, too."
     )
     max_batch: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(
         default=100, description="So many requested pilots, of all VOs, are submitted by one call."

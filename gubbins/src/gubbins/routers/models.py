@@ -80,9 +80,13 @@ class PilotStep(BaseModel):
 class PilotWithHistory(Pilot):
     """A pilot with all its steps, oldest first."""
 
-    model_config = _example({**_PILOT, "history": _HISTORY})
+    model_config = _example({**_PILOT, "history": _HISTORY, "jobs": [1234]})
 
     history: list[PilotStep]
+    jobs: list[int] | None = Field(
+        description="Ids of the jobs that ran on it, newest first, 1,000 at most; null: not known, for the pilot "
+        "registry is not configured or does not answer."
+    )
 
 
 class PilotOutputPublic(BaseModel):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
 from diracx.core.properties import SERVICE_ADMINISTRATOR
+from diracx.db.sql import PilotAgentsDB
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from diracx.tasks.web.api.audit_logger import Audited
 from diracx.tasks.web.api.responses import BoundedRoute, database_errors, responses
 from diracx.tasks.web.auth.policies import ConfigReader
-from fastapi import Body, Depends, HTTPException, Path, Query, Response
+from fastapi import Body, Depends, HTTPException, Path, Query, Request, Response
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain.audit_actions import AuditAction
@@ -35,6 +36,7 @@ from gubbins.domain.exceptions import (
     OutputUnavailableError,
     PilotEndedError,
     PilotNotFoundError,
+    RegistryUnavailableError,
     SubmissionLimitError,
     UnknownCEError,
     VONotServedError,
@@ -83,6 +85,7 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     OutputUnavailableError: HTTPStatus.NOT_FOUND,
     DowntimeNotFoundError: HTTPStatus.NOT_FOUND,
     DowntimeError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RegistryUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _responses = partial(
     responses,
@@ -115,6 +118,16 @@ def _as_http(own_vo: str | None) -> Iterator[None]:
         raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), message) from error
 
 
+async def _pilot_registry(request: Request) -> AsyncIterator[PilotAgentsDB | None]:
+    """The pilot registry of the application; None: it has none, and these routes do without."""
+    provide = request.app.dependency_overrides.get(PilotAgentsDB.no_transaction)
+    if provide is None:
+        yield None
+        return
+    async with contextlib.asynccontextmanager(provide)() as registry:
+        yield registry
+
+
 class _Access:
     """What routes work with: the user of the request, the database, the audit log and the compute elements.
 
@@ -130,11 +143,13 @@ class _Access:
         check_permissions: CheckMyPilotsPolicyCallable,
         audit: Audited,
         calls: Annotated[SiteCalls, Depends(site_calls)],
+        registry: Annotated[PilotAgentsDB | None, Depends(_pilot_registry)],
     ) -> None:
         self.db = db
         self.user = user
         self.audit = audit
         self.calls = calls
+        self.registry = registry
         self.own_vo = None if SERVICE_ADMINISTRATOR in user.properties else user.vo
         """The VO that the request is limited to; None: administrators, who see every VO."""
         self._check = partial(check_permissions, config=config)
@@ -199,7 +214,7 @@ async def get_summary(access: Access) -> Summary:
     return Summary(pilots=pilots, totals=totals, **totals)
 
 
-@router.get("/pilots", responses=_responses())
+@router.get("/pilots", responses=_responses(503))
 async def search_pilots(
     response: Response,
     access: Access,
@@ -216,6 +231,10 @@ async def search_pilots(
         ),
     ] = None,
     status: Annotated[MyPilotStatus | None, Query(description="Only in this state.")] = None,
+    job_id: Annotated[
+        int | None,
+        Query(description="Only those on which this job ran, as the pilot registry has it.", ge=1, le=2**63 - 1),
+    ] = None,
     page: Annotated[int, Query(ge=1, le=10**9, description="Which page, from 1.")] = 1,
     per_page: Annotated[int, Query(ge=1, le=1_000, description="Pilots on a page.")] = 100,
 ) -> PilotPage:
@@ -225,8 +244,10 @@ async def search_pilots(
     """
     await access.check(ActionType.READ, vo)
     of_vo = vo if access.own_vo is None else access.own_vo
+    with _as_http(access.own_vo):
+        stamps = None if job_id is None else await logic.stamps_of_job(access.registry, job_id)
     total, found = await logic.search_pilots(
-        access.db, vo=of_vo, ce_name=ce_name, status=status, page=page, per_page=per_page
+        access.db, vo=of_vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
     )
     first = (page - 1) * per_page
     shown = f"{first}-{first + len(found) - 1}" if found else "*"
@@ -237,10 +258,12 @@ async def search_pilots(
 
 @router.get("/pilots/{pilot_id}", responses=_responses(404))
 async def get_pilot(pilot_id: PilotId, access: Access) -> PilotWithHistory:
-    """Show one pilot with its history."""
+    """Show one pilot with its history, and the jobs that ran on it."""
     await access.check(ActionType.READ)
     with _as_http(access.own_vo):
-        return PilotWithHistory.model_validate(await access.pilot(pilot_id, ActionType.READ))
+        pilot = await access.pilot(pilot_id, ActionType.READ)
+    jobs = await logic.jobs_of_pilot(access.registry, pilot)
+    return PilotWithHistory.model_validate({**pilot, "jobs": jobs})
 
 
 @router.get("/pilots/{pilot_id}/output", responses=_responses(404, 429, 502))

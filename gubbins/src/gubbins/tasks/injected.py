@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from diracx.db.sql import JobDB, ResourceStatusDB, TaskQueueDB
+from diracx.db.sql import JobDB, PilotAgentsDB, ResourceStatusDB, TaskQueueDB
 from diracx.tasks.plumbing.depends import NoTransaction
 
 from gubbins.db.sql import MyPilotDB
@@ -14,3 +14,4 @@ PilotDB = Annotated[MyPilotDB, NoTransaction()]
 WaitingJobs = Annotated[JobDB, NoTransaction()]
 TaskQueues = Annotated[TaskQueueDB, NoTransaction()]
 ResourceStatus = Annotated[ResourceStatusDB, NoTransaction()]
+PilotRegistry = Annotated[PilotAgentsDB, NoTransaction()]

@@ -47,12 +47,12 @@ LABEL_REQUESTED = "pilot_requested"
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
-    from .injected import PilotDB, ResourceStatus, TaskQueues, WaitingJobs
+    from .injected import PilotDB, PilotRegistry, ResourceStatus, TaskQueues, WaitingJobs
 else:
     __getattr__ = lazy_names(
         __name__,
         {
-            ".injected": ["PilotDB", "ResourceStatus", "TaskQueues", "WaitingJobs"],
+            ".injected": ["PilotDB", "PilotRegistry", "ResourceStatus", "TaskQueues", "WaitingJobs"],
             "diracx.tasks.plumbing.depends": ["Config"],
         },
     )
@@ -175,33 +175,51 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
-    """Moves the states of the VO's pilots, one step each."""
+    """Moves the states of the VO's pilots, one step each, and tells DiracX's pilot registry where there is one."""
 
     vo: str
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(30)
 
-    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, int]:
+    async def execute(
+        self,
+        my_pilot_db: PilotDB,
+        pilot_registry: PilotRegistry = None,  # type: ignore[assignment]  # injected where there is one
+        **kwargs: Any,
+    ) -> dict[str, int]:
         """Return how many pilots entered each state."""
         from gubbins.logic import my_pilots as logic
 
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
+        if pilot_registry is not None:
+            await logic.update_registry(my_pilot_db, pilot_registry, self.vo)
         return {str(status): count for status, count in counts.items()}
 
 
 @dataclass
 class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
-    """Collects the output of the VO's ended pilots. It may be slow: no check waits for it."""
+    """Collects the output of the VO's ended pilots. It may be slow: no check waits for it.
+
+    Where the rules of a compute element say so, DiracX's pilot registry gets it, too.
+    """
 
     vo: str
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
 
-    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int:
+    async def execute(
+        self,
+        my_pilot_db: PilotDB,
+        pilot_registry: PilotRegistry = None,  # type: ignore[assignment]  # injected where there is one
+        **kwargs: Any,
+    ) -> int:
         """Return the number of pilots."""
         from gubbins.logic import my_pilots as logic
 
-        return await logic.collect_outputs(my_pilot_db, self.vo)
+        collected = await logic.collect_outputs(my_pilot_db, self.vo)
+        if pilot_registry is not None:
+            await logic.write_registry_outputs(my_pilot_db, pilot_registry, self.vo)
+        return collected
 
 
 @dataclass

@@ -5,6 +5,7 @@ The servers are asked how they would answer the very statements that the databas
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,14 +27,18 @@ CES, VOS = 200, 10
 #: Each tenth is active; of the others each fifth has failed.
 STATUS = "CASE WHEN n % 10 = 0 THEN CASE WHEN n % 20 = 0 THEN 'RUNNING' ELSE 'SUBMITTED' END "
 STATUS += "WHEN n % 5 = 1 THEN 'FAILED' ELSE 'DONE' END"
+#: All but each 5,000th are in the pilot registry as they are.
+REGISTERED = "CASE WHEN n % 5000 = 0 THEN NULL WHEN n % 10 = 0 THEN CASE WHEN n % 20 = 0 THEN 'Running' "
+REGISTERED += "ELSE 'Submitted' END WHEN n % 5 = 1 THEN 'Failed' ELSE 'Done' END"
 NUMBERS = {
     "sqlite": "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows}) ",
     "postgresql": "WITH numbers(n) AS (SELECT generate_series(1, {rows})) ",
     "mysql": "",
 }
 INSERT = """INSERT INTO {Pilots} ({PilotID}, {VO}, {CEName}, {Status}, {Stamp}, {SubmittedAt},
-    {EndedAt}, {LastUpdate})
-{numbers} SELECT n, {vo}, {ce}, {status}, {stamp}, {at}, CASE WHEN n % 10 = 0 THEN NULL ELSE {at} END, {at}
+    {EndedAt}, {LastUpdate}, {RegistryID}, {Registered})
+{numbers} SELECT n, {vo}, {ce}, {status}, {stamp}, {at}, CASE WHEN n % 10 = 0 THEN NULL ELSE {at} END, {at}, n,
+    {registered}
 FROM {source}"""
 NOW = datetime.now(UTC)
 #: When the last pilot came; a tenth of all came not long before.
@@ -55,6 +60,7 @@ def _fill(dialect: str, quote: Callable[[str], str]) -> str:
         return f"CONCAT('{prefix}', {number})" if dialect == "mysql" else f"'{prefix}' || ({number})"
 
     columns = ("Pilots", "PilotID", "VO", "CEName", "Status", "Stamp", "SubmittedAt", "EndedAt", "LastUpdate")
+    columns += ("RegistryID", "Registered")
     statement = INSERT.format(
         **{name: quote(name) for name in columns},
         numbers=NUMBERS[dialect].format(rows=PILOTS),
@@ -63,6 +69,7 @@ def _fill(dialect: str, quote: Callable[[str], str]) -> str:
         ce=joined("ce", f"(n * 13 + {'n DIV 10' if dialect == 'mysql' else 'n / 10'}) % {CES}"),
         stamp=joined("stamp", "n"),
         status=STATUS,
+        registered=REGISTERED,
         at=at,
     )
     return statement.replace("%", "%%") if dialect == "mysql" else statement
@@ -162,6 +169,11 @@ HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "queued output": lambda db: db.queued_outputs(vo="vo1", ce_name="ce95", limit=500),
     "store output": lambda db: db.store_outputs([Output(389, NOW, "out", "err")]),
     "prune output": lambda db: db.prune_outputs(),
+    "pilots of a job": lambda db: db.search_pilots(vo="vo1", stamps=["stamp1000", "stamp1001"]),
+    "what is owed to the registry": lambda db: db.owed_registrations(vo="vo0", limit=5_000),
+    "a page of all registrations": lambda db: db.registrations(vo=None, after=1_000, limit=500),
+    "a page of the registrations of a VO": lambda db: db.registrations(vo="vo1", after=1_000, limit=500),
+    "output that is owed to the registry": lambda db: db.owed_outputs(vo="vo1", limit=20),
     "prune": lambda db: db.delete_ended_pilots(ended_before=NOW - timedelta(hours=20), limit=500),
 }
 
@@ -176,6 +188,15 @@ async def _write_down(db: MyPilotDB, number: int) -> None:
     await db.release_pilots(ids[: number // 2])
 
 
+async def _write_to_registry(db: MyPilotDB) -> None:
+    pilots = await db.registrations(vo=None, after=PILOTS - 600, limit=500)
+    stamps = {pilot.stamp for pilot in pilots}
+    names = {pilot.ce_name for pilot in pilots}
+    await db.note_registry_ids({pilot.stamp: pilot.pilot_id for pilot in pilots}, ce_names=names, submitted=stamps)
+    await db.note_registered(pilots)
+
+
+HOT["what is written to the registry"] = _write_to_registry
 for _number in (50, 2_000):
     HOT[f"what a check of {_number} pilots writes"] = partial(_write_down, number=_number)
 HOT["a check of all pilots of a VO"] = lambda db: logic.transition_pilot_states(db, "vo3")
@@ -191,3 +212,16 @@ async def test_frequent_statements_read_only_the_rows_they_need(many: MyPilotDB)
         if found := wholes(readings):
             problems[name] = found
     assert not problems
+
+
+@pytest.mark.timeout(400)
+async def test_what_is_owed_to_the_registry_is_found_without_reading_what_has_ended(many: MyPilotDB) -> None:
+    async with plans(many.engine) as readings:
+        owed = await many.owed_registrations(vo="vo0", limit=5_000)
+    assert 0 < len(owed) <= PILOTS / 5_000
+    of_pilots = [each for each in readings if each.table.casefold() == "pilots"]
+    assert len(of_pilots) == 2
+    for each in of_pilots:  # a tenth of those of the VO is active
+        rows = re.search(r"(\d+) rows", each.how)
+        few = "idx_pilots_vo_registered" in each.how if rows is None else int(rows[1]) < PILOTS / VOS / 5
+        assert few, each

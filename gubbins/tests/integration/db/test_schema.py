@@ -37,6 +37,9 @@ class TestPilotSchema(SchemaPromises):
             now = datetime.now(tz=UTC)
             times = {"starts_at": now, "ends_at": now, "drain_from": now}
             await db.add_downtime("ce1", **times, reason="switches 🚧", added_by="alice")
+            stamp = (await db.get_pilot(pilots[2]))["stamp"]
+            await db.note_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
+            await db.release_pilots(pilots[2:])
 
 
 async def test_both_databases_live_in_one_schema(db_url: str) -> None:

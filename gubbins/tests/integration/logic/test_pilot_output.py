@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from diracx.db.sql import PilotAgentsDB
+from diracx.db.sql.pilots.schema import PilotAgents
+from diracx.db.sql.pilots.schema import PilotOutput as RegistryOutput
+from sqlalchemy import select, update
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import PilotOutput
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import PilotOutputs
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
@@ -235,3 +240,32 @@ async def test_the_collecting_task_fetches_real_output_and_then_tidies_up(db: My
     output = await logic.get_pilot_output(db, pilot)
     assert (output["stdout"], output["stderr"]) == ("out\n", "err\n")
     assert not (tmp_path / "ce" / stamp).exists()
+
+
+async def test_the_pilot_registry_gets_it_in_ascii_where_the_rules_say_so_and_of_much_the_last_part(
+    db: MyPilotDB, registry: PilotAgentsDB, writing: Any
+) -> None:
+    writing.outputs["shown"] = PilotOutput("\0hello", "first" + "🚀" * 40_000)
+    [shown] = await ended(db, writing, ce="shown", registry_output=True)
+    await ended(db, writing, ce="kept")
+    collect, check = MyCollectOutputsTask("lhcb"), MyCheckPilotsTask("lhcb")
+    # It is not registered yet, and so it stays owed.
+    assert await collect.execute(my_pilot_db=db, pilot_registry=registry) == 2
+    assert await written(registry) == {}
+    await check.execute(my_pilot_db=db, pilot_registry=registry)
+    for _ in range(2):
+        await collect.execute(my_pilot_db=db, pilot_registry=registry)
+        stamp = (await db.get_pilot(shown))["stamp"]
+        escaped = r"\U0001f680" * 40_000
+        assert await written(registry) == {stamp: (r"\x00hello", escaped[-65_535:])}
+        # As when a worker dies before it has noted that it was written.
+        async with db:
+            await db.conn.execute(update(PilotOutputs).where(PilotOutputs.pilot_id == shown).values(owed=True))
+
+
+async def written(registry: PilotAgentsDB) -> dict[str, tuple[str, str]]:
+    """Outputs in the registry, by stamp."""
+    columns = (PilotAgents.pilot_stamp, RegistryOutput.std_output, RegistryOutput.std_error)
+    joined = select(*columns).join(RegistryOutput, RegistryOutput.pilot_id == PilotAgents.pilot_id)
+    async with registry.engine.begin() as connection:
+        return {stamp: (out, err) for stamp, out, err in await connection.execute(joined)}

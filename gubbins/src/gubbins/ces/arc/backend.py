@@ -55,6 +55,7 @@ class ArcBackend(CEBackend[ArcSettings]):
     """
 
     Settings = ArcSettings
+    grid_type, queue_setting = "AREX", "queue"
     operator_only = True  # the settings name files on our own hosts, whose contents are shown to the URL
 
     def __init__(self, ce: CEDescription, settings: ArcSettings) -> None:

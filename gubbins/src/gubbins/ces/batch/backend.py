@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome
 from gubbins.ces.slurm.batch import job_script
@@ -28,6 +29,11 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
     """
 
     Settings = BatchSettings
+    queue_setting = "queue"
+
+    @classmethod
+    def grid_type_of(cls, settings: Mapping[str, Any]) -> str:
+        return {"gridengine": "GE", "pbs": "Torque", "lsf": "LSF"}.get(str(settings.get("system")), "")
 
     def __init__(self, ce: CEDescription, settings: BatchSettings, shell: Shell | None = None) -> None:
         super().__init__(ce, settings, shell, settings.command_environment)

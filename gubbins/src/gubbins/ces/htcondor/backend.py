@@ -43,6 +43,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
     """
 
     Settings = HTCondorSettings
+    grid_type = "HTCondorCE"
     operator_only = True  # the settings name files on our own hosts, and configure what runs there
 
     def __init__(self, ce: CEDescription, settings: HTCondorSettings, bindings: Bindings | None = None) -> None:

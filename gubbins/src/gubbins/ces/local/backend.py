@@ -66,6 +66,7 @@ class LocalBackend(CEBackend[LocalSettings]):
     survives any restart of the worker."""
 
     Settings = LocalSettings
+    grid_type = "Local"
     operator_only = True
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:

@@ -40,6 +40,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
     """
 
     Settings = SlurmSettings
+    grid_type, queue_setting = "SLURM", "partition"
 
     def __init__(self, ce: CEDescription, settings: SlurmSettings, shell: Shell | None = None) -> None:
         environment = {} if settings.slurm_conf is None else {"SLURM_CONF": str(settings.slurm_conf)}

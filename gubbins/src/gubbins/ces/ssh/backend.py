@@ -37,6 +37,7 @@ class SSHBackend(CEBackend[SSHSettings]):
     """
 
     Settings = SSHSettings
+    grid_type = "SSH"
     # The settings name key files of our hosts: who chooses the host chooses what is run with those keys.
     operator_only = True
 

@@ -28,6 +28,7 @@ class Output(NamedTuple):
     stdout: str | None = None
     stderr: str | None = None
     error: str | None = None
+    owed: bool = False  # to the pilot registry, as well
 
 
 class OutputsMixin(PilotSession):
@@ -87,6 +88,7 @@ class OutputsMixin(PilotSession):
                 out=bindparam("o"),
                 err=bindparam("e"),
                 error=bindparam("why"),
+                owed=bindparam("too"),
             )
         )
         await self.conn.execute(statement, rows)
@@ -101,6 +103,28 @@ class OutputsMixin(PilotSession):
             return None
         found = dict(row._mapping)
         return {"stdout": _unpacked(found.pop("out")), "stderr": _unpacked(found.pop("err")), **found}
+
+    @transaction
+    async def owed_outputs(self, *, vo: str, limit: int) -> list[tuple[int, int | None, str, str]]:
+        """Outputs of the VO's registered pilots that are owed to the pilot registry, oldest first.
+
+        Returns:
+            Of each the pilot's id, its id in the registry, its stdout and its stderr.
+        """
+        owed = (
+            select(PilotOutputs.pilot_id, Pilots.registry_id, PilotOutputs.out, PilotOutputs.err)
+            .join(Pilots, Pilots.id == PilotOutputs.pilot_id)
+            .where(PilotOutputs.vo == vo, PilotOutputs.owed.is_(True), Pilots.registry_id.is_not(None))
+            .order_by(PilotOutputs.pilot_id)
+            .limit(limit)
+        )
+        rows = (await self.conn.execute(owed)).all()
+        return [(id, there, _unpacked(out) or "", _unpacked(err) or "") for id, there, out, err in rows]
+
+    @transaction
+    async def note_outputs_written(self, pilot_ids: Sequence[int]) -> None:
+        """Note that the pilot registry has the outputs of these pilots."""
+        await self.conn.execute(update(PilotOutputs).where(PilotOutputs.pilot_id.in_(pilot_ids)).values(owed=None))
 
     async def prune_outputs(self) -> int:
         """Delete some of the expired outputs; return the number deleted."""
@@ -127,6 +151,7 @@ def _rows(outputs: Collection[Output]) -> list[dict[str, Any]]:
             "o": _packed(each.stdout),
             "e": _packed(each.stderr),
             "why": None if each.error is None else each.error[:MAX_REASON_CHARS],
+            "too": True if each.owed else None,
         }
         for each in outputs
     ]

@@ -42,10 +42,12 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def set_waiting_reasons(self, reasons: Sequence[tuple[int, str | None]]) -> None:
-        """Note what these pilots (id, reason) wait for; None: for their turn."""
+        """Note what these pilots (id, reason) wait for; None: for their turn. It is owed to the pilot registry."""
         for portion in portions(reasons):
             these = await self._staged(portion)
-            await self.conn.execute(update(Pilots).where(self._are(these)).values(waiting_reason=these.c.reason))
+            await self.conn.execute(
+                update(Pilots).where(self._are(these)).values(waiting_reason=these.c.reason, registered=None)
+            )
 
     @transaction
     async def count_waiting_reasons(self, ce_names: Collection[str], limit: int = 10) -> dict[str, dict[str, int]]:
@@ -122,6 +124,7 @@ class PilotsMixin(PilotSession):
         vo: str | None,
         ce_name: str | None = None,
         status: MyPilotStatus | None = None,
+        stamps: Collection[str] | None = None,
         page: int = 1,
         per_page: int = 100,
     ) -> tuple[int, list[dict[str, Any]]]:
@@ -131,6 +134,7 @@ class PilotsMixin(PilotSession):
             vo: only this VO's; None: every VO's.
             ce_name: only at this compute element.
             status: only in this state.
+            stamps: only those with one of these stamps.
             page: from 1.
             per_page: pilots on a page.
         """
@@ -141,6 +145,8 @@ class PilotsMixin(PilotSession):
             where.append(Pilots.ce_name == ce_name)
         if status is not None:
             where.append(Pilots.status == status)
+        if stamps is not None:
+            where.append(Pilots.stamp.in_(stamps))
         total = (await self.conn.execute(select(func.count()).select_from(Pilots).where(*where))).scalar_one()
         if (page - 1) * per_page >= total:
             return int(total), []  # else all would be read, to be skipped

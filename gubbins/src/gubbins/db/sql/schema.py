@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, cast
 
+from diracx.core.models.pilot import PilotStatus
 from diracx.tasks.plumbing.sql.types import UTF8, AnyName, AnyText
 from sqlalchemy import (
     JSON,
@@ -212,6 +213,14 @@ class Pilots(MyPilotDBBase):
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
     # What it waits for, as the CE says; NULL: for its turn.
     waiting_reason: Mapped[str | None] = mapped_column("WaitingReason", _Reason, key="waiting_reason")
+    # Its PilotID in the pilot registry; NULL: it is not known to be registered.
+    registry_id: Mapped[int | None] = mapped_column("RegistryID", BigInteger, key="registry_id")
+    # The status written there last; NULL: something is owed.
+    registered: Mapped[PilotStatus | None] = mapped_column(
+        "Registered",
+        Enum(PilotStatus, native_enum=False, length=16, values_callable=lambda all: [str(each) for each in all]),
+        key="registered",
+    )
 
     __table_args__ = (
         # The active ones of a compute element: among a million that ended they are few.
@@ -224,6 +233,8 @@ class Pilots(MyPilotDBBase):
         Index("idx_pilots_vo_status_ce", "vo", "status", "ce_name"),
         # A VO's newest.
         Index("idx_pilots_vo_id", "vo", "id"),
+        # What is owed to the pilot registry.
+        Index("idx_pilots_vo_registered", "vo", "registered", "id"),
         # Those to delete.
         Index("idx_pilots_ended", "ended_at"),
         UTF8,
@@ -317,13 +328,27 @@ class PilotOutputs(MyPilotDBBase):
     err: Mapped[bytes | None] = mapped_column("Err", _Compressed, key="err")
     # Why there is none.
     error: Mapped[str | None] = mapped_column("Error", _Reason, key="error")
+    # True: it is to be written to the pilot registry, too; else NULL.
+    owed: Mapped[bool | None] = mapped_column("Owed", Boolean, key="owed")
 
     __table_args__ = (
         # What is still to be fetched, oldest first.
         Index("idx_outputs_queue", "vo", "ce_name", "fetched_at", "pilot_id"),
         Index("idx_outputs_expires", "expires_at"),
+        Index("idx_outputs_owed", "vo", "owed", "pilot_id"),
         UTF8,
     )
+
+
+class UndoneRegistrations(MyPilotDBBase):
+    """A registered pilot whose submission was undone: the pilot registry is still to be told."""
+
+    __tablename__ = "UndoneRegistrations"
+    __table_args__ = UTF8
+
+    id: Mapped[int] = mapped_column("UndoneID", _Id, primary_key=True, autoincrement=True, key="id")
+    registry_id: Mapped[int] = mapped_column("RegistryID", BigInteger, key="registry_id")
+    stamp: Mapped[str] = mapped_column("Stamp", String(32), key="stamp")
 
 
 def columns_of(table: type[MyPilotDBBase], *keys: str) -> tuple[Label[Any], ...]:

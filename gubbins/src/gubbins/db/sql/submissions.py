@@ -30,6 +30,7 @@ from .schema import (
     PilotHistory,
     PilotRequests,
     Pilots,
+    UndoneRegistrations,
 )
 from .session import PilotSession, portions
 
@@ -262,14 +263,17 @@ class SubmissionsMixin(PilotSession):
         if not pilot_ids:
             return 0
         these = await self._staged([(id, None) for id in pilot_ids])
+        undone = (Pilots.status == MyPilotStatus.SUBMITTED, Pilots.reference.is_(None))
+        registered = select(Pilots.registry_id, Pilots.stamp).join(these, self._are(these))
+        await self.conn.execute(
+            insert(UndoneRegistrations).from_select(
+                ["registry_id", "stamp"], registered.where(*undone, Pilots.registry_id.is_not(None))
+            )
+        )
         # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
         joins = self.conn.dialect.name != "sqlite"
         released = await self.conn.execute(
-            delete(Pilots).where(
-                self._are(these) if joins else Pilots.id.in_(select(these.c.id)),
-                Pilots.status == MyPilotStatus.SUBMITTED,
-                Pilots.reference.is_(None),
-            )
+            delete(Pilots).where(self._are(these) if joins else Pilots.id.in_(select(these.c.id)), *undone)
         )
         return int(released.rowcount)
 

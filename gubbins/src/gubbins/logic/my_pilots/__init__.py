@@ -14,6 +14,7 @@ __all__ = [
     "DemandPolicy",
     "MyPilotStatus",
     "PilotSubmissionError",
+    "Reconciliation",
     "VORules",
     "add_ce",
     "add_downtime",
@@ -34,20 +35,25 @@ __all__ = [
     "get_pilot_summary",
     "import_dirac",
     "import_downtimes",
+    "jobs_of_pilot",
     "list_ces",
     "list_downtimes",
     "load_ces",
     "parse_ce_file",
     "prune_pilots",
     "read_task_queues",
+    "reconcile_registry",
     "remove_downtime",
     "request_pilots",
     "search_pilots",
     "set_ce_enabled",
+    "stamps_of_job",
     "submit_pilot",
     "submit_requested_pilot",
     "transition_pilot_states",
+    "update_registry",
     "withdraw_requests",
+    "write_registry_outputs",
 ]
 
 from gubbins.domain.exceptions import CEFileError, PilotSubmissionError
@@ -80,6 +86,14 @@ from .pilots import (
     get_pilot_summary,
     prune_pilots,
     search_pilots,
+)
+from .registry import (
+    Reconciliation,
+    jobs_of_pilot,
+    reconcile_registry,
+    stamps_of_job,
+    update_registry,
+    write_registry_outputs,
 )
 from .requested import submit_requested_pilot
 from .submission import submit_pilot

@@ -122,7 +122,8 @@ class _OutputCollector:
                 if clock.now() - pilot.ended_at > timedelta(seconds=self._rules.lost_seconds):
                     return Output(pilot.pilot_id, until, error=why)
                 return None
-        return Output(pilot.pilot_id, until, output.stdout, output.stderr)
+        owed = self._rules.registry_output
+        return Output(pilot.pilot_id, until, output.stdout, output.stderr, owed=owed)
 
     async def cleanup(self, ended: Sequence[Any]) -> None:
         """Clean up after pilots whose output is stored; a failure is only logged."""

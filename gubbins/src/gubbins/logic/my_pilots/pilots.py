@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -46,11 +47,14 @@ async def search_pilots(
     vo: str | None,
     ce_name: str | None = None,
     status: MyPilotStatus | None = None,
+    stamps: Collection[str] | None = None,
     page: int = 1,
     per_page: int = 100,
 ) -> tuple[int, list[dict[str, Any]]]:
     """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO."""
-    return await db.search_pilots(vo=vo, ce_name=ce_name, status=status, page=page, per_page=per_page)
+    return await db.search_pilots(
+        vo=vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
+    )
 
 
 async def count_ended_pilots(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:

@@ -33,17 +33,33 @@ _ANSWER_SECONDS = 5.0
 async def check_databases(plans: Iterable[Plan]) -> None:
     """Make sure that the configured databases these plans need answer and have their tables.
 
+    One that is optional may be away: that is a warning.
+
     Raises:
         CliError: naming the database that does not.
     """
-    wanted = {call.__self__ for plan in plans for call in calls_below(plan, {}) if family_of(call) == SQL}  # type: ignore[attr-defined]  # bound classmethods
+    all_plans = list(plans)
+    wanted, required = (
+        {
+            call.__self__  # type: ignore[attr-defined]  # bound classmethods
+            for plan in all_plans
+            for call in calls_below(plan, {}, required=only)
+            if family_of(call) == SQL
+        }
+        for only in (False, True)
+    )
     if not wanted:
         return
     for name, url in _database_urls().items():
         classes = database_classes(name)
         if wanted.intersection(classes):
-            async with _checked(name, classes[0], url):
-                pass
+            try:
+                async with _checked(name, classes[0], url):
+                    pass
+            except CliError as error:
+                if required.intersection(classes):
+                    raise
+                logger.warning("%s (tasks that can do without it run)", error)
 
 
 @asynccontextmanager
@@ -70,11 +86,9 @@ async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
     Raises:
         CliError: when its URL cannot be used.
     """
-    if not _database_urls("TaskDB").get("TaskDB"):
-        yield None
-        return
+    url = _database_urls("TaskDB").get("TaskDB")
     async with AsyncExitStack() as stack:
-        yield await _opened(stack, "TaskDB", database_classes("TaskDB")[0], database_url("TaskDB", NO_TASK_DB))
+        yield await _opened(stack, "TaskDB", database_classes("TaskDB")[0], url) if url else None
 
 
 @asynccontextmanager

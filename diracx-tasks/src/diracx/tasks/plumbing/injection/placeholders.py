@@ -88,15 +88,18 @@ def innermost(call: Call) -> Call:
             current = type(current).__call__
 
 
-def calls_below(dependant: Any, overrides: Overrides) -> Iterator[Call]:
+def calls_below(dependant: Any, overrides: Overrides, *, required: bool = False) -> Iterator[Call]:
     """Walk the calls in the tree below `dependant` (a `Plan` or a FastAPI ``Dependant``).
 
-    What stands below an overridden call is not visited: nothing asks for it any more.
+    What stands below an overridden call is not visited: nothing asks for it any more. With `required`, what is
+    optional is not, either.
     """
     for child in dependant.dependencies:
+        if required and child.optional:
+            continue
         yield child.call
         if child.call not in overrides:
-            yield from calls_below(child, overrides)
+            yield from calls_below(child, overrides, required=required)
 
 
 def find_missing_overrides(dependant: Any, overrides: Overrides) -> list[str]:

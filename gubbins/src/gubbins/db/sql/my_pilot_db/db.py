@@ -7,6 +7,7 @@ from ..compute_elements import ComputeElementsMixin
 from ..demand import DemandMixin
 from ..outputs import OutputsMixin
 from ..pilots import PilotsMixin
+from ..registrations import RegistrationsMixin
 from ..statistics import StatisticsMixin
 from ..submissions import SubmissionsMixin
 from ..transitions import TransitionsMixin
@@ -21,6 +22,7 @@ class MyPilotDB(
     PilotsMixin,
     StatisticsMixin,
     OutputsMixin,
+    RegistrationsMixin,
 ):
     """Compute elements, pilots, their history and their output.
 

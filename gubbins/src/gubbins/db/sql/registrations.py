@@ -1,0 +1,136 @@
+"""Registrations of pilots in DiracX's pilot registry: what is owed, and what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from diracx.core.models.pilot import PilotStatus
+from diracx.tasks.plumbing.sql.session import transaction
+from sqlalchemy import ColumnElement, Select, and_, case, delete, insert, literal, null, select, update
+
+from gubbins.domain.pilot_states import MyPilotStatus
+
+from .schema import Pilots, UndoneRegistrations, columns_of
+from .session import PilotSession
+
+OPEN_STATUSES = (PilotStatus.SUBMITTED, PilotStatus.WAITING, PilotStatus.RUNNING)
+"""Statuses in the registry that are followed by another; a pilot with another one is not looked at again."""
+
+
+def _are_to_be(status: PilotStatus) -> ColumnElement[PilotStatus]:
+    return literal(status, Pilots.registered.type)
+
+
+_status_there = case(
+    (Pilots.status == MyPilotStatus.RUNNING, _are_to_be(PilotStatus.RUNNING)),
+    (Pilots.status == MyPilotStatus.DONE, _are_to_be(PilotStatus.DONE)),
+    (
+        and_(Pilots.status == MyPilotStatus.FAILED, Pilots.cancel_requested_at.is_not(None)),
+        _are_to_be(PilotStatus.ABORTED),
+    ),
+    (Pilots.status == MyPilotStatus.FAILED, _are_to_be(PilotStatus.FAILED)),
+    (Pilots.reference.is_(None), _are_to_be(PilotStatus.SUBMITTED)),
+    else_=_are_to_be(PilotStatus.WAITING),
+)
+
+
+class Registration(NamedTuple):
+    """A pilot, as the registry should have it."""
+
+    pilot_id: int
+    stamp: str
+    vo: str
+    ce_name: str
+    reference: str | None
+    submitted_at: datetime
+    waiting_reason: str | None
+    last_error: str | None
+    registry_id: int | None
+    status: PilotStatus
+
+
+_COLUMNS = (
+    Pilots.id.label("pilot_id"),
+    *columns_of(Pilots, *Registration._fields[1:-1]),
+    _status_there.label("there"),
+)
+
+
+class RegistrationsMixin(PilotSession):
+    """Statements about registrations."""
+
+    @transaction
+    async def owed_registrations(self, *, vo: str, limit: int) -> list[Registration]:
+        """Pilots of the VO of which something is owed to the registry: changed ones first, then the newest."""
+        changed = and_(Pilots.registered.in_(OPEN_STATUSES), Pilots.registered != _status_there)
+        rows = await self._registrations(select(*_COLUMNS).where(Pilots.vo == vo, changed).limit(limit))
+        if len(rows) < limit:
+            unwritten = select(*_COLUMNS).where(Pilots.vo == vo, Pilots.registered.is_(None))
+            rows += await self._registrations(unwritten.order_by(Pilots.id.desc()).limit(limit - len(rows)))
+        return rows
+
+    @transaction
+    async def registrations(self, *, vo: str | None, after: int, limit: int) -> list[Registration]:
+        """Pilots (None: of every VO) with ids above `after`, in their order."""
+        those = select(*_COLUMNS).where(Pilots.id > after).order_by(Pilots.id).limit(limit)
+        return await self._registrations(those if vo is None else those.where(Pilots.vo == vo))
+
+    async def _registrations(self, statement: Select[Any]) -> list[Registration]:
+        return [Registration(*row) for row in await self.conn.execute(statement)]
+
+    @transaction
+    async def note_registry_ids(
+        self, ids: Mapping[str, int], *, ce_names: Collection[str], submitted: Set[str]
+    ) -> None:
+        """Note the ids that pilots have in the registry, by their stamps.
+
+        Args:
+            ids: stamp → id there.
+            ce_names: the compute elements of the pilots.
+            submitted: stamps of those that had no reference: their submission may have been undone meanwhile.
+        """
+        if not ids:
+            return
+        await self.lock_ces(ce_names)
+        these = await self._staged([(id, stamp) for stamp, id in ids.items()])
+        await self.conn.execute(
+            update(Pilots).where(Pilots.stamp == these.c.reason).values(registry_id=these.c.id)
+        )
+        gone = (ids.keys() & submitted) - await self.known_stamps(submitted)
+        if gone:
+            undone = [{"registry_id": ids[stamp], "stamp": stamp} for stamp in gone]
+            await self.conn.execute(insert(UndoneRegistrations), undone)
+
+    @transaction
+    async def known_stamps(self, stamps: Collection[str]) -> set[str]:
+        """Find which of the stamps pilots have."""
+        return set((await self.conn.execute(select(Pilots.stamp).where(Pilots.stamp.in_(stamps)))).scalars())
+
+    @transaction
+    async def note_registered(self, pilots: Sequence[Registration]) -> None:
+        """Note that these pilots were written to the registry so; what has changed since is owed again."""
+        await self.lock_ces({pilot.ce_name for pilot in pilots})
+        for status in {pilot.status for pilot in pilots}:
+            of_status = [(pilot.pilot_id, pilot.waiting_reason) for pilot in pilots if pilot.status is status]
+            these = await self._staged(of_status)
+            same_reason = Pilots.waiting_reason.is_not_distinct_from(these.c.reason)
+            unchanged = and_(_status_there == status, same_reason, Pilots.registry_id.is_not(None))
+            await self.conn.execute(
+                update(Pilots)
+                .where(self._are(these))
+                .values(registered=case((unchanged, _are_to_be(status)), else_=null()))
+            )
+
+    @transaction
+    async def undone_registrations(self, limit: int) -> list[tuple[int, int, str]]:
+        """Registered pilots whose submission was undone: number of the row, id in the registry, stamp."""
+        columns = (UndoneRegistrations.id, UndoneRegistrations.registry_id, UndoneRegistrations.stamp)
+        rows = await self.conn.execute(select(*columns).order_by(UndoneRegistrations.id).limit(limit))
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    @transaction
+    async def forget_undone_registrations(self, numbers: Sequence[int]) -> None:
+        """Delete these rows: the registry was told."""
+        await self.conn.execute(delete(UndoneRegistrations).where(UndoneRegistrations.id.in_(numbers)))
