@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from diracx.db.sql import PilotAgentsDB
 from moving_clock import Clock
 from sqlalchemy import event
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome
 from gubbins.ces import registry as back_ends
@@ -45,12 +47,59 @@ async def db_url(db_server: str, empty_database: Callable[[str], Awaitable[str]]
     return await empty_database(db_server)
 
 
+@pytest.fixture(scope="session")
+def tables_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Awaitable[str]]:
+    """`await tables_of(kind, path, create)`: the URL of a database with tables and nothing in them.
+
+    On a server it is always the same one, emptied; on SQLite a copy, in a file at `path`. `create` makes it first.
+    """
+    made: dict[str, str] = {}
+
+    async def url_of(kind: str, path: Path, create: Callable[[str], Awaitable[str]]) -> str:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp("tables")
+            made[kind] = f"sqlite+aiosqlite:///{directory}/pilots.db" if kind == "sqlite" else await create(kind)
+            database = MyPilotDB(made[kind])
+            async with database.engine_context():
+                await database.create_tables()
+        elif kind != "sqlite":
+            await _empty(made[kind])
+        if kind != "sqlite":
+            return made[kind]
+        shutil.copy(made[kind].partition("///")[2], path)
+        return f"sqlite+aiosqlite:///{path}"
+
+    return url_of
+
+
+async def _empty(url: str) -> None:
+    """Empty all tables but the one that names the version."""
+    names = [table.name for table in MyPilotDB.metadata.sorted_tables]
+    if url.startswith("postgresql"):
+        listed = ", ".join(f'"{name}"' for name in names)
+        statements = [f"TRUNCATE {listed} RESTART IDENTITY"]
+    else:
+        statements = ["SET FOREIGN_KEY_CHECKS=0", *(f"TRUNCATE TABLE `{name}`" for name in names)]
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.exec_driver_sql(statement)
+    await engine.dispose()
+
+
 @pytest.fixture
-async def db(db_url: str) -> AsyncIterator[MyPilotDB]:
+async def tables_url(
+    db_server: str, tmp_path: Path, empty_database: Callable[[str], Awaitable[str]], tables_of: Any
+) -> str:
+    """The URL of the database of `db`."""
+    return str(await tables_of(db_server, tmp_path / "pilots.db", empty_database))
+
+
+@pytest.fixture
+async def db(tables_url: str) -> AsyncIterator[MyPilotDB]:
     """A pilot database with its tables, not in a transaction."""
-    database = MyPilotDB(db_url)
+    database = MyPilotDB(tables_url)
     async with database.engine_context():
-        await database.create_tables()
         yield database
 
 
@@ -87,11 +136,10 @@ async def _registry_at(url: str) -> AsyncIterator[PilotAgentsDB]:
 
 
 @pytest.fixture
-async def sqlite_db(sqlite_url: str) -> AsyncIterator[MyPilotDB]:
+async def sqlite_db(sqlite_url: str, tmp_path: Path, tables_of: Any) -> AsyncIterator[MyPilotDB]:
     """The same, on SQLite only: for tests in which the kind of server makes no difference."""
-    database = MyPilotDB(sqlite_url)
+    database = MyPilotDB(await tables_of("sqlite", tmp_path / "pilots.db", None))
     async with database.engine_context():
-        await database.create_tables()
         yield database
 
 

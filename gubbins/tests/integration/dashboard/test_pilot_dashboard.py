@@ -29,9 +29,9 @@ HOSTILE = "<script>window.hacked=1</script>\"'>"
 
 @pytest.fixture
 async def client(
-    db: MyPilotDB, db_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    db: MyPilotDB, tables_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", db_url)
+    monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", tables_url)
     await db.add_ce("ce01", 5, 1.0)
     await db.add_ce(HOSTILE, 2, 1.0)
     for ce, vo in (("ce01", "lhcb"), ("ce01", "gridpp"), (HOSTILE, "lhcb")):

@@ -128,11 +128,11 @@ for _ in range(5):
 """
 
 
-async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, db_url: str) -> None:
+async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, tables_url: str) -> None:
     await db.add_ce("ce", 25, 1.0)
     pipe = asyncio.subprocess.PIPE
     processes = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _SUBMITTERS, db_url, stdin=pipe, stdout=pipe
+        sys.executable, "-c", _SUBMITTERS, tables_url, stdin=pipe, stdout=pipe
     )
     async with asyncio.timeout(120):
         for _ in range(5):

@@ -63,46 +63,46 @@ async def cycle(db: MyPilotDB, time: Clock) -> int:
 
 
 async def test_a_site_that_lists_none_of_our_pilots_gets_no_second_set_in_a_day(
-    db: MyPilotDB, site: type[Forgetful], time: Clock
+    sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
-    await db.add_ce("ce", 10, 1.0, backend="forgetful")
+    await sqlite_db.add_ce("ce", 10, 1.0, backend="forgetful")
     for _ in range(24 * 6):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.submitted) == 10
     # They have been taken for lost, and what stops the submissions is still told.
-    (ce,) = await logic.list_ces(db)
+    (ce,) = await logic.list_ces(sqlite_db)
     assert ce["active"] == 0
     assert "10 pilots in a row that it does not list" in ce["last_error"]
     (alert,) = find_alerts([ce], {})
     assert (alert.check, alert.severity, alert.count) == ("ce_pilots_missing", Severity.CRITICAL, 10)
     assert ce["last_error"] in alert.summary
     with pytest.raises(CEPausedError, match="10 pilots in a row that it does not list"):
-        await logic.submit_pilot(db, "ce", "lhcb")
+        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
     # An operator who has mended it says so, and pilots that are seen leave it open.
-    await logic.set_ce_enabled(db, "ce", True)
+    await logic.set_ce_enabled(sqlite_db, "ce", True)
     site.lists_every = 1
-    assert await cycle(db, time) == 10
-    (ce,) = await logic.list_ces(db)
+    assert await cycle(sqlite_db, time) == 10
+    (ce,) = await logic.list_ces(sqlite_db)
     assert ce["last_error"] is None
     assert find_alerts([ce], {}) == []
 
 
 async def test_a_small_site_is_stopped_as_well_and_opens_by_itself_when_pilots_are_found_again(
-    db: MyPilotDB, site: type[Forgetful], time: Clock
+    sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
-    await db.add_ce("ce", 3, 1.0, backend="forgetful", rules={"max_missing": 6})
+    await sqlite_db.add_ce("ce", 3, 1.0, backend="forgetful", rules={"max_missing": 6})
     for _ in range(24 * 6):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.submitted) == 6
-    await logic.set_ce_enabled(db, "ce", True)
+    await logic.set_ce_enabled(sqlite_db, "ce", True)
     for _ in range(2):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.submitted) == 9
-    await db.count_missing("ce", 9, any_seen=False)
-    assert await cycle(db, time) == 0
+    await sqlite_db.count_missing("ce", 9, any_seen=False)
+    assert await cycle(sqlite_db, time) == 0
     site.listed |= dict.fromkeys(site.submitted[-3:], Observed.DONE)
     for _ in range(4):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.submitted) > 9
 
 

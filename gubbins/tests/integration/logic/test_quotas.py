@@ -63,28 +63,28 @@ async def cycle(db: MyPilotDB, time: Clock) -> None:
 
 
 async def test_a_quota_opens_no_circuit_and_is_tried_once_a_minute(
-    db: MyPilotDB, site: type[Limited], time: Clock
+    sqlite_db: MyPilotDB, site: type[Limited], time: Clock
 ) -> None:
-    await db.add_ce("ce", 100, 1.0, backend="limited")
-    await cycle(db, time)
+    await sqlite_db.add_ce("ce", 100, 1.0, backend="limited")
+    await cycle(sqlite_db, time)
     assert (len(site.pilots), len(site.refused)) == (20, 1)
-    (ce,) = await logic.list_ces(db)
+    (ce,) = await logic.list_ces(sqlite_db)
     assert ce["last_error"] == "quota of the site: 20"
     assert [circuit["failures"] for circuit in ce["circuits"].values()] == [0, 0]
     for _ in range(20):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     # At most one try in a minute: neither a flood of refusals, nor an ever longer pause.
     assert 5 <= len(site.refused) <= 21
     assert len(site.pilots) == 20
     site.quota = 60
     for _ in range(20):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.pilots) == 60
     site.quota = 1000
     for _ in range(60):
-        await cycle(db, time)
+        await cycle(sqlite_db, time)
     assert len(site.pilots) == 100
-    assert (await logic.list_ces(db))[0]["last_error"] is None
+    assert (await logic.list_ces(sqlite_db))[0]["last_error"] is None
 
 
 async def test_what_pilots_that_end_leave_free_is_filled_again(
