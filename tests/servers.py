@@ -170,7 +170,11 @@ def install() -> None:
             print(f"tests of {tool.name} are skipped: {reason}", file=sys.stderr)
     htcondor_root.main()
     redis_versions.install()
-    # The published package in an environment of its own, for tests of migrations.
+    install_published()
+
+
+def install_published() -> None:
+    """Install the published package in an environment of its own, for tests of migrations."""
     prepare = "from benchmarks.peers.environments import prepare; prepare('reference')"
     if subprocess.run([sys.executable, "-c", prepare], cwd=Path(__file__).parents[1], check=False).returncode:
         print("tests of migrations are skipped: the published package is not installed", file=sys.stderr)

@@ -88,6 +88,7 @@ def test_installable_tools_are_installed_although_others_cannot(
     monkeypatch.setattr(servers.os, "geteuid", lambda: 0)
     monkeypatch.setattr(htcondor_root, "main", lambda: None)
     monkeypatch.setattr(redis_versions, "install", lambda: None)
+    monkeypatch.setattr(servers, "install_published", lambda: None)
     offered = program("offered", "echo 2.0", "new")
     apt_get = program(
         "apt-get",
@@ -118,6 +119,7 @@ def test_a_machine_that_has_everything_is_left_alone(
     monkeypatch.setattr(redis_versions, "all_there", lambda: True)
     monkeypatch.setattr(htcondor_root, "main", lambda: None)
     monkeypatch.setattr(redis_versions, "install", lambda: None)
+    monkeypatch.setattr(servers, "install_published", lambda: None)
     apt_get = program("apt-get", f"echo called > {tmp_path}/called")
     monkeypatch.setenv("PATH", str(apt_get.parent), prepend=":")
     servers.install()

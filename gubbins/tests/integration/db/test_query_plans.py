@@ -22,7 +22,7 @@ from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import ComputeElements, PilotHistory, PilotOutputs, Pilots
 from gubbins.logic import my_pilots as logic
 
-PILOTS = 250_000
+PILOTS = 100_000
 CES, VOS = 200, 10
 #: Each tenth is active; of the others each fifth has failed.
 STATUS = "CASE WHEN n % 10 = 0 THEN CASE WHEN n % 20 = 0 THEN 'RUNNING' ELSE 'SUBMITTED' END "
@@ -90,7 +90,7 @@ STATISTICS = {
 
 @pytest.fixture
 async def many(db: MyPilotDB) -> MyPilotDB:
-    """250,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics.
+    """100,000 pilots of 10 VOs at 200 compute elements; a tenth is active. The server knows its statistics.
 
     The output of each third that ended is kept; that of each 97th is still to be fetched.
     """
