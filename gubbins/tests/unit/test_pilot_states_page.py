@@ -31,7 +31,7 @@ CES = ROOT / "gubbins/src/gubbins/ces"
         ("htcondor/jobs.py", "its files have never come to the schedd"),
         ("htcondor/jobs.py", "removed at the site: "),
         ("../logic/my_pilots/compute_elements.py", "quota of the site: "),
-        ("../logic/my_pilots/check.py", "cancelled, for it "),
+        ("../domain/pilot_states.py", "cancelled, for "),
         ("../logic/my_pilots/check.py", "unknown to its compute element since"),
     ],
 )

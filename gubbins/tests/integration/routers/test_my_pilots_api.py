@@ -369,7 +369,7 @@ def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_:
 def test_openapi_is_complete_with_examples(client: Any) -> None:
     schema = client.get("/api/openapi.json").json()
     routes = {path: item for path, item in schema["paths"].items() if path.startswith(API)}
-    assert len(routes) == 13
+    assert len(routes) == 14
     for path, item in routes.items():
         for operation in item.values():
             assert operation["description"], path

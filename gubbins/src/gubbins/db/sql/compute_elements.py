@@ -184,6 +184,7 @@ class ComputeElementsMixin(DowntimesMixin):
         row = (await self.conn.execute(_SELECT_CE.where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
+        name = row.name  # which may be the beginning of the one that was asked for
         circuits, downtimes = await read_circuits(self.conn, name), await self._downtimes(name)
         return {**row._mapping, "circuits": _circuits_of(name, circuits), "downtime": downtimes.get(name)}
 
