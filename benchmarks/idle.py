@@ -13,8 +13,10 @@ from typing import Any
 
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.redis_streams import AUDIT_LEASES
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.worker.reporter import REPORT_SECONDS
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 
@@ -22,6 +24,9 @@ from .results import RESULTS, machine, write_section
 
 #: As in production; nothing is kept of a finished task.
 SETTINGS = {"result_ttl_seconds": None, "housekeeping_seconds": 60.0}
+
+#: Everything that an idle worker does recurs within this time: the rarest is the audit.
+_PERIOD_SECONDS = AUDIT_LEASES * WorkerSettings().lease_seconds
 
 #: From the submission of a task to that of the next.
 PAUSE_SECONDS = 0.1
@@ -185,6 +190,7 @@ def report(costs: list[Cost]) -> str:
         f"{PAUSE_SECONDS:g} s. Commands are those of `INFO commandstats`, which counts the call of a script",
         "and each command inside it. Per task: each command that `MONITOR` shows but those of waiting:",
         "renewals, looks for the dead and for what is due, reports of nothing, waits that ended with nothing.",
+        f"Without tasks: in {_PERIOD_SECONDS:g} s, within which all that waiting workers do recurs.",
         "Connections are those of the client, too. A busy worker runs one task beside its wait.",
         "",
         "| workers | server commands per task | latency p50 / p99 (ms) | server (ms per task) "
@@ -205,7 +211,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 60, 400], help="numbers of workers")
     parser.add_argument("--busy", type=int, nargs="*", default=[60], help="numbers of busy workers")
     parser.add_argument("--tasks", type=int, default=600, help="tasks for each of them")
-    parser.add_argument("--idle-seconds", type=float, default=60.0, help="how long to look at idle workers")
+    parser.add_argument(
+        "--idle-seconds", type=float, default=_PERIOD_SECONDS, help="how long to look at idle workers"
+    )
     parser.add_argument("--warm-up", type=float, default=60.0, help="seconds from the start to the first count")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     arguments = parser.parse_args()

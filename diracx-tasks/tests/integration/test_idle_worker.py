@@ -11,6 +11,7 @@ from diracx.tasks import operations as monitor
 from diracx.tasks.operations.health import HealthThresholds
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, dead_letter_stream, keys, scripts, worker_state
+from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import AUDIT_LEASES
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker, dead_letters, reporter
@@ -142,20 +143,36 @@ async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it
     assert sum(ours.values()) <= 20 * most, ours
 
 
-async def test_an_idle_worker_has_three_connections_however_many_it_has_needed(
-    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+class Held(BaseTask):
+    over: asyncio.Event
+    begun: asyncio.Event
+
+    async def execute(self) -> None:
+        Held.begun.set()
+        await Held.over.wait()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_worker_has_three_connections_however_many_it_has_needed(
+    redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, busy: bool
 ) -> None:
     """One waits for messages, one renews the lease and listens to channels, one is for commands."""
     monkeypatch.setattr(reporter, "REPORT_SECONDS", 0.05)
     broker, stop = RedisStreamBroker(redis_url), asyncio.Event()
     before = len(await redis.client_list())
-    worker = Worker(broker, TaskRegistry({}))
+    worker = Worker(broker, TaskRegistry.of({"test:Held": Held}))
     running = asyncio.create_task(worker.run(stop))
     await worker.ready.wait()
+    Held.begun, Held.over = asyncio.Event(), asyncio.Event()
+    if busy:
+        message = TaskMessage(task_id="held", task_name="test:Held")
+        await redis.xadd("diracx:tasks:normal:medium", {"data": message.dumpb()})
+        await Held.begun.wait()
     await asyncio.gather(*(broker.redis.ping() for _ in range(20)))
     async with asyncio.timeout(60):
         while len(await redis.client_list()) - before != 3 or not await waiting(redis):
             await asyncio.sleep(0.01)
+    Held.over.set()
     stop.set()
     await running
     await broker.shutdown()
@@ -165,7 +182,7 @@ async def test_a_connection_that_was_closed_as_spare_is_not_taken_for_lost(redis
     """A lost one may lead to another server, so that a worker asks for all that it holds."""
     broker = RedisStreamBroker(redis_url)
     await asyncio.gather(*(broker.redis.ping() for _ in range(5)))
-    await broker.close_spare_connections(keep=0)
+    await broker.close_spare_connections(0, keep=0)
     await asyncio.gather(*(broker.redis.ping() for _ in range(5)))
     assert broker.reconnects == 0
     await broker.shutdown()

@@ -958,6 +958,7 @@ async def test_a_task_of_several_limiters_keeps_one_slot_and_others_have_the_res
         await worker.end(ended)
         await all_step(worker, needs)
     assert worker.began[4:] == ["a-3"], "of two slots the task keeps one"
+    assert (await redis.exists(turn_key(slots))) == 0, "and no turn, which would keep others from the rest"
     holders = await operations.lock(redis, slots.redis_key)
     assert "kept:both-0" in str(holders), "an operator sees for which task"
     await worker.end("b-0")

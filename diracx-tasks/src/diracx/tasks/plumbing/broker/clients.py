@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -70,13 +71,14 @@ def client_of(
     )
 
 
-async def close_spare(redis: Redis, keep: int = 1) -> None:
-    """Close the connections for commands that nobody uses, but for `keep`. The pool itself never closes any."""
+async def close_spare(redis: Redis, unused_seconds: float, keep: int) -> None:
+    """Close the connections for commands that nobody has used for so long, but for `keep`. The pool closes none."""
     pool: Any = redis.connection_pool
     unused = [connection for connection in pool._available_connections if connection.is_connected]
     for connection in unused[: len(unused) - keep]:  # the last is used next
-        await connection.disconnect(nowait=True)  # which waits for nothing, so none is taken meanwhile
-        connection.was_connected = False  # it is not lost
+        if time.monotonic() - connection.used_at >= unused_seconds:
+            await connection.disconnect(nowait=True)  # which waits for nothing, so none is taken meanwhile
+            connection.was_connected = False  # it is not lost
 
 
 def _pool(
@@ -109,6 +111,7 @@ def _report_losses(pool: Any) -> ConnectionPool:
 def _reporting_losses(connection_class: type[Any], pool: Any) -> type[Any]:
     class Reporting(connection_class):  # type: ignore[misc]  # one of redis-py's, by the address
         was_connected = False
+        used_at = 0.0
 
         async def on_connect_check_health(self, check_health: bool = True) -> None:
             await super().on_connect_check_health(check_health)
@@ -116,6 +119,7 @@ def _reporting_losses(connection_class: type[Any], pool: Any) -> type[Any]:
             self.was_connected = True
 
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            self.used_at = time.monotonic()
             # asyncio of Python 3.12 and 3.13.0 would watch for a lost connection, under the number of the next.
             if self._writer is not None and self._writer.is_closing():
                 await self.disconnect(nowait=True)

@@ -162,13 +162,13 @@ class RedisStreamBroker:
         if role in (Role.WORKER, Role.SCHEDULER):
             await check_version(self.redis)
             await note_version(self.redis)
-        await self.close_spare_connections(keep=0)  # it may be long until the next is needed
+        await self.close_spare_connections(0, keep=0)  # it may be long until the next is needed
 
-    async def close_spare_connections(self, keep: int = 1) -> None:
-        """Close what was opened for many calls at a time, in a process with nothing to do."""
+    async def close_spare_connections(self, unused_seconds: float, keep: int = 1) -> None:
+        """Close connections that were opened for many calls at a time and have not been used for so long."""
         from .clients import close_spare
 
-        await close_spare(self.redis, keep)
+        await close_spare(self.redis, unused_seconds, keep)
 
     async def shutdown(self) -> None:
         """Close all connections."""

@@ -237,8 +237,7 @@ class Reporter:
         while True:
             try:
                 await self.report(if_new=True)
-                if not self._running:
-                    await self._broker.close_spare_connections()
+                await self._broker.close_spare_connections(REPORT_SECONDS if self._running else 0)
             except RedisError as error:
                 logger.debug("a report did not get through: %s", error)
             except Exception:

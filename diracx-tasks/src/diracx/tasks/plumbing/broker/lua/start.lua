@@ -54,6 +54,7 @@ local function keeps_turn(d, lock, turns, waited_ms, place, refusing)
     redis.call('ZADD', lock.key, ends, KEPT_SLOT .. d.task)
     live_at_least(lock.key, math.max(ms, SLOTS_MS))
     if turn and turn.task == d.task then redis.call('DEL', '$TURN_PREFIX' .. size .. ':' .. lock.key) end
+    pcall(grant_next, lock, 'granted') -- there may be room for others
     return true
   end
   turn = table.concat({ends, '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
