@@ -72,7 +72,7 @@ def client_of(
 
 
 async def close_spare(redis: Redis, unused_seconds: float, keep: int) -> None:
-    """Close the connections for commands that nobody has used for so long, but for `keep`. The pool closes none."""
+    """Close the connections for commands that nobody has used for so long, but for `keep`. A pool closes none."""
     pool: Any = redis.connection_pool
     unused = [connection for connection in pool._available_connections if connection.is_connected]
     for connection in unused[: len(unused) - keep]:  # the last is used next
