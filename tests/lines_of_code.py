@@ -25,7 +25,7 @@ class Bound(NamedTuple):
 BOUNDS = (
     Bound("diracx-tasks/src", 36_108, 21_000),
     Bound("diracx-tasks/src/diracx/tasks/cli", 4_605, 3_200),
-    Bound("gubbins/src", 15_157, 11_000),
+    Bound("gubbins/src", 15_339, 11_000),
 )
 
 

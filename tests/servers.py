@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sites import htcondor_root, redis_versions
+from sites import glewlwyd, htcondor_root, redis_versions
 from sites.debian_root import ObstacleError
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
@@ -134,6 +134,12 @@ def _gridengine() -> str:
     return "Grid Engine " + _output(_program("dpkg-query"), "-W", "-f", "${Version}", "gridengine-client")
 
 
+def _glewlwyd() -> str:
+    if not glewlwyd.installed():
+        raise MissingError("no tables or modules of Glewlwyd")
+    return _output(_program("glewlwyd"), "--version")
+
+
 TOOLS = (
     Tool("MariaDB", "mariadb-server", _mariadb),
     Tool("PostgreSQL", "postgresql", _postgresql),
@@ -150,6 +156,7 @@ TOOLS = (
         "nordugrid-arc-test-utils",
         _arc,
     ),
+    Tool("Glewlwyd", "glewlwyd", _glewlwyd),
 )
 
 

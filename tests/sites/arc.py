@@ -41,6 +41,7 @@ x509_cert_dir={directory}/ca
 file={directory}/allowed-subjects
 [authgroup:tokens]
 authtokens=* {issuer} * * *
+authtokens=* {provider} {audience} * *
 [authtokens]
 [mapping]
 map_to_user=subjects nobody:nogroup
@@ -86,6 +87,8 @@ class ArcSite:
         self.directory = directory
         self.port = free_port()
         self.url = f"https://localhost:{self.port}/arex"
+        self.provider_port = free_port()
+        """Port of an identity provider whose tokens for `url` are accepted, below /api/oidc."""
         self.issuer = TokenIssuer(free_port(), directory / "host.pem", directory / "host.key")
         self.ca_directory = directory / "ca"
         self._environment = {**os.environ, "ARC_CONFIG": str(directory / "arc.conf")}
@@ -95,7 +98,9 @@ class ArcSite:
             (directory / name).mkdir()
             (directory / name).chmod(0o1777)
         self._make_certificates()
-        configuration = _CONFIGURATION.format(directory=directory, url=self.url, issuer=self.issuer.url)
+        provider = f"https://localhost:{self.provider_port}/api/oidc"
+        issuers = {"issuer": self.issuer.url, "provider": provider, "audience": self.url}
+        configuration = _CONFIGURATION.format(directory=directory, url=self.url, **issuers)
         (directory / "arc.conf").write_text(configuration)
         # Made by the start script otherwise, with a minute of CPU.
         parameters = directory / "control/dhparam.pem"

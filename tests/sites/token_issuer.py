@@ -68,35 +68,42 @@ class TokenIssuer:
             "/.well-known/openid-configuration": {"issuer": self.url, "jwks_uri": f"{self.url}/keys"},
             "/keys": self._key.published,
         }
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                # A-REX asks for the whole URL, as one asks a proxy.
-                document = documents.get(urlsplit(self.path).path)
-                body = json.dumps(document).encode()
-                self.send_response(404 if document is None else 200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self._files)
-        server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
+        with published(self._port, *self._files, documents):
             yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+
+
+@contextlib.contextmanager
+def published(port: int, certificate: Path, key: Path, documents: dict[str, Any]) -> Iterator[None]:
+    """Inside the block these documents (path -> JSON) can be fetched from localhost by HTTPS."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            # A-REX asks for the whole URL, as one asks a proxy.
+            document = documents.get(urlsplit(self.path).path)
+            body = json.dumps(document).encode()
+            self.send_response(404 if document is None else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _encode(document: dict[str, Any]) -> str:

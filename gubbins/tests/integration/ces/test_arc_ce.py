@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from all_promises import AllPromises
+from diracx.tasks.testing.server import free_port
 from machine import not_for_this_machine
 from sites.arc import ArcSite
+from sites.glewlwyd import Glewlwyd
+from sites.token_issuer import published
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
 from gubbins.ces.arc import ArcBackend, ArcSettings
@@ -163,6 +167,51 @@ async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path:
         token.write_text("nobody.knows.me")
         with pytest.raises(CEUnavailableError, match="403"):
             await backend.poll([pilot])
+
+
+async def test_tokens_of_an_identity_provider_are_fetched_for_each_vo(arc_site: ArcSite, tmp_path: Path) -> None:
+    """Each VO is a client of its own; a token for another audience is refused by the site."""
+    if (obstacle := servers.obstacle("Glewlwyd")) is not None:
+        pytest.skip(obstacle)
+    if not arc_site.knows_tokens:
+        not_for_this_machine(
+            "no mount namespaces, and the ARC CE looks for CAs of token issuers in one place only"
+        )
+    files = (arc_site.directory / "host.pem", arc_site.directory / "host.key")
+    named = f"https://localhost:{arc_site.provider_port}/api/oidc"
+    provider = Glewlwyd(tmp_path, free_port(), *files, audience=arc_site.url, named_in_tokens=named)
+    provider.start()
+    # A-REX asks for the whole URL, as one asks a proxy, and Glewlwyd has nothing there: so its keys are published.
+    found = {"/api/oidc/.well-known/openid-configuration": {"issuer": named, "jwks_uri": f"{named}/jwks"}}
+    try:
+        provider.set_up(seconds=600)
+        keys = {"/api/oidc/jwks": provider.keys()}
+        with published(arc_site.provider_port, *files, found | keys):
+            await _each_vo_has_a_token(arc_site, provider, tmp_path)
+    finally:
+        provider.stop()
+
+
+async def _each_vo_has_a_token(arc_site: ArcSite, provider: Glewlwyd, tmp_path: Path) -> None:
+    for vo in ("lhcb", "dteam"):
+        provider.add_client(vo, f"secret of {vo}")
+        (tmp_path / vo).write_text(f"secret of {vo}\n")
+        token = {"issuer": provider.issuer, "client_id": vo, "client_secret": tmp_path / vo}
+        token |= {"audience": arc_site.url, "ca": arc_site.ca_file}
+        async with _Maker(arc_site, certificate=None, key=None, token=token)() as backend:
+            pilots = [_pilot(vo) for _ in range(3)]
+            for pilot in pilots:
+                assert (await backend.submit([pilot]))[pilot.stamp].reference
+            assert len(await backend.poll(pilots)) == 3
+    assert provider.given() == 2
+    elsewhere = token | {"audience": None}
+    async with _Maker(arc_site, certificate=None, key=None, token=elsewhere)() as backend:
+        with pytest.raises(CEUnavailableError, match="403"):
+            await backend.poll(pilots)
+    wrong = token | {"client_id": "nobody"}
+    async with _Maker(arc_site, certificate=None, key=None, token=wrong)() as backend:
+        with pytest.raises(CEUnavailableError, match="/token answers 40"):
+            await backend.poll(pilots)
 
 
 @pytest.mark.event_loops("asyncio", "uvloop")

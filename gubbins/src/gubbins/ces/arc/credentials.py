@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from gubbins.ces.transports.tokens import CredentialsError, expiry_of_token, read_token
+from gubbins.ces.transports.tokens import CredentialsError, TokenIssuer, bearer_token, expiry_of_token
 from gubbins.domain.text import one_line
 
 from .settings import ArcSettings
@@ -29,14 +29,20 @@ class Identity:
 
 
 def fingerprint(settings: ArcSettings) -> tuple[object, ...]:
-    """A value that changes as soon as one of the files is replaced or written to."""
+    """A value that changes as soon as one of the files is replaced or written to, or the token is renewed.
+
+    Raises:
+        CredentialsError: the identity provider gives no token.
+    """
     marks: list[object] = []
     for path in (settings.certificate, settings.key, settings.token, settings.ca):
         try:
-            found = path.stat() if path is not None else None
+            found = path.stat() if isinstance(path, Path) else None
         except OSError:
             found = None
         marks.append(found and (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    if isinstance(settings.token, TokenIssuer):
+        marks.append(bearer_token(settings.token))
     return tuple(marks)
 
 
@@ -50,11 +56,11 @@ def read_identity(settings: ArcSettings) -> Identity:
     if settings.certificate is not None:
         expires_at: datetime | None = _load_certificate(context, settings.certificate, settings.key)
         token = None
-        path = settings.certificate
+        path: Path | str = settings.certificate
     else:
         assert settings.token is not None
-        path = settings.token
-        token = read_token(path)
+        path = settings.token if isinstance(settings.token, Path) else settings.token.issuer
+        token = bearer_token(settings.token)
         expires_at = expiry_of_token(token)
     if expires_at is not None and expires_at <= datetime.now(tz=UTC):
         raise CredentialsError(f"{path} has expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC: renew it")

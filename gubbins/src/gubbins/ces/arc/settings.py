@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from gubbins.ces.settings import AbsolutePath, PilotSettings, Script
+from gubbins.ces.transports.tokens import TokenIssuer
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
 
@@ -25,7 +26,10 @@ class ArcSettings(PilotSettings):
     key: AbsolutePath | None = Field(
         default=None, description="File of the private key, without a password; default: in the certificate's."
     )
-    token: AbsolutePath | None = Field(default=None, description="File of a bearer token, in place of one.")
+    token: AbsolutePath | TokenIssuer | None = Field(
+        default=None,
+        description="File of a bearer token, in place of a certificate; or the identity provider that gives one.",
+    )
     ca: AbsolutePath | None = Field(
         default=None,
         description="File (PEM) or hashed directory of the CAs that the server may be of; default: the system's.",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
-from gubbins.ces.transports.tokens import read_token
+from gubbins.ces.transports.tokens import TokenIssuer, bearer_token
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
@@ -58,7 +58,9 @@ class Bindings:
             BindingsRefusal: they say why there is none.
             CEUnavailableError: there is none, within the time-out or at all; why is in the message.
         """
-        token = None if self._settings.token is None else await asyncio.to_thread(read_token, self._settings.token)
+        token = (
+            None if self._settings.token is None else await asyncio.to_thread(bearer_token, self._settings.token)
+        )
         # Not made by the process itself, which may be killed.
         with tempfile.TemporaryDirectory(prefix="gubbins-htcondor-", ignore_cleanup_errors=True) as name:
             directory = Path(name)
@@ -83,7 +85,9 @@ class Bindings:
             "SEC_TOKEN_SYSTEM_DIRECTORY": tokens,
             "SEC_PASSWORD_DIRECTORY": str(directory / "none"),
         }
-        if self._settings.token is not None:
+        if isinstance(self._settings.token, TokenIssuer):
+            ours |= {"SEC_CLIENT_AUTHENTICATION_METHODS": "SCITOKENS", "SCITOKENS_FILE": f"{tokens}/token"}
+        elif self._settings.token is not None:
             ours["SEC_CLIENT_AUTHENTICATION_METHODS"] = "IDTOKENS"
         configuration = ours | {name.upper(): value for name, value in self._settings.configuration.items()}
         return (

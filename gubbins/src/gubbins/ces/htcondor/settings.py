@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from gubbins.ces.settings import AbsolutePath, DefaultScript, PilotSettings
+from gubbins.ces.transports.tokens import TokenIssuer
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = frozenset(
@@ -42,8 +43,10 @@ class HTCondorSettings(PilotSettings):
         default=None,
         description="Address of the schedd, in place of a collector: its `MyAddress`, in angle brackets.",
     )
-    token: AbsolutePath | None = Field(
-        default=None, description="File of an IDTOKEN of the schedd's trust domain, read anew for each call."
+    token: AbsolutePath | TokenIssuer | None = Field(
+        default=None,
+        description="File of an IDTOKEN of the schedd's trust domain, read anew for each call; or the identity "
+        "provider that gives a SCITOKEN.",
     )
     cpus: int = Field(default=1, ge=1, description="CPUs of a pilot.")
     memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
