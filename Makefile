@@ -86,6 +86,9 @@ bench-pilot-matching: $(STAMP) ## pilots without work under each demand policy, 
 bench-pilot-rate: $(STAMP) ## pilots submitted in a second, near and far; ARGS="--json"
 	$(BIN)/python -m benchmarks.pilot_rate $(ARGS)
 
+bench-pilot-rate-far: $(STAMP) ## the same at real sites with 200 ms of added latency
+	$(BIN)/python -m benchmarks.pilot_rate_far
+
 bench-dead-letters: $(STAMP) ## thousands of failures at once, with the database of dead letters up and away
 	$(BIN)/python -m benchmarks.dead_letters
 

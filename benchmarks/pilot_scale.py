@@ -75,6 +75,16 @@ class Cycle:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One check of a VO."""
+
+    seconds: float
+    cpu_seconds: float
+    statements: int
+    moved: int
+
+
+@dataclass(frozen=True)
 class Run:
     """All of it."""
 
@@ -84,6 +94,10 @@ class Run:
     database_mb: float
     pruned_per_second: float
     illegal: int
+    quiet_checks: list[Check]
+    """Of all VOs, a moment after the last cycle."""
+    full_checks: list[Check]
+    """Of all VOs, when all their pilots move."""
 
 
 class _Statements:
@@ -127,13 +141,29 @@ async def simulate(world: World, minutes: int, at_most_seconds: float) -> Run:
                 _say(cycles[-1])
                 if time.monotonic() - begin > at_most_seconds:
                     break
+            quiet = [await _check(db, vo, statements) for vo in world.vo_names]
+            present += world.run + world.queue  # nobody has looked meanwhile, and all have ended
+            full = [await _check(db, vo, statements) for vo in world.vo_names]
+            for check in full[:1]:
+                print(f"a check of {check.moved:,} pilots that all move: {check}", flush=True)
+            print(f"a check of pilots that hardly move: {quiet[0]}", flush=True)
             async with _timed(took, "prune"):
                 pruned = await logic.prune_pilots(db, keep=timedelta(days=25), at_most=20_000)
             illegal = await logic.count_illegal_histories(db)
             async with db:
                 pages = (await db.conn.exec_driver_sql("PRAGMA page_count")).scalar_one()
                 size = (await db.conn.exec_driver_sql("PRAGMA page_size")).scalar_one()
-            return Run(world, cycles, took["fill"], pages * size / 1e6, pruned / took["prune"], illegal)
+            return Run(
+                world, cycles, took["fill"], pages * size / 1e6, pruned / took["prune"], illegal, quiet, full
+            )
+
+
+async def _check(db: MyPilotDB, vo: str, statements: _Statements) -> Check:
+    with statements.counted() as counted:
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        moved = sum((await logic.transition_pilot_states(db, vo)).values())
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return Check(seconds, cpu_seconds, counted[0], moved)
 
 
 async def _cycle(db: MyPilotDB, world: World, minute: int, statements: _Statements) -> Cycle:
@@ -249,6 +279,12 @@ def section(run: Run, picture: str | None) -> str:
          f"{max(c.seconds for c in steady):.1f} s"),
         (f"— {world.vos} VOs ask", f"{_middle([c.ask_seconds for c in steady]):.2f} s"),
         (f"— {world.vos} VOs check their pilots", f"{_middle([c.check_seconds for c in steady]):.2f} s"),
+        *(
+            (f"a VO's check, {what}: slowest, CPU time, statements",
+             f"{max(c.seconds for c in checks):.2f} s, {max(c.cpu_seconds for c in checks):.2f} s, "
+             f"{max(c.statements for c in checks)} ({max(c.moved for c in checks):,} moved)")
+            for what, checks in (("few pilots move", run.quiet_checks), ("all move", run.full_checks))
+        ),
         ("— submissions, one process", f"{submitted / sum(c.submit_seconds for c in cycles):,.0f} pilots/s, "
          f"{sum(c.submit_statements for c in cycles) / submitted:.1f} statements each"),
         ("statements of a cycle beside submissions, median / most",

@@ -18,12 +18,20 @@ __all__ = [
 
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diracx.tasks.plumbing._util.lazy import lazy_names
-from diracx.tasks.plumbing.base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask, current_message
+from diracx.tasks.plumbing.base_task import (
+    BaseTask,
+    PeriodicBaseTask,
+    PeriodicVoAwareBaseTask,
+    current_message,
+    schedule_many,
+)
 from diracx.tasks.plumbing.enums import Size
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
@@ -161,16 +169,22 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
                 else logic.read_task_queues(task_queue_db, self.vo)
             ),
         )
-        for ce_name, stamps in asked.items():
-            spawned = 0
-            try:
-                for stamp in stamps:
-                    await MyPilotTask(ce_name, self.vo).schedule(labels={LABEL_REQUESTED: stamp})
-                    spawned += 1
-            finally:
-                if spawned < len(stamps):
-                    await logic.withdraw_requests(my_pilot_db, ce_name, stamps[spawned:])
+        try:
+            await spawn_pilots(self.vo, asked)
+        except BaseException:
+            # A task that was submitted all the same finds that its request is gone.
+            for ce_name, stamps in asked.items():
+                await logic.withdraw_requests(my_pilot_db, ce_name, stamps)
+            raise
         return {ce_name: len(stamps) for ce_name, stamps in asked.items()}
+
+
+async def spawn_pilots(vo: str, asked: Mapping[str, Sequence[str]]) -> None:
+    """Submit a `MyPilotTask` for each of these requests {compute element: stamps}, of all of these by turns."""
+    rows = zip_longest(*([(ce_name, stamp) for stamp in stamps] for ce_name, stamps in asked.items()))
+    each = [request for row in rows for request in row if request is not None]
+    tasks = [MyPilotTask(ce_name, vo) for ce_name, _ in each]
+    await schedule_many(tasks, labels=[{LABEL_REQUESTED: stamp} for _, stamp in each])
 
 
 @dataclass

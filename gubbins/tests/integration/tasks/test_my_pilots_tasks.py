@@ -114,10 +114,13 @@ async def test_the_report_counts_everything(db: MyPilotDB, caplog: pytest.LogCap
 
 
 async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(db: MyPilotDB, config: Config) -> None:
-    await db.add_ce("ce", 3, 1.0)
+    for name in ("ce", "other"):
+        await db.add_ce(name, 3, 1.0)
     for _ in range(2):  # no broker is bound here; the second round would find no room if the first had stayed
         with pytest.raises(RuntimeError, match="broker"):
             await MySubmitPilotsTask("lhcb").execute(my_pilot_db=db, config=config)
+    for name in ("ce", "other"):
+        assert not await db.waiting_requests(name, at_most=1)
 
 
 def test_a_submit_task_may_be_for_some_compute_elements() -> None:

@@ -208,11 +208,19 @@ class BaseTask:
 
 
 async def schedule_many(
-    tasks: Sequence[BaseTask], *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
+    tasks: Sequence[BaseTask],
+    *,
+    at_time: datetime | None = None,
+    labels: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`."""
+    """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`.
+
+    `labels` are for all, or a list of those of each.
+    """
     submitter = await current_submitter()
-    submissions = [submitter.submission(task, at_time=at_time, labels=labels) for task in tasks]
+    each = labels if isinstance(labels, Sequence) else [labels] * len(tasks)
+    pairs = zip(tasks, each, strict=True)
+    submissions = [submitter.submission(task, at_time=at_time, labels=own) for task, own in pairs]
     await submitter.broker.submit(submissions)
     return [submission.message.task_id for submission in submissions]
 
