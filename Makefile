@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-pilot-matching bench-dead-letters bench-cancel bench-count bench-size bench-idle vendor clean
+.PHONY: help install test unit servers versions demo compat chaos chaos-figures model lint docs pictures bench bench-peers bench-pilots bench-pilot-rate bench-pilot-rate-far bench-pilot-matching bench-dead-letters bench-cancel bench-count bench-size bench-idle vendor clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
