@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from diracx.db.sql import PilotAgentsDB
 from diracx.db.sql.pilots.schema import PilotAgents
+from diracx.tasks.testing import TaskSystem
 from sqlalchemy import delete, event, insert, select, text
 
 from gubbins.ces import Observation, Observed
@@ -151,6 +152,21 @@ async def test_the_check_keeps_the_registry_up_to_date(
         await check.execute(my_pilot_db=db, pilot_registry=registry)
         [row] = (await by_stamp(registry)).values()
         assert (row["Status"], row["StatusReason"], row["PilotJobReference"]) == (status, reason, "job 7")
+
+
+@pytest.mark.parametrize("configured", [True, False])
+async def test_a_worker_gives_the_check_the_registry_where_there_is_one(
+    sqlite_db: MyPilotDB, sqlite_registry: PilotAgentsDB, configured: bool
+) -> None:
+    await sqlite_db.add_ce("ce", 9, 1.0)
+    await submit(sqlite_db)
+    overrides: dict[Any, Any] = {MyPilotDB.no_transaction: lambda: sqlite_db}
+    if configured:
+        overrides[PilotAgentsDB.no_transaction] = lambda: sqlite_registry
+    async with TaskSystem([MyCheckPilotsTask], overrides=overrides, task_db_url=None) as system:
+        done = await system.result(await MyCheckPilotsTask("lhcb").schedule(), timeout=30)
+    assert done.return_value == {"RUNNING": 1}
+    assert await statuses(sqlite_registry) == ({"Running"} if configured else set())
 
 
 async def test_long_and_hostile_text_is_cut_to_the_columns_of_the_registry(
@@ -317,21 +333,21 @@ async def test_so_does_one_that_is_undone_while_it_is_registered(
 async def test_entries_that_vanished_come_again(db: MyPilotDB, registry: PilotAgentsDB) -> None:
     await db.add_ce("ce", 9, 1.0)
     pilots = [await submit(db, reference=f"job {n}") for n in range(3)]
+    undone, _ = await submit(db)
     await logic.update_registry(db, registry, "lhcb")
-    async with registry.engine.begin() as connection:  # a backup was restored, and others have registered since
+    await db.release_pilots([undone])
+    # A backup was restored, and others have registered since, under ids that ours had; old entries have no stamp.
+    foreign = {"PilotStamp": "", "VO": "dteam", "Status": "Done", "LastUpdateTime": LONG_AGO}
+    async with registry.engine.begin() as connection:
         await connection.execute(delete(PilotAgents))
-        await connection.execute(
-            insert(PilotAgents),
-            [{"PilotID": n + 1, "PilotStamp": f"foreign{n}", "VO": "dteam", "Status": "Done"} for n in range(2)],
-        )
+        await connection.execute(insert(PilotAgents), [foreign | {"PilotID": n + 1} for n in range(4)])
+    untouched = await entries(registry)
     for pilot_id, _ in pilots:
         await move(db, pilot_id, S.RUNNING)
     await logic.update_registry(db, registry, "lhcb")
-    found = await by_stamp(registry)
-    assert {found[stamp]["Status"] for _, stamp in pilots} == {"Running"}
-    assert [(found[f"foreign{n}"]["Status"], found[f"foreign{n}"]["VO"]) for n in range(2)] == [
-        ("Done", "dteam")
-    ] * 2
+    found = await entries(registry)
+    assert found[:4] == untouched
+    assert {row["PilotStamp"]: row["Status"] for row in found[4:]} == {stamp: "Running" for _, stamp in pilots}
 
 
 async def test_a_pilot_that_the_registry_refuses_does_not_stop_the_others(
