@@ -28,8 +28,8 @@ Nothing is loaded: read both, then
     gubbins ce import-dirac dirac.cfg --output ces.yaml
     gubbins ce load ces.yaml
 
-Types of compute elements: SLURM, SSH and Local (with the batch systems Host and SLURM), AREX and ARC,
-HTCondorCE."""
+Types of compute elements: SLURM, SSH and Local (with the batch systems Host, SLURM, GE, Torque, PBS and LSF),
+AREX and ARC, HTCondorCE."""
 
 
 def import_dirac(

@@ -140,10 +140,10 @@ Resources
             SSHUser = pilot
             MaxTotalJobs = 3
           }
-          torque.example.org
+          oar.example.org
           {
             CEType = SSH
-            BatchSystem = Torque
+            BatchSystem = OAR
           }
           cream.example.org
           {
@@ -233,7 +233,7 @@ def test_what_has_no_counterpart_is_listed_with_its_path_and_without_its_value()
         "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/GridEnv": "has no counterpart",
         "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/Queues/ce503.cern.ch-condor/SI00": "not about pilots",
         f"{CLUSTER}/cluster.example.org/SSHPassword": "has no counterpart",
-        f"{CLUSTER}/torque.example.org": "left out: no back end for SSH with the batch system torque",
+        f"{CLUSTER}/oar.example.org": "left out: no back end for SSH with the batch system oar",
         f"{CLUSTER}/cream.example.org": "left out: no back end for CREAM with the batch system host",
         "Systems/WorkloadManagement/Agents/SiteDirectorCERN": "this agent submits pilots until you stop it",
     }
@@ -259,9 +259,26 @@ def test_every_option_is_taken_over_or_listed() -> None:
     add(tree["Resources"]["Sites"], "Resources/Sites")
     found = import_dirac(str(CFG().loadFromDict(tree)))
     listed = {remark.path for remark in found.remarks}
-    unsupported = ("torque.example.org", "cream.example.org")  # listed as a whole
+    unsupported = ("oar.example.org", "cream.example.org")  # listed as a whole
     wanted = {path for path in sections if not any(name in path for name in unsupported)}
     assert wanted <= listed
+
+
+@pytest.mark.parametrize(("batch", "system"), [("GE", "gridengine"), ("Torque", "pbs"), ("LSF", "lsf")])
+@pytest.mark.parametrize("kind", ["SSH", "Local"])
+def test_other_batch_systems_come_with_their_queue(kind: str, batch: str, system: str) -> None:
+    text = CONFIGURATION.replace("BatchSystem = SLURM", f"BatchSystem = {batch}").replace(
+        "CEType = SSH\n            BatchSystem", f"CEType = {kind}\n            BatchSystem"
+    )
+    cluster = entries_of(import_dirac(text))["cluster.example.org"]
+    short, _ = parse_ce_file(yaml.safe_dump({"compute_elements": [cluster]}, sort_keys=False))
+    assert short.backend == "batch"
+    assert (short.settings["system"], short.settings["queue"], "ssh" in short.settings) == (
+        system,
+        "short",
+        kind == "SSH",
+    )
+    assert short.settings["extra_options"] == ["--account=lhcb", "--constraint=avx2", "-p", "old"]
 
 
 def test_what_is_written_is_accepted_by_load() -> None:

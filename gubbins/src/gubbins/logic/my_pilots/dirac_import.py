@@ -318,18 +318,25 @@ def _on_this_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: l
     return _given(directory=_path(queue, "SharedArea", "WorkArea"))
 
 
-def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    directory = _path(queue, "SharedArea", "WorkArea")
+def _submit_directory(queue: _Section, remarks: list[Remark]) -> str:
+    directory = queue.text("SharedArea", "WorkArea", inherit=True)
     if directory is None or not directory.startswith("/"):
         remarks.append(Remark(f"{queue.path}/SharedArea", "no absolute directory: check `settings.directory`"))
-        directory = "/var/lib/gubbins/pilots"
-    options, account, partition = [], None, own["queue"] or None
+        return "/var/lib/gubbins/pilots"
+    return directory
+
+
+def _submit_words(queue: _Section, remarks: list[Remark]) -> list[str]:
     try:
-        words = shlex.split(queue.text("SubmitOptions", inherit=True) or "")
+        return shlex.split(queue.text("SubmitOptions", inherit=True) or "")
     except ValueError:
         remarks.append(Remark(f"{queue.path}/SubmitOptions", "cannot be parsed: left out"))
-        words = []
-    for word in words:
+        return []
+
+
+def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+    options, account, partition = [], None, own["queue"] or None
+    for word in _submit_words(queue, remarks):
         option, _, value = word.partition("=")
         if option == "--account" and value:
             account = value
@@ -342,13 +349,28 @@ def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Rem
                 Remark(f"{queue.path}/SubmitOptions", "has words that are no `--option=value`: left out")
             )
     return _given(
-        directory=directory,
+        directory=_submit_directory(queue, remarks),
         partition=partition,
         account=account,
         cpus=own["cpus"],
         memory_mb=own["memory_mb"],
         extra_options=options,
     )
+
+
+def _batch(system: str, *, by_ssh: bool) -> Callable[..., dict[str, Any]]:
+    def settings(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+        return _given(
+            system=system,
+            ssh=_ssh(queue, name) if by_ssh else None,
+            directory=_submit_directory(queue, remarks),
+            queue=own["queue"],
+            cpus=own["cpus"],
+            memory_mb=own["memory_mb"],
+            extra_options=_submit_words(queue, remarks),
+        )
+
+    return settings
 
 
 def _slurm_by_ssh(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
@@ -403,6 +425,11 @@ _BACKENDS = {
     ("arc6", "host"): _Backend("arc", _arc),
     ("arex", "host"): _Backend("arc", _arc),
     ("htcondorce", "host"): _Backend("htcondor", _htcondor),
+    **{
+        (kind, batch): _Backend("batch", _batch(system, by_ssh=kind == "ssh"))
+        for kind in ("ssh", "local")
+        for batch, system in (("ge", "gridengine"), ("torque", "pbs"), ("pbs", "pbs"), ("lsf", "lsf"))
+    },
 }
 
 
