@@ -35,7 +35,9 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | 
 async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     """The metrics, from a constant number of statements."""
     summary = await logic.count_pilots(db, None)
-    ended = await logic.count_ended_pilots(db, clock.now() - timedelta(hours=1))
+    hour_ago = clock.now() - timedelta(hours=1)
+    ended, idle = await logic.count_ended_pilots(db, hour_ago), await logic.count_without_work(db, hour_ago)
+    reports = await logic.count_reports(db)
     ces = [({"ce": ce["name"]}, ce) for ce in await logic.list_ces(db)]
 
     def of_ces(name: str, text: str, value: Callable[[dict[str, Any]], float]) -> Metric:
@@ -60,6 +62,20 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
                 for labels, ce in ces
                 for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
             ),
+        ),
+        gauge(
+            "pilots_stale",
+            "Running pilots whose heartbeats have stopped.",
+            (
+                ({"vo": vo, "ce": ce}, counts.get("stale", 0))
+                for vo, by_ce in reports.items()
+                for ce, counts in by_ce.items()
+            ),
+        ),
+        of_ces(
+            "pilots_without_work_past_hour",
+            "Pilots that ended in the past hour and found no work.",
+            lambda ce: idle.get(ce["name"], 0),
         ),
         of_ces("compute_element_slots", "Pilots that a compute element may hold.", lambda ce: ce["capacity"]),
         of_ces(

@@ -11,6 +11,7 @@ __all__ = [
     "Observation",
     "Observed",
     "PilotAtCE",
+    "PilotIdentity",
     "PilotOutput",
     "SubmitOutcome",
     "available_backends",
@@ -18,5 +19,14 @@ __all__ = [
     "validate_settings",
 ]
 
-from .protocol import CEBackend, CEDescription, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
+from .protocol import (
+    CEBackend,
+    CEDescription,
+    Observation,
+    Observed,
+    PilotAtCE,
+    PilotIdentity,
+    PilotOutput,
+    SubmitOutcome,
+)
 from .registry import available_backends, make_backend, validate_settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -34,6 +34,18 @@ class CEDescription:
     success_rate: float  # 0.0-1.0
 
 
+@dataclass(frozen=True, slots=True)
+class PilotIdentity:
+    """The secret of a pilot, and where to exchange it. A back end that can keep it from others hands it over.
+
+    The pilot finds the address in PILOT_API_URL, and in PILOT_SECRET_FILE the name of a file with the secret that
+    its own account alone can read.
+    """
+
+    url: str
+    secret: str = field(repr=False)  # never on a command line, in a log, or in an error message
+
+
 class PilotAtCE(NamedTuple):  # there may be a million of them
     """A pilot, as far as a compute element has to know it."""
 
@@ -45,6 +57,7 @@ class PilotAtCE(NamedTuple):  # there may be a million of them
     started_at: datetime | None = None
     cancel_requested: bool = False
     maybe_submitted: bool = True  # False: the stamp was made for this very submission, the CE cannot have it
+    identity: PilotIdentity | None = None  # for a submission; None: it has none
 
 
 @dataclass(frozen=True, slots=True)

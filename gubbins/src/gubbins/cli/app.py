@@ -187,7 +187,8 @@ def show_ce(name: CEName, as_json: JsonOption = False) -> None:
     if as_json:
         emit(ce)
         return
-    circuits, rules, settings, waiting = (ce.pop(key) for key in ("circuits", "rules", "settings", "waiting"))
+    parts = ("circuits", "rules", "settings", "waiting", "reports")
+    circuits, rules, settings, waiting, reports = (ce.pop(key) for key in parts)
     if (downtime := ce["downtime"]) is not None:
         ce["downtime"] = downtime.describe(clock.now())
     table(f"Compute element {name}", ("field", "value"), [("state", _state_of(ce)), *ce.items()])
@@ -202,6 +203,8 @@ def show_ce(name: CEName, as_json: JsonOption = False) -> None:
     table("Rules", ("rule", "value"), [*((k, v) for k, v in rules.items() if k != "vos"), *_rules_of_vos(rules)])
     if waiting:
         table("Waiting pilots", ("for", "pilots"), list(waiting.items()))
+    if reports:
+        table("Reports of pilots", ("of", "pilots"), list(reports.items()))
     table("Settings of the back end", ("setting", "value"), list(settings.items()))
 
 
@@ -279,6 +282,9 @@ def list_pilots(
     job: Annotated[
         int | None, typer.Option("--job", min=1, max=2**63 - 1, help="Only those on which this job ran.")
     ] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Only running ones whose heartbeats have stopped.")
+    ] = False,
     page: Annotated[int, typer.Option(min=1, help="Which page.")] = 1,
     per_page: Annotated[int, typer.Option(min=1, max=10_000, help="Pilots on a page.")] = 50,
     as_json: JsonOption = False,
@@ -291,7 +297,7 @@ def list_pilots(
             async with open_registry() as registry:
                 stamps = await logic.stamps_of_job(registry, job)
         return await logic.search_pilots(
-            db, vo=vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
+            db, vo=vo, ce_name=ce_name, status=status, stamps=stamps, stale=stale, page=page, per_page=per_page
         )
 
     total, pilots = in_database(search)
@@ -311,22 +317,45 @@ def list_pilots(
     table(
         f"{len(pilots)} of {total} pilots (page {page})",
         ("id", "VO", "CE", "state", "submitted (UTC)", "last change (UTC)", "waits for", "last error"),
-        [tuple(pilot[column] for column in columns) for pilot in pilots],
+        [tuple(pilot[column] for column in columns) for pilot in map(_with_report, pilots)],
     )
+
+
+def _with_report(pilot: dict[str, Any]) -> dict[str, Any]:
+    """The pilot, with its report beside its state."""
+    report = "stale" if pilot["stale"] else pilot["outcome"]
+    return {**pilot, "status": f"{pilot['status']} ({report})"} if report else pilot
 
 
 @pilots_app.command("summary")
 def summarise_pilots(vo: OfVO = None, as_json: JsonOption = False) -> None:
-    """Count pilots by VO, compute element and state."""
-    summary = in_database(lambda db: logic.count_pilots(db, vo))
+    """Count pilots by VO, compute element and state.
+
+    And the running ones that are stale (their heartbeats have stopped), and those that reported that they found no
+    work.
+    """
+
+    async def count(db: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return await logic.count_pilots(db, vo), await logic.count_reports(db, vo)
+
+    summary, reports = in_database(count)
     if as_json:
+        for vo_name, ces in reports.items():
+            for ce_name, counts in ces.items():
+                summary.setdefault(vo_name, {}).setdefault(ce_name, {}).update(counts)
         emit(summary)
         return
+    reported = ("stale", "no work")
     table(
         "Pilots",
-        ("VO", "CE", *(str(status) for status in MyPilotStatus)),
+        ("VO", "CE", *(str(status) for status in MyPilotStatus), *reported),
         [
-            (vo_name, ce_name, *(states.get(status, 0) for status in MyPilotStatus))
+            (
+                vo_name,
+                ce_name,
+                *(states.get(status, 0) for status in MyPilotStatus),
+                *(reports.get(vo_name, {}).get(ce_name, {}).get(name, 0) for name in reported),
+            )
             for vo_name, ces in summary.items()
             for ce_name, states in ces.items()
         ],

@@ -28,6 +28,7 @@ _CES, _ROWS = 40, 60
 #: Characters of output shown on a page; hostile ones take five bytes each.
 _OUTPUT_CHARS = 16_000
 _STATES = [str(state) for state in MyPilotStatus]
+_STALE = "stale"
 _CE_STATES = ("open", "closed", "banned", "failing")
 #: From this failure rate on a compute element fails.
 _FAILING_RATE = 0.2
@@ -66,13 +67,14 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     if state not in ("", *_CE_STATES):
         raise NotFoundError(f"{state[:40]!r} is no state of a compute element.")
     summary = await READ_MODELS.summary(request.state.principal.vo)
+    reports = await READ_MODELS.reports(request.state.principal.vo)
     statistics = await READ_MODELS.statistics(vo)
     known = [_with_trouble(ce, statistics) for ce in await _ces(vo, request.state.principal.vo)]
     # By name as Python sorts: databases differ, and pages go on after a name.
     ces = sorted((ce for ce in known if _is_wanted(ce, text, state)), key=lambda ce: str(ce["name"]))
     of_state = {ce["name"] for ce in ces}
     rows = [
-        (name, ce, states)
+        (name, ce, states, reports.get(name, {}).get(ce, {}))
         for name, by_ce in summary.items()
         for ce, states in by_ce.items()
         if vo in (None, name) and text.lower() in ce.lower() and (not state or ce in of_state)
@@ -92,7 +94,8 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
         "all_rows": len(rows),
         "next_rows": first + _ROWS if len(rows) > first + _ROWS else None,
         "states": _STATES,
-        "totals": {each: sum(states.get(each, 0) for _, _, states in rows) for each in _STATES},
+        "totals": {each: sum(states.get(each, 0) for _, _, states, _ in rows) for each in _STATES},
+        "stale": sum(said.get(_STALE, 0) for *_, said in rows),
         "ces": shown,
         "all_ces": len(ces),
         "after": shown[-1]["name"] if shown and shown[-1] is not ces[-1] else None,
@@ -109,7 +112,8 @@ def _with_trouble(ce: Mapping[str, Any], statistics: PilotStatistics) -> dict[st
     rate = statistics.failure_rate(ce["name"])
     paused = any(circuit["state"] is not CircuitState.CLOSED for circuit in ce["circuits"].values())
     state = "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
-    return {**ce, "rate": rate, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}
+    idle = statistics.idle_rate(ce["name"])
+    return {**ce, "rate": rate, "idle": idle, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}
 
 
 def _is_wanted(ce: Mapping[str, Any], text: str, state: str) -> bool:
@@ -131,7 +135,7 @@ async def _charts(request: Request, context: AppContext) -> dict[str, Any]:
 async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     query = request.query_params
     status = query.get("status") or None
-    if status is not None and status not in _STATES:
+    if status is not None and status not in (*_STATES, _STALE):
         raise NotFoundError(f"{status[:40]!r} is no state of a pilot.")
     number = _number(query.get("page", "1"), 1)
     stamps: list[str] | None = None
@@ -145,8 +149,9 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         READ_MODELS.database(),
         vo=await _chosen_vo(request, context),
         ce_name=query.get("ce") or None,
-        status=None if status is None else MyPilotStatus(status),
+        status=None if status in (None, _STALE) else MyPilotStatus(str(status)),
         stamps=stamps,
+        stale=status == _STALE,
         page=number,
         per_page=_PAGE,
     )
@@ -157,7 +162,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "pages": -(-total // _PAGE),
         "chosen": {name: query.get(name, "") for name in ("vo", "ce", "status", "job")},
         "problem": problem,
-        "states": _STATES,
+        "states": [*_STATES, _STALE],
         "vos": sorted(await READ_MODELS.summary(request.state.principal.vo)),
         "ces": [ce["name"] for ce in await _ces(request.state.principal.vo, request.state.principal.vo)],
     }

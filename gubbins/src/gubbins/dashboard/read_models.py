@@ -35,12 +35,19 @@ class PilotStatistics:
     since: datetime
     ended: dict[str, dict[str, int]]
     """Compute element -> state -> pilots that ended so."""
+    without_work: dict[str, int]
+    """Compute element -> pilots that ended and found no work."""
     charts: dict[str, Any]
 
     def failure_rate(self, ce_name: str) -> float | None:
         """The share of the pilots ended there that failed, 0.0-1.0; None: none has ended."""
         ended = self.ended.get(ce_name)
         return ended.get(MyPilotStatus.FAILED, 0) / sum(ended.values()) if ended else None
+
+    def idle_rate(self, ce_name: str) -> float | None:
+        """The share of the pilots ended there that found no work, 0.0-1.0; None: none has ended."""
+        ended = self.ended.get(ce_name)
+        return self.without_work.get(ce_name, 0) / sum(ended.values()) if ended else None
 
 
 class PilotReadModels:
@@ -81,6 +88,11 @@ class PilotReadModels:
             ("waiting", ce_names), lambda: db.count_waiting_reasons(ce_names), _COUNTED_SECONDS
         )
 
+    async def reports(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
+        """{VO: {compute element: {`stale`, or an outcome: number}}}, as of some seconds ago."""
+        db = self.database()
+        return await self._answers.get(("reports", vo), lambda: logic.count_reports(db, vo), _COUNTED_SECONDS)
+
     async def statistics(self, vo: str | None) -> PilotStatistics:
         """The past day, as of some seconds ago."""
         db = self.database()
@@ -89,7 +101,9 @@ class PilotReadModels:
             now = clock.now()
             since = now - timedelta(hours=HOURS)
             ended = await logic.count_ended_pilots(db, since, vo)
-            return PilotStatistics(since, ended, charts_of(*await logic.count_steps(db, since, now, vo), now))
+            idle = await logic.count_without_work(db, since, vo)
+            charts = charts_of(*await logic.count_steps(db, since, now, vo), now)
+            return PilotStatistics(since, ended, idle, charts)
 
         return await self._answers.get(("statistics", vo), look, _COUNTED_SECONDS)
 

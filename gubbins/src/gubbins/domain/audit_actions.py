@@ -18,3 +18,5 @@ class AuditAction(StrEnum):
     SUBMIT_PILOT = "submit pilot"
     CANCEL_PILOT = "cancel pilot"
     RECONCILE_PILOTS = "reconcile pilots"
+    EXCHANGE_SECRET = "exchange pilot secret"  # noqa: S105
+    REFRESH_TOKEN = "refresh pilot token"  # noqa: S105

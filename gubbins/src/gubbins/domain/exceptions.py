@@ -216,3 +216,36 @@ class PilotEndedError(GubbinsError):
 
     def __init__(self, pilot_id: int, status: str) -> None:
         super().__init__(f"pilot {pilot_id} has ended ({status}): there is nothing to cancel")
+
+
+class IdentityRefusedError(GubbinsError):
+    """A pilot gets no token, or its token is refused.
+
+    Without `proven` (the secret or the token was the pilot's) nothing tells why, nor which pilots exist.
+    """
+
+    def __init__(self, reason: str, *, proven: bool = True) -> None:
+        super().__init__(reason, None if proven else "not the secret or the token of an active pilot")
+
+
+class IdentityMisusedError(IdentityRefusedError):
+    """A secret or a refresh token that was used up was presented again."""
+
+    def __init__(self, reason: str, vo: str, pilot_id: int) -> None:
+        super().__init__(reason)
+        self.vo = vo
+        self.pilot_id = pilot_id
+
+
+class TooManyReportsError(GubbinsError):
+    """Too many requests of one pilot, or from one address.
+
+    Args:
+        whose: `pilot` or `address`.
+        per_minute: the limit.
+        retry_after_seconds: when it may be possible.
+    """
+
+    def __init__(self, whose: str, per_minute: int, retry_after_seconds: int) -> None:
+        super().__init__(f"more than {per_minute} requests of one {whose} in a minute")
+        self.retry_after_seconds = retry_after_seconds

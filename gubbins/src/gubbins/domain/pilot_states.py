@@ -29,3 +29,12 @@ That makes every transition a compare-and-set with a constant on its right-hand 
 
 CANCELLED_FOR = "cancelled, for "
 """Beginning of the last error of pilots that a rule cancels, which is also the reason of their end."""
+
+
+class PilotOutcome(StrEnum):
+    """Outcome that a pilot reports of itself; its state at the end is what its compute element says."""
+
+    WORKED = "worked"
+    NO_WORK = "no work"
+    NODE_UNFIT = "node unfit"
+    ERROR = "error"

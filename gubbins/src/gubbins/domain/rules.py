@@ -110,6 +110,15 @@ class CERules(BaseModel):
     max_running_hours: _Hours | None = Field(
         default=None, description="A pilot that has run for so long is cancelled: it is stalled."
     )
+    identity: Annotated[bool, Field(strict=True)] = Field(
+        default=True, description="Whether pilots get a secret, where `GUBBINS_PILOT_API_URL` is set."
+    )
+    heartbeat_seconds: Annotated[int, Field(strict=True, ge=1, le=86400)] = Field(
+        default=300, description="A pilot with a secret is told to send a heartbeat so often."
+    )
+    stale_after_seconds: _Seconds = Field(
+        default=1200, description="A running pilot is shown as stale so long after its last heartbeat."
+    )
     max_missing: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
         default=5,
         description="Submissions stop when so many confirmed pilots in a row have gone missing, none ever seen; "
@@ -132,6 +141,11 @@ class CERules(BaseModel):
             raise ValueError(
                 "unconfirmed_seconds must be longer than timeout_seconds, or submissions that are still under "
                 f"way are undone: {self.unconfirmed_seconds:g} is not more than {self.timeout_seconds:g}"
+            )
+        if self.stale_after_seconds <= self.heartbeat_seconds:
+            raise ValueError(
+                "stale_after_seconds must be longer than heartbeat_seconds, or every pilot is stale between two "
+                f"heartbeats: {self.stale_after_seconds:g} is not more than {self.heartbeat_seconds}"
             )
         return self
 

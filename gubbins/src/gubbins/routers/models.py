@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from gubbins.domain.circuit_breaker import CircuitState
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
 _PILOT: dict[str, Any] = {
     "pilot_id": 42,
@@ -25,6 +25,14 @@ _PILOT: dict[str, Any] = {
     "cancel_requested_at": None,
     "last_error": None,
     "waiting_reason": None,
+    "host": "node17.example.org",
+    "cores": 8,
+    "memory_mb": 16000,
+    "heartbeat_at": "2026-01-01T12:10:30Z",
+    "stale": False,
+    "outcome": None,
+    "exit_code": None,
+    "jobs_done": None,
 }
 _HISTORY: list[dict[str, Any]] = [
     {"status": "SUBMITTED", "at": "2026-01-01T12:00:00Z", "reason": None},
@@ -65,6 +73,14 @@ class Pilot(BaseModel):
     cancel_requested_at: datetime | None
     last_error: str | None
     waiting_reason: str | None = Field(description="What it waits for, as the site says; null: for its turn.")
+    host: str | None = Field(description="As are all fields below, reported by the pilot; null: it was not.")
+    cores: int | None
+    memory_mb: int | None
+    heartbeat_at: datetime | None = Field(description="When it last reported.")
+    stale: bool = Field(description="It runs, and its heartbeats have stopped.")
+    outcome: PilotOutcome | None = Field(description="Why it ends.")
+    exit_code: int | None
+    jobs_done: int | None
 
 
 class PilotStep(BaseModel):
@@ -243,6 +259,9 @@ class CEPublic(BaseModel):
     rules: dict[str, Any] | None = Field(
         description="Its rules for your VO, as far as they are not the default ones."
     )
+    reports: dict[str, int] | None = Field(
+        default=None, description="Of one that is asked for: your pilots that are `stale`, and reported outcomes."
+    )
 
 
 class Summary(BaseModel):
@@ -252,6 +271,7 @@ class Summary(BaseModel):
         {
             "pilots": {"lhcb": {"ce01.example.org": {"RUNNING": 18, "DONE": 411, "FAILED": 20}}},
             "totals": {"RUNNING": 18, "DONE": 411, "FAILED": 20},
+            "reports": {"lhcb": {"ce01.example.org": {"stale": 1, "no work": 37, "worked": 374}}},
             "RUNNING": 18,
             "DONE": 411,
             "FAILED": 20,
@@ -260,3 +280,75 @@ class Summary(BaseModel):
 
     pilots: dict[str, dict[str, dict[str, int]]] = Field(description="By VO, compute element and state.")
     totals: dict[str, int] = Field(description="By state.")
+    reports: dict[str, dict[str, dict[str, int]]] = Field(
+        description="By VO and compute element: running pilots that are `stale`, and reported outcomes."
+    )
+
+
+_STAMP = _PILOT["stamp"]
+_Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+
+
+class PilotTokenRequest(BaseModel):
+    """A pilot's secret, or its refresh token, to be exchanged."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True) | _example(
+        {"stamp": _STAMP, "secret": "(43 characters from the file PILOT_SECRET_FILE)"}
+    )
+
+    stamp: str = Field(max_length=32, pattern=r"^[0-9a-f]{32}$", description="PILOT_STAMP.")
+    secret: str | None = Field(default=None, min_length=1, max_length=128, repr=False)
+    refresh_token: str | None = Field(default=None, min_length=1, max_length=256, repr=False)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.secret is None) == (self.refresh_token is None):
+            raise ValueError("give either secret or refresh_token")
+        return self
+
+
+class PilotToken(BaseModel):
+    """A token of DiracX for a pilot."""
+
+    model_config = _example(
+        {
+            "access_token": "eyJ…",
+            "token_type": "Bearer",
+            "expires_in": 1200,
+            "refresh_token": "Vw….mQ…",
+            "heartbeat_seconds": 300,
+        }
+    )
+
+    access_token: str
+    token_type: Literal["Bearer"] = "Bearer"  # noqa: S105
+    expires_in: int = Field(description="Seconds.")
+    refresh_token: str = Field(description="For the next token; once. Used again, it revokes all of this pilot's.")
+    heartbeat_seconds: int = Field(description="How often a report is expected.")
+
+
+class PilotReport(BaseModel):
+    """Report of a pilot about itself; an empty one is a heartbeat. What is left out is not changed."""
+
+    model_config = ConfigDict(extra="forbid") | _example({"host": "node17", "cores": 8, "memory_mb": 16000})
+
+    host: str | None = Field(default=None, max_length=255)
+    cores: _Count | None = None
+    memory_mb: _Count | None = None
+    outcome: PilotOutcome | None = Field(default=None, description="Why it ends.")
+    exit_code: Annotated[int, Field(strict=True, ge=0, le=255)] | None = Field(
+        default=None, description="Of its payload."
+    )
+    jobs_done: _Count | None = None
+    detail: str | None = Field(
+        default=None, max_length=1000, description="More about the outcome, in a few words."
+    )
+
+
+class PilotReported(BaseModel):
+    """Answer to the report of a pilot."""
+
+    model_config = _example({"status": "RUNNING", "heartbeat_seconds": 300})
+
+    status: MyPilotStatus
+    heartbeat_seconds: int

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from diracx.core.properties import SERVICE_ADMINISTRATOR
+from diracx.core.models import AccessTokenPayload
+from diracx.core.properties import GENERIC_PILOT, SERVICE_ADMINISTRATOR
+from diracx.core.settings import AuthSettings
 from diracx.db.sql import PilotAgentsDB
+from diracx.logic.auth.token import create_token
+from diracx.routers.access_policies import open_access
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
-from diracx.tasks.web.api.audit_logger import Audited
+from diracx.tasks.web.api.audit_logger import Audited, AuditLogger
 from diracx.tasks.web.api.responses import BoundedRoute, database_errors, responses
 from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Body, Depends, HTTPException, Path, Query, Request, Response
@@ -32,6 +37,8 @@ from gubbins.domain.exceptions import (
     DowntimeError,
     DowntimeNotFoundError,
     GubbinsError,
+    IdentityMisusedError,
+    IdentityRefusedError,
     NoRoomError,
     OutputUnavailableError,
     PilotEndedError,
@@ -41,11 +48,13 @@ from gubbins.domain.exceptions import (
     UnknownCEError,
     VONotServedError,
 )
+from gubbins.domain.text import one_line
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CE_NAME, CESpec
+from gubbins.logic.my_pilots.request_rate import PilotRates, pilot_rates
 from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
 
-from .access_policies import ActionType, CheckMyPilotsPolicyCallable
+from .access_policies import PILOT_CLAIM, ActionType, CheckMyPilotsPolicyCallable, pilot_of
 from .models import (
     CEBan,
     CEPublic,
@@ -54,12 +63,17 @@ from .models import (
     Pilot,
     PilotOutputPublic,
     PilotPage,
+    PilotReport,
+    PilotReported,
+    PilotToken,
+    PilotTokenRequest,
     PilotWithHistory,
     Submission,
     Summary,
 )
 
-router = DiracxRouter(dependencies=[Depends(database_errors)])
+# Pilots that exchange their secret have no token yet; `Access` demands one of all others.
+router = DiracxRouter(dependencies=[Depends(database_errors)], require_auth=False)
 router.route_class = BoundedRoute
 
 CEName = Annotated[
@@ -86,6 +100,8 @@ _STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
     DowntimeNotFoundError: HTTPStatus.NOT_FOUND,
     DowntimeError: HTTPStatus.UNPROCESSABLE_ENTITY,
     RegistryUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+    IdentityRefusedError: HTTPStatus.UNAUTHORIZED,
+    IdentityMisusedError: HTTPStatus.UNAUTHORIZED,
 }
 _responses = partial(
     responses,
@@ -211,7 +227,8 @@ async def get_summary(access: Access) -> Summary:
     totals: Counter[str] = Counter()
     for states in (states for ces in pilots.values() for states in ces.values()):
         totals.update(states)
-    return Summary(pilots=pilots, totals=totals, **totals)
+    reports = await logic.count_reports(access.db, access.own_vo)
+    return Summary(pilots=pilots, totals=totals, reports=reports, **totals)
 
 
 @router.get("/pilots", responses=_responses(503))
@@ -235,6 +252,7 @@ async def search_pilots(
         int | None,
         Query(description="Only those on which this job ran, as the pilot registry has it.", ge=1, le=2**63 - 1),
     ] = None,
+    stale: Annotated[bool, Query(description="Only running ones whose heartbeats have stopped.")] = False,
     page: Annotated[int, Query(ge=1, le=10**9, description="Which page, from 1.")] = 1,
     per_page: Annotated[int, Query(ge=1, le=1_000, description="Pilots on a page.")] = 100,
 ) -> PilotPage:
@@ -247,7 +265,14 @@ async def search_pilots(
     with _as_http(access.own_vo):
         stamps = None if job_id is None else await logic.stamps_of_job(access.registry, job_id)
     total, found = await logic.search_pilots(
-        access.db, vo=of_vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
+        access.db,
+        vo=of_vo,
+        ce_name=ce_name,
+        status=status,
+        stamps=stamps,
+        stale=stale,
+        page=page,
+        per_page=per_page,
     )
     first = (page - 1) * per_page
     shown = f"{first}-{first + len(found) - 1}" if found else "*"
@@ -435,3 +460,103 @@ async def remove_downtime(
             lambda: logic.remove_downtime(access.db, downtime_id),
             lambda removed: f"of {removed.ce_name}",
         )
+
+
+Rates = Annotated[PilotRates, Depends(pilot_rates)]
+
+
+@router.post("/token", responses=_responses(429, 503))
+@open_access  # type: ignore[untyped-decorator]  # diracx has no types there
+async def get_pilot_token(
+    asked: PilotTokenRequest,
+    request: Request,
+    response: Response,
+    db: Annotated[MyPilotDB, Depends(MyPilotDB.no_transaction)],
+    config: ConfigReader,
+    rates: Rates,
+    settings: AuthSettings,
+) -> PilotToken:
+    """Exchange the secret of a pilot, or its refresh token, for a token with the property GenericPilot.
+
+    For pilots, which need no token for it. A secret is exchanged once, a refresh token is good for one use. One
+    that has ended or is being cancelled gets none.
+    """
+    address = None if request.client is None else request.client.host
+    response.headers["Cache-Control"] = "no-store"
+    with _as_http(""):
+        rates.address.admit(str(address))
+        # By address as well: others may know the stamp, and must not keep the pilot out.
+        rates.pilot.admit(f"{address} {asked.stamp}")
+        try:
+            if asked.secret is not None:
+                grant = await logic.exchange_secret(db, asked.stamp, asked.secret, address=address)
+            else:
+                grant = await logic.refresh_token(db, asked.stamp, str(asked.refresh_token))
+        except IdentityMisusedError as error:
+            await _record_misuse(error, asked, config)
+            raise
+        if grant.vo not in (await config()).registry:
+            raise IdentityRefusedError(f"VO {grant.vo!r} is not in the registry of this installation")
+    expires = timedelta(minutes=settings.access_token_expire_minutes)
+    payload = AccessTokenPayload(
+        sub=f"{grant.vo}:pilot:{grant.stamp}",
+        vo=grant.vo,
+        iss=settings.token_issuer,
+        dirac_properties=[GENERIC_PILOT],
+        jti=str(uuid.uuid4()),
+        preferred_username=f"pilot {grant.stamp}",
+        dirac_group="pilot",
+        exp=datetime.now(tz=UTC) + expires,
+        dirac_policies={PILOT_CLAIM: {"stamp": grant.stamp, "start": grant.start}},
+    )
+    return PilotToken(
+        access_token=create_token(payload, settings),
+        expires_in=round(expires.total_seconds()),
+        refresh_token=grant.refresh_token,
+        heartbeat_seconds=grant.heartbeat_seconds,
+    )
+
+
+async def _record_misuse(error: IdentityMisusedError, asked: PilotTokenRequest, config: ConfigReader) -> None:
+    """Write to the audit log of the VO that a secret or a refresh token was presented again."""
+    if error.vo not in (await config()).registry:
+        return
+    presenter = AuthorizedUserInfo.model_validate(
+        {
+            "bearer_token": "",
+            "token_id": uuid.uuid4(),
+            "properties": [GENERIC_PILOT],
+            "sub": f"{error.vo}:pilot:{asked.stamp}",
+            "preferred_username": f"pilot {asked.stamp}",
+            "dirac_group": "pilot",
+            "vo": error.vo,
+        }
+    )
+
+    async def refuse() -> None:
+        raise error
+
+    action = AuditAction.REFRESH_TOKEN if asked.secret is None else AuditAction.EXCHANGE_SECRET
+    with contextlib.suppress(IdentityMisusedError):
+        await AuditLogger(presenter).perform(action, str(error.pilot_id), refuse)
+
+
+@router.post("/report", responses=_responses(429, 503))
+async def report(said: PilotReport, access: Access, rates: Rates) -> PilotReported:
+    """Report as a pilot: where it runs, that it is alive (an empty report), or why it ends.
+
+    Needs the token of the pilot, which can report about no other. A SUBMITTED pilot is RUNNING then; its end is
+    what its compute element says.
+    """
+    await access.check(ActionType.REPORT)
+    pilot = pilot_of(access.user)
+    if pilot is None:
+        raise HTTPException(HTTPStatus.FORBIDDEN, "this is no token of a pilot")
+    stamp, start = pilot
+    reported = said.model_dump(exclude_none=True)
+    for name in {"host", "detail"} & reported.keys():
+        reported[name] = one_line(reported[name], 200)
+    with _as_http(""):
+        rates.pilot.admit(stamp)
+        told = await logic.record_report(access.db, stamp, access.user.vo, start, reported)
+    return PilotReported(status=told.status, heartbeat_seconds=told.heartbeat_seconds)

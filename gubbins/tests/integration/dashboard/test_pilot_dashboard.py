@@ -22,7 +22,7 @@ from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
 from gubbins.domain.circuit_breaker import CECall
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
 HOSTILE = "<script>window.hacked=1</script>\"'>"
 
@@ -78,6 +78,27 @@ async def test_a_compute_element_shows_how_many_pilots_wait_there_for_what(
     assert "1 wait: &lt;script&gt;" in text
     assert "<script>window" not in text
     assert "Slurm: JobHeldAdmin" in (await client.get("/pilots/1")).text
+
+
+async def test_stale_pilots_and_those_without_work_are_shown_apart(
+    client: httpx.AsyncClient, db: MyPilotDB
+) -> None:
+    await db.add_secrets(dict.fromkeys((1, 2), "0" * 64))
+    await db.advance_pilots({MyPilotStatus.RUNNING: [(1, None)]}, vo="lhcb")
+    await db.record_heartbeat(1, starts=0, stale_after=timedelta(days=-1), reported={"host": HOSTILE})
+    idle = {"outcome": PilotOutcome.NO_WORK, "detail": HOSTILE}
+    await db.record_heartbeat(2, starts=0, stale_after=timedelta(days=-1), reported=idle)
+    for status in (MyPilotStatus.RUNNING, MyPilotStatus.DONE):
+        await db.advance_pilots({status: [(2, None)]}, vo="gridpp")
+    overview = (await client.get("/pilots")).text
+    assert re.search(r"gridpp</th>.*?100\s*%|100\s*%", overview, re.DOTALL)
+    stale = (await client.get("/pilots/list?status=stale")).text
+    assert "1 pilots" in stale
+    assert '<span class="warn">stale</span>' in stale
+    assert "stale: they have stopped" in (await client.get("/pilots/1")).text
+    ended = (await client.get("/pilots/2")).text
+    assert "the pilot says: no work" in ended
+    assert not [page for page in (overview, stale, ended) if "<script>window" in page]
 
 
 async def test_a_compute_element_that_failed_too_often_shows_its_circuit(

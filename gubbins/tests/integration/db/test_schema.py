@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from diracx.tasks.plumbing.persistence import TaskDB
@@ -13,6 +13,7 @@ from schema_promises import SchemaPromises, on, rows
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.demand import Demand
 from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.pilot_states import PilotOutcome
 
 
 class TestPilotSchema(SchemaPromises):
@@ -40,6 +41,10 @@ class TestPilotSchema(SchemaPromises):
             stamp = (await db.get_pilot(pilots[2]))["stamp"]
             await db.note_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
             await db.release_pilots(pilots[2:])
+            await db.add_secrets({pilots[0]: "0" * 64})
+            await db.record_heartbeat(
+                pilots[0], starts=0, stale_after=timedelta(hours=1), reported={"outcome": PilotOutcome.NODE_UNFIT}
+            )
 
 
 async def test_both_databases_live_in_one_schema(db_url: str) -> None:

@@ -137,7 +137,7 @@ def test_P63_unknown_ce_is_404_and_a_full_one_409(client: Any, as_: As) -> None:
     assert "no room" in full.json()["detail"]
     summary = client.get(f"{API}/summary", headers=as_()).json()
     by_ce = {"lhcb": {"ce": {"SUBMITTED": 2}}}
-    assert summary == {"pilots": by_ce, "totals": {"SUBMITTED": 2}, "SUBMITTED": 2}
+    assert summary == {"pilots": by_ce, "totals": {"SUBMITTED": 2}, "reports": {}, "SUBMITTED": 2}
 
 
 def test_a_rule_that_is_against_a_submission_is_named_with_its_number(client: Any, as_: As) -> None:
@@ -369,7 +369,7 @@ def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_:
 def test_openapi_is_complete_with_examples(client: Any) -> None:
     schema = client.get("/api/openapi.json").json()
     routes = {path: item for path, item in schema["paths"].items() if path.startswith(API)}
-    assert len(routes) == 14
+    assert len(routes) == 16
     for path, item in routes.items():
         for operation in item.values():
             assert operation["description"], path
@@ -383,7 +383,7 @@ def test_openapi_is_complete_with_examples(client: Any) -> None:
 @pytest.mark.enabled_dependencies(["AuthSettings", "MyPilotDB", "MyPilotsAccessPolicy", "DevelopmentSettings"])
 def test_routes_run_in_the_client_factory_of_diracx(client_factory: Any) -> None:
     with client_factory.normal_user() as user:
-        assert user.get(f"{API}/summary").json() == {"pilots": {}, "totals": {}}
+        assert user.get(f"{API}/summary").json() == {"pilots": {}, "totals": {}, "reports": {}}
         assert user.post(f"{API}/ces", json={"name": "ce", "capacity": 1}).status_code == 201
         assert user.post(f"{API}/submit/ce").status_code == 200
         assert user.post(f"{API}/submit/ce").status_code == 409

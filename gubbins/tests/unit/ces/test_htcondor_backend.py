@@ -237,7 +237,7 @@ async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_t
 def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
     script = "trap 'echo told; sleep 0.1; exit 7' TERM; touch started; while :; do sleep 0.01; done"
     settings = HTCondorSettings(collector="ce", default_script=script)
-    for name, text in submission(settings, "ce", "vo", [])["files"].items():
+    for name, text in submission(settings, "ce", [PILOT])["files"].items():
         (tmp_path / name).write_text(text)
     with subprocess.Popen(["/bin/sh", "run", "stamp"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
         deadline = time.monotonic() + 60

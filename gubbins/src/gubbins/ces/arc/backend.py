@@ -64,8 +64,8 @@ class ArcBackend(CEBackend[ArcSettings]):
         self._ids: dict[str, str] = {}  # of jobs that were found by their stamp
 
     def why_not(self, vo: str) -> str | None:
-        if self._script(vo) is None:
-            return f"no pilot script for {vo}: give it one in scripts, or a default_script"
+        if self.settings.script_of(vo) is None:
+            return f"no pilot script for {vo}: give it one in scripts, a payload in payloads, or a default_script"
         return None
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
@@ -139,12 +139,13 @@ class ArcBackend(CEBackend[ArcSettings]):
         outcomes = {}
         described = {}
         for pilot in pilots:
-            script = self._script(pilot.vo)
+            script = self.settings.script_of(pilot.vo)
             if script is None:
                 outcomes[pilot.stamp] = SubmitOutcome(error=self.why_not(pilot.vo))
             else:
-                variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp)
-                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, variables)
+                variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp, pilot.identity)
+                secret = None if pilot.identity is None else pilot.identity.secret
+                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, variables, secret)
         try:
             answers = await self._rest.submit(list(described.values()))
         except (NotAcceptedError, CredentialsError) as error:
@@ -195,9 +196,6 @@ class ArcBackend(CEBackend[ArcSettings]):
             # Recorded only when the twins are killed, so that a failure leads to another search.
             await self._rest.kill(twins)
             self._ids |= found
-
-    def _script(self, vo: str) -> str | None:
-        return self.settings.scripts.get(vo, self.settings.default_script)
 
     def _reference(self, job: str) -> str:
         return f"{self.settings.url}/rest/1.0/jobs/{job}"

@@ -11,13 +11,15 @@ STDOUT = "stdout"
 STDERR = "stderr"
 
 
-def describe(settings: ArcSettings, script: str, stamp: str, environment: Mapping[str, str]) -> str:
+def describe(
+    settings: ArcSettings, script: str, stamp: str, environment: Mapping[str, str], secret: str | None = None
+) -> str:
     """The description of one pilot."""
     relations: list[tuple[str, AttributeValue | None]] = [
         ("executable", "/bin/sh"),
         ("arguments", ["-c", UNPACK_AND_RUN]),
         ("jobname", stamp),
-        ("environment", [[VARIABLE, pack(script, environment)]]),
+        ("environment", [[VARIABLE, pack(script, environment, secret)]]),
         ("stdout", STDOUT),
         ("stderr", STDERR),
         # What is not named here is removed before anybody can fetch it.

@@ -7,13 +7,14 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gubbins.ces.settings import AbsolutePath, PilotSettings, Script
+from gubbins.ces.settings import PILOT_SCRIPT, AbsolutePath, PilotSettings, Script
 from gubbins.ces.transports.tokens import TokenIssuer
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
 
 # A stamp, a VO and the name of a CE come to a script's environment, and may be this long.
-_ROOM = {"PILOT_STAMP": "x" * 64, "PILOT_VO": "x" * 256, "PILOT_CE": "x" * 256}
+_ROOM = {"PILOT_STAMP": "x" * 64, "PILOT_VO": "x" * 256, "PILOT_CE": "x" * 256, "PILOT_API_URL": "x" * 256}
+_SECRET = "x" * 64
 
 
 class ArcSettings(PilotSettings):
@@ -88,5 +89,7 @@ class ArcSettings(PilotSettings):
         if self.key is not None and self.certificate is None:
             raise ValueError("key is of no use without certificate")
         for script in (*self.scripts.values(), *([self.default_script] if self.default_script else [])):
-            pack(script, self.environment | _ROOM)
+            pack(script, self.environment | _ROOM, _SECRET)
+        for payload in self.payloads.values():
+            pack(PILOT_SCRIPT, self.environment | _ROOM | {"PILOT_PAYLOAD": payload}, _SECRET)
         return self

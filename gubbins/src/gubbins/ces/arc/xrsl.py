@@ -12,6 +12,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from gubbins.ces.settings import SECRET_FILE
+
 AttributeValue = str | int | list[str] | list[list[str]]
 
 VARIABLE = "GUBBINS_PILOT"
@@ -76,13 +78,15 @@ def name_in(description: str) -> str | None:
     return found[1] if found else None
 
 
-def pack(script: str, environment: Mapping[str, str]) -> str:
-    """A pilot with its environment, as the one variable that it travels in.
+def pack(script: str, environment: Mapping[str, str], secret: str | None = None) -> str:
+    """A pilot with its environment and its secret, as the one variable that it travels in.
+
+    A CE shows the description of a job to its owner alone, and the batch system the environment likewise.
 
     Raises:
         ValueError: it is too long for that.
     """
-    packed = base64.b64encode(_wrap(script, environment).encode()).decode()
+    packed = base64.b64encode(_wrap(script, environment, secret).encode()).decode()
     if len(packed) > _MAX_PACKED_BYTES:
         raise ValueError(
             f"the script with its environment is too long by {len(packed) / _MAX_PACKED_BYTES - 1:.0%}"
@@ -106,10 +110,13 @@ def relation(name: str, value: AttributeValue) -> str:
     return f"({name}={' '.join(written)})"
 
 
-def _wrap(script: str, environment: Mapping[str, str]) -> str:
+def _wrap(script: str, environment: Mapping[str, str], secret: str | None) -> str:
     """A shell script that sets the environment and becomes the pilot."""
     lines = [f"unset {VARIABLE}", f"rm -f {_FILE}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    if secret is not None:
+        lines += [f"(umask 077 && printf %s {shlex.quote(secret)} >{SECRET_FILE})"]
+        lines += [f'export PILOT_SECRET_FILE="$PWD/{SECRET_FILE}"']
     if script.startswith("#!"):
         lines += [f"printf %s {shlex.quote(script)} >{_FILE} && chmod 700 {_FILE} && exec ./{_FILE}"]
     else:

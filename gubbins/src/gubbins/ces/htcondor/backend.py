@@ -101,10 +101,10 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         return self.settings.schedd or self.settings.address or ""
 
     async def _submit(self, pilots: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome]:
-        by_vo: dict[str, list[str]] = defaultdict(list)
+        alike: dict[tuple[str, str | None], list[PilotAtCE]] = defaultdict(list)
         for pilot in pilots:
-            by_vo[pilot.vo].append(pilot.stamp)
-        submissions = [submission(self.settings, self.ce.name, vo, stamps) for vo, stamps in by_vo.items()]
+            alike[pilot.vo, None if pilot.identity is None else pilot.identity.url].append(pilot)
+        submissions = [submission(self.settings, self.ce.name, its) for its in alike.values()]
         answers = await self._bindings.call("submit", submissions=submissions)
         return {pilot.stamp: self._outcome(answers, pilot.stamp) for pilot in pilots}
 

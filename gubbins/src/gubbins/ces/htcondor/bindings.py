@@ -82,6 +82,7 @@ def submit(schedd: htcondor2.Schedd, submissions: list[dict[str, Any]]) -> dict[
         directory = Path.cwd() / str(number)
         directory.mkdir()
         for name, text in each["files"].items():
+            (directory / name).touch(mode=0o600)
             (directory / name).write_text(text)
         os.chdir(directory)
         outcomes |= _submit(schedd, each["commands"], each["stamps"])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
-from gubbins.ces.settings import executable_script
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, PilotAtCE
+from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 
 from .settings import HTCondorSettings
 
@@ -21,16 +22,20 @@ _SECONDS_OF_A_DAY = 24 * 3600
 
 
 class Submission(TypedDict):
-    """Pilots that differ in their stamps only."""
+    """Pilots that differ in their stamps and secrets only."""
 
     commands: dict[str, str]
     files: dict[str, str]  # by name, all of them sent along
     stamps: list[str]
 
 
-def submission(settings: HTCondorSettings, ce_name: str, vo: str, stamps: list[str]) -> Submission:
-    """The description of these pilots."""
-    return {"commands": _commands(settings), "files": _files(settings, ce_name, vo), "stamps": stamps}
+def submission(settings: HTCondorSettings, ce_name: str, pilots: Sequence[PilotAtCE]) -> Submission:
+    """The description of these pilots, all of one VO and all with an identity, or all without one."""
+    commands, files = _commands(settings), _files(settings, ce_name, pilots[0])
+    if pilots[0].identity is not None:
+        commands["transfer_input_files"] += ", $(stamp).secret"
+        files |= {f"{pilot.stamp}.secret": pilot.identity.secret for pilot in pilots if pilot.identity is not None}
+    return {"commands": commands, "files": files, "stamps": [pilot.stamp for pilot in pilots]}
 
 
 def _commands(settings: HTCondorSettings) -> dict[str, str]:
@@ -77,8 +82,8 @@ def _to_be_removed(held_seconds: int) -> str:
     )
 
 
-def _files(settings: HTCondorSettings, ce_name: str, vo: str) -> dict[str, str]:
-    variables = settings.variables(ce_name, vo)
+def _files(settings: HTCondorSettings, ce_name: str, pilot: PilotAtCE) -> dict[str, str]:
+    variables = settings.variables(ce_name, pilot.vo, identity=pilot.identity)
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "limit": str(OUTPUT_LIMIT_BYTES),
@@ -86,5 +91,5 @@ def _files(settings: HTCondorSettings, ce_name: str, vo: str) -> dict[str, str]:
     return {
         # In one pass: what is put in is not looked at again.
         "run": re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text()),
-        "pilot": executable_script(settings.scripts.get(vo, settings.default_script)),
+        "pilot": executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT),
     }

@@ -4,6 +4,10 @@
 @exports@
 export PILOT_STAMP="$1"
 chmod 700 pilot || exit 1
+if [ -f "$1.secret" ]; then
+    chmod 600 "$1.secret"
+    export PILOT_SECRET_FILE="$PWD/$1.secret"
+fi
 # HTCondor asks this shell alone to end, which it may do at any time.
 child= asked=
 trap 'asked=1; test -z "$child" || kill -TERM "$child" 2> /dev/null' HUP INT TERM

@@ -59,7 +59,7 @@ class HTCondorSettings(PilotSettings):
         default={},
         description="HTCondor configuration of the bindings; files of the host's own configuration are not read.",
     )
-    default_script: DefaultScript = "sleep 1"
+    default_script: DefaultScript = None
     held_minutes: float = Field(
         default=10,
         ge=0,

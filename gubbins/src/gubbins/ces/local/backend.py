@@ -20,7 +20,15 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
-from gubbins.ces.settings import AbsolutePath, DefaultScript, KeepDays, PilotSettings, StartSeconds
+from gubbins.ces.settings import (
+    PILOT_SCRIPT,
+    SECRET_FILE,
+    AbsolutePath,
+    DefaultScript,
+    KeepDays,
+    PilotSettings,
+    StartSeconds,
+)
 from gubbins.ces.transports.shell import inherited_environment
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
@@ -38,7 +46,7 @@ class LocalSettings(PilotSettings):
         default=None,
         description="Where the pilots' directories are, absolute; default ~/.local/state/gubbins/<CE name>.",
     )
-    default_script: DefaultScript = "sleep 1"
+    default_script: DefaultScript = None
     run_as: str | None = Field(
         default=None,
         min_length=1,
@@ -149,8 +157,11 @@ class LocalBackend(CEBackend[LocalSettings]):
             account = self._account()
             job = LocalJob(self._directory() / pilot.stamp, account)
             own = {} if account is None else account.environment
-            variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp)
-            if job.create(self.settings.scripts.get(pilot.vo, self.settings.default_script)):
+            variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp, pilot.identity)
+            secret = None if pilot.identity is None else pilot.identity.secret
+            if secret is not None:
+                own = own | {"PILOT_SECRET_FILE": str(job.work / SECRET_FILE)}
+            if job.create(self.settings.script_of(pilot.vo) or PILOT_SCRIPT, secret):
                 job.launch(inherited_environment() | own | variables)
         except (OSError, LookupError, subprocess.SubprocessError) as error:
             return SubmitOutcome(error=one_line(error))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput, observed_end
-from gubbins.ces.settings import executable_script
+from gubbins.ces.settings import SECRET_FILE, executable_script
 from gubbins.domain.exceptions import CEUnavailableError
 
 from .account import Account
@@ -75,8 +75,17 @@ class LocalJob:
     path: Path
     account: Account | None = None  # of the pilot; None: the worker's own
 
-    def create(self, script: str) -> bool:
+    @property
+    def work(self) -> Path:
+        """The directory that the pilot runs in."""
+        return self.path / "work"
+
+    def create(self, script: str, secret: str | None = None) -> bool:
         """Make the directory with the pilot script; False when it exists: the pilot was submitted before.
+
+        Args:
+            script: of the pilot.
+            secret: of the pilot, for a file in its own directory that nobody else can read; None: it has none.
 
         Raises:
             OSError: it could not be made.
@@ -90,6 +99,8 @@ class LocalJob:
             (prepared / "script").write_text(executable_script(script))
             if self.account is not None:
                 self.account.prepare(prepared)
+            if secret is not None:
+                _write_secret(prepared / "work", secret)
             prepared.rename(self.path)
         except OSError:
             shutil.rmtree(prepared, ignore_errors=True)
@@ -241,6 +252,16 @@ class LocalJob:
         except OSError as error:
             raise_unless_absent(error)
             return ""  # the pilot has not come so far, or has put something else there
+
+
+def _write_secret(work: Path, secret: str) -> None:
+    """Write the secret for the owner of this directory, which is not the pilot's to change yet."""
+    work.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(work / SECRET_FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
+        owner = work.stat()
+        os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
 
 
 def sweep(directory: Path, *, keep_seconds: float) -> None:

@@ -25,5 +25,6 @@ else
     cp script run && chmod 755 run && mkdir -p work
     (cd work && exec "$@" ../run) > stdout 2> stderr < /dev/null
     code=$?
+    rm -f work/.pilot-secret # of no use any more
 fi
 printf '%s\n' "$code" > rc.new && mv rc.new rc

@@ -7,8 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
-from gubbins.ces.protocol import PilotAtCE
-from gubbins.ces.settings import executable_script
+from gubbins.ces.protocol import PilotAtCE, PilotIdentity
+from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 
 from .settings import SlurmSettings, SubmitHostSettings
 
@@ -42,7 +42,7 @@ def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> byt
     """The script of the job, with the pilot's own script in it."""
     id = "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID"
     job = settings.directory / pilot.stamp if settings.nodes_see_directory else None
-    return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id)
+    return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id, identity=pilot.identity)
 
 
 def job_script(
@@ -54,6 +54,7 @@ def job_script(
     number: str,
     id: str,
     output: str = "",
+    identity: PilotIdentity | None = None,
 ) -> bytes:
     """The script of a job of any batch system.
 
@@ -63,15 +64,17 @@ def job_script(
         number: the job's number there, as text for a shell.
         id: what submissions print of it.
         output: redirections to that directory, where the batch system does not make them.
+        identity: the pilot's, where the batch system shows the script of a job to nobody but its user.
     """
-    variables = settings.variables(ce_name, pilot.vo, pilot.stamp)
-    script = executable_script(settings.scripts.get(pilot.vo, settings.default_script))
+    variables = settings.variables(ce_name, pilot.vo, pilot.stamp, identity)
+    script = executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT)
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "job": "" if job is None else shlex.quote(str(job)),
         "number": number,
         "id": id,
         "output": output,
+        "secret": "" if identity is None else shlex.quote(identity.secret),
         "script": base64.encodebytes(script.encode()).decode().strip(),
     }
     # In one pass: what is put in is not looked at again.

@@ -19,6 +19,11 @@ base64 -d > "$work/run" << 'SCRIPT'
 @script@
 SCRIPT
 chmod 700 "$work/run"
+secret=@secret@
+if [ -n "$secret" ]; then
+    (umask 077; printf '%s' "$secret" > "$work/.pilot-secret")
+    export PILOT_SECRET_FILE="$work/.pilot-secret"
+fi
 (cd "$work" && exec ./run) < /dev/null@output@
 code=$?
 rm -rf "$work"

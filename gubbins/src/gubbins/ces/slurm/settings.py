@@ -41,7 +41,7 @@ class SubmitHostSettings(PilotSettings):
     cpus: int | None = Field(default=None, ge=1, description="CPUs of a pilot.")
     memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
     wall_minutes: int | None = Field(default=None, ge=1, description="Time limit of a pilot, in minutes.")
-    default_script: DefaultScript = "sleep 1"
+    default_script: DefaultScript = None
     commands: AbsolutePath | None = Field(
         default=None, description="Directory of the commands of the batch system; left out: they are in PATH."
     )

@@ -19,7 +19,7 @@ from gubbins.ces.protocol import (
     SubmitOutcome,
     observed_end,
 )
-from gubbins.ces.settings import executable_script
+from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
@@ -50,11 +50,11 @@ class SSHBackend(CEBackend[SSHSettings]):
         self._enter = f"enter {self._workdir}"
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        by_vo: dict[str, list[str]] = defaultdict(list)
+        by_vo: dict[str, list[PilotAtCE]] = defaultdict(list)
         for pilot in pilots:
-            by_vo[pilot.vo].append(pilot.stamp)
+            by_vo[pilot.vo].append(pilot)
         outcomes: dict[str, SubmitOutcome] = {}
-        for each in await asyncio.gather(*(self._submit(vo, stamps) for vo, stamps in by_vo.items())):
+        for each in await asyncio.gather(*(self._submit(vo, its) for vo, its in by_vo.items())):
             outcomes |= each
         return outcomes
 
@@ -104,9 +104,11 @@ class SSHBackend(CEBackend[SSHSettings]):
     async def close(self) -> None:
         await self._shell.close()
 
-    async def _submit(self, vo: str, stamps: Sequence[str]) -> Mapping[str, SubmitOutcome]:
-        script = executable_script(self.settings.scripts.get(vo, self.settings.default_script))
-        variables = self.settings.variables(self.ce.name, vo)
+    async def _submit(self, vo: str, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        stamps = [pilot.stamp for pilot in pilots]
+        identities = {pilot.stamp: pilot.identity for pilot in pilots if pilot.identity is not None}
+        script = executable_script(self.settings.script_of(vo) or PILOT_SCRIPT)
+        variables = self.settings.variables(self.ce.name, vo, identity=next(iter(identities.values()), None))
         exports = "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in variables.items())
         before = [
             f"prepare {self._workdir}",
@@ -115,8 +117,14 @@ class SSHBackend(CEBackend[SSHSettings]):
             f"wrapper={quote(WRAPPER)}",
             f"environment={quote(exports)}",
         ]
+
+        def line(stamp: str) -> str:
+            # On the standard input of the remote shell, as all of this is.
+            secret = identities[stamp].secret if stamp in identities else ""
+            return f"secret={quote(secret)}\nsubmit {stamp}"
+
         try:
-            records = await self._bulk(stamps, before, lambda stamp: f"submit {stamp}")
+            records = await self._bulk(stamps, before, line)
         except Refused as error:
             # Nothing was started by this call; an earlier one may have started the same stamps.
             return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}

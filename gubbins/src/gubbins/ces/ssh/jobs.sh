@@ -31,7 +31,7 @@ prepare() {
     why=$(mkdir -p "$1" 2>&1) || fail "$why"
 }
 
-# submit STAMP, with $script, $wrapper and $environment
+# submit STAMP, with $script, $wrapper, $environment, and $secret, which is empty if it has none
 # -> submitted STAMP | refused STAMP WHY
 # The directory is the submission: the call that makes it starts the pilot, and no other.
 submit() {
@@ -53,7 +53,8 @@ submit() {
 write() {
     printf '%s' "$script" > "$1/script" &&
         printf '%s' "$wrapper" > "$1/wrapper" &&
-        printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment"
+        printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment" &&
+        { [ -z "$secret" ] || printf '%s' "$secret" > "$1/secret"; }
 }
 
 # find_files STAMP…: what the pilots have of the files that are read below, in $files: regular ones of 512 bytes at

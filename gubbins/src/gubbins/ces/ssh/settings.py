@@ -16,7 +16,7 @@ class SSHSettings(SSHHost, PilotSettings):
         description="Where the pilots' directories are, from the home directory if not absolute; "
         "default .local/state/gubbins/<CE name>.",
     )
-    default_script: DefaultScript = "sleep 1"
+    default_script: DefaultScript = None
     kill_after_seconds: int = Field(
         default=10, ge=0, description="A cancelled pilot that ignores SIGTERM is killed."
     )

@@ -2,7 +2,7 @@
 #
 #   /bin/sh JOBDIR/wrapper JOBDIR
 #
-# JOBDIR: script, environment (in); pid, stdout, stderr, rc (out); cancelled (in, may appear at any time). pid and
+# JOBDIR: script, environment, secret (in; the latter for those that have one); pid, stdout, stderr, rc (out); cancelled (in, may appear at any time). pid and
 # rc appear by rename, so a reader sees all of it. `pid` holds: pid, which is the process
 # group's as well, start time (clock ticks since boot), boot id, host name; the latter three tell this process from a
 # later or another one with the same number.
@@ -17,7 +17,9 @@ set -- ${stat##*) }
 # What cannot be found again must not run.
 printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)" > pid.new && mv pid.new pid || exit 1
 chmod 700 script && mkdir -p work
+[ ! -f secret ] || export PILOT_SECRET_FILE="$PWD/secret"
 # Looked for in there, where a signal that comes after the look has its effect.
 ([ ! -e cancelled ] || exit 143; . ./environment && cd work && exec ../script) > stdout 2> stderr < /dev/null
 code=$?
+rm -f secret # of no use any more
 printf '%s\n' "$code" > rc.new && mv rc.new rc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,11 +14,27 @@ from gubbins.domain import clock
 from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
-from .schema import MAX_REASON_CHARS, PilotHistory, Pilots, columns_of
+from .identities import is_stale
+from .schema import MAX_REASON_CHARS, PilotHistory, PilotIdentities, Pilots, columns_of
 from .session import PilotSession, portions
 
 _ID = Pilots.id.label("pilot_id")
-_COLUMNS = (_ID, *(column for column in columns_of(Pilots) if column.name != "id"))
+_REPORTED = (
+    "host",
+    "cores",
+    "memory_mb",
+    "heartbeat_at",
+    "stale_at",
+    "outcome",
+    "exit_code",
+    "jobs_done",
+    "detail",
+)
+_SELECT = select(
+    _ID,
+    *(column for column in columns_of(Pilots) if column.name != "id"),
+    *columns_of(PilotIdentities, *_REPORTED, "exchanged_at", "exchanged_from"),
+).outerjoin(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
 _CHECK_COLUMNS = (
     _ID,
     *columns_of(Pilots, "ce_name", "status", "stamp", "reference", "submitted_at", "started_at", "missing_since"),
@@ -27,7 +43,29 @@ _CHECK_COLUMNS = (
 
 
 def _as_dict(row: Row[Any]) -> dict[str, Any]:
-    return dict(row._mapping)
+    pilot = dict(row._mapping)
+    return {**pilot, "stale": is_stale(pilot["status"], pilot.pop("stale_at"))}
+
+
+def _with_reports(steps: list[dict[str, Any]], pilot: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Steps of a pilot with what it has reported itself: where it runs, and why it ends."""
+    where = [
+        pilot["host"] and f"on {pilot['host']}",
+        pilot["cores"] and f"{pilot['cores']} cores",
+        pilot["memory_mb"] and f"{pilot['memory_mb']} MB",
+    ]
+    why = [
+        pilot["outcome"] and f"the pilot says: {pilot['outcome']}",
+        pilot["exit_code"] and f"exit code {pilot['exit_code']}",
+        pilot["jobs_done"] is not None and f"{pilot['jobs_done']} jobs",
+        pilot["detail"],
+    ]
+    for step in steps:
+        said = where if step["status"] is MyPilotStatus.RUNNING else []
+        said = [*said, *why] if step is steps[-1] and step["status"] is not MyPilotStatus.SUBMITTED else said
+        parts = [part for part in (", ".join(filter(None, said)), step["reason"]) if part]
+        step["reason"] = "; ".join(reversed(parts)) or None
+    return steps
 
 
 class PilotsMixin(PilotSession):
@@ -114,7 +152,7 @@ class PilotsMixin(PilotSession):
         where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
         if vo is not None:
             where.append(Pilots.vo == vo)
-        rows = (await self.conn.execute(select(*_COLUMNS).where(*where).order_by(Pilots.id))).all()
+        rows = (await self.conn.execute(_SELECT.where(*where).order_by(Pilots.id))).all()
         return [_as_dict(row) for row in rows]
 
     @transaction
@@ -125,6 +163,7 @@ class PilotsMixin(PilotSession):
         ce_name: str | None = None,
         status: MyPilotStatus | None = None,
         stamps: Collection[str] | None = None,
+        stale: bool = False,
         page: int = 1,
         per_page: int = 100,
     ) -> tuple[int, list[dict[str, Any]]]:
@@ -135,6 +174,7 @@ class PilotsMixin(PilotSession):
             ce_name: only at this compute element.
             status: only in this state.
             stamps: only those with one of these stamps.
+            stale: only running ones whose heartbeats have stopped.
             page: from 1.
             per_page: pilots on a page.
         """
@@ -147,26 +187,26 @@ class PilotsMixin(PilotSession):
             where.append(Pilots.status == status)
         if stamps is not None:
             where.append(Pilots.stamp.in_(stamps))
-        total = (await self.conn.execute(select(func.count()).select_from(Pilots).where(*where))).scalar_one()
+        counted = select(func.count()).select_from(Pilots)
+        if stale:
+            counted = counted.join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
+            where += [Pilots.status == MyPilotStatus.RUNNING, PilotIdentities.stale_at < clock.now()]
+        total = (await self.conn.execute(counted.where(*where))).scalar_one()
         if (page - 1) * per_page >= total:
             return int(total), []  # else all would be read, to be skipped
         rows = await self.conn.execute(
-            select(*_COLUMNS)
-            .where(*where)
-            .order_by(Pilots.id.desc())
-            .limit(per_page)
-            .offset((page - 1) * per_page)
+            _SELECT.where(*where).order_by(Pilots.id.desc()).limit(per_page).offset((page - 1) * per_page)
         )
         return int(total), [_as_dict(row) for row in rows]
 
     @transaction
     async def get_pilot(self, pilot_id: int) -> dict[str, Any]:
-        """One pilot with its `history`, oldest step first.
+        """One pilot with its `history`, oldest step first, and in it what the pilot has reported itself.
 
         Raises:
             PilotNotFoundError: there is no such pilot.
         """
-        row = (await self.conn.execute(select(*_COLUMNS).where(Pilots.id == pilot_id))).one_or_none()
+        row = (await self.conn.execute(_SELECT.where(Pilots.id == pilot_id))).one_or_none()
         if row is None:
             raise PilotNotFoundError(pilot_id)
         steps = (
@@ -180,7 +220,8 @@ class PilotsMixin(PilotSession):
         order = list(MyPilotStatus)
         steps = sorted(steps, key=lambda step: order.index(step[0]))
         history = [{"status": status, "at": at, "reason": reason} for status, at, reason in steps]
-        return {**_as_dict(row), "history": history}
+        pilot = _as_dict(row)
+        return {**pilot, "history": _with_reports(history, pilot)}
 
     @transaction
     async def count_pilots(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:

@@ -32,7 +32,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from gubbins.domain.circuit_breaker import CECall
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -75,6 +75,9 @@ MAX_VO_CHARS = 128
 _VO = AnyName(MAX_VO_CHARS)
 MAX_REASON_CHARS = 1024
 MAX_REFERENCE_CHARS = 255
+MAX_DETAIL_CHARS = 200
+#: Eight hashes of 64 characters, and blanks.
+MAX_HASHES_CHARS = 8 * 65
 _Reason = AnyText(MAX_REASON_CHARS)
 # MySQL's plain BLOB ends at 64 kB.
 _Compressed = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
@@ -349,6 +352,65 @@ class UndoneRegistrations(MyPilotDBBase):
     id: Mapped[int] = mapped_column("UndoneID", _Id, primary_key=True, autoincrement=True, key="id")
     registry_id: Mapped[int] = mapped_column("RegistryID", BigInteger, key="registry_id")
     stamp: Mapped[str] = mapped_column("Stamp", String(32), key="stamp")
+
+
+class PilotIdentities(MyPilotDBBase):
+    """Identity of a pilot that got a secret, and its reports. Heartbeats write here and lock no other row."""
+
+    __tablename__ = "PilotIdentities"
+
+    pilot_id: Mapped[int] = mapped_column(
+        "PilotID",
+        _Id,
+        ForeignKey(Pilots.id, ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        key="pilot_id",
+    )
+    # The pilot's, here as well, for outcomes are to be counted without reading pilots.
+    vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
+    ce_name: Mapped[str] = mapped_column("CEName", _CEName, key="ce_name")
+    # SHA-256 of the secret, in hexadecimal; with blanks between them, those of all attempts at its submission.
+    secret_hashes: Mapped[str] = mapped_column("SecretHashes", String(MAX_HASHES_CHARS), key="secret_hashes")
+    # Times that the secret was exchanged: tokens of an earlier time are refused.
+    starts: Mapped[int] = mapped_column("Starts", Integer, default=0, key="starts")
+    exchanged_at: Mapped[datetime | None] = mapped_column("ExchangedAt", UTCDateTime, key="exchanged_at")
+    exchanged_from: Mapped[str | None] = mapped_column("ExchangedFrom", AnyText(64), key="exchanged_from")
+    # When a token was first used: the secret is of no use from then on. NULL: the response may have been lost.
+    used_at: Mapped[datetime | None] = mapped_column("UsedAt", UTCDateTime, key="used_at")
+    # SHA-256 of what all refresh tokens of this start have in common, and of the valid one.
+    family_hash: Mapped[str | None] = mapped_column("FamilyHash", String(64), key="family_hash")
+    refresh_hash: Mapped[str | None] = mapped_column("RefreshHash", String(64), key="refresh_hash")
+    # An old refresh token was presented; NULL: none was.
+    revoked_at: Mapped[datetime | None] = mapped_column("RevokedAt", UTCDateTime, key="revoked_at")
+    host: Mapped[str | None] = mapped_column("Host", AnyText(255), key="host")
+    cores: Mapped[int | None] = mapped_column("Cores", Integer, key="cores")
+    memory_mb: Mapped[int | None] = mapped_column("MemoryMB", Integer, key="memory_mb")
+    heartbeat_at: Mapped[datetime | None] = mapped_column("HeartbeatAt", UTCDateTime, key="heartbeat_at")
+    # From then on a running pilot is stale; NULL: it has sent no heartbeat.
+    stale_at: Mapped[datetime | None] = mapped_column("StaleAt", UTCDateTime, key="stale_at")
+    # Why it ends, as it says; NULL: it has not said so.
+    outcome: Mapped[PilotOutcome | None] = mapped_column(
+        "Outcome",
+        Enum(
+            PilotOutcome,
+            native_enum=False,
+            length=16,
+            create_constraint=True,
+            name="pilot_outcome",
+            values_callable=lambda outcomes: [str(outcome) for outcome in outcomes],
+        ),
+        key="outcome",
+    )
+    exit_code: Mapped[int | None] = mapped_column("ExitCode", Integer, key="exit_code")
+    jobs_done: Mapped[int | None] = mapped_column("JobsDone", Integer, key="jobs_done")
+    detail: Mapped[str | None] = mapped_column("Detail", AnyText(MAX_DETAIL_CHARS), key="detail")
+
+    __table_args__ = (
+        # Outcomes by VO and compute element.
+        Index("idx_identities_outcome", "outcome", "vo", "ce_name"),
+        UTF8,
+    )
 
 
 def columns_of(table: type[MyPilotDBBase], *keys: str) -> tuple[Label[Any], ...]:

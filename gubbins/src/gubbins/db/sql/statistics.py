@@ -9,9 +9,9 @@ from typing import Any
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
 
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
-from .schema import Pilots, UTCDateTime
+from .schema import PilotIdentities, Pilots, UTCDateTime
 from .session import PilotSession
 
 QUARTER = timedelta(minutes=15)
@@ -35,6 +35,18 @@ class StatisticsMixin(PilotSession):
         for ce_name, status, count in await self.conn.execute(_by_end(counted)):
             ended.setdefault(ce_name, {})[str(status)] = count
         return ended
+
+    @transaction
+    async def count_without_work(self, since: datetime, *, vo: str | None) -> dict[str, int]:
+        """Count pilots that ended since then and found no work, by compute element; `vo=None`: of every VO."""
+        counted: Any = (
+            select(_CE, func.count())
+            .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
+            .where(Pilots.ended_at >= since, PilotIdentities.outcome == PilotOutcome.NO_WORK, *_of(vo))
+            .group_by(text("ce"))
+        )
+        rows = await self.conn.execute(_by_end(counted))
+        return {str(row[0]): int(row[1]) for row in rows}
 
     @transaction
     async def count_steps(

@@ -26,8 +26,11 @@ __all__ = [
     "count_ended_pilots",
     "count_illegal_histories",
     "count_pilots",
+    "count_reports",
     "count_steps",
     "count_waiting_jobs",
+    "count_without_work",
+    "exchange_secret",
     "get_available_ces",
     "get_ce",
     "get_pilot",
@@ -43,6 +46,8 @@ __all__ = [
     "prune_pilots",
     "read_task_queues",
     "reconcile_registry",
+    "record_report",
+    "refresh_token",
     "remove_downtime",
     "request_pilots",
     "search_pilots",
@@ -75,13 +80,16 @@ from .compute_elements import (
 from .demand import request_pilots, withdraw_requests
 from .dirac_import import import_dirac
 from .downtimes import add_downtime, ces_in_downtime, import_downtimes, list_downtimes, remove_downtime
+from .identity import exchange_secret, record_report, refresh_token
 from .outputs import collect_outputs, get_pilot_output
 from .pilots import (
     cancel_pilot,
     count_ended_pilots,
     count_illegal_histories,
     count_pilots,
+    count_reports,
     count_steps,
+    count_without_work,
     get_pilot,
     get_pilot_summary,
     prune_pilots,

@@ -264,7 +264,9 @@ def _evaluate(
 def _overdue(pilot: Any, seen: Observation, rules: CERules, now: datetime) -> str | None:
     """The reason to cancel a pilot that has waited, or run, for longer than the rules allow."""
     hours = rules.max_waiting_hours
-    if seen.state is Observed.WAITING and hours and now - pilot.submitted_at > timedelta(hours=hours):
+    # The site may be behind what the pilot itself has said.
+    waits = seen.state is Observed.WAITING and pilot.status is MyPilotStatus.SUBMITTED
+    if waits and hours and now - pilot.submitted_at > timedelta(hours=hours):
         return f"{CANCELLED_FOR}it waited longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
     hours, since = rules.max_running_hours, pilot.started_at
     if seen.state is Observed.RUNNING and hours and since and now - since > timedelta(hours=hours):

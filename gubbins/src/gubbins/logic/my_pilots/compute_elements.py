@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]
 async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, Any]:
     """One compute element with its `active`, its `available_slots` and all its rules.
 
-    For administrators also with `waiting`: the number of its pilots by what they wait for.
+    And with `reports`: how many of its pilots are `stale`, and how many reported each outcome. For administrators
+    also with `waiting`: the number of its pilots by what they wait for.
 
     Args:
         db: the database.
@@ -51,9 +53,13 @@ async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, A
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
     left_out = None if vo is None else {"vos"}
     waiting = {} if vo is not None else {"waiting": (await db.count_waiting_reasons([name]))[name]}
+    reports: Counter[str] = Counter()
+    for by_ce in (await db.count_reports(vo)).values():
+        reports.update(by_ce.get(name, {}))
     return {
         **as_seen_by(vo, _with_trouble(ce)),
         **waiting,
+        "reports": dict(reports),
         "rules": rules.model_dump(mode="json", exclude=left_out),
     }
 

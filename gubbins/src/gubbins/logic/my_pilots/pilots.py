@@ -48,13 +48,27 @@ async def search_pilots(
     ce_name: str | None = None,
     status: MyPilotStatus | None = None,
     stamps: Collection[str] | None = None,
+    stale: bool = False,
     page: int = 1,
     per_page: int = 100,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO."""
+    """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO.
+
+    With `stale`, only running ones whose heartbeats have stopped.
+    """
     return await db.search_pilots(
-        vo=vo, ce_name=ce_name, status=status, stamps=stamps, page=page, per_page=per_page
+        vo=vo, ce_name=ce_name, status=status, stamps=stamps, stale=stale, page=page, per_page=per_page
     )
+
+
+async def count_reports(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
+    """Count `stale` pilots and outcomes (of one VO, or of all), as {VO: {compute element: {name: number}}}."""
+    return await db.count_reports(vo)
+
+
+async def count_without_work(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, int]:
+    """Count pilots (of one VO, or of all) that ended since then and found no work, by compute element."""
+    return await db.count_without_work(since, vo=vo)
 
 
 async def count_ended_pilots(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:

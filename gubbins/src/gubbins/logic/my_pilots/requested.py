@@ -22,6 +22,7 @@ from gubbins.domain.rules import rules_of, serves
 
 from .ce_calls import describe_failure
 from .circuits import half_open, note_failure, note_success, quota_limit
+from .identity import with_identities
 from .response_validation import check_outcome
 from .submission import claim_submission, confirm, open_for_submission, submit_pilot
 
@@ -142,7 +143,7 @@ class _Batch:
         if is_probe and not ids:
             raise refused[self.own]  # nothing is claimed, then
         pilots = [PilotAtCE(stamp=s, vo=vo, maybe_submitted=False) for s, vo in waiting.items() if s in ids]
-        return ids, pilots, refused
+        return ids, await with_identities(db, self.ce, ids, pilots), refused
 
     async def _call(self, ids: Mapping[str, int], pilots: list[PilotAtCE]) -> dict[str, PilotSubmissionError]:
         """Submit pilots that have slots, and record the outcome of each. Returns why some were not submitted."""

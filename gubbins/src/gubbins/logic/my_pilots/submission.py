@@ -26,6 +26,7 @@ from gubbins.domain.text import one_line
 
 from .ce_calls import backend_of, describe_failure
 from .circuits import may_submit, note_failure, note_success, submission_blocker
+from .identity import with_identities
 from .response_validation import check_outcome
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         begun = await db.find_pilot(stamp)
         if begun is not None and await _is_known(db, begun):
             return begun
-        pilot_id = await _reserve(db, ce, vo, stamp, begun)
-        pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
+        pilot_id, pilot = await _reserve(db, ce, vo, stamp, begun)
         try:
             async with asyncio.timeout(rules_of(ce).timeout_seconds):
                 answer = await backend.submit([pilot])
@@ -125,12 +125,16 @@ async def claim_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> None:
         raise CEPausedError(ce["name"], "another pilot probes whether it works again")
 
 
-async def _reserve(db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None) -> int:
-    """Reserve a slot: the id of its pilot."""
+async def _reserve(
+    db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None
+) -> tuple[int, PilotAtCE]:
+    """Reserve a slot: the id of its pilot, and the pilot as the compute element gets it."""
 
-    async def reserve() -> int:
+    async def reserve() -> tuple[int, PilotAtCE]:
         await claim_submission(db, ce)
-        return await db.submit_pilot(ce["name"], vo=vo, stamp=stamp) if begun is None else begun
+        pilot_id = await db.submit_pilot(ce["name"], vo=vo, stamp=stamp) if begun is None else begun
+        pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
+        return pilot_id, (await with_identities(db, ce, {stamp: pilot_id}, [pilot]))[0]
 
     return await db.run(reserve)
 

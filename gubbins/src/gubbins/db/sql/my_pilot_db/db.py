@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..circuits import CircuitsMixin
 from ..compute_elements import ComputeElementsMixin
 from ..demand import DemandMixin
+from ..identities import IdentitiesMixin
 from ..outputs import OutputsMixin
 from ..pilots import PilotsMixin
 from ..registrations import RegistrationsMixin
@@ -18,6 +19,7 @@ class MyPilotDB(
     CircuitsMixin,
     DemandMixin,
     SubmissionsMixin,
+    IdentitiesMixin,
     TransitionsMixin,
     PilotsMixin,
     StatisticsMixin,

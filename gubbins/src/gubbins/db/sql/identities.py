@@ -1,0 +1,174 @@
+"""Identities of pilots: secrets, tokens, heartbeats, and why they end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from diracx.tasks.plumbing.sql.session import transaction
+from sqlalchemy import Row, func, insert, literal, select, update
+
+from gubbins.domain import clock
+from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
+
+from .schema import MAX_HASHES_CHARS, ComputeElements, PilotIdentities, Pilots, columns_of
+from .session import PilotSession
+
+_HASH_CHARS = 64
+_COLUMNS = (
+    *columns_of(Pilots, "stamp", "vo", "ce_name", "status", "cancel_requested_at"),
+    *columns_of(PilotIdentities, "pilot_id", "secret_hashes", "starts", "used_at", "family_hash", "refresh_hash"),
+    *columns_of(PilotIdentities, "revoked_at"),
+    ComputeElements.rules.label("rules"),
+)
+
+
+class IdentitiesMixin(PilotSession):
+    """The table PilotIdentities."""
+
+    @transaction
+    async def add_secrets(self, hashes: Mapping[int, str]) -> None:
+        """Store the hashes of the secrets of new pilots, by id."""
+        if hashes:
+            these = await self._staged(list(hashes.items()))
+            new = select(Pilots.id, Pilots.vo, Pilots.ce_name, these.c.reason, literal(0)).join(
+                these, self._are(these)
+            )
+            columns = ["pilot_id", "vo", "ce_name", "secret_hashes", "starts"]
+            await self.conn.execute(insert(PilotIdentities).from_select(columns, new, include_defaults=False))
+
+    @transaction
+    async def add_secret_of_repeated(self, pilot_id: int, hash: str) -> None:
+        """Store the hash of another secret of a pilot whose submission is repeated.
+
+        Nobody knows which of the attempts has reached the compute element.
+        """
+        added = await self.conn.execute(
+            update(PilotIdentities)
+            .where(
+                PilotIdentities.pilot_id == pilot_id,
+                func.length(PilotIdentities.secret_hashes) < MAX_HASHES_CHARS - _HASH_CHARS,
+            )
+            .values(secret_hashes=PilotIdentities.secret_hashes.concat(f" {hash}"))
+        )
+        known = select(PilotIdentities.pilot_id).where(PilotIdentities.pilot_id == pilot_id)
+        if not added.rowcount and (await self.conn.execute(known)).one_or_none() is None:
+            await self.add_secrets({pilot_id: hash})
+
+    @transaction
+    async def find_identity(self, stamp: str) -> Row[Any] | None:
+        """The pilot of this stamp with its identity and the rules of its compute element; None: it has none."""
+        statement = (
+            select(*_COLUMNS)
+            .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
+            .join(ComputeElements, ComputeElements.name == Pilots.ce_name)
+            .where(Pilots.stamp == stamp)
+        )
+        return (await self.conn.execute(statement)).one_or_none()
+
+    @transaction
+    async def begin_start(
+        self, pilot_id: int, *, starts: int, family_hash: str, refresh_hash: str, address: str | None
+    ) -> bool:
+        """Begin the next start of a pilot; False: its secret was exchanged meanwhile, and that token used."""
+        begun = await self.conn.execute(
+            update(PilotIdentities)
+            .where(
+                PilotIdentities.pilot_id == pilot_id,
+                PilotIdentities.starts == starts,
+                PilotIdentities.used_at.is_(None),
+                PilotIdentities.revoked_at.is_(None),
+            )
+            .values(
+                starts=starts + 1,
+                family_hash=family_hash,
+                refresh_hash=refresh_hash,
+                exchanged_at=clock.now(),
+                exchanged_from=address,
+            )
+        )
+        return bool(begun.rowcount)
+
+    @transaction
+    async def rotate_refresh(self, pilot_id: int, *, old_hash: str, new_hash: str) -> bool:
+        """Replace the refresh token of a pilot; False: another request was faster."""
+        rotated = await self.conn.execute(
+            update(PilotIdentities)
+            .where(
+                PilotIdentities.pilot_id == pilot_id,
+                PilotIdentities.refresh_hash == old_hash,
+                PilotIdentities.revoked_at.is_(None),
+            )
+            .values(refresh_hash=new_hash, used_at=func.coalesce(PilotIdentities.used_at, clock.now()))
+        )
+        return bool(rotated.rowcount)
+
+    @transaction
+    async def revoke_identity(self, pilot_id: int) -> None:
+        """Let no token or secret of this pilot be of any use from now on."""
+        await self.conn.execute(
+            update(PilotIdentities).where(PilotIdentities.pilot_id == pilot_id).values(revoked_at=clock.now())
+        )
+
+    @transaction
+    async def record_heartbeat(
+        self, pilot_id: int, *, starts: int, stale_after: timedelta, reported: Mapping[str, Any]
+    ) -> bool:
+        """Record that a pilot is alive, and what else it reports; False: its token is of no use any more.
+
+        One UPDATE by primary key.
+
+        Args:
+            pilot_id: which.
+            starts: the start that its token is of.
+            stale_after: it is stale after so long without another.
+            reported: `host`, `cores`, `memory_mb`, `outcome`, `exit_code`, `jobs_done`, `detail`.
+        """
+        now = clock.now()
+        recorded = await self.conn.execute(
+            update(PilotIdentities)
+            .where(
+                PilotIdentities.pilot_id == pilot_id,
+                PilotIdentities.starts == starts,
+                PilotIdentities.revoked_at.is_(None),
+            )
+            .values(
+                heartbeat_at=now,
+                stale_at=now + stale_after,
+                used_at=func.coalesce(PilotIdentities.used_at, now),
+                **reported,
+            )
+        )
+        return bool(recorded.rowcount)
+
+    @transaction
+    async def count_reports(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
+        """Count stale pilots and outcomes (of one VO, or of all), as {VO: {compute element: {name: number}}}.
+
+        The names are `stale` and the outcomes; absent means none.
+        """
+        of_vo, of_identity = ([], []) if vo is None else ([Pilots.vo == vo], [PilotIdentities.vo == vo])
+        stale = (
+            select(Pilots.vo, Pilots.ce_name, func.count())
+            .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
+            .where(*of_vo, Pilots.status == MyPilotStatus.RUNNING, PilotIdentities.stale_at < clock.now())
+            .group_by(Pilots.vo, Pilots.ce_name)
+        )
+        names = (PilotIdentities.vo, PilotIdentities.ce_name, PilotIdentities.outcome)
+        ended = (
+            select(*names, func.count())
+            .where(*of_identity, PilotIdentities.outcome.in_(list(PilotOutcome)))
+            .group_by(*names)
+        )
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for vo_name, ce_name, count in await self.conn.execute(stale):
+            counts.setdefault(vo_name, {}).setdefault(ce_name, {})["stale"] = count
+        for vo_name, ce_name, outcome, count in await self.conn.execute(ended):
+            counts.setdefault(vo_name, {}).setdefault(ce_name, {})[str(outcome)] = count
+        return counts
+
+
+def is_stale(status: MyPilotStatus, stale_at: datetime | None) -> bool:
+    """Whether the heartbeats of a running pilot have stopped; one that never sent any is not stale."""
+    return status is MyPilotStatus.RUNNING and stale_at is not None and stale_at < clock.now()
