@@ -136,11 +136,13 @@ def _as_http(own_vo: str | None) -> Iterator[None]:
 
 async def _pilot_registry(request: Request) -> AsyncIterator[PilotAgentsDB | None]:
     """The pilot registry of the application; None: it has none, and these routes do without."""
-    provide = request.app.dependency_overrides.get(PilotAgentsDB.no_transaction)
-    if provide is None:
+    provide = PilotAgentsDB.no_transaction
+    try:
+        opened = contextlib.asynccontextmanager(request.app.dependency_overrides.get(provide, provide))()
+    except NotImplementedError:  # so says what stands for a database that is not there
         yield None
         return
-    async with contextlib.asynccontextmanager(provide)() as registry:
+    async with opened as registry:
         yield registry
 
 
