@@ -53,7 +53,7 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
         if slurm_site is not None:
             stack.callback(slurm_site.stop)
             slurm_site.start()
-        site = DemoSite(directory, valkey.url, free_port(), slurm_site)
+        site = DemoSite(directory, valkey.url, free_port(), free_port(), slurm_site)
         site.build()
         os.environ |= site.environment
         asyncio.run(site.create_databases())
@@ -61,12 +61,13 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
 
 
 def _processes() -> list[Child]:
-    """The scheduler, the workers and the API, with their real commands."""
+    """The scheduler, the workers, the API, the dashboard, and what gives jobs to pilots."""
     workers = [
         Child(f"worker-{number}", ["worker", "--worker-size", size, "--max-concurrent-tasks", _SLOTS])
         for number, size in enumerate(_WORKERS, start=1)
     ]
-    return [Child("scheduler", ["scheduler"]), *workers, Child("api", module="examples.demo.api")]
+    ours = [Child(name, module=f"examples.demo.{name}") for name in ("api", "dashboard", "jobs")]
+    return [Child("scheduler", ["scheduler"]), *workers, *ours]
 
 
 @contextlib.contextmanager
@@ -83,7 +84,8 @@ def _log_files(directory: Path, processes: list[Child]) -> Iterator[Callable[[st
 async def _watch(site: DemoSite, *, seconds: float | None, as_json: bool) -> None:
     from gubbins.db.sql import MyPilotDB
 
-    from .watch import Watch
+    from . import dashboard
+    from .watch import watching
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -100,9 +102,11 @@ async def _watch(site: DemoSite, *, seconds: float | None, as_json: bool) -> Non
             output=stack.enter_context(_log_files(site.directory, processes)),
             kill_after_seconds=_STOP_SECONDS,
         )
-        running = asyncio.create_task(supervisor.run({**site.environment, PORT_VARIABLE: str(site.api_port)}))
+        ports = {PORT_VARIABLE: str(site.api_port), dashboard.PORT_VARIABLE: str(site.dashboard_port)}
+        secrets = {dashboard.TOKEN_VARIABLE: site.dashboard_token}
+        running = asyncio.create_task(supervisor.run({**site.environment, **ports, **secrets}))
         stack.push_async_callback(_stopped, supervisor, running)
-        watch = Watch(db)
+        watch = await stack.enter_async_context(watching(db, processes))
         with _screen(site, as_json) as show:
             while not stop.is_set() and (seconds is None or time.monotonic() - begin < seconds):
                 if running.done():
@@ -148,18 +152,27 @@ def _screen(site: DemoSite, as_json: bool) -> Iterator[Any]:
     console = Console()
     console.print(Text(_greeting(site)), soft_wrap=True)
     with Live(console=console, auto_refresh=False) as live:
-        hint = Text("Ctrl-C ends everything.", "dim")
-        yield lambda watch, elapsed: live.update(Group(watch.table(elapsed), hint), refresh=True)
+        hint = "Ctrl-C ends everything. A process that is killed (kill -9) is started again: "
+
+        def show(watch: Watch, elapsed: float) -> None:
+            told = Text(hint + watch.describe_processes(), "dim")
+            live.update(Group(watch.table(elapsed), told), refresh=True)
+
+        yield show
 
 
 def _greeting(site: DemoSite) -> str:
     slurm = f"  export SLURM_CONF={site.slurm.slurm_conf}; squeue\n" if site.slurm is not None else ""
+    authorized = '-H "Authorization: Bearer $TOKEN"'
     return f"""\
-API:  {site.api_url}/api/docs
+dashboard: http://127.0.0.1:{site.dashboard_port}/sign-in?token={site.dashboard_token}
+API:       {site.api_url}/api/docs
+server:    {site.redis_url}
 logs: {site.directory}
 In another terminal (the API takes a few seconds to start):
   export TOKEN={site.token("lhcb")}
-  curl -s -H "Authorization: Bearer $TOKEN" {site.api_url}/api/my_pilots/summary
+  curl -s {authorized} {site.api_url}/api/my_pilots/summary
+  curl -s {authorized} -H "Content-Type: application/json" -d '{{}}' {site.api_url}/api/pilots/search
 {slurm}"""
 
 

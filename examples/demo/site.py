@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ TASKS = {
 }
 
 #: Services of DiracX itself that the demo does without.
-_OTHER_SERVICES = ("AUTH", "CONFIG", "HEALTH", "JOBS", "PILOTS", "RSS")
+_OTHER_SERVICES = ("AUTH", "CONFIG", "HEALTH", "JOBS", "RSS")
+
+
+_BY_JOBS = {"policy": "waiting_jobs", "max_surplus_seconds": 30}
 
 
 def compute_elements(directory: Path) -> list[dict[str, Any]]:
@@ -40,12 +44,14 @@ def compute_elements(directory: Path) -> list[dict[str, Any]]:
             "capacity": 20,
             "success_rate": 1.0,
             "settings": {"run_seconds": 4},
+            "rules": _BY_JOBS | {"site": "LCG.Reliable.org", "tags": ["GPU"]},
         },
         {
             "name": "flaky.example.org",
             "capacity": 10,
             "success_rate": 0.3,
             "settings": {"run_seconds": 3},
+            "rules": _BY_JOBS | {"site": "LCG.Flaky.org"},
         },
         {
             "name": "localhost",
@@ -95,7 +101,9 @@ class DemoSite:
     directory: Path
     redis_url: str
     api_port: int
+    dashboard_port: int
     slurm: SlurmSite | None = None  # instead of the usual compute elements
+    dashboard_token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
 
     @property
     def api_url(self) -> str:
@@ -108,6 +116,9 @@ class DemoSite:
             "DIRACX_CONFIG_BACKEND_URL": f"git+file://{self.directory}/configuration",
             "DIRACX_DB_URL_MYPILOTDB": f"sqlite+aiosqlite:///{self.directory}/pilots.sqlite",
             "DIRACX_DB_URL_TASKDB": f"sqlite+aiosqlite:///{self.directory}/tasks.sqlite",
+            "DIRACX_DB_URL_JOBDB": f"sqlite+aiosqlite:///{self.directory}/jobs.sqlite",
+            "DIRACX_DB_URL_TASKQUEUEDB": f"sqlite+aiosqlite:///{self.directory}/task-queues.sqlite",
+            "DIRACX_DB_URL_PILOTAGENTSDB": f"sqlite+aiosqlite:///{self.directory}/registry.sqlite",
             "DIRACX_SERVICE_AUTH_STATE_KEY": (self.directory / "state.key").read_text(),
             "DIRACX_SERVICE_AUTH_TOKEN_ISSUER": self.api_url,
             "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{self.directory}/keystore.json",
@@ -163,11 +174,13 @@ class DemoSite:
             )
 
     async def create_databases(self) -> None:
-        """Create the tables, and load the compute elements."""
+        """Create the tables, load the compute elements, and submit the first jobs."""
         from diracx.tasks.plumbing.persistence import TaskDB
 
         from gubbins.db.sql import MyPilotDB
         from gubbins.logic import my_pilots as logic
+
+        from .jobs import fill
 
         task_db = TaskDB(self.environment["DIRACX_DB_URL_TASKDB"])
         async with task_db.engine_context(), task_db.engine.begin() as connection:
@@ -176,6 +189,7 @@ class DemoSite:
         async with pilot_db.engine_context():
             await pilot_db.create_tables()
             await logic.load_ces(pilot_db, logic.parse_ce_file(self.ce_file.read_text()))
+        await fill()
 
     def token(self, vo: str, properties: tuple[str, ...] = ("NormalUser", "ServiceAdministrator")) -> str:
         """A token that the API of this site accepts for a day. Reads the environment of the site."""

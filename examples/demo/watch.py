@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from diracx.db.sql import TaskQueueDB
+from diracx.tasks.cli.runtime.supervisor import Child
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
+
+from .site import VOS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +34,13 @@ class Watch:
     summary: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     ces: list[dict[str, Any]] = field(default_factory=list)
     max_active_seen: dict[str, int] = field(default_factory=dict)
+    task_queue_db: TaskQueueDB | None = None
+    processes: Sequence[Child] = ()
+    waiting_jobs: dict[str, int] = field(default_factory=dict)
+    """Jobs that wait, by VO."""
+    restarts: Counter[str] = field(default_factory=Counter)
+    """Processes that were started again, and how often."""
+    _pids: dict[str, int] = field(default_factory=dict)
     _ends: deque[tuple[float, int]] = field(default_factory=deque)
 
     async def look(self) -> None:
@@ -36,6 +51,15 @@ class Watch:
             self.ces = await logic.list_ces(self.db)
 
         await self.db.run(look)
+        if self.task_queue_db is not None:
+            for vo in VOS:
+                queues = await logic.read_task_queues(self.task_queue_db, vo) or []
+                self.waiting_jobs[vo] = sum(queue.jobs for queue in queues)
+        for child in self.processes:
+            if child.is_ready and child.process is not None:
+                pid = child.process.pid
+                self.restarts[child.name] += self._pids.setdefault(child.name, pid) != pid
+                self._pids[child.name] = pid
         for ce in self.ces:
             active = sum(ces.get(ce["name"], {}).get(s, 0) for ces in self.summary.values() for s in ACTIVE)
             self.max_active_seen[ce["name"]] = max(active, self.max_active_seen.get(ce["name"], 0))
@@ -64,7 +88,16 @@ class Watch:
         """The state in one line."""
         states = ", ".join(f"{self.total(status)} {status}" for status in MyPilotStatus)
         slots = ", ".join(f"{ce['name']} {ce['active']}/{ce['capacity']}" for ce in self.ces)
-        return f"{states}; slots in use: {slots}"
+        jobs = ", ".join(f"{vo} {number}" for vo, number in self.waiting_jobs.items())
+        again = "".join(f"; {name} was started again" for name in +self.restarts)
+        return f"{states}; slots in use: {slots}; waiting jobs: {jobs}{again}"
+
+    def describe_processes(self) -> str:
+        """The processes with their ids, and those that were started again."""
+        return ", ".join(
+            f"{name} {pid}" + (f" (started again: {self.restarts[name]})" if self.restarts[name] else "")
+            for name, pid in self._pids.items()
+        )
 
     async def report(self, vos: tuple[str, ...]) -> dict[str, Any]:
         """The summary that scripts read."""
@@ -74,6 +107,8 @@ class Watch:
                 ce["name"]: {"capacity": ce["capacity"], "max_active_seen": self.max_active_seen[ce["name"]]}
                 for ce in self.ces
             },
+            "waiting_jobs": self.waiting_jobs,
+            "restarts": dict(+self.restarts),
             "illegal_transitions": await logic.count_illegal_histories(self.db),
         }
 
@@ -98,6 +133,7 @@ class Watch:
             shown.add_column(str(status), justify="right", style=styles[status])
         shown.add_column("slots in use", justify="left", no_wrap=True)
         shown.add_column("free", justify="right")
+        shown.add_column("waiting jobs of the VO", justify="right")
         for ce in self.ces:
             vos = sorted(vo for vo, ces in self.summary.items() if ce["name"] in ces) or ["-"]
             for row, vo in enumerate(vos):
@@ -110,6 +146,15 @@ class Watch:
                     *(str(states.get(status, 0)) for status in MyPilotStatus),
                     bar if first else "",
                     str(ce["available_slots"]) if first else "",
+                    str(self.waiting_jobs.get(vo, "")),
                     end_section=row == len(vos) - 1,
                 )
         return shown
+
+
+@asynccontextmanager
+async def watching(db: MyPilotDB, processes: Sequence[Child]) -> AsyncIterator[Watch]:
+    """Watch the pilots, the jobs that wait and the processes."""
+    task_queue_db = TaskQueueDB(os.environ["DIRACX_DB_URL_TASKQUEUEDB"])
+    async with task_queue_db.engine_context():
+        yield Watch(db, task_queue_db=task_queue_db, processes=processes)

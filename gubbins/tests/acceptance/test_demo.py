@@ -32,6 +32,36 @@ def processes_of(directory: str) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def _look_at_the_dashboard(link: str) -> None:
+    with httpx.Client(follow_redirects=True, timeout=30) as browser:
+        page = browser.get(link)
+        assert page.status_code == 200, page.text
+        pilots = browser.get(page.url.join("/pilots"))
+    assert "reliable.example.org" in pilots.text
+
+
+def _find_pilots_with_jobs(url: str, token: str) -> None:
+    """In DiracX's own registry; and our pilots know the jobs that ran on them."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30) as client:
+        deadline = time.monotonic() + 60
+        while True:
+            found = client.post("/api/pilots/search", json={})
+            assert found.status_code in {200, 206}, found.text
+            running = client.get("/api/my_pilots/pilots?status=DONE&per_page=50").json()["items"]
+            jobs = [
+                client.get(f"/api/my_pilots/pilots/{pilot['pilot_id']}").json()["jobs"] for pilot in running[:5]
+            ]
+            if any(jobs) and found.json():
+                break
+            assert time.monotonic() < deadline, (found.text, jobs)
+            time.sleep(0.5)
+    assert {"PilotStamp", "Status", "VO"} <= found.json()[0].keys()
+
+
 def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
     demo = subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert demo.stderr is not None
@@ -68,6 +98,11 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
         assert "lhcb" in answer.text
         assert httpx.get(f"{url}/api/my_pilots/summary", timeout=10).status_code == 401
         wait_for(r"[1-9]\d* DONE", 60)
+        _look_at_the_dashboard(wait_for(r"dashboard: (\S+)", 1)[1])
+        _find_pilots_with_jobs(url, token)
+        [worker] = [pid for pid in processes_of(directory) if "--worker-size medium" in command_line(pid)]
+        os.kill(worker, signal.SIGKILL)
+        wait_for(r"worker-1 was started again", 60)
         demo.send_signal(signal.SIGINT)
         output, _ = demo.communicate(timeout=40)
     finally:
@@ -79,6 +114,8 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
     for ce in report["ces"].values():
         assert 0 < ce["max_active_seen"] <= ce["capacity"]
     assert report["illegal_transitions"] == 0
+    assert report["restarts"] == {"worker-1": 1}
+    assert all(report["waiting_jobs"][vo] > 0 for vo in ("cta", "juno", "lhcb"))
     assert not Path(directory).exists()
     deadline = time.monotonic() + 10
     while left := processes_of(directory):
