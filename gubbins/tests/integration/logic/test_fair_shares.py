@@ -17,7 +17,8 @@ from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE
 from gubbins.logic import my_pilots as logic
 
-STEP = timedelta(minutes=10)
+#: Requests hold for longer: who asks in each step does not lose its place in line.
+STEP = timedelta(minutes=14)
 DAY = timedelta(hours=24)
 VOS = ("first", "second", "third", "fourth")
 MEAN_MINUTES = {"first": 25, "second": 45, "third": 90, "fourth": 60}
