@@ -29,8 +29,9 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 		--editable 'diracx-tasks[dashboard,embedded,fast,migrations,testing]' --editable 'gubbins[testing]' --requirement requirements-dev.txt
 	touch $@
 
+# Without bytecode each of the processes would compile all tests anew.
 test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(STAMP) ## run the unit tests alone, which need no servers
 	$(BIN)/python -m pytest -n 2 diracx-tasks/tests/unit gubbins/tests/unit $(ARGS)

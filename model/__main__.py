@@ -39,6 +39,13 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=KINDS, default="", metavar="KIND", help=f"of one kind: {', '.join(KINDS)}"
     )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=Rules().tasks,
+        default=Rules().tasks,
+        help="what is queued: t0 and t1 want the same mutex, t2 none (default all)",
+    )
     parser.add_argument("--seconds", type=float, default=600, help="give up after so long (default 600)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: as many as processors)")
     parser.add_argument(
@@ -60,6 +67,7 @@ def main() -> int:
         another_term=not arguments.without_another_term,
         disturbances=arguments.disturbances,
         only=arguments.only,
+        tasks=tuple(arguments.tasks),
     )
     started = time.monotonic()
     found = search(rules, processes=arguments.processes, seconds=arguments.seconds, progress=progress)

@@ -16,6 +16,8 @@ class Rules:
     disturbances: int = 1
     only: str = ""
     """One kind of disturbance; all of them by default."""
+    tasks: tuple[str, ...] = ("t0", "t1", "t2")
+    """Tasks in the queue at first; the others have been settled before."""
 
 
 KINDS = ("dies", "is paused", "is cut off", "an answer is lost", "the server is away")

@@ -58,13 +58,13 @@ class Steps:
         from diracx.tasks.plumbing.broker.models import Submission
 
         self._server.redis.flushall()
-        for task in TASKS:
+        for task in self._rules.tasks:
             submission = Submission(TaskMessage(task_id=task, task_name="model:Task"), keys.ALL_STREAM_NAMES[4])
             self._call(self._brokers[0].submit([submission]))
         for name in NAMES:
             worker_state.renew(self._server.redis, name, int(_LEASE_SECONDS * 1000), [], [])
-        nothing = tuple(0 for _ in TASKS)
-        return State((WorkerState(), WorkerState()), nothing, nothing)
+        settled = tuple(int(task not in self._rules.tasks) for task in TASKS)
+        return State((WorkerState(), WorkerState()), settled, tuple(0 for _ in TASKS))
 
     def possible(self, state: State, content: Sequence[tuple[str, Any]]) -> Iterator[Step]:
         """All steps that can happen in this state; of those that disturb nobody, in whatever order, the first."""

@@ -24,16 +24,16 @@ def test_every_order_of_steps_without_a_disturbance_keeps_the_promises() -> None
 
 
 @pytest.mark.parametrize(
-    ("without", "only", "violation"),
+    ("without", "only", "tasks", "violation"),
     [
-        ("--without-lease-timer", "is cut off", "has two holders that act"),
-        ("--without-another-term", "the server is away", "t2 has begun 2 times"),
+        ("--without-lease-timer", "is cut off", ["t0", "t1"], "has two holders that act"),
+        ("--without-another-term", "the server is away", ["t2"], "t2 has begun 2 times"),
     ],
 )
 def test_the_search_finds_what_is_wrong_without_a_part_of_the_protocol(
-    without: str, only: str, violation: str
+    without: str, only: str, tasks: list[str], violation: str
 ) -> None:
-    found = _search(without, "--only", only)
+    found = _search(without, "--only", only, "--tasks", *tasks)
 
     assert (found.returncode, violation in found.stdout) == (1, True), found.stdout + found.stderr
 
