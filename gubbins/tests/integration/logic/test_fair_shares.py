@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from pilot_requests import request_pilots
 
-from gubbins.ces import Observation, Observed, PilotAtCE
+from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.simulated import SimulatedBackend
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
@@ -26,6 +25,13 @@ MEAN_MINUTES = {"first": 25, "second": 45, "third": 90, "fourth": 60}
 
 class VariedBackend(SimulatedBackend):
     """Pilots of each VO run for times of its own, so that slots become free one by one."""
+
+    calls: ClassVar[list[list[str]]] = []
+    """The VOs of the pilots of each call."""
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        self.calls.append([pilot.vo for pilot in pilots])
+        return await super().submit(pilots)
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         return {pilot.stamp: self._seen(pilot) for pilot in pilots}
@@ -45,23 +51,31 @@ async def db(install_backend: Any) -> AsyncIterator[MyPilotDB]:
         yield database
 
 
-async def a_day(db: MyPilotDB, jobs: Callable[[str, timedelta], int]) -> list[Counter[tuple[str, str]]]:
-    """Let all VOs submit and check for a day, always in the same order; slots by (CE, VO) after each step."""
+async def a_day(
+    db: MyPilotDB, jobs: Callable[[str, timedelta], int], *, combined: bool = False
+) -> list[Counter[tuple[str, str]]]:
+    """Let all VOs submit and check for a day, always in the same order; slots by (CE, VO) after each step.
+
+    With `combined`, all VOs ask before the first task comes, and it submits the pilots of all.
+    """
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     passed = timedelta()
     capacities = {ce["name"]: ce["capacity"] for ce in await db.get_ces()}
     seen = []
     with clock.simulated(lambda: begin + passed):
         while passed < DAY:
+            requests: list[tuple[str, str, str]] = []
             for vo in VOS:
 
                 async def waiting(vo: str = vo, passed: timedelta = passed) -> int:
                     return jobs(vo, passed)
 
-                asked = await request_pilots(db, vo, vos=VOS, waiting_jobs=waiting)
-                for ce, count in asked.items():
-                    for _ in range(count):
-                        await logic.submit_requested_pilot(db, ce, vo)
+                asked = await logic.request_pilots(db, vo, vos=VOS, waiting_jobs=waiting)
+                requests += [(ce, vo, stamp) for ce, stamps in asked.items() for stamp in stamps]
+                if not combined or vo == VOS[-1]:
+                    for ce, owner, stamp in requests:
+                        await logic.submit_requested_pilot(db, ce, owner, stamp=stamp)
+                    requests = []
             slots: Counter[tuple[str, str]] = Counter()
             for held_by, states in (await db.count_slots()).items():
                 slots[held_by] = sum(states[status] for status in ACTIVE if status in states)
@@ -93,6 +107,23 @@ async def test_over_a_day_every_vo_gets_its_share_and_no_slot_stays_empty(db: My
     # In turns, each VO gets as many pilots; those of some run longer.
     turns = {vo: slots / MEAN_MINUTES[vo] for vo, slots in tiny.items()}
     assert max(turns.values()) < 2 * min(turns.values())
+
+
+@pytest.mark.timeout(400)
+async def test_over_a_day_of_calls_for_all_vos_capacity_shares_and_states_hold(db: MyPilotDB) -> None:
+    rules = {"max_batch": 7, "vos": {"second": {"share": 2}}}
+    await db.add_ce("large", 20, 1.0, backend="varied", rules=rules)
+    await db.add_ce("tiny", 2, 1.0, backend="varied")
+    VariedBackend.calls.clear()
+    seen = await a_day(db, lambda vo, passed: 0, combined=True)
+    large, tiny = used(seen, "large"), used(seen, "tiny")
+    assert large == pytest.approx({"first": 4, "second": 8, "third": 4, "fourth": 4}, rel=0.08)
+    assert sum(large.values()) > 19.5
+    assert sum(tiny.values()) > 1.95
+    assert min(tiny.values()) > 0, "one VO never had a turn"
+    assert await logic.count_illegal_histories(db) == 0
+    assert max(len(vos) for vos in VariedBackend.calls) == 7
+    assert any(len(set(vos)) > 1 for vos in VariedBackend.calls), "no call was for several VOs"
 
 
 @pytest.mark.timeout(400)
