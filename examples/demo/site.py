@@ -59,13 +59,15 @@ def compute_elements(directory: Path) -> list[dict[str, Any]]:
             "backend": "local",
             "settings": {
                 "directory": str(directory),
-                "scripts": {
-                    "lhcb": "sleep 3",
+                # Their pilots take a token of DiracX, report, and tell why they end.
+                "payloads": {
+                    "lhcb": "sleep 3; echo 1 > $PILOT_JOBS_FILE",
                     # One in three of these fails: a pilot's exit code decides.
                     "cta": "sleep 2; exit $(( $(date +%s) % 3 == 0 ))",
+                    "juno": "sleep 1; exit 75",  # there is no work
                 },
-                "default_script": "sleep 2",
             },
+            "rules": {"heartbeat_seconds": 2},
         },
     ]
 
@@ -119,6 +121,7 @@ class DemoSite:
             "DIRACX_DB_URL_JOBDB": f"sqlite+aiosqlite:///{self.directory}/jobs.sqlite",
             "DIRACX_DB_URL_TASKQUEUEDB": f"sqlite+aiosqlite:///{self.directory}/task-queues.sqlite",
             "DIRACX_DB_URL_PILOTAGENTSDB": f"sqlite+aiosqlite:///{self.directory}/registry.sqlite",
+            "GUBBINS_PILOT_API_URL": f"{self.api_url}/api/my_pilots",
             "DIRACX_SERVICE_AUTH_STATE_KEY": (self.directory / "state.key").read_text(),
             "DIRACX_SERVICE_AUTH_TOKEN_ISSUER": self.api_url,
             "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{self.directory}/keystore.json",

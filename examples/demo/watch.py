@@ -38,6 +38,8 @@ class Watch:
     processes: Sequence[Child] = ()
     waiting_jobs: dict[str, int] = field(default_factory=dict)
     """Jobs that wait, by VO."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Pilots by what they have reported of themselves."""
     restarts: Counter[str] = field(default_factory=Counter)
     """Processes that were started again, and how often."""
     _pids: dict[str, int] = field(default_factory=dict)
@@ -51,6 +53,10 @@ class Watch:
             self.ces = await logic.list_ces(self.db)
 
         await self.db.run(look)
+        self.outcomes = Counter()
+        for by_ce in (await logic.count_reports(self.db)).values():
+            for counts in by_ce.values():
+                self.outcomes.update(counts)
         if self.task_queue_db is not None:
             for vo in VOS:
                 queues = await logic.read_task_queues(self.task_queue_db, vo) or []
@@ -90,7 +96,9 @@ class Watch:
         slots = ", ".join(f"{ce['name']} {ce['active']}/{ce['capacity']}" for ce in self.ces)
         jobs = ", ".join(f"{vo} {number}" for vo, number in self.waiting_jobs.items())
         again = "".join(f"; {name} was started again" for name in +self.restarts)
-        return f"{states}; slots in use: {slots}; waiting jobs: {jobs}{again}"
+        said = ", ".join(f"{count} {outcome}" for outcome, count in sorted((+self.outcomes).items()))
+        reports = f"; pilots say: {said}" if said else ""
+        return f"{states}; slots in use: {slots}; waiting jobs: {jobs}{reports}{again}"
 
     def describe_processes(self) -> str:
         """The processes with their ids, and those that were started again."""
@@ -108,6 +116,7 @@ class Watch:
                 for ce in self.ces
             },
             "waiting_jobs": self.waiting_jobs,
+            "outcomes": dict(+self.outcomes),
             "restarts": dict(+self.restarts),
             "illegal_transitions": await logic.count_illegal_histories(self.db),
         }

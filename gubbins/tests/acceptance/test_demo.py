@@ -98,6 +98,7 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
         assert "lhcb" in answer.text
         assert httpx.get(f"{url}/api/my_pilots/summary", timeout=10).status_code == 401
         wait_for(r"[1-9]\d* DONE", 60)
+        wait_for(r"pilots say: .*no work", 60)
         _look_at_the_dashboard(wait_for(r"dashboard: (\S+)", 1)[1])
         _find_pilots_with_jobs(url, token)
         [worker] = [pid for pid in processes_of(directory) if "--worker-size medium" in command_line(pid)]
@@ -114,6 +115,7 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
     for ce in report["ces"].values():
         assert 0 < ce["max_active_seen"] <= ce["capacity"]
     assert report["illegal_transitions"] == 0
+    assert report["outcomes"]["worked"] > 0
     assert report["restarts"] == {"worker-1": 1}
     assert all(report["waiting_jobs"][vo] > 0 for vo in ("cta", "juno", "lhcb"))
     assert not Path(directory).exists()
