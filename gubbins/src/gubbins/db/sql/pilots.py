@@ -187,16 +187,19 @@ class PilotsMixin(PilotSession):
             where.append(Pilots.status == status)
         if stamps is not None:
             where.append(Pilots.stamp.in_(stamps))
-        counted = select(func.count()).select_from(Pilots)
+        counted, ids = select(func.count()).select_from(Pilots), select(Pilots.id)
         if stale:
-            counted = counted.join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
+            its = PilotIdentities.pilot_id == Pilots.id
+            counted, ids = counted.join(PilotIdentities, its), ids.join(PilotIdentities, its)
             where += [Pilots.status == MyPilotStatus.RUNNING, PilotIdentities.stale_at < clock.now()]
         total = (await self.conn.execute(counted.where(*where))).scalar_one()
         if (page - 1) * per_page >= total:
             return int(total), []  # else all would be read, to be skipped
-        rows = await self.conn.execute(
-            _SELECT.where(*where).order_by(Pilots.id.desc()).limit(per_page).offset((page - 1) * per_page)
+        # Joined to the page alone: PostgreSQL would rather join, in the order of ids, the pilots of all VOs.
+        newest = (
+            ids.where(*where).order_by(Pilots.id.desc()).limit(per_page).offset((page - 1) * per_page).subquery()
         )
+        rows = await self.conn.execute(_SELECT.join(newest, newest.c.id == Pilots.id).order_by(Pilots.id.desc()))
         return int(total), [_as_dict(row) for row in rows]
 
     @transaction
