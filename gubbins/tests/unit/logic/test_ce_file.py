@@ -67,6 +67,10 @@ def test_an_invalid_value_is_never_shown_for_it_may_be_a_secret() -> None:
         arc | {"token": "/token", "cpus": "s3cret"},
         arc | {"token": "/token", "url": "https://user:s3cret@ce.example.org/arex"},
         arc | {"token": "s3cret"},
+        arc | {"token": 117_117},
+        arc | {"token": {"issuer": "https://user:s3cret@iam", "client_id": "a", "client_secret": "/secret"}},
+        arc | {"token": {"issuer": "https://iam", "client_id": "a", "client_secret": "s3cret"}},
+        arc | {"token": {"issuer": "https://iam", "client_id": "a", "client_secret": "/a", "scope": ["s3cret"]}},
         "s3cret",
     ):
         [told] = problems_of(entry(backend="arc", settings=settings)).values()

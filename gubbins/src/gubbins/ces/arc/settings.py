@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from gubbins.ces.settings import PILOT_SCRIPT, AbsolutePath, PilotSettings, Script
-from gubbins.ces.transports.tokens import TokenIssuer
+from gubbins.ces.transports.tokens import TokenSource
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
 
@@ -27,7 +27,7 @@ class ArcSettings(PilotSettings):
     key: AbsolutePath | None = Field(
         default=None, description="File of the private key, without a password; default: in the certificate's."
     )
-    token: AbsolutePath | TokenIssuer | None = Field(
+    token: TokenSource | None = Field(
         default=None,
         description="File of a bearer token, in place of a certificate; or the identity provider that gives one.",
     )

@@ -6,8 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gubbins.ces.settings import AbsolutePath, DefaultScript, PilotSettings
-from gubbins.ces.transports.tokens import TokenIssuer
+from gubbins.ces.settings import DefaultScript, PilotSettings
+from gubbins.ces.transports.tokens import TokenSource
 
 # What the back end says itself, or what would make something else than one job of a pilot.
 _OURS = frozenset(
@@ -43,7 +43,7 @@ class HTCondorSettings(PilotSettings):
         default=None,
         description="Address of the schedd, in place of a collector: its `MyAddress`, in angle brackets.",
     )
-    token: AbsolutePath | TokenIssuer | None = Field(
+    token: TokenSource | None = Field(
         default=None,
         description="File of an IDTOKEN of the schedd's trust domain, read anew for each call; or the identity "
         "provider that gives a SCITOKEN.",

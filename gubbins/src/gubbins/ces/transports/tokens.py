@@ -11,13 +11,14 @@ import json
 import ssl
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from gubbins.ces.protocol import CESettings
 from gubbins.ces.settings import AbsolutePath
@@ -95,6 +96,14 @@ class TokenIssuer(CESettings):
         if parts.scheme != "https" or not parts.hostname or parts.query or parts.fragment or parts.username:
             raise ValueError("must be of the form https://host[:port][/path]")
         return issuer
+
+
+TokenSource = Annotated[
+    Annotated[AbsolutePath, Tag("file")] | Annotated[TokenIssuer, Tag("issuer")],
+    # One of both is meant, so that a mistake is told once.
+    Discriminator(lambda given: "issuer" if isinstance(given, Mapping | TokenIssuer) else "file"),
+]
+"""Source of a token: a file, or an identity provider."""
 
 
 @dataclass(frozen=True, slots=True)
