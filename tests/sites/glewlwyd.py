@@ -13,9 +13,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
+if TYPE_CHECKING:  # `make servers` asks what is installed, with a Python that has nothing
+    import httpx
 
 _SECONDS = 60
 _TABLES = Path("/usr/share/dbconfig-common/data/glewlwyd/install/sqlite3")
@@ -149,6 +150,8 @@ class Glewlwyd:
 
     @contextlib.contextmanager
     def _administrator(self) -> Iterator[httpx.Client]:
+        import httpx
+
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         api = f"https://localhost:{self._port}/api/"
