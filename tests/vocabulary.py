@@ -29,7 +29,7 @@ class Word(NamedTuple):
 WORDS = (
     Word(r"\bwhoever\b", "who or what it is", 0),
     Word(r"\bsomebody\b", "who it is: a user, a worker, an operator", 3),
-    Word(r"\bsuspects?\b|is_suspect|_suspects\b", "poison candidate", 35),
+    Word(r"\bsuspects?\b|is_suspect|_suspects\b", "poison candidate", 26),
     Word(r"(?<![\"_])burial", "delivery id", 3),
     Word(r"\bbur(y|ied)\b", "stored as a dead letter", 7),
     Word(r"condemn", "mark_cancelled", 0),
@@ -56,8 +56,8 @@ WORDS = (
     Word(r"\b_?courses\b", "statistics", 0),
     Word(r"\bTold\b|\b_told\b", "ErrorInfo; on_outcome", 0),
     Word(r"(?<!task\.)\bgiven_up\b", "abandoned_outcome", 0),
-    Word(r"(?<!`)\bdeaths\b(?!`)", "redelivery_count", 69),
-    Word(r"(?<!since the )(?<!tasks:)\bepoch\b", "dataset_id", 25),
+    Word(r"(?<!`)\bdeaths\b(?!`)", "redelivery_count", 68),
+    Word(r"(?<!since the )(?<!tasks:)\bepoch\b", "dataset_id", 20),
     Word(r"\bput_aside\b|\btake_up\b", "defer, requeue", 0),
     Word(r"\bDeadLetterOffice\b", "DeadLetterStore", 0),
     Word(r"\bTakenOver\b", "LeaseLost", 0),
@@ -113,7 +113,7 @@ WORDS = (
     Word(r"\bstored_result\b", "result_effect", 0),
     Word(r"\bmakes? room\b|\bmade room\b", "drain", 5),
     Word(r"\bconvict", "poison; poison candidate", 0),
-    Word(r"\bfor good\b", "permanently; say what ends it", 12),
+    Word(r"\bfor good\b", "permanently; say what ends it", 11),
     Word(r"\bdear\b", "expensive", 0),
     Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"
@@ -125,7 +125,7 @@ WORDS = (
 
 #: Docstrings that begin with a question or a person. A first line says what the thing is or does.
 OPENINGS = re.compile(r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody)\b')
-OPENINGS_BOUND = 235
+OPENINGS_BOUND = 0
 
 
 def texts() -> dict[str, str]:

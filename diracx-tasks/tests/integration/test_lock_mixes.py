@@ -105,7 +105,7 @@ def judge(notes: list[tuple[float, int, str, str]], killed: dict[int, float], ta
 
 
 def overtaken(notes: list[tuple[float, int, str, str]], in_line: list[str], newcomers: list[str]) -> int:
-    """How many newcomers began before the task of the line that most of them passed."""
+    """Number of newcomers that began before the task of the line that most of them passed."""
     begins = {name: at for at, _, what, name in notes if what == "begins"}
     return max(sum(begins[other] < begins[name] for other in newcomers) for name in in_line)
 

@@ -1,4 +1,4 @@
-"""How many files of the project one task passes, from `schedule()` until it is settled: it has to be readable."""
+"""Number of files of the project one task passes, from `schedule()` to its settlement: it has to be readable."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ async def until_renewed(url: str, times: int) -> None:
 
 
 class _Slots:
-    """What has been settled."""
+    """Slots that record what has been settled."""
 
     def __init__(self) -> None:
         self.left: list[Delivery] = []

@@ -126,7 +126,7 @@ class CEBackend(ABC, Generic[SettingsT]):
     """
 
     Settings: ClassVar[type[CESettings]]
-    """What the `settings` of a compute element may hold."""
+    """Model of the `settings` of a compute element."""
 
     operator_only: ClassVar[bool] = False
     """Whether such compute elements come from the operator's files alone, never through the API: for back

@@ -147,7 +147,7 @@ async def _pilot_registry(request: Request) -> AsyncIterator[PilotAgentsDB | Non
 
 
 class _Access:
-    """What routes work with: the user of the request, the database, the audit log and the compute elements.
+    """Dependencies of routes: the user of the request, the database, the audit log and the compute elements.
 
     There is no transaction around a request: the logic layer commits before the answer leaves, and holds nothing
     while a compute element is being talked to.

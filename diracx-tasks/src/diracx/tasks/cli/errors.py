@@ -30,7 +30,7 @@ class CliError(Exception):
 
 
 class UsageProblem(CliError):
-    """What was typed cannot be meant."""
+    """Usage error: invalid arguments or options."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)

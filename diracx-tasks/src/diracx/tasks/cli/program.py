@@ -57,7 +57,7 @@ def _report_unless_late(error: threading.ExceptHookArgs) -> None:
 
 
 def _usage_problem(error: Any) -> str:
-    """What Typer found wrong, with the value, which it does not always name, and where to read on.
+    """Message of a usage error of Typer, with the value, which it does not always name, and where to read on.
 
     Nothing where no command of a group was named: Typer has shown its help.
     """

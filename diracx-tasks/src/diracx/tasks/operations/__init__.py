@@ -1,4 +1,4 @@
-"""What operators see and do: read models, health checks, audited actions and metrics."""
+"""Views and actions of operators: read models, health checks, audited actions and metrics."""
 
 from __future__ import annotations
 

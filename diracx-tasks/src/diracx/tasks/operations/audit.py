@@ -50,9 +50,9 @@ class AuditEntry:
     action: str
     """As `retry dead letters`."""
     target: str
-    """What it was done to."""
+    """Object of the action, such as a task, queue or lock."""
     outcome: str | None
-    """What came of it; None: not known, as it is not over, its process died, or this could not be written."""
+    """Result; None: not known, as it is not over, its process died, or this could not be written."""
     ok: bool | None
     """Whether it was done."""
 
@@ -101,7 +101,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def user_at_host() -> str:
-    """Who acts at a command line, as `wilma@head.example.org`: by the user id, whatever the environment says."""
+    """User of a command line, as `wilma@head.example.org`: by the user id, whatever the environment says."""
     import pwd
 
     try:

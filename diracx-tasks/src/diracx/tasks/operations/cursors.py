@@ -54,7 +54,7 @@ def moment(seconds: float) -> datetime:
 
 
 def text(value: Any) -> str:
-    """What the server says, as text."""
+    """Decode a reply of the server to text."""
     return text_of(value)
 
 
@@ -74,7 +74,7 @@ def scored(reply: Any) -> list[tuple[Any, float]]:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a list reads of a message: all of a small one, the leading fields of a large one."""
+    """Head of a message that a list shows: all of a small one, the leading fields of a large one."""
 
     message: TaskMessage | None
     """None when it is no task message. Of one that is not whole the last fields are missing."""

@@ -74,12 +74,12 @@ async def find_dead_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What became of dead letters that a user has decided about."""
+    """Result of resubmitting or discarding dead letters."""
 
     done: list[Mapping[str, Any]]
-    """Those that were submitted again, or discarded."""
+    """Dead letters that were submitted again, or discarded."""
     already: list[Mapping[str, Any]]
-    """Those for which another user had done so."""
+    """Dead letters for which another user had done so."""
     refused: list[tuple[Mapping[str, Any], str]]
     """The others, and why."""
 

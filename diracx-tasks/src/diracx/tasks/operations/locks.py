@@ -65,7 +65,7 @@ async def _seen(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
 
 
 async def _owners(redis: Redis) -> dict[tuple[str, str], tuple[str, int | None]]:
-    """Who holds locks for tasks: owner and key -> worker and limit."""
+    """Owners of the locks that tasks hold: owner and key -> worker and limit."""
     found: dict[tuple[str, str], tuple[str, int | None]] = {}
     for name, record in (await locking.held_locks_records(redis, await alive_workers(redis))).items():
         for field, held in record.items():

@@ -1,4 +1,4 @@
-"""What an operator sees: plain values, each with its unit, and each of them as JSON."""
+"""Read models for operators: plain values, each with its unit, and each of them as JSON."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def as_json(value: Any) -> Any:
 
 
 class Shown:
-    """What can be shown."""
+    """Base of all read models."""
 
     __slots__ = ()
 
@@ -118,7 +118,7 @@ class Worker(Shown):
     seen: datetime | None = None
     """Its last report; workers report every 5 s."""
     blocked: BlockedLoop | None = None
-    """What blocks its event loop; None: nothing."""
+    """Code that blocks its event loop; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ class RunningTask(Shown):
     attempt: int
     """1 for the first."""
     deliveries: int
-    """How often it was handed out: more than once means that a worker died with it."""
+    """Number of deliveries: more than one means that a worker died with it."""
     since: datetime
     worker: str
     blocks_worker: bool = False
@@ -197,7 +197,7 @@ class QueuedTask(Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder(Shown):
-    """Whoever holds a lock."""
+    """Holder of a lock."""
 
     owner: str
     """The name under which it is held."""
@@ -245,7 +245,7 @@ class Distribution(Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskStats(Shown):
-    """How a class of tasks did over the last hour or day."""
+    """Statistics of a class of tasks over the last hour or day."""
 
     task_name: str
     done: int
@@ -281,7 +281,7 @@ class Failure(Shown):
     attempt: int
     worker: str
     outcome: Literal["retried", "dead", "dropped", "cancelled"]
-    """What became of the task: `dead` is with the dead letters, `dropped` is gone."""
+    """Outcome for the task: `dead` is with the dead letters, `dropped` is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,9 +336,9 @@ class Snapshot(Shown):
     schedules: int
     """Schedules with a next run."""
     schedules_late: int
-    """Those whose next run is more than 10 s overdue, and that are not paused: no scheduler works."""
+    """Schedules whose next run is more than 10 s overdue, and that are not paused: no scheduler works."""
     schedule_lateness_seconds: float
-    """How much the run of a schedule is overdue at the moment, the worst of them."""
+    """Delay of the run of the schedule that is most overdue at the moment."""
     delayed_lateness_seconds: float
     """The same of delayed tasks."""
     scheduler_leads: bool
@@ -346,7 +346,7 @@ class Snapshot(Shown):
     groups: int
     """Callback groups that have not called back."""
     groups_stuck: int
-    """Those of which no child has ended for a day, or that have failed without a callback for that."""
+    """Groups of which no child has ended for a day, or that have failed without a callback for that."""
     dead_letters_waiting: int
     """Dead letters in Redis, that wait for a worker with a database."""
     dead_letters_waiting_since: datetime | None
@@ -361,11 +361,11 @@ class Snapshot(Shown):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released(Shown):
-    """What `release_lock` did."""
+    """Result of `release_lock`."""
 
     key: str
     released: int
     """Holds that were given back; with a rate limiter, units of quota."""
     hit: list[Holder] = field(default_factory=list)
-    """Whose hold that was. A task among them is cancelled when its worker next renews its locks, and counts as
+    """Holders that lost it. A task among them is cancelled when its worker next renews its locks, and counts as
     failed."""

@@ -195,7 +195,7 @@ async def delayed(
 
 
 async def _with_lines(redis: Redis, tasks: list[DelayedTask]) -> list[DelayedTask]:
-    """What waits for a lock is due when its line is looked at."""
+    """Set the due time of tasks that wait for a lock: the next poll of its line."""
     locks = sorted({task.lock for task in tasks if task.lock})
     if not locks:
         return tasks

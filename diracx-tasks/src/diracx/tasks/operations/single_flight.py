@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 class _Answer:
     asked: asyncio.Future[Any]
     seconds: float
-    """How long it is kept."""
+    """Time for which it is kept."""
     at: float | None = None
     """When it came, by the monotonic clock; None: it is being computed."""
 

@@ -25,7 +25,7 @@ _FAILURES_READ = 100
 
 
 async def stats(redis: Redis, window: Window = "hour") -> list[TaskStats]:
-    """How each class of tasks did over the last hour (by the minute) or day (by the hour), by name.
+    """Statistics of each class of tasks for the last hour (by the minute) or day (by the hour), by name.
 
     Raises:
         ValueError: when there is no such window.

@@ -74,12 +74,12 @@ def age(seconds: float | None) -> str:
 
 
 def since(moment: datetime | None) -> str:
-    """How long ago a moment was."""
+    """Format the time since a moment."""
     return NONE if moment is None else age((datetime.now(UTC) - moment).total_seconds())
 
 
 def remaining(moment: datetime | None) -> str:
-    """How long it is until a moment."""
+    """Format the time until a moment."""
     return NONE if moment is None else f"in {age((moment - datetime.now(UTC)).total_seconds())}"
 
 
@@ -119,7 +119,7 @@ class Column(Generic[_Row]):
     style: Callable[[_Row], str] | None = None
     """The style (of Rich) of a row's text; the dashboard has a class for each."""
     kind: Kind = "text"
-    """How the dashboard shows the value; `text`: as the terminal does."""
+    """Format of the value on the dashboard; `text`: as on the terminal."""
     link: Callable[[_Row], str | None] | None = None
     """The page of the dashboard about the value."""
     detail: Callable[[_Row], str | None] | None = None
@@ -353,7 +353,7 @@ AUDIT: View[AuditEntry] = View(
 
 
 def quota(lock: Lock) -> str:
-    """How much of a lock or limiter is held: `3 of 10 in 60 s`."""
+    """Format the use of a lock or limiter: `3 of 10 in 60 s`."""
     limit = "" if lock.limit is None else f" of {lock.limit}"
     window = "" if lock.window_seconds is None else f" in {age(lock.window_seconds)}"
     return f"{lock.held}{limit}{window}"

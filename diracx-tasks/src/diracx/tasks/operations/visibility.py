@@ -1,4 +1,4 @@
-"""Whose tasks a viewer sees: a VO's, or those of the whole installation.
+"""Visibility of tasks: a viewer sees those of a VO, or those of the whole installation.
 
 docs/reference/who-may-see-what.md is the table that this enforces.
 """

@@ -1,4 +1,4 @@
-"""What dashboard and HTTP interface read: one broker, its tasks, their settings, and the dead letters."""
+"""Data source of dashboard and HTTP interface: one broker, its tasks, their settings, and the dead letters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KEPT_LOOKS = 900
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the operator has written, as of some seconds ago."""
+    """Settings that the operator has written, as of some seconds ago."""
 
     tasks: TasksConfig
     """The last good ones."""
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much there was to do at one moment."""
+    """Load at one moment."""
 
     at: float
     """Seconds since the epoch, by the server's clock."""
@@ -96,7 +96,7 @@ class AppContext:
 
     @property
     def config_source(self) -> str:
-        """Where the settings are written."""
+        """Source of the settings."""
         return self._reader.source
 
     def task_class(self, name: str) -> type[BaseTask] | None:
@@ -113,7 +113,7 @@ class AppContext:
             return self._settings
 
     async def health(self) -> Health:
-        """What the health checks found, as of some seconds ago at most; nothing is raised when a server is away.
+        """Results of the health checks, of some seconds ago at most; nothing is raised when a server is away.
 
         Raises:
             TaskConfigError: a threshold in the environment is wrong.

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """How live pages are kept up to date."""
+    """Settings of the updates of live pages."""
 
     poll_seconds: float = 2.0
-    """How often the live part of a page is made again; equal pages share it."""
+    """Interval at which the live part of a page is made again; equal pages share it."""
     keepalive_seconds: float = 15.0
     """Something is sent at least so often: proxies cut off what is silent."""
     session_check_seconds: float = 15.0
-    """How often it is checked that the session is not over."""
+    """Interval at which it is checked that the session is not over."""
     max_seconds: float = 3600.0
     """A stream ends after that, and the browser begins another: a server that stops waits for streams."""
     max_streams: int = 40
@@ -36,7 +36,7 @@ class StreamSettings:
 
     @property
     def shared_seconds(self) -> float:
-        """How long equal pages share an answer: each poll finds a new one."""
+        """Time for which equal pages share an answer: each poll finds a new one."""
         return 0.9 * self.poll_seconds
 
 
@@ -65,7 +65,7 @@ class _Stream(StreamingResponse):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePage:
-    """What is sent to a browser that shows a live page."""
+    """Stream of events to a browser that shows a live page."""
 
     fragment: Callable[[], Awaitable[str]]
     """Renders the part that changes."""

@@ -15,7 +15,7 @@ ATTRIBUTES = (
     "HoldReason", "HoldReasonCode", "LastHoldReason", "LastHoldReasonCode", "RemoveReason",
     "EnteredCurrentStatus", "ServerTime", "RemoteHost",
 )  # fmt: skip
-"""What is asked of each job, in the order of the answer."""
+"""Attributes that are asked of each job, in the order of the answer."""
 
 ABANDONED = "its files have never come to the schedd"
 """The reason that is given for the removal of such jobs."""

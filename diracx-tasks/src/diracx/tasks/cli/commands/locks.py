@@ -96,7 +96,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
 
 
 def _consequence(holder: Holder) -> str:
-    """What a release does to a holder."""
+    """Consequence of a release for a holder, as a sentence."""
     if holder.worker is None:
         return "held outside the task system: the holder will not learn of it"
     if holder.task_id is None:

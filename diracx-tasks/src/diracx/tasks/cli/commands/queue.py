@@ -27,7 +27,7 @@ QueueArgument = Annotated[
 
 
 class Reason(StrEnum):
-    """Why a task is delayed."""
+    """Reason for the delay of a task."""
 
     AT_TIME = "at_time"
     RETRY = "retry"

@@ -1,1 +1,1 @@
-"""What commands run on: broker, databases, configuration, registry, logging, metrics server, supervisor."""
+"""Resources of commands: broker, databases, configuration, registry, logging, metrics server, supervisor."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Safe(logging.Formatter):
-    """What another formatter makes, without passwords of URLs and without what would steer a terminal. What a text
+    """Formatter around another that removes passwords from URLs and what would steer a terminal. What a text
     continues with is indented: nothing that is logged, such as a name with a line feed, can pass for a record.
     """
 

@@ -11,7 +11,7 @@ from ..models import Shown
 
 
 class Severity(StrEnum):
-    """How bad it is, in the words of Nagios."""
+    """Severity of an alert, in the words of Nagios."""
 
     OK = "ok"
     WARNING = "warning"
@@ -43,13 +43,13 @@ class Alert(Shown):
     """Name of the health check: `queue_without_worker`."""
     severity: Severity
     summary: str
-    """What is so, on one line."""
+    """Problem, on one line."""
     remedy: str
-    """What to do about it, on one line."""
+    """Remedy, on one line."""
     count: int = 1
-    """How many tasks, workers, pilots, … it is about."""
+    """Number of tasks, workers, pilots, … that it is about."""
     subject: str = ""
-    """Which queue, worker, task, compute element, … it is about; empty: the whole system."""
+    """Queue, worker, task, compute element, … that it is about; empty: the whole system."""
     since: datetime | None = None
     """Since when it is so: by the data, else since it was first noticed; None where that is not known."""
     public: bool = False

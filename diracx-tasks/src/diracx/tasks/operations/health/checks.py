@@ -428,13 +428,13 @@ def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 
 def describe(check: str) -> str:
-    """What a check looks for, in a line without names."""
+    """Describe what a check looks for, in a line without names."""
     found = CHECKS.get(check)
     return check.replace("_", " ") if found is None else (found.__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def find_alerts(facts: Facts, limits: HealthThresholds) -> list[Alert]:
-    """What all of them say; of each the first 20, and how many more."""
+    """Run all health checks; of each return the first 20 alerts, and one that counts the rest."""
     alerts: list[Alert] = []
     for name, check in CHECKS.items():
         found = list(check(facts, limits))

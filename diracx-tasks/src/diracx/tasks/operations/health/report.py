@@ -13,18 +13,18 @@ from .checks import describe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health(Shown):
-    """What all health checks found at one moment."""
+    """Result of all health checks at one moment."""
 
     severity: Severity
     """The worst there is."""
     alerts: list[Alert] = field(default_factory=list)
     """The worst first."""
     unchecked: list[str] = field(default_factory=list)
-    """What is not looked at from here, and why."""
+    """Checks that cannot be run from here, each with the reason."""
     snapshot: Snapshot | None = None
     """The whole system; None when the server did not answer."""
     error: Exception | None = None
-    """Why it did not."""
+    """Error with which the server did not answer."""
 
     def for_viewer(self, viewer: Viewer) -> Health:
         """As far as a viewer may see it: of what concerns other VOs only that it is so."""

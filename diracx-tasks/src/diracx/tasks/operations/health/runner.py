@@ -90,7 +90,7 @@ class HealthChecks:
         )
 
     async def _server_alert(self, error: Exception) -> Alert:
-        """Why the server cannot be read: it does not answer, or it is one on which nothing works."""
+        """Alert for a server that cannot be read: it does not answer, or it is one on which nothing works."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 problem = obstacle(await read_server(self._redis))
@@ -99,7 +99,7 @@ class HealthChecks:
         return _server_away(error) if problem is None else unusable(problem)
 
     async def _ask(self, name: str) -> list[Alert]:
-        """What one source says, as of some seconds ago; that it does not answer is an alert."""
+        """Alerts of one source, as of some seconds ago; that it does not answer is an alert."""
 
         async def ask() -> list[Alert]:
             try:
@@ -174,7 +174,7 @@ def _source_away(name: str, error: Exception) -> Alert:
 
 
 def database_error(error: BaseException) -> str:
-    """What the driver of a database said, on one line: without the statement, and what SQLAlchemy adds."""
+    """Error of a database driver on one line: without the statement, and what SQLAlchemy adds."""
     cause = error.__cause__ if type(error).__name__ == "DBUnavailableError" and error.__cause__ else error
     return " ".join(str(getattr(cause, "orig", None) or cause).split())[:300] or type(cause).__name__
 

@@ -47,7 +47,7 @@ class HealthThresholds(BaseModel):
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Those of the environment, else the defaults.
+        """Read the thresholds from the environment; the defaults where it has none.
 
         Raises:
             TaskConfigError: naming the variable, its value and what is wrong.

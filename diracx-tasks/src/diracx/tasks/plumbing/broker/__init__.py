@@ -1,4 +1,4 @@
-"""Where messages live: key names, message models, the Lua steps and the broker that calls them.
+"""Message storage: key names, message models, the Lua steps and the broker that calls them.
 
 The names here are loaded at their first use: who wants a key or a limit needs no client of Redis.
 """

@@ -1,4 +1,4 @@
-"""What the address of a server means, and what is wrong with it.
+"""Parser and checks of the address of a server.
 
     redis://[user:password@]host[:port][/database][?option=value]        valkey:// is the same
     rediss://…                                                           TLS; valkeys:// is the same
@@ -112,7 +112,7 @@ def read_url_file(path: str, origin: str) -> str:
 
 
 def parsed(url: str) -> Address:
-    """What the URL means.
+    """Parse the URL of a server.
 
     Raises:
         AddressError: what is wrong with it, to be read after the URL. Says nothing of what may be a password.

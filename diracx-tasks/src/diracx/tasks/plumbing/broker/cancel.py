@@ -38,7 +38,7 @@ _CANCELLED = "cancelled before it had begun"
 
 
 class TaskPlace(StrEnum):
-    """Where a task was found."""
+    """Place in which a task was found."""
 
     QUEUED = "queued"
     DELAYED = "delayed"
@@ -121,7 +121,7 @@ class CancellationSearch:
                 )
 
     async def unmark(self) -> None:
-        """What was found nowhere needs no mark. One that is gone was taken away when the task was settled."""
+        """Remove the marks of tasks that were found nowhere. One that is gone was taken away by the settlement."""
         tasks = list(self.missing)
         if not tasks:
             return
@@ -138,7 +138,7 @@ class CancellationSearch:
                     del self.missing[task]
 
     async def _announce_to_workers_after_data_loss(self, tasks: Sequence[str]) -> None:
-        """What runs on after a loss of the server's data is in no stream, but its worker has noted its entry."""
+        """Announce tasks that run on after a loss of the server's data: only their workers know of them."""
         redis = self._redis
         alive: Any = await redis.zrange(keys.ALIVE, 0, -1)
         workers = [worker.decode(errors="replace") for worker in alive]

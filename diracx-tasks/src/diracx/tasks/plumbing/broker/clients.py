@@ -41,7 +41,7 @@ class _LimitedSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
 
 
 class _LimitedClient(Redis):
-    """What listens to channels has a connection beside the pool: it would keep one from all others for ever."""
+    """Client that subscribes on connections beside the pool: a subscription would occupy one of it for ever."""
 
     def __init__(self, pool: ConnectionPool, beside: ConnectionPool) -> None:
         super().__init__(connection_pool=pool)

@@ -1,4 +1,4 @@
-"""What one broker has done since it was made: a few additions, for metrics."""
+"""Counters of one broker since it was made: a few additions, for metrics."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def completion_effects(
     ttl_seconds: float | None,
     longest: int = MAX_BYTES,
 ) -> Effects:
-    """What follows from the end of a task.
+    """Effects of the end of a task.
 
     Args:
         make: makes its result, which is stored where it was asked for.
@@ -59,7 +59,7 @@ def completion_effects(
 
 
 def retry_effects(message: TaskMessage, error: ErrorInfo, seconds: float, retry_seconds: float) -> Effects:
-    """What follows from an attempt after which the task is tried again, in so many seconds: its group is kept."""
+    """Effects of an attempt after which the task is tried again, in so many seconds: its group is kept."""
     effects: Effects = {}
     if (group := message.labels.get(LABEL_GROUP)) is not None:
         effects["group"] = {"id": group}

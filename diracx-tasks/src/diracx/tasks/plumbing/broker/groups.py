@@ -25,7 +25,7 @@ _GROUPS_BATCH = 100
 
 
 class GroupState(StrEnum):
-    """How a group stands. One that has called back is not there any more."""
+    """State of a group. One that has called back is not there any more."""
 
     SUBMITTING = "submitting"
     """Not all its children have arrived; none of them runs."""

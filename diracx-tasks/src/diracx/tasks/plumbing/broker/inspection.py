@@ -56,7 +56,7 @@ async def stream_heads(
 
 
 async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
-    """What is stored of delayed tasks: cut off after `at_most` bytes, and its length; None: it is gone."""
+    """Stored heads of delayed tasks: cut off after `at_most` bytes, and the whole length; None: it is gone."""
     heads: list[tuple[bytes, int] | None] = []
     while len(heads) < len(tasks):
         unread = pack(tasks[len(heads) :])
@@ -117,12 +117,12 @@ def counter_key(period: str, bucket: int) -> str:
 
 
 async def counters(redis: Redis, period: str, buckets: Sequence[int]) -> list[Any]:
-    """What ended in each of these periods: task -> counters (msgpack)."""
+    """Counters of the executions that ended in each of these periods: task -> counters (msgpack)."""
     return await _hashes(redis, [counter_key(period, bucket) for bucket in buckets])
 
 
 async def throughput(redis: Redis, minutes: Sequence[int]) -> list[Any]:
-    """How much came into each queue in these minutes, and how much ended."""
+    """Throughput of each queue in these minutes: tasks that came in, and that ended."""
     return await _hashes(redis, [f"{keys.FLOW_PREFIX}{minute}" for minute in minutes])
 
 
@@ -140,7 +140,7 @@ async def failed_attempts(redis: Redis, newest: str, count: int) -> Any:
 
 
 async def unfinished(redis: Redis) -> dict[str, int]:
-    """How many tasks are in each place from which they will go on without waiting for a moment: at one instant."""
+    """Number of tasks in each place from which they go on without waiting for a moment: at one instant."""
     now_ms = int(await server_time(redis) * 1000)
     async with redis.pipeline(transaction=True) as pipe:
         for stream in keys.EVERY_STREAM:

@@ -65,7 +65,7 @@ def can_be_packed(value: Any) -> bool:
 
 
 async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int) -> list[list[Any]]:
-    """Who holds locks, and how many wait. See lua/inspect.lua."""
+    """Holders of locks, and the number of waiting tasks. See lua/inspect.lua."""
     packed = await script("inspect")(redis, args=[pack(locks), at_most])
     found: list[list[Any]] = msgpack.unpackb(packed, unicode_errors="replace", strict_map_key=False)
     return found
@@ -92,7 +92,7 @@ async def held_locks_records(redis: Redis, workers: Sequence[str]) -> dict[str, 
 
 
 async def waiter_counts(redis: Redis, locks: Sequence[str]) -> list[int]:
-    """How many tasks wait for each of these locks."""
+    """Number of tasks that wait for each of these locks."""
     async with redis.pipeline(transaction=False) as pipe:
         for key in locks:
             for line in keys.of_all_sizes(keys.WAITING_PREFIX, key):

@@ -1,4 +1,4 @@
-"""What travels: the message of a task, its delivery to a worker, how it ended, and what the broker is told."""
+"""Messages and their life: message of a task, its delivery to a worker, its outcome, and the settlement."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TaskMessage:
     sig: int = 0
     """Hash of the names of the fields whose values are in `task_args`; 0: not known. Others pass it over."""
     later_fields: dict[str, Any] | None = field(default=None, init=False)
-    """What a later version has added: carried along, for those who know it."""
+    """Fields that a later version has added: kept, and sent on."""
 
     def dumpb(self) -> bytes:
         """The message as it is stored, with all fields that version 0.7 needs.
@@ -182,7 +182,7 @@ def id_at_head(data: bytes) -> bytes | None:
 
 @dataclass(kw_only=True, slots=True)
 class TaskResult(Generic[_Value]):
-    """How a task ended, as it is kept for those who asked for it."""
+    """Result of a task, as it is stored for its reader."""
 
     is_err: bool
     return_value: _Value
@@ -287,7 +287,7 @@ class Delivery:
     entry: str
     """Id of the stream entry."""
     deliveries: int
-    """How often it was handed out, this time included: more than once means a worker died with it."""
+    """Number of deliveries, this one included: more than one means that a worker died with it."""
     data: bytes | None
     """The stored message; None when the entry has none."""
     raw: bytes
@@ -295,17 +295,17 @@ class Delivery:
     since: str = "0"
     """When it first began to wait for a lock (µs since the epoch), or 0."""
     earlier_deaths: int = 0
-    """How many workers died with it before it was parked or handed back: entries before this one."""
+    """Number of workers that died with it before it was parked or handed back: entries before this one."""
     occurrence: str | None = None
     """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
     survived: int = 0
-    """How many of the workers that lost this entry live after all."""
+    """Number of the workers that lost this entry but are alive."""
     granted: bytes | None = None
     """The key of the lock for which it was granted the turn, after it had waited."""
 
     @property
     def deaths(self) -> int:
-        """How many workers died with it since it was submitted or last retried."""
+        """Number of workers that died with it since it was submitted or last retried."""
         return self.earlier_deaths + self.deliveries - 1 - self.survived
 
     @property
@@ -329,7 +329,7 @@ class Delivery:
 
 @dataclass(slots=True)
 class Settlement:
-    """What the broker is told of one delivery. At most one of retry, requeue, aside and dead is set."""
+    """Settlement of one delivery. At most one of retry, requeue, aside and dead is set."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
@@ -343,10 +343,10 @@ class Settlement:
     release_results: str | None = None
     """The group whose children's results are needed no more: its callback has ended."""
     outcome: ScheduleEffect | None = None
-    """What is kept of an occurrence of a schedule."""
+    """Outcome that a schedule stores of its occurrence."""
 
     def effects(self) -> dict[str, Any]:
-        """What is set, for lua/settle.lua; of most tasks nothing is."""
+        """Effects that are set, for lua/settle.lua; of most tasks none is."""
         values = _effects(self)
         found = {name: value for name, value in zip(_EFFECTS, values, strict=True) if value} if any(values) else {}
         if self.delivery.granted and not self.requeue:

@@ -133,13 +133,13 @@ class RedisStreamBroker:
 
     @property
     def reconnects(self) -> int:
-        """How often a connection was lost and opened again: each time, perhaps, to another server."""
+        """Number of connections that were lost and opened again: each time, perhaps, to another server."""
         pool: Any = self.redis.connection_pool
         return int(pool.reconnects)
 
     @property
     def patience_seconds(self) -> float:
-        """How long an answer of the server may take before the connection counts as dead."""
+        """Time within which the server has to answer before the connection counts as dead."""
         seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")
         return seconds or float("inf")
 
@@ -428,7 +428,7 @@ class RedisStreamBroker:
     async def recover(
         self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None
     ) -> list[Delivery]:
-        """What was reserved for us in a call whose answer was lost.
+        """Deliveries that were reserved for us in a call whose answer was lost.
 
         Args:
             known: stream and entry of what is in our hands.
@@ -636,7 +636,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
 
 
 def _about_size(largest: int) -> str:
-    """What may be wrong with a large message, where the server does not say it: it closes the connection."""
+    """Hint at the size of a large message, where the server does not say it: it closes the connection."""
     if largest < ALWAYS_TAKEN_BYTES:
         return ""
     return f" (the largest message has {largest} bytes; the server's proto-max-bulk-len is its limit)"

@@ -1,4 +1,4 @@
-"""What the scripts take. The headers of `lua/*.lua` say what each field means."""
+"""Arguments of the scripts. The headers of `lua/*.lua` say what each field means."""
 
 from __future__ import annotations
 

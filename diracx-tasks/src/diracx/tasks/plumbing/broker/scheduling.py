@@ -162,7 +162,7 @@ async def publish_problems(redis: Redis, problems: Mapping[str, str]) -> None:
 
 
 class Activity(StrEnum):
-    """What the last occurrence does at the moment, when it has not ended."""
+    """State of the last occurrence when it has not ended."""
 
     WAITING = "waiting"
     """In its queue, or for a lock or quota."""
@@ -174,13 +174,13 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the last occurrence that ended, ended; or its last attempt."""
+    """Outcome of the last occurrence that ended, or of its last attempt."""
 
     task_id: str
     ok: bool
     ended: datetime
     seconds: float
-    """How long it took."""
+    """Run time."""
     error: str | None = None
     """Type of the exception."""
     message: str | None = None
@@ -231,7 +231,7 @@ def _outcome(text: str) -> Outcome:
 
 
 async def activities(redis: Redis, stored: StoredSchedules) -> dict[str, Activity]:
-    """What those occurrences do that have not ended."""
+    """States of those occurrences that have not ended."""
     open_ = {
         id_: last
         for id_, last in stored.last_runs.items()

@@ -55,7 +55,7 @@ class UnusableServerError(Exception):
 
 
 class Role(Enum):
-    """What a process does with the server: the commands without which it cannot."""
+    """Role of a process: the commands without which it cannot work."""
 
     SUBMITTER = (
         f"XADD {_STREAM} * data x",
@@ -95,7 +95,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What a server says of itself. What its user may not ask is missing."""
+    """Properties of a server. What its user may not ask is missing."""
 
     info: Mapping[str, Any] = field(default_factory=dict)
     """Of INFO."""
@@ -106,7 +106,7 @@ class Server:
     refused: tuple[str, ...] = ()
     """Commands of the role that its user may not send."""
     script_error: str | None = None
-    """Why a script that declares no keys is refused."""
+    """Error of the server for a script that declares no keys."""
     has_sentinels: bool = False
     """Whether its address came from Sentinels."""
 
@@ -127,7 +127,7 @@ SAFE_POLICY = "noeviction"
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """What the server says of its memory. None where its user may not ask."""
+    """Memory use and limit of the server. None where its user may not ask."""
 
     used_bytes: int | None = None
     limit_bytes: int | None = None
@@ -150,7 +150,7 @@ async def read_memory(redis: Redis) -> ServerMemory:
 
 
 def eviction_problem(policy: str | None, limit_bytes: int | None) -> str | None:
-    """What is wrong with the server's `maxmemory-policy`; None when nothing is known to be.
+    """Describe the problem with the server's `maxmemory-policy`; None when none is known.
 
     Args:
         policy: None: unknown.
@@ -227,7 +227,7 @@ def _as_text(hello: Any) -> dict[str, str]:
 
 
 def obstacle(server: Server) -> str | None:
-    """What keeps the task system from working, and the way out, on one line; None when nothing is known to."""
+    """Obstacle to the whole task system, and the way out, on one line; None when none is known."""
     version = server.version or ""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     mode = server.hello.get("mode") or server.info.get("redis_mode")

@@ -1,4 +1,4 @@
-"""How much may pass through the server at a time: one message, and one call."""
+"""Limits of the size of one message, and of one call of the server."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def ms_of(score: bytes | str) -> int:
 
 
 def text_of(value: Any) -> str:
-    """What the server says, as text."""
+    """Decode a reply of the server to text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a worker tells the server outside its event loop, its reports, and how both are read."""
+"""State that a worker writes to the server outside its event loop, its reports, and how both are read."""
 
 from __future__ import annotations
 

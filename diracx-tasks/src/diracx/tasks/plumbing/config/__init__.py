@@ -1,4 +1,4 @@
-"""What an operator may change about tasks without touching code, and where it is read from.
+"""Configuration by operators: what they may change about tasks without touching code, and its sources.
 
 Either a YAML file (`DIRACX_TASKS_CONFIG`) or the `Systems.Tasks` section of the DiracX configuration::
 

@@ -1,4 +1,4 @@
-"""Which process runs with which configuration: each says so in Redis, and anybody may look.
+"""Record in Redis of the configuration of each process, for everybody to read.
 
 `diracx-task-run config in-force` and dashboards read it; `ConfigWatcher` writes it.
 """
@@ -35,7 +35,7 @@ class ActiveConfig:
     role: str
     """`worker small`, `worker medium`, `worker large` or `scheduler`."""
     source: str
-    """Where it was read: a path, `Systems.Tasks`, or `defaults`."""
+    """Source of the settings: a path, `Systems.Tasks`, or `defaults`."""
     digest: str
     """12 hexadecimal digits; the same for the same settings of tasks."""
     since: float
@@ -43,11 +43,11 @@ class ActiveConfig:
     vos: tuple[str, ...] | None = None
     """The VOs that the process knows; None without a DiracX configuration."""
     problems: tuple[str, ...] = ()
-    """What is wrong with what is written now: the configuration in force is then an earlier one."""
+    """Mistakes in the configuration as it is written now: the one in force is then an earlier one."""
     problems_since: float | None = None
     """When they appeared (s since the epoch)."""
     warnings: tuple[str, ...] = ()
-    """What is odd about it and did not keep it from coming into force."""
+    """Mistakes in it that did not keep it from coming into force."""
     process: str = ""
     """`host:pid:random`."""
     seen: float = 0.0

@@ -1,4 +1,4 @@
-"""What holds in the end: the value of every setting of a task or of an object, and where it comes from."""
+"""Effective settings: the value of every setting of a task or of an object, and where it comes from."""
 
 from __future__ import annotations
 

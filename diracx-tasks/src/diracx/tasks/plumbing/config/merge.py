@@ -1,4 +1,4 @@
-"""How the layers of a configuration are put on top of each other, field by field.
+"""Merging of the layers of a configuration, field by field.
 
 Everything here works on plain mappings that need not be valid, so that what is wrong with the layers together
 is reported beside what is wrong with each.
@@ -91,7 +91,7 @@ def with_instances(merged: Layer) -> dict[str, Any]:
 
 
 def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path, Layer]]:
-    """What is written about a task, with its place: for everybody, then for the VO; the class name first."""
+    """Layers of the settings of a task, each with its path: for everybody, then for the VO; class name first."""
     sections: list[Path] = [("common",)]
     if vo is not None:
         sections.append(("vo_overrides", vo))
@@ -103,7 +103,7 @@ def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path
 
 
 def limit_layers(raw: Any, obj: str, keys: Iterable[str], vo: str | None) -> Iterator[tuple[Path, Layer]]:
-    """What is written about the limiters of an object, with its place; the default first."""
+    """Layers of the settings of the limiters of an object, each with its path; the default first."""
     sections: list[Path] = [("limits", obj)]
     if vo is not None:
         sections.append(("vo_limits", vo, obj))
@@ -142,7 +142,7 @@ def _mark(value: Any, place: Path, name: str) -> Any:
 
 
 def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
-    """What is wrong with the layers put together: a window without a rate limit, and schedules that clash."""
+    """Problems of the merged layers: a window without a rate limit, and schedules that clash."""
     for place, merged in _merged_tasks(raw):
         yield from _only_window(place, merged)
         yield from _clashes((*place, "periodic"), merged.get("periodic"))
@@ -169,7 +169,7 @@ class TimezoneClashError(ValueError):
 
 
 def timezone_clash(periodic: Layer) -> str | None:
-    """Why the time zone cannot go with what is beside it; None where it can, or where one is bad by itself."""
+    """Conflict of the time zone with what is beside it; None where there is none, or one is bad by itself."""
     timezone, rule = periodic.get("timezone"), periodic.get("rrule")
     if timezone is None:
         return None

@@ -18,7 +18,7 @@ _LIMITERS = ("ConcurrencyLimiter", "RateLimiter")
 
 
 def as_ours(raw: Any) -> Any:
-    """What is written, with `vo-overrides`, `periodic-tasks` and `limits` by section read as ours; else as it is.
+    """Translate `vo-overrides`, `periodic-tasks` and `limits` by section into our layout; else return it as it is.
 
     In the design record a VO's `periodic-tasks` of a task replace those of `common`.
     """

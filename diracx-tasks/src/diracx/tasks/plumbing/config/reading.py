@@ -32,7 +32,7 @@ def load_tasks_config(path: FilePath | None = None, config: object | None = None
 
 
 def read_written(path: FilePath | None = None, config: object | None = None) -> tuple[Any, Source]:
-    """What the operator has written, not yet looked at, and where. Arguments as `load_tasks_config`.
+    """Read the written configuration, not validated, and its source. Arguments as `load_tasks_config`.
 
     Raises:
         TaskConfigError: when the file cannot be read, is no YAML, or has a key twice.
@@ -95,7 +95,7 @@ def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]
 
 
 def _cause(error: Any) -> Any:
-    """What a validator of ours has raised."""
+    """Exception that a validator of ours has raised."""
     return error.get("ctx", {}).get("error")
 
 

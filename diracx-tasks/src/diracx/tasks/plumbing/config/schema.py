@@ -1,4 +1,4 @@
-"""What an operator may write, field by field. The reference of the settings is made from this."""
+"""Schema of the configuration, field by field. The reference of the settings is made from this."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ _InstanceName = Annotated[str, AfterValidator(_check_instance_name)]
 
 
 class LimitConfig(BaseModel):
-    """How much of something is allowed. None means: as in the code."""
+    """Values of a limiter. None means: as in the code."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -222,7 +222,7 @@ class LimitConfig(BaseModel):
 
 
 class TaskOverride(BaseModel):
-    """What the operator sets for one task. None everywhere means: as in the code."""
+    """Settings of one task. None everywhere means: as in the code."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -346,7 +346,7 @@ class TasksConfig(BaseModel):
 
     @property
     def source(self) -> Source:
-        """Where it was read from."""
+        """Source from which it was read."""
         return self._source
 
     def written(self) -> dict[str, Any]:
@@ -359,7 +359,7 @@ class TasksConfig(BaseModel):
 
     @cached_property
     def _overrides(self) -> dict[tuple[str, str | None], TaskOverride]:
-        """Those that were asked for, by task and VO."""
+        """Overrides that were asked for, by task and VO."""
         return {}
 
     @cached_property
@@ -420,7 +420,7 @@ class TasksConfig(BaseModel):
 
 
 def owner(path: Path | None) -> str:
-    """Who has written what stands there: `code`, `common`, `vo <name>`, `limits` or `limits of vo <name>`."""
+    """Owner of the settings at a path: `code`, `common`, `vo <name>`, `limits` or `limits of vo <name>`."""
     match path:
         case None:
             return "code"

@@ -1,4 +1,4 @@
-"""Where a configuration was read from, down to the line, and how a problem with it is reported."""
+"""Source of a configuration, down to the line, and the report of a problem with it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Source:
     name: str = field(default="", compare=False)
     """The path of a file, or `Systems.Tasks`; empty for what code has made."""
     root: Node | None = field(default=None, compare=False, repr=False)
-    """What a YAML file is made of."""
+    """Root node of the YAML file."""
 
     def line(self, path: Path) -> int | None:
         """The line where the path is written, or as much of it as is; None where there are no lines."""
@@ -44,7 +44,7 @@ class Source:
         return line
 
     def below(self, part: str) -> Source:
-        """What is written below a key."""
+        """Source of the part below a key."""
         found = _entry(self.root, part)
         return Source(self.name, None if found is None else found[1])
 

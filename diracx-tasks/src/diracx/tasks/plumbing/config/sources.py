@@ -1,4 +1,4 @@
-"""Where the configuration of tasks and the VOs are read: again and again, and cheaply while nothing changes.
+"""Readers of the configuration of tasks and of the VOs: again and again, and cheaply while nothing changes.
 
 Everything here blocks (files, git, YAML): a coroutine calls it through `in_thread`.
 """
@@ -41,7 +41,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class ConfigSnapshot:
-    """What is written at one moment."""
+    """Configuration as it is written at one moment."""
 
     tasks: TasksConfig | None
     """None: it is wrong, or cannot be read; see the problems."""
@@ -70,13 +70,13 @@ class ConfigReader:
 
     @classmethod
     def of_environment(cls, registry: Registry | None = None) -> ConfigReader:
-        """What `DIRACX_TASKS_CONFIG` and `DIRACX_CONFIG_BACKEND_URL` name."""
+        """Reader of the sources that `DIRACX_TASKS_CONFIG` and `DIRACX_CONFIG_BACKEND_URL` name."""
         path = os.environ.get(CONFIG_PATH_VARIABLE)
         return cls(Path(path) if path else None, os.environ.get(BACKEND_URL_VARIABLE), registry)
 
     @property
     def source(self) -> str:
-        """Where the settings of tasks come from: a path, `Systems.Tasks`, or `defaults`."""
+        """Source of the settings of tasks: a path, `Systems.Tasks`, or `defaults`."""
         if self._file is not None:
             return str(self._file.path)
         return "defaults" if self._diracx is None else "Systems.Tasks"
@@ -113,7 +113,7 @@ class ConfigReader:
         return _value_of(self._of_config[1])
 
     def read(self) -> ConfigSnapshot:
-        """What is written now; the same object as before when it is the same."""
+        """Read the configuration; return the same object as before while it is the same."""
         config, vos, problems = None, None, []
         try:
             config = self.read_config()
@@ -208,7 +208,7 @@ class _File:
 
 
 def _stamp(path: Path) -> object:
-    """What changes when the file does; the number of the error when it cannot be looked at."""
+    """Stamp that changes when the file does; the number of the error when it cannot be looked at."""
     try:
         found = path.stat()
     except OSError as error:
@@ -250,7 +250,7 @@ class _Diracx:
 
 
 def explain(error: Exception) -> list[str]:
-    """Why the DiracX configuration cannot be read: a line for each mistake in it, or what git said last."""
+    """Explain why the DiracX configuration cannot be read: a line for each mistake, or the last words of git."""
     if isinstance(error, ValidationError):
         return [f"{'.'.join(map(str, item['loc'])) or 'the top level'}: {item['msg']}" for item in error.errors()]
     if isinstance(error, KeyError):

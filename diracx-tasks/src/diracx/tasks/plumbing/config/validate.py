@@ -1,4 +1,4 @@
-"""What is wrong with a configuration that is well formed: names that do not exist, settings without effect."""
+"""Checks of a configuration that is well formed: names that do not exist, settings without effect."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problems(config: TasksConfig, registry: Registry, vos: Collection[str] | Non
 
 
 def mistakes(config: TasksConfig, registry: Registry) -> list[str]:
-    """What should keep a configuration from coming into force: settings that nothing can obey or notice."""
+    """Mistakes that should keep a configuration from coming into force: settings that nothing obeys."""
     return config.source.report(_misused(config.written(), registry))
 
 
@@ -143,7 +143,7 @@ def _class_name(name: str) -> str:
 
 
 def _of_task(raw: Any, place: Path, entry: Layer, registry: Registry) -> Iterator[Problem]:
-    """What is wrong with one entry of one task, which may be several: those of a class name."""
+    """Problems of one entry of one task, which may be several: those of a class name."""
     name, vo = place[-1], place[1] if place[0] == "vo_overrides" else None
     found = {known: cls for known, cls in registry.items() if name in (known, _class_name(known))}
     if not found:

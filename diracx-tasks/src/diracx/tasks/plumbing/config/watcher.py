@@ -133,7 +133,7 @@ class ConfigWatcher:
         self._last = reading
 
     async def _read(self) -> ConfigSnapshot | None:
-        """What is written now; None when that takes too long. The next look then waits for the same."""
+        """Read the configuration; None when that takes too long. The next poll then waits for the same reading."""
         if self._reading is None:
             self._reading = in_thread(self._reader.read, "diracx-configuration")
         await asyncio.wait({self._reading}, timeout=_PATIENCE_SECONDS)

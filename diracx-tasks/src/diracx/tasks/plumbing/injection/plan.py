@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Kind(StrEnum):
-    """How the value of a dependency is obtained from its callable."""
+    """Way in which the value of a dependency is obtained from its callable."""
 
     PLAIN = "plain"  # the value returned; called on the event loop, so it must not block
     ASYNC = "async"  # the value awaited

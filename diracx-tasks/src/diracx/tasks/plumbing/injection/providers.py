@@ -1,4 +1,4 @@
-"""What stands behind the DiracX sentinels in a worker: databases, settings, configuration, sources.
+"""Values behind the DiracX placeholders in a worker: databases, settings, configuration, sources.
 
 Only what some task needs is opened, once per process, and closed in reverse order at the end.
 """
@@ -76,7 +76,7 @@ async def setup_dependency_overrides(
 
 
 class _Needs:
-    """Which sentinels are wanted; all of them when constructed with None."""
+    """Set of wanted placeholders; all of them when constructed with None."""
 
     def __init__(self, calls: set[Call] | None) -> None:
         self.calls = calls

@@ -1,1 +1,1 @@
-"""Which broker `schedule()` sends to, and what is checked and prepared before."""
+"""Submission: the choice of the broker for `schedule()`, and the checks and preparation before."""

@@ -90,7 +90,7 @@ class Client:
 
     @property
     def broker(self) -> RedisStreamBroker:
-        """Where the messages go."""
+        """Broker to which the messages go."""
         return self._binding.broker
 
     async def latest(self) -> Binding:

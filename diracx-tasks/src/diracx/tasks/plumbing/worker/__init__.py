@@ -1,4 +1,4 @@
-"""What runs tasks: intake → execution → settlement, and the keeper of leases."""
+"""Execution of tasks by a worker: intake → execution → settlement, and the keeper of leases."""
 
 from __future__ import annotations
 

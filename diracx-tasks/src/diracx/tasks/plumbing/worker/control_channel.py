@@ -1,4 +1,4 @@
-"""What a worker hears on its channels: of cancelled tasks the moment they are, and of delayed ones that no
+"""Channels of a worker: notices of cancelled tasks the moment they are, and of delayed ones that no
 scheduler sees to; and of workers with a shorter lease than any before. The lease keeper listens.
 
 A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them

@@ -41,7 +41,7 @@ class Dependencies:
 
     def __init__(self, specs: Mapping[str, TaskSpec], given: Overrides) -> None:
         self.overrides: Overrides = given
-        """What stands behind the sentinels, as far as it is open."""
+        """Values behind the placeholders, as far as they are open."""
         self.deferred: frozenset[str] = frozenset()
         """Names of tasks that cannot be executed before `load`."""
         if not may_be_configured():
@@ -121,7 +121,7 @@ class Dependencies:
 
 
 def _compiled(specs: Iterable[TaskSpec]) -> list[TaskSpec]:
-    """Those whose plan can be compiled; what is wrong with others is logged, and met again when they run."""
+    """Task specs whose plan can be compiled; errors of others are logged, and met again when they run."""
     fine = []
     for spec in specs:
         try:

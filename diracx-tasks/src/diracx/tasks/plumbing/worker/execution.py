@@ -134,7 +134,7 @@ class Execution:
         return min((moment for moment in moments if moment <= time.monotonic()), default=None)
 
     def abandoned_outcome(self) -> Failed | None:
-        """How it has ended when the process ends before it does; None when it is not ours to judge."""
+        """Outcome when the process ends before it does; None when it is not ours to judge."""
         if self._lease_lost or self._started is None:
             return None
         if self._cancelled_for is None:
@@ -156,7 +156,7 @@ class Execution:
             self.running.cancel()
 
     def _deadline_exceeded(self) -> TimeLimitExceededError | None:
-        """What it is charged with when it goes on after its time limit."""
+        """Error for going on after its time limit."""
         if self._started is None or self._limit is None or time.monotonic() - self._started < self._limit:
             return None
         return TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
@@ -255,7 +255,7 @@ class Execution:
 
     @property
     def hide(self) -> Callable[[str], str] | None:
-        """What takes the task's secrets out of a text; None where it has none."""
+        """Function that removes the task's secrets from a text; None where it has none."""
         return partial(without_secrets, task=self.task) if secret_names(self.spec.task_class) else None
 
     def failed(self, error: BaseException) -> Failed:

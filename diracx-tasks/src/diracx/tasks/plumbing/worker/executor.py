@@ -238,7 +238,7 @@ class Executor:
     # --- acquire ----------------------------------------------------------------------------------------
 
     async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
-        """Those that have their locks now, and are kept leased."""
+        """Take the locks of executions; return those that have them now, and are kept leased."""
         # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
         expired = self._keeper.expired_since(called_at)
         asked = [execution for execution in executions if execution.locks or execution.delivery.granted or expired]

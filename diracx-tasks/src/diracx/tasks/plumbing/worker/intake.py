@@ -98,7 +98,7 @@ class Intake:
         self._recover_at = math.inf
         """When a wait that we have left is over on the server as well, which may not know that nobody listens."""
         self.reserved_after = 0.0
-        """What was returned last was reserved after this moment (`time.monotonic`)."""
+        """Moment (`time.monotonic`) after which the tasks that were returned last were reserved."""
 
     async def next(self, free: int) -> list[Delivery]:
         """Up to `free` messages; an empty list when nothing came for a while.
@@ -212,7 +212,7 @@ class Intake:
         return deliveries
 
     async def _reserve_next(self, free: int, sent: Callable[[int], None] = lambda socket: None) -> list[Delivery]:
-        """What comes next, and goes to no other worker."""
+        """Reserve the next tasks of the queues."""
         timeout = min(self._timeout(), self._longest_reservation)
         asked = min(free, _AT_ONCE)
         try:
@@ -237,7 +237,7 @@ class Intake:
         return await self.recover() if may_be_cancelled else deliveries
 
     def _timeout(self) -> float:
-        """How long to wait (s) before others' leases, or what a wait that we left was given, are looked at."""
+        """Time to wait (s) before others' leases, or what a wait that we left was given, are polled."""
         return min(max(min(self._reclaim_at, self._recover_at) - time.monotonic(), 0.001), self._longest_wait)
 
     def _leave_wait(self) -> None:

@@ -89,7 +89,7 @@ class PendingAck:
 
 @dataclass(frozen=True)
 class _Renewed:
-    """What one call has renewed, and in which life of the server's data."""
+    """Result of one call: the renewed leases, and the `dataset_id` of the server."""
 
     lost: list[Leased]
     lost_locks: list[tuple[Leased, LockSpec]]
@@ -100,7 +100,7 @@ class _Renewed:
 
 
 def _size(hold: Leased) -> int:
-    """What its renewal counts in a call: where marks of cancelled tasks are, its message is read."""
+    """Size of its renewal in a call: where marks of cancelled tasks are, its message is read."""
     return len(hold.delivery.raw) + LOCK_BYTES * len(hold.locks)
 
 

@@ -1,4 +1,4 @@
-"""What a worker tells those who look: one call every 5 s, or 50 s while nothing happens, from sums that cost an
+"""Publishes the statistics of a worker: one call every 5 s, or 50 s while nothing happens, from sums that cost an
 execution a few additions. When there is nothing but such sums to tell, one command puts them into a list, and one
 of the workers adds up those of all.
 
@@ -76,7 +76,7 @@ _NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
 
 
 class TaskCounters:
-    """What became of the executions of one class from one queue."""
+    """Counters of the executions of one class from one queue."""
 
     def __init__(self) -> None:
         self.done = self.failed = self.retried = self.dead = 0
@@ -331,7 +331,7 @@ class Reporter:
             logger.debug("the last report did not get through: %s", error)
 
     def _taken(self) -> dict[str, Any]:
-        """What has come together since the last time."""
+        """Take the statistics that were collected since the last time."""
         ended: dict[str, int] = {}
         told: dict[str, TaskCounters] = {}
         for (name, stream), sums in self._stats.items():
@@ -366,7 +366,7 @@ class Reporter:
         return dict(self._rejected)
 
     def in_progress(self) -> dict[tuple[str, str], int]:
-        """What runs, by name of the task and stream of its queue."""
+        """Number of running tasks, by name of the task and stream of its queue."""
         found: dict[tuple[str, str], int] = {}
         for execution in self._running:
             which = (execution.spec.name, queue_stream(execution.delivery.stream))

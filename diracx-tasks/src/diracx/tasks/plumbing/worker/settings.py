@@ -8,18 +8,18 @@ from ..broker.sizes import MAX_BYTES
 
 
 class WorkerSettings(BaseModel):
-    """How a worker works. All times are in seconds."""
+    """Settings of a worker. All times are in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_concurrent_tasks: int = Field(default=10, ge=1)
     """Slots: how many tasks run at a time."""
     lease_seconds: float = Field(default=30.0, gt=0)
-    """How long a worker may be silent before others take over what it runs."""
+    """Time for which a worker may be silent before others take over what it runs."""
     max_deliveries: int = Field(default=3, ge=1)
     """A task that was handed out more often than this has killed its workers: it is poison."""
     grace_seconds: float = Field(default=30.0, ge=0)
-    """How long running tasks may go on after the first stop signal."""
+    """Time for which running tasks may go on after the first stop signal."""
     hard_limit_seconds: float | None = Field(default=None, gt=0)
     """An execution that ignores its cancellation for so long ends the process; None: it never does."""
     report_overdue_seconds: float = Field(default=10.0, gt=0)
@@ -31,6 +31,6 @@ class WorkerSettings(BaseModel):
     max_result_bytes: int = Field(default=MAX_BYTES, ge=100_000)
     """Of a result that is larger, only that is kept that it was; the task has succeeded all the same."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
-    """How long the first in line for a lock waits at most, should nobody give the lock back."""
+    """Time for which the first in line for a lock waits at most, should nobody give the lock back."""
     housekeeping_seconds: float = Field(default=60.0, gt=0)
-    """How often it looks for delayed tasks that no scheduler has promoted."""
+    """Interval at which it looks for delayed tasks that no scheduler has promoted."""

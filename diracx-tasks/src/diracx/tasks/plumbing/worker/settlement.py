@@ -67,7 +67,7 @@ def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> dat
 
 
 def _requests(error: BaseException) -> set[type[Exception]]:
-    """What the error asks for: `StopRetryingError`, `TaskRetryRequestedError`. A group of errors asks for
+    """Requests of an error: `StopRetryingError`, `TaskRetryRequestedError`. A group of errors asks for
     something when all in it do, however deep they are.
     """
     found: set[type[Exception]] = set()
@@ -88,7 +88,7 @@ def _requests(error: BaseException) -> set[type[Exception]]:
 def settle(
     execution: Execution, outcome: Outcome, settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter | None]:
-    """What becomes of a delivery, and the dead letter to store before the broker is told."""
+    """Settlement of a delivery, and the dead letter to store before the broker is told."""
     if isinstance(outcome, Failed):
         return _failed(execution, outcome, settings)
     if isinstance(outcome, LockRefused):
@@ -102,7 +102,7 @@ def settle(
 
 
 def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> DelayedRetry | None:
-    """What is put aside for the next attempt; None when there is none.
+    """Retry to put into the delayed set; None when there is none.
 
     Args:
         final: the message with this attempt.
@@ -123,7 +123,7 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> Delayed
 
 
 def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> DelayedRetry:
-    """What lua/settle.lua needs to put a message into the delayed set for so long, by the server's clock."""
+    """Arguments of lua/settle.lua that put a message into the delayed set for so long, by the server's clock."""
     stream = queue_stream(delivery.stream)
     again: DelayedRetry = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
     if delivery.occurrence is not None:
@@ -159,7 +159,7 @@ def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
-    """What becomes of a delivery that was cancelled before it was begun."""
+    """Settlement of a delivery that was cancelled before it was begun."""
     which = task_attributes(message)
     logger.warning("%s %s is cancelled before it has begun", *which.values(), extra=which)
     return _failure(
@@ -203,7 +203,7 @@ def _failed(
 def begun_before(
     delivery: Delivery, message: TaskMessage, task_class: type[BaseTask], settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter | None]:
-    """What becomes of a delivery of a task that may have begun elsewhere and must not begin twice."""
+    """Settlement of a delivery of a task that may have begun elsewhere and must not begin twice."""
     told = describe_exception(
         WorkerStoppedError("the worker that had it was lost, and the task may begin at most once (at_most_once)")
     )
@@ -250,7 +250,7 @@ def reject(
     detail: str,
     settings: WorkerSettings,
 ) -> tuple[Settlement, DeadLetter]:
-    """What becomes of a delivery that cannot be executed: always a dead letter."""
+    """Settlement of a delivery that cannot be executed: always a dead letter."""
     detail = cut(detail)
     logger.error(
         "%s is put with the dead letters: %s: %s",
@@ -277,7 +277,7 @@ def _delivery_id(delivery: Delivery) -> str:
 def unsettled(
     execution: Execution, error: BaseException, settings: WorkerSettings
 ) -> tuple[Settlement, DeadLetter]:
-    """What becomes of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
+    """Settlement of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
     message = execution.message
     assert execution.delivery.data is not None
     told = describe_exception(error, hide=execution.hide)
@@ -335,7 +335,7 @@ def _failure(
     *,
     keep_results: bool = False,
 ) -> Settlement:
-    """What becomes of a delivery that has ended by an error.
+    """Settlement of a delivery that has ended by an error.
 
     Args:
         keep_results: those of the children of its group: a dead letter that is submitted again may want them.

@@ -85,7 +85,7 @@ class Settler:
                 self._idle.set()
 
     async def _send(self, batch: Sequence[Settlement]) -> list[bool | str]:
-        """Which were accepted; a text: what of it was refused.
+        """Send settlements; return which were accepted; a text: what of it was refused.
 
         Raises:
             Exception: when the server refuses the call.

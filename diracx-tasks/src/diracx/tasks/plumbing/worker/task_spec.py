@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ResolvedOverride(NamedTuple):
-    """What the operator says about the tasks of one VO."""
+    """Override by the operator for the tasks of one VO."""
 
     override: TaskOverride
     own_rate: bool
@@ -54,7 +54,7 @@ class TaskSpec:
 
     @cached_property
     def plan(self) -> Plan:
-        """What `execute` needs, compiled when it is asked for.
+        """Plan that `execute` needs, compiled when it is asked for.
 
         Raises:
             TypeError: when a parameter can never be injected; names task and parameter.
@@ -67,7 +67,7 @@ class TaskSpec:
         return rebuild(self.task_class, message.task_args, message.task_kwargs, message.sig)
 
     def override(self, task: BaseTask) -> TaskOverride:
-        """What the operator says about this task, for its VO if it has one."""
+        """Override by the operator for this task, for its VO if it has one."""
         return self._resolved(own_vo(task)).override
 
     def _resolved(self, vo: str | None) -> ResolvedOverride:
@@ -190,7 +190,7 @@ def _place(task_class: type[BaseTask], found: Any) -> str:
 def _fields_of(
     limiter: BaseLimiter,
 ) -> tuple[type[RateLimiter] | type[ConcurrencyLimiter] | None, tuple[str, ...]]:
-    """What kind of limiter it is, and the settings that make its numbers: all of them or none."""
+    """Kind of a limiter, and the settings that make its numbers: all of them or none."""
     if isinstance(limiter, RateLimiter):
         return RateLimiter, ("rate_limit", "rate_window_seconds")
     if isinstance(limiter, ConcurrencyLimiter):

@@ -118,7 +118,7 @@ class Watchdog:
             self._reporter.report_blocked(redis, blocked)
 
     def _unresponsive(self, seconds: float) -> list[Execution]:
-        """Those that should have ended longer ago than that."""
+        """Executions that should have ended longer ago than that."""
         earliest = time.monotonic() - seconds
         return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
 
@@ -145,7 +145,7 @@ class Watchdog:
         return any(execution.locks_expire_at <= time.monotonic() for execution in self._unresponsive(limit))
 
     def _flush_seconds(self, limit: float) -> float:
-        """How long the server may take: not long where one goes on under a lock that may be another's."""
+        """Time the server may take: little where an execution goes on under a lock that may be another's."""
         now = time.monotonic()
         is_without_lock = any(execution.locks_expire_at <= now for execution in self._unresponsive(limit))
         return _URGENT_FLUSH_SECONDS if is_without_lock else SHUTDOWN_FLUSH_SECONDS
@@ -171,7 +171,7 @@ class Watchdog:
             flushed.result(self._flush_seconds(limit))
 
     def _settle(self, unresponsive: Collection[Execution], timeout_seconds: float) -> None:
-        """What did not end has failed, by its policy. Last of all: its locks go with it."""
+        """Settle executions that did not end as failed, by their policy. Last of all: their locks go with it."""
         settlements = []
         for execution in unresponsive:
             outcome = execution.abandoned_outcome()

@@ -85,7 +85,7 @@ class Worker:
 
     @property
     def plans(self) -> Sequence[Plan]:
-        """What the tasks depend on, but for those that are looked at when the first of them comes."""
+        """Plans of the tasks, but for those that are compiled when the first of them comes."""
         return self._dependencies.plans
 
     def cancel_running(self) -> None:

@@ -75,7 +75,7 @@ async def get_summary(reader: Reader) -> Any:
 
 @_get("/health", models.HealthReport)
 async def get_health(reader: Reader) -> Any:
-    """What the health checks found: alerts, the worst first, and what is not looked at."""
+    """Results of the health checks: alerts, the worst first, and what is not looked at."""
     health = (await reader.system.health()).for_viewer(reader.viewer)
     return {"severity": health.severity, "alerts": health.alerts, "unchecked": health.unchecked}
 
@@ -95,7 +95,7 @@ async def get_queued_tasks(reader: Reader, queue: QueueName, limit: Limit = 100,
 
 @_get("/running", models.RunningTaskPage)
 async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> Any:
-    """What runs, longest first, as workers reported it within the last seconds."""
+    """Running tasks, longest first, as workers reported them within the last seconds."""
     look = partial(operations.running, reader.system.redis, registry=reader.system.registry)
     return await reader.viewer.page(look, limit, after)
 
@@ -122,7 +122,7 @@ async def get_workers(reader: Reader) -> Any:
 async def get_stats(
     reader: Reader, window: Annotated[Window, Query(description="The past hour or day.")] = "hour"
 ) -> Any:
-    """How each class of tasks did: counts, failure rate, run time and time in the queue."""
+    """Statistics of each class of tasks: counts, failure rate, run time and time in the queue."""
     return await operations.stats(reader.system.redis, window)
 
 
@@ -185,7 +185,7 @@ async def get_group(
 
 @_get("/configuration", list[models.ConfigurationInForce])
 async def get_configuration_in_force(reader: AllVOsReader) -> Any:
-    """Which configuration each worker and scheduler runs with, and what is wrong with the one that is written."""
+    """Configuration with which each worker and scheduler runs, and the problems of the one that is written."""
     return [entry.as_dict() for entry in await active_configs(reader.system.redis)]
 
 
@@ -239,7 +239,7 @@ async def get_audit_log(
         ),
     ] = None,
 ) -> Any:
-    """Who did what by dashboard, HTTP or command line, newest first."""
+    """Actions by dashboard, HTTP or command line, with their users, newest first."""
     return await read_audit(reader.system.redis, limit, before, vo=reader.viewer.chosen(vo))
 
 
@@ -247,7 +247,7 @@ async def get_audit_log(
 
 
 class _Filter:
-    """Which dead letters."""
+    """Filter of dead letters."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ _USER = register_locked_object_type("api_user")
 
 
 class UserActionRate(RateLimiter):
-    """How often one user may act by HTTP: what is refused neither fills the audit log nor reaches a site."""
+    """Limit of the actions of one user by HTTP: what is refused neither fills the audit log nor reaches a site."""
 
     limit = 60
     window_seconds = 60.0

@@ -36,7 +36,7 @@ class _Reader:
 
     system: AppContext
     viewer: Viewer
-    """What the user sees of what belongs to a VO."""
+    """Visibility of what belongs to a VO for the user."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakK
 
 
 async def context_of_environment() -> AppContext:
-    """What DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration name.
+    """Context of the sources that DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration name.
 
     Raises:
         HTTPException: 503, when no broker is named.

@@ -1,4 +1,4 @@
-"""What goes over the wire, where it is not a value of `diracx.tasks.operations` itself."""
+"""Models of requests and responses that are not values of `diracx.tasks.operations` themselves."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ConfigurationInForce(BaseModel):
 
 
 class HealthReport(BaseModel):
-    """What the health checks found."""
+    """Results of the health checks."""
 
     severity: Severity
     alerts: list[Alert]
@@ -116,7 +116,7 @@ class ObjectLimits(BaseModel):
 
 
 class EffectiveSettings(BaseModel):
-    """What holds in the end, as `diracx-task-run config show` has it."""
+    """Effective settings, as `diracx-task-run config show` has them."""
 
     source: str
     vos: list[str]
@@ -169,7 +169,7 @@ class DeadLetterWithAttempts(BaseModel):
 
 
 class DeadLetterChoice(BaseModel):
-    """Which dead letters: some by their numbers, or those that a filter lets through."""
+    """Choice of dead letters: some by their numbers, or those that a filter lets through."""
 
     ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
         default=None, min_length=1, max_length=1000, description="Numbers."
@@ -206,7 +206,7 @@ class Refusal(BaseModel):
 
 
 class Decision(BaseModel):
-    """What became of dead letters, by their numbers."""
+    """Result of a decision about dead letters, by their numbers."""
 
     done: list[int]
     already: list[int] = Field(description="Another user had done so.")
@@ -214,7 +214,7 @@ class Decision(BaseModel):
 
 
 class Purged(BaseModel):
-    """What a purge did."""
+    """Result of a purge."""
 
     cancelled: int
 

@@ -16,7 +16,7 @@ from .policies import check_properties
 
 
 class ActionType(StrEnum):
-    """What a request wants to do."""
+    """Action of a request."""
 
     READ = auto()  # look at the numbers of the installation, and at the tasks of one's own VO
     READ_ALL = auto()  # look at the tasks of all VOs, and at what belongs to no VO

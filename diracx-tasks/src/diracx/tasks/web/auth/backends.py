@@ -22,7 +22,7 @@ SESSION_SECONDS = 12 * 3600
 
 
 class Role(StrEnum):
-    """What a principal may do."""
+    """Role of a principal."""
 
     READ = "read"
     """Look."""
@@ -45,9 +45,9 @@ class AuthBackend(Protocol):
     """Decides who may sign in."""
 
     credential: str
-    """What the sign-in page asks for, in a few words."""
+    """Name of the credential that the sign-in page asks for, in a few words."""
     hint: str
-    """Where to get it."""
+    """Hint where to get it."""
     takes_links: bool
     """Whether a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
 
@@ -61,7 +61,7 @@ class AuthBackend(Protocol):
         """End the session."""
 
     provider: LoginProvider | None
-    """Where users get a credential by being redirected there and back."""
+    """Provider that gives users a credential by a redirect there and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,16 @@ class LoginChoice:
 
     name: str
     value: str
-    """What the form sends."""
+    """Value that the form sends."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoginOptions:
-    """What the sign-in page offers beside the field for a credential."""
+    """Options of the sign-in page beside the field for a credential."""
 
     choices: Sequence[LoginChoice] = ()
     why_not: str = ""
-    """Why there are none, if that can be changed."""
+    """Reason why there are none, if that can be changed."""
 
 
 class SignInError(Exception):

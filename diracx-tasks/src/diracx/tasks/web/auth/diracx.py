@@ -23,7 +23,7 @@ def name_of(user: AuthorizedUserInfo) -> str:
 
 @dataclass(frozen=True)
 class DiracxAuthContext:
-    """What DiracX decides by; it is `diracx` in the state of a request."""
+    """Inputs of a decision by DiracX; it is `diracx` in the state of a request."""
 
     application: FastAPI
     settings: AuthSettings

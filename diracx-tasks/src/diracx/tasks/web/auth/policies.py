@@ -1,4 +1,4 @@
-"""What access policies of DiracX share, for those of extensions as well."""
+"""Shared parts of access policies of DiracX, for those of extensions as well."""
 
 from __future__ import annotations
 

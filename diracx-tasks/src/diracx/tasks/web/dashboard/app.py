@@ -199,7 +199,7 @@ class DashboardApp:
 
     @property
     def context(self) -> AppContext:
-        """What the pages read."""
+        """Data source of the pages."""
         assert self._context is not None
         return self._context
 
@@ -379,7 +379,7 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
 
 
 def _same(page: Page, request: Request, part: str) -> Hashable:
-    """Those for whom this is the same see the same."""
+    """Key of a part of a page: requests with the same key get the same part."""
     query, place = sorted(request.query_params.multi_items()), sorted(request.path_params.items())
     return part, page.path, tuple(place), tuple(query), request.state.principal.vo
 

@@ -45,7 +45,7 @@ class NotFoundError(Exception):
 
 
 class UnavailableError(Exception):
-    """What the page is about cannot be had at the moment; the message says why."""
+    """Error of a page whose subject cannot be had at the moment; the message says why."""
 
 
 Values: TypeAlias = dict[str, Any]
@@ -61,12 +61,12 @@ class Page:
     """One page. Its templates are `{name}.html` and, for what changes by itself, `_{name}.html`."""
 
     path: str
-    """Where it is, as `/queues/{queue}`."""
+    """Path, as `/queues/{queue}`."""
     name: str
     title: str
     load: Callable[[Request, AppContext], Awaitable[Values]]
-    """What its templates show. Of the request only path, query and `state.principal.vo` may count: all for whom
-    these are the same share it.
+    """Load the values for its templates. Only path, query and `state.principal.vo` of the request may count:
+    requests for which these are equal share it.
 
     Raises `NotFoundError`, `UnavailableError`.
     """
@@ -84,12 +84,12 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked before something is done."""
+    """Confirmation that is asked for before an action."""
 
     title: str
     """With a question mark."""
     consequence: str | Markup
-    """What will happen, and to whom."""
+    """Consequence of the action, and for whom."""
     button: str
     """The action, as a verb."""
     details: Sequence[str] = ()
@@ -97,9 +97,9 @@ class Question:
     dangerous: bool = False
     """Whether it cannot be undone."""
     reason: str = ""
-    """What a line of text is asked for that is sent along as `reason`; empty: none is."""
+    """Label of a line of text that is sent along as `reason`; empty: none is asked for."""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """What is sent along with the yes: name -> values, in place of what the field had.
+    """Fields that are sent along with the yes: name -> values, in place of what the field had.
 
     It pins down what the question was about, where that may be another thing by the time of the answer.
     """

@@ -159,7 +159,7 @@ def clock(moment: datetime | float | None) -> Markup:
 
 
 def age(moment: datetime | float | None) -> Markup:
-    """How long ago a moment was, or `in` how long it will be."""
+    """Render the time since a moment, or `in` and the time until it."""
     if moment is None:
         return escape(NONE)
     at = datetime.fromtimestamp(moment, UTC) if isinstance(moment, int | float) else _aware(moment)

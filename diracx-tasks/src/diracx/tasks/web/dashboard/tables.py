@@ -1,4 +1,4 @@
-"""What the pages with a table show: its view and rows, and what stands around it."""
+"""Values of the pages with a table: its view and rows, and the controls around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Button(NamedTuple):
     """Of the action."""
     label: str
     fields: Mapping[str, str]
-    """What the form sends."""
+    """Values that the form sends."""
     id: str
     kind: str = "quiet"
     """Class: `quiet`, `danger`."""
@@ -52,9 +52,9 @@ class Table:
     rows: Sequence[Any]
     caption: str = ""
     empty: str = ""
-    """What is shown without rows; by default the words of the view."""
+    """Text that is shown without rows; by default the words of the view."""
     after: str | None = None
-    """Where the next page begins."""
+    """Cursor of the next page."""
     actions: Callable[[Any], Sequence[Button]] | None = None
     """The buttons of a row."""
     orders: Mapping[str, str] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class TablePage:
     filters_label: str = ""
     facts: Sequence[Fact] = ()
     notes: Sequence[str] = ()
-    """What is wrong; words in `…` are code."""
+    """Problems; words in `…` are code."""
     buttons: Sequence[Button] = ()
     """Below the table."""
     heading: tuple[str, str] | None = None

@@ -1,4 +1,4 @@
-"""Which configuration is in force where, and the value of every setting."""
+"""Configuration in force in each process, and the value of every setting."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilte
 
 
 async def _asked(form: Form, context: AppContext, status: str) -> tuple[int, list[str]]:
-    """How many it is about, and which."""
+    """Number of dead letters that a form is about, and a description of them."""
     if context.task_db is None:
         raise NotPossibleError("No database of dead letters is configured here.")
     numbers, where = _of_form(form, status)

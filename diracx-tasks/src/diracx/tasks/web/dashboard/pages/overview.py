@@ -24,7 +24,7 @@ _VIOLET = 5
 
 
 async def load(request: Request, context: AppContext) -> dict[str, Any]:
-    """What the page shows, as far as it can be had: the alerts say what cannot."""
+    """Load the values of the page that can be had: the alerts say which cannot."""
     viewer, whole = viewer_of(request), await context.health()
     health = whole.for_viewer(viewer)
     shown: dict[str, Any] = {"health": health, "snapshot": None, "sizes": ("small", "medium", "large")}

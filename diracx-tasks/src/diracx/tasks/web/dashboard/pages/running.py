@@ -1,4 +1,4 @@
-"""What runs at the moment; and the cancelling of tasks, wherever they are."""
+"""Running tasks; and the cancelling of tasks, wherever they are."""
 
 from __future__ import annotations
 
