@@ -19,12 +19,14 @@ from typing import Any
 
 import pytest
 from sites.arc import ArcSite
+from sites.gridengine import GridEngineSite
 from sites.htcondor import HTCondorSite
 from sites.sshd import Sshd
 from watching import ENDED, observe
 
 from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity, make_backend
+from gubbins.ces.batch import BatchBackend, BatchSettings
 
 pytestmark = [pytest.mark.timeout(240)]
 
@@ -45,18 +47,24 @@ class Place:
     kind: str
     settings: dict[str, Any]
     directory: Path
+    shell: Any = None
+    """Of the site's own submit host."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
         settings = {"default_script": SCRIPT, "keep": "all"} | self.settings
-        backend = make_backend(self.kind, CEDescription("ce", 100, 1.0), settings)
+        ce = CEDescription("ce", 100, 1.0)
+        if self.shell is None:
+            backend = make_backend(self.kind, ce, settings)
+        else:
+            backend = BatchBackend(ce, BatchSettings.model_validate(settings), self.shell)
         try:
             yield backend
         finally:
             await backend.close()
 
 
-@pytest.fixture(params=["local", "run_as", "ssh", "slurm", "htcondor", "arc"])
+@pytest.fixture(params=["local", "run_as", "ssh", "slurm", "gridengine", "htcondor", "arc"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     match request.param:
         case "local":
@@ -74,6 +82,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             slurm: SlurmSite = request.getfixturevalue("slurm_site")
             settings = {"directory": str(tmp_path / "ce"), "slurm_conf": str(slurm.slurm_conf)}
             return Place("slurm", settings, slurm.slurm_conf.parent)
+        case "gridengine":
+            site: GridEngineSite = request.getfixturevalue("gridengine_site")
+            settings = {"directory": str(tmp_path / "ce"), "system": "gridengine"}
+            return Place("batch", settings, tmp_path, site)
         case "htcondor":
             pool: HTCondorSite = request.getfixturevalue("htcondor_site")
             where = {"collector": pool.collector, "schedd": pool.schedd, "token": str(pool.token)}

@@ -43,11 +43,22 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         command, *options = self._system.submit(self.settings, pilot)
         job, number = self.settings.directory / pilot.stamp, self._system.variable
         output = ' > "$job/stdout" 2> "$job/stderr"'
-        script = job_script(self.settings, self.ce.name, pilot, job, number=number, id=number, output=output)
+        script = job_script(
+            self.settings,
+            self.ce.name,
+            pilot,
+            job,
+            number=number,
+            id=number,
+            output=output,
+            identity=pilot.identity,
+            shown_to_others=True,
+        )
         path = "" if self.settings.commands is None else f'PATH="{self.settings.commands}:$PATH"; '
         find = path + self._system.find(pilot.stamp)
         argv = self.command(command, *options, *self.settings.extra_options)
-        return Submission(argv, script, self._system.number, find)
+        secret = "" if pilot.identity is None else pilot.identity.secret
+        return Submission(argv, script, self._system.number, find, secret)
 
     def refusal(self, done: Completed) -> SubmitOutcome | None:
         lines = error_lines(done)

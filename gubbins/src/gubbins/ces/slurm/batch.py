@@ -55,6 +55,7 @@ def job_script(
     id: str,
     output: str = "",
     identity: PilotIdentity | None = None,
+    shown_to_others: bool = False,
 ) -> bytes:
     """The script of a job of any batch system.
 
@@ -64,7 +65,8 @@ def job_script(
         number: the job's number there, as text for a shell.
         id: what submissions print of it.
         output: redirections to that directory, where the batch system does not make them.
-        identity: the pilot's, where the batch system shows the script of a job to nobody but its user.
+        identity: the pilot's.
+        shown_to_others: whether the batch system may show the script: then the secret is a file in that directory.
     """
     variables = settings.variables(ce_name, pilot.vo, pilot.stamp, identity)
     script = executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT)
@@ -74,7 +76,7 @@ def job_script(
         "number": number,
         "id": id,
         "output": output,
-        "secret": "" if identity is None else shlex.quote(identity.secret),
+        "secret": "" if identity is None or shown_to_others else shlex.quote(identity.secret),
         "script": base64.encodebytes(script.encode()).decode().strip(),
     }
     # In one pass: what is put in is not looked at again.

@@ -22,6 +22,10 @@ chmod 700 "$work/run"
 secret=@secret@
 if [ -n "$secret" ]; then
     (umask 077; printf '%s' "$secret" > "$work/.pilot-secret")
+elif [ -n "$job" ] && [ -f "$job/secret" ] && [ ! -h "$job/secret" ]; then
+    mv "$job/secret" "$work/.pilot-secret"
+fi
+if [ -f "$work/.pilot-secret" ]; then
     export PILOT_SECRET_FILE="$work/.pilot-secret"
 fi
 (cd "$work" && exec ./run) < /dev/null@output@

@@ -1,6 +1,8 @@
 # Submits one pilot, and no second one of the same stamp.
 #
-#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS NUMBER FIND SBATCH…  < batch script
+#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS NUMBER FIND SBATCH…  < SECRET and batch script
+#
+# The first line of the input is the pilot's secret, or empty: a file for the job, which no other account can read.
 #
 # NUMBER is a sed script that prints what is a job's number of a line, and nothing of others; FIND is shell text that prints
 # the numbers of jobs of this pilot in the queue. Prints `number`, or `number;cluster`. Of the stamp's directory: lock (held during a submission), tried (sbatch has been
@@ -8,6 +10,7 @@
 # been; 124: sbatch has not answered in time. All others are those of sbatch.
 directory=$1 stamp=$2 seconds=$3 number=$4 find=$5
 shift 5
+IFS= read -r secret || exit 73
 { mkdir -p "$directory" && cd "$directory"; } || exit 73
 mkdir "$stamp" 2>/dev/null || [ -d "$stamp" ] || {
     echo "$directory/$stamp cannot be made" >&2
@@ -45,6 +48,9 @@ if [ -e "$stamp/tried" ]; then
     found=$(printf '%s\n' "$found" | number | head -n 1)
     [ -z "$found" ] || note "$found"
     known
+fi
+if [ -n "$secret" ]; then
+    (umask 077; printf '%s' "$secret" > "$stamp/secret.new") && mv "$stamp/secret.new" "$stamp/secret" || exit 73
 fi
 [ -e "$stamp/tried" ] || : > "$stamp/tried" || exit 73
 said=$(timeout --foreground "$seconds" "$@") || {

@@ -45,6 +45,8 @@ class Submission(NamedTuple):
     """A sed script that prints the job's number of a line that is one."""
     find: str
     """Shell text that prints the numbers of the pilot's jobs in the queue."""
+    secret: str = ""
+    """The pilot's, for a file in its directory, where others may see the script of a job; empty: there is none."""
 
 
 class SubmitHostBackend(CEBackend[SettingsT]):
@@ -177,7 +179,8 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         how = self.submission(pilot)
         command = how.argv[0].rpartition("/")[2]
         arguments = [str(self.settings.directory), pilot.stamp, seconds, how.number, how.find, *how.argv]
-        done = await self.run_command([*_script("submit"), *arguments], how.script, what=command)
+        stdin = f"{how.secret}\n".encode() + how.script
+        done = await self.run_command([*_script("submit"), *arguments], stdin, what=command)
         reference = done.stdout.strip()
         if done.returncode == 0 and is_reference(reference):
             return SubmitOutcome(reference=reference)
