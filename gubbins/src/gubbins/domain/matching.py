@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -26,6 +26,11 @@ class TaskQueue:
     platforms: frozenset[str] = frozenset()
     job_types: frozenset[str] = frozenset()
     tags: frozenset[str] = frozenset()
+
+
+def unless_any(values: Collection[str]) -> frozenset[str]:
+    """The values, or none where DIRAC's word for all of them, `ANY`, is one."""
+    return frozenset() if any(value.lower() == "any" for value in values) else frozenset(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,8 @@ def group_jobs(queues: Iterable[TaskQueue], ces: Mapping[str, CERules]) -> dict[
         name: _Resource(
             rules.grid_ce or name,
             rules.site,
-            frozenset(rules.platform),
-            frozenset(rules.job_types),
+            unless_any(rules.platform),
+            unless_any(rules.job_types),
             tags_of(rules),
             frozenset(rules.required_tags),
             rules.max_cpu_seconds,
@@ -107,19 +112,19 @@ def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[
         The jobs without a pilot, and the pilots without a job.
     """
     jobs, free = dict(groups), {name: number for name, number in pilots.items() if number > 0}
-    taken: Counter[tuple[Group, str]] = Counter()
+    taken: dict[str, Counter[Group]] = defaultdict(Counter)  # by compute element
+    hopeless: set[str] = set()
     for group in sorted(jobs, key=lambda group: (len(group), sorted(group))):
-        while jobs[group] and (path := _path(group, jobs, free, taken)) is not None:
+        while jobs[group] and (path := _path(group, free, taken, hopeless)) is not None:
             # The jobs of this group go to the first compute element, whose pilots leave theirs to the next…
-            moved = min(
-                jobs[group], free[path[-1][0]], *(taken[other, ce] for (ce, _), (_, other) in _steps(path))
-            )
+            moves = [(ce, next_ce, other) for (ce, _), (next_ce, other) in pairwise(path)]
+            moved = min(jobs[group], free[path[-1][0]], *(taken[ce][other] for ce, _, other in moves))
             jobs[group] -= moved
             free[path[-1][0]] -= moved
-            taken[group, path[0][0]] += moved
-            for (ce, _), (next_ce, other) in _steps(path):
-                taken[other, ce] -= moved
-                taken[other, next_ce] += moved
+            taken[path[0][0]][group] += moved
+            for ce, next_ce, other in moves:
+                taken[ce][other] -= moved
+                taken[next_ce][other] += moved
     return {group: number for group, number in jobs.items() if number}, free
 
 
@@ -127,31 +132,30 @@ _Path: TypeAlias = list[tuple[str, Group]]
 """Compute elements, the last of which has a free pilot; each but the first with jobs that can move there."""
 
 
-def _steps(path: _Path) -> list[tuple[tuple[str, Group], tuple[str, Group]]]:
-    return list(pairwise(path))
-
-
 def _path(
-    group: Group, groups: Iterable[Group], free: Mapping[str, int], taken: Mapping[tuple[Group, str], int]
+    group: Group, free: Mapping[str, int], taken: Mapping[str, Mapping[Group, int]], hopeless: set[str]
 ) -> _Path | None:
-    came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group), (None, group))
+    """The shortest path to a free pilot; None: there is none, and those it looked at are `hopeless` from then on."""
+    came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group - hopeless), (None, group))
     waiting = deque(came)
-    while waiting:
+    found = next((ce for ce in came if free.get(ce)), None)
+    while waiting and found is None:
         ce = waiting.popleft()
-        if free.get(ce):
-            path: _Path = []
-            step: str | None = ce
-            while step is not None:
-                before, other = came[step]
-                path.append((step, other))
-                step = before
-            return path[::-1]
-        for other in groups:
-            if taken.get((other, ce)):
-                for next_ce in sorted(other - came.keys()):
-                    came[next_ce] = ce, other
-                    waiting.append(next_ce)
-    return None
+        for other in [other for other, number in taken[ce].items() if number]:
+            for next_ce in sorted(other - came.keys() - hopeless):
+                came[next_ce] = ce, other
+                waiting.append(next_ce)
+                found = found or (next_ce if free.get(next_ce) else None)
+    if found is None:
+        hopeless |= came.keys()
+        return None
+    path: _Path = []
+    step: str | None = found
+    while step is not None:
+        before, other = came[step]
+        path.append((step, other))
+        step = before
+    return path[::-1]
 
 
 def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[dict[str, int], dict[Group, int]]:

@@ -91,6 +91,11 @@ async def test_task_queues_are_read_with_all_that_they_require(task_queue_db: Ta
     assert await logic.read_task_queues(task_queue_db, "gridpp") == []
 
 
+async def test_any_requires_nothing(task_queue_db: TaskQueueDB) -> None:
+    await add_queue(task_queue_db, 1, jobs=5, sites=["ANY"], platforms=["Any"], job_types=["any"])
+    assert await logic.read_task_queues(task_queue_db, "lhcb") == [TaskQueue(5)]
+
+
 async def test_of_very_many_task_queues_those_with_most_jobs_count(
     task_queue_db: TaskQueueDB, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -388,7 +388,7 @@ def test_no_script_can_leave_its_place_in_a_description(script: str, stamp: str)
     [
         ({"url": "http://ce.example.org/arex"}, "https"),
         ({"url": "https://user:secret@ce.example.org/arex"}, "https"),
-        ({"url": "https://ce.example.org:port/arex"}, "not a URL"),
+        ({"url": "https://ce.example.org:port/arex"}, "must be of the form"),
         ({"token": None}, "either a certificate or a token"),
         ({"certificate": "/proxy"}, "either a certificate or a token"),
         ({"key": "/key"}, "without certificate"),

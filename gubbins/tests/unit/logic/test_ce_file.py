@@ -66,6 +66,7 @@ def test_an_invalid_value_is_never_shown_for_it_may_be_a_secret() -> None:
         arc | {"token": "/token", "cpus": {"PASSWORD": "s3cret"}},
         arc | {"token": "/token", "cpus": "s3cret"},
         arc | {"token": "/token", "url": "https://user:s3cret@ce.example.org/arex"},
+        arc | {"token": "/token", "url": "https://ce.example.org:s3cret/arex"},
         arc | {"token": "s3cret"},
         arc | {"token": 117_117},
         arc | {"token": {"issuer": "https://user:s3cret@iam", "client_id": "a", "client_secret": "/secret"}},
@@ -151,6 +152,12 @@ def test_each_queue_of_a_compute_element_has_settings_and_rules_of_its_own() -> 
         ("{}", "compute_elements[0].queues"),
         ("[short]", "compute_elements[0].queues"),
         ("{short: 1}", "compute_elements[0].queues"),
+        ("{short: }", "compute_elements[0].queues"),
+        ("{1: {}}", "compute_elements[0].queues"),
+        ("{no: {}}", "compute_elements[0].queues"),
+        ("{null: {}}", "compute_elements[0].queues"),
+        ("{short: {name: long}}", "compute_elements[0].queues.short.name"),
+        ("{[a]: {}}", "line 1"),
         ("{short: {rules: {max_cpu_seconds: soon}}}", "compute_elements[0].queues.short.rules.max_cpu_seconds"),
         ("{short: {settings: 1}}", "compute_elements[0].queues.short.settings"),
         ("{short: {rules: [1]}}", "compute_elements[0].queues.short.rules"),
@@ -160,3 +167,42 @@ def test_each_queue_of_a_compute_element_has_settings_and_rules_of_its_own() -> 
 )
 def test_a_mistake_in_a_queue_is_reported_with_its_path(queues: str, path: str) -> None:
     assert list(problems_of(f"compute_elements: [{{name: ce, capacity: 1, queues: {queues}}}]")) == [path]
+
+
+def test_queues_of_a_compute_element_without_a_name_are_refused() -> None:
+    for name in ("", "name: null, ", "name: [ce], "):
+        assert list(problems_of(f"compute_elements: [{{{name}capacity: 1, queues: {{short: {{}}}}}}]")) == [
+            "compute_elements[0].name"
+        ]
+
+
+@pytest.mark.parametrize("vos", ["{}", "{lhcb: s3cret}", "{lhcb: [s3cret]}", "{1: {}}", "{null: {}}", "{no: {}}", "{lhcb: }"])
+def test_vos_without_a_name_or_settings_are_refused_without_their_values(vos: str) -> None:
+    [(path, told)] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, vos: {vos}}}]").items()
+    assert path == "compute_elements[0].vos"
+    assert "each with its settings" in told
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("given", ["3", "null", "[lhcb]", "s3cret", "{lhcb: s3cret}", "{lhcb: }", "{lhcb: {seed: 1}}"])
+def test_settings_of_vos_have_one_place(given: str) -> None:
+    [told] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, settings: {{vos: {given}}}}}]").values()
+    assert "below `vos`" in told
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("backend", ["arc", "htcondor"])
+@pytest.mark.parametrize(
+    ("token", "path"),
+    [
+        ("s3cret", "token.file"),
+        ({"issuer": "https://iam.example.org/", "client_id": "us", "client_secret": "s3cret"}, "client_secret"),
+        ({"issuer": "https://us:s3cret@iam.example.org/", "client_id": "us", "client_secret": "/secret"}, "issuer"),
+    ],
+)
+def test_a_mistake_in_the_source_of_a_token_is_one_line(backend: str, token: object, path: str) -> None:
+    place = {"arc": {"url": "https://ce.example.org/arex"}, "htcondor": {"collector": "ce:9619", "schedd": "ce"}}
+    [(told, why)] = problems_of(entry(backend=backend, settings=place[backend] | {"token": token})).items()
+    assert told.startswith("compute_elements[0].settings.token.")
+    assert told.endswith(path)
+    assert "s3cret" not in why

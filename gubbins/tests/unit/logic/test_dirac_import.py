@@ -302,6 +302,7 @@ def test_a_share_of_the_slots_leaves_the_others_to_site_director() -> None:
         "A += 1",
         "Resources = 1",
         "Resources { Sites { { } } }",
+        "Resources\n{\n  a/b\n  {\n  }\n}\n",
     ],
 )
 def test_what_is_no_configuration_is_refused_in_one_line(text: str) -> None:
@@ -315,11 +316,38 @@ def test_what_is_no_configuration_is_refused_in_one_line(text: str) -> None:
     [
         ("Resources\n{\n  a line that says nothing\n  x = 1\n}\n", "line 3"),
         ("Resources\n{\n  x = 1\n}\nlast words", "line 5"),
+        ("Resources\n{\n  x/y = 1\n}\n", "line 3"),
         ("Resources\n{\n  MaxRAM = 1\n  MaxRAM = 2\n}\n", "line 4"),
     ],
 )
 def test_what_the_parser_would_drop_in_silence_is_listed(text: str, path: str) -> None:
     assert path in {remark.path for remark in import_dirac(text).remarks}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_stray_line_changes_nothing_else(ending: str) -> None:
+    expected = import_dirac(CONFIGURATION)
+    lines = CONFIGURATION.splitlines()
+    between = [number for number, line in enumerate([*lines, ""]) if not line.strip().startswith("{")]
+    for number in between:
+        found = import_dirac("\ufeff" + ending.join([*lines[:number], "s3cret words", *lines[number:]]))
+        assert found.compute_elements == expected.compute_elements, number
+        told = [remark.why for remark in found.remarks if remark.path == f"line {number + 1}"]
+        assert told == ["is no option and no section: left out"]
+        assert "s3cret" not in str(found.remarks)
+
+
+def one_ce(options: str) -> str:
+    names = ("Resources", "Sites", "LCG", "LCG.Example.org", "CEs", "ce.example.org")
+    return "".join(f"{name}\n{{\n" for name in names) + options + "\n}" * len(names)
+
+
+@pytest.mark.parametrize("port", ["ssh", "²", "-1", "1e999"])
+@pytest.mark.parametrize(("kind", "option"), [("SSH", "SSHPort"), ("AREX", "Port"), ("HTCondorCE", "Port")])
+def test_a_port_that_is_no_number_is_listed(kind: str, option: str, port: str) -> None:
+    found = import_dirac(one_ce(f"CEType = {kind}\n{option} = {port}"))
+    assert any(remark.path.endswith(f"/{option}") and "no number" in remark.why for remark in found.remarks)
+    assert parse_ce_file(yaml.safe_dump({"compute_elements": found.compute_elements}))
 
 
 @pytest.mark.parametrize("seed", range(20))

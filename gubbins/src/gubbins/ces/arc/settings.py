@@ -64,8 +64,8 @@ class ArcSettings(PilotSettings):
         try:
             parts = urlsplit(url)
             known = parts.scheme == "https" and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError as error:
-            raise ValueError(f"not a URL: {error}") from None
+        except ValueError:
+            known = False
         if not known or parts.query or parts.fragment or parts.username is not None:
             raise ValueError("must be of the form https://host[:port]/path")
         return url.rstrip("/")

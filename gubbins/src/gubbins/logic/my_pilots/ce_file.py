@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gubbins.ces.registry import OF_VOS, problem_of, validate_all_settings
 from gubbins.domain.exceptions import CEFileError, CESettingsError
@@ -14,6 +14,14 @@ from gubbins.domain.rules import CERules, VORules
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 """Pattern of the name of a compute element."""
+
+
+_NAMES = "names (in quotes where YAML reads something else)"
+
+
+def _is_of_mappings(given: dict[Any, Any]) -> bool:
+    """There are names, and below each is a mapping, if only `{}`: an empty value may have been forgotten."""
+    return bool(given) and all(isinstance(key, str) and isinstance(own, dict) for key, own in given.items())
 
 
 class CESpec(BaseModel):
@@ -72,16 +80,27 @@ class CESpec(BaseModel):
         CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")
     ] = CERules()
 
+    @field_validator("vos", mode="before")
+    @classmethod
+    def _no_mapping(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            raise ValueError(f"must be a list, or a mapping of {_NAMES}, each with its settings")
+        return given
+
     @model_validator(mode="before")
     @classmethod
     def _settings_of_vos(cls, given: Any) -> Any:
         """Put what is given for each VO below the settings, where back ends find it."""
-        if not isinstance(given, dict) or not isinstance(own := given.get("vos"), dict):
+        if not isinstance(given, dict):
             return given
-        settings = given.get("settings", {})
-        if not (own and isinstance(settings, dict) and all(isinstance(each, dict) for each in own.values())):
+        own, settings = given.get("vos"), given.get("settings", {})
+        if not isinstance(settings, dict):
+            return given  # refused as no mapping
+        if OF_VOS in settings:
+            raise ValueError(f"settings that differ for some VOs belong below `{OF_VOS}` of the entry itself")
+        if not isinstance(own, dict) or not _is_of_mappings(own):
             return given  # refused as no list
-        return {**given, "vos": [str(vo) for vo in own], "settings": {**settings, OF_VOS: own}}
+        return {**given, "vos": list(own), "settings": {**settings, OF_VOS: own}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -91,10 +110,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", key_node.start_mark
-                )
+            if not isinstance(key, Hashable) or key in seen:
+                what = f"key {key!r} appears twice" if isinstance(key, Hashable) else "a key must be one word"
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -120,7 +138,7 @@ def parse_ce_file(text: str) -> list[CESpec]:
     ]
     specs: list[CESpec] = []
     first_seen: dict[str, str] = {}
-    for at, entry in _entries(document["compute_elements"]):
+    for at, entry in _entries(document["compute_elements"], problems):
         try:
             spec = CESpec.model_validate(entry)
         except ValidationError as error:
@@ -139,23 +157,33 @@ def parse_ce_file(text: str) -> list[CESpec]:
     return specs
 
 
-def _entries(given: list[Any]) -> Iterator[tuple[str, Any]]:
+def _entries(given: list[Any], problems: list[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
     """The entries with their paths; in place of one with `queues`, one for each of them."""
     for index, entry in enumerate(given):
         at = f"compute_elements[{index}]"
-        queues = entry.get("queues") if isinstance(entry, dict) else None
-        if not (isinstance(queues, dict) and queues and all(isinstance(own, dict) for own in queues.values())):
-            yield at, entry  # without queues; or these are an unknown field, and refused
+        if not isinstance(entry, dict) or "queues" not in entry:
+            yield at, entry
+            continue
+        queues, name = entry["queues"], entry.get("name")
+        if not isinstance(name, str):
+            problems.append((f"{at}.name", "must be text, to which the names of the queues are added"))
+            continue
+        if not isinstance(queues, dict) or not _is_of_mappings(queues):
+            problems.append((f"{at}.queues", f"must be a mapping of {_NAMES}, each with what is different there"))
             continue
         shared = {field: value for field, value in entry.items() if field != "queues"}
         for queue, own in queues.items():
-            merged = {**shared, **own, "name": f"{entry.get('name')}:{queue}"}
+            path = f"{at}.queues.{queue}"
+            if "name" in own:
+                problems.append((f"{path}.name", f"its name is {name}:{queue}"))
+                continue
+            merged = {**shared, **own, "name": f"{name}:{queue}"}
             for field in ("settings", "rules"):
                 if all(isinstance(each.get(field, {}), dict) for each in (shared, own)):
                     merged[field] = shared.get(field, {}) | own.get(field, {})
             if isinstance(merged["rules"], dict):
-                merged["rules"] = {"grid_ce": entry.get("name"), "queue": str(queue)} | merged["rules"]
-            yield f"{at}.queues.{queue}", merged
+                merged["rules"] = {"grid_ce": name, "queue": queue} | merged["rules"]
+            yield path, merged
 
 
 def _problem(at: str, problem: Any) -> tuple[str, str]:

@@ -93,7 +93,7 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     from diraccfg import CFG
 
     result = DiracImport()
-    result.remarks += _stray_lines(text)
+    text = _without_stray_lines(text.removeprefix("\ufeff"), result.remarks)
     try:
         tree: Any = CFG().loadFromBuffer(text).getAsDict()
     except Exception as error:  # the library raises what it meets
@@ -119,33 +119,46 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     return result
 
 
-def _stray_lines(text: str) -> Iterator[Remark]:
-    """Lines that DIRAC's parser leaves out, and options that are given twice, of which it takes the last."""
+def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
+    """The text without lines that are no option and no section: DIRAC's parser adds them to the next name.
+
+    And remarks on options that it leaves out, or that are given twice, of which it takes the last.
+    """
     open_sections: list[set[str]] = [set()]
+    lines = text.split("\n")
     name, at = "", 0
-    for number, raw in enumerate(text.splitlines(), 1):
+
+    def drop() -> None:
+        if name:
+            lines[at] = lines[at][: lines[at].rindex(name)]
+            remarks.append(Remark(f"line {at + 1}", "is no option and no section: left out"))
+
+    for number, raw in enumerate(lines):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
-        if name and not line.startswith("{"):
-            yield Remark(f"line {at}", "is no option and no section: left out")
+        if not line.startswith("{"):
+            drop()
             name = ""
         if "=" in line and "{" not in line.partition("=")[0]:
             option = line.partition("=")[0].rstrip("+ ")
+            if "/" in option:
+                remarks.append(Remark(f"line {number + 1}", "has a / in the name of an option: left out"))
             if option in open_sections[-1] and "+=" not in line:
-                yield Remark(f"line {number}", f"{option[:80]!r} is given twice: the last one counts")
+                remarks.append(Remark(f"line {number + 1}", f"{option[:80]!r} is given twice: the last one counts"))
             open_sections[-1].add(option)
             continue
+        if "{" in line and "/" in name + line:
+            raise DiracConfigurationError(f"line {number + 1}: a section has a / in its name, give it another one")
         for character in line:
             if character == "{":
                 open_sections.append(set())
-                name = ""
             elif character == "}" and len(open_sections) > 1:
                 open_sections.pop()
         name = line.rpartition("}")[2].rpartition("{")[2].strip()
         at = number
-    if name:
-        yield Remark(f"line {at}", "is no option and no section: left out")
+    drop()
+    return "\n".join(lines)
 
 
 def _site_directors(tree: Any, path: str) -> Iterator[Remark]:
@@ -241,15 +254,8 @@ def _queue(
     share: float,
     remarks: list[Remark],
 ) -> dict[str, Any]:
-    def number(*names: str) -> int | None:
-        given = queue.text(*names, inherit=True)
-        if given is None:
-            return None
-        try:
-            return max(0, int(float(given)))
-        except (ValueError, OverflowError):
-            remarks.append(Remark(f"{queue.path}/{names[0]}", "is no number: left out"))
-            return None
+    def number(name: str) -> int | None:
+        return _number(queue, remarks, name)
 
     slots = number("MaxTotalJobs")
     if slots is None:
@@ -281,6 +287,17 @@ def _queue(
     return entry
 
 
+def _number(queue: _Section, remarks: list[Remark], *names: str) -> int | None:
+    given = queue.text(*names, inherit=True)
+    try:
+        if given is None or (number := int(float(given))) >= 0:
+            return None if given is None else number
+    except (ValueError, OverflowError):
+        pass
+    remarks.append(Remark(f"{queue.path}/{names[0]}", "is no number from 0 on: left out"))
+    return None
+
+
 def _comes_by_itself(tag: str) -> bool:
     return re.fullmatch(r"MultiProcessor|\d+Processors|\d+GB", tag) is not None
 
@@ -298,20 +315,19 @@ def _path(queue: _Section, *names: str) -> str | None:
     return queue.text(*names, inherit=True)
 
 
-def _ssh(queue: _Section, name: str) -> dict[str, Any]:
+def _ssh(queue: _Section, name: str, remarks: list[Remark]) -> dict[str, Any]:
     host = queue.text("SSHHost", inherit=True) or name
     key = queue.text("SSHKey", inherit=True)
-    port = queue.text("SSHPort", "Port", inherit=True)
     return _given(
         host=host.partition("/")[0],
         username=queue.text("SSHUser", inherit=True),
-        port=int(port) if port and port.isdigit() else None,
+        port=_number(queue, remarks, "SSHPort", "Port"),
         client_keys=[key] if key else None,
     )
 
 
 def _on_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return _given(**_ssh(queue, name), workdir=_path(queue, "SharedArea", "WorkArea"))
+    return _given(**_ssh(queue, name, remarks), workdir=_path(queue, "SharedArea", "WorkArea"))
 
 
 def _on_this_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
@@ -362,7 +378,7 @@ def _batch(system: str, *, by_ssh: bool) -> Callable[..., dict[str, Any]]:
     def settings(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
         return _given(
             system=system,
-            ssh=_ssh(queue, name) if by_ssh else None,
+            ssh=_ssh(queue, name, remarks) if by_ssh else None,
             directory=_submit_directory(queue, remarks),
             queue=own["queue"],
             cpus=own["cpus"],
@@ -374,11 +390,11 @@ def _batch(system: str, *, by_ssh: bool) -> Callable[..., dict[str, Any]]:
 
 
 def _slurm_by_ssh(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return {"ssh": _ssh(queue, name), **_slurm(queue, name, own, remarks)}
+    return {"ssh": _ssh(queue, name, remarks), **_slurm(queue, name, own, remarks)}
 
 
 def _arc(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    port = queue.text("Port", inherit=True)
+    port = _number(queue, remarks, "Port")
     host = queue.text("Host", inherit=True) or name
     remarks.append(
         Remark(queue.path, f"needs credentials: put a certificate (or a `token`) at /etc/gubbins/{name}.pem")
@@ -404,7 +420,7 @@ def _htcondor(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[
                 Remark(f"{queue.path}/ExtraSubmitString", "has a line that is no `name = value`: left out")
             )
     return _given(
-        collector=f"{name}:{queue.text('Port', inherit=True) or 9619}",
+        collector=f"{name}:{_number(queue, remarks, 'Port') or 9619}",
         schedd=name,
         token=f"/etc/gubbins/{name}.token",
         cpus=own["cpus"],

@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from gubbins.domain.matching import TaskQueue
+from gubbins.domain.matching import TaskQueue, unless_any
 from gubbins.domain.text import one_line
 
 if TYPE_CHECKING:
@@ -88,6 +88,6 @@ async def read_task_queues(task_queue_db: TaskQueueDB, vo: str) -> list[TaskQueu
         logger.warning("%s has more than %d task queues: the others wait", vo, MOST_TASK_QUEUES)
         rows = rows[:MOST_TASK_QUEUES]
     return [
-        TaskQueue(jobs, cpu_seconds, **{field: frozenset(values) for field, values in required[queue].items()})
+        TaskQueue(jobs, cpu_seconds, **{field: unless_any(values) for field, values in required[queue].items()})
         for queue, cpu_seconds, jobs in rows
     ]
