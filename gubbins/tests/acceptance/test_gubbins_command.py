@@ -138,6 +138,8 @@ def test_a_downtime_is_planned_listed_shown_and_removed(initialised: Run, redis_
     refused(run("ce", "downtime", "remove", "1"), 1, "no downtime 1", "gubbins ce downtime list")
     refused(run("ce", "downtime", "add", "b", "--hours", "5", "--reason", "x"), 1, "'b'", "gubbins ce list")
     refused(run("ce", "downtime", "add", "a", "--reason", "x"), 2, "either --end or --hours")
+    last_day = ("--start", "9999-12-31", "--hours", "48", "--reason", "x")
+    refused(run("ce", "downtime", "add", "a", *last_day), 2, "cannot start at 9999-12-31")
     refused(run("ce", "downtime", "add", "a", "--end", "soon", "--reason", "x"), 2, "'soon' is no time like")
 
     async def look() -> list[AuditEntry]:

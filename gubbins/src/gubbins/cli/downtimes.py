@@ -62,7 +62,10 @@ def add_downtime(
     if (end is None) == (hours is None):
         raise UsageProblem("say when it ends: give either --end or --hours")
     starts_at = _moment(start, clock.now())
-    ends_at = _moment(end, starts_at + timedelta(hours=hours or 0))
+    try:
+        ends_at = _moment(end, starts_at + timedelta(hours=hours or 0))
+    except OverflowError as error:
+        raise UsageProblem(f"a downtime cannot start at {starts_at:%Y-%m-%d}") from error
     added: Downtime = recorded(
         AuditAction.ADD_DOWNTIME,
         name,
