@@ -176,7 +176,7 @@ def test_queues_of_a_compute_element_without_a_name_are_refused() -> None:
         ]
 
 
-@pytest.mark.parametrize("vos", ["{}", "{lhcb: s3cret}", "{lhcb: [s3cret]}", "{1: {}}", "{null: {}}", "{no: {}}", "{lhcb: }"])
+@pytest.mark.parametrize("vos", ["{}", "{lhcb: s3cret}", "{lhcb: [s3cret]}", "{1: {}}", "{null: {}}", "{lhcb: }"])
 def test_vos_without_a_name_or_settings_are_refused_without_their_values(vos: str) -> None:
     [(path, told)] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, vos: {vos}}}]").items()
     assert path == "compute_elements[0].vos"
@@ -184,7 +184,7 @@ def test_vos_without_a_name_or_settings_are_refused_without_their_values(vos: st
     assert "s3cret" not in told
 
 
-@pytest.mark.parametrize("given", ["3", "null", "[lhcb]", "s3cret", "{lhcb: s3cret}", "{lhcb: }", "{lhcb: {seed: 1}}"])
+@pytest.mark.parametrize("given", ["3", "null", "[lhcb]", "s3cret", "{lhcb: s3cret}", "{lhcb: {seed: 1}}"])
 def test_settings_of_vos_have_one_place(given: str) -> None:
     [told] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, settings: {{vos: {given}}}}}]").values()
     assert "below `vos`" in told
@@ -196,8 +196,8 @@ def test_settings_of_vos_have_one_place(given: str) -> None:
     ("token", "path"),
     [
         ("s3cret", "token.file"),
-        ({"issuer": "https://iam.example.org/", "client_id": "us", "client_secret": "s3cret"}, "client_secret"),
-        ({"issuer": "https://us:s3cret@iam.example.org/", "client_id": "us", "client_secret": "/secret"}, "issuer"),
+        ({"issuer": "https://iam.example.org/", "client_id": "x", "client_secret": "s3cret"}, "client_secret"),
+        ({"issuer": "https://x:s3cret@iam.example.org/", "client_id": "x", "client_secret": "/secret"}, "issuer"),
     ],
 )
 def test_a_mistake_in_the_source_of_a_token_is_one_line(backend: str, token: object, path: str) -> None:

@@ -145,7 +145,9 @@ def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
             if "/" in option:
                 remarks.append(Remark(f"line {number + 1}", "has a / in the name of an option: left out"))
             if option in open_sections[-1] and "+=" not in line:
-                remarks.append(Remark(f"line {number + 1}", f"{option[:80]!r} is given twice: the last one counts"))
+                remarks.append(
+                    Remark(f"line {number + 1}", f"{option[:80]!r} is given twice: the last one counts")
+                )
             open_sections[-1].add(option)
             continue
         if "{" in line and "/" in name + line:
