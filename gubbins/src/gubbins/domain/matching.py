@@ -135,7 +135,7 @@ _Path: TypeAlias = list[tuple[str, Group]]
 def _path(
     group: Group, free: Mapping[str, int], taken: Mapping[str, Mapping[Group, int]], hopeless: set[str]
 ) -> _Path | None:
-    """The shortest path to a free pilot; None: there is none, and those it looked at are `hopeless` from then on."""
+    """The shortest path to a free pilot; None: there is none, and all it looked at are `hopeless` then."""
     came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group - hopeless), (None, group))
     waiting = deque(came)
     found = next((ce for ce in came if free.get(ce)), None)
